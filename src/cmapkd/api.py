@@ -1,0 +1,68 @@
+"""The Python interface: distil in one call, load what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cmapkd.config import load_config
+from cmapkd.models import DualEncoder, load_model
+from cmapkd.results import RunResult
+from cmapkd.run import RunConfig, run
+
+
+def distill(
+    recipe: str | Path | None = None,
+    *,
+    teacher: str | dict[str, Any] | None = None,
+    student: str | dict[str, Any] | None = None,
+    data: str | dict[str, Any] | None = None,
+    method: str | dict[str, Any] | None = None,
+    out: str | Path,
+    resume: bool = False,
+    quiet: bool = False,
+    overrides: Sequence[str] = (),
+    **settings: Any,
+) -> RunResult:
+    """Trains a student and measures it; the same as `cmapkd distill`.
+
+    Args:
+        recipe: a packaged recipe or a YAML file to start from; none starts from the arguments alone.
+        teacher, student: models by name, or with their settings; data: a training source by name, or the `data`
+            section; method: by name, or with its settings.
+        out: run folder.
+        resume: go on with an interrupted run in `out`.
+        overrides: `key=value` strings, as on the command line.
+        settings: other sections of the config, for example `training={"steps": 1000}`, `seed=1`.
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    import cmapkd.config as configs
+
+    values = configs.load_mapping(recipe, overrides) if recipe is not None else {}
+    given = {"teacher": teacher, "student": student, "method": method, **settings}
+    given["data"] = {"train": data} if isinstance(data, str) else data
+    for key, value in given.items():
+        if value is not None:
+            both = isinstance(value, dict) and isinstance(values.get(key), dict)
+            values[key] = {**values[key], **value} if both else value
+    config = RunConfig.from_mapping(values, where=f"recipe {recipe}" if recipe is not None else "arguments of distill()")
+    return run(config, out=Path(out), resume=resume, console=None if quiet else Console())
+
+
+def load(model: str | Path) -> DualEncoder:
+    """A model in eval mode: a run folder, its `student/`, or a name such as `tiny:scenes-teacher`.
+
+    Raises:
+        ValueError: nothing loadable is there.
+    """
+    return load_model(model) if Path(model).is_dir() else _by_name(str(model))
+
+
+def _by_name(name: str) -> DualEncoder:
+    from cmapkd.models import build_model
+
+    return build_model(name)

@@ -1,0 +1,36 @@
+"""The command line: one command = one file. Heavy imports happen inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cmapkd.cli import demo, distill, doctor, evaluate, methods
+
+app = typer.Typer(
+    name="cmapkd",
+    help="Distil a large image-text model into a small one, and prove what it kept.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: half the time
+    pretty_exceptions_enable=False,
+)
+for command in (demo.demo, distill.distill, evaluate.evaluate, methods.methods, doctor.doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point: what a user can get wrong ends in one message, not in a stack trace."""
+    try:
+        app()
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+def _is_users(error: Exception) -> bool:
+    """ValueErrors, which say what to change, and the trainer's own stops; anything else is a defect worth its trace."""
+    return isinstance(error, ValueError) or type(error).__name__ in ("NonFiniteLossError", "TooManyBadSamples")

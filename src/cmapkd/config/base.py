@@ -1,0 +1,70 @@
+"""The base of every config, and the error that names what is wrong with one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. Lists every problem at once; each unknown key comes with the closest known one."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest of `known`, or an empty string when none is near."""
+    matches = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.55)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+class Config(BaseModel):
+    """A frozen settings object: unknown keys are refused, every field has a type and a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def from_mapping(cls, values: Any, *, where: str = "config") -> Self:
+        """Validates plain data.
+
+        Raises:
+            ConfigError: with one line for each bad key or value.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [_describe(cls, problem) for problem in error.errors()]
+            raise ConfigError(f"{where} has {len(lines)} problem{'s'[: len(lines) != 1]}:\n  " + "\n  ".join(lines)) from None
+
+
+def _describe(root: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        owner = _model_at(root, location[:-1])
+        known = sorted(owner.model_fields) if owner else []
+        return f"{path}: unknown key{closest(location[-1], known)}. Known here: {', '.join(known)}."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{path}: required, but not given."
+    if problem["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message} (got {problem['input']!r})."
+
+
+def _model_at(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+    """The config class that owns the keys at `path`, looking through optional, list and union annotations."""
+    candidates: list[type[BaseModel]] = [root]
+    for key in path:
+        fields = [model.model_fields[key].annotation for model in candidates if key in model.model_fields]
+        if fields:  # otherwise `key` is a list position or a union's tag: the same candidates go on
+            candidates = [model for annotation in fields for model in _models_in(annotation)]
+    return candidates[0] if candidates else None
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

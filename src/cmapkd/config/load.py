@@ -1,0 +1,94 @@
+"""Recipes: YAML files, each a few lines over a `base`, plus `key=value` overrides from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cmapkd.config.base import Config, ConfigError, closest
+
+C = TypeVar("C", bound=Config)
+
+
+def list_recipes() -> list[str]:
+    """Names of the packaged recipes."""
+    folder = resources.files("cmapkd.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(cls: type[C], recipe: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Reads a recipe (a packaged name or a YAML file), applies `a.b=c` overrides and validates the whole.
+
+    Raises:
+        ConfigError: the recipe is not found, is not YAML, or any key or value is wrong.
+    """
+    return cls.from_mapping(load_mapping(recipe, overrides), where=f"recipe {str(recipe)!r}")
+
+
+def load_mapping(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe's plain values, its bases merged in and `overrides` applied; not yet validated."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.merge(*(OmegaConf.create(layer) for layer in _layers(recipe, seen=())))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not key=value, for example optim.learning_rate=0.001")
+        _refuse_interpolation(override, "override")
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=False)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"overrides {list(overrides)} do not fit recipe {str(recipe)!r}: {error}") from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _layers(recipe: str | Path, seen: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The recipe's mapping, preceded by those of its bases."""
+    values, place = _read(recipe)
+    if place in seen:
+        raise ConfigError(f"recipes form a circle: {' -> '.join((*seen, place))}")
+    base = values.pop("base", None)
+    if base is None:
+        return [values]
+    if not isinstance(base, str):
+        raise ConfigError(f"recipe {place}: base must be one recipe's name or file, got {base!r}")
+    beside = Path(place).parent / base
+    return [*_layers(beside if beside.suffix and beside.exists() else base, (*seen, place)), values]
+
+
+def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    path = Path(recipe)
+    if not path.is_file():
+        packaged = resources.files("cmapkd.recipes") / f"{recipe}.yaml"
+        if path.suffix or not packaged.is_file():
+            known = list_recipes()
+            raise ConfigError(
+                f"there is no recipe {str(recipe)!r}{closest(str(recipe), known)}: give a YAML file or one of "
+                f"{', '.join(known)}"
+            )
+        path = Path(str(packaged))
+    try:
+        text = path.read_text(encoding="utf-8")
+        _refuse_interpolation(text, f"recipe {path}")
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"recipe {path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of keys, not {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}, str(path)
+
+
+def _refuse_interpolation(text: str, where: str) -> None:
+    """A config is data: `${...}` could read the environment (and put a secret into the run folder)."""
+    if "${" in text:
+        raise ConfigError(f"{where} uses '${{...}}': configs are plain data, write the value out")

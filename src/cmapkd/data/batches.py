@@ -1,0 +1,167 @@
+"""Batches as pure functions of the step: which samples, which views, which captions, for which model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cmapkd.data.random import permuted
+from cmapkd.data.types import BadSampleError, Batch, ModelInput, Source, TokenBatch
+from cmapkd.data.views import CropBox, View, ViewSpec, draw_view
+
+MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
+
+
+class Preprocessing(Protocol):
+    """A model's own way from pixels and texts to its input; see `models.ImageSpec` and `models.Tokenizer`."""
+
+    def __call__(self, image: Image.Image, box: CropBox | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How one model reads a batch."""
+
+    preprocess: Preprocessing
+    tokenize: Callable[[Sequence[str]], TokenBatch]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The samples of one step: every process knows the whole batch and makes its own part."""
+
+    step: int
+    epoch: int
+    everyone: tuple[int, ...]  # indices of the global batch
+    mine: tuple[int, ...]  # the part of this process
+
+
+class PlanSampler(Sampler[Plan]):
+    """Plans for steps `start` to `stop`: every epoch is a new permutation; what does not fill a batch is left out.
+
+    Random access by step, so resume inside an epoch costs nothing and needs no state but the step.
+    """
+
+    def __init__(
+        self, length: int, *, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if length < batch_size:
+            raise ValueError(
+                f"the training data has {length} samples, fewer than one batch of {batch_size}: lower training.batch_size"
+            )
+        if batch_size % world_size:
+            raise ValueError(f"batch size {batch_size} does not divide among {world_size} processes")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.steps_per_epoch = length // batch_size
+
+    def plan(self, step: int) -> Plan:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        positions = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
+        everyone = tuple(permuted(positions, self.length, "order", self.seed, epoch).tolist())
+        share = self.batch_size // self.world_size
+        return Plan(step, epoch, everyone, everyone[self.rank * share : (self.rank + 1) * share])
+
+    def __iter__(self) -> Iterator[Plan]:
+        return (self.plan(step) for step in range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class BatchBuilder(Dataset[Batch]):
+    """Turns a plan into a batch: reads samples, draws views, lets each model preprocess and tokenise its own way.
+
+    A sample that cannot be read is replaced by another that is not in the batch (chosen by step and place, so the
+    same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
+    """
+
+    def __init__(
+        self, source: Source, views: ViewSpec, readers: dict[str, Reader], *, seed: int, on_bad_sample: str = "skip"
+    ) -> None:
+        self.source, self.views, self.readers, self.seed = source, views, readers, seed
+        self.skip_bad = on_bad_sample == "skip"
+
+    def __getitem__(self, plan: Plan) -> Batch:  # type: ignore[override]
+        number = self.views.view_number(plan.epoch)
+        ids: list[str] = []
+        captions: list[str] = []
+        pixels: dict[str, list[Tensor]] = {role: [] for role in self.readers}
+        bad: list[tuple[str, str]] = []
+        taken = set(plan.everyone)
+        for place, planned in enumerate(plan.mine):
+            for index in self._candidates(plan, place, planned, taken):
+                try:
+                    sample = self.source[index]
+                    if not sample.captions:
+                        raise BadSampleError(sample.id, "no caption")
+                    view = draw_view(sample.id, number, self.views, sample.image.size)
+                    images = self._read(sample.image, view)
+                except BadSampleError as error:
+                    if not self.skip_bad:
+                        raise
+                    bad.append((error.sample_id, error.reason))
+                    continue
+                ids.append(sample.id)
+                captions.append(view.choose(sample.captions))
+                for role, image in images.items():
+                    pixels[role].append(image)
+                break
+            else:
+                raise BadSampleError(
+                    bad[-1][0], f"{bad[-1][1]}; so were {MAX_REPLACEMENTS} others tried in its place at step {plan.step}"
+                )
+        return Batch(tuple(ids), self._inputs(pixels, captions), tuple(captions), view=number, bad=tuple(bad))
+
+    def _candidates(self, plan: Plan, place: int, planned: int, taken: set[int]) -> Iterator[int]:
+        yield planned
+        length = len(self.source)
+        for attempt in range(MAX_REPLACEMENTS):
+            start = np.array([attempt % length])
+            index = int(permuted(start, length, "replacement", self.seed, plan.step, planned, place)[0])
+            if index not in taken:
+                taken.add(index)
+                yield index
+
+    def _read(self, image: Image.Image, view: View) -> dict[str, Tensor]:
+        """The view once per distinct preprocessing: models that agree on it share the tensor."""
+        picture, box = view.prepare(image)
+        done: dict[Preprocessing, Tensor] = {}
+        images: dict[str, Tensor] = {}
+        for role, reader in self.readers.items():
+            if reader.preprocess not in done:
+                done[reader.preprocess] = reader.preprocess(picture, box)
+            images[role] = done[reader.preprocess]
+        return images
+
+    def _inputs(self, pixels: dict[str, list[Tensor]], captions: list[str]) -> dict[str, ModelInput]:
+        stacked: dict[Preprocessing, Tensor] = {}
+        inputs: dict[str, ModelInput] = {}
+        for role, reader in self.readers.items():
+            if reader.preprocess not in stacked:
+                stacked[reader.preprocess] = torch.stack(pixels[role])
+            inputs[role] = ModelInput(stacked[reader.preprocess], reader.tokenize(captions))
+        return inputs
+
+
+def make_loader(builder: BatchBuilder, sampler: PlanSampler, *, workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """Batches in the sampler's order, made by `workers` processes (0: by this one)."""
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    return DataLoader(
+        builder,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its own, so that making a loader draws nothing from the run's random state
+    )

@@ -1,0 +1,116 @@
+"""The ledger of a run's samples: how many were good, which were bad and why, and whether that is too many."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+NO_CAPTION = "no caption"
+FILE_NAME = "bad_samples.jsonl"
+
+
+class TooManyBadSamples(RuntimeError):
+    """More of the data was unreadable than the run allows."""
+
+
+class SampleLedger:
+    """Counts readings of samples, by kind of reason: the part of a reason before its first colon.
+
+    A sample read again in a later epoch counts again, so that the share does not depend on the number of epochs; the
+    list holds it once. A sample without caption says nothing and is not bad: it has a count of its own.
+    """
+
+    def __init__(self) -> None:
+        self.num_good = 0
+        self.num_bad = 0
+        self.num_without_caption = 0
+        self.kinds: Counter[str] = Counter()
+        self._bad: dict[str, str] = {}
+
+    @property
+    def bad(self) -> tuple[tuple[str, str], ...]:
+        """(id, reason) of every bad sample, in the order they were met."""
+        return tuple(self._bad.items())
+
+    def add(self, num_good: int, bad: Iterable[tuple[str, str]] = ()) -> None:
+        """Counts a batch: how many samples were good, and (id, reason) of those that were not."""
+        self.num_good += num_good
+        for sample_id, reason in bad:
+            if reason.startswith(NO_CAPTION):
+                self.num_without_caption += 1
+                continue
+            self.num_bad += 1
+            self.kinds[reason.partition(":")[0]] += 1
+            self._bad.setdefault(sample_id, reason)
+
+    def share(self) -> float:
+        """Bad readings over all, in [0, 1]."""
+        return self.num_bad / max(1, self.num_good + self.num_bad)
+
+    def check_share(self, max_share: float, minimum: int = 100) -> None:
+        """Stops a run whose data is broken, once `minimum` samples were read.
+
+        Raises:
+            TooManyBadSamples: the share of bad readings is above `max_share`.
+        """
+        total, share = self.num_good + self.num_bad, self.share()
+        if total < minimum or share <= max_share:
+            return
+        sample_id, reason = self.bad[0]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(4))
+        raise TooManyBadSamples(
+            f"{self.num_bad} of {total} samples ({100 * share:.2g} %) could not be read, more than max_bad_share "
+            f"{100 * max_share:.4g} %: first: {sample_id}: {reason}. By kind: {kinds}. Repair the data, or raise "
+            "max_bad_share."
+        )
+
+    def summary(self) -> str:
+        """One line for the log."""
+        line = f"{self.num_good} samples read, {self.num_bad} bad"
+        if self.kinds:
+            line += " (" + ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common()) + ")"
+        return line + (f", {self.num_without_caption} without caption" if self.num_without_caption else "")
+
+    def write(self, folder: Path) -> Path:
+        """Writes `bad_samples.jsonl`, one `{"id": ..., "reason": ...}` a line, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                for sample_id, reason in self._bad.items():
+                    file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
+            Path(name).chmod(0o644)
+            return Path(name).replace(folder / FILE_NAME)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint; `load_state_dict` of it continues as if nothing had happened."""
+        return {
+            "num_good": self.num_good,
+            "num_bad": self.num_bad,
+            "num_without_caption": self.num_without_caption,
+            "kinds": dict(self.kinds),
+            "bad": [list(pair) for pair in self._bad.items()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_good, self.num_bad = int(state["num_good"]), int(state["num_bad"])
+        self.num_without_caption = int(state["num_without_caption"])
+        self.kinds = Counter(state["kinds"])
+        self._bad = {str(sample_id): str(reason) for sample_id, reason in state["bad"]}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Adds another process's ledger, given as its `state_dict`."""
+        self.num_good += int(state["num_good"])
+        self.num_bad += int(state["num_bad"])
+        self.num_without_caption += int(state["num_without_caption"])
+        self.kinds.update(state["kinds"])
+        for sample_id, reason in state["bad"]:
+            self._bad.setdefault(str(sample_id), str(reason))

@@ -1,0 +1,248 @@
+"""`open_source`: from a name such as `webdataset:train-*.tar` to the samples behind it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cmapkd.config import ConfigError, closest
+from cmapkd.data.classes import read_classes
+from cmapkd.data.places import existing_file, existing_folder
+from cmapkd.data.stored import Keep, StoredSource
+from cmapkd.data.types import Source
+
+if TYPE_CHECKING:
+    from cmapkd.data.tables import Columns
+
+# A glob may hold `?` and `@` too: options are told from it by their `name=value`, splits are read for some kinds only.
+_OPTIONS = re.compile(r"\?([A-Za-z_]\w*=[^&]*(?:&[A-Za-z_]\w*=[^&]*)*)$")
+_SPLIT = re.compile(r"@([A-Za-z0-9_.+-]*)$")
+
+
+class SourceWarning(UserWarning):
+    """Something about a data set that its user should know of, such as a truncated shard."""
+
+
+@dataclass(slots=True)
+class Spec:
+    """A source's name taken apart: `kind:rest@split?key=value&key=value`."""
+
+    text: str
+    kind: str
+    rest: str
+    split: str | None  # named by the user
+    default_split: str | None  # of whoever opens the source
+    keep: Keep
+    options: dict[str, str] = field(default_factory=dict)
+
+    def take(self, name: str) -> str | None:
+        """An option's value, which then counts as used."""
+        return self.options.pop(name, None)
+
+    def take_int(self, name: str) -> int | None:
+        text = self.options.pop(name, None)
+        if text is not None and not text.isdecimal():
+            raise ConfigError(f"data {self.text!r}: {name} must be a whole number, got {text!r}")
+        return None if text is None else int(text)
+
+    def need_rest(self, example: str) -> str:
+        if not self.rest:
+            raise ConfigError(f"data {self.text!r} does not say what to read: write {example}")
+        return self.rest
+
+
+def open_source(
+    spec: str, *, split: str | None = None, require_captions: bool = False, limit: int | None = None
+) -> Source:
+    """The source that `spec` names; docs/data.md shows every form.
+
+    Args:
+        spec: `scenes[:difficulty]`, `webdataset:GLOB`, `folder:DIR`, `csv:FILE`, `jsonl:FILE`, `parquet:GLOB`,
+            `coco:JSON,IMAGES` or `hf:NAME`; then `@split` (scenes, coco, hf), then `?limit=1000&...`.
+        split: read where the kind has splits and `spec` names none; other kinds are one split as they are.
+        require_captions: leave samples without caption out; the source counts them in `num_without_caption`.
+        limit: only the first so many samples; the smaller of this and the spec's own.
+    Raises:
+        ConfigError: an unknown kind or option, nothing there, or nothing readable in it.
+    """
+    parsed = _parse(spec, split, require_captions, limit)
+    if parsed.kind not in KINDS:
+        raise ConfigError(
+            f"data {spec!r}: there is no kind of data {parsed.kind!r}{closest(parsed.kind, KINDS)}. Known: "
+            f"{', '.join(KINDS)}."
+        )
+    source = KINDS[parsed.kind](parsed)
+    for message in source.warnings if isinstance(source, StoredSource) else ():
+        warnings.warn(message, SourceWarning, stacklevel=2)
+    return source
+
+
+def _parse(text: str, split: str | None, require_captions: bool, limit: int | None) -> Spec:
+    name, options = text.strip(), {}
+    found = _OPTIONS.search(name)
+    if found:
+        name = name[: found.start()]
+        for pair in found[1].split("&"):
+            key, _, value = pair.partition("=")
+            if key in options:
+                raise ConfigError(f"data {text!r} sets {key} twice")
+            options[key] = value
+    kind, _, rest = name.partition(":")
+    own_split = None
+    if kind.partition("@")[0] in SPLIT_KINDS and (at := _SPLIT.search(name)):
+        kind, _, rest = name[: at.start()].partition(":")
+        own_split = at[1]
+        if not own_split:
+            raise ConfigError(f"data {text!r} names no split after '@'")
+    spec = Spec(text, kind, rest, own_split, split, Keep(require_captions, limit), options)
+    if kind != "scenes":
+        limits = [number for number in (spec.take_int("limit"), limit) if number is not None]
+        spec.keep = Keep(require_captions, min(limits, default=None))
+    return spec
+
+
+def _refuse_leftovers(spec: Spec, known: tuple[str, ...]) -> None:
+    """Called by every opener once it has taken its options and before it reads anything."""
+    for name in spec.options:
+        offered = ", ".join(known) or "none"
+        raise ConfigError(
+            f"data {spec.text!r}: unknown option {name!r}{closest(name, known)}. Known for {spec.kind}: {offered}."
+        )
+
+
+def _open_scenes(spec: Spec) -> Source:
+    from cmapkd.data.scenes.source import ScenesSource
+
+    options: dict[str, Any] = {"difficulty": spec.rest} if spec.rest else {}
+    length = spec.take_int("length")
+    limits = [number for number in (length, spec.take_int("limit"), spec.keep.limit) if number is not None]
+    if limits:
+        options["length"] = min(limits)
+    if (size := spec.take_int("size")) is not None:
+        options["size"] = size
+    _refuse_leftovers(spec, ("size", "length", "limit"))
+    try:
+        return ScenesSource(split=spec.split or spec.default_split or "train", **options)
+    except ValueError as error:
+        raise ConfigError(f"data {spec.text!r}: {error}") from None
+
+
+def _open_shards(spec: Spec) -> Source:
+    from cmapkd.data.shards import ShardSource
+
+    pattern = spec.need_rest("webdataset:folder/train-*.tar or webdataset:folder/train-{000000..000012}.tar")
+    classes = spec.take("classes")
+    _refuse_leftovers(spec, ("classes", "limit"))
+    return ShardSource(pattern, keep=spec.keep, classes=read_classes(classes).names if classes else None)
+
+
+def _open_folder(spec: Spec) -> Source:
+    from cmapkd.data.folders import METADATA_FILE, FolderSource, open_images
+    from cmapkd.data.tables import open_jsonl
+
+    name = spec.need_rest("folder:train or folder:train.zip")
+    classes = spec.take("classes")
+    _refuse_leftovers(spec, ("classes", "limit"))
+    images = open_images(name, "folder:")
+    metadata = images.path / METADATA_FILE
+    if images.path.is_dir() and metadata.is_file():
+        named = read_classes(classes) if classes not in (None, "none") else None
+        return open_jsonl(metadata, keep=spec.keep, images=images, classes=named, name=f"folder:{name}")
+    return FolderSource(name, keep=spec.keep, classes=classes)
+
+
+def _open_csv(spec: Spec) -> Source:
+    from cmapkd.data.records import CAPTION_KEYS, IMAGE_KEYS
+    from cmapkd.data.tables import Columns, open_csv
+
+    path = existing_file(spec.need_rest("csv:train.csv"), "csv")
+    image, caption = spec.take("csv_img_key"), spec.take("csv_caption_key")
+    separator, quotes, images, classes = (spec.take(name) for name in ("separator", "quotes", "images", "classes"))
+    _refuse_leftovers(spec, ("csv_img_key", "csv_caption_key", "separator", "quotes", "images", "classes", "limit"))
+    separator = SEPARATORS.get(separator, separator) if separator else None
+    if separator is not None and len(separator) != 1:
+        raise ConfigError(f"data {spec.text!r}: separator must be one character, or one of {', '.join(SEPARATORS)}")
+    if quotes not in (None, "yes", "no"):
+        raise ConfigError(f"data {spec.text!r}: quotes must be yes or no, got {quotes!r}")
+    return open_csv(
+        path,
+        keep=spec.keep,
+        separator=separator,
+        columns=Columns(
+            (image,) if image else ("filepath", *IMAGE_KEYS),
+            (caption,) if caption else ("title", *CAPTION_KEYS),
+            required=tuple(name for name in (image, caption) if name),
+        ),
+        quotes=quotes != "no",
+        images=existing_folder(images, "images") if images else None,
+        classes=read_classes(classes) if classes else None,
+    )
+
+
+def _open_jsonl(spec: Spec) -> Source:
+    from cmapkd.data.reading import Folder
+    from cmapkd.data.tables import open_jsonl
+
+    path = existing_file(spec.need_rest("jsonl:train.jsonl"), "jsonl")
+    columns, images, classes = _columns(spec), spec.take("images"), spec.take("classes")
+    _refuse_leftovers(spec, (*COLUMN_OPTIONS, "images", "classes", "limit"))
+    folder = Folder(existing_folder(images, "images"), strict=False) if images else None
+    named = read_classes(classes) if classes else None
+    return open_jsonl(path, keep=spec.keep, columns=columns, images=folder, classes=named)
+
+
+def _open_coco(spec: Spec) -> Source:
+    from cmapkd.data.coco import open_coco
+
+    rest = spec.need_rest("coco:captions.json,images or coco:dataset_coco.json,images@test")
+    _refuse_leftovers(spec, ("limit",))
+    split = spec.split or spec.default_split
+    return open_coco(rest, split=split, keep=spec.keep, split_is_own=spec.split is not None)
+
+
+def _open_parquet(spec: Spec) -> Source:
+    from cmapkd.data.hub import open_parquet
+
+    pattern, columns = spec.need_rest("parquet:train-*.parquet"), _columns(spec)
+    _refuse_leftovers(spec, (*COLUMN_OPTIONS, "limit"))
+    return open_parquet(pattern, columns=columns, keep=spec.keep)
+
+
+def _open_hub(spec: Spec) -> Source:
+    from cmapkd.data.hub import open_hub
+
+    name, columns = spec.need_rest("hf:user/name, hf:user/name:train or hf:FOLDER@train"), _columns(spec)
+    config, revision = spec.take("config"), spec.take("revision")
+    _refuse_leftovers(spec, (*COLUMN_OPTIONS, "config", "revision", "limit"))
+    split = spec.split
+    if split is None and ":" in name:
+        name, _, split = name.rpartition(":")
+    split = split or spec.default_split
+    return open_hub(name, split=split, config=config, revision=revision, columns=columns, keep=spec.keep)
+
+
+def _columns(spec: Spec) -> Columns:
+    """Columns by the names that the user gave, or by the usual ones."""
+    from cmapkd.data.tables import Columns
+
+    named = {role: (name,) for role in COLUMN_OPTIONS if (name := spec.take(role))}
+    return Columns(**named, required=tuple(name for names in named.values() for name in names))
+
+
+KINDS: dict[str, Callable[[Spec], Source]] = {
+    "scenes": _open_scenes,
+    "webdataset": _open_shards,
+    "folder": _open_folder,
+    "csv": _open_csv,
+    "jsonl": _open_jsonl,
+    "parquet": _open_parquet,
+    "coco": _open_coco,
+    "hf": _open_hub,
+}
+
+SPLIT_KINDS = ("scenes", "coco", "hf")
+COLUMN_OPTIONS = ("image", "caption", "id", "label")
+SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "\\t": "\t"}

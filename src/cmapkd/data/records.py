@@ -1,0 +1,211 @@
+"""What is said of an image, read from the keys that public data sets use: captions, label, questions, boxes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cmapkd.data.types import BadSampleError, Box, QuestionAnswer, Source
+
+CAPTION_KEYS = ("captions", "caption", "texts", "text", "title", "sentences", "sentence", "alt_text")
+IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png")
+ID_KEYS = ("id", "key", "image_id", "sample_id")
+LABEL_KEYS = ("label", "labels", "cls", "class")
+
+MAX_TEXT_BYTES = 16 * 2**20
+
+
+class Unusable(ValueError):
+    """The reason for a bad sample, raised where its id is not known; sources turn it into `BadSampleError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A sample without its image. `captions` is None where nothing is said of captions, () where there are none."""
+
+    captions: tuple[str, ...] | None = None
+    label: int | None = None
+    questions: tuple[QuestionAnswer, ...] = ()
+    boxes: tuple[Box, ...] = ()
+
+
+def iter_captions(source: Source) -> Iterator[str]:
+    """Every caption of every readable sample, in order, without decoding images."""
+    for index in range(len(source)):
+        try:
+            yield from source.captions(index)
+        except BadSampleError:
+            continue
+
+
+def parse_json(data: bytes, what: str = "json") -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        Unusable: not UTF-8, not JSON, not an object, or too large.
+    """
+    if len(data) > MAX_TEXT_BYTES:
+        raise Unusable(f"{what} is too large: {len(data)} bytes, limit {MAX_TEXT_BYTES}")
+    try:
+        values = json.loads(decode_text(data, what))
+    except RecursionError:
+        raise Unusable(f"{what} is malformed: nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, Unusable):
+            raise
+        raise Unusable(f"{what} is malformed: {error}") from None
+    if not isinstance(values, dict):
+        raise Unusable(f"{what} is malformed: it holds a {type(values).__name__}, not an object")
+    return values
+
+
+def decode_text(data: bytes, what: str) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise Unusable(f"{what} is too large: {len(data)} bytes, limit {MAX_TEXT_BYTES}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unusable(f"{what} is not UTF-8: byte {data[error.start]:#04x} at {error.start}") from None
+
+
+def parse_lines(text: str) -> tuple[str, ...]:
+    """Captions of a text file: one a line, blank lines left out."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def parse_record(
+    values: Mapping[str, Any],
+    *,
+    caption_keys: Sequence[str] = CAPTION_KEYS,
+    label_keys: Sequence[str] = LABEL_KEYS,
+    labels: Mapping[str, int] | None = None,
+) -> Record:
+    """Reads captions (the first of `caption_keys` that is there), label, questions and boxes.
+
+    Args:
+        labels: numbers of class names, for labels given as text.
+    Raises:
+        Unusable: a key is there with a value that cannot be what it says.
+    """
+    captions = next((parse_captions(values[key]) for key in caption_keys if values.get(key) is not None), None)
+    label = next((parse_label(values[key], labels) for key in label_keys if values.get(key) is not None), None)
+    return Record(captions, label, tuple(_questions(values)), tuple(_boxes(values)))
+
+
+def parse_id(values: Mapping[str, Any], keys: Sequence[str] = ID_KEYS) -> str | None:
+    """The id of a record as text; None where it has none.
+
+    Raises:
+        Unusable: the id is neither text nor a whole number.
+    """
+    value = next((values[key] for key in keys if values.get(key) is not None), None)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
+        raise Unusable(f"id {value!r} is neither text nor a whole number")
+    return check_text(str(value).strip(), "id")
+
+
+def parse_captions(value: Any) -> tuple[str, ...]:
+    """One text or a list of them, stripped, empty ones left out; lists of {"raw": ...} as Karpathy writes them too."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    captions = []
+    for entry in entries:
+        text = entry.get("raw") if isinstance(entry, dict) else entry
+        if text is None or (isinstance(text, float) and math.isnan(text)):  # a table's missing value
+            continue
+        if not isinstance(text, str):
+            raise Unusable(f"caption is not text: {type(text).__name__}")
+        if text.strip():
+            captions.append(check_text(text.strip(), "caption"))
+    return tuple(captions)
+
+
+def check_text(text: str, what: str) -> str:
+    """Refuses text that is no Unicode: bytes that were not UTF-8 (read as lone surrogates), or half a JSON escape."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        found = f"byte {code - 0xDC00:#04x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
+        raise Unusable(f"{what} is not UTF-8: {found} at character {error.start}") from None
+    return text
+
+
+def parse_label(value: Any, labels: Mapping[str, int] | None = None) -> int:
+    if isinstance(value, str) and labels is not None and value.strip() in labels:
+        return labels[value.strip()]
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            raise Unusable(f"label is unknown: {value.strip()!r} is neither a number nor a known class name") from None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise Unusable(f"label is not a class number: {value!r}")
+    return value
+
+
+def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
+    if isinstance(values.get("question"), str):
+        yield _question(values["question"], _answer(values))
+    entries = values.get("qa") if values.get("qa") is not None else []
+    if not isinstance(entries, list):
+        raise Unusable(f"qa is not a list of questions and answers: {type(entries).__name__}")
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get("question"), str):
+            yield _question(entry["question"], _answer(entry))
+        elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
+            yield _question(entry[0], entry[1])
+        else:
+            raise Unusable(
+                f"qa is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
+            )
+
+
+def _answer(values: Mapping[str, Any]) -> Any:
+    return next((values[key] for key in ("answer", "answers") if values.get(key) is not None), [])
+
+
+def _question(question: str, answer: Any) -> QuestionAnswer:
+    entries = answer if isinstance(answer, list) else [answer]
+    answers = []
+    for entry in entries:
+        value = entry.get("answer") if isinstance(entry, dict) else entry  # VQA v2: [{"answer": "yes", ...}, ...]
+        if isinstance(value, bool):
+            value = "true" if value else "false"
+        if not isinstance(value, str | int | float):
+            raise Unusable(f"answer is not text: {str(value)[:60]!r}")
+        answers.append(check_text(str(value).strip(), "answer"))
+    return QuestionAnswer(check_text(question.strip(), "question"), tuple(answers), _kind(answers))
+
+
+def _kind(answers: list[str]) -> str:
+    if answers and all(answer.lower() in ("yes", "no", "true", "false") for answer in answers):
+        return "yes/no"
+    if answers and all(answer.isdecimal() for answer in answers):
+        return "number"
+    return "other"
+
+
+def _boxes(values: Mapping[str, Any]) -> Iterator[Box]:
+    entries = values.get("boxes")
+    if not isinstance(entries, list):
+        return
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise Unusable(f"box is malformed: {str(entry)[:60]!r} has no name")
+        yield parse_box([entry.get(key) for key in ("x", "y", "width", "height")], entry["name"])
+
+
+def parse_box(numbers: Any, name: str) -> Box:
+    """A box from [left, top, width, height]."""
+    fine = isinstance(numbers, list) and len(numbers) == 4
+    if not fine or not all(
+        isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
+    ):
+        raise Unusable(f"box is malformed: {str(numbers)[:60]} is not four finite numbers")
+    x, y, width, height = (float(number) for number in numbers)
+    return Box(x, y, width, height, check_text(name, "box name"))

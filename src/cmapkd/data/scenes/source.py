@@ -1,0 +1,112 @@
+"""The procedural world as a `Source`: coloured shapes with captions, labels, questions and boxes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from difflib import get_close_matches
+from hashlib import blake2b
+
+from cmapkd.data.scenes.language import TEMPLATES, captions_with_claims
+from cmapkd.data.scenes.questions import questions_of
+from cmapkd.data.scenes.render import pixel_box, render
+from cmapkd.data.scenes.spec import CLASS_NAMES, DIFFICULTIES, SPLITS, WORLD_VERSION
+from cmapkd.data.scenes.world import WORLD_SEED, Scene, scene_at
+from cmapkd.data.types import Box, Sample
+
+DEFAULT_LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "ood": 1000}
+_SIZES = (32, 224)
+_LABELS = {name: number for number, name in enumerate(CLASS_NAMES)}
+
+
+class ScenesSource:
+    """Scenes of one split and difficulty, made on demand: nothing is stored, any index can be read at any time.
+
+    A sample's label is the colour and shape of its largest object. Splits share no content, and `ood` shows pairs of
+    colour and shape that the other splits never do (`spec.HELD_OUT`).
+    """
+
+    templates: tuple[str, ...] = TEMPLATES
+
+    def __init__(
+        self, split: str = "train", size: int = 64, difficulty: str = "standard", length: int | None = None
+    ) -> None:
+        """A view of the world; two of the same arguments are the same.
+
+        Args:
+            split: `train`, `val`, `test` or `ood`.
+            size: side of the square images in pixels, 32 to 224; the scenes are the same at every size.
+            difficulty: a name in `DIFFICULTIES`.
+            length: number of samples; by default 10 million for `train` and 1000 for the others.
+        Raises:
+            ValueError: an unknown name, or a number out of range.
+        """
+        _check_known("split", split, SPLITS)
+        _check_known("difficulty", difficulty, tuple(DIFFICULTIES))
+        if not _SIZES[0] <= size <= _SIZES[1]:
+            raise ValueError(
+                f"size is {size}, but scenes are drawn at {_SIZES[0]} to {_SIZES[1]} pixels: below, textures cannot be "
+                "told apart; above, nothing is gained over resizing."
+            )
+        if length is not None and length < 1:
+            raise ValueError(f"length is {length}: give a number of samples >= 1, or none for the split's own.")
+        self.split = split
+        self.size = size
+        self.difficulty = difficulty
+        self.length = DEFAULT_LENGTHS[split] if length is None else length
+        self.name = f"scenes/{difficulty}/{split}"
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, image, captions, label, questions and boxes.
+
+        Raises:
+            IndexError: the index is negative, or not below the length.
+        """
+        scene = self.scene(index)
+        return Sample(
+            id=f"{self.name}/{index:09d}",
+            image=render(scene, self.size),
+            captions=tuple(caption for caption, _ in captions_with_claims(scene)),
+            label=_LABELS[scene.objects[0].name],
+            questions=questions_of(scene),
+            boxes=boxes_of(scene, self.size),
+        )
+
+    def scene(self, index: int) -> Scene:
+        """What the sample at `index` shows, without drawing it."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} of {self.name}, which has the samples 0 to {self.length - 1}")
+        return scene_at(self.difficulty, self.split, index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of the sample at `index`, without drawing it."""
+        return tuple(text for text, _ in captions_with_claims(self.scene(index)))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Every `colour shape`, by label."""
+        return CLASS_NAMES
+
+    def fingerprint(self) -> str:
+        """A hash of the world's version and seed and of this view's own settings."""
+        spec = sorted(asdict(DIFFICULTIES[self.difficulty]).items())
+        parts = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec)
+        return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def boxes_of(scene: Scene, size: int) -> tuple[Box, ...]:
+    """The boxes of a scene's objects in an image of `size` pixels, largest first."""
+    boxes = []
+    for thing in scene.objects:
+        left, top, right, bottom = pixel_box(thing, size)
+        boxes.append(Box(left, top, right - left, bottom - top, thing.name))
+    return tuple(boxes)
+
+
+def _check_known(kind: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown {kind} {name!r} of the scenes world; known: {', '.join(known)}.{hint}")

@@ -1,0 +1,200 @@
+"""What all sources on disk share: ids, which samples are kept, duplicates, and the way from position to `Sample`."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cmapkd.config import ConfigError
+from cmapkd.data.images import decode_image
+from cmapkd.data.records import Record, Unusable
+from cmapkd.data.types import BadSampleError, Sample
+
+
+class Texts(Sequence[str]):
+    """Many short texts in one block of bytes: a tenth of a list's objects, and not copied when a process forks."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        block = bytearray()
+        ends = [0]
+        for text in texts:
+            block += text.encode("utf-8", "surrogatepass")
+            ends.append(len(block))
+        self._block = bytes(block)
+        self._ends = np.array(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._block[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which samples of a source are read: only those with captions, and no more than the first `limit` of them."""
+
+    require_captions: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1 sample, got {self.limit}")
+
+
+class StoredSource(ABC):
+    """A `Source` over entries found when it was opened.
+
+    A subclass finds the entries, then reads the record and the encoded image of one of them; this class does the
+    rest. Entries without caption are left out where captions are required, and counted in `num_without_caption`:
+    they are not bad, they say nothing. Of entries with the same id only the first is good.
+
+    Args:
+        name: as the user wrote it.
+        ids: of all entries.
+        captioned: for each entry whether it has a caption; None: all of them may.
+        bad: reasons of entries known to be unusable.
+        warnings: what the user should know of, such as a truncated shard.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ids: Iterable[str],
+        *,
+        keep: Keep,
+        captioned: NDArray[np.bool_] | None = None,
+        bad: Mapping[int, str] | None = None,
+        class_names: Sequence[str] | None = None,
+        warnings: Iterable[str] = (),
+    ) -> None:
+        self.name = name
+        self.warnings = tuple(warnings)
+        self._ids = ids if isinstance(ids, Texts) else Texts(ids)
+        self._class_names = None if class_names is None else tuple(class_names)
+        known_bad = dict(bad or {})
+        kept = np.ones(len(self._ids), dtype=np.bool_)
+        if keep.require_captions and captioned is not None:
+            kept = captioned.copy()
+            kept[list(known_bad)] = True  # it may have had a caption: count it as bad, not as silent
+        self.num_without_caption = int(len(kept) - kept.sum())
+        self._entries: NDArray[np.int64] = np.flatnonzero(kept)[: keep.limit]
+        if not len(self._entries):
+            raise ConfigError(self._why_empty())
+        self._bad = {**known_bad, **self._duplicates()}
+        self._keep = keep
+
+    def _why_empty(self) -> str:
+        if not len(self._ids):
+            notes = "".join(f" {warning}." for warning in self.warnings[:3])
+            return f"{self.name} holds no samples.{notes} See docs/data.md for the layouts that are read."
+        return (
+            f"none of the {len(self._ids)} samples of {self.name} has a caption, and this use needs captions: use it "
+            "for classification or question answering, or give data with captions."
+        )
+
+    def _duplicates(self) -> dict[int, str]:
+        """Later entries of an id that came before, found by hash first: 12 million ids need no set of strings."""
+        hashes = np.fromiter(
+            (hash(self._ids[entry]) for entry in self._entries), dtype=np.int64, count=len(self._entries)
+        )
+        _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        first: dict[str, int] = {}
+        duplicates = {}
+        for position in np.flatnonzero(counts[which] > 1).tolist():
+            entry = int(self._entries[position])
+            before = first.setdefault(self._ids[entry], position)
+            if before != position:
+                duplicates[entry] = f"duplicate id: the sample at position {before} has it already"
+        return duplicates
+
+    def __len__(self) -> int:
+        """Number of samples, readable or not."""
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, its image decoded.
+
+        Raises:
+            BadSampleError: it cannot be read; the reason names what is wrong with it.
+        """
+        entry, sample_id = self._find(index)
+        try:
+            record = self._record(entry)
+            data = self._image(entry)
+        except Unusable as error:
+            raise BadSampleError(sample_id, str(error)) from None
+        except OSError as error:
+            raise BadSampleError(sample_id, f"file cannot be read: {error.strerror or error}") from None
+        image = decode_image(data, sample_id)
+        return Sample(sample_id, image, record.captions or (), record.label, record.questions, record.boxes)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of the sample at `index`; its image is not read.
+
+        Raises:
+            BadSampleError: as for the sample itself, except for what is wrong with the image.
+        """
+        entry, sample_id = self._find(index)
+        try:
+            return self._record(entry).captions or ()
+        except Unusable as error:
+            raise BadSampleError(sample_id, str(error)) from None
+        except OSError as error:
+            raise BadSampleError(sample_id, f"file cannot be read: {error.strerror or error}") from None
+
+    def id(self, index: int) -> str:
+        """The id of the sample at `index`, whether it is good or not."""
+        return self._ids[self._entry(index)]
+
+    def _entry(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples, there is no sample {index}")
+        return int(self._entries[index])
+
+    def _find(self, index: int) -> tuple[int, str]:
+        entry = self._entry(index)
+        if entry in self._bad:
+            raise BadSampleError(self._ids[entry], self._bad[entry])
+        return entry, self._ids[entry]
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the labels, by number; None where samples carry no label or it has no name."""
+        return self._class_names
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over the ids in order, class names, and what `_contents` covers; not over paths."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (type(self).__name__, *(self._class_names or ()), *self._contents()):
+            digest.update(b"%d:" % len(part.encode()) + part.encode())
+        for entry in self._entries:
+            text = self._ids[int(entry)].encode("utf-8", "surrogatepass")
+            digest.update(b"%d:" % len(text) + text)
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _record(self, entry: int) -> Record:
+        """What is said of an entry. Raises Unusable or OSError."""
+
+    @abstractmethod
+    def _image(self, entry: int) -> bytes:
+        """An entry's encoded image. Raises Unusable or OSError."""
+
+    @abstractmethod
+    def _contents(self) -> Iterable[str]:
+        """Texts that change when the data does and not when it is copied."""

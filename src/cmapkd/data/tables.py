@@ -1,0 +1,333 @@
+"""Rows of a CSV or JSON-lines file that name image files; rows of the same image become one sample."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from cmapkd.config import ConfigError, closest
+from cmapkd.data.classes import Classes
+from cmapkd.data.reading import Folder, Images
+from cmapkd.data.records import (
+    CAPTION_KEYS,
+    ID_KEYS,
+    IMAGE_KEYS,
+    LABEL_KEYS,
+    MAX_TEXT_BYTES,
+    Record,
+    Unusable,
+    check_text,
+    parse_id,
+    parse_json,
+    parse_label,
+    parse_record,
+)
+from cmapkd.data.stored import Keep, StoredSource, Texts
+from cmapkd.data.types import Box, QuestionAnswer
+
+FIRST_IMAGES = 8  # looked for when a table is opened
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which column is what; of several names the first that a row has. `required` ones must be there."""
+
+    image: Sequence[str] = IMAGE_KEYS
+    caption: Sequence[str] = CAPTION_KEYS
+    id: Sequence[str] = ID_KEYS
+    label: Sequence[str] = LABEL_KEYS
+    required: Sequence[str] = ()
+
+    def check(self, name: str, found: Iterable[str]) -> None:
+        """Refuses a table without a required column.
+
+        Raises:
+            ConfigError: with what the table has instead.
+        """
+        for column in self.required:
+            if column not in (known := sorted(found)):
+                raise ConfigError(
+                    f"{name} has no column {column!r}{closest(column, known)}. It has: {', '.join(known)}."
+                )
+
+
+@dataclass(slots=True)
+class _Group:
+    """What all rows of one sample say."""
+
+    id: str
+    image: str
+    captions: list[str] | None = None
+    label: Any = None
+    questions: list[QuestionAnswer] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
+    bad: str | None = None
+
+
+class TableSource(StoredSource):
+    """Samples from rows that name an image.
+
+    Rows of the same image, and of the same id where there are ids, are one sample with all their captions. The id is
+    the row's own, else the path of the image as it is written. A row that cannot be read makes its sample bad.
+
+    Args:
+        rows: (row number, values or the reason that there are none).
+        images: where the image files are.
+        contents: what the fingerprint covers; sizes of images are not part of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Iterable[tuple[int, Mapping[str, Any] | str]],
+        images: Images,
+        *,
+        columns: Columns,
+        contents: str,
+        keep: Keep | None = None,
+        classes: Classes | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self._images, self._digest = images, contents
+        seen: set[str] = set()
+        groups = list(_group(rows, columns, seen).values())
+        columns.check(name, seen)
+        _check_images(name, [group.image for group in groups if not group.bad][:FIRST_IMAGES], images)
+        words = {group.label.strip() for group in groups if isinstance(group.label, str)}
+        if classes is None and any(not word.isdecimal() for word in words):
+            names = sorted(words)
+            classes = Classes(tuple(names), {name: number for number, name in enumerate(names)})
+        self._label_numbers = None if classes is None else classes.numbers
+        self._rows = Texts(_pack(group) for group in groups)
+        super().__init__(
+            name,
+            Texts(group.id for group in groups),
+            keep=keep or Keep(),
+            captioned=np.array([bool(group.captions) for group in groups], dtype=np.bool_),
+            bad={place: group.bad for place, group in enumerate(groups) if group.bad},
+            class_names=None if classes is None else classes.names,
+            warnings=warnings,
+        )
+
+    def _record(self, entry: int) -> Record:
+        _, captions, label, questions, boxes = json.loads(self._rows[entry])
+        return Record(
+            None if captions is None else tuple(captions),
+            None if label is None else parse_label(label, self._label_numbers),
+            tuple(QuestionAnswer(question, tuple(answers), kind) for question, answers, kind in questions),
+            tuple(Box(*box) for box in boxes),
+        )
+
+    def _image(self, entry: int) -> bytes:
+        return self._images.read(json.loads(self._rows[entry])[0])
+
+    def _contents(self) -> Iterable[str]:
+        """The table's own bytes; of the images only their names."""
+        return [self._digest]
+
+
+def _check_images(name: str, names: list[str], images: Images) -> None:
+    """A wrong folder is found here rather than after a run's first thousand samples."""
+    if names and not any(images.has(image) for image in names):
+        hint = (
+            "URLs are not fetched: download the images first" if "://" in names[0] else "check the folder of the images"
+        )
+        raise ConfigError(
+            f"none of the first {len(names)} images that {name} names is there, such as {names[0]!r}: {hint}."
+        )
+
+
+def _pack(group: _Group) -> str:
+    questions = [[q.question, q.answers, q.kind] for q in group.questions]
+    boxes = [[b.x, b.y, b.width, b.height, b.name] for b in group.boxes]
+    return json.dumps([group.image, group.captions, group.label, questions, boxes], separators=(",", ":"))
+
+
+def _group(
+    rows: Iterable[tuple[int, Mapping[str, Any] | str]], columns: Columns, seen: set[str]
+) -> dict[object, _Group]:
+    """The samples of the rows, in the order of their first row; `seen` receives the names of all columns."""
+    groups: dict[object, _Group] = {}
+    for number, values in rows:
+        if isinstance(values, str):
+            groups[number] = _Group(f"row-{number}", "", bad=f"{values} (row {number})")
+            continue
+        seen.update(values)
+        try:
+            image = _image_name(values, columns)
+            identity = parse_id(values, columns.id)
+        except Unusable as error:
+            groups[number] = _Group(f"row-{number}", "", bad=f"{error} (row {number})")
+            continue
+        group = groups.setdefault((identity, image), _Group(identity or image, image))
+        try:
+            record = parse_record(values, caption_keys=columns.caption, label_keys=())
+        except Unusable as error:
+            group.bad = group.bad or f"{error} (row {number})"
+            continue
+        if record.captions is not None:
+            group.captions = [*(group.captions or ()), *record.captions]
+        label = next((values[key] for key in columns.label if values.get(key) is not None), None)
+        if label is not None and group.label not in (None, label):
+            group.bad = group.bad or f"labels disagree: {group.label!r} and {label!r} (row {number})"
+        if not isinstance(label, str | int | None):
+            group.bad = group.bad or f"label is not a class number: {str(label)[:40]!r} (row {number})"
+            label = None
+        group.label = label if group.label is None else group.label
+        group.questions += record.questions
+        group.boxes += record.boxes
+    return groups
+
+
+def _image_name(values: Mapping[str, Any], columns: Columns) -> str:
+    name = next((values[key] for key in columns.image if values.get(key) is not None), None)
+    if not isinstance(name, str) or not name.strip():
+        raise Unusable("image is not named")
+    name = check_text(name.strip(), "image name")
+    return name if "://" in name else PurePosixPath(name).as_posix()
+
+
+def open_csv(
+    path: Path,
+    *,
+    keep: Keep | None = None,
+    separator: str | None = None,
+    columns: Columns | None = None,
+    quotes: bool = True,
+    images: Path | None = None,
+    classes: Classes | None = None,
+) -> TableSource:
+    """A table with a header line, as open_clip reads: columns `filepath` and `title`, separated by tabs, or by commas.
+
+    Args:
+        separator: one character; None: a tab if the header has one, else a comma.
+        quotes: whether `"` encloses a field; a table whose captions begin with a lone `"` needs False.
+        images: the folder that image paths start from; None: the table's own.
+    Raises:
+        ConfigError: no header, or no column of images.
+    """
+    header = _header(path)
+    separator = separator or ("\t" if "\t" in header else ",")
+    names = [name.strip() for name in next(_reader([header], separator, quotes), [])]
+    chosen = _choose(path, names, columns or Columns(("filepath", *IMAGE_KEYS), ("title", *CAPTION_KEYS)))
+    return TableSource(
+        f"csv:{path}",
+        _csv_rows(path, names, separator, quotes),
+        Folder(images or path.parent, strict=False),
+        columns=chosen,
+        contents=hash_file(path),
+        keep=keep,
+        classes=classes,
+    )
+
+
+def _reader(lines: Iterable[str], separator: str, quotes: bool) -> Iterator[list[str]]:
+    return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
+
+
+def _header(path: Path) -> str:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        line = file.readline(MAX_TEXT_BYTES).rstrip("\r\n")
+    if not line.strip():
+        raise ConfigError(
+            f"csv {str(path)!r} is empty: its first line must name the columns, such as filepath and title"
+        )
+    return line
+
+
+def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
+    """The columns as this table has them: one each, so that an empty field is not looked up under another name."""
+    present = {
+        role: tuple(name for name in wanted if name in names)[:1]
+        for role, wanted in (
+            ("image", columns.image),
+            ("caption", columns.caption),
+            ("id", columns.id),
+            ("label", columns.label),
+        )
+    }
+    columns.check(f"csv {str(path)!r}", names)
+    says = present["caption"] or present["label"] or {"question", "qa"} & set(names)
+    if not present["image"] or not says:
+        missing = "column of captions (such as title)" if present["image"] else "column of images (such as filepath)"
+        raise ConfigError(
+            f"csv {str(path)!r} has no {missing}. It has: {', '.join(names)}. Name the columns with "
+            "?csv_img_key=...&csv_caption_key=..., and the separator with separator=tab or comma."
+        )
+    id_columns = tuple(name for name in present["id"] if name not in present["image"])
+    return Columns(present["image"], present["caption"], id_columns, present["label"])
+
+
+def _csv_rows(
+    path: Path, names: list[str], separator: str, quotes: bool
+) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    csv.field_size_limit(MAX_TEXT_BYTES)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = _reader(file, separator, quotes)
+        next(reader, None)
+        number = 0
+        while True:
+            number += 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, f"row is malformed: {error}"
+                continue
+            if not fields:
+                continue
+            if len(fields) != len(names):
+                yield number, f"row is malformed: {len(fields)} fields where the header has {len(names)}"
+                continue
+            yield number, {name: value for name, value in zip(names, fields, strict=True) if value.strip()}
+
+
+def open_jsonl(
+    path: Path,
+    *,
+    keep: Keep | None = None,
+    columns: Columns | None = None,
+    images: Images | None = None,
+    classes: Classes | None = None,
+    name: str | None = None,
+) -> TableSource:
+    """One JSON object a line: an image file, and captions, an id, a label, questions or boxes.
+
+    Raises:
+        ConfigError: it is one JSON array instead.
+    """
+    return TableSource(
+        name or f"jsonl:{path}",
+        jsonl_rows(path.name, path),
+        images or Folder(path.parent, strict=False),
+        columns=columns or Columns(),
+        contents=hash_file(path),
+        keep=keep,
+        classes=classes,
+    )
+
+
+def jsonl_rows(name: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1 and line.lstrip().startswith(b"["):
+                raise ConfigError(f"{name} begins with '[': jsonl: reads one object a line, not one array")
+            if not line.strip():
+                continue
+            try:
+                yield number, parse_json(line, "row")
+            except Unusable as error:
+                yield number, str(error)
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

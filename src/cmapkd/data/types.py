@@ -1,0 +1,150 @@
+"""The two types every part of the toolkit exchanges about data: a `Sample` of a source, and a `Batch` of views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An object in pixels of the original image: left, top, width, height (the COCO convention) and its name."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionAnswer:
+    """A question and its accepted answers; `kind` is `yes/no`, `number` or `other`, as VQA reports them."""
+
+    question: str
+    answers: tuple[str, ...]
+    kind: str = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with everything that is said of it.
+
+    `id` is stable: the same sample has the same id in every process, run and order of reading; views and caches are
+    keyed by it. `image` is RGB, upright (EXIF applied) and of any size.
+    """
+
+    id: str
+    image: Image.Image
+    captions: tuple[str, ...] = ()
+    label: int | None = None
+    questions: tuple[QuestionAnswer, ...] = ()
+    boxes: tuple[Box, ...] = ()
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used, with its id and the reason; what follows is the run's `on_bad_sample`."""
+
+    def __init__(self, sample_id: str, reason: str) -> None:
+        super().__init__(f"sample {sample_id!r}: {reason}")
+        self.sample_id = sample_id
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str]]:
+        """Crosses a worker process whole: an exception is rebuilt from its own arguments, not from its message."""
+        return type(self), (self.sample_id, self.reason)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples by position. Reading position i twice, in any process, gives the same sample."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Number of samples, readable or not."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`.
+
+        Raises:
+            BadSampleError: it cannot be read (missing or truncated file, no caption, ...).
+        """
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of the sample at `index` without decoding its image, for passes over the text alone.
+
+        Raises:
+            BadSampleError: what is said of the image cannot be read.
+        """
+        ...
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the labels, by number; None where samples carry no label."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the samples do and not when they are copied: a hash of names and sizes, not of every byte."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Token ids of a batch of texts, and which positions are not padding."""
+
+    ids: Tensor  # Int[batch length]
+    mask: Tensor  # Bool[batch length], True where a real token stands (special tokens included)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
+        return TokenBatch(self.ids.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TokenBatch:
+        return TokenBatch(self.ids.pin_memory(), self.mask.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One model's own form of the batch: pixels after its resize and normalisation, ids of its tokenizer."""
+
+    images: Tensor  # Float[batch 3 height width]
+    texts: TokenBatch
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ModelInput:
+        return ModelInput(self.images.to(device, non_blocking=non_blocking), self.texts.to(device, non_blocking))
+
+    def pin_memory(self) -> ModelInput:
+        return ModelInput(self.images.pin_memory(), self.texts.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The same views of the same samples, once for each model (`student`, `teacher`), in the same order.
+
+    `captions` are the texts that were tokenised; `view` is the view number of every sample in the batch.
+    """
+
+    ids: tuple[str, ...]
+    inputs: dict[str, ModelInput]
+    captions: tuple[str, ...]
+    view: int = 0
+    bad: tuple[tuple[str, str], ...] = field(default=())  # (id, reason) of samples skipped while making this batch
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        inputs = {role: model_input.to(device, non_blocking) for role, model_input in self.inputs.items()}
+        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra)
+
+    def pin_memory(self) -> Batch:
+        inputs = {role: model_input.pin_memory() for role, model_input in self.inputs.items()}
+        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra)

@@ -1,0 +1,199 @@
+"""Embeddings of a whole source: every image once, every different caption once, in the model's own evaluation form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.models.base import DualEncoder
+
+OnBadSample = Literal["skip", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A source as one model sees it; unit vectors, float32, on the CPU.
+
+    Attributes:
+        images: one row for each readable sample, in the source's order.
+        texts: one row for each caption, sample by sample; equal captions have equal rows.
+        image_of_text: the row of `images` that each caption belongs to.
+        ids: of the images.
+        labels: of the images, -1 where a sample has none.
+        captions: of the texts.
+        bad: (id, reason) of the samples that could not be read.
+    """
+
+    images: Float[Tensor, "images dim"]
+    texts: Float[Tensor, "texts dim"]
+    image_of_text: Int[Tensor, " texts"]
+    ids: tuple[str, ...]
+    labels: Int[Tensor, " images"]
+    captions: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...] = ()
+
+
+def embed(
+    model: DualEncoder,
+    source: Source,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    workers: int = 0,
+    limit: int | None = None,
+    on_bad_sample: OnBadSample = "skip",
+    autocast: torch.dtype | None = None,
+) -> Embedded:
+    """Runs both towers over the source in evaluation mode, without gradient; the model's modes are restored after.
+
+    Images go whole through the model's own preprocessing (its resize and centre crop or squash), no view.
+
+    Args:
+        batch_size: images, and texts, encoded at once; without influence on the result beyond rounding.
+        device: where the towers run; the model is moved there.
+        workers: processes that read and preprocess; 0: this one.
+        limit: only the first so many samples.
+        on_bad_sample: `skip` lists a sample that cannot be read in `bad`; `error` raises its `BadSampleError`.
+        autocast: precision of the towers' matrix products (`torch.bfloat16`); None: the weights' own.
+    Raises:
+        ValueError: no sample could be read.
+        BadSampleError: of the first unreadable sample, with `on_bad_sample="error"`.
+    """
+    vectors: list[Tensor] = []
+    ids: list[str] = []
+    labels: list[int] = []
+    captions: list[str] = []
+    image_of_text: list[int] = []
+    bad: list[tuple[str, str]] = []
+    with _evaluating(model, device, autocast):
+        for chunk in _read(model, source, batch_size=batch_size, workers=workers, limit=limit):
+            for failure in chunk.bad:
+                if on_bad_sample == "error":
+                    raise BadSampleError(*failure)
+                bad.append(failure)
+            if chunk.pixels is not None:
+                vectors.append(_unit(model.encode_image(chunk.pixels.to(device)).embedding))
+            for sample in chunk.samples:
+                captions.extend(sample.captions)
+                image_of_text.extend([len(ids)] * len(sample.captions))
+                ids.append(sample.id)
+                labels.append(-1 if sample.label is None else sample.label)
+    if not ids:
+        why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
+        raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
+    return Embedded(
+        images=torch.cat(vectors),
+        texts=embed_texts(model, captions, batch_size=batch_size, device=device, autocast=autocast),
+        image_of_text=torch.tensor(image_of_text, dtype=torch.long),
+        ids=tuple(ids),
+        labels=torch.tensor(labels, dtype=torch.long),
+        captions=tuple(captions),
+        bad=tuple(bad),
+    )
+
+
+def embed_texts(
+    model: DualEncoder,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    autocast: torch.dtype | None = None,
+) -> Float[Tensor, "texts dim"]:
+    """Unit embeddings of `texts`, in their order; similar lengths share a batch, equal texts are encoded once."""
+    different = sorted(set(texts), key=lambda text: (-len(text), text))
+    vectors: list[Tensor] = []
+    with _evaluating(model, device, autocast):
+        for first in range(0, len(different), batch_size):
+            tokens = model.tokenizer(different[first : first + batch_size])
+            vectors.append(_unit(model.encode_text(tokens.to(device)).embedding))
+    if not vectors:
+        return torch.empty(0, model.embed_dim)
+    place = {text: number for number, text in enumerate(different)}
+    return torch.cat(vectors)[torch.tensor([place[text] for text in texts])]
+
+
+def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    return F.normalize(embedding.float(), dim=-1).cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module, device: torch.device | str, autocast: torch.dtype | None) -> Iterator[None]:
+    """Eval mode without gradient; afterwards every module is back in the mode it had, also a frozen part's eval."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.to(device).eval()
+    try:
+        # without a cache: entries made without gradient would still be used by a training step's autocast around us
+        cast = torch.autocast(
+            torch.device(device).type, dtype=autocast, enabled=autocast is not None, cache_enabled=False
+        )
+        with torch.no_grad(), cast:
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Text(NamedTuple):
+    """What is kept of a sample beside its pixels."""
+
+    id: str
+    captions: tuple[str, ...]
+    label: int | None
+
+
+class _Chunk(NamedTuple):
+    samples: list[_Text]
+    pixels: Float[Tensor, "batch 3 height width"] | None
+    bad: list[tuple[str, str]]
+
+
+class _Whole(Dataset[_Chunk]):
+    """Chunk `i` of the source: whole images in the model's form. Works inside data workers."""
+
+    def __init__(
+        self, source: Source, preprocess: Callable[[Image.Image], Tensor], *, batch_size: int, length: int
+    ) -> None:
+        self.source, self.preprocess = source, preprocess
+        self.batch_size, self.length = batch_size, length
+
+    def __len__(self) -> int:
+        return -(-self.length // self.batch_size)
+
+    def __getitem__(self, chunk: int) -> _Chunk:
+        samples: list[_Text] = []
+        pixels: list[Tensor] = []
+        bad: list[tuple[str, str]] = []
+        for index in range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.length)):
+            try:
+                sample = self.source[index]
+                pixels.append(self.preprocess(sample.image))
+            except BadSampleError as error:
+                bad.append((error.sample_id, error.reason))
+            else:
+                samples.append(_Text(sample.id, sample.captions, sample.label))
+        return _Chunk(samples, torch.stack(pixels) if pixels else None, bad)
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
+
+
+def _read(model: DualEncoder, source: Source, *, batch_size: int, workers: int, limit: int | None) -> Iterator[_Chunk]:
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    length = len(source) if limit is None else min(limit, len(source))
+    chunks = _Whole(source, model.image_spec, batch_size=batch_size, length=length)
+    generator = torch.Generator()  # its own: evaluating draws nothing from the run's random state
+    yield from DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=generator)

@@ -1,0 +1,144 @@
+"""Where the best positive of every query ranks among all candidates, ties settled by expectation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_BLOCK_SCORES = 4_000_000  # scores held at once: 16 MB, and as much again to compare them
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The best-scoring positive of each query, in three counts.
+
+    Attributes:
+        query: the queries that have a positive, ascending.
+        better: candidates that score strictly higher; none of them is a positive.
+        equal_negatives: candidates that tie with the best positive without being positives.
+        equal_positives: positives with that same score, at least 1.
+    """
+
+    query: Int[Tensor, " queries"]
+    better: Int[Tensor, " queries"]
+    equal_negatives: Int[Tensor, " queries"]
+    equal_positives: Int[Tensor, " queries"]
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def hits(self, k: int) -> Float[Tensor, " queries"]:
+        """Probability that a positive is among the first `k` when candidates of equal score stand in random order.
+
+        The places left for the tied group, `k - better`, are drawn without replacement from its negatives and
+        positives; the query misses when all of them are negatives (hypergeometric). 0 or 1 where nothing ties; float64.
+        """
+        miss = torch.ones(len(self), dtype=torch.float64, device=self.better.device)
+        tied = self.equal_negatives + self.equal_positives
+        for place in range(k):
+            share = (self.equal_negatives - place).clamp_min(0) / (tied - place).clamp_min(1).double()
+            miss = torch.where(self.better + place < k, miss * share, miss)
+        return 1 - miss
+
+    def percent(self, k: int) -> float:
+        """Recall@k: the mean of `hits`, 0 to 100."""
+        return 100 * float(self.hits(k).sum()) / len(self)
+
+    def expected(self) -> Float[Tensor, " queries"]:
+        """Expected rank of the best positive, from 1, under the same random order; float64."""
+        return 1 + self.better + self.equal_negatives / (self.equal_positives + 1).double()
+
+
+class _Group(NamedTuple):
+    """Candidates without repetition: identical ones would tie exactly only if the matrix product saw to it."""
+
+    vectors: Tensor  # Float[groups dim]
+    of_candidate: Tensor  # Int[candidates]
+    sizes: Tensor  # Float[groups]
+
+
+def rank_positives(
+    queries: Float[Tensor, "queries dim"],
+    candidates: Float[Tensor, "candidates dim"],
+    positives: Int[Tensor, "pairs 2"],
+    *,
+    queries_per_block: int | None = None,
+) -> Ranks:
+    """Ranks every query's best positive among all candidates, by inner product.
+
+    Only one block of queries is scored at a time, and counted by comparison with the positive's score; scores are
+    float32. A positive's score comes from the same product as the others, and identical candidates share one column,
+    so that ties are exact.
+
+    Args:
+        positives: (query, candidate) pairs in any order, repeats allowed. A query without a pair is left out.
+        queries_per_block: queries scored at once; by default as many as fit 4 million scores.
+    Raises:
+        ValueError: the widths differ, an embedding is not finite, or a pair points outside.
+    """
+    _check(queries, candidates, positives)
+    pairs = positives.to(queries.device, torch.long)
+    pairs = torch.unique(pairs, dim=0) if len(pairs) else pairs  # sorted by query
+    group = _group(candidates.float())
+    asked, count = torch.unique_consecutive(pairs[:, 0], return_counts=True)
+    start = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    columns = group.of_candidate[pairs[:, 1]]
+    rows = torch.repeat_interleave(torch.arange(len(asked), device=pairs.device), count)
+
+    size = queries_per_block or max(1, _BLOCK_SCORES // len(group.vectors))
+    better, tied, tied_positives = (torch.zeros(len(asked), dtype=torch.long, device=pairs.device) for _ in range(3))
+    for first in range(0, len(asked), size):
+        last = min(first + size, len(asked))
+        scores = queries[asked[first:last]].float() @ group.vectors.T
+        mine = slice(int(start[first]), int(start[last]))
+        row = rows[mine] - first
+        of_positives = scores[row, columns[mine]]
+        best = torch.full((last - first,), -torch.inf, device=scores.device)
+        best.scatter_reduce_(0, row, of_positives, "amax")
+        tied_positives[first:last].index_add_(0, row, (of_positives == best[row]).long())
+        better[first:last] = ((scores > best[:, None]).float() @ group.sizes).long()  # exact below 2**24 candidates
+        tied[first:last] = ((scores == best[:, None]).float() @ group.sizes).long()
+    return Ranks(asked, better, tied - tied_positives, tied_positives)
+
+
+def _check(queries: Tensor, candidates: Tensor, positives: Tensor) -> None:
+    if queries.shape[1] != candidates.shape[1]:
+        raise ValueError(
+            f"queries are {queries.shape[1]} wide and candidates {candidates.shape[1]}: they must be embeddings of one "
+            "joint space, so of one model."
+        )
+    for name, values in (("queries", queries), ("candidates", candidates)):
+        check_finite(name, values)
+    for column, values in ((0, queries), (1, candidates)):
+        if len(positives) and not 0 <= int(positives[:, column].min()) <= int(positives[:, column].max()) < len(values):
+            raise ValueError(
+                f"positives name {('query', 'candidate')[column]} {int(positives[:, column].min())} to "
+                f"{int(positives[:, column].max())}, but there are {len(values)}, numbered from 0."
+            )
+
+
+def check_finite(name: str, values: Float[Tensor, "count dim"]) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        ValueError: says how many rows, and the first.
+    """
+    rows: Sequence[int] = (~torch.isfinite(values).all(dim=1)).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"{len(rows)} of {len(values)} {name} are not finite (NaN or infinity), the first at row {rows[0]}: any "
+            "rank of them would be made up. The model diverged, or overflowed in half precision."
+        )
+
+
+def _group(candidates: Float[Tensor, "candidates dim"]) -> _Group:
+    vectors, of_candidate, sizes = torch.unique(candidates, dim=0, return_inverse=True, return_counts=True)
+    if len(vectors) == len(candidates):  # the usual case: keep the order, free the copy
+        everyone = torch.arange(len(candidates), device=candidates.device)
+        return _Group(candidates, everyone, torch.ones(len(candidates), device=candidates.device))
+    return _Group(vectors, of_candidate, sizes.float())

@@ -1,0 +1,109 @@
+"""Image-text retrieval by the COCO and Flickr protocol: recall@k, median and mean rank, both directions."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cmapkd.evaluation.ranking import Ranks, check_finite, rank_positives
+
+RECALL_AT = (1, 5, 10)
+
+
+def retrieval(
+    images: Float[Tensor, "images dim"],
+    texts: Float[Tensor, "texts dim"],
+    image_of_text: Int[Tensor, " texts"],
+    *,
+    also_positive: Int[Tensor, "pairs 2"] | None = None,
+    queries_per_block: int | None = None,
+) -> dict[str, Any]:
+    """Recall@1, 5 and 10 in both directions, over all captions.
+
+    Text to image: every caption queries all images, and hits when its image is among the first k. Image to text: every
+    image that has a caption queries all captions, and hits when any caption of its own is among the first k. Images
+    without a caption are candidates and do not query. Ties count as the expectation over random order, so identical
+    embeddings score chance and not 100.
+
+    Args:
+        images, texts: embeddings of one joint space, compared by inner product: unit vectors for the cosine.
+        image_of_text: the image (row of `images`) that each caption describes.
+        also_positive: further (text, image) pairs that count as right, as `shared_captions` finds them.
+        queries_per_block: bounds memory, see `rank_positives`; no influence on the result.
+    Returns:
+        `{"i2t": {...}, "t2i": {...}, "mean_r@1", "num_images", "num_texts"}`; each direction holds `r@1`, `r@5`, `r@10`
+        in percent and `median_rank`, `mean_rank` of the best positive, from 1.
+    Raises:
+        ValueError: there is no image or no caption, the shapes do not fit, or an embedding is not finite.
+    """
+    _check(images, texts, image_of_text)
+    check_finite("image embeddings", images)
+    check_finite("text embeddings", texts)
+    own = torch.stack([torch.arange(len(texts)), image_of_text.cpu().long()], dim=1)
+    pairs = own if also_positive is None else torch.cat([own, also_positive.cpu().long()])
+    t2i = _summary(rank_positives(texts, images, pairs, queries_per_block=queries_per_block))
+    i2t = _summary(rank_positives(images, texts, pairs.flip(1), queries_per_block=queries_per_block))
+    return {
+        "i2t": i2t,
+        "t2i": t2i,
+        "mean_r@1": (i2t["r@1"] + t2i["r@1"]) / 2,
+        "num_images": len(images),
+        "num_texts": len(texts),
+    }
+
+
+def shared_captions(captions: Sequence[str], image_of_text: Int[Tensor, " texts"]) -> Int[Tensor, "pairs 2"]:
+    """The (text, image) pairs that identical captions add: a sentence said of several images is right for each.
+
+    Captions are identical when they agree in letters, whatever the case, spacing and final full stop. The standard
+    protocol counts none of these pairs; they matter where few sentences describe many images, as in NLVR.
+    """
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    for text, caption in enumerate(captions):
+        members[_normalised(caption)].append(text)
+    added = []
+    for texts in members.values():
+        group = torch.tensor(texts)
+        images = torch.unique(image_of_text.cpu().long()[group])
+        if len(images) > 1:
+            pairs = torch.cartesian_prod(group, images)
+            added.append(pairs[image_of_text.cpu().long()[pairs[:, 0]] != pairs[:, 1]])
+    return torch.cat(added) if added else torch.empty(0, 2, dtype=torch.long)
+
+
+def _normalised(caption: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", caption).casefold().split()).rstrip(" .")
+
+
+def _summary(ranks: Ranks) -> dict[str, float]:
+    expected = ranks.expected()
+    recall = {f"r@{k}": ranks.percent(k) for k in RECALL_AT}
+    return recall | {"median_rank": float(expected.quantile(0.5)), "mean_rank": float(expected.mean())}
+
+
+def _check(images: Tensor, texts: Tensor, image_of_text: Tensor) -> None:
+    if not len(images):
+        raise ValueError("there are no images to retrieve: the source is empty, or none of its samples could be read.")
+    if not len(texts):
+        raise ValueError(
+            f"none of the {len(images)} images has a caption, and retrieval compares images with captions: give a "
+            "source with captions, or leave retrieval out of the tasks."
+        )
+    if images.shape[1:] != texts.shape[1:]:
+        raise ValueError(
+            f"images are {tuple(images.shape)} and texts {tuple(texts.shape)}: both must be embeddings of one joint "
+            "space, so of one model."
+        )
+    if image_of_text.shape != (len(texts),):
+        raise ValueError(
+            f"image_of_text has shape {tuple(image_of_text.shape)}: give one image for each of {len(texts)} texts."
+        )
+    low, high = int(image_of_text.min()), int(image_of_text.max())
+    if low < 0 or high >= len(images):
+        raise ValueError(f"image_of_text names images {low} to {high}, but there are {len(images)}, numbered from 0.")

@@ -1,0 +1,83 @@
+"""Zero-shot classification: class names become texts, and an image belongs to the class whose texts are nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cmapkd.evaluation.embed import embed_texts
+from cmapkd.evaluation.ranking import check_finite, rank_positives
+from cmapkd.evaluation.templates import fill
+from cmapkd.models.base import DualEncoder
+
+_TEXTS_AT_ONCE = 8_192  # prompts whose embeddings are held before they are averaged
+
+
+def classifier(
+    model: DualEncoder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    autocast: torch.dtype | None = None,
+) -> Float[Tensor, "classes dim"]:
+    """One unit vector for each class: the mean of the unit embeddings of its prompts, normalised again.
+
+    Raises:
+        ValueError: there are no class names or no templates.
+    Source: Radford et al. 2021, arXiv:2103.00020, section 3.1.4 (prompt ensembling in embedding space).
+    """
+    if not class_names or not templates:
+        raise ValueError(f"a classifier needs class names and templates, got {len(class_names)} and {len(templates)}")
+    weights: list[Tensor] = []
+    step = max(1, _TEXTS_AT_ONCE // len(templates))
+    for first in range(0, len(class_names), step):
+        names = class_names[first : first + step]
+        prompts = [fill(template, name) for name in names for template in templates]
+        texts = embed_texts(model, prompts, batch_size=batch_size, device=device, autocast=autocast)
+        weights.append(F.normalize(texts.view(len(names), len(templates), -1).mean(1), dim=-1))
+    return torch.cat(weights)
+
+
+def zero_shot(
+    images: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], weights: Float[Tensor, "classes dim"]
+) -> dict[str, Any]:
+    """Accuracy of the nearest class, in percent; classes of equal score count as the expectation over random order.
+
+    Args:
+        labels: row of `weights` that is right for each image; images with a negative label are left out.
+    Returns:
+        `top1`, `top5` (None with five classes or fewer, where it says nothing), `mean_per_class` (top-1 within each
+        class that has images, then their mean), `num_classes`, `num_images` (labelled ones).
+    Raises:
+        ValueError: no image is labelled, a label has no class, or an embedding is not finite.
+    """
+    check_finite("image embeddings", images)
+    check_finite("class weights", weights)
+    labelled = (labels >= 0).nonzero().flatten()
+    if not len(labelled):
+        raise ValueError(f"none of the {len(images)} images has a label, and accuracy compares with labels.")
+    truth = labels[labelled]
+    if int(truth.max()) >= len(weights):
+        raise ValueError(
+            f"there are labels up to {int(truth.max())}, but only {len(weights)} class names, for labels 0 to "
+            f"{len(weights) - 1}: give the list of names that the labels were numbered by."
+        )
+    pairs = torch.stack([torch.arange(len(truth), device=truth.device), truth], dim=1)
+    ranks = rank_positives(images[labelled], weights, pairs)
+    top1 = ranks.hits(1)
+    sums = top1.new_zeros(len(weights)).index_add_(0, truth, top1)
+    counts = truth.bincount(minlength=len(weights))
+    return {
+        "top1": ranks.percent(1),
+        "top5": ranks.percent(5) if len(weights) > 5 else None,
+        "mean_per_class": 100 * float((sums[counts > 0] / counts[counts > 0]).mean()),
+        "num_classes": len(weights),
+        "num_images": len(truth),
+    }

@@ -1,0 +1,48 @@
+"""Embeddings of the whole batch on every process, with the gradient that one process with the whole batch would see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from cmapkd.models.types import Features, TowerFeatures
+
+
+def gather_features(features: Features) -> Features:
+    """`features` with the embeddings of all processes, in rank order; levels stay local.
+
+    Every process then computes the same loss of the whole batch. The gradient of a process's own rows is the sum over
+    processes of what their losses ask of it; the distributed wrapper divides by the number of processes, which leaves
+    exactly the gradient of the whole-batch loss. Without a process group this returns its argument.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return features
+    return replace(features, image=_gather_tower(features.image), text=_gather_tower(features.text))
+
+
+def _gather_tower(tower: TowerFeatures) -> TowerFeatures:
+    gathered: Tensor = _GatherRows.apply(tower.embedding)  # type: ignore[no-untyped-call]
+    return replace(tower, embedding=gathered)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenates equal-sized row blocks of all processes; backward sums the gradients of a block over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Float[Tensor, "local dim"]) -> Float[Tensor, "batch dim"]:
+        ctx.num_rows = len(rows)
+        blocks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(blocks, rows.contiguous())
+        return torch.cat(blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        start = dist.get_rank() * ctx.num_rows
+        return total[start : start + ctx.num_rows]

@@ -1,0 +1,24 @@
+"""Image-text models behind one contract, `DualEncoder`; one adapter for each library, imported when it is needed."""
+
+from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Tokenizer
+from cmapkd.models.images import ImageSpec
+from cmapkd.models.registry import FAMILIES, ModelConfig, build_model, load_model
+from cmapkd.models.teacher import FrozenTeacher
+from cmapkd.models.types import Features, Level, LevelInfo, Needs, TowerFeatures
+
+__all__ = [
+    "FAMILIES",
+    "MAX_LOGIT_SCALE",
+    "DualEncoder",
+    "Features",
+    "FrozenTeacher",
+    "ImageSpec",
+    "Level",
+    "LevelInfo",
+    "ModelConfig",
+    "Needs",
+    "Tokenizer",
+    "TowerFeatures",
+    "build_model",
+    "load_model",
+]

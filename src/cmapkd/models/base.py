@@ -1,0 +1,114 @@
+"""`DualEncoder`: what every image-text model looks like to the rest of cmapkd, whichever library it comes from."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmapkd.config import closest
+from cmapkd.data.types import ModelInput, TokenBatch
+from cmapkd.models.images import ImageSpec
+from cmapkd.models.storage import load_weights, read_weights
+from cmapkd.models.types import Features, LevelInfo, Needs, TowerFeatures
+
+__all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Tokenizer"]
+
+MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv:2103.00020, section 2.5: clipped to keep training stable
+
+
+class Tokenizer(Protocol):
+    """Texts to ids, the model's own way. Picklable: it works inside data workers."""
+
+    context_length: int
+    vocab_size: int
+
+    def __call__(self, texts: Sequence[str]) -> TokenBatch:
+        """Ids and padding mask of `texts`, truncated to `context_length`."""
+        ...
+
+
+class DualEncoder(nn.Module, ABC):
+    """An image tower and a text tower that meet in one embedding space.
+
+    Attributes:
+        name: how the model is named in recipes, for messages and reports.
+        embed_dim: width of the joint space.
+        image_spec: the model's own resize and normalisation.
+        tokenizer: the model's own tokenizer.
+        image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
+    """
+
+    name: str
+    embed_dim: int
+    image_spec: ImageSpec
+    tokenizer: Tokenizer
+    image_levels: tuple[LevelInfo, ...]
+    text_levels: tuple[LevelInfo, ...]
+
+    @property
+    @abstractmethod
+    def log_logit_scale(self) -> nn.Parameter:
+        """The learned log of the logit scale, as the library stores it."""
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """The learned bias added to the logits (SigLIP); None where the model has none."""
+        return None
+
+    @abstractmethod
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        """Image embedding [batch, embed_dim], not normalised, and the named levels.
+
+        Raises:
+            ValueError: a level that this tower does not have.
+        """
+
+    @abstractmethod
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        """Text embedding [batch, embed_dim], not normalised, and the named levels."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes weights (safetensors), architecture and tokenizer so that `load_model(folder)` reads them back."""
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Loads a weight file over this model; adapters also take their library's own names.
+
+        Raises:
+            ValueError: the file is missing or unsafe, or any name or shape does not fit.
+        """
+        load_weights(self, read_weights(path), where=path)
+
+    def forward(self, inputs: ModelInput, needs: Needs | None = None) -> Features:
+        needs = needs or Needs()
+        return Features(
+            image=self.encode_image(inputs.images, needs.image_levels),
+            text=self.encode_text(inputs.texts, needs.text_levels),
+            logit_scale=self.log_logit_scale.exp().reshape(()),  # some libraries store it as a vector of one
+            logit_bias=self.logit_bias,
+        )
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keeps the logit scale within [1, 100], as CLIP does after every step."""
+        self.log_logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+
+    def check_levels(self, tower: Literal["image", "text"], asked: Sequence[str]) -> None:
+        """Refuses a level this tower does not have, naming the closest ones."""
+        known = [level.name for level in (self.image_levels if tower == "image" else self.text_levels)]
+        for name in asked:
+            if name not in known:
+                raise ValueError(
+                    f"{self.name} has no {tower} level {name!r}{closest(name, known)}. "
+                    f"It has: {', '.join(known) or 'none'}."
+                )
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

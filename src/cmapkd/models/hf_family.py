@@ -1,0 +1,204 @@
+"""Names after `hf:`: a Hugging Face hub id or a local folder in transformers' format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from cmapkd.config import Config, ConfigError
+from cmapkd.models.base import DualEncoder
+from cmapkd.models.hf_model import HfModel, HfTokenizer
+from cmapkd.models.registry import ModelConfig
+
+SUPPORTED = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class HfOptions(Config):
+    """What can be chosen about a transformers model; its sizes are in its config.json."""
+
+    context_length: int | None = Field(
+        None, ge=2, description="Longest text, in tokens. None: as long as the model takes."
+    )
+    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer. None: the model's own.")
+    revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
+
+
+def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:  # noqa: ARG001
+    """The model with its weights, or with `init: scratch` its architecture with random ones."""
+    options = HfOptions.from_mapping(config.options, where=f"options of {config.name}")
+    source = str(Path(rest).expanduser()) if rest.startswith("~") else rest
+    local = Path(source).is_dir()
+    if not local and (rest.startswith((".", "/", "~")) or rest.count("/") > 1):
+        raise ConfigError(f"{config.name}: there is no folder {source}")
+    revision = {} if local or options.revision is None else {"revision": options.revision}
+    if local and options.revision is not None:
+        raise ConfigError(f"{config.name} is a local folder: option revision is for hub repositories only")
+    model_config = _config(source, local, revision, config.name)
+    if config.init == "scratch":
+        model = _scratch(model_config)
+    else:
+        if local:
+            _check_weight_files(Path(source))
+        model = _pretrained(source, model_config, revision, config.name)
+    return _assemble(source, model, options, revision, config.name, scratch=config.init == "scratch")
+
+
+def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+    """A folder that `HfModel.save` wrote; needs no network."""
+    name = str(description["name"])
+    options = HfOptions(context_length=description["options"]["context_length"])
+    _check_weight_files(folder)
+    model = _pretrained(str(folder), _config(str(folder), True, {}, name), {}, str(folder))
+    return _assemble(str(folder), model, options, {}, name, scratch=False)
+
+
+def _config(source: str, local: bool, revision: dict[str, str], where: str) -> Any:
+    """The model's config, refused unless it is of a kind we support. Code in a repository is never run."""
+    from transformers import AutoConfig
+
+    supported = ", ".join(f"{kind} ({name})" for kind, name in SUPPORTED.items())
+    if local and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} is no transformers model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
+    except (OSError, ConnectionError) as error:
+        raise ValueError(
+            f"there is no model {where}: {source!r} is no local folder, and the Hugging Face hub gave no config.json "
+            f"({_first_line(error)}). Check the name; without a network, "
+            "download the repository elsewhere and give its folder."
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where}: transformers cannot read its config ({_first_line(error)}). Supported: {supported}."
+        ) from None
+    if config.model_type == "siglip2":
+        raise ConfigError(
+            f"{where} is a NaFlex SigLIP 2 model, whose number of patches varies: use a fixed-resolution one, for "
+            "example hf:google/siglip2-base-patch16-224 (its model_type is siglip)."
+        )
+    if config.model_type not in SUPPORTED:
+        raise ConfigError(
+            f"{where} has model_type {config.model_type!r}, which is not supported. Supported: {supported}."
+        )
+    for key in ("image_size", "patch_size"):
+        if not isinstance(getattr(config.vision_config, key), int):
+            raise ConfigError(f"{where} has a {key} that is not square: only square ones are supported")
+    if config.model_type == "siglip" and not config.vision_config.vision_use_head:
+        raise ConfigError(f"{where} has no pooling head (vision_use_head is false), so it has no image embedding")
+    return config
+
+
+def _scratch(config: Any) -> Any:
+    """Random weights, as the library draws them, but SigLIP's scale and bias, which it leaves at zero."""
+    model = _class(config)(config).float()
+    if config.model_type == "siglip":
+        with torch.no_grad():  # arXiv:2303.15343, section 3.2: t' = log 10 and b = -10
+            model.logit_scale.fill_(math.log(10))
+            model.logit_bias.fill_(-10.0)
+    return model
+
+
+def _pretrained(source: str, config: Any, revision: dict[str, str], where: str) -> Any:
+    """Weights as float32, from safetensors or from a file that loads without unpickling objects.
+
+    Raises:
+        ValueError: they are missing, unsafe or do not fit.
+    """
+    try:
+        model, report = _class(config).from_pretrained(
+            source, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True, **revision
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the weights of {where} could not be loaded ({type(error).__name__}: {_first_line(error)}). They must be "
+            "model.safetensors, or a torch file of tensors only, of exactly this config's shapes. To convert a file "
+            "whose origin you trust, where it was made: model.save_pretrained(folder, safe_serialization=True)."
+        ) from None
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(".position_ids"))
+    wrong = sorted(str(key) for key in report["mismatched_keys"])
+    if missing or unexpected or wrong:
+        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        problems = [f"{len(names)} {kind} ({', '.join(names[:4])})" for kind, names in kinds if names]
+        raise ValueError(f"the weights of {where} do not fit its config.json: {'; '.join(problems)}.")
+    return model
+
+
+def _check_weight_files(folder: Path) -> None:
+    if not any((folder / name).is_file() for name in (*_SAFE, *_PICKLED)):
+        raise ValueError(
+            f"{folder} has no weights: looked for {', '.join((*_SAFE, *_PICKLED))}. Copy them there, or set `init: "
+            "scratch` for the untrained architecture."
+        )
+
+
+def _assemble(
+    source: str, model: Any, options: HfOptions, revision: dict[str, str], name: str, *, scratch: bool
+) -> HfModel:
+    config = model.config
+    longest = int(config.text_config.max_position_embeddings)
+    length = options.context_length or longest
+    if length > longest:
+        raise ConfigError(f"context_length {length} is longer than {name} takes: {longest} tokens")
+    if config.model_type == "siglip" and length != longest:
+        raise ConfigError(
+            f"{name} pools the last position, so every text must be padded to {longest} tokens, not {length}"
+        )
+    native = _tokenizer(options.tokenizer or source, {} if options.tokenizer else revision, name)
+    if len(native) > config.text_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {name} has {len(native)} tokens, but the model embeds {config.text_config.vocab_size}: "
+            "give the tokenizer that it was trained with."
+        )
+    tokenizer = HfTokenizer(native, context_length=length, to_full_length=config.model_type == "siglip")
+    processor = _processor(source, revision, config, name, scratch=scratch)
+    return HfModel(model, tokenizer=tokenizer, processor=processor, name=name)
+
+
+def _tokenizer(source: str, revision: dict[str, str], name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
+    except Exception as error:
+        raise ValueError(
+            f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {_first_line(error)}). "
+            "Copy tokenizer.json and tokenizer_config.json there, or name another place with the option `tokenizer`. A "
+            "tokenizer that is only a sentencepiece model needs `pip install sentencepiece protobuf`."
+        ) from None
+
+
+def _processor(source: str, revision: dict[str, str], config: Any, name: str, *, scratch: bool) -> Any:
+    """The repository's image processor; an untrained model without one gets its family's, at the config's size."""
+    from transformers import AutoImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **revision)
+    except Exception as error:
+        if not scratch:
+            raise ValueError(
+                f"{name} has weights but no readable preprocessor_config.json in {source!r} ({_first_line(error)}), so "
+                "the pixels it was trained on are unknown: copy that file there."
+            ) from None
+    size = config.vision_config.image_size
+    square = {"height": size, "width": size}
+    if config.model_type == "clip":
+        return CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square)
+    return SiglipImageProcessor(size=square)
+
+
+def _class(config: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, SUPPORTED[config.model_type])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

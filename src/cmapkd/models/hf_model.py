@@ -1,0 +1,155 @@
+"""`HfModel`: a CLIP or SigLIP model of transformers behind our contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmapkd.config import ConfigError
+from cmapkd.data.types import TokenBatch
+from cmapkd.models.base import DualEncoder
+from cmapkd.models.images import ImageSpec
+from cmapkd.models.storage import load_weights, read_weights, write_model_folder
+from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as processor configs store them
+
+
+class HfTokenizer:
+    """A transformers tokenizer; `to_full_length` pads to `context_length`, otherwise to the longest of the batch."""
+
+    def __init__(self, tokenizer: Any, *, context_length: int, to_full_length: bool) -> None:
+        self.native, self.context_length, self.to_full_length = tokenizer, context_length, to_full_length
+        self.vocab_size: int = len(tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> TokenBatch:
+        encoded = self.native(
+            list(texts),
+            padding="max_length" if self.to_full_length else "longest",
+            truncation=True,
+            max_length=self.context_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool())
+
+
+class HfModel(DualEncoder):
+    """Wraps `CLIPModel` or `SiglipModel`. Levels are `blocks.N`, the output of block N of either tower.
+
+    CLIP attends to the tokenizer's mask. SigLIP was trained on texts padded to full length without a mask, and is run
+    that way, as transformers documents; the levels' mask still marks the real tokens.
+    """
+
+    tokenizer: HfTokenizer
+
+    def __init__(self, model: Any, *, tokenizer: HfTokenizer, processor: Any, name: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.name, self.tokenizer, self.processor = name, tokenizer, processor
+        config = self.model.config
+        self.model_type: str = config.model_type
+        vision, text = config.vision_config, config.text_config
+        self.embed_dim = int(config.projection_dim if self.model_type == "clip" else text.projection_size)
+        self.image_spec = image_spec(processor.to_dict(), vision.image_size)
+        self.image_levels = _blocks(vision)
+        self.text_levels = _blocks(text)
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        parameter: nn.Parameter = self.model.logit_scale
+        return parameter
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.reshape(())
+
+    def clamp_logit_scale(self) -> None:
+        """CLIP's clamp; not for SigLIP (arXiv:2303.15343), which has none and ends above 100."""
+        if self.logit_bias is None:
+            super().clamp_logit_scale()
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        self.check_levels("image", levels)
+        # The towers and not `get_image_features`, whose return type changed in transformers 5; tested to be equal.
+        output = self.model.vision_model(pixel_values=images, output_hidden_states=bool(levels))
+        pooled = output.pooler_output
+        embedding = self.model.visual_projection(pooled) if self.model_type == "clip" else pooled
+        patch = self.model.config.vision_config.patch_size
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        num_prefix = 1 if self.model_type == "clip" else 0
+        kept = {name: Level(value, "tokens", num_prefix, grid) for name, value in _take(output, levels).items()}
+        return TowerFeatures(embedding, kept)
+
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        self.check_levels("text", levels)
+        mask = texts.mask.long() if self.model_type == "clip" else None
+        output = self.model.text_model(input_ids=texts.ids, attention_mask=mask, output_hidden_states=bool(levels))
+        pooled = output.pooler_output
+        embedding = self.model.text_projection(pooled) if self.model_type == "clip" else pooled
+        kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in _take(output, levels).items()}
+        return TowerFeatures(embedding, kept)
+
+    def load_checkpoint(self, path: Path) -> None:
+        weights = read_weights(path)
+        ours = all(key.startswith("model.") for key in weights)
+        load_weights(self if ours else self.model, _without_positions(weights), where=path)
+
+    def save(self, folder: Path) -> None:
+        """Ours, and transformers' own: the Auto classes read model, tokenizer and image processor from the folder."""
+        options = {"model_type": self.model_type, "context_length": self.tokenizer.context_length}
+        write_model_folder(folder, family="hf", name=self.name, options=options)
+        self.model.save_pretrained(folder)
+        self.tokenizer.native.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def image_spec(processor: Mapping[str, Any], image_size: int) -> ImageSpec:
+    """A transformers image processor in our terms.
+
+    Raises:
+        ConfigError: it resizes to something other than the square that the model takes.
+    """
+    size, crop = dict(processor.get("size") or {}), dict(processor.get("crop_size") or {})
+    cropped = bool(processor.get("do_center_crop")) and bool(crop)
+    if cropped and size.get("shortest_edge"):
+        fits = size["shortest_edge"] == crop.get("height") == crop.get("width") == image_size
+    else:
+        fits = size.get("height") == size.get("width") == image_size
+    if not fits or not processor.get("do_resize", True):
+        raise ConfigError(
+            f"the image processor resizes to {size}{f' and crops to {crop}' if cropped else ''}, the model takes "
+            f"{image_size} x {image_size} pixels: set size (and crop_size) to that in preprocessor_config.json."
+        )
+    normalised = processor.get("do_normalize", True)
+    mean = tuple(processor["image_mean"]) if normalised else (0.0, 0.0, 0.0)
+    std = tuple(processor["image_std"]) if normalised else (1.0, 1.0, 1.0)
+    resample = int(processor.get("resample", 3))
+    if resample not in _FILTERS:
+        raise ConfigError(f"the image processor's resample {resample} is not supported, only {_FILTERS}")
+    return ImageSpec(
+        image_size,
+        mean=mean,
+        std=std,
+        interpolation=_FILTERS[resample],  # type: ignore[arg-type]
+        fit="crop" if cropped and size.get("shortest_edge") else "squash",
+    )
+
+
+def _blocks(config: Any) -> tuple[LevelInfo, ...]:
+    return tuple(LevelInfo(f"blocks.{n}", config.hidden_size, "tokens") for n in range(config.num_hidden_layers))
+
+
+def _take(output: Any, levels: Sequence[str]) -> dict[str, Tensor]:
+    """`hidden_states` starts with the embeddings: block N's output is number N + 1."""
+    return {name: output.hidden_states[int(name.removeprefix("blocks.")) + 1] for name in levels}
+
+
+def _without_positions(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Older transformers saved `position_ids`, which are only 0, 1, 2, ..."""
+    return {key: value for key, value in weights.items() if not key.endswith(".position_ids")}

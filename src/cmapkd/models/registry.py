@@ -1,0 +1,125 @@
+"""Model names: `family:rest`, the same everywhere, each built by its adapter; and folders that were saved by us."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+from pydantic import Field, model_validator
+
+from cmapkd.config import Config, ConfigError, closest
+from cmapkd.models.base import DualEncoder
+from cmapkd.models.storage import DESCRIPTION, read_description
+
+FAMILIES = ("open_clip", "hf", "timm", "tiny")
+
+
+class ModelConfig(Config):
+    """A model by name. In a recipe the name alone is enough: `teacher: open_clip:ViT-L-14/openai`."""
+
+    name: str = Field(description="family:model, or a folder saved by cmapkd. See docs/models.md.")
+    init: Literal["auto", "scratch"] = Field(
+        "auto", description="auto: the weights the name stands for; scratch: its architecture with random weights."
+    )
+    checkpoint: Path | None = Field(None, description="Weight file loaded over the built model (every name must fit).")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The family's own settings, for example image_size."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, values: Any) -> Any:
+        return {"name": str(values)} if isinstance(values, str | Path) else values
+
+    @model_validator(mode="after")
+    def _known_family(self) -> Self:
+        family, colon, rest = self.name.partition(":")
+        if colon and family not in FAMILIES and not Path(self.name).exists():
+            raise ValueError(
+                f"unknown model family {family!r} in {self.name!r}{closest(family, FAMILIES)}; known: {', '.join(FAMILIES)}"
+            )
+        if colon and family in FAMILIES and not rest:
+            raise ValueError(f"{self.name!r} names no model after the colon, write for example tiny:small")
+        return self
+
+
+class Family(Protocol):
+    """What an adapter module offers: `build` from a name, `load` from a folder that its `save` wrote."""
+
+    def build(self, rest: str, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder: ...
+
+    def load(self, folder: Path, description: dict[str, Any]) -> DualEncoder: ...
+
+
+def _family(name: str) -> Family:
+    """The adapter module, imported only when asked for: each library takes seconds."""
+    if name == "open_clip":
+        from cmapkd.models import open_clip_family as family
+    elif name == "hf":
+        from cmapkd.models import hf_family as family  # type: ignore[no-redef]
+    elif name == "timm":
+        from cmapkd.models import timm_family as family  # type: ignore[no-redef]
+    elif name == "tiny":
+        from cmapkd.models import tiny_family as family  # type: ignore[no-redef]
+    else:
+        raise ValueError(f"unknown model family {name!r}{closest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
+    return family
+
+
+def build_model(config: ModelConfig | str, *, captions: Iterable[str] | None = None) -> DualEncoder:
+    """The model that `config` names, in eval mode, float32, on the CPU.
+
+    Args:
+        captions: training texts, read only by an untrained `tiny` model to learn its vocabulary.
+    Raises:
+        ConfigError: the name or an option is unknown.
+        ValueError: weights are missing or do not fit.
+    """
+    config = ModelConfig.from_mapping(config, where="model") if isinstance(config, str) else config
+    folder = Path(config.name)
+    family, colon, rest = config.name.partition(":")
+    if family in FAMILIES and colon:
+        model = _family(family).build(rest, config, captions)
+    elif folder.is_dir():
+        if config.options:
+            raise ConfigError(
+                f"model folder {folder} fixes its architecture: options {sorted(config.options)} do not apply"
+            )
+        model = load_model(folder)
+        if config.init == "scratch":
+            raise ConfigError(f"init: scratch needs a family name; {folder} is a trained model's folder")
+    else:
+        raise ConfigError(
+            f"there is no model {config.name!r}: it is no folder, and names no family "
+            f"({', '.join(name + ':' for name in FAMILIES)})"
+        )
+    if config.checkpoint is not None:
+        model.load_checkpoint(config.checkpoint)
+    return model.eval()
+
+
+def load_model(folder: str | Path) -> DualEncoder:
+    """A model that cmapkd saved: a `student/` folder, or the run folder around it.
+
+    Raises:
+        ValueError: no model is there, or its files do not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no model folder {folder}")
+    if not (folder / DESCRIPTION).exists() and (folder / "student" / DESCRIPTION).exists():
+        folder = folder / "student"
+    description = read_description(folder)
+    return _family(str(description["family"])).load(folder, description).eval()
+
+
+def packaged_models() -> dict[str, Path]:
+    """Trained models that ship with cmapkd, by the name they have after `tiny:`."""
+    root = Path(str(resources.files("cmapkd"))) / "weights"
+    return (
+        {entry.name: entry for entry in sorted(root.iterdir()) if (entry / DESCRIPTION).exists()}
+        if root.is_dir()
+        else {}
+    )

@@ -1,0 +1,105 @@
+"""Model folders and weight files: safetensors for tensors, JSON for the architecture, nothing that runs code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+DESCRIPTION = "cmapkd.json"  # family, name and options of the model in a folder
+WEIGHTS = "model.safetensors"
+
+
+def write_model_folder(
+    folder: Path, *, family: str, name: str, options: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the description, and the weights unless the family's own library writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"format": 1, "family": family, "name": name, "options": dict(options)}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    if weights is not None:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, folder / WEIGHTS)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The description in a model folder.
+
+    Raises:
+        ValueError: there is none, or it is not one of ours.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a cmapkd model folder: it has no {DESCRIPTION}. Give a run's student/ folder, or name the "
+            f"library that wrote it: hf:{folder} or open_clip:{folder}."
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        format_number = description["format"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a readable model description: {error}") from None
+    if format_number != 1:
+        raise ValueError(f"{path} has format {format_number!r}, this version reads format 1: update cmapkd.")
+    return dict(description)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a weight file: `.safetensors`, or a torch file that loads with `weights_only=True`.
+
+    Raises:
+        ValueError: missing, truncated, or it holds objects other than tensors; says how to convert.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no weight file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}): copy or export it again.") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be loaded safely ({type(error).__name__}): it may hold Python objects, which can run code. "
+            "If you trust its origin, convert it once where it was made: "
+            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
+        ) from None
+    for key in ("state_dict", "model"):  # what training scripts wrap the weights in
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"{path} holds no plain state dict: save model.state_dict() as safetensors.")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str | Path) -> None:
+    """Copies `weights` into `model`, every one of them and nothing else.
+
+    Raises:
+        ValueError: names are missing or unexpected, or a shape differs; lists the first few with both shapes.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    wrong = [
+        f"{key}: file {tuple(weights[key].shape)}, model {tuple(own[key].shape)}"
+        for key in own.keys() & weights.keys()
+        if weights[key].shape != own[key].shape
+    ]
+    if missing or unexpected or wrong:
+        problems = [
+            f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(wrong)))
+            if names
+        ]
+        raise ValueError(
+            f"the weights in {where} do not fit {type(model).__name__}: {'; '.join(problems)}. "
+            "Name the architecture that they were trained with."
+        )
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in weights.items()})

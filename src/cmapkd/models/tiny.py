@@ -1,0 +1,180 @@
+"""`tiny`: a small ViT with a convolutional stem and a small text transformer.
+
+Ours because the libraries' smallest image-text models are a hundred times too large for the built-in world and for tests
+that must train in seconds on a CPU. Pre-norm transformer blocks as in ViT (arXiv:2010.11929) and CLIP
+(arXiv:2103.00020); the stem follows "Early Convolutions Help Transformers See Better" (arXiv:2106.14881).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from cmapkd.config import Config
+from cmapkd.data.types import TokenBatch
+from cmapkd.models.base import DualEncoder
+from cmapkd.models.images import ImageSpec
+from cmapkd.models.storage import write_model_folder
+from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+from cmapkd.models.vocabulary import TrainedTokenizer
+
+
+class TinyOptions(Config):
+    """Sizes of a `tiny` model; head width is fixed at 32 channels."""
+
+    image_size: int = Field(64, ge=16, description="Height and width of the input, in pixels.")
+    patch_size: int = Field(8, ge=4, description="Pixels per side of one token; a power of two.")
+    vision_width: int = Field(96, ge=32, multiple_of=32, description="Channels of the image tower.")
+    vision_depth: int = Field(4, ge=1, description="Blocks of the image tower.")
+    text_width: int = Field(64, ge=32, multiple_of=32, description="Channels of the text tower.")
+    text_depth: int = Field(2, ge=1, description="Blocks of the text tower.")
+    embed_dim: int = Field(128, ge=8, description="Width of the joint space.")
+    context_length: int = Field(40, ge=4, description="Longest text, in tokens, start and end included.")
+    vocab_size: int = Field(2048, ge=8, description="Largest vocabulary learned from the training captions.")
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> Self:
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size must be a power of two, got {self.patch_size}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+
+PRESETS: dict[str, TinyOptions] = {
+    "large": TinyOptions(vision_width=224, vision_depth=6, text_width=192, text_depth=3, embed_dim=192),
+    "base": TinyOptions(vision_width=96, vision_depth=5, text_width=96, text_depth=2, embed_dim=128),
+    "small": TinyOptions(vision_width=64, vision_depth=3, text_width=32, text_depth=2, embed_dim=64),
+    "debug": TinyOptions(
+        image_size=32, patch_size=8, vision_width=32, vision_depth=2, text_width=32, text_depth=2, embed_dim=32
+    ),
+}
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention, then a two-layer perceptron of four times the width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // 32
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.shrink = nn.Linear(4 * width, width)
+
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"], mask: Bool[Tensor, "batch 1 1 tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens width"]:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(batch, tokens, 3, self.heads, 32).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.shrink(F.gelu(self.expand(self.norm_mlp(x))))
+
+
+class VisionTower(nn.Module):
+    """Stem of stride-two convolutions, a class token, learned positions, blocks; the class token is projected."""
+
+    def __init__(self, options: TinyOptions) -> None:
+        super().__init__()
+        width, halvings = options.vision_width, int(math.log2(options.patch_size))
+        channels = [3, *(max(16, width // 2 ** (halvings - 1 - i)) for i in range(halvings))]
+        self.stem = nn.Sequential(*(_stem_layer(a, b) for a, b in zip(channels, channels[1:], strict=False)))
+        self.to_width = nn.Conv2d(channels[-1], width, 1)
+        self.side = options.image_size // options.patch_size
+        self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1, self.side**2 + 1, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(options.vision_depth))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, options.embed_dim, bias=False)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        patches = self.to_width(self.stem(images)).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        kept: dict[str, Level] = {}
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if (name := f"blocks.{number}") in levels:
+                kept[name] = Level(x, "tokens", num_prefix=1, grid=(self.side, self.side))
+        return TowerFeatures(self.project(self.norm(x[:, 0])), kept)
+
+
+def _stem_layer(channels_in: int, channels_out: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1), nn.GroupNorm(1, channels_out), nn.GELU()
+    )
+
+
+class TextTower(nn.Module):
+    """Token and position embeddings, bidirectional blocks over the real tokens; their mean is projected."""
+
+    def __init__(self, options: TinyOptions) -> None:
+        super().__init__()
+        width = options.text_width
+        self.tokens = nn.Embedding(options.vocab_size, width)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.positions = nn.Parameter(torch.randn(1, options.context_length, width) * 0.01)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(options.text_depth))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, options.embed_dim, bias=False)
+
+    def forward(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        mask = texts.mask[:, None, None, :]
+        x = self.tokens(texts.ids) + self.positions[:, : texts.ids.shape[1]]
+        kept: dict[str, Level] = {}
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask)
+            if (name := f"blocks.{number}") in levels:
+                kept[name] = Level(x, "tokens", mask=texts.mask)
+        weights = texts.mask.to(x.dtype)[..., None]
+        pooled = (self.norm(x) * weights).sum(1) / weights.sum(1).clamp_min(1)
+        return TowerFeatures(self.project(pooled), kept)
+
+
+class TinyDualEncoder(DualEncoder):
+    """The two towers with CLIP's learned logit scale (initially 1 / 0.07)."""
+
+    def __init__(self, options: TinyOptions, tokenizer: TrainedTokenizer, *, name: str = "tiny") -> None:
+        super().__init__()
+        options = options.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        self.name, self.options, self.tokenizer = name, options, tokenizer
+        self.embed_dim = options.embed_dim
+        self.image_spec = ImageSpec(options.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        self.vision, self.text = VisionTower(options), TextTower(options)
+        self._log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.image_levels = tuple(
+            LevelInfo(f"blocks.{i}", options.vision_width, "tokens") for i in range(options.vision_depth)
+        )
+        self.text_levels = tuple(
+            LevelInfo(f"blocks.{i}", options.text_width, "tokens") for i in range(options.text_depth)
+        )
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        return self._log_logit_scale
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        self.check_levels("image", levels)
+        output: TowerFeatures = self.vision(images, levels)
+        return output
+
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        self.check_levels("text", levels)
+        output: TowerFeatures = self.text(texts, levels)
+        return output
+
+    def save(self, folder: Path) -> None:
+        write_model_folder(
+            folder, family="tiny", name=self.name, options=self.options.model_dump(), weights=self.state_dict()
+        )
+        self.tokenizer.save(folder)

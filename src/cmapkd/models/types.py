@@ -1,0 +1,73 @@
+"""What a model exposes of a batch: joint-space embeddings and named intermediate levels of both towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Layout = Literal["tokens", "map"]
+
+
+@dataclass(frozen=True, slots=True)
+class LevelInfo:
+    """A level a tower can expose: its name (`blocks.3`, `stages.1`), channel width and layout."""
+
+    name: str
+    width: int
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One intermediate output of a tower, raw: not pooled, not projected, prefix tokens still on it.
+
+    Attributes:
+        values: Float[batch tokens width] for `tokens` (prefix tokens first, then the grid row by row, or the words of
+            a text), Float[batch width height width] for `map`.
+        layout: which of the two.
+        num_prefix: class and register tokens at the start of `values`; 0 for maps and for texts.
+        grid: (rows, columns) of the patch tokens or of the map; None for texts. Need not be square.
+        mask: True where a token is real; None where all are.
+    """
+
+    values: Tensor
+    layout: Layout
+    num_prefix: int = 0
+    grid: tuple[int, int] | None = None
+    mask: Bool[Tensor, "batch tokens"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TowerFeatures:
+    """One tower's view of a batch: `embedding` in the joint space, not normalised, and the levels asked for."""
+
+    embedding: Float[Tensor, "batch dim"]
+    levels: dict[str, Level] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Both towers of one model on one batch, with its logit scale (already exponentiated) and bias (SigLIP)."""
+
+    image: TowerFeatures
+    text: TowerFeatures
+    logit_scale: Float[Tensor, ""]
+    logit_bias: Float[Tensor, ""] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The levels somebody will read; a model computes and returns no others."""
+
+    image_levels: tuple[str, ...] = ()
+    text_levels: tuple[str, ...] = ()
+
+    def union(self, other: Needs) -> Needs:
+        """Levels of either, each once, in order of first mention."""
+        return Needs(
+            tuple(dict.fromkeys(self.image_levels + other.image_levels)),
+            tuple(dict.fromkeys(self.text_levels + other.text_levels)),
+        )

@@ -1,0 +1,45 @@
+"""What every objective does to its inputs: widen, normalise, check."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bf16 and fp16 to float32; float32 and float64 unchanged. Losses in half precision lose what they measure."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def unit(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    """Rows scaled to length one, float32 or wider."""
+    return F.normalize(at_least_float32(embeddings), dim=-1)
+
+
+def check_pairs(**embeddings: Tensor) -> None:
+    """Refuses tensors that are not [batch, dim] with one common batch.
+
+    Raises:
+        ValueError: names each tensor with its shape.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in embeddings.items()}
+    if any(len(shape) != 2 for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) != 1:
+        raise ValueError(
+            f"expected [batch, dim] tensors with one row for each pair, got {shapes}: row i of every tensor must "
+            "belong to pair i"
+        )
+
+
+def check_same_width(student: Tensor, teacher: Tensor, what: str) -> None:
+    """Refuses embeddings of different width.
+
+    Raises:
+        ValueError: with both widths and what to do.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {what} has shape {tuple(student.shape)} but the teacher's is {tuple(teacher.shape)}: they are "
+            "compared element by element, so project the student to the teacher's width first"
+        )

@@ -1,0 +1,87 @@
+"""What a run ends with: scores of teacher, student and baseline, the share of the gap closed, and a table of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Scores = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The content of a run folder's `metrics.json`, and where it is."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> RunResult:
+        """Reads a finished run.
+
+        Raises:
+            ValueError: the folder holds no finished run.
+        """
+        path = folder / "metrics.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no finished run: it has no metrics.json")
+        return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def gap_closed(self) -> float | None:
+        value: float | None = self.metrics["gap_closed"]
+        return value
+
+    def table(self) -> Table:
+        """Teacher, baseline and student side by side."""
+        rows = {"teacher": "teacher", "baseline": "scratch", "student": f"student ({self.metrics['method']})"}
+        present = [(rows[role], self.metrics[role]) for role in rows if self.metrics.get(role)]
+        table = score_table(present, title=f"Scores on {self.metrics['evaluated_on']}")
+        if self.gap_closed is not None:
+            table.caption = f"gap closed: {100 * self.gap_closed:.0f} % of the way from scratch to teacher (mean R@1)"
+        return table
+
+
+def gap_closed(teacher: Scores | None, student: Scores | None, baseline: Scores | None) -> float | None:
+    """(student - baseline) / (teacher - baseline) on mean R@1: 0 is the baseline, 1 the teacher.
+
+    None where a model is missing, has no retrieval score, or the baseline is no worse than the teacher, so that there
+    is no gap to close.
+    """
+    scores = [model["retrieval"]["mean_r@1"] for model in (teacher, student, baseline) if model and model.get("retrieval")]
+    if len(scores) < 3 or scores[0] <= scores[2]:
+        return None
+    return float((scores[1] - scores[2]) / (scores[0] - scores[2]))
+
+
+def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
+    """One row for each model: retrieval both ways, zero-shot accuracy, parameters; percentages."""
+    table = Table(title=title)
+    table.add_column("model")
+    columns = {
+        "i2t R@1": ("retrieval", "i2t", "r@1"),
+        "t2i R@1": ("retrieval", "t2i", "r@1"),
+        "mean R@1": ("retrieval", "mean_r@1"),
+        "i2t R@5": ("retrieval", "i2t", "r@5"),
+        "t2i R@5": ("retrieval", "t2i", "r@5"),
+        "zero-shot": ("zero_shot", "top1"),
+    }
+    shown = {name: path for name, path in columns.items() if any(_dig(scores, path) is not None for _, scores in rows)}
+    for name in (*shown, "parameters"):
+        table.add_column(name, justify="right")
+    for name, scores in rows:
+        values = [_dig(scores, path) for path in shown.values()]
+        cells = ["-" if value is None else f"{value:.1f}" for value in values]
+        table.add_row(name, *cells, f"{scores['params']:,}")
+    return table
+
+
+def _dig(scores: Scores, path: tuple[str, ...]) -> Any:
+    value: Any = scores
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

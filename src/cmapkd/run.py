@@ -1,0 +1,266 @@
+"""One run, from config to evidence: the only place that joins data, models, method, training and evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import yaml
+from accelerate import PartialState
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from rich.console import Console
+
+from cmapkd.config import Config, ConfigError, closest
+from cmapkd.data.batches import BatchBuilder, Reader
+from cmapkd.data.config import DataConfig
+from cmapkd.data.open import open_source
+from cmapkd.data.types import Source
+from cmapkd.evaluation.run import EvaluationConfig, evaluate
+from cmapkd.methods import METHODS, MethodConfig
+from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
+from cmapkd.provenance import describe_environment
+from cmapkd.results import RunResult, Scores, gap_closed
+from cmapkd.training import OptimConfig, TrainConfig, Trainer, TrainResult
+from cmapkd.training.checkpoint import read_checkpoint
+
+VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
+
+
+class RunConfig(Config):
+    """Everything a run depends on. The run folder holds it resolved, so that it can be repeated."""
+
+    teacher: ModelConfig | None = Field(None, description="The model that teaches; none for method contrastive.")
+    student: ModelConfig = Field(description="The model that learns.")
+    data: DataConfig = Field(description="What it learns from and is measured on.")
+    method: SerializeAsAny[MethodConfig] = Field(description="How it learns: a name, or a name with its settings.")
+    training: TrainConfig = Field(description="How long and in what precision.")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimiser and learning rate.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="What is measured at the end.")
+    baseline: Literal["none", "scratch"] | Path = Field(
+        "none", description="Compared with: none; scratch, the same student trained here without teacher; a run folder."
+    )
+    seed: int = Field(0, ge=0, description="Of initialisation, data order and replacements.")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        values = {"name": value} if isinstance(value, str) else value
+        if not isinstance(values, dict):
+            return value
+        name = str(values.get("name"))
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}")
+        return METHODS[name].Config.from_mapping(values, where=f"method {name}")
+
+    @model_validator(mode="after")
+    def _teacher_fits_method(self) -> Self:
+        uses_teacher = METHODS[self.method.name].uses_teacher
+        if uses_teacher and self.teacher is None:
+            raise ValueError(f"method {self.method.name} distils from a teacher: add teacher: MODEL")
+        if not uses_teacher and self.baseline == "scratch":
+            raise ValueError(f"method {self.method.name} has no teacher: it is the scratch baseline itself, drop baseline")
+        return self
+
+    def scratch(self) -> RunConfig:
+        """The baseline of this run: same student, data, steps and seed, no teacher."""
+        contrastive = METHODS["contrastive"].Config(name="contrastive")
+        return self.model_copy(update={"method": contrastive, "teacher": None, "baseline": "none"})
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, every default written out."""
+        return self.model_dump(mode="json")
+
+
+def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Trains the student, measures it beside its teacher and baseline, and leaves everything in `out`.
+
+    Args:
+        out: run folder, new or empty; with `resume`, one that an interrupted run of the same config left.
+        console: where progress is shown; none for silence.
+    Returns:
+        What `metrics.json` holds. In processes other than the first, an empty result.
+    Raises:
+        ConfigError: a name in the config is unknown, or `out` holds another run.
+        Interrupted, NonFiniteLossError, ValueError: see `Trainer.run`.
+    """
+    state = PartialState(cpu=config.training.device == "cpu")
+    with state.main_process_first():
+        _prepare_folder(out, config, resume=resume, write=state.is_main_process)
+    student, trained = _train(config, out=out, resume=resume, console=console, title="student")
+    baseline_folder: Path | None = None
+    if config.baseline == "scratch":
+        baseline_folder = out / "baseline"
+        baseline_folder.mkdir(exist_ok=True)
+        baseline_config = config.scratch()
+        _write_yaml(baseline_folder / "config.yaml", baseline_config.plain())
+        _train(baseline_config, out=baseline_folder, resume=resume, console=console, title="scratch")
+    elif isinstance(config.baseline, Path):
+        baseline_folder = config.baseline
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        return RunResult(out, {})
+    metrics = _measure(config, student, trained, baseline_folder, device=state.device)
+    _write_json(out / "metrics.json", metrics)
+    state.wait_for_everyone()
+    if console is not None and trained.ledger.num_bad:
+        console.print(trained.ledger.summary(), highlight=False)
+    return RunResult(out, metrics)
+
+
+def _train(
+    config: RunConfig, *, out: Path, resume: bool, console: Console | None, title: str
+) -> tuple[DualEncoder, TrainResult]:
+    """Builds the parts, trains, and saves `student/`."""
+    source = open_source(config.data.train, split="train", require_captions=True)
+    teacher = FrozenTeacher(build_model(config.teacher)) if config.teacher is not None else None
+    torch.manual_seed(config.seed)
+    student = build_model(config.student, captions=vocabulary_captions(source))
+    torch.manual_seed(config.seed)
+    method_class = METHODS[config.method.name]
+    method = method_class(config.method, student=student, teacher=teacher if method_class.uses_teacher else None)
+    assert config.data.views is not None
+    builder = BatchBuilder(
+        source, config.data.views, readers(student, method.teacher), seed=config.seed, on_bad_sample=config.data.on_bad_sample
+    )
+    trainer = Trainer(
+        method,
+        builder,
+        config.training,
+        config.optim,
+        out=out,
+        seed=config.seed,
+        workers=config.data.workers,
+        max_bad_share=config.data.max_bad_share,
+        validate=_validator(config),
+        settings=config.plain(),
+        console=console,
+        title=title,
+    )
+    trained = trainer.run(resume=resume)
+    student = trained.student
+    if trainer.accelerator.is_main_process:
+        if config.training.student == "best":
+            tensors, _ = read_checkpoint(trainer.checkpoint_folder / "best")
+            student.load_state_dict(tensors["student"])
+        _save_student(student, out / "student")
+    return student, trained
+
+
+def readers(student: DualEncoder, teacher: FrozenTeacher | None) -> dict[str, Reader]:
+    """How each model of a run reads a batch."""
+    models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
+    return {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+
+
+def vocabulary_captions(source: Source) -> Iterator[str]:
+    """Captions of up to `VOCABULARY_CAPTIONS` samples spread evenly over the source; lazily, few models read them."""
+    stride = max(1, len(source) // VOCABULARY_CAPTIONS)
+    for index in range(0, min(len(source), stride * VOCABULARY_CAPTIONS), stride):
+        yield from source.captions(index)
+
+
+def _validator(config: RunConfig) -> Any:
+    """Measures a student on the validation source; None where there is none."""
+    if config.data.val is None or config.training.evaluate_every is None:
+        return None
+    source = open_source(config.data.val, split="val")
+
+    def validate(student: DualEncoder) -> dict[str, float]:
+        device = next(student.parameters()).device
+        scores = evaluate(student, source, config.evaluation, device=device)
+        numbers: dict[str, float] = {}
+        if scores.get("retrieval"):
+            numbers["mean_r@1"] = scores["retrieval"]["mean_r@1"]
+        if scores.get("zero_shot"):
+            numbers["zero_shot"] = scores["zero_shot"]["top1"]
+        return numbers | {"score": next(iter(numbers.values()))}
+
+    return validate
+
+
+def _measure(
+    config: RunConfig, student: DualEncoder, trained: TrainResult, baseline: Path | None, *, device: torch.device
+) -> dict[str, Any]:
+    """Scores of all models on the final source, and how the run went."""
+    source = open_source(config.data.final, split="test" if config.data.test else "val") if config.data.final else None
+
+    def scores(model: DualEncoder | None) -> Scores | None:
+        if model is None:
+            return None
+        if source is None:
+            return {"params": model.num_parameters()}
+        return evaluate(model.to(device), source, config.evaluation, device=device)
+
+    teacher = scores(build_model(config.teacher)) if config.teacher is not None else None
+    student_scores = scores(student)
+    baseline_scores = scores(load_model(baseline)) if baseline is not None else None
+    return {
+        "teacher": teacher,
+        "student": student_scores,
+        "baseline": baseline_scores,
+        "gap_closed": gap_closed(teacher, student_scores, baseline_scores),
+        "method": config.method.name,
+        "evaluated_on": source.name if source is not None else None,
+        "seed": config.seed,
+        "steps": trained.steps,
+        "batch_size": config.training.batch_size,
+        "train_seconds": round(trained.seconds, 1),
+        "best_step": trained.best_step,
+        "bad_samples": trained.ledger.state_dict(),
+    }
+
+
+def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) -> None:
+    """Makes the run folder, or checks that the one there belongs to this config."""
+    stored = out / "config.yaml"
+    if resume and stored.exists():
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        changed = [key for key, pair in _differences(before, config.plain()).items() if pair]
+        if changed:
+            raise ConfigError(
+                f"{out} was started with other settings: {', '.join(changed)}. Resume with the same recipe and overrides, "
+                "or start a new run in another folder."
+            )
+        return
+    if resume:
+        raise ConfigError(f"there is nothing to resume in {out}: it has no config.yaml")
+    if not write:
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty: add --resume to go on with the run in it, or name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write_yaml(stored, config.plain())
+    _write_json(out / "environment.json", {"seed": config.seed, **describe_environment()})
+
+
+def _differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
+    """Dotted keys whose values differ, with both values as text."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found: dict[str, str] = {}
+        for key in {**before, **after}:
+            found |= _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return {} if before == after else {f"{path} (was {before!r}, now {after!r})": "changed"}
+
+
+def _save_student(student: DualEncoder, folder: Path) -> None:
+    """Writes the model folder whole: under another name first."""
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _write_yaml(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(path)

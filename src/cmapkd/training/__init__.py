@@ -1,0 +1,6 @@
+"""The training loop, its optimiser, checkpoints and trackers. It knows methods only by their terms."""
+
+from cmapkd.training.config import OptimConfig, TrainConfig
+from cmapkd.training.trainer import Interrupted, NonFiniteLossError, Trainer, TrainResult
+
+__all__ = ["Interrupted", "NonFiniteLossError", "OptimConfig", "TrainConfig", "TrainResult", "Trainer"]

@@ -1,0 +1,56 @@
+"""The knobs of optimisation and of the loop."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cmapkd.config import Config
+
+
+class OptimConfig(Config):
+    """AdamW with linear warm-up, then a cosine to (nearly) zero."""
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of the student.")
+    module_rate: float = Field(1.0, ge=0, description="Rate of a method's own modules, as a multiple of the student's.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices; biases, norms and scales have none.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's averaging of gradient and squared gradient.")
+    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon.")
+    warmup_steps: int = Field(100, ge=0, description="Linear warm-up, in optimizer steps.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="What follows the warm-up.")
+    final_rate: float = Field(0.0, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
+    max_gradient_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; none: never.")
+
+
+class TrainConfig(Config):
+    """How long, in what precision, and how often things are written."""
+
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or epochs.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the training data; give this or steps.")
+    batch_size: int = Field(256, ge=2, description="Pairs in a step, over all processes.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one.")
+    ema: float | None = Field(None, gt=0, lt=1, description="Decay of an averaged student, which is then the one saved.")
+    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; none: only at the end.")
+    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; none: ten in a run.")
+    keep_checkpoints: int = Field(2, ge=1, description="Latest checkpoints kept, besides the best.")
+    student: Literal["last", "best"] = Field("last", description="Which weights are saved: of the end, or best validated.")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Written besides metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither" if self.steps is None else "both"
+            raise ValueError(f"give either steps or epochs, not {given}")
+        if self.student == "best" and self.evaluate_every is None:
+            raise ValueError("student: best needs evaluate_every, the number of steps between validations")
+        return self
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * steps_per_epoch))

@@ -1,0 +1,53 @@
+"""Parameter groups, AdamW and the learning-rate schedule as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from cmapkd.methods import Method
+from cmapkd.training.config import OptimConfig
+
+_UNDECAYED = ("position", "class_embedding", "class_token", "cls_token", "logit_scale", "logit_bias")
+
+
+def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the student and the method's own modules, matrices apart from vectors (which are not decayed)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
+            groups.setdefault((name.startswith("student."), decayed), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+                "rate": 1.0 if of_student else config.module_rate,
+            }
+            for (of_student, decayed), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, *, total: int, config: OptimConfig) -> float:
+    """Rate at `step` (0 is the first): linear warm-up, then a cosine from the peak down to `final_rate` of it."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Every group's rate, each by its own multiple."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]

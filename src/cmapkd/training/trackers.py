@@ -1,0 +1,87 @@
+"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlTracker:
+    """One JSON object a line; on resume, lines after the checkpoint's step are dropped so that each step stands once."""
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        if resume_step is not None and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= resume_step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line cut short by a kill counts as after everything."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+class TensorBoardTracker:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("training.trackers names tensorboard, which is not installed: pip install cmapkd[tensorboard]") from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandbTracker:
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("training.trackers names wandb, which is not installed: pip install cmapkd[wandb]") from None
+        self._run = wandb.init(project="cmapkd", name=folder.name, dir=str(folder), config=settings, resume="allow")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_trackers(
+    names: Sequence[str], folder: Path, *, settings: dict[str, Any], resume_step: int | None
+) -> list[Tracker]:
+    """The run's trackers; metrics.jsonl is always the first.
+
+    Raises:
+        ValueError: a tracker's package is not installed; says which extra brings it.
+    """
+    trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl", resume_step=resume_step)]
+    if "tensorboard" in names:
+        trackers.append(TensorBoardTracker(folder))
+    if "wandb" in names:
+        trackers.append(WandbTracker(folder, settings))
+    return trackers

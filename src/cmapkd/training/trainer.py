@@ -1,0 +1,328 @@
+"""The one loop: steps any method's student, logs, validates, checkpoints, and resumes exactly where it stopped."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from rich.console import Console
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cmapkd.data.batches import BatchBuilder, PlanSampler, make_loader
+from cmapkd.data.check import SampleLedger
+from cmapkd.data.types import Batch
+from cmapkd.methods import Method, Term
+from cmapkd.models import DualEncoder
+from cmapkd.training import checkpoint as checkpoints
+from cmapkd.training.config import OptimConfig, TrainConfig
+from cmapkd.training.optim import learning_rate, make_optimizer, set_learning_rate
+from cmapkd.training.progress import TrainingDisplay
+from cmapkd.training.trackers import Tracker, make_trackers
+
+Validate = Callable[[DualEncoder], dict[str, float]]  # student -> numbers; `score` among them is what "best" means
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal after saving a checkpoint."""
+
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped after step {step}; saved {checkpoint.name}")
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite. Names the step, the terms and the samples; checkpoints are from before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished training reports."""
+
+    student: DualEncoder  # the averaged one if the run keeps an average
+    steps: int
+    seconds: float
+    best_step: int | None
+    best_score: float | None
+    ledger: SampleLedger
+
+
+class Trainer:
+    """Trains `method` on `builder`'s batches and leaves checkpoints and metrics in `out`.
+
+    Args:
+        builder: makes the batches; its source's length decides what an epoch is.
+        validate: measures the student every `evaluate_every` steps; its `score` picks the best checkpoint.
+        settings: the resolved config, handed to trackers that show it.
+        max_bad_share: share of unreadable samples above which the run stops.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        builder: BatchBuilder,
+        config: TrainConfig,
+        optim: OptimConfig,
+        *,
+        out: Path,
+        seed: int,
+        workers: int = 0,
+        max_bad_share: float = 0.01,
+        validate: Validate | None = None,
+        settings: dict[str, Any] | None = None,
+        console: Console | None = None,
+        title: str = "train",
+    ) -> None:
+        self.config, self.optim, self.out, self.seed, self.workers = config, optim, out, seed, workers
+        self.builder, self.validate, self.settings, self.title = builder, validate, settings or {}, title
+        self.max_bad_share = max_bad_share
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            cpu=config.device == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.console = console if self.accelerator.is_main_process else None
+        self.method = method
+        if method.teacher is not None:
+            method.teacher.to(self.accelerator.device)
+        self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))
+        self.average = (
+            AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema is not None
+            else None
+        )
+        self.sampler = PlanSampler(
+            len(builder.source),
+            batch_size=config.batch_size,
+            seed=seed,
+            start=0,
+            stop=0,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        self.total = config.num_steps(self.sampler.steps_per_epoch)
+        self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
+        self.progress = checkpoints.Progress()
+        self.ledger = SampleLedger()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.out / "checkpoints"
+
+    def run(self, *, resume: bool = False) -> TrainResult:
+        """Trains to the last step.
+
+        Args:
+            resume: go on from the latest checkpoint in `out`, if there is one.
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint of the current step was written first.
+            NonFiniteLossError: the loss is NaN or infinite.
+            ValueError: too many bad samples, or a checkpoint that does not fit.
+        """
+        random_state = self._load_latest() if resume else None
+        start = self.progress.step
+        self.sampler.start, self.sampler.stop = start, self.total
+        pin = self.accelerator.device.type == "cuda"
+        loader = make_loader(self.builder, self.sampler, workers=self.workers, pin_memory=pin)
+        trackers = (
+            make_trackers(
+                self.config.trackers, self.out, settings=self.settings, resume_step=start if resume else None
+            )
+            if self.accelerator.is_main_process
+            else []
+        )
+        display = TrainingDisplay(
+            self.console, title=self.title, total=self.total, start=start, line_every=self.config.log_every * 5
+        )
+        try:
+            with _signals() as stop_asked, display:
+                if random_state is not None:
+                    checkpoints.load_random(random_state)
+                self._loop(iter(loader), trackers, display, stop_asked)
+        except BaseException:
+            if self.accelerator.is_main_process:  # its own counts only: the other processes may be gone
+                self.ledger.write(self.out)
+            raise
+        finally:
+            for tracker in trackers:
+                tracker.close()
+        ledger = self._collect_ledger()
+        if self.accelerator.is_main_process:
+            ledger.write(self.out)
+        progress = self.progress
+        return TrainResult(
+            self.student, progress.step, progress.seconds, progress.best_step, progress.best_score, ledger
+        )
+
+    @property
+    def student(self) -> DualEncoder:
+        """The student as it would be saved now: the averaged one if there is an average."""
+        student = self.method.student if self.average is None else self.average.module
+        assert isinstance(student, DualEncoder)
+        return student
+
+    def _loop(
+        self, batches: Iterator[Batch], trackers: list[Tracker], display: TrainingDisplay, stop_asked: threading.Event
+    ) -> None:
+        clock, pairs = time.perf_counter(), 0
+        self.wrapped.train()
+        for batch in batches:
+            values = self._step(batch)
+            step = self.progress.step
+            pairs += self.config.batch_size
+            stopping = self._agreed(stop_asked.is_set())
+            last = step == self.total
+            if step % self.config.log_every == 0 or last or stopping:
+                now = time.perf_counter()
+                rate = pairs / (now - clock)
+                self.progress.seconds += now - clock
+                clock, pairs = now, 0
+                numbers = {name: float(value) for name, value in values.items()}
+                for tracker in trackers:
+                    tracker.log(step, {**numbers, "pairs_per_second": rate})
+                left = (self.total - step) * self.config.batch_size / rate
+                display.update(step, loss=numbers["loss"], pairs_per_second=rate, seconds_left=left)
+            validated = self._validate_if_due(step, last, trackers, display)
+            if step % self.checkpoint_every == 0 or last or stopping:
+                self._save()
+            if stopping and not last:
+                raise Interrupted(step, checkpoints.checkpoint_path(self.checkpoint_folder, step))
+            if validated:
+                clock, pairs = time.perf_counter(), 0
+
+    def _step(self, batch: Batch) -> dict[str, Tensor | float]:
+        self._count(batch)
+        terms: dict[str, Term] = self.wrapped(batch.to(self.accelerator.device, non_blocking=True))
+        if not terms:
+            raise ValueError(f"method {type(self.method).__name__} has no terms left: every weight is zero")
+        loss = torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
+        if not bool(loss.isfinite()):
+            self._stop_on_non_finite(batch, terms)
+        rate = learning_rate(self.progress.step, total=self.total, config=self.optim)
+        set_learning_rate(self.optimizer, rate)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.optim.max_gradient_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.student.clamp_logit_scale()
+        if self.average is not None:
+            self.average.update_parameters(self.method.student)
+        self.progress.step += 1
+        values: dict[str, Tensor | float] = {"loss": loss.detach()}
+        values |= {f"terms/{name}": term.value.detach() for name, term in terms.items()}
+        values |= {"learning_rate": rate, "logit_scale": self.method.student.log_logit_scale.detach().exp()}
+        return values | {"gradient_norm": norm.detach()} if norm is not None else values
+
+    def _count(self, batch: Batch) -> None:
+        self.ledger.add(len(batch), batch.bad)
+        self.ledger.check_share(self.max_bad_share)
+
+    def _stop_on_non_finite(self, batch: Batch, terms: dict[str, Term]) -> None:
+        values = ", ".join(f"{name} {float(term.value):g}" for name, term in terms.items())
+        kept = checkpoints.list_checkpoints(self.checkpoint_folder)
+        shown = ", ".join(batch.ids[:8]) + (f", ... ({len(batch.ids)} in all)" if len(batch.ids) > 8 else "")
+        raise NonFiniteLossError(
+            f"the loss is not finite at step {self.progress.step + 1} ({values}). Samples of this batch: {shown}. "
+            f"Last good checkpoint: {kept[-1].name if kept else 'none yet'}. Lower optim.learning_rate, lengthen "
+            "optim.warmup_steps, or use training.precision=fp32; then go on with --resume."
+        )
+
+    def _validate_if_due(self, step: int, last: bool, trackers: list[Tracker], display: TrainingDisplay) -> bool:
+        every = self.config.evaluate_every
+        if self.validate is None or every is None or (step % every and not last):
+            return False
+        if self.accelerator.is_main_process:
+            numbers = self.validate(self.student)
+            self.wrapped.train()
+            for tracker in trackers:
+                tracker.log(step, {f"validation/{name}": value for name, value in numbers.items()})
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items() if name != "score")
+            display.say(f"{self.title}: step {step}/{self.total}  validation  {shown}")
+            if self.progress.best_score is None or numbers["score"] > self.progress.best_score:
+                self.progress.best_score, self.progress.best_step = numbers["score"], step
+                weights = {"student": self.student.state_dict()}
+                checkpoints.write_checkpoint(self.checkpoint_folder / "best", weights, self.progress)
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process was asked to stop: all then stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor([int(stop)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+    def _save(self) -> None:
+        # every process has random state of its own; the rest is the same everywhere
+        states = gather_object([checkpoints.random_tensors()])
+        ledger = self._collect_ledger()
+        if self.accelerator.is_main_process:
+            self.progress.ledger = ledger.state_dict()
+            tensors = {
+                "method": self.method.state_dict(),
+                "optimizer": checkpoints.optimizer_tensors(self.optimizer),
+                **{f"random-{rank}": state for rank, state in enumerate(states)},
+            }
+            if self.average is not None:
+                tensors["average"] = self.average.state_dict()
+            path = checkpoints.checkpoint_path(self.checkpoint_folder, self.progress.step)
+            checkpoints.write_checkpoint(path, tensors, self.progress)
+            checkpoints.remove_old(self.checkpoint_folder, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _load_latest(self) -> dict[str, Tensor] | None:
+        """Restores everything but the random state, which is returned to be set last."""
+        found = checkpoints.list_checkpoints(self.checkpoint_folder)
+        if not found:
+            return None
+        tensors, self.progress = checkpoints.read_checkpoint(found[-1])
+        if self.progress.step > self.total:
+            raise ValueError(f"{found[-1]} is at step {self.progress.step}, beyond this run's {self.total}")
+        self.method.load_state_dict(tensors["method"])
+        checkpoints.load_optimizer(self.optimizer, tensors["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(tensors["average"])
+        if self.accelerator.is_main_process:
+            self.ledger.load_state_dict(self.progress.ledger)
+        return tensors.get(f"random-{self.accelerator.process_index}")
+
+    def _collect_ledger(self) -> SampleLedger:
+        """The counts of all processes together."""
+        if self.accelerator.num_processes == 1:
+            return self.ledger
+        total = SampleLedger()
+        for state in gather_object([self.ledger.state_dict()]):
+            total.merge(state)
+        return total
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that the step under way is finished first; a second one acts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,36 @@
+"""What every test gets: caches in a temporary folder, no network, and the data sets beside the checkout if they are there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix="cmapkd-tests-")
+
+# Set when this file is read, before anything imports `datasets`, which looks at them once.
+os.environ.update(
+    XDG_CACHE_HOME=f"{_CACHE.name}/cache",
+    HF_HOME=f"{_CACHE.name}/hf",
+    HF_DATASETS_CACHE=f"{_CACHE.name}/hf/datasets",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_cache() -> Iterator[None]:
+    yield
+    _CACHE.cleanup()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared/data` beside the checkout."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the shared data sets are not beside this checkout (../shared/data)")
+    return folder

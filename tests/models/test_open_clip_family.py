@@ -9,7 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from models.support import (
+from model_support import (
     TEXTS,
     check_contract,
     check_round_trip,
@@ -240,7 +240,10 @@ def test_folder_as_open_clip_writes_it(tmp_path: Path) -> None:
     model = small("vit", tmp_path)
     native = tmp_path / "native"
     native.mkdir()
-    config = {"model_cfg": CONFIGS["vit"], "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize_mode": "squash"}}
+    config = {
+        "model_cfg": CONFIGS["vit"],
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize_mode": "squash"},
+    }
     (native / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"has no weights: looked for open_clip_model\.safetensors.*init: scratch"):
         build_model(f"open_clip:{native}")
@@ -317,7 +320,10 @@ def test_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "message"),
     [
         ("open_clip:ViT-B-23", r"no architecture 'ViT-B-23' \(did you mean 'ViT-B-32'\?\)"),
-        ("open_clip:ViT-B-32/laion2b_s34b_b79", r"no weights 'laion2b_s34b_b79' \(did you mean 'laion2b_s34b_b79k'\?\)"),
+        (
+            "open_clip:ViT-B-32/laion2b_s34b_b79",
+            r"no weights 'laion2b_s34b_b79' \(did you mean 'laion2b_s34b_b79k'\?\)",
+        ),
         ("open_clip:ViT-B-32/", "no weights ''"),
         ("open_clip:./nowhere/config.json", "there is no file or folder nowhere/config.json"),
         ("open_clip:coca_ViT-B-32", "CoCa model"),

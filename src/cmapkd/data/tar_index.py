@@ -31,7 +31,7 @@ CAPTION_KEYS = ("captions", "caption")
 TEXT_EXTENSIONS = ("txt", "text", "caption")
 
 # webdataset's convention: the key is the path up to the first dot of the base name, the rest is the field
-_NAME = re.compile(r"((?:.*/|)[^./][^.]*)\.([^/]+)", re.DOTALL)
+_NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class OpenClipTokenizer:
     def __call__(self, texts: Sequence[str]) -> TokenBatch:
         ids = self.native(list(texts), context_length=self.context_length).long()
         return TokenBatch(ids, self._real(ids))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipTokenizer:
+        return self  # nothing in it changes, and CLIP's vocabulary is large
 
     def _real(self, ids: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch length"]:
         """CLIP's own vocabulary pads with 0, which is also "!": there the text ends with its end token."""
@@ -241,12 +245,12 @@ def make_tokenizer(text_config: Mapping[str, Any], *, source: str | None = None)
     Raises:
         ValueError: its files are not there.
     """
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from open_clip.tokenizer import HFTokenizer
 
     length = int(text_config.get("context_length", 77))
     settings = dict(text_config.get("tokenizer_kwargs") or {})
     if not (named := text_config.get("hf_tokenizer_name")):
-        return OpenClipTokenizer(SimpleTokenizer(context_length=length, **settings), context_length=length)
+        return OpenClipTokenizer(_clip_tokenizer(**settings), context_length=length)
     mode = text_config.get("tokenizer_mode")
     try:
         native = HFTokenizer(source or named, context_length=length, tokenizer_mode=mode, **settings)
@@ -257,6 +261,14 @@ def make_tokenizer(text_config: Mapping[str, Any], *, source: str | None = None)
             "or connect to the Hugging Face hub once."
         ) from None
     return OpenClipTokenizer(native, context_length=length)
+
+
+@cache
+def _clip_tokenizer(**settings: Any) -> Any:
+    """Made once: it parses 49,000 merges. The context length is given with each call."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(**settings)
 
 
 def _first_line(error: BaseException) -> str:
@@ -314,7 +326,7 @@ def _tokens(patches: Tensor, prefix: Tensor | None, grid: tuple[int, int], name:
     if patches.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"{name} returned {patches.shape[1]} patch tokens for a grid of {grid[0]} x {grid[1]}: patch dropout is "
-            "on, so its levels have no places. Set patch_dropout to 0 in its config, or use a method without image levels."
+            "on, so its levels have no places. Set patch_dropout to 0, or use a method without image levels."
         )
     if prefix is None:
         return Level(patches, "tokens", grid=grid)

@@ -32,6 +32,7 @@ class TinyOptions(Config):
 
     image_size: int = Field(64, ge=16, description="Height and width of the input, in pixels.")
     patch_size: int = Field(8, ge=4, description="Pixels per side of one token; a power of two.")
+    stem_width: int = Field(16, ge=4, description="Channels of the stem's first convolution; each later one has twice as many.")
     vision_width: int = Field(96, ge=32, multiple_of=32, description="Channels of the image tower.")
     vision_depth: int = Field(4, ge=1, description="Blocks of the image tower.")
     text_width: int = Field(64, ge=32, multiple_of=32, description="Channels of the text tower.")
@@ -50,13 +51,20 @@ class TinyOptions(Config):
 
 
 PRESETS: dict[str, TinyOptions] = {
-    "large": TinyOptions(vision_width=224, vision_depth=6, text_width=192, text_depth=3, embed_dim=192),
-    "base": TinyOptions(vision_width=96, vision_depth=5, text_width=96, text_depth=2, embed_dim=128),
-    "small": TinyOptions(vision_width=64, vision_depth=3, text_width=32, text_depth=2, embed_dim=64),
+    "large": TinyOptions(
+        patch_size=16, stem_width=32, vision_width=160, vision_depth=5, text_width=128, text_depth=3, embed_dim=256
+    ),
+    "base": TinyOptions(
+        patch_size=16, stem_width=12, vision_width=96, vision_depth=3, text_width=64, text_depth=1, embed_dim=128
+    ),
+    "small": TinyOptions(
+        patch_size=16, stem_width=4, vision_width=64, vision_depth=2, text_width=32, text_depth=1, embed_dim=64
+    ),
     "debug": TinyOptions(
-        image_size=32, patch_size=8, vision_width=32, vision_depth=2, text_width=32, text_depth=2, embed_dim=32
+        image_size=32, patch_size=8, stem_width=8, vision_width=32, vision_depth=2, text_width=32, text_depth=2, embed_dim=32
     ),
 }
+"""`base` and `small` have about a fifth and a twentieth of the parameters of `large`."""
 
 
 class Block(nn.Module):
@@ -88,7 +96,7 @@ class VisionTower(nn.Module):
     def __init__(self, options: TinyOptions) -> None:
         super().__init__()
         width, halvings = options.vision_width, int(math.log2(options.patch_size))
-        channels = [3, *(max(16, width // 2 ** (halvings - 1 - i)) for i in range(halvings))]
+        channels = [3, *(options.stem_width * 2**i for i in range(halvings))]
         self.stem = nn.Sequential(*(_stem_layer(a, b) for a, b in zip(channels, channels[1:], strict=False)))
         self.to_width = nn.Conv2d(channels[-1], width, 1)
         self.side = options.image_size // options.patch_size

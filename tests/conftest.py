@@ -1,4 +1,4 @@
-"""What every test gets: caches in a temporary folder, no network, and the data sets beside the checkout if they are there."""
+"""What every test gets: caches in a temporary folder, no network, and the data sets beside the checkout."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cmapkd.config import load_config
+from cmapkd.config import apply_overrides, load_mapping, merge_mappings
 from cmapkd.models import DualEncoder, load_model
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, run
@@ -35,21 +35,17 @@ def distill(
             section; method: by name, or with its settings.
         out: run folder.
         resume: go on with an interrupted run in `out`.
-        overrides: `key=value` strings, as on the command line.
+        overrides: `key=value` strings, as on the command line; they win over everything else.
         settings: other sections of the config, for example `training={"steps": 1000}`, `seed=1`.
     Raises:
         ConfigError: a key or a value is wrong.
     """
-    import cmapkd.config as configs
-
-    values = configs.load_mapping(recipe, overrides) if recipe is not None else {}
+    where = f"recipe {str(recipe)!r}" if recipe is not None else "arguments of distill()"
     given = {"teacher": teacher, "student": student, "method": method, **settings}
     given["data"] = {"train": data} if isinstance(data, str) else data
-    for key, value in given.items():
-        if value is not None:
-            both = isinstance(value, dict) and isinstance(values.get(key), dict)
-            values[key] = {**values[key], **value} if both else value
-    config = RunConfig.from_mapping(values, where=f"recipe {recipe}" if recipe is not None else "arguments of distill()")
+    values = load_mapping(recipe) if recipe is not None else {}
+    values = merge_mappings(values, {key: value for key, value in given.items() if value is not None})
+    config = RunConfig.from_mapping(apply_overrides(values, overrides, where=where), where=where)
     return run(config, out=Path(out), resume=resume, console=None if quiet else Console())
 
 

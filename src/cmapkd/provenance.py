@@ -10,7 +10,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("cmapkd", "torch", "torchvision", "open_clip_torch", "transformers", "timm", "datasets", "accelerate", "numpy", "pillow")
+PACKAGES = (
+    "cmapkd",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "transformers",
+    "timm",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "pillow",
+)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -52,7 +52,9 @@ def gap_closed(teacher: Scores | None, student: Scores | None, baseline: Scores 
     None where a model is missing, has no retrieval score, or the baseline is no worse than the teacher, so that there
     is no gap to close.
     """
-    scores = [model["retrieval"]["mean_r@1"] for model in (teacher, student, baseline) if model and model.get("retrieval")]
+    scores = [
+        model["retrieval"]["mean_r@1"] for model in (teacher, student, baseline) if model and model.get("retrieval")
+    ]
     if len(scores) < 3 or scores[0] <= scores[2]:
         return None
     return float((scores[1] - scores[2]) / (scores[0] - scores[2]))

@@ -18,15 +18,16 @@ from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
-from cmapkd.data.types import Source
+from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
 from cmapkd.methods import METHODS, MethodConfig
 from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
 from cmapkd.provenance import describe_environment
 from cmapkd.results import RunResult, Scores, gap_closed
 from cmapkd.training import OptimConfig, TrainConfig, Trainer, TrainResult
-from cmapkd.training.checkpoint import read_checkpoint
+from cmapkd.training.checkpoint import checkpoint_path, read_checkpoint
 
+_FIRST_FILES = ("config.yaml", "environment.json")
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
 
 
@@ -62,7 +63,15 @@ class RunConfig(Config):
         if uses_teacher and self.teacher is None:
             raise ValueError(f"method {self.method.name} distils from a teacher: add teacher: MODEL")
         if not uses_teacher and self.baseline == "scratch":
-            raise ValueError(f"method {self.method.name} has no teacher: it is the scratch baseline itself, drop baseline")
+            raise ValueError(
+                f"method {self.method.name} has no teacher: it is the scratch baseline itself, drop baseline"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_has_data(self) -> Self:
+        if self.training.evaluate_every is not None and self.data.val is None:
+            raise ValueError("training.evaluate_every is set, but there is nothing to validate on: add data.val")
         return self
 
     def scratch(self) -> RunConfig:
@@ -87,6 +96,13 @@ def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console 
         ConfigError: a name in the config is unknown, or `out` holds another run.
         Interrupted, NonFiniteLossError, ValueError: see `Trainer.run`.
     """
+    if isinstance(config.baseline, Path) and not config.baseline.is_dir():
+        known = ("none", "scratch")
+        raise ConfigError(
+            f"baseline {str(config.baseline)!r}{closest(str(config.baseline), known)} is neither "
+            f"{' nor '.join(known)}, and there is no such run folder"
+        )
+    final = _open_final(config)  # first, so that a wrong name shows before the training and not after it
     state = PartialState(cpu=config.training.device == "cpu")
     with state.main_process_first():
         _prepare_folder(out, config, resume=resume, write=state.is_main_process)
@@ -103,7 +119,7 @@ def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console 
     if not state.is_main_process:
         state.wait_for_everyone()
         return RunResult(out, {})
-    metrics = _measure(config, student, trained, baseline_folder, device=state.device)
+    metrics = _measure(config, final, student, trained, baseline_folder, device=state.device)
     _write_json(out / "metrics.json", metrics)
     state.wait_for_everyone()
     if console is not None and trained.ledger.num_bad:
@@ -124,7 +140,11 @@ def _train(
     method = method_class(config.method, student=student, teacher=teacher if method_class.uses_teacher else None)
     assert config.data.views is not None
     builder = BatchBuilder(
-        source, config.data.views, readers(student, method.teacher), seed=config.seed, on_bad_sample=config.data.on_bad_sample
+        source,
+        config.data.views,
+        readers(student, method.teacher),
+        seed=config.seed,
+        on_bad_sample=config.data.on_bad_sample,
     )
     trainer = Trainer(
         method,
@@ -144,7 +164,8 @@ def _train(
     student = trained.student
     if trainer.accelerator.is_main_process:
         if config.training.student == "best":
-            tensors, _ = read_checkpoint(trainer.checkpoint_folder / "best")
+            assert trained.best_step is not None
+            tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
             student.load_state_dict(tensors["student"])
         _save_student(student, out / "student")
     return student, trained
@@ -160,7 +181,11 @@ def vocabulary_captions(source: Source) -> Iterator[str]:
     """Captions of up to `VOCABULARY_CAPTIONS` samples spread evenly over the source; lazily, few models read them."""
     stride = max(1, len(source) // VOCABULARY_CAPTIONS)
     for index in range(0, min(len(source), stride * VOCABULARY_CAPTIONS), stride):
-        yield from source.captions(index)
+        try:
+            captions = source.captions(index)
+        except BadSampleError:  # the training meets it again, and counts it or stops
+            continue
+        yield from captions
 
 
 def _validator(config: RunConfig) -> Any:
@@ -171,7 +196,7 @@ def _validator(config: RunConfig) -> Any:
 
     def validate(student: DualEncoder) -> dict[str, float]:
         device = next(student.parameters()).device
-        scores = evaluate(student, source, config.evaluation, device=device)
+        scores = evaluate(student, source, config.evaluation, device=device, on_bad_sample=config.data.on_bad_sample)
         numbers: dict[str, float] = {}
         if scores.get("retrieval"):
             numbers["mean_r@1"] = scores["retrieval"]["mean_r@1"]
@@ -182,18 +207,30 @@ def _validator(config: RunConfig) -> Any:
     return validate
 
 
+def _open_final(config: RunConfig) -> Source | None:
+    """The source of the final numbers; None where none is named."""
+    if config.data.final is None:
+        return None
+    return open_source(config.data.final, split="test" if config.data.test else "val")
+
+
 def _measure(
-    config: RunConfig, student: DualEncoder, trained: TrainResult, baseline: Path | None, *, device: torch.device
+    config: RunConfig,
+    source: Source | None,
+    student: DualEncoder,
+    trained: TrainResult,
+    baseline: Path | None,
+    *,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Scores of all models on the final source, and how the run went."""
-    source = open_source(config.data.final, split="test" if config.data.test else "val") if config.data.final else None
 
     def scores(model: DualEncoder | None) -> Scores | None:
         if model is None:
             return None
         if source is None:
             return {"params": model.num_parameters()}
-        return evaluate(model.to(device), source, config.evaluation, device=device)
+        return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=config.data.on_bad_sample)
 
     teacher = scores(build_model(config.teacher)) if config.teacher is not None else None
     student_scores = scores(student)
@@ -222,15 +259,16 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) 
         changed = [key for key, pair in _differences(before, config.plain()).items() if pair]
         if changed:
             raise ConfigError(
-                f"{out} was started with other settings: {', '.join(changed)}. Resume with the same recipe and overrides, "
-                "or start a new run in another folder."
+                f"{out} was started with other settings: {', '.join(changed)}. Resume with the same recipe and "
+                "overrides, or start a new run in another folder."
             )
         return
     if resume:
         raise ConfigError(f"there is nothing to resume in {out}: it has no config.yaml")
     if not write:
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # where a run ended before its training began, over a wrong model name for example, there is nothing to keep
+    if out.exists() and (not out.is_dir() or any(entry.name not in _FIRST_FILES for entry in out.iterdir())):
         raise ConfigError(f"{out} is not empty: add --resume to go on with the run in it, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_yaml(stored, config.plain())

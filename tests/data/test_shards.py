@@ -140,7 +140,7 @@ def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
 
 def test_duplicates_are_bad_and_name_the_first(tmp_path: Path) -> None:
     same = as_json(id="same", caption="x")
-    members = pairs(4, {1: same, 3: same}) + [("000000.png", picture(9))]
+    members = [*pairs(4, {1: same, 3: same}), ("000000.png", picture(9))]
     found = reasons(ShardSource(str(write_tar(tmp_path / "s.tar", members))))
     assert found == {
         3: "duplicate id: the sample at position 1 has it already",
@@ -225,7 +225,7 @@ def test_one_unreadable_shard_among_good_ones(tmp_path: Path) -> None:
 def test_compressed_tar_is_refused_with_advice(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
-    with pytest.raises(ConfigError, match="compressed.*unpack it"):
+    with pytest.raises(ConfigError, match=r"compressed.*unpack it"):
         ShardSource(f"{tmp_path}/s.tar")
 
 
@@ -248,7 +248,7 @@ def test_captions_required(tmp_path: Path) -> None:
 
 def test_no_captions_at_all(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", [("a.png", picture())])
-    with pytest.raises(ConfigError, match="none of the 1 samples .* has a caption"):
+    with pytest.raises(ConfigError, match=r"none of the 1 samples .* has a caption"):
         ShardSource(str(path), keep=Keep(require_captions=True))
     with pytest.raises(ConfigError, match="holds no samples"):
         ShardSource(str(write_tar(tmp_path / "e.tar", [("README", b"x")])))
@@ -273,7 +273,15 @@ def test_index_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ShardSource(str(path)).fingerprint() == expected
     good = json.loads(cached.read_text())
     outside = {**good, "entries": [["k", None, True, None, {"png": [0, 10**9]}]]}
-    for text in ("", "{", "[]", json.dumps({**good, "version": 0}), json.dumps(outside), '{"version": 1}', "[" * 100_000):
+    for text in (
+        "",
+        "{",
+        "[]",
+        json.dumps({**good, "version": 0}),
+        json.dumps(outside),
+        '{"version": 1}',
+        "[" * 100_000,
+    ):
         cached.write_text(text)
         assert ShardSource(str(path)).fingerprint() == expected
         assert json.loads(cached.read_text()) == good

@@ -36,7 +36,7 @@ def test_both_tasks_from_one_embedding(model: TinyDualEncoder, make_source: Make
 def test_batch_size_workers_and_limit_reach_the_loader(model: TinyDualEncoder, make_source: Make) -> None:
     config = EvaluationConfig(batch_size=2, workers=1, limit=5)
     scores = evaluate(model, make_source(9), config, device="cpu")["retrieval"]
-    first_five = evaluate(model, make_source(5), EvaluationConfig(), device="cpu")["retrieval"]
+    first_five = evaluate(model, make_source(9), EvaluationConfig(limit=5), device="cpu")["retrieval"]
     assert scores["num_images"] == 5
     assert scores["t2i"] == pytest.approx(first_five["t2i"])
     assert scores["i2t"] == pytest.approx(first_five["i2t"])

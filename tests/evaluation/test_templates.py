@@ -85,10 +85,16 @@ def test_class_names_from_a_file(make_source: Make, tmp_path: Path, file: str, t
     assert get_class_names(str(tmp_path / file), make_source()) == ("cat", "large dog")
 
 
-@pytest.mark.parametrize("text", ['{"0": "cat", "2": "dog"}', '["cat", 1]', '["cat", ""]', '"cat"', "[cat"])
+def test_numbered_class_names_are_in_numeric_order(make_source: Make, tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text(json.dumps({str(number): f"class {number}" for number in range(12)}))
+    names = get_class_names(str(tmp_path / "names.json"), make_source())
+    assert names == tuple(f"class {number}" for number in range(12))
+
+
+@pytest.mark.parametrize("text", ['["cat", 1]', '"cat"', "[cat"])
 def test_json_that_is_no_list_of_names(make_source: Make, tmp_path: Path, text: str) -> None:
     (tmp_path / "names.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"names.json (must hold a list of names|is not JSON)"):
+    with pytest.raises(ConfigError, match=r"names.json is (none of|not JSON)"):
         get_class_names(str(tmp_path / "names.json"), make_source())
 
 

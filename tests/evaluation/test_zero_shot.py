@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cmapkd.data.types import TokenBatch
 from cmapkd.evaluation.embed import embed_texts
+from cmapkd.evaluation.templates import get_templates
 from cmapkd.evaluation.zero_shot import classifier, zero_shot
 from cmapkd.models.tiny import TinyDualEncoder
 
@@ -52,6 +54,19 @@ def test_a_class_vector_is_the_normalised_mean_of_its_unit_prompts(model: TinyDu
         units = [embed_texts(model, [t.replace("{}", name)], batch_size=1, device="cpu")[0] for t in templates]
         mean = torch.stack(units).mean(0)
         torch.testing.assert_close(weight, mean / mean.norm(), rtol=0, atol=1e-6)
+
+
+def test_class_vectors_are_those_of_open_clip(model: TinyDualEncoder) -> None:
+    import open_clip
+
+    class AsOpenClip:
+        def encode_text(self, texts: TokenBatch, normalize: bool) -> torch.Tensor:
+            return F.normalize(model.encode_text(texts).embedding, dim=-1)
+
+    names, templates = ["red boat", "large dog", "tree"], get_templates("simple")
+    theirs = open_clip.build_zero_shot_classifier(AsOpenClip(), model.tokenizer, names, templates, device="cpu").T
+    ours = classifier(model, names, templates, batch_size=4, device="cpu")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_many_prompts_are_averaged_in_parts(model: TinyDualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

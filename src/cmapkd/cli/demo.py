@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,8 @@ def demo(
     try:
         result = run(config, out=out, console=console)
     except Interrupted as stopped:
-        console.print(f"{stopped}. Go on with:\n  cmapkd distill demo --out {out} --resume", markup=False, highlight=False)
+        command = shlex.join(["cmapkd", "distill", "demo", *(overrides or []), "--out", str(out), "--resume"])
+        console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(result.table())
     console.print(f"student and evidence: {out} (read back: cmapkd evaluate {out} --data scenes)", highlight=False)

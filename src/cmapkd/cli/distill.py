@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,8 @@ def distill(
     try:
         result = run(config, out=out, resume=resume, console=console)
     except Interrupted as stopped:
-        command = " ".join(["cmapkd distill", recipe, *(overrides or []), "--out", str(out), "--resume"])
-        console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False)
+        command = shlex.join(["cmapkd", "distill", recipe, *(overrides or []), "--out", str(out), "--resume"])
+        console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if result.metrics:
         console.print(result.table())

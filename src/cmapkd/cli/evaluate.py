@@ -10,7 +10,9 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run folder, or a model name such as open_clip:ViT-B-32/laion2b_s34b_b79k.")],
+    model: Annotated[
+        str, typer.Argument(help="A run folder, or a model name such as open_clip:ViT-B-32/laion2b_s34b_b79k.")
+    ],
     data: Annotated[str, typer.Option(help="Source of images with captions or labels, for example scenes.")],
     split: Annotated[str, typer.Option(help="Split of a source that has several.")] = "val",
     tasks: Annotated[str, typer.Option(help="Comma-separated: retrieval, zero_shot; or auto.")] = "auto",
@@ -46,4 +48,6 @@ def evaluate(
     Console().print(score_table([(model, scores)], title=f"Scores on {source.name}"))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"model": model, "data": source.name, **scores}, indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(
+            json.dumps({"model": model, "data": source.name, **scores}, indent=2) + "\n", encoding="utf-8"
+        )

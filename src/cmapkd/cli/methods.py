@@ -42,11 +42,17 @@ def methods(
     card = cards[name]
     lines = [card["title"], f"paper: {card['paper']}", "equations:"]
     lines += [f"  {equation}" for equation in card["equations"]]
-    lines += [f"needs: {card['needs']}", f"trainable: {card['trainable']}", f"checked against: {card['checked_against']}"]
+    lines += [
+        f"needs: {card['needs']}",
+        f"trainable: {card['trainable']}",
+        f"checked against: {card['checked_against']}",
+    ]
     lines += ["departures:" if card["departures"] else "departures: none"]
     lines += [f"  - {departure}" for departure in card["departures"]]
     lines += ["settings:"]
-    lines += [f"  {key} = {setting['default']!r}: {setting['description']}" for key, setting in card["settings"].items()]
+    lines += [
+        f"  {key} = {setting['default']!r}: {setting['description']}" for key, setting in card["settings"].items()
+    ]
     console.print("\n".join(lines), markup=False, highlight=False)
 
 

@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used. Lists every problem at once; each unknown key comes with the closest known one."""
+    """A config that cannot be used. Lists every problem at once; each unknown key comes with the closest known one.
+
+    Attributes:
+        problems: one line for each bad key or value, each starting with its dotted path; empty for other errors.
+    """
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -34,11 +42,20 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [_describe(cls, problem) for problem in error.errors()]
-            raise ConfigError(f"{where} has {len(lines)} problem{'s'[: len(lines) != 1]}:\n  " + "\n  ".join(lines)) from None
+            lines = [line for problem in error.errors() for line in _describe(cls, problem)]
+            head = f"{where} has {len(lines)} problem{'s'[: len(lines) != 1]}:\n  "
+            raise ConfigError(head + "\n  ".join(lines), tuple(lines)) from None
 
 
-def _describe(root: type[BaseModel], problem: Any) -> str:
+def _describe(root: type[BaseModel], problem: Any) -> list[str]:
+    path = ".".join(str(part) for part in problem["loc"])
+    inner = problem.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError) and inner.problems:  # a section that was validated by a class of its own
+        return [f"{path}.{line}" for line in inner.problems]
+    return [_describe_one(root, problem)]
+
+
+def _describe_one(root: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     path = ".".join(location)
     if problem["type"] == "extra_forbidden":

@@ -29,36 +29,65 @@ def load_config(cls: type[C], recipe: str | Path, overrides: Sequence[str] = ())
 
 def load_mapping(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The recipe's plain values, its bases merged in and `overrides` applied; not yet validated."""
+    values: dict[str, Any] = {}
+    for layer in _layers(recipe, seen=()):
+        values = merge_mappings(values, layer)
+    return apply_overrides(values, overrides, where=f"recipe {str(recipe)!r}")
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], *, where: str) -> dict[str, Any]:
+    """`values` with `key=value` overrides applied one after the other.
+
+    Raises:
+        ConfigError: an override is not `key=value`, or does not fit.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    merged = OmegaConf.merge(*(OmegaConf.create(layer) for layer in _layers(recipe, seen=())))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not key=value, for example optim.learning_rate=0.001")
         _refuse_interpolation(override, "override")
-    try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=False)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"overrides {list(overrides)} do not fit recipe {str(recipe)!r}: {error}") from None
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+        try:
+            layer = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
+        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"override {override!r} does not fit {where}: {error}") from None
+        assert isinstance(layer, dict)
+        values = merge_mappings(values, {str(name): value for name, value in layer.items()})
+    return values
+
+
+def merge_mappings(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """`upper` over `lower`, section by section; lists are replaced.
+
+    A section that is only a name (`method: clip_kd`) stands for `{name: clip_kd}` once `upper` sets something in it.
+    """
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        if isinstance(value, dict):
+            below = {"name": below} if isinstance(below, str) else below
+            merged[key] = merge_mappings(below if isinstance(below, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _layers(recipe: str | Path, seen: tuple[str, ...]) -> list[dict[str, Any]]:
     """The recipe's mapping, preceded by those of its bases."""
     values, place = _read(recipe)
-    if place in seen:
-        raise ConfigError(f"recipes form a circle: {' -> '.join((*seen, place))}")
+    here = str(Path(place).resolve())
+    if here in seen:
+        raise ConfigError(f"recipes form a circle: {' -> '.join((*seen, here))}")
     base = values.pop("base", None)
     if base is None:
         return [values]
     if not isinstance(base, str):
         raise ConfigError(f"recipe {place}: base must be one recipe's name or file, got {base!r}")
     beside = Path(place).parent / base
-    return [*_layers(beside if beside.suffix and beside.exists() else base, (*seen, place)), values]
+    return [*_layers(beside if beside.suffix and beside.exists() else base, (*seen, here)), values]
 
 
 def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,7 +56,8 @@ class PlanSampler(Sampler[Plan]):
     ) -> None:
         if length < batch_size:
             raise ValueError(
-                f"the training data has {length} samples, fewer than one batch of {batch_size}: lower training.batch_size"
+                f"the training data has {length} samples, fewer than one batch of {batch_size}: lower "
+                "training.batch_size"
             )
         if batch_size % world_size:
             raise ValueError(f"batch size {batch_size} does not divide among {world_size} processes")
@@ -80,8 +82,8 @@ class PlanSampler(Sampler[Plan]):
 class BatchBuilder(Dataset[Batch]):
     """Turns a plan into a batch: reads samples, draws views, lets each model preprocess and tokenise its own way.
 
-    A sample that cannot be read is replaced by another that is not in the batch (chosen by step and place, so the
-    same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
+    A sample that cannot be read is replaced by another that is not in the batch (chosen by the step and the bad one, so
+    the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
     """
 
     def __init__(
@@ -90,15 +92,15 @@ class BatchBuilder(Dataset[Batch]):
         self.source, self.views, self.readers, self.seed = source, views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
 
-    def __getitem__(self, plan: Plan) -> Batch:  # type: ignore[override]
+    def __getitem__(self, plan: Plan) -> Batch:
         number = self.views.view_number(plan.epoch)
         ids: list[str] = []
         captions: list[str] = []
         pixels: dict[str, list[Tensor]] = {role: [] for role in self.readers}
         bad: list[tuple[str, str]] = []
         taken = set(plan.everyone)
-        for place, planned in enumerate(plan.mine):
-            for index in self._candidates(plan, place, planned, taken):
+        for planned in plan.mine:
+            for index in self._candidates(plan, planned, taken):
                 try:
                     sample = self.source[index]
                     if not sample.captions:
@@ -117,16 +119,16 @@ class BatchBuilder(Dataset[Batch]):
                 break
             else:
                 raise BadSampleError(
-                    bad[-1][0], f"{bad[-1][1]}; so were {MAX_REPLACEMENTS} others tried in its place at step {plan.step}"
+                    bad[-1][0], f"{bad[-1][1]}; and no readable sample was found to take its place at step {plan.step}"
                 )
         return Batch(tuple(ids), self._inputs(pixels, captions), tuple(captions), view=number, bad=tuple(bad))
 
-    def _candidates(self, plan: Plan, place: int, planned: int, taken: set[int]) -> Iterator[int]:
+    def _candidates(self, plan: Plan, planned: int, taken: set[int]) -> Iterator[int]:
         yield planned
         length = len(self.source)
         for attempt in range(MAX_REPLACEMENTS):
             start = np.array([attempt % length])
-            index = int(permuted(start, length, "replacement", self.seed, plan.step, planned, place)[0])
+            index = int(permuted(start, length, "replacement", self.seed, plan.step, planned)[0])
             if index not in taken:
                 taken.add(index)
                 yield index
@@ -163,5 +165,11 @@ def make_loader(builder: BatchBuilder, sampler: PlanSampler, *, workers: int, pi
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_interrupts,
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from the run's random state
     )
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C reaches workers too: they go on, so that the training process can finish its step and save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -60,12 +60,14 @@ def _rows(values: Any) -> Any:
         for number, name in enumerate(values):
             yield (number, name, name) if isinstance(name, str) else None
     elif isinstance(values, dict):
-        for place, key in enumerate(sorted(values)):
+        numbered = all(key.isdecimal() for key in values)  # {"0": ..., "10": ...} counts, it is not an alphabet
+        for place, key in enumerate(sorted(values, key=int if numbered else None)):
             value = values[key]
             if isinstance(value, str):
                 yield (place, key, value)
             elif isinstance(value, dict) and isinstance(value.get("name"), str):
-                yield (int(value.get("index", place)), key, value["name"])
+                number = value.get("index", place)
+                yield (number, key, value["name"]) if type(number) is int else None
             elif (
                 isinstance(value, list)
                 and len(value) == 2

@@ -123,11 +123,14 @@ def _coco_rows(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, A
     """One row an image of any of the files, with its captions and boxes; crowd regions are no objects."""
     rows: dict[Any, dict[str, Any]] = {}
     for values in contents:
+        mine = set()
         for image in values["images"]:
             if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
                 rows[len(rows), "malformed"] = {}
-            else:
-                rows.setdefault(image["id"], {"id": image["id"], "image": image.get("file_name")})
+                continue
+            key = (len(rows), "again") if image["id"] in mine else image["id"]
+            rows.setdefault(key, {"id": image["id"], "image": image.get("file_name")})
+            mine.add(image["id"])
     for values in contents:
         categories = {c["id"]: c["name"] for c in values.get("categories") or () if isinstance(c, dict)}
         for annotation in values["annotations"]:

@@ -8,7 +8,8 @@ import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from cmapkd.config import ConfigError
@@ -42,10 +43,8 @@ def is_image_name(name: str) -> bool:
 
 def is_safe_name(name: str) -> bool:
     """Whether an archive's member name stays inside: not absolute, no `..`, no drive, no NUL."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
-        return False
-    return ":" not in path.parts[0]
+    parts = name.replace("\\", "/").split("/")
+    return bool(parts[0]) and ".." not in parts and parts[0][1:2] != ":" and "\0" not in name
 
 
 class Images(Protocol):
@@ -121,9 +120,9 @@ class RangeReader:
     def __setstate__(self, state: dict[str, object]) -> None:
         self._reset()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: `os` is gone when Python shuts down
         for handle in getattr(self, "_handles", {}).values():
-            os.close(handle)
+            close(handle)
 
     def read(self, path: str, offset: int, size: int, *, stamp: tuple[int, int]) -> bytes:
         """`size` bytes at `offset`.

@@ -25,11 +25,19 @@ class ViewSpec(Config):
     crop_scale: tuple[float, float] = Field(
         (0.9, 1.0), description="Smallest and largest area of the crop, as a share of the picture; [1, 1] for no crop."
     )
-    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="Smallest and largest width over height of the crop.")
-    flip: float = Field(0.0, ge=0, le=1, description="Probability of a mirror image; it makes 'left' wrong in captions.")
-    jitter: float = Field(0.0, ge=0, le=1, description="Largest relative change of brightness, contrast and saturation.")
+    crop_ratio: tuple[float, float] = Field(
+        (0.75, 4 / 3), description="Smallest and largest width over height of the crop."
+    )
+    flip: float = Field(
+        0.0, ge=0, le=1, description="Probability of a mirror image; it makes 'left' wrong in captions."
+    )
+    jitter: float = Field(
+        0.0, ge=0, le=1, description="Largest relative change of brightness, contrast and saturation."
+    )
     num_views: int | None = Field(
-        None, ge=1, description="Number of distinct views of a sample, cycled over epochs; none for a new one each epoch."
+        None,
+        ge=1,
+        description="Number of distinct views of a sample, cycled over epochs; none for a new one each epoch.",
     )
 
     @model_validator(mode="after")

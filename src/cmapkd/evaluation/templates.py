@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from cmapkd.config import ConfigError, closest
+from cmapkd.data.classes import parse_classes
 from cmapkd.data.types import Source
 
 TEMPLATE_SETS = ("auto", "openai_imagenet", "simple", "photo", "plain", "scenes")
@@ -48,8 +49,8 @@ def get_class_names(name: str | None, source: Source) -> tuple[str, ...] | None:
     """Names of the labels, by number; None where nobody names them.
 
     Args:
-        name: `imagenet` (the 1,000 names of open_clip); a text file with a name on each line, or a JSON list or
-            `{"0": name, ...}`; None: the source's own.
+        name: `imagenet` (the 1,000 names of open_clip); a text file with a name on each line; a JSON list,
+            `{"0": name, ...}` or another form that `data.classes` reads; None: the source's own.
     Raises:
         ConfigError: the name is neither a set nor a file, or the file is not as described.
         ValueError: the source has another number of classes.
@@ -88,20 +89,18 @@ def _from_file(name: str) -> tuple[str, ...]:
 
 
 def _names_from_file(name: str) -> tuple[str, ...]:
-    if Path(name).suffix != ".json":
-        return tuple(_lines(name, "class_names", CLASS_NAME_SETS))
     text = "\n".join(_lines(name, "class_names", CLASS_NAME_SETS))
+    if Path(name).suffix != ".json":
+        return tuple(text.split("\n"))
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"class names file {name} is not JSON: {error}") from None
+    except ValueError:
+        values = None  # `parse_classes` says what is wrong
     if isinstance(values, dict) and sorted(values) == sorted(map(str, range(len(values)))):
-        values = [values[str(number)] for number in range(len(values))]
-    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
-        raise ConfigError(
-            f'class names file {name} must hold a list of names, or {{"0": name, "1": name, ...}} without a gap'
-        )
-    return tuple(values)
+        numbered = [values[str(number)] for number in range(len(values))]
+        if all(isinstance(value, str) for value in numbered):  # 10 follows 9 here, where sorted keys put it after 1
+            return tuple(numbered)
+    return parse_classes(text.encode(), name).names
 
 
 def _lines(name: str, key: str, known: tuple[str, ...]) -> list[str]:

@@ -26,7 +26,7 @@ def gather_features(features: Features) -> Features:
 
 
 def _gather_tower(tower: TowerFeatures) -> TowerFeatures:
-    gathered: Tensor = _GatherRows.apply(tower.embedding)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(tower.embedding)
     return replace(tower, embedding=gathered)
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -54,7 +55,13 @@ class Method(nn.Module, ABC):
     Config: ClassVar[type[MethodConfig]]
     uses_teacher: ClassVar[bool] = True
 
-    def __init__(self, config: MethodConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
+    def __init__(
+        self,
+        config: MethodConfig,  # noqa: ARG002  kept by the methods, each with its own type
+        *,
+        student: DualEncoder,
+        teacher: FrozenTeacher | None = None,
+    ) -> None:
         super().__init__()
         if self.uses_teacher and teacher is None:
             raise ValueError(f"method {type(self).__name__} distils from a teacher: name one with teacher=...")
@@ -77,6 +84,11 @@ class Method(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         return self.terms(batch)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Called after every optimizer step: puts back what must stay in a range."""
+        self.student.clamp_logit_scale()
 
     def encode_student(self, batch: Batch) -> Features:
         """The student's features; embeddings are those of the whole batch, over all processes."""

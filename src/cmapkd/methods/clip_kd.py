@@ -62,7 +62,8 @@ class ClipKD(Method):
             "published code, which uses the logarithm itself.",
             "Masked-feature, gradient and augmented-feature terms are not in this version.",
         ),
-        checked_against="the published loss class run on random embeddings (values and gradients, tests/methods/fixtures)",
+        checked_against="the published loss class run on random embeddings: values and gradients, "
+        "tests/methods/fixtures/clip_kd.json",
     )
 
     def __init__(self, config: ClipKDConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
@@ -71,7 +72,9 @@ class ClipKD(Method):
         self.config = config
         projected = config.feature_weight > 0 or config.interactive_weight > 0
         self.project = PairProjector(student.embed_dim, teacher.embed_dim) if projected else None
-        self.interactive_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07))) if config.interactive_weight > 0 else None
+        self.interactive_scale = (
+            nn.Parameter(torch.tensor(math.log(1 / 0.07))) if config.interactive_weight > 0 else None
+        )
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         config, student, teacher = self.config, self.encode_student(batch), self.encode_teacher(batch)
@@ -99,8 +102,12 @@ class ClipKD(Method):
                 terms["interactive"] = Term(interactive, config.interactive_weight)
         return terms
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        super().after_step()
+        if self.interactive_scale is not None and self.config.interactive_scale == "exp":
+            self.interactive_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+
     def _scale(self) -> Tensor:
         assert self.interactive_scale is not None
-        if self.config.interactive_scale == "official":
-            return self.interactive_scale
-        return self.interactive_scale.clamp(0.0, math.log(MAX_LOGIT_SCALE)).exp()
+        return self.interactive_scale if self.config.interactive_scale == "official" else self.interactive_scale.exp()

@@ -22,7 +22,7 @@ class Contrastive(Method):
     uses_teacher: ClassVar[bool] = False
     card: ClassVar[MethodCard] = MethodCard(
         title="Contrastive training, no teacher",
-        paper="Radford et al. 2021, arXiv:2103.00020; for students with a logit bias Zhai et al. 2023, arXiv:2303.15343",
+        paper="Radford et al. 2021, arXiv:2103.00020; with a logit bias Zhai et al. 2023, arXiv:2303.15343",
         equations=(
             "L = 1/2 [CE(s v tᵀ, diag) + CE(s t vᵀ, diag)]",
             "with a logit bias b: L = -(1/B) Σ_ij log σ(z_ij (s v_i·t_j + b)), z = +1 on the diagonal, else -1",

@@ -43,7 +43,8 @@ class Hinton(Method):
             "Hard and soft terms weigh 1 : 1 at temperature 1, as in open_clip; the paper only says that the hard term "
             "should count considerably less.",
         ),
-        checked_against="the formula written out; open_clip's DistillClipLoss (value up to the teacher's entropy, gradient)",
+        checked_against="the formula written out; open_clip's DistillClipLoss (gradient, and value up to the teacher's "
+        "entropy)",
     )
 
     def __init__(self, config: HintonConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:

@@ -166,7 +166,10 @@ def _tokenizer(source: str, revision: dict[str, str], name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("it knows no words")  # what transformers 5 makes up where there are no files
+        return tokenizer
     except Exception as error:
         raise ValueError(
             f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {_first_line(error)}). "

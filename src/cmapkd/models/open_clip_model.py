@@ -254,6 +254,8 @@ def make_tokenizer(text_config: Mapping[str, Any], *, source: str | None = None)
     mode = text_config.get("tokenizer_mode")
     try:
         native = HFTokenizer(source or named, context_length=length, tokenizer_mode=mode, **settings)
+        if len(native.tokenizer) <= len(set(native.tokenizer.all_special_ids)):
+            raise ValueError("it knows no words")  # what transformers 5 makes up where there are no files
     except Exception as error:
         raise ValueError(
             f"there is no tokenizer in {source or named!r} ({type(error).__name__}: {_first_line(error)}). Put its "

@@ -25,7 +25,9 @@ class TimmOptions(Config):
     timm_pool: Literal["", "avg", "token", "map", "abs_attn", "rot_attn"] = Field(
         "", description="How the image tower pools its features. Empty: timm's own way for this model."
     )
-    timm_proj: Literal["linear", "mlp"] = Field("linear", description="From pooled features to the joint space.")
+    timm_proj: Literal["linear", "mlp"] | None = Field(
+        None, description="From pooled features to the joint space. None: linear, or timm's own classifier (see docs)."
+    )
     drop_path: float | None = Field(None, ge=0, lt=1, description="Stochastic depth of the image tower, a probability.")
     text_width: int = Field(512, ge=8, description="Channels of the text transformer.")
     text_layers: int = Field(12, ge=1, description="Blocks of the text transformer.")
@@ -56,13 +58,13 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     pretrained = weights == "pretrained" and config.init == "auto"
     if weights and not own.has_weights:
         raise ConfigError(f"timm has no pretrained weights for {name!r}: leave out /pretrained")
-    model_config = {
+    model_config: dict[str, Any] = {
         "embed_dim": options.embed_dim,
         "vision_cfg": {
             "timm_model_name": name,
             "timm_model_pretrained": False,
             "timm_pool": options.timm_pool,
-            "timm_proj": options.timm_proj,
+            "timm_proj": options.timm_proj or "linear",
             "timm_drop_path": options.drop_path,
             "image_size": options.image_size or own.input_size[-1],
         },
@@ -83,7 +85,15 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
         "interpolation": "bilinear" if own.interpolation == "bilinear" else "bicubic",
         "resize_mode": "shortest",
     }
-    model = construct(model_config, preprocess, where=config.name)
+    model: Any = construct(model_config, preprocess, where=config.name)
+    if _head_widens(model.visual.trunk):
+        if options.timm_proj is not None:
+            raise ConfigError(
+                f"{config.name} ends in a head of its own ({model.visual.trunk.head_hidden_size} channels from "
+                f"{model.visual.trunk.num_features}), which open_clip cannot project: leave out timm_proj."
+            )
+        model_config["vision_cfg"].update(timm_proj="", timm_pool=options.timm_pool or "avg")
+        model = construct(model_config, preprocess, where=config.name)
     if pretrained:
         model = _with_timm_weights(model_config, preprocess, config.name, own)
     fit_image_size(model, where=config.name)
@@ -91,7 +101,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
         model,
         config=model_config,
         preprocess=preprocess,
-        tokenizer=make_tokenizer(model_config["text_cfg"]),  # type: ignore[arg-type]
+        tokenizer=make_tokenizer(model_config["text_cfg"]),
         name=config.name,
         family="timm",
     )
@@ -112,13 +122,21 @@ def _known(name: str) -> Any:
         raise ConfigError(
             f"timm has no model {architecture!r}{closest(architecture, known)}; timm.list_models() lists them"
         )
-    entry = timm.get_pretrained_cfg(name, allow_unregistered=False) if tag else timm.get_pretrained_cfg(architecture)
-    if entry is None or (tag and entry.tag != tag):
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:
         tags = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", pretrained=True)]
         raise ConfigError(
             f"timm's {architecture} has no weights {tag!r}{closest(tag, tags)}; it has: {', '.join(tags)}"
-        )
-    return entry
+        ) from None
+
+
+def _head_widens(trunk: Any) -> bool:
+    """MobileNetV3 and its kin widen the pooled features before the classifier, which open_clip 3.3 does not expect.
+
+    There timm's own classifier serves as the projection (`timm_proj: ""` in open_clip's config).
+    """
+    return bool(getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features)
 
 
 def _with_timm_weights(model_config: dict[str, Any], preprocess: dict[str, Any], where: str, own: Any) -> Any:

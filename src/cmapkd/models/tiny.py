@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class TinyOptions(Config):
     """Sizes of a `tiny` model; head width is fixed at 32 channels."""
 
     image_size: int = Field(64, ge=16, description="Height and width of the input, in pixels.")
+    fit: Literal["crop", "squash"] = Field("crop", description="What becomes of a picture that is not square.")
     patch_size: int = Field(8, ge=4, description="Pixels per side of one token; a power of two.")
     stem_width: int = Field(16, ge=4, description="Channels of the stem's first convolution; each later one has twice as many.")
     vision_width: int = Field(96, ge=32, multiple_of=32, description="Channels of the image tower.")
@@ -157,7 +158,9 @@ class TinyDualEncoder(DualEncoder):
         options = options.model_copy(update={"vocab_size": tokenizer.vocab_size})
         self.name, self.options, self.tokenizer = name, options, tokenizer
         self.embed_dim = options.embed_dim
-        self.image_spec = ImageSpec(options.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        self.image_spec = ImageSpec(
+            options.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fit=options.fit
+        )
         self.vision, self.text = VisionTower(options), TextTower(options)
         self._log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.image_levels = tuple(

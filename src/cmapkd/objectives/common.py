@@ -18,6 +18,17 @@ def unit(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
     return F.normalize(at_least_float32(embeddings), dim=-1)
 
 
+def similarities(
+    rows: Float[Tensor, "batch dim"], columns: Float[Tensor, "batch dim"], logit_scale: Float[Tensor, ""] | float
+) -> Float[Tensor, "batch batch"]:
+    """Cosines of every row with every column, times `logit_scale`; float32 or wider.
+
+    Outside autocast, which would take the product in bf16: at a logit scale of 100 that is off by whole nats.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return logit_scale * unit(rows) @ unit(columns).T
+
+
 def check_pairs(**embeddings: Tensor) -> None:
     """Refuses tensors that are not [batch, dim] with one common batch.
 

@@ -1,4 +1,4 @@
-"""The contrastive losses that dual encoders are trained with: symmetric softmax (CLIP) and pairwise sigmoid (SigLIP)."""
+"""The losses that dual encoders are trained with: symmetric softmax (CLIP) and pairwise sigmoid (SigLIP)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cmapkd.objectives.common import check_pairs, unit
+from cmapkd.objectives.common import check_pairs, similarities
 
 
 def contrastive_loss(
@@ -28,7 +28,7 @@ def contrastive_loss(
     Source: CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3.
     """
     check_pairs(image=image, text=text)
-    logits = logit_scale * unit(image) @ unit(text).T
+    logits = similarities(image, text, logit_scale)
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -52,6 +52,6 @@ def sigmoid_loss(
     Source: SigLIP, Zhai et al. 2023, arXiv:2303.15343, equation in section 3.2.
     """
     check_pairs(image=image, text=text)
-    logits = logit_scale * unit(image) @ unit(text).T + logit_bias
+    logits = similarities(image, text, logit_scale) + logit_bias
     signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)

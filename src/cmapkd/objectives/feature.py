@@ -8,9 +8,7 @@ from torch import Tensor
 from cmapkd.objectives.common import check_same_width, unit
 
 
-def feature_distance(
-    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]
-) -> Float[Tensor, ""]:
+def feature_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     """Mean over the batch of the squared distance between unit embeddings, |N(s) - N(t)|^2 = 2 - 2 cos(s, t).
 
     A sum over channels, not a mean: its size, and so the meaning of a weight on it, does not depend on the width.

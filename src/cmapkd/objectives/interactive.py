@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cmapkd.objectives.common import check_pairs, check_same_width, unit
+from cmapkd.objectives.common import check_pairs, check_same_width, similarities
 
 
 def interactive_loss(
@@ -36,6 +36,6 @@ def interactive_loss(
     check_same_width(student_image, teacher_text, "image embedding")
     check_same_width(student_text, teacher_image, "text embedding")
     labels = torch.arange(len(student_image), device=student_image.device)
-    image_to_text = logit_scale * unit(student_image) @ unit(teacher_text.detach()).T
-    text_to_image = logit_scale * unit(student_text) @ unit(teacher_image.detach()).T
+    image_to_text = similarities(student_image, teacher_text.detach(), logit_scale)
+    text_to_image = similarities(student_text, teacher_image.detach(), logit_scale)
     return (F.cross_entropy(image_to_text, labels) + F.cross_entropy(text_to_image, labels)) / 2

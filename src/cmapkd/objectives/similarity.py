@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from cmapkd.objectives.common import check_pairs, unit
+from cmapkd.objectives.common import check_pairs, similarities
 from cmapkd.objectives.divergence import kl_divergence
 
 
@@ -38,8 +38,8 @@ def similarity_divergence(
     check_pairs(
         student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text
     )
-    student_logits = student_scale * unit(student_image) @ unit(student_text).T
-    teacher_logits = (teacher_scale * unit(teacher_image) @ unit(teacher_text).T).detach()
+    student_logits = similarities(student_image, student_text, student_scale)
+    teacher_logits = similarities(teacher_image, teacher_text, teacher_scale).detach()
     return (
         kl_divergence(student_logits, teacher_logits, temperature=temperature)
         + kl_divergence(student_logits.T, teacher_logits.T, temperature=temperature)

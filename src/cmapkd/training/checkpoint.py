@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_PREFIX = "step-"
+Kind = Literal["step", "best"]  # to resume from; the best validated student
 
 
 @dataclass
@@ -34,14 +34,14 @@ class Progress:
     ledger: dict[str, Any] = field(default_factory=dict)  # counts of good and bad samples
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"{_PREFIX}{step:09d}"
+def checkpoint_path(folder: Path, step: int, kind: Kind = "step") -> Path:
+    return folder / f"{kind}-{step:09d}"
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path, kind: Kind = "step") -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
-    return sorted(path for path in found if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit())
+    found = folder.glob(f"{kind}-*") if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_dir() and path.name.removeprefix(f"{kind}-").isdigit())
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
@@ -50,7 +50,8 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, group in tensors.items():
-        save_file({key: value.detach().cpu().contiguous().clone() for key, value in group.items()}, temporary / f"{name}.safetensors")
+        own = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
+        save_file(own, temporary / f"{name}.safetensors")
     (temporary / "progress.json").write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
     for file in temporary.iterdir():
         _flush(file)
@@ -73,9 +74,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
 
 
-def remove_old(folder: Path, *, keep: int) -> None:
+def remove_old(folder: Path, *, keep: int, kind: Kind = "step") -> None:
     """Deletes all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(folder)[:-keep]:
+    for path in list_checkpoints(folder, kind)[:-keep]:
         shutil.rmtree(path)
 
 
@@ -90,7 +91,9 @@ def _flush(path: Path) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimizer's state as named tensors: `<parameter number>.<name>`."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": torch.as_tensor(value) for number, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{number}.{name}": torch.as_tensor(value) for number, entry in state.items() for name, value in entry.items()
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -14,13 +14,17 @@ class OptimConfig(Config):
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of the student.")
     module_rate: float = Field(1.0, ge=0, description="Rate of a method's own modules, as a multiple of the student's.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices; biases, norms and scales have none.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled decay of matrices; biases, norms and scales have none."
+    )
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's averaging of gradient and squared gradient.")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon.")
     warmup_steps: int = Field(100, ge=0, description="Linear warm-up, in optimizer steps.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="What follows the warm-up.")
     final_rate: float = Field(0.0, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
-    max_gradient_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; none: never.")
+    max_gradient_norm: float | None = Field(
+        1.0, gt=0, description="Gradients are scaled down to this norm; none: never."
+    )
 
 
 class TrainConfig(Config):
@@ -31,12 +35,16 @@ class TrainConfig(Config):
     batch_size: int = Field(256, ge=2, description="Pairs in a step, over all processes.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one.")
-    ema: float | None = Field(None, gt=0, lt=1, description="Decay of an averaged student, which is then the one saved.")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of an averaged student, which is then the one saved."
+    )
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; none: only at the end.")
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; none: ten in a run.")
     keep_checkpoints: int = Field(2, ge=1, description="Latest checkpoints kept, besides the best.")
-    student: Literal["last", "best"] = Field("last", description="Which weights are saved: of the end, or best validated.")
+    student: Literal["last", "best"] = Field(
+        "last", description="Which weights are saved: of the end, or best validated."
+    )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Written besides metrics.jsonl.")
 
     @model_validator(mode="after")

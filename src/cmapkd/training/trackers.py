@@ -15,13 +15,15 @@ class Tracker(Protocol):
 
 
 class JsonlTracker:
-    """One JSON object a line; on resume, lines after the checkpoint's step are dropped so that each step stands once."""
+    """One JSON object a line; a resume drops the lines after the checkpoint's step, so that none stands twice."""
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         if resume_step is not None and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= resume_step]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            shortened = path.with_name(f".{path.name}.writing")
+            shortened.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            shortened.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -45,15 +47,17 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("training.trackers names tensorboard, which is not installed: pip install cmapkd[tensorboard]") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            raise ValueError(
+                "training.trackers names tensorboard, which is not installed: pip install cmapkd[tensorboard]"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandbTracker:
@@ -61,7 +65,9 @@ class WandbTracker:
         try:
             import wandb
         except ImportError:
-            raise ValueError("training.trackers names wandb, which is not installed: pip install cmapkd[wandb]") from None
+            raise ValueError(
+                "training.trackers names wandb, which is not installed: pip install cmapkd[wandb]"
+            ) from None
         self._run = wandb.init(project="cmapkd", name=folder.name, dir=str(folder), config=settings, resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -88,7 +88,7 @@ class Trainer:
         self.builder, self.validate, self.settings, self.title = builder, validate, settings or {}, title
         self.max_bad_share = max_bad_share
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
             cpu=config.device == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
@@ -136,9 +136,7 @@ class Trainer:
         pin = self.accelerator.device.type == "cuda"
         loader = make_loader(self.builder, self.sampler, workers=self.workers, pin_memory=pin)
         trackers = (
-            make_trackers(
-                self.config.trackers, self.out, settings=self.settings, resume_step=start if resume else None
-            )
+            make_trackers(self.config.trackers, self.out, settings=self.settings, resume_step=start if resume else None)
             if self.accelerator.is_main_process
             else []
         )
@@ -175,67 +173,72 @@ class Trainer:
     def _loop(
         self, batches: Iterator[Batch], trackers: list[Tracker], display: TrainingDisplay, stop_asked: threading.Event
     ) -> None:
-        clock, pairs = time.perf_counter(), 0
+        clock, seconds, pairs = time.perf_counter(), 0.0, 0  # the latter two since the last line
         self.wrapped.train()
         for batch in batches:
             values = self._step(batch)
             step = self.progress.step
-            pairs += self.config.batch_size
             stopping = self._agreed(stop_asked.is_set())
             last = step == self.total
-            if step % self.config.log_every == 0 or last or stopping:
-                now = time.perf_counter()
-                rate = pairs / (now - clock)
-                self.progress.seconds += now - clock
-                clock, pairs = now, 0
-                numbers = {name: float(value) for name, value in values.items()}
+            numbers = {name: float(value) for name, value in values.items()} if self._logged(step) else {}
+            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+            seconds, pairs = seconds + elapsed, pairs + self.config.batch_size
+            self.progress.seconds += elapsed
+            if numbers:
+                rate = pairs / seconds
+                seconds, pairs = 0.0, 0
                 for tracker in trackers:
                     tracker.log(step, {**numbers, "pairs_per_second": rate})
                 left = (self.total - step) * self.config.batch_size / rate
                 display.update(step, loss=numbers["loss"], pairs_per_second=rate, seconds_left=left)
-            validated = self._validate_if_due(step, last, trackers, display)
+            if self._validate_if_due(step, last, trackers, display):
+                clock = time.perf_counter()
             if step % self.checkpoint_every == 0 or last or stopping:
                 self._save()
             if stopping and not last:
                 raise Interrupted(step, checkpoints.checkpoint_path(self.checkpoint_folder, step))
-            if validated:
-                clock, pairs = time.perf_counter(), 0
+
+    def _logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.total
 
     def _step(self, batch: Batch) -> dict[str, Tensor | float]:
         self._count(batch)
-        terms: dict[str, Term] = self.wrapped(batch.to(self.accelerator.device, non_blocking=True))
+        device = self.accelerator.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+            terms: dict[str, Term] = self.wrapped(batch.to(device, non_blocking=True))
         if not terms:
             raise ValueError(f"method {type(self.method).__name__} has no terms left: every weight is zero")
         loss = torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
-        if not bool(loss.isfinite()):
-            self._stop_on_non_finite(batch, terms)
         rate = learning_rate(self.progress.step, total=self.total, config=self.optim)
         set_learning_rate(self.optimizer, rate)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.optim.max_gradient_norm or float("inf"))
+        if not bool(loss.isfinite() & norm.isfinite()):  # before the step, so that no checkpoint holds what follows
+            self._stop_on_non_finite(batch, terms, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.student.clamp_logit_scale()
+        self.method.after_step()
         if self.average is not None:
             self.average.update_parameters(self.method.student)
         self.progress.step += 1
         values: dict[str, Tensor | float] = {"loss": loss.detach()}
         values |= {f"terms/{name}": term.value.detach() for name, term in terms.items()}
-        values |= {"learning_rate": rate, "logit_scale": self.method.student.log_logit_scale.detach().exp()}
-        return values | {"gradient_norm": norm.detach()} if norm is not None else values
+        scale = self.method.student.log_logit_scale.detach().exp()
+        return values | {"learning_rate": rate, "logit_scale": scale, "gradient_norm": norm.detach()}
 
     def _count(self, batch: Batch) -> None:
         self.ledger.add(len(batch), batch.bad)
         self.ledger.check_share(self.max_bad_share)
 
-    def _stop_on_non_finite(self, batch: Batch, terms: dict[str, Term]) -> None:
+    def _stop_on_non_finite(self, batch: Batch, terms: dict[str, Term], norm: Tensor) -> None:
         values = ", ".join(f"{name} {float(term.value):g}" for name, term in terms.items())
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         shown = ", ".join(batch.ids[:8]) + (f", ... ({len(batch.ids)} in all)" if len(batch.ids) > 8 else "")
         raise NonFiniteLossError(
-            f"the loss is not finite at step {self.progress.step + 1} ({values}). Samples of this batch: {shown}. "
-            f"Last good checkpoint: {kept[-1].name if kept else 'none yet'}. Lower optim.learning_rate, lengthen "
-            "optim.warmup_steps, or use training.precision=fp32; then go on with --resume."
+            f"the loss or its gradient is not finite at step {self.progress.step + 1} ({values}, gradient norm "
+            f"{float(norm):g}). Samples of this batch: {shown}. Last good checkpoint: "
+            f"{kept[-1].name if kept else 'none yet'}. Lower optim.learning_rate, lengthen optim.warmup_steps, or use "
+            "training.precision=fp32, in a new run folder: --resume repeats this run as it was."
         )
 
     def _validate_if_due(self, step: int, last: bool, trackers: list[Tracker], display: TrainingDisplay) -> bool:
@@ -252,7 +255,9 @@ class Trainer:
             if self.progress.best_score is None or numbers["score"] > self.progress.best_score:
                 self.progress.best_score, self.progress.best_step = numbers["score"], step
                 weights = {"student": self.student.state_dict()}
-                checkpoints.write_checkpoint(self.checkpoint_folder / "best", weights, self.progress)
+                path = checkpoints.checkpoint_path(self.checkpoint_folder, step, "best")
+                checkpoints.write_checkpoint(path, weights, self.progress)
+                checkpoints.remove_old(self.checkpoint_folder, keep=1, kind="best")
         self.accelerator.wait_for_everyone()
         return True
 
@@ -315,7 +320,7 @@ def _signals() -> Iterator[threading.Event]:
         yield asked
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(_number: int, _frame: FrameType | None) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()

@@ -56,8 +56,8 @@ class _Core(NamedTuple):
 def captions_with_claims(scene: Scene) -> tuple[tuple[str, Claim], ...]:
     """Five captions of different kinds in random order; every claim holds in the scene.
 
-    Each goes on adding details (background, number of objects, the largest one) until it gives about the spec's `details`
-    bits, except for the few that the spec's `coarse` leaves general.
+    Each goes on adding details (background, number of objects, the largest one) until it tells about as many bits as
+    the spec's `details` asks for, except for the few that its `coarse` leaves general.
     """
     return _Speaker(scene).captions()
 
@@ -288,13 +288,10 @@ def _are(number: int) -> str:
 def _bits(*things: Description) -> float:
     """Roughly how much descriptions tell: a colour or shape said before, as a theme would repeat it, tells less."""
     bits = 0.0
-    for thing in things:
-        bits += 3.3 * bool(thing.colour) + 3.3 * bool(thing.shape) + 2.0 * bool(thing.texture)
-        bits += 1.0 * bool(thing.size) + 1.3 * bool(thing.column) + 1.3 * bool(thing.row)
+    for colour, shape, texture, size, column, row in things:
+        bits += (3.3 if colour else 0.0) + (3.3 if shape else 0.0) + (2.0 if texture else 0.0)
+        bits += (1.0 if size else 0.0) + (1.3 if column else 0.0) + (1.3 if row else 0.0)
     if len(things) > 1:
-        for words in (
-            [thing.colour for thing in things if thing.colour],
-            [thing.shape for thing in things if thing.shape],
-        ):
+        for words in ([thing[0] for thing in things if thing[0]], [thing[1] for thing in things if thing[1]]):
             bits -= 2.0 * (len(words) - len(set(words)))
     return bits

@@ -73,16 +73,17 @@ def plural(noun: str) -> str:
 
 def noun_phrase(draws: Draws, thing: Description, article: str = "a", *, number: int = 1) -> str:
     """`a small striped red circle`, from whatever is said of the object except its place."""
+    colour, shape, texture, size, _, _ = thing
     before = after = ""
-    if thing.size:
-        before = synonym(draws, thing.size) + " "
-    if thing.texture:
-        after = _WITH_TEXTURE.get(thing.texture, "") if draws.uniform() < 0.25 else ""
+    if size:
+        before = synonym(draws, size) + " "
+    if texture:
+        after = _WITH_TEXTURE.get(texture, "") if draws.uniform() < 0.25 else ""
         if not after:
-            before += synonym(draws, thing.texture) + " "
-    if thing.colour:
-        before += synonym(draws, thing.colour) + " "
-    noun = synonym(draws, thing.shape) if thing.shape else "object"
+            before += synonym(draws, texture) + " "
+    if colour:
+        before += (synonym(draws, colour) if colour in _WORDS else colour) + " "
+    noun = synonym(draws, shape) if shape else "object"
     phrase = f"{before}{noun if number == 1 else plural(noun)}{after}"
     if not article:
         return phrase

@@ -19,6 +19,8 @@ COMPACT = frozenset({"circle", "square", "triangle", "diamond", "heart", "hexago
 
 _CLEAR = 1.13  # centres further apart than this many times the radii: no pixel of the two meets
 _OVER = (0.54, 0.61)  # the same for a pair meant to overlap
+_OVER_POINTED = (0.47, 0.52)  # and for two shapes that are thin in some directions
+_POINTED = frozenset({"triangle", "diamond", "heart"})
 _MARGIN = 0.03  # free border of the image
 _STEPS = (0.95, 1.0, 1.05)  # sizes of one name differ by this much
 _RESIDUES = {0: "val", 1: "test"}  # of a content hash modulo 10; the other eight are train's
@@ -188,7 +190,8 @@ def _place(
                 x, y = low + uniform() * room, low + uniform() * room
             else:
                 other_x, other_y, other_radius = circles[partner]
-                distance = (_OVER[0] + uniform() * (_OVER[1] - _OVER[0])) * (radius + other_radius)
+                nearest, furthest = _OVER_POINTED if {draft.shape, drafts[partner].shape} <= _POINTED else _OVER
+                distance = (nearest + uniform() * (furthest - nearest)) * (radius + other_radius)
                 angle = uniform() * math.tau
                 x, y = other_x + distance * math.cos(angle), other_y + distance * math.sin(angle)
                 if not (low <= x <= low + room and low <= y <= low + room):

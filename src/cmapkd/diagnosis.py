@@ -1,0 +1,260 @@
+"""What `cmapkd doctor` finds: everything about a recipe that can be known before hours are spent on it."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.open import open_source
+from cmapkd.data.types import BadSampleError, Batch, Source
+from cmapkd.methods import METHODS, Method
+from cmapkd.models import DualEncoder, FrozenTeacher, build_model
+from cmapkd.objectives.common import unit
+from cmapkd.run import RunConfig, readers, vocabulary_captions
+from cmapkd.training.optim import make_optimizer
+
+CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
+SANITY_PAIRS = 32
+WARM_STEPS, MEASURED_STEPS = 1, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. A `problem` would stop or spoil the run; a `note` is worth knowing."""
+
+    level: Literal["ok", "note", "problem"]
+    what: str
+    detail: str
+
+
+def diagnose(config: RunConfig) -> list[Finding]:
+    """Builds everything the recipe names, reads some data, takes a few steps, and writes nothing.
+
+    Returns:
+        Findings in the order of a run. After a problem with a part, what depends on it is left out.
+    """
+    findings: list[Finding] = []
+    sources = {}
+    for role, name in (("train", config.data.train), ("val", config.data.val), ("test", config.data.test)):
+        if name is None:
+            continue
+        source = _attempt(findings, f"data.{role}", lambda name=name, role=role: open_source(name, split=role, require_captions=role == "train"))
+        if source is not None:
+            sources[role] = source
+            findings += _check_source(role, source, config)
+    if config.data.final is None:
+        findings.append(Finding("note", "data", "neither val nor test is named: the run ends without scores"))
+    train = sources.get("train")
+    if train is None:
+        return findings
+    torch.manual_seed(config.seed)
+    student = _attempt(findings, "student", lambda: build_model(config.student, captions=vocabulary_captions(train)))
+    teacher_config = config.teacher
+    teacher = _attempt(findings, "teacher", lambda: build_model(teacher_config)) if teacher_config is not None else None
+    if student is None or (teacher is None and teacher_config is not None):
+        return findings
+    findings += _check_model("student", student, train)
+    if teacher is not None:
+        findings += _check_model("teacher", teacher, train)
+        findings += _compare(student, teacher)
+        findings += _check_teacher_sanity(teacher, train)
+    method = _attempt(
+        findings,
+        "method",
+        lambda: METHODS[config.method.name](
+            config.method, student=student, teacher=FrozenTeacher(teacher) if teacher is not None else None
+        ),
+    )
+    if method is not None:
+        findings += _measure_steps(method, train, config)
+    return findings
+
+
+def _attempt(findings: list[Finding], what: str, build):  # type: ignore[no-untyped-def]
+    """The built part, or None and a problem that says why."""
+    try:
+        return build()
+    except (ValueError, OSError) as error:
+        findings.append(Finding("problem", what, str(error)))
+        return None
+
+
+def _check_source(role: str, source: Source, config: RunConfig) -> Iterator[Finding]:
+    length = len(source)
+    step = max(1, length // CHECKED_SAMPLES)
+    indices = range(0, length, step)[:CHECKED_SAMPLES]
+    bad: list[BadSampleError] = []
+    captions: list[int] = []
+    sizes: list[int] = []
+    labelled = 0
+    for index in indices:
+        try:
+            sample = source[index]
+        except BadSampleError as error:
+            bad.append(error)
+            continue
+        captions.append(len(sample.captions))
+        sizes.append(min(sample.image.size))
+        labelled += sample.label is not None
+    what = f"data.{role}"
+    if captions:
+        yield Finding(
+            "ok",
+            what,
+            f"{length:,} samples; of {len(captions)} read: {statistics.mean(captions):.1f} captions each, short side "
+            f"{min(sizes)}-{max(sizes)} px, {labelled} with a label",
+        )
+    if bad:
+        share = len(bad) / len(indices)
+        level: Literal["note", "problem"] = "problem" if share > config.data.max_bad_share else "note"
+        yield Finding(level, what, f"{len(bad)} of {len(indices)} samples cannot be used ({100 * share:.1f} %), first: {bad[0]}")
+    if role == "train":
+        if length < config.training.batch_size:
+            yield Finding(
+                "problem", what, f"{length} samples do not fill one batch of {config.training.batch_size}: lower training.batch_size"
+            )
+        elif captions and not all(captions):
+            yield Finding("problem", what, f"{captions.count(0)} of {len(captions)} samples have no caption to train on")
+
+
+def _check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Finding]:
+    spec = model.image_spec
+    levels = f"{len(model.image_levels)} image and {len(model.text_levels)} text levels"
+    yield Finding(
+        "ok",
+        role,
+        f"{model.name}: {model.num_parameters():,} parameters, {spec.size} px ({spec.fit}, {spec.interpolation}, mean "
+        f"{_numbers(spec.mean)}, std {_numbers(spec.std)}), joint width {model.embed_dim}, {levels}",
+    )
+    texts = [caption for index in range(min(SANITY_PAIRS, len(source))) for caption in source.captions(index)]
+    if not texts:
+        return
+    tokens = model.tokenizer(texts)
+    full = (tokens.mask.sum(1) >= model.tokenizer.context_length).float().mean().item()
+    detail = f"vocabulary {model.tokenizer.vocab_size:,}, longest of {len(texts)} captions {int(tokens.mask.sum(1).max())} of "
+    detail += f"{model.tokenizer.context_length} tokens"
+    if full > 0.05:
+        yield Finding("note", f"{role} tokenizer", f"{detail}; {100 * full:.0f} % fill the context and may be cut off")
+    else:
+        yield Finding("ok", f"{role} tokenizer", detail)
+
+
+def _compare(student: DualEncoder, teacher: DualEncoder) -> Iterator[Finding]:
+    ratio = teacher.num_parameters() / student.num_parameters()
+    level: Literal["ok", "note"] = "ok" if ratio > 1 else "note"
+    yield Finding(level, "pair", f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f}x smaller)")
+    if student.embed_dim != teacher.embed_dim:
+        yield Finding("ok", "pair", f"joint widths differ ({student.embed_dim} and {teacher.embed_dim}): linear projections are trained")
+    if student.image_spec != teacher.image_spec:
+        yield Finding("ok", "pair", "image preprocessing differs: each model prepares the same view its own way")
+    if student.image_spec.size > teacher.image_spec.size:
+        yield Finding("note", "pair", f"the student sees {student.image_spec.size} px, more than its teacher's {teacher.image_spec.size}")
+
+
+@torch.no_grad()
+def _check_teacher_sanity(teacher: DualEncoder, source: Source) -> Iterator[Finding]:
+    """How often a teacher finds the right caption among a few: a broken checkpoint or normalisation shows here."""
+    images, texts = [], []
+    for index in range(0, len(source), max(1, len(source) // SANITY_PAIRS)):
+        try:
+            sample = source[index]
+        except BadSampleError:
+            continue
+        if sample.captions:
+            images.append(teacher.image_spec(sample.image))
+            texts.append(sample.captions[0])
+        if len(texts) == SANITY_PAIRS:
+            break
+    if len(texts) < 2:
+        return
+    image = unit(teacher.encode_image(torch.stack(images)).embedding)
+    text = unit(teacher.encode_text(teacher.tokenizer(texts)).embedding)
+    similarity = image @ text.T
+    right = (similarity.argmax(1) == torch.arange(len(texts))).float().mean().item()
+    detail = f"finds the right one of {len(texts)} captions for {100 * right:.0f} % of the images (chance {100 / len(texts):.0f} %)"
+    if right < 3 / len(texts):
+        yield Finding("problem", "teacher sanity", f"{detail}: check its weights, preprocessing and tokenizer")
+    else:
+        yield Finding("ok", "teacher sanity", detail)
+
+
+def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterator[Finding]:
+    """Time and memory of a few real steps, and what they predict for the whole run."""
+    assert config.data.views is not None
+    device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
+    method.to(device)
+    if method.teacher is not None:
+        method.teacher.to(device)
+    try:
+        sampler = PlanSampler(
+            len(source), batch_size=config.training.batch_size, seed=config.seed, start=0, stop=WARM_STEPS + MEASURED_STEPS
+        )
+    except ValueError as error:
+        yield Finding("problem", "steps", str(error))
+        return
+    builder = BatchBuilder(source, config.data.views, readers(method.student, method.teacher), seed=config.seed)
+    optimizer = make_optimizer(method, config.optim)
+    loading: list[float] = []
+    computing: list[float] = []
+    loss = float("nan")
+    try:
+        for plan in sampler:
+            start = time.perf_counter()
+            batch = builder[plan]
+            loaded = time.perf_counter()
+            loss = _step(method, optimizer, batch.to(device), bf16=config.training.precision == "bf16")
+            loading.append(loaded - start)
+            computing.append(time.perf_counter() - loaded)
+    except (BadSampleError, torch.OutOfMemoryError, RuntimeError) as error:
+        yield Finding("problem", "steps", f"{type(error).__name__}: {error}")
+        return
+    total = config.training.num_steps(sampler.steps_per_epoch)
+    read, compute = statistics.median(loading[WARM_STEPS:]), statistics.median(computing[WARM_STEPS:])
+    step = max(compute, read / config.data.workers) if config.data.workers else compute + read
+    rate = config.training.batch_size / step
+    yield Finding(
+        "ok" if loss == loss else "problem",
+        "steps",
+        f"{1000 * compute:.0f} ms to compute and {1000 * read:.0f} ms to read a batch of {config.training.batch_size} here: about "
+        f"{rate:,.0f} pairs/s, {_duration(step * total)} for {total:,} steps; loss {loss:.3f} after {WARM_STEPS + MEASURED_STEPS}",
+    )
+    if read > compute * max(1, config.data.workers):
+        needed = min(32, round(read / compute) + 1)
+        yield Finding("note", "steps", f"reading is slower than computing: data.workers={needed} would hide it")
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident_bytes()
+    kind = "GPU" if device.type == "cuda" else "process"
+    yield Finding("ok", "memory", f"{kind} peak {peak / 2**30:.2f} GiB")
+
+
+def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool) -> float:
+    method.train()
+    with torch.autocast(batch.inputs["student"].images.device.type, dtype=torch.bfloat16, enabled=bf16):
+        terms = method(batch)
+    loss = sum((term.weight * term.value for term in terms.values()), start=torch.zeros((), device=batch.inputs["student"].images.device))
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.3g}" for value in values)

@@ -1,0 +1,168 @@
+"""Small models, a source that lives in memory, and the parts of a run made from them in one line each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cmapkd.data.batches import BatchBuilder, Reader
+from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, TokenBatch
+from cmapkd.data.views import ViewSpec
+from cmapkd.methods import METHODS, Method
+from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
+from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
+from cmapkd.models.vocabulary import TrainedTokenizer
+from cmapkd.training import OptimConfig, TrainConfig, Trainer
+
+WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
+
+
+class MemorySource:
+    """Noise pictures of different sizes with one to three captions; a pure function of the index."""
+
+    name = "memory"
+
+    def __init__(self, length: int = 24, *, bad: Collection[int] = (), without_caption: Collection[int] = ()) -> None:
+        self.length, self.bad, self.without_caption = length, set(bad), set(without_caption)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.bad:
+            raise BadSampleError(f"m{index}", "truncated: no end marker")
+        draws = np.random.default_rng(index)
+        width, height = draws.integers(18, 40, 2)
+        image = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        return Sample(f"m{index}", image, self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if index in self.without_caption:
+            return ()
+        draws = np.random.default_rng(10_000 + index)
+        return tuple(" ".join(draws.choice(WORDS, 4)) for _ in range(1 + index % 3))
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return None
+
+    def fingerprint(self) -> str:
+        return f"memory-{self.length}"
+
+
+class DropoutStudent(TinyDualEncoder):
+    """Depends on the random state of the process while it trains."""
+
+    def encode_image(self, images: torch.Tensor, levels: Sequence[str] = ()) -> TowerFeatures:
+        return self._dropped(super().encode_image(images, levels))
+
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        return self._dropped(super().encode_text(texts, levels))
+
+    def _dropped(self, tower: TowerFeatures) -> TowerFeatures:
+        return replace(tower, embedding=F.dropout(tower.embedding, 0.3, self.training))
+
+
+@cache
+def tokenizer() -> TrainedTokenizer:
+    return TrainedTokenizer.train([" ".join(WORDS)] * 4, vocab_size=100, context_length=12)
+
+
+def make_model(
+    *, dim: int = 16, image_size: int = 16, seed: int = 0, kind: type[TinyDualEncoder] = TinyDualEncoder
+) -> TinyDualEncoder:
+    options = TinyOptions(
+        image_size=image_size,
+        patch_size=8,
+        stem_width=4,
+        vision_width=32,
+        vision_depth=1,
+        text_width=32,
+        text_depth=1,
+        embed_dim=dim,
+        context_length=12,
+        vocab_size=100,
+    )
+    torch.manual_seed(seed)
+    return kind(options, tokenizer(), name=f"test-{dim}")
+
+
+def make_teacher(*, dim: int = 24, image_size: int = 24, seed: int = 7) -> FrozenTeacher:
+    """Of another width and image size than the student."""
+    return FrozenTeacher(make_model(dim=dim, image_size=image_size, seed=seed))
+
+
+def make_method(
+    name: str,
+    *,
+    student: DualEncoder | None = None,
+    teacher: FrozenTeacher | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Method:
+    kind = METHODS[name]
+    student = student or make_model()
+    teacher = (teacher or make_teacher()) if kind.uses_teacher else None
+    torch.manual_seed(3)
+    return kind(kind.Config.from_mapping({"name": name, **(settings or {})}), student=student, teacher=teacher)
+
+
+def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBuilder:
+    models = {"student": method.student} | ({"teacher": method.teacher.model} if method.teacher else {})
+    readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+    options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, **options}
+    return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)
+
+
+def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
+    """Noise for the models of `make_model` and `make_teacher`."""
+    draws = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 30, (size, 7), generator=draws)
+    texts = TokenBatch(ids, torch.arange(7)[None] < torch.randint(2, 8, (size, 1), generator=draws))
+    inputs = {
+        role: ModelInput(torch.randn(size, 3, side, side, generator=draws, dtype=torch.float64).to(dtype), texts)
+        for role, side in (("student", 16), ("teacher", 24))
+    }
+    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size)
+
+
+def make_trainer(
+    out: Path,
+    method: Method | str = "contrastive",
+    *,
+    source: Any = None,
+    steps: int = 8,
+    workers: int = 0,
+    optim: dict[str, Any] | None = None,
+    validate: Any = None,
+    max_bad_share: float = 1.0,
+    builder: dict[str, Any] | None = None,
+    **training: Any,
+) -> Trainer:
+    """A trainer of few small steps; `training` goes to `TrainConfig`."""
+    method = make_method(method) if isinstance(method, str) else method
+    out.mkdir(parents=True, exist_ok=True)
+    config = TrainConfig(**{"steps": steps, "batch_size": 8, "log_every": 1, "device": "cpu", **training})
+    return Trainer(
+        method,
+        make_builder(method, source, **(builder or {})),
+        config,
+        OptimConfig(**{"warmup_steps": 2, **(optim or {})}),
+        out=out,
+        seed=5,
+        workers=workers,
+        max_bad_share=max_bad_share,
+        validate=validate,
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

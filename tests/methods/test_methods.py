@@ -1,0 +1,139 @@
+"""What every method keeps to, and the terms of the simple ones."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import make_method, make_model, make_teacher, random_batch
+from torch import Tensor, nn
+
+from cmapkd.methods import METHODS, MethodConfig
+from cmapkd.models import Features, TowerFeatures
+from cmapkd.models.tiny import TinyDualEncoder
+from cmapkd.objectives import contrastive_loss, sigmoid_loss, similarity_divergence
+
+DISTILLING = [name for name, kind in METHODS.items() if kind.uses_teacher]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_card_says_what_a_reader_must_know(name: str) -> None:
+    card = METHODS[name].card
+    for text in (card.title, card.paper, card.needs, card.trainable, card.checked_against):
+        assert len(text) > 10
+    assert "arXiv" in card.paper or "http" in card.paper
+    assert card.equations and any(line.startswith("L ") for line in card.equations)
+    assert all(card.departures)
+    assert (METHODS[name].__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_are_described_and_have_defaults(name: str) -> None:
+    config = METHODS[name].Config
+    assert issubclass(config, MethodConfig)
+    assert all(field.description for field in config.model_fields.values())
+    assert config(name=name).name == name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_terms_are_scalars_that_train_the_student(name: str) -> None:
+    method = make_method(name)
+    terms = method(random_batch(4))
+    assert terms
+    loss = torch.stack([term.weight * term.value for term in terms.values()]).sum()
+    loss.backward()
+    silent = [key for key, parameter in method.named_parameters() if parameter.grad is None]
+    assert not silent
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in method.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("name", DISTILLING)
+def test_teacher_is_refused_when_missing(name: str) -> None:
+    with pytest.raises(ValueError, match="distils from a teacher: name one"):
+        METHODS[name](METHODS[name].Config(name=name), student=make_model(), teacher=None)
+
+
+@pytest.mark.parametrize("name", DISTILLING)
+def test_teacher_only_answers(name: str) -> None:
+    teacher = make_teacher()
+    before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
+    method = make_method(name, teacher=teacher)
+    mine = {id(parameter) for parameter in method.parameters()}
+    assert not mine & {id(parameter) for parameter in teacher.model.parameters()}
+    assert all(key.startswith(("student.", "project", "interactive")) for key in method.state_dict())
+    assert teacher.model not in set(method.modules())
+    method.train()
+    assert method.student.training and not any(module.training for module in teacher.model.modules())
+    torch.stack([term.value for term in method(random_batch(4)).values()]).sum().backward()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.model.parameters())
+    optimizer = torch.optim.SGD(method.parameters(), lr=1.0)
+    optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in teacher.model.state_dict().items())
+    answers = method.encode_teacher(random_batch(4))
+    assert not answers.image.embedding.requires_grad and not answers.text.embedding.requires_grad
+
+
+def test_teacher_is_never_saved_and_shared_by_copies() -> None:
+    method = make_method("hinton")
+    with pytest.raises(TypeError, match="never saved"):
+        pickle.dumps(method.teacher)
+    assert copy.deepcopy(method).teacher is method.teacher
+
+
+def embeddings(features: Features) -> tuple[Tensor, Tensor]:
+    return features.image.embedding, features.text.embedding
+
+
+def test_contrastive_term() -> None:
+    method = make_method("contrastive")
+    batch = random_batch(5)
+    student = method.encode_student(batch)
+    (term,) = method.terms(batch).values()
+    torch.testing.assert_close(term.value, contrastive_loss(*embeddings(student), logit_scale=student.logit_scale))
+
+
+class BiasedStudent(TinyDualEncoder):
+    """With a logit bias, as SigLIP's."""
+
+    @property
+    def logit_bias(self) -> Tensor:
+        if "bias" not in self._parameters:
+            self.bias = nn.Parameter(torch.tensor(-5.0))
+        return self.bias
+
+
+def test_a_student_with_a_bias_is_trained_with_the_sigmoid_loss() -> None:
+    method = make_method("contrastive", student=make_model(kind=BiasedStudent))
+    batch = random_batch(5)
+    student = method.encode_student(batch)
+    expected = sigmoid_loss(*embeddings(student), logit_scale=student.logit_scale, logit_bias=-5.0)
+    torch.testing.assert_close(method.terms(batch)["contrastive"].value, expected)
+
+
+def test_hinton_terms() -> None:
+    method = make_method("hinton", settings={"temperature": 2.0, "distill_weight": 3.0, "task_weight": 0.5})
+    batch = random_batch(5)
+    student, teacher = method.encode_student(batch), method.encode_teacher(batch)
+    terms = method.terms(batch)
+    assert {name: term.weight for name, term in terms.items()} == {"contrastive": 0.5, "similarity": 3.0}
+    expected = similarity_divergence(
+        *embeddings(student),
+        *embeddings(teacher),
+        student_scale=student.logit_scale,
+        teacher_scale=teacher.logit_scale,
+        temperature=2.0,
+    )
+    torch.testing.assert_close(terms["similarity"].value, expected)
+
+
+def test_projector_maps_both_modalities_and_is_the_identity_at_equal_width() -> None:
+    from cmapkd.features import PairProjector
+
+    features = Features(TowerFeatures(torch.randn(3, 4)), TowerFeatures(torch.randn(3, 4)), torch.tensor(2.0))
+    wide = PairProjector(4, 6)(features)
+    assert wide.image.embedding.shape == wide.text.embedding.shape == (3, 6)
+    same = PairProjector(4, 4)
+    assert not list(same.parameters())
+    assert torch.equal(same(features).text.embedding, features.text.embedding)

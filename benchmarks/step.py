@@ -5,7 +5,7 @@ else happens on the machine meets all of them. All arms train on the same decode
 disk. Results are ratios to the student-only arm and to open_clip.
 
     uv run --group bench python benchmarks/step.py --pair small --json benchmarks/results/step_small.json
-    uv run --group bench python benchmarks/step.py --pair vit_l14_b16 --rounds 2 --json benchmarks/results/step_vit_l14_b16.json
+    uv run --group bench python benchmarks/step.py --pair vit_l14_b16 --rounds 2 --json FILE
 """
 
 from __future__ import annotations
@@ -126,7 +126,11 @@ def measure(arm: str, pair_name: str, threads: int | None) -> dict[str, Any]:
         else:
             method = {"student_only": "contrastive", "cmapkd_hinton": "hinton", "cmapkd_clip_kd": "clip_kd"}[arm]
             rate = _cmapkd(method, student, teacher, images, texts, pair, Path(folder))
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return {"pairs_per_second": rate, "peak_bytes": peak, "parameters": parameters}
 
 
@@ -145,7 +149,9 @@ def _cmapkd(method_name: str, student: Any, teacher: Any, images: Any, texts: An
     from cmapkd.models import FrozenTeacher
     from cmapkd.training import OptimConfig, TrainConfig, Trainer
 
-    inputs = {"student": ModelInput(images, texts)} | ({"teacher": ModelInput(images, texts)} if teacher is not None else {})
+    inputs = {"student": ModelInput(images, texts)} | (
+        {"teacher": ModelInput(images, texts)} if teacher is not None else {}
+    )
     batch = Batch(tuple(map(str, range(pair.batch_size))), inputs, ("",) * pair.batch_size)
 
     class Ready:
@@ -156,7 +162,9 @@ def _cmapkd(method_name: str, student: Any, teacher: Any, images: Any, texts: An
 
     method_class = METHODS[method_name]
     method = method_class(
-        method_class.Config(name=method_name), student=student, teacher=FrozenTeacher(teacher) if teacher is not None else None
+        method_class.Config(name=method_name),
+        student=student,
+        teacher=FrozenTeacher(teacher) if teacher is not None else None,
     )
     steps = 1 + pair.steps
     config = TrainConfig(steps=steps, batch_size=pair.batch_size, log_every=1, checkpoint_every=steps)
@@ -203,15 +211,22 @@ def _open_clip(student: Any, teacher: Any, images: Any, texts: Any, pair: Pair) 
         module.output_dict = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    def loader(steps: int) -> dict[str, Any]:
-        batches = SimpleNamespace(num_batches=steps, num_samples=steps * pair.batch_size)
-        batches.__class__ = type("Loader", (SimpleNamespace,), {"__iter__": lambda self: iter([(images, texts.ids)] * steps)})
-        return {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
+    class Ready:
+        """What the loop reads of a dataset: the same batch, `num_batches` times."""
+
+        def __init__(self, steps: int) -> None:
+            self.num_batches, self.num_samples, self.dataloader = steps, steps * pair.batch_size, self
+
+        def __iter__(self) -> Any:
+            return iter([(images, texts.ids)] * self.num_batches)
+
+        def set_epoch(self, epoch: int) -> None:
+            """The loop announces each epoch; the batches stay the same."""
 
     loss = open_clip.create_loss(args)
-    train_one_epoch(model, loader(1), loss, 0, optimizer, None, None, distilled, args)
+    train_one_epoch(model, {"train": Ready(1)}, loss, 0, optimizer, None, None, distilled, args)
     start = time.perf_counter()
-    train_one_epoch(model, loader(pair.steps), loss, 1, optimizer, None, None, distilled, args)
+    train_one_epoch(model, {"train": Ready(pair.steps)}, loss, 1, optimizer, None, None, distilled, args)
     return pair.batch_size * pair.steps / (time.perf_counter() - start)
 
 

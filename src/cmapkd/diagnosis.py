@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 
 from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
+from cmapkd.data.records import iter_captions
 from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.methods import METHODS, Method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
@@ -24,6 +27,8 @@ from cmapkd.training.optim import make_optimizer
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
 SANITY_PAIRS = 32
 WARM_STEPS, MEASURED_STEPS = 1, 4
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,43 +47,42 @@ def diagnose(config: RunConfig) -> list[Finding]:
         Findings in the order of a run. After a problem with a part, what depends on it is left out.
     """
     findings: list[Finding] = []
-    sources = {}
+    sources: dict[str, Source] = {}
     for role, name in (("train", config.data.train), ("val", config.data.val), ("test", config.data.test)):
         if name is None:
             continue
-        source = _attempt(findings, f"data.{role}", lambda name=name, role=role: open_source(name, split=role, require_captions=role == "train"))
+        source = _attempt(
+            findings, f"data.{role}", partial(open_source, name, split=role, require_captions=role == "train")
+        )
         if source is not None:
             sources[role] = source
             findings += _check_source(role, source, config)
     if config.data.final is None:
         findings.append(Finding("note", "data", "neither val nor test is named: the run ends without scores"))
-    train = sources.get("train")
-    if train is None:
+    if "train" not in sources:
         return findings
+    train = sources["train"]
     torch.manual_seed(config.seed)
-    student = _attempt(findings, "student", lambda: build_model(config.student, captions=vocabulary_captions(train)))
-    teacher_config = config.teacher
-    teacher = _attempt(findings, "teacher", lambda: build_model(teacher_config)) if teacher_config is not None else None
-    if student is None or (teacher is None and teacher_config is not None):
+    student = _attempt(findings, "student", partial(build_model, config.student, captions=vocabulary_captions(train)))
+    teacher = (
+        _attempt(findings, "teacher", partial(build_model, config.teacher)) if config.teacher is not None else None
+    )
+    if student is None or (teacher is None and config.teacher is not None):
         return findings
     findings += _check_model("student", student, train)
     if teacher is not None:
         findings += _check_model("teacher", teacher, train)
         findings += _compare(student, teacher)
         findings += _check_teacher_sanity(teacher, train)
-    method = _attempt(
-        findings,
-        "method",
-        lambda: METHODS[config.method.name](
-            config.method, student=student, teacher=FrozenTeacher(teacher) if teacher is not None else None
-        ),
-    )
+    method_class = METHODS[config.method.name]
+    frozen = FrozenTeacher(teacher) if teacher is not None and method_class.uses_teacher else None
+    method = _attempt(findings, "method", partial(method_class, config.method, student=student, teacher=frozen))
     if method is not None:
         findings += _measure_steps(method, train, config)
     return findings
 
 
-def _attempt(findings: list[Finding], what: str, build):  # type: ignore[no-untyped-def]
+def _attempt(findings: list[Finding], what: str, build: Callable[[], T]) -> T | None:
     """The built part, or None and a problem that says why."""
     try:
         return build()
@@ -115,14 +119,20 @@ def _check_source(role: str, source: Source, config: RunConfig) -> Iterator[Find
     if bad:
         share = len(bad) / len(indices)
         level: Literal["note", "problem"] = "problem" if share > config.data.max_bad_share else "note"
-        yield Finding(level, what, f"{len(bad)} of {len(indices)} samples cannot be used ({100 * share:.1f} %), first: {bad[0]}")
+        yield Finding(
+            level, what, f"{len(bad)} of {len(indices)} samples cannot be used ({100 * share:.1f} %), first: {bad[0]}"
+        )
     if role == "train":
         if length < config.training.batch_size:
             yield Finding(
-                "problem", what, f"{length} samples do not fill one batch of {config.training.batch_size}: lower training.batch_size"
+                "problem",
+                what,
+                f"{length} samples do not fill one batch of {config.training.batch_size}: lower training.batch_size",
             )
         elif captions and not all(captions):
-            yield Finding("problem", what, f"{captions.count(0)} of {len(captions)} samples have no caption to train on")
+            yield Finding(
+                "problem", what, f"{captions.count(0)} of {len(captions)} samples have no caption to train on"
+            )
 
 
 def _check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Finding]:
@@ -134,13 +144,15 @@ def _check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Find
         f"{model.name}: {model.num_parameters():,} parameters, {spec.size} px ({spec.fit}, {spec.interpolation}, mean "
         f"{_numbers(spec.mean)}, std {_numbers(spec.std)}), joint width {model.embed_dim}, {levels}",
     )
-    texts = [caption for index in range(min(SANITY_PAIRS, len(source))) for caption in source.captions(index)]
+    texts = list(itertools.islice(iter_captions(source), 4 * SANITY_PAIRS))
     if not texts:
         return
     tokens = model.tokenizer(texts)
     full = (tokens.mask.sum(1) >= model.tokenizer.context_length).float().mean().item()
-    detail = f"vocabulary {model.tokenizer.vocab_size:,}, longest of {len(texts)} captions {int(tokens.mask.sum(1).max())} of "
-    detail += f"{model.tokenizer.context_length} tokens"
+    detail = (
+        f"vocabulary {model.tokenizer.vocab_size:,}, longest of {len(texts)} captions "
+        f"{int(tokens.mask.sum(1).max())} of {model.tokenizer.context_length} tokens"
+    )
     if full > 0.05:
         yield Finding("note", f"{role} tokenizer", f"{detail}; {100 * full:.0f} % fill the context and may be cut off")
     else:
@@ -152,11 +164,19 @@ def _compare(student: DualEncoder, teacher: DualEncoder) -> Iterator[Finding]:
     level: Literal["ok", "note"] = "ok" if ratio > 1 else "note"
     yield Finding(level, "pair", f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f}x smaller)")
     if student.embed_dim != teacher.embed_dim:
-        yield Finding("ok", "pair", f"joint widths differ ({student.embed_dim} and {teacher.embed_dim}): linear projections are trained")
+        yield Finding(
+            "ok",
+            "pair",
+            f"joint widths differ ({student.embed_dim} and {teacher.embed_dim}): linear projections are trained",
+        )
     if student.image_spec != teacher.image_spec:
         yield Finding("ok", "pair", "image preprocessing differs: each model prepares the same view its own way")
     if student.image_spec.size > teacher.image_spec.size:
-        yield Finding("note", "pair", f"the student sees {student.image_spec.size} px, more than its teacher's {teacher.image_spec.size}")
+        yield Finding(
+            "note",
+            "pair",
+            f"the student sees {student.image_spec.size} px, more than its teacher's {teacher.image_spec.size}",
+        )
 
 
 @torch.no_grad()
@@ -179,7 +199,10 @@ def _check_teacher_sanity(teacher: DualEncoder, source: Source) -> Iterator[Find
     text = unit(teacher.encode_text(teacher.tokenizer(texts)).embedding)
     similarity = image @ text.T
     right = (similarity.argmax(1) == torch.arange(len(texts))).float().mean().item()
-    detail = f"finds the right one of {len(texts)} captions for {100 * right:.0f} % of the images (chance {100 / len(texts):.0f} %)"
+    detail = (
+        f"finds the right one of {len(texts)} captions for {100 * right:.0f} % of the images "
+        f"(chance {100 / len(texts):.0f} %)"
+    )
     if right < 3 / len(texts):
         yield Finding("problem", "teacher sanity", f"{detail}: check its weights, preprocessing and tokenizer")
     else:
@@ -195,7 +218,11 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
         method.teacher.to(device)
     try:
         sampler = PlanSampler(
-            len(source), batch_size=config.training.batch_size, seed=config.seed, start=0, stop=WARM_STEPS + MEASURED_STEPS
+            len(source),
+            batch_size=config.training.batch_size,
+            seed=config.seed,
+            start=0,
+            stop=WARM_STEPS + MEASURED_STEPS,
         )
     except ValueError as error:
         yield Finding("problem", "steps", str(error))
@@ -223,8 +250,9 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
     yield Finding(
         "ok" if loss == loss else "problem",
         "steps",
-        f"{1000 * compute:.0f} ms to compute and {1000 * read:.0f} ms to read a batch of {config.training.batch_size} here: about "
-        f"{rate:,.0f} pairs/s, {_duration(step * total)} for {total:,} steps; loss {loss:.3f} after {WARM_STEPS + MEASURED_STEPS}",
+        f"{1000 * compute:.0f} ms to compute and {1000 * read:.0f} ms to read a batch of {config.training.batch_size} "
+        f"here: about {rate:,.0f} pairs/s, {_duration(step * total)} for {total:,} steps; loss {loss:.3f} after "
+        f"{WARM_STEPS + MEASURED_STEPS}",
     )
     if read > compute * max(1, config.data.workers):
         needed = min(32, round(read / compute) + 1)
@@ -238,7 +266,10 @@ def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf1
     method.train()
     with torch.autocast(batch.inputs["student"].images.device.type, dtype=torch.bfloat16, enabled=bf16):
         terms = method(batch)
-    loss = sum((term.weight * term.value for term in terms.values()), start=torch.zeros((), device=batch.inputs["student"].images.device))
+    loss = sum(
+        (term.weight * term.value for term in terms.values()),
+        start=torch.zeros((), device=batch.inputs["student"].images.device),
+    )
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -230,7 +230,8 @@ def _measure(
             return None
         if source is None:
             return {"params": model.num_parameters()}
-        return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=config.data.on_bad_sample)
+        on_bad_sample = config.data.on_bad_sample
+        return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=on_bad_sample)
 
     teacher = scores(build_model(config.teacher)) if config.teacher is not None else None
     student_scores = scores(student)

@@ -1,4 +1,4 @@
-"""Real pairs at 224 px, each a few real steps through the whole of `run`: other library, other tokenizer, CNN student."""
+"""Real pairs at 224 px, a few steps each through all of `run`: other library, other tokenizer, CNN student."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf1
         (term.weight * term.value for term in terms.values()),
         start=torch.zeros((), device=batch.inputs["student"].images.device),
     )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss.detach())

@@ -57,7 +57,7 @@ def test_term_equals_the_published_code(number: int, name: str) -> None:
     expected = case["expected"][name]
     raw = [tensor(case["student_image"]).requires_grad_(), tensor(case["student_text"]).requires_grad_()]
     value = our_terms(case, *raw)[name]
-    assert float(value) == pytest.approx(expected["value"], rel=1e-9)
+    assert value.item() == pytest.approx(expected["value"], rel=1e-9)
     for gradient, key in zip(torch.autograd.grad(value, raw), ("gradient_image", "gradient_text"), strict=True):
         torch.testing.assert_close(gradient, tensor(expected[key]), rtol=1e-9, atol=1e-12)
 
@@ -122,9 +122,9 @@ def test_student_that_is_the_teacher_has_no_feature_and_relational_loss() -> Non
     batch = random_batch(4)
     batch.inputs["student"] = batch.inputs["teacher"]
     terms = method.terms(batch)
-    assert float(terms["feature"].value) == pytest.approx(0, abs=1e-6)
-    assert float(terms["relational"].value) == pytest.approx(0, abs=1e-6)
-    assert float(terms["contrastive"].value) > 0.1
+    assert terms["feature"].value.item() == pytest.approx(0, abs=1e-6)
+    assert terms["relational"].value.item() == pytest.approx(0, abs=1e-6)
+    assert terms["contrastive"].value.item() > 0.1
 
 
 @pytest.mark.parametrize(("mode", "scale"), [("exp", 1 / 0.07), ("official", math.log(1 / 0.07))])
@@ -147,11 +147,11 @@ def test_interactive_scale_is_trained_and_kept_in_range() -> None:
     method = make_method("clip_kd")
     assert isinstance(method, ClipKD) and method.interactive_scale is not None
     method.terms(random_batch(4))["interactive"].value.backward()
-    assert method.interactive_scale.grad is not None and float(method.interactive_scale.grad) != 0
+    assert method.interactive_scale.grad is not None and method.interactive_scale.grad.item() != 0
     for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
         nn.init.constant_(method.interactive_scale, start)
         method.after_step()
-        assert float(method.interactive_scale) == pytest.approx(end)
+        assert method.interactive_scale.item() == pytest.approx(end)
 
 
 def test_the_published_raw_scale_is_not_clamped() -> None:
@@ -159,7 +159,7 @@ def test_the_published_raw_scale_is_not_clamped() -> None:
     assert isinstance(method, ClipKD) and method.interactive_scale is not None
     nn.init.constant_(method.interactive_scale, 9.0)
     method.after_step()
-    assert float(method.interactive_scale) == 9.0
+    assert method.interactive_scale.item() == 9.0
 
 
 def test_negative_weights_are_refused() -> None:

@@ -104,7 +104,9 @@ class TokenBatch:
     mask: Tensor  # Bool[batch length], True where a real token stands (special tokens included)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        return TokenBatch(self.ids.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking))
+        return TokenBatch(
+            self.ids.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking)
+        )
 
     def pin_memory(self) -> TokenBatch:
         return TokenBatch(self.ids.pin_memory(), self.mask.pin_memory())

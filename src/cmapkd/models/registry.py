@@ -38,7 +38,8 @@ class ModelConfig(Config):
         family, colon, rest = self.name.partition(":")
         if colon and family not in FAMILIES and not Path(self.name).exists():
             raise ValueError(
-                f"unknown model family {family!r} in {self.name!r}{closest(family, FAMILIES)}; known: {', '.join(FAMILIES)}"
+                f"unknown model family {family!r} in {self.name!r}{closest(family, FAMILIES)}; "
+                f"known: {', '.join(FAMILIES)}"
             )
         if colon and family in FAMILIES and not rest:
             raise ValueError(f"{self.name!r} names no model after the colon, write for example tiny:small")

@@ -36,8 +36,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a cmapkd model folder: it has no {DESCRIPTION}. Give a run's student/ folder, or name the "
-            f"library that wrote it: hf:{folder} or open_clip:{folder}."
+            f"{folder} is not a cmapkd model folder: it has no {DESCRIPTION}. Give a run's student/ folder, or name "
+            f"the library that wrote it: hf:{folder} or open_clip:{folder}."
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

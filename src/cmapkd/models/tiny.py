@@ -1,7 +1,7 @@
 """`tiny`: a small ViT with a convolutional stem and a small text transformer.
 
-Ours because the libraries' smallest image-text models are a hundred times too large for the built-in world and for tests
-that must train in seconds on a CPU. Pre-norm transformer blocks as in ViT (arXiv:2010.11929) and CLIP
+Ours because the libraries' smallest image-text models are a hundred times too large for the built-in world and for
+tests that must train in seconds on a CPU. Pre-norm transformer blocks as in ViT (arXiv:2010.11929) and CLIP
 (arXiv:2103.00020); the stem follows "Early Convolutions Help Transformers See Better" (arXiv:2106.14881).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
 
@@ -33,7 +34,9 @@ class TinyOptions(Config):
     image_size: int = Field(64, ge=16, description="Height and width of the input, in pixels.")
     fit: Literal["crop", "squash"] = Field("crop", description="What becomes of a picture that is not square.")
     patch_size: int = Field(8, ge=4, description="Pixels per side of one token; a power of two.")
-    stem_width: int = Field(16, ge=4, description="Channels of the stem's first convolution; each later one has twice as many.")
+    stem_width: int = Field(
+        16, ge=4, description="Channels of the stem's first convolution; each later one has twice as many."
+    )
     vision_width: int = Field(96, ge=32, multiple_of=32, description="Channels of the image tower.")
     vision_depth: int = Field(4, ge=1, description="Blocks of the image tower.")
     text_width: int = Field(64, ge=32, multiple_of=32, description="Channels of the text tower.")
@@ -62,7 +65,14 @@ PRESETS: dict[str, TinyOptions] = {
         patch_size=16, stem_width=4, vision_width=64, vision_depth=2, text_width=32, text_depth=1, embed_dim=64
     ),
     "debug": TinyOptions(
-        image_size=32, patch_size=8, stem_width=8, vision_width=32, vision_depth=2, text_width=32, text_depth=2, embed_dim=32
+        image_size=32,
+        patch_size=8,
+        stem_width=8,
+        vision_width=32,
+        vision_depth=2,
+        text_width=32,
+        text_depth=2,
+        embed_dim=32,
     ),
 }
 """`base` and `small` have about a fifth and a twentieth of the parameters of `large`."""
@@ -88,7 +98,8 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm_attention(x)).view(batch, tokens, 3, self.heads, 32).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.shrink(F.gelu(self.expand(self.norm_mlp(x))))
+        mixed: Tensor = x + self.shrink(F.gelu(self.expand(self.norm_mlp(x))))
+        return mixed
 
 
 class VisionTower(nn.Module):
@@ -98,7 +109,7 @@ class VisionTower(nn.Module):
         super().__init__()
         width, halvings = options.vision_width, int(math.log2(options.patch_size))
         channels = [3, *(options.stem_width * 2**i for i in range(halvings))]
-        self.stem = nn.Sequential(*(_stem_layer(a, b) for a, b in zip(channels, channels[1:], strict=False)))
+        self.stem = nn.Sequential(*(_stem_layer(a, b) for a, b in pairwise(channels)))
         self.to_width = nn.Conv2d(channels[-1], width, 1)
         self.side = options.image_size // options.patch_size
         self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
@@ -153,14 +164,14 @@ class TextTower(nn.Module):
 class TinyDualEncoder(DualEncoder):
     """The two towers with CLIP's learned logit scale (initially 1 / 0.07)."""
 
+    tokenizer: TrainedTokenizer
+
     def __init__(self, options: TinyOptions, tokenizer: TrainedTokenizer, *, name: str = "tiny") -> None:
         super().__init__()
         options = options.model_copy(update={"vocab_size": tokenizer.vocab_size})
         self.name, self.options, self.tokenizer = name, options, tokenizer
         self.embed_dim = options.embed_dim
-        self.image_spec = ImageSpec(
-            options.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fit=options.fit
-        )
+        self.image_spec = ImageSpec(options.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fit=options.fit)
         self.vision, self.text = VisionTower(options), TextTower(options)
         self._log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.image_levels = tuple(

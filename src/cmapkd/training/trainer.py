@@ -231,7 +231,7 @@ class Trainer:
         self.ledger.check_share(self.max_bad_share)
 
     def _stop_on_non_finite(self, batch: Batch, terms: dict[str, Term], norm: Tensor) -> None:
-        values = ", ".join(f"{name} {float(term.value):g}" for name, term in terms.items())
+        values = ", ".join(f"{name} {term.value.item():g}" for name, term in terms.items())
         kept = checkpoints.list_checkpoints(self.checkpoint_folder)
         shown = ", ".join(batch.ids[:8]) + (f", ... ({len(batch.ids)} in all)" if len(batch.ids) > 8 else "")
         raise NonFiniteLossError(

@@ -1,0 +1,73 @@
+"""The doctor says what is wrong before the run does."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmapkd.diagnosis import Finding, diagnose
+from cmapkd.models import build_model
+from cmapkd.models.tiny import TinyDualEncoder
+from cmapkd.run import RunConfig
+
+DEBUG = "tiny:debug"
+
+
+def _config(**changes: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "student": DEBUG,
+        "data": {"train": "scenes?length=64", "val": "scenes@val?length=8"},
+        "method": "contrastive",
+        "training": {"steps": 100, "batch_size": 8},
+    }
+    return RunConfig.from_mapping({**values, **changes})
+
+
+def _by_what(findings: list[Finding], level: str) -> dict[str, str]:
+    return {finding.what: finding.detail for finding in findings if finding.level == level}
+
+
+def test_a_sound_recipe_has_no_problem_and_an_estimate() -> None:
+    findings = diagnose(_config())
+    assert not _by_what(findings, "problem")
+    fine = _by_what(findings, "ok")
+    assert "64 samples" in fine["data.train"]
+    assert "5.0 captions each" in fine["data.train"]
+    assert "32 px" in fine["student"]
+    assert "for 100 steps" in fine["steps"]
+    assert "GiB" in fine["memory"]
+
+
+def test_missing_data_and_model_are_named_not_raised(tmp_path: Path) -> None:
+    missing = diagnose(_config(data={"train": f"webdataset:{tmp_path}/none-*.tar"}))
+    assert "none-*.tar" in _by_what(missing, "problem")["data.train"]
+    wrong_teacher = diagnose(_config(teacher=str(tmp_path / "nowhere"), method="hinton"))
+    assert "nowhere" in _by_what(wrong_teacher, "problem")["teacher"]
+
+
+def test_too_little_data_for_a_batch() -> None:
+    findings = diagnose(_config(training={"steps": 10, "batch_size": 128}))
+    assert "lower training.batch_size" in _by_what(findings, "problem")["data.train"]
+
+
+def test_undecodable_images_are_counted(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as shard:
+        for number in range(16):
+            for suffix, content in ((".jpg", b"no picture"), (".txt", b"a red circle beside a blue square")):
+                file = tmp_path / f"{number:06d}{suffix}"
+                file.write_bytes(content)
+                shard.add(file, file.name)
+    findings = diagnose(_config(data={"train": f"webdataset:{tmp_path}/bad.tar"}))
+    assert "16 of 16 samples cannot be used" in _by_what(findings, "problem")["data.train"]
+
+
+def test_a_teacher_that_sees_nothing_fails_the_sanity_check(tmp_path: Path) -> None:
+    broken = build_model(DEBUG, captions=["a red circle", "a blue square"] * 4)
+    assert isinstance(broken, TinyDualEncoder)
+    torch.nn.init.zeros_(broken.vision.project.weight)
+    broken.save(tmp_path / "teacher")
+    problems = _by_what(diagnose(_config(teacher=str(tmp_path / "teacher"), method="hinton")), "problem")
+    assert "for 3 % of the images (chance 3 %)" in problems["teacher sanity"]

@@ -97,6 +97,7 @@ def start(name: str, out: Path, *, seed: int = 0) -> Trainer:
     return made
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 @pytest.mark.parametrize("name", CASES)
 def test_resume_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = start(name, tmp_path / "whole")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -154,12 +154,12 @@ class BatchBuilder(Dataset[Batch]):
         return inputs
 
 
-def make_loader(builder: BatchBuilder, sampler: PlanSampler, *, workers: int, pin_memory: bool) -> DataLoader[Batch]:
+def make_loader(builder: BatchBuilder, sampler: PlanSampler, *, workers: int, pin_memory: bool) -> Iterable[Batch]:
     """Batches in the sampler's order, made by `workers` processes (0: by this one)."""
     if workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    return DataLoader(
-        builder,
+    return _Loader(
+        _Carrying(builder),
         sampler=sampler,
         batch_size=None,
         num_workers=workers,
@@ -168,6 +168,27 @@ def make_loader(builder: BatchBuilder, sampler: PlanSampler, *, workers: int, pi
         worker_init_fn=_leave_interrupts,
         generator=torch.Generator(),  # its own, so that making a loader draws nothing from the run's random state
     )
+
+
+class _Carrying(Dataset["Batch | BadSampleError"]):
+    """Hands an unusable sample over as a value: raised in a worker, torch would make another error of it."""
+
+    def __init__(self, builder: BatchBuilder) -> None:
+        self.builder = builder
+
+    def __getitem__(self, plan: Plan) -> Batch | BadSampleError:
+        try:
+            return self.builder[plan]
+        except BadSampleError as error:
+            return error
+
+
+class _Loader(DataLoader["Batch | BadSampleError"]):
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for made in super().__iter__():
+            if isinstance(made, BadSampleError):
+                raise made
+            yield made
 
 
 def _leave_interrupts(_: int) -> None:

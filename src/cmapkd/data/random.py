@@ -22,7 +22,7 @@ def uniforms(count: int, *parts: object) -> NDArray[np.float64]:
 def permuted(positions: NDArray[np.int64], length: int, *parts: object) -> NDArray[np.int64]:
     """Where a pseudo-random permutation of range(length), named by `parts`, sends `positions`.
 
-    A four-round Feistel network on the smallest even number of bits that holds `length`, walking on while the value
+    A Feistel network of four rounds on the smallest even number of bits that holds `length`, walking on while the value
     falls outside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). It needs no memory for the
     permutation, so any position of an epoch over billions of samples is found at once.
 
@@ -37,7 +37,10 @@ def permuted(positions: NDArray[np.int64], length: int, *parts: object) -> NDArr
     half_bits = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     low_mask = np.uint64((1 << int(half_bits)) - 1)
     key = key_of(*parts)
-    round_keys = [np.uint64((key >> (32 * i)) & 0xFFFFFFFF) for i in range(4)]
+    num_rounds = 8 if half_bits < 4 else 4  # on fewer than 64 values four rounds favour some places
+    round_keys = [
+        np.uint64(((key >> (32 * (i % 4))) & 0xFFFFFFFF) + (i // 4) * 0x1E3779B97F4A7C15) for i in range(num_rounds)
+    ]
     result = positions.astype(np.uint64)
     outside = np.ones(len(result), dtype=bool)
     while outside.any():

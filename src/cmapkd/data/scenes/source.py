@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from difflib import get_close_matches
 from hashlib import blake2b
+from typing import Any, TypeVar
+
+from PIL import Image
 
 from cmapkd.data.scenes.language import TEMPLATES, captions_with_claims
 from cmapkd.data.scenes.questions import questions_of
 from cmapkd.data.scenes.render import pixel_box, render
 from cmapkd.data.scenes.spec import CLASS_NAMES, DIFFICULTIES, SPLITS, WORLD_VERSION
 from cmapkd.data.scenes.world import WORLD_SEED, Scene, scene_at
-from cmapkd.data.types import Box, Sample
+from cmapkd.data.types import Box, QuestionAnswer, Sample
+
+T = TypeVar("T")
 
 DEFAULT_LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "ood": 1000}
 _SIZES = (32, 224)
 _LABELS = {name: number for number, name in enumerate(CLASS_NAMES)}
+
+
+class SceneSample(Sample):
+    """A sample whose captions, questions and boxes are made when first asked for: training reads only the captions."""
+
+    __slots__ = ("_made", "_scene", "_size")
+    _made: dict[str, tuple[Any, ...]]
+    _scene: Scene
+    _size: int
+
+    def __init__(self, sample_id: str, image: Image.Image, size: int, scene: Scene) -> None:
+        label = _LABELS[scene.objects[0].name]
+        for name, value in (("id", sample_id), ("image", image), ("label", label), ("_size", size), ("_scene", scene)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "_made", {})
+
+    def _make(self, name: str, maker: Callable[[], tuple[T, ...]]) -> tuple[T, ...]:
+        if name not in self._made:
+            self._made[name] = maker()
+        made: tuple[T, ...] = self._made[name]
+        return made
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return self._make("captions", lambda: _captions(self._scene))
+
+    @property
+    def questions(self) -> tuple[QuestionAnswer, ...]:
+        return self._make("questions", lambda: questions_of(self._scene))
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        return self._make("boxes", lambda: boxes_of(self._scene, self._size))
+
+    def __reduce__(self) -> tuple[type[Sample], tuple[Any, ...]]:
+        """Crosses a process as a plain sample, with everything made."""
+        return Sample, (self.id, self.image, self.captions, self.label, self.questions, self.boxes)
 
 
 class ScenesSource:
@@ -65,14 +108,7 @@ class ScenesSource:
             IndexError: the index is negative, or not below the length.
         """
         scene = self.scene(index)
-        return Sample(
-            id=f"{self.name}/{index:09d}",
-            image=render(scene, self.size),
-            captions=tuple(caption for caption, _ in captions_with_claims(scene)),
-            label=_LABELS[scene.objects[0].name],
-            questions=questions_of(scene),
-            boxes=boxes_of(scene, self.size),
-        )
+        return SceneSample(f"{self.name}/{index:09d}", render(scene, self.size), self.size, scene)
 
     def scene(self, index: int) -> Scene:
         """What the sample at `index` shows, without drawing it."""
@@ -82,7 +118,7 @@ class ScenesSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`, without drawing it."""
-        return tuple(text for text, _ in captions_with_claims(self.scene(index)))
+        return _captions(self.scene(index))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -94,6 +130,10 @@ class ScenesSource:
         spec = sorted(asdict(DIFFICULTIES[self.difficulty]).items())
         parts = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec)
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _captions(scene: Scene) -> tuple[str, ...]:
+    return tuple(text for text, _ in captions_with_claims(scene))
 
 
 def boxes_of(scene: Scene, size: int) -> tuple[Box, ...]:

@@ -1,0 +1,93 @@
+"""Two processes of four equal one of eight: every method's terms and gradients, the gather, and whole training runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmapkd.methods import METHODS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from two_processes import (
+    BATCH,
+    DTYPES,
+    TRAINED,
+    WORLD_SIZE,
+    gather_loss,
+    losses_and_gradients,
+    rows,
+    trained,
+)
+
+TOLERANCE = {"float32": 1e-6, "float64": 1e-10}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Tensor]]]:
+    """What each process found."""
+    out = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("two_processes.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out, [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_terms_and_gradients_equal_those_of_one_process(
+    ranks: tuple[Path, list[dict[str, Tensor]]], name: str, dtype: str
+) -> None:
+    whole = losses_and_gradients(name, DTYPES[dtype], None)
+    assert any("/gradient/" in key for key in whole)
+    for found in ranks[1]:
+        mine = {key: value for key, value in found.items() if key.startswith(f"{name}/{DTYPES[dtype]}/")}
+        assert mine.keys() == whole.keys()
+        for key, value in whole.items():
+            largest = max(1.0, float(value.abs().max()))
+            error = float((mine[key] - value).abs().max()) / largest
+            assert error < TOLERANCE[dtype], f"{key}: {error}"
+
+
+def test_gather_passes_on_the_gradient_of_every_process(ranks: tuple[Path, list[dict[str, Tensor]]]) -> None:
+    image, text = rows(1).requires_grad_(), rows(2).requires_grad_()
+    loss = gather_loss(image, text)
+    loss.backward()
+    assert image.grad is not None and text.grad is not None
+    share = BATCH // WORLD_SIZE
+    for rank, found in enumerate(ranks[1]):
+        mine = slice(rank * share, (rank + 1) * share)
+        torch.testing.assert_close(found["gather/loss"], loss.detach())
+        # both processes ask for the same loss, so a row's gradient is twice that of one; the wrapper halves it
+        torch.testing.assert_close(found["gather/image"], WORLD_SIZE * image.grad[mine])
+        torch.testing.assert_close(found["gather/text"], WORLD_SIZE * text.grad[mine])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_in_two_processes_gives_the_same_model(
+    ranks: tuple[Path, list[dict[str, Tensor]]], name: str, tmp_path: Path
+) -> None:
+    whole = trained(name, tmp_path / name)
+    out, found = ranks
+    for mine in found:
+        for key, value in whole.items():
+            if not key.startswith("ledger/"):
+                torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    assert torch.equal(found[0][f"ledger/{name}"], whole[f"ledger/{name}"])
+    assert all(torch.equal(found[1][key], value) for key, value in found[0].items() if key.startswith("trained/"))
+    assert (out / name / "metrics.jsonl").read_text().count("\n") == 8
+    one, two = ((folder / name / "bad_samples.jsonl").read_text().splitlines() for folder in (tmp_path, out))
+    assert sorted(one) == sorted(two)
+    assert (out / name / "checkpoints" / "step-000000008" / "random-1.safetensors").exists()

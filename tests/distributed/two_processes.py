@@ -1,0 +1,128 @@
+"""What each of two processes does for `test_two_processes.py`; run as a script, so that importing torch is paid once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing import get_context
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import MemorySource, make_method, make_trainer, random_batch  # noqa: E402
+
+from cmapkd.data.types import Batch, ModelInput, TokenBatch  # noqa: E402
+from cmapkd.features import gather_features  # noqa: E402
+from cmapkd.methods import METHODS  # noqa: E402
+from cmapkd.models import Features, TowerFeatures  # noqa: E402
+from cmapkd.training.checkpoint import optimizer_tensors  # noqa: E402
+
+WORLD_SIZE = 2
+BATCH = 8
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+TRAINED = ("contrastive", "clip_kd")
+
+
+def part_of(batch: Batch, rank: int) -> Batch:
+    share = len(batch) // WORLD_SIZE
+    mine = slice(rank * share, (rank + 1) * share)
+    inputs = {
+        role: ModelInput(each.images[mine], TokenBatch(each.texts.ids[mine], each.texts.mask[mine]))
+        for role, each in batch.inputs.items()
+    }
+    return replace(batch, ids=batch.ids[mine], inputs=inputs, captions=batch.captions[mine])
+
+
+def rows(seed: int) -> Tensor:
+    return torch.randn(BATCH, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gather_loss(image: Tensor, text: Tensor) -> Tensor:
+    """Some function in which every row meets every other."""
+    return ((image @ text.T).tanh() * torch.arange(1.0, BATCH + 1, dtype=image.dtype)).sum()
+
+
+def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dict[str, Tensor]:
+    """Every term and every parameter's gradient, of the whole batch (rank None) or wrapped, of a part of it."""
+    method = make_method(name).to(dtype).train()
+    if method.teacher is not None:
+        method.teacher.model.to(dtype)
+    batch = random_batch(BATCH, dtype=dtype)
+    if rank is None:
+        terms = method(batch)
+    else:
+        wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
+        terms = wrapped(part_of(batch, rank))
+    torch.stack([term.weight * term.value for term in terms.values()]).sum().backward()
+    values = {f"{name}/{dtype}/term/{key}": term.value.detach() for key, term in terms.items()}
+    gradients = {
+        f"{name}/{dtype}/gradient/{key}": parameter.grad
+        for key, parameter in method.named_parameters()
+        if parameter.grad is not None
+    }
+    return values | gradients
+
+
+def gathered_gradient(rank: int) -> dict[str, Tensor]:
+    share = BATCH // WORLD_SIZE
+    image, text = (rows(seed)[rank * share : (rank + 1) * share].clone().requires_grad_() for seed in (1, 2))
+    whole = gather_features(Features(TowerFeatures(image), TowerFeatures(text), torch.tensor(1.0)))
+    loss = gather_loss(whole.image.embedding, whole.text.embedding)
+    loss.backward()
+    assert image.grad is not None and text.grad is not None
+    return {"gather/loss": loss.detach(), "gather/image": image.grad, "gather/text": text.grad}
+
+
+def trained(name: str, out: Path) -> dict[str, Tensor]:
+    """Weights and optimizer of a run of a few steps, on data with bad samples; resumed once on the way."""
+    source = MemorySource(40, bad=(3, 17))
+    make_trainer(out, name, source=source, steps=6, checkpoint_every=3, optim={"schedule": "constant"}).run()
+    again = make_trainer(out, name, source=source, steps=8, optim={"schedule": "constant"})
+    result = again.run(resume=True)
+    ledger = result.ledger
+    state = {f"trained/{name}/{key}": value.clone() for key, value in again.method.state_dict().items()}
+    state |= {f"optimizer/{name}/{key}": value for key, value in optimizer_tensors(again.optimizer).items()}
+    return state | {f"ledger/{name}": torch.tensor([ledger.num_good, ledger.num_bad])}
+
+
+def work(rank: int, port: int, out: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD_SIZE),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    found: dict[str, Tensor] = {}
+    for name in TRAINED:  # the trainer starts the process group itself
+        found |= trained(name, out / name)
+    assert dist.get_world_size() == WORLD_SIZE
+    for name in METHODS:
+        for dtype in DTYPES.values():
+            found |= losses_and_gradients(name, dtype, rank)
+    found |= gathered_gradient(rank)
+    torch.save(found, out / f"rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(out: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = get_context("fork")
+    processes = [context.Process(target=work, args=(rank, port, out)) for rank in range(WORLD_SIZE)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -38,11 +38,13 @@ class RunResult:
 
     def table(self) -> Table:
         """Teacher, baseline and student side by side."""
-        rows = {"teacher": "teacher", "baseline": "scratch", "student": f"student ({self.metrics['method']})"}
+        baseline = self.metrics.get("baseline_name", "baseline")
+        rows = {"teacher": "teacher", "baseline": baseline, "student": self.metrics["method"]}
         present = [(rows[role], self.metrics[role]) for role in rows if self.metrics.get(role)]
         table = score_table(present, title=f"Scores on {self.metrics['evaluated_on']}")
         if self.gap_closed is not None:
-            table.caption = f"gap closed: {100 * self.gap_closed:.0f} % of the way from scratch to teacher (mean R@1)"
+            share = 100 * self.gap_closed
+            table.caption = f"gap closed: {share:.0f} % of the way from {baseline} to teacher (R@1)"
         return table
 
 
@@ -61,25 +63,28 @@ def gap_closed(teacher: Scores | None, student: Scores | None, baseline: Scores 
 
 
 def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
-    """One row for each model: retrieval both ways, zero-shot accuracy, parameters; percentages."""
-    table = Table(title=title)
-    table.add_column("model")
-    columns = {
-        "i2t R@1": ("retrieval", "i2t", "r@1"),
-        "t2i R@1": ("retrieval", "t2i", "r@1"),
-        "mean R@1": ("retrieval", "mean_r@1"),
-        "i2t R@5": ("retrieval", "i2t", "r@5"),
-        "t2i R@5": ("retrieval", "t2i", "r@5"),
-        "zero-shot": ("zero_shot", "top1"),
+    """One row for each model: recall of both directions and their means, zero-shot accuracy, parameters; percentages."""
+    columns: dict[str, tuple[tuple[str, ...], ...]] = {  # the mean of the paths is shown
+        "i2t R@1": (("retrieval", "i2t", "r@1"),),
+        "t2i R@1": (("retrieval", "t2i", "r@1"),),
+        "R@1": (("retrieval", "i2t", "r@1"), ("retrieval", "t2i", "r@1")),
+        "R@5": (("retrieval", "i2t", "r@5"), ("retrieval", "t2i", "r@5")),
+        "zero-shot": (("zero_shot", "top1"),),
     }
-    shown = {name: path for name, path in columns.items() if any(_dig(scores, path) is not None for _, scores in rows)}
-    for name in (*shown, "parameters"):
-        table.add_column(name, justify="right")
-    for name, scores in rows:
-        values = [_dig(scores, path) for path in shown.values()]
-        cells = ["-" if value is None else f"{value:.1f}" for value in values]
+    values = {name: [_mean(scores, paths) for _, scores in rows] for name, paths in columns.items()}
+    shown = {name: column for name, column in values.items() if any(value is not None for value in column)}
+    table = Table(title=title)
+    for name in ("model", *shown, "parameters"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for place, (name, scores) in enumerate(rows):
+        cells = ["-" if column[place] is None else f"{column[place]:.1f}" for column in shown.values()]
         table.add_row(name, *cells, f"{scores['params']:,}")
     return table
+
+
+def _mean(scores: Scores, paths: tuple[tuple[str, ...], ...]) -> float | None:
+    values = [_dig(scores, path) for path in paths]
+    return None if None in values else sum(values) / len(values)
 
 
 def _dig(scores: Scores, path: tuple[str, ...]) -> Any:

@@ -240,6 +240,7 @@ def _measure(
         "teacher": teacher,
         "student": student_scores,
         "baseline": baseline_scores,
+        "baseline_name": None if baseline is None else "scratch" if config.baseline == "scratch" else baseline.name,
         "gap_closed": gap_closed(teacher, student_scores, baseline_scores),
         "method": config.method.name,
         "evaluated_on": source.name if source is not None else None,

@@ -15,6 +15,7 @@ from helpers import MemorySource, make_model, random_batch
 import cmapkd
 from cmapkd.config import ConfigError, load_config
 from cmapkd.data.open import open_source
+from cmapkd.data.types import BadSampleError
 from cmapkd.evaluation.run import evaluate
 from cmapkd.models import load_model
 from cmapkd.models.registry import build_model
@@ -35,9 +36,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(teacher: Path, **changes: Any) -> dict[str, Any]:
+def settings(taught_by: Path, **changes: Any) -> dict[str, Any]:
     values = {
-        "teacher": str(teacher),
+        "teacher": str(taught_by),
         "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
         "data": {"train": "scenes?length=200&size=32", "val": VAL},
         "method": {"name": "clip_kd", "task_weight": 0.5},
@@ -307,7 +308,8 @@ def test_vocabulary_is_learned_from_what_can_be_read() -> None:
 
     class Unreadable(MemorySource):
         def captions(self, index: int) -> tuple[str, ...]:
-            self[index]
+            if index in self.bad:
+                raise BadSampleError(f"m{index}", "unreadable")
             return super().captions(index)
 
     expected = [caption for index in (0, 2, 3, 5) for caption in source.captions(index)]

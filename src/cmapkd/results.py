@@ -63,7 +63,7 @@ def gap_closed(teacher: Scores | None, student: Scores | None, baseline: Scores 
 
 
 def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
-    """One row for each model: recall of both directions and their means, zero-shot accuracy, parameters; percentages."""
+    """One row for each model: recall both ways and its mean, zero-shot accuracy, parameters; percentages."""
     columns: dict[str, tuple[tuple[str, ...], ...]] = {  # the mean of the paths is shown
         "i2t R@1": (("retrieval", "i2t", "r@1"),),
         "t2i R@1": (("retrieval", "t2i", "r@1"),),

@@ -133,17 +133,13 @@ def test_distil_then_evaluate_gives_the_same_numbers(cli: Any, recipe: Path, tmp
         "scenes@val?length=40&size=32",
         "--set",
         "templates=plain",
-        "--set",
-        "batch_size=7",
         "--json",
         str(scores),
     )
     assert code == 0 and "Scores on scenes/standard/val" in printed
     evaluated = json.loads(scores.read_text())
     assert evaluated.pop("data") == "scenes/standard/val" and evaluated.pop("model") == str(out)
-    for task in ("retrieval", "zero_shot"):
-        assert evaluated[task] == pytest.approx(stored["student"][task], abs=0.1) or evaluated[task] == stored["student"][task]
-    assert evaluated["params"] == stored["student"]["params"]
+    assert evaluated == stored["student"]
 
 
 def test_evaluation_of_one_task(cli: Any, recipe: Path, tmp_path: Path) -> None:
@@ -163,7 +159,7 @@ def test_evaluation_of_one_task(cli: Any, recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_with_130_and_the_run_can_go_on(cli: Any, recipe: Path, tmp_path: Path) -> None:
-    out, changes = tmp_path / "cut off", ["training.steps=300", "training.checkpoint_every=1000", "data.workers=1"]
+    out, changes = tmp_path / "cut off", ["training.steps=60", "training.checkpoint_every=1000", "data.workers=1"]
     process = subprocess.Popen(
         [
             sys.executable,
@@ -194,7 +190,7 @@ def test_a_signal_ends_with_130_and_the_run_can_go_on(cli: Any, recipe: Path, tm
     assert f"cmapkd distill {recipe} {' '.join(changes)} --out '{out}' --resume" in printed
     (checkpoint,) = (out / "checkpoints").iterdir()
     stopped = json.loads((checkpoint / "progress.json").read_text())["step"]
-    assert 3 <= stopped < 300
+    assert 3 <= stopped < 60
     code, _, errors = cli("distill", str(recipe), *changes, "--out", str(out), "--resume")
     assert code == 0, errors
     assert cli("distill", str(recipe), *changes, "--out", str(tmp_path / "whole"))[0] == 0
@@ -204,4 +200,4 @@ def test_a_signal_ends_with_130_and_the_run_can_go_on(cli: Any, recipe: Path, tm
         [line.rpartition(', "pairs')[0] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (out, tmp_path / "whole")
     )
-    assert first == second and len(first) == 300
+    assert first == second and len(first) == 60

@@ -43,14 +43,15 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoardTracker:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resume_step: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError(
                 "training.trackers names tensorboard, which is not installed: pip install cmapkd[tensorboard]"
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        purge = None if resume_step is None else resume_step + 1  # what came after the checkpoint comes again
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -85,9 +86,9 @@ def make_trackers(
     Raises:
         ValueError: a tracker's package is not installed; says which extra brings it.
     """
-    trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl", resume_step=resume_step)]
-    if "tensorboard" in names:
-        trackers.append(TensorBoardTracker(folder))
+    others: list[Tracker] = []  # first, so that a missing package leaves no file behind
     if "wandb" in names:
-        trackers.append(WandbTracker(folder, settings))
-    return trackers
+        others.append(WandbTracker(folder, settings))
+    if "tensorboard" in names:
+        others.append(TensorBoardTracker(folder, resume_step=resume_step))
+    return [JsonlTracker(folder / "metrics.jsonl", resume_step=resume_step), *others]

@@ -1,6 +1,6 @@
 """The picture in docs/scenes.md: scenes of each difficulty with one caption each.
 
-    uv run python benchmarks/draw_scenes.py docs/images/scenes.png
+uv run python benchmarks/draw_scenes.py docs/images/scenes.png
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Puts a trained teacher into the package: half-precision weights, its tokenizer, and its scores on every split.
 
-    uv run cmapkd distill scenes_teacher --out runs/scenes_teacher
-    uv run python benchmarks/package_teacher.py runs/scenes_teacher scenes-teacher
+uv run cmapkd distill scenes_teacher --out runs/scenes_teacher
+uv run python benchmarks/package_teacher.py runs/scenes_teacher scenes-teacher
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def main() -> None:
             seconds[method].append(metrics["train_seconds"])
     scores = {"teacher": [teacher["student"]], **students}
     table = {
-        method: {label: summary([_dig(score["retrieval"], path) for score in done]) for label, path in NUMBERS.items()}
+        method: {label: summary([dig(score["retrieval"], path) for score in done]) for label, path in NUMBERS.items()}
         for method, done in scores.items()
     }
     result = {
@@ -91,7 +91,8 @@ def markdown(table: dict[str, dict[str, list[float | None]]], parameters: dict[s
     return "\n".join(lines)
 
 
-def _dig(values: Any, path: tuple[str, ...]) -> float:
+def dig(values: Any, path: tuple[str, ...]) -> float:
+    """The number at `path` of nested scores."""
     for key in path:
         values = values[key]
     return float(values)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.provenance import describe_environment
-from photos import finished
+from photos import dig, finished
 
 METHODS = ("contrastive", "hinton", "clip_kd")
 NUMBERS = {
@@ -46,7 +46,7 @@ def main() -> None:
         "batch_size": runs[arguments.methods[0]][0]["batch_size"],
         "train_seconds": {method: [run["train_seconds"] for run in done] for method, done in runs.items()},
         "scores": {
-            name: {label: [_dig(score, path) for score in done] for label, path in NUMBERS.items()}
+            name: {label: [dig(score, path) for score in done] for label, path in NUMBERS.items()}
             for name, done in scores.items()
         },
         "environment": describe_environment(),
@@ -100,12 +100,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _label(name: str) -> str:
     return {"teacher": "teacher", "contrastive": "student, scratch"}.get(name, f"student, {name}")
-
-
-def _dig(values: Any, path: tuple[str, ...]) -> float:
-    for key in path:
-        values = values[key]
-    return float(values)
 
 
 if __name__ == "__main__":

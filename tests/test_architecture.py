@@ -27,7 +27,15 @@ ROOMS = (
     "report",
     "export",
 )
-JOINING = ("results", "provenance", "run", "api", "diagnosis", "cli", "__main__")  # what stands above the rooms, in this order
+JOINING = (
+    "results",
+    "provenance",
+    "run",
+    "api",
+    "diagnosis",
+    "cli",
+    "__main__",
+)  # what stands above the rooms, in this order
 RANK = {name: number for number, name in enumerate((*ROOMS, *JOINING))}
 APART = {("evaluation", "training"), ("training", "evaluation")}
 
@@ -85,7 +93,8 @@ def test_objectives_know_no_config_and_no_processes(room: str) -> None:
     for path in (ROOT / room).glob("*.py"):
         assert set(imported(path)) <= {"objectives"}
         text = path.read_text(encoding="utf-8")
-        assert "nn.Module" not in text and "distributed" not in text
+        assert "nn.Module" not in text
+        assert "distributed" not in text
 
 
 def test_every_file_says_in_its_first_line_what_it_tells() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers import MemorySource, make_model, random_batch
 
 import cmapkd
 from cmapkd.config import ConfigError, load_config
@@ -19,9 +19,11 @@ from cmapkd.data.types import BadSampleError
 from cmapkd.evaluation.run import evaluate
 from cmapkd.models import load_model
 from cmapkd.models.registry import build_model
+from cmapkd.provenance import git_commit
 from cmapkd.results import RunResult, gap_closed
 from cmapkd.run import RunConfig, vocabulary_captions
 from cmapkd.training import Interrupted
+from helpers import MemorySource, make_model, random_batch
 
 VAL = "scenes@val?length=40&size=32"
 
@@ -64,7 +66,9 @@ def test_metrics_have_the_three_models_side_by_side(finished: RunResult) -> None
         assert set(scores["retrieval"]) >= {"i2t", "t2i", "mean_r@1"}
         for direction in ("i2t", "t2i"):
             recalls = [scores["retrieval"][direction][f"r@{k}"] for k in (1, 5, 10)]
-            assert recalls == sorted(recalls) and 0 <= recalls[0] and recalls[2] <= 100
+            assert recalls == sorted(recalls)
+            assert recalls[0] >= 0
+            assert recalls[2] <= 100
         mean = (scores["retrieval"]["i2t"]["r@1"] + scores["retrieval"]["t2i"]["r@1"]) / 2
         assert scores["retrieval"]["mean_r@1"] == pytest.approx(mean)
         assert 0 <= scores["zero_shot"]["top1"] <= scores["zero_shot"]["top5"] <= 100
@@ -72,8 +76,10 @@ def test_metrics_have_the_three_models_side_by_side(finished: RunResult) -> None
     assert stored["gap_closed"] == gap_closed(stored["teacher"], stored["student"], stored["baseline"])
     assert (stored["method"], stored["seed"], stored["steps"], stored["batch_size"]) == ("clip_kd", 4, 3, 16)
     assert stored["evaluated_on"] == "scenes/standard/val"
-    assert stored["bad_samples"]["num_good"] == 48 and stored["bad_samples"]["num_bad"] == 0
-    assert stored["best_step"] is None and stored["train_seconds"] >= 0
+    assert stored["bad_samples"]["num_good"] == 48
+    assert stored["bad_samples"]["num_bad"] == 0
+    assert stored["best_step"] is None
+    assert stored["train_seconds"] >= 0
 
 
 def test_table_shows_the_three_models(finished: RunResult) -> None:
@@ -84,7 +90,7 @@ def test_table_shows_the_three_models(finished: RunResult) -> None:
     console.file.close()
     text = (finished.folder / "table.txt").read_text()
     (finished.folder / "table.txt").unlink()
-    for part in ("teacher", "scratch", "student (clip_kd)", "mean R@1", "zero-shot", "scenes/standard/val"):
+    for part in ("teacher", finished.metrics["baseline_name"], "clip_kd", "R@1", "zero-shot", "scenes/standard/val"):
         assert part in text
 
 
@@ -93,7 +99,8 @@ def test_stored_config_is_a_recipe_for_the_same_run(finished: RunResult) -> None
     values = yaml.safe_load((finished.folder / "config.yaml").read_text())
     assert config.plain() == values
     assert values["method"]["feature_weight"] == pytest.approx(2000 / 512)  # every default is written out
-    assert values["method"]["task_weight"] == 0.5 and values["data"]["views"]["crop_scale"] == [1.0, 1.0]
+    assert values["method"]["task_weight"] == 0.5
+    assert values["data"]["views"]["crop_scale"] == [1.0, 1.0]
     assert (config.seed, config.baseline) == (4, "scratch")
 
 
@@ -107,7 +114,8 @@ def test_environment_names_versions_hardware_and_commit(finished: RunResult) -> 
 
 def test_student_is_read_back_with_equal_outputs(finished: RunResult) -> None:
     student = cmapkd.load(finished.folder)
-    assert not student.training and student.embed_dim == 16
+    assert not student.training
+    assert student.embed_dim == 16
     scores = evaluate(
         student, open_source(VAL), load_config(RunConfig, finished.folder / "config.yaml").evaluation, device="cpu"
     )
@@ -120,15 +128,16 @@ def test_baseline_is_the_same_student_trained_alone(finished: RunResult) -> None
     folder = finished.folder / "baseline"
     config = load_config(RunConfig, folder / "config.yaml")
     whole = load_config(RunConfig, finished.folder / "config.yaml")
-    assert config.method.name == "contrastive" and config.teacher is None and config.baseline == "none"
+    assert config.method.name == "contrastive"
+    assert config.teacher is None
+    assert config.baseline == "none"
     for same in ("student", "data", "training", "optim", "seed"):
         assert getattr(config, same) == getattr(whole, same)
     evaluated = evaluate(load_model(folder), open_source(VAL), config.evaluation, device="cpu")
     assert evaluated == finished.metrics["baseline"]
     weights = [load_model(folder).state_dict(), cmapkd.load(finished.folder).state_dict()]
-    assert weights[0].keys() == weights[1].keys() and any(
-        not torch.equal(weights[0][key], weights[1][key]) for key in weights[0]
-    )
+    assert weights[0].keys() == weights[1].keys()
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_run_folder_holds_no_temporary_files(finished: RunResult) -> None:
@@ -150,14 +159,16 @@ def test_the_same_config_gives_the_same_student(finished: RunResult, teacher: Pa
     again = cmapkd.distill(finished.folder / "config.yaml", baseline="none", out=tmp_path / "b", quiet=True)
     one, other = cmapkd.load(finished.folder).state_dict(), cmapkd.load(again.folder).state_dict()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
-    assert again.metrics["baseline"] is None and again.gap_closed is None
+    assert again.metrics["baseline"] is None
+    assert again.gap_closed is None
     compared = cmapkd.distill(
         finished.folder / "config.yaml",
         out=tmp_path / "c",
         quiet=True,
         overrides=[f"baseline={finished.folder / 'baseline'}", "training.steps=1"],
     )
-    assert compared.metrics["baseline"] == finished.metrics["baseline"] and compared.metrics["steps"] == 1
+    assert compared.metrics["baseline"] == finished.metrics["baseline"]
+    assert compared.metrics["steps"] == 1
 
 
 def test_best_student_is_the_one_saved(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +194,8 @@ def test_a_run_without_final_data_has_sizes_only(teacher: Path, tmp_path: Path) 
     result = cmapkd.distill(
         **settings(teacher, data="scenes?length=40&size=32"), out=tmp_path / "a", overrides=["training.steps=1"]
     )
-    assert result.metrics["evaluated_on"] is None and set(result.metrics["student"]) == {"params"}
+    assert result.metrics["evaluated_on"] is None
+    assert set(result.metrics["student"]) == {"params"}
     result.table()
 
 
@@ -280,6 +292,26 @@ def test_interrupted_run_is_resumed_by_the_same_call(
 
 
 # ------------------------------------------------------------------------------------------------ parts
+
+
+def test_commit_of_a_folder(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) is None
+
+    def git(*arguments: str) -> None:
+        identity = ("-c", "user.name=Somebody", "-c", "user.email=somebody@example.org")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "file").write_text("one")
+    git("init")
+    git("add", "file")
+    git("commit", "-m", "first")
+    clean = git_commit(tmp_path)
+    assert clean is not None
+    assert len(clean) == 40
+    (tmp_path / "other").write_text("untracked files do not count")
+    assert git_commit(tmp_path) == clean
+    (tmp_path / "file").write_text("two")
+    assert git_commit(tmp_path) == f"{clean}+changes"
 
 
 def scores(mean: float) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from cmapkd.config import (
+    Config,
     ConfigError,
     apply_overrides,
     closest,
@@ -77,7 +78,9 @@ def test_every_problem_is_listed_at_once() -> None:
 
 
 def test_missing_section_is_said_to_be_missing() -> None:
-    assert problems({key: value for key, value in MINIMAL.items() if key != "data"}) == ("data: required, but not given.",)
+    assert problems({key: value for key, value in MINIMAL.items() if key != "data"}) == (
+        "data: required, but not given.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,19 @@ def test_missing_section_is_said_to_be_missing() -> None:
 def test_what_does_not_go_together_is_refused(change: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_mapping(MINIMAL | change if isinstance(change, dict) else change)
+
+
+def described(config: type[Config]) -> None:
+    for name, field in config.model_fields.items():
+        assert field.description, f"{config.__name__}.{name} has no description"
+        kinds = (field.annotation, *get_args(field.annotation))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Config):
+                described(kind)
+
+
+def test_every_setting_is_described() -> None:
+    described(RunConfig)
 
 
 def test_configs_are_frozen() -> None:
@@ -149,7 +165,9 @@ def test_packaged_base_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_name_replaces_a_section_and_settings_extend_a_name() -> None:
-    assert merge_mappings({"method": {"name": "hinton", "temperature": 2}}, {"method": "clip_kd"}) == {"method": "clip_kd"}
+    assert merge_mappings({"method": {"name": "hinton", "temperature": 2}}, {"method": "clip_kd"}) == {
+        "method": "clip_kd"
+    }
     assert merge_mappings({"teacher": "x"}, {"teacher": {"init": "scratch"}}) == {
         "teacher": {"name": "x", "init": "scratch"}
     }

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MemorySource, make_builder, make_method, make_model, make_teacher
 
 from cmapkd.data.batches import BatchBuilder, Plan, PlanSampler, make_loader
 from cmapkd.data.types import BadSampleError, Batch
 from cmapkd.data.views import WHOLE, ViewSpec, draw_view
+from helpers import MemorySource, make_builder, make_method, make_model, make_teacher
 
 
 def sampler(length: int = 23, **options: Any) -> PlanSampler:
@@ -68,7 +68,8 @@ def test_bad_samples_are_replaced_by_others_and_reported() -> None:
     made = builder(MemorySource(24, bad=(1, 2), without_caption=(3,)))
     batch = made[plan_of(0, 1, 2, 3)]
     assert len(batch) == len(set(batch.ids)) == 4
-    assert batch.ids[0] == "m0" and not {"m1", "m2", "m3"} & set(batch.ids)
+    assert batch.ids[0] == "m0"
+    assert not {"m1", "m2", "m3"} & set(batch.ids)
     assert dict(batch.bad) == {
         "m1": "truncated: no end marker",
         "m2": "truncated: no end marker",
@@ -81,7 +82,8 @@ def test_replacements_are_the_same_again_and_differ_by_step() -> None:
     source = MemorySource(1000, bad=range(0, 1000, 2))
     made = builder(source)
     first, again = made[plan_of(0, 2, 5)], made[plan_of(0, 2, 5)]
-    assert first.ids == again.ids and first.bad == again.bad
+    assert first.ids == again.ids
+    assert first.bad == again.bad
     assert made[plan_of(0, 2, 5, step=1)].ids != first.ids
 
 
@@ -147,7 +149,8 @@ def test_views_repeat_when_their_number_is_limited() -> None:
     made = builder(views=ViewSpec(crop_scale=(0.3, 0.6), num_views=2))
     batches = [made[Plan(0, epoch, (0, 1), (0, 1))] for epoch in range(4)]
     pixels = [batch.inputs["student"].images for batch in batches]
-    assert torch.equal(pixels[0], pixels[2]) and torch.equal(pixels[1], pixels[3])
+    assert torch.equal(pixels[0], pixels[2])
+    assert torch.equal(pixels[1], pixels[3])
     assert not torch.equal(pixels[0], pixels[1])
     assert [batch.view for batch in batches] == [0, 1, 0, 1]
 
@@ -170,9 +173,7 @@ def same(one: Batch, other: Batch) -> bool:
 def test_workers_make_the_same_batches() -> None:
     made = builder(MemorySource(23, bad=(4,), without_caption=(7,)))
     state = torch.get_rng_state()
-    alone, helped = (
-        list(make_loader(made, sampler(stop=8), workers=workers, pin_memory=False)) for workers in (0, 2)
-    )
+    alone, helped = (list(make_loader(made, sampler(stop=8), workers=workers, pin_memory=False)) for workers in (0, 2))
     assert len(alone) == len(helped) == 8
     assert all(same(one, other) for one, other in zip(alone, helped, strict=True))
     assert any(batch.bad for batch in alone)

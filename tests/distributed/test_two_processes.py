@@ -25,7 +25,7 @@ from two_processes import (
     trained,
 )
 
-TOLERANCE = {"float32": 1e-6, "float64": 1e-10}
+TOLERANCE = {"float32": 5e-6, "float64": 1e-10}  # float32: rounding, sums are taken in another order
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,8 @@ def test_gather_passes_on_the_gradient_of_every_process(ranks: tuple[Path, list[
     image, text = rows(1).requires_grad_(), rows(2).requires_grad_()
     loss = gather_loss(image, text)
     loss.backward()
-    assert image.grad is not None and text.grad is not None
+    assert image.grad is not None
+    assert text.grad is not None
     share = BATCH // WORLD_SIZE
     for rank, found in enumerate(ranks[1]):
         mine = slice(rank * share, (rank + 1) * share)
@@ -84,7 +85,9 @@ def test_training_in_two_processes_gives_the_same_model(
     for mine in found:
         for key, value in whole.items():
             if not key.startswith("ledger/"):
-                torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+                torch.testing.assert_close(
+                    mine[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+                )
     assert torch.equal(found[0][f"ledger/{name}"], whole[f"ledger/{name}"])
     assert all(torch.equal(found[1][key], value) for key, value in found[0].items() if key.startswith("trained/"))
     assert (out / name / "metrics.jsonl").read_text().count("\n") == 8

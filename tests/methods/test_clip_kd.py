@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_method, make_model, make_teacher, random_batch
 from torch import Tensor, nn
 
 from cmapkd.features import PairProjector
 from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, ClipKD, ClipKDConfig
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.objectives import contrastive_loss, feature_distance, interactive_loss, similarity_divergence
+from helpers import make_method, make_model, make_teacher, random_batch
 
 # Numbers of `KDClipLoss` of the authors' repository; the file names commit and conditions.
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "clip_kd.json").read_text())
@@ -145,9 +145,11 @@ def test_interactive_scale(mode: str, scale: float) -> None:
 
 def test_interactive_scale_is_trained_and_kept_in_range() -> None:
     method = make_method("clip_kd")
-    assert isinstance(method, ClipKD) and method.interactive_scale is not None
+    assert isinstance(method, ClipKD)
+    assert method.interactive_scale is not None
     method.terms(random_batch(4))["interactive"].value.backward()
-    assert method.interactive_scale.grad is not None and method.interactive_scale.grad.item() != 0
+    assert method.interactive_scale.grad is not None
+    assert method.interactive_scale.grad.item() != 0
     for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
         nn.init.constant_(method.interactive_scale, start)
         method.after_step()
@@ -156,12 +158,13 @@ def test_interactive_scale_is_trained_and_kept_in_range() -> None:
 
 def test_the_published_raw_scale_is_not_clamped() -> None:
     method = make_method("clip_kd", settings={"interactive_scale": "official"})
-    assert isinstance(method, ClipKD) and method.interactive_scale is not None
+    assert isinstance(method, ClipKD)
+    assert method.interactive_scale is not None
     nn.init.constant_(method.interactive_scale, 9.0)
     method.after_step()
     assert method.interactive_scale.item() == 9.0
 
 
 def test_negative_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="relational_weight: .*greater than or equal to 0"):
+    with pytest.raises(ValueError, match=r"relational_weight: .*greater than or equal to 0"):
         ClipKDConfig.from_mapping({"name": "clip_kd", "relational_weight": -1})

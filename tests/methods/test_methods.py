@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from helpers import make_method, make_model, make_teacher, random_batch
 from torch import Tensor, nn
 
 from cmapkd.methods import METHODS, MethodConfig
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.objectives import contrastive_loss, sigmoid_loss, similarity_divergence
+from helpers import make_method, make_model, make_teacher, random_batch
 
 DISTILLING = [name for name, kind in METHODS.items() if kind.uses_teacher]
 
@@ -24,7 +24,8 @@ def test_card_says_what_a_reader_must_know(name: str) -> None:
     for text in (card.title, card.paper, card.needs, card.trainable, card.checked_against):
         assert len(text) > 10
     assert "arXiv" in card.paper or "http" in card.paper
-    assert card.equations and any(line.startswith("L ") for line in card.equations)
+    assert card.equations
+    assert any(line.startswith("L ") for line in card.equations)
     assert all(card.departures)
     assert (METHODS[name].__doc__ or "").strip()
 
@@ -65,14 +66,16 @@ def test_teacher_only_answers(name: str) -> None:
     assert all(key.startswith(("student.", "project", "interactive")) for key in method.state_dict())
     assert teacher.model not in set(method.modules())
     method.train()
-    assert method.student.training and not any(module.training for module in teacher.model.modules())
+    assert method.student.training
+    assert not any(module.training for module in teacher.model.modules())
     torch.stack([term.value for term in method(random_batch(4)).values()]).sum().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.model.parameters())
     optimizer = torch.optim.SGD(method.parameters(), lr=1.0)
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in teacher.model.state_dict().items())
     answers = method.encode_teacher(random_batch(4))
-    assert not answers.image.embedding.requires_grad and not answers.text.embedding.requires_grad
+    assert not answers.image.embedding.requires_grad
+    assert not answers.text.embedding.requires_grad
 
 
 def test_teacher_is_never_saved_and_shared_by_copies() -> None:

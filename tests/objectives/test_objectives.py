@@ -149,7 +149,9 @@ def test_gradient_of_scales_and_bias() -> None:
     assert gradcheck(lambda s: contrastive_loss(image, text, logit_scale=s), [scale])
     assert gradcheck(lambda s, b: sigmoid_loss(image, text, logit_scale=s, logit_bias=b), [scale, bias])
     assert gradcheck(lambda s: interactive_loss(image, text, text, image, logit_scale=s), [scale])
-    assert gradcheck(lambda s: similarity_divergence(image, text, text, text, student_scale=s, teacher_scale=3.0), [scale])
+    assert gradcheck(
+        lambda s: similarity_divergence(image, text, text, text, student_scale=s, teacher_scale=3.0), [scale]
+    )
 
 
 @pytest.mark.parametrize("name", DISTILLING)
@@ -164,7 +166,9 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 
 def test_no_gradient_reaches_the_teachers_scale() -> None:
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
-    value = similarity_divergence(*(x.requires_grad_() for x in tensors("similarity")), student_scale=1.0, teacher_scale=scale)
+    value = similarity_divergence(
+        *(x.requires_grad_() for x in tensors("similarity")), student_scale=1.0, teacher_scale=scale
+    )
     value.backward()
     assert scale.grad is None
 
@@ -257,7 +261,9 @@ def test_an_embedding_of_zeros_gives_a_finite_loss_and_gradient() -> None:
     image, text = torch.zeros(3, WIDTH, requires_grad=True), torch.randn(3, WIDTH)
     loss = contrastive_loss(image, text, logit_scale=100.0) + feature_distance(image, text)
     loss.backward()
-    assert bool(loss.isfinite()) and image.grad is not None and bool(image.grad.isfinite().all())
+    assert bool(loss.isfinite())
+    assert image.grad is not None
+    assert bool(image.grad.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------------ precision
@@ -318,9 +324,11 @@ def test_temperature_must_be_positive(temperature: float) -> None:
 def open_clips_losses() -> ModuleType:
     """Its file of losses alone: importing the package takes ten times as long as all these tests."""
     package = importlib.util.find_spec("open_clip")
-    assert package is not None and package.origin is not None
+    assert package is not None
+    assert package.origin is not None
     spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DropoutStudent, MemorySource, make_method, make_model, make_trainer, read_lines
 
 from cmapkd.models import DualEncoder
 from cmapkd.training import Interrupted, Trainer, checkpoint, trainer
 from cmapkd.training.checkpoint import list_checkpoints, optimizer_tensors, read_checkpoint, write_checkpoint
+from helpers import DropoutStudent, MemorySource, make_method, make_model, make_trainer, read_lines
 
 STEPS = 7  # of three steps an epoch, so that epochs end on the way
 
@@ -190,15 +190,20 @@ def test_checkpoint_holds_tensors_and_json_and_no_teacher(tmp_path: Path) -> Non
         "random-0.safetensors",
     ]
     tensors, progress = read_checkpoint(last)
-    assert progress.step == 3 and progress.seconds > 0
+    assert progress.step == 3
+    assert progress.seconds > 0
     assert tensors["method"].keys() == done.method.state_dict().keys()
     assert done.method.teacher is not None
-    teachers = [value for value in done.method.teacher.model.state_dict().values() if value.numel() > 1 and value.std() > 0]
+    teachers = [
+        value for value in done.method.teacher.model.state_dict().values() if value.numel() > 1 and value.std() > 0
+    ]
     stored = [value for group in ("method", "average") for value in tensors[group].values()]
     assert not any(one.shape == other.shape and torch.equal(one, other) for one in teachers for other in stored)
 
 
-def test_a_kill_before_the_rename_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_the_rename_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_rename(self: Path, target: Path) -> Path:
         raise KeyboardInterrupt
 
@@ -242,7 +247,8 @@ def test_a_kill_while_the_best_is_replaced_leaves_one(tmp_path: Path, monkeypatc
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "step-000000001", {"method": {"a": torch.ones(3)}}, checkpoint.Progress(step=1))
     tensors, progress = read_checkpoint(tmp_path / "step-000000001")
-    assert torch.equal(tensors["method"]["a"], torch.ones(3)) and progress == checkpoint.Progress(step=1)
+    assert torch.equal(tensors["method"]["a"], torch.ones(3))
+    assert progress == checkpoint.Progress(step=1)
     (tmp_path / "step-000000001" / "method.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"step-000000001 cannot be read"):
         read_checkpoint(tmp_path / "step-000000001")
@@ -266,7 +272,8 @@ def test_random_state_is_restored_whole() -> None:
     first = (random.gauss(0, 1), random.random(), torch.rand(3))
     checkpoint.load_random(state)
     second = (random.gauss(0, 1), random.random(), torch.rand(3))
-    assert first[:2] == second[:2] and torch.equal(first[2], second[2])
+    assert first[:2] == second[:2]
+    assert torch.equal(first[2], second[2])
 
 
 # ------------------------------------------------------------------------------------------------ signals

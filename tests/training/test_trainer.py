@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MemorySource, make_method, make_model, make_trainer, read_lines
 from rich.console import Console
 from torch import nn
 
@@ -21,6 +20,7 @@ from cmapkd.training import NonFiniteLossError, OptimConfig, TrainConfig
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
 from cmapkd.training.optim import learning_rate, make_optimizer
 from cmapkd.training.trackers import JsonlTracker, make_trackers
+from helpers import MemorySource, make_method, make_model, make_trainer, read_lines
 
 # ------------------------------------------------------------------------------------------------ optimiser
 
@@ -33,7 +33,8 @@ def test_schedule_rises_linearly_and_falls_along_a_cosine() -> None:
     for step in range(4, 13):
         expected = 2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 8)) / 2)
         assert rates[step] == pytest.approx(expected)
-    assert rates[8] == pytest.approx(2.0 * 0.55) and rates[12] == pytest.approx(0.2)
+    assert rates[8] == pytest.approx(2.0 * 0.55)
+    assert rates[12] == pytest.approx(0.2)
     assert sorted(rates[4:], reverse=True) == rates[4:]
 
 
@@ -77,7 +78,8 @@ def test_frozen_parameters_are_not_optimised(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in method.state_dict().items()}
     make_trainer(tmp_path, method, steps=2).run()
     changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and not any(name.startswith("student.vision") for name in changed)
+    assert changed
+    assert not any(name.startswith("student.vision") for name in changed)
 
 
 def test_one_step_is_adamw_with_the_weighted_sum_and_a_clipped_gradient(tmp_path: Path) -> None:
@@ -96,8 +98,10 @@ def test_one_step_is_adamw_with_the_weighted_sum_and_a_clipped_gradient(tmp_path
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert line["terms/similarity"] == pytest.approx(terms["similarity"].value.item(), rel=1e-6)
-    assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5) and norm > 0.05
-    assert line["learning_rate"] == 0.01 and line["step"] == 1
+    assert line["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert norm > 0.05
+    assert line["learning_rate"] == 0.01
+    assert line["step"] == 1
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
@@ -167,7 +171,8 @@ def test_text_output_without_a_terminal(tmp_path: Path) -> None:
     trained.run()
     trained.console.file.close()
     text = (tmp_path / "log").read_text()
-    assert "train: step 2/2  loss" in text and "validation  r@1 1.00" in text
+    assert "train: step 2/2  loss" in text
+    assert "validation  r@1 1.00" in text
 
 
 def test_best_checkpoint_is_the_best_validated(tmp_path: Path) -> None:
@@ -181,7 +186,8 @@ def test_best_checkpoint_is_the_best_validated(tmp_path: Path) -> None:
     assert (result.best_step, result.best_score) == (4, 5.0)
     (best,) = list_checkpoints(tmp_path / "checkpoints", "best")
     tensors, _ = read_checkpoint(best)
-    assert best.name == "best-000000004" and list(tensors) == ["student"]
+    assert best.name == "best-000000004"
+    assert list(tensors) == ["student"]
     assert all(torch.equal(tensors["student"][key], value) for key, value in weights[1].items())
     lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "validation/score" in line]
     assert [(line["step"], line["validation/score"]) for line in lines] == [(2, 1.0), (4, 5.0), (5, 3.0)]
@@ -246,10 +252,8 @@ class Exploding(Method):
         self.calls += 1
         value = self.encode_student(batch).image.embedding.square().mean()
         if self.calls > self.at:
-            if self.how == "loss":
-                value = value * float("inf")
-            else:  # sqrt has an infinite slope at zero
-                value = value + (value - value.detach()).abs().sqrt()
+            steep = (value - value.detach()).abs().sqrt()  # zero, with an infinite slope
+            value = value * float("inf") if self.how == "loss" else value + steep
         return {"size": Term(value)}
 
 
@@ -261,7 +265,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(how: str
     message = str(stopped.value)
     batch = trained.builder[trained.sampler.plan(3)]
     assert all(sample_id in message for sample_id in batch.ids)
-    assert "Last good checkpoint: step-000000003" in message and "(size " in message
+    assert "Last good checkpoint: step-000000003" in message
+    assert "(size " in message
     tensors, progress = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
     assert progress.step == 3
     assert all(bool(value.isfinite().all()) for value in tensors["method"].values())
@@ -281,7 +286,8 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
         trained.run()
     assert 100 / 8 - 4 < trained.progress.step < 20  # from a hundred samples on
     listed = read_lines(tmp_path / "bad_samples.jsonl")
-    assert listed and all(line["reason"] == "truncated: no end marker" for line in listed)
+    assert listed
+    assert all(line["reason"] == "truncated: no end marker" for line in listed)
 
 
 def test_ledger_is_written_and_goes_on_after_a_resume(tmp_path: Path) -> None:
@@ -294,8 +300,12 @@ def test_ledger_is_written_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     assert progress.ledger["num_good"] == 24
     second = make_trainer(tmp_path, source=source, steps=9)
     result = second.run(resume=True)
-    assert result.ledger.num_good == 72 and result.ledger.num_bad >= first.ledger.num_bad
-    assert {json.loads(line)["id"] for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()} == {"m3", "m11"}
+    assert result.ledger.num_good == 72
+    assert result.ledger.num_bad >= first.ledger.num_bad
+    assert {json.loads(line)["id"] for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()} == {
+        "m3",
+        "m11",
+    }
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def main(out: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
     context = get_context("fork")
     processes = [context.Process(target=work, args=(rank, port, out)) for rank in range(WORLD_SIZE)]
     for process in processes:

@@ -55,7 +55,7 @@ def main() -> None:
     target = arguments.results / "scenes_demo.json"
     target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(markdown(result))
-    draw(result, arguments.results / "scenes_demo.png")
+    draw(result, arguments.results.parent / "images" / "demo.png")
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Every arm runs in its own process, so that its peak memory is its own; rounds go
 else happens on the machine meets all of them. All arms train on the same decoded batches: the step is measured, not the
 disk. Results are ratios to the student-only arm and to open_clip.
 
-    uv run --group bench python benchmarks/step.py --pair small --json benchmarks/results/step_small.json
+    uv run --group bench python benchmarks/step.py --pair small --json docs/results/step_small.json
     uv run --group bench python benchmarks/step.py --pair vit_l14_b16 --rounds 2 --json FILE
 """
 

@@ -150,7 +150,7 @@ def make_trainer(
     """A trainer of few small steps; `training` goes to `TrainConfig`."""
     method = make_method(method) if isinstance(method, str) else method
     out.mkdir(parents=True, exist_ok=True)
-    defaults = {"steps": steps, "batch_size": 8, "log_every": 1, "checkpoint_every": 100, "device": "cpu"}
+    defaults = {"steps": steps, "batch_size": 8, "log_every": 1, "checkpoint_every": 100}
     config = TrainConfig(**{**defaults, **training})
     return Trainer(
         method,

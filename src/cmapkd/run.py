@@ -103,7 +103,7 @@ def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console 
             f"{' nor '.join(known)}, and there is no such run folder"
         )
     final = _open_final(config)  # first, so that a wrong name shows before the training and not after it
-    state = PartialState(cpu=config.training.device == "cpu")
+    state = PartialState(cpu=config.training.on_cpu)
     with state.main_process_first():
         _prepare_folder(out, config, resume=resume, write=state.is_main_process)
     student, trained = _train(config, out=out, resume=resume, console=console, title="student")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from cmapkd.config import Config
@@ -55,6 +56,11 @@ class TrainConfig(Config):
         if self.student == "best" and self.evaluate_every is None:
             raise ValueError("student: best needs evaluate_every, the number of steps between validations")
         return self
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU trains: asked for, or all there is. Accelerate forms a group of CPU processes only if told."""
+        return self.device == "cpu" or not torch.accelerator.is_available()
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

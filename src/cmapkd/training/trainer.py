@@ -89,7 +89,7 @@ class Trainer:
         self.max_bad_share = max_bad_share
         self.accelerator = Accelerator(
             mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
-            cpu=config.device == "cpu",
+            cpu=config.on_cpu,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.console = console if self.accelerator.is_main_process else None

@@ -59,7 +59,7 @@ class TrainConfig(Config):
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the CPU trains: asked for, or all there is. Accelerate forms a group of CPU processes only if told."""
+        """Whether the CPU trains: asked for, or all there is. Accelerate groups CPU processes only if told."""
         return self.device == "cpu" or not torch.accelerator.is_available()
 
     def num_steps(self, steps_per_epoch: int) -> int:

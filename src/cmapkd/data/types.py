@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -98,18 +98,25 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Token ids of a batch of texts, and which positions are not padding."""
+    """Token ids of a batch of texts, which positions are not padding, and where in its text each token stands.
+
+    A span is the first character of a token and the one after its last, in the text as it was given, before any
+    cleaning. It is 0 0 for special tokens, padding, and tokens whose characters cleaning has changed beyond matching.
+    `spans` is None where the tokenizer cannot tell.
+    """
 
     ids: Tensor  # Int[batch length]
     mask: Tensor  # Bool[batch length], True where a real token stands (special tokens included)
+    spans: Tensor | None = None  # Int[batch length 2]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        return TokenBatch(
-            self.ids.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking)
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TokenBatch:
-        return TokenBatch(self.ids.pin_memory(), self.mask.pin_memory())
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        return TokenBatch(change(self.ids), change(self.mask), None if self.spans is None else change(self.spans))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,23 @@
-"""What is done with a model's features before an objective sees them: gathering across processes, projecting."""
+"""What is done with a model's features before an objective sees them: levels, projections, bridges, banks."""
 
-from cmapkd.features.gather import gather_features
+from cmapkd.features.bank import EmbeddingBank, sample_keys
+from cmapkd.features.bridge import AlignmentBridge
+from cmapkd.features.gather import gather_features, gather_rows
+from cmapkd.features.matching import LevelMatcher, Matched
 from cmapkd.features.projector import PairProjector
+from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, visual_taps
 
-__all__ = ["PairProjector", "gather_features"]
+__all__ = [
+    "LANGUAGE_LEVELS",
+    "VISUAL_LEVELS",
+    "AlignmentBridge",
+    "EmbeddingBank",
+    "LevelMatcher",
+    "Matched",
+    "PairProjector",
+    "gather_features",
+    "gather_rows",
+    "language_taps",
+    "sample_keys",
+    "visual_taps",
+]

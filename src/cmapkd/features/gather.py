@@ -20,21 +20,30 @@ def gather_features(features: Features) -> Features:
     processes of what their losses ask of it; the distributed wrapper divides by the number of processes, which leaves
     exactly the gradient of the whole-batch loss. Without a process group this returns its argument.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return features
     return replace(features, image=_gather_tower(features.image), text=_gather_tower(features.text))
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows [local, ...] of all processes in rank order, [batch, ...], with the gradient described above.
+
+    Anything with one row for each pair: embeddings, pooled levels, per-sample losses. Every process must hold the same
+    number of rows. Without a process group this returns its argument.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows)
+    return gathered
+
+
 def _gather_tower(tower: TowerFeatures) -> TowerFeatures:
-    gathered: Tensor = _GatherRows.apply(tower.embedding)
-    return replace(tower, embedding=gathered)
+    return replace(tower, embedding=gather_rows(tower.embedding))
 
 
 class _GatherRows(torch.autograd.Function):
     """Concatenates equal-sized row blocks of all processes; backward sums the gradients of a block over processes."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Float[Tensor, "local dim"]) -> Float[Tensor, "batch dim"]:
+    def forward(ctx: Any, rows: Float[Tensor, "local ..."]) -> Float[Tensor, "batch ..."]:
         ctx.num_rows = len(rows)
         blocks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(blocks, rows.contiguous())

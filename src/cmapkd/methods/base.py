@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cmapkd.config import Config
+from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_features
+from cmapkd.methods.stages import WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
 
@@ -54,6 +55,8 @@ class Method(nn.Module, ABC):
     card: ClassVar[MethodCard]
     Config: ClassVar[type[MethodConfig]]
     uses_teacher: ClassVar[bool] = True
+    measurements: dict[str, Tensor]
+    """What the last step is worth logging besides its terms: learned weights, their entropy."""
 
     def __init__(
         self,
@@ -67,6 +70,42 @@ class Method(nn.Module, ABC):
             raise ValueError(f"method {type(self).__name__} distils from a teacher: name one with teacher=...")
         self.student = student
         self.teacher = teacher
+        self.stage = WHOLE
+        self.measurements = {}
+        self._learning: frozenset[str] | None = None  # what learns where every part does
+
+    @property
+    @abstractmethod
+    def term_names(self) -> tuple[str, ...]:
+        """The terms that `terms` returns in a run without stages."""
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """The levels that the terms read, by the names that stages and weightings use; embeddings are no level."""
+        return ()
+
+    @staticmethod
+    def part_of(name: str) -> Part:
+        """Which part a parameter belongs to: parts have learning rates of their own, and stages say which learn."""
+        return "student" if name.startswith("student.") else "weighting" if name.startswith("weighting") else "modules"
+
+    def check_stage(self, stage: StageConfig) -> None:
+        """Refuses a stage that names terms or levels this method does not have, or in which nothing learns.
+
+        Raises:
+            ConfigError: says which, with the nearest known name.
+        """
+        stage.check_names(terms=self.term_names, levels=self.level_names)
+        if not any(self.part_of(name) in stage.train for name, _ in self.named_parameters()):
+            raise ConfigError(f"stage {stage.name!r}: nothing learns, this run has no {' or '.join(stage.train)}")
+
+    def enter(self, stage: StageConfig) -> None:
+        """Begins a stage: from now on only its terms and levels count, and only its parts learn."""
+        if self._learning is None:  # once, before any stage has frozen anything
+            self._learning = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        self.stage = stage
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in self._learning and self.part_of(name) in stage.train)
 
     @property
     def student_needs(self) -> Needs:
@@ -80,10 +119,14 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def terms(self, batch: Batch) -> dict[str, Term]:
-        """The loss terms of the batch, by name."""
+        """The loss terms of the batch, by name. What the stage leaves out may be computed, but need not."""
 
     def forward(self, batch: Batch) -> dict[str, Term]:
-        return self.terms(batch)
+        return {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
+
+    def wants(self, name: str, weight: float = 1.0) -> bool:
+        """Whether the term is worth computing: its weight is not zero and the stage has it."""
+        return weight != 0 and self.stage.wants_term(name)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -76,13 +76,24 @@ class ClipKD(Method):
             nn.Parameter(torch.tensor(math.log(1 / 0.07))) if config.interactive_weight > 0 else None
         )
 
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        config = self.config
+        weights = {
+            "contrastive": config.task_weight,
+            "relational": config.relational_weight,
+            "feature": config.feature_weight,
+            "interactive": config.interactive_weight,
+        }
+        return tuple(name for name, weight in weights.items() if weight)
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         config, student, teacher = self.config, self.encode_student(batch), self.encode_teacher(batch)
         teacher_pair = (teacher.image.embedding, teacher.text.embedding)
         terms: dict[str, Term] = {}
-        if config.task_weight:
+        if self.wants("contrastive", config.task_weight):
             terms["contrastive"] = Term(task_loss(student), config.task_weight)
-        if config.relational_weight:
+        if self.wants("relational", config.relational_weight):
             relational = similarity_divergence(
                 student.image.embedding,
                 student.text.embedding,
@@ -94,10 +105,10 @@ class ClipKD(Method):
         if self.project is not None:
             projected = self.project(student)
             image, text = projected.image.embedding, projected.text.embedding
-            if config.feature_weight:
+            if self.wants("feature", config.feature_weight):
                 feature = feature_distance(image, teacher_pair[0]) + feature_distance(text, teacher_pair[1])
                 terms["feature"] = Term(feature, config.feature_weight)
-            if config.interactive_weight:
+            if self.wants("interactive", config.interactive_weight):
                 interactive = interactive_loss(image, text, *teacher_pair, logit_scale=self._scale())
                 terms["interactive"] = Term(interactive, config.interactive_weight)
         return terms

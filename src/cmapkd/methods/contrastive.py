@@ -33,5 +33,9 @@ class Contrastive(Method):
         checked_against="both formulas written out; open_clip's ClipLoss and SigLipLoss",
     )
 
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("contrastive",)
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         return {"contrastive": Term(task_loss(self.encode_student(batch)))}

@@ -51,6 +51,10 @@ class Hinton(Method):
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
 
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("contrastive", "similarity")
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, teacher = self.encode_student(batch), self.encode_teacher(batch)
         return {

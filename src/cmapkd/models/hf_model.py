@@ -20,7 +20,10 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's nu
 
 
 class HfTokenizer:
-    """A transformers tokenizer; `to_full_length` pads to `context_length`, otherwise to the longest of the batch."""
+    """A transformers tokenizer; `to_full_length` pads to `context_length`, otherwise to the longest of the batch.
+
+    Only the library's fast tokenizers know where their tokens stand in the text.
+    """
 
     def __init__(self, tokenizer: Any, *, context_length: int, to_full_length: bool) -> None:
         self.native, self.context_length, self.to_full_length = tokenizer, context_length, to_full_length
@@ -33,9 +36,10 @@ class HfTokenizer:
             truncation=True,
             max_length=self.context_length,
             return_attention_mask=True,
+            return_offsets_mapping=bool(self.native.is_fast),
             return_tensors="pt",
         )
-        return TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool())
+        return TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), encoded.get("offset_mapping"))
 
 
 class HfModel(DualEncoder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.spans import span_finder
 from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
@@ -27,16 +28,23 @@ _STEMS = ("act1", "bn1", "conv_stem", "features.norm0")  # what timm calls the o
 
 
 class OpenClipTokenizer:
-    """open_clip's own tokenizer, with the mask that it does not return."""
+    """open_clip's own tokenizer, with the mask and the spans that it does not return."""
 
     def __init__(self, tokenizer: Any, *, context_length: int) -> None:
         self.context_length = context_length
         self.native = tokenizer
         self.vocab_size: int = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
+        self._spans = span_finder(tokenizer)
+        self._of_cleaned = copy(tokenizer)  # spans need the cleaned text, so it is made here, once
+        self._of_cleaned.clean_fn = str
 
     def __call__(self, texts: Sequence[str]) -> TokenBatch:
-        ids = self.native(list(texts), context_length=self.context_length).long()
-        return TokenBatch(ids, self._real(ids))
+        if self._spans is None:
+            ids = self.native(list(texts), context_length=self.context_length).long()
+            return TokenBatch(ids, self._real(ids))
+        cleaned = [self.native.clean_fn(text) for text in texts]
+        ids = self._of_cleaned(cleaned, context_length=self.context_length).long()
+        return TokenBatch(ids, self._real(ids), self._spans(texts, cleaned, self.context_length))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipTokenizer:
         return self  # nothing in it changes, and CLIP's vocabulary is large

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
@@ -67,4 +68,5 @@ class TrainedTokenizer:
         encodings = self._tokenizer.encode_batch(list(texts))
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.long)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
-        return TokenBatch(ids, mask)
+        spans = np.array([encoding.offsets for encoding in encodings], dtype=np.int64)
+        return TokenBatch(ids, mask, torch.from_numpy(spans.reshape(*ids.shape, 2)))

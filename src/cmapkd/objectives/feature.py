@@ -8,10 +8,29 @@ from torch import Tensor
 from cmapkd.objectives.common import check_same_width, unit
 
 
-def feature_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Mean over the batch of the squared distance between unit embeddings, |N(s) - N(t)|^2 = 2 - 2 cos(s, t).
+def embedding_distance(
+    student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]
+) -> Float[Tensor, " batch"]:
+    """Squared distance between the unit embeddings of each sample, |N(s) - N(t)|^2 = 2 - 2 cos(s, t).
 
     A sum over channels, not a mean: its size, and so the meaning of a weight on it, does not depend on the width.
+
+    Args:
+        student: already at the teacher's width; normalised here.
+        teacher: normalised and detached here.
+    Returns:
+        For each sample in [0, 4], no unit; zero when the directions agree.
+    Raises:
+        ValueError: the shapes differ.
+    Source: feature distillation of CLIP-KD, Yang et al. 2024, arXiv:2307.12732, which states it as a mean over
+        channels: its weight w there is w / dim here.
+    """
+    check_same_width(student, teacher, "embedding")
+    return (unit(student) - unit(teacher.detach())).square().sum(-1)
+
+
+def feature_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Mean over the batch of `embedding_distance`.
 
     Args:
         student: already at the teacher's width; normalised here.
@@ -20,8 +39,5 @@ def feature_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor,
         In [0, 4], no unit; zero when the directions agree.
     Raises:
         ValueError: the shapes differ.
-    Source: feature distillation of CLIP-KD, Yang et al. 2024, arXiv:2307.12732, which states it as a mean over
-        channels: its weight w there is w / dim here.
     """
-    check_same_width(student, teacher, "embedding")
-    return (unit(student) - unit(teacher.detach())).square().sum(-1).mean()
+    return embedding_distance(student, teacher).mean()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from cmapkd.config import Config
+from cmapkd.methods.stages import StageConfig, length_of_stages, stage_ends
 
 
 class OptimConfig(Config):
@@ -23,6 +25,9 @@ class OptimConfig(Config):
     warmup_steps: int = Field(100, ge=0, description="Linear warm-up, in optimizer steps.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="What follows the warm-up.")
     final_rate: float = Field(0.0, ge=0, le=1, description="Where the cosine ends, as a share of the peak.")
+    weighting_rate: float = Field(
+        0.5, ge=0, description="Rate of the modules that weight levels and terms, as a multiple of the student's."
+    )
     max_gradient_norm: float | None = Field(
         1.0, gt=0, description="Gradients are scaled down to this norm; none: never."
     )
@@ -33,6 +38,7 @@ class TrainConfig(Config):
 
     steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or epochs.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training data; give this or steps.")
+    stages: tuple[StageConfig, ...] = Field((), description="Stretches with terms, levels and parts of their own.")
     batch_size: int = Field(256, ge=2, description="Pairs in a step, over all processes.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one.")
@@ -50,9 +56,13 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            given = "neither" if self.steps is None else "both"
-            raise ValueError(f"give either steps or epochs, not {given}")
+        given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]
+        kind = length_of_stages(self.stages)
+        if kind in ("steps", "epochs"):
+            if given:
+                raise ValueError(f"the stages state their own {kind}: leave {' and '.join(given)} out (null)")
+        elif len(given) != 1:
+            raise ValueError(f"give either steps or epochs, not {'both' if given else 'neither'}")
         if self.student == "best" and self.evaluate_every is None:
             raise ValueError("student: best needs evaluate_every, the number of steps between validations")
         return self
@@ -66,5 +76,6 @@ class TrainConfig(Config):
         """Optimizer steps of the whole run."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None
-        return max(1, round(self.epochs * steps_per_epoch))
+        if self.epochs is not None:
+            return max(1, round(self.epochs * steps_per_epoch))
+        return stage_ends(self.stages, total=sys.maxsize, steps_per_epoch=steps_per_epoch)[-1]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cmapkd.methods import Method
+from cmapkd.methods.stages import Part
 from cmapkd.training.config import OptimConfig
 
 _UNDECAYED = ("position", "class_embedding", "class_token", "cls_token", "logit_scale", "logit_bias")
@@ -15,19 +16,20 @@ _UNDECAYED = ("position", "class_embedding", "class_token", "cls_token", "logit_
 
 def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the student and the method's own modules, matrices apart from vectors (which are not decayed)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
-            groups.setdefault((name.startswith("student."), decayed), []).append(parameter)
+            groups.setdefault((method.part_of(name), decayed), []).append(parameter)
+    rates = {"student": 1.0, "modules": config.module_rate, "weighting": config.weighting_rate}
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "weight_decay": config.weight_decay if decayed else 0.0,
-                "rate": 1.0 if of_student else config.module_rate,
+                "rate": rates[part],
             }
-            for (of_student, decayed), parameters in groups.items()
+            for (part, decayed), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=config.betas,
@@ -36,15 +38,20 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(step: int, *, total: int, config: OptimConfig) -> float:
-    """Rate at `step` (0 is the first): linear warm-up, then a cosine from the peak down to `final_rate` of it."""
+def learning_rate(step: int, *, total: int, config: OptimConfig, peak: float | None = None) -> float:
+    """Rate at `step` (0 is the first): linear warm-up, then a cosine from the peak down to `final_rate` of it.
+
+    Args:
+        peak: in place of `config.learning_rate`, for a stage with its own; the shape stays that of the whole run.
+    """
+    peak = peak or config.learning_rate
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return peak * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
-        return config.learning_rate
+        return peak
     progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
     cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * cosine)
+    return peak * (config.final_rate + (1 - config.final_rate) * cosine)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

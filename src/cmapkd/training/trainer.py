@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from cmapkd.data.batches import BatchBuilder, PlanSampler, make_loader
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, Term
+from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends
 from cmapkd.models import DualEncoder
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
@@ -112,6 +114,12 @@ class Trainer:
             world_size=self.accelerator.num_processes,
         )
         self.total = config.num_steps(self.sampler.steps_per_epoch)
+        per_epoch = self.sampler.steps_per_epoch
+        self.stages: tuple[StageConfig, ...] = config.stages or (WHOLE,)
+        self.ends = stage_ends(self.stages, total=self.total, steps_per_epoch=per_epoch)
+        for stage in self.stages:  # a wrong name shows now, not when its stage begins
+            method.check_stage(stage)
+        self.stage = WHOLE
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress()
         self.ledger = SampleLedger()
@@ -176,6 +184,7 @@ class Trainer:
         clock, seconds, pairs = time.perf_counter(), 0.0, 0  # the latter two since the last line
         self.wrapped.train()
         for batch in batches:
+            self._enter_stage(display)
             values = self._step(batch)
             step = self.progress.step
             stopping = self._agreed(stop_asked.is_set())
@@ -198,6 +207,20 @@ class Trainer:
             if stopping and not last:
                 raise Interrupted(step, checkpoints.checkpoint_path(self.checkpoint_folder, step))
 
+    def _enter_stage(self, display: TrainingDisplay) -> None:
+        """Starts the stage that the next step belongs to: a pure function of the step, so resuming needs no more."""
+        number = bisect_right(self.ends, self.progress.step)
+        if self.stages[number] is self.stage:
+            return
+        self.stage = self.stages[number]
+        self.method.enter(self.stage)
+        if len(self.stages) > 1:
+            begins = self.ends[number - 1] if number else 0
+            display.say(
+                f"{self.title}: stage {number + 1}/{len(self.stages)} {self.stage.name}, steps {begins + 1} to "
+                f"{self.ends[number]}"
+            )
+
     def _logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.total
 
@@ -207,9 +230,10 @@ class Trainer:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             terms: dict[str, Term] = self.wrapped(batch.to(device, non_blocking=True))
         if not terms:
-            raise ValueError(f"method {type(self.method).__name__} has no terms left: every weight is zero")
+            where = f" in stage {self.stage.name!r}" if self.config.stages else ""
+            raise ValueError(f"method {type(self.method).__name__} has no terms left{where}: every weight is zero")
         loss = torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
-        rate = learning_rate(self.progress.step, total=self.total, config=self.optim)
+        rate = learning_rate(self.progress.step, total=self.total, config=self.optim, peak=self.stage.learning_rate)
         set_learning_rate(self.optimizer, rate)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.optim.max_gradient_norm or float("inf"))
@@ -223,6 +247,7 @@ class Trainer:
         self.progress.step += 1
         values: dict[str, Tensor | float] = {"loss": loss.detach()}
         values |= {f"terms/{name}": term.value.detach() for name, term in terms.items()}
+        values |= self.method.measurements
         scale = self.method.student.log_logit_scale.detach().exp()
         return values | {"learning_rate": rate, "logit_scale": scale, "gradient_norm": norm.detach()}
 

@@ -1,0 +1,141 @@
+"""Both models' levels at the same places: the student's projected, the teacher's as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cmapkd.data.types import Batch
+from cmapkd.features.gather import gather_rows
+from cmapkd.features.hierarchy import (
+    LanguageProjectors,
+    aligned_words,
+    phrases,
+    pool_words,
+    sentence_level,
+    token_level,
+)
+from cmapkd.features.pyramid import VisualProjectors, pooled, target_grids, teacher_grids
+from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, visual_taps
+from cmapkd.models import DualEncoder, Features, Level, LevelInfo, Needs
+
+Role = Literal["student", "teacher"]
+GLOBAL_LEVELS = ("P5", "L4")
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """One level of both models, place by place."""
+
+    student: Float[Tensor, "batch places width"]  # in the teacher's width
+    teacher: Float[Tensor, "batch places width"]
+    mask: Bool[Tensor, "batch places"] | None  # None where every place is real
+
+
+class LevelMatcher(nn.Module):
+    """Reads the pyramid (P2 to P4) and the hierarchy (L1 to L3) of a pair of models; has the student's projectors.
+
+    Args:
+        levels: the inner levels that will be matched place by place; only these have projectors. Pooled vectors can be
+            had of every level.
+        grids, top_down: see `target_grids` and `VisualProjectors`.
+        phrase_window: words in a phrase of L2.
+    Raises:
+        ValueError: a tower exposes no levels.
+    """
+
+    def __init__(
+        self,
+        student: DualEncoder,
+        teacher: DualEncoder,
+        *,
+        levels: Collection[str],
+        grids: Literal["native"] | Mapping[str, float] = "native",
+        top_down: bool = False,
+        phrase_window: int = 3,
+    ) -> None:
+        super().__init__()
+        self.grids, self.phrase_window = grids, phrase_window
+        self.visual: dict[Role, dict[str, LevelInfo]] = {}
+        self.language: dict[Role, dict[str, LevelInfo]] = {}
+        models: dict[Role, DualEncoder] = {"student": student, "teacher": teacher}
+        for role, model in models.items():
+            self.visual[role], self.language[role] = visual_taps(model.image_levels), language_taps(model.text_levels)
+        visual = [_only(taps, levels) for taps in self.visual.values()]
+        language = [_only(taps, levels) for taps in self.language.values()]
+        self.project_visual = VisualProjectors(*visual, top_down=top_down)
+        self.project_language = LanguageProjectors(*language)
+
+    def needs(self, role: Role, levels: Collection[str]) -> Needs:
+        """What the model must expose for these levels."""
+        return Needs(
+            tuple(dict.fromkeys(info.name for info in _only(self.visual[role], levels).values())),
+            tuple(dict.fromkeys(info.name for info in _only(self.language[role], levels).values())),
+        )
+
+    def widths(self, role: Role, levels: Collection[str]) -> tuple[dict[str, int], dict[str, int]]:
+        """Channels of the inner visual and language levels among `levels`."""
+        taps = self.visual[role], self.language[role]
+        visual, language = ({name: info.width for name, info in _only(each, levels).items()} for each in taps)
+        return visual, language
+
+    def match_visual(self, student: Features, teacher: Features, levels: Collection[str]) -> dict[str, Matched]:
+        """P2, P3, P4 as far as asked for, on common grids; this process's samples only."""
+        ours, theirs = self._taken("student", student, levels)[0], self._taken("teacher", teacher, levels)[0]
+        grids = target_grids(ours, self.grids)
+        projected, targets = self.project_visual(ours, grids), teacher_grids(theirs, grids)
+        return {name: Matched(projected[name], targets[name], None) for name in ours}
+
+    def match_language(
+        self, batch: Batch, student: Features, teacher: Features, levels: Collection[str]
+    ) -> dict[str, Matched]:
+        """L1, L2, L3 as far as asked for, at common words, phrases and the sentence; this process's samples only.
+
+        Raises:
+            ValueError: L1 or L2 is asked for, the tokens differ, and a tokenizer gives no character spans.
+        """
+        ours, theirs = self._taken("student", student, levels)[1], self._taken("teacher", teacher, levels)[1]
+        words: dict[Role, Tensor] = {}
+        num_words = 0
+        if {"L1", "L2"} & ours.keys():
+            words["student"], words["teacher"], num_words = aligned_words(
+                batch.inputs["student"].texts, batch.inputs["teacher"].texts
+            )
+
+        def places(role: Role, name: str, level: Level) -> tuple[Tensor, Tensor | None]:
+            if name == "L3":
+                return sentence_level(level)[:, None], None
+            values, mask = pool_words(token_level(level)[0], words[role], num_words)
+            return (values, mask) if name == "L1" else phrases(values, mask, window=self.phrase_window)
+
+        mine = {name: places("student", name, level) for name, level in ours.items()}
+        projected = self.project_language({name: values for name, (values, _) in mine.items()})
+        return {name: Matched(projected[name], *places("teacher", name, theirs[name])) for name in ours}
+
+    def pooled(
+        self, role: Role, features: Features, levels: Collection[str]
+    ) -> dict[str, Float[Tensor, "batch width"]]:
+        """One vector a sample for each of `levels`, P5 and L4 (the embeddings) included; samples of all processes."""
+        visual, language = self._taken(role, features, levels)
+        vectors = {name: gather_rows(pooled(level)) for name, level in (visual | language).items()}
+        tops = {"P5": features.image.embedding, "L4": features.text.embedding}
+        vectors |= {name: embedding for name, embedding in tops.items() if name in levels}
+        return {name: vectors[name] for name in (*VISUAL_LEVELS, *LANGUAGE_LEVELS) if name in vectors}
+
+    def _taken(
+        self, role: Role, features: Features, levels: Iterable[str]
+    ) -> tuple[dict[str, Level], dict[str, Level]]:
+        towers = (self.visual[role], features.image.levels), (self.language[role], features.text.levels)
+        visual, language = (
+            {name: found[info.name] for name, info in _only(taps, levels).items()} for taps, found in towers
+        )
+        return visual, language
+
+
+def _only(taps: Mapping[str, LevelInfo], levels: Iterable[str]) -> dict[str, LevelInfo]:
+    wanted = set(levels)
+    return {name: info for name, info in taps.items() if name in wanted}

@@ -1,0 +1,72 @@
+"""Which of a tower's levels are the pyramid's P2, P3, P4 and the hierarchy's L1, L2, L3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cmapkd.models.types import Level, LevelInfo
+
+VISUAL_LEVELS = ("P2", "P3", "P4", "P5")
+LANGUAGE_LEVELS = ("L1", "L2", "L3", "L4")
+"""Fine to coarse. P5 and L4 are the embeddings of the joint space: they are not tapped."""
+
+_VISUAL_SHARES = (3, 5, 4)  # blocks of twelve: shallow, middle, deep
+_LANGUAGE_SHARES = (4, 4, 4)
+
+
+def visual_taps(levels: Sequence[LevelInfo]) -> dict[str, LevelInfo]:
+    """P2, P3 and P4 of an image tower.
+
+    Blocks fall into depth groups of 3 : 5 : 4 in twelve, tapped at each group's last block; the last group ends at the
+    last block. A tower of one or two blocks repeats one of them. Convolutional `stages` are counted from the deepest,
+    which P5 pools: P4 is the one before it, then P3, then P2, the finest. So of four stages they are the first three,
+    and a stem or a half-size stage in front is skipped. Three stages or fewer are grouped as blocks are.
+
+    Args:
+        levels: `DualEncoder.image_levels`, shallow to deep.
+    Returns:
+        P2, P3, P4, in that order.
+    Raises:
+        ValueError: the tower exposes no level.
+    """
+    _check_any(levels, "image", VISUAL_LEVELS[:3])
+    if levels[0].name.startswith("stages.") and len(levels) > 3:
+        return dict(zip(VISUAL_LEVELS, levels[-4:-1], strict=False))
+    return _last_of_groups(VISUAL_LEVELS, _VISUAL_SHARES, levels)
+
+
+def language_taps(levels: Sequence[LevelInfo]) -> dict[str, LevelInfo]:
+    """L1, L2 and L3 of a text tower: the last blocks of three equal depth groups.
+
+    Args:
+        levels: `DualEncoder.text_levels`, shallow to deep.
+    Returns:
+        L1, L2, L3, in that order. A tower of one or two blocks repeats one of them.
+    Raises:
+        ValueError: the tower exposes no level.
+    """
+    _check_any(levels, "text", LANGUAGE_LEVELS[:3])
+    return _last_of_groups(LANGUAGE_LEVELS, _LANGUAGE_SHARES, levels)
+
+
+def tapped(taps: Mapping[str, LevelInfo], levels: Mapping[str, Level]) -> dict[str, Level]:
+    """A tower's own levels (`blocks.3`) under the names of the pyramid (`P2`); two names may share one level."""
+    return {name: levels[info.name] for name, info in taps.items()}
+
+
+def _last_of_groups(names: Sequence[str], shares: Sequence[int], levels: Sequence[LevelInfo]) -> dict[str, LevelInfo]:
+    """The group that ends after `share` of the depth ends at the nearest whole block, and never before the first."""
+    depth, total = len(levels), sum(shares)
+    taken: dict[str, LevelInfo] = {}
+    for number, name in enumerate(names[: len(shares)]):
+        until = sum(shares[: number + 1])
+        taken[name] = levels[max(1, (2 * depth * until + total) // (2 * total)) - 1]
+    return taken
+
+
+def _check_any(levels: Sequence[LevelInfo], tower: str, names: Sequence[str]) -> None:
+    if not levels:
+        raise ValueError(
+            f"the {tower} tower exposes no intermediate level, so {', '.join(names)} cannot be tapped: leave these "
+            "levels out, use a method of embeddings, or choose another tower."
+        )

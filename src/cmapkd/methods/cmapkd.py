@@ -1,0 +1,439 @@
+"""CMAPKD: a pyramid of levels in both modalities, aligned across them, weighted for each sample by a learned selection.
+
+The terms follow the design: within a modality, across modalities, relations, and the embedding-level terms that carry
+most. Equations, and the measurement behind every default: docs/methods/cmapkd.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import product
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from torch import Tensor, nn
+
+from cmapkd.config import closest
+from cmapkd.data.types import Batch
+from cmapkd.features import (
+    LANGUAGE_LEVELS,
+    VISUAL_LEVELS,
+    AlignmentBridge,
+    EmbeddingBank,
+    LevelMatcher,
+    PairProjector,
+    gather_rows,
+    sample_keys,
+)
+from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.objectives import (
+    bank_divergence,
+    contrastive_loss,
+    embedding_distance,
+    interactive_loss,
+    layer_relation_distance,
+    level_distance,
+    prior_coupling,
+    pyramid_divergence,
+    relation_distance,
+)
+from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
+
+LEVELS = (*VISUAL_LEVELS, *LANGUAGE_LEVELS)
+JOINT = "P5-L4"  # the pair that meets in the models' own joint space and needs no bridge
+PAIRS = tuple(f"{visual}-{language}" for visual, language in product(VISUAL_LEVELS, LANGUAGE_LEVELS))
+INTRA = {"visual": VISUAL_LEVELS, "language": LANGUAGE_LEVELS}
+
+
+def _prior() -> dict[str, float]:
+    return {pair: value for pair, value in zip(PAIRS, prior_coupling().flatten().tolist(), strict=True) if value}
+
+
+class CMAPKDConfig(MethodConfig):
+    """What each term counts and which levels it reads; a weight of zero switches a computation off."""
+
+    task_weight: float = Field(1.0, ge=0, description="Weight of the student's own contrastive loss.")
+    interactive_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE against the teacher's other modality.")
+    bank_weight: float = Field(1.0, ge=0, description="Weight of the KL over a bank of the other modality.")
+    bank_within_weight: float = Field(0.0, ge=0, description="Weight of the KL over a bank of the same modality.")
+    bank_size: int = Field(8192, ge=1, description="Pairs of teacher embeddings in the bank.")
+    visual_weight: float = Field(1.0, ge=0, description="Weight of the visual pyramid within its modality.")
+    language_weight: float = Field(1.0, ge=0, description="Weight of the language hierarchy within its modality.")
+    visual_levels: dict[str, float] = Field(
+        {"P2": 0.1, "P3": 0.1, "P4": 0.1, "P5": 1.0}, description="What each visual level counts before the selection."
+    )
+    language_levels: dict[str, float] = Field(
+        {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0}, description="What each language level counts, likewise."
+    )
+    pyramid_weight: float = Field(0.0, ge=0, description="Weight of the KL between coupled levels of both modalities.")
+    coupling: dict[str, float] = Field(
+        default_factory=_prior, description="What each pair of levels counts there; P5-L4 uses the joint space."
+    )
+    alignment_weight: float = Field(0.0, ge=0, description="Weight of the student's InfoNCE at the coupled pairs.")
+    relation_weight: float = Field(0.0, ge=0, description="Weight of the Gram matrices over the batch, by level.")
+    layer_relation_weight: float = Field(0.0, ge=0, description="Weight of the cosines between a sample's levels.")
+    weighting: SerializeAsAny[WeightingConfig] = Field(
+        default_factory=lambda: weighting_config("uniform"), description="Who decides how much each level counts."
+    )
+    grids: Literal["native"] | dict[str, float] = Field(
+        "native", description="native: the student's own grids; or factors of its patch grid by level (P2: 4, ...)."
+    )
+    top_down: bool = Field(False, description="A feature pyramid network in place of one linear map for each level.")
+    phrase_window: int = Field(3, ge=1, description="Words in a phrase of L2.")
+    bridge_dim: int = Field(256, ge=1, description="Width of the space in which levels of both modalities meet.")
+
+    @field_validator("weighting", mode="before")
+    @classmethod
+    def _weighting_by_name(cls, value: Any) -> Any:
+        return value if isinstance(value, WeightingConfig) else weighting_config(value)
+
+    @model_validator(mode="after")
+    def _levels_are_known(self) -> Self:
+        for name, known in (
+            ("visual_levels", VISUAL_LEVELS),
+            ("language_levels", LANGUAGE_LEVELS),
+            ("coupling", PAIRS),
+        ):
+            for level, weight in getattr(self, name).items():
+                if level not in known:
+                    raise ValueError(f"{name}: unknown {level!r}{closest(level, known)}; known: {', '.join(known)}")
+                if weight < 0:
+                    raise ValueError(f"{name}: {level} is {weight:g}, weights are not negative")
+        return self
+
+    def weight_of(self, level: str) -> float:
+        """What a level counts within its modality; 0: it is not compared with the teacher's."""
+        of_modality = (
+            (self.visual_weight, self.visual_levels)
+            if level in VISUAL_LEVELS
+            else (self.language_weight, self.language_levels)
+        )
+        return of_modality[0] and of_modality[1].get(level, 0.0)
+
+    def coupled(self) -> dict[str, float]:
+        """What each pair of levels counts where modalities meet; pairs that count nothing are left out."""
+        wanted = self.pyramid_weight or self.alignment_weight
+        return {pair: self.coupling[pair] for pair in PAIRS if self.coupling.get(pair)} if wanted else {}
+
+    def bridged(self) -> tuple[str, ...]:
+        """Levels that are mapped into the space which both modalities share."""
+        levels = {level for pair in self.coupled() if pair != JOINT for level in pair.split("-")}
+        return tuple(level for level in LEVELS if level in levels or self.layer_relation_weight)
+
+    def term_weights(self) -> dict[str, float]:
+        """The terms that count, with their weights."""
+        inner_pairs = [pair for pair in self.coupled() if pair != JOINT]
+        weights = {
+            "contrastive": self.task_weight,
+            "interactive": self.interactive_weight,
+            "bank": self.bank_weight,
+            "bank_within": self.bank_within_weight,
+            **{
+                term: weight if any(map(self.weight_of, INTRA[term])) else 0.0
+                for term, weight in (("visual", self.visual_weight), ("language", self.language_weight))
+            },
+            "pyramid": self.pyramid_weight if self.coupled() else 0.0,
+            "alignment": self.alignment_weight if inner_pairs else 0.0,
+            "bridge": 1.0 if inner_pairs and self.pyramid_weight else 0.0,
+            "relation": self.relation_weight,
+            "layer_relation": self.layer_relation_weight,
+        }
+        return {term: weight for term, weight in weights.items() if weight}
+
+
+class CMAPKD(Method):
+    """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
+
+    Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
+    card: ClassVar[MethodCard] = MethodCard(
+        title="CMAPKD: cross-modal adaptive pyramid knowledge distillation",
+        paper="this project's own: https://github.com/cmapkd/cmapkd, docs/methods/cmapkd.md",
+        equations=(
+            "L_v = mean_b Σ_i w_v[b,i] λ_i d_i[b], d_i = mean |LN(proj_i(S_i)) - LN(T_i)|² for P2 to P4, "
+            "d_P5 = |N(s) - N(t)|²; L_l the same over L1 to L4",
+            "L_pyr = mean_b Σ_ij w_c[b,ij] α_ij KL(P_T(v_i, l_j) ‖ P_S(v_i, l_j)), both directions, P the in-batch "
+            "softmax of the bridged levels; (P5, L4) in the joint space",
+            "L_int = 1/2 [CE(c v̂ t_Tᵀ, diag) + CE(c t̂ v_Tᵀ, diag)]",
+            "L_bank = 1/2 mean_b [KL(σ(s_T v_T Bᵀ) ‖ σ(s_T v̂ Bᵀ)) + the same for texts], B a bank of the teacher's "
+            "embeddings of the other modality",
+            "L_rel = |G_T - G_S|²_F / B² by level; L_lrel = |R_T - R_S|² / 16, R the cosines between a sample's levels",
+            "L = λ_task L_contrastive + λ_int L_int + λ_bank L_bank + λ_v L_v + λ_l L_l + λ_pyr L_pyr + λ_rel L_rel + "
+            "λ_lrel L_lrel",
+        ),
+        needs="embeddings, logit scales and the tapped levels of both towers of both models",
+        trainable="the student, projectors of its levels, both bridges and their scales, the selection network",
+        departures=(
+            "The teacher's side of the pyramid has no parameters; a shared trainable pyramid is a moving target.",
+            "Losses are kept by sample until they are weighted; per-sample weights on an averaged loss do nothing.",
+            "Interactive and bank terms are added: they carry most of the gain.",
+            "Levels meet on the student's own grid; enlarging a grid adds cost and no information.",
+        ),
+        checked_against="every objective written out in loops, gradcheck; no published code exists",
+    )
+
+    def __init__(self, config: CMAPKDConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        assert teacher is not None
+        self.config, self.term_weights = config, config.term_weights()
+        compared = [level for level in LEVELS if config.weight_of(level)]
+        self.match = LevelMatcher(
+            student,
+            teacher.model,
+            levels=compared,
+            grids=config.grids,
+            top_down=config.top_down,
+            phrase_window=config.phrase_window,
+        )
+        has_bank = config.bank_weight or config.bank_within_weight
+        projected = {"P5", "L4"} & {*compared} or config.interactive_weight or has_bank
+        self.project = PairProjector(student.embed_dim, teacher.embed_dim) if projected else None
+        self.interactive_scale = _log_scale() if config.interactive_weight else None
+        self.bank = EmbeddingBank(config.bank_size, teacher.embed_dim) if has_bank else None
+        if config.bridged():
+            self.bridge = self._bridge("student", student.embed_dim)
+            self.teacher_bridge = self._bridge("teacher", teacher.embed_dim)
+            self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
+        self.items = {
+            **{term: tuple(level for level in INTRA[term] if config.weight_of(level)) for term in INTRA},
+            "pyramid": tuple(config.coupled()),
+        }
+        self.weighting = nn.ModuleDict(
+            {
+                term: make_weighting(config.weighting, items=items, context_dim=2 * teacher.embed_dim)
+                for term, items in self.items.items()
+                if term in self.term_weights
+            }
+        )
+
+    def _bridge(self, role: Literal["student", "teacher"], embed_dim: int) -> AlignmentBridge:
+        levels = self.config.bridged()
+        visual, language = self.match.widths(role, levels)
+        visual |= {"P5": embed_dim} if "P5" in levels else {}
+        language |= {"L4": embed_dim} if "L4" in levels else {}
+        return AlignmentBridge(visual, language, dim=self.config.bridge_dim)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(self.term_weights)
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """Every level that some term reads."""
+        config = self.config
+        of_pairs = {level for pair in config.coupled() for level in pair.split("-")}
+        everything = config.relation_weight or config.layer_relation_weight
+        return tuple(level for level in LEVELS if everything or config.weight_of(level) or level in of_pairs)
+
+    @property
+    def student_needs(self) -> Needs:
+        return self.match.needs("student", self._levels_read())
+
+    @property
+    def teacher_needs(self) -> Needs:
+        return self.match.needs("teacher", self._levels_read())
+
+    def _levels_read(self) -> set[str]:
+        """Levels that the terms of this stage read."""
+        pooling = any(self._wants(term) for term in ("pyramid", "alignment", "bridge", "relation", "layer_relation"))
+        read = {*self.level_names} if pooling else set[str]()
+        read |= {level for term, levels in INTRA.items() if self._wants(term) for level in self.items[term]}
+        return {level for level in read if self.stage.wants_level(level)}
+
+    def _wants(self, term: str) -> bool:
+        return term in self.term_weights and self.stage.wants_term(term)
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        student, teacher = self.encode_student(batch), self.encode_teacher(batch)
+        self.measurements = {}
+        self._context = torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (teacher.image, teacher.text)], -1)
+        if self.training:
+            self._observe(student, teacher)
+        values: dict[str, Tensor] = {}
+        if self._wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        values |= self._embedding_terms(batch, student, teacher)
+        values |= self._intra_modal_terms(batch, student, teacher)
+        values |= self._cross_modal_terms(student, teacher)
+        return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
+
+    def _embedding_terms(self, batch: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """The student's embeddings against the teacher's: of this batch, and of the bank."""
+        values: dict[str, Tensor] = {}
+        if self.project is None:
+            return values
+        projected = self.project(student)
+        ours, theirs = (
+            (projected.image.embedding, projected.text.embedding),
+            (
+                teacher.image.embedding,
+                teacher.text.embedding,
+            ),
+        )
+        if self.interactive_scale is not None and self._wants("interactive"):
+            values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
+        if self.bank is None:
+            return values
+        keys = gather_rows(sample_keys(batch.ids).to(teacher.image.embedding.device))
+        banks = (self.bank.image, self.bank.text)
+        for term, references in (("bank", banks[::-1]), ("bank_within", banks)):
+            if self._wants(term):
+                divergences = [
+                    bank_divergence(
+                        anchors,
+                        targets,
+                        reference,
+                        student_scale=teacher.logit_scale,
+                        teacher_scale=teacher.logit_scale,
+                        exclude=self.bank.excluded(keys),
+                    ).mean()
+                    for anchors, targets, reference in zip(ours, theirs, references, strict=True)
+                ]
+                values[term] = torch.stack(divergences).mean()
+        if self.training:  # after they were compared with the bank, not before
+            self.bank.push(*theirs, keys)
+        return values
+
+    def _intra_modal_terms(self, batch: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """Each level against the teacher's same level, weighted for each sample."""
+        values: dict[str, Tensor] = {}
+        for term, items in self.items.items():
+            levels = [level for level in items if self.stage.wants_level(level)]
+            if term not in INTRA or not self._wants(term) or not levels:
+                continue
+            matched = (
+                self.match.match_visual(student, teacher, levels)
+                if term == "visual"
+                else self.match.match_language(batch, student, teacher, levels)
+            )
+            distances = {
+                level: gather_rows(level_distance(both.student, both.teacher, both.mask))
+                for level, both in matched.items()
+            }
+            if self.project is not None and levels[-1] in ("P5", "L4"):
+                projected, tower = self.project(student), "image" if term == "visual" else "text"
+                ours, theirs = getattr(projected, tower).embedding, getattr(teacher, tower).embedding
+                distances[levels[-1]] = embedding_distance(ours, theirs)
+            self.measurements |= {f"distance/{level}": value.detach().mean() for level, value in distances.items()}
+            counts = self.config.visual_levels if term == "visual" else self.config.language_levels
+            values[term] = self._weigh(term, {level: counts[level] * distances[level] for level in distances})
+        return values
+
+    def _cross_modal_terms(self, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """Levels of one modality against those of the other, and relations; each level as one vector a sample."""
+        values: dict[str, Tensor] = {}
+        if not any(map(self._wants, ("pyramid", "alignment", "bridge", "relation", "layer_relation"))):
+            return values
+        levels = [level for level in self.level_names if self.stage.wants_level(level)]
+        ours, theirs = self.match.pooled("student", student, levels), self.match.pooled("teacher", teacher, levels)
+        if self._wants("relation"):
+            values["relation"] = torch.stack([relation_distance(ours[n], theirs[n]).mean() for n in ours]).mean()
+        pairs = [pair for pair in self.config.coupled() if {*pair.split("-")} <= {*levels}]
+        inner = [pair for pair in pairs if pair != JOINT]
+        mapped, targets = self._bridge_all(ours, theirs)
+        if inner and self._wants("alignment"):
+            values["alignment"] = self._contrast(inner, mapped, self.bridge_scale)
+        if inner and self._wants("bridge"):
+            values["bridge"] = self._contrast(inner, targets, self.teacher_bridge_scale)
+        if self._wants("layer_relation"):
+            values["layer_relation"] = _layer_relation(mapped, targets)
+        if pairs and self._wants("pyramid"):
+            divergences = self._divergences(inner, mapped, targets)
+            if JOINT in pairs:
+                divergences[JOINT] = _joint_divergence(student, teacher)
+            counts = self.config.coupling
+            values["pyramid"] = self._weigh("pyramid", {pair: counts[pair] * divergences[pair] for pair in pairs})
+        return values
+
+    def _bridge_all(
+        self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both models' levels in the space of their own bridge. No gradient reaches a model through the teacher's."""
+        wanted = [level for level in self.config.bridged() if level in ours]
+        if not wanted:
+            return {}, {}
+        visual, language = ([level for level in levels if level in wanted] for levels in INTRA.values())
+        mapped = self.bridge({n: ours[n] for n in visual}, {n: ours[n] for n in language})
+        targets = self.teacher_bridge({n: theirs[n] for n in visual}, {n: theirs[n] for n in language})
+        return mapped[0] | mapped[1], targets[0] | targets[1]
+
+    def _contrast(self, pairs: list[str], vectors: Mapping[str, Tensor], log_scale: Tensor) -> Tensor:
+        """InfoNCE at the coupled pairs, each counting what its coupling says."""
+        total = torch.zeros((), device=log_scale.device)
+        for pair in pairs:
+            visual, language = (vectors[level] for level in pair.split("-"))
+            loss = contrastive_loss(visual, language, logit_scale=log_scale.exp())
+            total = total + self.config.coupling[pair] * loss
+        return total / sum(self.config.coupling[pair] for pair in pairs)
+
+    def _divergences(
+        self, pairs: list[str], mapped: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """KL between the models' similarities at each of the pairs, for each sample."""
+        if not pairs:
+            return {}
+        visual, language = ([n for n in levels if any(n in pair for pair in pairs)] for levels in INTRA.values())
+        values = pyramid_divergence(
+            *(torch.stack([side[n] for n in names]) for side in (mapped, targets) for names in (visual, language)),
+            coupling=torch.tensor([[float(f"{v}-{t}" in pairs) for t in language] for v in visual]),
+            student_scale=self.bridge_scale.exp(),
+            teacher_scale=self.teacher_bridge_scale.exp(),
+        )
+        places = {f"{v}-{t}": (i, j) for (i, v), (j, t) in product(enumerate(visual), enumerate(language))}
+        return {pair: values[:, *places[pair]] for pair in pairs}
+
+    def _weigh(self, term: str, losses: Mapping[str, Float[Tensor, " batch"]]) -> Tensor:
+        """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
+        items = self.items[term]
+        none = torch.zeros_like(next(iter(losses.values())))
+        columns = torch.stack([losses.get(item, none) for item in items], dim=-1)
+        active = torch.tensor([item in losses for item in items])
+        weighted = self.weighting[term](columns, self._context, None if len(losses) == len(items) else active)
+        self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
+        loss: Tensor = weighted.loss
+        return loss
+
+    @torch.no_grad()
+    def _observe(self, student: Features, teacher: Features) -> None:
+        """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
+        held_out = _joint_divergence(student, teacher).mean()
+        for weighting in self.weighting.values():
+            assert isinstance(weighting, Weighting)
+            weighting.observe(held_out)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        super().after_step()
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_scale"):
+                parameter.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+
+
+def _log_scale() -> nn.Parameter:
+    return nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+
+def _joint_divergence(student: Features, teacher: Features) -> Float[Tensor, " batch"]:
+    """Contrastive relational distillation, for each sample: KL of the similarities in the models' own joint spaces."""
+    towers = (student.image, student.text, teacher.image, teacher.text)
+    values = pyramid_divergence(
+        *(tower.embedding[None] for tower in towers),
+        coupling=torch.ones(1, 1),
+        student_scale=student.logit_scale,
+        teacher_scale=teacher.logit_scale,
+    )
+    return values[:, 0, 0]
+
+
+def _layer_relation(mapped: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+    """Cosines between the levels of a sample within each modality, student's against teacher's."""
+    values = []
+    for levels in INTRA.values():
+        names = [name for name in levels if name in mapped]
+        ours, theirs = (torch.stack([side[name] for name in names], dim=1) for side in (mapped, targets))
+        values.append(layer_relation_distance(ours, theirs).mean())
+    return torch.stack(values).mean()

@@ -1,0 +1,128 @@
+"""Agreement with the teacher about a frozen reference set: a bank of teacher embeddings in place of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cmapkd.objectives.common import check_pairs, check_same_width, unit
+
+# A logit whose probability underflows to zero beside any other, yet finite: from -inf less -inf would come NaN. In a
+# row that is excluded as a whole both models have it everywhere, so they agree.
+_EXCLUDED = -1e30
+
+
+def bank_divergence(
+    student: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    bank: Float[Tensor, "entries dim"],
+    *,
+    student_scale: Float[Tensor, ""] | float,
+    teacher_scale: Float[Tensor, ""] | float,
+    exclude: Bool[Tensor, "batch entries"] | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, " batch"]:
+    """KL(teacher || student) of the softmax over a bank's entries by their cosines with each sample.
+
+    The bank is as large as one likes and never stale, so what a sample is compared with does not depend on the batch.
+
+    Args:
+        student: at the teacher's width; normalised here.
+        teacher: of the same samples; normalised and detached here.
+        bank: the teacher's embeddings of other samples, of either modality; normalised and detached here.
+        student_scale, teacher_scale: logit scales (already exponentiated).
+        exclude: True where an entry is no reference for a sample (its own, or empty): probability zero in both models.
+        chunk: entries at a time. Memory then grows with batch x chunk instead of batch x entries, for the same value
+            and gradient, and each chunk's logits are computed again in the backward pass; None takes all at once.
+    Returns:
+        For each sample in nats, >= 0 up to rounding; zero when the distributions agree, and for a sample with every
+        entry excluded, whose gradient is zero too. float32 or wider.
+    Raises:
+        ValueError: the shapes do not fit each other, the bank is empty, or the chunk is not positive.
+    Source: the bank alignment term of the CMAPKD design, sections 5 and 9.11.
+    """
+    _check(student, teacher, bank, exclude)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least one entry, got {chunk}; None takes the whole bank at once")
+    size = chunk or len(bank)
+    anchors, targets = unit(student), unit(teacher.detach())
+    parts = unit(bank.detach()).split(size)  # a copy: the bank may be refilled before the backward pass
+    masks = (None,) * len(parts) if exclude is None else exclude.split(size, dim=1)
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _part
+    if len(parts) > 1:
+        run = partial(checkpoint, _part, use_reentrant=False, preserve_rng_state=False)
+    sums = [
+        run(anchors, targets, part, mask, student_scale, teacher_scale) for part, mask in zip(parts, masks, strict=True)
+    ]
+    log_student, log_teacher, gaps = (torch.stack(of_parts) for of_parts in zip(*sums, strict=True))
+    gap = (log_teacher.softmax(0) * gaps).sum(0)
+    return gap - log_teacher.logsumexp(0) + log_student.logsumexp(0)
+
+
+def bank_relation_distance(
+    student: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    bank: Float[Tensor, "entries dim"],
+    *,
+    exclude: Bool[Tensor, "batch entries"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """Mean squared difference of a sample's cosines with a bank's entries, student against teacher.
+
+    Args:
+        student: at the teacher's width; normalised here.
+        teacher: of the same samples; normalised and detached here.
+        bank: the teacher's embeddings of other samples, of either modality; normalised and detached here.
+        exclude: True where an entry is no reference for a sample: left out of its mean.
+    Returns:
+        For each sample in [0, 4], no unit; zero when the cosines agree, and with every entry excluded. float32 or
+        wider.
+    Raises:
+        ValueError: the shapes do not fit each other, or the bank is empty.
+    Source: the relation term over a bank of the CMAPKD design, section 10.
+    """
+    _check(student, teacher, bank, exclude)
+    with torch.autocast(student.device.type, enabled=False):
+        squares = ((unit(student) - unit(teacher.detach())) @ unit(bank.detach()).T).square()
+    if exclude is None:
+        return squares.mean(-1)
+    return squares.masked_fill(exclude, 0).sum(-1) / (~exclude).sum(-1).clamp(min=1)
+
+
+def _part(
+    anchors: Float[Tensor, "batch dim"],
+    targets: Float[Tensor, "batch dim"],
+    entries: Float[Tensor, "part dim"],
+    exclude: Bool[Tensor, "batch part"] | None,
+    student_scale: Tensor | float,
+    teacher_scale: Tensor | float,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Student's and teacher's log-sum-exp over some entries, and the teacher's mean of how far its logits lie above."""
+    with torch.autocast(anchors.device.type, enabled=False):
+        student_logits = student_scale * anchors @ entries.T
+        with torch.no_grad():
+            teacher_logits = teacher_scale * targets @ entries.T
+    if exclude is not None:
+        student_logits = student_logits.masked_fill(exclude, _EXCLUDED)
+        teacher_logits = teacher_logits.masked_fill(exclude, _EXCLUDED)
+    gap = (teacher_logits.softmax(-1) * (teacher_logits - student_logits)).sum(-1)
+    return student_logits.logsumexp(-1), teacher_logits.logsumexp(-1), gap
+
+
+def _check(student: Tensor, teacher: Tensor, bank: Tensor, exclude: Tensor | None) -> None:
+    check_pairs(student=student, teacher=teacher)
+    check_same_width(student, teacher, "embedding")
+    if bank.ndim != 2 or bank.shape[1] != student.shape[1] or not len(bank):
+        raise ValueError(
+            f"bank has shape {tuple(bank.shape)} but the embeddings {tuple(student.shape)}: give at least one entry, "
+            "as [entries, dim] at the embeddings' width"
+        )
+    if exclude is not None and (exclude.shape != (len(student), len(bank)) or exclude.dtype != torch.bool):
+        raise ValueError(
+            f"exclude has shape {tuple(exclude.shape)} and type {exclude.dtype}, but there are {len(student)} samples "
+            f"and {len(bank)} entries: give one bool for each of them, shape {(len(student), len(bank))}"
+        )

@@ -17,7 +17,7 @@ from PIL import Image
 from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, TokenBatch
 from cmapkd.data.views import ViewSpec
-from cmapkd.methods import METHODS, Method
+from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
@@ -112,7 +112,8 @@ def make_method(
     student = student or make_model()
     teacher = (teacher or make_teacher()) if kind.uses_teacher else None
     torch.manual_seed(3)
-    return kind(kind.Config.from_mapping({"name": name, **(settings or {})}), student=student, teacher=teacher)
+    config = kind.Config.from_mapping({"name": name, **(settings or {})})
+    return build_method(config, student=student, teacher=teacher)
 
 
 def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBuilder:

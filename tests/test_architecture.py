@@ -31,6 +31,7 @@ JOINING = (
     "results",
     "provenance",
     "run",
+    "compare",
     "api",
     "diagnosis",
     "cli",

@@ -18,7 +18,7 @@ from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
 from cmapkd.data.records import iter_captions
 from cmapkd.data.types import BadSampleError, Batch, Source
-from cmapkd.methods import METHODS, Method
+from cmapkd.methods import Method, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
 from cmapkd.run import RunConfig, readers, vocabulary_captions
@@ -74,9 +74,8 @@ def diagnose(config: RunConfig) -> list[Finding]:
         findings += _check_model("teacher", teacher, train)
         findings += _compare(student, teacher)
         findings += _check_teacher_sanity(teacher, train)
-    method_class = METHODS[config.method.name]
-    frozen = FrozenTeacher(teacher) if teacher is not None and method_class.uses_teacher else None
-    method = _attempt(findings, "method", partial(method_class, config.method, student=student, teacher=frozen))
+    frozen = FrozenTeacher(teacher) if teacher is not None else None
+    method = _attempt(findings, "method", partial(build_method, config.method, student=student, teacher=frozen))
     if method is not None:
         findings += _measure_steps(method, train, config)
     return findings

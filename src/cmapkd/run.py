@@ -20,7 +20,7 @@ from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
-from cmapkd.methods import METHODS, MethodConfig
+from cmapkd.methods import METHODS, MethodConfig, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
 from cmapkd.provenance import describe_environment
 from cmapkd.results import RunResult, Scores, gap_closed
@@ -136,8 +136,7 @@ def _train(
     torch.manual_seed(config.seed)
     student = build_model(config.student, captions=vocabulary_captions(source))
     torch.manual_seed(config.seed)
-    method_class = METHODS[config.method.name]
-    method = method_class(config.method, student=student, teacher=teacher if method_class.uses_teacher else None)
+    method = build_method(config.method, student=student, teacher=teacher)
     assert config.data.views is not None
     builder = BatchBuilder(
         source,

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmapkd.methods import METHODS
-
 sys.path.insert(0, str(Path(__file__).parent))
 from two_processes import (
     BATCH,
+    CASES,
     DTYPES,
     TRAINED,
     WORLD_SIZE,
@@ -46,7 +45,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_terms_and_gradients_equal_those_of_one_process(
     ranks: tuple[Path, list[dict[str, Tensor]]], name: str, dtype: str
 ) -> None:

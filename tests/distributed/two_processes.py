@@ -7,6 +7,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,31 @@ from cmapkd.data.types import Batch, ModelInput, TokenBatch
 from cmapkd.features import gather_features
 from cmapkd.methods import METHODS
 from cmapkd.models import Features, TowerFeatures
+from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import optimizer_tensors
 from helpers import MemorySource, make_method, make_trainer, random_batch
 
 WORLD_SIZE = 2
 BATCH = 8
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-TRAINED = ("contrastive", "clip_kd")
+TRAINED = ("contrastive", "clip_kd", "cmapkd, selected by a policy")
+EVERYTHING = {
+    "bank_within_weight": 0.5,
+    "pyramid_weight": 0.7,
+    "alignment_weight": 0.1,
+    "relation_weight": 3.0,
+    "layer_relation_weight": 0.2,
+    "bank_size": 12,
+    "bridge_dim": 8,
+    "weighting": "gate",
+}
+POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
+    **{name: (name, {}) for name in METHODS},
+    "cmapkd, everything": ("cmapkd", EVERYTHING),
+    "cmapkd, selected by a policy": ("cmapkd", {**EVERYTHING, "weighting": POLICY}),
+    "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+}
 
 
 def part_of(batch: Batch, rank: int) -> Batch:
@@ -48,14 +67,19 @@ def gather_loss(image: Tensor, text: Tensor) -> Tensor:
 
 def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dict[str, Tensor]:
     """Every term and every parameter's gradient, of the whole batch (rank None) or wrapped, of a part of it."""
-    method = make_method(name).to(dtype).train()
+    kind, settings = CASES[name]
+    method = make_method(kind, settings=settings).to(dtype).train()
     if method.teacher is not None:
         method.teacher.model.to(dtype)
-    batch = random_batch(BATCH, dtype=dtype)
+    earlier, batch = random_batch(BATCH, seed=1, dtype=dtype), random_batch(BATCH, dtype=dtype)
+    earlier = replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH)))  # fills a bank, if there is one
     if rank is None:
+        method(earlier)
         terms = method(batch)
     else:
         wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
+        with torch.no_grad():
+            method(part_of(earlier, rank))
         terms = wrapped(part_of(batch, rank))
     torch.stack([term.weight * term.value for term in terms.values()]).sum().backward()
     values = {f"{name}/{dtype}/term/{key}": term.value.detach() for key, term in terms.items()}
@@ -82,8 +106,13 @@ def trained(name: str, out: Path) -> dict[str, Tensor]:
     """Weights and optimizer of a run of a few steps, on data with bad samples; resumed once on the way."""
     source = MemorySource(40, bad=(3, 17))
     optim = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW makes large steps of rounding errors
-    make_trainer(out, name, source=source, steps=6, checkpoint_every=3, optim=optim).run()
-    again = make_trainer(out, name, source=source, steps=8, optim=optim)
+    kind, settings = CASES[name]
+
+    def trainer(**options: Any) -> Trainer:
+        return make_trainer(out, make_method(kind, settings=settings), source=source, optim=optim, **options)
+
+    trainer(steps=6, checkpoint_every=3).run()
+    again = trainer(steps=8)
     result = again.run(resume=True)
     ledger = result.ledger
     state = {f"trained/{name}/{key}": value.clone() for key, value in again.method.state_dict().items()}
@@ -103,7 +132,7 @@ def work(rank: int, port: int, out: Path) -> None:
     for name in TRAINED:  # the trainer starts the process group itself
         found |= trained(name, out / name)
     assert dist.get_world_size() == WORLD_SIZE
-    for name in METHODS:
+    for name in CASES:
         for dtype in DTYPES.values():
             found |= losses_and_gradients(name, dtype, rank)
     found |= gathered_gradient(rank)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cmapkd.cli import demo, distill, doctor, evaluate, methods
+from cmapkd.cli import compare, demo, distill, doctor, evaluate, methods
 
 app = typer.Typer(
     name="cmapkd",
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 for command in (demo.demo, distill.distill, evaluate.evaluate, methods.methods, doctor.doctor):
     app.command()(command)
+app.command(cls=compare.CompareCommand)(compare.compare)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.stages import StageConfig
+from cmapkd.models import DualEncoder, FrozenTeacher
 
 METHODS: dict[str, type[Method]] = {
     "contrastive": Contrastive,
@@ -14,4 +15,19 @@ METHODS: dict[str, type[Method]] = {
     "cmapkd": CMAPKD,
 }
 
-__all__ = ["METHODS", "Method", "MethodCard", "MethodConfig", "StageConfig", "Term"]
+
+def build_method(config: MethodConfig, *, student: DualEncoder, teacher: FrozenTeacher | None) -> Method:
+    """The method that `config` names; a teacher it does not use is left out.
+
+    Raises:
+        ConfigError: a setting does not fit the method's terms or levels.
+        ValueError: the method needs a teacher and there is none, or the models lack what it reads.
+    """
+    kind = METHODS[config.name]
+    method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None)
+    if config.term_weighting is not None:
+        method.weigh_terms(config.term_weighting)
+    return method
+
+
+__all__ = ["METHODS", "Method", "MethodCard", "MethodConfig", "StageConfig", "Term", "build_method"]

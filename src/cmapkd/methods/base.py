@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
@@ -16,6 +16,7 @@ from cmapkd.features import gather_features
 from cmapkd.methods.stages import WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
+from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,14 @@ class MethodConfig(Config):
     """Base of every method's settings. In a recipe they stand beside the method's name."""
 
     name: str = Field("", description="The method's name in METHODS.")
+    term_weighting: SerializeAsAny[WeightingConfig] | None = Field(
+        None, description="A weighting of the method's terms, on top of their weights; none: these alone."
+    )
+
+    @field_validator("term_weighting", mode="before")
+    @classmethod
+    def _weighting_by_name(cls, value: Any) -> Any:
+        return None if value is None else weighting_config(value)
 
 
 class Method(nn.Module, ABC):
@@ -72,6 +81,7 @@ class Method(nn.Module, ABC):
         self.teacher = teacher
         self.stage = WHOLE
         self.measurements = {}
+        self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
 
     @property
@@ -122,7 +132,28 @@ class Method(nn.Module, ABC):
         """The loss terms of the batch, by name. What the stage leaves out may be computed, but need not."""
 
     def forward(self, batch: Batch) -> dict[str, Term]:
-        return {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
+        terms = {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
+        return self._weighted(terms) if self.weighting_of_terms is not None and terms else terms
+
+    def weigh_terms(self, config: WeightingConfig) -> None:
+        """Puts a learned or fixed weighting on top of the terms' own weights, for every method alike."""
+        self.weighting_of_terms = make_weighting(config, items=self.term_names, context_dim=1)
+
+    def _weighted(self, terms: dict[str, Term]) -> dict[str, Term]:
+        """One term that counts, the weighted sum, and the others for the log; a batch is one sample here."""
+        assert self.weighting_of_terms is not None
+        columns = {name: term.weight * term.value.float() for name, term in terms.items()}
+        total = torch.stack([*columns.values()]).sum()
+        if self.training:
+            self.weighting_of_terms.observe(total.detach())
+        losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in self.term_names])[None]
+        active = torch.tensor([name in columns for name in self.term_names])
+        context = torch.zeros(1, 1, device=total.device)
+        weighted = self.weighting_of_terms(losses, context, None if bool(active.all()) else active)
+        self.measurements |= {f"terms/{name}": value for name, value in weighted.log.items()}
+        return {name: Term(term.value.detach(), 0.0) for name, term in terms.items()} | {
+            "weighted": Term(weighted.loss)
+        }
 
     def wants(self, name: str, weight: float = 1.0) -> bool:
         """Whether the term is worth computing: its weight is not zero and the stage has it."""

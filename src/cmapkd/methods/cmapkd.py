@@ -42,7 +42,7 @@ from cmapkd.objectives import (
     pyramid_divergence,
     relation_distance,
 )
-from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
+from cmapkd.weighting import Weighting, WeightingConfig, for_items, make_weighting, weighting_config
 
 LEVELS = (*VISUAL_LEVELS, *LANGUAGE_LEVELS)
 JOINT = "P5-L4"  # the pair that meets in the models' own joint space and needs no bridge
@@ -202,11 +202,12 @@ class CMAPKD(Method):
             **{term: tuple(level for level in INTRA[term] if config.weight_of(level)) for term in INTRA},
             "pyramid": tuple(config.coupled()),
         }
+        weighted = {term: items for term, items in self.items.items() if term in self.term_weights}
+        configs = for_items(config.weighting, weighted)
         self.weighting = nn.ModuleDict(
             {
-                term: make_weighting(config.weighting, items=items, context_dim=2 * teacher.embed_dim)
-                for term, items in self.items.items()
-                if term in self.term_weights
+                term: make_weighting(configs[term], items=items, context_dim=2 * teacher.embed_dim)
+                for term, items in weighted.items()
             }
         )
 

@@ -1,0 +1,109 @@
+"""`cmapkd compare`: many runs, one table."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+_FOLLOWS = {"--seeds": re.compile(r"\d+$"), "--arms": re.compile(r"[^=:]+:(\s|$)")}
+
+
+class CompareCommand(TyperCommand):
+    """Takes `--seeds 0 1 2` and `--arms A B` for `--seeds 0 --seeds 1 ...`, by the form of what follows."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread(args))
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """Arguments with the option repeated before every value that follows it."""
+    result: list[str] = []
+    current: str | None = None
+    for place, argument in enumerate(arguments):
+        first = place > 0 and arguments[place - 1] in _FOLLOWS
+        if current is not None and not first and _FOLLOWS[current].match(argument):
+            result.append(current)
+        elif not first:
+            current = argument if argument in _FOLLOWS else None
+        result.append(argument)
+    return result
+
+
+def compare(
+    source: Annotated[
+        str | None, typer.Argument(metavar="COMPARISON.yaml|RECIPE", help="A comparison file, or the arms' recipe.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings of all arms: key=value ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the comparison; finished runs in it are kept.")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="key=value,value,...; repeatable, all combined.")] = None,
+    arms: Annotated[list[str] | None, typer.Option(help='"name: key=value ..."; one or more.')] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="One or more, by default 0 1 2.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Arm or axis value that the others are compared with.")] = None,
+    ablation: Annotated[str | None, typer.Option(help="A packaged comparison; RECIPE replaces its base.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+) -> None:
+    """Run arms x axes x seeds, resumably, and compare them with paired intervals."""
+    from rich.console import Console
+
+    from cmapkd.config import ConfigError
+
+    if source is not None and ablation is not None and "=" in source:
+        overrides, source = [source, *(overrides or [])], None
+    if out is None and not dry_run:
+        raise ConfigError("name the folder of the comparison: --out DIR")
+
+    from cmapkd.compare import compare as carry_out
+    from cmapkd.compare import load_comparison, make_plan
+    from cmapkd.compare.write import shown_tables
+    from cmapkd.training import Interrupted
+
+    comparison = load_comparison(
+        source,
+        packaged=ablation,
+        overrides=overrides or (),
+        arms=arms or (),
+        axes=axis or (),
+        seeds=seeds or (),
+        reference=reference,
+    )
+    console = Console()
+    if dry_run:
+        plan = make_plan(comparison)
+        for run in plan.runs:
+            state = plan.state(run, out) if out is not None else "new"
+            console.print(f"{state:8}  {run.name}", markup=False, highlight=False, soft_wrap=True)
+        todo = sum(plan.state(run, out) != "finished" for run in plan.runs) if out is not None else len(plan.runs)
+        rows = sum(len(table.rows) for table in plan.tables)
+        console.print(
+            f"{rows} rows x {len(comparison.seeds)} seeds in {len(plan.tables)} table{'s'[: len(plan.tables) > 1]}: "
+            f"{len(plan.runs)} different runs, {todo} to do",
+            highlight=False,
+        )
+        return
+    assert out is not None
+    try:
+        result = carry_out(comparison, out=out, console=console)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        command = shlex.join(["cmapkd", "compare", str(out / "comparison.yaml"), "--out", str(out)])
+        why = str(stopped) or "stopped"
+        console.print(
+            f"{why}. What is finished is in {out}. Go on with:\n  {command}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(130) from None
+    for part in shown_tables(result.tables):
+        console.print(part, markup=False, highlight=False)
+    if result.notice is not None:
+        console.print(result.notice, markup=False, highlight=False)
+    files = "table.md, results.csv, results.json" + ", plots/" * bool(result.plots) + ", runs/"
+    if result.failed:
+        failed = f"{len(result.failed)} of {len(result.outcomes)} runs failed; the same command tries them again"
+        console.print(failed, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{out}: {files}", markup=False, highlight=False, soft_wrap=True)
+    if result.failed:
+        raise typer.Exit(1)

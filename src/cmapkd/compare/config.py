@@ -1,0 +1,323 @@
+"""What a comparison is made of: a base recipe, arms, axes, seeds and tables, from a file or the command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
+
+Arm = dict[str, Any] | tuple[str, ...]  # settings over the base, as a mapping or as key=value
+_SCORES = ("retrieval", "zero_shot", "params", "bad_samples")  # names that a student's scores have already
+
+
+class TableConfig(Config):
+    """One table of several that share runs. What it leaves out, it takes from the comparison."""
+
+    arms: dict[str, Arm] | tuple[str, ...] | None = Field(
+        None, description="Arms of this table, or names of the comparison's; none: all of the comparison's."
+    )
+    axes: dict[str, dict[str, Any]] | None = Field(
+        None, description="Axes of this table; none: the comparison's; {}: none."
+    )
+    reference: str | None = Field(None, description="Differences are taken to this arm or axis value.")
+    gap_from: str | None = Field(None, description="Where the gap to the teacher begins: an arm or axis value.")
+    metrics: tuple[str, ...] | None = Field(None, description="Dotted paths in the student's scores.")
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _plain_arms(cls, value: Any) -> Any:
+        return _arms(value) if isinstance(value, dict) else value
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _labelled_axes(cls, value: Any) -> Any:
+        return _axes(value)
+
+
+class ComparisonConfig(Config):
+    """Everything a comparison depends on; `comparison.yaml` of its folder holds it resolved."""
+
+    base: str = Field(description="Recipe that every arm starts from: a packaged name or a YAML file.")
+    overrides: tuple[str, ...] = Field((), description="key=value settings of all arms; arms and axes go over them.")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Each arm is run once with each.")
+    arms: dict[str, Arm] = Field(default_factory=dict, description="Name -> settings, a mapping or a key=value list.")
+    axes: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Key -> values, as a list or as label: value; the product with the arms."
+    )
+    tables: dict[str, TableConfig] = Field(
+        default_factory=dict, description="Title -> table; none: one table of all arms. Equal runs are shared."
+    )
+    reference: str | None = Field(
+        None, description="Differences are taken to this arm or axis value; none: the one of method contrastive."
+    )
+    gap_from: str | None = Field(
+        None, description="Where the gap to the teacher begins; none: the arm or axis value of method contrastive."
+    )
+    metrics: tuple[str, ...] | None = Field(
+        None, description="Dotted paths in the student's scores; none: mean R@1 and zero-shot, wherever measured."
+    )
+    evaluate: dict[str, str] = Field(
+        default_factory=dict, description="Name -> source of further test data; metrics there are NAME.path."
+    )
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _plain_arms(cls, value: Any) -> Any:
+        return _arms(value) if isinstance(value, dict) else value
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _labelled_axes(cls, value: Any) -> Any:
+        return _axes(value)
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError(f"seeds are whole numbers >= 0, each once; got {', '.join(map(str, value))}")
+        return value
+
+    @field_validator("evaluate")
+    @classmethod
+    def _names_of_their_own(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if "." in name or name in _SCORES:
+                raise ValueError(
+                    f"{name!r} cannot name a test set: metrics are found by dotted paths, where {', '.join(_SCORES)} "
+                    "are the student's own scores. Choose another name, without a dot"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> Self:
+        if not (self.arms or self.axes or self.tables):
+            raise ValueError("there is nothing to compare: give arms, axes or tables")
+        for title, table in self.tables.items():
+            if isinstance(table.arms, tuple):
+                for name in table.arms:
+                    if name not in self.arms:
+                        raise ValueError(
+                            f"table {title!r}: there is no arm {name!r}{closest(name, self.arms)}; the comparison's "
+                            f"arms: {', '.join(self.arms) or 'none'}"
+                        )
+            if not (self.table_arms(title) or self.table_axes(title)):
+                raise ValueError(f"table {title!r}: there is nothing to compare, give arms or axes")
+        return self
+
+    def table_arms(self, title: str) -> dict[str, Arm]:
+        """The arms of a table, with their settings."""
+        own = self.tables[title].arms
+        if own is None:
+            return self.arms
+        return own if isinstance(own, dict) else {name: self.arms[name] for name in own}
+
+    def table_axes(self, title: str) -> dict[str, dict[str, Any]]:
+        """The axes of a table: key -> label -> value."""
+        own = self.tables[title].axes
+        return self.axes if own is None else own
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data: a comparison file that gives the same runs."""
+        return self.model_dump(mode="json")
+
+
+def list_comparisons() -> list[str]:
+    """Names of the packaged comparisons."""
+    folder = resources.files("cmapkd.recipes") / "compare"
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def load_comparison(
+    source: str | Path | None = None,
+    *,
+    packaged: str | None = None,
+    overrides: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    axes: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    reference: str | None = None,
+) -> ComparisonConfig:
+    """A comparison from a file or a recipe, with what the command line adds.
+
+    Args:
+        source: a comparison file, or a recipe (name or file) that becomes the base; with `packaged`, a recipe that
+            takes the place of its base.
+        packaged: name of a packaged comparison.
+        overrides: added to those of the file.
+        arms: `name: key=value ...`; axes: `key=value,value,...`; both are added to those of the file, or replace
+            the one of the same name.
+        seeds, reference: replace those of the file.
+    Raises:
+        ConfigError: nothing of that name, or any key or value is wrong.
+    """
+    if packaged is not None:
+        known = list_comparisons()
+        if packaged not in known:
+            raise ConfigError(
+                f"there is no packaged comparison {packaged!r}{closest(packaged, known)}; known: "
+                f"{', '.join(known) or 'none'}"
+            )
+        file = Path(str(resources.files("cmapkd.recipes") / "compare" / f"{packaged}.yaml"))
+        values, where = _read(file), f"comparison {packaged!r}"
+        if source is not None:
+            values["base"] = str(source)
+    elif source is None:
+        raise ConfigError("name a comparison file or a recipe, or a packaged comparison with --ablation NAME")
+    elif Path(source).is_file() and _is_comparison(values := _read(Path(source))):
+        where = f"comparison {str(source)!r}"
+    elif Path(source).is_file() or str(source) in list_recipes():
+        values, where = {"base": str(source)}, "comparison"
+    else:
+        known = list_recipes()
+        raise ConfigError(
+            f"there is no comparison file or recipe {str(source)!r}{closest(str(source), known)}: give a YAML file or "
+            f"one of {', '.join(known)}"
+        )
+    values = dict(values)
+    for key, added in (("arms", dict(map(parse_arm, arms))), ("axes", dict(map(parse_axis, axes)))):
+        if added:
+            below = values.get(key) or {}
+            if not isinstance(below, dict):
+                raise ConfigError(f"{where}: {key} must be a mapping, got {below!r}")
+            values[key] = below | added
+    if overrides:
+        values["overrides"] = [*(values.get("overrides") or ()), *overrides]
+    if seeds:
+        values["seeds"] = list(seeds)
+    if reference is not None:
+        values["reference"] = reference
+    return ComparisonConfig.from_mapping(values, where=where)
+
+
+def parse_arm(text: str) -> tuple[str, list[str]]:
+    """`name: key=value ...` as a name and its settings.
+
+    Raises:
+        ConfigError: there is no name before a colon.
+    """
+    name, colon, rest = text.partition(":")
+    if not colon or not name.strip() or "=" in name:
+        raise ConfigError(f"arm {text!r} is not 'name: key=value ...', for example \"no_gram: method.gram_weight=0\"")
+    return name.strip(), shlex.split(rest)
+
+
+def parse_axis(text: str) -> tuple[str, dict[str, Any]]:
+    """`key=value,value` as a key and its values by label; commas inside brackets, braces or quotes do not divide.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    key, equals, rest = text.partition("=")
+    labels = [label.strip() for label in _divide(rest)]
+    if not equals or not key or not all(labels):
+        raise ConfigError(f"axis {text!r} is not key=value,value,..., for example training.steps=150,600")
+    _refuse_twice(key, labels)
+    values: dict[str, Any] = {}
+    for label in labels:
+        value: Any = apply_overrides({}, [f"{key}={label}"], where=f"axis {key}")
+        for part in key.split("."):
+            value = value[part]
+        values[label] = value
+    return key, values
+
+
+def _divide(text: str) -> list[str]:
+    """`text` at its outermost commas."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{(") - (character in "]})")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _arms(value: dict[Any, Any]) -> dict[str, Any]:
+    arms: dict[str, Any] = {}
+    for name, settings in value.items():
+        if settings is None:
+            settings = {}
+        if isinstance(settings, str):
+            settings = shlex.split(settings)
+        if not isinstance(settings, dict) and not (
+            isinstance(settings, list | tuple) and all(isinstance(setting, str) for setting in settings)
+        ):
+            raise ValueError(f"arm {name!r} must be a mapping of settings or a list of key=value, got {settings!r}")
+        arms[str(name)] = settings
+    return arms
+
+
+def _axes(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    axes: dict[str, Any] = {}
+    for key, values in value.items():
+        if isinstance(values, dict):
+            axes[str(key)] = {_label(label): setting for label, setting in values.items()}
+            continue
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"axis {key!r} must be a list of values or a mapping label: value, got {values!r}")
+        labels = [_label(setting) for setting in values]
+        _refuse_twice(str(key), labels)
+        axes[str(key)] = dict(zip(labels, values, strict=True))
+    return axes
+
+
+def _refuse_twice(key: str, labels: Sequence[str]) -> None:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConfigError(
+            f"axis {key}: {', '.join(twice)} stands there twice. Values that read alike need labels: "
+            f"{key}: {{label: value, ...}}"
+        )
+
+
+def _label(value: Any) -> str:
+    """How a value is shown: names and numbers as they are, settings with a name by it."""
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        return str(value["name"])
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return re.sub(r"\s+", " ", str(value))
+
+
+def _is_comparison(values: dict[str, Any]) -> bool:
+    """Whether a file compares, rather than being a recipe: only `base` is a key of both."""
+    return bool(values.keys() & (ComparisonConfig.model_fields.keys() - {"base"}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A comparison file's mapping, its `base` as a full path where it is a file beside it."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if "${" in text:
+            raise ConfigError(f"{path} uses '${{...}}': configs are plain data, write the value out")
+        values = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of keys, not {type(values).__name__}")
+    read: dict[str, Any] = {str(key): value for key, value in values.items()}
+    base = read.get("base")
+    if isinstance(base, str) and Path(base).suffix and (beside := path.parent / base).is_file():
+        read["base"] = str(beside.resolve())
+    return read

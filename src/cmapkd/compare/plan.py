@@ -1,0 +1,232 @@
+"""Which runs a comparison needs: every row's resolved config, its folder's name, and what it is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmapkd.compare.config import Arm, ComparisonConfig
+from cmapkd.config import ConfigError, apply_overrides, closest, load_mapping, merge_mappings
+from cmapkd.methods import METHODS
+from cmapkd.run import RunConfig
+
+_OURS = {"seed": "list the seeds in `seeds`", "baseline": "make scratch training an arm (method: contrastive)"}
+_SCRATCH = "contrastive"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """One run folder."""
+
+    config: RunConfig
+    digest: str  # of the resolved config: equal configs are one run
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table: an arm at one value of every axis, with a run for each seed."""
+
+    coordinates: dict[str, str]  # `arm` (where there are arms) and the axes -> name or label
+    label: str
+    runs: dict[int, PlannedRun]
+
+    @property
+    def config(self) -> RunConfig:
+        """The config of the first seed; the others differ in the seed alone."""
+        return next(iter(self.runs.values())).config
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTable:
+    """Rows, and for each row the place of its reference and of the row where its gap begins."""
+
+    title: str
+    rows: tuple[Row, ...]
+    reference_name: str | None
+    reference: tuple[int | None, ...]
+    gap_name: str | None
+    gap_from: tuple[int | None, ...]
+    metrics: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All tables of a comparison, and each distinct run once: all arms of the first seed first."""
+
+    comparison: ComparisonConfig
+    tables: tuple[PlannedTable, ...]
+    runs: tuple[PlannedRun, ...]
+
+    def state(self, run: PlannedRun, out: Path) -> str:
+        """`finished`, `begun` or `new`, by what is in the run's folder."""
+        folder = self.folder(run, out)
+        if (folder / "metrics.json").is_file():
+            return "finished"
+        return "begun" if (folder / "config.yaml").is_file() else "new"
+
+    @staticmethod
+    def folder(run: PlannedRun, out: Path) -> Path:
+        """Where a run is, or will be: one of the same config under another name (arms may be renamed) counts."""
+        named = out / "runs" / run.name
+        if named.exists():
+            return named
+        return next(iter(sorted((out / "runs").glob(f"*-{run.digest}"))), named)
+
+
+def make_plan(comparison: ComparisonConfig) -> Plan:
+    """Resolves every run before the first one starts, so that a mistake shows at once.
+
+    Every run has `baseline: none` and its seed from `seeds`; a method that uses no teacher has none in its config, so
+    that it is one run whatever teacher the others have.
+
+    Raises:
+        ConfigError: lists the problems of all arms.
+    """
+    _refuse_ours(apply_overrides({}, comparison.overrides, where="overrides"), "overrides")
+    base = load_mapping(comparison.base, comparison.overrides) | {"baseline": "none"}
+    problems: dict[str, None] = {}
+    unique: dict[str, PlannedRun] = {}
+    tables = []
+    for title in comparison.tables or ("",):
+        arms = comparison.table_arms(title) if title else comparison.arms
+        axes = comparison.table_axes(title) if title else comparison.axes
+        rows = list(_rows(base, arms, axes, comparison.seeds, unique, problems))
+        if not problems:
+            tables.append(_table(comparison, title, rows))
+    if problems:
+        head = f"{len(problems)} problem{'s'[: len(problems) != 1]} in the arms of this comparison:\n  "
+        raise ConfigError(head + "\n  ".join(problems), tuple(problems))
+    place = {seed: number for number, seed in enumerate(comparison.seeds)}
+    return Plan(comparison, tuple(tables), tuple(sorted(unique.values(), key=lambda run: place[run.config.seed])))
+
+
+def _rows(
+    base: dict[str, Any],
+    arms: dict[str, Arm],
+    axes: dict[str, dict[str, Any]],
+    seeds: Sequence[int],
+    unique: dict[str, PlannedRun],
+    problems: dict[str, None],
+) -> Iterable[Row]:
+    for arm, *labels in itertools.product(arms or ("",), *axes.values()):
+        at = dict(zip(axes, labels, strict=True))
+        coordinates = ({"arm": arm} if arms else {}) | at
+        parts = ([arm] if arms else []) + [_axis_part(key, axes, label) for key, label in at.items()]
+        label = ", ".join(parts)
+        try:
+            settings = _settings(arms[arm], f"arm {arm!r}") if arms else {}
+            values = merge_mappings(base, settings)
+            for key in sorted(axes, key=lambda key: key.count(".")):  # method before method.temperature
+                values = merge_mappings(values, _settings({key: axes[key][at[key]]}, f"axis {key!r}"))
+            config = RunConfig.from_mapping(values | {"seed": seeds[0]}, where=label)
+        except ConfigError as error:
+            lines = [f"{label}: {line}" for line in error.problems] or [str(error)]
+            problems.update(dict.fromkeys(lines))
+            continue
+        if not METHODS[config.method.name].uses_teacher:
+            config = config.model_copy(update={"teacher": None})
+        runs = {}
+        for seed in seeds:
+            seeded = config.model_copy(update={"seed": seed})
+            digest = config_digest(seeded.plain())
+            name = "-".join(_slug(part) for part in parts)[:80] + f"-seed{seed}-{digest}"
+            runs[seed] = unique.setdefault(digest, PlannedRun(seeded, digest, name))
+        yield Row(coordinates, label, runs)
+
+
+def _settings(arm: Arm, where: str) -> dict[str, Any]:
+    """An arm's settings as one nested mapping; keys may be dotted."""
+    settings: dict[str, Any] = {}
+    if isinstance(arm, dict):
+        for key, value in arm.items():
+            for part in reversed(str(key).split(".")):
+                value = {part: value}
+            settings = merge_mappings(settings, value)
+    else:
+        settings = apply_overrides({}, arm, where=where)
+    _refuse_ours(settings, where)
+    return settings
+
+
+def _refuse_ours(settings: dict[str, Any], where: str) -> None:
+    for key, instead in _OURS.items():
+        if key in settings:
+            raise ConfigError(f"{where}: a comparison sets {key} itself: {instead}")
+
+
+def _table(comparison: ComparisonConfig, title: str, rows: list[Row]) -> PlannedTable:
+    own = comparison.tables.get(title)
+    reference = (own and own.reference) or comparison.reference
+    gap_from = (own and own.gap_from) or comparison.gap_from
+    scratch = _scratch(rows)
+    where = f"table {title!r}" if title else "this comparison"
+    return PlannedTable(
+        title=title,
+        rows=tuple(rows),
+        reference_name=reference or (scratch and scratch[1]),
+        reference=_counterparts(rows, _named(rows, reference, f"reference of {where}") if reference else scratch),
+        gap_name=gap_from or (scratch and scratch[1]),
+        gap_from=_counterparts(rows, _named(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
+        metrics=(own and own.metrics) or comparison.metrics,
+    )
+
+
+def _scratch(rows: list[Row]) -> tuple[str, str] | None:
+    """The one arm or axis value whose rows, and only some of all, train without a teacher."""
+    found = []
+    for key, value in dict.fromkeys(pair for row in rows for pair in row.coordinates.items()):
+        there = [row for row in rows if row.coordinates[key] == value]
+        if len(there) < len(rows) and all(row.config.method.name == _SCRATCH for row in there):
+            found.append((key, value))
+    return found[0] if len(found) == 1 else None
+
+
+def _named(rows: list[Row], name: str, what: str) -> tuple[str, str]:
+    """The coordinate that `name` means: an arm, a value of an axis, `axis=value`, or a whole row."""
+    pairs = dict.fromkeys(pair for row in rows for pair in row.coordinates.items())
+    found = [pair for pair in pairs if name in (pair[1], "=".join(pair))]
+    found = found or [("", row.label) for row in rows if row.label == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        choices = " or ".join("=".join(pair) for pair in found)
+        raise ConfigError(f"{what}: {name!r} could be {choices}: write one of them")
+    known = list(dict.fromkeys([value for _, value in pairs] + [row.label for row in rows]))
+    raise ConfigError(f"{what}: there is no {name!r}{closest(name, known)}; known: {', '.join(known)}")
+
+
+def _counterparts(rows: list[Row], named: tuple[str, str] | None) -> tuple[int | None, ...]:
+    """For each row the place of the one that differs from it in the named coordinate alone."""
+    if named is None:
+        return (None,) * len(rows)
+    key, value = named
+    if not key:
+        return (next(place for place, row in enumerate(rows) if row.label == value),) * len(rows)
+    places = {tuple(row.coordinates.items()): place for place, row in enumerate(rows)}
+    return tuple(places[tuple((row.coordinates | {key: value}).items())] for row in rows)
+
+
+def config_digest(values: Any) -> str:
+    """Eight hex digits of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
+    """A value's part of the row's label: alone where it is a name that no other axis has, else with its key."""
+    others = [other for name in axes if name != key for other in axes[name]]
+    if re.match(r"[A-Za-z]", label) and label not in ("true", "false", "none") and label not in others:
+        return label
+    last = key.rpartition(".")[2]
+    alike = sum(name.rpartition(".")[2] == last for name in axes) > 1
+    return f"{key if alike else last}={label}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "_", text.replace("=", "")).strip("_.") or "arm"

@@ -1,0 +1,279 @@
+"""The files and the terminal table of a comparison: JSON, CSV, Markdown, rich."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from cmapkd.compare.plan import Plan
+from cmapkd.compare.statistics import PairedDifference, Summary, summarize
+from cmapkd.compare.summary import (
+    RowSummary,
+    TableSummary,
+    extra_parameters,
+    lookup,
+    metric_label,
+    seconds_per_step,
+)
+from cmapkd.provenance import describe_environment
+
+
+def write_outputs(
+    plan: Plan,
+    tables: tuple[TableSummary, ...],
+    metrics: Mapping[str, dict[str, Any]],
+    errors: Mapping[str, str],
+    folders: Mapping[str, Path],
+    out: Path,
+) -> tuple[tuple[Path, ...], str | None]:
+    """Writes results.json, results.csv, table.md and plots/ into `out`.
+
+    Args:
+        metrics, errors, folders: by digest, of the finished runs, the failed ones and all.
+    Returns:
+        The plots, and why there are none.
+    """
+    records = _records(plan, metrics, errors, folders, out)
+    results = {
+        "comparison": plan.comparison.plain(),
+        "runs": records,
+        "tables": [_plain_table(table) for table in tables],
+        "environment": describe_environment(),
+    }
+    write_json(out / "results.json", results)
+    paths = list(dict.fromkeys(path for table in tables for path in table.metrics))
+    _write(out / "results.csv", _csv(records, paths))
+    _write(out / "table.md", "\n".join(markdown(table) for table in tables))
+    try:
+        from cmapkd.compare.plots import draw_plots
+    except ImportError as error:
+        return (), f"no plots ({error}): pip install 'cmapkd[plots]' and run again; the rest is complete"
+    return tuple(draw_plots(plan, tables, folders, out / "plots")), None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file whole: under another name first."""
+    _write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # two may share the folder, each with its seeds
+    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary.replace(path)
+
+
+def _records(
+    plan: Plan,
+    metrics: Mapping[str, dict[str, Any]],
+    errors: Mapping[str, str],
+    folders: Mapping[str, Path],
+    out: Path,
+) -> list[dict[str, Any]]:
+    """One record a run, with the first row that it stands in, and all of them."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for table in plan.tables:
+        for row in table.rows:
+            for run in row.runs.values():
+                axes = {key: value for key, value in row.coordinates.items() if key != "arm"}
+                where = {"table": table.title, "row": row.label, "arm": row.coordinates.get("arm"), "axes": axes}
+                places.setdefault(run.digest, []).append(where)
+    records = []
+    for run in plan.runs:
+        done = metrics.get(run.digest, {})
+        first = places[run.digest][0]
+        records.append(
+            {
+                "run": run.name,
+                "folder": folders[run.digest].relative_to(out).as_posix(),
+                **{key: first[key] for key in ("row", "arm", "axes")},
+                "seed": run.config.seed,
+                "status": "finished" if done else "failed" if run.digest in errors else "missing",
+                "error": errors.get(run.digest),
+                "method": run.config.method.name,
+                "steps": done.get("steps"),
+                "batch_size": done.get("batch_size"),
+                "train_seconds": done.get("train_seconds"),
+                "seconds_per_step": seconds_per_step(done),
+                "peak_memory_bytes": done.get("peak_memory_bytes"),
+                "extra_params": extra_parameters(done),
+                "best_step": done.get("best_step"),
+                "evaluated_on": done.get("evaluated_on"),
+                "student": done.get("student"),
+                "teacher": done.get("teacher"),
+                "rows": places[run.digest],
+            }
+        )
+    return records
+
+
+def _csv(records: list[dict[str, Any]], metrics: list[str]) -> str:
+    axes = list(dict.fromkeys(key for record in records for key in record["axes"]))
+    plain = ("steps", "batch_size", "train_seconds", "seconds_per_step", "peak_memory_bytes", "extra_params")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "row", "arm", *axes, "method", "seed", "status", *metrics, "params", *plain, "error"])
+    for record in records:
+        writer.writerow(
+            [record[key] for key in ("run", "row", "arm")]
+            + [record["axes"].get(key) for key in axes]
+            + [record[key] for key in ("method", "seed", "status")]
+            + [lookup(record["student"], path) for path in metrics]
+            + [(record["student"] or {}).get("params"), *(record[key] for key in plain), record["error"]]
+        )
+    return text.getvalue()
+
+
+def _plain_table(table: TableSummary) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "reference": table.reference_name,
+        "gap_from": table.gap_name,
+        "metrics": list(table.metrics),
+        "teachers": {
+            row.label: {path: next(iter(cell.values.values()), None) for path, cell in row.cells.items()}
+            for row in table.teachers
+        },
+        "rows": [_plain_row(row) for row in table.rows],
+        "notes": list(table.notes),
+    }
+
+
+def _plain_row(row: RowSummary) -> dict[str, Any]:
+    assert row.row is not None
+    return {
+        "row": row.label,
+        "coordinates": row.row.coordinates,
+        "is_reference": row.is_reference,
+        "runs": {seed: run.name for seed, run in row.row.runs.items()},
+        "errors": row.errors,
+        "seconds_per_step": _plain(row.seconds_per_step),
+        "metrics": {
+            path: {
+                "values": cell.values,
+                "summary": _plain(cell.summary),
+                "difference": _plain(cell.difference),
+                "gap_closed": {"values": cell.gap, "summary": _plain(summarize(cell.gap.values()))},
+            }
+            for path, cell in row.cells.items()
+        },
+    }
+
+
+def _plain(value: Summary | PairedDifference | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value)
+
+
+# ------------------------------------------------------------------------------------------------ for reading
+
+
+def markdown(table: TableSummary) -> str:
+    """The table in Markdown, its notes below."""
+    head, rows = _columns(table)
+    lines = [f"## {table.title}", ""] if table.title else []
+    lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") or "" for cell in row) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
+
+
+def rich_table(table: TableSummary) -> Table:
+    """The table for a terminal: differences stand under their values."""
+    shown = Table(title=table.title or None, show_lines=any(row.row and not row.is_reference for row in table.rows))
+    shown.add_column("arm")
+    for path in table.metrics:
+        shown.add_column(metric_label(path), justify="right", no_wrap=True)
+    gap, seconds = _has_gap(table), any(row.seconds_per_step for row in table.rows)
+    for name in [*["gap closed"] * gap, *["s/step"] * seconds]:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in (*table.teachers, *table.rows):
+        cells = [_marked(row)]
+        for path, digits in _digits(table).items():
+            cell = row.cells[path]
+            lines = [_value(cell.summary, digits)]
+            if cell.difference is not None:
+                lines += [_difference(cell.difference, digits), _wins(cell.difference)]
+            cells.append("\n".join(lines))
+        cells += ([_gap(row, table)] if gap else []) + [_seconds(row)] * seconds
+        shown.add_row(*(Text(cell) for cell in cells))
+    return shown
+
+
+def _columns(table: TableSummary) -> tuple[list[str], list[list[str]]]:
+    compared = {path: any(row.cells[path].difference for row in table.rows) for path in table.metrics}
+    gap, seconds = _has_gap(table), any(row.seconds_per_step for row in table.rows)
+    head = ["arm"]
+    for path in table.metrics:
+        head += [metric_label(path)] + [f"− {table.reference_name} [95 %], wins"] * compared[path]
+    head += ([f"gap closed ({metric_label(table.metrics[0])})"] if gap else []) + ["s/step"] * seconds
+    rows = []
+    for row in (*table.teachers, *table.rows):
+        cells = [_marked(row)]
+        for path, digits in _digits(table).items():
+            cell = row.cells[path]
+            cells.append(_value(cell.summary, digits))
+            if compared[path]:
+                both = (_difference(cell.difference, digits), _wins(cell.difference)) if cell.difference else ()
+                cells.append(", ".join(both))
+        rows.append(cells + ([_gap(row, table)] if gap else []) + [_seconds(row)] * seconds)
+    return head, rows
+
+
+def _marked(row: RowSummary) -> str:
+    return row.label + " (reference)" * row.is_reference + f" ({len(row.errors)} failed)" * bool(row.errors)
+
+
+def _digits(table: TableSummary) -> dict[str, int]:
+    """Decimals of each metric: three figures or so."""
+    found = {}
+    for path in table.metrics:
+        largest = max((abs(value) for row in table.rows for value in row.cells[path].values.values()), default=0.0)
+        found[path] = 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 4
+    return found
+
+
+def _value(summary: Summary | None, digits: int) -> str:
+    if summary is None:
+        return "-"
+    deviation = "" if summary.deviation is None else f" ± {summary.deviation:.{digits}f}"
+    return f"{summary.mean:.{digits}f}{deviation}"
+
+
+def _difference(difference: PairedDifference, digits: int) -> str:
+    if difference.interval is None:
+        return f"{difference.mean:+.{digits}f}"
+    low, high = difference.interval
+    return f"{difference.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _wins(difference: PairedDifference) -> str:
+    return f"{difference.wins}/{len(difference.seeds)}"
+
+
+def _has_gap(table: TableSummary) -> bool:
+    return bool(table.metrics) and any(row.cells[table.metrics[0]].gap for row in table.rows)
+
+
+def _gap(row: RowSummary, table: TableSummary) -> str:
+    if row.row is None or row.starts_gap:
+        return ""
+    summary = summarize(100 * share for share in row.cells[table.metrics[0]].gap.values())
+    return "" if summary is None else _value(summary, 0) + " %"
+
+
+def _seconds(row: RowSummary) -> str:
+    return "" if row.seconds_per_step is None else f"{row.seconds_per_step.mean:.3g}"
+
+
+def shown_tables(tables: Iterable[TableSummary]) -> Iterable[Table | str]:
+    """What is printed: each table, then its notes."""
+    for table in tables:
+        yield rich_table(table)
+        yield "\n".join(table.notes)

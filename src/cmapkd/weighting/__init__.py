@@ -1,0 +1,30 @@
+"""How much each level or term counts, for each sample. `WEIGHTINGS` lists the strategies; a new one adds one line."""
+
+from cmapkd.weighting.base import Weighted, Weighting, WeightingConfig
+from cmapkd.weighting.gate import GateConfig, GateWeighting, entropy_floor
+from cmapkd.weighting.manual import ManualConfig, ManualWeighting
+from cmapkd.weighting.policy import PolicyConfig, PolicyWeighting
+from cmapkd.weighting.registry import WEIGHTINGS, for_items, make_weighting, weighting_config
+from cmapkd.weighting.uncertainty import UncertaintyConfig, UncertaintyWeighting
+from cmapkd.weighting.uniform import UniformConfig, UniformWeighting
+
+__all__ = [
+    "WEIGHTINGS",
+    "GateConfig",
+    "GateWeighting",
+    "ManualConfig",
+    "ManualWeighting",
+    "PolicyConfig",
+    "PolicyWeighting",
+    "UncertaintyConfig",
+    "UncertaintyWeighting",
+    "UniformConfig",
+    "UniformWeighting",
+    "Weighted",
+    "Weighting",
+    "WeightingConfig",
+    "entropy_floor",
+    "for_items",
+    "make_weighting",
+    "weighting_config",
+]

@@ -1,0 +1,83 @@
+"""From a name or a mapping in a recipe to a weighting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cmapkd.config import ConfigError, closest
+from cmapkd.weighting.base import Weighting, WeightingConfig
+from cmapkd.weighting.gate import GateWeighting
+from cmapkd.weighting.manual import ManualWeighting
+from cmapkd.weighting.policy import PolicyWeighting
+from cmapkd.weighting.uncertainty import UncertaintyWeighting
+from cmapkd.weighting.uniform import UniformWeighting
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "uniform": UniformWeighting,
+    "manual": ManualWeighting,
+    "uncertainty": UncertaintyWeighting,
+    "gate": GateWeighting,
+    "policy": PolicyWeighting,
+}
+
+
+def weighting_config(value: Any) -> WeightingConfig:
+    """The settings that a recipe means; for a field validator with mode="before".
+
+    Args:
+        value: a name, a mapping with `name` and that weighting's settings, or settings already made.
+    Raises:
+        ConfigError: the name is missing or unknown, or a setting does not fit.
+    """
+    if isinstance(value, WeightingConfig):
+        return value
+    values = {"name": value} if isinstance(value, str) else value
+    if not isinstance(values, dict) or "name" not in values:
+        raise ConfigError(
+            f"a weighting is a name or a mapping with `name` and its settings, got {value!r}; "
+            f"known: {', '.join(WEIGHTINGS)}"
+        )
+    return _kind(str(values["name"])).Config.from_mapping(values, where=f"weighting {values['name']}")
+
+
+def for_items(config: WeightingConfig, groups: Mapping[str, Sequence[str]]) -> dict[str, WeightingConfig]:
+    """One weighting's settings split for several groups of items, where a setting names items of all of them.
+
+    Args:
+        groups: items by group, `{"visual": ("P2", ...), "language": ("L1", ...)}`.
+    Returns:
+        Settings by group; each names only that group's items.
+    Raises:
+        ConfigError: an item is in no group.
+    """
+    known = [item for items in groups.values() for item in items]
+    by_item = {key: value for key, value in config if isinstance(value, dict)}
+    for key, values in by_item.items():
+        for item in values:
+            if item not in known:
+                raise ConfigError(
+                    f"{key}.{item}: unknown item{closest(item, known)}; weighed here: {', '.join(known) or 'none'}"
+                )
+    return {
+        group: config.model_copy(
+            update={key: {item: values[item] for item in items if item in values} for key, values in by_item.items()}
+        )
+        for group, items in groups.items()
+    }
+
+
+def make_weighting(config: WeightingConfig, *, items: Sequence[str], context_dim: int) -> Weighting:
+    """The weighting that `config` names, for `items` (level or term names) and contexts of width `context_dim`.
+
+    Raises:
+        ConfigError: the name is unknown, or a setting by item does not fit the items.
+        ValueError: there are no items, two of the same name, or no context.
+    """
+    return _kind(config.name)(config, items=items, context_dim=context_dim)
+
+
+def _kind(name: str) -> type[Weighting]:
+    if name not in WEIGHTINGS:
+        raise ConfigError(f"unknown weighting {name!r}{closest(name, WEIGHTINGS)}; known: {', '.join(WEIGHTINGS)}")
+    return WEIGHTINGS[name]

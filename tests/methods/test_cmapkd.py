@@ -1,0 +1,228 @@
+"""CMAPKD: its terms against the objectives by hand, its levels, its selection, and what flows where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmapkd.config import ConfigError
+from cmapkd.data.types import Batch, TokenBatch
+from cmapkd.features.pyramid import standardise
+from cmapkd.methods import Method, StageConfig, build_method
+from cmapkd.methods.cmapkd import CMAPKD, CMAPKDConfig
+from cmapkd.objectives import interactive_loss, similarity_divergence
+from helpers import make_method, make_trainer, random_batch
+from training.test_resume import assert_same_end, interrupt
+
+EVERYTHING: dict[str, Any] = {
+    "bank_within_weight": 0.5,
+    "pyramid_weight": 0.7,
+    "alignment_weight": 0.1,
+    "relation_weight": 3.0,
+    "layer_relation_weight": 0.2,
+    "bank_size": 16,
+    "bridge_dim": 8,
+}
+TERMS = {
+    "contrastive", "interactive", "bank", "bank_within", "visual", "language", "pyramid", "alignment", "bridge",
+    "relation", "layer_relation",
+}  # fmt: skip
+MANUAL = {"name": "manual", "weights": dict.fromkeys(("P2", "P3", "P4", "P5", "L1", "L2", "L3", "L4"), 1.0)}
+
+
+def cmapkd(**settings: Any) -> CMAPKD:
+    method = make_method("cmapkd", settings=settings)
+    assert isinstance(method, CMAPKD)
+    return method.train()
+
+
+def loss_of(method: Method, batch: Batch) -> Tensor:
+    return torch.stack([term.weight * term.value for term in method(batch).values()]).sum()
+
+
+def test_every_term_of_the_design_is_there_with_its_weight() -> None:
+    method = cmapkd(**EVERYTHING)
+    terms = method(random_batch(6))
+    assert set(terms) == TERMS == set(method.term_names)
+    assert terms["pyramid"].weight == 0.7
+    assert terms["relation"].weight == 3.0
+    assert method.level_names == ("P2", "P3", "P4", "P5", "L1", "L2", "L3", "L4")
+    assert {f"distance/{level}" for level in method.level_names} <= set(method.measurements)
+    assert {"visual/weight/P2", "language/entropy", "pyramid/weight/P5-L4"} <= set(method.measurements)
+
+
+def test_a_weight_of_zero_removes_a_term_and_what_only_it_needs() -> None:
+    off = {name: 0.0 for name in CMAPKDConfig.model_fields if name.endswith("_weight") and name != "task_weight"}
+    method = cmapkd(**off)
+    assert set(method(random_batch(4))) == {"contrastive"}
+    assert method.student_needs.image_levels == method.teacher_needs.text_levels == ()
+    assert not any(name for name, _ in method.named_parameters() if not name.startswith("student."))
+
+
+def test_embedding_terms_are_the_objectives_of_the_projected_embeddings() -> None:
+    method, batch = cmapkd(pyramid_weight=1.0, coupling={"P5-L4": 2.0}), random_batch(5)
+    terms = method(batch)
+    student, teacher = method.encode_student(batch), method.encode_teacher(batch)
+    assert method.project is not None
+    projected = method.project(student)
+    ours, theirs = [(f.image.embedding, f.text.embedding) for f in (projected, teacher)]
+    expected = interactive_loss(*ours, *theirs, logit_scale=1 / 0.07)
+    torch.testing.assert_close(terms["interactive"].value, expected)
+    joint = similarity_divergence(
+        student.image.embedding,
+        student.text.embedding,
+        *theirs,
+        student_scale=student.logit_scale,
+        teacher_scale=teacher.logit_scale,
+    )
+    torch.testing.assert_close(terms["pyramid"].value, 2 * joint)
+    assert "bridge" not in terms  # the joint space needs none
+
+
+def test_visual_term_is_the_weighted_distance_written_out() -> None:
+    counts = {"P2": 0.3, "P4": 0.2, "P5": 1.5}
+    method, batch = cmapkd(visual_levels=counts), random_batch(3)
+    value = method(batch)["visual"].value
+    student, teacher = method.encode_student(batch), method.encode_teacher(batch)
+    assert method.project is not None
+    expected = 0.0
+    for level in ("P2", "P4"):  # one block: both levels read it, each through a projector of its own
+        ours, theirs = student.image.levels["blocks.0"].values[:, 1:], teacher.image.levels["blocks.0"].values[:, 1:]
+        theirs = F.adaptive_avg_pool2d(theirs.unflatten(1, (3, 3)).permute(0, 3, 1, 2), 2).flatten(2).mT
+        projected = method.match.project_visual.lateral[level](ours)
+        expected += counts[level] * (standardise(projected) - standardise(theirs)).square().mean().item()
+    ours, theirs = method.project(student).image.embedding, teacher.image.embedding
+    expected += counts["P5"] * (2 - 2 * F.cosine_similarity(ours, theirs)).mean().item()
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_bank_holds_what_was_seen_and_never_the_sample_itself() -> None:
+    method, batch = cmapkd(bank_size=6), random_batch(4)
+    assert method.bank is not None
+    assert method(batch)["bank"].value.item() == 0  # nothing to compare with yet
+    teacher = method.encode_teacher(batch)
+    torch.testing.assert_close(method.bank.image[:4], F.normalize(teacher.image.embedding, dim=-1))
+    assert method(batch)["bank"].value.item() > 0  # the same samples again: each is compared with the three others
+    assert len(set(method.bank.keys.tolist())) == 4  # eight were pushed into six places, four samples twice
+    method.eval()
+    before = method.bank.keys.clone()
+    method(random_batch(4, seed=1))
+    assert torch.equal(method.bank.keys, before)
+
+
+def test_only_the_bridge_term_trains_the_teachers_bridge_and_it_trains_nothing_else() -> None:
+    method, batch = cmapkd(**EVERYTHING), random_batch(6)
+    method(replace(batch, ids=tuple("abcdef")))  # something for the bank
+    terms = method(batch)
+    theirs = {name for name, _ in method.named_parameters() if name.startswith("teacher_bridge")}
+    for name, term in terms.items():
+        method.zero_grad()
+        term.value.backward(retain_graph=True)
+        reached = {key for key, parameter in method.named_parameters() if parameter.grad is not None}
+        reached = {key for key in reached if bool(method.get_parameter(key).grad.any())}  # type: ignore[union-attr]
+        if name == "bridge":
+            assert reached
+            assert reached <= theirs
+        else:
+            assert not reached & theirs, name
+            assert any(key.startswith("student.") for key in reached), name
+
+
+def test_texts_of_another_tokenizer_are_matched_by_their_words() -> None:
+    method, batch = cmapkd(), random_batch(3)
+    spans = torch.arange(7)[None, :, None] * 3 + torch.tensor([0, 2])
+    texts = batch.inputs["student"].texts
+    mine = TokenBatch(texts.ids, texts.mask, (spans * texts.mask[..., None]).long())
+    theirs = TokenBatch(texts.ids + 1, texts.mask, mine.spans)  # other ids, the same words
+    other = replace(batch.inputs["teacher"], texts=theirs)
+    both = replace(batch, inputs={"student": replace(batch.inputs["student"], texts=mine), "teacher": other})
+    assert method(both)["language"].value.item() > 0
+    blind = replace(batch, inputs=batch.inputs | {"teacher": replace(other, texts=replace(theirs, spans=None))})
+    with pytest.raises(ValueError, match="leave levels L1 and L2 out"):
+        method(blind)
+    method = cmapkd(language_levels={"L3": 1.0, "L4": 1.0})
+    assert method(blind)["language"].value.item() > 0
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "uncertainty", "gate", MANUAL])
+def test_weightings_that_start_uniform_give_the_same_first_loss(weighting: Any) -> None:
+    losses = [cmapkd(weighting=each)(random_batch(4))["visual"].value for each in ("uniform", weighting)]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_manual_weights_count_by_level() -> None:
+    weights = {**MANUAL["weights"], "P2": 4.0, "P3": 0.0, "P4": 0.0, "P5": 0.0}  # type: ignore[dict-item]
+    counts = {"visual_levels": {"P2": 0.5, "P3": 0.1, "P4": 0.1, "P5": 1.0}}
+    method = cmapkd(weighting={**MANUAL, "weights": weights}, **counts)
+    value = method(random_batch(4))["visual"].value
+    torch.testing.assert_close(value.detach(), 4 * 0.5 * method.measurements["distance/P2"])
+    with pytest.raises(ConfigError, match=r"weights\.P6: unknown item"):
+        cmapkd(weighting={**MANUAL, "weights": {**weights, "P6": 1.0}})
+
+
+def test_names_of_levels_and_pairs_are_checked() -> None:
+    with pytest.raises(ConfigError, match="visual_levels: unknown 'P6'"):
+        CMAPKDConfig.from_mapping({"visual_levels": {"P6": 1}})
+    with pytest.raises(ConfigError, match="coupling: unknown 'L1-P2'"):
+        CMAPKDConfig.from_mapping({"coupling": {"L1-P2": 1}})
+    with pytest.raises(ConfigError, match="P2 is -1"):
+        CMAPKDConfig.from_mapping({"visual_levels": {"P2": -1}})
+    with pytest.raises(ConfigError, match=r"'gats' \(did you mean 'gate'\?\)"):
+        CMAPKDConfig.from_mapping({"weighting": "gats"})
+
+
+def test_a_stage_reads_only_its_levels() -> None:
+    method = cmapkd(**EVERYTHING)
+    method.enter(StageConfig(share=1.0, levels=("P5", "L4")))
+    assert method.teacher_needs.image_levels == method.student_needs.text_levels == ()
+    terms = method(random_batch(4))
+    assert {"pyramid", "visual", "language", "bank"} <= set(terms)
+    assert not {"bridge", "alignment"} & set(terms)
+    assert "distance/P4" not in method.measurements
+    method.enter(StageConfig(share=1.0, levels=("P4", "P5", "L4"), terms=("contrastive", "visual")))
+    assert method.teacher_needs.image_levels == ("blocks.0",)
+    assert set(method(random_batch(4))) == {"contrastive", "visual"}
+
+
+STAGES = (
+    StageConfig(name="coarse", share=0.25, levels=("P5", "L4")),
+    StageConfig(name="medium", share=0.25, levels=("P4", "P5", "L3", "L4")),
+    StageConfig(name="fine", share=0.25),
+    StageConfig(name="selection", share=0.25, train=("weighting",)),
+)
+
+
+@pytest.mark.parametrize("weighting", ["gate", {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}])
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+def test_staged_run_resumes_bit_identically(
+    tmp_path: Path, step: int, weighting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trainer(out: Path) -> Any:
+        return make_trainer(out, cmapkd(weighting=weighting, **EVERYTHING), steps=8, stages=STAGES)
+
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    interrupt(trainer(tmp_path / "parts"), step, monkeypatch)
+    again = trainer(tmp_path / "parts")
+    again.run(resume=True)
+    assert_same_end(whole, again)
+
+
+def test_terms_of_any_method_can_be_weighted() -> None:
+    plain = make_method("clip_kd")
+    config = type(plain).Config.from_mapping({"name": "clip_kd", "term_weighting": "uncertainty"})
+    method = build_method(config, student=plain.student, teacher=plain.teacher)
+    batch = random_batch(4)
+    terms = method(batch)
+    assert set(terms) == {"contrastive", "relational", "feature", "interactive", "weighted"}
+    weights = {name: term.weight for name, term in plain(batch).items()}
+    total = sum(weight * terms[name].value.item() for name, weight in weights.items())
+    assert loss_of(method, batch).item() == pytest.approx(total, rel=1e-5)  # it starts uniform
+    loss_of(method, batch).backward()
+    assert any(method.part_of(name) == "weighting" for name, p in method.named_parameters() if p.grad is not None)

@@ -84,12 +84,20 @@ class RunConfig(Config):
         return self.model_dump(mode="json")
 
 
-def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console | None = None) -> RunResult:
+def run(
+    config: RunConfig,
+    *,
+    out: Path,
+    resume: bool = False,
+    console: Console | None = None,
+    teacher_scores: Scores | None = None,
+) -> RunResult:
     """Trains the student, measures it beside its teacher and baseline, and leaves everything in `out`.
 
     Args:
         out: run folder, new or empty; with `resume`, one that an interrupted run of the same config left.
         console: where progress is shown; none for silence.
+        teacher_scores: this teacher's on the same final data, if they are known from another run; measured if none.
     Returns:
         What `metrics.json` holds. In processes other than the first, an empty result.
     Raises:
@@ -106,7 +114,7 @@ def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console 
     state = PartialState(cpu=config.training.on_cpu)
     with state.main_process_first():
         _prepare_folder(out, config, resume=resume, write=state.is_main_process)
-    student, trained = _train(config, out=out, resume=resume, console=console, title="student")
+    student, trained, extra = _train(config, out=out, resume=resume, console=console, title="student")
     baseline_folder: Path | None = None
     if config.baseline == "scratch":
         baseline_folder = out / "baseline"
@@ -119,7 +127,8 @@ def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console 
     if not state.is_main_process:
         state.wait_for_everyone()
         return RunResult(out, {})
-    metrics = _measure(config, final, student, trained, baseline_folder, device=state.device)
+    scores = _measure(config, final, student, baseline_folder, teacher_scores, device=state.device)
+    metrics = scores | _account(config, trained, extra, final)
     _write_json(out / "metrics.json", metrics)
     state.wait_for_everyone()
     if console is not None and trained.ledger.num_bad:
@@ -129,8 +138,8 @@ def run(config: RunConfig, *, out: Path, resume: bool = False, console: Console 
 
 def _train(
     config: RunConfig, *, out: Path, resume: bool, console: Console | None, title: str
-) -> tuple[DualEncoder, TrainResult]:
-    """Builds the parts, trains, and saves `student/`."""
+) -> tuple[DualEncoder, TrainResult, int]:
+    """Builds the parts, trains, and saves `student/`. Returns the method's own parameters' number last."""
     source = open_source(config.data.train, split="train", require_captions=True)
     teacher = FrozenTeacher(build_model(config.teacher)) if config.teacher is not None else None
     torch.manual_seed(config.seed)
@@ -159,6 +168,7 @@ def _train(
         console=console,
         title=title,
     )
+    extra = sum(parameter.numel() for parameter in method.parameters()) - student.num_parameters()
     trained = trainer.run(resume=resume)
     student = trained.student
     if trainer.accelerator.is_main_process:
@@ -167,7 +177,7 @@ def _train(
             tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
             student.load_state_dict(tensors["student"])
         _save_student(student, out / "student")
-    return student, trained
+    return student, trained, extra
 
 
 def readers(student: DualEncoder, teacher: FrozenTeacher | None) -> dict[str, Reader]:
@@ -217,12 +227,12 @@ def _measure(
     config: RunConfig,
     source: Source | None,
     student: DualEncoder,
-    trained: TrainResult,
     baseline: Path | None,
+    teacher_scores: Scores | None,
     *,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Scores of all models on the final source, and how the run went."""
+    """Scores of all models on the final source."""
 
     def scores(model: DualEncoder | None) -> Scores | None:
         if model is None:
@@ -232,7 +242,9 @@ def _measure(
         on_bad_sample = config.data.on_bad_sample
         return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=on_bad_sample)
 
-    teacher = scores(build_model(config.teacher)) if config.teacher is not None else None
+    teacher = teacher_scores
+    if teacher is None and config.teacher is not None:
+        teacher = scores(build_model(config.teacher))
     student_scores = scores(student)
     baseline_scores = scores(load_model(baseline)) if baseline is not None else None
     return {
@@ -241,12 +253,21 @@ def _measure(
         "baseline": baseline_scores,
         "baseline_name": None if baseline is None else "scratch" if config.baseline == "scratch" else baseline.name,
         "gap_closed": gap_closed(teacher, student_scores, baseline_scores),
+    }
+
+
+def _account(config: RunConfig, trained: TrainResult, extra_params: int, source: Source | None) -> dict[str, Any]:
+    """How the run went and what it took."""
+    cuda = torch.cuda.is_available() and not config.training.on_cpu
+    return {
         "method": config.method.name,
         "evaluated_on": source.name if source is not None else None,
         "seed": config.seed,
         "steps": trained.steps,
         "batch_size": config.training.batch_size,
         "train_seconds": round(trained.seconds, 1),
+        "extra_params": extra_params,  # trained beside the student's
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "best_step": trained.best_step,
         "bad_samples": trained.ledger.state_dict(),
     }

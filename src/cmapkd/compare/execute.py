@@ -92,7 +92,8 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
                 doing = {"finished": "read back", "begun": "going on", "new": "starting"}[state]
                 head = f"[{number}/{len(plan.runs)}] {planned.name}: {doing}"
                 console.print(head, markup=False, highlight=False, soft_wrap=True)
-            outcome = _carry_out(planned, plan.folder(planned, out), comparison.evaluate, sources, console)
+            known = _known_teacher(planned, plan, outcomes)
+            outcome = _carry_out(planned, plan.folder(planned, out), comparison.evaluate, sources, console, known)
             outcomes[planned.digest] = outcome
             if state != "finished":
                 gc.collect()  # a trainer is full of circles: its memory would otherwise last into the next run
@@ -120,11 +121,12 @@ def _carry_out(
     evaluate_on: Mapping[str, str],
     sources: dict[str, Source],
     console: Console | None,
+    teacher_scores: Scores | None,
 ) -> Outcome:
     """One run, read back or trained; an error becomes an outcome."""
     trace = folder.parent.parent / "failures" / f"{folder.name}.txt"
     try:
-        metrics = _finished(planned.config, folder, console)
+        metrics = _finished(planned.config, folder, console, teacher_scores)
         further = _further_scores(planned.config, folder, evaluate_on, sources)
     except Interrupted:
         raise
@@ -138,11 +140,23 @@ def _carry_out(
     return Outcome(folder, "finished", metrics | {"student": metrics["student"] | further})
 
 
-def _finished(config: RunConfig, folder: Path, console: Console | None) -> dict[str, Any]:
+def _known_teacher(planned: PlannedRun, plan: Plan, outcomes: Mapping[str, Outcome]) -> Scores | None:
+    """The scores of a run's teacher from a finished run that has the same one and the same final data."""
+    key = teacher_key(planned.config)
+    for other in plan.runs:
+        if key is not None and outcomes[other.digest].status == "finished" and teacher_key(other.config) == key:
+            scores: Scores = outcomes[other.digest].metrics["teacher"]
+            return scores
+    return None
+
+
+def _finished(
+    config: RunConfig, folder: Path, console: Console | None, teacher_scores: Scores | None
+) -> dict[str, Any]:
     """The metrics of a run: read if it is done, resumed if it was begun, trained otherwise."""
     stored = folder / "config.yaml"
     if not (folder / "metrics.json").is_file():
-        return run(config, out=folder, resume=stored.is_file(), console=console).metrics
+        return run(config, out=folder, resume=stored.is_file(), console=console, teacher_scores=teacher_scores).metrics
     if yaml.safe_load(stored.read_text(encoding="utf-8")) != config.plain():
         raise ConfigError(f"{stored} was changed after its run: move {folder} away, so that the run is made anew")
     return RunResult.read(folder).metrics

@@ -152,7 +152,7 @@ class CMAPKD(Method):
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
     card: ClassVar[MethodCard] = MethodCard(
         title="CMAPKD: cross-modal adaptive pyramid knowledge distillation",
-        paper="this project's own: https://github.com/cmapkd/cmapkd, docs/methods/cmapkd.md",
+        paper="this project's own (docs/methods/cmapkd.md), on the embedding terms of CLIP-KD, arXiv:2307.12732",
         equations=(
             "L_v = mean_b Σ_i w_v[b,i] λ_i d_i[b], d_i = mean |LN(proj_i(S_i)) - LN(T_i)|² for P2 to P4, "
             "d_P5 = |N(s) - N(t)|²; L_l the same over L1 to L4",

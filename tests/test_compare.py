@@ -64,9 +64,19 @@ class FakeRun:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, bool]] = []
+        self.known_teachers: list[dict[str, Any] | None] = []
         self.before: Callable[[RunConfig, Path], None] = lambda config, out: None
 
-    def __call__(self, config: RunConfig, *, out: Path, resume: bool = False, console: Any = None) -> RunResult:
+    def __call__(
+        self,
+        config: RunConfig,
+        *,
+        out: Path,
+        resume: bool = False,
+        console: Any = None,
+        teacher_scores: dict[str, Any] | None = None,
+    ) -> RunResult:
+        self.known_teachers.append(teacher_scores)
         self.calls.append((config.method.name, config.seed, resume))
         out.mkdir(parents=True, exist_ok=resume)
         (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
@@ -381,6 +391,14 @@ def test_finished_runs_are_read_back_and_changed_ones_made_anew(recipe: Path, fa
     compare(comparison(recipe, seeds=[0], overrides=["optim.learning_rate=0.5"]), out=tmp_path / "c")
     assert len(fake.calls) == 12
     assert len(list((tmp_path / "c" / "runs").iterdir())) == 12
+
+
+def test_a_teacher_is_measured_once(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+    settings = {"evaluation": {"templates": "simple"}}
+    compare(comparison(recipe, seeds=[0], arms={"a": {}, "b": {"method": "hinton"}, "c": settings}), out=tmp_path / "c")
+    own = scores(TEACHER_SCORE, params=100)
+    assert fake.known_teachers[:2] == [None, own]
+    assert fake.known_teachers[2] is None  # measured in another way
 
 
 def test_an_interrupt_leaves_tables_and_the_same_call_goes_on(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ def doctor(
 ) -> None:
     """Check models, data, sizes, memory and time of a recipe without running it."""
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from cmapkd.config import load_config
     from cmapkd.diagnosis import diagnose
@@ -21,9 +23,15 @@ def doctor(
     config = load_config(RunConfig, recipe, overrides or [])
     findings = diagnose(config)
     console = Console()
-    marks = {"ok": "[green]ok[/green]     ", "note": "[yellow]note[/yellow]   ", "problem": "[red]problem[/red]"}
-    for finding in findings:
-        console.print(marks[finding.level], end=" ")
-        console.print(f"{finding.what}: {finding.detail}", markup=False, highlight=False)
+    colours = {"ok": "green", "note": "yellow", "problem": "red"}
+    rows = [(Text(f"{each.level:7}", colours[each.level]), f"{each.what}: {each.detail}") for each in findings]
+    if console.is_terminal:  # wrapped beside its mark; in a file each finding is one line
+        grid = Table.grid(padding=(0, 1))
+        for mark, text in rows:
+            grid.add_row(mark, Text(text))
+        console.print(grid)
+    else:
+        for mark, text in rows:
+            console.print(mark, text, markup=False, highlight=False, soft_wrap=True)
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)

@@ -64,6 +64,12 @@ PRESETS: dict[str, TinyOptions] = {
     "small": TinyOptions(
         patch_size=16, stem_width=4, vision_width=64, vision_depth=2, text_width=32, text_depth=1, embed_dim=64
     ),
+    "base-32": TinyOptions(
+        patch_size=32, stem_width=4, vision_width=96, vision_depth=3, text_width=64, text_depth=1, embed_dim=128
+    ),
+    "small-32": TinyOptions(
+        patch_size=32, stem_width=4, vision_width=64, vision_depth=2, text_width=32, text_depth=1, embed_dim=64
+    ),
     "debug": TinyOptions(
         image_size=32,
         patch_size=8,
@@ -75,7 +81,8 @@ PRESETS: dict[str, TinyOptions] = {
         embed_dim=32,
     ),
 }
-"""`base` and `small` have about a fifth and a twentieth of the parameters of `large`."""
+"""`base` and `small` have about a fifth and a twentieth of the parameters of `large`; the `-32` ones besides have four
+image tokens instead of sixteen (docs/results/scenes.md measures both beside the packaged teacher)."""
 
 
 class Block(nn.Module):

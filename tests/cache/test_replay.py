@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from cache_support import VIEWS, cache_plan, train
+
 from cmapkd.cache import CachedTeacher, CacheError, CacheWarning
 from cmapkd.data.batches import PlanSampler
 from cmapkd.data.types import BadSampleError, Sample
@@ -105,7 +105,7 @@ def test_features_are_the_live_ones(name: str, tmp_path: Path) -> None:
 def test_pooled_rows_do_not_serve_distances_place_by_place(tmp_path: Path) -> None:
     method = make_method("cmapkd", settings=DENSE)
     with pytest.raises(
-        CacheError, match="cache.kind is pooled, but this method, as it is set, reads the teacher dense"
+        CacheError, match=r"cache.kind is pooled, but this method, as it is set, reads the teacher dense"
     ):
         _ = cache_plan(tmp_path, method, kind="pooled").kind
     pooled = make_method("cmapkd", settings=POOLED)
@@ -176,7 +176,7 @@ def test_samples_without_answer_are_answered_live(tmp_path: Path) -> None:
 
 def test_bad_samples_are_replaced_as_live(tmp_path: Path) -> None:
     source = MemorySource(24, bad=(3, 11), without_caption=(5,))
-    live, method = train(tmp_path / "live", "hinton", source=source)
+    live, _ = train(tmp_path / "live", "hinton", source=source)
     cached, _ = train(tmp_path / "cached", "hinton", cache={}, source=source)
     assert_close(cached, live, 1e-6)
     one, two = ((tmp_path / name / "bad_samples.jsonl").read_text() for name in ("live", "cached"))

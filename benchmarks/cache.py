@@ -3,7 +3,7 @@
     uv run python benchmarks/cache.py --json docs/results/cache.json
     uv run python benchmarks/cache.py --teacher open_clip:ViT-L-14 --rows 512
 
-The samples are noise of the teacher's size that is ready in memory: teacher and cache are measured, not decoding. Levels
+The samples are noise of the teacher's size, ready in memory: teacher and cache are measured, not decoding. Levels
 are those that CMAPKD taps. Reading is measured in batches of 256 in random order, in one thread, checks included.
 """
 

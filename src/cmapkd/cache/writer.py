@@ -211,5 +211,6 @@ def _finished(part: Part, shard: int) -> bool:
     try:
         return part.is_there(shard)
     except CacheError:
-        part.record(shard).unlink(missing_ok=True)
+        with explained(part.folder):
+            part.record(shard).unlink(missing_ok=True)
         return False

@@ -14,6 +14,8 @@ from typing import Literal, TypeVar
 
 import torch
 
+from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
+from cmapkd.cache.cost import measure
 from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
 from cmapkd.data.records import iter_captions
@@ -21,7 +23,7 @@ from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.methods import Method, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
-from cmapkd.run import RunConfig, readers, vocabulary_captions
+from cmapkd.run import RunConfig, plan_cache, readers, vocabulary_captions
 from cmapkd.training.optim import make_optimizer
 
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
@@ -77,6 +79,8 @@ def diagnose(config: RunConfig) -> list[Finding]:
     frozen = FrozenTeacher(teacher) if teacher is not None else None
     method = _attempt(findings, "method", partial(build_method, config.method, student=student, teacher=frozen))
     if method is not None:
+        if method.teacher is not None and len(train) >= config.training.batch_size:
+            findings += _predict_cache(method, train, config)
         findings += _measure_steps(method, train, config)
     return findings
 
@@ -259,6 +263,45 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident_bytes()
     kind = "GPU" if device.type == "cuda" else "process"
     yield Finding("ok", "memory", f"{kind} peak {peak / 2**30:.2f} GiB")
+
+
+def _predict_cache(method: Method, source: Source, config: RunConfig) -> Iterator[Finding]:
+    """Size of the teacher's cache, and from how many epochs on it pays."""
+    settings = config.cache
+    if settings is None:  # what it would be
+        values = {**config.plain(), "cache": CacheConfig().model_dump(mode="json")}
+        config = RunConfig.from_mapping(values)
+    assert config.data.views is not None
+    device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
+    try:
+        plan = plan_cache(config, method, source)
+        size = len(plan.keys) * plan.layout.row_bytes
+        cost = measure(plan, device=device)
+    except (ValueError, RuntimeError, OSError) as error:
+        yield Finding("problem" if settings is not None else "note", "cache", str(error))
+        return
+    per_epoch = len(source) // config.training.batch_size
+    epochs = config.training.num_steps(per_epoch) / per_epoch
+    views = config.data.views.num_views or DEFAULT_VIEWS
+    prepared = plan.teacher.model.image_spec != method.student.image_spec
+    live = cost.answer + (cost.prepare if prepared else 0.0)
+    detail = (
+        f"{'cache: auto would store' if settings is None else 'it stores'} {size / 2**30:.3f} GiB ({len(plan.keys):,} "
+        f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.kind} in {plan.layout.store}); here a pair takes the "
+        f"teacher {1000 * live:.2f} ms live, {1000 * cost.build:.2f} ms to store and {1000 * cost.read:.3f} ms to read"
+    )
+    if settings is not None and size > settings.max_gib * 2**30:
+        yield Finding("problem", "cache", f"{detail}. That is more than cache.max_gib {settings.max_gib:g}")
+        return
+    if live <= cost.read:
+        yield Finding("ok" if settings is None else "note", "cache", f"{detail}: it does not pay")
+        return
+    pays = views * cost.build / (live - cost.read)
+    detail += (
+        f". With {views} view{'s'[: views > 1]} it pays from {pays:.1f} epochs on, over all runs that share it; this "
+        f"run has {epochs:.3g}"
+    )
+    yield Finding("note" if settings is not None and epochs < pays else "ok", "cache", detail)
 
 
 def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,13 +15,15 @@ from accelerate import PartialState
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from rich.console import Console
 
+from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, all_keys, keys_of_run
+from cmapkd.cache.progress import BuildDisplay
 from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
-from cmapkd.methods import METHODS, MethodConfig, build_method
+from cmapkd.methods import METHODS, Method, MethodConfig, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
 from cmapkd.provenance import describe_environment
 from cmapkd.results import RunResult, Scores, gap_closed
@@ -45,6 +48,24 @@ class RunConfig(Config):
         "none", description="Compared with: none; scratch, the same student trained here without teacher; a run folder."
     )
     seed: int = Field(0, ge=0, description="Of initialisation, data order and replacements.")
+    cache: CacheConfig | None = Field(
+        None, description="off, auto or require: the teacher answers from disk; or with settings."
+    )
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _cache_may_be_off(cls, value: Any) -> Any:
+        mode = value.get("mode", value.get("name")) if isinstance(value, dict) else value
+        return None if mode in ("off", False) else value  # YAML reads `off` as false
+
+    @model_validator(mode="after")
+    def _views_cycle_with_a_cache(self) -> Self:
+        """A new view in every epoch would be stored and read once: with a cache they cycle, unless the recipe says."""
+        views = self.data.views
+        if self.cache is not None and views is not None and views.num_views is None:
+            cycled = views.model_copy(update={"num_views": DEFAULT_VIEWS})
+            object.__setattr__(self, "data", self.data.model_copy(update={"views": cycled}))
+        return self
 
     @field_validator("method", mode="before")
     @classmethod
@@ -77,11 +98,14 @@ class RunConfig(Config):
     def scratch(self) -> RunConfig:
         """The baseline of this run: same student, data, steps and seed, no teacher."""
         contrastive = METHODS["contrastive"].Config(name="contrastive")
-        return self.model_copy(update={"method": contrastive, "teacher": None, "baseline": "none"})
+        return self.model_copy(update={"method": contrastive, "teacher": None, "baseline": "none", "cache": None})
 
     def plain(self) -> dict[str, Any]:
         """As plain data, every default written out."""
-        return self.model_dump(mode="json")
+        values = self.model_dump(mode="json")
+        if self.cache is None:  # a run without cache is the run that it was before there were caches
+            del values["cache"]
+        return values
 
 
 def run(
@@ -147,12 +171,15 @@ def _train(
     torch.manual_seed(config.seed)
     method = build_method(config.method, student=student, teacher=teacher)
     assert config.data.views is not None
+    reader = answer_from_cache(config, method, source, console) if config.cache and method.teacher else None
+    teacher = None  # a cached one has no weights, and this would keep them
     builder = BatchBuilder(
         source,
         config.data.views,
         readers(student, method.teacher),
         seed=config.seed,
         on_bad_sample=config.data.on_bad_sample,
+        stored={"teacher": reader} if reader is not None else None,
     )
     trainer = Trainer(
         method,
@@ -178,6 +205,54 @@ def _train(
             student.load_state_dict(tensors["student"])
         _save_student(student, out / "student")
     return student, trained, extra
+
+
+def plan_cache(config: RunConfig, method: Method, source: Source, *, whole: bool = False) -> CachePlan:
+    """What the run asks of a cache: the rows that it reads, or with `whole` every sample in each of its views."""
+    assert config.data.views is not None
+    length, views, batch_size = len(source), config.data.views, config.training.batch_size
+    if whole:
+        keys = all_keys(length, views.num_views or DEFAULT_VIEWS)
+    else:
+        steps = config.training.num_steps(max(1, length // batch_size))
+        keys = keys_of_run(length, batch_size=batch_size, seed=config.seed, steps=steps, views=views)
+    return CachePlan.of_method(
+        config.cache or CacheConfig(),
+        method,
+        source=source,
+        views=views,
+        keys=keys,
+        precision=config.training.precision,
+    )
+
+
+def answer_from_cache(config: RunConfig, method: Method, source: Source, console: Console | None) -> CacheReader:
+    """Builds what is missing, if the config lets it, and puts a cached teacher into the method."""
+    assert config.cache is not None
+    assert config.teacher is not None
+    state = PartialState()
+    plan = plan_cache(config, method, source)
+    console = console if state.is_main_process else None
+    if config.cache.mode == "auto":
+        missing = plan.bytes_missing()
+        if console is not None and missing:
+            console.print(
+                f"cache: {missing / 2**20:,.0f} MiB of {plan.layout.describe()}, into {plan.folder}", highlight=False
+            )
+        plan.build(
+            device=state.device,
+            workers=config.data.workers,
+            rank=state.process_index,
+            world_size=state.num_processes,
+            skip_bad=config.data.on_bad_sample == "skip",
+            progress=BuildDisplay(console),
+        )
+        state.wait_for_everyone()
+    reader = plan.open()
+    if console is not None:
+        console.print(f"cache: the teacher answers from {plan.folder}", highlight=False)
+    method.teacher = plan.cached_teacher(reader, partial(build_model, config.teacher))
+    return reader
 
 
 def readers(student: DualEncoder, teacher: FrozenTeacher | None) -> dict[str, Reader]:

@@ -15,18 +15,21 @@ from torch import Tensor
 from torch.multiprocessing import get_context
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cmapkd.cache import CacheConfig, CachePlan, all_keys
 from cmapkd.data.types import Batch, ModelInput, TokenBatch
+from cmapkd.data.views import ViewSpec
 from cmapkd.features import gather_features
-from cmapkd.methods import METHODS
+from cmapkd.methods import METHODS, Method
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import optimizer_tensors
-from helpers import MemorySource, make_method, make_trainer, random_batch
+from helpers import MemorySource, make_method, make_model, make_trainer, random_batch
 
 WORLD_SIZE = 2
 BATCH = 8
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-TRAINED = ("contrastive", "clip_kd", "cmapkd, selected by a policy")
+CACHED = ", from a cache"
+TRAINED = ("contrastive", "clip_kd", "cmapkd, selected by a policy", f"clip_kd{CACHED}")
 EVERYTHING = {
     "bank_within_weight": 0.5,
     "pyramid_weight": 0.7,
@@ -102,14 +105,29 @@ def gathered_gradient(rank: int) -> dict[str, Tensor]:
     return {"gather/loss": loss.detach(), "gather/image": image.grad, "gather/text": text.grad}
 
 
+def answered_from_cache(method: Method, source: Any, out: Path) -> dict[str, Any]:
+    """Every process fills the same cache, and reads its own rows."""
+    views = ViewSpec(crop_scale=(0.6, 1.0), flip=0.5, num_views=1)
+    config = CacheConfig(folder=out.with_name(f"{out.name} (cache)"), store="fp32", batch_size=8, shard_mib=0.001)
+    keys = all_keys(len(source), 1)
+    plan = CachePlan.of_method(config, method, source=source, views=views, keys=keys, precision="fp32")
+    plan.build(device="cpu")
+    reader = plan.open()
+    method.teacher = plan.cached_teacher(reader, make_model)
+    return {"views": views, "stored": {"teacher": reader}}
+
+
 def trained(name: str, out: Path) -> dict[str, Tensor]:
     """Weights and optimizer of a run of a few steps, on data with bad samples; resumed once on the way."""
     source = MemorySource(40, bad=(3, 17))
     optim = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW makes large steps of rounding errors
-    kind, settings = CASES[name]
+    kind, settings = CASES[name.removesuffix(CACHED)]
 
     def trainer(**options: Any) -> Trainer:
-        return make_trainer(out, make_method(kind, settings=settings), source=source, optim=optim, **options)
+        method = make_method(kind, settings=settings)
+        if name.endswith(CACHED):
+            options["builder"] = answered_from_cache(method, source, out)
+        return make_trainer(out, method, source=source, optim=optim, **options)
 
     trainer(steps=6, checkpoint_every=3).run()
     again = trainer(steps=8)

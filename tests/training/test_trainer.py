@@ -248,6 +248,10 @@ class Exploding(Method):
         super().__init__(self.Config(name="exploding"), student=make_model())
         self.how, self.at = how, at
 
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return ("contrastive",)
+
     def terms(self, batch: Any) -> dict[str, Term]:
         self.calls += 1
         value = self.encode_student(batch).image.embedding.square().mean()

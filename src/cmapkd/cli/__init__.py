@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cmapkd.cli import compare, demo, distill, doctor, evaluate, methods
+from cmapkd.cli import cache, compare, demo, distill, doctor, evaluate, methods
 
 app = typer.Typer(
     name="cmapkd",
@@ -19,6 +19,7 @@ app = typer.Typer(
 for command in (demo.demo, distill.distill, evaluate.evaluate, methods.methods, doctor.doctor):
     app.command()(command)
 app.command(cls=compare.CompareCommand)(compare.compare)
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

@@ -57,8 +57,9 @@ def methods(
 
 
 def _settings(config: Any) -> dict[str, dict[str, Any]]:
+    defaults = config().model_dump(mode="json")
     return {
-        key: {"default": field.default, "description": field.description}
+        key: {"default": defaults[key], "description": field.description}
         for key, field in config.model_fields.items()
         if key != "name"
     }

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmapkd.data.random import permuted
-from cmapkd.data.types import BadSampleError, Batch, ModelInput, Source, TokenBatch
+from cmapkd.data.types import BadSampleError, Batch, ModelInput, Source, StoredRows, TokenBatch
 from cmapkd.data.views import CropBox, View, ViewSpec, draw_view
 
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
@@ -33,6 +34,26 @@ class Reader:
 
     preprocess: Preprocessing
     tokenize: Callable[[Sequence[str]], TokenBatch]
+
+
+class Answers(Protocol):
+    """A model's answers to views, read instead of computed; see `cache.CacheReader`. Picklable."""
+
+    needs_texts: bool  # whether the model's own tokens are read beside the answers
+
+    def has(self, view: int, index: int) -> bool:
+        """Whether the answer to a view of the sample at `index` is there."""
+        ...
+
+    def read(
+        self, view: int, indices: Sequence[int], ids: Sequence[str], captions: Sequence[str], missing: Sequence[int]
+    ) -> StoredRows:
+        """The answers to one view of these samples, except in the `missing` places.
+
+        Raises:
+            ValueError: an answer is to another sample, view or caption, or damaged.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +88,14 @@ class PlanSampler(Sampler[Plan]):
 
     def plan(self, step: int) -> Plan:
         epoch, position = divmod(step, self.steps_per_epoch)
-        positions = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
-        everyone = tuple(permuted(positions, self.length, "order", self.seed, epoch).tolist())
+        everyone = tuple(self.order(epoch, position, position + 1).tolist())
         share = self.batch_size // self.world_size
         return Plan(step, epoch, everyone, everyone[self.rank * share : (self.rank + 1) * share])
+
+    def order(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
+        """The samples of an epoch's batches `first` to `last`, one after the other."""
+        positions = np.arange(first * self.batch_size, last * self.batch_size)
+        return permuted(positions, self.length, "order", self.seed, epoch)
 
     def __iter__(self) -> Iterator[Plan]:
         return (self.plan(step) for step in range(self.start, self.stop))
@@ -84,18 +109,30 @@ class BatchBuilder(Dataset[Batch]):
 
     A sample that cannot be read is replaced by another that is not in the batch (chosen by the step and the bad one, so
     the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
+
+    A role with `stored` answers gets these, and images only of the samples that they lack.
     """
 
     def __init__(
-        self, source: Source, views: ViewSpec, readers: dict[str, Reader], *, seed: int, on_bad_sample: str = "skip"
+        self,
+        source: Source,
+        views: ViewSpec,
+        readers: dict[str, Reader],
+        *,
+        seed: int,
+        on_bad_sample: str = "skip",
+        stored: Mapping[str, Answers] | None = None,
     ) -> None:
         self.source, self.views, self.readers, self.seed = source, views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
+        self.stored = dict(stored or {})
 
     def __getitem__(self, plan: Plan) -> Batch:
         number = self.views.view_number(plan.epoch)
         ids: list[str] = []
+        indices: list[int] = []
         captions: list[str] = []
+        missing: dict[str, list[int]] = {role: [] for role in self.stored}
         pixels: dict[str, list[Tensor]] = {role: [] for role in self.readers}
         bad: list[tuple[str, str]] = []
         taken = set(plan.everyone)
@@ -106,13 +143,17 @@ class BatchBuilder(Dataset[Batch]):
                     if not sample.captions:
                         raise BadSampleError(sample.id, "no caption")
                     view = draw_view(sample.id, number, self.views, sample.image.size)
-                    images = self._read(sample.image, view)
+                    lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
+                    images = self._read(sample.image, view, lacking)
                 except BadSampleError as error:
                     if not self.skip_bad:
                         raise
                     bad.append((error.sample_id, error.reason))
                     continue
+                for role in lacking:
+                    missing[role].append(len(ids))
                 ids.append(sample.id)
+                indices.append(index)
                 captions.append(view.choose(sample.captions))
                 for role, image in images.items():
                     pixels[role].append(image)
@@ -121,7 +162,11 @@ class BatchBuilder(Dataset[Batch]):
                 raise BadSampleError(
                     bad[-1][0], f"{bad[-1][1]}; and no readable sample was found to take its place at step {plan.step}"
                 )
-        return Batch(tuple(ids), self._inputs(pixels, captions), tuple(captions), view=number, bad=tuple(bad))
+        stored = {
+            role: answers.read(number, indices, ids, captions, missing[role]) for role, answers in self.stored.items()
+        }
+        inputs = self._inputs(pixels, captions)
+        return Batch(tuple(ids), inputs, tuple(captions), view=number, bad=tuple(bad), stored=stored)
 
     def _candidates(self, plan: Plan, planned: int, taken: set[int]) -> Iterator[int]:
         yield planned
@@ -133,12 +178,14 @@ class BatchBuilder(Dataset[Batch]):
                 taken.add(index)
                 yield index
 
-    def _read(self, image: Image.Image, view: View) -> dict[str, Tensor]:
+    def _read(self, image: Image.Image, view: View, lacking: Sequence[str]) -> dict[str, Tensor]:
         """The view once per distinct preprocessing: models that agree on it share the tensor."""
         picture, box = view.prepare(image)
         done: dict[Preprocessing, Tensor] = {}
         images: dict[str, Tensor] = {}
         for role, reader in self.readers.items():
+            if role in self.stored and role not in lacking:
+                continue
             if reader.preprocess not in done:
                 done[reader.preprocess] = reader.preprocess(picture, box)
             images[role] = done[reader.preprocess]
@@ -148,6 +195,11 @@ class BatchBuilder(Dataset[Batch]):
         stacked: dict[Preprocessing, Tensor] = {}
         inputs: dict[str, ModelInput] = {}
         for role, reader in self.readers.items():
+            if role in self.stored:
+                if pixels[role] or self.stored[role].needs_texts:
+                    images = torch.stack(pixels[role]) if pixels[role] else torch.empty(0)
+                    inputs[role] = ModelInput(images, reader.tokenize(captions))
+                continue
             if reader.preprocess not in stacked:
                 stacked[reader.preprocess] = torch.stack(pixels[role])
             inputs[role] = ModelInput(stacked[reader.preprocess], reader.tokenize(captions))

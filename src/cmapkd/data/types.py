@@ -134,10 +134,26 @@ class ModelInput:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredRows:
+    """A model's stored answers to a batch, as they lie on disk, and which places of the batch have none."""
+
+    arrays: dict[str, Tensor]  # [batch ...] each; zeros in places without an answer
+    missing: Tensor  # Int[places], ascending: `ModelInput.images` holds exactly these
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StoredRows:
+        arrays = {name: array.to(device, non_blocking=non_blocking) for name, array in self.arrays.items()}
+        return StoredRows(arrays, self.missing)
+
+    def pin_memory(self) -> StoredRows:
+        return StoredRows({name: array.pin_memory() for name, array in self.arrays.items()}, self.missing)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The same views of the same samples, once for each model (`student`, `teacher`), in the same order.
 
-    `captions` are the texts that were tokenised; `view` is the view number of every sample in the batch.
+    `captions` are the texts that were tokenised; `view` is the view number of every sample in the batch. `stored` holds
+    what a cache has of a model's answers, by role; such a model's input may lack images, or be left out.
     """
 
     ids: tuple[str, ...]
@@ -146,14 +162,17 @@ class Batch:
     view: int = 0
     bad: tuple[tuple[str, str], ...] = field(default=())  # (id, reason) of samples skipped while making this batch
     extra: dict[str, Any] = field(default_factory=dict)
+    stored: dict[str, StoredRows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         inputs = {role: model_input.to(device, non_blocking) for role, model_input in self.inputs.items()}
-        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra)
+        stored = {role: rows.to(device, non_blocking) for role, rows in self.stored.items()}
+        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra, stored)
 
     def pin_memory(self) -> Batch:
         inputs = {role: model_input.pin_memory() for role, model_input in self.inputs.items()}
-        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra)
+        stored = {role: rows.pin_memory() for role, rows in self.stored.items()}
+        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra, stored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny, field_validator
@@ -17,6 +17,9 @@ from cmapkd.methods.stages import WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
+
+Detail = Literal["global", "pooled", "dense"]
+"""How finely a teacher is read: its embeddings; also one vector for each level; also levels place by place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,12 @@ class Method(nn.Module, ABC):
     def teacher_needs(self) -> Needs:
         """Levels of the teacher that the terms read; it computes and a cache stores no others."""
         return Needs()
+
+    @property
+    def teacher_detail(self) -> Detail:
+        """How finely the terms read the teacher, which is what a cache must hold."""
+        needs = self.teacher_needs
+        return "dense" if needs.image_levels or needs.text_levels else "global"
 
     @abstractmethod
     def terms(self, batch: Batch) -> dict[str, Term]:

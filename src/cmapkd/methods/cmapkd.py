@@ -29,7 +29,7 @@ from cmapkd.features import (
     gather_rows,
     sample_keys,
 )
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.base import Detail, Method, MethodCard, MethodConfig, Term, task_loss
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import (
     bank_divergence,
@@ -237,6 +237,15 @@ class CMAPKD(Method):
     @property
     def teacher_needs(self) -> Needs:
         return self.match.needs("teacher", self._levels_read())
+
+    @property
+    def teacher_detail(self) -> Detail:
+        """Only distances place by place need more than one vector a level; L3 is one."""
+        places = {level for term, levels in INTRA.items() if self._wants(term) for level in self.items[term]}
+        needs = self.teacher_needs
+        if places - {"P5", "L4", "L3"}:
+            return "dense"
+        return "pooled" if needs.image_levels or needs.text_levels else "global"
 
     def _levels_read(self) -> set[str]:
         """Levels that the terms of this stage read."""

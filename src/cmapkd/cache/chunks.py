@@ -1,0 +1,105 @@
+"""Views for the teacher to answer, in chunks that depend on nothing but their place: made by data workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cmapkd.cache.identity import row_check
+from cmapkd.cache.parts import Part
+from cmapkd.data.batches import Reader
+from cmapkd.data.types import BadSampleError, ModelInput, Source
+from cmapkd.data.views import ViewSpec, draw_view
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows `first` to `last` of a shard."""
+
+    part: int  # in the list of parts that are built
+    shard: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The readable views of a place, and where in it they stand."""
+
+    place: Place
+    inputs: ModelInput | None  # none: nothing in it could be read
+    checks: NDArray[np.uint64]  # of every row; 0 where the sample cannot be read
+    ids: tuple[str, ...]  # of the readable ones
+    bad: tuple[BadSampleError, ...]
+
+    def pin_memory(self) -> Chunk:
+        inputs = None if self.inputs is None else self.inputs.pin_memory()
+        return Chunk(self.place, inputs, self.checks, self.ids, self.bad)
+
+
+class Chunks(Dataset[Chunk]):
+    """Reads, shows and tokenises exactly as `BatchBuilder` does for the same view of the same sample."""
+
+    def __init__(self, source: Source, views: ViewSpec, reader: Reader, parts: Sequence[Part]) -> None:
+        self.source, self.views, self.reader, self.parts = source, views, reader, parts
+
+    def __getitem__(self, place: Place) -> Chunk:
+        keys = self.parts[place.part].keys(place.first, place.last)
+        checks = np.zeros(len(keys), np.uint64)
+        pixels: list[Tensor] = []
+        ids: list[str] = []
+        captions: list[str] = []
+        bad: list[BadSampleError] = []
+        for row, key in enumerate(keys.tolist()):
+            number, index = divmod(key, len(self.source))
+            try:
+                sample = self.source[index]
+                if not sample.captions:
+                    raise BadSampleError(sample.id, "no caption")
+                view = draw_view(sample.id, number, self.views, sample.image.size)
+                pixels.append(self.reader.preprocess(*view.prepare(sample.image)))
+            except BadSampleError as error:
+                bad.append(error)
+                continue
+            ids.append(sample.id)
+            captions.append(view.choose(sample.captions))
+            checks[row] = row_check(sample.id, number, captions[-1])
+        inputs = ModelInput(torch.stack(pixels), self.reader.tokenize(captions)) if pixels else None
+        return Chunk(place, inputs, checks, tuple(ids), tuple(bad))
+
+
+def places_of(part: Part, number: int, shards: Sequence[int]) -> list[Place]:
+    """The chunks of these shards, in order; a chunk does not cross the end of a shard."""
+    return [
+        Place(number, shard, first, min(first + part.batch_size, part.extent(shard)[1]))
+        for shard in shards
+        for first in range(*part.extent(shard), part.batch_size)
+    ]
+
+
+def load_chunks(chunks: Chunks, places: list[Place], *, workers: int, pin_memory: bool) -> Any:
+    """An iterable of chunks in the order of `places`."""
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    return DataLoader(
+        chunks,
+        sampler=places,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its own, so that building draws nothing from the run's random state
+    )
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk

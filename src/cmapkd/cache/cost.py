@@ -1,0 +1,87 @@
+"""What a cache costs and saves, measured on a few samples that are really stored and read."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cmapkd.cache.files import CacheError
+from cmapkd.cache.prepare import CachePlan
+from cmapkd.cache.writer import live_features
+from cmapkd.data.types import BadSampleError, ModelInput
+from cmapkd.data.views import draw_view
+
+MEASURED_ROWS = 64
+
+
+@dataclass
+class Cost:
+    """Seconds for one row."""
+
+    fetch: float = 0.0  # the sample from its source
+    prepare: float = 0.0  # its image in the teacher's form
+    answer: float = 0.0  # the teacher
+    build: float = 0.0  # all of these, and storing the answer
+    read: float = 0.0  # the stored answer
+
+
+def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
+    """Times the parts on the plan's first samples, in this process; the small cache made for it is removed.
+
+    Raises:
+        CacheError: no sample can be read, or an answer cannot be stored.
+    """
+    cost = Cost()
+    plan.teacher.to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        config = plan.config.model_copy(update={"folder": Path(folder) / "cache", "max_gib": 1e6})
+        small = replace(plan, config=config, keys=plan.keys[:MEASURED_ROWS])
+        _ = small.identity, small.layout  # hashed and asked once, not for each row
+        with _timed(cost, "build"):
+            small.build(device=device)
+        reader = small.open()
+        model, views = plan.teacher.model, plan.views
+        view = int(small.keys[0]) // len(plan.source)
+        ids, indices, captions, images = [], [], [], []
+        for key in small.keys.tolist():
+            if key // len(plan.source) != view:
+                break
+            try:
+                with _timed(cost, "fetch"):
+                    sample = plan.source[key % len(plan.source)]
+            except BadSampleError:
+                continue
+            if not sample.captions:
+                continue
+            drawn = draw_view(sample.id, view, views, sample.image.size)
+            with _timed(cost, "prepare"):
+                images.append(model.image_spec(*drawn.prepare(sample.image)))
+            ids.append(sample.id)
+            indices.append(key % len(plan.source))
+            captions.append(drawn.choose(sample.captions))
+        if not ids:
+            raise CacheError(f"none of the first samples of {plan.source.name} can be read")
+        inputs = ModelInput(torch.stack(images), model.tokenizer(captions)).to(device)
+        with _timed(cost, "answer"):
+            found = live_features(plan.teacher, inputs, plan.needs, plan.precision)
+            found.image.embedding.sum().item()  # a GPU has finished only now
+        reader.read(view, indices, ids, captions, [])
+        with _timed(cost, "read"):
+            reader.read(view, indices, ids, captions, [])
+    rows = len(ids)
+    return Cost(
+        cost.fetch / rows, cost.prepare / rows, cost.answer / rows, cost.build / len(small.keys), cost.read / rows
+    )
+
+
+@contextmanager
+def _timed(cost: Cost, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    setattr(cost, name, getattr(cost, name) + time.perf_counter() - start)

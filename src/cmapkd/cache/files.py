@@ -1,0 +1,130 @@
+"""The files of a cache: written whole or not at all, JSON with a digest of its own, errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class CacheError(ValueError):
+    """A cache that cannot be read, written, or used for this run; says why, and what to do."""
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes `values` and their digest."""
+    text = json.dumps(values | {"digest": _digest(values)}, indent=1, sort_keys=True) + "\n"
+    with new_file(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Raises:
+        CacheError: it is not there, or not as it was written.
+    """
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        written = values.pop("digest")
+    except FileNotFoundError:
+        raise CacheError(f"there is no {path}: build the cache first (cmapkd cache build)") from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CacheError(f"{path} is damaged ({error}): restore it, or remove its folder and build again") from None
+    if written != _digest(values):
+        raise CacheError(f"{path} is damaged (its digest does not fit): restore it, or remove its folder and rebuild")
+    return values
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, flushed and renamed to it at the end; removed if anything goes wrong.
+
+    Raises:
+        CacheError: the disk is full or read-only.
+    """
+    temporary = path.with_name(f".{path.name}.{_me()}.writing")
+    try:
+        with explained(path.parent):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(path)
+            flush_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns what a disk can refuse into a `CacheError`; what is finished on it stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise CacheError(
+                f"the disk of {folder} is full: free some space, or name another folder (cache.folder), and build "
+                "again; finished shards are kept"
+            ) from None
+        if error.errno in _READ_ONLY:
+            raise CacheError(
+                f"{folder} cannot be written ({error.strerror}): name another folder (cache.folder)"
+            ) from None
+        raise
+
+
+def flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_folder(path: Path) -> Path:
+    """Where this process prepares a folder that will be renamed to `path`."""
+    return path.with_name(f".{path.name}.{_me()}.writing")
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """What writers that are no longer alive left in `folder`; those of other machines are not touched."""
+    for path in folder.glob(".*.writing"):
+        host, _, number = path.name.removesuffix(".writing").rpartition(".")[2].rpartition("-")
+        if host == _host() and number.isdecimal() and not _alive(int(number)):
+            yield path
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return digest_of(json.dumps(values, sort_keys=True).encode())
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "_")
+
+
+def _me() -> str:
+    return f"{_host()}-{os.getpid()}"
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,103 @@
+"""What a cache belongs to: hashes of the teacher, its preprocessing, the views and the data, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from cmapkd.cache.files import digest_of
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.views import ViewSpec, draw_view
+from cmapkd.models import DualEncoder
+
+FORMAT = 1
+_TEXTS = (
+    "a photo of two dogs on the beach.",
+    "The QUICK brown fox, jumped over 13 lazy dogs!",
+    "ünïcödé 漢字 🙂 &amp; <b>tags</b>\tand  spaces",
+    "it's a red-green-blue cube; left of it: nothing at all",
+    " ".join(["word"] * 200),
+    "",
+)
+_OWN_TEXTS = 32  # captions of the data that the tokenizer is also tried on
+
+_REASONS = {
+    "format": "it was written by another version of cmapkd",
+    "teacher": "it holds the answers of other weights",
+    "image_spec": "the teacher's image preprocessing differs",
+    "tokenizer": "the teacher's tokenizer differs",
+    "views": "it holds other views of the samples (data.views)",
+    "data": "it was made from other data",
+    "precision": "the teacher answered in another precision (training.precision)",
+}
+
+
+def identity_of(model: DualEncoder, source: Source, views: ViewSpec, *, precision: str) -> dict[str, Any]:
+    """Everything that an answer depends on besides sample and view number, as plain data.
+
+    The model is read on the CPU or wherever it is; hashing takes about a second for each GB.
+    """
+    spec = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.image_spec).items()}
+    return {
+        "format": FORMAT,
+        "teacher": weight_hash(model),
+        "image_spec": spec,
+        "tokenizer": _tokenizer_hash(model, source),
+        "views": _view_hash(views),
+        "data": f"{source.fingerprint()} of {len(source)}",
+        "precision": precision,
+    }
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """A sentence for each part in which a cache does not fit a run."""
+    return [
+        f"{reason} (stored {stored.get(key)!r}, this run {wanted[key]!r})"
+        for key, reason in _REASONS.items()
+        if stored.get(key) != wanted[key]
+    ]
+
+
+def weight_hash(model: DualEncoder) -> str:
+    """Of every tensor's name, type, shape and bytes."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def row_check(sample_id: str, view: int, caption: str) -> int:
+    """The number that a row carries of what it answers, so that no other view or caption can pass for it; never 0."""
+    text = f"{len(sample_id)} {sample_id} {view} {caption}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") | 1
+
+
+def _view_hash(views: ViewSpec) -> str:
+    """Of the ranges and of what is drawn from them, so that a change of the drawing shows as well."""
+    drawn = [draw_view("probe", number, views, (640, 480)) for number in range(4)]
+    return f"{views.fingerprint()} {digest_of(repr(drawn).encode())}"
+
+
+def _tokenizer_hash(model: DualEncoder, source: Source) -> str:
+    """Of what it makes of some texts: every family's tokenizer can be asked for that."""
+    texts = [*_TEXTS, *_captions(source)]
+    tokens = model.tokenizer(texts)
+    digest = blake2b(f"{model.tokenizer.context_length} {model.tokenizer.vocab_size}".encode(), digest_size=16)
+    for tensor in (tokens.ids.long(), tokens.mask):
+        digest.update(f"{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _captions(source: Source) -> Iterator[str]:
+    for index in range(min(len(source), _OWN_TEXTS)):
+        try:
+            captions = source.captions(index)
+        except BadSampleError:
+            continue
+        yield from captions[:1]

@@ -1,0 +1,255 @@
+"""From a method with a live teacher to the same method with a cached one: finds the cache, builds it, opens it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmapkd.cache.config import CacheConfig
+from cmapkd.cache.files import CacheError, digest_of
+from cmapkd.cache.identity import differences, identity_of
+from cmapkd.cache.layout import DETAILS, Layout
+from cmapkd.cache.parts import CacheFolder, Keys
+from cmapkd.cache.reader import CacheReader
+from cmapkd.cache.teacher import CachedTeacher
+from cmapkd.cache.writer import Built, Progress, build, live_features, missing_shards
+from cmapkd.data.types import BadSampleError, ModelInput, Source
+from cmapkd.data.views import ViewSpec
+from cmapkd.methods import Method
+from cmapkd.methods.base import Detail
+from cmapkd.models import DualEncoder, FrozenTeacher, Needs
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a run asks of a cache; nothing is written before `build`."""
+
+    config: CacheConfig
+    teacher: FrozenTeacher  # live
+    needs: Needs
+    detail: Detail
+    source: Source
+    views: ViewSpec
+    keys: Keys  # what the run will read
+    precision: str
+
+    @classmethod
+    def of_method(
+        cls, config: CacheConfig, method: Method, *, source: Source, views: ViewSpec, keys: Keys, precision: str
+    ) -> CachePlan:
+        """Before any stage has been entered: what all stages together read."""
+        assert method.teacher is not None
+        detail = method.teacher_detail
+        return cls(config, method.teacher, method.teacher_needs, detail, source, views, keys, precision)
+
+    @property
+    def kind(self) -> Detail:
+        """What is stored where no cache is there yet.
+
+        Raises:
+            CacheError: the config asks for less than the method reads.
+        """
+        if self.config.kind == "auto":
+            return self.detail
+        if DETAILS.index(self.config.kind) < DETAILS.index(self.detail):
+            raise CacheError(
+                f"cache.kind is {self.config.kind}, but this method, as it is set, reads the teacher {self.detail}: "
+                f"leave cache.kind at auto, or give the levels' weights as zero"
+            )
+        return self.config.kind
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Found by asking the teacher about one sample, where it is now.
+
+        Raises:
+            CacheError: no sample can be read, or the teacher's rows are not alike.
+        """
+        needs = self.needs
+        if self.kind != "global" and self.config.kind != "auto" and not (needs.image_levels or needs.text_levels):
+            model = self.teacher.model  # asked to hold levels that this method does not read: all of them
+            needs = Needs(
+                tuple(info.name for info in model.image_levels), tuple(info.name for info in model.text_levels)
+            )
+        model = self.teacher.model
+        features = live_features(self.teacher, self._one_sample(), needs, self.precision)
+        context = model.tokenizer.context_length
+        return Layout.of(features, kind=self.kind, store=self.config.store, context_length=context)
+
+    def _one_sample(self) -> ModelInput:
+        model = self.teacher.model
+        device = next(model.parameters()).device
+        for index in range(min(len(self.source), 1000)):
+            try:
+                sample = self.source[index]
+            except BadSampleError:
+                continue
+            if sample.captions:
+                images = model.image_spec(sample.image)[None]
+                return ModelInput(images, model.tokenizer(sample.captions[:1])).to(device)
+        raise CacheError(f"none of the first samples of {self.source.name} can be read")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return identity_of(self.teacher.model, self.source, self.views, precision=self.precision)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The config's, or one under the user's cache folder by what is in it."""
+        if self.config.folder is not None:
+            return self.config.folder
+        root = os.environ.get("XDG_CACHE_HOME")
+        base = Path(root) if root else Path("~/.cache").expanduser()
+        content = repr((sorted(self.identity.items()), self.layout.plain())).encode()
+        name = re.sub(r"[^\w.-]+", "-", f"{self.teacher.name}-{self.source.name}").strip("-")
+        return base / "cmapkd" / "teachers" / f"{name[:80]}-{digest_of(content)[:12]}"
+
+    def existing(self) -> CacheFolder | None:
+        """The cache in the folder, or None where there is none yet.
+
+        Raises:
+            CacheError: it does not fit; lists every reason.
+        """
+        if not CacheFolder.exists(self.folder):
+            return None
+        cache = CacheFolder.open(self.folder)
+        reasons = differences(cache.identity, self.identity)
+        lacking = cache.layout.lacks(self.needs, self.detail)
+        reasons += [lacking] if lacking else []
+        if self.config.store != cache.layout.store:
+            reasons.append(f"it stores {cache.layout.store}, and cache.store is {self.config.store}")
+        if reasons:
+            listed = "\n  ".join(reasons)
+            raise CacheError(
+                f"the cache {self.folder} does not fit this run:\n  {listed}\nName another folder, or leave "
+                "cache.folder out: then each teacher and data set has its own."
+            )
+        return cache
+
+    def bytes_missing(self) -> int:
+        """That building would write."""
+        cache = self.existing()
+        if cache is None:
+            return len(self.keys) * self.layout.row_bytes
+        missing, unknown = missing_shards(cache, self.keys)
+        return (len(unknown) + sum(each.rows for each in missing)) * cache.layout.row_bytes
+
+    def check_size(self) -> None:
+        """Refuses what is larger than the config or the disk allows.
+
+        Raises:
+            CacheError: says how much, and what to do.
+        """
+        needed = self.bytes_missing()
+        if not needed:
+            return
+        what = (
+            f"caching {self.teacher.name} for this run takes {needed / GIB:.2f} GiB ({len(self.keys):,} rows of "
+            f"{self.layout.row_bytes:,} bytes)"
+        )
+        advice = (
+            "read fewer samples (for scenes: data.train=scenes?length=50000), fewer views (data.views.num_views), or "
+            "store less (cache.store=int8)"
+        )
+        if needed > self.config.max_gib * GIB:
+            raise CacheError(f"{what}, more than cache.max_gib {self.config.max_gib:g}: {advice}; or raise the limit")
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise CacheError(f"{what}, and the disk of {existing} has {free / GIB:.2f} GiB left: {advice}")
+
+    def build(
+        self,
+        *,
+        device: torch.device | str,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        skip_bad: bool = True,
+        progress: Progress | None = None,
+    ) -> Built:
+        """Adds what is missing; this process's part of it. The teacher is moved to `device`.
+
+        Raises:
+            CacheError: it would be too large, does not fit, or cannot be written.
+        """
+        self.check_size()
+        cache = self.existing() or self._create()
+        missing, unknown = missing_shards(cache, self.keys)
+        if not missing and not len(unknown):
+            return Built()
+        self.teacher.to(device)
+        return build(
+            cache,
+            self.keys,
+            teacher=self.teacher,
+            source=self.source,
+            views=self.views,
+            precision=self.precision,
+            batch_size=self.config.batch_size,
+            shard_bytes=self.config.shard_mib * 2**20,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+
+    def _create(self) -> CacheFolder:
+        model = self.teacher.model
+        bias = model.logit_bias
+        about: Mapping[str, Any] = {"teacher": model.name, "data": self.source.name}
+        return CacheFolder.create(
+            self.folder,
+            identity=self.identity,
+            layout=self.layout,
+            about=about,
+            logit_scale=float(model.log_logit_scale.detach().exp().reshape(())),
+            logit_bias=None if bias is None else float(bias.detach()),
+            length=len(self.source),
+        )
+
+    def open(self) -> CacheReader:
+        """The cache, complete for this run.
+
+        Raises:
+            CacheError: there is none, it does not fit, it is damaged, or rows are missing.
+        """
+        cache = self.existing()
+        if cache is None:
+            raise CacheError(
+                f"there is no cache in {self.folder}: build it (cmapkd cache build RECIPE), or set cache: auto"
+            )
+        reader = CacheReader(cache, check=self.config.check)
+        absent = int((~reader.held(self.keys)).sum())
+        if absent:
+            raise CacheError(
+                f"the cache {self.folder} lacks {absent:,} of the {len(self.keys):,} rows that this run reads (other "
+                "samples, more views, or a build that was stopped): build them (cmapkd cache build RECIPE), or set "
+                "cache: auto"
+            )
+        return reader
+
+    def cached_teacher(self, reader: CacheReader, reload: Callable[[], DualEncoder]) -> CachedTeacher:
+        """Takes the live teacher's weights out of memory: this plan cannot build any more."""
+        identity = self.identity["teacher"]
+
+        def checked() -> DualEncoder:
+            from cmapkd.cache.identity import weight_hash
+
+            model = reload()
+            if weight_hash(model) != identity:
+                raise CacheError(f"the teacher {model.name} has other weights than when this run began")
+            return model
+
+        return CachedTeacher(self.teacher.model, reader.cache, reload=checked, precision=self.precision)

@@ -1,0 +1,126 @@
+"""Reads answers back: any rows of any shard, mapped from the disk, each checked to be the one that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cmapkd.cache.config import Check
+from cmapkd.cache.files import CacheError, read_json
+from cmapkd.cache.identity import row_check
+from cmapkd.cache.layout import CHECK
+from cmapkd.cache.parts import CacheFolder, Keys, Part
+from cmapkd.data.types import StoredRows
+
+
+class CacheReader:
+    """The finished shards of a cache, as they are now; see `data.batches.Answers`.
+
+    Safe to use in several processes at once: nothing is written, and only finished shards are read.
+    """
+
+    def __init__(self, cache: CacheFolder, *, check: Check = "first_use") -> None:
+        """Looks at sizes and records of every shard.
+
+        Raises:
+            CacheError: something is damaged.
+        """
+        self.cache, self.check = cache, check
+        self.needs_texts = cache.layout.kind == "dense" and any(
+            each.tower == "text" and each.level is not None for each in cache.layout.fields
+        )
+        self.parts = cache.parts()
+        self._there = [np.array([part.is_there(n) for n in range(part.num_shards)], bool) for part in self.parts]
+        # shared, so that what one data worker has checked is known to the others
+        self._checked = [torch.zeros(part.num_shards, dtype=torch.uint8).share_memory_() for part in self.parts]
+        self._maps: dict[tuple[int, int], NDArray[Any]] = {}
+        if check == "open":
+            for number, part in enumerate(self.parts):
+                for shard in np.flatnonzero(self._there[number]).tolist():
+                    check_shard(part, shard)
+                    self._checked[number][shard] = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def held(self, keys: Keys) -> NDArray[np.bool_]:
+        """Which rows are in finished shards, whether or not their sample could be read."""
+        found = np.zeros(len(keys), bool)
+        for part, there in zip(self.parts, self._there, strict=True):
+            rows = part.locate(keys)
+            found |= (rows >= 0) & there[np.maximum(rows, 0) // part.shard_rows]
+        return found
+
+    def has(self, view: int, index: int) -> bool:
+        found = self._find(view, index)
+        return found is not None and bool(self._map(found[0], found[1])[CHECK][found[2]])
+
+    def read(
+        self, view: int, indices: Sequence[int], ids: Sequence[str], captions: Sequence[str], missing: Sequence[int]
+    ) -> StoredRows:
+        rows = np.zeros(len(indices), self.cache.layout.dtype)
+        expected = np.zeros(len(indices), np.uint64)
+        lacking = set(missing)
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for place, index in enumerate(indices):
+            if place in lacking:
+                continue
+            found = self._find(view, index)
+            if found is None:
+                raise CacheError(
+                    f"{self.cache.path} has no view {view} of sample {ids[place]!r}: build what is missing"
+                )
+            places.setdefault(found[:2], []).append((place, found[2]))
+            expected[place] = row_check(ids[place], view, captions[place])
+        for (part, shard), pairs in places.items():
+            to, at = zip(*pairs, strict=True)
+            rows[[*to]] = self._map(part, shard)[[*at]]
+        wrong = np.flatnonzero(rows[CHECK] != expected)
+        if len(wrong):
+            place = int(wrong[0])
+            raise CacheError(
+                f"{self.cache.path} answers another sample, view or caption than view {view} of {ids[place]!r} with "
+                f"{captions[place]!r}: the data changed in a way that its fingerprint does not show. Remove the cache "
+                "and build it again."
+            )
+        return StoredRows(self.cache.layout.tensors(rows), torch.tensor(sorted(lacking), dtype=torch.int64))
+
+    def _find(self, view: int, index: int) -> tuple[int, int, int] | None:
+        """Part, shard, and row within it."""
+        key = view * self.cache.length + index
+        for number, part in enumerate(self.parts):
+            row = part.row_of(key)
+            if row >= 0:
+                shard, place = divmod(row, part.shard_rows)
+                if self._there[number][shard]:
+                    return number, shard, place
+        return None
+
+    def _map(self, number: int, shard: int) -> NDArray[Any]:
+        mapped = self._maps.get((number, shard))
+        if mapped is None:
+            part = self.parts[number]
+            if self.check == "first_use" and not self._checked[number][shard]:
+                check_shard(part, shard)
+                self._checked[number][shard] = 1
+            mapped = np.memmap(part.data(shard), self.cache.layout.dtype, mode="r")
+            self._maps[number, shard] = mapped.view(np.ndarray)  # a plain array: half the cost of an access
+        return self._maps[number, shard]
+
+
+def check_shard(part: Part, shard: int) -> None:
+    """Compares a shard's bytes with its record.
+
+    Raises:
+        CacheError: a bit differs.
+    """
+    record = read_json(part.record(shard))
+    if part.checksum(shard) != record["checksum"]:
+        raise CacheError(
+            f"{part.data(shard)} is damaged (its checksum does not fit): cmapkd cache verify --remove-damaged "
+            f"{part.folder.parent}, then build again"
+        )

@@ -1,0 +1,84 @@
+"""`CachedTeacher`: the frozen teacher's interface, answered from disk. Its weights are not in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.writer import live_features
+from cmapkd.data.types import Batch, ModelInput, StoredRows, TokenBatch
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+
+
+class CacheWarning(UserWarning):
+    """The live teacher had to answer."""
+
+
+class CachedTeacher(FrozenTeacher):
+    """Answers with `batch.stored["teacher"]`; for samples without an answer it loads the teacher after all.
+
+    `model` says what the teacher is (levels, preprocessing, tokenizer); its weights are on the meta device.
+
+    Args:
+        reload: loads the teacher again, in eval mode, on the CPU.
+    """
+
+    def __init__(
+        self, model: DualEncoder, cache: CacheFolder, *, reload: Callable[[], DualEncoder], precision: str = "fp32"
+    ) -> None:
+        super().__init__(model.to("meta"))
+        self.cache, self.reload, self.precision = cache, reload, precision
+        self.live: FrozenTeacher | None = None
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> CachedTeacher:
+        self.device = torch.device(device)
+        if self.live is not None:
+            self.live.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
+        needs = needs or Needs()
+        stored, inputs = batch.stored["teacher"], batch.inputs.get("teacher")
+        layout = self.cache.layout
+        arrays = layout.decode(stored.arrays)
+        if len(stored.missing):
+            assert inputs is not None
+            self._answer(arrays, stored, inputs)
+        device = arrays["image"].device
+        bias = self.cache.logit_bias
+        return layout.features(
+            arrays,
+            needs,
+            None if inputs is None else inputs.texts,
+            logit_scale=torch.tensor(self.cache.logit_scale, device=device),
+            logit_bias=None if bias is None else torch.tensor(bias, device=device),
+        )
+
+    def _answer(self, arrays: dict[str, Tensor], stored: StoredRows, inputs: ModelInput) -> None:
+        """Fills the places without an answer."""
+        if self.live is None:
+            warnings.warn(
+                f"the cache {self.cache.path} lacks {len(stored.missing)} samples of a batch (not foreseen, or not "
+                "readable when it was built): the teacher is loaded to answer for such samples",
+                CacheWarning,
+                stacklevel=4,
+            )
+            self.live = FrozenTeacher(self.reload()).to(inputs.images.device)
+        places = stored.missing.to(inputs.images.device)
+        texts = TokenBatch(inputs.texts.ids[places], inputs.texts.mask[places])
+        layout = self.cache.layout
+        needs = Needs(
+            *(
+                tuple(str(each.level) for each in layout.fields if each.level is not None and each.tower == tower)
+                for tower in ("image", "text")
+            )
+        )
+        features = live_features(self.live, ModelInput(inputs.images, texts), needs, self.precision)
+        for name, values in layout.arrays(features, texts).items():
+            arrays[name][places] = values.to(arrays[name].dtype)

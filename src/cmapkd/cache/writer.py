@@ -1,0 +1,216 @@
+"""Builds what is missing, shard by shard: any number of processes, stopped at any moment, the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, places_of
+from cmapkd.cache.fidelity import Fidelity
+from cmapkd.cache.files import CacheError, explained, leftovers, new_file, write_json
+from cmapkd.cache.parts import CacheFolder, Keys, Part
+from cmapkd.data.batches import Reader
+from cmapkd.data.types import ModelInput, Source
+from cmapkd.data.views import ViewSpec
+from cmapkd.models import FrozenTeacher, Needs
+
+Progress = Callable[[int, int], None]  # rows done, rows to do, of this process
+
+
+@dataclass
+class Built:
+    """What one process did."""
+
+    rows: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (id, reason) of samples that have no answer
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Shards of a part that have to be built for what was asked."""
+
+    part: Part
+    shards: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        extents = [self.part.extent(shard) for shard in self.shards]
+        return sum(last - first for first, last in extents)
+
+
+def missing_shards(cache: CacheFolder, keys: Keys) -> tuple[list[Missing], Keys]:
+    """What of `keys` is in shards that are not finished, and which keys no part has yet."""
+    unknown = np.ones(len(keys), bool)
+    found: list[Missing] = []
+    for part in cache.parts():
+        rows = part.locate(keys)
+        held = rows >= 0
+        wanted = np.unique(rows[held & unknown] // part.shard_rows).tolist()
+        unknown &= ~held
+        shards = tuple(shard for shard in wanted if not _finished(part, shard))
+        if shards:
+            found.append(Missing(part, shards))
+    return found, keys[unknown]
+
+
+def build(
+    cache: CacheFolder,
+    keys: Keys,
+    *,
+    teacher: FrozenTeacher,
+    source: Source,
+    views: ViewSpec,
+    precision: str,
+    batch_size: int,
+    shard_bytes: float,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    skip_bad: bool = True,
+    progress: Progress | None = None,
+) -> Built:
+    """Adds the answers to `keys` that the cache lacks; of several processes each takes every `world_size`-th shard.
+
+    Args:
+        teacher: on the device where it shall answer.
+        precision: `fp32`, or `bf16` for autocast, as the run will use.
+        batch_size, shard_bytes: of new parts; one that was begun keeps its own.
+        skip_bad: a sample that cannot be read gets a row that says so; otherwise it ends the build.
+    Raises:
+        CacheError: the disk is full or read-only, or an answer does not fit the stored numbers.
+        BadSampleError: with `skip_bad=False`.
+    """
+    for path in [*leftovers(cache.path), *(each for part in cache.parts() for each in leftovers(part.folder))]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    unknown = missing_shards(cache, keys)[1]
+    if len(unknown):
+        cache.add_part(unknown, batch_size=batch_size, shard_bytes=shard_bytes)
+    missing = missing_shards(cache, keys)[0]
+    mine = [Missing(each.part, tuple(shard for shard in each.shards if shard % world_size == rank)) for each in missing]
+    reader = Reader(teacher.model.image_spec, teacher.model.tokenizer)
+    chunks = Chunks(source, views, reader, [each.part for each in mine])
+    places = [place for number, each in enumerate(mine) for place in places_of(each.part, number, each.shards)]
+    total = sum(each.rows for each in mine)
+    built = Built()
+    device = next(teacher.model.parameters()).device
+    loader = load_chunks(chunks, places, workers=workers, pin_memory=device.type == "cuda")
+    answer = _Answerer(cache, teacher, device, precision)
+    with ExitStack() as stack:
+        shard: _Shard | None = None
+        for chunk in loader:
+            for error in chunk.bad:
+                if not skip_bad:
+                    raise error
+                built.bad.append((error.sample_id, error.reason))
+            place = chunk.place
+            part = mine[place.part].part
+            if shard is None:
+                shard = stack.enter_context(_Shard(part, place.shard))
+            shard.write(answer(chunk, shard.fidelity), num_bad=len(chunk.bad))
+            built.rows += place.last - place.first
+            if place.last == part.extent(place.shard)[1]:
+                stack.close()  # renames the data into place
+                shard.finish()
+                shard = None
+            if progress is not None:
+                progress(built.rows, total)
+    return built
+
+
+class _Answerer:
+    """A chunk to rows as they are stored."""
+
+    def __init__(self, cache: CacheFolder, teacher: FrozenTeacher, device: torch.device, precision: str) -> None:
+        self.layout, self.teacher, self.device, self.precision = cache.layout, teacher, device, precision
+        levels = [each for each in cache.layout.fields if each.level is not None]
+        self.needs = Needs(
+            *(tuple(str(each.level) for each in levels if each.tower == tower) for tower in ("image", "text"))
+        )
+
+    @torch.no_grad()
+    def __call__(self, chunk: Chunk, fidelity: Fidelity) -> Any:
+        if chunk.inputs is None:
+            return self.layout.rows({}, chunk.checks)
+        inputs = chunk.inputs.to(self.device, non_blocking=True)
+        live = self.layout.arrays(live_features(self.teacher, inputs, self.needs, self.precision), inputs.texts)
+        encoded = self.layout.encode(live)
+        stored = self.layout.decode(encoded)
+        self._check(live, stored, chunk.ids)
+        fidelity.add(live, stored)
+        good = self.layout.rows(encoded, chunk.checks[chunk.checks != 0])
+        rows = np.zeros(len(chunk.checks), self.layout.dtype)
+        rows[chunk.checks != 0] = good
+        return rows
+
+    def _check(self, live: dict[str, Tensor], stored: dict[str, Tensor], ids: tuple[str, ...]) -> None:
+        for name, array in live.items():
+            for values, why in ((array, "the teacher's answer"), (stored[name], f"its copy in {self.layout.store}")):
+                finite = values.flatten(1).isfinite().all(1)
+                if not bool(finite.all()):
+                    first = ids[int((~finite).nonzero()[0])]
+                    remedy = "check the teacher and its precision" if values is array else "use cache.store=fp32"
+                    raise CacheError(f"{name} of sample {first!r} is not finite in {why}: {remedy}")
+
+
+def live_features(teacher: FrozenTeacher, inputs: ModelInput, needs: Needs, precision: str) -> Any:
+    """The teacher's answers as a training step in this precision would have them."""
+    device = inputs.images.device
+    # without autocast's own cache: entries made here must not be used by a training step
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        return teacher.model(inputs, needs)
+
+
+class _Shard:
+    """One shard under way: under another name until its last row is written; gone if it is not finished."""
+
+    def __init__(self, part: Part, number: int) -> None:
+        self.part, self.number, self.fidelity = part, number, Fidelity()
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._num_bad = 0
+        self._stack = ExitStack()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> _Shard:
+        temporary: Path = self._stack.enter_context(new_file(self.part.data(self.number)))
+        self._file = self._stack.enter_context(temporary.open("wb"))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def write(self, rows: Any, *, num_bad: int) -> None:
+        assert self._file is not None
+        data = rows.tobytes()
+        with explained(self.part.folder):
+            self._file.write(data)
+        self._digest.update(data)
+        self._num_bad += num_bad
+
+    def finish(self) -> None:
+        first, last = self.part.extent(self.number)
+        record = {
+            "rows": last - first,
+            "bad": self._num_bad,
+            "checksum": self._digest.hexdigest(),
+            "fidelity": self.fidelity.plain(),
+        }
+        write_json(self.part.record(self.number), record)
+
+
+def _finished(part: Part, shard: int) -> bool:
+    """What is damaged is built anew."""
+    try:
+        return part.is_there(shard)
+    except CacheError:
+        with explained(part.folder):
+            part.record(shard).unlink(missing_ok=True)
+        return False

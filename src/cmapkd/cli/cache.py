@@ -1,0 +1,125 @@
+"""`cmapkd cache`: the teacher's answers on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The teacher's answers on disk: build, look at, check.", no_args_is_help=True)
+
+
+@app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
+    whole: Annotated[
+        bool, typer.Option("--all", help="Every sample in every view, not only what this run reads.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="This process of --world; by default torchrun says.")] = None,
+    world: Annotated[int | None, typer.Option(help="Processes that build, each with its own number.")] = None,
+) -> None:
+    """Build what a recipe's cache lacks. Stopped at any moment, the same command goes on."""
+    from rich.console import Console
+
+    from cmapkd.cache import CacheConfig, CacheError
+    from cmapkd.config import ConfigError, load_config
+    from cmapkd.run import RunConfig
+
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
+    if not 0 <= rank < world:
+        raise ConfigError(f"process {rank} of {world}: numbers run from 0 to {world - 1}")
+    config = load_config(RunConfig, recipe, overrides or [])
+    if config.cache is None:  # validated again: the views of a run with a cache cycle
+        config = RunConfig.from_mapping({**config.plain(), "cache": CacheConfig().model_dump(mode="json")})
+
+    import torch
+
+    from cmapkd.cache.progress import BuildDisplay
+    from cmapkd.data.open import open_source
+    from cmapkd.methods import build_method
+    from cmapkd.models import FrozenTeacher, build_model
+    from cmapkd.run import plan_cache, vocabulary_captions
+
+    if config.teacher is None:
+        raise ConfigError("there is no teacher in this recipe to cache the answers of")
+    source = open_source(config.data.train, split="train", require_captions=True)
+    teacher = FrozenTeacher(build_model(config.teacher))
+    student = build_model(config.student, captions=vocabulary_captions(source))
+    method = build_method(config.method, student=student, teacher=teacher)
+    if method.teacher is None:
+        raise CacheError(f"method {config.method.name} asks no teacher")
+    plan = plan_cache(config, method, source, whole=whole)
+    console = Console()
+    size = (
+        f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {plan.bytes_missing() / 2**20:,.0f} MiB missing"
+    )
+    console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
+    cuda = torch.cuda.is_available() and not config.training.on_cpu
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
+    built = plan.build(
+        device=device,
+        workers=config.data.workers,
+        rank=rank,
+        world_size=world,
+        skip_bad=config.data.on_bad_sample == "skip",
+        progress=BuildDisplay(console),
+    )
+    bad = f"; {len(built.bad)} samples could not be read, the first {built.bad[0]}" if built.bad else ""
+    console.print(f"built {built.rows:,} rows{bad}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="A cache's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Say what a cache holds, how faithful it is, and what is missing."""
+    from cmapkd.cache.parts import CacheFolder
+    from cmapkd.cache.verify import describe
+
+    found = describe(CacheFolder.open(folder))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    typer.echo(f"{found['teacher']} on {found['data']}: {found['layout']}")
+    typer.echo(
+        f"{found['rows_done']:,} of {found['rows']:,} rows ({found['rows_without_answer']:,} without answer) of "
+        f"{found['bytes_per_row']:,} bytes, {found['bytes'] / 2**20:,.1f} MiB; {found['shards_missing']} of "
+        f"{found['shards']} shards missing"
+    )
+    fidelity = found["fidelity"]
+    for name, mean in fidelity["cosine_mean"].items():
+        typer.echo(
+            f"  {name}: cosine with the live teacher {mean:.6f} on average, {fidelity['cosine_min'][name]:.6f} least"
+        )
+    if fidelity["same_nearest"] is not None:
+        typer.echo(f"  nearest neighbour in a batch unchanged: {100 * fidelity['same_nearest']:.2f} %")
+    for line in found["damaged"]:
+        typer.echo(f"  damaged: {line}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A cache's folder.")],
+    remove_damaged: Annotated[
+        bool, typer.Option("--remove-damaged", help="Remove damaged shards; the next build makes them again.")
+    ] = False,
+) -> None:
+    """Read every byte of a cache and compare it with its checksum; ends with 1 if anything is wrong."""
+    from cmapkd.cache.parts import CacheFolder
+    from cmapkd.cache.verify import verify as check
+
+    wrong = total = 0
+    for name, problem in check(CacheFolder.open(folder), remove_damaged=remove_damaged):
+        total += 1
+        if problem is not None:
+            wrong += 1
+            typer.echo(f"{name}: {problem}")
+    typer.echo(f"{total - wrong} of {total} shards are as they were written")
+    if wrong:
+        raise typer.Exit(1)

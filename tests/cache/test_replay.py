@@ -1,0 +1,185 @@
+"""A run with a cached teacher is the run with the live one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cache_support import VIEWS, cache_plan, train
+
+from cmapkd.cache import CachedTeacher, CacheError, CacheWarning
+from cmapkd.data.batches import PlanSampler
+from cmapkd.data.types import BadSampleError, Sample
+from cmapkd.models import Needs
+from helpers import MemorySource, make_builder, make_method, make_model, make_teacher
+
+TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "int8": 3e-2}  # of a loss of about 2 to 30, over seven steps
+POOLED = {
+    "visual_levels": {"P5": 1.0},
+    "language_levels": {"L3": 0.1, "L4": 1.0},
+    "pyramid_weight": 0.7,
+    "alignment_weight": 0.1,
+    "relation_weight": 3.0,
+    "bank_size": 12,
+    "bridge_dim": 8,
+}
+DENSE = {**POOLED, "visual_levels": {"P3": 0.1, "P5": 1.0}, "language_levels": {"L1": 0.1, "L2": 0.1, "L4": 1.0}}
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "hinton": ("hinton", {}, "global"),
+    "clip_kd": ("clip_kd", {}, "global"),
+    "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
+    "cmapkd, dense": ("cmapkd", DENSE, "dense"),
+}
+
+
+def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> None:
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            if key == "loss" or key.startswith("terms/"):
+                assert value == pytest.approx(theirs[key], rel=tolerance, abs=tolerance), (key, mine["step"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cached_and_live_give_the_same_losses(name: str, tmp_path: Path) -> None:
+    method, settings, kind = CASES[name]
+    live, _ = train(tmp_path / "live", method, settings)
+    for store, tolerance in TOLERANCE.items():
+        cached, used = train(tmp_path / store, method, settings, cache={"store": store})
+        assert isinstance(used.teacher, CachedTeacher)
+        assert used.teacher.cache.layout.kind == kind
+        assert all(parameter.is_meta for parameter in used.teacher.model.parameters())
+        assert_close(cached, live, tolerance)
+
+
+def test_in_bf16_and_with_workers(tmp_path: Path) -> None:
+    live, _ = train(tmp_path / "live", "clip_kd", precision="bf16", workers=1)
+    cached, _ = train(tmp_path / "cached", "clip_kd", cache={}, precision="bf16", workers=1)
+    assert_close(cached, live, 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_are_the_live_ones(name: str, tmp_path: Path) -> None:
+    """Also one view after the other, and each level as a live teacher returns it."""
+    kind, settings, _ = CASES[name]
+    live = make_method(kind, student=make_model(), teacher=make_teacher(), settings=settings)
+    method = make_method(kind, student=make_model(), teacher=make_teacher(), settings=settings)
+    plan = cache_plan(tmp_path / "c", method)
+    plan.build(device="cpu")
+    reader = plan.open()
+    needs: Needs = method.teacher_needs
+    builders = [make_builder(live, views=VIEWS), make_builder(method, views=VIEWS, stored={"teacher": reader})]
+    method.teacher = plan.cached_teacher(reader, make_model)
+    sampler = PlanSampler(24, batch_size=8, seed=0, start=0, stop=9)
+    for step in (0, 4, 8):
+        one, other = (each[sampler.plan(step)] for each in builders)
+        assert one.ids == other.ids
+        assert one.captions == other.captions
+        assert len(other.stored["teacher"].missing) == 0
+        assert ("teacher" in other.inputs) == reader.needs_texts
+        assert live.teacher is not None
+        expected, found = live.teacher(one, needs), method.teacher(other, needs)
+        assert torch.equal(found.logit_scale, expected.logit_scale)
+        for tower in ("image", "text"):
+            mine, theirs = getattr(found, tower), getattr(expected, tower)
+            torch.testing.assert_close(mine.embedding, theirs.embedding, rtol=1e-5, atol=1e-6)
+            assert mine.levels.keys() == theirs.levels.keys()
+            for level, values in mine.levels.items():
+                if plan.kind != "dense":
+                    continue
+                wanted = theirs.levels[level]
+                assert (values.layout, values.num_prefix, values.grid) == (
+                    wanted.layout,
+                    wanted.num_prefix,
+                    wanted.grid,
+                )
+                keep = wanted.mask if wanted.mask is not None else torch.ones(wanted.values.shape[:2], dtype=torch.bool)
+                torch.testing.assert_close(values.values[keep], wanted.values[keep], rtol=1e-5, atol=1e-5)
+                if wanted.mask is not None:
+                    assert torch.equal(values.mask, wanted.mask)
+
+
+def test_pooled_rows_do_not_serve_distances_place_by_place(tmp_path: Path) -> None:
+    method = make_method("cmapkd", settings=DENSE)
+    with pytest.raises(
+        CacheError, match=r"cache.kind is pooled, but this method, as it is set, reads the teacher dense"
+    ):
+        _ = cache_plan(tmp_path, method, kind="pooled").kind
+    pooled = make_method("cmapkd", settings=POOLED)
+    cache_plan(tmp_path / "c", pooled).build(device="cpu")
+    with pytest.raises(CacheError, match="place by place, which needs dense"):
+        cache_plan(tmp_path / "c", method).open()
+    embeddings = make_method("clip_kd")
+    assert cache_plan(tmp_path / "c", embeddings).open().held(cache_plan(None, embeddings).keys).all()
+    cache_plan(tmp_path / "g", embeddings).build(device="cpu")
+    with pytest.raises(CacheError, match="it holds no image level"):
+        cache_plan(tmp_path / "g", pooled).open()
+
+
+def test_another_view_or_caption_cannot_pass_for_the_one_asked_for(tmp_path: Path) -> None:
+    plan = cache_plan(tmp_path / "c")
+    plan.build(device="cpu")
+    reader = plan.open()
+    source = MemorySource(24)
+    from cmapkd.data.views import draw_view
+
+    sample = source[5]
+    captions = [draw_view("m5", view, VIEWS, sample.image.size).choose(sample.captions) for view in (0, 1)]
+    reader.read(1, [5], ["m5"], [captions[1]], [])
+    for view, ids, texts in ((0, ["m5"], ["another"]), (0, ["m6"], [captions[0]])):
+        with pytest.raises(CacheError, match="another sample, view or caption"):
+            reader.read(view, [5], ids, texts, [])
+    with pytest.raises(CacheError, match="no view 2 of sample 'm5'"):
+        reader.read(2, [5], ["m5"], [captions[0]], [])
+
+
+class Flaky(MemorySource):
+    """Samples that cannot be read while the cache is built, and can afterwards; or the other way round."""
+
+    def __init__(self, length: int, *, bad: Any) -> None:
+        super().__init__(length, bad=bad)
+        self.mended = False
+
+    def __getitem__(self, index: int) -> Sample:
+        if not self.mended:
+            return super().__getitem__(index)
+        return MemorySource(self.length)[index]
+
+
+def test_samples_without_answer_are_answered_live(tmp_path: Path) -> None:
+    live, _ = train(tmp_path / "live", "clip_kd")
+    source = Flaky(24, bad=(3, 11))
+
+    def reload() -> Any:
+        return make_teacher().model
+
+    method = make_method("clip_kd", student=make_model(), teacher=make_teacher())
+    plan = cache_plan(tmp_path / "cached-cache", method, source=source)
+    done = plan.build(device="cpu")
+    assert sorted(done.bad) == sorted([("m3", "truncated: no end marker"), ("m11", "truncated: no end marker")] * 2)
+    source.mended = True
+    with pytest.warns(CacheWarning, match="the teacher is loaded to answer"):
+        cached, _ = train(tmp_path / "cached", "clip_kd", cache={}, source=source, reload=reload)
+    assert_close(cached, live, 1e-6)
+    with pytest.warns(CacheWarning), pytest.raises(CacheError, match="other weights than when this run began"):
+        train(
+            tmp_path / "again",
+            "clip_kd",
+            cache={"folder": tmp_path / "cached-cache"},
+            source=source,
+            reload=lambda: make_teacher(seed=8).model,
+        )
+
+
+def test_bad_samples_are_replaced_as_live(tmp_path: Path) -> None:
+    source = MemorySource(24, bad=(3, 11), without_caption=(5,))
+    live, _ = train(tmp_path / "live", "hinton", source=source)
+    cached, _ = train(tmp_path / "cached", "hinton", cache={}, source=source)
+    assert_close(cached, live, 1e-6)
+    one, two = ((tmp_path / name / "bad_samples.jsonl").read_text() for name in ("live", "cached"))
+    assert one == two
+    with pytest.raises(BadSampleError):
+        cache_plan(tmp_path / "strict", source=source).build(device="cpu", skip_bad=False)

@@ -115,6 +115,9 @@ class TokenBatch:
     def pin_memory(self) -> TokenBatch:
         return self._map(torch.Tensor.pin_memory)
 
+    def part(self, start: int, stop: int) -> TokenBatch:
+        return self._map(lambda tensor: tensor[start:stop])
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         return TokenBatch(change(self.ids), change(self.mask), None if self.spans is None else change(self.spans))
 
@@ -126,11 +129,15 @@ class ModelInput:
     images: Tensor  # Float[batch 3 height width]
     texts: TokenBatch
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ModelInput:
-        return ModelInput(self.images.to(device, non_blocking=non_blocking), self.texts.to(device, non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> ModelInput:
+        pixels = self.images.to(device, non_blocking=non_blocking) if images else self.images
+        return ModelInput(pixels, self.texts.to(device, non_blocking))
 
     def pin_memory(self) -> ModelInput:
         return ModelInput(self.images.pin_memory(), self.texts.pin_memory())
+
+    def part(self, start: int, stop: int) -> ModelInput:
+        return ModelInput(self.images[start:stop], self.texts.part(start, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +157,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        inputs = {role: model_input.to(device, non_blocking) for role, model_input in self.inputs.items()}
+    def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> Batch:
+        """The batch on a device; without `images` its pixels stay where they are."""
+        inputs = {role: each.to(device, non_blocking, images=images) for role, each in self.inputs.items()}
         return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra)
 
     def pin_memory(self) -> Batch:
         inputs = {role: model_input.pin_memory() for role, model_input in self.inputs.items()}
         return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The pairs from `start` to before `stop`, as slices of the same tensors."""
+        inputs = {role: model_input.part(start, stop) for role, model_input in self.inputs.items()}
+        return Batch(self.ids[start:stop], inputs, self.captions[start:stop], self.view, self.bad, self.extra)

@@ -26,7 +26,8 @@ from helpers import MemorySource, make_method, make_trainer, random_batch
 WORLD_SIZE = 2
 BATCH = 8
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-TRAINED = ("contrastive", "clip_kd", "cmapkd, selected by a policy")
+MICRO_BATCH = 3  # of each process's four pairs
+TRAINED = ("contrastive", "clip_kd", "cmapkd, selected by a policy", "cmapkd, in micro-batches")
 EVERYTHING = {
     "bank_within_weight": 0.5,
     "pyramid_weight": 0.7,
@@ -43,6 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "cmapkd, everything": ("cmapkd", EVERYTHING),
     "cmapkd, selected by a policy": ("cmapkd", {**EVERYTHING, "weighting": POLICY}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+    **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
+    "cmapkd, everything in micro-batches": ("cmapkd", EVERYTHING),
 }
 
 
@@ -77,6 +80,7 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dic
         method(earlier)
         terms = method(batch)
     else:
+        method.micro_batch = MICRO_BATCH if name.endswith("in micro-batches") else None
         wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
         with torch.no_grad():
             method(part_of(earlier, rank))
@@ -109,6 +113,8 @@ def trained(name: str, out: Path) -> dict[str, Tensor]:
     kind, settings = CASES[name]
 
     def trainer(**options: Any) -> Trainer:
+        if name.endswith("in micro-batches") and dist.is_initialized():
+            options["micro_batch"] = MICRO_BATCH
         return make_trainer(out, make_method(kind, settings=settings), source=source, optim=optim, **options)
 
     trainer(steps=6, checkpoint_every=3).run()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmapkd.methods import METHODS, Method, micro_batches
+from cmapkd.methods import METHODS, Method, StageConfig, micro_batches
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
 from helpers import DropoutStudent, make_method, make_model, random_batch
@@ -100,6 +100,17 @@ def test_a_logit_bias_gets_its_gradient() -> None:
     whole = results(built("contrastive", torch.float64, BiasedStudent), None)
     assert whole["gradient/student.bias"].abs() > 1e-3
     assert_close(results(built("contrastive", torch.float64, BiasedStudent), MICRO_BATCH), whole, 1e-10)
+
+
+def test_a_student_that_does_not_learn_gets_no_gradient() -> None:
+    found = []
+    for micro_batch in (None, MICRO_BATCH):
+        method = built("cmapkd, everything", torch.float64)
+        method.enter(StageConfig(share=1.0, train=("modules", "weighting")))
+        found.append(results(method, micro_batch))
+    assert "gradient/match.project_visual.lateral.P2.weight" in found[0]
+    assert not any(key.startswith("gradient/student.") for key in found[0])
+    assert_close(found[1], found[0], 1e-10)
 
 
 @pytest.mark.parametrize("name", ["clip_kd", "cmapkd, everything"])

@@ -230,7 +230,7 @@ class Trainer:
         device = self.accelerator.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
             # micro-batches bring their pixels to the device themselves, each when it is encoded
-            moved = batch.to(device, non_blocking=True, images=self.config.micro_batch is None)
+            moved = batch.to(device, non_blocking=True, images=self.method.micro_batch is None)
             terms: dict[str, Term] = self.wrapped(moved)
         if not terms:
             where = f" in stage {self.stage.name!r}" if self.config.stages else ""

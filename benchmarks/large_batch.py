@@ -86,7 +86,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     kind = METHODS[arguments.method]
     teacher = FrozenTeacher(build_model(arguments.teacher, captions=captions)) if kind.uses_teacher else None
     models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
-    images = {model.image_spec: torch.randn(size, 3, *[model.image_spec.size] * 2) for model in models.values()}
+    specs = {model.image_spec for model in models.values()}
+    images = {spec: torch.randn(size, 3, spec.size, spec.size) for spec in specs}
     inputs = {role: ModelInput(images[model.image_spec], model.tokenizer(captions)) for role, model in models.items()}
     batch = Batch(tuple(map(str, range(size))), inputs, tuple(captions))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -77,14 +77,16 @@ def test_large_batches_keep_no_logits(name: str, monkeypatch: pytest.MonkeyPatch
         return largest
 
     assert kept() >= 40 * 40
-    monkeypatch.setattr(chunks, "MAX_PAIRS", 400)
+    for name_of_limit, limit in (("WHOLE_UP_TO", 1599), ("CHUNK_LOGITS", 400), ("CHUNK_ROWS", 1)):
+        monkeypatch.setattr(chunks, name_of_limit, limit)
     assert kept() < 40 * 40
 
 
 def test_rows_are_chosen_by_the_size_of_the_batch() -> None:
-    assert chunks.chunk_rows(1024, 1024, None) == 1024
-    assert chunks.chunk_rows(4096, 4096, None) == 512
-    assert chunks.chunk_rows(10, 2**30, None) == 1
+    assert chunks.chunk_rows(2048, 2048, None) == 2048
+    assert chunks.chunk_rows(4096, 2048, None) == 512
+    assert chunks.chunk_rows(2**15, 2**15, None) == 256
+    assert chunks.chunk_rows(10, 2**30, None) == 10
     assert chunks.chunk_rows(10, 10, 4) == 4
 
 

@@ -307,6 +307,7 @@ class CMAPKD(Method):
         if self.bank is None:
             return values
         keys = gather_rows(sample_keys(batch.ids).to(teacher.image.embedding.device))
+        exclude = self.bank.excluded(keys)
         banks = (self.bank.image, self.bank.text)
         for term, references in (("bank", banks[::-1]), ("bank_within", banks)):
             if self._wants(term):
@@ -317,7 +318,7 @@ class CMAPKD(Method):
                         reference,
                         student_scale=teacher.logit_scale,
                         teacher_scale=teacher.logit_scale,
-                        exclude=self.bank.excluded(keys),
+                        exclude=exclude,
                     ).mean()
                     for anchors, targets, reference in zip(ours, theirs, references, strict=True)
                 ]

@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MAX_PAIRS = 2**21  # logits at once, 8 MiB in float32, where nobody says how many rows
+# Where nobody says how many rows: all up to so many logits (16 MiB in float32, of which a loss makes about ten),
+WHOLE_UP_TO = 2**22
+# beyond it so many logits at a time, but never so few rows that a GPU only waits for launches.
+CHUNK_LOGITS, CHUNK_ROWS = 2**20, 256
 
 
 def chunk_rows(num_rows: int, num_columns: int, chunk: int | None) -> int:
-    """Rows to take at a time: `chunk`, or for None all of them up to `MAX_PAIRS` logits, then as many as that allows.
+    """Rows to take at a time: `chunk`, or for None all of them up to 2^22 logits, then 2^20 logits or 256 rows.
 
     Raises:
         ValueError: the chunk is not positive.
     """
     if chunk is None:
-        return num_rows if num_rows * num_columns <= MAX_PAIRS else max(1, MAX_PAIRS // num_columns)
+        whole = num_rows * num_columns <= WHOLE_UP_TO
+        return num_rows if whole else min(num_rows, max(CHUNK_ROWS, CHUNK_LOGITS // num_columns))
     if chunk < 1:
         raise ValueError(f"chunk must be at least one row, got {chunk}; None chooses by the size of the batch")
     return min(chunk, num_rows)

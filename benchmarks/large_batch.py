@@ -2,7 +2,8 @@
 
 Every arm trains in its own process, so that its peak memory is its own: of the GPU if there is one, else the resident
 memory of the process, in which the pixels of the whole batch count too (a GPU holds those of one micro-batch). All arms
-train on the same decoded batch of noise.
+train on the same decoded batch of noise. On a CPU, glibc is told to give freed memory back, else
+much of the peak is holes in its heap, more or fewer in every run; times suffer from that, so measure them with --heap.
 
     uv run --group bench python benchmarks/large_batch.py --json docs/results/large_batch.json
     uv run --group bench python benchmarks/large_batch.py --method cmapkd --teacher tiny:large
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, nargs="*", default=[1024], help="plain batches besides the micro-batch")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=2, help="measured, after one of warm-up")
+    parser.add_argument("--heap", action="store_true", help="leave malloc as it is: for times")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--arm", nargs=2, type=int, help=argparse.SUPPRESS)  # batch, micro-batch or 0: a child's
     arguments = parser.parse_args()
@@ -45,7 +48,8 @@ def main() -> None:
         f"{arguments.batch} in micro-batches of {micro}": (arguments.batch, micro),
         **{f"plain {size}": (size, 0) for size in arguments.plain},
     }
-    found = {name: run_child(arm) for name, arm in arms.items()}
+    environment = {} if arguments.heap else {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    found = {name: run_child(arm, environment) for name, arm in arms.items()}
     base, large, *_ = found.values()
     result = {
         "settings": {key: value for key, value in vars(arguments).items() if key not in ("json", "arm")},
@@ -60,10 +64,10 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def run_child(arm: tuple[int, int]) -> dict[str, Any]:
+def run_child(arm: tuple[int, int], environment: dict[str, str]) -> dict[str, Any]:
     """One arm in a process of its own, with this one's arguments."""
     command = [sys.executable, __file__, *sys.argv[1:], "--arm", *map(str, arm)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"batch {arm} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

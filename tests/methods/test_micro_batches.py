@@ -139,6 +139,9 @@ def test_bf16_sums_the_gradients_of_its_parts_in_float32(name: str) -> None:
         return float(away / length)
 
     assert error(parts) < 1.2 * error(whole) < 0.1
+    weight = "gradient/student.vision.blocks.0.qkv.weight"
+    assert torch.equal(whole[weight], whole[weight].bfloat16().float())  # comes in bf16 from the one product
+    assert not torch.equal(parts[weight], parts[weight].bfloat16().float())
 
 
 def test_one_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

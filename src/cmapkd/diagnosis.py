@@ -217,6 +217,7 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
     assert config.data.views is not None
     device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
     method.to(device)
+    method.micro_batch = config.training.micro_batch
     if method.teacher is not None:
         method.teacher.to(device)
     try:
@@ -240,7 +241,8 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
             start = time.perf_counter()
             batch = builder[plan]
             loaded = time.perf_counter()
-            loss = _step(method, optimizer, batch.to(device), bf16=config.training.precision == "bf16")
+            batch = batch.to(device, images=method.micro_batch is None)
+            loss = _step(method, optimizer, batch, bf16=config.training.precision == "bf16")
             loading.append(loaded - start)
             computing.append(time.perf_counter() - loaded)
     except (BadSampleError, torch.OutOfMemoryError, RuntimeError) as error:
@@ -306,11 +308,12 @@ def _predict_cache(method: Method, source: Source, config: RunConfig) -> Iterato
 
 def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool) -> float:
     method.train()
-    with torch.autocast(batch.inputs["student"].images.device.type, dtype=torch.bfloat16, enabled=bf16):
+    device = method.student.log_logit_scale.device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         terms = method(batch)
     loss = sum(
         (term.weight * term.value for term in terms.values()),
-        start=torch.zeros((), device=batch.inputs["student"].images.device),
+        start=torch.zeros((), device=device),
     )
     loss.backward()
     optimizer.step()

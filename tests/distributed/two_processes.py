@@ -29,7 +29,16 @@ WORLD_SIZE = 2
 BATCH = 8
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CACHED = ", from a cache"
-TRAINED = ("contrastive", "clip_kd", "cmapkd, selected by a policy", f"clip_kd{CACHED}")
+MICRO_BATCH = 3  # of each process's four pairs
+MICRO = ", in micro-batches"
+TRAINED = (
+    "contrastive",
+    "clip_kd",
+    "cmapkd, selected by a policy",
+    f"clip_kd{CACHED}",
+    f"cmapkd{MICRO}",
+    f"clip_kd{MICRO}{CACHED}",
+)
 EVERYTHING = {
     "bank_within_weight": 0.5,
     "pyramid_weight": 0.7,
@@ -46,6 +55,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "cmapkd, everything": ("cmapkd", EVERYTHING),
     "cmapkd, selected by a policy": ("cmapkd", {**EVERYTHING, "weighting": POLICY}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+    **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
+    "cmapkd, everything in micro-batches": ("cmapkd", EVERYTHING),
 }
 
 
@@ -80,6 +91,7 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dic
         method(earlier)
         terms = method(batch)
     else:
+        method.micro_batch = MICRO_BATCH if name.endswith("in micro-batches") else None
         wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
         with torch.no_grad():
             method(part_of(earlier, rank))
@@ -121,12 +133,14 @@ def trained(name: str, out: Path) -> dict[str, Tensor]:
     """Weights and optimizer of a run of a few steps, on data with bad samples; resumed once on the way."""
     source = MemorySource(40, bad=(3, 17))
     optim = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW makes large steps of rounding errors
-    kind, settings = CASES[name.removesuffix(CACHED)]
+    kind, settings = CASES[name.removesuffix(CACHED).removesuffix(MICRO)]
 
     def trainer(**options: Any) -> Trainer:
         method = make_method(kind, settings=settings)
         if name.endswith(CACHED):
             options["builder"] = answered_from_cache(method, source, out)
+        if MICRO in name and dist.is_initialized():
+            options["micro_batch"] = MICRO_BATCH
         return make_trainer(out, method, source=source, optim=optim, **options)
 
     trainer(steps=6, checkpoint_every=3).run()

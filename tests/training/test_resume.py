@@ -85,6 +85,8 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], tuple[int, ...]]] = {
     "few lines": ("contrastive", None, {"log_every": 3}, (2, 4)),
     "bad samples": ("contrastive", None, {"source": MemorySource(24, bad=(3, 11), without_caption=(5,))}, (2, 4)),
     "distilled": ("clip_kd", None, {}, (1, 3, 5)),
+    "micro-batches": ("clip_kd", DropoutStudent, {"micro_batch": 3}, (1, 4)),
+    "levels in micro-batches": ("cmapkd", DropoutStudent, {"micro_batch": 3, "precision": "bf16", "ema": 0.5}, (3,)),
     "everything": ("clip_kd", DropoutStudent, {"ema": 0.5, "workers": 1, "precision": "bf16"}, (4,)),
 }
 

@@ -115,6 +115,9 @@ class TokenBatch:
     def pin_memory(self) -> TokenBatch:
         return self._map(torch.Tensor.pin_memory)
 
+    def part(self, start: int, stop: int) -> TokenBatch:
+        return self._map(lambda tensor: tensor[start:stop])
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         return TokenBatch(change(self.ids), change(self.mask), None if self.spans is None else change(self.spans))
 
@@ -126,11 +129,15 @@ class ModelInput:
     images: Tensor  # Float[batch 3 height width]
     texts: TokenBatch
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ModelInput:
-        return ModelInput(self.images.to(device, non_blocking=non_blocking), self.texts.to(device, non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> ModelInput:
+        pixels = self.images.to(device, non_blocking=non_blocking) if images else self.images
+        return ModelInput(pixels, self.texts.to(device, non_blocking))
 
     def pin_memory(self) -> ModelInput:
         return ModelInput(self.images.pin_memory(), self.texts.pin_memory())
+
+    def part(self, start: int, stop: int) -> ModelInput:
+        return ModelInput(self.images[start:stop], self.texts.part(start, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +153,10 @@ class StoredRows:
 
     def pin_memory(self) -> StoredRows:
         return StoredRows({name: array.pin_memory() for name, array in self.arrays.items()}, self.missing)
+
+    def part(self, start: int, stop: int) -> StoredRows:
+        here = (self.missing >= start) & (self.missing < stop)
+        return StoredRows({name: array[start:stop] for name, array in self.arrays.items()}, self.missing[here] - start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +178,9 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        inputs = {role: model_input.to(device, non_blocking) for role, model_input in self.inputs.items()}
+    def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> Batch:
+        """The batch on a device; without `images` its pixels stay where they are."""
+        inputs = {role: each.to(device, non_blocking, images=images) for role, each in self.inputs.items()}
         stored = {role: rows.to(device, non_blocking) for role, rows in self.stored.items()}
         return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra, stored)
 
@@ -176,3 +188,14 @@ class Batch:
         inputs = {role: model_input.pin_memory() for role, model_input in self.inputs.items()}
         stored = {role: rows.pin_memory() for role, rows in self.stored.items()}
         return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra, stored)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The pairs from `start` to before `stop`, as slices of the same tensors."""
+        inputs = {role: each.part(start, stop) for role, each in self.inputs.items() if role not in self.stored}
+        for role, rows in self.stored.items():
+            if role in self.inputs:  # it holds images of the missing places only
+                first, last = (int((rows.missing < place).sum()) for place in (start, stop))
+                whole = self.inputs[role]
+                inputs[role] = ModelInput(whole.images[first:last], whole.texts.part(start, stop))
+        stored = {role: rows.part(start, stop) for role, rows in self.stored.items()}
+        return Batch(self.ids[start:stop], inputs, self.captions[start:stop], self.view, self.bad, self.extra, stored)

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
-from cmapkd.features.gather import gather_rows
 from cmapkd.features.hierarchy import (
     LanguageProjectors,
     aligned_words,
@@ -119,9 +118,9 @@ class LevelMatcher(nn.Module):
     def pooled(
         self, role: Role, features: Features, levels: Collection[str]
     ) -> dict[str, Float[Tensor, "batch width"]]:
-        """One vector a sample for each of `levels`, P5 and L4 (the embeddings) included; samples of all processes."""
+        """One vector a sample for each of `levels`, P5 and L4 (the embeddings) included; this process's samples."""
         visual, language = self._taken(role, features, levels)
-        vectors = {name: gather_rows(pooled(level)) for name, level in (visual | language).items()}
+        vectors = {name: pooled(level) for name, level in (visual | language).items()}
         tops = {"P5": features.image.embedding, "L4": features.text.embedding}
         vectors |= {name: embedding for name, embedding in tops.items() if name in levels}
         return {name: vectors[name] for name in (*VISUAL_LEVELS, *LANGUAGE_LEVELS) if name in vectors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import Batch
-from cmapkd.features import gather_features
+from cmapkd.features import gather_features, gather_rows
+from cmapkd.methods.micro_batches import (
+    Rows,
+    encode_again,
+    join_features,
+    join_rows,
+    micro_batches,
+    with_levels_on,
+    without_levels,
+)
 from cmapkd.methods.stages import WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
@@ -84,6 +94,7 @@ class Method(nn.Module, ABC):
         self.teacher = teacher
         self.stage = WHOLE
         self.measurements = {}
+        self.micro_batch: int | None = None  # pairs encoded at once, in this process; None: all of its batch
         self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
 
@@ -175,12 +186,52 @@ class Method(nn.Module, ABC):
 
     def encode_student(self, batch: Batch) -> Features:
         """The student's features; embeddings are those of the whole batch, over all processes."""
-        return gather_features(self.student(batch.inputs["student"], self.student_needs))
+        parts = micro_batches(batch, self.micro_batch)
+        return gather_features(join_features(encode_again(self._encode_student, parts, model=self)))
 
     def encode_teacher(self, batch: Batch) -> Features:
         """The teacher's features, likewise, without gradient."""
+        parts = micro_batches(batch, self.micro_batch)
+        return gather_features(join_features([self._encode_teacher(part) for part in parts]))
+
+    def encode_both(
+        self, batch: Batch, read: Callable[[Batch, Features, Features], Rows]
+    ) -> tuple[Features, Features, Rows]:
+        """Student's and teacher's embeddings, and what the terms need of their levels; of all processes' samples.
+
+        With micro-batches no level of the student outlives its micro-batch; the teacher's are kept for the backward
+        pass, on the host.
+
+        Args:
+            read: of a part of the batch and both models' features of it, named tensors with one row for each sample,
+                none of which depends on another sample.
+        """
+        parts = micro_batches(batch, self.micro_batch)
+        answers = [self._encode_teacher(part) for part in parts]
+        if len(parts) > 1:
+            answers = [with_levels_on(answer, "cpu") for answer in answers]
+
+        def encode(part: Batch, number: int) -> tuple[Features, Rows]:
+            student = self._encode_student(part)
+            return without_levels(student), read(part, student, with_levels_on(answers[number], self._device))
+
+        encoded = encode_again(encode, parts, model=self)
+        student = gather_features(join_features([features for features, _ in encoded]))
+        teacher = gather_features(join_features([without_levels(answer) for answer in answers]))
+        rows = join_rows([rows for _, rows in encoded])
+        return student, teacher, {name: gather_rows(values) for name, values in rows.items()}
+
+    def _encode_student(self, part: Batch, _number: int = 0) -> Features:
+        features: Features = self.student(part.inputs["student"].to(self._device, True), self.student_needs)
+        return features
+
+    def _encode_teacher(self, part: Batch) -> Features:
         assert self.teacher is not None
-        return gather_features(self.teacher(batch, self.teacher_needs))
+        return self.teacher(part.to(self._device, non_blocking=True), self.teacher_needs)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.student.log_logit_scale.device
 
 
 def task_loss(student: Features) -> Tensor:

@@ -249,16 +249,23 @@ class CMAPKD(Method):
 
     def _levels_read(self) -> set[str]:
         """Levels that the terms of this stage read."""
-        pooling = any(self._wants(term) for term in ("pyramid", "alignment", "bridge", "relation", "layer_relation"))
-        read = {*self.level_names} if pooling else set[str]()
-        read |= {level for term, levels in INTRA.items() if self._wants(term) for level in self.items[term]}
-        return {level for level in read if self.stage.wants_level(level)}
+        read = {*self.level_names} if self._pooling() else set[str]()
+        read = {level for level in read if self.stage.wants_level(level)}
+        return read.union(*map(self._compared, INTRA))
+
+    def _pooling(self) -> bool:
+        """Whether some term of this stage reads each level as one vector."""
+        return any(map(self._wants, ("pyramid", "alignment", "bridge", "relation", "layer_relation")))
+
+    def _compared(self, term: str) -> list[str]:
+        """Levels that an intra-modal term compares with the teacher's in this stage."""
+        return [level for level in self.items[term] if self._wants(term) and self.stage.wants_level(level)]
 
     def _wants(self, term: str) -> bool:
         return term in self.term_weights and self.stage.wants_term(term)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        student, teacher = self.encode_student(batch), self.encode_teacher(batch)
+        student, teacher, rows = self.encode_both(batch, self._read_levels)
         self.measurements = {}
         self._context = torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (teacher.image, teacher.text)], -1)
         if self.training:
@@ -267,9 +274,29 @@ class CMAPKD(Method):
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
         values |= self._embedding_terms(batch, student, teacher)
-        values |= self._intra_modal_terms(batch, student, teacher)
-        values |= self._cross_modal_terms(student, teacher)
+        values |= self._intra_modal_terms(student, teacher, rows)
+        values |= self._cross_modal_terms(student, teacher, rows)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
+
+    def _read_levels(self, batch: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """What the terms need of each sample's levels: distances from the teacher's, and each level as one vector."""
+        rows: dict[str, Tensor] = {}
+        for term in INTRA:
+            levels = self._compared(term)
+            if not levels:
+                continue
+            matched = (
+                self.match.match_visual(student, teacher, levels)
+                if term == "visual"
+                else self.match.match_language(batch, student, teacher, levels)
+            )
+            rows |= {f"distance/{n}": level_distance(it.student, it.teacher, it.mask) for n, it in matched.items()}
+        if self._pooling():
+            levels = [level for level in self.level_names if self.stage.wants_level(level)]
+            ours, theirs = self.match.pooled("student", student, levels), self.match.pooled("teacher", teacher, levels)
+            rows |= {f"student/{level}": vectors for level, vectors in ours.items()}
+            rows |= {f"teacher/{level}": vectors for level, vectors in theirs.items()}
+        return rows
 
     def _embedding_terms(self, batch: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
         """The student's embeddings against the teacher's: of this batch, and of the bank."""
@@ -289,6 +316,7 @@ class CMAPKD(Method):
         if self.bank is None:
             return values
         keys = gather_rows(sample_keys(batch.ids).to(teacher.image.embedding.device))
+        exclude = self.bank.excluded(keys)
         banks = (self.bank.image, self.bank.text)
         for term, references in (("bank", banks[::-1]), ("bank_within", banks)):
             if self._wants(term):
@@ -299,7 +327,7 @@ class CMAPKD(Method):
                         reference,
                         student_scale=teacher.logit_scale,
                         teacher_scale=teacher.logit_scale,
-                        exclude=self.bank.excluded(keys),
+                        exclude=exclude,
                     ).mean()
                     for anchors, targets, reference in zip(ours, theirs, references, strict=True)
                 ]
@@ -308,22 +336,14 @@ class CMAPKD(Method):
             self.bank.push(*theirs, keys)
         return values
 
-    def _intra_modal_terms(self, batch: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
+    def _intra_modal_terms(self, student: Features, teacher: Features, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each level against the teacher's same level, weighted for each sample."""
         values: dict[str, Tensor] = {}
-        for term, items in self.items.items():
-            levels = [level for level in items if self.stage.wants_level(level)]
-            if term not in INTRA or not self._wants(term) or not levels:
+        for term in INTRA:
+            levels = self._compared(term)
+            if not levels:
                 continue
-            matched = (
-                self.match.match_visual(student, teacher, levels)
-                if term == "visual"
-                else self.match.match_language(batch, student, teacher, levels)
-            )
-            distances = {
-                level: gather_rows(level_distance(both.student, both.teacher, both.mask))
-                for level, both in matched.items()
-            }
+            distances = {level: rows[name] for level in levels if (name := f"distance/{level}") in rows}
             if self.project is not None and levels[-1] in ("P5", "L4"):
                 projected, tower = self.project(student), "image" if term == "visual" else "text"
                 ours, theirs = getattr(projected, tower).embedding, getattr(teacher, tower).embedding
@@ -333,13 +353,13 @@ class CMAPKD(Method):
             values[term] = self._weigh(term, {level: counts[level] * distances[level] for level in distances})
         return values
 
-    def _cross_modal_terms(self, student: Features, teacher: Features) -> dict[str, Tensor]:
+    def _cross_modal_terms(self, student: Features, teacher: Features, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Levels of one modality against those of the other, and relations; each level as one vector a sample."""
         values: dict[str, Tensor] = {}
-        if not any(map(self._wants, ("pyramid", "alignment", "bridge", "relation", "layer_relation"))):
+        if not self._pooling():
             return values
         levels = [level for level in self.level_names if self.stage.wants_level(level)]
-        ours, theirs = self.match.pooled("student", student, levels), self.match.pooled("teacher", teacher, levels)
+        ours, theirs = ({level: rows[f"{role}/{level}"] for level in levels} for role in ("student", "teacher"))
         if self._wants("relation"):
             values["relation"] = torch.stack([relation_distance(ours[n], theirs[n]).mean() for n in ours]).mean()
         pairs = [pair for pair in self.config.coupled() if {*pair.split("-")} <= {*levels}]

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cmapkd.objectives.chunks import chunk_rows
 from cmapkd.objectives.common import check_pairs, check_same_width, unit
 
 # A logit whose probability underflows to zero beside any other, yet finite: from -inf less -inf would come NaN. In a
@@ -38,7 +39,8 @@ def bank_divergence(
         student_scale, teacher_scale: logit scales (already exponentiated).
         exclude: True where an entry is no reference for a sample (its own, or empty): probability zero in both models.
         chunk: entries at a time. Memory then grows with batch x chunk instead of batch x entries, for the same value
-            and gradient, and each chunk's logits are computed again in the backward pass; None takes all at once.
+            and gradient, and each chunk's logits are computed again in the backward pass; None chooses as
+            `chunk_rows` does.
     Returns:
         For each sample in nats, >= 0 up to rounding; zero when the distributions agree, and for a sample with every
         entry excluded, whose gradient is zero too. float32 or wider.
@@ -47,9 +49,7 @@ def bank_divergence(
     Source: the bank alignment term of the CMAPKD design, sections 5 and 9.11.
     """
     _check(student, teacher, bank, exclude)
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least one entry, got {chunk}; None takes the whole bank at once")
-    size = chunk or len(bank)
+    size = chunk_rows(len(bank), len(student), chunk)
     anchors, targets = unit(student), unit(teacher.detach())
     parts = unit(bank.detach()).split(size)  # a copy: the bank may be refilled before the backward pass
     masks = (None,) * len(parts) if exclude is None else exclude.split(size, dim=1)

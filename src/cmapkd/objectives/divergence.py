@@ -32,8 +32,27 @@ def kl_divergence(
             f"student_logits has shape {tuple(student_logits.shape)} but teacher_logits {tuple(teacher_logits.shape)}. "
             "KL compares them candidate by candidate: give both models the same candidates, or use a feature objective."
         )
+    check_temperature(temperature)
+    return row_divergences(student_logits, teacher_logits.detach(), temperature=temperature).mean()
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuses a temperature that is not positive.
+
+    Raises:
+        ValueError: with the value.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def row_divergences(
+    student_logits: Float[Tensor, "*rows classes"],
+    teacher_logits: Float[Tensor, "*rows classes"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*rows"]:
+    """`kl_divergence` of each row; unchecked, and nothing is detached."""
     log_p_student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
-    log_p_teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
-    return F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True) * temperature**2
+    log_p_teacher = F.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
+    return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(-1) * temperature**2

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cmapkd.objectives.common import check_pairs, check_same_width, similarities
+from cmapkd.objectives.common import check_pairs, check_same_width
+from cmapkd.objectives.contrastive import matching_loss
 
 
 def interactive_loss(
@@ -17,6 +16,7 @@ def interactive_loss(
     teacher_text: Float[Tensor, "batch dim"],
     *,
     logit_scale: Float[Tensor, ""] | float,
+    chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE with student anchors and teacher candidates: image to the teacher's texts, text to the teacher's images.
 
@@ -24,10 +24,11 @@ def interactive_loss(
         student_image, student_text: at the teacher's width; normalised here.
         teacher_image, teacher_text: normalised and detached here.
         logit_scale: multiplies the cosine similarities; > 0.
+        chunk: rows at a time, see `chunk_rows`; value and gradient do not depend on it.
     Returns:
         Mean of both directions, in nats, > 0.
     Raises:
-        ValueError: the shapes do not pair up or the widths differ.
+        ValueError: the shapes do not pair up, the widths differ, or the chunk is not positive.
     Source: interactive contrastive learning of CLIP-KD, Yang et al. 2024, arXiv:2307.12732.
     """
     check_pairs(
@@ -35,7 +36,6 @@ def interactive_loss(
     )
     check_same_width(student_image, teacher_text, "image embedding")
     check_same_width(student_text, teacher_image, "text embedding")
-    labels = torch.arange(len(student_image), device=student_image.device)
-    image_to_text = similarities(student_image, teacher_text.detach(), logit_scale)
-    text_to_image = similarities(student_text, teacher_image.detach(), logit_scale)
-    return (F.cross_entropy(image_to_text, labels) + F.cross_entropy(text_to_image, labels)) / 2
+    image_to_text = matching_loss(student_image, teacher_text.detach(), logit_scale=logit_scale, chunk=chunk)
+    text_to_image = matching_loss(student_text, teacher_image.detach(), logit_scale=logit_scale, chunk=chunk)
+    return (image_to_text + text_to_image) / 2

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cmapkd.objectives.chunks import by_rows, chunk_rows
 from cmapkd.objectives.common import at_least_float32
+from cmapkd.objectives.divergence import row_divergences
 
 Pairs = tuple[Tensor, ...]  # the visual and the language index of each coupled pair, both Int[pairs]
 
@@ -34,6 +36,7 @@ def pyramid_divergence(
     coupling: Float[Tensor, "visual_levels language_levels"],
     student_scale: Float[Tensor, "visual_levels language_levels"] | Float[Tensor, ""] | float,
     teacher_scale: Float[Tensor, "visual_levels language_levels"] | Float[Tensor, ""] | float,
+    chunk: int | None = None,
 ) -> Float[Tensor, "batch visual_levels language_levels"]:
     """Coupling x KL(teacher || student) of the in-batch softmax, for every sample and pair of levels.
 
@@ -47,46 +50,71 @@ def pyramid_divergence(
         coupling: >= 0. A pair at zero is not computed, so a learned coupling cannot leave zero. On the CPU it costs no
             synchronisation with the device.
         student_scale, teacher_scale: logit scales (already exponentiated), one for all pairs or one for each.
+        chunk: samples at a time, see `chunk_rows`; values and gradients do not depend on it.
     Returns:
         Mean of both directions (the sample's image over the texts, its text over the images) in nats x coupling, >= 0;
         zero when the distributions agree and at pairs that are not coupled; float32 or wider.
     Raises:
-        ValueError: levels, samples or widths do not pair up, or a coupling or scale is not of the levels' shape.
+        ValueError: levels, samples or widths do not pair up, a coupling or scale is not of the levels' shape, or the
+            chunk is not positive.
     Source: the pyramid alignment term of the CMAPKD design, section 5.
     """
     _check(student_visual, student_language, teacher_visual, teacher_language)
     _check_of_pairs(student_visual, student_language, coupling, student_scale, teacher_scale)
     pairs = coupling.nonzero(as_tuple=True)
-    student_logits = _pair_logits(student_visual, student_language, pairs, student_scale)
-    with torch.no_grad():
-        teacher_logits = _pair_logits(teacher_visual, teacher_language, pairs, teacher_scale)
-    divergences = (
-        _row_divergences(student_logits, teacher_logits) + _row_divergences(student_logits.mT, teacher_logits.mT)
-    ) / 2
+    num_samples = student_visual.shape[1]
+    size = chunk_rows(num_samples, num_samples * max(1, len(pairs[0])), chunk)
+    student = _pair_vectors(student_visual, student_language, pairs)
+    teacher = _pair_vectors(teacher_visual.detach(), teacher_language.detach(), pairs)
+    scales = _pair_scale(student_scale, pairs), _pair_scale(teacher_scale, pairs)
+    if size >= num_samples:
+        logits = _pair_logits(*student, scales[0]), _pair_logits(*teacher, scales[1]).detach()
+        both = row_divergences(*logits), row_divergences(logits[0].mT, logits[1].mT)
+    else:
+        both = (
+            _divergences(student, teacher, scales, size=size),
+            _divergences(student[::-1], teacher[::-1], scales, size=size),
+        )
+    divergences = (both[0] + both[1]) / 2
     weighted = coupling[pairs].to(divergences)[:, None] * divergences
     return weighted.new_zeros(*coupling.shape, weighted.shape[1]).index_put(pairs, weighted).permute(2, 0, 1)
 
 
-def _pair_logits(
-    visual: Float[Tensor, "visual_levels batch dim"],
-    language: Float[Tensor, "language_levels batch dim"],
-    pairs: Pairs,
-    scale: Tensor | float,
-) -> Float[Tensor, "pairs batch batch"]:
-    """`similarities` of every coupled pair in one product; outside autocast for the same reason."""
+def _pair_vectors(
+    visual: Float[Tensor, "visual_levels batch dim"], language: Float[Tensor, "language_levels batch dim"], pairs: Pairs
+) -> tuple[Float[Tensor, "pairs batch dim"], Float[Tensor, "pairs batch dim"]]:
     rows = F.normalize(at_least_float32(visual), dim=-1)[pairs[0]]
-    columns = F.normalize(at_least_float32(language), dim=-1)[pairs[1]]
-    if isinstance(scale, Tensor) and scale.ndim:
-        scale = scale[pairs].to(rows)[:, None, None]
+    return rows, F.normalize(at_least_float32(language), dim=-1)[pairs[1]]
+
+
+def _pair_scale(scale: Tensor | float, pairs: Pairs) -> Tensor | float:
+    return scale[pairs][:, None, None] if isinstance(scale, Tensor) and scale.ndim else scale
+
+
+def _pair_logits(
+    rows: Float[Tensor, "pairs some dim"], columns: Float[Tensor, "pairs batch dim"], scale: Tensor | float
+) -> Float[Tensor, "pairs some batch"]:
+    """`similarities` of every coupled pair in one product; outside autocast for the same reason."""
+    scale = scale.to(rows) if isinstance(scale, Tensor) and scale.ndim else scale
     with torch.autocast(rows.device.type, enabled=False):
         return scale * rows @ columns.mT
 
 
-def _row_divergences(
-    student_logits: Float[Tensor, "pairs batch batch"], teacher_logits: Float[Tensor, "pairs batch batch"]
+def _divergences(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    scales: tuple[Tensor | float, Tensor | float],
+    *,
+    size: int,
 ) -> Float[Tensor, "pairs batch"]:
-    log_p_student, log_p_teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    return F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(-1)
+    """KL over the second of each model's vectors, for each of the first; `size` samples at a time."""
+
+    def of_rows(ours: Tensor, theirs: Tensor) -> Tensor:
+        with torch.no_grad():
+            targets = _pair_logits(theirs, teacher[1], scales[1])
+        return row_divergences(_pair_logits(ours, student[1], scales[0]), targets)
+
+    return by_rows(of_rows, student[0], teacher[0], size=size, dim=1)
 
 
 def _check(student_visual: Tensor, student_language: Tensor, teacher_visual: Tensor, teacher_language: Tensor) -> None:

@@ -7,11 +7,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cmapkd.objectives.chunks import by_rows, chunk_rows
 from cmapkd.objectives.common import at_least_float32, check_pairs, similarities
 
 
 def relation_distance(
-    student: Float[Tensor, "batch student_dim"], teacher: Float[Tensor, "batch teacher_dim"]
+    student: Float[Tensor, "batch student_dim"],
+    teacher: Float[Tensor, "batch teacher_dim"],
+    *,
+    chunk: int | None = None,
 ) -> Float[Tensor, " batch"]:
     """Mean squared difference of a sample's cosines with the batch, student against teacher.
 
@@ -21,15 +25,20 @@ def relation_distance(
     Args:
         student, teacher: vectors of one modality and level, row i of both from sample i; normalised here. The
             teacher's are detached.
+        chunk: rows at a time, see `chunk_rows`; value and gradient do not depend on it.
     Returns:
         For each sample in [0, 4], no unit; all zero when the cosines agree.
     Raises:
-        ValueError: the shapes do not pair up.
+        ValueError: the shapes do not pair up, or the chunk is not positive.
     Source: the relation term of the CMAPKD design, section 5.
     """
     check_pairs(student=student, teacher=teacher)
     teacher = teacher.detach()
-    return (similarities(student, student, 1.0) - similarities(teacher, teacher, 1.0)).square().mean(-1)
+
+    def distances(ours: Tensor, theirs: Tensor) -> Tensor:
+        return (similarities(ours, student, 1.0) - similarities(theirs, teacher, 1.0)).square().mean(-1)
+
+    return by_rows(distances, student, teacher, size=chunk_rows(len(student), len(student), chunk))
 
 
 def layer_relation_distance(

@@ -40,6 +40,9 @@ class TrainConfig(Config):
     epochs: float | None = Field(None, gt=0, description="Passes over the training data; give this or steps.")
     stages: tuple[StageConfig, ...] = Field((), description="Stretches with terms, levels and parts of their own.")
     batch_size: int = Field(256, ge=2, description="Pairs in a step, over all processes.")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Pairs that a process encodes at once, for batches that do not fit; none: all of its."
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one.")
     ema: float | None = Field(

@@ -96,6 +96,7 @@ class Trainer:
         )
         self.console = console if self.accelerator.is_main_process else None
         self.method = method
+        method.micro_batch = config.micro_batch
         if method.teacher is not None:
             method.teacher.to(self.accelerator.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))
@@ -228,7 +229,9 @@ class Trainer:
         self._count(batch)
         device = self.accelerator.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
-            terms: dict[str, Term] = self.wrapped(batch.to(device, non_blocking=True))
+            # micro-batches bring their pixels to the device themselves, each when it is encoded
+            moved = batch.to(device, non_blocking=True, images=self.method.micro_batch is None)
+            terms: dict[str, Term] = self.wrapped(moved)
         if not terms:
             where = f" in stage {self.stage.name!r}" if self.config.stages else ""
             raise ValueError(f"method {type(self.method).__name__} has no terms left{where}: every weight is zero")

@@ -1,0 +1,120 @@
+"""Encoding a batch a few pairs at a time: memory of the few, features and gradients of the whole.
+
+The forward pass keeps of each micro-batch only what comes out of it. The backward pass, which knows by then what the
+loss of the whole batch asks of every feature, encodes one micro-batch after the other again, with the random state it
+had, and goes through it. So it is the gradient caching of Gao et al. 2021 (arXiv:2101.06983), done by checkpointing:
+one backward pass, in which every parameter gets its gradient once, as processes that wait for each other need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from cmapkd.data.types import Batch
+from cmapkd.models import Features, Level, TowerFeatures
+
+Rows = dict[str, Tensor]  # by name: one row for each sample
+Encoded = TypeVar("Encoded")
+
+
+def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
+    """The batch in parts of `size` pairs, the last one shorter if it must be; None: as it is."""
+    if size is None or size >= len(batch):
+        return [batch]
+    return [batch.part(start, start + size) for start in range(0, len(batch), size)]
+
+
+def encode_again(encode: Callable[[Batch, int], Encoded], parts: Sequence[Batch], *, model: nn.Module) -> list[Encoded]:
+    """`encode(part, its number)` of each part; of several, nothing inside is kept and the backward pass repeats it.
+
+    Args:
+        encode: a function of the part, the modules and the random state; without side effects.
+        model: what it trains. Its batch norms, which know their micro-batch only, take note of each once.
+    """
+    if len(parts) == 1:
+        return [encode(parts[0], 0)]
+    encoded: list[Encoded] = []
+    for number, part in enumerate(parts):
+        # weights cast for one part are not shared with the next, where their gradients would be summed in bf16
+        torch.clear_autocast_cache()
+
+        def run(_ids: Tensor, part: Batch = part, number: int = number) -> Encoded:
+            return encode(part, number)
+
+        ids = part.inputs["student"].texts.ids  # an argument by its device: that one's random state is restored
+        twice = partial(_contexts, model)
+        encoded.append(checkpoint(run, ids, use_reentrant=False, context_fn=twice))
+    return encoded
+
+
+def join_features(parts: Sequence[Features]) -> Features:
+    """Features of successive parts as those of the whole."""
+    if len(parts) == 1:
+        return parts[0]
+    image, text = _join_towers([part.image for part in parts]), _join_towers([part.text for part in parts])
+    return replace(parts[0], image=image, text=text)
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """Rows of successive parts as those of the whole."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def without_levels(features: Features) -> Features:
+    """The embeddings alone."""
+    image, text = TowerFeatures(features.image.embedding), TowerFeatures(features.text.embedding)
+    return replace(features, image=image, text=text)
+
+
+def with_levels_on(features: Features, device: torch.device | str) -> Features:
+    """The features with their levels on another device; embeddings stay."""
+
+    def moved(tower: TowerFeatures) -> TowerFeatures:
+        levels = {name: _map_level(level, lambda tensor: tensor.to(device)) for name, level in tower.levels.items()}
+        return replace(tower, levels=levels)
+
+    return replace(features, image=moved(features.image), text=moved(features.text))
+
+
+def _join_towers(parts: Sequence[TowerFeatures]) -> TowerFeatures:
+    levels = {name: _join_levels([part.levels[name] for part in parts]) for name in parts[0].levels}
+    return TowerFeatures(torch.cat([part.embedding for part in parts]), levels)
+
+
+def _join_levels(parts: Sequence[Level]) -> Level:
+    masks = [part.mask for part in parts if part.mask is not None]
+    values = torch.cat([part.values for part in parts])
+    return replace(parts[0], values=values, mask=torch.cat(masks) if masks else None)
+
+
+def _map_level(level: Level, change: Callable[[Tensor], Tensor]) -> Level:
+    mask = None if level.mask is None else change(level.mask)
+    return replace(level, values=change(level.values), mask=mask)
+
+
+def _contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the first encoding, and of the second."""
+    return nullcontext(), _statistics_kept(model)
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norms normalise as they do, but their running statistics stay as they are."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.momentum is not None]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,12 +35,22 @@ class SlowSource(MemorySource):
         return super().__getitem__(index)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A fork inherits none of torch's threads and would wait for them; and sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def in_child(work: Any) -> int:
     """The number of a forked process that does `work` and ends."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            torch.set_num_threads(1)
             work()
             code = 0
         finally:

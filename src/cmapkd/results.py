@@ -75,7 +75,10 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
     shown = {name: column for name, column in values.items() if any(value is not None for value in column)}
     table = Table(title=title)
     for name in ("model", *shown, "parameters"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+        if name == "model":  # a long path is folded; no number gives way to it
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for place, (name, scores) in enumerate(rows):
         cells = ["-" if column[place] is None else f"{column[place]:.1f}" for column in shown.values()]
         table.add_row(name, *cells, f"{scores['params']:,}")

@@ -53,7 +53,7 @@ def methods(
     lines += [
         f"  {key} = {setting['default']!r}: {setting['description']}" for key, setting in card["settings"].items()
     ]
-    console.print("\n".join(lines), markup=False, highlight=False)
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _settings(config: Any) -> dict[str, dict[str, Any]]:

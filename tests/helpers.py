@@ -26,6 +26,17 @@ from cmapkd.training import OptimConfig, TrainConfig, Trainer
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
+CMAPKD_IN_FULL: dict[str, Any] = {  # every term of the method
+    "bank_within_weight": 0.5,
+    "pyramid_weight": 0.7,
+    "alignment_weight": 0.1,
+    "relation_weight": 3.0,
+    "layer_relation_weight": 0.2,
+    "bank_size": 12,
+    "bridge_dim": 8,
+}
+
+
 class MemorySource:
     """Noise pictures of different sizes with one to three captions; a pure function of the index."""
 

@@ -23,7 +23,7 @@ from cmapkd.methods import METHODS, Method
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import optimizer_tensors
-from helpers import MemorySource, make_method, make_model, make_trainer, random_batch
+from helpers import CMAPKD_IN_FULL, MemorySource, make_method, make_model, make_trainer, random_batch
 
 WORLD_SIZE = 2
 BATCH = 8
@@ -39,24 +39,14 @@ TRAINED = (
     f"cmapkd{MICRO}",
     f"clip_kd{MICRO}{CACHED}",
 )
-EVERYTHING = {
-    "bank_within_weight": 0.5,
-    "pyramid_weight": 0.7,
-    "alignment_weight": 0.1,
-    "relation_weight": 3.0,
-    "layer_relation_weight": 0.2,
-    "bank_size": 12,
-    "bridge_dim": 8,
-    "weighting": "gate",
-}
 POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
-    "cmapkd, everything": ("cmapkd", EVERYTHING),
-    "cmapkd, selected by a policy": ("cmapkd", {**EVERYTHING, "weighting": POLICY}),
+    "cmapkd, everything": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
+    "cmapkd, selected by a policy": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": POLICY}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
     **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
-    "cmapkd, everything in micro-batches": ("cmapkd", EVERYTHING),
+    "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
 
 

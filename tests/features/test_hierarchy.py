@@ -16,7 +16,6 @@ from cmapkd.data.types import TokenBatch
 from cmapkd.features.hierarchy import (
     LanguageProjectors,
     aligned_words,
-    phrase_level,
     phrases,
     pool_words,
     sentence_level,
@@ -26,6 +25,12 @@ from cmapkd.models.types import Level, LevelInfo
 from cmapkd.models.vocabulary import TrainedTokenizer
 
 WIDTH = 4
+
+
+def phrase_level(level: Level, window: int = 3) -> tuple[Tensor, Tensor]:
+    return phrases(*token_level(level), window=window)
+
+
 MASKS = torch.tensor(
     [
         [1, 1, 1, 1, 1, 1, 1],

@@ -17,18 +17,9 @@ from cmapkd.features.pyramid import standardise
 from cmapkd.methods import Method, StageConfig, build_method
 from cmapkd.methods.cmapkd import CMAPKD, CMAPKDConfig
 from cmapkd.objectives import interactive_loss, similarity_divergence
-from helpers import make_method, make_trainer, random_batch
+from helpers import CMAPKD_IN_FULL, make_method, make_trainer, random_batch
 from training.test_resume import assert_same_end, interrupt
 
-EVERYTHING: dict[str, Any] = {
-    "bank_within_weight": 0.5,
-    "pyramid_weight": 0.7,
-    "alignment_weight": 0.1,
-    "relation_weight": 3.0,
-    "layer_relation_weight": 0.2,
-    "bank_size": 16,
-    "bridge_dim": 8,
-}
 TERMS = {
     "contrastive", "interactive", "bank", "bank_within", "visual", "language", "pyramid", "alignment", "bridge",
     "relation", "layer_relation",
@@ -47,7 +38,7 @@ def loss_of(method: Method, batch: Batch) -> Tensor:
 
 
 def test_every_term_of_the_design_is_there_with_its_weight() -> None:
-    method = cmapkd(**EVERYTHING)
+    method = cmapkd(**CMAPKD_IN_FULL)
     terms = method(random_batch(6))
     assert set(terms) == TERMS == set(method.term_names)
     assert terms["pyramid"].weight == 0.7
@@ -117,7 +108,7 @@ def test_the_bank_holds_what_was_seen_and_never_the_sample_itself() -> None:
 
 
 def test_only_the_bridge_term_trains_the_teachers_bridge_and_it_trains_nothing_else() -> None:
-    method, batch = cmapkd(**EVERYTHING), random_batch(6)
+    method, batch = cmapkd(**CMAPKD_IN_FULL), random_batch(6)
     method(replace(batch, ids=tuple("abcdef")))  # something for the bank
     terms = method(batch)
     theirs = {name for name, _ in method.named_parameters() if name.startswith("teacher_bridge")}
@@ -178,7 +169,7 @@ def test_names_of_levels_and_pairs_are_checked() -> None:
 
 
 def test_a_stage_reads_only_its_levels() -> None:
-    method = cmapkd(**EVERYTHING)
+    method = cmapkd(**CMAPKD_IN_FULL)
     method.enter(StageConfig(share=1.0, levels=("P5", "L4")))
     assert method.teacher_needs.image_levels == method.student_needs.text_levels == ()
     terms = method(random_batch(4))
@@ -204,7 +195,7 @@ def test_staged_run_resumes_bit_identically(
     tmp_path: Path, step: int, weighting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trainer(out: Path) -> Any:
-        return make_trainer(out, cmapkd(weighting=weighting, **EVERYTHING), steps=8, stages=STAGES)
+        return make_trainer(out, cmapkd(weighting=weighting, **CMAPKD_IN_FULL), steps=8, stages=STAGES)
 
     whole = trainer(tmp_path / "whole")
     whole.run()

@@ -14,22 +14,13 @@ from torch import Tensor, nn
 from cmapkd.methods import METHODS, Method, StageConfig, micro_batches
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
-from helpers import DropoutStudent, make_method, make_model, random_batch
+from helpers import CMAPKD_IN_FULL, DropoutStudent, make_method, make_model, random_batch
 
 BATCH, MICRO_BATCH = 8, 3  # the last part is shorter
-EVERYTHING = {
-    "bank_within_weight": 0.5,
-    "pyramid_weight": 0.7,
-    "alignment_weight": 0.1,
-    "relation_weight": 3.0,
-    "layer_relation_weight": 0.2,
-    "bank_size": 12,
-    "bridge_dim": 8,
-}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
-    "cmapkd, everything": ("cmapkd", EVERYTHING),
-    "cmapkd, top down and gated": ("cmapkd", {**EVERYTHING, "top_down": True, "weighting": "gate"}),
+    "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
+    "cmapkd, top down and gated": ("cmapkd", {**CMAPKD_IN_FULL, "top_down": True, "weighting": "gate"}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
 }
 

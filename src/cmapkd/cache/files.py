@@ -63,7 +63,7 @@ def new_file(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.rename(path)
-            flush_folder(path.parent)
+            flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -87,8 +87,9 @@ def explained(folder: Path) -> Iterator[None]:
         raise
 
 
-def flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Has what a file or a folder holds written to the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -17,7 +17,7 @@ from cmapkd.cache.files import (
     CacheError,
     digest_of,
     explained,
-    flush_folder,
+    flush,
     read_json,
     temporary_folder,
     write_json,
@@ -199,7 +199,7 @@ class CacheFolder:
                 of_keys = {"start": int(keys[0])} if contiguous else {"start": None, "keys": digest_of(listed)}
                 write_json(temporary / PART_FILE, values | of_keys)
                 temporary.rename(folder)
-                flush_folder(self.path)
+                flush(self.path)
             except OSError:
                 shutil.rmtree(temporary, ignore_errors=True)
                 if not (folder / PART_FILE).exists():  # else another process was faster

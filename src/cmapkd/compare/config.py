@@ -17,7 +17,21 @@ Arm = dict[str, Any] | tuple[str, ...]  # settings over the base, as a mapping o
 _SCORES = ("retrieval", "zero_shot", "params", "bad_samples")  # names that a student's scores have already
 
 
-class TableConfig(Config):
+class _ArmsAndAxes(Config):
+    """How arms and axes may be written, wherever they stand."""
+
+    @field_validator("arms", mode="before", check_fields=False)
+    @classmethod
+    def _plain_arms(cls, value: Any) -> Any:
+        return _arms(value) if isinstance(value, dict) else value
+
+    @field_validator("axes", mode="before", check_fields=False)
+    @classmethod
+    def _labelled_axes(cls, value: Any) -> Any:
+        return _axes(value)
+
+
+class TableConfig(_ArmsAndAxes):
     """One table of several that share runs. What it leaves out, it takes from the comparison."""
 
     arms: dict[str, Arm] | tuple[str, ...] | None = Field(
@@ -30,18 +44,8 @@ class TableConfig(Config):
     gap_from: str | None = Field(None, description="Where the gap to the teacher begins: an arm or axis value.")
     metrics: tuple[str, ...] | None = Field(None, description="Dotted paths in the student's scores.")
 
-    @field_validator("arms", mode="before")
-    @classmethod
-    def _plain_arms(cls, value: Any) -> Any:
-        return _arms(value) if isinstance(value, dict) else value
 
-    @field_validator("axes", mode="before")
-    @classmethod
-    def _labelled_axes(cls, value: Any) -> Any:
-        return _axes(value)
-
-
-class ComparisonConfig(Config):
+class ComparisonConfig(_ArmsAndAxes):
     """Everything a comparison depends on; `comparison.yaml` of its folder holds it resolved."""
 
     base: str = Field(description="Recipe that every arm starts from: a packaged name or a YAML file.")
@@ -66,16 +70,6 @@ class ComparisonConfig(Config):
     evaluate: dict[str, str] = Field(
         default_factory=dict, description="Name -> source of further test data; metrics there are NAME.path."
     )
-
-    @field_validator("arms", mode="before")
-    @classmethod
-    def _plain_arms(cls, value: Any) -> Any:
-        return _arms(value) if isinstance(value, dict) else value
-
-    @field_validator("axes", mode="before")
-    @classmethod
-    def _labelled_axes(cls, value: Any) -> Any:
-        return _axes(value)
 
     @field_validator("seeds")
     @classmethod

@@ -27,13 +27,6 @@ def token_level(level: Level) -> tuple[Float[Tensor, "batch tokens width"], Bool
     return level.values, level.mask
 
 
-def phrase_level(
-    level: Level, window: int = 3
-) -> tuple[Float[Tensor, "batch phrases width"], Bool[Tensor, "batch phrases"]]:
-    """L2: `phrases` of a level's real tokens."""
-    return phrases(*token_level(level), window=window)
-
-
 def sentence_level(level: Level) -> Float[Tensor, "batch width"]:
     """L3: the mean over a level's real tokens; float32 or wider."""
     token_level(level)  # refuses what is no text

@@ -19,11 +19,10 @@ from cmapkd.features.hierarchy import (
     token_level,
 )
 from cmapkd.features.pyramid import VisualProjectors, pooled, target_grids, teacher_grids
-from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, visual_taps
+from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, tapped, visual_taps
 from cmapkd.models import DualEncoder, Features, Level, LevelInfo, Needs
 
 Role = Literal["student", "teacher"]
-GLOBAL_LEVELS = ("P5", "L4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +128,7 @@ class LevelMatcher(nn.Module):
         self, role: Role, features: Features, levels: Iterable[str]
     ) -> tuple[dict[str, Level], dict[str, Level]]:
         towers = (self.visual[role], features.image.levels), (self.language[role], features.text.levels)
-        visual, language = (
-            {name: found[info.name] for name, info in _only(taps, levels).items()} for taps, found in towers
-        )
+        visual, language = (tapped(_only(taps, levels), found) for taps, found in towers)
         return visual, language
 
 

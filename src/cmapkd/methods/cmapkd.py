@@ -267,14 +267,15 @@ class CMAPKD(Method):
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, teacher, rows = self.encode_both(batch, self._read_levels)
         self.measurements = {}
-        self._context = torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (teacher.image, teacher.text)], -1)
         if self.training:
             self._observe(student, teacher)
+        projected = None if self.project is None else self.project(student)
         values: dict[str, Tensor] = {}
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        values |= self._embedding_terms(batch, student, teacher)
-        values |= self._intra_modal_terms(student, teacher, rows)
+        if projected is not None:
+            values |= self._embedding_terms(batch, projected, teacher)
+        values |= self._intra_modal_terms(projected, teacher, rows)
         values |= self._cross_modal_terms(student, teacher, rows)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
 
@@ -298,19 +299,10 @@ class CMAPKD(Method):
             rows |= {f"teacher/{level}": vectors for level, vectors in theirs.items()}
         return rows
 
-    def _embedding_terms(self, batch: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """The student's embeddings against the teacher's: of this batch, and of the bank."""
+    def _embedding_terms(self, batch: Batch, projected: Features, teacher: Features) -> dict[str, Tensor]:
+        """The student's projected embeddings against the teacher's: of this batch, and of the bank."""
         values: dict[str, Tensor] = {}
-        if self.project is None:
-            return values
-        projected = self.project(student)
-        ours, theirs = (
-            (projected.image.embedding, projected.text.embedding),
-            (
-                teacher.image.embedding,
-                teacher.text.embedding,
-            ),
-        )
+        ours, theirs = ((each.image.embedding, each.text.embedding) for each in (projected, teacher))
         if self.interactive_scale is not None and self._wants("interactive"):
             values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
         if self.bank is None:
@@ -336,7 +328,9 @@ class CMAPKD(Method):
             self.bank.push(*theirs, keys)
         return values
 
-    def _intra_modal_terms(self, student: Features, teacher: Features, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _intra_modal_terms(
+        self, projected: Features | None, teacher: Features, rows: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Each level against the teacher's same level, weighted for each sample."""
         values: dict[str, Tensor] = {}
         for term in INTRA:
@@ -344,13 +338,14 @@ class CMAPKD(Method):
             if not levels:
                 continue
             distances = {level: rows[name] for level in levels if (name := f"distance/{level}") in rows}
-            if self.project is not None and levels[-1] in ("P5", "L4"):
-                projected, tower = self.project(student), "image" if term == "visual" else "text"
-                ours, theirs = getattr(projected, tower).embedding, getattr(teacher, tower).embedding
-                distances[levels[-1]] = embedding_distance(ours, theirs)
+            if projected is not None and levels[-1] == "P5":
+                distances["P5"] = embedding_distance(projected.image.embedding, teacher.image.embedding)
+            if projected is not None and levels[-1] == "L4":
+                distances["L4"] = embedding_distance(projected.text.embedding, teacher.text.embedding)
             self.measurements |= {f"distance/{level}": value.detach().mean() for level, value in distances.items()}
             counts = self.config.visual_levels if term == "visual" else self.config.language_levels
-            values[term] = self._weigh(term, {level: counts[level] * distances[level] for level in distances})
+            counted = {level: counts[level] * distance for level, distance in distances.items()}
+            values[term] = self._weigh(term, counted, teacher)
         return values
 
     def _cross_modal_terms(self, student: Features, teacher: Features, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -376,7 +371,8 @@ class CMAPKD(Method):
             if JOINT in pairs:
                 divergences[JOINT] = _joint_divergence(student, teacher)
             counts = self.config.coupling
-            values["pyramid"] = self._weigh("pyramid", {pair: counts[pair] * divergences[pair] for pair in pairs})
+            counted = {pair: counts[pair] * divergences[pair] for pair in pairs}
+            values["pyramid"] = self._weigh("pyramid", counted, teacher)
         return values
 
     def _bridge_all(
@@ -416,13 +412,14 @@ class CMAPKD(Method):
         places = {f"{v}-{t}": (i, j) for (i, v), (j, t) in product(enumerate(visual), enumerate(language))}
         return {pair: values[:, *places[pair]] for pair in pairs}
 
-    def _weigh(self, term: str, losses: Mapping[str, Float[Tensor, " batch"]]) -> Tensor:
+    def _weigh(self, term: str, losses: Mapping[str, Float[Tensor, " batch"]], teacher: Features) -> Tensor:
         """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
+        context = torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (teacher.image, teacher.text)], dim=-1)
         items = self.items[term]
         none = torch.zeros_like(next(iter(losses.values())))
         columns = torch.stack([losses.get(item, none) for item in items], dim=-1)
         active = torch.tensor([item in losses for item in items])
-        weighted = self.weighting[term](columns, self._context, None if len(losses) == len(items) else active)
+        weighted = self.weighting[term](columns, context, None if len(losses) == len(items) else active)
         self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
         loss: Tensor = weighted.loss
         return loss
@@ -430,10 +427,11 @@ class CMAPKD(Method):
     @torch.no_grad()
     def _observe(self, student: Features, teacher: Features) -> None:
         """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
-        held_out = _joint_divergence(student, teacher).mean()
-        for weighting in self.weighting.values():
-            assert isinstance(weighting, Weighting)
-            weighting.observe(held_out)
+        listening = [each for each in self.weighting.values() if isinstance(each, Weighting) and each.listens]
+        if listening:
+            held_out = _joint_divergence(student, teacher).mean()
+            for weighting in listening:
+                weighting.observe(held_out)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -7,7 +7,6 @@ then is an older one deleted; the teacher is in none of them.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from cmapkd.cache.files import flush
 
 Kind = Literal["step", "best"]  # to resume from; the best validated student
 
@@ -54,11 +55,11 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
         save_file(own, temporary / f"{name}.safetensors")
     (temporary / "progress.json").write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
     for file in temporary.iterdir():
-        _flush(file)
+        flush(file)
     if path.exists():  # written before the interruption that led here, with the same content
         shutil.rmtree(path)
     temporary.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
@@ -78,14 +79,6 @@ def remove_old(folder: Path, *, keep: int, kind: Kind = "step") -> None:
     """Deletes all but the newest `keep` checkpoints."""
     for path in list_checkpoints(folder, kind)[:-keep]:
         shutil.rmtree(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

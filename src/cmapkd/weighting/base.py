@@ -65,6 +65,8 @@ class Weighting(nn.Module, ABC):
     """
 
     Config: ClassVar[type[WeightingConfig]]
+    listens: ClassVar[bool] = False
+    """Whether it learns from what `observe` is told; a held-out loss need not be computed for the others."""
 
     def __init__(
         self,

@@ -96,6 +96,7 @@ class PolicyWeighting(Weighting):
     """
 
     Config: ClassVar[type[WeightingConfig]] = PolicyConfig
+    listens: ClassVar[bool] = True
     costs: Tensor
     projection: Tensor
     context_mean: Tensor

@@ -96,9 +96,11 @@ class RunConfig(Config):
         return self
 
     def scratch(self) -> RunConfig:
-        """The baseline of this run: same student, data, steps and seed, no teacher."""
+        """The baseline of this run: same student, data, steps and seed, no teacher and so no stages."""
         contrastive = METHODS["contrastive"].Config(name="contrastive")
-        return self.model_copy(update={"method": contrastive, "teacher": None, "baseline": "none", "cache": None})
+        training = self.training.without_stages()
+        alone = {"method": contrastive, "training": training, "teacher": None, "baseline": "none", "cache": None}
+        return self.model_copy(update=alone)
 
     def plain(self) -> dict[str, Any]:
         """As plain data, every default written out."""

@@ -54,6 +54,18 @@ def test_lengths_are_stated_once_and_in_one_way() -> None:
         StageConfig(name="without length")
 
 
+def test_a_baseline_is_as_long_in_one_piece() -> None:
+    shares = TrainConfig(steps=9, stages=(StageConfig(share=0.5, levels=("P5",)), StageConfig(share=0.5)))
+    assert (shares.without_stages().stages, shares.without_stages().num_steps(10)) == ((), 9)
+    for stages, total in (
+        ((StageConfig(steps=3), StageConfig(steps=4)), 7),
+        ((StageConfig(epochs=1, terms=("bank",)), StageConfig(epochs=2)), 30),
+    ):
+        whole = TrainConfig(stages=stages).without_stages()
+        assert (whole.stages, whole.num_steps(10)) == ((), total)
+    assert TrainConfig(epochs=2).without_stages() == TrainConfig(epochs=2)
+
+
 def test_each_stage_has_its_terms_and_its_rate(tmp_path: Path) -> None:
     staged(tmp_path, optim={"schedule": "constant", "learning_rate": 1e-3}).run()
     lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -74,6 +74,15 @@ class TrainConfig(Config):
     def on_cpu(self) -> bool:
         """Whether the CPU trains: asked for, or all there is. Accelerate groups CPU processes only if told."""
         return self.device == "cpu" or not torch.accelerator.is_available()
+
+    def without_stages(self) -> TrainConfig:
+        """The same length in one piece, for a method that lacks the stages' terms and levels."""
+        given: dict[str, Any] = {"stages": ()}
+        for unit in ("steps", "epochs"):
+            lengths = [getattr(stage, unit) for stage in self.stages]
+            if lengths and None not in lengths:
+                given[unit] = sum(lengths)
+        return self.model_copy(update=given)
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run."""

@@ -26,11 +26,26 @@ POOLED = {
     "bridge_dim": 8,
 }
 DENSE = {**POOLED, "visual_levels": {"P3": 0.1, "P5": 1.0}, "language_levels": {"L1": 0.1, "L2": 0.1, "L4": 1.0}}
+ALL_LEVELS = {
+    "visual_levels": {"P2": 0.3, "P3": 0.1, "P4": 0.1, "P5": 1.0},
+    "language_levels": {"L1": 0.3, "L2": 0.1, "L3": 0.1, "L4": 1.0},
+    "relation_weight": 3.0,
+    "bank_size": 12,
+}
+DENSE_ALL, POOLED_ALL = ALL_LEVELS, {**ALL_LEVELS, "places": "pooled"}
+KEY_TOKENS = {**ALL_LEVELS, "places": "key_tokens", "key_tokens": 3}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "hinton": ("hinton", {}, "global"),
     "clip_kd": ("clip_kd", {}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
+    "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),
+    "cmapkd, key tokens": ("cmapkd", KEY_TOKENS, "key_tokens"),
+    "cmapkd, more key tokens than words": (
+        "cmapkd",
+        {**KEY_TOKENS, "key_tokens": 40, "key_tokens_by": "norm"},
+        "key_tokens",
+    ),
 }
 
 
@@ -117,6 +132,29 @@ def test_pooled_rows_do_not_serve_distances_place_by_place(tmp_path: Path) -> No
     cache_plan(tmp_path / "g", embeddings).build(device="cpu")
     with pytest.raises(CacheError, match="it holds no image level"):
         cache_plan(tmp_path / "g", pooled).open()
+
+
+def test_richer_rows_serve_a_method_that_reads_less(tmp_path: Path) -> None:
+    """Dense rows give key tokens and means, key tokens give means: the losses are those of the live teacher."""
+    for stored, settings in ((DENSE_ALL, KEY_TOKENS), (DENSE_ALL, POOLED_ALL), (KEY_TOKENS, POOLED_ALL)):
+        folder = tmp_path / f"{stored.get('places')}-for-{settings['places']}"
+        live, _ = train(folder / "live", "cmapkd", settings)
+        cache_plan(folder / "c", make_method("cmapkd", settings=stored)).build(device="cpu")
+        cached, used = train(folder / "cached", "cmapkd", settings, cache={"folder": folder / "c", "mode": "require"})
+        assert isinstance(used.teacher, CachedTeacher)
+        assert used.teacher.cache.layout.kind == stored.get("places", "dense")
+        assert_close(cached, live, 1e-6)
+
+
+def test_other_key_tokens_are_refused(tmp_path: Path) -> None:
+    cache_plan(tmp_path / "c", make_method("cmapkd", settings=KEY_TOKENS)).build(device="cpu")
+    for changes in ({"key_tokens": 4}, {"key_tokens_by": "norm"}):
+        plan = cache_plan(tmp_path / "c", make_method("cmapkd", settings={**KEY_TOKENS, **changes}))
+        with pytest.raises(CacheError, match=r"it holds key tokens 3 by class, and the method reads (4|3) by"):
+            plan.open()
+    plan = cache_plan(tmp_path / "c", make_method("cmapkd", settings=DENSE_ALL))
+    with pytest.raises(CacheError, match="it holds levels key_tokens, and the method compares them place by place"):
+        plan.open()
 
 
 def test_another_view_or_caption_cannot_pass_for_the_one_asked_for(tmp_path: Path) -> None:

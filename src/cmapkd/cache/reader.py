@@ -30,7 +30,7 @@ class CacheReader:
             CacheError: something is damaged.
         """
         self.cache, self.check = cache, check
-        self.needs_texts = cache.layout.kind == "dense" and any(
+        self.needs_texts = cache.layout.kind in ("key_tokens", "dense") and any(
             each.tower == "text" and each.level is not None for each in cache.layout.fields
         )
         self.parts = cache.parts()

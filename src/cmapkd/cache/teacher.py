@@ -27,6 +27,8 @@ class CachedTeacher(FrozenTeacher):
         reload: loads the teacher again, in eval mode, on the CPU.
     """
 
+    from_disk = True
+
     def __init__(
         self, model: DualEncoder, cache: CacheFolder, *, reload: Callable[[], DualEncoder], precision: str = "fp32"
     ) -> None:
@@ -75,7 +77,11 @@ class CachedTeacher(FrozenTeacher):
         layout = self.cache.layout
         needs = Needs(
             *(
-                tuple(str(each.level) for each in layout.fields if each.level is not None and each.tower == tower)
+                tuple(
+                    dict.fromkeys(
+                        str(each.level) for each in layout.fields if each.level is not None and each.tower == tower
+                    )
+                )
                 for tower in ("image", "text")
             )
         )

@@ -24,8 +24,11 @@ from cmapkd.features import (
     VISUAL_LEVELS,
     AlignmentBridge,
     EmbeddingBank,
+    KeyTokens,
+    KeyTokensBy,
     LevelMatcher,
     PairProjector,
+    Places,
     gather_rows,
     sample_keys,
 )
@@ -83,6 +86,11 @@ class CMAPKDConfig(MethodConfig):
     grids: Literal["native"] | dict[str, float] = Field(
         "native", description="native: the student's own grids; or factors of its patch grid by level (P2: 4, ...)."
     )
+    places: Places = Field(
+        "dense", description="Where inner levels are compared: every place, the key tokens, or one pooled vector each."
+    )
+    key_tokens: int = Field(16, ge=1, description="Key tokens of a level, for places: key_tokens.")
+    key_tokens_by: KeyTokensBy = Field("class", description="What makes a token key: see `features.KeyTokens`.")
     top_down: bool = Field(False, description="A feature pyramid network in place of one linear map for each level.")
     phrase_window: int = Field(3, ge=1, description="Words in a phrase of L2.")
     bridge_dim: int = Field(256, ge=1, description="Width of the space in which levels of both modalities meet.")
@@ -104,6 +112,12 @@ class CMAPKDConfig(MethodConfig):
                     raise ValueError(f"{name}: unknown {level!r}{closest(level, known)}; known: {', '.join(known)}")
                 if weight < 0:
                     raise ValueError(f"{name}: {level} is {weight:g}, weights are not negative")
+        return self
+
+    @model_validator(mode="after")
+    def _places_fit(self) -> Self:
+        if self.places != "dense" and (self.top_down or self.grids != "native"):
+            raise ValueError(f"places: {self.places} has no grids to resample: leave top_down and grids as they are")
         return self
 
     def weight_of(self, level: str) -> float:
@@ -188,6 +202,8 @@ class CMAPKD(Method):
             grids=config.grids,
             top_down=config.top_down,
             phrase_window=config.phrase_window,
+            places=config.places,
+            key_tokens=KeyTokens(config.key_tokens, config.key_tokens_by),
         )
         has_bank = config.bank_weight or config.bank_within_weight
         projected = {"P5", "L4"} & {*compared} or config.interactive_weight or has_bank
@@ -244,8 +260,12 @@ class CMAPKD(Method):
         places = {level for term, levels in INTRA.items() if self._wants(term) for level in self.items[term]}
         needs = self.teacher_needs
         if places - {"P5", "L4", "L3"}:
-            return "dense"
+            return self.config.places
         return "pooled" if needs.image_levels or needs.text_levels else "global"
+
+    @property
+    def key_tokens(self) -> KeyTokens | None:
+        return self.match.key_tokens if self.config.places == "key_tokens" else None
 
     def _levels_read(self) -> set[str]:
         """Levels that the terms of this stage read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
@@ -17,6 +17,8 @@ class FrozenTeacher:
     Deliberately not an `nn.Module`: assigned to a method it is no submodule, so it appears in no `parameters()`, no
     `state_dict()` and no distributed wrapper, and a `train()` on the method does not reach it.
     """
+
+    from_disk: ClassVar[bool] = False  # whether asking costs a look into a file, and not a pass of a model
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model.eval().requires_grad_(False)

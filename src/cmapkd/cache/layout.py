@@ -128,6 +128,10 @@ class Layout:
                 parts.append((_scale(each.name), "<f2", each.shape[:-1]))
         return np.dtype(parts)
 
+    def embeddings(self) -> Layout:
+        """Of the two embeddings alone."""
+        return Layout("global", self.store, tuple(each for each in self.fields if each.level is None))
+
     @property
     def row_bytes(self) -> int:
         return int(self.dtype.itemsize)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.writer import live_features
 from cmapkd.data.types import Batch, ModelInput, StoredRows, TokenBatch
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+
+REFERENCE_SEED = 0  # the same reference set in every process, and after a resume
 
 
 class CacheWarning(UserWarning):
@@ -42,6 +45,9 @@ class CachedTeacher(FrozenTeacher):
         if self.live is not None:
             self.live.to(device)
         return self
+
+    def reference_embeddings(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        return CacheReader(self.cache, check="sizes").embeddings(num, seed=REFERENCE_SEED)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:

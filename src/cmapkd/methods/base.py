@@ -205,8 +205,8 @@ class Method(nn.Module, ABC):
     ) -> tuple[Features, Features, Rows]:
         """Student's and teacher's embeddings, and what the terms need of their levels; of all processes' samples.
 
-        With micro-batches no level of the student outlives its micro-batch. The teacher's do on the host of a GPU, where
-        they take none of its memory; on a CPU, and from a cache, the backward pass asks the teacher again.
+        With micro-batches no level of the student outlives its micro-batch. The teacher's do on the host of a GPU,
+        where they take none of its memory; on a CPU, and from a cache, the backward pass asks the teacher again.
 
         Args:
             read: of a part of the batch and both models' features of it, named tensors with one row for each sample,

@@ -85,11 +85,11 @@ def with_levels_on(features: Features, device: torch.device | str) -> Features:
         values = level.values.to(device)
         return replace(level, values=values, mask=there(level.mask), places=there(level.places), mean=there(level.mean))
 
-    towers = (
+    image, text = (
         replace(tower, levels={name: moved(level) for name, level in tower.levels.items()})
         for tower in (features.image, features.text)
     )
-    return replace(features, **dict(zip(("image", "text"), towers, strict=True)))
+    return replace(features, image=image, text=text)
 
 
 def _join_towers(parts: Sequence[TowerFeatures]) -> TowerFeatures:

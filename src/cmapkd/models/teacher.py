@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, NoReturn
 
 import torch
+from torch import Tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.models.base import DualEncoder
@@ -40,6 +41,16 @@ class FrozenTeacher:
         """Features of the teacher's own form of the batch, detached."""
         output: Features = self.model(batch.inputs["teacher"], needs)
         return output
+
+    def reference_embeddings(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of `num` samples that a method compares others with; only a cache has them.
+
+        Returns:
+            Float[num dim] of images and of texts, and Int[num], where their samples stand in the training source.
+        Raises:
+            ValueError: this teacher answers live.
+        """
+        raise ValueError(f"{num} reference embeddings are to be drawn from the teacher's cache: set cache: auto")
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("a FrozenTeacher is never saved: keep its name in the config and load it again")

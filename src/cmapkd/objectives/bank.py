@@ -26,6 +26,7 @@ def bank_divergence(
     student_scale: Float[Tensor, ""] | float,
     teacher_scale: Float[Tensor, ""] | float,
     exclude: Bool[Tensor, "batch entries"] | None = None,
+    frozen: bool = False,
     chunk: int | None = None,
 ) -> Float[Tensor, " batch"]:
     """KL(teacher || student) of the softmax over a bank's entries by their cosines with each sample.
@@ -38,6 +39,8 @@ def bank_divergence(
         bank: the teacher's embeddings of other samples, of either modality; normalised and detached here.
         student_scale, teacher_scale: logit scales (already exponentiated).
         exclude: True where an entry is no reference for a sample (its own, or empty): probability zero in both models.
+        frozen: the bank's rows have length one, and nothing writes into them before the backward pass: then they are
+            neither normalised nor copied.
         chunk: entries at a time. Memory then grows with batch x chunk instead of batch x entries, for the same value
             and gradient, and each chunk's logits are computed again in the backward pass; None chooses as
             `chunk_rows` does.
@@ -51,7 +54,8 @@ def bank_divergence(
     _check(student, teacher, bank, exclude)
     size = chunk_rows(len(bank), len(student), chunk)
     anchors, targets = unit(student), unit(teacher.detach())
-    parts = unit(bank.detach()).split(size)  # a copy: the bank may be refilled before the backward pass
+    entries = bank.detach()
+    parts = (entries if frozen else unit(entries)).split(size)  # a copy, else refilling it would change the gradient
     masks = (None,) * len(parts) if exclude is None else exclude.split(size, dim=1)
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _part
     if len(parts) > 1:

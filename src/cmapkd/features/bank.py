@@ -29,7 +29,6 @@ class References:
     image: Float[Tensor, "entries dim"]
     text: Float[Tensor, "entries dim"]
     exclude: Bool[Tensor, "batch entries"]  # True where an entry is no reference for a sample
-    frozen: bool  # nothing writes into the embeddings before the backward pass
 
 
 class EmbeddingBank(nn.Module):
@@ -98,6 +97,8 @@ class EmbeddingBank(nn.Module):
     ) -> References:
         """What samples are compared with: all entries, or `num` of them, drawn anew from the process's random state.
 
+        Nothing writes into what is returned: a bank that goes on being filled gives copies.
+
         Args:
             keys: of the samples; entries of the same sample (another view or caption of it) are excluded.
             num: each pair is equally likely; fewer where the bank does not hold so many.
@@ -106,11 +107,12 @@ class EmbeddingBank(nn.Module):
                 name, and excluded; None looks at names only.
         """
         if num is None or num >= self.filled:
-            references = References(self.image, self.text, self.excluded(keys), self.fixed)
+            image, text = (self.image, self.text) if self.fixed else (self.image.clone(), self.text.clone())
+            references = References(image, text, self.excluded(keys))
         else:
             chosen = torch.randperm(self.filled)[:num].to(self.keys.device)
             own = self.keys[chosen][None, :] == keys.to(self.keys.device)[:, None]
-            references = References(self.image[chosen], self.text[chosen], own, frozen=True)
+            references = References(self.image[chosen], self.text[chosen], own)
         if duplicates_above is not None and images is not None:
             directions = F.normalize(images.detach().to(self.image.dtype), dim=-1)
             for start in range(0, len(references.image), _CHUNK):

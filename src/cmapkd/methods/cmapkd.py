@@ -353,7 +353,7 @@ class CMAPKD(Method):
                         student_scale=teacher.logit_scale,
                         teacher_scale=teacher.logit_scale,
                         exclude=found.exclude,
-                        frozen=found.frozen,
+                        frozen=True,
                     ).mean()
                     for anchors, targets, reference in zip(ours, theirs, references, strict=True)
                 ]

@@ -13,22 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cmapkd.api import distill
-from cmapkd.config import load_mapping
+import cmapkd.run
+from cmapkd.cache import CacheConfig
+from cmapkd.config import load_mapping, merge_mappings
 from cmapkd.data.open import open_source
 from cmapkd.methods import build_method
 from cmapkd.models import FrozenTeacher, build_model
 from cmapkd.provenance import describe_environment
-from cmapkd.run import RunConfig, plan_cache, vocabulary_captions
+from cmapkd.run import RunConfig, plan_cache, run, vocabulary_captions
 
 TOP = {"visual_levels": {"P5": 1.0}, "language_levels": {"L4": 1.0}}
 ARMS: dict[str, dict[str, Any]] = {
     "global": TOP,
     "global int8": TOP,
     "pooled": {"places": "pooled"},
+    "global, 1024 of the bank": {**TOP, "bank_sample": 1024},
     **{f"{k} key tokens": {"places": "key_tokens", "key_tokens": k} for k in (4, 8, 16, 32)},
     "dense": {},
 }
@@ -49,15 +52,18 @@ def main() -> None:
     if arguments.json.exists():
         result["runs"] = json.loads(arguments.json.read_text())["runs"]
     result["bytes_per_row"] = {arm: bytes_of(arm, arguments) for arm in ARMS}
-    done = {(run["arm"], run["seed"]) for run in result["runs"]}
+    done = {(each["arm"], each["seed"]) for each in result["runs"]}
+    teacher: dict[str, Any] | None = None
+    cmapkd.run.open_source = kept
     for seed in arguments.seeds:
         for arm in arguments.arms:
             if (arm, seed) in done:
                 continue
             start = time.perf_counter()
             out = arguments.folder / f"{arm.replace(' ', '-')}-{seed}"
-            found = distill("cmapkd_scenes", out=out, quiet=True, **recipe(arm, seed, arguments))
-            retrieval, zero_shot = found.metrics["student"]["retrieval"], found.metrics["student"]["zero_shot"]
+            metrics = run(config_of(arm, seed, arguments), out=out, teacher_scores=teacher).metrics
+            teacher = metrics["teacher"]
+            retrieval, zero_shot = metrics["student"]["retrieval"], metrics["student"]["zero_shot"]
             scores = {
                 "r@1": retrieval["mean_r@1"],
                 **{way: retrieval[way]["r@1"] for way in ("i2t", "t2i")},
@@ -95,9 +101,10 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
 
 def bytes_of(arm: str, arguments: argparse.Namespace) -> int:
     """Of a row of the arm's own kind."""
-    values = {"base": "cmapkd_scenes", **recipe(arm, 0, arguments)}
-    values["cache"] = {"mode": "auto", "store": values["cache"]["store"]}
-    config = RunConfig.from_mapping(merged(values))
+    config = config_of(arm, 0, arguments)
+    assert config.cache is not None
+    own = CacheConfig(store=config.cache.store)
+    config = config.model_copy(update={"cache": own})
     source = open_source(config.data.train, split="train", require_captions=True)
     assert config.teacher is not None
     student = build_model(config.student, captions=vocabulary_captions(source))
@@ -105,10 +112,32 @@ def bytes_of(arm: str, arguments: argparse.Namespace) -> int:
     return plan_cache(config, method, source).layout.row_bytes
 
 
-def merged(values: dict[str, Any]) -> dict[str, Any]:
-    from cmapkd.config import merge_mappings
+def config_of(arm: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
+    return RunConfig.from_mapping(merge_mappings(load_mapping("cmapkd_scenes"), recipe(arm, seed, arguments)))
 
-    return merge_mappings(load_mapping(values.pop("base")), values)
+
+class Kept:
+    """A source whose samples are made once and stay in memory: drawing them would be most of a run's time."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.samples: dict[int, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self.samples:
+            self.samples[index] = self.source[index]
+        return self.samples[index]
+
+
+@cache
+def kept(name: str, **options: Any) -> Any:
+    return Kept(open_source(name, **options))
 
 
 if __name__ == "__main__":

@@ -261,6 +261,11 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
             return None, None
         reader = plan.open()
         method.teacher = plan.cached_teacher(reader, lambda: teacher)
+    bank = getattr(method, "bank", None)
+    if bank is not None:  # as it is after the first steps of a run
+        draws = torch.Generator().manual_seed(2)
+        noise = (torch.randn(bank.size, teacher.embed_dim, generator=draws) for _ in range(2))
+        bank.push(*noise, torch.arange(bank.size) + 2**40)
     batch = _batch(pair, student, None if reader is not None else teacher, reader)
     if arm == "student_only_channels_last":
         student.to(memory_format=torch.channels_last)

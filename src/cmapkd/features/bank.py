@@ -107,8 +107,11 @@ class EmbeddingBank(nn.Module):
                 name, and excluded; None looks at names only.
         """
         if num is None or num >= self.filled:
-            image, text = (self.image, self.text) if self.fixed else (self.image.clone(), self.text.clone())
-            references = References(image, text, self.excluded(keys))
+            held = slice(max(1, self.filled))  # one empty entry, excluded, where there is nothing yet
+            image, text = self.image[held], self.text[held]
+            if not self.fixed:
+                image, text = image.clone(), text.clone()
+            references = References(image, text, self.excluded(keys)[:, held])
         else:
             chosen = torch.randperm(self.filled)[:num].to(self.keys.device)
             own = self.keys[chosen][None, :] == keys.to(self.keys.device)[:, None]

@@ -61,8 +61,11 @@ def in_fork(size: int, sample: int, arguments: argparse.Namespace) -> dict[str, 
     with tempfile.NamedTemporaryFile() as file:
         child = os.fork()
         if child == 0:
-            Path(file.name).write_text(json.dumps(measure(size, sample, arguments)))
-            os._exit(0)
+            try:
+                Path(file.name).write_text(json.dumps(measure(size, sample, arguments)))
+                os._exit(0)
+            finally:
+                os._exit(1)
         _, status = os.waitpid(child, 0)
         if status:
             raise SystemExit(f"size {size}, sample {sample}: ended with status {status}")

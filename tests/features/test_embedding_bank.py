@@ -11,7 +11,8 @@ from cmapkd.features import EmbeddingBank
 def filled(size: int, count: int, *, fixed: bool = False) -> EmbeddingBank:
     bank = EmbeddingBank(size, 4, fixed=fixed)
     draws = torch.Generator().manual_seed(0)
-    bank.push(torch.randn(count, 4, generator=draws), torch.randn(count, 4, generator=draws), torch.arange(count))
+    put = bank.fill if fixed else bank.push
+    put(torch.randn(count, 4, generator=draws), torch.randn(count, 4, generator=draws), torch.arange(count))
     return bank
 
 
@@ -87,4 +88,5 @@ def test_refilling_does_not_reach_what_was_returned() -> None:
 def test_a_fixed_bank_is_no_part_of_a_checkpoint() -> None:
     bank = filled(6, 6, fixed=True)
     assert not bank.state_dict()
+    assert torch.equal(bank.image, filled(6, 6).image)
     assert bank.references(torch.tensor([9])).image.data_ptr() == bank.image.data_ptr()  # and is not copied

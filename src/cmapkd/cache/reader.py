@@ -106,19 +106,21 @@ class CacheReader:
         total = int(starts[-1])
         chosen = np.random.default_rng(seed).choice(total, min(num, total), replace=False, shuffle=False)
         chosen.sort()  # from one end of the disk to the other
-        found: list[dict[str, Tensor]] = []
-        samples: list[NDArray[np.int64]] = []
         layout = self.cache.layout.embeddings()
+        image, text = (torch.empty(len(chosen), each.shape[0]) for each in layout.fields)
+        samples = torch.empty(len(chosen), dtype=torch.int64)
+        count = 0
         for (number, shard, first, last), start in zip(extents, starts, strict=False):
             at = chosen[(chosen >= start) & (chosen < start + last - first)] - start
             mapped = self._map(number, shard)
             at = at[mapped[CHECK][at] != 0]  # the others have no answer
-            if len(at):
-                rows = {name: torch.from_numpy(mapped[name][at]) for name in layout.dtype.names or () if name != CHECK}
-                found.append(layout.decode(rows))
-                samples.append(self.parts[number].keys(first, last)[at] % self.cache.length)
-        image, text = (torch.cat([arrays[name] for arrays in found]) for name in ("image", "text"))
-        return image, text, torch.from_numpy(np.concatenate(samples))
+            here = slice(count, count + len(at))
+            count = here.stop
+            rows = {name: torch.from_numpy(mapped[name][at]) for name in layout.dtype.names or () if name != CHECK}
+            for name, array in layout.decode(rows).items():
+                {"image": image, "text": text}[name][here] = array
+            samples[here] = torch.from_numpy(self.parts[number].keys(first, last)[at] % self.cache.length)
+        return image[:count], text[:count], samples[:count]
 
     def _find(self, view: int, index: int) -> tuple[int, int, int] | None:
         """Part, shard, and row within it."""

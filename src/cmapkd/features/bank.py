@@ -51,9 +51,10 @@ class EmbeddingBank(nn.Module):
     def __init__(self, size: int, dim: int, *, fixed: bool = False) -> None:
         super().__init__()
         self.size, self.fixed = size, fixed
-        self.register_buffer("image", torch.zeros(size, dim), persistent=not fixed)
-        self.register_buffer("text", torch.zeros(size, dim), persistent=not fixed)
-        self.register_buffer("keys", torch.full((size,), _EMPTY, dtype=torch.int64), persistent=not fixed)
+        rows = 0 if fixed else size  # a fixed one gets its entries at once
+        self.register_buffer("image", torch.zeros(rows, dim), persistent=not fixed)
+        self.register_buffer("text", torch.zeros(rows, dim), persistent=not fixed)
+        self.register_buffer("keys", torch.full((rows,), _EMPTY, dtype=torch.int64), persistent=not fixed)
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64), persistent=not fixed)
         self._filled: int | None = 0  # entries that are not empty, which come first; None: to be counted
 
@@ -84,8 +85,12 @@ class EmbeddingBank(nn.Module):
     def fill(
         self, image: Float[Tensor, "entries dim"], text: Float[Tensor, "entries dim"], keys: Int[Tensor, " entries"]
     ) -> None:
-        """The pairs of a fixed bank, as they are in every process."""
-        self.push(*(tensor.to(self.image.device) for tensor in (image, text, keys)))
+        """The pairs of a fixed bank, the same in every process; the tensors become its own, normalised in place."""
+        for embeddings in (image, text):
+            for part in embeddings.split(_CHUNK):
+                part.div_(part.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
+        self.image, self.text = (embeddings.to(self.image) for embeddings in (image, text))
+        self.keys, self._filled = keys.to(self.keys), len(keys)
 
     def references(
         self,

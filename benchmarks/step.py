@@ -1,12 +1,13 @@
 """A training step of one pair: the student alone, CMAPKD with a cached teacher, online, and open_clip's own.
 
-Every arm runs in its own process, so that its peak memory is its own; rounds go through the arms in turn, so that what
-else happens on the machine meets all of them. All arms train on the same pixels and texts, which stand ready: the step
-is measured, not decoding. Of a cache the rows are read from its files within the step. On one CPU thread the clock is
-the thread's own time, which other processes do not add to; else it is the wall's.
+Every arm runs in its own process, so that its peak memory is its own; they step in turn, one step each, so that what
+else happens on the machine meets all of them. With --apart one process lives at a time and takes all steps of a round:
+for machines without the memory of all arms at once. All arms train on the same pixels and texts, which stand ready: the
+step is measured, not decoding. Of a cache the rows are read from its files within the step. On one CPU thread the clock
+is the process's own time, which other processes do not add to; else it is the wall's.
 
     uv run --group bench python benchmarks/step.py --pair small --threads 1 --json docs/results/step_small.json
-    uv run --group bench python benchmarks/step.py --pair vit_l14_b16 --rounds 2 --threads 1 --json FILE
+    uv run --group bench python benchmarks/step.py --pair vit_l14_b16 --apart --rounds 2 --threads 1 --json FILE
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +67,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "student_only_channels_last": {"name": "contrastive"},
 }
 DEFAULT = ("student_only", "cached_cmapkd", "cached_cmapkd_whole_bank", "online_hinton", "open_clip_distill")
+ANSWER = "answer: "
 PARTS = ("read", "teacher", "student", "terms", "backward", "update")
 
 
@@ -72,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="small")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--apart", action="store_true", help="one arm in memory at a time")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT)
     parser.add_argument("--threads", type=int, default=None, help="torch threads; by default torch decides")
     parser.add_argument("--json", type=Path, default=None)
@@ -79,17 +83,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         arm, folder = arguments.child
-        print(json.dumps(measure(arm, PAIRS[arguments.pair], arguments.threads, Path(folder))))
+        serve(arm, PAIRS[arguments.pair], arguments.threads, Path(folder))
         return
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms}
     with tempfile.TemporaryDirectory() as folder:
+        start = partial(Child, pair=arguments.pair, threads=arguments.threads, folder=folder)
         if any(arm.startswith("cached") for arm in arguments.arms):
-            _in_child("build", arguments.pair, arguments.threads, folder)
-        for number in range(arguments.rounds):
-            for arm in arguments.arms:
-                runs[arm].append(_in_child(arm, arguments.pair, arguments.threads, folder))
-                print(f"round {number + 1}/{arguments.rounds}  {arm}: {runs[arm][-1]}", file=sys.stderr, flush=True)
-            result = summarise(arguments.pair, {arm: done for arm, done in runs.items() if done})
+            start("build").finish()
+        children = {} if arguments.apart else {arm: start(arm) for arm in arguments.arms}
+        for number in range(arguments.rounds if arguments.apart else 1):
+            if arguments.apart:
+                for arm in arguments.arms:
+                    child = start(arm)
+                    for _ in range(PAIRS[arguments.pair].steps):
+                        child.step()
+                    runs[arm].append(child.finish())
+                    print(f"round {number + 1}  {arm}: {runs[arm][-1]}", file=sys.stderr, flush=True)
+            else:
+                for _ in range(arguments.rounds * PAIRS[arguments.pair].steps):
+                    print({arm: round(child.step(), 4) for arm, child in children.items()}, file=sys.stderr, flush=True)
+                runs = {arm: [child.finish()] for arm, child in children.items()}
+            result = summarise(arguments.pair, runs)
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -128,7 +142,9 @@ def summarise(pair: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
             arm: [round(value, 4) for value in statistics.quantiles(seconds, n=4)] for arm, seconds in times.items()
         },
         "step_seconds_all": {arm: [round(value, 4) for value in seconds] for arm, seconds in times.items()},
-        "over_student_only": {arm: round(value / step["student_only"], 3) for arm, value in step.items()},
+        "over_student_only": {
+            arm: round(value / step["student_only"], 3) for arm, value in step.items() if "student_only" in step
+        },
         "peak_memory_mib": {arm: round(value / 2**20) for arm, value in memory.items()},
         "parts_ms": {
             arm: {part: round(1000 * statistics.median(run["parts"][part] for run in done), 2) for part in PARTS}
@@ -142,14 +158,76 @@ def summarise(pair: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     }
 
 
-def _in_child(arm: str, pair: str, threads: int | None, folder: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", arm, folder, "--pair", pair]
-    command += ["--threads", str(threads)] if threads else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+class Child:
+    """A process that takes a step of its arm each time it is asked."""
+
+    def __init__(self, arm: str, *, pair: str, threads: int | None, folder: str) -> None:
+        command = [sys.executable, __file__, "--child", arm, folder, "--pair", pair]
+        command += ["--threads", str(threads)] if threads else []
+        self.arm, self.seconds = arm, list[float]()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.seconds.append(float(self._answer()))
+        return self.seconds[-1]
+
+    def finish(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        result: dict[str, Any] = json.loads(self._answer())
+        self.process.wait()
+        return {**result, "seconds": self.seconds}
+
+    def _answer(self) -> str:
+        """The next line that is meant for the parent; libraries print others."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER)
+        raise SystemExit(f"{self.arm} ended with {self.process.wait()}")
+
+
+def serve(arm: str, pair: Pair, threads: int | None, folder: Path) -> None:
+    """The child's side: one step of warm-up, then one for each line it is sent, and at the end its memory."""
+    import torch
+
+    from cmapkd.models import build_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
+    alone = torch.get_num_threads() == 1 and not gpu
+    clock = time.process_time if alone else time.perf_counter
+    torch.manual_seed(0)
+    asks = arm == "build" or ARMS[arm].get("name") != "contrastive"
+    teacher = build_model(_name(pair.teacher, "teacher", folder)) if asks else None
+    torch.manual_seed(1)
+    student = build_model(_name(pair.student, "student", folder))
+    parameters = {"student": student.num_parameters()} | ({"teacher": teacher.num_parameters()} if teacher else {})
+    spent: dict[str, list[float]] = {}
+    step: Callable[[], float]
+    if arm == "open_clip_distill":
+        step = _open_clip(student, teacher, _batch(pair, student, teacher), pair, clock)
+    else:
+        trainer, read = _trainer(arm, student, teacher, pair, folder)
+        del teacher  # a cached one has no weights any more
+        step = (lambda: 0.0) if arm == "build" else _cmapkd(trainer, read, clock, spent)
+    seconds = [step()]
+    for values in spent.values():
+        values.clear()
+    for _ in sys.stdin:
+        seconds.append(step())
+        print(f"{ANSWER}{seconds[-1]}", flush=True)
+    parts = {part: statistics.median(values) if values else 0.0 for part, values in spent.items()}
+    if parts:
+        parts["terms"] -= parts["student"] + parts["teacher"]  # what is left of the forward pass
+        parts["update"] = statistics.median(seconds[1:]) - sum(parts.values())
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    clock_name = "CPU time of one thread" if alone else "wall"
+    print(ANSWER + json.dumps({"parts": parts, "peak_bytes": peak, "parameters": parameters, "clock": clock_name}))
 
 
 class Noise:
@@ -178,41 +256,6 @@ class Noise:
 
     def fingerprint(self) -> str:
         return f"noise-{self.length}-{self.size}"
-
-
-def measure(arm: str, pair: Pair, threads: int | None, folder: Path) -> dict[str, Any]:
-    """Seconds of each step of one arm in this process, its parts, and the process's peak memory."""
-    import torch
-
-    from cmapkd.models import build_model
-
-    if threads:
-        torch.set_num_threads(threads)
-    gpu = torch.cuda.is_available()
-    alone = torch.get_num_threads() == 1 and not gpu
-    clock = time.process_time if alone else time.perf_counter
-    torch.manual_seed(0)
-    asks = arm == "build" or ARMS[arm].get("name") != "contrastive"
-    teacher = build_model(_name(pair.teacher, "teacher", folder)) if asks else None
-    torch.manual_seed(1)
-    student = build_model(_name(pair.student, "student", folder))
-    parameters = {"student": student.num_parameters()} | ({"teacher": teacher.num_parameters()} if teacher else {})
-    if arm == "open_clip_distill":
-        seconds, parts = _open_clip(student, teacher, _batch(pair, student, teacher), pair, clock), {}
-    else:
-        trainer, read = _trainer(arm, student, teacher, pair, folder)
-        if arm == "build":
-            return {}
-        del teacher  # a cached one has no weights any more
-        seconds, parts = _steps(trainer, read, pair, clock)
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "seconds": seconds,
-        "parts": parts,
-        "peak_bytes": peak,
-        "parameters": parameters,
-        "clock": "CPU time of one thread" if alone else "wall",
-    }
 
 
 def _name(name: str, role: str, folder: Path) -> str:
@@ -287,12 +330,12 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
     return trainer, read
 
 
-def _steps(trainer: Any, read: Any, pair: Pair, clock: Any) -> tuple[list[float], dict[str, float]]:
-    """The trainer's own step, with its clipping and its checks; the median of its parts besides."""
+def _cmapkd(trainer: Any, read: Any, clock: Any, spent: dict[str, list[float]]) -> Callable[[], float]:
+    """The trainer's own step, with its clipping and its checks; `spent` collects the seconds of its parts."""
     import torch
 
-    spent: dict[str, list[float]] = {part: [] for part in PARTS}
-    method, accelerator = trainer.method, trainer.accelerator
+    spent |= {part: [] for part in PARTS if part != "update"}
+    method = trainer.method
 
     def timed(holder: Any, name: str, part: str) -> None:
         inner = getattr(holder, name)
@@ -305,28 +348,25 @@ def _steps(trainer: Any, read: Any, pair: Pair, clock: Any) -> tuple[list[float]
             spent[part].append(clock() - start)
             return result
 
-        object.__setattr__(holder, name, outer) if isinstance(holder, torch.nn.Module) else setattr(holder, name, outer)
+        object.__setattr__(holder, name, outer)
 
     timed(method, "_encode_student", "student")
     if method.teacher is not None:
         timed(method, "_encode_teacher", "teacher")
     timed(method, "terms", "terms")
-    timed(accelerator, "backward", "backward")
-    seconds = []
-    for _ in range(1 + pair.steps):
+    timed(trainer.accelerator, "backward", "backward")
+
+    def step() -> float:
         start = clock()
         ready = read()
         spent["read"].append(clock() - start)
-        values = trainer._step(ready)
-        float(values["loss"])
-        seconds.append(clock() - start)
-    medians = {part: statistics.median(values[1:]) if values else 0.0 for part, values in spent.items()}
-    medians["terms"] -= medians["student"] + medians["teacher"]  # what is left of the forward pass
-    medians["update"] = statistics.median(seconds[1:]) - sum(medians.values())
-    return seconds[1:], medians
+        float(trainer._step(ready)["loss"])
+        return float(clock() - start)
+
+    return step
 
 
-def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -> list[float]:
+def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -> Callable[[], float]:
     """open_clip's own training loop with its distillation loss, on the models that the adapters wrap."""
     import open_clip
     import torch
@@ -373,12 +413,14 @@ def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -
 
     images, texts = batch.inputs["student"].images, batch.inputs["student"].texts
     loss = open_clip.create_loss(args)
-    seconds = []
-    for epoch in range(1 + pair.steps):  # epochs of one step
+
+    def step() -> float:
+        """An epoch of one step."""
         start = clock()
-        train_one_epoch(model, {"train": Ready(1)}, loss, epoch, optimizer, None, None, distilled, args)
-        seconds.append(clock() - start)
-    return seconds[1:]
+        train_one_epoch(model, {"train": Ready(1)}, loss, 0, optimizer, None, None, distilled, args)
+        return float(clock() - start)
+
+    return step
 
 
 if __name__ == "__main__":

@@ -141,4 +141,19 @@ def test_projector_maps_both_modalities_and_is_the_identity_at_equal_width() -> 
     assert wide.image.embedding.shape == wide.text.embedding.shape == (3, 6)
     same = PairProjector(4, 4)
     assert not list(same.parameters())
+    assert not list(PairProjector(4, 4, shared=True).parameters())
     assert torch.equal(same(features).text.embedding, features.text.embedding)
+
+
+def test_shared_projector_is_one_map_that_begins_by_keeping_every_cosine() -> None:
+    from cmapkd.features import PairProjector
+
+    features = Features(TowerFeatures(torch.randn(3, 4)), TowerFeatures(torch.randn(3, 4)), torch.tensor(2.0))
+    project = PairProjector(4, 6, shared=True)
+    assert [*project.state_dict()] == ["both.weight"]  # a tensor under two names could not be saved
+
+    def cosines(pair: Features) -> torch.Tensor:
+        image, text = (torch.nn.functional.normalize(x.embedding, dim=-1) for x in (pair.image, pair.text))
+        return image @ text.T
+
+    torch.testing.assert_close(cosines(project(features)), cosines(features))

@@ -1,4 +1,4 @@
-"""Trainable maps from the student's joint space to the teacher's, one for each modality."""
+"""Trainable maps from the student's joint space to the teacher's."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ class PairProjector(nn.Module):
     """Linear maps of image and text embeddings to another width; the identity where the widths already agree.
 
     It belongs to a method and is trained with the student, but is no part of the student that is saved.
+
+    Args:
+        shared: one map for both modalities, without bias and at first an isometry (as far as the widths allow one).
+            Image and text then move together: what is near in the teacher's space is near in the student's own, which
+            is the one that retrieval uses. Two maps can meet in the teacher's space and differ in the student's.
     """
 
-    def __init__(self, student_dim: int, teacher_dim: int) -> None:
+    def __init__(self, student_dim: int, teacher_dim: int, *, shared: bool = False) -> None:
         super().__init__()
         same = student_dim == teacher_dim
+        self.both = nn.Linear(student_dim, teacher_dim, bias=False) if shared and not same else None
+        if self.both is not None:
+            nn.init.orthogonal_(self.both.weight)
+            return
         self.image = nn.Identity() if same else nn.Linear(student_dim, teacher_dim)
         self.text = nn.Identity() if same else nn.Linear(student_dim, teacher_dim)
 
     def forward(self, features: Features) -> Features:
         """The features with both embeddings mapped, not normalised."""
+        of_image, of_text = (self.both, self.both) if self.both is not None else (self.image, self.text)
         return replace(
             features,
-            image=replace(features.image, embedding=self.image(features.image.embedding)),
-            text=replace(features.text, embedding=self.text(features.text.embedding)),
+            image=replace(features.image, embedding=of_image(features.image.embedding)),
+            text=replace(features.text, embedding=of_text(features.text.embedding)),
         )

@@ -69,15 +69,18 @@ class CMAPKDConfig(MethodConfig):
         "run", description="run: the pairs it has seen last; cache: a fixed draw from the teacher's cache."
     )
     bank_sample: int | None = Field(
-        None, ge=2, description="Pairs drawn from the bank at each step to compare with; none: all of it."
+        2048, ge=2, description="Pairs drawn from the bank at each step to compare with; none: all of it."
     )
     bank_duplicates: float | None = Field(
         None, gt=0, lt=1, description="Cosine of two images above which they count as the same; none: by name only."
     )
+    projector: Literal["shared", "own"] = Field(
+        "shared", description="Of the embeddings to the teacher's width: one map for both modalities, or one each."
+    )
     visual_weight: float = Field(1.0, ge=0, description="Weight of the visual pyramid within its modality.")
     language_weight: float = Field(1.0, ge=0, description="Weight of the language hierarchy within its modality.")
     visual_levels: dict[str, float] = Field(
-        {"P2": 0.1, "P3": 0.1, "P4": 0.1, "P5": 1.0}, description="What each visual level counts before the selection."
+        {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0}, description="What each visual level counts before the selection."
     )
     language_levels: dict[str, float] = Field(
         {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0}, description="What each language level counts, likewise."
@@ -216,7 +219,11 @@ class CMAPKD(Method):
         )
         has_bank = config.bank_weight or config.bank_within_weight
         projected = {"P5", "L4"} & {*compared} or config.interactive_weight or has_bank
-        self.project = PairProjector(student.embed_dim, teacher.embed_dim) if projected else None
+        self.project = (
+            PairProjector(student.embed_dim, teacher.embed_dim, shared=config.projector == "shared")
+            if projected
+            else None
+        )
         self.interactive_scale = _log_scale() if config.interactive_weight else None
         self.bank = (
             EmbeddingBank(config.bank_size, teacher.embed_dim, fixed=config.bank_from == "cache") if has_bank else None

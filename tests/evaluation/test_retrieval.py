@@ -226,9 +226,9 @@ def test_one_caption_where_five_are_expected() -> None:
         retrieval(images, texts, image_of_text, min_texts_per_image=2)
 
 
-# Recall in percent of `recall_at_k`, clip_benchmark/metrics/zeroshot_retrieval.py of LAION-AI/CLIP_benchmark at
-# 48de38c1689f, on the embeddings of `benchmarked`: (direction, k). With ties it depends on the order of the data: the mean over 3,000
-# random orders of images and texts, and that mean's standard error.
+# Recall in percent of `recall_at_k` in clip_benchmark/metrics/zeroshot_retrieval.py of LAION-AI/CLIP_benchmark at
+# 48de38c1689f, on the embeddings of `benchmarked`: (direction, k). With ties it depends on the order of the data: the
+# mean over 3,000 random orders of images and texts, and that mean's standard error.
 CLIP_BENCHMARK = {
     ("t2i", 1): 29.844961240310074, ("t2i", 5): 65.89147286821705, ("t2i", 10): 83.33333333333334,
     ("i2t", 1): 56.0, ("i2t", 5): 92.0, ("i2t", 10): 94.0,

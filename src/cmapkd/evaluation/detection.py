@@ -87,7 +87,8 @@ class DetectionScores:
     def to_dict(self) -> dict[str, Any]:
         """Plain data ready for JSON; the twelve figures at the top."""
         values = asdict(self)
-        return values.pop("coco") | values
+        figures: dict[str, Any] = values.pop("coco")
+        return figures | values
 
 
 def detection_scores(
@@ -122,6 +123,7 @@ def detection_scores(
     split = None if novel is None else ([name for name in names if name not in novel], list(dict.fromkeys(novel)))
     objects = [box for boxes in truth.values() for box in boxes]
     found = [detection for detections in predictions.values() for detection in detections]
+    sides = [(box.width, box.height) for box in objects] + [(one.width, one.height) for one in found]
     return DetectionScores(
         coco=figures,
         per_class={name: value for name, value in ap.items() if value is not None},
@@ -132,7 +134,7 @@ def detection_scores(
         num_crowds=sum(box.crowd for box in objects),
         num_detections=len(found),
         num_outside=None if image_sizes is None else _count_outside(predictions, truth, image_sizes),
-        num_empty=sum(not (box.width and box.height) for box in (*objects, *found)),
+        num_empty=sum(not (width and height) for width, height in sides),
     )
 
 
@@ -178,8 +180,8 @@ def _evaluate(
 
 def _group(names: Sequence[str], ap: Mapping[str, float | None], ap50: Mapping[str, float | None]) -> ClassGroup:
     known = [name for name in names if ap[name] is not None]
-    means = [float(np.mean([values[name] for name in known])) if known else None for values in (ap, ap50)]
-    return ClassGroup(*means, num_classes=len(known))
+    mean, mean50 = (float(np.mean([of[name] for name in known])) if known else None for of in (ap, ap50))
+    return ClassGroup(mean, mean50, len(known))
 
 
 def _known_mean(values: NDArray[np.float64]) -> float | None:

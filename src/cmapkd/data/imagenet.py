@@ -52,6 +52,11 @@ def open_imagenet(
     elif split_is_own:
         raise ConfigError(f"{shown} is one split as it is: leave '@{split}' out")
     folders = _class_folders(path)
+    if not folders:
+        raise ConfigError(
+            f"{shown} holds no class folders, so its images have no labels: sort them into folders of their WordNet "
+            "ids (ILSVRC's flat val folder comes with a list of labels), or read them without labels with folder:."
+        )
     return FolderSource(str(path), keep=keep, classes=_classes(folders, classes), shown=shown)
 
 

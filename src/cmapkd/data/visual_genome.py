@@ -14,9 +14,10 @@ from cmapkd.data.reading import Images
 from cmapkd.data.stored import Keep
 from cmapkd.data.tables import Columns, TableSource, hash_file
 
+EXAMPLE = "visual_genome:region_descriptions.json,objects.json,images"
+
 _COLUMNS = Columns(("image",), ("captions",), ("id",), ())
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/")  # the two archives of images, unpacked side by side
-EXAMPLE = "visual_genome:region_descriptions.json,objects.json,images"
 
 
 def open_visual_genome(rest: str, *, keep: Keep | None = None) -> TableSource:
@@ -32,16 +33,15 @@ def open_visual_genome(rest: str, *, keep: Keep | None = None) -> TableSource:
     if len(names) not in (1, 2) or not all((*names, folder)):
         raise ConfigError(f"visual_genome:{rest} must name regions or objects, or both, and images: {EXAMPLE}")
     paths = [existing_file(name, "visual genome") for name in names]
-    rows: dict[Any, dict[str, Any]] = {}
+    rows: dict[int, dict[str, Any] | str] = {}
     malformed: list[str] = []
     for path in paths:
         for entry in _read(path):
             number = entry.get("image_id", entry.get("id")) if isinstance(entry, dict) else None
             if not isinstance(number, int) or isinstance(number, bool):
                 malformed.append(f"entry is malformed: {str(entry)[:60]!r} has no image_id")
-                continue
-            row = rows.setdefault(number, {"id": number, "image": f"{number}.jpg"})
-            _add(row, entry)
+            else:
+                rows[number] = _add(rows.get(number, {"id": number, "image": f"{number}.jpg"}), entry)
     images = _Searched(open_images(folder, "visual genome images"))
     digest = "\0".join(hash_file(path) for path in paths)
     every: Iterator[tuple[int, Mapping[str, Any] | str]] = enumerate([*rows.values(), *malformed])
@@ -50,11 +50,11 @@ def open_visual_genome(rest: str, *, keep: Keep | None = None) -> TableSource:
 
 def _read(path: Path) -> list[Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"visual genome file {str(path)!r} is not JSON: {error}") from None
     first = values[0] if isinstance(values, list) and values else None
-    if not isinstance(first, dict) or not ({"regions", "objects"} & set(first)):
+    if not isinstance(values, list) or not isinstance(first, dict) or not ({"regions", "objects"} & set(first)):
         raise ConfigError(
             f"visual genome file {str(path)!r} is no list of images with 'regions' or 'objects': give "
             "region_descriptions.json, objects.json or both."
@@ -62,17 +62,21 @@ def _read(path: Path) -> list[Any]:
     return values
 
 
-def _add(row: dict[str, Any], entry: Mapping[str, Any]) -> None:
-    """What one entry of either file says of its image; what it says wrongly is found when the sample is read."""
-    if (regions := entry.get("regions")) is not None:
-        row["captions"] = [
-            *row.get("captions", ()),
-            *(region.get("phrase") if isinstance(region, dict) else region for region in regions),
-        ]
-    for thing in entry.get("objects") or ():
-        name = next(iter(thing.get("names") or ()), None)
+def _add(row: dict[str, Any] | str, entry: Mapping[str, Any]) -> dict[str, Any] | str:
+    """The image's row with what one entry of either file says of it, or the reason that it cannot be read."""
+    regions, things = entry.get("regions") or [], entry.get("objects") or []
+    if isinstance(row, str):
+        return row
+    for values in (regions, things):
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            return f"regions or objects are malformed: {str(values)[:60]!r} of image {row['id']}"
+    row["captions"] = [*row.get("captions", ()), *(region.get("phrase") for region in regions)]
+    for thing in things:
+        names = thing.get("names")
+        name = names[0] if isinstance(names, list) and names else None
         box = {"x": thing.get("x"), "y": thing.get("y"), "width": thing.get("w"), "height": thing.get("h")}
         row.setdefault("boxes", []).append(box | {"name": name})
+    return row
 
 
 class _Searched:

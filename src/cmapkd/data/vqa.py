@@ -14,6 +14,8 @@ from cmapkd.data.reading import Images
 from cmapkd.data.stored import Keep
 from cmapkd.data.tables import FIRST_IMAGES, Columns, TableSource, hash_file
 
+EXAMPLE = "vqa:v2_OpenEnded_mscoco_val2014_questions.json,v2_mscoco_val2014_annotations.json,val2014"
+
 _COLUMNS = Columns(("image",), (), ("id",), ())
 
 
@@ -37,12 +39,9 @@ def open_vqa(rest: str, *, keep: Keep | None = None) -> TableSource:
     questions = contents[0]["questions"]
     annotations = _annotations(rest, questions, contents[1]["annotations"]) if len(contents) == 2 else None
     images = open_images(folder, "vqa images")
-    rows = _rows(questions, annotations, _name_of(questions, str(contents[0].get("data_subtype")), images))
+    rows = _rows(questions, annotations, _name_form(questions, str(contents[0].get("data_subtype")), images))
     digest = "\0".join(hash_file(path) for path in paths)
     return TableSource(f"vqa:{rest}", enumerate(rows), images, columns=_COLUMNS, contents=digest, keep=keep)
-
-
-EXAMPLE = "vqa:v2_OpenEnded_mscoco_val2014_questions.json,v2_mscoco_val2014_annotations.json,val2014"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -57,8 +56,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _annotations(rest: str, questions: list[Any], annotations: list[Any]) -> dict[Any, Mapping[str, Any]]:
     """Annotations by question id; every question has one, and there are no others."""
-    found = {each.get("question_id"): each for each in annotations if isinstance(each, dict)}
-    asked = {each.get("question_id") for each in questions if isinstance(each, dict)}
+    found: dict[Any, Mapping[str, Any]] = {each["question_id"]: each for each in annotations if _numbered(each)}
+    asked = {each["question_id"] for each in questions if _numbered(each)}
     for what, missing in (("questions have no annotation", asked - set(found)),
                           ("annotations have no question", set(found) - asked)):  # fmt: skip
         if missing:
@@ -69,34 +68,37 @@ def _annotations(rest: str, questions: list[Any], annotations: list[Any]) -> dic
     return found
 
 
+def _numbered(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("question_id"), int | str)
+
+
 def _rows(
-    questions: list[Any], annotations: Mapping[Any, Mapping[str, Any]] | None, name_of: Any
+    questions: list[Any], annotations: Mapping[Any, Mapping[str, Any]] | None, form: str
 ) -> Iterator[Mapping[str, Any] | str]:
     """One row an image, with all its questions."""
     rows: dict[Any, dict[str, Any]] = {}
     for question in questions:
-        image = question.get("image_id") if isinstance(question, dict) else None
+        image = question.get("image_id") if _numbered(question) else None
         if not isinstance(image, int | str) or isinstance(image, bool):
-            yield f"question is malformed: {str(question)[:60]!r} names no image"
+            yield f"question is malformed: {str(question)[:60]!r} has no question_id or names no image"
             continue
-        row = rows.setdefault(image, {"id": image, "image": name_of(image), "qa": []})
+        row = rows.setdefault(image, {"id": image, "image": _name(form, image), "qa": []})
         identity = question.get("question_id")
-        said = annotations[identity] if annotations is not None else {}
+        said = {"answers": []} if annotations is None else annotations[identity]
         row["qa"].append({
-            "question": question.get("question"), "answers": said.get("answers"), "kind": said.get("answer_type"),
-            "id": identity,
+            "question": question.get("question"), "answers": said.get("answers", [None]),  # None: makes the sample bad
+            "kind": said.get("answer_type"), "id": identity,
         })  # fmt: skip
     yield from rows.values()
 
 
-def _name_of(questions: list[Any], subset: str, images: Images) -> Any:
-    """From an image's number to its file: as COCO 2014 or 2017 name it, or the number itself."""
-    numbers = [each["image_id"] for each in questions if isinstance(each, dict) and "image_id" in each][:FIRST_IMAGES]
+def _name_form(questions: list[Any], subset: str, images: Images) -> str:
+    """How image files are named: as COCO 2014 or 2017 does, or by the number alone."""
+    numbers = [each["image_id"] for each in questions if _numbered(each) and "image_id" in each][:FIRST_IMAGES]
+    forms = (f"COCO_{subset}_PADDED.jpg", "PADDED.jpg", "NUMBER.jpg", "NUMBER.png", "NUMBER")
+    return next((form for form in forms if any(images.has(_name(form, number)) for number in numbers)), forms[0])
 
-    def padded(image: Any) -> str:
-        return f"{image:012d}" if isinstance(image, int) else str(image)
 
-    forms = [lambda image: f"COCO_{subset}_{padded(image)}.jpg", lambda image: f"{padded(image)}.jpg"]
-    forms += [lambda image, suffix=suffix: f"{image}.{suffix}" for suffix in ("jpg", "png")]  # type: ignore[misc]
-    forms.append(str)
-    return next((form for form in forms if any(images.has(form(number)) for number in numbers)), forms[0])
+def _name(form: str, image: int | str) -> str:
+    padded = f"{image:012d}" if isinstance(image, int) else image
+    return form.replace("PADDED", padded).replace("NUMBER", str(image))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from making import picture
+from making import picture, write_zip
 
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
@@ -63,6 +63,12 @@ def test_one_file_alone(folder: Path) -> None:
     objects = open_source(f"visual_genome:{folder}/objects.json,{folder}/images?limit=2")
     assert [objects[i].captions for i in range(2)] == [(), ()]
     assert objects.fingerprint() != open_source(f"visual_genome:{folder}/objects.json,{folder}/images").fingerprint()
+
+
+def test_images_in_a_zip(folder: Path) -> None:
+    images = write_zip(folder / "i.zip", [("a/VG_100K/1.jpg", picture(1)), ("a/VG_100K_2/2.jpg", picture(2))])
+    source = open_source(f"visual_genome:{folder}/objects.json,{images}")
+    assert source[1].image.getpixel((0, 0)) == (2, 0, 0)
 
 
 def test_refusals(folder: Path) -> None:

@@ -61,7 +61,7 @@ def test_questions_of_one_image_are_one_sample(folder: Path) -> None:
     assert len(open_source(f"vqa:{write(folder)},{folder}/val2014?limit=1")) == 1
 
 
-@pytest.mark.parametrize("name", ["{:012d}.jpg", "{}.jpg", "{}.png", "{}"])
+@pytest.mark.parametrize("name", ["val2014/COCO_val2014_{:012d}.jpg", "{:012d}.jpg", "{}.jpg", "{}.png", "{}"])
 def test_other_names_of_images(folder: Path, name: str) -> None:
     images = write_zip(folder / "images.zip", [(name.format(number), picture(number)) for number in (7, 42)])
     source = open_source(f"vqa:{write(folder)},{images}")

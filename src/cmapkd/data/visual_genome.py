@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.config import ConfigError
+from cmapkd.data.coco import NamedImages
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Images
@@ -42,7 +43,7 @@ def open_visual_genome(rest: str, *, keep: Keep | None = None) -> TableSource:
                 malformed.append(f"entry is malformed: {str(entry)[:60]!r} has no image_id")
             else:
                 rows[number] = _add(rows.get(number, {"id": number, "image": f"{number}.jpg"}), entry)
-    images = _Searched(open_images(folder, "visual genome images"))
+    images = _Searched(NamedImages(open_images(folder, "visual genome images")))
     digest = "\0".join(hash_file(path) for path in paths)
     every: Iterator[tuple[int, Mapping[str, Any] | str]] = enumerate([*rows.values(), *malformed])
     return TableSource(f"visual_genome:{rest}", every, images, columns=_COLUMNS, contents=digest, keep=keep)

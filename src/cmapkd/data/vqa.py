@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.config import ConfigError
+from cmapkd.data.coco import NamedImages
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Images
@@ -38,7 +39,7 @@ def open_vqa(rest: str, *, keep: Keep | None = None) -> TableSource:
         raise ConfigError(f"vqa:{rest} needs a list 'questions' in the first file and 'annotations' in the second")
     questions = contents[0]["questions"]
     annotations = _annotations(rest, questions, contents[1]["annotations"]) if len(contents) == 2 else None
-    images = open_images(folder, "vqa images")
+    images = NamedImages(open_images(folder, "vqa images"))
     rows = _rows(questions, annotations, _name_form(questions, str(contents[0].get("data_subtype")), images))
     digest = "\0".join(hash_file(path) for path in paths)
     return TableSource(f"vqa:{rest}", enumerate(rows), images, columns=_COLUMNS, contents=digest, keep=keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 
 from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
@@ -72,6 +74,23 @@ def evaluate_models(
         if "embedded" in subject.__dict__:
             scores[subject.name]["bad_samples"] = len(subject.embedded.bad)
     return scores
+
+
+def training_source(train: str | None, data: str | None) -> Source | None:
+    """What probes learn from: the source that `train` names, or where `data` is `scenes` its training split.
+
+    Raises:
+        ConfigError: `train` names a test split.
+    """
+    if train is None:
+        if data is None or data.partition(":")[0].partition("@")[0].partition("?")[0] != "scenes":
+            return None
+        kind, _, options = data.partition("?")
+        kept = [option for option in options.split("&") if option.startswith("size=")]  # a length is the scored split's
+        train = kind.partition("@")[0] + ("?" + kept[0] if kept else "")
+    if re.search(r"@test(?=\?|$)", train):
+        raise ConfigError(f"--train {train!r} is a test split: nothing learns or is chosen there. Name a training split.")
+    return open_source(train, split="train")
 
 
 def _wanted(config: EvaluationConfig) -> dict[str, Task]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cmapkd.data.random import uniforms
+from cmapkd.evaluation import caption_tools
 from cmapkd.evaluation.captioning import caption_scores
 from cmapkd.evaluation.probes.data import ProbeBatches
 from cmapkd.evaluation.probes.decoder import DecoderHead, Words
@@ -32,6 +33,11 @@ class Captioning(Task):
     def missing(self, subject: Subject) -> str | None:
         if not any(sample.captions for sample in subject.bench.first_samples):
             return f"none of its first {len(subject.bench.first_samples)} samples has a caption"
+        try:  # before a head is trained for nothing
+            caption_tools.library_folder()
+            caption_tools.java()
+        except caption_tools.MissingToolError as error:
+            return str(error)
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:
@@ -104,4 +110,6 @@ class Captioning(Task):
 
 
 def _scores(predictions: dict[str, str], references: dict[str, list[str]]) -> dict[str, Any]:
-    raise NotImplementedError
+    scores = caption_scores(predictions, references).to_dict()
+    shown = {name: 100 * value for name, value in scores.items() if not name.startswith("num_")}
+    return scores | {"shown": shown}

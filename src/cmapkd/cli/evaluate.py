@@ -62,7 +62,7 @@ def evaluate(
     from cmapkd.data.open import open_source
     from cmapkd.evaluation.config import SuiteConfig
     from cmapkd.evaluation.suite import evaluate_models, training_source
-    from cmapkd.evaluation.table import tables
+    from cmapkd.evaluation.table import score_table
     from cmapkd.provenance import describe_environment
     from cmapkd.training import Interrupted
 
@@ -85,8 +85,7 @@ def evaluate(
         where = f"Go on with:\n  {shlex.join(['cmapkd', *sys.argv[1:]])}" if work else "Nothing is kept without --work."
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    for table in tables(scores, where=source.name if source is not None else ""):
-        console.print(table)
+    console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {

@@ -1,8 +1,8 @@
-"""The scores of several models as readable tables, one for each task."""
+"""The scores of several models as one readable table: a section for each task, a column for each model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -10,32 +10,29 @@ from rich.table import Table
 from cmapkd.evaluation.tasks import TASKS
 
 
-def tables(scores: Mapping[str, Mapping[str, Any]], *, where: str) -> Iterator[Table]:
-    """A table for each task that was measured: a row for each model, `-` where a number does not exist.
+def score_table(scores: Mapping[str, Mapping[str, Any]], *, title: str) -> Table:
+    """Every task's numbers, models side by side; `-` where one does not exist.
 
     Args:
         scores: of `evaluate_models`.
-        where: name of the source, for the titles.
     """
+    table = Table(title=title)
+    table.add_column("task", no_wrap=True)
+    table.add_column("measure", overflow="fold")
+    for model in scores:
+        table.add_column(model, justify="right", overflow="fold")
     for name, task in TASKS.items():
-        if not any(name in of_model for of_model in scores.values()):
-            continue
-        shown = [
-            column
-            for column in task.columns
-            if any(_dig(of_model.get(name), column.path) is not None for of_model in scores.values())
-        ]
-        table = Table(title=f"{name}: {task.title}" + (f" ({where})" if task.needs_source else ""))
-        table.add_column("model", overflow="fold")
-        for column in shown:
-            table.add_column(column.head, justify="right", no_wrap=True)
-        for model, of_model in scores.items():
-            numbers = [_dig(of_model.get(name), column.path) for column in shown]
-            cells = [
-                "-" if n is None else f"{n:.{column.digits}f}" for n, column in zip(numbers, shown, strict=True)
-            ]
-            table.add_row(model, *cells)
-        yield table
+        first = True
+        for column in task.columns:
+            numbers = [_dig(of_model.get(name), column.path) for of_model in scores.values()]
+            if any(number is not None for number in numbers):
+                cells = ["-" if number is None else f"{number:.{column.digits}f}" for number in numbers]
+                table.add_row(name if first else "", column.head, *cells)
+                first = False
+        if not first:
+            table.add_section()
+    table.add_row("", "parameters", *(f"{of_model['params']:,}" for of_model in scores.values()))
+    return table
 
 
 def _dig(values: Any, path: tuple[str, ...]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 from cmapkd.evaluation.probes.probe import Head, Seen
 from cmapkd.features.pyramid import Grid
 
-SCALES = (4.0, 2.0, 1.0, 0.5)  # of the encoder's grid: ViTDet's pyramid, arXiv:2203.16527, section 3
-_SIZE = 4.0  # sides of a level's cell in the boxes that it is for, and that it predicts to begin with
+_SIZE = 2.5  # sides of a level's cell in the boxes that it is for, and that it predicts to begin with
 _RADIUS = 1.5  # cells around a box's centre that predict it: FCOS's centre sampling, arXiv:1904.01355v5
 _PRIOR = 0.01  # probability of a class at the start, so that the many empty cells cost little: arXiv:1708.02002
 _CANDIDATES = 300  # of an image, by score, before boxes that overlap are thinned out
@@ -47,7 +47,8 @@ class Found:
 
 
 class DetectorHead(Head):
-    """A one-stage detector in the manner of FCOS on a simple feature pyramid of one level of the encoder.
+    """A one-stage detector in the manner of FCOS (arXiv:1904.01355) on the simple feature pyramid of ViTDet
+    (arXiv:2203.16527, section 3), which is made of one level of the encoder.
 
     A cell belongs to a class as far as its vector, mapped into the joint space, points along the text embedding of the
     class's name (both centred by the mean of the training names): classes that training never saw need only a name.
@@ -60,15 +61,16 @@ class DetectorHead(Head):
         embed_dim: int,
         grid: Grid,
         names: Float[Tensor, "classes dim"],
+        scales: Sequence[float],
         width: int,
         depth: int,
     ) -> None:
         """A head for the training classes `names`, unit embeddings of the text tower."""
         super().__init__()
-        self.grid = grid
+        self.grid, self.scales = grid, tuple(scales)
         self.normalise, self.shrink = nn.LayerNorm(patch_width), nn.Linear(patch_width, width)
         self.whole = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
-        self.levels = nn.ModuleList(_level(scale, width) for scale in SCALES)
+        self.levels = nn.ModuleList(_level(scale, width) for scale in scales)
         self.class_tower, self.box_tower = _tower(width, depth), _tower(width, depth)
         self.to_joint, self.to_box = nn.Conv2d(width, names.shape[1], 1), nn.Conv2d(width, 5, 3, padding=1)
         nn.init.normal_(self.to_box.weight, std=0.01)
@@ -89,7 +91,7 @@ class DetectorHead(Head):
     def places(self, device: torch.device) -> Places:
         """The cells' places, the same for every picture."""
         if self._places is None or self._places.centres.device != device:
-            parts = [_grid_places(grid, number, device) for number, grid in enumerate(_grids(self.grid))]
+            parts = [_grid_places(grid, number, device) for number, grid in enumerate(_grids(self.grid, self.scales))]
             self._places = Places(*(torch.cat(column) for column in zip(*parts, strict=True)))
         return self._places
 
@@ -158,7 +160,7 @@ def assign(
 ) -> Int[Tensor, "batch cells"]:
     """The box that each cell predicts, -1 where it is background.
 
-    A box belongs to the level whose cells are nearest to a quarter of its size, and there to the cells whose centres
+    A box belongs to the level whose cells times 2.5 are nearest to its size, and there to the cells whose centres
     lie within 1.5 cells of its own and inside it, and to the cell that holds its centre. Of several boxes the smallest.
     """
     centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]).clamp_min(1e-6)
@@ -183,8 +185,8 @@ def centredness(points: Float[Tensor, "cells 2"], boxes: Float[Tensor, "cells 4"
     return (near / far).prod(-1).sqrt()
 
 
-def _grids(grid: Grid) -> list[Grid]:
-    return [(max(1, int(grid[0] * scale)), max(1, int(grid[1] * scale))) for scale in SCALES]
+def _grids(grid: Grid, scales: Sequence[float]) -> list[Grid]:
+    return [(max(1, int(grid[0] * scale)), max(1, int(grid[1] * scale))) for scale in scales]
 
 
 def _grid_places(grid: Grid, level: int, device: torch.device) -> Places:
@@ -198,20 +200,24 @@ def _grid_places(grid: Grid, level: int, device: torch.device) -> Places:
 
 
 def _level(scale: float, width: int) -> nn.Module:
-    """The encoder's map at `scale` times its grid: transposed convolutions up, a pooling down."""
+    """The encoder's map at `scale` times its grid: transposed convolutions up, pooling down."""
     steps: list[nn.Module] = []
     while scale > 1:
         steps += [nn.ConvTranspose2d(width, width, 2, stride=2), nn.GroupNorm(8, width), nn.GELU()]
         scale /= 2
     if scale < 1:
-        steps.append(_Halve())
+        steps.append(_Shrink(round(1 / scale)))
     return nn.Sequential(*steps, nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width))
 
 
-class _Halve(nn.Module):
+class _Shrink(nn.Module):
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
     def forward(self, maps: Float[Tensor, "batch width rows columns"]) -> Tensor:
         rows, columns = maps.shape[-2:]
-        return F.adaptive_max_pool2d(maps, (max(1, rows // 2), max(1, columns // 2)))
+        return F.adaptive_max_pool2d(maps, (max(1, rows // self.factor), max(1, columns // self.factor)))
 
 
 def _tower(width: int, depth: int) -> nn.Module:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cmapkd.evaluation.detection import Detection as Predicted
+from cmapkd.evaluation.detection import detection_scores
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
-from cmapkd.evaluation.probes.detector import DetectorHead
+from cmapkd.evaluation.probes.detector import DetectorHead, Found
 from cmapkd.evaluation.probes.features import encode_images, patch_level
 from cmapkd.evaluation.probes.probe import Seen
 from cmapkd.evaluation.probes.train import train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.models.base import DualEncoder
+
+_SHOWN = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 class Detection(Task):
@@ -34,6 +40,8 @@ class Detection(Task):
     def missing(self, subject: Subject) -> str | None:
         if not any(sample.boxes for sample in subject.bench.first_samples):
             return f"none of its first {len(subject.bench.first_samples)} samples has a box"
+        if find_spec("faster_coco_eval") is None:  # before a head is trained for nothing
+            return "box AP needs the package faster-coco-eval: install the extra, pip install 'cmapkd[detection]'"
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:
@@ -66,6 +74,7 @@ class Detection(Task):
                 embed_dim=subject.model.embed_dim,
                 grid=features.grid,
                 names=base_weights,
+                scales=config.scales,
                 width=config.width,
                 depth=config.depth,
             )
@@ -100,7 +109,7 @@ class Detection(Task):
 
 
 def _names(annotations: Annotations) -> tuple[str, ...]:
-    return tuple(sorted({box.name for boxes in annotations.boxes for box in boxes}))
+    return tuple(sorted({box.name for boxes in annotations.boxes for box in boxes if not box.crowd}))
 
 
 def _targets(annotations: Annotations, rows: list[int], names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
@@ -113,10 +122,33 @@ def _targets(annotations: Annotations, rows: list[int], names: tuple[str, ...]) 
         for column, box in enumerate(annotations.boxes[row]):
             corners = (box.x / width, box.y / height, (box.x + box.width) / width, (box.y + box.height) / height)
             boxes[number, column] = torch.tensor(corners).clamp(0, 1)
-            if bool((boxes[number, column, 2:] > boxes[number, column, :2]).all()):  # something of it is in the picture
+            if not box.crowd and bool((boxes[number, column, 2:] > boxes[number, column, :2]).all()):  # something of it is in the picture
                 labels[number, column] = place[box.name]
     return boxes, labels
 
 
-def _scores(found: Any, scored: Annotations, names: tuple[str, ...], base: tuple[str, ...]) -> dict[str, Any]:
-    return {"shown": {"ap": float(sum(len(f.scores) for f in found))}}
+def _scores(
+    found: Sequence[Found], scored: Annotations, names: tuple[str, ...], base: tuple[str, ...]
+) -> dict[str, Any]:
+    """COCO's figures in pixels of the original pictures; base classes are those that have a box in training."""
+    predictions: dict[str, list[Predicted]] = {}
+    for identity, (width, height), each in zip(scored.ids, scored.sizes, found, strict=True):
+        sides = torch.tensor([width, height, width, height], dtype=torch.float32)
+        corners = (each.boxes.cpu() * sides).tolist()
+        predictions[identity] = [
+            Predicted(left, top, right - left, bottom - top, names[kind], score)
+            for (left, top, right, bottom), kind, score in zip(
+                corners, each.classes.tolist(), each.scores.tolist(), strict=True
+            )
+        ]
+    truth = dict(zip(scored.ids, scored.boxes, strict=True))
+    novel = tuple(sorted(set(_names(scored)) - set(base)))
+    sizes = dict(zip(scored.ids, scored.sizes, strict=True))
+    scores = detection_scores(
+        predictions, truth, class_names=names, novel=novel if novel else None, image_sizes=sizes
+    ).to_dict()
+    shown = {key: 100 * scores[key] for key in _SHOWN if scores[key] is not None}
+    for group in ("base", "novel"):
+        if scores[group] is not None and scores[group]["ap"] is not None:
+            shown[group] = 100 * scores[group]["ap"]
+    return scores | {"shown": shown}

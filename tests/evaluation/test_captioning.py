@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cmapkd.evaluation import caption_tools
-from cmapkd.evaluation.caption_tools import MissingToolError, tokenise
+from cmapkd.evaluation.caption_tools import tokenise
 from cmapkd.evaluation.captioning import CaptionScores, caption_scores, clip_scores
+from cmapkd.evaluation.tools import MissingToolError
 
 tools = pytest.mark.skipif(
     shutil.which("java") is None, reason="no java on the PATH, which the PTB tokeniser and METEOR need"

@@ -9,14 +9,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cmapkd.evaluation.tools import MissingToolError
+
 TOKENISER = "tokenizer/stanford-corenlp-3.4.1.jar"
 METEOR = "meteor/meteor-1.5.jar"
 
 _ENGLISH = ("-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US")  # else numbers may have decimal commas
-
-
-class MissingToolError(RuntimeError):
-    """A program or package that a metric needs is not installed; the message says what to install."""
 
 
 def library_folder() -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cmapkd.config import closest
 from cmapkd.evaluation import caption_tools
 from cmapkd.evaluation.ranking import check_finite
+from cmapkd.evaluation.tools import MissingToolError
 
 METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice")
 CLIPSCORE_WEIGHT = 2.5
@@ -140,7 +141,7 @@ def _check_spice_models(folder: Path) -> None:
     """The library would download them unasked."""
     for jar in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not (folder / "spice" / "lib" / jar).is_file():
-            raise caption_tools.MissingToolError(
+            raise MissingToolError(
                 f"spice needs Stanford CoreNLP 3.6.0, and {jar} is not in pycocoevalcap's folder spice/lib. "
                 "`python -m pycocoevalcap.spice.get_stanford_models` downloads it (about 400 MB); or leave spice out "
                 "of the metrics."

@@ -91,19 +91,34 @@ class Subject:
 
     @cached_property
     def embedded(self) -> Embedded:
+        return self._embed(self.bench.scored, limit=self.bench.config.limit, levels=self.bench.levels)
+
+    @cached_property
+    def embedded_train(self) -> Embedded:
+        """The first `probes.samples` samples of the training source."""
+        assert self.bench.train is not None
+        return self._embed(self.bench.train, limit=self.bench.suite.probes.samples, levels=False)
+
+    def _embed(self, source: Source, *, limit: int | None, levels: bool) -> Embedded:
         bench = self.bench
-        bench.say(f"{self.name}: embedding {bench.scored.name}")
+        bench.say(f"{self.name}: embedding {source.name}")
         return embed(
             self.model,
-            bench.scored,
+            source,
             batch_size=bench.config.batch_size,
             device=bench.device,
             workers=bench.config.workers,
-            limit=bench.config.limit,
+            limit=limit,
             on_bad_sample=bench.on_bad_sample,
             autocast=bench.autocast,
-            levels=bench.levels,
+            levels=levels,
         )
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels of both splits: as many as are named, or occur."""
+        named = len(self.bench.scored.class_names or ())
+        return max(named, 1 + max(int(each.labels.max()) for each in (self.embedded, self.embedded_train)))
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:

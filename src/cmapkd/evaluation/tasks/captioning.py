@@ -16,6 +16,7 @@ from cmapkd.evaluation.probes.probe import Seen
 from cmapkd.evaluation.probes.train import train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
+from cmapkd.evaluation.tools import MissingToolError
 from cmapkd.models.base import DualEncoder
 
 
@@ -36,7 +37,7 @@ class Captioning(Task):
         try:  # before a head is trained for nothing
             caption_tools.library_folder()
             caption_tools.java()
-        except caption_tools.MissingToolError as error:
+        except MissingToolError as error:
             return str(error)
         return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ def seen(batch: int = 3, *, cells: int = 4, width: int = 10, dim: int = 6, token
         torch.randn(batch, dim, generator=draws),
         torch.randn(batch, tokens, 8, generator=draws),
         mask,
+        torch.randn(batch, dim, generator=draws),
     )
 
 
@@ -43,11 +46,12 @@ def detector(names: torch.Tensor, *, scales: tuple[float, ...] = (2.0, 1.0, 0.5)
 
 def test_padding_of_a_question_changes_no_answer() -> None:
     head, given = fusion(), seen()
-    longer = Seen(given.patches, given.embedding, F.pad(given.tokens, (0, 0, 0, 4), value=9.0), F.pad(given.mask, (0, 4)))
+    padded = F.pad(given.tokens, (0, 0, 0, 4), value=9.0), F.pad(given.mask, (0, 4))
+    longer = replace(given, tokens=padded[0], mask=padded[1])
     torch.testing.assert_close(head(longer), head(given))
     assert given.tokens is not None
-    changed = Seen(given.patches, given.embedding, given.tokens.flip(-1), given.mask)
-    assert not torch.allclose(head(changed), head(given), atol=1e-4)
+    for changes in ({"tokens": given.tokens.flip(-1)}, {"text_embedding": -given.text_embedding}):
+        assert not torch.allclose(head(replace(given, **changes)), head(given), atol=1e-4)
 
 
 def test_fusion_loss_is_soft_cross_entropy_written_out() -> None:

@@ -89,7 +89,9 @@ class ProbeBatches(Dataset[Batch]):
             extra |= {"patches": self.features.patches[rows], "embedding": self.features.embeddings[rows]}
             if self.text_of is not None and self.text_features is not None:
                 asked = self.text_of[places]
-                extra |= {"tokens": self.text_features.tokens[asked], "mask": self.text_features.mask[asked]}
+                texts = self.text_features
+                extra |= {"tokens": texts.tokens[asked], "mask": texts.mask[asked]}
+                extra |= {"text_embedding": texts.embeddings[asked]}
         else:
             inputs["student"] = self._live(rows.tolist(), places)
         ids = tuple(self.ids[row] for row in rows.tolist())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
@@ -34,6 +35,7 @@ class TextFeatures:
 
     tokens: Float[Tensor, "texts tokens width"]
     mask: Bool[Tensor, "texts tokens"]
+    embeddings: Float[Tensor, "texts dim"]
 
 
 def whole_picture(spec: ImageSpec, image: Image.Image) -> Float[Tensor, "3 size size"]:
@@ -116,20 +118,20 @@ def encode_images(
 def encode_texts(
     model: DualEncoder, texts: Sequence[str], *, batch_size: int, device: torch.device | str
 ) -> TextFeatures:
-    """Token features of `texts`, in order, padded to the longest."""
+    """Token features and embeddings of `texts`, in order, tokens padded to the longest."""
     name = text_level(model).name
     parts: list[tuple[Tensor, Tensor]] = []
+    embeddings: list[Tensor] = []
     training = model.training
     model.to(device).eval()
     with torch.no_grad():
         for first in range(0, len(texts), batch_size):
             tokens = model.tokenizer(texts[first : first + batch_size]).to(device)
-            values = model.encode_text(tokens, (name,)).levels[name].values
-            parts.append((values.half().cpu(), tokens.mask.cpu()))
+            tower = model.encode_text(tokens, (name,))
+            parts.append((tower.levels[name].values.half().cpu(), tokens.mask.cpu()))
+            embeddings.append(tower.embedding.float().cpu())
     model.train(training)
     length = max(mask.shape[1] for _, mask in parts)
-    grown = [
-        (torch.nn.functional.pad(v, (0, 0, 0, length - v.shape[1])), torch.nn.functional.pad(m, (0, length - m.shape[1])))
-        for v, m in parts
-    ]
-    return TextFeatures(torch.cat([v for v, _ in grown]), torch.cat([m for _, m in grown]))
+    values = [F.pad(part, (0, 0, 0, length - part.shape[1])) for part, _ in parts]
+    masks = [F.pad(mask, (0, length - mask.shape[1])) for _, mask in parts]
+    return TextFeatures(torch.cat(values), torch.cat(masks), torch.cat(embeddings))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -15,7 +16,11 @@ from cmapkd.models.tiny import Block
 
 
 class FusionHead(Head):
-    """An answer token reads image tokens and question tokens through pre-norm blocks; its state is classified."""
+    """An answer token reads image and question tokens through pre-norm blocks; its state is classified.
+
+    One more token is the product, channel by channel, of the two unit embeddings: their cosine, which is what a dual
+    encoder was trained for, is its sum.
+    """
 
     def __init__(
         self, *, patch_width: int, embed_dim: int, cells: int, text_width: int, answers: int, width: int, depth: int
@@ -23,6 +28,7 @@ class FusionHead(Head):
         super().__init__()
         self.image = ImageTokens(patch_width, embed_dim, cells, width)
         self.question = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.product = nn.Linear(embed_dim, width)
         self.answer = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.kind = nn.Parameter(torch.randn(1, 1, width) * 0.02)  # tells question tokens from image tokens
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
@@ -31,9 +37,12 @@ class FusionHead(Head):
     def forward(self, seen: Seen) -> Float[Tensor, "batch answers"]:
         assert seen.tokens is not None
         assert seen.mask is not None
+        assert seen.text_embedding is not None
         images, questions = self.image(seen), self.question(seen.tokens) + self.kind
-        x = torch.cat([self.answer.expand(len(images), -1, -1), images, questions], dim=1)
-        real = torch.cat([seen.mask.new_ones(len(x), 1 + images.shape[1]), seen.mask], dim=1)
+        product = F.normalize(seen.embedding, dim=-1) * F.normalize(seen.text_embedding, dim=-1)
+        product = self.product(product * product.shape[-1])[:, None]  # channels of about 1
+        x = torch.cat([self.answer.expand(len(images), -1, -1), product, images, questions], dim=1)
+        real = torch.cat([seen.mask.new_ones(len(x), 2 + images.shape[1]), seen.mask], dim=1)
         for block in self.blocks:
             x = block(x, real[:, None, None, :])
         logits: Tensor = self.classify(x[:, 0])

@@ -18,12 +18,13 @@ from cmapkd.models.base import DualEncoder
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a head is given of a batch: patches and embedding of images, tokens of texts where a task has them."""
+    """What a head is given of a batch: patches and embedding of images; tokens and embedding of texts, if it has them."""
 
     patches: Float[Tensor, "batch cells width"]
     embedding: Float[Tensor, "batch dim"]
     tokens: Float[Tensor, "batch tokens text_width"] | None = None
     mask: Bool[Tensor, "batch tokens"] | None = None
+    text_embedding: Float[Tensor, "batch dim"] | None = None
 
 
 class Head(nn.Module):
@@ -81,13 +82,14 @@ class Probe(Method):
         if not len(inputs.texts.ids):
             return Seen(patches, tower.embedding)
         assert text is not None
-        tokens = self.student.encode_text(inputs.texts, (text,)).levels[text].values
-        return Seen(patches, tower.embedding, tokens, inputs.texts.mask)
+        texts = self.student.encode_text(inputs.texts, (text,))
+        return Seen(patches, tower.embedding, texts.levels[text].values, inputs.texts.mask, texts.embedding)
 
 
 def _stored(values: dict[str, Tensor]) -> Seen:
     tokens = values["tokens"].float() if "tokens" in values else None
-    return Seen(values["patches"].float(), values["embedding"], tokens, values.get("mask"))
+    texts = tokens, values.get("mask"), values.get("text_embedding")
+    return Seen(values["patches"].float(), values["embedding"], *texts)
 
 
 class ImageTokens(nn.Module):

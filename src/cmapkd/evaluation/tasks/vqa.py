@@ -132,6 +132,7 @@ def _answer(probe: Probe, subject: Subject, questions: _Questions) -> Tensor:
             images.embeddings[rows].to(bench.device),
             texts.tokens[asked].float().to(bench.device),
             texts.mask[asked].to(bench.device),
+            texts.embeddings[asked].to(bench.device),
         )
         chosen.append(probe.head(seen).argmax(-1).cpu())
     return torch.cat(chosen)

@@ -20,6 +20,7 @@ from cmapkd.evaluation import EvaluationConfig, SuiteConfig, evaluate_models
 from cmapkd.evaluation.suite import training_source
 from cmapkd.evaluation.table import score_table
 from cmapkd.evaluation.tasks import TASKS
+from cmapkd.evaluation.tools import MissingToolError
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
 
@@ -138,26 +139,76 @@ def scenes_model() -> TinyDualEncoder:
     return TinyDualEncoder(options, TrainedTokenizer.train(texts, vocab_size=200, context_length=24)).eval()
 
 
-NEEDED = [shutil.which("java"), find_spec("pycocoevalcap"), find_spec("faster_coco_eval")]
+ON_SCENES = ("retrieval", "zero_shot", "knn", "vqa", "detection", "calibration", "agreement", "efficiency")
 
 
-@pytest.mark.skipif(None in NEEDED, reason="caption metrics need Java and the extras captions and detection")
-def test_every_task_on_scenes(scenes_model: TinyDualEncoder) -> None:
+def every_task(model: TinyDualEncoder, tasks: Any) -> tuple[ScenesSource, dict[str, Any]]:
+    """The second of two models on pictures with pairs that training never shows."""
     source = ScenesSource("ood", size=32, length=10)
-    config = SuiteConfig.from_mapping({**QUICK, "tasks": "all"})
-    models = {"teacher": scenes_model, "student": other(scenes_model)}
+    config = SuiteConfig.from_mapping({**QUICK, "tasks": tasks})
+    models = {"teacher": model, "student": other(model)}
     scores = evaluate_models(models, source, config, device="cpu", train=training_source(None, "scenes@ood?size=32"))
-    assert set(scores["student"]) == {*TASKS, "params", "bad_samples"}
-    vqa, detection = scores["student"]["vqa"], scores["student"]["detection"]
+    assert json.loads(json.dumps(scores)) == scores
+    return source, scores["student"]
+
+
+@pytest.mark.skipif(find_spec("faster_coco_eval") is None, reason="box AP needs the extra detection")
+def test_many_tasks_on_scenes(scenes_model: TinyDualEncoder) -> None:
+    source, scores = every_task(scenes_model, ON_SCENES)
+    assert set(scores) == {*ON_SCENES, "params", "bad_samples"}
+    vqa, detection = scores["vqa"], scores["detection"]
     assert vqa["num_questions"] == sum(len(source[index].questions) for index in range(10))
     assert set(vqa["by_kind"]) == {"yes/no", "number", "other"}
     shown = {box.name for index in range(10) for box in source[index].boxes}
     learned = {box.name for index in range(8) for box in ScenesSource("train", size=32)[index].boxes}
-    assert detection["novel_classes"] == sorted(shown - learned)  # ood shows pairs that training never does
+    assert detection["novel_classes"] == sorted(shown - learned)
     assert detection["novel"]["num_classes"] == len(shown - learned)
     assert detection["num_images"] == 10
-    assert scores["student"]["captioning"]["num_images"] == 10
-    assert json.loads(json.dumps(scores)) == scores
+
+
+NEEDED = [shutil.which("java"), find_spec("pycocoevalcap"), find_spec("faster_coco_eval")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(None in NEEDED, reason="caption metrics need Java and the extras captions and detection")
+def test_every_task_on_scenes(scenes_model: TinyDualEncoder) -> None:
+    _, scores = every_task(scenes_model, "all")
+    assert set(scores) == {*TASKS, "params", "bad_samples"}
+    assert scores["captioning"]["num_images"] == 10
+    assert set(scores["captioning"]["shown"]) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"}
+    assert scores["linear_probe"]["settings"]["num_train"] == 8
+
+
+def test_captions_are_written_for_every_picture(scenes_model: TinyDualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the task but its Java programs."""
+    from cmapkd.evaluation.tasks import captioning as module
+
+    given: list[Any] = []
+
+    class Scores:
+        def to_dict(self) -> dict[str, float]:
+            return {"cider": 0.5, "num_images": 10}
+
+    def scored(*both: Any) -> Scores:
+        given.append(both)
+        return Scores()
+
+    monkeypatch.setattr(module, "caption_scores", scored)
+    monkeypatch.setattr(module.caption_tools, "java", lambda: "java")
+    monkeypatch.setattr(module.caption_tools, "library_folder", lambda: Path())
+    source, scores = every_task(scenes_model, ["captioning"])
+    predictions, references = given[-1]
+    assert references == {source[index].id: list(source[index].captions) for index in range(10)}
+    assert predictions.keys() == references.keys()
+    assert scores["captioning"]["shown"] == {"cider": 50}
+    assert len(scores["captioning"]["examples"]) == 3
+
+    def without() -> str:
+        raise MissingToolError("no java is on the PATH")
+
+    monkeypatch.setattr(module.caption_tools, "java", without)
+    with pytest.raises(ValueError, match="captioning: no java is on the PATH"):
+        every_task(scenes_model, ["captioning"])
 
 
 class Watched(ScenesSource):

@@ -106,11 +106,11 @@ def test_what_a_task_needs_is_said_before_anything_is_embedded(model: TinyDualEn
 
 
 def test_unknown_tasks_are_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match="unknown task 'detecton' .did you mean 'detection'"):
+    with pytest.raises(ConfigError, match=r"unknown task 'detecton' .did you mean 'detection'"):
         SuiteConfig.from_mapping({"tasks": ["detecton"]})
     with pytest.raises(ConfigError, match="task 'vqa' needs more than one model and its test data: measure it with"):
         EvaluationConfig.from_mapping({"tasks": ["vqa"]})
-    with pytest.raises(ConfigError, match="vqa.stpes: unknown key .did you mean 'steps'"):
+    with pytest.raises(ConfigError, match=r"vqa.stpes: unknown key .did you mean 'steps'"):
         SuiteConfig.from_mapping({"vqa": {"stpes": 3}})
     assert SuiteConfig.from_mapping({"tasks": "all"}).tasks == "all"
     with pytest.raises(ConfigError, match="unknown task 'all'"):
@@ -131,7 +131,14 @@ def test_the_cost_needs_no_data(model: TinyDualEncoder) -> None:
 @pytest.fixture(scope="module")
 def scenes_model() -> TinyDualEncoder:
     options = TinyOptions(
-        image_size=32, patch_size=8, stem_width=4, vision_width=32, vision_depth=2, text_width=32, text_depth=1, embed_dim=16
+        image_size=32,
+        patch_size=8,
+        stem_width=4,
+        vision_width=32,
+        vision_depth=2,
+        text_width=32,
+        text_depth=1,
+        embed_dim=16,
     )
     source = ScenesSource("train", size=32, length=20)
     texts = [caption for index in range(20) for caption in source.captions(index)]
@@ -268,7 +275,12 @@ def test_a_table_shows_a_dash_for_what_does_not_exist(model: TinyDualEncoder) ->
         "b": {"detection": {"shown": {"ap": 5.0}}, "params": 2},
     }
     columns = [list(column.cells) for column in score_table(both, title="t").columns]
-    assert columns == [["detection", "", ""], ["AP", "novel", "parameters"], ["12.3", "1.0", "1,000"], ["5.0", "-", "2"]]
+    assert columns == [
+        ["detection", "", ""],
+        ["AP", "novel", "parameters"],
+        ["12.3", "1.0", "1,000"],
+        ["5.0", "-", "2"],
+    ]
 
 
 def test_the_work_folder_is_named_after_the_model(scenes_model: TinyDualEncoder, tmp_path: Path) -> None:

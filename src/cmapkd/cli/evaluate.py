@@ -27,7 +27,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of a source that has several.")] = "val",
     train: Annotated[
         str | None,
-        typer.Option(help="Source that the heads of vqa, captioning and detection learn from; scenes: its train split."),
+        typer.Option(
+            help="Source that the heads of vqa, captioning and detection learn from; scenes: its train split."
+        ),
     ] = None,
     tasks: Annotated[
         str,

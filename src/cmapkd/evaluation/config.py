@@ -51,7 +51,7 @@ class EvaluationConfig(Config):
         for task in tasks:
             if task in TASKS and task not in known:
                 raise ValueError(
-                    f"task {task!r} needs more than one model and its test data: measure it with `cmapkd evaluate` when "
+                    f"task {task!r} needs more than one model and its test data: measure it with cmapkd evaluate when "
                     f"the run is done. Known here: {offered}"
                 )
             if task not in known:
@@ -68,5 +68,7 @@ class SuiteConfig(EvaluationConfig):
     efficiency: EfficiencyConfig = Field(default_factory=EfficiencyConfig, description="How the cost is measured.")
     probes: ProbeDataConfig = Field(default_factory=ProbeDataConfig, description="What all probes learn from.")
     vqa: VQAConfig = Field(default_factory=VQAConfig, description="The probe that answers questions.")
-    captioning: CaptioningConfig = Field(default_factory=CaptioningConfig, description="The probe that writes captions.")
+    captioning: CaptioningConfig = Field(
+        default_factory=CaptioningConfig, description="The probe that writes captions."
+    )
     detection: DetectionConfig = Field(default_factory=DetectionConfig, description="The probe that finds objects.")

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, latency, memory and file size; several models in one interleaved run."""
+"""What models cost: parameters, multiply-adds, latency, memory and file size, measured in one interleaved run."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def count_macs(model: nn.Module, run: Callable[[], Any]) -> int:
     """
     # With gradient and attention written out: torch's fused inference kernels are invisible to the counter.
     with _differentiable(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        counter = FlopCounterMode(display=False)
+        counter: Any = FlopCounterMode(display=False)
         with counter:
             run()
     return int(counter.get_total_flops()) // 2
@@ -117,7 +117,7 @@ class _LiveBytes(TorchDispatchMode):
     """Bytes of the tensors made inside that are alive at once, at most. Scratch space inside kernels is not seen."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
@@ -154,10 +154,10 @@ def peak_bytes(model: nn.Module, inputs: Sequence[Tensor], run: Callable[[], Any
             held = torch.cuda.memory_allocated(device)
             run()
             torch.cuda.synchronize(device)
-            return fixed + torch.cuda.max_memory_allocated(device) - held
+            return int(fixed + torch.cuda.max_memory_allocated(device) - held)
         with _LiveBytes() as live:
             run()
-    return fixed + live.peak
+    return int(fixed + live.peak)
 
 
 def efficiency(

@@ -37,7 +37,7 @@ def evaluate_models(
     Args:
         source: what is scored; None for tasks that need none (efficiency).
         train: what the probes of vqa, captioning and detection learn from; must not be the scored source.
-        work: folder in which probes keep checkpoints, so that a second call goes on or reuses them; None: none are kept.
+        work: folder in which probes keep checkpoints, so that a second call goes on or reuses them; None: nowhere.
         device: where the towers run; models are moved there, and keep their training modes.
         on_bad_sample, autocast: see `embed`.
     Returns:
@@ -50,7 +50,9 @@ def evaluate_models(
     if not models:
         raise ValueError("there is no model to evaluate")
     if source is not None and train is not None and _same(source, train):
-        raise ConfigError(f"probes would learn from {train.name}, which is what is scored: name another split to train on")
+        raise ConfigError(
+            f"probes would learn from {train.name}, which is what is scored: name another split to train on"
+        )
     wanted = _wanted(config)
     bench = Bench(
         config,
@@ -89,7 +91,9 @@ def training_source(train: str | None, data: str | None) -> Source | None:
         kept = [option for option in options.split("&") if option.startswith("size=")]  # a length is the scored split's
         train = kind.partition("@")[0] + ("?" + kept[0] if kept else "")
     if re.search(r"@test(?=\?|$)", train):
-        raise ConfigError(f"--train {train!r} is a test split: nothing learns or is chosen there. Name a training split.")
+        raise ConfigError(
+            f"--train {train!r} is a test split: nothing learns or is chosen there. Name a training split."
+        )
     return open_source(train, split="train")
 
 

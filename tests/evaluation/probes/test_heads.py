@@ -56,7 +56,10 @@ def test_padding_of_a_question_changes_no_answer() -> None:
 
 def test_fusion_loss_is_soft_cross_entropy_written_out() -> None:
     head, given = fusion(), seen()
-    targets = {"answers": torch.tensor([[0, 2], [1, 0], [2, 0]]), "shares": torch.tensor([[0.7, 0.3], [1, 0], [1.0, 0]])}
+    targets = {
+        "answers": torch.tensor([[0, 2], [1, 0], [2, 0]]),
+        "shares": torch.tensor([[0.7, 0.3], [1, 0], [1.0, 0]]),
+    }
     log_p = head(given).log_softmax(-1)
     expected = -(0.7 * log_p[0, 0] + 0.3 * log_p[0, 2] + log_p[1, 1] + log_p[2, 2]) / 3
     torch.testing.assert_close(head.loss(given, targets), expected)
@@ -76,7 +79,9 @@ def test_answers_by_frequency_and_their_shares() -> None:
     answers = frequent_answers(asked, most=3, normalise=normalise)
     assert answers == ("yes", "2", "green")  # 1.5, 1, 1; 2 before green as the alphabet has it
     numbers, shares = answer_shares(asked, answers, normalise=normalise)
-    assert [dict(zip(n, s, strict=True)).get(0, 0) for n, s in zip(numbers.tolist(), shares.tolist(), strict=True)][:2] == [1, 1]
+    assert [dict(zip(n, s, strict=True)).get(0, 0) for n, s in zip(numbers.tolist(), shares.tolist(), strict=True)][
+        :2
+    ] == [1, 1]
     assert shares.sum(1).tolist() == [1, 1, 1, 1]
     _, none = answer_shares([QuestionAnswer("e", ("purple",))], answers, normalise=normalise)
     assert none.sum() == 0
@@ -136,7 +141,9 @@ def places() -> Places:
     for level, side in enumerate((4, 2)):
         at = (torch.arange(side) + 0.5) / side
         y, x = torch.meshgrid(at, at, indexing="ij")
-        parts.append((torch.stack([x, y], -1).flatten(0, 1), torch.full((side**2, 2), 1 / side), torch.full((side**2,), level)))
+        parts.append(
+            (torch.stack([x, y], -1).flatten(0, 1), torch.full((side**2, 2), 1 / side), torch.full((side**2,), level))
+        )
     return Places(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -34,7 +34,14 @@ SMALL = {"steps": 6, "batch_size": 4, "width": 32, "depth": 1, "warmup_steps": 2
 @pytest.fixture(scope="module")
 def encoder() -> TinyDualEncoder:
     options = TinyOptions(
-        image_size=32, patch_size=8, stem_width=4, vision_width=32, vision_depth=2, text_width=32, text_depth=1, embed_dim=16
+        image_size=32,
+        patch_size=8,
+        stem_width=4,
+        vision_width=32,
+        vision_depth=2,
+        text_width=32,
+        text_depth=1,
+        embed_dim=16,
     )
     source = ScenesSource("train", size=32, length=20)
     texts = [caption for index in range(20) for caption in source.captions(index)]
@@ -102,7 +109,7 @@ def test_a_checkpoint_holds_the_head_and_not_the_frozen_encoder(encoder: TinyDua
 
 def test_a_folder_of_another_probe_is_refused(encoder: TinyDualEncoder, tmp_path: Path) -> None:
     TASKS["vqa"].score(subject(encoder, tmp_path))
-    with pytest.raises(ConfigError, match="with other settings: samples .was 12, now 11"):
+    with pytest.raises(ConfigError, match=r"with other settings: samples .was 12, now 11"):
         TASKS["vqa"].score(subject(encoder, tmp_path, probes={"samples": 11}))
     other = TinyDualEncoder(encoder.options, encoder.tokenizer).eval()
     with pytest.raises(ConfigError, match="with other settings: model"):

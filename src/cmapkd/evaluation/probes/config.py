@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cmapkd.config import Config
+
+SCALES = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 
 class ProbeDataConfig(Config):
@@ -24,7 +24,9 @@ class ProbeConfig(Config):
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
     batch_size: int = Field(64, ge=2, description="Examples in a step.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak rate of the head: linear warm-up, then a cosine to zero.")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="Peak rate of the head: linear warm-up, then a cosine to zero."
+    )
     weight_decay: float = Field(0.05, ge=0, description="Decoupled decay of the matrices.")
     warmup_steps: int = Field(50, ge=0, description="Linear warm-up, in steps.")
     fine_tune: bool = Field(False, description="Whether a copy of the encoder learns with the head.")
@@ -52,8 +54,15 @@ class DetectionConfig(ProbeConfig):
 
     batch_size: int = Field(32, ge=2, description="Images in a step.")
     depth: int = Field(1, ge=1, description="Convolutions before the classifier, and before the boxes.")
-    scales: tuple[Literal[0.25, 0.5, 1.0, 2.0, 4.0], ...] = Field(
+    scales: tuple[float, ...] = Field(
         (2.0, 1.0, 0.5), min_length=1, description="Levels of the pyramid, in rows and columns of the encoder's grid."
     )
     max_boxes: int = Field(100, ge=1, description="Boxes kept of an image, as COCO counts them.")
     nms_iou: float = Field(0.6, gt=0, le=1, description="Overlap above which the weaker of two boxes of a class goes.")
+
+    @field_validator("scales")
+    @classmethod
+    def _known_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if wrong := [scale for scale in value if scale not in SCALES]:
+            raise ValueError(f"levels come in the scales {', '.join(map(str, SCALES))}, got {wrong[0]}")
+        return value

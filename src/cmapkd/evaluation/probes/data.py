@@ -49,7 +49,7 @@ def read_annotations(source: Source, *, limit: int | None = None) -> Annotations
         found.append((index, sample.id, sample.image.size, sample.captions, sample.questions, sample.boxes))
     if not found:
         raise ValueError(f"no sample of {source.name} could be read")
-    return Annotations(*(tuple(column) for column in zip(*found, strict=True)))  # type: ignore[arg-type]
+    return Annotations(*(tuple(column) for column in zip(*found, strict=True)))
 
 
 class ProbeBatches(Dataset[Batch]):
@@ -72,7 +72,7 @@ class ProbeBatches(Dataset[Batch]):
         indices: Sequence[int] = (),
         texts: Sequence[str] = (),
     ) -> None:
-        """Either `features` (and `text_features`), or `model`, `pictures`, `indices` (and `texts`) for a live encoder."""
+        """Either `features` (and `text_features`), or for a live encoder `model`, `pictures`, `indices`, `texts`."""
         self.source = range(len(image_of_example))  # whose length is an epoch
         self.image_of, self.text_of, self.targets, self.ids = image_of_example, text_of_example, targets, ids
         self.features, self.text_features = features, text_features

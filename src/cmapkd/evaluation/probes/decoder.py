@@ -18,7 +18,7 @@ _SPECIAL = ["[PAD]", "[UNK]", "[START]", "[END]"]
 
 
 class Words:
-    """Lower-cased words without punctuation, which caption metrics drop too; the most frequent of the training captions."""
+    """Lower-cased words without punctuation (caption metrics drop it too): the training captions' most frequent."""
 
     def __init__(self, captions: Iterable[str], *, most: int, length: int) -> None:
         """Learns the words.

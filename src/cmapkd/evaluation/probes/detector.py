@@ -115,7 +115,7 @@ class DetectorHead(Head):
         return torch.cat([centres - half, centres + half], dim=-1)
 
     def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
-        """Focal loss of the classes, GIoU of the boxes and cross-entropy of centredness, by the number of boxed cells."""
+        """Focal loss of classes, GIoU of boxes and cross-entropy of centredness, over the number of boxed cells."""
         from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
         cells = self(seen, self.names)
@@ -126,9 +126,10 @@ class DetectorHead(Head):
         wanted = torch.zeros_like(cells.classes)
         wanted[picture, cell, labels[picture, box]] = 1
         count = max(1, len(box))
-        classes = sigmoid_focal_loss(cells.classes, wanted, reduction="sum") / count
+        classes: Tensor = sigmoid_focal_loss(cells.classes, wanted, reduction="sum") / count
         if not len(box):
-            return classes + 0 * (cells.boxes.sum() + cells.centred.sum())
+            nothing: Tensor = classes + 0 * (cells.boxes.sum() + cells.centred.sum())
+            return nothing
         truth = boxes[picture, box]
         overlap = generalized_box_iou_loss(cells.boxes[picture, cell], truth, reduction="sum") / count
         middle = centredness(self.places(boxes.device).centres[cell], truth)
@@ -137,9 +138,7 @@ class DetectorHead(Head):
         return total
 
     @torch.no_grad()
-    def find(
-        self, seen: Seen, names: Float[Tensor, "classes dim"], *, nms_iou: float, max_boxes: int
-    ) -> list[Found]:
+    def find(self, seen: Seen, names: Float[Tensor, "classes dim"], *, nms_iou: float, max_boxes: int) -> list[Found]:
         """Detections of each picture among the classes of `names`, which need not be the training's."""
         from torchvision.ops import batched_nms
 
@@ -192,7 +191,9 @@ def _grids(grid: Grid, scales: Sequence[float]) -> list[Grid]:
 def _grid_places(grid: Grid, level: int, device: torch.device) -> Places:
     rows, columns = grid
     y, x = torch.meshgrid(
-        (torch.arange(rows, device=device) + 0.5) / rows, (torch.arange(columns, device=device) + 0.5) / columns, indexing="ij"
+        (torch.arange(rows, device=device) + 0.5) / rows,
+        (torch.arange(columns, device=device) + 0.5) / columns,
+        indexing="ij",
     )
     centres = torch.stack([x, y], dim=-1).flatten(0, 1)
     strides = torch.tensor([1 / columns, 1 / rows], device=device).expand_as(centres)

@@ -65,7 +65,9 @@ def text_level(model: DualEncoder) -> LevelInfo:
         ValueError: the tower exposes no level.
     """
     if not model.text_levels:
-        raise ValueError(f"{model.name} exposes no text level, and the vqa probe reads tokens: choose another text tower.")
+        raise ValueError(
+            f"{model.name} exposes no text level, and the vqa probe reads tokens: take another text tower."
+        )
     return model.text_levels[-1]
 
 
@@ -106,8 +108,8 @@ def encode_images(
             needed = len(indices) * (2 * patches[0].numel() + 4 * tower.embedding[0].numel()) / 2**30
             if needed > memory:
                 raise ValueError(
-                    f"features of {len(indices)} images of {source.name} under {model.name} take {needed:.1f} GiB, more "
-                    f"than probes.memory={memory:g}: lower probes.samples (or limit), or raise probes.memory."
+                    f"features of {len(indices)} images of {source.name} under {model.name} take {needed:.1f} GiB, "
+                    f"more than probes.memory={memory:g}: lower probes.samples (or limit), or raise probes.memory."
                 )
             kept.append(patches.half().cpu())
             embeddings.append(tower.embedding.float().cpu())

@@ -51,7 +51,8 @@ class FusionHead(Head):
     def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
         """Cross-entropy with the answers' shares: of several accepted ones, as often as each was given."""
         log_p = self(seen).float().log_softmax(-1)
-        return -(log_p.gather(1, targets["answers"]) * targets["shares"]).sum(1).mean()
+        loss: Tensor = -(log_p.gather(1, targets["answers"]) * targets["shares"]).sum(1).mean()
+        return loss
 
 
 def frequent_answers(
@@ -78,9 +79,7 @@ def answer_shares(
 ) -> tuple[Int[Tensor, "questions most"], Float[Tensor, "questions most"]]:
     """For each question which of `answers` were given and in what shares; all zero where none of them was."""
     place = {answer: number for number, answer in enumerate(answers)}
-    rows = [
-        Counter(place[a] for a in map(normalise, question.answers) if a in place) for question in questions
-    ]
+    rows = [Counter(place[a] for a in map(normalise, question.answers) if a in place) for question in questions]
     most = max((len(row) for row in rows), default=0) or 1
     numbers, shares = torch.zeros(len(rows), most, dtype=torch.long), torch.zeros(len(rows), most)
     for number, row in enumerate(rows):

@@ -18,7 +18,7 @@ from cmapkd.models.base import DualEncoder
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a head is given of a batch: patches and embedding of images; tokens and embedding of texts, if it has them."""
+    """What a head is given of a batch: patches and embedding of images; tokens and embedding of texts, if any."""
 
     patches: Float[Tensor, "batch cells width"]
     embedding: Float[Tensor, "batch dim"]

@@ -48,7 +48,9 @@ def _compare(subject: Subject, teacher: Subject) -> dict[str, Any]:
         texts = _first_of_each(mine.captions)
         images = _spread(len(mine.ids))
         queries = texts[_spread(len(texts))]
-        result["i2t"] = rank_agreement(mine.images[images], mine.texts[texts], theirs.images[images], theirs.texts[texts])
+        result["i2t"] = rank_agreement(
+            mine.images[images], mine.texts[texts], theirs.images[images], theirs.texts[texts]
+        )
         result["t2i"] = rank_agreement(mine.texts[queries], mine.images, theirs.texts[queries], theirs.images)
         result["num_texts"] = len(texts)
     if bool((mine.labels >= 0).any()) and subject.class_names is not None:
@@ -75,7 +77,9 @@ def _cka(mine: Embedded, theirs: Embedded) -> dict[str, float]:
 
 def _first_of_each(captions: Sequence[str]) -> Int[Tensor, " texts"]:
     """Where each different caption stands first: equal ones would count as candidates twice."""
-    return torch.tensor(list({caption: place for place, caption in reversed(list(enumerate(captions)))}.values())).sort()[0]
+    return torch.tensor(
+        list({caption: place for place, caption in reversed(list(enumerate(captions)))}.values())
+    ).sort()[0]
 
 
 def _spread(length: int) -> Int[Tensor, " queries"]:

@@ -21,7 +21,7 @@ class Task(ABC):
     """One way to measure models. A new one is a file with a subclass, and its line in `TASKS`."""
 
     title: ClassVar[str]
-    columns: ClassVar[tuple[Column, ...]]
+    columns: ClassVar[tuple[Column, ...]] = ()
     alone: ClassVar[bool] = False  # needs one model and the source, nothing else: a run can end with it
     automatic: ClassVar[bool] = False  # part of tasks=auto
     needs_source: ClassVar[bool] = True

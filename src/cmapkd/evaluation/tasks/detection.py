@@ -122,7 +122,9 @@ def _targets(annotations: Annotations, rows: list[int], names: tuple[str, ...]) 
         for column, box in enumerate(annotations.boxes[row]):
             corners = (box.x / width, box.y / height, (box.x + box.width) / width, (box.y + box.height) / height)
             boxes[number, column] = torch.tensor(corners).clamp(0, 1)
-            if not box.crowd and bool((boxes[number, column, 2:] > boxes[number, column, :2]).all()):  # something of it is in the picture
+            if not box.crowd and bool(
+                (boxes[number, column, 2:] > boxes[number, column, :2]).all()
+            ):  # something of it is in the picture
                 labels[number, column] = place[box.name]
     return boxes, labels
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from cmapkd.evaluation.calibration import zero_shot_calibration
 from cmapkd.evaluation.subject import Subject
@@ -14,7 +14,7 @@ from cmapkd.evaluation.zero_shot import zero_shot
 class ZeroShot(Task):
     title = "Zero-shot classification, percent"
     alone = automatic = True
-    columns = (
+    columns: ClassVar[tuple[Column, ...]] = (
         Column("top-1", ("top1",)),
         Column("top-5", ("top5",)),
         Column("mean per class", ("mean_per_class",)),

@@ -120,7 +120,7 @@ def _karpathy_rows(values: Mapping[str, Any], path: Path, split: str | None) -> 
 
 
 def _coco_rows(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any] | str]:
-    """One row an image of any of the files, with its captions and boxes; crowd regions are no objects."""
+    """One row an image of any of the files, with its captions and boxes; crowd regions are marked."""
     rows: dict[Any, dict[str, Any]] = {}
     for values in contents:
         mine = set()
@@ -139,10 +139,11 @@ def _coco_rows(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, A
                 raise ConfigError(f"coco annotations: {str(annotation)[:80]} belongs to no image of the file")
             if "caption" in annotation:
                 row.setdefault("captions", []).append(annotation["caption"])
-            elif "bbox" in annotation and not annotation.get("iscrowd"):
+            elif "bbox" in annotation:
                 name = categories.get(annotation.get("category_id"), str(annotation.get("category_id")))
                 box = annotation["bbox"] if isinstance(annotation["bbox"], list) else []
                 sides = dict(zip(("x", "y", "width", "height"), box, strict=False))
-                row.setdefault("boxes", []).append({**sides, "name": name})
+                rest = {"name": name, "crowd": bool(annotation.get("iscrowd")), "area": annotation.get("area")}
+                row.setdefault("boxes", []).append(sides | rest)
     for row in rows.values():
         yield row if row else "image entry is malformed: it has no id"

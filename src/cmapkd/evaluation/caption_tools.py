@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import subprocess
@@ -123,6 +124,8 @@ def meteor(
             answer()  # says why
             raise
         finally:
+            with contextlib.suppress(BrokenPipeError):  # what it did not take
+                asked.close()
             process.kill()
     return {"meteor": (total, each)}
 

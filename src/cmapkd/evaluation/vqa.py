@@ -49,7 +49,7 @@ class VqaScores:
         by_question_type: over the questions of each type, where types were given.
         per_question: of every question, by its id.
         num_missing: questions without a prediction, counted as wrong (only with `missing="wrong"`).
-        num_few_answers: questions with fewer than four answers, for which full credit needs fewer matches.
+        num_few_answers: questions with fewer than four answers, each of which is right.
     """
 
     overall: float
@@ -112,8 +112,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Accuracy of one answer in [0, 1]: the mean over the annotators of min(1, matches among the others / 3).
 
     Prediction and answers are normalised only where the annotators differ, as the reference does: against ten equal
-    answers `Yes` is wrong for `yes`. With three or two answers full credit needs all the others (two, one) instead of
-    three; a single answer must be met, after normalisation. The reference gives such questions 67, 33 and 0 % at most.
+    answers `yes`, `Yes` is wrong. Fewer than four answers are no vote but alternatives, each of which is right once
+    normalised; the reference's formula would give a right answer to such questions 67, 33 or 0 %.
 
     Raises:
         ValueError: there are no answers.
@@ -121,13 +121,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     if not answers:
         raise ValueError("there are no answers to compare with: a question needs at least one annotator's answer.")
     prediction, given = _one_line(prediction), [_one_line(answer) for answer in answers]
-    if len(given) == 1:
-        return float(normalise_answer(prediction) == normalise_answer(given[0]))
+    if len(given) <= ENOUGH_MATCHES:
+        return float(normalise_answer(prediction) in map(normalise_answer, given))
     if len(set(given)) > 1:
         prediction, given = normalise_answer(prediction), [normalise_answer(answer) for answer in given]
     matches = sum(answer == prediction for answer in given)
-    enough = min(ENOUGH_MATCHES, len(given) - 1)
-    credit = [min(1.0, (matches - (answer == prediction)) / enough) for answer in given]
+    credit = [min(1.0, (matches - (answer == prediction)) / ENOUGH_MATCHES) for answer in given]
     return sum(credit) / len(credit)
 
 

@@ -259,7 +259,7 @@ def test_the_scored_split_and_test_splits_are_not_trained_on(scenes_model: TinyD
     config = SuiteConfig.from_mapping({**QUICK, "tasks": ["detection"]})
     with pytest.raises(ConfigError, match="would learn from scenes/standard/train, which is what is scored"):
         evaluate_models({"m": scenes_model}, source, config, device="cpu", train=ScenesSource("train", size=32))
-    for name in ("scenes@test", "scenes@test?length=30", "coco:x.json,images@test"):
+    for name in ("scenes@test", "scenes@test?length=30", "coco:x.json,images@test", "hf:name@test-dev"):
         with pytest.raises(ConfigError, match="is a test split: nothing learns or is chosen there"):
             training_source(name, "scenes@val")
     assert training_source(None, "csv:x.csv") is None

@@ -90,7 +90,7 @@ def training_source(train: str | None, data: str | None) -> Source | None:
         kind, _, options = data.partition("?")
         kept = [option for option in options.split("&") if option.startswith("size=")]  # a length is the scored split's
         train = kind.partition("@")[0] + ("?" + kept[0] if kept else "")
-    if re.search(r"@test(?=\?|$)", train):
+    if re.search(r"@test[\w-]*(?=\?|$)", train):
         raise ConfigError(
             f"--train {train!r} is a test split: nothing learns or is chosen there. Name a training split."
         )

@@ -19,9 +19,6 @@ from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.evaluation.vqa import normalise_answer, vqa_scores
 from cmapkd.models.base import DualEncoder
 
-ANNOTATORS = 4
-"""Answers from which on they count as annotators' votes; fewer are alternatives, each of which is right."""
-
 
 class VQA(Task):
     title = "Question answering by a probe, accuracy in percent"
@@ -139,17 +136,10 @@ def _answer(probe: Probe, subject: Subject, questions: _Questions) -> Tensor:
 
 
 def _accuracies(predicted: Sequence[str], questions: Sequence[QuestionAnswer]) -> dict[str, Any]:
-    """VQA accuracy; of fewer than `ANNOTATORS` answers each is right by itself, as they are alternatives."""
-    answers: dict[str, Sequence[str]] = {}
-    for number, (prediction, question) in enumerate(zip(predicted, questions, strict=True)):
-        given = question.answers
-        if len(given) < ANNOTATORS:
-            right = [answer for answer in given if normalise_answer(answer) == normalise_answer(prediction)]
-            given = (right or list(given))[:1]  # type: ignore[assignment]
-        answers[str(number)] = given
+    numbered = {str(number): question for number, question in enumerate(questions)}
     scores = vqa_scores(
-        {str(number): prediction for number, prediction in enumerate(predicted)},
-        answers,
-        kinds={str(number): question.kind for number, question in enumerate(questions)},
+        dict(zip(numbered, predicted, strict=True)),
+        {number: question.answers for number, question in numbered.items()},
+        kinds={number: question.kind for number, question in numbered.items()},
     )
     return {"overall": scores.overall, "by_kind": scores.by_kind}

@@ -86,7 +86,7 @@ def embed(
     captions: list[str] = []
     image_of_text: list[int] = []
     bad: list[tuple[str, str]] = []
-    with _evaluating(model, device, autocast):
+    with evaluating(model, device, autocast):
         for chunk in _read(model, source, batch_size=batch_size, workers=workers, limit=limit):
             for failure in chunk.bad:
                 if on_bad_sample == "error":
@@ -143,7 +143,7 @@ def _embed_texts(
     """Embeddings, and the pooled levels that `taps` names."""
     different = sorted(set(texts), key=lambda text: (-len(text), text))
     rows = _Rows(taps)
-    with _evaluating(model, device, autocast):
+    with evaluating(model, device, autocast):
         for first in range(0, len(different), batch_size):
             tokens = model.tokenizer(different[first : first + batch_size])
             rows.add(model.encode_text(tokens.to(device), rows.names))
@@ -177,7 +177,7 @@ def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: torch.device | str, autocast: torch.dtype | None) -> Iterator[None]:
+def evaluating(model: nn.Module, device: torch.device | str, autocast: torch.dtype | None) -> Iterator[None]:
     """Eval mode without gradient; afterwards every module is back in the mode it had, also a frozen part's eval."""
     modes = [(module, module.training) for module in model.modules()]
     model.to(device).eval()

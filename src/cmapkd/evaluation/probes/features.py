@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmapkd.data.types import Source
+from cmapkd.evaluation.embed import evaluating
 from cmapkd.features.pyramid import Grid, grid_of, level_grid
 from cmapkd.models.base import DualEncoder, ImageSpec
 from cmapkd.models.types import LevelInfo, TowerFeatures
@@ -97,9 +98,7 @@ def encode_images(
     kept: list[Tensor] = []
     embeddings: list[Tensor] = []
     grid: Grid = (0, 0)
-    training = model.training
-    model.to(device).eval()
-    with torch.no_grad():
+    with evaluating(model, device, None):
         for first in range(0, len(indices), batch_size):
             pictures = [source[index].image for index in indices[first : first + batch_size]]
             pixels = torch.stack([whole_picture(model.image_spec, picture) for picture in pictures])
@@ -113,7 +112,6 @@ def encode_images(
                 )
             kept.append(patches.half().cpu())
             embeddings.append(tower.embedding.float().cpu())
-    model.train(training)
     return ImageFeatures(torch.cat(kept), torch.cat(embeddings), grid)
 
 
@@ -124,15 +122,12 @@ def encode_texts(
     name = text_level(model).name
     parts: list[tuple[Tensor, Tensor]] = []
     embeddings: list[Tensor] = []
-    training = model.training
-    model.to(device).eval()
-    with torch.no_grad():
+    with evaluating(model, device, None):
         for first in range(0, len(texts), batch_size):
             tokens = model.tokenizer(texts[first : first + batch_size]).to(device)
             tower = model.encode_text(tokens, (name,))
             parts.append((tower.levels[name].values.half().cpu(), tokens.mask.cpu()))
             embeddings.append(tower.embedding.float().cpu())
-    model.train(training)
     length = max(mask.shape[1] for _, mask in parts)
     values = [F.pad(part, (0, 0, 0, length - part.shape[1])) for part, _ in parts]
     masks = [F.pad(mask, (0, length - mask.shape[1])) for _, mask in parts]

@@ -10,11 +10,12 @@ import torch
 
 import cmapkd
 from cmapkd import run as runs
+from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
 from cmapkd.data.scenes.source import ScenesSource
 from cmapkd.data.types import Sample
 from cmapkd.models.registry import build_model
-from cmapkd.run import vocabulary_captions
+from cmapkd.run import RunConfig, vocabulary_captions
 
 
 @pytest.mark.parametrize("method", ["contrastive", "clip_kd"])
@@ -69,3 +70,17 @@ def test_training_and_selection_never_read_the_test_split(
     assert {split for when, split in read if when == "training"} == {"train", "val"}
     assert {split for when, split in read if when == "measuring"} == {"test"}
     assert {when for when, split in read if split == "test"} == {"measuring"}
+
+
+def test_validation_needs_a_task_to_choose_by() -> None:
+    values = {
+        "student": "tiny:debug",
+        "data": {"train": "scenes", "val": "scenes@val"},
+        "method": "contrastive",
+        "training": {"steps": 2, "evaluate_every": 1},
+        "evaluation": {"tasks": ["calibration"]},
+    }
+    with pytest.raises(ConfigError, match="the best step is chosen by retrieval or zero_shot, but .* calibration"):
+        RunConfig.from_mapping(values)
+    RunConfig.from_mapping(values | {"evaluation": {"tasks": ["calibration", "zero_shot"]}})
+    RunConfig.from_mapping(values | {"evaluation": {}})

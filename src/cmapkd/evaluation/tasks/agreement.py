@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,14 @@ def _compare(subject: Subject, teacher: Subject) -> dict[str, Any]:
             mine.images, subject.class_weights, theirs.images, teacher.class_weights, mine.labels
         )
     result["cka"] = _cka(mine, theirs)
-    return result
+    return {name: _known(value) for name, value in result.items()}
+
+
+def _known(value: Any) -> Any:
+    """JSON has no NaN: what could not be computed (a constant representation, no errors to share) is None."""
+    if isinstance(value, dict):
+        return {name: _known(each) for name, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _cka(mine: Embedded, theirs: Embedded) -> dict[str, float]:

@@ -62,7 +62,7 @@ def test_each_model_reads_the_source_once_for_all_tasks(model: TinyDualEncoder, 
 
 
 def test_what_cannot_be_computed_is_none_and_not_nan(model: TinyDualEncoder, make_source: Make) -> None:
-    """Two pictures of one class: the teacher cannot err, so there is no agreement in error."""
+    """Pictures of one class: the teacher cannot err, so there is no agreement in error."""
     source = make_source(3, labels=[0] * 3, class_names=["cat"])
     config = SuiteConfig(tasks=("agreement",))
     scores = evaluate_models({"a": model, "b": other(model)}, source, config, device="cpu")

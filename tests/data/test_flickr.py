@@ -37,6 +37,7 @@ def test_karpathy(folder: Path) -> None:
     (folder / "dataset_flickr30k.json").write_text(json.dumps(KARPATHY))
     source = open_source(f"flickr30k:{folder}/dataset_flickr30k.json,{folder}/images@test")
     assert listing(source) == {"2.jpg": tuple(f"{k} of 2" for k in range(5))}
+    assert source.name == f"flickr30k:{folder}/dataset_flickr30k.json,{folder}/images@test"
     with pytest.raises(ConfigError, match="splits of its own"):
         open_source(f"flickr30k:{folder}/dataset_flickr30k.json,{folder}/images@test?split_file=x")
 

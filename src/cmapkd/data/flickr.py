@@ -51,7 +51,7 @@ def open_flickr(
     if path.suffix == ".json":
         if split_file is not None:
             raise ConfigError(f"flickr30k:{rest} has splits of its own: name one with '@test' instead of a split_file")
-        return open_coco(rest, split=split, keep=keep, split_is_own=split_is_own)
+        return open_coco(rest, split=split, keep=keep, split_is_own=split_is_own, kind="flickr30k")
     images = NamedImages(open_images(folder, "flickr30k images"))
     rows, has_splits = _read(path)
     suffix = ""

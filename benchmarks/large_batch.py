@@ -42,6 +42,8 @@ def main() -> None:
     if arguments.arm:
         print(json.dumps(measure(arguments)))
         return
+    from cmapkd.provenance import describe_environment
+
     micro = arguments.micro_batch
     arms = {
         f"plain {micro}": (micro, 0),
@@ -58,6 +60,7 @@ def main() -> None:
         "peak_memory_ratio_without_pixels": (large["peak_bytes"] - large["pixel_bytes"])
         / (base["peak_bytes"] - base["pixel_bytes"]),
         "time_per_pair_ratio": base["pairs_per_second"] / large["pairs_per_second"],
+        "environment": describe_environment(),
     }
     print(json.dumps(result, indent=2))
     if arguments.json is not None:

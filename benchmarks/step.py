@@ -1,11 +1,13 @@
-"""Training speed and peak memory of one pair: student alone, distilled by cmapkd, distilled by open_clip itself.
+"""A training step of one pair: the student alone, CMAPKD with a cached teacher, online, and open_clip's own.
 
-Every arm runs in its own process, so that its peak memory is its own; rounds go through the arms in turn, so that what
-else happens on the machine meets all of them. All arms train on the same decoded batches: the step is measured, not the
-disk. Results are ratios to the student-only arm and to open_clip.
+Every arm runs in its own process, so that its peak memory is its own; they step in turn, one step each, so that what
+else happens on the machine meets all of them. With --apart one process lives at a time and takes all steps of a round:
+for machines without the memory of all arms at once. All arms train on the same pixels and texts, which stand ready: the
+step is measured, not decoding. Of a cache the rows are read from its files within the step. On one CPU thread the clock
+is the process's own time, which other processes do not add to; else it is the wall's.
 
-    uv run --group bench python benchmarks/step.py --pair small --json docs/results/step_small.json
-    uv run --group bench python benchmarks/step.py --pair vit_l14_b16 --rounds 2 --json FILE
+    uv run --group bench python benchmarks/step.py --pair small --threads 1 --json docs/results/step_small.json
+    uv run --group bench python benchmarks/step.py --pair vit_l14_b16 --apart --rounds 2 --threads 1 --json FILE
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 SMALL = {
@@ -45,93 +51,211 @@ class Pair:
 
 PAIRS = {
     "small": Pair("", "", batch_size=64, steps=8),
-    "vit_l14_b16": Pair("open_clip:ViT-L-14", "open_clip:ViT-B-16", batch_size=8, steps=3),
+    "vit_l14_b16": Pair("open_clip:ViT-L-14", "open_clip:ViT-B-16", batch_size=8, steps=2),
 }
-ARMS = ("student_only", "cmapkd_hinton", "cmapkd_clip_kd", "open_clip_distill")
+# all eight levels, from rows of kind `pooled`; compared with 1,024 pairs of a bank of 8,192 at each step, or with all
+CACHED = {"name": "cmapkd", "places": "pooled", "relation_weight": 3.0, "bank_sample": 1024}
+ARMS: dict[str, dict[str, Any]] = {
+    "student_only": {"name": "contrastive"},
+    "cached_cmapkd": CACHED,
+    "cached_cmapkd_whole_bank": {**CACHED, "bank_sample": None},
+    "online_cmapkd": {"name": "cmapkd"},
+    "online_hinton": {"name": "hinton"},
+    "online_clip_kd": {"name": "clip_kd"},
+    "open_clip_distill": {},
+    "student_only_compiled": {"name": "contrastive"},
+    "student_only_channels_last": {"name": "contrastive"},
+}
+DEFAULT = ("student_only", "cached_cmapkd", "cached_cmapkd_whole_bank", "online_hinton", "open_clip_distill")
+ANSWER = "answer: "
+PARTS = ("read", "teacher", "student", "terms", "backward", "update")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="small")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--apart", action="store_true", help="one arm in memory at a time")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT)
     parser.add_argument("--threads", type=int, default=None, help="torch threads; by default torch decides")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # what a child process runs
+    parser.add_argument("--child", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.arm:
-        print(json.dumps(measure(arguments.arm, arguments.pair, arguments.threads)))
+    if arguments.child:
+        arm, folder = arguments.child
+        serve(arm, PAIRS[arguments.pair], arguments.threads, Path(folder))
         return
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for number in range(arguments.rounds):
-        for arm in ARMS:
-            runs[arm].append(_in_child(arm, arguments.pair, arguments.threads))
-            print(f"round {number + 1}/{arguments.rounds}  {arm}: {runs[arm][-1]}", file=sys.stderr)
-    result = summarise(arguments.pair, runs)
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms}
+    with tempfile.TemporaryDirectory() as folder:
+        start = partial(Child, pair=arguments.pair, threads=arguments.threads, folder=folder)
+        if any(arm.startswith("cached") for arm in arguments.arms):
+            start("build").finish()
+        children = {} if arguments.apart else {arm: start(arm) for arm in arguments.arms}
+        for number in range(arguments.rounds if arguments.apart else 1):
+            if arguments.apart:
+                for arm in arguments.arms:
+                    child = start(arm)
+                    for _ in range(PAIRS[arguments.pair].steps):
+                        child.step()
+                    runs[arm].append(child.finish())
+                    print(f"round {number + 1}  {arm}: {runs[arm][-1]}", file=sys.stderr, flush=True)
+            else:
+                for _ in range(arguments.rounds * PAIRS[arguments.pair].steps):
+                    print({arm: round(child.step(), 4) for arm, child in children.items()}, file=sys.stderr, flush=True)
+                runs = {arm: [child.finish()] for arm, child in children.items()}
+            result = summarise(arguments.pair, runs)
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def summarise(pair: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over rounds, and ratios of step time and peak memory."""
+    """Medians over all steps of all rounds, their spread, and ratios of step time and peak memory."""
     from cmapkd.provenance import describe_environment
 
-    speed = {arm: statistics.median(run["pairs_per_second"] for run in done) for arm, done in runs.items()}
+    times = {arm: [second for run in done for second in run["seconds"]] for arm, done in runs.items()}
+    step = {arm: statistics.median(seconds) for arm, seconds in times.items()}
     memory = {arm: statistics.median(run["peak_bytes"] for run in done) for arm, done in runs.items()}
+    ratios: dict[str, float] = {}
+
+    def ratio(name: str, over: dict[str, Any], one: str, other: str) -> None:
+        if one in over and other in over:
+            ratios[name] = round(over[one] / over[other], 3)
+
+    ratio("cached_cmapkd_over_student_only", step, "cached_cmapkd", "student_only")
+    ratio("cached_cmapkd_whole_bank_over_student_only", step, "cached_cmapkd_whole_bank", "student_only")
+    ratio("open_clip_distill_over_cached_cmapkd", step, "open_clip_distill", "cached_cmapkd")
+    ratio("open_clip_distill_over_online_hinton", step, "open_clip_distill", "online_hinton")
+    ratio("peak_memory_ratio", memory, "cached_cmapkd", "open_clip_distill")
+    ratio("peak_memory_over_student_only", memory, "cached_cmapkd", "student_only")
+    ratio("compiled_over_student_only", step, "student_only_compiled", "student_only")
+    ratio("channels_last_over_student_only", step, "student_only_channels_last", "student_only")
     return {
         "pair": pair,
         "batch_size": PAIRS[pair].batch_size,
-        "parameters": runs["cmapkd_hinton"][0]["parameters"],
-        "pairs_per_second": {arm: round(value, 2) for arm, value in speed.items()},
-        "spread": {arm: [round(run["pairs_per_second"], 2) for run in done] for arm, done in runs.items()},
+        **ratios,
+        "methods": {arm: ARMS[arm] for arm in runs if ARMS[arm]},
+        "clock": next(iter(runs.values()))[0]["clock"],
+        "step_seconds": {arm: round(value, 4) for arm, value in step.items()},
+        "step_seconds_quartiles": {
+            arm: [round(value, 4) for value in statistics.quantiles(seconds, n=4)] for arm, seconds in times.items()
+        },
+        "step_seconds_all": {arm: [round(value, 4) for value in seconds] for arm, seconds in times.items()},
+        "over_student_only": {
+            arm: round(value / step["student_only"], 3) for arm, value in step.items() if "student_only" in step
+        },
         "peak_memory_mib": {arm: round(value / 2**20) for arm, value in memory.items()},
-        "step_time_over_student_only": {arm: round(speed["student_only"] / value, 3) for arm, value in speed.items()},
-        "open_clip_distill_over_online_hinton": round(speed["cmapkd_hinton"] / speed["open_clip_distill"], 3),
-        "peak_memory_ratio": round(memory["cmapkd_hinton"] / memory["open_clip_distill"], 3),
+        "parts_ms": {
+            arm: {part: round(1000 * statistics.median(run["parts"][part] for run in done), 2) for part in PARTS}
+            for arm, done in runs.items()
+            if done[0]["parts"]
+        },
+        "parameters": next(
+            run["parameters"] for done in runs.values() for run in done if "teacher" in run["parameters"]
+        ),
         "environment": describe_environment(),
     }
 
 
-def _in_child(arm: str, pair: str, threads: int | None) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--arm", arm, "--pair", pair]
-    command += ["--threads", str(threads)] if threads else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+class Child:
+    """A process that takes a step of its arm each time it is asked."""
+
+    def __init__(self, arm: str, *, pair: str, threads: int | None, folder: str) -> None:
+        command = [sys.executable, __file__, "--child", arm, folder, "--pair", pair]
+        command += ["--threads", str(threads)] if threads else []
+        self.arm, self.seconds = arm, list[float]()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.seconds.append(float(self._answer()))
+        return self.seconds[-1]
+
+    def finish(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        result: dict[str, Any] = json.loads(self._answer())
+        self.process.wait()
+        return {**result, "seconds": self.seconds}
+
+    def _answer(self) -> str:
+        """The next line that is meant for the parent; libraries print others."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER)
+        raise SystemExit(f"{self.arm} ended with {self.process.wait()}")
 
 
-def measure(arm: str, pair_name: str, threads: int | None) -> dict[str, Any]:
-    """Speed of one arm in this process, and the process's peak resident memory."""
+def serve(arm: str, pair: Pair, threads: int | None, folder: Path) -> None:
+    """The child's side: one step of warm-up, then one for each line it is sent, and at the end its memory."""
     import torch
 
     from cmapkd.models import build_model
 
     if threads:
         torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
+    alone = torch.get_num_threads() == 1 and not gpu
+    clock = time.process_time if alone else time.perf_counter
     torch.manual_seed(0)
-    pair = PAIRS[pair_name]
-    with tempfile.TemporaryDirectory() as folder:
-        student = build_model(_name(pair.student, "student", Path(folder)))
-        teacher = build_model(_name(pair.teacher, "teacher", Path(folder))) if arm != "student_only" else None
-        parameters = {"student": student.num_parameters()}
-        if teacher is not None:
-            parameters["teacher"] = teacher.num_parameters()
-        images = torch.randn(pair.batch_size, 3, student.image_spec.size, student.image_spec.size)
-        texts = student.tokenizer([f"a photo of {number} dogs on a beach" for number in range(pair.batch_size)])
-        if arm == "open_clip_distill":
-            rate = _open_clip(student, teacher, images, texts, pair)
-        else:
-            method = {"student_only": "contrastive", "cmapkd_hinton": "hinton", "cmapkd_clip_kd": "clip_kd"}[arm]
-            rate = _cmapkd(method, student, teacher, images, texts, pair, Path(folder))
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return {"pairs_per_second": rate, "peak_bytes": peak, "parameters": parameters}
+    asks = arm == "build" or ARMS[arm].get("name") != "contrastive"
+    teacher = build_model(_name(pair.teacher, "teacher", folder)) if asks else None
+    torch.manual_seed(1)
+    student = build_model(_name(pair.student, "student", folder))
+    parameters = {"student": student.num_parameters()} | ({"teacher": teacher.num_parameters()} if teacher else {})
+    spent: dict[str, list[float]] = {}
+    step: Callable[[], float]
+    if arm == "open_clip_distill":
+        step = _open_clip(student, teacher, _batch(pair, student, teacher), pair, clock)
+    else:
+        trainer, read = _trainer(arm, student, teacher, pair, folder)
+        del teacher  # a cached one has no weights any more
+        step = (lambda: 0.0) if arm == "build" else _cmapkd(trainer, read, clock, spent)
+    seconds = [step()]
+    for values in spent.values():
+        values.clear()
+    for _ in sys.stdin:
+        seconds.append(step())
+        print(f"{ANSWER}{seconds[-1]}", flush=True)
+    parts = {part: statistics.median(values) if values else 0.0 for part, values in spent.items()}
+    if parts:
+        parts["terms"] -= parts["student"] + parts["teacher"]  # what is left of the forward pass
+        parts["update"] = statistics.median(seconds[1:]) - sum(parts.values())
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    clock_name = "CPU time of one thread" if alone else "wall"
+    print(ANSWER + json.dumps({"parts": parts, "peak_bytes": peak, "parameters": parameters, "clock": clock_name}))
+
+
+class Noise:
+    """One batch of pictures that nothing can compress, with a caption each."""
+
+    name = "noise"
+    class_names: Sequence[str] | None = None
+
+    def __init__(self, length: int, size: int) -> None:
+        self.length, self.size = length, size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        import numpy as np
+        from PIL import Image
+
+        from cmapkd.data.types import Sample
+
+        pixels = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
+        return Sample(str(index), Image.fromarray(pixels), self.captions(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (f"a photo of {index} dogs on a beach",)
+
+    def fingerprint(self) -> str:
+        return f"noise-{self.length}-{self.size}"
 
 
 def _name(name: str, role: str, folder: Path) -> str:
@@ -142,44 +266,108 @@ def _name(name: str, role: str, folder: Path) -> str:
     return f"open_clip:{path}"
 
 
-def _cmapkd(method_name: str, student: Any, teacher: Any, images: Any, texts: Any, pair: Pair, folder: Path) -> float:
-    """The Trainer itself, with its logging and clipping; the batches stand ready."""
-    from cmapkd.data.types import Batch, ModelInput
-    from cmapkd.methods import METHODS
+def _batch(pair: Pair, student: Any, teacher: Any = None, reader: Any = None) -> Any:
+    """The one batch of all arms; with the rows of a cache in place of the teacher's input, where there is one."""
+    from cmapkd.data.batches import BatchBuilder, PlanSampler, Reader
+    from cmapkd.data.views import WHOLE
+
+    source = Noise(pair.batch_size, student.image_spec.size)
+    models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
+    readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+    builder = BatchBuilder(source, WHOLE, readers, seed=0, stored={"teacher": reader} if reader is not None else None)
+    plan = PlanSampler(len(source), batch_size=pair.batch_size, seed=0, start=0, stop=1).plan(0)
+    return builder[plan]
+
+
+def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> tuple[Any, Any]:
+    """The trainer of an arm, and what reads its batch, with rows from the cache; `build` builds that cache."""
+    import torch
+
+    from cmapkd.cache import CacheConfig, CachePlan, all_keys
+    from cmapkd.data.views import WHOLE
+    from cmapkd.methods import METHODS, build_method
     from cmapkd.models import FrozenTeacher
     from cmapkd.training import OptimConfig, TrainConfig, Trainer
 
-    inputs = {"student": ModelInput(images, texts)} | (
-        {"teacher": ModelInput(images, texts)} if teacher is not None else {}
-    )
-    batch = Batch(tuple(map(str, range(pair.batch_size))), inputs, ("",) * pair.batch_size)
+    settings = CACHED if arm == "build" else ARMS[arm]
+    config = METHODS[settings["name"]].Config.from_mapping(settings)
+    method = build_method(config, student=student, teacher=FrozenTeacher(teacher) if teacher is not None else None)
+    source = Noise(pair.batch_size, student.image_spec.size)
+    reader = None
+    if arm == "build" or arm.startswith("cached"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        cache = CacheConfig(folder=folder / "cache", store="fp16", batch_size=pair.batch_size)
+        plan = CachePlan.of_method(
+            cache, method, source=source, views=WHOLE, keys=all_keys(len(source), 1), precision="fp32"
+        )
+        if arm == "build":
+            plan.build(device=device)
+            return None, None
+        reader = plan.open()
+        method.teacher = plan.cached_teacher(reader, lambda: teacher)
+    bank = getattr(method, "bank", None)
+    if bank is not None:  # as it is after the first steps of a run
+        draws = torch.Generator().manual_seed(2)
+        noise = (torch.randn(bank.size, teacher.embed_dim, generator=draws) for _ in range(2))
+        bank.push(*noise, torch.arange(bank.size) + 2**40)
+    batch = _batch(pair, student, None if reader is not None else teacher, reader)
+    if arm == "student_only_channels_last":
+        student.to(memory_format=torch.channels_last)
+        inputs = batch.inputs["student"]
+        images = inputs.images.to(memory_format=torch.channels_last)
+        batch = replace(batch, inputs={"student": replace(inputs, images=images)})
+    training = TrainConfig(steps=1 + pair.steps, batch_size=pair.batch_size, compile=arm.endswith("compiled"))
+    builder = SimpleNamespace(source=source)
+    trainer = Trainer(method, builder, training, OptimConfig(), out=folder / "run", seed=0)  # type: ignore[arg-type]
+    trainer.wrapped.train()
+    indices = [int(name) for name in batch.ids]
 
-    class Ready:
-        source = range(pair.batch_size * 10_000)
-
-        def __getitem__(self, plan: object) -> Batch:
+    def read() -> Any:
+        if reader is None:
             return batch
+        return replace(batch, stored={"teacher": reader.read(0, indices, batch.ids, batch.captions, [])})
 
-    method_class = METHODS[method_name]
-    method = method_class(
-        method_class.Config(name=method_name),
-        student=student,
-        teacher=FrozenTeacher(teacher) if teacher is not None else None,
-    )
-    steps = 1 + pair.steps
-    config = TrainConfig(steps=steps, batch_size=pair.batch_size, log_every=1, checkpoint_every=steps)
-    trainer = Trainer(method, Ready(), config, OptimConfig(), out=folder / "run", seed=0)  # type: ignore[arg-type]
-    (folder / "run").mkdir()
-    trainer.run()
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["pairs_per_second"] for line in lines[1:])
+    return trainer, read
 
 
-def _open_clip(student: Any, teacher: Any, images: Any, texts: Any, pair: Pair) -> float:
+def _cmapkd(trainer: Any, read: Any, clock: Any, spent: dict[str, list[float]]) -> Callable[[], float]:
+    """The trainer's own step, with its clipping and its checks; `spent` collects the seconds of its parts."""
+    import torch
+
+    spent |= {part: [] for part in PARTS if part != "update"}
+    method = trainer.method
+
+    def timed(holder: Any, name: str, part: str) -> None:
+        inner = getattr(holder, name)
+
+        def outer(*arguments: Any, **options: Any) -> Any:
+            start = clock()
+            result = inner(*arguments, **options)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spent[part].append(clock() - start)
+            return result
+
+        object.__setattr__(holder, name, outer)
+
+    timed(method, "_encode_student", "student")
+    if method.teacher is not None:
+        timed(method, "_encode_teacher", "teacher")
+    timed(method, "terms", "terms")
+    timed(trainer.accelerator, "backward", "backward")
+
+    def step() -> float:
+        start = clock()
+        ready = read()
+        spent["read"].append(clock() - start)
+        float(trainer._step(ready)["loss"])
+        return float(clock() - start)
+
+    return step
+
+
+def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -> Callable[[], float]:
     """open_clip's own training loop with its distillation loss, on the models that the adapters wrap."""
-    import time
-    from types import SimpleNamespace
-
     import open_clip
     import torch
     from open_clip_train.train import train_one_epoch
@@ -223,11 +411,16 @@ def _open_clip(student: Any, teacher: Any, images: Any, texts: Any, pair: Pair) 
         def set_epoch(self, epoch: int) -> None:
             """The loop announces each epoch; the batches stay the same."""
 
+    images, texts = batch.inputs["student"].images, batch.inputs["student"].texts
     loss = open_clip.create_loss(args)
-    train_one_epoch(model, {"train": Ready(1)}, loss, 0, optimizer, None, None, distilled, args)
-    start = time.perf_counter()
-    train_one_epoch(model, {"train": Ready(pair.steps)}, loss, 1, optimizer, None, None, distilled, args)
-    return pair.batch_size * pair.steps / (time.perf_counter() - start)
+
+    def step() -> float:
+        """An epoch of one step."""
+        start = clock()
+        train_one_epoch(model, {"train": Ready(1)}, loss, 0, optimizer, None, None, distilled, args)
+        return float(clock() - start)
+
+    return step
 
 
 if __name__ == "__main__":

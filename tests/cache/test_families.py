@@ -12,6 +12,7 @@ from cache_support import LENGTH, VIEWS
 
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
 from cmapkd.data.batches import BatchBuilder, PlanSampler, Reader
+from cmapkd.features import KeyTokens
 from cmapkd.features.pyramid import grid_of, pooled
 from cmapkd.models import FrozenTeacher, Needs, build_model
 from helpers import MemorySource, make_model
@@ -39,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 COSINE = {"fp32": 1 - 1e-6, "fp16": 1 - 1e-5, "int8": 0.9995}
 
 
-@pytest.mark.parametrize("detail", ["pooled", "dense"])
+@pytest.mark.parametrize("detail", ["pooled", "key_tokens", "dense"])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_level_as_live(family: str, detail: Any, tmp_path: Path) -> None:
     path = tmp_path / "small.json"
@@ -55,7 +56,7 @@ def test_every_level_as_live(family: str, detail: Any, tmp_path: Path) -> None:
     plans = []
     for store in COSINE:
         config = CacheConfig(folder=tmp_path / store, store=store, batch_size=4)  # type: ignore[arg-type]
-        plans.append(CachePlan(config, teacher, needs, detail, source, VIEWS, all_keys(LENGTH, 1), "fp32"))
+        plans.append(CachePlan(config, teacher, needs, detail, source, VIEWS, all_keys(LENGTH, 1), "fp32", KeyTokens()))
         plans[-1].build(device="cpu")
     for made in plans:
         reader = made.open()
@@ -81,6 +82,15 @@ def test_every_level_as_live(family: str, detail: Any, tmp_path: Path) -> None:
                     )
                     assert level.values.shape == wanted.values.shape
                     flat = (each.values.flatten(1) for each in (level, wanted))
+                    assert float(torch.cosine_similarity(*flat).min()) > least
+                elif detail == "key_tokens":
+                    chosen = KeyTokens().of(live)
+                    wanted = getattr(chosen, tower).levels[name]
+                    assert level.grid == wanted.grid
+                    real = wanted.places.shape[1]
+                    assert torch.equal(level.places[:, :real], wanted.places)
+                    assert bool((level.places[:, real:] == -1).all())
+                    flat = (each.flatten(1) for each in (level.values[:, :real], wanted.values))
                     assert float(torch.cosine_similarity(*flat).min()) > least
                 elif tower == "image":
                     with pytest.raises(ValueError, match="its 1 patches must be rows x columns"):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from cache_support import VIEWS, cache_plan, train
 
-from cmapkd.cache import CachedTeacher, CacheError, CacheWarning
+from cmapkd.cache import CachedTeacher, CacheError, CacheReader, CacheWarning
 from cmapkd.data.batches import PlanSampler
 from cmapkd.data.types import BadSampleError, Sample
+from cmapkd.data.views import draw_view
+from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.models import Needs
 from helpers import MemorySource, make_builder, make_method, make_model, make_teacher
 
@@ -26,11 +28,26 @@ POOLED = {
     "bridge_dim": 8,
 }
 DENSE = {**POOLED, "visual_levels": {"P3": 0.1, "P5": 1.0}, "language_levels": {"L1": 0.1, "L2": 0.1, "L4": 1.0}}
+ALL_LEVELS = {
+    "visual_levels": {"P2": 0.3, "P3": 0.1, "P4": 0.1, "P5": 1.0},
+    "language_levels": {"L1": 0.3, "L2": 0.1, "L3": 0.1, "L4": 1.0},
+    "relation_weight": 3.0,
+    "bank_size": 12,
+}
+DENSE_ALL, POOLED_ALL = ALL_LEVELS, {**ALL_LEVELS, "places": "pooled"}
+KEY_TOKENS = {**ALL_LEVELS, "places": "key_tokens", "key_tokens": 3}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "hinton": ("hinton", {}, "global"),
     "clip_kd": ("clip_kd", {}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
+    "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),
+    "cmapkd, key tokens": ("cmapkd", KEY_TOKENS, "key_tokens"),
+    "cmapkd, more key tokens than words": (
+        "cmapkd",
+        {**KEY_TOKENS, "key_tokens": 40, "key_tokens_by": "norm"},
+        "key_tokens",
+    ),
 }
 
 
@@ -119,13 +136,88 @@ def test_pooled_rows_do_not_serve_distances_place_by_place(tmp_path: Path) -> No
         cache_plan(tmp_path / "g", pooled).open()
 
 
+def test_richer_rows_serve_a_method_that_reads_less(tmp_path: Path) -> None:
+    """Dense rows give key tokens and means, key tokens give means: the losses are those of the live teacher."""
+    for stored, settings in ((DENSE_ALL, KEY_TOKENS), (DENSE_ALL, POOLED_ALL), (KEY_TOKENS, POOLED_ALL)):
+        folder = tmp_path / f"{stored.get('places')}-for-{settings['places']}"
+        live, _ = train(folder / "live", "cmapkd", settings)
+        cache_plan(folder / "c", make_method("cmapkd", settings=stored)).build(device="cpu")
+        cached, used = train(folder / "cached", "cmapkd", settings, cache={"folder": folder / "c", "mode": "require"})
+        assert isinstance(used.teacher, CachedTeacher)
+        assert used.teacher.cache.layout.kind == stored.get("places", "dense")
+        assert_close(cached, live, 1e-6)
+
+
+def test_a_bank_drawn_from_the_cache(tmp_path: Path) -> None:
+    settings = {"bank_from": "cache", "bank_size": 30, "visual_levels": {"P5": 1.0}, "language_levels": {"L4": 1.0}}
+    cached, method = train(tmp_path / "a", "cmapkd", settings, cache={"store": "fp16"})
+    assert isinstance(method, CMAPKD)
+    bank, teacher = method.bank, method.teacher
+    assert bank is not None
+    assert isinstance(teacher, CachedTeacher)
+    assert bank.filled == 30
+    assert all(0 <= key < 24 for key in bank.keys.tolist())
+    assert len({*bank.keys.tolist()}) > 15  # 30 of the 48 views of 24 samples
+    assert "bank.image" not in method.state_dict()
+    reader = CacheReader(teacher.cache)
+    source = MemorySource(24)
+    for row, index in enumerate(bank.keys.tolist()):  # each entry is what is stored of one of its sample's views
+        found = []
+        for view in range(2):
+            sample = source[index]
+            caption = draw_view(sample.id, view, VIEWS, sample.image.size).choose(sample.captions)
+            stored = teacher.cache.layout.decode(reader.read(view, [index], [sample.id], [caption], []).arrays)
+            found.append(
+                torch.nn.functional.normalize(torch.cat([stored["image"][0], stored["text"][0]]).view(2, -1), dim=-1)
+            )
+        wanted = torch.stack([bank.image[row], bank.text[row]])
+        assert any(torch.allclose(each, wanted, atol=1e-6) for each in found)
+    again, _ = train(tmp_path / "b", "cmapkd", settings, cache={"store": "fp16"})
+    assert again == cached  # the same draw in every run
+    assert reader.embeddings(1000, seed=0)[0].shape == (48, 24)  # no more than there are, and none twice
+    samples = reader.embeddings(1000, seed=0)[2].tolist()
+    assert sorted(samples) == sorted([*range(24)] * 2)
+
+
+def test_a_sample_is_not_compared_with_its_own_views_in_the_cache(tmp_path: Path) -> None:
+    """With a bank of all views: each sample excludes exactly its two."""
+    method = make_method("cmapkd", settings={"bank_from": "cache", "bank_size": 48})
+    assert isinstance(method, CMAPKD)
+    plan = cache_plan(tmp_path / "c", method)
+    plan.build(device="cpu")
+    reader = plan.open()
+    method.teacher = plan.cached_teacher(reader, make_model)
+    batch = make_builder(method, views=VIEWS, stored={"teacher": reader})[
+        PlanSampler(24, batch_size=8, seed=0, start=0, stop=1).plan(0)
+    ]
+    method(batch)
+    assert method.bank is not None
+    samples = batch.stored["teacher"].samples
+    assert [f"m{number}" for number in samples.tolist()] == [*batch.ids]
+    excluded = method.bank.references(samples).exclude
+    assert excluded.sum(1).tolist() == [2] * 8
+    for row, sample in enumerate(samples.tolist()):
+        assert method.bank.keys[excluded[row]].tolist() == [sample] * 2
+    part = batch.part(3, 6).stored["teacher"].samples
+    assert torch.equal(part, samples[3:6])
+
+
+def test_other_key_tokens_are_refused(tmp_path: Path) -> None:
+    cache_plan(tmp_path / "c", make_method("cmapkd", settings=KEY_TOKENS)).build(device="cpu")
+    for changes in ({"key_tokens": 4}, {"key_tokens_by": "norm"}):
+        plan = cache_plan(tmp_path / "c", make_method("cmapkd", settings={**KEY_TOKENS, **changes}))
+        with pytest.raises(CacheError, match=r"it holds key tokens 3 by class, and the method reads (4|3) by"):
+            plan.open()
+    plan = cache_plan(tmp_path / "c", make_method("cmapkd", settings=DENSE_ALL))
+    with pytest.raises(CacheError, match="it holds levels key_tokens, and the method compares them place by place"):
+        plan.open()
+
+
 def test_another_view_or_caption_cannot_pass_for_the_one_asked_for(tmp_path: Path) -> None:
     plan = cache_plan(tmp_path / "c")
     plan.build(device="cpu")
     reader = plan.open()
     source = MemorySource(24)
-    from cmapkd.data.views import draw_view
-
     sample = source[5]
     captions = [draw_view("m5", view, VIEWS, sample.image.size).choose(sample.captions) for view in (0, 1)]
     reader.read(1, [5], ["m5"], [captions[1]], [])

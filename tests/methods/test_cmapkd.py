@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch, TokenBatch
-from cmapkd.features.pyramid import standardise
+from cmapkd.features.pyramid import cells_at, standardise
 from cmapkd.methods import Method, StageConfig, build_method
 from cmapkd.methods.cmapkd import CMAPKD, CMAPKDConfig
 from cmapkd.objectives import interactive_loss, similarity_divergence
@@ -217,3 +217,83 @@ def test_terms_of_any_method_can_be_weighted() -> None:
     assert loss_of(method, batch).item() == pytest.approx(total, rel=1e-5)  # it starts uniform
     loss_of(method, batch).backward()
     assert any(method.part_of(name) == "weighting" for name, p in method.named_parameters() if p.grad is not None)
+
+
+# ------------------------------------------------------------------------------------------------ places, and the bank
+
+
+def features_of(method: CMAPKD, batch: Batch) -> tuple[Any, Any]:
+    assert method.teacher is not None
+    return method.student(batch.inputs["student"], method.student_needs), method.teacher(batch, method.teacher_needs)
+
+
+def standard_distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Of vectors, channel by channel."""
+    return (standardise(ours) - standardise(theirs)).square().mean(-1)
+
+
+def test_pooled_levels_are_compared_as_one_vector() -> None:
+    method, batch = cmapkd(places="pooled"), random_batch(5)
+    student, teacher = features_of(method, batch)
+    with torch.no_grad():
+        method(batch)
+        for term in ("visual", "language"):
+            ours, theirs = (method.match.pooled(role, it, (*method.items[term],)) for role, it in
+                            (("student", student), ("teacher", teacher)))  # fmt: skip
+            layers = method.match.project_visual.lateral if term == "visual" else method.match.project_language.linear
+            for level in method.items[term][:3]:
+                expected = standard_distance(layers[level](ours[level]), theirs[level]).mean()
+                torch.testing.assert_close(method.measurements[f"distance/{level}"], expected, rtol=1e-4, atol=1e-5)
+    assert method.teacher_detail == "pooled"
+
+
+@pytest.mark.parametrize("by", ["class", "norm"])
+def test_key_tokens_are_compared_where_the_teacher_has_them(by: str) -> None:
+    method, batch = cmapkd(places="key_tokens", key_tokens=2, key_tokens_by=by), random_batch(4)
+    student, teacher = features_of(method, batch)
+    assert method.key_tokens is not None
+    chosen = method.key_tokens.of(teacher)
+    match = method.match
+    with torch.no_grad():
+        method(batch)
+        for level in ("P2", "P3", "P4"):
+            name, own = match.visual["teacher"][level].name, match.visual["student"][level].name
+            keys, cells = chosen.image.levels[name], student.image.levels[own]
+            taken = cells_at(cells, keys.places, keys.grid)
+            expected = standard_distance(match.project_visual.lateral[level](taken), keys.values).mean()
+            torch.testing.assert_close(method.measurements[f"distance/{level}"], expected, rtol=1e-4, atol=1e-5)
+        for level in ("L1", "L2"):  # both tokenise alike here: a word is a token
+            keys = chosen.text.levels[match.language["teacher"][level].name]
+            words = student.text.levels[match.language["student"][level].name].values
+            distances = []
+            for row in range(4):
+                places = [place for place in keys.places[row].tolist() if place >= 0]
+                ours = match.project_language.linear[level](words[row, places])
+                distances.append(standard_distance(ours, keys.values[row, : len(places)]).mean())
+            expected = torch.stack(distances).mean()
+            torch.testing.assert_close(method.measurements[f"distance/{level}"], expected, rtol=1e-4, atol=1e-5)
+    assert method.teacher_detail == "key_tokens"
+
+
+def test_places_without_grids_refuse_what_needs_them() -> None:
+    for changes in ({"top_down": True}, {"grids": {"P2": 2.0}}):
+        with pytest.raises(ConfigError, match="has no grids to resample"):
+            cmapkd(places="pooled", **changes)
+
+
+def test_a_sample_of_the_bank_learns_and_follows_the_random_state() -> None:
+    values = []
+    for sample in (None, 4, 4, 12):
+        method = cmapkd(bank_size=12, bank_sample=sample)
+        with torch.no_grad():
+            method(replace(random_batch(12, seed=1), ids=tuple(f"other{i}" for i in range(12))))
+        torch.manual_seed(2)
+        values.append(method(random_batch(5))["bank"].value)
+    assert values[1] == values[2] != values[0]
+    assert values[3] == values[0]
+    values[1].backward()
+
+
+def test_a_bank_of_the_cache_needs_one() -> None:
+    with pytest.raises(ValueError, match=r"12 reference embeddings are to be drawn .* set cache: auto"):
+        cmapkd(bank_from="cache", bank_size=12)(random_batch(4))

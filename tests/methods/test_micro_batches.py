@@ -20,6 +20,8 @@ BATCH, MICRO_BATCH = 8, 3  # the last part is shorter
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
     "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
+    "cmapkd, key tokens": ("cmapkd", {**CMAPKD_IN_FULL, "places": "key_tokens", "key_tokens": 2}),
+    "cmapkd, pooled": ("cmapkd", {**CMAPKD_IN_FULL, "places": "pooled"}),
     "cmapkd, top down and gated": ("cmapkd", {**CMAPKD_IN_FULL, "top_down": True, "weighting": "gate"}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
 }
@@ -135,7 +137,9 @@ def test_bf16_sums_the_gradients_of_its_parts_in_float32(name: str) -> None:
     assert not torch.equal(parts[weight], parts[weight].bfloat16().float())
 
 
-def test_one_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_one_part_at_a_time(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Method, "_keeps_answers", keeps)  # as with a live teacher on a GPU
     method = built("cmapkd")
     assert method.teacher is not None
     method.micro_batch = MICRO_BATCH
@@ -151,7 +155,16 @@ def test_one_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = method(random_batch(BATCH))
     assert sizes == {"student": [3, 3, 2], "teacher": [3, 3, 2]}
     torch.stack([term.value for term in terms.values()]).sum().backward()
-    assert sizes == {"student": [3, 3, 2, 2, 3, 3], "teacher": [3, 3, 2]}
+    again = [3, 3, 2, 2, 3, 3]
+    assert sizes == {"student": again, "teacher": [3, 3, 2] if keeps else again}
+
+
+def test_kept_answers_are_answers_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for keeps in (False, True):
+        monkeypatch.setattr(Method, "_keeps_answers", keeps)
+        found.append(results(built("cmapkd, key tokens", torch.float64), MICRO_BATCH))
+    assert_close(*found, 1e-14)
 
 
 def test_nothing_of_a_part_is_kept_between_the_passes() -> None:

@@ -74,6 +74,29 @@ def test_bank_relation_distance_is_the_mean_over_entries_written_out(exclude: Te
         assert float(value) == pytest.approx(sum(squares) / max(1, len(kept)), rel=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_frozen_bank_is_used_as_it_is(chunk: int | None) -> None:
+    student, teacher, bank = tensors()
+    found = []
+    for entries, frozen in ((bank, False), (torch.nn.functional.normalize(bank, dim=-1), True)):
+        anchors = student.clone().requires_grad_()
+        values = bank_divergence(
+            anchors, teacher, entries, student_scale=7.0, teacher_scale=5.0, exclude=EXCLUDE, frozen=frozen, chunk=chunk
+        )
+        values.square().sum().backward()
+        found.append((values.detach(), anchors.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
+def test_the_student_scale_learns() -> None:
+    student, teacher, bank = tensors()
+
+    def of_scale(scale: Tensor) -> Tensor:
+        return bank_divergence(student, teacher, bank, student_scale=scale, teacher_scale=5.0, exclude=EXCLUDE)
+
+    assert gradcheck(of_scale, torch.tensor(7.0, dtype=torch.float64, requires_grad=True))
+
+
 # ------------------------------------------------------------------------------------------------ gradients
 
 

@@ -329,3 +329,26 @@ def test_ledger_is_written_and_goes_on_after_a_resume(tmp_path: Path) -> None:
 def test_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 samples, fewer than one batch of 8"):
         make_trainer(tmp_path, source=MemorySource(4))
+
+
+def test_a_compiled_student_trains_as_it_would_and_keeps_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def traced(module: torch.nn.Module, **options: Any) -> None:
+        """Without the code generator, which needs a C++ compiler and half a minute."""
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    runs = []
+    for name, compile_it in (("plain", False), ("compiled", True)):
+        trainer = make_trainer(tmp_path / name, "clip_kd", steps=3, compile=compile_it, ema=0.9)
+        trainer.run()
+        runs.append((read_lines(tmp_path / name / "metrics.jsonl"), trainer))
+    assert compiled == [runs[1][1].method.student]
+    for mine, theirs in zip(runs[0][0], runs[1][0], strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    states = [trainer.student.state_dict() for _, trainer in runs]
+    assert states[0].keys() == states[1].keys()

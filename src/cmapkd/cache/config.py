@@ -23,7 +23,7 @@ class CacheConfig(Config):
     )
     folder: Path | None = Field(None, description="Where; none: one folder for each teacher and data set, found again.")
     store: Store = Field("fp16", description="Of stored numbers; int8 has a scale for each vector.")
-    kind: Literal["auto", "global", "pooled", "dense"] = Field(
+    kind: Literal["auto", "global", "pooled", "key_tokens", "dense"] = Field(
         "auto", description="auto: what the method reads; or more than that, for other methods to read as well."
     )
     check: Check = Field(

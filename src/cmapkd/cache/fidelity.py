@@ -25,6 +25,8 @@ class Fidelity:
         """Compares a batch of arrays by field; ranks images and texts against each other within it, both ways."""
         self.rows += len(live["image"])
         for name, array in live.items():
+            if not array.is_floating_point():
+                continue
             cosines = F.cosine_similarity(array.flatten(1).double(), stored[name].flatten(1).double())
             self._sums[name] = self._sums.get(name, 0.0) + float(cosines.sum())
             self._smallest[name] = min(self._smallest.get(name, 1.0), float(cosines.min()))

@@ -16,14 +16,16 @@ from torch import Tensor
 from cmapkd.cache.config import Store
 from cmapkd.cache.files import CacheError
 from cmapkd.data.types import TokenBatch
-from cmapkd.features.pyramid import pooled
+from cmapkd.features import KeyTokens
+from cmapkd.features.pyramid import cells_of, pooled
 from cmapkd.methods.base import Detail
 from cmapkd.models import Features, Level, Needs, TowerFeatures
 
 Tower = Literal["image", "text"]
 CHECK = "check"  # a row's own number: which sample, view and caption it answers; 0: no answer
-DETAILS: tuple[Detail, ...] = ("global", "pooled", "dense")
+DETAILS: tuple[Detail, ...] = ("global", "pooled", "key_tokens", "dense")
 _NUMPY = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
+_PLACES = "<i2"  # of key tokens
 _TINY = 2.0**-14  # smallest normal number of float16: scales below would lose digits
 
 
@@ -38,10 +40,21 @@ class Field:
     num_prefix: int = 0
     grid: tuple[int, int] | None = None
     masked: bool = False
+    part: Literal["values", "places", "mean"] = "values"  # of key tokens there are all three
 
     @property
     def name(self) -> str:
-        return self.tower if self.level is None else f"{self.tower}:{self.level}"
+        if self.level is None:
+            return self.tower
+        return f"{self.tower}:{self.level}" + ("" if self.part == "values" else f"/{self.part}")
+
+    @property
+    def is_number(self) -> bool:
+        return self.part != "places"
+
+    def plain(self) -> dict[str, Any]:
+        values = {**asdict(self), "shape": [*self.shape], "grid": self.grid and [*self.grid]}
+        return {key: value for key, value in values.items() if (key, value) != ("part", "values")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +64,23 @@ class Layout:
     kind: Detail
     store: Store
     fields: tuple[Field, ...]
+    key_tokens: KeyTokens | None = None
 
     @classmethod
-    def of(cls, features: Features, *, kind: Detail, store: Store, context_length: int) -> Self:
-        """The layout for answers like these; texts get as many places as the tokenizer has at most."""
+    def of(
+        cls,
+        features: Features,
+        *,
+        kind: Detail,
+        store: Store,
+        context_length: int,
+        key_tokens: KeyTokens | None = None,
+    ) -> Self:
+        """The layout for answers like these; texts get as many places as the tokenizer has at most.
+
+        Raises:
+            CacheError: a level has more places than 16 bits can number, and its key tokens are to be stored.
+        """
         fields: list[Field] = []
         for name, tower in _towers(features).items():
             fields.append(Field(name, None, tuple(tower.embedding.shape[1:])))
@@ -63,12 +89,15 @@ class Layout:
                     width = level.values.shape[1] if level.layout == "map" else level.values.shape[-1]
                     fields.append(Field(name, level_name, (width,)))
                     continue
+                if key_tokens is not None:
+                    fields += _key_fields(name, level_name, level, key_tokens.count, context_length)
+                    continue
                 shape = tuple(level.values.shape[1:])
                 if name == "text":
                     shape = (context_length, *shape[1:])
                 masked = level.mask is not None
                 fields.append(Field(name, level_name, shape, level.layout, level.num_prefix, level.grid, masked))
-        return cls(kind, store, tuple(fields))
+        return cls(kind, store, tuple(fields), key_tokens)
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
@@ -82,27 +111,32 @@ class Layout:
             )
             for each in values["fields"]
         ]
-        return cls(values["kind"], values["store"], tuple(fields))
+        key_tokens = KeyTokens(**values["key_tokens"]) if "key_tokens" in values else None
+        return cls(values["kind"], values["store"], tuple(fields), key_tokens)
 
     def plain(self) -> dict[str, Any]:
-        fields = [{**asdict(each), "shape": [*each.shape], "grid": each.grid and [*each.grid]} for each in self.fields]
-        return {"kind": self.kind, "store": self.store, "fields": fields}
+        values = {"kind": self.kind, "store": self.store, "fields": [each.plain() for each in self.fields]}
+        return values | ({} if self.key_tokens is None else {"key_tokens": asdict(self.key_tokens)})
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """A row as numpy reads it."""
         parts: list[tuple[str, str, tuple[int, ...]]] = [(CHECK, "<u8", ())]
         for each in self.fields:
-            parts.append((each.name, _NUMPY[self.store], each.shape))
-            if self.store == "int8":
+            parts.append((each.name, _NUMPY[self.store] if each.is_number else _PLACES, each.shape))
+            if self.store == "int8" and each.is_number:
                 parts.append((_scale(each.name), "<f2", each.shape[:-1]))
         return np.dtype(parts)
+
+    def embeddings(self) -> Layout:
+        """Of the two embeddings alone."""
+        return Layout("global", self.store, tuple(each for each in self.fields if each.level is None))
 
     @property
     def row_bytes(self) -> int:
         return int(self.dtype.itemsize)
 
-    def lacks(self, needs: Needs, kind: Detail) -> str | None:
+    def lacks(self, needs: Needs, kind: Detail, key_tokens: KeyTokens | None = None) -> str | None:
         """Why rows like these cannot answer a method, or None if they can."""
         held = {(each.tower, each.level) for each in self.fields}
         asked: list[tuple[Tower, str]] = [("image", name) for name in needs.image_levels]
@@ -112,14 +146,19 @@ class Layout:
             return f"it holds no {', '.join(missing)}"
         if asked and DETAILS.index(self.kind) < DETAILS.index(kind):
             return (
-                f"it holds levels {self.kind} (one vector each), and the method compares them place by place, which "
-                f"needs {kind}"
+                f"it holds levels {self.kind}{' (one vector each)' if self.kind == 'pooled' else ''}, and the method "
+                f"compares them place by place, which needs {kind}"
             )
+        if asked and self.kind == kind == "key_tokens" and self.key_tokens != key_tokens:
+            held_tokens, wanted = (each and f"{each.count} by {each.by}" for each in (self.key_tokens, key_tokens))
+            return f"it holds key tokens {held_tokens}, and the method reads {wanted}"
         return None
 
     def arrays(self, features: Features, texts: TokenBatch | None = None) -> dict[str, Tensor]:
         """A batch of answers as float32 arrays by field; `texts` are checked to have the levels' masks."""
         found: dict[str, Tensor] = {}
+        if self.key_tokens is not None:
+            features = self.key_tokens.of(features)
         for each in self.fields:
             tower = _towers(features)[each.tower]
             if each.level is None:
@@ -128,6 +167,9 @@ class Layout:
             level = tower.levels[each.level]
             if self.kind == "pooled":
                 found[each.name] = pooled(level).float()
+                continue
+            if self.kind == "key_tokens":
+                found[each.name] = _key_array(each, level)
                 continue
             values = level.values.float()
             if each.tower == "text":
@@ -145,9 +187,12 @@ class Layout:
         if self.store == "fp32":
             return dict(arrays)
         if self.store == "fp16":
-            return {name: array.half() for name, array in arrays.items()}
+            return {name: array.half() if array.is_floating_point() else array for name, array in arrays.items()}
         encoded: dict[str, Tensor] = {}
         for name, array in arrays.items():
+            if not array.is_floating_point():
+                encoded[name] = array
+                continue
             scale = (array.abs().amax(-1) / 127).clamp_min(_TINY).half()
             encoded[name] = (array / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
             encoded[_scale(name)] = scale
@@ -157,6 +202,9 @@ class Layout:
         """Back to float32; exact for fp32."""
         decoded: dict[str, Tensor] = {}
         for each in self.fields:
+            if not each.is_number:
+                decoded[each.name] = arrays[each.name].long()
+                continue
             array = arrays[each.name].float()
             decoded[each.name] = array * arrays[_scale(each.name)].float()[..., None] if self.store == "int8" else array
         return decoded
@@ -192,14 +240,18 @@ class Layout:
         for tower, names in (("image", needs.image_levels), ("text", needs.text_levels)):
             tower = cast(Tower, tower)
             levels = {
-                each.level: self._level(each, arrays[each.name], texts)
+                each.level: self._level(each, arrays, texts)
                 for each in self.fields
-                if each.tower == tower and each.level in names and each.level is not None
+                if each.tower == tower and each.level in names and each.level is not None and each.part == "values"
             }
             towers[tower] = TowerFeatures(arrays[tower], {name: levels[name] for name in names})
         return Features(towers["image"], towers["text"], logit_scale, logit_bias)
 
-    def _level(self, field: Field, values: Tensor, texts: TokenBatch | None) -> Level:
+    def _level(self, field: Field, arrays: Mapping[str, Tensor], texts: TokenBatch | None) -> Level:
+        values = arrays[field.name]
+        if self.kind == "key_tokens":
+            places, mean = arrays[f"{field.name}/places"], arrays[f"{field.name}/mean"]
+            return Level(values, "tokens", 0, field.grid, places >= 0 if field.masked else None, places, mean)
         if self.kind == "pooled":
             return Level(values[:, None], "tokens")
         if field.tower == "image":
@@ -210,9 +262,40 @@ class Layout:
 
     def describe(self) -> str:
         """One line for people."""
-        levels = [each.name for each in self.fields if each.level is not None]
+        levels = [each.name for each in self.fields if each.level is not None and each.part == "values"]
         widths = ", ".join(f"{each.name} {math.prod(each.shape):,}" for each in self.fields if each.level is None)
-        return f"{self.kind} in {self.store}: {widths}" + (f"; levels {', '.join(levels)}" if levels else "")
+        kind = self.kind if self.key_tokens is None else f"{self.key_tokens.count} key tokens by {self.key_tokens.by}"
+        return f"{kind} in {self.store}: {widths}" + (f"; levels {', '.join(levels)}" if levels else "")
+
+
+def _key_fields(tower: Tower, name: str, level: Level, count: int, context_length: int) -> list[Field]:
+    """The key tokens of a level, where they stand, and the mean of all."""
+    cells = cells_of(level)
+    num_places, width = context_length if tower == "text" else cells.shape[1], cells.shape[2]
+    if num_places > np.iinfo(_PLACES).max:
+        raise CacheError(
+            f"{tower} level {name} has {num_places} places, too many to number in {_PLACES}: store it dense"
+        )
+    count = min(count, num_places)
+    grid = (level.values.shape[-2], level.values.shape[-1]) if level.layout == "map" else level.grid
+    masked = tower == "text" or level.mask is not None  # a short text has fewer than there is room for
+    return [
+        Field(tower, name, (count, width), grid=grid, masked=masked),
+        Field(tower, name, (count,), part="places"),
+        Field(tower, name, (width,), part="mean"),
+    ]
+
+
+def _key_array(field: Field, level: Level) -> Tensor:
+    """One of the three, with as many places as the row has."""
+    assert level.places is not None
+    assert level.mean is not None
+    if field.part == "mean":
+        return level.mean.float()
+    missing = field.shape[0] - level.places.shape[1]
+    if field.part == "places":
+        return F.pad(level.places, (0, missing), value=-1)
+    return F.pad(level.values.float(), (0, 0, 0, missing))
 
 
 def _scale(name: str) -> str:

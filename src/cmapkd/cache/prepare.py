@@ -23,6 +23,7 @@ from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.cache.writer import Built, Progress, build, live_features, missing_shards
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.data.views import ViewSpec
+from cmapkd.features import KeyTokens
 from cmapkd.methods import Method
 from cmapkd.methods.base import Detail
 from cmapkd.models import DualEncoder, FrozenTeacher, Needs
@@ -42,6 +43,7 @@ class CachePlan:
     views: ViewSpec
     keys: Keys  # what the run will read
     precision: str
+    key_tokens: KeyTokens | None = None  # where the method reads them
 
     @classmethod
     def of_method(
@@ -50,7 +52,8 @@ class CachePlan:
         """Before any stage has been entered: what all stages together read."""
         assert method.teacher is not None
         detail = method.teacher_detail
-        return cls(config, method.teacher, method.teacher_needs, detail, source, views, keys, precision)
+        needs = method.teacher_needs
+        return cls(config, method.teacher, needs, detail, source, views, keys, precision, method.key_tokens)
 
     @property
     def kind(self) -> Detail:
@@ -84,7 +87,8 @@ class CachePlan:
         model = self.teacher.model
         features = live_features(self.teacher, self._one_sample(), needs, self.precision)
         context = model.tokenizer.context_length
-        return Layout.of(features, kind=self.kind, store=self.config.store, context_length=context)
+        chosen = (self.key_tokens or KeyTokens()) if self.kind == "key_tokens" else None
+        return Layout.of(features, kind=self.kind, store=self.config.store, context_length=context, key_tokens=chosen)
 
     def _one_sample(self) -> ModelInput:
         model = self.teacher.model
@@ -124,7 +128,7 @@ class CachePlan:
             return None
         cache = CacheFolder.open(self.folder)
         reasons = differences(cache.identity, self.identity)
-        lacking = cache.layout.lacks(self.needs, self.detail)
+        lacking = cache.layout.lacks(self.needs, self.detail, self.key_tokens)
         reasons += [lacking] if lacking else []
         if self.config.store != cache.layout.store:
             reasons.append(f"it stores {cache.layout.store}, and cache.store is {self.config.store}")
@@ -252,4 +256,6 @@ class CachePlan:
                 raise CacheError(f"the teacher {model.name} has other weights than when this run began")
             return model
 
-        return CachedTeacher(self.teacher.model, reader.cache, reload=checked, precision=self.precision)
+        return CachedTeacher(
+            self.teacher.model, reader.cache, reload=checked, precision=self.precision, check=reader.check
+        )

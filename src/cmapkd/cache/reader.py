@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cmapkd.cache.config import Check
 from cmapkd.cache.files import CacheError, read_json
@@ -30,7 +31,7 @@ class CacheReader:
             CacheError: something is damaged.
         """
         self.cache, self.check = cache, check
-        self.needs_texts = cache.layout.kind == "dense" and any(
+        self.needs_texts = cache.layout.kind in ("key_tokens", "dense") and any(
             each.tower == "text" and each.level is not None for each in cache.layout.fields
         )
         self.parts = cache.parts()
@@ -87,7 +88,39 @@ class CacheReader:
                 f"{captions[place]!r}: the data changed in a way that its fingerprint does not show. Remove the cache "
                 "and build it again."
             )
-        return StoredRows(self.cache.layout.tensors(rows), torch.tensor(sorted(lacking), dtype=torch.int64))
+        absent = torch.tensor(sorted(lacking), dtype=torch.int64)
+        return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))
+
+    def embeddings(self, num: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of `num` stored views, each equally likely, none twice; all where there are fewer.
+
+        Returns:
+            Float[num dim] of images and of texts, as stored, and Int[num] of where their samples stand in the source.
+        """
+        extents = [
+            (number, shard, *part.extent(shard))
+            for number, part in enumerate(self.parts)
+            for shard in np.flatnonzero(self._there[number]).tolist()
+        ]
+        starts = np.cumsum([0, *(last - first for _, _, first, last in extents)])
+        total = int(starts[-1])
+        chosen = np.random.default_rng(seed).choice(total, min(num, total), replace=False, shuffle=False)
+        chosen.sort()  # from one end of the disk to the other
+        layout = self.cache.layout.embeddings()
+        image, text = (torch.empty(len(chosen), each.shape[0]) for each in layout.fields)
+        samples = torch.empty(len(chosen), dtype=torch.int64)
+        count = 0
+        for (number, shard, first, last), start in zip(extents, starts, strict=False):
+            at = chosen[(chosen >= start) & (chosen < start + last - first)] - start
+            mapped = self._map(number, shard)
+            at = at[mapped[CHECK][at] != 0]  # the others have no answer
+            here = slice(count, count + len(at))
+            count = here.stop
+            rows = {name: torch.from_numpy(mapped[name][at]) for name in layout.dtype.names or () if name != CHECK}
+            for name, array in layout.decode(rows).items():
+                {"image": image, "text": text}[name][here] = array
+            samples[here] = torch.from_numpy(self.parts[number].keys(first, last)[at] % self.cache.length)
+        return image[:count], text[:count], samples[:count]
 
     def _find(self, view: int, index: int) -> tuple[int, int, int] | None:
         """Part, shard, and row within it."""

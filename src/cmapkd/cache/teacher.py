@@ -8,10 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cmapkd.cache.config import Check
 from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.writer import live_features
 from cmapkd.data.types import Batch, ModelInput, StoredRows, TokenBatch
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+
+REFERENCE_SEED = 0  # the same reference set in every process, and after a resume
 
 
 class CacheWarning(UserWarning):
@@ -25,13 +29,22 @@ class CachedTeacher(FrozenTeacher):
 
     Args:
         reload: loads the teacher again, in eval mode, on the CPU.
+        check: when checksums are compared where reference embeddings are drawn, see `CacheConfig`.
     """
 
+    from_disk = True
+
     def __init__(
-        self, model: DualEncoder, cache: CacheFolder, *, reload: Callable[[], DualEncoder], precision: str = "fp32"
+        self,
+        model: DualEncoder,
+        cache: CacheFolder,
+        *,
+        reload: Callable[[], DualEncoder],
+        precision: str = "fp32",
+        check: Check = "first_use",
     ) -> None:
         super().__init__(model.to("meta"))
-        self.cache, self.reload, self.precision = cache, reload, precision
+        self.cache, self.reload, self.precision, self.check = cache, reload, precision, check
         self.live: FrozenTeacher | None = None
         self.device = torch.device("cpu")
 
@@ -40,6 +53,9 @@ class CachedTeacher(FrozenTeacher):
         if self.live is not None:
             self.live.to(device)
         return self
+
+    def reference_embeddings(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        return CacheReader(self.cache, check=self.check).embeddings(num, seed=REFERENCE_SEED)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
@@ -75,7 +91,11 @@ class CachedTeacher(FrozenTeacher):
         layout = self.cache.layout
         needs = Needs(
             *(
-                tuple(str(each.level) for each in layout.fields if each.level is not None and each.tower == tower)
+                tuple(
+                    dict.fromkeys(
+                        str(each.level) for each in layout.fields if each.level is not None and each.tower == tower
+                    )
+                )
                 for tower in ("image", "text")
             )
         )

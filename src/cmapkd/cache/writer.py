@@ -133,7 +133,10 @@ class _Answerer:
         self.layout, self.teacher, self.device, self.precision = cache.layout, teacher, device, precision
         levels = [each for each in cache.layout.fields if each.level is not None]
         self.needs = Needs(
-            *(tuple(str(each.level) for each in levels if each.tower == tower) for tower in ("image", "text"))
+            *(
+                tuple(dict.fromkeys(str(each.level) for each in levels if each.tower == tower))
+                for tower in ("image", "text")
+            )
         )
 
     @torch.no_grad()

@@ -156,17 +156,19 @@ class StoredRows:
 
     arrays: dict[str, Tensor]  # [batch ...] each; zeros in places without an answer
     missing: Tensor  # Int[places], ascending: `ModelInput.images` holds exactly these
+    samples: Tensor  # Int[batch], where each sample stands in the source
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StoredRows:
         arrays = {name: array.to(device, non_blocking=non_blocking) for name, array in self.arrays.items()}
-        return StoredRows(arrays, self.missing)
+        return StoredRows(arrays, self.missing, self.samples)
 
     def pin_memory(self) -> StoredRows:
-        return StoredRows({name: array.pin_memory() for name, array in self.arrays.items()}, self.missing)
+        return StoredRows({name: array.pin_memory() for name, array in self.arrays.items()}, self.missing, self.samples)
 
     def part(self, start: int, stop: int) -> StoredRows:
         here = (self.missing >= start) & (self.missing < stop)
-        return StoredRows({name: array[start:stop] for name, array in self.arrays.items()}, self.missing[here] - start)
+        arrays = {name: array[start:stop] for name, array in self.arrays.items()}
+        return StoredRows(arrays, self.missing[here] - start, self.samples[start:stop])
 
 
 @dataclass(frozen=True, slots=True)

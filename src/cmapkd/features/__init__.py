@@ -1,9 +1,10 @@
 """What is done with a model's features before an objective sees them: levels, projections, bridges, banks."""
 
-from cmapkd.features.bank import EmbeddingBank, sample_keys
+from cmapkd.features.bank import EmbeddingBank, References, sample_keys
 from cmapkd.features.bridge import AlignmentBridge
 from cmapkd.features.gather import gather_features, gather_rows
-from cmapkd.features.matching import LevelMatcher, Matched
+from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
+from cmapkd.features.matching import LevelMatcher, Matched, Places
 from cmapkd.features.projector import PairProjector
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, visual_taps
 
@@ -12,9 +13,13 @@ __all__ = [
     "VISUAL_LEVELS",
     "AlignmentBridge",
     "EmbeddingBank",
+    "KeyTokens",
+    "KeyTokensBy",
     "LevelMatcher",
     "Matched",
     "PairProjector",
+    "Places",
+    "References",
     "gather_features",
     "gather_rows",
     "language_taps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,7 +10,50 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cmapkd.features.pyramid import cells_of, pooled
+from cmapkd.models.types import Features, Level, TowerFeatures
+
 KeyTokensBy = Literal["norm", "text", "class"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTokens:
+    """Which tokens of a level are key tokens: how many at most, and by which measure."""
+
+    count: int = 16
+    by: KeyTokensBy = "class"
+
+    def of(self, features: Features) -> Features:
+        """The features with the key tokens of each level only; levels that have been reduced before stay as they are.
+
+        By `class` they are compared with the level's class token, or where it has none with the mean of its tokens; by
+        `text` with the text's embedding.
+
+        Raises:
+            ValueError: by `text`, and the embedding is not as wide as a level.
+        """
+        text = features.text.embedding
+
+        def reduced(tower: TowerFeatures) -> TowerFeatures:
+            return replace(tower, levels={name: self._reduced(level, text) for name, level in tower.levels.items()})
+
+        return replace(features, image=reduced(features.image), text=reduced(features.text))
+
+    def _reduced(self, level: Level, text: Tensor) -> Level:
+        if level.places is not None:
+            return level
+        cells, mean = cells_of(level), pooled(level)
+        mask = None if level.mask is None else level.mask[:, level.num_prefix :]
+        has_class = level.layout == "tokens" and level.num_prefix > 0
+        queries = {"norm": None, "text": text, "class": level.values[:, 0] if has_class else mean}
+        places = key_token_indices(cells, self.count, by=self.by, query=queries[self.by], mask=mask)
+        values = take_tokens(cells, places)
+        grid = (level.values.shape[-2], level.values.shape[-1]) if level.layout == "map" else level.grid
+        if mask is None:
+            return Level(values, "tokens", 0, grid, None, places, mean)
+        real = mask.gather(1, places)
+        places, values = places.masked_fill(~real, -1), values.masked_fill(~real[..., None], 0)
+        return Level(values, "tokens", 0, grid, real, places, mean)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
@@ -18,11 +18,14 @@ from cmapkd.features.hierarchy import (
     sentence_level,
     token_level,
 )
-from cmapkd.features.pyramid import VisualProjectors, pooled, target_grids, teacher_grids
+from cmapkd.features.key_tokens import KeyTokens, take_tokens
+from cmapkd.features.pyramid import VisualProjectors, cells_at, pooled, target_grids, teacher_grids
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, tapped, visual_taps
 from cmapkd.models import DualEncoder, Features, Level, LevelInfo, Needs
 
 Role = Literal["student", "teacher"]
+Places = Literal["dense", "key_tokens", "pooled"]
+"""Where the inner levels are compared: everywhere, at the teacher's key tokens, or as one vector a level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,9 @@ class LevelMatcher(nn.Module):
     Args:
         levels: the inner levels that will be matched place by place; only these have projectors. Pooled vectors can be
             had of every level.
-        grids, top_down: see `target_grids` and `VisualProjectors`.
+        grids, top_down: see `target_grids` and `VisualProjectors`; only where places are dense.
+        places, key_tokens: where they are matched. At key tokens L2 is single words at its depth: a phrase would need
+            the teacher's words beside them. L3 is one vector everywhere.
         phrase_window: words in a phrase of L2.
     Raises:
         ValueError: a tower exposes no levels.
@@ -55,9 +60,12 @@ class LevelMatcher(nn.Module):
         grids: Literal["native"] | Mapping[str, float] = "native",
         top_down: bool = False,
         phrase_window: int = 3,
+        places: Places = "dense",
+        key_tokens: KeyTokens | None = None,
     ) -> None:
         super().__init__()
         self.grids, self.phrase_window = grids, phrase_window
+        self.places, self.key_tokens = places, key_tokens or KeyTokens()
         self.visual: dict[Role, dict[str, LevelInfo]] = {}
         self.language: dict[Role, dict[str, LevelInfo]] = {}
         models: dict[Role, DualEncoder] = {"student": student, "teacher": teacher}
@@ -83,7 +91,13 @@ class LevelMatcher(nn.Module):
 
     def match_visual(self, student: Features, teacher: Features, levels: Collection[str]) -> dict[str, Matched]:
         """P2, P3, P4 as far as asked for, on common grids; this process's samples only."""
+        if self.places == "key_tokens":
+            teacher = self.key_tokens.of(teacher)
         ours, theirs = self._taken("student", student, levels)[0], self._taken("teacher", teacher, levels)[0]
+        if self.places != "dense":
+            taken = {name: self._at(level, theirs[name]) for name, level in ours.items()}
+            mapped = self.project_visual.map_cells({name: mine for name, (mine, _) in taken.items()})
+            return {name: Matched(mapped[name], target, None) for name, (_, target) in taken.items()}
         grids = target_grids(ours, self.grids)
         projected, targets = self.project_visual(ours, grids), teacher_grids(theirs, grids)
         return {name: Matched(projected[name], targets[name], None) for name in ours}
@@ -96,23 +110,39 @@ class LevelMatcher(nn.Module):
         Raises:
             ValueError: L1 or L2 is asked for, the tokens differ, and a tokenizer gives no character spans.
         """
+        if self.places == "key_tokens":
+            teacher = self.key_tokens.of(teacher)
         ours, theirs = self._taken("student", student, levels)[1], self._taken("teacher", teacher, levels)[1]
         words: dict[Role, Tensor] = {}
         num_words = 0
-        if {"L1", "L2"} & ours.keys():
+        if {"L1", "L2"} & ours.keys() and self.places != "pooled":
             words["student"], words["teacher"], num_words = aligned_words(
                 batch.inputs["student"].texts, batch.inputs["teacher"].texts
             )
 
         def places(role: Role, name: str, level: Level) -> tuple[Tensor, Tensor | None]:
-            if name == "L3":
+            if name == "L3" or self.places == "pooled":
                 return sentence_level(level)[:, None], None
+            if self.places == "key_tokens":
+                numbers = _words_at(words["teacher"], theirs[name])
+                if role == "teacher":
+                    return level.values, numbers >= 0
+                of_words = pool_words(token_level(level)[0], words[role], num_words)[0]
+                return take_tokens(of_words, numbers.clamp_min(0)), None
             values, mask = pool_words(token_level(level)[0], words[role], num_words)
             return (values, mask) if name == "L1" else phrases(values, mask, window=self.phrase_window)
 
         mine = {name: places("student", name, level) for name, level in ours.items()}
         projected = self.project_language({name: values for name, (values, _) in mine.items()})
         return {name: Matched(projected[name], *places("teacher", name, theirs[name])) for name in ours}
+
+    def _at(self, student: Level, teacher: Level) -> tuple[Tensor, Tensor]:
+        """The student's level at the teacher's key tokens, or both as one place, the mean."""
+        if self.places == "pooled":
+            return pooled(student)[:, None], pooled(teacher)[:, None]
+        assert teacher.places is not None
+        assert teacher.grid is not None
+        return cells_at(student, teacher.places, teacher.grid), teacher.values
 
     def pooled(
         self, role: Role, features: Features, levels: Collection[str]
@@ -130,6 +160,12 @@ class LevelMatcher(nn.Module):
         towers = (self.visual[role], features.image.levels), (self.language[role], features.text.levels)
         visual, language = (tapped(_only(taps, levels), found) for taps, found in towers)
         return visual, language
+
+
+def _words_at(word_of_token: Int[Tensor, "batch tokens"], level: Level) -> Int[Tensor, "batch places"]:
+    """The word that each of the teacher's key tokens belongs to, -1 where to none."""
+    assert level.places is not None
+    return word_of_token.gather(1, level.places.clamp_min(0)).masked_fill(level.places < 0, -1)
 
 
 def _only(taps: Mapping[str, LevelInfo], levels: Iterable[str]) -> dict[str, LevelInfo]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.features.taps import VISUAL_LEVELS
@@ -38,7 +38,31 @@ def grid_of(level: Level) -> Grid:
 
 def level_grid(level: Level, size: Grid | None = None) -> Float[Tensor, "batch cells width"]:
     """A level's cells row by row, without prefix tokens, on a grid of `size`; None keeps its own."""
-    return resample(_cells(level), grid_of(level), size or grid_of(level))
+    return resample(cells_of(level), grid_of(level), size or grid_of(level))
+
+
+def cells_at(level: Level, places: Int[Tensor, "batch places"], grid: Grid) -> Float[Tensor, "batch places width"]:
+    """A level's cells where the cells `places` of another grid over the same picture have their centres.
+
+    Bilinear, without aligned corners; the cells themselves where the grids are the same.
+    """
+    cells, own = cells_of(level), grid_of(level)
+
+    def at(numbers: Tensor) -> Tensor:
+        return cells.gather(1, numbers[..., None].expand(-1, -1, cells.shape[-1]))
+
+    if own == grid:
+        return at(places)
+    axes: list[tuple[Tensor, Tensor, Tensor]] = []  # for rows and columns: the one before, the one after, its share
+    for numbers, axis in ((places // grid[1], 0), (places % grid[1], 1)):
+        centres = ((numbers + 0.5) * (own[axis] / grid[axis]) - 0.5).clamp(0, own[axis] - 1)
+        before = centres.floor()
+        after = (before + 1).clamp_max(own[axis] - 1)
+        axes.append((before.long(), after.long(), (centres - before)[..., None].to(cells.dtype)))
+    (top, bottom, down), (left, right, across) = axes
+    upper = torch.lerp(at(top * own[1] + left), at(top * own[1] + right), across)
+    lower = torch.lerp(at(bottom * own[1] + left), at(bottom * own[1] + right), across)
+    return torch.lerp(upper, lower, down)
 
 
 def resample(
@@ -69,9 +93,11 @@ def standardise(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width
 def pooled(level: Level) -> Float[Tensor, "batch width"]:
     """Mean over patches, map cells or real tokens; prefix tokens and padding do not count. float32 or wider.
 
-    A text without a single real token gives zeros.
+    A text without a single real token gives zeros. Of key tokens: the mean of all tokens, which they carry.
     """
-    cells = _cells(level)
+    if level.mean is not None:
+        return level.mean
+    cells = cells_of(level)
     if level.mask is None:
         return cells.mean(1, dtype=_wide_dtype(cells))
     return masked_mean(cells, level.mask[:, level.num_prefix :])
@@ -179,11 +205,17 @@ class VisualProjectors(nn.Module):
         mapped = {name: self._lateral(name, level, grids[name]) for name, level in levels.items()}
         return self._top_down(mapped, grids) if len(self.smooth) else mapped
 
+    def map_cells(
+        self, cells: Mapping[str, Float[Tensor, "batch places width"]]
+    ) -> dict[str, Float[Tensor, "batch places teacher_width"]]:
+        """Cells taken from the student's levels, by pyramid name, to the teacher's width; without a top-down path."""
+        return {name: self.lateral[name](values) for name, values in cells.items()}
+
     def _lateral(self, name: str, level: Level, size: Grid) -> Tensor:
         """Linear map and resampling commute: the map comes where there are fewer cells."""
         grid = grid_of(level)
         if size[0] * size[1] > grid[0] * grid[1]:
-            return resample(self.lateral[name](_cells(level)), grid, size)
+            return resample(self.lateral[name](cells_of(level)), grid, size)
         projected: Tensor = self.lateral[name](level_grid(level, size))
         return projected
 
@@ -225,7 +257,7 @@ def check_known(levels: Iterable[str], known: Iterable[str], what: str) -> None:
         raise ValueError(f"no {what} for level {', '.join(unknown)}; there is one for {', '.join(known) or 'none'}")
 
 
-def _cells(level: Level) -> Tensor:
+def cells_of(level: Level) -> Tensor:
     """[batch, cells, width] without prefix tokens."""
     if level.layout == "map":
         return level.values.flatten(2).transpose(1, 2)

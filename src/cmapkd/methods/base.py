@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import Batch
-from cmapkd.features import gather_features, gather_rows
+from cmapkd.features import KeyTokens, gather_features, gather_rows
 from cmapkd.methods.micro_batches import (
     Rows,
     encode_again,
@@ -28,8 +28,9 @@ from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
 
-Detail = Literal["global", "pooled", "dense"]
-"""How finely a teacher is read: its embeddings; also one vector for each level; also levels place by place."""
+Detail = Literal["global", "pooled", "key_tokens", "dense"]
+"""How finely a teacher is read: its embeddings; also one vector for each level; also a few key tokens of each; also
+levels place by place. Each can be had from those after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,11 @@ class Method(nn.Module, ABC):
         needs = self.teacher_needs
         return "dense" if needs.image_levels or needs.text_levels else "global"
 
+    @property
+    def key_tokens(self) -> KeyTokens | None:
+        """Which tokens the terms read where the detail is `key_tokens`."""
+        return None
+
     @abstractmethod
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The loss terms of the batch, by name. What the stage leaves out may be computed, but need not."""
@@ -199,27 +205,33 @@ class Method(nn.Module, ABC):
     ) -> tuple[Features, Features, Rows]:
         """Student's and teacher's embeddings, and what the terms need of their levels; of all processes' samples.
 
-        With micro-batches no level of the student outlives its micro-batch; the teacher's are kept for the backward
-        pass, on the host.
+        With micro-batches no level of the student outlives its micro-batch. The teacher's do on the host of a GPU,
+        where they take none of its memory; on a CPU, and from a cache, the backward pass asks the teacher again.
 
         Args:
             read: of a part of the batch and both models' features of it, named tensors with one row for each sample,
                 none of which depends on another sample.
         """
         parts = micro_batches(batch, self.micro_batch)
-        answers = [self._encode_teacher(part) for part in parts]
-        if len(parts) > 1:
-            answers = [with_levels_on(answer, "cpu") for answer in answers]
+        answers: list[Features] = []
+        if len(parts) > 1 and self._keeps_answers:
+            answers = [with_levels_on(self._encode_teacher(part), "cpu") for part in parts]
 
-        def encode(part: Batch, number: int) -> tuple[Features, Rows]:
+        def encode(part: Batch, number: int) -> tuple[Features, Features, Rows]:
+            teacher = with_levels_on(answers[number], self._device) if answers else self._encode_teacher(part)
             student = self._encode_student(part)
-            return without_levels(student), read(part, student, with_levels_on(answers[number], self._device))
+            return without_levels(student), without_levels(teacher), read(part, student, teacher)
 
         encoded = encode_again(encode, parts, model=self)
-        student = gather_features(join_features([features for features, _ in encoded]))
-        teacher = gather_features(join_features([without_levels(answer) for answer in answers]))
-        rows = join_rows([rows for _, rows in encoded])
+        student = gather_features(join_features([features for features, _, _ in encoded]))
+        teacher = gather_features(join_features([features for _, features, _ in encoded]))
+        rows = join_rows([rows for _, _, rows in encoded])
         return student, teacher, {name: gather_rows(values) for name, values in rows.items()}
+
+    @property
+    def _keeps_answers(self) -> bool:
+        """Whether a micro-batch's teacher levels wait for the backward pass: asking again costs more than keeping."""
+        return self._device.type != "cpu" and self.teacher is not None and not self.teacher.from_disk
 
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
         features: Features = self.student(part.inputs["student"].to(self._device, True), self.student_needs)

@@ -24,8 +24,11 @@ from cmapkd.features import (
     VISUAL_LEVELS,
     AlignmentBridge,
     EmbeddingBank,
+    KeyTokens,
+    KeyTokensBy,
     LevelMatcher,
     PairProjector,
+    Places,
     gather_rows,
     sample_keys,
 )
@@ -62,6 +65,15 @@ class CMAPKDConfig(MethodConfig):
     bank_weight: float = Field(1.0, ge=0, description="Weight of the KL over a bank of the other modality.")
     bank_within_weight: float = Field(0.0, ge=0, description="Weight of the KL over a bank of the same modality.")
     bank_size: int = Field(8192, ge=1, description="Pairs of teacher embeddings in the bank.")
+    bank_from: Literal["run", "cache"] = Field(
+        "run", description="run: the pairs it has seen last; cache: a fixed draw from the teacher's cache."
+    )
+    bank_sample: int | None = Field(
+        None, ge=2, description="Pairs drawn from the bank at each step to compare with; none: all of it."
+    )
+    bank_duplicates: float | None = Field(
+        None, gt=0, lt=1, description="Cosine of two images above which they count as the same; none: by name only."
+    )
     visual_weight: float = Field(1.0, ge=0, description="Weight of the visual pyramid within its modality.")
     language_weight: float = Field(1.0, ge=0, description="Weight of the language hierarchy within its modality.")
     visual_levels: dict[str, float] = Field(
@@ -83,6 +95,11 @@ class CMAPKDConfig(MethodConfig):
     grids: Literal["native"] | dict[str, float] = Field(
         "native", description="native: the student's own grids; or factors of its patch grid by level (P2: 4, ...)."
     )
+    places: Places = Field(
+        "dense", description="Where inner levels are compared: every place, the key tokens, or one pooled vector each."
+    )
+    key_tokens: int = Field(16, ge=1, description="Key tokens of a level, for places: key_tokens.")
+    key_tokens_by: KeyTokensBy = Field("class", description="What makes a token key: see `features.KeyTokens`.")
     top_down: bool = Field(False, description="A feature pyramid network in place of one linear map for each level.")
     phrase_window: int = Field(3, ge=1, description="Words in a phrase of L2.")
     bridge_dim: int = Field(256, ge=1, description="Width of the space in which levels of both modalities meet.")
@@ -104,6 +121,12 @@ class CMAPKDConfig(MethodConfig):
                     raise ValueError(f"{name}: unknown {level!r}{closest(level, known)}; known: {', '.join(known)}")
                 if weight < 0:
                     raise ValueError(f"{name}: {level} is {weight:g}, weights are not negative")
+        return self
+
+    @model_validator(mode="after")
+    def _places_fit(self) -> Self:
+        if self.places != "dense" and (self.top_down or self.grids != "native"):
+            raise ValueError(f"places: {self.places} has no grids to resample: leave top_down and grids as they are")
         return self
 
     def weight_of(self, level: str) -> float:
@@ -188,12 +211,16 @@ class CMAPKD(Method):
             grids=config.grids,
             top_down=config.top_down,
             phrase_window=config.phrase_window,
+            places=config.places,
+            key_tokens=KeyTokens(config.key_tokens, config.key_tokens_by),
         )
         has_bank = config.bank_weight or config.bank_within_weight
         projected = {"P5", "L4"} & {*compared} or config.interactive_weight or has_bank
         self.project = PairProjector(student.embed_dim, teacher.embed_dim) if projected else None
         self.interactive_scale = _log_scale() if config.interactive_weight else None
-        self.bank = EmbeddingBank(config.bank_size, teacher.embed_dim) if has_bank else None
+        self.bank = (
+            EmbeddingBank(config.bank_size, teacher.embed_dim, fixed=config.bank_from == "cache") if has_bank else None
+        )
         if config.bridged():
             self.bridge = self._bridge("student", student.embed_dim)
             self.teacher_bridge = self._bridge("teacher", teacher.embed_dim)
@@ -244,8 +271,12 @@ class CMAPKD(Method):
         places = {level for term, levels in INTRA.items() if self._wants(term) for level in self.items[term]}
         needs = self.teacher_needs
         if places - {"P5", "L4", "L3"}:
-            return "dense"
+            return self.config.places
         return "pooled" if needs.image_levels or needs.text_levels else "global"
+
+    @property
+    def key_tokens(self) -> KeyTokens | None:
+        return self.match.key_tokens if self.config.places == "key_tokens" else None
 
     def _levels_read(self) -> set[str]:
         """Levels that the terms of this stage read."""
@@ -307,9 +338,11 @@ class CMAPKD(Method):
             values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
         if self.bank is None:
             return values
-        keys = gather_rows(sample_keys(batch.ids).to(teacher.image.embedding.device))
-        exclude = self.bank.excluded(keys)
-        banks = (self.bank.image, self.bank.text)
+        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(teacher.image.embedding.device))
+        found = self.bank.references(
+            keys, num=self.config.bank_sample, images=theirs[0], duplicates_above=self.config.bank_duplicates
+        )
+        banks = (found.image, found.text)
         for term, references in (("bank", banks[::-1]), ("bank_within", banks)):
             if self._wants(term):
                 divergences = [
@@ -319,14 +352,24 @@ class CMAPKD(Method):
                         reference,
                         student_scale=teacher.logit_scale,
                         teacher_scale=teacher.logit_scale,
-                        exclude=exclude,
+                        exclude=found.exclude,
+                        frozen=True,
                     ).mean()
                     for anchors, targets, reference in zip(ours, theirs, references, strict=True)
                 ]
                 values[term] = torch.stack(divergences).mean()
-        if self.training:  # after they were compared with the bank, not before
+        if self.training and not self.bank.fixed:  # after they were compared with the bank, not before
             self.bank.push(*theirs, keys)
         return values
+
+    def _keys_in_bank(self, bank: EmbeddingBank, batch: Batch) -> Tensor:
+        """What names this process's samples in the bank; fills a fixed one when it is first asked for."""
+        if not bank.fixed:
+            return sample_keys(batch.ids)
+        assert self.teacher is not None
+        if not bank.filled:
+            bank.fill(*self.teacher.reference_embeddings(bank.size))
+        return batch.stored["teacher"].samples
 
     def _intra_modal_terms(
         self, projected: Features | None, teacher: Features, rows: Mapping[str, Tensor]

@@ -8,7 +8,7 @@ one backward pass, in which every parameter gets its gradient once, as processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -78,11 +78,18 @@ def without_levels(features: Features) -> Features:
 def with_levels_on(features: Features, device: torch.device | str) -> Features:
     """The features with their levels on another device; embeddings stay."""
 
-    def moved(tower: TowerFeatures) -> TowerFeatures:
-        levels = {name: _map_level(level, lambda tensor: tensor.to(device)) for name, level in tower.levels.items()}
-        return replace(tower, levels=levels)
+    def there(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
 
-    return replace(features, image=moved(features.image), text=moved(features.text))
+    def moved(level: Level) -> Level:
+        values = level.values.to(device)
+        return replace(level, values=values, mask=there(level.mask), places=there(level.places), mean=there(level.mean))
+
+    image, text = (
+        replace(tower, levels={name: moved(level) for name, level in tower.levels.items()})
+        for tower in (features.image, features.text)
+    )
+    return replace(features, image=image, text=text)
 
 
 def _join_towers(parts: Sequence[TowerFeatures]) -> TowerFeatures:
@@ -91,14 +98,17 @@ def _join_towers(parts: Sequence[TowerFeatures]) -> TowerFeatures:
 
 
 def _join_levels(parts: Sequence[Level]) -> Level:
-    masks = [part.mask for part in parts if part.mask is not None]
-    values = torch.cat([part.values for part in parts])
-    return replace(parts[0], values=values, mask=torch.cat(masks) if masks else None)
+    def joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(found) if found else None
 
-
-def _map_level(level: Level, change: Callable[[Tensor], Tensor]) -> Level:
-    mask = None if level.mask is None else change(level.mask)
-    return replace(level, values=change(level.values), mask=mask)
+    return replace(
+        parts[0],
+        values=torch.cat([part.values for part in parts]),
+        mask=joined(part.mask for part in parts),
+        places=joined(part.places for part in parts),
+        mean=joined(part.mean for part in parts),
+    )
 
 
 def _contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
+from torch import Tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.models.base import DualEncoder
@@ -17,6 +18,8 @@ class FrozenTeacher:
     Deliberately not an `nn.Module`: assigned to a method it is no submodule, so it appears in no `parameters()`, no
     `state_dict()` and no distributed wrapper, and a `train()` on the method does not reach it.
     """
+
+    from_disk: ClassVar[bool] = False  # whether asking costs a look into a file, and not a pass of a model
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -38,6 +41,16 @@ class FrozenTeacher:
         """Features of the teacher's own form of the batch, detached."""
         output: Features = self.model(batch.inputs["teacher"], needs)
         return output
+
+    def reference_embeddings(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of `num` samples that a method compares others with; only a cache has them.
+
+        Returns:
+            Float[num dim] of images and of texts, and Int[num], where their samples stand in the training source.
+        Raises:
+            ValueError: this teacher answers live.
+        """
+        raise ValueError(f"{num} reference embeddings are to be drawn from the teacher's cache: set cache: auto")
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("a FrozenTeacher is never saved: keep its name in the config and load it again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Layout = Literal["tokens", "map"]
@@ -31,6 +31,8 @@ class Level:
         num_prefix: class and register tokens at the start of `values`; 0 for maps and for texts.
         grid: (rows, columns) of the patch tokens or of the map; None for texts. Need not be square.
         mask: True where a token is real; None where all are.
+        places: of key tokens only: where in the grid, or in the text, each of `values` stands; -1 where there is none.
+        mean: of key tokens only: the level pooled over all its tokens.
     """
 
     values: Tensor
@@ -38,6 +40,8 @@ class Level:
     num_prefix: int = 0
     grid: tuple[int, int] | None = None
     mask: Bool[Tensor, "batch tokens"] | None = None
+    places: Int[Tensor, "batch tokens"] | None = None
+    mean: Float[Tensor, "batch width"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

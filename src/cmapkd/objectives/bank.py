@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from cmapkd.objectives.chunks import chunk_rows
@@ -26,6 +28,7 @@ def bank_divergence(
     student_scale: Float[Tensor, ""] | float,
     teacher_scale: Float[Tensor, ""] | float,
     exclude: Bool[Tensor, "batch entries"] | None = None,
+    frozen: bool = False,
     chunk: int | None = None,
 ) -> Float[Tensor, " batch"]:
     """KL(teacher || student) of the softmax over a bank's entries by their cosines with each sample.
@@ -38,6 +41,8 @@ def bank_divergence(
         bank: the teacher's embeddings of other samples, of either modality; normalised and detached here.
         student_scale, teacher_scale: logit scales (already exponentiated).
         exclude: True where an entry is no reference for a sample (its own, or empty): probability zero in both models.
+        frozen: the bank's rows have length one, and nothing writes into them before the backward pass: then they are
+            neither normalised nor copied.
         chunk: entries at a time. Memory then grows with batch x chunk instead of batch x entries, for the same value
             and gradient, and each chunk's logits are computed again in the backward pass; None chooses as
             `chunk_rows` does.
@@ -51,7 +56,8 @@ def bank_divergence(
     _check(student, teacher, bank, exclude)
     size = chunk_rows(len(bank), len(student), chunk)
     anchors, targets = unit(student), unit(teacher.detach())
-    parts = unit(bank.detach()).split(size)  # a copy: the bank may be refilled before the backward pass
+    entries = bank.detach()
+    parts = (entries if frozen else unit(entries)).split(size)  # a copy, else refilling it would change the gradient
     masks = (None,) * len(parts) if exclude is None else exclude.split(size, dim=1)
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _part
     if len(parts) > 1:
@@ -103,14 +109,47 @@ def _part(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Student's and teacher's log-sum-exp over some entries, and the teacher's mean of how far its logits lie above."""
     with torch.autocast(anchors.device.type, enabled=False):
-        student_logits = student_scale * anchors @ entries.T
-        with torch.no_grad():
-            teacher_logits = teacher_scale * targets @ entries.T
-    if exclude is not None:
-        student_logits = student_logits.masked_fill(exclude, _EXCLUDED)
-        teacher_logits = teacher_logits.masked_fill(exclude, _EXCLUDED)
-    gap = (teacher_logits.softmax(-1) * (teacher_logits - student_logits)).sum(-1)
-    return student_logits.logsumexp(-1), teacher_logits.logsumexp(-1), gap
+        scaled = student_scale * anchors
+        result: tuple[Tensor, Tensor, Tensor] = _OverEntries.apply(scaled, teacher_scale * targets, entries, exclude)
+    return result
+
+
+class _OverEntries(torch.autograd.Function):
+    """`_part` of scaled anchors and targets, with its gradient written out.
+
+    Each logit is exponentiated once for each model and the two probabilities are what the backward pass reads: half the
+    passes over [batch, entries], which is where the time goes, that autograd would need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, targets: Tensor, entries: Tensor, exclude: Tensor | None) -> Any:
+        ours, theirs = anchors @ entries.T, targets @ entries.T
+        if exclude is not None:
+            ours.masked_fill_(exclude, _EXCLUDED)
+            theirs.masked_fill_(exclude, _EXCLUDED)
+        p_ours, log_ours = _softmax(ours)
+        p_theirs, log_theirs = _softmax(theirs)
+        gap = theirs.sub_(ours).mul_(p_theirs).sum(-1)
+        ctx.save_for_backward(entries, p_ours, p_theirs, exclude)
+        ctx.mark_non_differentiable(log_theirs)
+        return log_ours, log_theirs, gap
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_log: Tensor, _: Tensor, of_gap: Tensor) -> Any:
+        entries, p_ours, p_theirs, exclude = ctx.saved_tensors
+        of_logits = torch.addcmul(of_log[:, None] * p_ours, of_gap[:, None], p_theirs, value=-1)
+        if exclude is not None:
+            of_logits.masked_fill_(exclude, 0)
+        return of_logits @ entries, None, None, None
+
+
+def _softmax(logits: Float[Tensor, "batch part"]) -> tuple[Float[Tensor, "batch part"], Float[Tensor, " batch"]]:
+    """The softmax and the log-sum-exp of each row."""
+    largest = logits.amax(-1, keepdim=True)
+    powers = (logits - largest).exp_()
+    sums = powers.sum(-1, keepdim=True)
+    return powers.div_(sums), (largest + sums.log())[:, 0]
 
 
 def _check(student: Tensor, teacher: Tensor, bank: Tensor, exclude: Tensor | None) -> None:

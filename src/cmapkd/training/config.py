@@ -44,6 +44,7 @@ class TrainConfig(Config):
         None, ge=1, description="Pairs that a process encodes at once, for batches that do not fit; none: all of its."
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
+    compile: bool = Field(False, description="torch.compile the student: docs/results/speed.md says when it pays.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one.")
     ema: float | None = Field(
         None, gt=0, lt=1, description="Decay of an averaged student, which is then the one saved."

@@ -99,6 +99,8 @@ class Trainer:
         method.micro_batch = config.micro_batch
         if method.teacher is not None:
             method.teacher.to(self.accelerator.device)
+        if config.compile:
+            method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
         self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))
         self.average = (
             AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)

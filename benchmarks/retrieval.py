@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -23,6 +24,13 @@ from cmapkd.evaluation.retrieval import retrieval
 def peak_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
+
+
+def processor() -> str:
+    """The processor's name, and how many of its threads this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} thread(s)"
 
 
 def measure(num_images: int, num_texts: int, width: int, tied: bool) -> dict[str, float]:
@@ -66,7 +74,7 @@ def main() -> None:
         "width": options.width,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "processor": processor(),
     }
     sizes = ["--images", str(options.images), "--texts", str(options.texts), "--width", str(options.width)]
     for kind in ("random", "tied"):

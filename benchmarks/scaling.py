@@ -165,8 +165,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import StrMethodFormatter
 
-    figure, axes = plt.subplots(2, len(AXES), figsize=(13, 5.4), sharex="col", layout="constrained")
+    figure, axes = plt.subplots(2, len(AXES), figsize=(13, 5.4), sharex="col", sharey="row", layout="constrained")
     for column, (axis, rows) in enumerate(result["points"].items()):
         values = [row[axis] for row in rows]
         upper, lower = axes[0, column], axes[1, column]
@@ -177,11 +178,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for each in (upper, lower):
             if axis != "levels":
                 each.set_xscale("log", base=2)
-            each.set_xticks(values, [f"{value:,}" for value in values])
-            each.minorticks_off()
+            each.set_xticks(values, [f"{value // 1024}k" if value > 4096 else str(value) for value in values])
             each.grid(alpha=0.3)
             each.spines[["top", "right"]].set_visible(False)
             each.set_yscale("log")
+            each.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            each.minorticks_off()
         lower.set_xlabel(UNITS[axis])
     axes[0, 0].set_ylabel("CPU ms a step")
     axes[1, 0].set_ylabel("MiB")

@@ -93,6 +93,12 @@ class RunConfig(Config):
     def _validation_has_data(self) -> Self:
         if self.training.evaluate_every is not None and self.data.val is None:
             raise ValueError("training.evaluate_every is set, but there is nothing to validate on: add data.val")
+        tasks = self.evaluation.tasks
+        if self.training.evaluate_every is not None and tasks != "auto" and not {"retrieval", "zero_shot"} & {*tasks}:
+            raise ValueError(
+                "training.evaluate_every is set, and the best step is chosen by retrieval or zero_shot, but "
+                f"evaluation.tasks is {', '.join(tasks)}: add one of the two"
+            )
         return self
 
     def scratch(self) -> RunConfig:

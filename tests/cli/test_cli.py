@@ -152,9 +152,10 @@ def test_distil_then_evaluate_gives_the_same_numbers(cli: Any, recipe: Path, tmp
     assert code == 0
     assert "Scores on scenes/standard/val" in printed
     evaluated = json.loads(scores.read_text())
-    assert evaluated.pop("data") == "scenes/standard/val"
-    assert evaluated.pop("model") == str(out)
-    assert evaluated == stored["student"]
+    assert evaluated["data"] == "scenes/standard/val"
+    assert evaluated["models"] == {str(out): stored["student"]}
+    assert evaluated["settings"]["templates"] == "plain"
+    assert evaluated["environment"]["packages"]["torch"]
 
 
 def test_evaluation_of_one_task(cli: Any, recipe: Path, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_evaluation_of_one_task(cli: Any, recipe: Path, tmp_path: Path) -> None:
     data = ("--data", "scenes?length=20&size=32", "--split", "test", "--json", str(scores))
     assert cli("evaluate", teacher, *data, "--tasks", "retrieval")[0] == 0
     stored = json.loads(scores.read_text())
-    assert "zero_shot" not in stored
+    assert "zero_shot" not in stored["models"][teacher]
     assert stored["data"] == "scenes/standard/test"
     code, _, errors = cli("evaluate", teacher, *data, "--tasks", "retrival")
     assert code == 2
@@ -176,6 +177,32 @@ def test_evaluation_of_one_task(cli: Any, recipe: Path, tmp_path: Path) -> None:
     code, _, errors = cli("evaluate", "no-such-model", *data)
     assert code == 2
     assert "there is no model 'no-such-model'" in errors
+
+
+def test_models_side_by_side_and_the_cost_without_data(cli: Any, recipe: Path, tmp_path: Path) -> None:
+    teacher, scores = str(recipe.parent / "teacher"), tmp_path / "s.json"
+    quick = ("--set", "efficiency.rounds=3", "--set", "efficiency.warmup=0", "--set", "efficiency.batch_size=2")
+    code, printed, errors = cli(
+        "evaluate", f"first={teacher}", f"second={teacher}", "--tasks", "efficiency", *quick, "--json", str(scores)
+    )
+    assert code == 0, errors
+    assert "first" in printed
+    assert "second" in printed
+    stored = json.loads(scores.read_text())
+    assert stored["data"] is None
+    assert stored["models"]["second"]["efficiency"]["ratio"]["parameters"] == 1
+    code, _, errors = cli("evaluate", f"a={teacher}", f"a={teacher}", "--tasks", "efficiency")
+    assert code == 2
+    assert "two models are named 'a'" in errors
+    code, _, errors = cli("evaluate", teacher, "--tasks", "retrieval")
+    assert code == 2
+    assert "retrieval: it needs data: name them with --data" in errors
+    code, _, errors = cli("evaluate", teacher, "--data", "scenes", "--tasks", "vqa", "--set", "vqa.step=3")
+    assert code == 2
+    assert "vqa.step: unknown key (did you mean 'steps'?)" in errors
+    code, _, errors = cli("evaluate", teacher, "--data", "scenes", "--train", "scenes@test", "--tasks", "vqa")
+    assert code == 2
+    assert "is a test split" in errors
 
 
 def test_an_interrupted_demo_says_how_to_go_on(cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

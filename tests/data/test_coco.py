@@ -35,7 +35,7 @@ def test_captions_and_instances(folder: Path) -> None:
     captions = [{"image_id": 10 + i, "id": 5 * i + k, "caption": f"{k} of {i}\n"} for k in range(5) for i in range(2)]
     write(folder / "captions.json", images=IMAGES, annotations=captions)
     boxes = [
-        {"image_id": 11, "category_id": 2, "bbox": [1, 2.5, 3, 4], "iscrowd": 0},
+        {"image_id": 11, "category_id": 2, "bbox": [1, 2.5, 3, 4], "iscrowd": 0, "area": 7.5},
         {"image_id": 11, "category_id": 2, "bbox": [0, 0, 8, 6], "iscrowd": 1},
         {"image_id": 12, "category_id": 1, "bbox": [1, 2]},
     ]
@@ -44,7 +44,7 @@ def test_captions_and_instances(folder: Path) -> None:
     source = open_source(f"coco:{folder}/captions.json,{folder}/instances.json,{folder}/images")
     assert len(source) == 3
     assert (source[1].id, source[1].captions) == ("11", tuple(f"{k} of 1" for k in range(5)))
-    assert source[1].boxes == (Box(1, 2.5, 3, 4, "dog"),)
+    assert source[1].boxes == (Box(1, 2.5, 3, 4, "dog", area=7.5), Box(0, 0, 8, 6, "dog", crowd=True))
     assert source[1].image.getpixel((0, 0)) == (1, 0, 0)
     with pytest.raises(BadSampleError, match="box is malformed"):
         _ = source[2]
@@ -138,11 +138,29 @@ def test_coco_mini(shared: Path, tmp_path: Path) -> None:
     source = open_source(f"coco:{files},{tmp_path}", require_captions=True)
     tars = open_source(f"webdataset:{shared}/coco_mini/dev-000000.tar")
     assert len(source) == 39
-    assert sum(len(source[i].boxes) for i in range(39)) == 312 - 3  # crowd regions
+    boxes = [box for i in range(39) for box in source[i].boxes]
+    assert (len(boxes), sum(box.crowd for box in boxes)) == (312, 3)
+    assert all(box.area is not None and box.area <= box.width * box.height * 1.02 for box in boxes)
     assert {source[i].id: source.captions(i) for i in range(39)} == {tars[i].id: tars.captions(i) for i in range(39)}
 
 
-def test_blood_cells_in_a_zip(shared: Path) -> None:
-    source = open_source(f"coco:{shared}/bccd/instances_dev.json,{shared}/bccd/images_dev.zip")
-    assert (len(source), sum(len(source[i].boxes) for i in range(4)) > 20) == (87, True)
-    assert source[0].image.size == (640, 480)
+@pytest.mark.parametrize(
+    ("name", "images", "boxes", "names", "size"),
+    [("bccd", 87, 1137, {"RBC", "WBC", "Platelets"}, (640, 480)), ("raccoon", 29, 33, {"raccoon"}, (427, 256))],
+)
+def test_boxes_in_a_zip(
+    shared: Path, name: str, images: int, boxes: int, names: set[str], size: tuple[int, int]
+) -> None:
+    source = open_source(f"coco:{shared}/{name}/instances_dev.json,{shared}/{name}/images_dev.zip")
+    found = [box for index in range(len(source)) for box in source[index].boxes]
+    assert (len(source), len(found), {box.name for box in found}) == (images, boxes, names)
+    assert not any(box.crowd for box in found)
+    assert source[0].image.size == size
+
+
+def test_odd_boxes(folder: Path) -> None:
+    for number, wrong in enumerate(({"bbox": [0, 0, -1, 2]}, {"bbox": [0, 0, 1, 2], "area": "big"})):
+        annotations = [{"image_id": 10, "category_id": 1, **wrong}]
+        path = write(folder / f"{number}.json", images=IMAGES, annotations=annotations, categories=[])
+        with pytest.raises(BadSampleError, match=r"must not be negative|area big is not a number of square pixels"):
+            _ = open_source(f"coco:{path},{folder}/images")[0]

@@ -19,7 +19,7 @@ from cmapkd.data import tar_index
 from cmapkd.data.open import SourceWarning, open_source
 from cmapkd.data.shards import ShardSource
 from cmapkd.data.stored import Keep
-from cmapkd.data.types import BadSampleError, QuestionAnswer, Source
+from cmapkd.data.types import BadSampleError, Box, QuestionAnswer, Source
 
 
 def pairs(count: int, text: dict[int, bytes] | None = None) -> list[tuple[str, bytes]]:
@@ -52,6 +52,10 @@ def test_samples_in_order(tmp_path: Path) -> None:
         source[3]
 
 
+ASKED = {"question": "2 or 3?", "answer": "2", "kind": "other", "question_id": 9}
+CROWD = {"x": 1, "y": 2, "width": 3, "height": 4, "name": "cats", "crowd": True, "area": 5.5}
+
+
 def test_fields(tmp_path: Path) -> None:
     members = [
         ("a.PNG", picture()),
@@ -61,6 +65,11 @@ def test_fields(tmp_path: Path) -> None:
         ("b.cls", b" 7 "),
         ("c.png", picture()),
         ("c.json", as_json(id=12, qa=[["what color?", "teal"], {"question": "how many?", "answers": ["2", "3"]}])),
+        ("f.png", picture()),
+        (
+            "f.json",
+            as_json(qa=[{"question": "2 or 3?", "answer": "2", "kind": "other", "question_id": 9}], boxes=[CROWD]),
+        ),
         ("d.png", picture()),
         ("d.json", as_json(caption="of the json", key="d")),
         ("d.txt", b"of the text"),
@@ -68,12 +77,14 @@ def test_fields(tmp_path: Path) -> None:
         ("e.json", as_json(width=3, boxes=[{"x": 1, "y": 2, "width": 3, "height": 4, "name": "cat"}])),
         ("e.txt", b"of the text"),
     ]
-    a, b, c, d, e = ShardSource(str(write_tar(tmp_path / "s.tar", members)))
+    a, b, c, f, d, e = ShardSource(str(write_tar(tmp_path / "s.tar", members)))
     assert (a.id, a.captions, a.label) == ("the id", ("one",), 4)
     assert a.questions == (QuestionAnswer("Is it?", ("true",), "yes/no"),)
     assert (b.id, b.captions, b.label) == ("s/b", ("first", "second"), 7)
     assert c.id == "12"
     assert [(q.answers, q.kind) for q in c.questions] == [(("teal",), "other"), (("2", "3"), "number")]
+    assert f.questions == (QuestionAnswer("2 or 3?", ("2",), "other", "9"),)
+    assert f.boxes == (Box(1, 2, 3, 4, "cats", crowd=True, area=5.5),)
     assert d.captions == ("of the json",)
     assert e.captions == ("of the text",)
     assert (e.boxes[0].x, e.boxes[0].height, e.boxes[0].name) == (1, 4, "cat")

@@ -14,14 +14,16 @@ from torch import Tensor
 from cmapkd.evaluation.ranking import Ranks, rank_positives
 
 
-def every_order(scores: list[int], positives: set[int], k: int) -> tuple[Fraction, Fraction]:
-    """(chance of a hit within k, mean rank of the first positive) over all orders of equal scores."""
-    hits, total, orders = 0, 0, 0
+def every_order(scores: list[int], positives: set[int], k: int) -> tuple[Fraction, Fraction, Fraction]:
+    """(chance of a hit within k, mean rank of the first positive, mean average precision) over all orders of ties."""
+    hits, total, orders, precision = 0, 0, 0, Fraction(0)
     for order in permutations(range(len(scores))):
         ranked = sorted(order, key=lambda candidate: -scores[candidate])  # stable: `order` settles ties
         rank = 1 + min(place for place, candidate in enumerate(ranked) if candidate in positives)
         hits, total, orders = hits + (rank <= k), total + rank, orders + 1
-    return Fraction(hits, orders), Fraction(total, orders)
+        places = [place for place, candidate in enumerate(ranked, start=1) if candidate in positives]
+        precision += sum(Fraction(found, place) for found, place in enumerate(places, start=1)) / len(places)
+    return Fraction(hits, orders), Fraction(total, orders), precision / orders
 
 
 def pairs_of(*pairs: tuple[int, int]) -> Tensor:
@@ -40,7 +42,8 @@ def test_hits_and_rank_are_the_average_over_every_order_of_ties(data: st.DataObj
         torch.tensor(scores, dtype=torch.float32)[:, None],
         pairs_of(*((0, positive) for positive in positives)),
     )
-    hit, rank = every_order(scores, positives, k)
+    hit, rank, precision = every_order(scores, positives, k)
+    assert ranks.average_precision.item() == pytest.approx(float(precision), abs=1e-12)
     assert ranks.hits(k).item() == pytest.approx(float(hit), abs=1e-12)
     assert ranks.expected().item() == pytest.approx(float(rank), abs=1e-12)
 

@@ -6,6 +6,7 @@ import statistics
 from math import comb
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,12 +16,15 @@ from torch import Tensor
 from cmapkd.evaluation.retrieval import retrieval, shared_captions
 
 
-def slow(images: Tensor, texts: Tensor, positives: set[tuple[int, int]]) -> dict[str, Any]:
-    """The protocol, one query and one candidate at a time; `positives` are (text, image)."""
+def slow(
+    images: Tensor, texts: Tensor, own: set[tuple[int, int]], also: set[tuple[int, int]] | None = None
+) -> dict[str, Any]:
+    """The protocol, one query and one candidate at a time; `own` and `also` are (text, image) pairs that are right."""
+    positives = own | (also or set())
 
     def direction(num_queries: int, num_candidates: int, score: Any, right: Any) -> dict[str, float]:
         hits: dict[int, list[float]] = {1: [], 5: [], 10: []}
-        ranks = []
+        ranks, precisions = [], []
         for query in range(num_queries):
             answers = [c for c in range(num_candidates) if right(query, c)]
             if not answers:
@@ -30,17 +34,29 @@ def slow(images: Tensor, texts: Tensor, positives: set[tuple[int, int]]) -> dict
             positive = sum(score(query, c) == best for c in answers)
             negative = sum(score(query, c) == best for c in range(num_candidates)) - positive
             ranks.append(1 + better + negative / (positive + 1))
+            precision = 0.0
+            for answer in answers:
+                above = [c for c in range(num_candidates) if score(query, c) > score(query, answer)]
+                tied = [c for c in range(num_candidates) if score(query, c) == score(query, answer)]
+                others = sum(c in answers for c in tied) - 1  # each stands before with the same chance as any place
+                for place in range(len(tied)):
+                    before = sum(c in answers for c in above) + place * others / max(1, len(tied) - 1)
+                    precision += (before + 1) / (len(above) + place + 1) / len(tied) / len(answers)
+            precisions.append(precision)
             for k, seen in hits.items():
                 places = min(k - better, positive + negative)
                 seen.append(1 - comb(negative, places) / comb(negative + positive, places) if places > 0 else 0.0)
         recall = {f"r@{k}": 100 * statistics.mean(seen) for k, seen in hits.items()}
-        return recall | {"median_rank": statistics.median(ranks), "mean_rank": statistics.mean(ranks)}
+        middle = {"median_rank": statistics.median(ranks), "mean_rank": statistics.mean(ranks)}
+        return recall | middle | {"map": 100 * statistics.mean(precisions)}
 
     table = (texts.double() @ images.double().T).tolist()
     t2i = direction(len(texts), len(images), lambda t, i: table[t][i], lambda t, i: (t, i) in positives)
     i2t = direction(len(images), len(texts), lambda i, t: table[t][i], lambda i, t: (t, i) in positives)
     mean = (i2t["r@1"] + t2i["r@1"]) / 2
-    return {"i2t": i2t, "t2i": t2i, "mean_r@1": mean, "num_images": len(images), "num_texts": len(texts)}
+    least = min(sum(i == image for _, i in own) for image in {i for _, i in own})
+    counts = {"num_images": len(images), "num_texts": len(texts), "min_texts_per_image": least}
+    return {"i2t": i2t, "t2i": t2i, "mean_r@1": mean} | counts
 
 
 def own_pairs(image_of_text: Tensor) -> set[tuple[int, int]]:
@@ -84,7 +100,7 @@ def test_retrieval_with_many_ties_is_the_protocol_written_out(seed: int) -> None
 def test_also_positive_pairs_count_in_both_directions() -> None:
     images, texts, image_of_text = drawn(7, width=3, exact=True)
     extra = torch.tensor([[0, 3], [0, 4], [8, 1], [8, int(image_of_text[8])]])
-    expected = slow(images, texts, own_pairs(image_of_text) | {(int(t), int(i)) for t, i in extra})
+    expected = slow(images, texts, own_pairs(image_of_text), {(int(t), int(i)) for t, i in extra})
     assert_same(retrieval(images, texts, image_of_text, also_positive=extra), expected)
 
 
@@ -190,3 +206,60 @@ def test_what_cannot_be_scored_is_refused() -> None:
     texts[2] = torch.nan
     with pytest.raises(ValueError, match=r"1 of 69 text embeddings are not finite .* row 2"):
         retrieval(images, texts, image_of_text)
+
+
+def test_map_of_one_positive_is_the_reciprocal_rank_and_of_all_positives_first_is_100() -> None:
+    images = torch.eye(4)
+    texts = torch.tensor([[4.0, 3, 2, 1], [9, 8, 1, 1], [2, 3, 1, 1]])
+    scores = retrieval(images, texts, torch.tensor([2, 0, 1]))  # ranks 3, 1, 1 of the images
+    assert scores["t2i"]["map"] == pytest.approx(100 * (1 / 3 + 1 + 1) / 3)
+    everyone = retrieval(images, images.repeat(5, 1), torch.arange(4).repeat(5))
+    assert (everyone["i2t"]["map"], everyone["t2i"]["map"]) == (100, 100)
+
+
+def test_one_caption_where_five_are_expected() -> None:
+    images, image_of_text = torch.eye(3), torch.tensor([0, 0, 1, 1, 2])
+    texts = images[image_of_text]
+    assert retrieval(images, texts, image_of_text)["min_texts_per_image"] == 1
+    assert retrieval(images, texts[:4], image_of_text[:4])["min_texts_per_image"] == 2  # of those that have any
+    with pytest.raises(ValueError, match=r"1 of 3 images have fewer than 2 captions, the first at row 2 with 1"):
+        retrieval(images, texts, image_of_text, min_texts_per_image=2)
+
+
+# Recall in percent of `recall_at_k` in clip_benchmark/metrics/zeroshot_retrieval.py of LAION-AI/CLIP_benchmark at
+# 48de38c1689f, on the embeddings of `benchmarked`: (direction, k). With ties it depends on the order of the data: the
+# mean over 3,000 random orders of images and texts, and that mean's standard error.
+CLIP_BENCHMARK = {
+    ("t2i", 1): 29.844961240310074, ("t2i", 5): 65.89147286821705, ("t2i", 10): 83.33333333333334,
+    ("i2t", 1): 56.0, ("i2t", 5): 92.0, ("i2t", 10): 94.0,
+}  # fmt: skip
+CLIP_BENCHMARK_TIED = {
+    ("t2i", 1): (22.80672, 0.04789), ("t2i", 5): (49.92158, 0.03573), ("t2i", 10): (58.72881, 0.02891),
+    ("i2t", 1): (27.314, 0.09323), ("i2t", 5): (67.94533, 0.08911), ("i2t", 10): (83.66667, 0.07390),
+}  # fmt: skip
+
+
+def benchmarked(tied: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """50 images with five or six captions; from numpy's legacy generator, whose numbers never change."""
+    draws = np.random.RandomState(7)
+    image_of_text = draws.permutation(np.concatenate([np.arange(50).repeat(5), np.arange(0, 50, 7)]))
+    if tied:
+        images = draws.randint(-1, 2, (50, 4))
+        same = draws.rand(len(image_of_text), 1) < 0.5
+        texts = np.where(same, images[image_of_text], draws.randint(-1, 2, (len(image_of_text), 4)))
+    else:
+        images = draws.randn(50, 16)
+        texts = images[image_of_text] + 2 * draws.randn(len(image_of_text), 16)
+    return torch.tensor(images).float(), torch.tensor(texts).float(), torch.tensor(image_of_text)
+
+
+def test_recall_of_clip_benchmark() -> None:
+    scores = retrieval(*benchmarked(tied=False))
+    for (direction, k), expected in CLIP_BENCHMARK.items():
+        assert scores[direction][f"r@{k}"] == pytest.approx(expected, abs=1e-9), (direction, k)
+
+
+def test_recall_of_clip_benchmark_averaged_over_orders_of_ties() -> None:
+    scores = retrieval(*benchmarked(tied=True))
+    for (direction, k), (mean, error) in CLIP_BENCHMARK_TIED.items():
+        assert scores[direction][f"r@{k}"] == pytest.approx(mean, abs=4 * error), (direction, k)

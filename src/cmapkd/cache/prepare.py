@@ -256,4 +256,6 @@ class CachePlan:
                 raise CacheError(f"the teacher {model.name} has other weights than when this run began")
             return model
 
-        return CachedTeacher(self.teacher.model, reader.cache, reload=checked, precision=self.precision)
+        return CachedTeacher(
+            self.teacher.model, reader.cache, reload=checked, precision=self.precision, check=reader.check
+        )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cmapkd.cache.config import Check
 from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.writer import live_features
@@ -28,15 +29,22 @@ class CachedTeacher(FrozenTeacher):
 
     Args:
         reload: loads the teacher again, in eval mode, on the CPU.
+        check: when checksums are compared where reference embeddings are drawn, see `CacheConfig`.
     """
 
     from_disk = True
 
     def __init__(
-        self, model: DualEncoder, cache: CacheFolder, *, reload: Callable[[], DualEncoder], precision: str = "fp32"
+        self,
+        model: DualEncoder,
+        cache: CacheFolder,
+        *,
+        reload: Callable[[], DualEncoder],
+        precision: str = "fp32",
+        check: Check = "first_use",
     ) -> None:
         super().__init__(model.to("meta"))
-        self.cache, self.reload, self.precision = cache, reload, precision
+        self.cache, self.reload, self.precision, self.check = cache, reload, precision, check
         self.live: FrozenTeacher | None = None
         self.device = torch.device("cpu")
 
@@ -47,7 +55,7 @@ class CachedTeacher(FrozenTeacher):
         return self
 
     def reference_embeddings(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
-        return CacheReader(self.cache, check="sizes").embeddings(num, seed=REFERENCE_SEED)
+        return CacheReader(self.cache, check=self.check).embeddings(num, seed=REFERENCE_SEED)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:

@@ -1,53 +1,114 @@
-"""`cmapkd evaluate`: score any model on any data."""
+"""`cmapkd evaluate`: score any models on any data, side by side."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="A run folder, or a model name such as open_clip:ViT-B-32/laion2b_s34b_b79k.")
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Run folders, or names such as open_clip:ViT-B-32/laion2b_s34b_b79k; LABEL=MODEL to name one. The "
+            "first is the reference (the teacher) that costs and agreement are measured against.",
+        ),
     ],
-    data: Annotated[str, typer.Option(help="Source of images with captions or labels, for example scenes.")],
+    data: Annotated[
+        str | None, typer.Option(help="Source that is scored, for example scenes. Not needed for efficiency alone.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a source that has several.")] = "val",
-    tasks: Annotated[str, typer.Option(help="Comma-separated: retrieval, zero_shot; or auto.")] = "auto",
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="Source that the heads of vqa, captioning and detection learn from; scenes: its train split."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: retrieval, zero_shot, vqa, captioning, detection, calibration, agreement, "
+            "efficiency; auto: the first two; all: whatever the data serve."
+        ),
+    ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for the trained heads: a second call goes on, or reuses them.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Settings of the evaluation: key=value, repeatable.")
     ] = None,
 ) -> None:
-    """Score a model: retrieval with all captions, zero-shot classification."""
+    """Score models: retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
-    from cmapkd.config import ConfigError
+    from cmapkd.config import ConfigError, apply_overrides
 
-    values: dict[str, object] = {"tasks": "auto" if tasks == "auto" else [task.strip() for task in tasks.split(",")]}
+    named = _named(models)
+    values: dict[str, Any] = {"tasks": tasks if tasks in ("auto", "all") else [t.strip() for t in tasks.split(",")]}
     for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not equals:
+        if not setting.partition("=")[1]:
             raise ConfigError(f"--set {setting!r} is not key=value")
-        values[key] = value
+    values = apply_overrides(values, settings or [], where="evaluation settings")
 
     import torch
 
     from cmapkd.api import load
     from cmapkd.data.open import open_source
-    from cmapkd.evaluation.run import EvaluationConfig
-    from cmapkd.evaluation.run import evaluate as score
-    from cmapkd.results import score_table
+    from cmapkd.evaluation.config import SuiteConfig
+    from cmapkd.evaluation.suite import evaluate_models, training_source
+    from cmapkd.evaluation.table import score_table
+    from cmapkd.provenance import describe_environment
+    from cmapkd.training import Interrupted
 
-    config = EvaluationConfig.from_mapping(values, where="evaluation settings")
-    source = open_source(data, split=split)
+    config = SuiteConfig.from_mapping(values, where="evaluation settings")
+    source = open_source(data, split=split) if data is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = score(load(model).to(device), source, config, device=device)
-    Console().print(score_table([(model, scores)], title=f"Scores on {source.name}"))
+    console = Console()
+    loaded = {name: load(model) for name, model in named.items()}
+    try:
+        scores = evaluate_models(
+            loaded,
+            source,
+            config,
+            device=device,
+            train=training_source(train, data),
+            work=work,
+            console=console,
+        )
+    except Interrupted as stopped:
+        where = f"Go on with:\n  {shlex.join(['cmapkd', *sys.argv[1:]])}" if work else "Nothing is kept without --work."
+        console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(
-            json.dumps({"model": model, "data": source.name, **scores}, indent=2) + "\n", encoding="utf-8"
-        )
+        content = {
+            "data": source.name if source is not None else None,
+            "models": scores,
+            "settings": config.model_dump(mode="json"),
+            "environment": describe_environment(),
+        }
+        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _named(models: list[str]) -> dict[str, str]:
+    """Models by the name that tables and files show: `LABEL=MODEL`, else the model itself."""
+    from cmapkd.config import ConfigError
+
+    named: dict[str, str] = {}
+    for text in models:
+        label, equals, model = text.partition("=")
+        if not (equals and model and re.fullmatch(r"[\w.@+-]+", label)) or Path(text).exists():
+            label, model = text, text
+        if label in named:
+            raise ConfigError(f"two models are named {label!r}: give one of them another name, LABEL=MODEL")
+        named[label] = model
+    return named

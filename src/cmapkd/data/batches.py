@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,6 +104,15 @@ class PlanSampler(Sampler[Plan]):
         return self.stop - self.start
 
 
+class Batches(Protocol):
+    """What a trainer steps through: the batch of a plan, and as many items in an epoch as `source` has."""
+
+    @property
+    def source(self) -> Sized: ...
+
+    def __getitem__(self, plan: Plan) -> Batch: ...
+
+
 class BatchBuilder(Dataset[Batch]):
     """Turns a plan into a batch: reads samples, draws views, lets each model preprocess and tokenise its own way.
 
@@ -123,7 +132,8 @@ class BatchBuilder(Dataset[Batch]):
         on_bad_sample: str = "skip",
         stored: Mapping[str, Answers] | None = None,
     ) -> None:
-        self.source, self.views, self.readers, self.seed = source, views, readers, seed
+        self.source: Source = source
+        self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
 
@@ -206,7 +216,7 @@ class BatchBuilder(Dataset[Batch]):
         return inputs
 
 
-def make_loader(builder: BatchBuilder, sampler: PlanSampler, *, workers: int, pin_memory: bool) -> Iterable[Batch]:
+def make_loader(builder: Batches, sampler: PlanSampler, *, workers: int, pin_memory: bool) -> Iterable[Batch]:
     """Batches in the sampler's order, made by `workers` processes (0: by this one)."""
     if workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
@@ -225,7 +235,7 @@ def make_loader(builder: BatchBuilder, sampler: PlanSampler, *, workers: int, pi
 class _Carrying(Dataset["Batch | BadSampleError"]):
     """Hands an unusable sample over as a value: raised in a worker, torch would make another error of it."""
 
-    def __init__(self, builder: BatchBuilder) -> None:
+    def __init__(self, builder: Batches) -> None:
         self.builder = builder
 
     def __getitem__(self, plan: Plan) -> Batch | BadSampleError:

@@ -48,35 +48,38 @@ class NamedImages:
         return self.images.read(self._resolve(name))
 
 
-def open_coco(rest: str, *, split: str | None, keep: Keep | None = None, split_is_own: bool = False) -> TableSource:
+def open_coco(
+    rest: str, *, split: str | None, keep: Keep | None = None, split_is_own: bool = False, kind: str = "coco"
+) -> TableSource:
     """`JSON,IMAGES` or `CAPTIONS_JSON,INSTANCES_JSON,IMAGES`; IMAGES is a folder or a zip.
 
     Args:
         split: of a Karpathy file; `train` includes its `restval`, as the published results do.
         split_is_own: the user wrote the split, so a file without splits is an error.
+        kind: what the user called the source.
     Raises:
         ConfigError: a file is missing, is neither form, or has other splits.
     """
     *names, folder = [part.strip() for part in rest.split(",")]
     if not names or not all((*names, folder)):
-        raise ConfigError(f"coco:{rest} must name annotations and images: coco:captions_val2014.json,val2014/")
+        raise ConfigError(f"{kind}:{rest} must name annotations and images: coco:captions_val2014.json,val2014/")
     paths = [existing_file(name, "coco annotations") for name in names]
     contents = [_read(path) for path in paths]
     images = NamedImages(open_images(folder, "coco images"))
     karpathy = [_is_karpathy(values) for values in contents]
     if any(karpathy):
         if len(paths) > 1:
-            raise ConfigError(f"coco:{rest}: a file of Karpathy's splits stands alone, without further annotations")
+            raise ConfigError(f"{kind}:{rest}: a file of Karpathy's splits stands alone, without further annotations")
         rows = _karpathy_rows(contents[0], paths[0], split)
     else:
         if split is not None and split_is_own:
             raise ConfigError(
-                f"coco:{rest} has no splits (it is not Karpathy's form), so '@{split}' cannot be read from it"
+                f"{kind}:{rest} has no splits (it is not Karpathy's form), so '@{split}' cannot be read from it"
             )
         rows = _coco_rows(contents)
     digest = "\0".join([*(hash_file(path) for path in paths), (split or "") if any(karpathy) else ""])
     suffix = f"@{split}" if any(karpathy) and split else ""
-    return TableSource(f"coco:{rest}{suffix}", enumerate(rows), images, columns=_COLUMNS, contents=digest, keep=keep)
+    return TableSource(f"{kind}:{rest}{suffix}", enumerate(rows), images, columns=_COLUMNS, contents=digest, keep=keep)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _karpathy_rows(values: Mapping[str, Any], path: Path, split: str | None) -> 
 
 
 def _coco_rows(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any] | str]:
-    """One row an image of any of the files, with its captions and boxes; crowd regions are no objects."""
+    """One row an image of any of the files, with its captions and boxes; crowd regions are marked."""
     rows: dict[Any, dict[str, Any]] = {}
     for values in contents:
         mine = set()
@@ -139,10 +142,11 @@ def _coco_rows(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, A
                 raise ConfigError(f"coco annotations: {str(annotation)[:80]} belongs to no image of the file")
             if "caption" in annotation:
                 row.setdefault("captions", []).append(annotation["caption"])
-            elif "bbox" in annotation and not annotation.get("iscrowd"):
+            elif "bbox" in annotation:
                 name = categories.get(annotation.get("category_id"), str(annotation.get("category_id")))
                 box = annotation["bbox"] if isinstance(annotation["bbox"], list) else []
                 sides = dict(zip(("x", "y", "width", "height"), box, strict=False))
-                row.setdefault("boxes", []).append({**sides, "name": name})
+                rest = {"name": name, "crowd": bool(annotation.get("iscrowd")), "area": annotation.get("area")}
+                row.setdefault("boxes", []).append(sides | rest)
     for row in rows.values():
         yield row if row else "image entry is malformed: it has no id"

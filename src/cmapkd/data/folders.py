@@ -43,21 +43,31 @@ class FolderSource(StoredSource):
     `.json` its captions, label, questions and boxes.
 
     Args:
-        classes: a classes JSON, "none", or None for a `classes.json` inside or beside the folder or zip.
+        classes: a classes JSON, the classes themselves, "none", or None for a `classes.json` inside or beside the
+            folder or zip.
+        shown: the source's name, where it is not `folder:`.
     Raises:
         ConfigError: no images, images both in and beside class folders, or class folders that `classes` does not name.
     """
 
-    def __init__(self, name: str, *, keep: Keep | None = None, classes: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        keep: Keep | None = None,
+        classes: Classes | str | None = None,
+        shown: str | None = None,
+    ) -> None:
         keep = keep or Keep()
-        self._images = open_images(name, "folder:")
+        shown = shown or f"folder:{name}"
+        self._images = open_images(name, f"{shown.partition(':')[0]}:")
         files = sorted(list_files(self._images.path) if isinstance(self._images, Folder) else self._images.members)
         images = [file for file in files if is_image_name(file)]
         self._files = images
         self._texts = {file for file in files if file.endswith((".txt", ".json"))} & {
             stem + suffix for stem in map(_stem, images) for suffix in (".txt", ".json")
         }
-        labels = _class_folders(name, images)
+        labels = _class_folders(shown, images)
         table = _find_classes(self._images, classes) if labels is not None else None
         names: tuple[str, ...] | None = None
         self._labels: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
@@ -65,9 +75,12 @@ class FolderSource(StoredSource):
             table = table or _number(sorted(set(labels)))
             names = table.names
             if unknown := sorted(set(labels) - set(table.numbers)):
+                repair = "name the folder of the class folders, or read another set of classes with folder:."
+                if not isinstance(classes, Classes):
+                    repair = "complete the file, or add ?classes=none to number the folders themselves."
                 raise ConfigError(
-                    f"folder:{name} has {len(unknown)} class folders that its classes file does not name, such as "
-                    f"{unknown[0]!r}: complete the file, or add ?classes=none to number the folders themselves."
+                    f"{shown} has {len(unknown)} class folders that its classes file does not name, such as "
+                    f"{unknown[0]!r}: {repair}"
                 )
             self._labels = np.array([table.numbers[label] for label in labels], dtype=np.int64)
         warnings = []
@@ -75,7 +88,7 @@ class FolderSource(StoredSource):
             skipped = self._images.skipped
             warnings.append(f"{self._images.path.name}: {len(skipped)} unsafe members left out, first {skipped[0]!r}")
         captioned = np.array([self._says_something(i, keep) for i in range(len(images))], dtype=np.bool_)
-        super().__init__(f"folder:{name}", images, keep=keep, captioned=captioned, class_names=names, warnings=warnings)
+        super().__init__(shown, images, keep=keep, captioned=captioned, class_names=names, warnings=warnings)
 
     def _says_something(self, entry: int, keep: Keep) -> bool:
         if not keep.require_captions or not self._text_files(entry):
@@ -142,17 +155,17 @@ def _class_folders(name: str, images: list[str]) -> list[str] | None:
     if len(flat) < len(parts):
         nested = next(image for image, path in zip(images, parts, strict=True) if len(path) > depth + 1)
         raise ConfigError(
-            f"folder:{name} holds images ({flat[0][-1]!r}) and folders of images ({nested!r}): name the folder whose "
+            f"{name} holds images ({flat[0][-1]!r}) and folders of images ({nested!r}): name the folder whose "
             "subfolders are the classes, or the one that holds the images."
         )
     return None
 
 
-def _find_classes(images: Folder | ZipReader, classes: str | None) -> Classes | None:
+def _find_classes(images: Folder | ZipReader, classes: Classes | str | None) -> Classes | None:
     if classes == "none":
         return None
     if classes is not None:
-        return read_classes(classes)
+        return classes if isinstance(classes, Classes) else read_classes(classes)
     if images.has(CLASSES_FILE):
         return parse_classes(images.read(CLASSES_FILE), CLASSES_FILE)
     beside = images.path.parent / CLASSES_FILE

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmapkd.config import ConfigError, closest
 from cmapkd.data.classes import read_classes
@@ -61,7 +61,9 @@ def open_source(
 
     Args:
         spec: `scenes[:difficulty]`, `webdataset:GLOB`, `folder:DIR`, `csv:FILE`, `jsonl:FILE`, `parquet:GLOB`,
-            `coco:JSON,IMAGES` or `hf:NAME`; then `@split` (scenes, coco, hf), then `?limit=1000&...`.
+            `coco:JSON,IMAGES`, `flickr30k:CAPTIONS,IMAGES`, `vqa:QUESTIONS,ANNOTATIONS,IMAGES`,
+            `visual_genome:JSON,IMAGES`, `imagenet:DIR` or `hf:NAME`; then `@split` (scenes, coco, flickr30k, imagenet,
+            hf), then `?limit=1000&...`.
         split: read where the kind has splits and `spec` names none; other kinds are one split as they are.
         require_captions: leave samples without caption out; the source counts them in `num_without_caption`.
         limit: only the first so many samples; the smaller of this and the spec's own.
@@ -203,6 +205,43 @@ def _open_coco(spec: Spec) -> Source:
     return open_coco(rest, split=split, keep=spec.keep, split_is_own=spec.split is not None)
 
 
+def _open_vqa(spec: Spec) -> Source:
+    from cmapkd.data.vqa import EXAMPLE, open_vqa
+
+    rest = spec.need_rest(EXAMPLE)
+    _refuse_leftovers(spec, ("limit",))
+    return open_vqa(rest, keep=spec.keep)
+
+
+def _open_flickr(spec: Spec) -> Source:
+    from cmapkd.data.flickr import open_flickr
+
+    rest, split_file = spec.need_rest("flickr30k:dataset_flickr30k.json,images@test"), spec.take("split_file")
+    _refuse_leftovers(spec, ("split_file", "limit"))
+    split = spec.split or spec.default_split
+    return open_flickr(rest, split=split, split_is_own=spec.split is not None, split_file=split_file, keep=spec.keep)
+
+
+def _open_visual_genome(spec: Spec) -> Source:
+    from cmapkd.data.visual_genome import EXAMPLE, open_visual_genome
+
+    rest = spec.need_rest(EXAMPLE)
+    _refuse_leftovers(spec, ("limit",))
+    return open_visual_genome(rest, keep=spec.keep)
+
+
+def _open_imagenet(spec: Spec) -> Source:
+    from cmapkd.data.imagenet import open_imagenet
+
+    rest, classes = spec.need_rest("imagenet:FOLDER@val or imagenet:FOLDER/val"), spec.take("classes") or "all"
+    _refuse_leftovers(spec, ("classes", "limit"))
+    if classes not in ("all", "present"):
+        raise ConfigError(f"data {spec.text!r}: classes must be all (1,000 of them) or present, got {classes!r}")
+    which: Literal["all", "present"] = "present" if classes == "present" else "all"
+    split = spec.split or spec.default_split
+    return open_imagenet(rest, split=split, split_is_own=spec.split is not None, classes=which, keep=spec.keep)
+
+
 def _open_parquet(spec: Spec) -> Source:
     from cmapkd.data.hub import open_parquet
 
@@ -240,9 +279,13 @@ KINDS: dict[str, Callable[[Spec], Source]] = {
     "jsonl": _open_jsonl,
     "parquet": _open_parquet,
     "coco": _open_coco,
+    "flickr30k": _open_flickr,
+    "vqa": _open_vqa,
+    "visual_genome": _open_visual_genome,
+    "imagenet": _open_imagenet,
     "hf": _open_hub,
 }
 
-SPLIT_KINDS = ("scenes", "coco", "hf")
+SPLIT_KINDS = ("scenes", "coco", "flickr30k", "imagenet", "hf")
 COLUMN_OPTIONS = ("image", "caption", "id", "label")
 SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "\\t": "\t"}

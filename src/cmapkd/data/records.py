@@ -14,6 +14,7 @@ CAPTION_KEYS = ("captions", "caption", "texts", "text", "title", "sentences", "s
 IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png")
 ID_KEYS = ("id", "key", "image_id", "sample_id")
 LABEL_KEYS = ("label", "labels", "cls", "class")
+QUESTION_KINDS = ("yes/no", "number", "other")
 
 MAX_TEXT_BYTES = 16 * 2**20
 
@@ -156,7 +157,9 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
         raise Unusable(f"qa is not a list of questions and answers: {type(entries).__name__}")
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("question"), str):
-            yield _question(entry["question"], _answer(entry))
+            yield _question(
+                entry["question"], _answer(entry), entry.get("kind"), parse_id(entry, ("question_id", "id"))
+            )
         elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
             yield _question(entry[0], entry[1])
         else:
@@ -169,7 +172,8 @@ def _answer(values: Mapping[str, Any]) -> Any:
     return next((values[key] for key in ("answer", "answers") if values.get(key) is not None), [])
 
 
-def _question(question: str, answer: Any) -> QuestionAnswer:
+def _question(question: str, answer: Any, kind: Any = None, identity: str | None = None) -> QuestionAnswer:
+    """`kind` is read off the answers where the data does not say it."""
     entries = answer if isinstance(answer, list) else [answer]
     answers = []
     for entry in entries:
@@ -179,7 +183,9 @@ def _question(question: str, answer: Any) -> QuestionAnswer:
         if not isinstance(value, str | int | float):
             raise Unusable(f"answer is not text: {str(value)[:60]!r}")
         answers.append(check_text(str(value).strip(), "answer"))
-    return QuestionAnswer(check_text(question.strip(), "question"), tuple(answers), _kind(answers))
+    if kind is not None and kind not in QUESTION_KINDS:
+        raise Unusable(f"kind of question is unknown: {str(kind)[:40]!r} is none of {', '.join(QUESTION_KINDS)}")
+    return QuestionAnswer(check_text(question.strip(), "question"), tuple(answers), kind or _kind(answers), identity)
 
 
 def _kind(answers: list[str]) -> str:
@@ -197,15 +203,21 @@ def _boxes(values: Mapping[str, Any]) -> Iterator[Box]:
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise Unusable(f"box is malformed: {str(entry)[:60]!r} has no name")
-        yield parse_box([entry.get(key) for key in ("x", "y", "width", "height")], entry["name"])
+        box = [entry.get(key) for key in ("x", "y", "width", "height")]
+        yield parse_box(box, entry["name"], crowd=bool(entry.get("crowd")), area=entry.get("area"))
 
 
-def parse_box(numbers: Any, name: str) -> Box:
+def parse_box(numbers: Any, name: str, *, crowd: bool = False, area: Any = None) -> Box:
     """A box from [left, top, width, height]."""
-    fine = isinstance(numbers, list) and len(numbers) == 4
-    if not fine or not all(
-        isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-    ):
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(_finite, numbers)):
         raise Unusable(f"box is malformed: {str(numbers)[:60]} is not four finite numbers")
+    if area is not None and (not _finite(area) or area < 0):
+        raise Unusable(f"box is malformed: its area {str(area)[:60]} is not a number of square pixels")
     x, y, width, height = (float(number) for number in numbers)
-    return Box(x, y, width, height, check_text(name, "box name"))
+    if width < 0 or height < 0:
+        raise Unusable(f"box is malformed: width {width:g} and height {height:g} must not be negative")
+    return Box(x, y, width, height, check_text(name, "box name"), crowd, None if area is None else float(area))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

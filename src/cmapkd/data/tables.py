@@ -121,7 +121,7 @@ class TableSource(StoredSource):
         return Record(
             None if captions is None else tuple(captions),
             None if label is None else parse_label(label, self._label_numbers),
-            tuple(QuestionAnswer(question, tuple(answers), kind) for question, answers, kind in questions),
+            tuple(QuestionAnswer(question, tuple(answers), *rest) for question, answers, *rest in questions),
             tuple(Box(*box) for box in boxes),
         )
 
@@ -145,8 +145,8 @@ def _check_images(name: str, names: list[str], images: Images) -> None:
 
 
 def _pack(group: _Group) -> str:
-    questions = [[q.question, q.answers, q.kind] for q in group.questions]
-    boxes = [[b.x, b.y, b.width, b.height, b.name] for b in group.boxes]
+    questions = [[q.question, q.answers, q.kind, q.id] for q in group.questions]
+    boxes = [[b.x, b.y, b.width, b.height, b.name, b.crowd, b.area] for b in group.boxes]
     return json.dumps([group.image, group.captions, group.label, questions, boxes], separators=(",", ":"))
 
 

@@ -13,22 +13,32 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An object in pixels of the original image: left, top, width, height (the COCO convention) and its name."""
+    """An object in pixels of the original image: left, top, width, height (the COCO convention) and its name.
+
+    A `crowd` box surrounds many objects at once: it is no object to learn, and detections in it count neither way.
+    `area` is that of the object's outline where one was drawn, in square pixels; COCO tells small from large by it.
+    """
 
     x: float
     y: float
     width: float
     height: float
     name: str
+    crowd: bool = False
+    area: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionAnswer:
-    """A question and its accepted answers; `kind` is `yes/no`, `number` or `other`, as VQA reports them."""
+    """A question and its accepted answers; `kind` is `yes/no`, `number` or `other`, as VQA reports them.
+
+    `id` is the question's own where the data numbers its questions, as result files name it.
+    """
 
     question: str
     answers: tuple[str, ...]
     kind: str = "other"
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

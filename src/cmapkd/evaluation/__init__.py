@@ -1,5 +1,7 @@
-"""What a model is worth: retrieval and zero-shot classification, by protocols stated in docs/evaluation.md."""
+"""What a model is worth and what it costs, by protocols stated in docs/evaluation.md."""
 
-from cmapkd.evaluation.run import EvaluationConfig, evaluate
+from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
+from cmapkd.evaluation.run import evaluate
+from cmapkd.evaluation.suite import evaluate_models
 
-__all__ = ["EvaluationConfig", "evaluate"]
+__all__ = ["EvaluationConfig", "SuiteConfig", "evaluate", "evaluate_models"]

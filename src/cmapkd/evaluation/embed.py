@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cmapkd.data.types import BadSampleError, Source
+from cmapkd.features.pyramid import pooled
+from cmapkd.features.taps import language_taps, tapped, visual_taps
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.types import LevelInfo, TowerFeatures
 
 OnBadSample = Literal["skip", "error"]
 
@@ -33,6 +36,8 @@ class Embedded:
         labels: of the images, -1 where a sample has none.
         captions: of the texts.
         bad: (id, reason) of the samples that could not be read.
+        image_levels, text_levels: mean-pooled inner levels (P2 to P4, L1 to L3) as far as the towers expose them, rows
+            as in `images` and `texts`; empty unless they were asked for.
     """
 
     images: Float[Tensor, "images dim"]
@@ -42,6 +47,8 @@ class Embedded:
     labels: Int[Tensor, " images"]
     captions: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = ()
+    image_levels: dict[str, Tensor] = field(default_factory=dict)
+    text_levels: dict[str, Tensor] = field(default_factory=dict)
 
 
 def embed(
@@ -54,6 +61,7 @@ def embed(
     limit: int | None = None,
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
+    levels: bool = False,
 ) -> Embedded:
     """Runs both towers over the source in evaluation mode, without gradient; the model's modes are restored after.
 
@@ -66,24 +74,26 @@ def embed(
         limit: only the first so many samples.
         on_bad_sample: `skip` lists a sample that cannot be read in `bad`; `error` raises its `BadSampleError`.
         autocast: precision of the towers' matrix products (`torch.bfloat16`); None: the weights' own.
+        levels: keep the pooled inner levels of both towers too.
     Raises:
         ValueError: no sample could be read.
         BadSampleError: of the first unreadable sample, with `on_bad_sample="error"`.
     """
-    vectors: list[Tensor] = []
+    image_taps = visual_taps(model.image_levels) if levels and model.image_levels else {}
+    images = _Rows(image_taps)
     ids: list[str] = []
     labels: list[int] = []
     captions: list[str] = []
     image_of_text: list[int] = []
     bad: list[tuple[str, str]] = []
-    with _evaluating(model, device, autocast):
+    with evaluating(model, device, autocast):
         for chunk in _read(model, source, batch_size=batch_size, workers=workers, limit=limit):
             for failure in chunk.bad:
                 if on_bad_sample == "error":
                     raise BadSampleError(*failure)
                 bad.append(failure)
             if chunk.pixels is not None:
-                vectors.append(_unit(model.encode_image(chunk.pixels.to(device)).embedding))
+                images.add(model.encode_image(chunk.pixels.to(device), images.names))
             for sample in chunk.samples:
                 captions.extend(sample.captions)
                 image_of_text.extend([len(ids)] * len(sample.captions))
@@ -92,14 +102,20 @@ def embed(
     if not ids:
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
+    text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
+    texts, text_levels = _embed_texts(
+        model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast
+    )
     return Embedded(
-        images=torch.cat(vectors),
-        texts=embed_texts(model, captions, batch_size=batch_size, device=device, autocast=autocast),
+        images=torch.cat(images.embeddings),
+        texts=texts,
         image_of_text=torch.tensor(image_of_text, dtype=torch.long),
         ids=tuple(ids),
         labels=torch.tensor(labels, dtype=torch.long),
         captions=tuple(captions),
         bad=tuple(bad),
+        image_levels=images.levels(),
+        text_levels=text_levels,
     )
 
 
@@ -112,16 +128,48 @@ def embed_texts(
     autocast: torch.dtype | None = None,
 ) -> Float[Tensor, "texts dim"]:
     """Unit embeddings of `texts`, in their order; similar lengths share a batch, equal texts are encoded once."""
+    return _embed_texts(model, texts, taps={}, batch_size=batch_size, device=device, autocast=autocast)[0]
+
+
+def _embed_texts(
+    model: DualEncoder,
+    texts: Sequence[str],
+    *,
+    taps: Mapping[str, LevelInfo],
+    batch_size: int,
+    device: torch.device | str,
+    autocast: torch.dtype | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Embeddings, and the pooled levels that `taps` names."""
     different = sorted(set(texts), key=lambda text: (-len(text), text))
-    vectors: list[Tensor] = []
-    with _evaluating(model, device, autocast):
+    rows = _Rows(taps)
+    with evaluating(model, device, autocast):
         for first in range(0, len(different), batch_size):
             tokens = model.tokenizer(different[first : first + batch_size])
-            vectors.append(_unit(model.encode_text(tokens.to(device)).embedding))
-    if not vectors:
-        return torch.empty(0, model.embed_dim)
+            rows.add(model.encode_text(tokens.to(device), rows.names))
+    if not rows.embeddings:
+        return torch.empty(0, model.embed_dim), {}
     place = {text: number for number, text in enumerate(different)}
-    return torch.cat(vectors)[torch.tensor([place[text] for text in texts])]
+    order = torch.tensor([place[text] for text in texts])
+    return torch.cat(rows.embeddings)[order], {name: values[order] for name, values in rows.levels().items()}
+
+
+class _Rows:
+    """A tower's answers, batch by batch: unit embeddings and pooled levels."""
+
+    def __init__(self, taps: Mapping[str, LevelInfo]) -> None:
+        self.taps = taps
+        self.names = tuple(dict.fromkeys(info.name for info in taps.values()))
+        self.embeddings: list[Tensor] = []
+        self._levels: dict[str, list[Tensor]] = {name: [] for name in taps}
+
+    def add(self, tower: TowerFeatures) -> None:
+        self.embeddings.append(_unit(tower.embedding))
+        for name, level in tapped(self.taps, tower.levels).items():
+            self._levels[name].append(pooled(level).cpu())
+
+    def levels(self) -> dict[str, Tensor]:
+        return {name: torch.cat(values) for name, values in self._levels.items() if values}
 
 
 def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
@@ -129,7 +177,7 @@ def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, device: torch.device | str, autocast: torch.dtype | None) -> Iterator[None]:
+def evaluating(model: nn.Module, device: torch.device | str, autocast: torch.dtype | None) -> Iterator[None]:
     """Eval mode without gradient; afterwards every module is back in the mode it had, also a frozen part's eval."""
     modes = [(module, module.training) for module in model.modules()]
     model.to(device).eval()

@@ -1,4 +1,4 @@
-"""Where the best positive of every query ranks among all candidates, ties settled by expectation."""
+"""Where the positives of every query rank among all candidates, ties settled by expectation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ _BLOCK_SCORES = 4_000_000  # scores held at once: 16 MB, and as much again to co
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The best-scoring positive of each query, in three counts.
+    """The best-scoring positive of each query, in three counts, and the average precision of all its positives.
 
     Attributes:
         query: the queries that have a positive, ascending.
         better: candidates that score strictly higher; none of them is a positive.
         equal_negatives: candidates that tie with the best positive without being positives.
         equal_positives: positives with that same score, at least 1.
+        average_precision: mean over a query's positives of the share of positives down to each; float64. With a single
+            positive it is the reciprocal of its rank.
     """
 
     query: Int[Tensor, " queries"]
     better: Int[Tensor, " queries"]
     equal_negatives: Int[Tensor, " queries"]
     equal_positives: Int[Tensor, " queries"]
+    average_precision: Float[Tensor, " queries"]
 
     def __len__(self) -> int:
         return len(self.query)
@@ -69,9 +72,9 @@ def rank_positives(
     *,
     queries_per_block: int | None = None,
 ) -> Ranks:
-    """Ranks every query's best positive among all candidates, by inner product.
+    """Ranks every query's positives among all candidates, by inner product.
 
-    Only one block of queries is scored at a time, and counted by comparison with the positive's score; scores are
+    Only one block of queries is scored at a time, and counted by comparison with each positive's score; scores are
     float32. A positive's score comes from the same product as the others, and identical candidates share one column,
     so that ties are exact.
 
@@ -91,19 +94,51 @@ def rank_positives(
     rows = torch.repeat_interleave(torch.arange(len(asked), device=pairs.device), count)
 
     size = queries_per_block or max(1, _BLOCK_SCORES // len(group.vectors))
-    better, tied, tied_positives = (torch.zeros(len(asked), dtype=torch.long, device=pairs.device) for _ in range(3))
+    own = torch.empty(len(pairs), device=pairs.device)  # the score of each pair
+    above, equal = (torch.zeros(len(pairs), dtype=torch.long, device=pairs.device) for _ in range(2))
     for first in range(0, len(asked), size):
         last = min(first + size, len(asked))
         scores = queries[asked[first:last]].float() @ group.vectors.T
         mine = slice(int(start[first]), int(start[last]))
-        row = rows[mine] - first
-        of_positives = scores[row, columns[mine]]
-        best = torch.full((last - first,), -torch.inf, device=scores.device)
-        best.scatter_reduce_(0, row, of_positives, "amax")
-        tied_positives[first:last].index_add_(0, row, (of_positives == best[row]).long())
-        better[first:last] = ((scores > best[:, None]).float() @ group.sizes).long()  # exact below 2**24 candidates
-        tied[first:last] = ((scores == best[:, None]).float() @ group.sizes).long()
-    return Ranks(asked, better, tied - tied_positives, tied_positives)
+        own[mine] = scores[rows[mine] - first, columns[mine]]
+        for place in range(int(count[first:last].max())):  # every query's first positive, then its second, ...
+            having = (count[first:last] > place).nonzero().flatten()
+            pair = start[first:last][having] + place
+            of_these = scores if len(having) == last - first else scores[having]
+            above[pair] = ((of_these > own[pair, None]).float() @ group.sizes).long()  # exact below 2**24 candidates
+            equal[pair] = ((of_these == own[pair, None]).float() @ group.sizes).long()
+    return _summarise(asked, count, rows, own, above, equal)
+
+
+def _summarise(asked: Tensor, count: Tensor, rows: Tensor, own: Tensor, above: Tensor, equal: Tensor) -> Ranks:
+    """From each pair's score, and the candidates above and equal to it, to the counts of each query."""
+    order = own.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]  # by query, best first
+    rows, own, above, equal = rows[order], own[order], above[order], equal[order]
+    start = count.cumsum(0) - count
+    fresh = torch.ones(len(own), dtype=torch.bool, device=own.device)  # whether a pair begins a group of equal scores
+    fresh[1:] = (rows[1:] != rows[:-1]) | (own[1:] != own[:-1])
+    group = fresh.cumsum(0) - 1
+    first = fresh.nonzero().flatten()[group]
+    equal_positives = group.bincount()[group]
+    precision = _expected_precision(above, equal, first - start[rows], equal_positives)
+    average = torch.zeros(len(asked), dtype=torch.float64, device=own.device).index_add_(0, rows, precision) / count
+    best = equal_positives[start]
+    return Ranks(asked, above[start], equal[start] - best, best, average)
+
+
+def _expected_precision(above: Tensor, equal: Tensor, positives_above: Tensor, equal_positives: Tensor) -> Tensor:
+    """Expected share of positives down to a positive, when the candidates of its score stand in random order; float64.
+
+    Averages (positives above + 1 + (i - 1) (equal positives - 1) / (equal - 1)) / (above + i) over its places i.
+    Source: McSherry & Najork 2008, "Computing information retrieval performance measures efficiently in the presence
+    of tied scores", section 3.
+    """
+    above, equal, positives = above.double(), equal.double(), positives_above.double() + 1
+    harmonic = torch.special.digamma(above + equal + 1) - torch.special.digamma(above + 1)  # sum of 1 / (above + i)
+    others = (equal_positives - 1) / (equal - 1).clamp_min(1)
+    tied = (positives * harmonic + others * (equal - (above + 1) * harmonic)) / equal
+    return torch.where(equal == 1, positives / (above + 1), tied)
 
 
 def _check(queries: Tensor, candidates: Tensor, positives: Tensor) -> None:

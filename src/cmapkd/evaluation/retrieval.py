@@ -1,4 +1,4 @@
-"""Image-text retrieval by the COCO and Flickr protocol: recall@k, median and mean rank, both directions."""
+"""Image-text retrieval by the COCO and Flickr protocol: recall@k, median and mean rank, mAP, both directions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def retrieval(
     image_of_text: Int[Tensor, " texts"],
     *,
     also_positive: Int[Tensor, "pairs 2"] | None = None,
+    min_texts_per_image: int | None = None,
     queries_per_block: int | None = None,
 ) -> dict[str, Any]:
     """Recall@1, 5 and 10 in both directions, over all captions.
@@ -35,16 +36,22 @@ def retrieval(
         images, texts: embeddings of one joint space, compared by inner product: unit vectors for the cosine.
         image_of_text: the image (row of `images`) that each caption describes.
         also_positive: further (text, image) pairs that count as right, as `shared_captions` finds them.
+        min_texts_per_image: captions that every image must have, 5 for COCO and Flickr30k; None: whatever there is.
         queries_per_block: bounds memory, see `rank_positives`; no influence on the result.
     Returns:
-        `{"i2t": {...}, "t2i": {...}, "mean_r@1", "num_images", "num_texts"}`; each direction holds `r@1`, `r@5`, `r@10`
-        in percent and `median_rank`, `mean_rank` of the best positive, from 1.
+        `{"i2t": {...}, "t2i": {...}, "mean_r@1", "num_images", "num_texts", "min_texts_per_image"}`; each direction
+        holds `r@1`, `r@5`, `r@10` and `map` in percent and `median_rank`, `mean_rank` of the best positive, from 1. The
+        minimum is over the images that have a caption.
     Raises:
-        ValueError: there is no image or no caption, the shapes do not fit, or an embedding is not finite.
+        ValueError: there is no image or no caption, the shapes do not fit, an embedding is not finite, or an image has
+            too few captions.
     """
     _check(images, texts, image_of_text)
     check_finite("image embeddings", images)
     check_finite("text embeddings", texts)
+    counts = image_of_text.cpu().long().bincount(minlength=len(images))
+    if min_texts_per_image is not None:
+        _check_counts(counts, min_texts_per_image)
     own = torch.stack([torch.arange(len(texts)), image_of_text.cpu().long()], dim=1)
     pairs = own if also_positive is None else torch.cat([own, also_positive.cpu().long()])
     t2i = _summary(rank_positives(texts, images, pairs, queries_per_block=queries_per_block))
@@ -55,6 +62,7 @@ def retrieval(
         "mean_r@1": (i2t["r@1"] + t2i["r@1"]) / 2,
         "num_images": len(images),
         "num_texts": len(texts),
+        "min_texts_per_image": int(counts[counts > 0].min()),
     }
 
 
@@ -84,7 +92,21 @@ def _normalised(caption: str) -> str:
 def _summary(ranks: Ranks) -> dict[str, float]:
     expected = ranks.expected()
     recall = {f"r@{k}": ranks.percent(k) for k in RECALL_AT}
-    return recall | {"median_rank": float(expected.quantile(0.5)), "mean_rank": float(expected.mean())}
+    return recall | {
+        "median_rank": float(expected.quantile(0.5)),
+        "mean_rank": float(expected.mean()),
+        "map": 100 * float(ranks.average_precision.mean()),
+    }
+
+
+def _check_counts(counts: Int[Tensor, " images"], least: int) -> None:
+    few = (counts < least).nonzero().flatten()
+    if len(few):
+        raise ValueError(
+            f"{len(few)} of {len(counts)} images have fewer than {least} captions, the first at row {int(few[0])} with "
+            f"{int(counts[few[0]])}: recall over fewer captions is another measure, harder from image to text. Load "
+            "all captions of every image (rows of one image must share its name or id), or ask for no minimum."
+        )
 
 
 def _check(images: Tensor, texts: Tensor, image_of_text: Tensor) -> None:

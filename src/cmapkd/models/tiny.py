@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.shrink = nn.Linear(4 * width, width)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens width"], mask: Bool[Tensor, "batch 1 1 tokens"] | None = None
+        self, x: Float[Tensor, "batch tokens width"], mask: Bool[Tensor, "#batch #heads #queries tokens"] | None = None
     ) -> Float[Tensor, "batch tokens width"]:
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(batch, tokens, 3, self.heads, 32).permute(2, 0, 3, 1, 4)

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cmapkd.data.batches import BatchBuilder, PlanSampler, make_loader
+from cmapkd.data.batches import Batches, PlanSampler, make_loader
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, Term
@@ -73,7 +73,7 @@ class Trainer:
     def __init__(
         self,
         method: Method,
-        builder: BatchBuilder,
+        builder: Batches,
         config: TrainConfig,
         optim: OptimConfig,
         *,

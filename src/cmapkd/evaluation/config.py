@@ -1,0 +1,74 @@
+"""What is measured, and by which protocol: the settings of a run's final evaluation, and of `cmapkd evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from cmapkd.config import Config, closest
+from cmapkd.evaluation.efficiency import EfficiencyConfig
+from cmapkd.evaluation.probes.config import CaptioningConfig, DetectionConfig, ProbeDataConfig, VQAConfig
+
+
+class EvaluationConfig(Config):
+    """What is measured, and by which protocol (see docs/evaluation.md)."""
+
+    words: ClassVar[tuple[str, ...]] = ("auto",)
+    alone: ClassVar[bool] = True  # only tasks that need nothing but one model and the source
+
+    tasks: Literal["auto", "all"] | tuple[str, ...] = Field(
+        "auto", description="What is measured; auto: retrieval and zero_shot, as far as the source serves them."
+    )
+    templates: str = Field(
+        "auto",
+        description="Prompts of zero-shot classes: openai_imagenet, simple, photo, plain, scenes or a text file; "
+        "auto: the source's own, else photo.",
+    )
+    class_names: str | None = Field(
+        None, description="Names of the labels: imagenet, or a text or JSON file; none: the source's own."
+    )
+    batch_size: int = Field(256, ge=1, description="Images, and texts, encoded at once; no influence on the scores.")
+    workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the evaluating process itself.")
+    limit: int | None = Field(None, ge=1, description="Only the first so many samples; none: all.")
+    shared_captions: bool = Field(
+        False, description="Whether identical captions of other images count as right; no in the standard protocol."
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _known_tasks(cls, value: Any) -> Any:
+        from cmapkd.evaluation.tasks import TASKS  # they read this config
+
+        if isinstance(value, str) and value in cls.words:
+            return value
+        known = [name for name, task in TASKS.items() if task.alone or not cls.alone]
+        offered = f"{', '.join(known)}, or {' or '.join(cls.words)}"
+        tasks = [value] if isinstance(value, str) else value
+        if not isinstance(tasks, Sequence) or not tasks:
+            raise ValueError(f"must be {' or '.join(cls.words)}, or one or more of {', '.join(known)}; got {value!r}")
+        for task in tasks:
+            if task in TASKS and task not in known:
+                raise ValueError(
+                    f"task {task!r} needs more than one model and its test data: measure it with cmapkd evaluate when "
+                    f"the run is done. Known here: {offered}"
+                )
+            if task not in known:
+                raise ValueError(f"unknown task {task!r}{closest(str(task), known)}; known: {offered}")
+        return tuple(dict.fromkeys(tasks))
+
+
+class SuiteConfig(EvaluationConfig):
+    """Settings of `cmapkd evaluate`: every task, and the probes that some of them train."""
+
+    words: ClassVar[tuple[str, ...]] = ("auto", "all")
+    alone: ClassVar[bool] = False
+
+    efficiency: EfficiencyConfig = Field(default_factory=EfficiencyConfig, description="How the cost is measured.")
+    probes: ProbeDataConfig = Field(default_factory=ProbeDataConfig, description="What all probes learn from.")
+    vqa: VQAConfig = Field(default_factory=VQAConfig, description="The probe that answers questions.")
+    captioning: CaptioningConfig = Field(
+        default_factory=CaptioningConfig, description="The probe that writes captions."
+    )
+    detection: DetectionConfig = Field(default_factory=DetectionConfig, description="The probe that finds objects.")

@@ -1,0 +1,162 @@
+"""What the tasks of one evaluation share: the data, and each model with everything that was computed of it once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor
+
+from cmapkd.data.types import BadSampleError, Sample, Source
+from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
+from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
+from cmapkd.evaluation.templates import get_class_names, get_templates
+from cmapkd.evaluation.zero_shot import classifier
+from cmapkd.models.base import DualEncoder
+
+if TYPE_CHECKING:
+    from cmapkd.evaluation.probes.data import Annotations
+    from cmapkd.evaluation.probes.features import ImageFeatures
+
+_LOOKED_AT = 32  # samples that tell whether a source has questions or boxes
+
+
+@dataclass
+class Bench:
+    """One evaluation: what is measured on, how, and where."""
+
+    config: EvaluationConfig
+    device: torch.device
+    source: Source | None = None  # what is scored
+    train: Source | None = None  # what probes learn from; never the scored one
+    work: Path | None = None  # where probes keep their checkpoints; None: a temporary folder
+    on_bad_sample: OnBadSample = "skip"
+    autocast: torch.dtype | None = None
+    levels: bool = False  # whether embedding keeps the towers' levels too
+    console: Console | None = None
+
+    @property
+    def scored(self) -> Source:
+        if self.source is None:
+            raise ValueError("there are no data to measure on: name them with --data")
+        return self.source
+
+    @property
+    def suite(self) -> SuiteConfig:
+        """The settings of probes and efficiency: the defaults where only a run's were given."""
+        return self.config if isinstance(self.config, SuiteConfig) else SuiteConfig()
+
+    def say(self, message: str) -> None:
+        if self.console is not None:
+            self.console.print(message, highlight=False, markup=False)
+
+    @cached_property
+    def first_samples(self) -> tuple[Sample, ...]:
+        """A few readable samples of the scored source, to see what it has."""
+        found = []
+        for index in range(min(_LOOKED_AT, len(self.scored))):
+            try:
+                found.append(self.scored[index])
+            except BadSampleError:  # counted when it is embedded
+                continue
+        return tuple(found)
+
+    @cached_property
+    def train_annotations(self) -> Annotations:
+        from cmapkd.evaluation.probes.data import read_annotations
+
+        assert self.train is not None
+        return read_annotations(self.train, limit=self.suite.probes.samples)
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        from cmapkd.evaluation.probes.data import read_annotations
+
+        return read_annotations(self.scored, limit=self.config.limit)
+
+
+@dataclass
+class Subject:
+    """A model under evaluation. What several tasks need of it is computed when first asked for, and kept."""
+
+    name: str
+    model: DualEncoder
+    bench: Bench
+    _features: dict[str, ImageFeatures] = field(default_factory=dict)
+
+    @cached_property
+    def embedded(self) -> Embedded:
+        return self._embed(self.bench.scored, limit=self.bench.config.limit, levels=self.bench.levels)
+
+    @cached_property
+    def embedded_train(self) -> Embedded:
+        """The first `probes.samples` samples of the training source."""
+        assert self.bench.train is not None
+        return self._embed(self.bench.train, limit=self.bench.suite.probes.samples, levels=False)
+
+    def _embed(self, source: Source, *, limit: int | None, levels: bool) -> Embedded:
+        bench = self.bench
+        bench.say(f"{self.name}: embedding {source.name}")
+        return embed(
+            self.model,
+            source,
+            batch_size=bench.config.batch_size,
+            device=bench.device,
+            workers=bench.config.workers,
+            limit=limit,
+            on_bad_sample=bench.on_bad_sample,
+            autocast=bench.autocast,
+            levels=levels,
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels of both splits: as many as are named, or occur."""
+        named = len(self.bench.scored.class_names or ())
+        return max(named, 1 + max(int(each.labels.max()) for each in (self.embedded, self.embedded_train)))
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...] | None:
+        return get_class_names(self.bench.config.class_names, self.bench.scored)
+
+    @cached_property
+    def class_weights(self) -> Float[Tensor, "classes dim"]:
+        """The zero-shot classifier of the source's labels."""
+        assert self.class_names is not None
+        return self.name_weights(self.class_names)
+
+    def name_weights(self, names: tuple[str, ...]) -> Float[Tensor, "names dim"]:
+        """One unit vector for each name, from the text tower and the templates."""
+        return classifier(
+            self.model,
+            names,
+            get_templates(self.bench.config.templates, self.bench.source),
+            batch_size=self.bench.config.batch_size,
+            device=self.bench.device,
+            autocast=self.bench.autocast,
+        )
+
+    def image_features(self, which: str) -> ImageFeatures:
+        """Patch features of the `train` or `scored` images under the frozen encoder, once for all probes."""
+        from cmapkd.evaluation.probes.features import encode_images
+
+        if which not in self._features:
+            bench = self.bench
+            source = bench.train if which == "train" else bench.scored
+            assert source is not None
+            annotations = bench.train_annotations if which == "train" else bench.annotations
+            bench.say(f"{self.name}: features of {len(annotations)} images of {source.name}")
+            self._features[which] = encode_images(
+                self.model,
+                source,
+                annotations.indices,
+                batch_size=bench.config.batch_size,
+                device=bench.device,
+                memory=bench.suite.probes.memory,
+            )
+        return self._features[which]

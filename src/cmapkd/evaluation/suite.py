@@ -1,0 +1,134 @@
+"""`evaluate_models`: several models side by side on one source, each embedded once for all tasks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source
+from cmapkd.data.types import Source
+from cmapkd.evaluation.config import EvaluationConfig
+from cmapkd.evaluation.embed import OnBadSample
+from cmapkd.evaluation.subject import Bench, Subject
+from cmapkd.evaluation.tasks import TASKS, Task
+from cmapkd.models.base import DualEncoder
+
+
+def evaluate_models(
+    models: Mapping[str, DualEncoder],
+    source: Source | None,
+    config: EvaluationConfig | None = None,
+    *,
+    device: torch.device | str,
+    train: Source | None = None,
+    work: Path | None = None,
+    on_bad_sample: OnBadSample = "skip",
+    autocast: torch.dtype | None = None,
+    console: Console | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Scores of every model by name, ready for JSON. The first model is the reference: the teacher, where there is one.
+
+    Args:
+        source: what is scored; None for tasks that need none (efficiency).
+        train: what the probes of vqa, captioning and detection learn from; must not be the scored source.
+        work: folder in which probes keep checkpoints, so that a second call goes on or reuses them; None: nowhere.
+        device: where the towers run; models are moved there, and keep their training modes.
+        on_bad_sample, autocast: see `embed`.
+    Returns:
+        For each model the scores of each task by its name; `params`; `bad_samples`, if a source was embedded.
+    Raises:
+        ConfigError: a wrong name among the settings, or probes would learn from what is scored.
+        ValueError: a task that was named cannot be measured on this source, or none can.
+    """
+    config = config or EvaluationConfig()
+    if not models:
+        raise ValueError("there is no model to evaluate")
+    if source is not None and train is not None and _same(source, train):
+        raise ConfigError(
+            f"probes would learn from {train.name}, which is what is scored: name another split to train on"
+        )
+    wanted = _wanted(config)
+    bench = Bench(
+        config,
+        torch.device(device),
+        source,
+        train,
+        work,
+        on_bad_sample,
+        autocast,
+        levels=any(task.needs_levels for task in wanted.values()),
+        console=console,
+    )
+    subjects = [Subject(name, model, bench) for name, model in models.items()]
+    measured = _measurable(wanted, subjects, bench)
+    scores: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for name, task in measured.items():
+        for subject, result in zip(subjects, task.measure(subjects, bench), strict=True):
+            scores[subject.name][name] = result
+    for subject in subjects:
+        scores[subject.name]["params"] = subject.model.num_parameters()
+        if "embedded" in subject.__dict__:
+            scores[subject.name]["bad_samples"] = len(subject.embedded.bad)
+    return scores
+
+
+def training_source(train: str | None, data: str | None) -> Source | None:
+    """What probes learn from: the source that `train` names, or where `data` is `scenes` its training split.
+
+    Raises:
+        ConfigError: `train` names a test split.
+    """
+    if train is None:
+        if data is None or data.partition(":")[0].partition("@")[0].partition("?")[0] != "scenes":
+            return None
+        kind, _, options = data.partition("?")
+        kept = [option for option in options.split("&") if option.startswith("size=")]  # a length is the scored split's
+        train = kind.partition("@")[0] + ("?" + kept[0] if kept else "")
+    if re.search(r"@test[\w-]*(?=\?|$)", train):
+        raise ConfigError(
+            f"--train {train!r} is a test split: nothing learns or is chosen there. Name a training split."
+        )
+    return open_source(train, split="train")
+
+
+def _wanted(config: EvaluationConfig) -> dict[str, Task]:
+    if config.tasks == "auto":
+        return {name: task for name, task in TASKS.items() if task.automatic}
+    return {name: TASKS[name] for name in (TASKS if config.tasks == "all" else config.tasks)}
+
+
+def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Bench) -> dict[str, Task]:
+    """The tasks that can be measured; refuses those that were named and cannot, before any takes long."""
+    refused: dict[str, str] = {}
+    for name, task in wanted.items():
+        if task.needs_source and bench.source is None:
+            refused[name] = "it needs data: name them with --data"
+        elif task.needs_reference and len(subjects) < 2:
+            refused[name] = "it compares models with the first: name the teacher and then the student"
+        elif task.trains and bench.train is None:
+            refused[name] = "its head learns on another split of the data: name it with --train"
+        elif task.needs_source:
+            task.prepare(subjects[0])
+    named = bench.config.tasks not in ("auto", "all")
+    if not (refused and named):
+        for name, task in wanted.items():
+            if name not in refused and (why := task.missing(subjects[0])) is not None:
+                refused[name] = why
+    if refused and (named or len(refused) == len(wanted)):
+        where = bench.source.name if bench.source is not None else "this"
+        raise ValueError(f"{where} cannot be evaluated for " + "; ".join(f"{n}: {why}" for n, why in refused.items()))
+    for name, why in refused.items():
+        if bench.config.tasks == "all":
+            bench.say(f"not measured: {name}: {why}")
+    return {name: task for name, task in wanted.items() if name not in refused}
+
+
+def _same(first: Source, second: Source) -> bool:
+    """Either alone is enough: a limit changes the fingerprint of the same samples, another spelling the name."""
+    return first is second or first.name == second.name or first.fingerprint() == second.fingerprint()

@@ -1,0 +1,45 @@
+"""What a task is: scores of one or several models on one source, and how they are shown."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from cmapkd.evaluation.subject import Bench, Subject
+
+
+class Column(NamedTuple):
+    """A number in the readable table: its heading, where it stands in the scores, and its decimals."""
+
+    head: str
+    path: tuple[str, ...]
+    digits: int = 1
+
+
+class Task(ABC):
+    """One way to measure models. A new one is a file with a subclass, and its line in `TASKS`."""
+
+    title: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]] = ()
+    alone: ClassVar[bool] = False  # needs one model and the source, nothing else: a run can end with it
+    automatic: ClassVar[bool] = False  # part of tasks=auto
+    needs_source: ClassVar[bool] = True
+    needs_levels: ClassVar[bool] = False  # reads the pooled levels of the towers
+    needs_reference: ClassVar[bool] = False  # compares with the first of several models
+    trains: ClassVar[bool] = False  # fits a head on another split
+
+    def prepare(self, subject: Subject) -> None:  # noqa: B027
+        """Refuses wrong names before the long part."""
+
+    def missing(self, subject: Subject) -> str | None:  # noqa: ARG002
+        """Why this source cannot be measured, or None."""
+        return None
+
+    def measure(self, subjects: Sequence[Subject], bench: Bench) -> list[dict[str, Any]]:  # noqa: ARG002
+        """Plain scores of each model, in order."""
+        return [self.score(subject) for subject in subjects]
+
+    def score(self, subject: Subject) -> dict[str, Any]:
+        """Plain scores of one model, for tasks that measure each by itself."""
+        raise NotImplementedError(f"{type(self).__name__} measures several models at once")

@@ -23,7 +23,7 @@ from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.config import HeadsConfig
-from cmapkd.evaluation.probes.joint import EXTRA, JointHeads, build_heads
+from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
 from cmapkd.evaluation.templates import get_templates
 from cmapkd.methods import METHODS, Method, MethodConfig, build_method
@@ -184,7 +184,7 @@ def _train(
     teacher = FrozenTeacher(build_model(config.teacher)) if config.teacher is not None else None
     torch.manual_seed(config.seed)
     student = build_model(config.student, captions=vocabulary_captions(source))
-    heads = _heads(config, student, source)
+    heads = heads_of(config, student, source)
     torch.manual_seed(config.seed)
     method = build_method(config.method, student=student, teacher=teacher, beside=heads)
     assert config.data.views is not None
@@ -197,7 +197,7 @@ def _train(
         seed=config.seed,
         on_bad_sample=config.data.on_bad_sample,
         stored={"teacher": reader} if reader is not None else None,
-        extras={EXTRA: heads.reader} if heads is not None else None,
+        extras=method.extras,
     )
     trainer = Trainer(
         method,
@@ -227,7 +227,7 @@ def _train(
     return student, trained, extra
 
 
-def _heads(config: RunConfig, student: DualEncoder, source: Source) -> JointHeads | None:
+def heads_of(config: RunConfig, student: DualEncoder, source: Source) -> JointHeads | None:
     """The heads that learn with the student; None where the config asks for none."""
     if config.heads is None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
+from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_features, gather_rows
 from cmapkd.methods.micro_batches import (
@@ -74,6 +75,11 @@ class TermsBeside(nn.Module, ABC):
     measurements: dict[str, Tensor]
     """What the last step is worth logging besides the terms."""
 
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        """What batches must bring for these terms, see `BatchBuilder`."""
+        return {}
+
     @abstractmethod
     def forward(
         self, student: DualEncoder, batch: Batch, *, micro_batch: int | None, wants: Callable[[str], bool]
@@ -126,6 +132,11 @@ class Method(nn.Module, ABC):
     def all_term_names(self) -> tuple[str, ...]:
         """The method's own terms and those that the run adds."""
         return self.term_names + (self.beside.term_names if self.beside is not None else ())
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        """What batches must bring besides views and captions, for the terms that the run adds."""
+        return self.beside.extras if self.beside is not None else {}
 
     @property
     def level_names(self) -> tuple[str, ...]:

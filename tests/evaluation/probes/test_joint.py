@@ -14,17 +14,17 @@ import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
-from cmapkd.data.types import Batch, Box, QuestionAnswer, Sample, Source
+from cmapkd.data.types import Batch, Sample, Source
 from cmapkd.data.views import WHOLE
 from cmapkd.evaluation.probes.config import HeadsConfig
-from cmapkd.evaluation.probes.joint import EXTRA, JointHeads, build_heads
+from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.models import load_model
 from cmapkd.models.registry import build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Interrupted, Trainer
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
-from helpers import read_lines
+from helpers import Partly, read_lines
 
 DATA = "scenes?length=120&size=32"
 ALL = {"vqa": {"weight": 1.0, "width": 32, "depth": 1}, "captioning": {"weight": 0.5, "width": 32, "depth": 1}}
@@ -69,7 +69,7 @@ def heads_and_method(source: Source, config: dict[str, Any] | None = None) -> tu
     assert heads is not None
     kind = METHODS["contrastive"]
     method = build_method(kind.Config(name="contrastive"), student=student, teacher=None, beside=heads)
-    builder = BatchBuilder(source, WHOLE, readers(student, None), seed=0, extras={EXTRA: heads.reader})
+    builder = BatchBuilder(source, WHOLE, readers(student, None), seed=0, extras=method.extras)
     return method, heads, builder
 
 
@@ -163,33 +163,6 @@ def test_micro_batches_give_the_terms_and_gradients_of_the_whole() -> None:
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=2e-5)
 
 
-class Partly:
-    """Scenes of which some lack questions or boxes."""
-
-    name = "partly"
-
-    def __init__(self, source: Source, lacking: range) -> None:
-        self.source, self.lacking = source, lacking
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.source[index]
-        if index not in self.lacking:
-            return sample
-        unknown = (QuestionAnswer("why?", ("an answer like no other",)),)
-        return Sample(sample.id, sample.image, sample.captions, sample.label, unknown, (Box(90, 90, 5, 5, "outside"),))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self.source.captions(index)
-
-    class_names = None
-
-    def fingerprint(self) -> str:
-        return "partly"
-
-
 def test_samples_without_a_known_answer_or_box_are_left_out_and_counted() -> None:
     whole = open_source("scenes?length=32&size=32")
     settings_of_two = {"vqa": {"weight": 1, "answers": 8, "width": 32}, "detection": 1.0}
@@ -198,7 +171,7 @@ def test_samples_without_a_known_answer_or_box_are_left_out_and_counted() -> Non
     kept = order[:9]
     builder.source = Partly(whole, lacking=[index for index in range(32) if index not in kept])  # type: ignore[arg-type]
     partly = batch_of(builder)
-    told = partly.extra[EXTRA]
+    told = partly.extra["heads"]
     assert len(told.pictures) <= 9
     assert told.taught["detection"].rows.tolist() == list(range(len(told.pictures)))
     terms = method(partly)

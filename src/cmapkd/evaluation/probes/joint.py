@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
+from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch, ModelInput, Sample, Source, TokenBatch
 from cmapkd.evaluation.embed import evaluating
 from cmapkd.evaluation.probes.config import (
@@ -44,7 +45,7 @@ from cmapkd.methods import Term, TermsBeside
 from cmapkd.methods.micro_batches import encode_again, micro_batches
 from cmapkd.models.base import DualEncoder, ImageSpec
 
-EXTRA = "heads"  # under which a batch carries a `LessonBatch`
+_EXTRA = "heads"  # under which a batch carries a `LessonBatch`
 
 
 class JointHeads(TermsBeside):
@@ -73,7 +74,7 @@ class JointHeads(TermsBeside):
     def forward(
         self, student: DualEncoder, batch: Batch, *, micro_batch: int | None, wants: Callable[[str], bool]
     ) -> dict[str, Term]:
-        told: LessonBatch = batch.extra[EXTRA]
+        told: LessonBatch = batch.extra[_EXTRA]
         heads: dict[str, Head] = {name: head for name, head in self.heads.items() if wants(_term(name))}  # type: ignore[misc]
         self.measurements = {}
         if not heads:
@@ -102,13 +103,16 @@ class JointHeads(TermsBeside):
 
         parts = micro_batches(_pictures_alone(told.pictures, device), size) if len(told.pictures) else []
         sums = encode_again(part_sums, parts, model=student) if parts else []
+        own = [
+            _nothing(student, head) + sum(part[name] for part in sums if name in part) for name, head in heads.items()
+        ]
+        masked = [float(told.num_samples - len(told.taught[name].rows)) for name in heads]
+        # all in one: processes that have different things to learn still meet in the same order in the backward pass
+        rows = torch.cat([torch.stack(own), torch.tensor(masked, device=device)[:, None]], dim=1)
         terms = {}
-        for name, head in heads.items():
-            masked = torch.tensor([told.num_samples - len(told.taught[name].rows)], device=device)
-            self.measurements[f"heads/{name}_masked"] = gather_rows(masked).sum()
-            own = _nothing(student, head) + sum(part[name] for part in sums if name in part)
-            total, count = gather_rows(own[None]).sum(0)
+        for name, (total, count, left_out) in zip(heads, gather_rows(rows[None]).sum(0), strict=True):
             terms[_term(name)] = Term(total / count.detach().clamp_min(1), self.configs[name].weight)
+            self.measurements[f"heads/{name}_masked"] = left_out.detach()
         return terms
 
     def _names_now(self, student: DualEncoder, heads: dict[str, Head], device: torch.device) -> Tensor | None:
@@ -122,9 +126,8 @@ class JointHeads(TermsBeside):
         return names
 
     @property
-    def reader(self) -> LessonReader:
-        """What makes a run's batches carry what the heads learn from."""
-        return LessonReader(self.spec, self.lessons)
+    def extras(self) -> Mapping[str, Extra]:
+        return {_EXTRA: LessonReader(self.spec, self.lessons)}
 
     def save(self, folder: Path) -> None:
         """Writes each head's weights (`<name>.safetensors`), and its settings and vocabulary (`<name>.json`)."""

@@ -241,8 +241,10 @@ def _pictures_alone(pictures: Tensor, device: torch.device) -> Batch:
 
 def _nothing(student: DualEncoder, head: Head) -> Tensor:
     """A zero loss over zero things. Whatever learns has a gradient to it, so that no process waits for another."""
-    zero = student.log_logit_scale.sum() * 0 + torch.stack([p.float().sum() for p in head.parameters()]).sum() * 0
-    return torch.stack([zero, zero.detach()]).float()
+    learning = (student.log_logit_scale, *head.parameters())
+    # each times zero by itself: behind one sum, autograd would let small gradients share their memory
+    zero = torch.stack([(parameter.float() * 0).sum() for parameter in learning]).sum()
+    return torch.stack([zero, zero.detach()])
 
 
 def _term(name: str) -> str:

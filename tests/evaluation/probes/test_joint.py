@@ -16,12 +16,13 @@ from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Batch, Sample, Source
 from cmapkd.data.views import WHOLE
+from cmapkd.diagnosis import diagnose
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.models import load_model
 from cmapkd.models.registry import build_model
-from cmapkd.run import readers, vocabulary_captions
+from cmapkd.run import RunConfig, readers, vocabulary_captions
 from cmapkd.training import Interrupted, Trainer
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
 from helpers import Partly, read_lines
@@ -221,3 +222,11 @@ def test_a_term_weighting_weighs_the_heads_too(taught_by: str, tmp_path: Path) -
     method = {"name": "clip_kd", "term_weighting": "uncertainty"}
     cmapkd.distill(**settings(taught_by, method=method), out=tmp_path / "run")
     assert any("task_vqa" in key and not key.startswith("terms/task") for key in lines(tmp_path / "run")[-1])
+
+
+def test_doctor_steps_a_run_with_heads() -> None:
+    values = settings(None, method="contrastive")
+    del values["quiet"]
+    findings = diagnose(RunConfig.from_mapping(values))
+    assert not [finding for finding in findings if finding.level == "problem"]
+    assert any(finding.what == "steps" for finding in findings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cmapkd.data.batches import BatchBuilder, Reader
-from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, TokenBatch
+from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
@@ -179,3 +179,30 @@ def make_trainer(
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Partly:
+    """Scenes of which some lack questions or boxes."""
+
+    name = "partly"
+
+    def __init__(self, source: Source, lacking: Container[int]) -> None:
+        self.source, self.lacking = source, lacking
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.source[index]
+        if index not in self.lacking:
+            return sample
+        unknown = (QuestionAnswer("why?", ("an answer like no other",)),)
+        return Sample(sample.id, sample.image, sample.captions, sample.label, unknown, (Box(90, 90, 5, 5, "outside"),))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(index)
+
+    class_names = None
+
+    def fingerprint(self) -> str:
+        return "partly"

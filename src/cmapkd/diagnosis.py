@@ -23,7 +23,7 @@ from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.methods import Method, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
-from cmapkd.run import RunConfig, plan_cache, readers, vocabulary_captions
+from cmapkd.run import RunConfig, heads_of, plan_cache, readers, vocabulary_captions
 from cmapkd.training.optim import make_optimizer
 
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
@@ -77,7 +77,12 @@ def diagnose(config: RunConfig) -> list[Finding]:
         findings += _compare(student, teacher)
         findings += _check_teacher_sanity(teacher, train)
     frozen = FrozenTeacher(teacher) if teacher is not None else None
-    method = _attempt(findings, "method", partial(build_method, config.method, student=student, teacher=frozen))
+    num_findings = len(findings)
+    heads = _attempt(findings, "heads", partial(heads_of, config, student, train))
+    if len(findings) > num_findings:
+        return findings
+    build = partial(build_method, config.method, student=student, teacher=frozen, beside=heads)
+    method = _attempt(findings, "method", build)
     if method is not None:
         if method.teacher is not None and len(train) >= config.training.batch_size:
             findings += _predict_cache(method, train, config)
@@ -231,7 +236,8 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
     except ValueError as error:
         yield Finding("problem", "steps", str(error))
         return
-    builder = BatchBuilder(source, config.data.views, readers(method.student, method.teacher), seed=config.seed)
+    models = readers(method.student, method.teacher)
+    builder = BatchBuilder(source, config.data.views, models, seed=config.seed, extras=method.extras)
     optimizer = make_optimizer(method, config.optim)
     loading: list[float] = []
     computing: list[float] = []

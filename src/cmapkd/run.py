@@ -22,7 +22,10 @@ from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
 from cmapkd.data.types import BadSampleError, Source
+from cmapkd.evaluation.probes.config import HeadsConfig
+from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
+from cmapkd.evaluation.templates import get_templates
 from cmapkd.methods import METHODS, Method, MethodConfig, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
 from cmapkd.provenance import describe_environment
@@ -41,6 +44,9 @@ class RunConfig(Config):
     student: ModelConfig = Field(description="The model that learns.")
     data: DataConfig = Field(description="What it learns from and is measured on.")
     method: SerializeAsAny[MethodConfig] = Field(description="How it learns: a name, or a name with its settings.")
+    heads: HeadsConfig | None = Field(
+        None, description="Small heads that learn with the student: vqa, captioning, detection, each with its weight."
+    )
     training: TrainConfig = Field(description="How long and in what precision.")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimiser and learning rate.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="What is measured at the end.")
@@ -113,6 +119,8 @@ class RunConfig(Config):
         values = self.model_dump(mode="json")
         if self.cache is None:  # a run without cache is the run that it was before there were caches
             del values["cache"]
+        if self.heads is None:  # and likewise for heads
+            del values["heads"]
         return values
 
 
@@ -176,8 +184,9 @@ def _train(
     teacher = FrozenTeacher(build_model(config.teacher)) if config.teacher is not None else None
     torch.manual_seed(config.seed)
     student = build_model(config.student, captions=vocabulary_captions(source))
+    heads = heads_of(config, student, source)
     torch.manual_seed(config.seed)
-    method = build_method(config.method, student=student, teacher=teacher)
+    method = build_method(config.method, student=student, teacher=teacher, beside=heads)
     assert config.data.views is not None
     reader = answer_from_cache(config, method, source, console) if config.cache and method.teacher else None
     teacher = None  # a cached one has no weights, and this would keep them
@@ -188,6 +197,7 @@ def _train(
         seed=config.seed,
         on_bad_sample=config.data.on_bad_sample,
         stored={"teacher": reader} if reader is not None else None,
+        extras=method.extras,
     )
     trainer = Trainer(
         method,
@@ -212,7 +222,17 @@ def _train(
             tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
             student.load_state_dict(tensors["student"])
         _save_student(student, out / "student")
+        if heads is not None:
+            heads.save(out / "heads")
     return student, trained, extra
+
+
+def heads_of(config: RunConfig, student: DualEncoder, source: Source) -> JointHeads | None:
+    """The heads that learn with the student; None where the config asks for none."""
+    if config.heads is None:
+        return None
+    template = get_templates(config.evaluation.templates, source)[0]
+    return build_heads(config.heads, student=student, source=source, template=template, seed=config.seed)
 
 
 def plan_cache(config: RunConfig, method: Method, source: Source, *, whole: bool = False) -> CachePlan:

@@ -22,6 +22,7 @@ from two_processes import (
     losses_and_gradients,
     rows,
     trained,
+    with_heads,
 )
 
 TOLERANCE = {"float32": 5e-6, "float64": 1e-10}  # float32: rounding, sums are taken in another order
@@ -73,6 +74,15 @@ def test_gather_passes_on_the_gradient_of_every_process(ranks: tuple[Path, list[
         # both processes ask for the same loss, so a row's gradient is twice that of one; the wrapper halves it
         torch.testing.assert_close(found["gather/image"], WORLD_SIZE * image.grad[mine])
         torch.testing.assert_close(found["gather/text"], WORLD_SIZE * text.grad[mine])
+
+
+def test_heads_learn_the_same_however_their_lessons_are_shared(ranks: tuple[Path, list[dict[str, Tensor]]]) -> None:
+    whole = with_heads(None)
+    for found in ranks[1]:
+        for key, value in whole.items():
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -16,14 +16,19 @@ from torch.multiprocessing import get_context
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
+from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.open import open_source
 from cmapkd.data.types import Batch, ModelInput, TokenBatch
 from cmapkd.data.views import ViewSpec
+from cmapkd.evaluation.probes.config import HeadsConfig
+from cmapkd.evaluation.probes.joint import build_heads
 from cmapkd.features import gather_features
-from cmapkd.methods import METHODS, Method
-from cmapkd.models import Features, TowerFeatures
+from cmapkd.methods import METHODS, Method, build_method
+from cmapkd.models import Features, TowerFeatures, build_model
+from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import optimizer_tensors
-from helpers import CMAPKD_IN_FULL, MemorySource, make_method, make_model, make_trainer, random_batch
+from helpers import CMAPKD_IN_FULL, MemorySource, Partly, make_method, make_model, make_trainer, random_batch
 
 WORLD_SIZE = 2
 BATCH = 8
@@ -96,6 +101,33 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dic
     return values | gradients
 
 
+def with_heads(rank: int | None) -> dict[str, Tensor]:
+    """Likewise of the heads that learn with a student, where the processes have unequal shares of what they learn."""
+    source = open_source("scenes?length=40&size=32")
+    shares = {"rank": rank, "world_size": WORLD_SIZE} if rank is not None else {}
+    plan = PlanSampler(40, batch_size=BATCH, seed=0, start=0, stop=1, **shares).plan(0)
+    values: dict[str, Tensor] = {}
+    for case, lacking in (("few", plan.everyone[1:5]), ("none for one", plan.everyone[4:]), ("none", plan.everyone)):
+        torch.manual_seed(0)
+        student = build_model("tiny:debug", captions=vocabulary_captions(source))
+        asked = HeadsConfig.model_validate({"vqa": 1.0, "captioning": 0.5, "detection": 2.0})
+        heads = build_heads(asked, student=student, source=source, template="a {}", seed=0)
+        method = build_method(
+            METHODS["contrastive"].Config(name="contrastive"), student=student, teacher=None, beside=heads
+        )
+        partly = Partly(source, lacking)
+        builder = BatchBuilder(partly, ViewSpec(), readers(student, None), seed=0, extras=method.extras)
+        learner: torch.nn.Module = method
+        if rank is not None:
+            learner = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
+        terms = learner(builder[plan])
+        torch.stack([term.weight * term.value for term in terms.values()]).sum().backward()
+        values |= {f"heads/{case}/{key}": term.value.detach() for key, term in terms.items()}
+        values |= {f"heads/{case}/{key}": value.clone() for key, value in method.measurements.items()}
+        values |= {f"heads/{case}/{key}": p.grad for key, p in method.named_parameters() if p.grad is not None}
+    return values
+
+
 def gathered_gradient(rank: int) -> dict[str, Tensor]:
     share = BATCH // WORLD_SIZE
     image, text = (rows(seed)[rank * share : (rank + 1) * share].clone().requires_grad_() for seed in (1, 2))
@@ -157,7 +189,7 @@ def work(rank: int, port: int, out: Path) -> None:
     for name in CASES:
         for dtype in DTYPES.values():
             found |= losses_and_gradients(name, dtype, rank)
-    found |= gathered_gradient(rank)
+    found |= gathered_gradient(rank) | with_heads(rank)
     torch.save(found, out / f"rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

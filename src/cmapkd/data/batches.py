@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmapkd.data.random import permuted
-from cmapkd.data.types import BadSampleError, Batch, ModelInput, Source, StoredRows, TokenBatch
+from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source, StoredRows, TokenBatch
 from cmapkd.data.views import CropBox, View, ViewSpec, draw_view
 
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
@@ -53,6 +53,18 @@ class Answers(Protocol):
         Raises:
             ValueError: an answer is to another sample, view or caption, or damaged.
         """
+        ...
+
+
+class Extra(Protocol):
+    """Something else that a batch brings of its samples, made where these are read. Picklable."""
+
+    def read(self, sample: Sample, epoch: int) -> Any:
+        """Of one sample, what is kept when its picture is gone."""
+        ...
+
+    def join(self, items: Sequence[Any]) -> Any:
+        """Of the batch."""
         ...
 
 
@@ -119,7 +131,8 @@ class BatchBuilder(Dataset[Batch]):
     A sample that cannot be read is replaced by another that is not in the batch (chosen by the step and the bad one, so
     the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
 
-    A role with `stored` answers gets these, and images only of the samples that they lack.
+    A role with `stored` answers gets these, and images only of the samples that they lack. What `extras` make of the
+    samples is in `Batch.extra`, by their names.
     """
 
     def __init__(
@@ -131,11 +144,13 @@ class BatchBuilder(Dataset[Batch]):
         seed: int,
         on_bad_sample: str = "skip",
         stored: Mapping[str, Answers] | None = None,
+        extras: Mapping[str, Extra] | None = None,
     ) -> None:
         self.source: Source = source
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
+        self.extras = dict(extras or {})
 
     def __getitem__(self, plan: Plan) -> Batch:
         number = self.views.view_number(plan.epoch)
@@ -144,6 +159,7 @@ class BatchBuilder(Dataset[Batch]):
         captions: list[str] = []
         missing: dict[str, list[int]] = {role: [] for role in self.stored}
         pixels: dict[str, list[Tensor]] = {role: [] for role in self.readers}
+        extras: dict[str, list[Any]] = {name: [] for name in self.extras}
         bad: list[tuple[str, str]] = []
         taken = set(plan.everyone)
         for planned in plan.mine:
@@ -155,6 +171,7 @@ class BatchBuilder(Dataset[Batch]):
                     view = draw_view(sample.id, number, self.views, sample.image.size)
                     lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
                     images = self._read(sample.image, view, lacking)
+                    more = {name: extra.read(sample, plan.epoch) for name, extra in self.extras.items()}
                 except BadSampleError as error:
                     if not self.skip_bad:
                         raise
@@ -167,6 +184,8 @@ class BatchBuilder(Dataset[Batch]):
                 captions.append(view.choose(sample.captions))
                 for role, image in images.items():
                     pixels[role].append(image)
+                for name, item in more.items():
+                    extras[name].append(item)
                 break
             else:
                 raise BadSampleError(
@@ -176,7 +195,8 @@ class BatchBuilder(Dataset[Batch]):
             role: answers.read(number, indices, ids, captions, missing[role]) for role, answers in self.stored.items()
         }
         inputs = self._inputs(pixels, captions)
-        return Batch(tuple(ids), inputs, tuple(captions), view=number, bad=tuple(bad), stored=stored)
+        extra = {name: self.extras[name].join(items) for name, items in extras.items()}
+        return Batch(tuple(ids), inputs, tuple(captions), view=number, bad=tuple(bad), extra=extra, stored=stored)
 
     def _candidates(self, plan: Plan, planned: int, taken: set[int]) -> Iterator[int]:
         yield planned

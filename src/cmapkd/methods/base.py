@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
+from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch
 from cmapkd.features import KeyTokens, gather_features, gather_rows
 from cmapkd.methods.micro_batches import (
@@ -68,6 +69,29 @@ class MethodConfig(Config):
         return None if value is None else weighting_config(value)
 
 
+class TermsBeside(nn.Module, ABC):
+    """Terms of the student that a run adds to those of its method, whichever that is, and the modules they need."""
+
+    term_names: tuple[str, ...]
+    measurements: dict[str, Tensor]
+    """What the last step is worth logging besides the terms."""
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        """What batches must bring for these terms, see `BatchBuilder`."""
+        return {}
+
+    @abstractmethod
+    def forward(
+        self, student: DualEncoder, batch: Batch, *, micro_batch: int | None, wants: Callable[[str], bool]
+    ) -> dict[str, Term]:
+        """The terms among `term_names` that are wanted, each of the whole batch over all processes.
+
+        Args:
+            micro_batch: samples encoded at once; None: all.
+        """
+
+
 class Method(nn.Module, ABC):
     """A student, a frozen teacher where there is one, and the terms that tie them.
 
@@ -96,6 +120,7 @@ class Method(nn.Module, ABC):
         self.stage = WHOLE
         self.measurements = {}
         self.micro_batch: int | None = None  # pairs encoded at once, in this process; None: all of its batch
+        self.beside: TermsBeside | None = None
         self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
 
@@ -103,6 +128,16 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def term_names(self) -> tuple[str, ...]:
         """The terms that `terms` returns in a run without stages."""
+
+    @property
+    def all_term_names(self) -> tuple[str, ...]:
+        """The method's own terms and those that the run adds."""
+        return self.term_names + (self.beside.term_names if self.beside is not None else ())
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        """What batches must bring besides views and captions, for the terms that the run adds."""
+        return self.beside.extras if self.beside is not None else {}
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -120,7 +155,7 @@ class Method(nn.Module, ABC):
         Raises:
             ConfigError: says which, with the nearest known name.
         """
-        stage.check_names(terms=self.term_names, levels=self.level_names)
+        stage.check_names(terms=self.all_term_names, levels=self.level_names)
         if not any(self.part_of(name) in stage.train for name, _ in self.named_parameters()):
             raise ConfigError(f"stage {stage.name!r}: nothing learns, this run has no {' or '.join(stage.train)}")
 
@@ -159,11 +194,14 @@ class Method(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         terms = {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
+        if self.beside is not None:
+            terms |= self.beside(self.student, batch, micro_batch=self.micro_batch, wants=self.stage.wants_term)
+            self.measurements |= self.beside.measurements
         return self._weighted(terms) if self.weighting_of_terms is not None and terms else terms
 
     def weigh_terms(self, config: WeightingConfig) -> None:
         """Puts a learned or fixed weighting on top of the terms' own weights, for every method alike."""
-        self.weighting_of_terms = make_weighting(config, items=self.term_names, context_dim=1)
+        self.weighting_of_terms = make_weighting(config, items=self.all_term_names, context_dim=1)
 
     def _weighted(self, terms: dict[str, Term]) -> dict[str, Term]:
         """One term that counts, the weighted sum, and the others for the log; a batch is one sample here."""
@@ -172,8 +210,8 @@ class Method(nn.Module, ABC):
         total = torch.stack([*columns.values()]).sum()
         if self.training:
             self.weighting_of_terms.observe(total.detach())
-        losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in self.term_names])[None]
-        active = torch.tensor([name in columns for name in self.term_names])
+        losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in self.all_term_names])[None]
+        active = torch.tensor([name in columns for name in self.all_term_names])
         context = torch.zeros(1, 1, device=total.device)
         weighted = self.weighting_of_terms(losses, context, None if bool(active.all()) else active)
         self.measurements |= {f"terms/{name}": value for name, value in weighted.log.items()}

@@ -1,6 +1,8 @@
-"""The knobs of the probes: small heads on a frozen or fine-tuned encoder."""
+"""The knobs of the small heads: probes of an encoder, and heads that learn with a student."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -63,6 +65,67 @@ class DetectionConfig(ProbeConfig):
     @field_validator("scales")
     @classmethod
     def _known_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if wrong := [scale for scale in value if scale not in SCALES]:
-            raise ValueError(f"levels come in the scales {', '.join(map(str, SCALES))}, got {wrong[0]}")
-        return value
+        return _known(value)
+
+
+class JointHeadConfig(Config):
+    """How much a head that learns with the student counts, and its size. A number alone is the weight."""
+
+    weight: float = Field(ge=0, description="Weight of the head's loss; 0: no such head.")
+    width: int = Field(96, ge=32, multiple_of=32, description="Channels of the head.")
+    depth: int = Field(2, ge=1, description="Blocks, or convolutions, of the head.")
+
+
+class JointVQAConfig(JointHeadConfig):
+    """The fusion classifier, in a run."""
+
+    answers: int = Field(3129, ge=2, description="Answers to choose from: the most frequent.")
+
+
+class JointCaptioningConfig(JointHeadConfig):
+    """The caption decoder, in a run."""
+
+    words: int = Field(10_000, ge=8, description="Words to write with: the most frequent.")
+    length: int = Field(32, ge=4, description="Longest caption, in words.")
+
+
+class JointDetectionConfig(JointHeadConfig):
+    """The detector, in a run."""
+
+    depth: int = Field(1, ge=1, description="Convolutions before the classifier, and before the boxes.")
+    scales: tuple[float, ...] = Field(
+        (2.0, 1.0, 0.5), min_length=1, description="Levels of the pyramid, in rows and columns of the encoder's grid."
+    )
+
+    @field_validator("scales")
+    @classmethod
+    def _known_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        return _known(value)
+
+
+class HeadsConfig(Config):
+    """Heads that learn with the student, each with a term of the loss."""
+
+    vqa: JointVQAConfig | None = Field(None, description="Answers questions: a weight, or settings.")
+    captioning: JointCaptioningConfig | None = Field(None, description="Writes captions: a weight, or settings.")
+    detection: JointDetectionConfig | None = Field(None, description="Finds boxes: a weight, or settings.")
+    samples: int = Field(
+        6000, ge=2, description="Training samples read beforehand for answers, words and class names, spread evenly."
+    )
+
+    @field_validator("vqa", "captioning", "detection", mode="before")
+    @classmethod
+    def _weight_alone(cls, value: Any) -> Any:
+        return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @property
+    def wanted(self) -> dict[str, JointHeadConfig]:
+        """The heads whose weight is not zero."""
+        heads = {"vqa": self.vqa, "captioning": self.captioning, "detection": self.detection}
+        return {name: head for name, head in heads.items() if head is not None and head.weight > 0}
+
+
+def _known(scales: tuple[float, ...]) -> tuple[float, ...]:
+    if wrong := [scale for scale in scales if scale not in SCALES]:
+        raise ValueError(f"levels come in the scales {', '.join(map(str, SCALES))}, got {wrong[0]}")
+    return scales

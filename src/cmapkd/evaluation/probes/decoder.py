@@ -40,6 +40,11 @@ class Words:
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
+    @property
+    def vocabulary(self) -> list[str]:
+        """The words by number, special ones first."""
+        return [str(self._tokenizer.id_to_token(number)) for number in range(len(self))]
+
     def __call__(self, captions: Sequence[str]) -> Int[Tensor, "captions length"]:
         """Start, words, end, padding; cut to `length` words."""
         rows = [encoding.ids[: self.length] for encoding in self._tokenizer.encode_batch(list(captions))]
@@ -89,6 +94,9 @@ class DecoderHead(Head):
         ids = ids[:, : int((ids != PAD).sum(1).max())]
         logits = self(seen, ids[:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD)
+
+    def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
+        return (targets["words"][:, 1:] != PAD).sum()
 
     @torch.no_grad()
     def write(self, seen: Seen, *, length: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cmapkd.data.types import Box
 from cmapkd.evaluation.probes.probe import Head, Seen
 from cmapkd.features.pyramid import Grid
 
@@ -115,10 +116,13 @@ class DetectorHead(Head):
         return torch.cat([centres - half, centres + half], dim=-1)
 
     def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
-        """Focal loss of classes, GIoU of boxes and cross-entropy of centredness, over the number of boxed cells."""
+        """Focal loss of classes, GIoU of boxes and cross-entropy of centredness, over the number of boxed cells.
+
+        The targets may bring `names`, the classes' embeddings as they are now: their text tower learns too.
+        """
         from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-        cells = self(seen, self.names)
+        cells = self(seen, self.centred_names(targets["names"]) if "names" in targets else self.names)
         boxes, labels = targets["boxes"], targets["labels"]
         owner = assign(self.places(boxes.device), boxes, labels >= 0)
         picture, cell = (owner >= 0).nonzero(as_tuple=True)
@@ -137,6 +141,10 @@ class DetectorHead(Head):
         total: Tensor = classes + 2 * overlap + centred
         return total
 
+    def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
+        boxes = targets["boxes"]
+        return (assign(self.places(boxes.device), boxes, targets["labels"] >= 0) >= 0).sum()
+
     @torch.no_grad()
     def find(self, seen: Seen, names: Float[Tensor, "classes dim"], *, nms_iou: float, max_boxes: int) -> list[Found]:
         """Detections of each picture among the classes of `names`, which need not be the training's."""
@@ -152,6 +160,23 @@ class DetectorHead(Head):
             kept = batched_nms(boxes[cell], best, kind, nms_iou)[:max_boxes]
             found.append(Found(boxes[cell[kept]], best[kept], kind[kept]))
         return found
+
+
+def box_targets(
+    boxes: Sequence[Box], size: tuple[int, int], place: Mapping[str, int]
+) -> tuple[Float[Tensor, "boxes 4"], Int[Tensor, " boxes"]]:
+    """A picture's boxes as shares of its sides, cut to it, and class numbers; -1 for what is no object to learn.
+
+    Args:
+        size: width and height in pixels.
+        place: class numbers by name; other names have none.
+    """
+    width, height = size
+    corners = [(b.x / width, b.y / height, (b.x + b.width) / width, (b.y + b.height) / height) for b in boxes]
+    shares = torch.tensor(corners).reshape(-1, 4).clamp(0, 1)
+    inside = (shares[:, 2:] > shares[:, :2]).all(1)  # something of it is in the picture
+    numbers = [-1 if box.crowd else place.get(box.name, -1) for box in boxes]
+    return shares, torch.where(inside, torch.tensor(numbers, dtype=torch.long), -1)
 
 
 def assign(

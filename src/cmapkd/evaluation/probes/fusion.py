@@ -54,6 +54,9 @@ class FusionHead(Head):
         loss: Tensor = -(log_p.gather(1, targets["answers"]) * targets["shares"]).sum(1).mean()
         return loss
 
+    def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
+        return torch.tensor(len(targets["answers"]), device=targets["answers"].device)
+
 
 def frequent_answers(
     questions: Iterable[QuestionAnswer], *, most: int, normalise: Callable[[str], str]

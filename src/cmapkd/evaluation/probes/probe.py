@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
@@ -33,6 +33,10 @@ class Head(nn.Module):
     @abstractmethod
     def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
         """Mean loss of the batch, float32."""
+
+    @abstractmethod
+    def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
+        """Of how many things `loss` is the mean, so that parts of a batch can be put together."""
 
 
 class Probe(Method):

@@ -12,7 +12,7 @@ from torch import Tensor
 from cmapkd.evaluation.detection import Detection as Predicted
 from cmapkd.evaluation.detection import detection_scores
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
-from cmapkd.evaluation.probes.detector import DetectorHead, Found
+from cmapkd.evaluation.probes.detector import DetectorHead, Found, box_targets
 from cmapkd.evaluation.probes.features import encode_images, patch_level
 from cmapkd.evaluation.probes.probe import Seen
 from cmapkd.evaluation.probes.train import train_probe
@@ -118,14 +118,8 @@ def _targets(annotations: Annotations, rows: list[int], names: tuple[str, ...]) 
     boxes, labels = torch.zeros(len(rows), most, 4), torch.full((len(rows), most), -1)
     place = {name: number for number, name in enumerate(names)}
     for number, row in enumerate(rows):
-        width, height = annotations.sizes[row]
-        for column, box in enumerate(annotations.boxes[row]):
-            corners = (box.x / width, box.y / height, (box.x + box.width) / width, (box.y + box.height) / height)
-            boxes[number, column] = torch.tensor(corners).clamp(0, 1)
-            if not box.crowd and bool(
-                (boxes[number, column, 2:] > boxes[number, column, :2]).all()
-            ):  # something of it is in the picture
-                labels[number, column] = place[box.name]
+        shares, numbers = box_targets(annotations.boxes[row], annotations.sizes[row], place)
+        boxes[number, : len(shares)], labels[number, : len(numbers)] = shares, numbers
     return boxes, labels
 
 

@@ -151,9 +151,7 @@ def summarise(pair: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
             for arm, done in runs.items()
             if done[0]["parts"]
         },
-        "parameters": next(
-            run["parameters"] for done in runs.values() for run in done if "teacher" in run["parameters"]
-        ),
+        "parameters": max((run["parameters"] for done in runs.values() for run in done), key=len),  # with the teacher's
         "environment": describe_environment(),
     }
 

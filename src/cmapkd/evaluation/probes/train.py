@@ -16,6 +16,7 @@ import torch
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Batches
 from cmapkd.evaluation.probes.config import ProbeConfig
+from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
 from cmapkd.evaluation.probes.probe import Head, Probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.models.base import DualEncoder
@@ -143,3 +144,18 @@ def _folder_name(name: str) -> str:
     """A model's name as a folder's: readable, and different for different names."""
     plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip("._") or "model"
     return plain if plain == name else f"{plain[-60:]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+def scored_images(probe: Probe, subject: Subject, config: ProbeConfig) -> ImageFeatures:
+    """Features of the scored pictures by the encoder that the head learned on: the subject's, or its tuned copy."""
+    if not config.fine_tune:
+        return subject.image_features("scored")
+    bench = subject.bench
+    return encode_images(
+        probe.student,
+        bench.scored,
+        bench.annotations.indices,
+        batch_size=bench.config.batch_size,
+        device=bench.device,
+        memory=bench.suite.probes.memory,
+    )

@@ -11,9 +11,9 @@ from cmapkd.evaluation import caption_tools
 from cmapkd.evaluation.captioning import caption_scores
 from cmapkd.evaluation.probes.data import ProbeBatches
 from cmapkd.evaluation.probes.decoder import DecoderHead, Words
-from cmapkd.evaluation.probes.features import encode_images, patch_level
+from cmapkd.evaluation.probes.features import patch_level
 from cmapkd.evaluation.probes.probe import Seen
-from cmapkd.evaluation.probes.train import train_probe
+from cmapkd.evaluation.probes.train import scored_images, train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.evaluation.tools import MissingToolError
@@ -84,17 +84,7 @@ class Captioning(Task):
         probe = train_probe("captioning", subject, config, make_head, batches)
         head = probe.head
         assert isinstance(head, DecoderHead)
-        if config.fine_tune:
-            images = encode_images(
-                probe.student,
-                bench.scored,
-                scored.indices,
-                batch_size=bench.config.batch_size,
-                device=bench.device,
-                memory=bench.suite.probes.memory,
-            )
-        else:
-            images = subject.image_features("scored")
+        images = scored_images(probe, subject, config)
         predictions: dict[str, str] = {}
         for first in range(0, len(asked), bench.config.batch_size):
             rows = asked[first : first + bench.config.batch_size]

@@ -13,9 +13,9 @@ from cmapkd.evaluation.detection import Detection as Predicted
 from cmapkd.evaluation.detection import detection_scores
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
 from cmapkd.evaluation.probes.detector import DetectorHead, Found, box_targets
-from cmapkd.evaluation.probes.features import encode_images, patch_level
+from cmapkd.evaluation.probes.features import patch_level
 from cmapkd.evaluation.probes.probe import Seen
-from cmapkd.evaluation.probes.train import train_probe
+from cmapkd.evaluation.probes.train import scored_images, train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.models.base import DualEncoder
@@ -82,17 +82,7 @@ class Detection(Task):
         probe = train_probe("detection", subject, config, make_head, batches)
         head = probe.head
         assert isinstance(head, DetectorHead)
-        if config.fine_tune:
-            images = encode_images(
-                probe.student,
-                bench.scored,
-                scored.indices,
-                batch_size=bench.config.batch_size,
-                device=bench.device,
-                memory=bench.suite.probes.memory,
-            )
-        else:
-            images = subject.image_features("scored")
+        images = scored_images(probe, subject, config)
         weights = subject.name_weights(names).to(bench.device)
         found = []
         for first in range(0, len(scored), 64):

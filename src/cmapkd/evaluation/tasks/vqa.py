@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cmapkd.data.types import QuestionAnswer
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
-from cmapkd.evaluation.probes.features import encode_images, encode_texts, patch_level, text_level
+from cmapkd.evaluation.probes.features import encode_texts, patch_level, text_level
 from cmapkd.evaluation.probes.fusion import FusionHead, answer_shares, frequent_answers
 from cmapkd.evaluation.probes.probe import Probe, Seen
-from cmapkd.evaluation.probes.train import train_probe
+from cmapkd.evaluation.probes.train import scored_images, train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.evaluation.vqa import normalise_answer, vqa_scores
@@ -108,17 +108,7 @@ class _Questions:
 def _answer(probe: Probe, subject: Subject, questions: _Questions) -> Tensor:
     """The most probable answer of every question."""
     bench, config = subject.bench, subject.bench.suite.vqa
-    if config.fine_tune:
-        images = encode_images(
-            probe.student,
-            bench.scored,
-            bench.annotations.indices,
-            batch_size=bench.config.batch_size,
-            device=bench.device,
-            memory=bench.suite.probes.memory,
-        )
-    else:
-        images = subject.image_features("scored")
+    images = scored_images(probe, subject, config)
     texts = encode_texts(probe.student, questions.texts, batch_size=bench.config.batch_size, device=bench.device)
     chosen = []
     for first in range(0, len(questions.all), bench.config.batch_size):

@@ -89,14 +89,14 @@ def tokenizer() -> TrainedTokenizer:
 
 
 def make_model(
-    *, dim: int = 16, image_size: int = 16, seed: int = 0, kind: type[TinyDualEncoder] = TinyDualEncoder
+    *, dim: int = 16, image_size: int = 16, seed: int = 0, depth: int = 1, kind: type[TinyDualEncoder] = TinyDualEncoder
 ) -> TinyDualEncoder:
     options = TinyOptions(
         image_size=image_size,
         patch_size=8,
         stem_width=4,
         vision_width=32,
-        vision_depth=1,
+        vision_depth=depth,
         text_width=32,
         text_depth=1,
         embed_dim=dim,

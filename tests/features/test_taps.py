@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cmapkd.features.taps import language_taps, tapped, visual_taps
+from cmapkd.features.taps import (
+    language_groups,
+    language_taps,
+    tapped,
+    tapped_groups,
+    visual_groups,
+    visual_taps,
+)
 from cmapkd.models.types import Level, LevelInfo
 
 
@@ -52,6 +59,39 @@ def test_stages_of_convolutional_towers() -> None:
     assert numbers(visual_taps(stages(5))) == [1, 2, 3]
     assert numbers(visual_taps(stages(3))) == [0, 1, 2]
     assert numbers(visual_taps(stages(1))) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("depth", range(3, 25))
+def test_groups_hold_every_block_once_and_end_where_taps_are(depth: int) -> None:
+    for groups, taps in (
+        (visual_groups(blocks(depth)), visual_taps(blocks(depth))),
+        (language_groups(blocks(depth)), language_taps(blocks(depth))),
+    ):
+        assert [info for group in groups.values() for info in group] == blocks(depth)
+        assert {name: group[-1] for name, group in groups.items()} == taps
+
+
+def test_groups_of_short_and_of_convolutional_towers() -> None:
+    assert [[info.name for info in group] for group in visual_groups(blocks(2)).values()] == [
+        ["blocks.0"],
+        ["blocks.0"],
+        ["blocks.1"],
+    ]
+    assert [[info.name for info in group] for group in visual_groups(stages(5)).values()] == [
+        ["stages.1"],
+        ["stages.2"],
+        ["stages.3"],
+    ]
+
+
+def test_a_group_read_as_its_mean() -> None:
+    draws = torch.Generator().manual_seed(0)
+    levels = {f"blocks.{n}": Level(torch.randn(2, 4, 8, generator=draws), "tokens", grid=(2, 2)) for n in range(12)}
+    merged = tapped_groups(visual_groups(blocks(12)), levels)
+    for name, (first, last) in {"P2": (0, 3), "P3": (3, 8), "P4": (8, 12)}.items():
+        expected = sum(levels[f"blocks.{n}"].values for n in range(first, last)) / (last - first)
+        torch.testing.assert_close(merged[name].values, expected)
+        assert merged[name].grid == (2, 2)
 
 
 def test_maps_of_equal_blocks_count_as_blocks() -> None:

@@ -16,8 +16,9 @@ from cmapkd.data.types import Batch, TokenBatch
 from cmapkd.features.pyramid import cells_at, standardise
 from cmapkd.methods import Method, StageConfig, build_method
 from cmapkd.methods.cmapkd import CMAPKD, CMAPKDConfig
+from cmapkd.models import FrozenTeacher
 from cmapkd.objectives import interactive_loss, similarity_divergence
-from helpers import CMAPKD_IN_FULL, make_method, make_trainer, random_batch
+from helpers import CMAPKD_IN_FULL, make_method, make_model, make_trainer, random_batch
 from training.test_resume import assert_same_end, interrupt
 
 TERMS = {
@@ -91,6 +92,28 @@ def test_visual_term_is_the_weighted_distance_written_out() -> None:
     ours, theirs = method.project(student).image.embedding, teacher.image.embedding
     expected += counts["P5"] * (2 - 2 * F.cosine_similarity(ours, theirs)).mean().item()
     assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_levels_as_means_of_their_depth_groups() -> None:
+    student, teacher = make_model(depth=4), FrozenTeacher(make_model(dim=24, image_size=24, depth=6, seed=7))
+    settings = {"visual_levels": {"P3": 1.0}, "language_levels": {}, "depths": "mean"}
+    method = make_method("cmapkd", student=student, teacher=teacher, settings=settings).train()
+    assert isinstance(method, CMAPKD)
+    assert method.student_needs.image_levels == ("blocks.1", "blocks.2")  # 4 and 6 blocks by 3 : 5 : 4
+    assert method.teacher_needs.image_levels == ("blocks.2", "blocks.3")
+    batch = random_batch(3)
+    value = method(batch)["visual"].value
+    of_both = method.encode_student(batch), method.encode_teacher(batch)
+    ours, theirs = (torch.stack([it.values[:, 1:] for it in each.image.levels.values()]).mean(0) for each in of_both)
+    theirs = F.adaptive_avg_pool2d(theirs.unflatten(1, (3, 3)).permute(0, 3, 1, 2), 2).flatten(2).mT
+    projected = method.match.project_visual.lateral["P3"](ours)
+    expected = (standardise(projected) - standardise(theirs)).square().mean()
+    torch.testing.assert_close(value, expected)
+
+
+def test_means_have_no_key_tokens() -> None:
+    with pytest.raises(ConfigError, match="depths: last"):
+        CMAPKDConfig.from_mapping({"name": "cmapkd", "places": "key_tokens", "depths": "mean"})
 
 
 def test_the_bank_holds_what_was_seen_and_never_the_sample_itself() -> None:
@@ -257,14 +280,14 @@ def test_key_tokens_are_compared_where_the_teacher_has_them(by: str) -> None:
     with torch.no_grad():
         method(batch)
         for level in ("P2", "P3", "P4"):
-            name, own = match.visual["teacher"][level].name, match.visual["student"][level].name
+            name, own = (match.visual[role][level][-1].name for role in ("teacher", "student"))
             keys, cells = chosen.image.levels[name], student.image.levels[own]
             taken = cells_at(cells, keys.places, keys.grid)
             expected = standard_distance(match.project_visual.lateral[level](taken), keys.values).mean()
             torch.testing.assert_close(method.measurements[f"distance/{level}"], expected, rtol=1e-4, atol=1e-5)
         for level in ("L1", "L2"):  # both tokenise alike here: a word is a token
-            keys = chosen.text.levels[match.language["teacher"][level].name]
-            words = student.text.levels[match.language["student"][level].name].values
+            keys = chosen.text.levels[match.language["teacher"][level][-1].name]
+            words = student.text.levels[match.language["student"][level][-1].name].values
             distances = []
             for row in range(4):
                 places = [place for place in keys.places[row].tolist() if place >= 0]

@@ -6,12 +6,13 @@ from cmapkd.features.gather import gather_features, gather_rows
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
 from cmapkd.features.matching import LevelMatcher, Matched, Places
 from cmapkd.features.projector import PairProjector
-from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, visual_taps
+from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, language_taps, visual_taps
 
 __all__ = [
     "LANGUAGE_LEVELS",
     "VISUAL_LEVELS",
     "AlignmentBridge",
+    "Depths",
     "EmbeddingBank",
     "KeyTokens",
     "KeyTokensBy",

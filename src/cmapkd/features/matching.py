@@ -20,12 +20,22 @@ from cmapkd.features.hierarchy import (
 )
 from cmapkd.features.key_tokens import KeyTokens, take_tokens
 from cmapkd.features.pyramid import VisualProjectors, cells_at, pooled, target_grids, teacher_grids
-from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, language_taps, tapped, visual_taps
+from cmapkd.features.taps import (
+    LANGUAGE_LEVELS,
+    VISUAL_LEVELS,
+    Depths,
+    language_groups,
+    tapped_groups,
+    visual_groups,
+)
 from cmapkd.models import DualEncoder, Features, Level, LevelInfo, Needs
 
 Role = Literal["student", "teacher"]
 Places = Literal["dense", "key_tokens", "pooled"]
 """Where the inner levels are compared: everywhere, at the teacher's key tokens, or as one vector a level."""
+
+
+_Groups = dict[str, tuple[LevelInfo, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +57,9 @@ class LevelMatcher(nn.Module):
         places, key_tokens: where they are matched. At key tokens L2 is single words at its depth: a phrase would need
             the teacher's words beside them. L3 is one vector everywhere.
         phrase_window: words in a phrase of L2.
+        depths: what an inner level is of its depth group: the last block's output, or the mean over the blocks'.
     Raises:
-        ValueError: a tower exposes no levels.
+        ValueError: a tower exposes no levels, or key tokens are asked for of means, whose blocks each have their own.
     """
 
     def __init__(
@@ -62,31 +73,41 @@ class LevelMatcher(nn.Module):
         phrase_window: int = 3,
         places: Places = "dense",
         key_tokens: KeyTokens | None = None,
+        depths: Depths = "last",
     ) -> None:
         super().__init__()
+        if depths == "mean" and places == "key_tokens":
+            raise ValueError(
+                "a mean over blocks has no key tokens, each block has its own: take depths last, or places"
+            )
         self.grids, self.phrase_window = grids, phrase_window
         self.places, self.key_tokens = places, key_tokens or KeyTokens()
-        self.visual: dict[Role, dict[str, LevelInfo]] = {}
-        self.language: dict[Role, dict[str, LevelInfo]] = {}
+        self.visual: dict[Role, _Groups] = {}
+        self.language: dict[Role, _Groups] = {}
         models: dict[Role, DualEncoder] = {"student": student, "teacher": teacher}
         for role, model in models.items():
-            self.visual[role], self.language[role] = visual_taps(model.image_levels), language_taps(model.text_levels)
-        visual = [_only(taps, levels) for taps in self.visual.values()]
-        language = [_only(taps, levels) for taps in self.language.values()]
+            groups = visual_groups(model.image_levels), language_groups(model.text_levels)
+            if depths == "last":
+                groups = _last(groups[0]), _last(groups[1])
+            self.visual[role], self.language[role] = groups
+        visual = [_ends(_only(groups, levels)) for groups in self.visual.values()]
+        language = [_ends(_only(groups, levels)) for groups in self.language.values()]
         self.project_visual = VisualProjectors(*visual, top_down=top_down)
         self.project_language = LanguageProjectors(*language)
 
     def needs(self, role: Role, levels: Collection[str]) -> Needs:
         """What the model must expose for these levels."""
         return Needs(
-            tuple(dict.fromkeys(info.name for info in _only(self.visual[role], levels).values())),
-            tuple(dict.fromkeys(info.name for info in _only(self.language[role], levels).values())),
+            tuple(dict.fromkeys(info.name for group in _only(self.visual[role], levels).values() for info in group)),
+            tuple(dict.fromkeys(info.name for group in _only(self.language[role], levels).values() for info in group)),
         )
 
     def widths(self, role: Role, levels: Collection[str]) -> tuple[dict[str, int], dict[str, int]]:
         """Channels of the inner visual and language levels among `levels`."""
-        taps = self.visual[role], self.language[role]
-        visual, language = ({name: info.width for name, info in _only(each, levels).items()} for each in taps)
+        towers = self.visual[role], self.language[role]
+        visual, language = (
+            {name: info.width for name, info in _ends(_only(groups, levels)).items()} for groups in towers
+        )
         return visual, language
 
     def match_visual(self, student: Features, teacher: Features, levels: Collection[str]) -> dict[str, Matched]:
@@ -158,7 +179,7 @@ class LevelMatcher(nn.Module):
         self, role: Role, features: Features, levels: Iterable[str]
     ) -> tuple[dict[str, Level], dict[str, Level]]:
         towers = (self.visual[role], features.image.levels), (self.language[role], features.text.levels)
-        visual, language = (tapped(_only(taps, levels), found) for taps, found in towers)
+        visual, language = (tapped_groups(_only(groups, levels), found) for groups, found in towers)
         return visual, language
 
 
@@ -168,6 +189,15 @@ def _words_at(word_of_token: Int[Tensor, "batch tokens"], level: Level) -> Int[T
     return word_of_token.gather(1, level.places.clamp_min(0)).masked_fill(level.places < 0, -1)
 
 
-def _only(taps: Mapping[str, LevelInfo], levels: Iterable[str]) -> dict[str, LevelInfo]:
+def _only(groups: _Groups, levels: Iterable[str]) -> _Groups:
     wanted = set(levels)
-    return {name: info for name, info in taps.items() if name in wanted}
+    return {name: group for name, group in groups.items() if name in wanted}
+
+
+def _last(groups: _Groups) -> _Groups:
+    return {name: group[-1:] for name, group in groups.items()}
+
+
+def _ends(groups: _Groups) -> dict[str, LevelInfo]:
+    """The level with which each group ends; all of a group have its width."""
+    return {name: group[-1] for name, group in groups.items()}

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
 
 from cmapkd.models.types import Level, LevelInfo
+
+Depths = Literal["last", "mean"]
+"""What a depth group gives: its last block's output, or the mean over its blocks'."""
 
 VISUAL_LEVELS = ("P2", "P3", "P4", "P5")
 LANGUAGE_LEVELS = ("L1", "L2", "L3", "L4")
@@ -15,12 +22,7 @@ _LANGUAGE_SHARES = (4, 4, 4)
 
 
 def visual_taps(levels: Sequence[LevelInfo]) -> dict[str, LevelInfo]:
-    """P2, P3 and P4 of an image tower.
-
-    Blocks fall into depth groups of 3 : 5 : 4 in twelve, tapped at each group's last block; the last group ends at the
-    last block. A tower of one or two blocks repeats one of them. Convolutional `stages` are counted from the deepest,
-    which P5 pools: P4 is the one before it, then P3, then P2, the finest. So of four stages they are the first three,
-    and a stem or a half-size stage in front is skipped. Three stages or fewer are grouped as blocks are.
+    """P2, P3 and P4 of an image tower: the last level of each of `visual_groups`.
 
     Args:
         levels: `DualEncoder.image_levels`, shallow to deep.
@@ -29,24 +31,48 @@ def visual_taps(levels: Sequence[LevelInfo]) -> dict[str, LevelInfo]:
     Raises:
         ValueError: the tower exposes no level.
     """
-    _check_any(levels, "image", VISUAL_LEVELS[:3])
-    if levels[0].name.startswith("stages.") and len(levels) > 3:
-        return dict(zip(VISUAL_LEVELS, levels[-4:-1], strict=False))
-    return _last_of_groups(VISUAL_LEVELS, _VISUAL_SHARES, levels)
+    return {name: group[-1] for name, group in visual_groups(levels).items()}
 
 
 def language_taps(levels: Sequence[LevelInfo]) -> dict[str, LevelInfo]:
-    """L1, L2 and L3 of a text tower: the last blocks of three equal depth groups.
+    """L1, L2 and L3 of a text tower: the last level of each of `language_groups`.
 
     Args:
         levels: `DualEncoder.text_levels`, shallow to deep.
     Returns:
-        L1, L2, L3, in that order. A tower of one or two blocks repeats one of them.
+        L1, L2, L3, in that order.
+    Raises:
+        ValueError: the tower exposes no level.
+    """
+    return {name: group[-1] for name, group in language_groups(levels).items()}
+
+
+def visual_groups(levels: Sequence[LevelInfo]) -> dict[str, tuple[LevelInfo, ...]]:
+    """The levels of an image tower that are P2, P3 and P4, each group shallow to deep.
+
+    Blocks fall into depth groups of 3 : 5 : 4 in twelve; the last group ends at the last block. A tower of one or two
+    blocks repeats one of them. Convolutional `stages` are counted from the deepest, which P5 pools: P4 is the one
+    before it, then P3, then P2, the finest. So of four stages they are the first three, and a stem or a half-size
+    stage in front is skipped. Three stages or fewer are grouped as blocks are.
+
+    Raises:
+        ValueError: the tower exposes no level.
+    """
+    _check_any(levels, "image", VISUAL_LEVELS[:3])
+    if levels[0].name.startswith("stages."):
+        stages = levels[-4:-1] if len(levels) > 3 else [group[-1] for group in _groups(_VISUAL_SHARES, levels)]
+        return {name: (stage,) for name, stage in zip(VISUAL_LEVELS, stages, strict=False)}  # widths differ: no mean
+    return dict(zip(VISUAL_LEVELS, _groups(_VISUAL_SHARES, levels), strict=False))
+
+
+def language_groups(levels: Sequence[LevelInfo]) -> dict[str, tuple[LevelInfo, ...]]:
+    """The levels of a text tower that are L1, L2 and L3: three equal depth groups, each shallow to deep.
+
     Raises:
         ValueError: the tower exposes no level.
     """
     _check_any(levels, "text", LANGUAGE_LEVELS[:3])
-    return _last_of_groups(LANGUAGE_LEVELS, _LANGUAGE_SHARES, levels)
+    return dict(zip(LANGUAGE_LEVELS, _groups(_LANGUAGE_SHARES, levels), strict=False))
 
 
 def tapped(taps: Mapping[str, LevelInfo], levels: Mapping[str, Level]) -> dict[str, Level]:
@@ -54,14 +80,30 @@ def tapped(taps: Mapping[str, LevelInfo], levels: Mapping[str, Level]) -> dict[s
     return {name: levels[info.name] for name, info in taps.items()}
 
 
-def _last_of_groups(names: Sequence[str], shares: Sequence[int], levels: Sequence[LevelInfo]) -> dict[str, LevelInfo]:
+def tapped_groups(groups: Mapping[str, Sequence[LevelInfo]], levels: Mapping[str, Level]) -> dict[str, Level]:
+    """The same for groups: the mean of each group's levels, place by place."""
+    return {name: _mean([levels[info.name] for info in group]) for name, group in groups.items()}
+
+
+def _mean(levels: Sequence[Level]) -> Level:
+    if len(levels) == 1:
+        return levels[0]
+    values = torch.stack([level.values for level in levels]).mean(0)
+    means = [level.mean for level in levels if level.mean is not None]
+    return replace(levels[-1], values=values, mean=torch.stack(means).mean(0) if means else None)
+
+
+def _groups(shares: Sequence[int], levels: Sequence[LevelInfo]) -> list[tuple[LevelInfo, ...]]:
     """The group that ends after `share` of the depth ends at the nearest whole block, and never before the first."""
     depth, total = len(levels), sum(shares)
-    taken: dict[str, LevelInfo] = {}
-    for number, name in enumerate(names[: len(shares)]):
+    groups: list[tuple[LevelInfo, ...]] = []
+    start = 0
+    for number in range(len(shares)):
         until = sum(shares[: number + 1])
-        taken[name] = levels[max(1, (2 * depth * until + total) // (2 * total)) - 1]
-    return taken
+        end = max(1, (2 * depth * until + total) // (2 * total))
+        groups.append(tuple(levels[min(start, end - 1) : end]))  # at least the block it ends with
+        start = end
+    return groups
 
 
 def _check_any(levels: Sequence[LevelInfo], tower: str, names: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from cmapkd.features import (
     LANGUAGE_LEVELS,
     VISUAL_LEVELS,
     AlignmentBridge,
+    Depths,
     EmbeddingBank,
     KeyTokens,
     KeyTokensBy,
@@ -103,6 +104,9 @@ class CMAPKDConfig(MethodConfig):
     )
     key_tokens: int = Field(16, ge=1, description="Key tokens of a level, for places: key_tokens.")
     key_tokens_by: KeyTokensBy = Field("class", description="What makes a token key: see `features.KeyTokens`.")
+    depths: Depths = Field(
+        "last", description="What an inner level is of its depth group: the last block's output, or the blocks' mean."
+    )
     top_down: bool = Field(False, description="A feature pyramid network in place of one linear map for each level.")
     phrase_window: int = Field(3, ge=1, description="Words in a phrase of L2.")
     bridge_dim: int = Field(256, ge=1, description="Width of the space in which levels of both modalities meet.")
@@ -130,6 +134,8 @@ class CMAPKDConfig(MethodConfig):
     def _places_fit(self) -> Self:
         if self.places != "dense" and (self.top_down or self.grids != "native"):
             raise ValueError(f"places: {self.places} has no grids to resample: leave top_down and grids as they are")
+        if self.places == "key_tokens" and self.depths == "mean":
+            raise ValueError("each block has key tokens of its own, so their mean has none: take depths: last")
         return self
 
     def weight_of(self, level: str) -> float:
@@ -216,6 +222,7 @@ class CMAPKD(Method):
             phrase_window=config.phrase_window,
             places=config.places,
             key_tokens=KeyTokens(config.key_tokens, config.key_tokens_by),
+            depths=config.depths,
         )
         has_bank = config.bank_weight or config.bank_within_weight
         projected = {"P5", "L4"} & {*compared} or config.interactive_weight or has_bank

@@ -34,10 +34,11 @@ from cmapkd.provenance import describe_environment
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 8192, 32768, 100_000])
-    parser.add_argument("--samples", type=int, nargs="+", default=[0, 1024, 4096], help="drawn at a step; 0: all")
+    parser.add_argument("--samples", type=int, nargs="+", default=[0, 1024, 2048, 4096], help="drawn at a step; 0: all")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--store", choices=("fp16", "fp32"), default="fp16", help="of the bank's numbers")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> None:
             if sample < size:
                 rows.append(in_fork(size, sample, arguments))
                 print(rows[-1], flush=True)
-    settings = {key: getattr(arguments, key) for key in ("batch", "width", "steps")}
+    settings = {key: getattr(arguments, key) for key in ("batch", "width", "steps", "store")}
     result = {"settings": settings, "rows": rows, "environment": describe_environment()}
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +84,8 @@ def measure(size: int, sample: int, arguments: argparse.Namespace) -> dict[str, 
         cache = stored(Path(folder), size, width)
         before = peak()
         start = clock()
-        bank = EmbeddingBank(size, width, fixed=True)
-        bank.fill(*CacheReader(cache, check="sizes").embeddings(size, seed=0))
+        bank = EmbeddingBank(size, width, store=arguments.store, fixed=True)
+        bank.fill(CacheReader(cache, check="sizes").embeddings(size, seed=0))
         fill = clock() - start
     held = peak()
     seconds = []
@@ -104,7 +105,7 @@ def measure(size: int, sample: int, arguments: argparse.Namespace) -> dict[str, 
         "drawn": sample or size,
         "step_ms": round(1000 * statistics.median(seconds[1:]), 2),
         "fill_ms": round(1000 * fill, 1),
-        "entries_mib": round(size * (2 * width * 4 + 8) / 2**20, 1),
+        "entries_mib": round(sum(own.nbytes for own in bank.buffers()) / 2**20, 1),
         "peak_of_fill_mib": round((held - before) / 2**20, 1),
         "peak_of_steps_mib": round((peak() - before) / 2**20, 1),
     }

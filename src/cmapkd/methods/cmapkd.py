@@ -23,6 +23,7 @@ from cmapkd.features import (
     LANGUAGE_LEVELS,
     VISUAL_LEVELS,
     AlignmentBridge,
+    BankStore,
     EmbeddingBank,
     KeyTokens,
     KeyTokensBy,
@@ -68,6 +69,7 @@ class CMAPKDConfig(MethodConfig):
     bank_from: Literal["run", "cache"] = Field(
         "run", description="run: the pairs it has seen last; cache: a fixed draw from the teacher's cache."
     )
+    bank_store: BankStore = Field("fp16", description="Of the bank's numbers; fp16 is off by one part in 2048.")
     bank_sample: int | None = Field(
         2048, ge=2, description="Pairs drawn from the bank at each step to compare with; none: all of it."
     )
@@ -225,8 +227,11 @@ class CMAPKD(Method):
             else None
         )
         self.interactive_scale = _log_scale() if config.interactive_weight else None
+        fixed = config.bank_from == "cache"
         self.bank = (
-            EmbeddingBank(config.bank_size, teacher.embed_dim, fixed=config.bank_from == "cache") if has_bank else None
+            EmbeddingBank(config.bank_size, teacher.embed_dim, store=config.bank_store, fixed=fixed)
+            if has_bank
+            else None
         )
         if config.bridged():
             self.bridge = self._bridge("student", student.embed_dim)
@@ -375,7 +380,7 @@ class CMAPKD(Method):
             return sample_keys(batch.ids)
         assert self.teacher is not None
         if not bank.filled:
-            bank.fill(*self.teacher.reference_embeddings(bank.size))
+            bank.fill(self.teacher.reference_embeddings(bank.size))
         return batch.stored["teacher"].samples
 
     def _intra_modal_terms(

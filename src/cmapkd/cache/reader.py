@@ -17,7 +17,7 @@ from cmapkd.cache.layout import CHECK
 from cmapkd.cache.parts import CacheFolder, Keys, Part
 from cmapkd.data.types import StoredRows
 
-_WINDOW = 2**22  # bytes of a shard that are mapped at once where embeddings are drawn
+_WINDOW = 2**21  # bytes of a shard that are mapped at once where embeddings are drawn
 
 
 class CacheReader:

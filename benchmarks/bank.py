@@ -33,7 +33,6 @@ from cmapkd.features import EmbeddingBank
 from cmapkd.objectives import bank_divergence
 from cmapkd.provenance import describe_environment
 
-
 PEAKS = ("peak_of_fill_mib", "peak_of_steps_mib")
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 

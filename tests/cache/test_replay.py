@@ -63,6 +63,13 @@ def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tol
                 assert value == pytest.approx(theirs[key], rel=tolerance, abs=tolerance), (key, mine["step"])
 
 
+def test_a_bank_in_fp16_may_round_the_last_digit_apart(tmp_path: Path) -> None:
+    settings = {**POOLED, "bank_store": "fp16"}
+    live, _ = train(tmp_path / "live", "cmapkd", settings)
+    cached, _ = train(tmp_path / "cached", "cmapkd", settings, cache={"store": "fp32"})
+    assert_close(cached, live, 1e-4)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_cached_and_live_give_the_same_losses(name: str, tmp_path: Path) -> None:
     method, settings, kind = CASES[name]

@@ -53,8 +53,8 @@ PAIRS = {
     "small": Pair("", "", batch_size=64, steps=8),
     "vit_l14_b16": Pair("open_clip:ViT-L-14", "open_clip:ViT-B-16", batch_size=8, steps=2),
 }
-# all eight levels, from rows of kind `pooled`; compared with 1,024 pairs of a bank of 8,192 at each step, or with all
-CACHED = {"name": "cmapkd", "places": "pooled", "relation_weight": 3.0, "bank_sample": 1024}
+# all eight levels, from rows of kind `pooled`; compared with 2,048 pairs of a bank of 8,192 at each step, or with all
+CACHED = {"name": "cmapkd", "places": "pooled", "relation_weight": 3.0, "bank_sample": 2048}
 ARMS: dict[str, dict[str, Any]] = {
     "student_only": {"name": "contrastive"},
     "cached_cmapkd": CACHED,

@@ -2,18 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cmapkd.features import EmbeddingBank
+from cmapkd.features import BankStore, EmbeddingBank
 
 
-def filled(size: int, count: int, *, fixed: bool = False) -> EmbeddingBank:
-    bank = EmbeddingBank(size, 4, fixed=fixed)
+def pairs(count: int) -> tuple[Tensor, Tensor, Tensor]:
     draws = torch.Generator().manual_seed(0)
-    put = bank.fill if fixed else bank.push
-    put(torch.randn(count, 4, generator=draws), torch.randn(count, 4, generator=draws), torch.arange(count))
+    image, text = (torch.randn(count, 4, generator=draws) for _ in range(2))
+    return image, text, torch.arange(count)
+
+
+def filled(size: int, count: int, *, fixed: bool = False, store: BankStore = "fp16") -> EmbeddingBank:
+    bank = EmbeddingBank(size, 4, fixed=fixed, store=store)
+    if fixed:
+        bank.fill([pairs(count)])
+    else:
+        bank.push(*pairs(count))
     return bank
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_is_stored(fixed: bool) -> None:
+    exact = F.normalize(pairs(200)[0], dim=-1)
+    assert torch.equal(filled(200, 200, fixed=fixed, store="fp32").image, exact)
+    half = filled(200, 200, fixed=fixed).image
+    assert torch.equal(half, exact.half())  # rounded once
+    assert bool(((half.float() - exact).abs() <= 2**-11 * exact.abs() + 2**-25).all())
+    assert half.nbytes * 2 == exact.nbytes
+
+
+def test_what_fp16_could_not_hold_is_normalised_first() -> None:
+    bank, huge = EmbeddingBank(4, 4), 1e6 * torch.ones(2, 4)
+    bank.push(huge, huge, torch.arange(2))
+    assert bool((bank.image[:2] == 0.5).all())
+    bank.push(huge.double(), huge.bfloat16(), torch.arange(2))
+    assert bank.image.dtype == bank.text.dtype == torch.float16
+
+
+def test_filled_in_parts_as_at_once_and_never_held_twice() -> None:
+    whole, bank = filled(30, 25, fixed=True), EmbeddingBank(30, 4, fixed=True)
+    image, text, keys = pairs(25)
+
+    def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for start in (0, 10, 20):
+            assert bank.filled == start  # what came before is stored
+            here = slice(start, start + 10)
+            yield image[here], text[here], keys[here]
+
+    bank.fill(parts())
+    assert bank.filled == whole.filled == 25
+    for mine, theirs in zip(bank.buffers(), whole.buffers(), strict=True):
+        assert torch.equal(mine[:25] if mine.ndim else mine, theirs[:25] if theirs.ndim else theirs)
+    found = bank.references(torch.tensor([3, 99]))
+    assert len(found.image) == 25
+    assert found.exclude.sum(1).tolist() == [1, 0]
+
+
+def test_duplicates_are_told_apart_under_autocast() -> None:
+    bank, near = filled(20, 20), filled(20, 20).image[:3].float()
+    near[:, 0] += 0.02  # cosines that bf16 cannot tell from 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = bank.references(torch.tensor([97, 98, 99]), images=near, duplicates_above=0.9999)
+    outside = bank.references(torch.tensor([97, 98, 99]), images=near, duplicates_above=0.9999)
+    assert torch.equal(inside.exclude, outside.exclude)
+    assert torch.equal(outside.exclude, F.normalize(near, dim=-1) @ bank.image.float().T > 0.9999)
 
 
 def test_a_draw_takes_each_pair_equally_often_and_none_twice() -> None:
@@ -60,6 +118,7 @@ def test_it_knows_how_full_it_is_after_loading() -> None:
     bank, other = filled(10, 7), EmbeddingBank(10, 4)
     other.load_state_dict(bank.state_dict())
     assert other.filled == bank.filled == 7
+    assert torch.equal(other.image, bank.image)
     other.push(torch.ones(6, 4), torch.ones(6, 4), torch.arange(6))
     assert other.filled == 10
 
@@ -67,12 +126,12 @@ def test_it_knows_how_full_it_is_after_loading() -> None:
 def test_the_same_image_under_another_name_is_excluded() -> None:
     bank, images = filled(20, 20), torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
     images[1] = bank.image[8] * 3.0
-    cosines = F.normalize(images, dim=-1) @ bank.image.T
+    cosines = F.normalize(images, dim=-1) @ bank.image.float().T
     for limit in (0.999, 0.5):
         for num in (None, 10):
             torch.manual_seed(0)
             found = bank.references(torch.tensor([97, 98, 99]), num=num, images=images, duplicates_above=limit)
-            near = F.normalize(images, dim=-1) @ found.image.T > limit
+            near = F.normalize(images, dim=-1) @ found.image.float().T > limit
             assert torch.equal(found.exclude, near)
     assert bool((cosines[1] > 0.999).any())
 

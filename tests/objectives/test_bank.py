@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ BATCH, ENTRIES, WIDTH = 4, 11, 5
 ORDER = torch.tensor([3, 0, 2, 1])
 # nothing; one entry; everything; a whole chunk of three and more
 EXCLUDE = torch.tensor([[False] * 11, [False] * 10 + [True], [True] * 11, [True] * 7 + [False] * 4])
+
+FP16 = 5e-3  # of each sample's loss and gradient, at most, where the bank's numbers are fp16
 
 Loss = Callable[..., Tensor]
 LOSSES: dict[str, Loss] = {
@@ -262,6 +265,41 @@ def test_autocast_does_not_coarsen_a_loss_or_its_gradient(name: str) -> None:
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
     gradients = [torch.autograd.grad(values.sum(), student)[0] for values in (inside, outside)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def of_bank(student: Tensor, teacher: Tensor, bank: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Values, and the student's gradient."""
+    values = bank_divergence(student, teacher, bank, frozen=True, **options)
+    return values.detach(), torch.autograd.grad((values * torch.arange(1, len(values) + 1)).sum(), student)[0]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("widened", [2**19, 2 * WIDTH])
+def test_a_bank_in_half_precision_is_its_widened_copy(
+    chunk: int | None, widened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmapkd.objectives.bank._WIDENED", widened)
+    student, teacher, bank = tensors()
+    student.requires_grad_()
+    half = torch.nn.functional.normalize(bank, dim=-1).half()
+    options = {"student_scale": 7.0, "teacher_scale": 5.0, "exclude": EXCLUDE, "chunk": chunk}
+    found, expected = (of_bank(student, teacher, each, **options) for each in (half, half.double()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_half_precision_of_the_bank_does_to_the_loss() -> None:
+    """At a width and a scale of real teachers, for a student that is far off and for one that is near."""
+    draws = torch.Generator().manual_seed(0)
+    teacher, bank, noise = (torch.randn(rows, 768, generator=draws) for rows in (8, 1024, 8))
+    bank[:64] += teacher.repeat(8, 1) / 2  # some entries that a softmax at this scale is about
+    bank = torch.nn.functional.normalize(bank, dim=-1)
+    for distance in (1.0, 0.1):
+        student = (teacher + distance * noise).requires_grad_()
+        exact, half = (
+            of_bank(student, teacher, x, student_scale=100.0, teacher_scale=100.0) for x in (bank, bank.half())
+        )
+        assert float((half[0] / exact[0] - 1).abs().max()) < FP16
+        assert float((half[1] - exact[1]).norm() / exact[1].norm()) < FP16
 
 
 # ------------------------------------------------------------------------------------------------ refusals

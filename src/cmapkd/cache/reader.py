@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import CHECK
 from cmapkd.cache.parts import CacheFolder, Keys, Part
 from cmapkd.data.types import StoredRows
+
+_WINDOW = 2**21  # bytes of a shard that are mapped at once where embeddings are drawn
 
 
 class CacheReader:
@@ -91,11 +93,12 @@ class CacheReader:
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))
 
-    def embeddings(self, num: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def embeddings(self, num: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Embeddings of `num` stored views, each equally likely, none twice; all where there are fewer.
 
-        Returns:
-            Float[num dim] of images and of texts, as stored, and Int[num] of where their samples stand in the source.
+        Yields:
+            A part of them, of a few MiB: float32 [part dim] of images and of texts, as stored, and Int[part] of where
+            their samples stand in the source. What is mapped of the files is let go with each part.
         """
         extents = [
             (number, shard, *part.extent(shard))
@@ -107,20 +110,27 @@ class CacheReader:
         chosen = np.random.default_rng(seed).choice(total, min(num, total), replace=False, shuffle=False)
         chosen.sort()  # from one end of the disk to the other
         layout = self.cache.layout.embeddings()
-        image, text = (torch.empty(len(chosen), each.shape[0]) for each in layout.fields)
-        samples = torch.empty(len(chosen), dtype=torch.int64)
-        count = 0
+        window = max(1, _WINDOW // self.cache.layout.row_bytes)
         for (number, shard, first, last), start in zip(extents, starts, strict=False):
-            at = chosen[(chosen >= start) & (chosen < start + last - first)] - start
-            mapped = self._map(number, shard)
-            at = at[mapped[CHECK][at] != 0]  # the others have no answer
-            here = slice(count, count + len(at))
-            count = here.stop
-            rows = {name: torch.from_numpy(mapped[name][at]) for name in layout.dtype.names or () if name != CHECK}
-            for name, array in layout.decode(rows).items():
-                {"image": image, "text": text}[name][here] = array
-            samples[here] = torch.from_numpy(self.parts[number].keys(first, last)[at] % self.cache.length)
-        return image[:count], text[:count], samples[:count]
+            part, in_shard = self.parts[number], _between(chosen, start, start + last - first) - start
+            for begin in np.unique(in_shard // window).tolist():
+                rows = slice(begin * window, min((begin + 1) * window, last - first))
+                at = _between(in_shard, rows.start, rows.stop) - rows.start
+                self._check(number, shard)
+                mapped = np.memmap(
+                    part.data(shard),
+                    self.cache.layout.dtype,
+                    mode="r",
+                    offset=rows.start * part.row_bytes,
+                    shape=(rows.stop - rows.start,),
+                )
+                at = at[mapped[CHECK][at] != 0]  # the others have no answer
+                samples = part.keys(first + rows.start, first + rows.stop)[at] % self.cache.length
+                found = layout.decode(
+                    {name: torch.from_numpy(mapped[name][at]) for name in layout.dtype.names or () if name != CHECK}
+                )
+                del mapped
+                yield found["image"], found["text"], torch.from_numpy(samples)
 
     def _find(self, view: int, index: int) -> tuple[int, int, int] | None:
         """Part, shard, and row within it."""
@@ -136,13 +146,22 @@ class CacheReader:
     def _map(self, number: int, shard: int) -> NDArray[Any]:
         mapped = self._maps.get((number, shard))
         if mapped is None:
-            part = self.parts[number]
-            if self.check == "first_use" and not self._checked[number][shard]:
-                check_shard(part, shard)
-                self._checked[number][shard] = 1
-            mapped = np.memmap(part.data(shard), self.cache.layout.dtype, mode="r")
+            self._check(number, shard)
+            mapped = np.memmap(self.parts[number].data(shard), self.cache.layout.dtype, mode="r")
             self._maps[number, shard] = mapped.view(np.ndarray)  # a plain array: half the cost of an access
         return self._maps[number, shard]
+
+    def _check(self, number: int, shard: int) -> None:
+        """Compares a shard's checksum before it is read for the first time, if that is asked for."""
+        if self.check == "first_use" and not self._checked[number][shard]:
+            check_shard(self.parts[number], shard)
+            self._checked[number][shard] = 1
+
+
+def _between(ordered: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+    """The numbers from `start` to before `stop` among some in order."""
+    first, last = np.searchsorted(ordered, (start, stop))
+    return ordered[first:last]
 
 
 def check_shard(part: Part, shard: int) -> None:

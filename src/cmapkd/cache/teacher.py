@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class CachedTeacher(FrozenTeacher):
             self.live.to(device)
         return self
 
-    def reference_embeddings(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return CacheReader(self.cache, check=self.check).embeddings(num, seed=REFERENCE_SEED)
 
     @torch.no_grad()

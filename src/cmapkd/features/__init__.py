@@ -1,6 +1,6 @@
 """What is done with a model's features before an objective sees them: levels, projections, bridges, banks."""
 
-from cmapkd.features.bank import EmbeddingBank, References, sample_keys
+from cmapkd.features.bank import BankStore, EmbeddingBank, References, sample_keys
 from cmapkd.features.bridge import AlignmentBridge
 from cmapkd.features.gather import gather_features, gather_rows
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
@@ -12,6 +12,7 @@ __all__ = [
     "LANGUAGE_LEVELS",
     "VISUAL_LEVELS",
     "AlignmentBridge",
+    "BankStore",
     "Depths",
     "EmbeddingBank",
     "KeyTokens",

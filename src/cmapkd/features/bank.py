@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+BankStore = Literal["fp16", "fp32"]
+"""The numbers of a bank's entries; named as those of a cache."""
+
 _EMPTY = -1
-_CHUNK = 8192  # entries at a time, where images are compared
+_CHUNK = 2048  # entries at a time, where they are widened
+_TYPES: dict[BankStore, torch.dtype] = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def sample_keys(ids: Iterable[str]) -> Int[Tensor, " batch"]:
@@ -24,7 +28,7 @@ def sample_keys(ids: Iterable[str]) -> Int[Tensor, " batch"]:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Pairs of teacher embeddings to compare samples with; rows of length one."""
+    """Pairs of teacher embeddings to compare samples with; rows of length one, in the numbers that the bank stores."""
 
     image: Float[Tensor, "entries dim"]
     text: Float[Tensor, "entries dim"]
@@ -36,10 +40,12 @@ class EmbeddingBank(nn.Module):
 
     Unlike a queue of a student's embeddings (MoCo, arXiv:1911.05722) its entries stay exact, because the teacher does
     not move. A bank of the run fills as it goes and is checkpointed with the method, so a resumed run finds it as it
-    was; a fixed set (`fill`) is drawn again. Memory: size x (2 x dim x 4 + 8) bytes. Nothing in it is trained.
+    was; a fixed set (`fill`) is drawn again. Memory: size x (2 x dim x 2 + 8) bytes, in fp32 size x (2 x dim x 4 + 8).
+    Nothing in it is trained.
 
     Args:
         size: pairs at most.
+        store: fp16 is off by at most one part in 2048 of a number; whoever compares with the entries widens them.
         fixed: filled once by `fill`, from the teacher's cache, and not by `push`; no part of a checkpoint.
     """
 
@@ -48,12 +54,12 @@ class EmbeddingBank(nn.Module):
     keys: Int[Tensor, " size"]
     cursor: Int[Tensor, ""]
 
-    def __init__(self, size: int, dim: int, *, fixed: bool = False) -> None:
+    def __init__(self, size: int, dim: int, *, store: BankStore = "fp16", fixed: bool = False) -> None:
         super().__init__()
         self.size, self.fixed = size, fixed
         rows = 0 if fixed else size  # a fixed one gets its entries at once
-        self.register_buffer("image", torch.zeros(rows, dim), persistent=not fixed)
-        self.register_buffer("text", torch.zeros(rows, dim), persistent=not fixed)
+        self.register_buffer("image", torch.zeros(rows, dim, dtype=_TYPES[store]), persistent=not fixed)
+        self.register_buffer("text", torch.zeros(rows, dim, dtype=_TYPES[store]), persistent=not fixed)
         self.register_buffer("keys", torch.full((rows,), _EMPTY, dtype=torch.int64), persistent=not fixed)
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64), persistent=not fixed)
         self._filled: int | None = 0  # entries that are not empty, which come first; None: to be counted
@@ -76,21 +82,30 @@ class EmbeddingBank(nn.Module):
         """Stores the pairs over the oldest entries, normalised; of more than `size` pairs the last ones."""
         image, text, keys = image[-self.size :], text[-self.size :], keys[-self.size :]
         places = (self.cursor + torch.arange(len(keys), device=self.cursor.device)) % self.size
-        self.image[places] = F.normalize(image.to(self.image.dtype), dim=-1)
-        self.text[places] = F.normalize(text.to(self.text.dtype), dim=-1)
+        self.image[places], self.text[places] = self._stored(image), self._stored(text)
         self.keys[places] = keys.to(self.keys.device)
         self.cursor.copy_((self.cursor + len(keys)) % self.size)
         self._filled = min(self.size, self.filled + len(keys))
 
-    def fill(
-        self, image: Float[Tensor, "entries dim"], text: Float[Tensor, "entries dim"], keys: Int[Tensor, " entries"]
-    ) -> None:
-        """The pairs of a fixed bank, the same in every process; the tensors become its own, normalised in place."""
-        for embeddings in (image, text):
-            for part in embeddings.split(_CHUNK):
-                part.div_(part.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
-        self.image, self.text = (embeddings.to(self.image) for embeddings in (image, text))
-        self.keys, self._filled = keys.to(self.keys), len(keys)
+    @torch.no_grad()
+    def fill(self, parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """The pairs of a fixed bank, the same in every process, normalised.
+
+        Args:
+            parts: of images and texts Float[entries dim] and their keys Int[entries]; up to `size` entries in all. One
+                is stored before the next is asked for, so that they are never held twice.
+        """
+        self.image, self.text = (own.new_empty(self.size, own.shape[1]) for own in (self.image, self.text))
+        self.keys, self._filled = self.keys.new_full((self.size,), _EMPTY), 0
+        for image, text, keys in parts:
+            here = slice(self._filled, self._filled + len(keys))
+            self.image[here], self.text[here] = self._stored(image), self._stored(text)
+            self.keys[here] = keys.to(self.keys)
+            self._filled = here.stop
+
+    def _stored(self, embeddings: Float[Tensor, "entries dim"]) -> Float[Tensor, "entries dim"]:
+        """At length one, in the bank's numbers; normalised before it is rounded."""
+        return F.normalize(_widened(embeddings.to(self.image.device)), dim=-1).to(self.image.dtype)
 
     def references(
         self,
@@ -116,18 +131,25 @@ class EmbeddingBank(nn.Module):
             image, text = self.image[held], self.text[held]
             if not self.fixed:
                 image, text = image.clone(), text.clone()
-            references = References(image, text, self.excluded(keys)[:, held])
+            references = References(image, text, self._excluded(keys, self.keys[held]))
         else:
             chosen = torch.randperm(self.filled)[:num].to(self.keys.device)
-            own = self.keys[chosen][None, :] == keys.to(self.keys.device)[:, None]
-            references = References(self.image[chosen], self.text[chosen], own)
+            references = References(self.image[chosen], self.text[chosen], self._excluded(keys, self.keys[chosen]))
         if duplicates_above is not None and images is not None:
-            directions = F.normalize(images.detach().to(self.image.dtype), dim=-1)
-            for start in range(0, len(references.image), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                references.exclude[:, part] |= directions @ references.image[part].T > duplicates_above
+            directions = F.normalize(_widened(images.detach()), dim=-1)
+            with torch.autocast(directions.device.type, enabled=False):  # cosines in bf16 are off by up to 0.004
+                for start in range(0, len(references.image), _CHUNK):
+                    part = slice(start, start + _CHUNK)
+                    cosines = directions @ references.image[part].to(directions.dtype).T
+                    references.exclude[:, part] |= cosines > duplicates_above
         return references
 
-    def excluded(self, keys: Int[Tensor, " batch"]) -> Bool[Tensor, "batch size"]:
+    def _excluded(self, keys: Int[Tensor, " batch"], entries: Int[Tensor, " entries"]) -> Bool[Tensor, "batch entries"]:
         """True where an entry is no reference for a sample: still empty, or of the sample itself (another view)."""
-        return (self.keys == _EMPTY)[None, :] | (self.keys[None, :] == keys.to(self.keys.device)[:, None])
+        excluded = entries[None, :] == keys.to(entries.device)[:, None]
+        return excluded.logical_or_(entries == _EMPTY)
+
+
+def _widened(embeddings: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

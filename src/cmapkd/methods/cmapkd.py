@@ -23,6 +23,7 @@ from cmapkd.features import (
     LANGUAGE_LEVELS,
     VISUAL_LEVELS,
     AlignmentBridge,
+    BankStore,
     Depths,
     EmbeddingBank,
     KeyTokens,
@@ -69,6 +70,7 @@ class CMAPKDConfig(MethodConfig):
     bank_from: Literal["run", "cache"] = Field(
         "run", description="run: the pairs it has seen last; cache: a fixed draw from the teacher's cache."
     )
+    bank_store: BankStore = Field("fp16", description="Of the bank's numbers; fp16 is off by one part in 2048.")
     bank_sample: int | None = Field(
         2048, ge=2, description="Pairs drawn from the bank at each step to compare with; none: all of it."
     )
@@ -81,10 +83,10 @@ class CMAPKDConfig(MethodConfig):
     visual_weight: float = Field(1.0, ge=0, description="Weight of the visual pyramid within its modality.")
     language_weight: float = Field(1.0, ge=0, description="Weight of the language hierarchy within its modality.")
     visual_levels: dict[str, float] = Field(
-        {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0}, description="What each visual level counts before the selection."
+        {"P2": 16.0, "P5": 1.0}, description="What each visual level counts before the selection; others are not read."
     )
     language_levels: dict[str, float] = Field(
-        {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0}, description="What each language level counts, likewise."
+        {"L1": 16.0, "L2": 16.0, "L3": 16.0, "L4": 1.0}, description="What each language level counts, likewise."
     )
     pyramid_weight: float = Field(0.0, ge=0, description="Weight of the KL between coupled levels of both modalities.")
     coupling: dict[str, float] = Field(
@@ -232,8 +234,11 @@ class CMAPKD(Method):
             else None
         )
         self.interactive_scale = _log_scale() if config.interactive_weight else None
+        fixed = config.bank_from == "cache"
         self.bank = (
-            EmbeddingBank(config.bank_size, teacher.embed_dim, fixed=config.bank_from == "cache") if has_bank else None
+            EmbeddingBank(config.bank_size, teacher.embed_dim, store=config.bank_store, fixed=fixed)
+            if has_bank
+            else None
         )
         if config.bridged():
             self.bridge = self._bridge("student", student.embed_dim)
@@ -382,7 +387,7 @@ class CMAPKD(Method):
             return sample_keys(batch.ids)
         assert self.teacher is not None
         if not bank.filled:
-            bank.fill(*self.teacher.reference_embeddings(bank.size))
+            bank.fill(self.teacher.reference_embeddings(bank.size))
         return batch.stored["teacher"].samples
 
     def _intra_modal_terms(

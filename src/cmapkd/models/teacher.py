@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -42,11 +43,12 @@ class FrozenTeacher:
         output: Features = self.model(batch.inputs["teacher"], needs)
         return output
 
-    def reference_embeddings(self, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Embeddings of `num` samples that a method compares others with; only a cache has them.
 
         Returns:
-            Float[num dim] of images and of texts, and Int[num], where their samples stand in the training source.
+            In parts of some thousand: float32 [part dim] of images and of texts, and Int[part], where their samples
+            stand in the training source.
         Raises:
             ValueError: this teacher answers live.
         """

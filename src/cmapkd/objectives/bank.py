@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from cmapkd.objectives.chunks import chunk_rows
 from cmapkd.objectives.common import check_pairs, check_same_width, unit
@@ -18,6 +16,7 @@ from cmapkd.objectives.common import check_pairs, check_same_width, unit
 # A logit whose probability underflows to zero beside any other, yet finite: from -inf less -inf would come NaN. In a
 # row that is excluded as a whole both models have it everywhere, so they agree.
 _EXCLUDED = -1e30
+_WIDENED = 2**19  # numbers of a bank in half precision that are widened at once
 
 
 def bank_divergence(
@@ -38,11 +37,12 @@ def bank_divergence(
     Args:
         student: at the teacher's width; normalised here.
         teacher: of the same samples; normalised and detached here.
-        bank: the teacher's embeddings of other samples, of either modality; normalised and detached here.
+        bank: the teacher's embeddings of other samples, of either modality; normalised and detached here. In half
+            precision it is widened a few entries at a time, and the result that of the widened bank.
         student_scale, teacher_scale: logit scales (already exponentiated).
         exclude: True where an entry is no reference for a sample (its own, or empty): probability zero in both models.
-        frozen: the bank's rows have length one, and nothing writes into them before the backward pass: then they are
-            neither normalised nor copied.
+        frozen: the bank's rows have length one (as near as their type holds it), and nothing writes into them before
+            the backward pass: then they are neither normalised nor copied.
         chunk: entries at a time. Memory then grows with batch x chunk instead of batch x entries, for the same value
             and gradient, and each chunk's logits are computed again in the backward pass; None chooses as
             `chunk_rows` does.
@@ -57,17 +57,11 @@ def bank_divergence(
     size = chunk_rows(len(bank), len(student), chunk)
     anchors, targets = unit(student), unit(teacher.detach())
     entries = bank.detach()
-    parts = (entries if frozen else unit(entries)).split(size)  # a copy, else refilling it would change the gradient
-    masks = (None,) * len(parts) if exclude is None else exclude.split(size, dim=1)
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = _part
-    if len(parts) > 1:
-        run = partial(checkpoint, _part, use_reentrant=False, preserve_rng_state=False)
-    sums = [
-        run(anchors, targets, part, mask, student_scale, teacher_scale) for part, mask in zip(parts, masks, strict=True)
-    ]
-    log_student, log_teacher, gaps = (torch.stack(of_parts) for of_parts in zip(*sums, strict=True))
-    gap = (log_teacher.softmax(0) * gaps).sum(0)
-    return gap - log_teacher.logsumexp(0) + log_student.logsumexp(0)
+    if not frozen:
+        entries = unit(entries)  # a copy, else refilling it would change the gradient
+    with torch.autocast(student.device.type, enabled=False):
+        values: Tensor = _Divergence.apply(student_scale * anchors, teacher_scale * targets, entries, exclude, size)
+    return values
 
 
 def bank_relation_distance(
@@ -99,57 +93,90 @@ def bank_relation_distance(
     return squares.masked_fill(exclude, 0).sum(-1) / (~exclude).sum(-1).clamp(min=1)
 
 
-def _part(
-    anchors: Float[Tensor, "batch dim"],
-    targets: Float[Tensor, "batch dim"],
-    entries: Float[Tensor, "part dim"],
-    exclude: Bool[Tensor, "batch part"] | None,
-    student_scale: Tensor | float,
-    teacher_scale: Tensor | float,
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-    """Student's and teacher's log-sum-exp over some entries, and the teacher's mean of how far its logits lie above."""
-    with torch.autocast(anchors.device.type, enabled=False):
-        scaled = student_scale * anchors
-        result: tuple[Tensor, Tensor, Tensor] = _OverEntries.apply(scaled, teacher_scale * targets, entries, exclude)
-    return result
+class _Divergence(torch.autograd.Function):
+    """`bank_divergence` of scaled anchors and targets, with its gradient by the anchors written out.
 
-
-class _OverEntries(torch.autograd.Function):
-    """`_part` of scaled anchors and targets, with its gradient written out.
-
-    Each logit is exponentiated once for each model and the two probabilities are what the backward pass reads: half the
-    passes over [batch, entries], which is where the time goes, that autograd would need.
+    By a logit of the student's that is the difference of the two probabilities. Of one chunk this is kept, so that each
+    logit is exponentiated once for each model; of several only their log-sum-exps, and the backward pass computes the
+    logits of a chunk again.
     """
 
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, targets: Tensor, entries: Tensor, exclude: Tensor | None) -> Any:
-        ours, theirs = anchors @ entries.T, targets @ entries.T
-        if exclude is not None:
-            ours.masked_fill_(exclude, _EXCLUDED)
-            theirs.masked_fill_(exclude, _EXCLUDED)
-        p_ours, log_ours = _softmax(ours)
-        p_theirs, log_theirs = _softmax(theirs)
-        gap = theirs.sub_(ours).mul_(p_theirs).sum(-1)
-        ctx.save_for_backward(entries, p_ours, p_theirs, exclude)
-        ctx.mark_non_differentiable(log_theirs)
-        return log_ours, log_theirs, gap
+    def forward(
+        ctx: Any, anchors: Tensor, targets: Tensor, entries: Tensor, exclude: Tensor | None, size: int
+    ) -> Tensor:
+        sums, difference = [], None
+        for _, ours, theirs in _logits(anchors, targets, entries, exclude, size):
+            gaps = theirs - ours
+            log_ours, log_theirs = _to_softmax(ours), _to_softmax(theirs)
+            sums.append((log_ours, log_theirs, gaps.mul_(theirs).sum(-1)))
+            difference = ours.sub_(theirs) if size >= len(entries) else None
+        of_chunks, log_of_chunks, gaps_of_chunks = (torch.stack(each) for each in zip(*sums, strict=True))
+        log_ours, log_theirs = of_chunks.logsumexp(0), log_of_chunks.logsumexp(0)
+        ctx.size = size
+        ctx.save_for_backward(anchors, targets, entries, exclude, log_ours, log_theirs, difference)
+        return (log_of_chunks.softmax(0) * gaps_of_chunks).sum(0) - log_theirs + log_ours
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_log: Tensor, _: Tensor, of_gap: Tensor) -> Any:
-        entries, p_ours, p_theirs, exclude = ctx.saved_tensors
-        of_logits = torch.addcmul(of_log[:, None] * p_ours, of_gap[:, None], p_theirs, value=-1)
+    def backward(ctx: Any, of_values: Tensor) -> Any:
+        anchors, targets, entries, exclude, log_ours, log_theirs, difference = ctx.saved_tensors
+        of_anchors = torch.zeros_like(anchors)
+        if difference is not None:
+            _add_product(of_anchors, of_values[:, None] * difference, entries)
+        else:
+            for here, ours, theirs in _logits(anchors, targets, entries, exclude, ctx.size):
+                ours.sub_(log_ours[:, None]).exp_()
+                theirs.sub_(log_theirs[:, None]).exp_()
+                _add_product(of_anchors, ours.sub_(theirs).mul_(of_values[:, None]), entries[here])
+        return of_anchors, None, None, None, None
+
+
+def _logits(
+    anchors: Float[Tensor, "batch dim"],
+    targets: Float[Tensor, "batch dim"],
+    entries: Float[Tensor, "entries dim"],
+    exclude: Bool[Tensor, "batch entries"] | None,
+    size: int,
+) -> Iterator[tuple[slice, Float[Tensor, "batch chunk"], Float[Tensor, "batch chunk"]]]:
+    """Places and both models' logits of `size` entries at a time, each time in the same memory, to be written into."""
+    memory = anchors.new_empty(2, len(anchors) * min(size, len(entries)))
+    for start in range(0, len(entries), size):
+        here = slice(start, min(start + size, len(entries)))
+        ours, theirs = (one[: len(anchors) * (here.stop - start)].view(len(anchors), -1) for one in memory)
+        for columns, some in _widened(entries[here], anchors.dtype):
+            torch.mm(anchors, some.T, out=ours[:, columns])
+            torch.mm(targets, some.T, out=theirs[:, columns])
         if exclude is not None:
-            of_logits.masked_fill_(exclude, 0)
-        return of_logits @ entries, None, None, None
+            ours.masked_fill_(exclude[:, here], _EXCLUDED)
+            theirs.masked_fill_(exclude[:, here], _EXCLUDED)
+        yield here, ours, theirs
 
 
-def _softmax(logits: Float[Tensor, "batch part"]) -> tuple[Float[Tensor, "batch part"], Float[Tensor, " batch"]]:
-    """The softmax and the log-sum-exp of each row."""
+def _add_product(total: Float[Tensor, "batch dim"], of_logits: Tensor, entries: Float[Tensor, "chunk dim"]) -> None:
+    """Adds to the gradient by the anchors what comes through the logits of some entries."""
+    for columns, some in _widened(entries, total.dtype):
+        total.addmm_(of_logits[:, columns], some)
+
+
+def _widened(entries: Float[Tensor, "chunk dim"], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The entries in a type with their places: as they are where they have it, else some at a time, in one memory."""
+    if entries.dtype == dtype:
+        yield slice(len(entries)), entries
+        return
+    size = min(len(entries), max(1, _WIDENED // entries.shape[1]))
+    memory = entries.new_empty(size, entries.shape[1], dtype=dtype)
+    for start in range(0, len(entries), size):
+        here = slice(start, min(start + size, len(entries)))
+        yield here, memory[: here.stop - start].copy_(entries[here])
+
+
+def _to_softmax(logits: Float[Tensor, "batch chunk"]) -> Float[Tensor, " batch"]:
+    """Turns each row into its softmax; returns the log-sum-exps."""
     largest = logits.amax(-1, keepdim=True)
-    powers = (logits - largest).exp_()
-    sums = powers.sum(-1, keepdim=True)
-    return powers.div_(sums), (largest + sums.log())[:, 0]
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    logits.div_(sums)
+    return (largest + sums.log())[:, 0]
 
 
 def _check(student: Tensor, teacher: Tensor, bank: Tensor, exclude: Tensor | None) -> None:

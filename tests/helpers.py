@@ -26,7 +26,9 @@ from cmapkd.training import OptimConfig, TrainConfig, Trainer
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
-CMAPKD_IN_FULL: dict[str, Any] = {  # every term of the method
+CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
+    "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
+    "language_levels": {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0},
     "bank_within_weight": 0.5,
     "pyramid_weight": 0.7,
     "alignment_weight": 0.1,

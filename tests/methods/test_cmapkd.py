@@ -25,6 +25,7 @@ TERMS = {
     "contrastive", "interactive", "bank", "bank_within", "visual", "language", "pyramid", "alignment", "bridge",
     "relation", "layer_relation",
 }  # fmt: skip
+EVERY = dict.fromkeys(("P2", "P3", "P4", "P5"), 1.0)
 MANUAL = {"name": "manual", "weights": dict.fromkeys(("P2", "P3", "P4", "P5", "L1", "L2", "L3", "L4"), 1.0)}
 
 
@@ -166,7 +167,8 @@ def test_texts_of_another_tokenizer_are_matched_by_their_words() -> None:
 
 @pytest.mark.parametrize("weighting", ["uniform", "uncertainty", "gate", MANUAL])
 def test_weightings_that_start_uniform_give_the_same_first_loss(weighting: Any) -> None:
-    losses = [cmapkd(weighting=each)(random_batch(4))["visual"].value for each in ("uniform", weighting)]
+    methods = [cmapkd(weighting=each, visual_levels=EVERY) for each in ("uniform", weighting)]
+    losses = [method(random_batch(4))["visual"].value for method in methods]
     torch.testing.assert_close(losses[0], losses[1])
 
 
@@ -177,7 +179,7 @@ def test_manual_weights_count_by_level() -> None:
     value = method(random_batch(4))["visual"].value
     torch.testing.assert_close(value.detach(), 4 * 0.5 * method.measurements["distance/P2"])
     with pytest.raises(ConfigError, match=r"weights\.P6: unknown item"):
-        cmapkd(weighting={**MANUAL, "weights": {**weights, "P6": 1.0}})
+        cmapkd(weighting={**MANUAL, "weights": {**weights, "P6": 1.0}}, **counts)
 
 
 def test_names_of_levels_and_pairs_are_checked() -> None:
@@ -256,7 +258,7 @@ def standard_distance(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def test_pooled_levels_are_compared_as_one_vector() -> None:
-    method, batch = cmapkd(places="pooled"), random_batch(5)
+    method, batch = cmapkd(places="pooled", visual_levels=EVERY), random_batch(5)
     student, teacher = features_of(method, batch)
     with torch.no_grad():
         method(batch)
@@ -272,7 +274,7 @@ def test_pooled_levels_are_compared_as_one_vector() -> None:
 
 @pytest.mark.parametrize("by", ["class", "norm"])
 def test_key_tokens_are_compared_where_the_teacher_has_them(by: str) -> None:
-    method, batch = cmapkd(places="key_tokens", key_tokens=2, key_tokens_by=by), random_batch(4)
+    method, batch = cmapkd(places="key_tokens", key_tokens=2, key_tokens_by=by, visual_levels=EVERY), random_batch(4)
     student, teacher = features_of(method, batch)
     assert method.key_tokens is not None
     chosen = method.key_tokens.of(teacher)

@@ -50,8 +50,14 @@ class CachePlan:
     def of_method(
         cls, config: CacheConfig, method: Method, *, source: Source, views: ViewSpec, keys: Keys, precision: str
     ) -> CachePlan:
-        """Before any stage has been entered: what all stages together read."""
+        """Before any stage has been entered: what all stages together read.
+
+        Raises:
+            CacheError: the method has no use for one.
+        """
         assert method.teacher is not None
+        if method.not_cached is not None:
+            raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
         detail = method.teacher_detail
         needs = replace(method.teacher_needs, towers=BOTH)  # both: any method may read it
         return cls(config, method.teacher, needs, detail, source, views, keys, precision, method.key_tokens)

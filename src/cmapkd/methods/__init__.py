@@ -5,6 +5,7 @@ from typing import Any
 
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, TermsBeside
+from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "contrastive": Contrastive,
     "hinton": Hinton,
     "promptkd": PromptKD,
+    "c2kd": C2KD,
     "clip_kd": ClipKD,
     "cmapkd": CMAPKD,
 }

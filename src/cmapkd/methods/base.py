@@ -112,6 +112,8 @@ class Method(nn.Module, ABC):
     card: ClassVar[MethodCard]
     Config: ClassVar[type[MethodConfig]]
     uses_teacher: ClassVar[bool] = True
+    not_cached: ClassVar[str | None] = None
+    """Why the teacher cannot answer from a cache; None where it can."""
     measurements: dict[str, Tensor]
     """What the last step is worth logging besides its terms: learned weights, their entropy."""
 

@@ -28,7 +28,7 @@ class PromptKDConfig(MethodConfig):
         1000.0, gt=0, description="Weight of the KL divided by the number of classes; published: 1000, or 200."
     )
     temperature: float = Field(1.0, gt=0, description="Divides both models' logits on top of their own logit scales.")
-    prompts: int = Field(4, ge=1, description="Learned tokens in each block that has some.")
+    prompts: int = Field(4, ge=0, description="Learned tokens in a block that has some; 0: only the projector learns.")
     prompt_depth: int | None = Field(
         None, ge=1, description="Blocks with prompts of their own, from the first; none: 9, or all of fewer."
     )
@@ -80,7 +80,7 @@ class PromptKD(Method):
         self.config = config
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
         student.requires_grad_(False)
-        prompts = make_prompts(student, depth=config.prompt_depth, count=config.prompts)
+        prompts = make_prompts(student, depth=config.prompt_depth, count=config.prompts) if config.prompts else None
         self.student = JoinedEncoder(student, teacher, projector="two_layer", prompts=prompts)
 
     @property

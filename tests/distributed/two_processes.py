@@ -48,12 +48,15 @@ TRAINED = (
 POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
+    "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
+    "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
     "cmapkd, everything": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
     "cmapkd, selected by a policy": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": POLICY}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
     "hinton, classes": ("hinton", {"form": "classes"}),
     "hinton, the teacher's classes in micro-batches": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
     **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
+    "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
 

@@ -13,7 +13,8 @@ from test_hf_family import write as write_hf
 from test_open_clip_family import small
 from torch import Tensor, nn
 
-from cmapkd.models import DualEncoder, FrozenTeacher, build_model
+from cmapkd.evaluation.efficiency import parameter_counts
+from cmapkd.models import DualEncoder, FrozenTeacher, build_model, load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.prompts import DeepPrompts, make_prompts
 from cmapkd.models.tiny import TinyDualEncoder
@@ -133,17 +134,27 @@ def test_it_is_a_model_as_others(projector: str, prompts: bool, tmp_path: Path) 
     check_contract(model)
     loaded = check_round_trip(model, tmp_path / "saved")
     assert loaded.num_parameters() == model.num_parameters()
-    copied = copy.deepcopy(model)
-    assert copied._text is model._text
+    assert copy.deepcopy(model).text_model is model.text_model  # frozen, so an average may share it
+
+
+def test_a_loaded_one_says_what_each_tower_costs(tmp_path: Path) -> None:
+    model = joined_model()
+    model.save(tmp_path)
+    loaded = load_model(tmp_path)
+    counts = parameter_counts(loaded, images(loaded), loaded.tokenizer(["a red cat"]))
+    assert counts["total"] == loaded.num_parameters()
+    assert counts["text"] == sum(p.numel() for p in make_teacher().model.text.parameters())
+    added = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("prompts.", "project.")))
+    assert counts["image"] == added + sum(p.numel() for p in make_model().vision.parameters())
 
 
 def test_texts_are_the_teachers_and_images_the_students() -> None:
     model = joined_model()
     batch = inputs(model)
-    teacher = model._text.model
+    teacher = model.text_model
     assert torch.equal(model.encode_text(batch.texts).embedding, teacher.encode_text(batch.texts).embedding)
     assert model.image_spec == model.image.image_spec
-    assert not any(key.startswith("_text") for key in model.state_dict())
+    assert {key.split(".")[0] for key in model.state_dict()} == {"image", "prompts", "project"}
 
 
 def test_widths_that_differ_need_a_projector() -> None:

@@ -19,6 +19,7 @@ from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import TowerFeatures
 
 ProjectorKind = Literal["none", "linear", "two_layer"]
+_MODELS = ("image.", "text.")  # parts that are saved as models of their own
 
 
 def make_projector(kind: ProjectorKind, width: int, to: int) -> nn.Module:
@@ -34,8 +35,8 @@ class JoinedEncoder(DualEncoder):
     """A student's image tower, with prompts inside and a projector behind it, beside its teacher's frozen text tower.
 
     What a method trains whose classifier is made of the teacher's texts: images are embedded where those are, so the
-    result is a dual encoder that is evaluated, saved and loaded as any other. The text tower is no submodule: it is in
-    no checkpoint and no wrapper. The saved folder has it, whole, so that the folder is complete.
+    result is a dual encoder that is evaluated, saved and loaded as any other. Of a frozen teacher the text tower is no
+    submodule: it is in no checkpoint and no wrapper. The saved folder has it, whole, so that the folder is complete.
 
     Attributes:
         image: the student as it was given; its own text tower is not used.
@@ -44,10 +45,17 @@ class JoinedEncoder(DualEncoder):
     """
 
     def __init__(
-        self, image: DualEncoder, text: FrozenTeacher, *, projector: ProjectorKind, prompts: DeepPrompts | None = None
+        self,
+        image: DualEncoder,
+        text: FrozenTeacher | DualEncoder,
+        *,
+        projector: ProjectorKind,
+        prompts: DeepPrompts | None = None,
     ) -> None:
         super().__init__()
-        self.image, self._text, self.projector_kind = image, text, projector
+        self.image, self.projector_kind = image, projector
+        self._frozen = text if isinstance(text, FrozenTeacher) else None
+        self.text = text if isinstance(text, DualEncoder) else None
         self.prompts = prompts
         self.project = make_projector(projector, image.embed_dim, text.embed_dim)
         self.name = image.name
@@ -58,7 +66,15 @@ class JoinedEncoder(DualEncoder):
                 "projector has to map one to the other"
             )
         self.image_spec, self.image_levels = image.image_spec, image.image_levels
-        self.tokenizer, self.text_levels = text.model.tokenizer, text.model.text_levels
+        self.tokenizer, self.text_levels = self.text_model.tokenizer, self.text_model.text_levels
+
+    @property
+    def text_model(self) -> DualEncoder:
+        """The model whose text tower this is."""
+        if self.text is not None:
+            return self.text
+        assert self._frozen is not None
+        return self._frozen.model
 
     @property
     def log_logit_scale(self) -> nn.Parameter:
@@ -92,19 +108,22 @@ class JoinedEncoder(DualEncoder):
         return replace(tower, levels=kept)
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
-        return self._text.to(texts.ids.device).model.encode_text(texts, levels)
+        if self._frozen is not None:
+            self._frozen.to(texts.ids.device)
+        return self.text_model.encode_text(texts, levels)
 
     def num_parameters(self) -> int:
         """Of both models whole, towers that are not used among them."""
-        return super().num_parameters() + self._text.model.num_parameters()
+        beside = self.text_model.num_parameters() if self._frozen is not None else 0
+        return super().num_parameters() + beside
 
     def save(self, folder: Path) -> None:
         tokens = None if self.prompts is None else self.prompts.tokens.shape
         options = {"projector": self.projector_kind, "prompts": None if tokens is None else [*tokens]}
-        own = {key: value for key, value in self.state_dict().items() if not key.startswith("image.")}
+        own = {key: value for key, value in self.state_dict().items() if not key.startswith(_MODELS)}
         write_model_folder(folder, family="joined", name=self.name, options=options, weights=own)
         self.image.save(folder / "image")
-        self._text.model.save(folder / "text")
+        self.text_model.save(folder / "text")
 
 
 def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
@@ -112,10 +131,10 @@ def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
     options = description["options"]
     shape = options["prompts"]
     prompts = None if shape is None else DeepPrompts(shape[2], depth=shape[0], count=shape[1])
-    image, text = load_model(folder / "image"), FrozenTeacher(load_model(folder / "text"))
+    image, text = load_model(folder / "image"), load_model(folder / "text")
     model = JoinedEncoder(image, text, projector=options["projector"], prompts=prompts)
-    weights = {f"image.{key}": value for key, value in image.state_dict().items()}
-    if any(not key.startswith("image.") for key in model.state_dict()):
+    weights = {key: value for key, value in model.state_dict().items() if key.startswith(_MODELS)}
+    if weights.keys() != model.state_dict().keys():
         weights |= read_weights(folder / WEIGHTS)
     load_weights(model, weights, where=folder)
     return model

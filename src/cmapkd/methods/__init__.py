@@ -9,6 +9,7 @@ from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
+from cmapkd.methods.dc_clip import DCClip
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.stages import StageConfig
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "hinton": Hinton,
     "promptkd": PromptKD,
     "c2kd": C2KD,
+    "dc_clip": DCClip,
     "clip_kd": ClipKD,
     "cmapkd": CMAPKD,
 }

@@ -12,6 +12,7 @@ from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergen
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import similarity_divergence
+from cmapkd.objectives.smooth import smooth_distance
 
 __all__ = [
     "bank_divergence",
@@ -32,4 +33,5 @@ __all__ = [
     "sigmoid_loss",
     "similarities",
     "similarity_divergence",
+    "smooth_distance",
 ]

@@ -117,3 +117,18 @@ def test_a_source_without_classes_is_refused(tmp_path: Path) -> None:
     data = {"train": f"csv:{tmp_path / 'pairs.csv'}"}
     with pytest.raises(ConfigError, match="reads the names of the classes"):
         cmapkd.distill(**run_settings(method={"name": "hinton", "form": "classes"}, data=data), out=tmp_path / "run")
+
+
+def test_only_the_towers_that_are_read_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make_method("hinton", settings={"form": "classes", "class_vectors": "teacher"})
+    assert method.teacher is not None
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("nobody reads the texts")
+
+    monkeypatch.setattr(method.teacher.model, "encode_text", never)
+    monkeypatch.setattr(method.student, "encode_text", never)
+    batch = random_batch(4)
+    assert method.encode_student(batch).text.embedding.shape == (4, 0)
+    assert method.encode_teacher(batch).text.embedding.shape == (4, 0)
+    method(batch)

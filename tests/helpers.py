@@ -15,16 +15,22 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cmapkd.data.batches import BatchBuilder, Reader
+from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
+from cmapkd.methods.base import LABELS
 from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
 from cmapkd.training import OptimConfig, TrainConfig, Trainer
 
+CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "square tree"), ("{}", "a {} near tree"))
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
+
+ROUNDING = {"promptkd": 10.0}
+"""How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
     "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
@@ -57,7 +63,7 @@ class MemorySource:
         draws = np.random.default_rng(index)
         width, height = draws.integers(18, 40, 2)
         image = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        return Sample(f"m{index}", image, self.captions(index))
+        return Sample(f"m{index}", image, self.captions(index), index % 5 if index % 3 else None)
 
     def captions(self, index: int) -> tuple[str, ...]:
         if index in self.without_caption:
@@ -127,13 +133,13 @@ def make_method(
     teacher = (teacher or make_teacher()) if kind.uses_teacher else None
     torch.manual_seed(3)
     config = kind.Config.from_mapping({"name": name, **(settings or {})})
-    return build_method(config, student=student, teacher=teacher)
+    return build_method(config, student=student, teacher=teacher, classes=CLASSES)
 
 
 def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBuilder:
     models = {"student": method.student} | ({"teacher": method.teacher.model} if method.teacher else {})
     readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
-    options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, **options}
+    options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
     return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)
 
 
@@ -146,7 +152,8 @@ def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
         role: ModelInput(torch.randn(size, 3, side, side, generator=draws, dtype=torch.float64).to(dtype), texts)
         for role, side in (("student", 16), ("teacher", 24))
     }
-    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size)
+    labels = torch.randint(-1, len(CLASSES.names), (size,), generator=draws)  # some have none
+    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels})
 
 
 def make_trainer(

@@ -23,7 +23,7 @@ from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.methods import Method, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
-from cmapkd.run import RunConfig, heads_of, plan_cache, readers, vocabulary_captions
+from cmapkd.run import RunConfig, classes_of, heads_of, plan_cache, readers, vocabulary_captions
 from cmapkd.training.optim import make_optimizer
 
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
@@ -78,10 +78,12 @@ def diagnose(config: RunConfig) -> list[Finding]:
         findings += _check_teacher_sanity(teacher, train)
     frozen = FrozenTeacher(teacher) if teacher is not None else None
     num_findings = len(findings)
-    heads = _attempt(findings, "heads", partial(heads_of, config, student, train))
+    heads = partial(heads_of, config, train)
+    _attempt(findings, "heads", partial(heads, student))  # a problem of theirs bears their name
+    classes = _attempt(findings, "classes", partial(classes_of, config, train))
     if len(findings) > num_findings:
         return findings
-    build = partial(build_method, config.method, student=student, teacher=frozen, beside=heads)
+    build = partial(build_method, config.method, student=student, teacher=frozen, beside=heads, classes=classes)
     method = _attempt(findings, "method", build)
     if method is not None:
         if method.teacher is not None and len(train) >= config.training.batch_size:

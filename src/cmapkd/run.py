@@ -21,11 +21,11 @@ from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
+from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
-from cmapkd.evaluation.templates import get_templates
 from cmapkd.methods import METHODS, Method, MethodConfig, build_method
 from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
 from cmapkd.provenance import describe_environment
@@ -184,9 +184,13 @@ def _train(
     teacher = FrozenTeacher(build_model(config.teacher)) if config.teacher is not None else None
     torch.manual_seed(config.seed)
     student = build_model(config.student, captions=vocabulary_captions(source))
-    heads = heads_of(config, student, source)
+    classes = classes_of(config, source)
+    if classes is not None and teacher is not None:
+        teacher.to(PartialState().device)  # a method embeds the classes with it when it is built
     torch.manual_seed(config.seed)
-    method = build_method(config.method, student=student, teacher=teacher, beside=heads)
+    method = build_method(
+        config.method, student=student, teacher=teacher, beside=partial(heads_of, config, source), classes=classes
+    )
     assert config.data.views is not None
     reader = answer_from_cache(config, method, source, console) if config.cache and method.teacher else None
     teacher = None  # a cached one has no weights, and this would keep them
@@ -222,17 +226,34 @@ def _train(
             tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
             student.load_state_dict(tensors["student"])
         _save_student(student, out / "student")
-        if heads is not None:
-            heads.save(out / "heads")
+        if isinstance(method.beside, JointHeads):
+            method.beside.save(out / "heads")
     return student, trained, extra
 
 
-def heads_of(config: RunConfig, student: DualEncoder, source: Source) -> JointHeads | None:
+def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHeads | None:
     """The heads that learn with the student; None where the config asks for none."""
     if config.heads is None:
         return None
     template = get_templates(config.evaluation.templates, source)[0]
     return build_heads(config.heads, student=student, source=source, template=template, seed=config.seed)
+
+
+def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
+    """The classes of the training source, in the evaluation's words; None where the method does not read them.
+
+    Raises:
+        ConfigError: it reads them, and nobody names them.
+    """
+    if not config.method.reads_classes:
+        return None
+    names = get_class_names(config.evaluation.class_names, source)
+    if not names:
+        raise ConfigError(
+            f"method {config.method.name}, as it is set, reads the names of the classes, and {source.name} names none: "
+            "give evaluation.class_names a file with a name on each line, or take a data.train with labels"
+        )
+    return ClassPrompts(names, get_templates(config.evaluation.templates, source))
 
 
 def plan_cache(config: RunConfig, method: Method, source: Source, *, whole: bool = False) -> CachePlan:

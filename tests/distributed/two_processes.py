@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,15 @@ TRAINED = (
 POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
+    "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
+    "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
     "cmapkd, everything": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
     "cmapkd, selected by a policy": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": POLICY}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+    "hinton, classes": ("hinton", {"form": "classes"}),
+    "hinton, the teacher's classes in micro-batches": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
     **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
+    "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
 
@@ -62,7 +68,8 @@ def part_of(batch: Batch, rank: int) -> Batch:
         role: ModelInput(each.images[mine], TokenBatch(each.texts.ids[mine], each.texts.mask[mine]))
         for role, each in batch.inputs.items()
     }
-    return replace(batch, ids=batch.ids[mine], inputs=inputs, captions=batch.captions[mine])
+    extra = {name: rows[mine] for name, rows in batch.extra.items()}
+    return replace(batch, ids=batch.ids[mine], inputs=inputs, captions=batch.captions[mine], extra=extra)
 
 
 def rows(seed: int) -> Tensor:
@@ -111,9 +118,12 @@ def with_heads(rank: int | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
         student = build_model("tiny:debug", captions=vocabulary_captions(source))
         asked = HeadsConfig.model_validate({"vqa": 1.0, "captioning": 0.5, "detection": 2.0})
-        heads = build_heads(asked, student=student, source=source, template="a {}", seed=0)
+        heads = partial(build_heads, asked, source=source, template="a {}", seed=0)
         method = build_method(
-            METHODS["contrastive"].Config(name="contrastive"), student=student, teacher=None, beside=heads
+            METHODS["contrastive"].Config(name="contrastive"),
+            student=student,
+            teacher=None,
+            beside=lambda model, heads=heads: heads(student=model),
         )
         partly = Partly(source, lacking)
         builder = BatchBuilder(partly, ViewSpec(), readers(student, None), seed=0, extras=method.extras)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from cmapkd.data.types import BadSampleError, TokenBatch
-from cmapkd.evaluation.embed import embed, embed_texts
+from cmapkd.evaluation.embed import embed
+from cmapkd.models.texts import embed_texts
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.models.types import TowerFeatures
 

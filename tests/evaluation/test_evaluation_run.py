@@ -12,7 +12,8 @@ from cmapkd.config import ConfigError
 from cmapkd.evaluation import EvaluationConfig, evaluate
 from cmapkd.evaluation.embed import embed
 from cmapkd.evaluation.retrieval import retrieval
-from cmapkd.evaluation.zero_shot import classifier, zero_shot
+from cmapkd.evaluation.zero_shot import zero_shot
+from cmapkd.models.texts import class_vectors
 from cmapkd.models.tiny import TinyDualEncoder
 
 Make = Callable[..., Any]
@@ -23,7 +24,7 @@ def test_both_tasks_from_one_embedding(model: TinyDualEncoder, make_source: Make
     source = make_source(12, labels=[n % 3 for n in range(12)], class_names=CLASSES, broken=[4])
     scores = evaluate(model, source, EvaluationConfig(), device="cpu")
     embedded = embed(model, source, batch_size=256, device="cpu")
-    weights = classifier(model, CLASSES, ["a photo of a {}."], batch_size=256, device="cpu")
+    weights = class_vectors(model, CLASSES, ["a photo of a {}."], batch_size=256, device="cpu")
     assert scores == {
         "retrieval": retrieval(embedded.images, embedded.texts, embedded.image_of_text),
         "zero_shot": zero_shot(embedded.images, embedded.labels, weights),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cmapkd.config import ConfigError
-from cmapkd.evaluation.templates import fill, get_class_names, get_templates
+from cmapkd.data.templates import fill, get_class_names, get_templates
 
 Make = Callable[..., Any]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cmapkd.data.templates import get_templates
 from cmapkd.data.types import TokenBatch
-from cmapkd.evaluation.embed import embed_texts
-from cmapkd.evaluation.templates import get_templates
-from cmapkd.evaluation.zero_shot import classifier, zero_shot
+from cmapkd.evaluation.zero_shot import zero_shot
+from cmapkd.models.texts import class_vectors, embed_texts
 from cmapkd.models.tiny import TinyDualEncoder
 
 
@@ -49,7 +49,7 @@ def test_top5_of_so_few_classes_is_not_reported(num_classes: int) -> None:
 
 def test_a_class_vector_is_the_normalised_mean_of_its_unit_prompts(model: TinyDualEncoder) -> None:
     names, templates = ["red boat", "large dog", "tree"], ["{}", "a small {} near house", "blue {}"]
-    weights = classifier(model, names, templates, batch_size=4, device="cpu")
+    weights = class_vectors(model, names, templates, batch_size=4, device="cpu")
     for name, weight in zip(names, weights, strict=True):
         units = [embed_texts(model, [t.replace("{}", name)], batch_size=1, device="cpu")[0] for t in templates]
         mean = torch.stack(units).mean(0)
@@ -64,16 +64,16 @@ def test_class_vectors_are_those_of_open_clip(model: TinyDualEncoder) -> None:
             return F.normalize(model.encode_text(texts).embedding, dim=-1)
 
     names, templates = ["red boat", "large dog", "tree"], get_templates("simple")
-    theirs = open_clip.build_zero_shot_classifier(AsOpenClip(), model.tokenizer, names, templates, device="cpu").T
-    ours = classifier(model, names, templates, batch_size=4, device="cpu")
+    theirs = open_clip.build_zero_shot_class_vectors(AsOpenClip(), model.tokenizer, names, templates, device="cpu").T
+    ours = class_vectors(model, names, templates, batch_size=4, device="cpu")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_many_prompts_are_averaged_in_parts(model: TinyDualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     names, templates = ["boat", "dog", "tree", "cat", "house"], ["{}", "red {}"]
-    whole = classifier(model, names, templates, batch_size=8, device="cpu")
+    whole = class_vectors(model, names, templates, batch_size=8, device="cpu")
     monkeypatch.setattr("cmapkd.evaluation.zero_shot._TEXTS_AT_ONCE", 4)
-    parts = classifier(model, names, templates, batch_size=8, device="cpu")
+    parts = class_vectors(model, names, templates, batch_size=8, device="cpu")
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
 
 
@@ -85,4 +85,4 @@ def test_what_cannot_be_scored_is_refused(model: TinyDualEncoder) -> None:
     with pytest.raises(ValueError, match="class weights are not finite"):
         zero_shot(torch.eye(2), torch.tensor([0, 1]), torch.eye(2) * torch.nan)
     with pytest.raises(ValueError, match="needs class names and templates, got 0 and 1"):
-        classifier(model, [], ["{}"], batch_size=1, device="cpu")
+        class_vectors(model, [], ["{}"], batch_size=1, device="cpu")

@@ -14,16 +14,20 @@ from torch import Tensor, nn
 from cmapkd.methods import METHODS, Method, StageConfig, micro_batches
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
-from helpers import CMAPKD_IN_FULL, DropoutStudent, make_method, make_model, random_batch
+from helpers import CMAPKD_IN_FULL, ROUNDING, DropoutStudent, make_method, make_model, random_batch
 
 BATCH, MICRO_BATCH = 8, 3  # the last part is shorter
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
+    "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
+    "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
     "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
     "cmapkd, key tokens": ("cmapkd", {**CMAPKD_IN_FULL, "places": "key_tokens", "key_tokens": 2}),
     "cmapkd, pooled": ("cmapkd", {**CMAPKD_IN_FULL, "places": "pooled"}),
     "cmapkd, top down and gated": ("cmapkd", {**CMAPKD_IN_FULL, "top_down": True, "weighting": "gate"}),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+    "hinton, classes": ("hinton", {"form": "classes"}),
+    "hinton, the teacher's classes": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
 }
 
 
@@ -85,8 +89,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize("name", CASES)
 def test_terms_and_gradients_equal_those_of_one_batch(name: str, dtype: torch.dtype, tolerance: float) -> None:
     whole = results(built(name, dtype), None)
-    assert "gradient/student._log_logit_scale" in whole
-    assert_close(results(built(name, dtype), MICRO_BATCH), whole, tolerance)
+    assert any(key.startswith("gradient/student.") for key in whole)
+    rounding = ROUNDING.get(CASES[name][0], 1.0) if dtype == torch.float32 else 1.0
+    assert_close(results(built(name, dtype), MICRO_BATCH), whole, tolerance * rounding)
 
 
 def test_a_logit_bias_gets_its_gradient() -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from cmapkd.features import KeyTokens
 from cmapkd.methods import Method
 from cmapkd.methods.base import Detail
 from cmapkd.models import DualEncoder, FrozenTeacher, Needs
+from cmapkd.models.types import BOTH
 
 GIB = 2**30
 
@@ -49,10 +50,16 @@ class CachePlan:
     def of_method(
         cls, config: CacheConfig, method: Method, *, source: Source, views: ViewSpec, keys: Keys, precision: str
     ) -> CachePlan:
-        """Before any stage has been entered: what all stages together read."""
+        """Before any stage has been entered: what all stages together read.
+
+        Raises:
+            CacheError: the method has no use for one.
+        """
         assert method.teacher is not None
+        if method.not_cached is not None:
+            raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
         detail = method.teacher_detail
-        needs = method.teacher_needs
+        needs = replace(method.teacher_needs, towers=BOTH)  # both: any method may read it
         return cls(config, method.teacher, needs, detail, source, views, keys, precision, method.key_tokens)
 
     @property

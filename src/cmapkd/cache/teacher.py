@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmapkd.cache.config import Check
 from cmapkd.cache.parts import CacheFolder
@@ -14,8 +15,18 @@ from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.writer import live_features
 from cmapkd.data.types import Batch, ModelInput, StoredRows, TokenBatch
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.models.types import BOTH
 
 REFERENCE_SEED = 0  # the same reference set in every process, and after a resume
+
+
+def _description(model: DualEncoder) -> DualEncoder:
+    """A copy without weights. Whoever else holds the model keeps them: a student whose texts it embeds."""
+    empty: dict[int, Tensor] = {
+        id(each): nn.Parameter(each.detach().to("meta"), requires_grad=False) for each in model.parameters()
+    }
+    empty |= {id(each): each.to("meta") for each in model.buffers()}
+    return copy.deepcopy(model, empty)
 
 
 class CacheWarning(UserWarning):
@@ -43,7 +54,7 @@ class CachedTeacher(FrozenTeacher):
         precision: str = "fp32",
         check: Check = "first_use",
     ) -> None:
-        super().__init__(model.to("meta"))
+        super().__init__(_description(model))
         self.cache, self.reload, self.precision, self.check = cache, reload, precision, check
         self.live: FrozenTeacher | None = None
         self.device = torch.device("cpu")
@@ -89,16 +100,11 @@ class CachedTeacher(FrozenTeacher):
         places = stored.missing.to(inputs.images.device)
         texts = TokenBatch(inputs.texts.ids[places], inputs.texts.mask[places])
         layout = self.cache.layout
-        needs = Needs(
-            *(
-                tuple(
-                    dict.fromkeys(
-                        str(each.level) for each in layout.fields if each.level is not None and each.tower == tower
-                    )
-                )
-                for tower in ("image", "text")
-            )
+        levels = [each for each in layout.fields if each.level is not None]
+        of_image, of_text = (
+            tuple(dict.fromkeys(str(each.level) for each in levels if each.tower == tower)) for tower in BOTH
         )
+        needs = Needs(of_image, of_text)
         features = live_features(self.live, ModelInput(inputs.images, texts), needs, self.precision)
         for name, values in layout.arrays(features, texts).items():
             arrays[name][places] = values.to(arrays[name].dtype)

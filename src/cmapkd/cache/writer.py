@@ -22,6 +22,7 @@ from cmapkd.data.batches import Reader
 from cmapkd.data.types import ModelInput, Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.models import FrozenTeacher, Needs
+from cmapkd.models.types import BOTH
 
 Progress = Callable[[int, int], None]  # rows done, rows to do, of this process
 
@@ -132,12 +133,10 @@ class _Answerer:
     def __init__(self, cache: CacheFolder, teacher: FrozenTeacher, device: torch.device, precision: str) -> None:
         self.layout, self.teacher, self.device, self.precision = cache.layout, teacher, device, precision
         levels = [each for each in cache.layout.fields if each.level is not None]
-        self.needs = Needs(
-            *(
-                tuple(dict.fromkeys(str(each.level) for each in levels if each.tower == tower))
-                for tower in ("image", "text")
-            )
+        image, text = (
+            tuple(dict.fromkeys(str(each.level) for each in levels if each.tower == tower)) for tower in BOTH
         )
+        self.needs = Needs(image, text)
 
     @torch.no_grad()
     def __call__(self, chunk: Chunk, fidelity: Fidelity) -> Any:

@@ -43,14 +43,15 @@ def build(
     from cmapkd.data.open import open_source
     from cmapkd.methods import build_method
     from cmapkd.models import FrozenTeacher, build_model
-    from cmapkd.run import plan_cache, vocabulary_captions
+    from cmapkd.run import classes_of, plan_cache, vocabulary_captions
 
     if config.teacher is None:
         raise ConfigError("there is no teacher in this recipe to cache the answers of")
     source = open_source(config.data.train, split="train", require_captions=True)
     teacher = FrozenTeacher(build_model(config.teacher))
     student = build_model(config.student, captions=vocabulary_captions(source))
-    method = build_method(config.method, student=student, teacher=teacher)
+    classes = classes_of(config, source)
+    method = build_method(config.method, student=student, teacher=teacher, classes=classes)
     if method.teacher is None:
         raise CacheError(f"method {config.method.name} asks no teacher")
     plan = plan_cache(config, method, source, whole=whole)

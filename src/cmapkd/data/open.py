@@ -125,7 +125,9 @@ def _open_scenes(spec: Spec) -> Source:
         options["length"] = min(limits)
     if (size := spec.take_int("size")) is not None:
         options["size"] = size
-    _refuse_leftovers(spec, ("size", "length", "limit"))
+    if (language := spec.take("language")) is not None:
+        options["language"] = language
+    _refuse_leftovers(spec, ("size", "length", "limit", "language"))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:

@@ -128,6 +128,10 @@ class TokenBatch:
     def part(self, start: int, stop: int) -> TokenBatch:
         return self._map(lambda tensor: tensor[start:stop])
 
+    def rows(self, places: Tensor) -> TokenBatch:
+        """The texts at `places`, in that order."""
+        return self._map(lambda tensor: tensor[places])
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         return TokenBatch(change(self.ids), change(self.mask), None if self.spans is None else change(self.spans))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.features.pyramid import pooled
 from cmapkd.features.taps import language_taps, tapped, visual_taps
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.texts import encode_texts, evaluating
 from cmapkd.models.types import LevelInfo, TowerFeatures
 
 OnBadSample = Literal["skip", "error"]
@@ -103,7 +103,7 @@ def embed(
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
     text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
-    texts, text_levels = _embed_texts(
+    texts, text_levels = _embed_captions(
         model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast
     )
     return Embedded(
@@ -119,21 +119,9 @@ def embed(
     )
 
 
-def embed_texts(
+def _embed_captions(
     model: DualEncoder,
-    texts: Sequence[str],
-    *,
-    batch_size: int,
-    device: torch.device | str,
-    autocast: torch.dtype | None = None,
-) -> Float[Tensor, "texts dim"]:
-    """Unit embeddings of `texts`, in their order; similar lengths share a batch, equal texts are encoded once."""
-    return _embed_texts(model, texts, taps={}, batch_size=batch_size, device=device, autocast=autocast)[0]
-
-
-def _embed_texts(
-    model: DualEncoder,
-    texts: Sequence[str],
+    captions: Sequence[str],
     *,
     taps: Mapping[str, LevelInfo],
     batch_size: int,
@@ -141,16 +129,12 @@ def _embed_texts(
     autocast: torch.dtype | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Embeddings, and the pooled levels that `taps` names."""
-    different = sorted(set(texts), key=lambda text: (-len(text), text))
     rows = _Rows(taps)
-    with evaluating(model, device, autocast):
-        for first in range(0, len(different), batch_size):
-            tokens = model.tokenizer(different[first : first + batch_size])
-            rows.add(model.encode_text(tokens.to(device), rows.names))
+    order = encode_texts(
+        model, captions, rows.add, levels=rows.names, batch_size=batch_size, device=device, autocast=autocast
+    )
     if not rows.embeddings:
         return torch.empty(0, model.embed_dim), {}
-    place = {text: number for number, text in enumerate(different)}
-    order = torch.tensor([place[text] for text in texts])
     return torch.cat(rows.embeddings)[order], {name: values[order] for name, values in rows.levels().items()}
 
 
@@ -174,23 +158,6 @@ class _Rows:
 
 def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
     return F.normalize(embedding.float(), dim=-1).cpu()
-
-
-@contextmanager
-def evaluating(model: nn.Module, device: torch.device | str, autocast: torch.dtype | None) -> Iterator[None]:
-    """Eval mode without gradient; afterwards every module is back in the mode it had, also a frozen part's eval."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.to(device).eval()
-    try:
-        # without a cache: entries made without gradient would still be used by a training step's autocast around us
-        cast = torch.autocast(
-            torch.device(device).type, dtype=autocast, enabled=autocast is not None, cache_enabled=False
-        )
-        with torch.no_grad(), cast:
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Text(NamedTuple):

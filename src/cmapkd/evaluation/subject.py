@@ -12,12 +12,12 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
+from cmapkd.data.templates import get_class_names, get_templates
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
 from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
-from cmapkd.evaluation.templates import get_class_names, get_templates
-from cmapkd.evaluation.zero_shot import classifier
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.texts import class_vectors
 
 if TYPE_CHECKING:
     from cmapkd.evaluation.probes.data import Annotations
@@ -132,7 +132,7 @@ class Subject:
 
     def name_weights(self, names: tuple[str, ...]) -> Float[Tensor, "names dim"]:
         """One unit vector for each name, from the text tower and the templates."""
-        return classifier(
+        return class_vectors(
             self.model,
             names,
             get_templates(self.bench.config.templates, self.bench.source),

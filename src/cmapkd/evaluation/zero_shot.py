@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cmapkd.evaluation.embed import embed_texts
 from cmapkd.evaluation.ranking import check_finite, rank_positives
-from cmapkd.evaluation.templates import fill
-from cmapkd.models.base import DualEncoder
-
-_TEXTS_AT_ONCE = 8_192  # prompts whose embeddings are held before they are averaged
-
-
-def classifier(
-    model: DualEncoder,
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    *,
-    batch_size: int,
-    device: torch.device | str,
-    autocast: torch.dtype | None = None,
-) -> Float[Tensor, "classes dim"]:
-    """One unit vector for each class: the mean of the unit embeddings of its prompts, normalised again.
-
-    Raises:
-        ValueError: there are no class names or no templates.
-    Source: Radford et al. 2021, arXiv:2103.00020, section 3.1.4 (prompt ensembling in embedding space).
-    """
-    if not class_names or not templates:
-        raise ValueError(f"a classifier needs class names and templates, got {len(class_names)} and {len(templates)}")
-    weights: list[Tensor] = []
-    step = max(1, _TEXTS_AT_ONCE // len(templates))
-    for first in range(0, len(class_names), step):
-        names = class_names[first : first + step]
-        prompts = [fill(template, name) for name in names for template in templates]
-        texts = embed_texts(model, prompts, batch_size=batch_size, device=device, autocast=autocast)
-        weights.append(F.normalize(texts.view(len(names), len(templates), -1).mean(1), dim=-1))
-    return torch.cat(weights)
 
 
 def zero_shot(

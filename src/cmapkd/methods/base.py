@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Int
 from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
 
@@ -32,6 +33,10 @@ from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighti
 Detail = Literal["global", "pooled", "key_tokens", "dense"]
 """How finely a teacher is read: its embeddings; also one vector for each level; also a few key tokens of each; also
 levels place by place. Each can be had from those after it."""
+
+
+LABELS = "labels"
+"""Under which a batch brings its samples' labels, see `data.labels.LabelReader`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,11 @@ class MethodConfig(Config):
     term_weighting: SerializeAsAny[WeightingConfig] | None = Field(
         None, description="A weighting of the method's terms, on top of their weights; none: these alone."
     )
+
+    @property
+    def reads_classes(self) -> bool:
+        """Whether the method, as it is set, is told the classes of the training source: their names and prompts."""
+        return False
 
     @field_validator("term_weighting", mode="before")
     @classmethod
@@ -102,6 +112,8 @@ class Method(nn.Module, ABC):
     card: ClassVar[MethodCard]
     Config: ClassVar[type[MethodConfig]]
     uses_teacher: ClassVar[bool] = True
+    not_cached: ClassVar[str | None] = None
+    """Why the teacher cannot answer from a cache; None where it can."""
     measurements: dict[str, Tensor]
     """What the last step is worth logging besides its terms: learned weights, their entropy."""
 
@@ -136,8 +148,13 @@ class Method(nn.Module, ABC):
 
     @property
     def extras(self) -> Mapping[str, Extra]:
-        """What batches must bring besides views and captions, for the terms that the run adds."""
+        """What batches must bring besides views and captions: what the terms read, and those that the run adds."""
         return self.beside.extras if self.beside is not None else {}
+
+    def labels(self, batch: Batch) -> Int[Tensor, " batch"]:
+        """The labels of all processes' samples, -1 where there is none; for a method with `LABELS` in its extras."""
+        labels: Tensor = batch.extra[LABELS]
+        return gather_rows(labels.to(self._device))
 
     @property
     def level_names(self) -> tuple[str, ...]:

@@ -1,61 +1,129 @@
-"""Knowledge distillation of in-batch similarity logits (Hinton et al. 2015, arXiv:1503.02531).
+"""Knowledge distillation of softened distributions (Hinton et al. 2015, arXiv:1503.02531), in two readings.
 
-For a dual encoder the "classes" of an image are the texts of the batch, and the other way round: the reading that
-open_clip's own distillation takes (there with temperature 1 and weight 1).
+What the "classes" are is the choice of a form. `in_batch`: for an image the texts of the batch, and the other way
+round, the reading that open_clip's own distillation takes (there with temperature 1 and weight 1). `classes`: the
+classes of the training source, each a vector that the text tower makes of its prompts.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
+from cmapkd.data.batches import Extra
+from cmapkd.data.labels import LabelReader
+from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
-from cmapkd.models import DualEncoder, FrozenTeacher
-from cmapkd.objectives import similarity_divergence
+from cmapkd.methods.base import LABELS, Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.models import DualEncoder, FrozenTeacher, Needs
+from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.texts import LearnedClassVectors, frozen_class_vectors
+from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities, similarity_divergence
 
 
 class HintonConfig(MethodConfig):
-    """How soft the distributions are, and what each term counts."""
+    """What is softened, how much, and what each term counts."""
 
+    form: Literal["in_batch", "classes"] = Field(
+        "in_batch", description="What images are matched with: the texts of the batch (and they with images); classes."
+    )
     temperature: float = Field(1.0, gt=0, description="Divides both models' logits on top of their own logit scales.")
-    distill_weight: float = Field(1.0, ge=0, description="Weight of the KL divergence, in both directions.")
-    task_weight: float = Field(1.0, ge=0, description="Weight of the student's own contrastive loss.")
+    distill_weight: float = Field(1.0, ge=0, description="Weight of the KL divergence; in_batch: in both directions.")
+    task_weight: float = Field(
+        1.0, ge=0, description="Weight of the student's own loss; in_batch: contrastive; classes: CE with the labels."
+    )
+    class_vectors: Literal["own", "teacher"] = Field(
+        "own", description="classes: whose vectors the student's images are matched with; the teacher has its own."
+    )
+    prompts_at_once: int | None = Field(
+        1, ge=1, description="classes, own: templates drawn in each step for the student's vectors; none: all."
+    )
+    label_share: float = Field(
+        1.0, ge=0, le=1, description="classes: share of the samples whose label is read; the others are unlabelled."
+    )
+
+    @property
+    def reads_classes(self) -> bool:
+        return self.form == "classes"
 
 
 class Hinton(Method):
-    """The teacher's softmax over the batch, each image over texts and each text over images."""
+    """The teacher's softmax over the batch, each image over texts and each text over images; or over classes."""
 
     Config: ClassVar[type[MethodConfig]] = HintonConfig
     card: ClassVar[MethodCard] = MethodCard(
-        title="Knowledge distillation of in-batch similarities",
+        title="Knowledge distillation of in-batch similarities, or of classes",
         paper="Hinton et al. 2015, arXiv:1503.02531, section 2; in-batch form as open_clip's DistillClipLoss",
         equations=(
-            "Z_S = s_S v_S t_Sᵀ, Z_T = s_T v_T t_Tᵀ",
+            "in_batch: Z_S = s_S v_S t_Sᵀ, Z_T = s_T v_T t_Tᵀ",
             "L_KD = T²/2 [KL(σ(Z_T/T) ‖ σ(Z_S/T)) + KL(σ(Z_Tᵀ/T) ‖ σ(Z_Sᵀ/T))]",
             "L = task_weight L_contrastive + distill_weight L_KD",
+            "classes: Z_S = s_S v_S W_Sᵀ, Z_T = s_T v_T W_Tᵀ, W the unit vectors of the classes' prompts",
+            "L_KD = T² KL(σ(Z_T/T) ‖ σ(Z_S/T)), batch mean; L = task_weight CE(Z_S, y) + distill_weight L_KD",
         ),
-        needs="embeddings and logit scales of both models; widths may differ",
-        trainable="the student",
+        needs="embeddings and logit scales of both models; widths may differ. classes: names of the classes, and "
+        "labels where there are any",
+        trainable="the student; with class_vectors: teacher its image tower and a linear map where the widths differ",
         departures=(
             "KL instead of open_clip's soft cross-entropy: the same gradient, and zero at agreement.",
             "Hard and soft terms weigh 1 : 1 at temperature 1, as in open_clip; the paper only says that the hard term "
-            "should count considerably less.",
+            "should count considerably less, and mdistiller takes 0.1 : 0.9 at temperature 4.",
+            "classes: logits are cosines times each model's own logit scale, not outputs of a linear layer.",
+            "classes: the cross-entropy is the mean over the labelled samples of the batch, the soft term over all.",
         ),
         checked_against="the formula written out; open_clip's DistillClipLoss (gradient, and value up to the teacher's "
-        "entropy)",
+        "entropy); mdistiller's kd_loss (values and gradients, tests/methods/fixtures/hinton.json)",
     )
 
-    def __init__(self, config: HintonConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
+    class_vectors: Tensor  # the teacher's
+
+    def __init__(
+        self,
+        config: HintonConfig,
+        *,
+        student: DualEncoder,
+        teacher: FrozenTeacher | None = None,
+        classes: ClassPrompts | None = None,
+    ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        self.own_vectors: LearnedClassVectors | None = None
+        if config.form == "in_batch":
+            return
+        assert teacher is not None
+        assert classes is not None
+        self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
+        if config.class_vectors == "own":
+            self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
+        else:
+            same = student.embed_dim == teacher.embed_dim
+            self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        return ("contrastive", "similarity")
+        return ("contrastive", "similarity") if self.config.form == "in_batch" else ("labels", "classes")
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        if not (self.config.reads_classes and self.config.task_weight):
+            return super().extras
+        return {**super().extras, LABELS: LabelReader(self.config.label_share)}
+
+    @property
+    def student_needs(self) -> Needs:
+        return Needs() if self.config.form == "in_batch" else Needs(towers=("image",))
+
+    @property
+    def teacher_needs(self) -> Needs:
+        return self.student_needs
 
     def terms(self, batch: Batch) -> dict[str, Term]:
+        return self._of_texts(batch) if self.config.form == "in_batch" else self._of_classes(batch)
+
+    def _of_texts(self, batch: Batch) -> dict[str, Term]:
         student, teacher = self.encode_student(batch), self.encode_teacher(batch)
         return {
             "contrastive": Term(task_loss(student), self.config.task_weight),
@@ -72,3 +140,17 @@ class Hinton(Method):
                 self.config.distill_weight,
             ),
         }
+
+    def _of_classes(self, batch: Batch) -> dict[str, Term]:
+        config, student = self.config, self.encode_student(batch)
+        vectors = self.class_vectors if self.own_vectors is None else self.own_vectors(self.student)
+        logits = similarities(student.image.embedding, vectors, student.logit_scale)
+        terms: dict[str, Term] = {}
+        if self.wants("labels", config.task_weight):
+            terms["labels"] = Term(labelled_cross_entropy(logits, self.labels(batch)), config.task_weight)
+        if self.wants("classes", config.distill_weight):
+            teacher = self.encode_teacher(batch)
+            soft = similarities(teacher.image.embedding, self.class_vectors, teacher.logit_scale)
+            divergence = kl_divergence(logits, soft, temperature=config.temperature)
+            terms["classes"] = Term(divergence, config.distill_weight)
+        return terms

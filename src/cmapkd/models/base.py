@@ -62,6 +62,12 @@ class DualEncoder(nn.Module, ABC):
         """The learned bias added to the logits (SigLIP); None where the model has none."""
         return None
 
+    @property
+    def image_blocks(self) -> tuple[nn.Module, ...]:
+        """The image tower's blocks in their order, where each maps [batch tokens width] to the same, for any number of
+        tokens; empty for other towers."""
+        return ()
+
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         """Image embedding [batch, embed_dim], not normalised, and the named levels.
@@ -88,9 +94,10 @@ class DualEncoder(nn.Module, ABC):
 
     def forward(self, inputs: ModelInput, needs: Needs | None = None) -> Features:
         needs = needs or Needs()
+        nothing = TowerFeatures(self.log_logit_scale.new_empty(len(inputs.texts.ids), 0))
         return Features(
-            image=self.encode_image(inputs.images, needs.image_levels),
-            text=self.encode_text(inputs.texts, needs.text_levels),
+            image=self.encode_image(inputs.images, needs.image_levels) if "image" in needs.towers else nothing,
+            text=self.encode_text(inputs.texts, needs.text_levels) if "text" in needs.towers else nothing,
             logit_scale=self.log_logit_scale.exp().reshape(()),  # some libraries store it as a vector of one
             logit_bias=self.logit_bias,
         )

@@ -78,6 +78,10 @@ class HfModel(DualEncoder):
         if self.logit_bias is None:
             super().clamp_logit_scale()
 
+    @property
+    def image_blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self.model.vision_model.encoder.layers)
+
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
         # The towers and not `get_image_features`, whose return type changed in transformers 5; tested to be equal.

@@ -106,6 +106,16 @@ class OpenClipModel(DualEncoder):
         if self.model.logit_bias is None:
             super().clamp_logit_scale()
 
+    @property
+    def image_blocks(self) -> tuple[nn.Module, ...]:
+        visual = self.model.visual
+        if any(level.layout != "tokens" for level in self.image_levels) or not self.image_levels:
+            return ()
+        if not hasattr(visual, "trunk"):
+            return tuple(visual.transformer.resblocks) if visual.transformer.batch_first else ()
+        positions_inside = any(getattr(visual.trunk, name, None) is not None for name in ("rope", "rel_pos_bias"))
+        return () if positions_inside else tuple(visual.trunk.blocks)
+
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
         if not levels:

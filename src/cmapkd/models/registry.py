@@ -14,6 +14,7 @@ from cmapkd.models.base import DualEncoder
 from cmapkd.models.storage import DESCRIPTION, read_description
 
 FAMILIES = ("open_clip", "hf", "timm", "tiny")
+JOINED = "joined"  # of folders only: two models' towers, see `JoinedEncoder`
 
 
 class ModelConfig(Config):
@@ -64,6 +65,8 @@ def _family(name: str) -> Family:
         from cmapkd.models import timm_family as family  # type: ignore[no-redef]
     elif name == "tiny":
         from cmapkd.models import tiny_family as family  # type: ignore[no-redef]
+    elif name == JOINED:
+        from cmapkd.models import joined as family  # type: ignore[no-redef]
     else:
         raise ValueError(f"unknown model family {name!r}{closest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
     return family

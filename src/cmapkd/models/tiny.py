@@ -192,6 +192,10 @@ class TinyDualEncoder(DualEncoder):
     def log_logit_scale(self) -> nn.Parameter:
         return self._log_logit_scale
 
+    @property
+    def image_blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self.vision.blocks)
+
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
         output: TowerFeatures = self.vision(images, levels)

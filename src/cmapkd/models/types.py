@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Layout = Literal["tokens", "map"]
+Tower = Literal["image", "text"]
+BOTH: tuple[Tower, ...] = ("image", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +66,19 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The levels somebody will read; a model computes and returns no others."""
+    """The towers and levels somebody will read; a model computes and returns no others.
+
+    The embedding of a tower that nobody reads has width 0.
+    """
 
     image_levels: tuple[str, ...] = ()
     text_levels: tuple[str, ...] = ()
+    towers: tuple[Tower, ...] = BOTH
 
     def union(self, other: Needs) -> Needs:
         """Levels of either, each once, in order of first mention."""
         return Needs(
             tuple(dict.fromkeys(self.image_levels + other.image_levels)),
             tuple(dict.fromkeys(self.text_levels + other.text_levels)),
+            tuple(tower for tower in BOTH if tower in self.towers + other.towers),
         )

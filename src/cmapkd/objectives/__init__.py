@@ -1,14 +1,18 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
+from cmapkd.objectives.classes import labelled_cross_entropy, non_target_divergence
+from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
 from cmapkd.objectives.feature import embedding_distance, feature_distance
 from cmapkd.objectives.interactive import interactive_loss
 from cmapkd.objectives.level import level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
+from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import similarity_divergence
+from cmapkd.objectives.smooth import smooth_distance
 
 __all__ = [
     "bank_divergence",
@@ -17,12 +21,17 @@ __all__ = [
     "embedding_distance",
     "feature_distance",
     "interactive_loss",
+    "kendall_tau",
     "kl_divergence",
+    "labelled_cross_entropy",
     "layer_relation_distance",
     "level_distance",
+    "non_target_divergence",
     "prior_coupling",
     "pyramid_divergence",
     "relation_distance",
     "sigmoid_loss",
+    "similarities",
     "similarity_divergence",
+    "smooth_distance",
 ]

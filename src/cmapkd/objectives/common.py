@@ -19,8 +19,8 @@ def unit(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
 
 
 def similarities(
-    rows: Float[Tensor, "batch dim"], columns: Float[Tensor, "batch dim"], logit_scale: Float[Tensor, ""] | float
-) -> Float[Tensor, "batch batch"]:
+    rows: Float[Tensor, "batch dim"], columns: Float[Tensor, "columns dim"], logit_scale: Float[Tensor, ""] | float
+) -> Float[Tensor, "batch columns"]:
     """Cosines of every row with every column, times `logit_scale`; float32 or wider.
 
     Outside autocast, which would take the product in bf16: at a logit scale of 100 that is off by whole nats.

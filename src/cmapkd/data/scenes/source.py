@@ -13,12 +13,14 @@ from PIL import Image
 from cmapkd.data.scenes.language import TEMPLATES, captions_with_claims
 from cmapkd.data.scenes.questions import questions_of
 from cmapkd.data.scenes.render import pixel_box, render
+from cmapkd.data.scenes.second import second_language
 from cmapkd.data.scenes.spec import CLASS_NAMES, DIFFICULTIES, SPLITS, WORLD_VERSION
 from cmapkd.data.scenes.world import WORLD_SEED, Scene, scene_at
 from cmapkd.data.types import Box, QuestionAnswer, Sample
 
 T = TypeVar("T")
 
+LANGUAGES = ("first", "second", "both")
 DEFAULT_LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "ood": 1000}
 _SIZES = (32, 224)
 _LABELS = {name: number for number, name in enumerate(CLASS_NAMES)}
@@ -27,14 +29,16 @@ _LABELS = {name: number for number, name in enumerate(CLASS_NAMES)}
 class SceneSample(Sample):
     """A sample whose captions, questions and boxes are made when first asked for: training reads only the captions."""
 
-    __slots__ = ("_made", "_scene", "_size")
+    __slots__ = ("_language", "_made", "_scene", "_size")
+    _language: str
     _made: dict[str, tuple[Any, ...]]
     _scene: Scene
     _size: int
 
-    def __init__(self, sample_id: str, image: Image.Image, size: int, scene: Scene) -> None:
+    def __init__(self, sample_id: str, image: Image.Image, size: int, scene: Scene, language: str) -> None:
         label = _LABELS[scene.objects[0].name]
-        for name, value in (("id", sample_id), ("image", image), ("label", label), ("_size", size), ("_scene", scene)):
+        given = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene, "_language": language}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_made", {})
 
@@ -46,7 +50,7 @@ class SceneSample(Sample):
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return self._make("captions", lambda: _captions(self._scene))
+        return self._make("captions", lambda: _captions(self._scene, self._language))
 
     @property
     def questions(self) -> tuple[QuestionAnswer, ...]:
@@ -71,7 +75,12 @@ class ScenesSource:
     templates: tuple[str, ...] = TEMPLATES
 
     def __init__(
-        self, split: str = "train", size: int = 64, difficulty: str = "standard", length: int | None = None
+        self,
+        split: str = "train",
+        size: int = 64,
+        difficulty: str = "standard",
+        length: int | None = None,
+        language: str = "first",
     ) -> None:
         """A view of the world; two of the same arguments are the same.
 
@@ -80,11 +89,13 @@ class ScenesSource:
             size: side of the square images in pixels, 32 to 224; the scenes are the same at every size.
             difficulty: a name in `DIFFICULTIES`.
             length: number of samples; by default 10 million for `train` and 1000 for the others.
+            language: of the captions: `first` (English), `second` (see `second_language`), or `both`, five of each.
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
         _check_known("split", split, SPLITS)
         _check_known("difficulty", difficulty, tuple(DIFFICULTIES))
+        _check_known("language", language, LANGUAGES)
         if not _SIZES[0] <= size <= _SIZES[1]:
             raise ValueError(
                 f"size is {size}, but scenes are drawn at {_SIZES[0]} to {_SIZES[1]} pixels: below, textures cannot be "
@@ -96,6 +107,7 @@ class ScenesSource:
         self.size = size
         self.difficulty = difficulty
         self.length = DEFAULT_LENGTHS[split] if length is None else length
+        self.language = language
         self.name = f"scenes/{difficulty}/{split}"
 
     def __len__(self) -> int:
@@ -108,7 +120,7 @@ class ScenesSource:
             IndexError: the index is negative, or not below the length.
         """
         scene = self.scene(index)
-        return SceneSample(f"{self.name}/{index:09d}", render(scene, self.size), self.size, scene)
+        return SceneSample(f"{self.name}/{index:09d}", render(scene, self.size), self.size, scene, self.language)
 
     def scene(self, index: int) -> Scene:
         """What the sample at `index` shows, without drawing it."""
@@ -118,7 +130,7 @@ class ScenesSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`, without drawing it."""
-        return _captions(self.scene(index))
+        return _captions(self.scene(index), self.language)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -128,12 +140,17 @@ class ScenesSource:
     def fingerprint(self) -> str:
         """A hash of the world's version and seed and of this view's own settings."""
         spec = sorted(asdict(DIFFICULTIES[self.difficulty]).items())
-        parts = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec)
+        parts: tuple[object, ...] = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec)
+        parts += () if self.language == "first" else (self.language,)
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _captions(scene: Scene) -> tuple[str, ...]:
-    return tuple(text for text, _ in captions_with_claims(scene))
+def _captions(scene: Scene, language: str) -> tuple[str, ...]:
+    first = tuple(text for text, _ in captions_with_claims(scene))
+    if language == "first":
+        return first
+    second = tuple(second_language(text) for text in first)
+    return second if language == "second" else first + second
 
 
 def boxes_of(scene: Scene, size: int) -> tuple[Box, ...]:

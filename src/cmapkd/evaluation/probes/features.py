@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from cmapkd.data.types import Source
-from cmapkd.evaluation.embed import evaluating
 from cmapkd.features.pyramid import Grid, grid_of, level_grid
 from cmapkd.models.base import DualEncoder, ImageSpec
+from cmapkd.models.texts import evaluating
 from cmapkd.models.types import LevelInfo, TowerFeatures
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Extra
+from cmapkd.data.templates import fill
 from cmapkd.data.types import Batch, ModelInput, Sample, Source, TokenBatch
-from cmapkd.evaluation.embed import evaluating
 from cmapkd.evaluation.probes.config import (
     HeadsConfig,
     JointCaptioningConfig,
@@ -37,13 +37,13 @@ from cmapkd.evaluation.probes.lessons import (
     survey,
 )
 from cmapkd.evaluation.probes.probe import Head, Seen
-from cmapkd.evaluation.templates import fill
 from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.features import gather_rows
 from cmapkd.features.pyramid import Grid
 from cmapkd.methods import Term, TermsBeside
 from cmapkd.methods.micro_batches import encode_again, micro_batches
 from cmapkd.models.base import DualEncoder, ImageSpec
+from cmapkd.models.texts import evaluating
 
 _EXTRA = "heads"  # under which a batch carries a `LessonBatch`
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from cmapkd.data.templates import get_templates
 from cmapkd.evaluation.calibration import zero_shot_calibration
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
-from cmapkd.evaluation.templates import get_templates
 from cmapkd.evaluation.zero_shot import zero_shot
 
 

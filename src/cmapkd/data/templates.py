@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from cmapkd.config import ConfigError, closest
@@ -11,6 +12,19 @@ from cmapkd.data.types import Source
 
 TEMPLATE_SETS = ("auto", "openai_imagenet", "simple", "photo", "plain", "scenes")
 CLASS_NAME_SETS = ("imagenet",)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassPrompts:
+    """The classes of a source as texts: `names` by label, and `templates` that each name is put into."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every prompt: all of the first class, then all of the second, ..."""
+        return tuple(fill(template, name) for name in self.names for template in self.templates)
 
 
 def get_templates(name: str, source: Source | None = None) -> tuple[str, ...]:

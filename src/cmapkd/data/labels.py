@@ -1,0 +1,35 @@
+"""Labels of samples, for methods that read them: an `Extra` of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cmapkd.data.random import uniforms
+from cmapkd.data.types import Sample
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LabelReader:
+    """One number for each sample, -1 where it has no label, or where its label is hidden.
+
+    Attributes:
+        share: of the samples whose label is shown; which ones is decided by their ids alone, so it is the same in every
+            epoch, run and process, and a larger share shows all that a smaller one does.
+    """
+
+    share: float = 1.0
+
+    def read(self, sample: Sample, epoch: int) -> int:  # noqa: ARG002  the same in every epoch
+        if sample.label is None or (self.share < 1 and uniforms(1, "label", sample.id)[0] >= self.share):
+            return NO_LABEL
+        return sample.label
+
+    def join(self, items: Sequence[int]) -> Int[Tensor, " batch"]:
+        return torch.tensor(items, dtype=torch.long)

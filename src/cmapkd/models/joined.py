@@ -1,0 +1,140 @@
+"""`JoinedEncoder`: one model's image tower in the joint space of another, whose text tower it is paired with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmapkd.data.types import TokenBatch
+from cmapkd.models.base import DualEncoder
+from cmapkd.models.prompts import DeepPrompts
+from cmapkd.models.registry import load_model
+from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
+from cmapkd.models.teacher import FrozenTeacher
+from cmapkd.models.types import TowerFeatures
+
+ProjectorKind = Literal["none", "linear", "two_layer"]
+_MODELS = ("image.", "text.")  # parts that are saved as models of their own
+
+
+def make_projector(kind: ProjectorKind, width: int, to: int) -> nn.Module:
+    """What takes image embeddings into another space; `two_layer` normalises over the batch, as PromptKD's does."""
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(width, to)
+    return nn.Sequential(nn.Linear(width, to), nn.BatchNorm1d(to), nn.ReLU(), nn.Linear(to, to))
+
+
+class JoinedEncoder(DualEncoder):
+    """A student's image tower, with prompts inside and a projector behind it, beside its teacher's frozen text tower.
+
+    What a method trains whose classifier is made of the teacher's texts: images are embedded where those are, so the
+    result is a dual encoder that is evaluated, saved and loaded as any other. Of a frozen teacher the text tower is no
+    submodule: it is in no checkpoint and no wrapper. The saved folder has it, whole, so that the folder is complete.
+
+    Attributes:
+        image: the student as it was given; its own text tower is not used.
+        project: from its embeddings to the teacher's width.
+        prompts: inside its image tower; None without.
+    """
+
+    def __init__(
+        self,
+        image: DualEncoder,
+        text: FrozenTeacher | DualEncoder,
+        *,
+        projector: ProjectorKind,
+        prompts: DeepPrompts | None = None,
+    ) -> None:
+        super().__init__()
+        self.image, self.projector_kind = image, projector
+        self._frozen = text if isinstance(text, FrozenTeacher) else None
+        self.text = text if isinstance(text, DualEncoder) else None
+        self.prompts = prompts
+        self.project = make_projector(projector, image.embed_dim, text.embed_dim)
+        self.name = image.name
+        self.embed_dim = text.embed_dim if projector != "none" else image.embed_dim
+        if self.embed_dim != text.embed_dim:
+            raise ValueError(
+                f"{image.name} embeds in {image.embed_dim} numbers and {text.name} in {text.embed_dim}: a "
+                "projector has to map one to the other"
+            )
+        self.image_spec, self.image_levels = image.image_spec, image.image_levels
+        self.tokenizer, self.text_levels = self.text_model.tokenizer, self.text_model.text_levels
+
+    @property
+    def text_model(self) -> DualEncoder:
+        """The model whose text tower this is."""
+        if self.text is not None:
+            return self.text
+        assert self._frozen is not None
+        return self._frozen.model
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        return self.image.log_logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return self.image.logit_bias
+
+    @property
+    def image_blocks(self) -> tuple[nn.Module, ...]:
+        return self.image.image_blocks
+
+    def clamp_logit_scale(self) -> None:
+        self.image.clamp_logit_scale()
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        tower = self.before_projector(images, levels)
+        return replace(tower, embedding=self.project(tower.embedding))
+
+    def before_projector(self, images: Tensor, levels: Sequence[str] = ()) -> TowerFeatures:
+        """The image tower's own embedding; a projector that normalises over the batch wants the whole of it."""
+        if self.prompts is None:
+            return self.image.encode_image(images, levels)
+        with self.prompts.inside(self.image.image_blocks):
+            tower = self.image.encode_image(images, levels)
+        kept = {}
+        for name, level in tower.levels.items():  # a library that notes what a block returns may note the prompts too
+            places = level.num_prefix + level.grid[0] * level.grid[1] if level.grid else level.values.shape[1]
+            kept[name] = replace(level, values=level.values[:, :places])
+        return replace(tower, levels=kept)
+
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        if self._frozen is not None:
+            self._frozen.to(texts.ids.device)
+        return self.text_model.encode_text(texts, levels)
+
+    def num_parameters(self) -> int:
+        """Of both models whole, towers that are not used among them."""
+        beside = self.text_model.num_parameters() if self._frozen is not None else 0
+        return super().num_parameters() + beside
+
+    def save(self, folder: Path) -> None:
+        tokens = None if self.prompts is None else self.prompts.tokens.shape
+        options = {"projector": self.projector_kind, "prompts": None if tokens is None else [*tokens]}
+        own = {key: value for key, value in self.state_dict().items() if not key.startswith(_MODELS)}
+        write_model_folder(folder, family="joined", name=self.name, options=options, weights=own)
+        self.image.save(folder / "image")
+        self.text_model.save(folder / "text")
+
+
+def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+    """A folder that `JoinedEncoder.save` wrote."""
+    options = description["options"]
+    shape = options["prompts"]
+    prompts = None if shape is None else DeepPrompts(shape[2], depth=shape[0], count=shape[1])
+    image, text = load_model(folder / "image"), load_model(folder / "text")
+    model = JoinedEncoder(image, text, projector=options["projector"], prompts=prompts)
+    weights = {key: value for key, value in model.state_dict().items() if key.startswith(_MODELS)}
+    if weights.keys() != model.state_dict().keys():
+        weights |= read_weights(folder / WEIGHTS)
+    load_weights(model, weights, where=folder)
+    return model

@@ -1,0 +1,134 @@
+"""Hinton's distillation of classes: whose vectors, which labels, and what is saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cmapkd
+from cmapkd.config import ConfigError
+from cmapkd.data.labels import LabelReader
+from cmapkd.data.open import open_source
+from cmapkd.methods.base import LABELS
+from cmapkd.models import load_model
+from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.texts import LearnedClassVectors, class_vectors
+from cmapkd.objectives import kl_divergence
+from helpers import CLASSES, make_method, make_model, make_teacher, random_batch
+
+CLASSES_FORM = {"form": "classes", "temperature": 2.0, "task_weight": 0.3, "distill_weight": 0.7}
+
+
+def logits(embedding: Tensor, vectors: Tensor, scale: Tensor) -> Tensor:
+    return scale * F.normalize(embedding, dim=-1) @ vectors.T
+
+
+@pytest.mark.parametrize("whose", ["own", "teacher"])
+def test_terms_are_those_of_the_two_classifiers(whose: str) -> None:
+    student, teacher = make_model(), make_teacher()
+    settings = {**CLASSES_FORM, "class_vectors": whose, "prompts_at_once": None}
+    method = make_method("hinton", student=student, teacher=teacher, settings=settings)
+    batch = replace(random_batch(6), extra={LABELS: torch.tensor([4, -1, 0, 0, -1, 2])})
+    theirs = class_vectors(teacher.model, CLASSES.names, CLASSES.templates, device="cpu")
+    ours = theirs if whose == "teacher" else class_vectors(student, CLASSES.names, CLASSES.templates, device="cpu")
+    image = method.student.encode_image(batch.inputs["student"].images).embedding
+    mine = logits(image, ours, student.log_logit_scale.exp())
+    soft = logits(
+        teacher.model.encode_image(batch.inputs["teacher"].images).embedding,
+        theirs,
+        teacher.model.log_logit_scale.exp(),
+    )
+    terms = method.terms(batch)
+    known = batch.extra[LABELS] >= 0
+    assert {name: term.weight for name, term in terms.items()} == {"labels": 0.3, "classes": 0.7}
+    expected = F.cross_entropy(mine[known], batch.extra[LABELS][known])
+    torch.testing.assert_close(terms["labels"].value, expected, rtol=1e-4, atol=1e-5)
+    divergence = kl_divergence(mine, soft, temperature=2.0)
+    torch.testing.assert_close(terms["classes"].value, divergence, rtol=1e-4, atol=1e-5)
+
+
+def test_captions_are_not_read() -> None:
+    method = make_method("hinton", settings={**CLASSES_FORM, "prompts_at_once": None})
+    batch = random_batch(4)
+    other = random_batch(4, seed=1)
+    inputs = {role: replace(each, texts=other.inputs[role].texts) for role, each in batch.inputs.items()}
+    before, after = method.terms(batch), method.terms(replace(batch, inputs=inputs))
+    assert all(torch.equal(before[name].value, after[name].value) for name in before)
+
+
+def test_prompts_are_drawn_from_the_random_state() -> None:
+    student = make_model()
+    draw = LearnedClassVectors(CLASSES, student, at_once=1)
+    every = LearnedClassVectors(CLASSES, student)(student)
+    assert torch.allclose(every, class_vectors(student, CLASSES.names, CLASSES.templates, device="cpu"), atol=1e-6)
+    torch.manual_seed(0)
+    first = [draw(student) for _ in range(6)]
+    torch.manual_seed(0)
+    again = [draw(student) for _ in range(6)]
+    assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+    different = {tuple(one[0].tolist()) for one in first}
+    assert len(different) == 2  # as many as there are templates
+
+
+def test_a_share_of_the_labels_is_the_same_samples_every_time() -> None:
+    source = open_source("scenes:easy?length=400")
+    few, more = LabelReader(0.1), LabelReader(0.3)
+    shown = [index for index in range(400) if few.read(source[index], 0) >= 0]
+    assert 20 < len(shown) < 65
+    assert shown == [index for index in range(400) if few.read(source[index], 7) >= 0]
+    assert set(shown) < {index for index in range(400) if more.read(source[index], 0) >= 0}
+    assert LabelReader().join([few.read(source[shown[0]], 0), -1]).tolist() == [source[shown[0]].label, -1]
+
+
+def run_settings(**changes: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "teacher": "tiny:scenes-teacher",
+        "student": "tiny:small-32",
+        "data": {"train": "scenes:easy?length=40", "val": "scenes:easy@val?length=24"},
+        "training": {"steps": 3, "batch_size": 8, "checkpoint_every": 1},
+        "evaluation": {"tasks": ["zero_shot"]},
+        "quiet": True,
+    }
+    return settings | changes
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_run_with_the_teachers_vectors_is_saved_with_its_texts(cache: bool, tmp_path: Path) -> None:
+    method = {"name": "hinton", "form": "classes", "class_vectors": "teacher"}
+    cached = {"cache": {"mode": "auto", "folder": str(tmp_path / "cache")}} if cache else {}
+    result = cmapkd.distill(**run_settings(method=method, **cached), out=tmp_path / "run")
+    student = load_model(tmp_path / "run")
+    assert isinstance(student, JoinedEncoder)
+    teacher = cmapkd.load("tiny:scenes-teacher")
+    texts = student.tokenizer(["the red circle is the largest object"])
+    assert torch.equal(student.encode_text(texts).embedding, teacher.encode_text(texts).embedding)
+    assert result.metrics["student"]["zero_shot"]["num_classes"] == 100
+
+
+def test_a_source_without_classes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a cat\n" * 2)
+    (tmp_path / "a.png").write_bytes(b"")
+    data = {"train": f"csv:{tmp_path / 'pairs.csv'}"}
+    with pytest.raises(ConfigError, match="reads the names of the classes"):
+        cmapkd.distill(**run_settings(method={"name": "hinton", "form": "classes"}, data=data), out=tmp_path / "run")
+
+
+def test_only_the_towers_that_are_read_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make_method("hinton", settings={"form": "classes", "class_vectors": "teacher"})
+    assert method.teacher is not None
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("nobody reads the texts")
+
+    monkeypatch.setattr(method.teacher.model, "encode_text", never)
+    monkeypatch.setattr(method.student, "encode_text", never)
+    batch = random_batch(4)
+    assert method.encode_student(batch).text.embedding.shape == (4, 0)
+    assert method.encode_teacher(batch).text.embedding.shape == (4, 0)
+    method(batch)

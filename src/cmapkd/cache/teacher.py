@@ -23,7 +23,7 @@ class CacheWarning(UserWarning):
 
 
 class CachedTeacher(FrozenTeacher):
-    """Answers with `batch.stored["teacher"]`; for samples without an answer it loads the teacher after all.
+    """Answers with what `batch.stored` has for its role; for samples without an answer it loads the teacher after all.
 
     `model` says what the teacher is (levels, preprocessing, tokenizer); its weights are on the meta device.
 
@@ -42,8 +42,9 @@ class CachedTeacher(FrozenTeacher):
         reload: Callable[[], DualEncoder],
         precision: str = "fp32",
         check: Check = "first_use",
+        role: str = "teacher",
     ) -> None:
-        super().__init__(model.to("meta"))
+        super().__init__(model.to("meta"), role)
         self.cache, self.reload, self.precision, self.check = cache, reload, precision, check
         self.live: FrozenTeacher | None = None
         self.device = torch.device("cpu")
@@ -60,7 +61,7 @@ class CachedTeacher(FrozenTeacher):
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
         needs = needs or Needs()
-        stored, inputs = batch.stored["teacher"], batch.inputs.get("teacher")
+        stored, inputs = batch.stored[self.role], batch.inputs.get(self.role)
         layout = self.cache.layout
         arrays = layout.decode(stored.arrays)
         if len(stored.missing):
@@ -87,7 +88,10 @@ class CachedTeacher(FrozenTeacher):
             )
             self.live = FrozenTeacher(self.reload()).to(inputs.images.device)
         places = stored.missing.to(inputs.images.device)
-        texts = TokenBatch(inputs.texts.ids[places], inputs.texts.mask[places])
+        texts, *more = (
+            TokenBatch(each.ids[places], each.mask[places]) for each in (inputs.texts, *inputs.more_texts.values())
+        )
+        lacking = ModelInput(inputs.images, texts, dict(zip(inputs.more_texts, more, strict=True)))
         layout = self.cache.layout
         needs = Needs(
             *(
@@ -99,6 +103,6 @@ class CachedTeacher(FrozenTeacher):
                 for tower in ("image", "text")
             )
         )
-        features = live_features(self.live, ModelInput(inputs.images, texts), needs, self.precision)
+        features = live_features(self.live, lacking, needs, self.precision)
         for name, values in layout.arrays(features, texts).items():
             arrays[name][places] = values.to(arrays[name].dtype)

@@ -1,10 +1,14 @@
 """One published method = one file. `METHODS` is the list: adding a method adds one line here."""
 
+from collections.abc import Iterable, Sequence
+
+from cmapkd.config import ConfigError
 from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, TermsBeside
 from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.hinton import Hinton
+from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import DualEncoder, FrozenTeacher
 
@@ -13,27 +17,63 @@ METHODS: dict[str, type[Method]] = {
     "hinton": Hinton,
     "clip_kd": ClipKD,
     "cmapkd": CMAPKD,
+    "mobileclip": MobileCLIP,
 }
 
 
 def build_method(
-    config: MethodConfig, *, student: DualEncoder, teacher: FrozenTeacher | None, beside: TermsBeside | None = None
+    config: MethodConfig,
+    *,
+    student: DualEncoder,
+    teacher: FrozenTeacher | None,
+    more_teachers: Sequence[FrozenTeacher] = (),
+    beside: TermsBeside | None = None,
 ) -> Method:
-    """The method that `config` names; a teacher it does not use is left out.
+    """The method that `config` names; teachers it does not use are left out.
 
     Args:
+        more_teachers: besides the first, each with a role of its own.
         beside: terms that the run adds to the method's own.
 
     Raises:
-        ConfigError: a setting does not fit the method's terms or levels.
+        ConfigError: a setting does not fit the method's terms or levels, or it takes one teacher only.
         ValueError: the method needs a teacher and there is none, or the models lack what it reads.
     """
     kind = METHODS[config.name]
-    method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None)
+    if more_teachers and kind.uses_teacher:
+        check_teachers(config.name, [each.role for each in more_teachers])
+        method = kind(config, student=student, teacher=teacher, more_teachers=more_teachers)
+    else:
+        method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None)
     method.beside = beside
     if config.term_weighting is not None:
         method.weigh_terms(config.term_weighting)
     return method
 
 
-__all__ = ["METHODS", "Method", "MethodCard", "MethodConfig", "StageConfig", "Term", "TermsBeside", "build_method"]
+def check_teachers(name: str, more: Iterable[str]) -> None:
+    """Refuses further teachers where a method takes one.
+
+    Raises:
+        ConfigError: names them, and the methods that take several.
+    """
+    further = ", ".join(more)
+    if further and not METHODS[name].several_teachers:
+        able = ", ".join(other for other, kind in METHODS.items() if kind.several_teachers)
+        raise ConfigError(
+            f"method {name} learns from one teacher, and more_teachers names {further} besides: leave them out, or use "
+            f"a method that takes several ({able})"
+        )
+
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodCard",
+    "MethodConfig",
+    "StageConfig",
+    "Term",
+    "TermsBeside",
+    "build_method",
+    "check_teachers",
+]

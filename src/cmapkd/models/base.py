@@ -93,6 +93,7 @@ class DualEncoder(nn.Module, ABC):
             text=self.encode_text(inputs.texts, needs.text_levels),
             logit_scale=self.log_logit_scale.exp().reshape(()),  # some libraries store it as a vector of one
             logit_bias=self.logit_bias,
+            more_texts={pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()},
         )
 
     @torch.no_grad()

@@ -8,13 +8,14 @@ from cmapkd.objectives.interactive import interactive_loss
 from cmapkd.objectives.level import level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
-from cmapkd.objectives.similarity import similarity_divergence
+from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 
 __all__ = [
     "bank_divergence",
     "bank_relation_distance",
     "contrastive_loss",
     "embedding_distance",
+    "ensemble_divergence",
     "feature_distance",
     "interactive_loss",
     "kl_divergence",

@@ -15,6 +15,7 @@ from cmapkd.data.scenes.questions import questions_of
 from cmapkd.data.scenes.render import pixel_box, render
 from cmapkd.data.scenes.spec import CLASS_NAMES, DIFFICULTIES, SPLITS, WORLD_VERSION
 from cmapkd.data.scenes.world import WORLD_SEED, Scene, scene_at
+from cmapkd.data.scenes.wrong import with_wrong
 from cmapkd.data.types import Box, QuestionAnswer, Sample
 
 T = TypeVar("T")
@@ -27,14 +28,16 @@ _LABELS = {name: number for number, name in enumerate(CLASS_NAMES)}
 class SceneSample(Sample):
     """A sample whose captions, questions and boxes are made when first asked for: training reads only the captions."""
 
-    __slots__ = ("_made", "_scene", "_size")
+    __slots__ = ("_made", "_scene", "_size", "_wrong")
     _made: dict[str, tuple[Any, ...]]
     _scene: Scene
     _size: int
+    _wrong: float
 
-    def __init__(self, sample_id: str, image: Image.Image, size: int, scene: Scene) -> None:
+    def __init__(self, sample_id: str, image: Image.Image, size: int, scene: Scene, wrong: float = 0.0) -> None:
         label = _LABELS[scene.objects[0].name]
-        for name, value in (("id", sample_id), ("image", image), ("label", label), ("_size", size), ("_scene", scene)):
+        values = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene, "_wrong": wrong}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_made", {})
 
@@ -46,7 +49,12 @@ class SceneSample(Sample):
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return self._make("captions", lambda: _captions(self._scene))
+        return self._make("captions", lambda: _captions(self._scene, self._wrong))
+
+    @property
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """The true captions, as a captioner without fault would write them."""
+        return {"synthetic": self._make("synthetic", lambda: _captions(self._scene))}
 
     @property
     def questions(self) -> tuple[QuestionAnswer, ...]:
@@ -58,7 +66,8 @@ class SceneSample(Sample):
 
     def __reduce__(self) -> tuple[type[Sample], tuple[Any, ...]]:
         """Crosses a process as a plain sample, with everything made."""
-        return Sample, (self.id, self.image, self.captions, self.label, self.questions, self.boxes)
+        values = (self.id, self.image, self.captions, self.label, self.questions, self.boxes, self.texts)
+        return Sample, values
 
 
 class ScenesSource:
@@ -71,7 +80,12 @@ class ScenesSource:
     templates: tuple[str, ...] = TEMPLATES
 
     def __init__(
-        self, split: str = "train", size: int = 64, difficulty: str = "standard", length: int | None = None
+        self,
+        split: str = "train",
+        size: int = 64,
+        difficulty: str = "standard",
+        length: int | None = None,
+        wrong: float = 0.0,
     ) -> None:
         """A view of the world; two of the same arguments are the same.
 
@@ -80,6 +94,7 @@ class ScenesSource:
             size: side of the square images in pixels, 32 to 224; the scenes are the same at every size.
             difficulty: a name in `DIFFICULTIES`.
             length: number of samples; by default 10 million for `train` and 1000 for the others.
+            wrong: share of captions whose colours and shapes are wrong; a sample's synthetic captions stay true.
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
@@ -92,7 +107,10 @@ class ScenesSource:
             )
         if length is not None and length < 1:
             raise ValueError(f"length is {length}: give a number of samples >= 1, or none for the split's own.")
+        if not 0 <= wrong <= 1:
+            raise ValueError(f"wrong is {wrong:g}, but it is a share of the captions: give a number from 0 to 1.")
         self.split = split
+        self.wrong = wrong
         self.size = size
         self.difficulty = difficulty
         self.length = DEFAULT_LENGTHS[split] if length is None else length
@@ -108,7 +126,7 @@ class ScenesSource:
             IndexError: the index is negative, or not below the length.
         """
         scene = self.scene(index)
-        return SceneSample(f"{self.name}/{index:09d}", render(scene, self.size), self.size, scene)
+        return SceneSample(f"{self.name}/{index:09d}", render(scene, self.size), self.size, scene, self.wrong)
 
     def scene(self, index: int) -> Scene:
         """What the sample at `index` shows, without drawing it."""
@@ -118,7 +136,7 @@ class ScenesSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`, without drawing it."""
-        return _captions(self.scene(index))
+        return _captions(self.scene(index), self.wrong)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -128,12 +146,14 @@ class ScenesSource:
     def fingerprint(self) -> str:
         """A hash of the world's version and seed and of this view's own settings."""
         spec = sorted(asdict(DIFFICULTIES[self.difficulty]).items())
-        parts = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec)
+        wrong = (("wrong", self.wrong),) if self.wrong else ()
+        parts = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec, *wrong)
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _captions(scene: Scene) -> tuple[str, ...]:
-    return tuple(text for text, _ in captions_with_claims(scene))
+def _captions(scene: Scene, wrong: float = 0.0) -> tuple[str, ...]:
+    captions = tuple(text for text, _ in captions_with_claims(scene))
+    return with_wrong(scene, captions, wrong) if wrong else captions
 
 
 def boxes_of(scene: Scene, size: int) -> tuple[Box, ...]:

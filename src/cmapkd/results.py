@@ -41,8 +41,6 @@ class RunResult:
         baseline = self.metrics.get("baseline_name", "baseline")
         rows = {"teacher": "teacher", "baseline": baseline, "student": self.metrics["method"]}
         present = [(rows[role], self.metrics[role]) for role in rows if self.metrics.get(role)]
-        more = [(f"teacher {name}", scores) for name, scores in self.metrics.get("more_teachers", {}).items()]
-        present[1:1] = more
         table = score_table(present, title=f"Scores on {self.metrics['evaluated_on']}")
         if self.gap_closed is not None:
             share = 100 * self.gap_closed

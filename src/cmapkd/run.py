@@ -409,7 +409,7 @@ def _measure(
     *,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Scores of all models on the final source."""
+    """Scores on the final source of student, baseline and the first teacher, to which the gap is taken."""
 
     def scores(model: DualEncoder | None) -> Scores | None:
         if model is None:
@@ -422,12 +422,10 @@ def _measure(
     teacher = teacher_scores
     if teacher is None and config.teacher is not None:
         teacher = scores(build_model(config.teacher))
-    more = {name: scores(build_model(model)) for name, model in config.more_teachers.items()}
     student_scores = scores(student)
     baseline_scores = scores(load_model(baseline)) if baseline is not None else None
     return {
         "teacher": teacher,
-        **({"more_teachers": more} if more else {}),
         "student": student_scores,
         "baseline": baseline_scores,
         "baseline_name": None if baseline is None else "scratch" if config.baseline == "scratch" else baseline.name,

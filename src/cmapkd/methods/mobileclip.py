@@ -56,7 +56,7 @@ class MobileCLIP(Method):
             "l(t) = task_weight L_contrastive(t) + distill_weight L_KD(t)",
             "L = l(captions), plus l(synthetic captions) where they are read",
         ),
-        needs="embeddings of all models and their logit scales; any number of teachers; synthetic captions if asked for",
+        needs="embeddings of all models and their logit scales; of one or more teachers; synthetic captions if asked",
         trainable="the student",
         departures=(
             "KL in place of the soft cross-entropy: the same gradient, and zero where the student is the mean.",

@@ -367,3 +367,46 @@ def test_saved_models_answer_alike(tmp_path: Path) -> None:
     assert torch.equal(one.image.embedding, other.image.embedding)
     assert torch.equal(one.text.embedding, other.text.embedding)
     assert math.isclose(one.logit_scale.item(), other.logit_scale.item())
+
+
+# ------------------------------------------------------------------------------------------------ several teachers
+
+
+def two_taught(taught_by: Path, **changes: Any) -> dict[str, Any]:
+    method = {"name": "mobileclip", "synthetic": True}
+    return settings(taught_by, method=method, more_teachers={"second": str(taught_by)}) | changes
+
+
+def test_two_teachers_from_config_to_caches(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = cmapkd.distill(**two_taught(teacher, cache="auto", baseline="scratch"), out=tmp_path / "a")
+    stored = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert stored["more_teachers"]["second"]["name"] == str(teacher)
+    assert load_config(RunConfig, result.folder / "config.yaml").plain() == stored
+    assert "more_teachers" not in yaml.safe_load((result.folder / "baseline" / "config.yaml").read_text())
+    terms = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert {key for key in terms if key.startswith("terms/")} == {
+        "terms/contrastive", "terms/similarity", "terms/contrastive_synthetic", "terms/similarity_synthetic",
+    }  # fmt: skip
+    assert len([*(tmp_path / "cache" / "cmapkd" / "teachers").iterdir()]) == 1  # equal teachers share their rows
+    assert result.metrics["teacher"]["retrieval"]
+
+
+def test_further_teachers_are_checked_before_the_run(teacher: Path) -> None:
+    values = {key: value for key, value in two_taught(teacher).items() if key != "quiet"}
+    with pytest.raises(ConfigError, match=r"clip_kd learns from one teacher, and more_teachers names second"):
+        RunConfig.from_mapping(values | {"method": "clip_kd"})
+    with pytest.raises(ConfigError, match="'student' cannot name a further teacher"):
+        RunConfig.from_mapping(values | {"more_teachers": {"student": str(teacher)}})
+    with pytest.raises(ConfigError, match="distils from a teacher: add teacher"):
+        RunConfig.from_mapping(values | {"teacher": None})
+    assert RunConfig.from_mapping(values | {"more_teachers": None}).teachers.keys() == {"teacher"}
+
+
+def test_a_run_with_one_teacher_has_the_config_that_it_had(teacher: Path) -> None:
+    values = {key: value for key, value in settings(teacher).items() if key != "quiet"}
+    plain = RunConfig.from_mapping(values).plain()
+    assert "more_teachers" not in plain
+    assert "mix_synthetic" not in plain["data"]
+    mixed = values | {"data": {**values["data"], "mix_synthetic": 0.5}}
+    assert RunConfig.from_mapping(mixed).plain()["data"]["mix_synthetic"] == 0.5

@@ -24,7 +24,7 @@ from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
-from cmapkd.run import RunConfig, heads_of, method_of, plan_cache, readers, texts_of, vocabulary_captions
+from cmapkd.run import RunConfig, build_student, heads_of, method_of, plan_cache, readers, texts_of
 from cmapkd.training.optim import make_optimizer
 
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
@@ -66,20 +66,22 @@ def diagnose(config: RunConfig) -> list[Finding]:
         return findings
     train = sources["train"]
     torch.manual_seed(config.seed)
-    student = _attempt(findings, "student", partial(build_model, config.student, captions=vocabulary_captions(train)))
     teachers: dict[str, DualEncoder] = {}
     for role, model in config.teachers.items():
         teacher = _attempt(findings, _named(role), partial(build_model, model))
         if teacher is not None:
             teachers[role] = teacher
-    if student is None or len(teachers) < len(config.teachers):
+    if len(teachers) < len(config.teachers):
+        return findings
+    frozen = {role: FrozenTeacher(teacher, role) for role, teacher in teachers.items()}
+    student = _attempt(findings, "student", partial(build_student, config, train, frozen))
+    if student is None:
         return findings
     findings += _check_model("student", student, train)
     for role, teacher in teachers.items():
         findings += _check_model(_named(role), teacher, train)
         findings += _compare(student, teacher)
         findings += _check_teacher_sanity(_named(role), teacher, train)
-    frozen = {role: FrozenTeacher(teacher, role) for role, teacher in teachers.items()}
     num_findings = len(findings)
     heads = _attempt(findings, "heads", partial(heads_of, config, student, train))
     if len(findings) > num_findings:

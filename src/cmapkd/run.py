@@ -118,6 +118,19 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _weights_to_inherit(self) -> Self:
+        for role, model in self.teachers.items():
+            if model.inherit is not None:
+                raise ValueError(f"teacher {role} would inherit weights: only the student does")
+        inherit = self.student.inherit
+        if inherit is not None and inherit.name == "teacher" and self.teacher is None:
+            raise ValueError(
+                f"student.inherit is teacher, and method {self.method.name} has none here: add teacher: MODEL, or name "
+                "the model to inherit from"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_has_data(self) -> Self:
         if self.training.evaluate_every is not None and self.data.val is None:
             raise ValueError("training.evaluate_every is set, but there is nothing to validate on: add data.val")
@@ -130,11 +143,12 @@ class RunConfig(Config):
         return self
 
     def scratch(self) -> RunConfig:
-        """The baseline of this run: same student, data, steps and seed, no teacher and so no stages."""
+        """The baseline of this run: same student, data, steps and seed; nothing of a teacher, and so no stages."""
         contrastive = METHODS["contrastive"].Config(name="contrastive")
         training = self.training.without_stages()
         alone = {"method": contrastive, "training": training, "baseline": "none", "cache": None}
-        return self.without_teachers().model_copy(update=alone)
+        student = self.student.model_copy(update={"inherit": None})
+        return self.without_teachers().model_copy(update={**alone, "student": student})
 
     def without_teachers(self) -> RunConfig:
         """The same for a method that uses none."""
@@ -218,7 +232,7 @@ def _train(
     source = open_source(config.data.train, split="train", require_captions=True)
     teachers = load_teachers(config)
     torch.manual_seed(config.seed)
-    student = build_model(config.student, captions=vocabulary_captions(source))
+    student = build_student(config, source, teachers)
     heads = heads_of(config, student, source)
     torch.manual_seed(config.seed)
     method = method_of(config, student, teachers, heads)
@@ -267,6 +281,12 @@ def _train(
 def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
     """The run's teachers by role, the first one first; none where it has none."""
     return {role: FrozenTeacher(build_model(model), role) for role, model in config.teachers.items()}
+
+
+def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> DualEncoder:
+    """The student before its first step."""
+    teacher = teachers["teacher"].model if "teacher" in teachers else None
+    return build_model(config.student, captions=vocabulary_captions(source), teacher=teacher)
 
 
 def method_of(

@@ -41,14 +41,13 @@ def build(
 
     from cmapkd.cache.progress import BuildDisplay
     from cmapkd.data.open import open_source
-    from cmapkd.models import build_model
-    from cmapkd.run import load_teachers, method_of, plan_cache, texts_of, vocabulary_captions
+    from cmapkd.run import build_student, load_teachers, method_of, plan_cache, texts_of
 
     if config.teacher is None:
         raise ConfigError("there is no teacher in this recipe to cache the answers of")
     source = open_source(config.data.train, split="train", require_captions=True)
-    student = build_model(config.student, captions=vocabulary_captions(source))
-    method = method_of(config, student, load_teachers(config))
+    teachers = load_teachers(config)
+    method = method_of(config, build_student(config, source, teachers), teachers)
     if method.teacher is None:
         raise CacheError(f"method {config.method.name} asks no teacher")
     texts_of(config, method, source)

@@ -10,6 +10,7 @@ from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.stages import StageConfig
+from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.models import DualEncoder, FrozenTeacher
 
 METHODS: dict[str, type[Method]] = {
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "clip_kd": ClipKD,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
+    "tinyclip": TinyCLIP,
 }
 
 

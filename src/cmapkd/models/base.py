@@ -78,6 +78,10 @@ class DualEncoder(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors), architecture and tokenizer so that `load_model(folder)` reads them back."""
 
+    def with_tokenizer_of(self, other: DualEncoder) -> DualEncoder:  # noqa: ARG002  for models that can take another's
+        """This model, or an untrained one like it, that reads texts as `other` does, if the family can."""
+        return self
+
     def load_checkpoint(self, path: Path) -> None:
         """Loads a weight file over this model; adapters also take their library's own names.
 

@@ -28,6 +28,14 @@ def tiny(*, vision: int = 64, text: int = 64, depth: int = 2, seed: int = 0, **o
     return TinyDualEncoder(TinyOptions(**sizes), tokenizer(), name=f"tiny-{vision}")
 
 
+HF = "vision_model.encoder.layers"
+LAST_LAYERS = {  # a weight of the student's last layer, and the one it comes from
+    "vit": {"blocks.1.attn.proj.weight": "blocks.2.attn.proj.weight"},
+    "hf": {f"{HF}.1.self_attn.{name}.weight": f"{HF}.2.self_attn.{name}.weight" for name in ("q_proj", "out_proj")},
+    "resnet": {"layer2.1.conv2.weight": "layer2.2.conv2.weight"},
+}
+
+
 @pytest.mark.parametrize(
     ("kept", "of", "uniform", "official"),
     [
@@ -97,7 +105,7 @@ def test_layers_are_chosen_in_each_tower() -> None:
     ("options", "message"),
     [
         ({"vision": 128}, r"vision.class_token: \(1, 1, 128\) of \(1, 1, 96\) is no part of it"),
-        ({"depth": 4}, r"the larger model has no vision.blocks.3"),
+        ({"depth": 4}, r"the larger model has no vision.blocks.2"),
         ({"image_size": 32}, "another number of places in the picture"),
         ({"patch_size": 4}, "another number of places in the picture"),
     ],
@@ -168,3 +176,31 @@ def test_towers_of_open_clip_inherit() -> None:
     assert torch.equal(ours["token_embedding.weight"], theirs["token_embedding.weight"][:, :32])
     with torch.no_grad():
         assert small(torch.randn(2, 3, 32, 32), torch.randint(0, 50, (2, 8)))[0].isfinite().all()
+
+
+def test_other_libraries_towers_inherit_whole_heads() -> None:
+    from open_clip.modified_resnet import ModifiedResNet
+    from timm.models.vision_transformer import VisionTransformer
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    def vit(width: int, depth: int) -> nn.Module:
+        return VisionTransformer(img_size=32, embed_dim=width, depth=depth, num_heads=width // 32, num_classes=8)
+
+    def hf(width: int, depth: int) -> nn.Module:
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth, "image_size": 32}
+        return CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=width // 32, patch_size=16))
+
+    def resnet(width: int, depth: int) -> nn.Module:
+        return ModifiedResNet([depth] * 4, output_dim=16, heads=width // 2, image_size=64, width=width)
+
+    pixels = torch.randn(2, 3, 64, 64)
+    for make, small, large, side in ((vit, 64, 96, 32), (hf, 64, 96, 32), (resnet, 8, 12, 64)):
+        torch.manual_seed(0)
+        student, source = make(small, 2).eval(), make(large, 3).eval()
+        student.load_state_dict(inherited(student, source))
+        with torch.no_grad():
+            student(pixels[..., :side, :side])
+        ours, theirs = student.state_dict(), source.state_dict()
+        for mine, its in LAST_LAYERS[make.__name__].items():
+            rows, columns = ours[mine].shape[:2]
+            assert torch.equal(ours[mine], theirs[its][:rows, :columns]), mine

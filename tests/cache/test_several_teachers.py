@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_support import LENGTH, SMALL_SHARDS, VIEWS, losses
+from cache_support import LENGTH, VIEWS, losses
 
 from cmapkd.cache import (
     CacheConfig,
@@ -31,7 +31,7 @@ def two_teachers(**settings: Any) -> Method:
 
 def plan_of(folder: Path, method: Method, role: str, keys: Any = None, mix: float = 0.0) -> CachePlan:
     source = MemorySource(LENGTH)
-    config = CacheConfig(folder=folder / "c", batch_size=4, shard_mib=SMALL_SHARDS, store="fp32")
+    config = CacheConfig(folder=folder / "c", batch_size=4, store="fp32")
     keys = all_keys(LENGTH, 2) if keys is None else keys
     return CachePlan.of_method(
         config, method, source=source, views=VIEWS, keys=keys, precision="fp32", role=role, mix_synthetic=mix

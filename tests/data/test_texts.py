@@ -35,9 +35,9 @@ def chosen(sample: Sample, number: int, choice: TextChoice) -> tuple[str, ...]:
 
 def test_a_batch_brings_one_text_of_each_pool_in_the_form_of_each_model() -> None:
     method, source = make_method("hinton"), MemorySource(16)
-    for batch in batches(BOTH, source, steps=4):
+    for batch in batches(BOTH, source, steps=4, views=WHOLE):
         for role, model in (("student", method.student), ("teacher", method.teacher.model)):  # type: ignore[union-attr]
-            samples = {sample.id: sample for sample in source}
+            samples = {f"m{i}": source[i] for i in range(16)}
             texts = [chosen(samples[i], batch.view, BOTH) for i in batch.ids]
             assert [text for text, _ in texts] == list(batch.captions)
             assert all(text in samples[i].texts["synthetic"] for i, (_, text) in zip(batch.ids, texts, strict=True))

@@ -141,7 +141,7 @@ def _heads(
         for key, at_once in _PROJECTIONS.items():
             weight = _find(other, key)
             if _find(module, key) is not None and weight is not None:
-                found[f"{name}.{key}"] = (at_once, of, heads, len(weight) // (at_once * of))
+                found[f"{name}.{key}".lstrip(".")] = (at_once, of, heads, len(weight) // (at_once * of))
     return found
 
 
@@ -159,14 +159,12 @@ def _find(module: Any, key: str) -> Tensor | None:
 def _part(name: str, own: Tensor, whole: Tensor, heads: tuple[int, int, int, int] | None) -> Tensor:
     """The part of a weight that has the shape of `own`."""
     sizes = f"{tuple(own.shape)} of {tuple(whole.shape)}"
+    if own.ndim == whole.ndim > 1 and _IMAGE_PLACES.search(name) and own.shape[-2] != whole.shape[-2]:
+        raise ValueError(f"{sizes}: another number of places in the picture")  # the first places of a text are alike
     if own.ndim != whole.ndim or any(mine > its for mine, its in zip(own.shape, whole.shape, strict=True)):
         raise ValueError(f"{sizes} is no part of it")
     if own.shape[2:] != whole.shape[2:] and own.ndim == 4:
         raise ValueError(f"{sizes}: a kernel of another size")
-    if (
-        own.ndim > 1 and _IMAGE_PLACES.search(name) and own.shape[-2] != whole.shape[-2]
-    ):  # of texts, the first places are right
-        raise ValueError(f"{sizes}: another number of places in the picture")
     if heads is not None:
         at_once, of, kept, width = heads
         if len(own) != at_once * kept * width:

@@ -410,3 +410,31 @@ def test_a_run_with_one_teacher_has_the_config_that_it_had(teacher: Path) -> Non
     assert "mix_synthetic" not in plain["data"]
     mixed = values | {"data": {**values["data"], "mix_synthetic": 0.5}}
     assert RunConfig.from_mapping(mixed).plain()["data"]["mix_synthetic"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------ inherited weights
+
+
+def test_a_student_cut_from_its_teacher(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    student = {"name": "tiny:debug", "options": {"vision_depth": 1, "embed_dim": 16}, "inherit": "teacher"}
+    short = {"steps": 1, "batch_size": 8, "device": "cpu"}
+    values = settings(teacher, student=student, method="tinyclip", training=short, cache="auto", baseline="scratch")
+    result = cmapkd.distill(**values, optim={"learning_rate": 1e-12}, out=tmp_path / "a")
+    found, whole = load_model(result.folder).state_dict(), load_model(teacher).state_dict()
+    torch.testing.assert_close(found["text.tokens.weight"], whole["text.tokens.weight"])
+    torch.testing.assert_close(found["vision.project.weight"], whole["vision.project.weight"][:16])
+    stored = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert stored["student"]["inherit"] == {"name": "teacher", "depth": "uniform"}
+    alone = yaml.safe_load((result.folder / "baseline" / "config.yaml").read_text())
+    assert "inherit" not in alone["student"]
+    assert load_config(RunConfig, result.folder / "config.yaml").plain() == stored
+
+
+def test_only_a_student_with_a_teacher_inherits_from_it(teacher: Path) -> None:
+    values = {key: value for key, value in settings(teacher).items() if key != "quiet"}
+    heir = {"name": "tiny:debug", "inherit": "teacher"}
+    with pytest.raises(ConfigError, match="teacher teacher would inherit weights: only the student does"):
+        RunConfig.from_mapping(values | {"teacher": heir})
+    with pytest.raises(ConfigError, match=r"student\.inherit is teacher, and method contrastive has none here"):
+        RunConfig.from_mapping(values | {"teacher": None, "method": "contrastive", "student": heir})

@@ -425,7 +425,7 @@ def test_a_student_cut_from_its_teacher(teacher: Path, tmp_path: Path, monkeypat
     torch.testing.assert_close(found["text.tokens.weight"], whole["text.tokens.weight"])
     torch.testing.assert_close(found["vision.project.weight"], whole["vision.project.weight"][:16])
     stored = yaml.safe_load((result.folder / "config.yaml").read_text())
-    assert stored["student"]["inherit"] == {"name": "teacher", "depth": "uniform"}
+    assert stored["student"]["inherit"] == {"name": "teacher", "depth": "official"}
     alone = yaml.safe_load((result.folder / "baseline" / "config.yaml").read_text())
     assert "inherit" not in alone["student"]
     assert load_config(RunConfig, result.folder / "config.yaml").plain() == stored

@@ -94,7 +94,7 @@ def test_an_equal_model_inherits_everything(depth: Any) -> None:
 def test_layers_are_chosen_in_each_tower() -> None:
     source = tiny(vision=32, text=32, depth=5, seed=1)
     student = tiny(vision=32, text=32, depth=1, vision_depth=3)
-    inherit_weights(student, source)
+    inherit_weights(student, source, depth="uniform")
     for mine, its in ((0, 0), (1, 2), (2, 4)):
         assert torch.equal(student.vision.blocks[mine].expand.weight, source.vision.blocks[its].expand.weight)  # type: ignore[union-attr,arg-type]
     assert torch.equal(student.text.blocks[0].expand.weight, source.text.blocks[0].expand.weight)  # type: ignore[union-attr,arg-type]
@@ -131,7 +131,7 @@ def test_a_student_by_config_begins_as_a_part_of_its_teacher(tmp_path: Path) -> 
     teacher = build_model("tiny:scenes-teacher")
     values = {"name": "tiny:large", "options": {"vision_width": 96, "text_depth": 1}, "inherit": "teacher"}
     config = ModelConfig.from_mapping(values)
-    assert config.model_dump(mode="json")["inherit"] == {"name": "teacher", "depth": "uniform"}
+    assert config.model_dump(mode="json")["inherit"] == {"name": "teacher", "depth": "official"}
     student = build_model(config, captions=["a red circle"] * 4, teacher=teacher)
     assert isinstance(student, TinyDualEncoder)
     assert student.tokenizer.vocab_size == teacher.tokenizer.vocab_size
@@ -140,7 +140,7 @@ def test_a_student_by_config_begins_as_a_part_of_its_teacher(tmp_path: Path) -> 
     again = load_model(tmp_path / "s")  # a plain smaller model
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in student.state_dict().items())
     by_name = build_model(
-        ModelConfig.from_mapping(values | {"inherit": {"name": "tiny:scenes-teacher", "depth": "official"}}),
+        ModelConfig.from_mapping(values | {"inherit": {"name": "tiny:scenes-teacher", "depth": "uniform"}}),
         captions=["a red circle"] * 4,
     )
     last = "vision.blocks.4.out.bias"
@@ -168,7 +168,7 @@ def test_towers_of_open_clip_inherit() -> None:
         return open_clip.CLIP(32, vision_cfg=vision, text_cfg=words)  # type: ignore[arg-type]
 
     small, large = clip(64, 2, 32), clip(96, 4, 64)
-    small.load_state_dict(inherited(small, large))
+    small.load_state_dict(inherited(small, large, depth="uniform"))
     ours, theirs = small.state_dict(), large.state_dict()
     mine, its = (f"visual.transformer.resblocks.{layer}.attn.in_proj_weight" for layer in (1, 3))
     assert torch.equal(ours[mine][64:128], theirs[its][96:160, :64])  # keys of the first two heads
@@ -196,7 +196,7 @@ def test_other_libraries_towers_inherit_whole_heads() -> None:
     for make, small, large, side in ((vit, 64, 96, 32), (hf, 64, 96, 32), (resnet, 8, 12, 64)):
         torch.manual_seed(0)
         student, source = make(small, 2).eval(), make(large, 3).eval()
-        student.load_state_dict(inherited(student, source))
+        student.load_state_dict(inherited(student, source, depth="uniform"))
         with torch.no_grad():
             student(pixels[..., :side, :side])
         ours, theirs = student.state_dict(), source.state_dict()

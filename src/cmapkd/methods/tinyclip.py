@@ -46,8 +46,7 @@ class TinyCLIP(Method):
         departures=(
             "KL in place of the soft cross-entropy: the same gradient, and zero at agreement.",
             "The student's logit scale is the given one from the first step on; in the published code from the second.",
-            "Weight inheritance is the student's setting inherit; its layers are spread from the first to the last "
-            "unless depth is official.",
+            "Weight inheritance is the student's setting inherit, for any method.",
             "Automatic inheritance with learned masks is not in this version.",
         ),
         checked_against="ClipSoftLoss and weight_inherit of the published code, run on random tensors: values and "

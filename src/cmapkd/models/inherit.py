@@ -41,7 +41,7 @@ def chosen_layers(num_layers: int, of: int, rule: DepthRule) -> list[int]:
 
 
 @torch.no_grad()
-def inherit_weights(student: DualEncoder, source: DualEncoder, *, depth: DepthRule = "uniform") -> None:
+def inherit_weights(student: DualEncoder, source: DualEncoder, *, depth: DepthRule = "official") -> None:
     """Overwrites every weight of `student` with its part of the same weight of `source`.
 
     Raises:
@@ -55,7 +55,7 @@ def inherit_weights(student: DualEncoder, source: DualEncoder, *, depth: DepthRu
         raise ValueError(f"{student.name} cannot inherit from {source.name}: {error}") from None
 
 
-def inherited(student: nn.Module, source: nn.Module, *, depth: DepthRule = "uniform") -> dict[str, Tensor]:
+def inherited(student: nn.Module, source: nn.Module, *, depth: DepthRule = "official") -> dict[str, Tensor]:
     """A state dict for `student` of parts of the weights of `source`.
 
     Raises:

@@ -22,7 +22,7 @@ class InheritConfig(Config):
 
     name: str = Field(description="teacher: the run's first teacher; or a larger model by name or folder.")
     depth: DepthRule = Field(
-        "uniform", description="uniform: layers spread from first to last; official: every n-th, as TinyCLIP's code."
+        "official", description="official: every n-th layer, as TinyCLIP's code; uniform: spread from first to last."
     )
 
     @model_validator(mode="before")

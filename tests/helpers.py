@@ -16,6 +16,7 @@ from PIL import Image
 
 from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.templates import ClassPrompts
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
@@ -47,12 +48,20 @@ CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
 
 
 class MemorySource:
-    """Noise pictures of different sizes with one to three captions; a pure function of the index."""
+    """Noise pictures with one to three captions and three synthetic ones; a pure function of the index."""
 
     name = "memory"
 
-    def __init__(self, length: int = 24, *, bad: Collection[int] = (), without_caption: Collection[int] = ()) -> None:
-        self.length, self.bad, self.without_caption = length, set(bad), set(without_caption)
+    def __init__(
+        self,
+        length: int = 24,
+        *,
+        bad: Collection[int] = (),
+        without_caption: Collection[int] = (),
+        without_synthetic: Collection[int] = (),
+    ) -> None:
+        self.length, self.bad = length, set(bad)
+        self.without_caption, self.without_synthetic = set(without_caption), set(without_synthetic)
 
     def __len__(self) -> int:
         return self.length
@@ -63,7 +72,9 @@ class MemorySource:
         draws = np.random.default_rng(index)
         width, height = draws.integers(18, 40, 2)
         image = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        return Sample(f"m{index}", image, self.captions(index), index % 5 if index % 3 else None)
+        written = () if index in self.without_synthetic else tuple(f"{word} boat" for word in draws.choice(WORDS, 3))
+        label = index % 5 if index % 3 else None
+        return Sample(f"m{index}", image, self.captions(index), label, texts={"synthetic": written})
 
     def captions(self, index: int) -> tuple[str, ...]:
         if index in self.without_caption:
@@ -116,9 +127,14 @@ def make_model(
     return kind(options, tokenizer(), name=f"test-{dim}")
 
 
-def make_teacher(*, dim: int = 24, image_size: int = 24, seed: int = 7) -> FrozenTeacher:
+def make_teacher(*, dim: int = 24, image_size: int = 24, seed: int = 7, role: str = "teacher") -> FrozenTeacher:
     """Of another width and image size than the student."""
-    return FrozenTeacher(make_model(dim=dim, image_size=image_size, seed=seed))
+    return FrozenTeacher(make_model(dim=dim, image_size=image_size, seed=seed), role)
+
+
+def second_teacher() -> FrozenTeacher:
+    """Of yet another width and size."""
+    return make_teacher(dim=8, image_size=32, seed=8, role="second")
 
 
 def make_method(
@@ -127,24 +143,26 @@ def make_method(
     student: DualEncoder | None = None,
     teacher: FrozenTeacher | None = None,
     settings: dict[str, Any] | None = None,
+    more_teachers: Sequence[FrozenTeacher] = (),
 ) -> Method:
     kind = METHODS[name]
     student = student or make_model()
     teacher = (teacher or make_teacher()) if kind.uses_teacher else None
     torch.manual_seed(3)
     config = kind.Config.from_mapping({"name": name, **(settings or {})})
-    return build_method(config, student=student, teacher=teacher, classes=CLASSES)
+    return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
 
 
 def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBuilder:
-    models = {"student": method.student} | ({"teacher": method.teacher.model} if method.teacher else {})
+    models = {"student": method.student} | {role: teacher.model for role, teacher in method.teachers.items()}
     readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
     options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
+    options = {"texts": TextChoice(method.text_pools), **options}
     return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)
 
 
-def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
-    """Noise for the models of `make_model` and `make_teacher`."""
+def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, rich: bool = False) -> Batch:
+    """Noise for the models of `make_model` and `make_teacher`; if rich also a second teacher, synthetic captions."""
     draws = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 30, (size, 7), generator=draws)
     texts = TokenBatch(ids, torch.arange(7)[None] < torch.randint(2, 8, (size, 1), generator=draws))
@@ -153,6 +171,11 @@ def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
         for role, side in (("student", 16), ("teacher", 24))
     }
     labels = torch.randint(-1, len(CLASSES.names), (size,), generator=draws)  # some have none
+    if rich:
+        pixels = torch.randn(size, 3, 32, 32, generator=draws, dtype=torch.float64).to(dtype)
+        more = {"synthetic": TokenBatch(ids.flip(1), texts.mask)}
+        inputs = {role: replace(each, more_texts=more) for role, each in inputs.items()}
+        inputs["second"] = ModelInput(pixels, texts, more)
     return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels})
 
 

@@ -71,3 +71,12 @@ def test_a_teacher_that_sees_nothing_fails_the_sanity_check(tmp_path: Path) -> N
     broken.save(tmp_path / "teacher")
     problems = _by_what(diagnose(_config(teacher=str(tmp_path / "teacher"), method="hinton")), "problem")
     assert "for 3 % of the images (chance 3 %)" in problems["teacher sanity"]
+
+
+def test_each_of_several_teachers_is_looked_at() -> None:
+    teachers: dict[str, Any] = {"teacher": "tiny:scenes-teacher", "more_teachers": {"other": "tiny:scenes-teacher"}}
+    method = {"name": "mobileclip", "synthetic": True}
+    findings = diagnose(_config(**teachers, method=method))
+    assert not _by_what(findings, "problem")
+    named = {finding.what for finding in findings}
+    assert {"teacher", "teacher other", "teacher other sanity", "cache", "cache of other", "steps"} <= named

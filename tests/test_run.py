@@ -367,3 +367,74 @@ def test_saved_models_answer_alike(tmp_path: Path) -> None:
     assert torch.equal(one.image.embedding, other.image.embedding)
     assert torch.equal(one.text.embedding, other.text.embedding)
     assert math.isclose(one.logit_scale.item(), other.logit_scale.item())
+
+
+# ------------------------------------------------------------------------------------------------ several teachers
+
+
+def two_taught(taught_by: Path, **changes: Any) -> dict[str, Any]:
+    method = {"name": "mobileclip", "synthetic": True}
+    return settings(taught_by, method=method, more_teachers={"second": str(taught_by)}) | changes
+
+
+def test_two_teachers_from_config_to_caches(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = cmapkd.distill(**two_taught(teacher, cache="auto", baseline="scratch"), out=tmp_path / "a")
+    stored = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert stored["more_teachers"]["second"]["name"] == str(teacher)
+    assert load_config(RunConfig, result.folder / "config.yaml").plain() == stored
+    assert "more_teachers" not in yaml.safe_load((result.folder / "baseline" / "config.yaml").read_text())
+    terms = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert {key for key in terms if key.startswith("terms/")} == {
+        "terms/contrastive", "terms/similarity", "terms/contrastive_synthetic", "terms/similarity_synthetic",
+    }  # fmt: skip
+    assert len([*(tmp_path / "cache" / "cmapkd" / "teachers").iterdir()]) == 1  # equal teachers share their rows
+    assert result.metrics["teacher"]["retrieval"]
+
+
+def test_further_teachers_are_checked_before_the_run(teacher: Path) -> None:
+    values = {key: value for key, value in two_taught(teacher).items() if key != "quiet"}
+    with pytest.raises(ConfigError, match=r"clip_kd learns from one teacher, and more_teachers names second"):
+        RunConfig.from_mapping(values | {"method": "clip_kd"})
+    with pytest.raises(ConfigError, match="'student' cannot name a further teacher"):
+        RunConfig.from_mapping(values | {"more_teachers": {"student": str(teacher)}})
+    with pytest.raises(ConfigError, match="distils from a teacher: add teacher"):
+        RunConfig.from_mapping(values | {"teacher": None})
+    assert RunConfig.from_mapping(values | {"more_teachers": None}).teachers.keys() == {"teacher"}
+
+
+def test_a_run_with_one_teacher_has_the_config_that_it_had(teacher: Path) -> None:
+    values = {key: value for key, value in settings(teacher).items() if key != "quiet"}
+    plain = RunConfig.from_mapping(values).plain()
+    assert "more_teachers" not in plain
+    assert "mix_synthetic" not in plain["data"]
+    mixed = values | {"data": {**values["data"], "mix_synthetic": 0.5}}
+    assert RunConfig.from_mapping(mixed).plain()["data"]["mix_synthetic"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------ inherited weights
+
+
+def test_a_student_cut_from_its_teacher(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    student = {"name": "tiny:debug", "options": {"vision_depth": 1, "embed_dim": 16}, "inherit": "teacher"}
+    short = {"steps": 1, "batch_size": 8, "device": "cpu"}
+    values = settings(teacher, student=student, method="tinyclip", training=short, cache="auto", baseline="scratch")
+    result = cmapkd.distill(**values, optim={"learning_rate": 1e-12}, out=tmp_path / "a")
+    found, whole = load_model(result.folder).state_dict(), load_model(teacher).state_dict()
+    torch.testing.assert_close(found["text.tokens.weight"], whole["text.tokens.weight"])
+    torch.testing.assert_close(found["vision.project.weight"], whole["vision.project.weight"][:16])
+    stored = yaml.safe_load((result.folder / "config.yaml").read_text())
+    assert stored["student"]["inherit"] == {"name": "teacher", "depth": "official"}
+    alone = yaml.safe_load((result.folder / "baseline" / "config.yaml").read_text())
+    assert "inherit" not in alone["student"]
+    assert load_config(RunConfig, result.folder / "config.yaml").plain() == stored
+
+
+def test_only_a_student_with_a_teacher_inherits_from_it(teacher: Path) -> None:
+    values = {key: value for key, value in settings(teacher).items() if key != "quiet"}
+    heir = {"name": "tiny:debug", "inherit": "teacher"}
+    with pytest.raises(ConfigError, match="teacher teacher would inherit weights: only the student does"):
+        RunConfig.from_mapping(values | {"teacher": heir})
+    with pytest.raises(ConfigError, match=r"student\.inherit is teacher, and method contrastive has none here"):
+        RunConfig.from_mapping(values | {"teacher": None, "method": "contrastive", "student": heir})

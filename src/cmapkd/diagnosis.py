@@ -19,11 +19,12 @@ from cmapkd.cache.cost import measure
 from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
 from cmapkd.data.records import iter_captions
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Source
-from cmapkd.methods import Method, build_method
+from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
-from cmapkd.run import RunConfig, classes_of, heads_of, plan_cache, readers, vocabulary_captions
+from cmapkd.run import RunConfig, build_student, classes_of, heads_of, method_of, plan_cache, readers, texts_of
 from cmapkd.training.optim import make_optimizer
 
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
@@ -65,31 +66,41 @@ def diagnose(config: RunConfig) -> list[Finding]:
         return findings
     train = sources["train"]
     torch.manual_seed(config.seed)
-    student = _attempt(findings, "student", partial(build_model, config.student, captions=vocabulary_captions(train)))
-    teacher = (
-        _attempt(findings, "teacher", partial(build_model, config.teacher)) if config.teacher is not None else None
-    )
-    if student is None or (teacher is None and config.teacher is not None):
+    teachers: dict[str, DualEncoder] = {}
+    for role, model in config.teachers.items():
+        teacher = _attempt(findings, _named(role), partial(build_model, model))
+        if teacher is not None:
+            teachers[role] = teacher
+    if len(teachers) < len(config.teachers):
+        return findings
+    frozen = {role: FrozenTeacher(teacher, role) for role, teacher in teachers.items()}
+    student = _attempt(findings, "student", partial(build_student, config, train, frozen))
+    if student is None:
         return findings
     findings += _check_model("student", student, train)
-    if teacher is not None:
-        findings += _check_model("teacher", teacher, train)
+    for role, teacher in teachers.items():
+        findings += _check_model(_named(role), teacher, train)
         findings += _compare(student, teacher)
-        findings += _check_teacher_sanity(teacher, train)
-    frozen = FrozenTeacher(teacher) if teacher is not None else None
+        findings += _check_teacher_sanity(_named(role), teacher, train)
     num_findings = len(findings)
     heads = partial(heads_of, config, train)
     _attempt(findings, "heads", partial(heads, student))  # a problem of theirs bears their name
     classes = _attempt(findings, "classes", partial(classes_of, config, train))
     if len(findings) > num_findings:
         return findings
-    build = partial(build_method, config.method, student=student, teacher=frozen, beside=heads, classes=classes)
-    method = _attempt(findings, "method", build)
-    if method is not None:
-        if method.teacher is not None and len(train) >= config.training.batch_size:
-            findings += _predict_cache(method, train, config)
-        findings += _measure_steps(method, train, config)
+    method = _attempt(findings, "method", partial(method_of, config, student, frozen, heads, classes))
+    texts = None if method is None else _attempt(findings, "texts", partial(texts_of, config, method, train))
+    if method is not None and texts is not None:
+        if len(train) >= config.training.batch_size:
+            for role in method.teachers:
+                findings += _predict_cache(role, method, train, config)
+        findings += _measure_steps(method, train, config, texts)
     return findings
+
+
+def _named(role: str) -> str:
+    """How a teacher is called where there may be several."""
+    return role if role == "teacher" else f"teacher {role}"
 
 
 def _attempt(findings: list[Finding], what: str, build: Callable[[], T]) -> T | None:
@@ -190,7 +201,7 @@ def _compare(student: DualEncoder, teacher: DualEncoder) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def _check_teacher_sanity(teacher: DualEncoder, source: Source) -> Iterator[Finding]:
+def _check_teacher_sanity(what: str, teacher: DualEncoder, source: Source) -> Iterator[Finding]:
     """How often a teacher finds the right caption among a few: a broken checkpoint or normalisation shows here."""
     images, texts = [], []
     for index in range(0, len(source), max(1, len(source) // SANITY_PAIRS)):
@@ -214,19 +225,19 @@ def _check_teacher_sanity(teacher: DualEncoder, source: Source) -> Iterator[Find
         f"(chance {100 / len(texts):.0f} %)"
     )
     if right < 3 / len(texts):
-        yield Finding("problem", "teacher sanity", f"{detail}: check its weights, preprocessing and tokenizer")
+        yield Finding("problem", f"{what} sanity", f"{detail}: check its weights, preprocessing and tokenizer")
     else:
-        yield Finding("ok", "teacher sanity", detail)
+        yield Finding("ok", f"{what} sanity", detail)
 
 
-def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterator[Finding]:
+def _measure_steps(method: Method, source: Source, config: RunConfig, texts: TextChoice) -> Iterator[Finding]:
     """Time and memory of a few real steps, and what they predict for the whole run."""
     assert config.data.views is not None
     device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
     method.to(device)
     method.micro_batch = config.training.micro_batch
-    if method.teacher is not None:
-        method.teacher.to(device)
+    for teacher in method.teachers.values():
+        teacher.to(device)
     try:
         sampler = PlanSampler(
             len(source),
@@ -238,8 +249,8 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
     except ValueError as error:
         yield Finding("problem", "steps", str(error))
         return
-    models = readers(method.student, method.teacher)
-    builder = BatchBuilder(source, config.data.views, models, seed=config.seed, extras=method.extras)
+    models = readers(method.student, *method.teachers.values())
+    builder = BatchBuilder(source, config.data.views, models, seed=config.seed, extras=method.extras, texts=texts)
     optimizer = make_optimizer(method, config.optim)
     loading: list[float] = []
     computing: list[float] = []
@@ -275,8 +286,9 @@ def _measure_steps(method: Method, source: Source, config: RunConfig) -> Iterato
     yield Finding("ok", "memory", f"{kind} peak {peak / 2**30:.2f} GiB")
 
 
-def _predict_cache(method: Method, source: Source, config: RunConfig) -> Iterator[Finding]:
-    """Size of the teacher's cache, and from how many epochs on it pays."""
+def _predict_cache(role: str, method: Method, source: Source, config: RunConfig) -> Iterator[Finding]:
+    """Size of a teacher's cache, and from how many epochs on it pays."""
+    what = "cache" if role == "teacher" else f"cache of {role}"
     settings = config.cache
     if settings is None:  # what it would be
         values = {**config.plain(), "cache": CacheConfig().model_dump(mode="json")}
@@ -284,11 +296,11 @@ def _predict_cache(method: Method, source: Source, config: RunConfig) -> Iterato
     assert config.data.views is not None
     device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
     try:
-        plan = plan_cache(config, method, source)
+        plan = plan_cache(config, method, source, role=role)
         size = len(plan.keys) * plan.layout.row_bytes
         cost = measure(plan, device=device)
     except (ValueError, RuntimeError, OSError) as error:
-        yield Finding("problem" if settings is not None else "note", "cache", str(error))
+        yield Finding("problem" if settings is not None else "note", what, str(error))
         return
     per_epoch = len(source) // config.training.batch_size
     epochs = config.training.num_steps(per_epoch) / per_epoch
@@ -301,17 +313,17 @@ def _predict_cache(method: Method, source: Source, config: RunConfig) -> Iterato
         f"teacher {1000 * live:.2f} ms live, {1000 * cost.build:.2f} ms to store and {1000 * cost.read:.3f} ms to read"
     )
     if settings is not None and size > settings.max_gib * 2**30:
-        yield Finding("problem", "cache", f"{detail}. That is more than cache.max_gib {settings.max_gib:g}")
+        yield Finding("problem", what, f"{detail}. That is more than cache.max_gib {settings.max_gib:g}")
         return
     if live <= cost.read:
-        yield Finding("ok" if settings is None else "note", "cache", f"{detail}: it does not pay")
+        yield Finding("ok" if settings is None else "note", what, f"{detail}: it does not pay")
         return
     pays = views * cost.build / (live - cost.read)
     detail += (
         f". With {views} view{'s'[: views > 1]} it pays from {pays:.1f} epochs on, over all runs that share it; this "
         f"run has {epochs:.3g}"
     )
-    yield Finding("note" if settings is not None and epochs < pays else "ok", "cache", detail)
+    yield Finding("note" if settings is not None and epochs < pays else "ok", what, detail)
 
 
 def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool) -> float:

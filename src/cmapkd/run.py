@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,11 +22,12 @@ from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
-from cmapkd.methods import METHODS, Method, MethodConfig, build_method
+from cmapkd.methods import METHODS, Method, MethodConfig, TermsBeside, build_method, check_teachers
 from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
 from cmapkd.provenance import describe_environment
 from cmapkd.results import RunResult, Scores, gap_closed
@@ -41,6 +42,9 @@ class RunConfig(Config):
     """Everything a run depends on. The run folder holds it resolved, so that it can be repeated."""
 
     teacher: ModelConfig | None = Field(None, description="The model that teaches; none for method contrastive.")
+    more_teachers: dict[str, ModelConfig] = Field(
+        default_factory=dict, description="Further teachers by names of their own, for methods that take several."
+    )
     student: ModelConfig = Field(description="The model that learns.")
     data: DataConfig = Field(description="What it learns from and is measured on.")
     method: SerializeAsAny[MethodConfig] = Field(description="How it learns: a name, or a name with its settings.")
@@ -57,6 +61,22 @@ class RunConfig(Config):
     cache: CacheConfig | None = Field(
         None, description="off, auto or require: the teacher answers from disk; or with settings."
     )
+
+    @field_validator("more_teachers", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @field_validator("more_teachers")
+    @classmethod
+    def _names_of_their_own(cls, value: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        for name in value:
+            if name in ("student", "teacher") or not name.isidentifier():
+                raise ValueError(
+                    f"{name!r} cannot name a further teacher: use a word of letters, digits and underscores that is "
+                    "not student or teacher"
+                )
+        return value
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -89,9 +109,24 @@ class RunConfig(Config):
         uses_teacher = METHODS[self.method.name].uses_teacher
         if uses_teacher and self.teacher is None:
             raise ValueError(f"method {self.method.name} distils from a teacher: add teacher: MODEL")
+        if uses_teacher:
+            check_teachers(self.method.name, self.more_teachers)
         if not uses_teacher and self.baseline == "scratch":
             raise ValueError(
                 f"method {self.method.name} has no teacher: it is the scratch baseline itself, drop baseline"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_to_inherit(self) -> Self:
+        for role, model in self.teachers.items():
+            if model.inherit is not None:
+                raise ValueError(f"teacher {role} would inherit weights: only the student does")
+        inherit = self.student.inherit
+        if inherit is not None and inherit.name == "teacher" and self.teacher is None:
+            raise ValueError(
+                f"student.inherit is teacher, and method {self.method.name} has none here: add teacher: MODEL, or name "
+                "the model to inherit from"
             )
         return self
 
@@ -108,19 +143,33 @@ class RunConfig(Config):
         return self
 
     def scratch(self) -> RunConfig:
-        """The baseline of this run: same student, data, steps and seed, no teacher and so no stages."""
+        """The baseline of this run: same student, data, steps and seed; nothing of a teacher, and so no stages."""
         contrastive = METHODS["contrastive"].Config(name="contrastive")
         training = self.training.without_stages()
-        alone = {"method": contrastive, "training": training, "teacher": None, "baseline": "none", "cache": None}
-        return self.model_copy(update=alone)
+        alone = {"method": contrastive, "training": training, "baseline": "none", "cache": None}
+        student = self.student.model_copy(update={"inherit": None})
+        return self.without_teachers().model_copy(update={**alone, "student": student})
+
+    def without_teachers(self) -> RunConfig:
+        """The same for a method that uses none."""
+        return self.model_copy(update={"teacher": None, "more_teachers": {}})
+
+    @property
+    def teachers(self) -> dict[str, ModelConfig]:
+        """All teachers by role: `teacher`, then the further ones by name."""
+        return {} if self.teacher is None else {"teacher": self.teacher, **self.more_teachers}
 
     def plain(self) -> dict[str, Any]:
         """As plain data, every default written out."""
         values = self.model_dump(mode="json")
         if self.cache is None:  # a run without cache is the run that it was before there were caches
             del values["cache"]
-        if self.heads is None:  # and likewise for heads
+        if self.heads is None:  # and likewise for heads, further teachers and synthetic captions
             del values["heads"]
+        if not self.more_teachers:
+            del values["more_teachers"]
+        if not self.data.mix_synthetic:
+            del values["data"]["mix_synthetic"]
         return values
 
 
@@ -181,27 +230,27 @@ def _train(
 ) -> tuple[DualEncoder, TrainResult, int]:
     """Builds the parts, trains, and saves `student/`. Returns the method's own parameters' number last."""
     source = open_source(config.data.train, split="train", require_captions=True)
-    teacher = FrozenTeacher(build_model(config.teacher)) if config.teacher is not None else None
+    teachers = load_teachers(config)
     torch.manual_seed(config.seed)
-    student = build_model(config.student, captions=vocabulary_captions(source))
+    student = build_student(config, source, teachers)
     classes = classes_of(config, source)
-    if classes is not None and teacher is not None:
-        teacher.to(PartialState().device)  # a method embeds the classes with it when it is built
+    if classes is not None and "teacher" in teachers:
+        teachers["teacher"].to(PartialState().device)  # a method embeds the classes with it when it is built
     torch.manual_seed(config.seed)
-    method = build_method(
-        config.method, student=student, teacher=teacher, beside=partial(heads_of, config, source), classes=classes
-    )
+    method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
+    texts = texts_of(config, method, source)
     assert config.data.views is not None
-    reader = answer_from_cache(config, method, source, console) if config.cache and method.teacher else None
-    teacher = None  # a cached one has no weights, and this would keep them
+    stored = answer_from_cache(config, method, source, console) if config.cache else {}
+    teachers.clear()  # a cached one has no weights, and this would keep them
     builder = BatchBuilder(
         source,
         config.data.views,
-        readers(student, method.teacher),
+        readers(student, *method.teachers.values()),
         seed=config.seed,
         on_bad_sample=config.data.on_bad_sample,
-        stored={"teacher": reader} if reader is not None else None,
+        stored=stored,
         extras=method.extras,
+        texts=texts,
     )
     trainer = Trainer(
         method,
@@ -231,6 +280,43 @@ def _train(
     return student, trained, extra
 
 
+def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
+    """The run's teachers by role, the first one first; none where it has none."""
+    return {role: FrozenTeacher(build_model(model), role) for role, model in config.teachers.items()}
+
+
+def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> DualEncoder:
+    """The student before its first step."""
+    teacher = teachers["teacher"].model if "teacher" in teachers else None
+    return build_model(config.student, captions=vocabulary_captions(source), teacher=teacher)
+
+
+def method_of(
+    config: RunConfig,
+    student: DualEncoder,
+    teachers: Mapping[str, FrozenTeacher],
+    heads: Callable[[DualEncoder], TermsBeside | None] | None = None,
+    classes: ClassPrompts | None = None,
+) -> Method:
+    """The run's method over these models."""
+    first, *more = teachers.values() or (None,)
+    further = [each for each in more if each is not None]
+    return build_method(
+        config.method, student=student, teacher=first, more_teachers=further, beside=heads, classes=classes
+    )
+
+
+def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:
+    """Which texts of a sample the run reads.
+
+    Raises:
+        ConfigError: the training data do not have them.
+    """
+    choice = TextChoice(method.text_pools, config.data.mix_synthetic)
+    choice.check(source)
+    return choice
+
+
 def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHeads | None:
     """The heads that learn with the student; None where the config asks for none."""
     if config.heads is None:
@@ -256,8 +342,10 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
     return ClassPrompts(names, get_templates(config.evaluation.templates, source))
 
 
-def plan_cache(config: RunConfig, method: Method, source: Source, *, whole: bool = False) -> CachePlan:
-    """What the run asks of a cache: the rows that it reads, or with `whole` every sample in each of its views."""
+def plan_cache(
+    config: RunConfig, method: Method, source: Source, *, whole: bool = False, role: str = "teacher"
+) -> CachePlan:
+    """What the run asks of a teacher's cache: the rows that it reads, or with `whole` every sample in each view."""
     assert config.data.views is not None
     length, views, batch_size = len(source), config.data.views, config.training.batch_size
     if whole:
@@ -272,15 +360,24 @@ def plan_cache(config: RunConfig, method: Method, source: Source, *, whole: bool
         views=views,
         keys=keys,
         precision=config.training.precision,
+        role=role,
+        mix_synthetic=config.data.mix_synthetic,
     )
 
 
-def answer_from_cache(config: RunConfig, method: Method, source: Source, console: Console | None) -> CacheReader:
-    """Builds what is missing, if the config lets it, and puts a cached teacher into the method."""
+def answer_from_cache(
+    config: RunConfig, method: Method, source: Source, console: Console | None
+) -> dict[str, CacheReader]:
+    """Builds what is missing, if the config lets it, and puts cached teachers into the method; each one's cache."""
+    return {role: _answer_from_cache(role, config, method, source, console) for role in [*method.teachers]}
+
+
+def _answer_from_cache(
+    role: str, config: RunConfig, method: Method, source: Source, console: Console | None
+) -> CacheReader:
     assert config.cache is not None
-    assert config.teacher is not None
     state = PartialState()
-    plan = plan_cache(config, method, source)
+    plan = plan_cache(config, method, source, role=role)
     console = console if state.is_main_process else None
     if config.cache.mode == "auto":
         missing = plan.bytes_missing()
@@ -299,14 +396,15 @@ def answer_from_cache(config: RunConfig, method: Method, source: Source, console
         state.wait_for_everyone()
     reader = plan.open()
     if console is not None:
-        console.print(f"cache: the teacher answers from {plan.folder}", highlight=False)
-    method.teacher = plan.cached_teacher(reader, partial(build_model, config.teacher))
+        name = role if role == "teacher" else f"teacher {role}"
+        console.print(f"cache: the {name} answers from {plan.folder}", highlight=False)
+    method.teachers[role] = plan.cached_teacher(reader, partial(build_model, config.teachers[role]))
     return reader
 
 
-def readers(student: DualEncoder, teacher: FrozenTeacher | None) -> dict[str, Reader]:
+def readers(student: DualEncoder, *teachers: FrozenTeacher | None) -> dict[str, Reader]:
     """How each model of a run reads a batch."""
-    models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
+    models = {"student": student} | {each.role: each.model for each in teachers if each is not None}
     return {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
 
 
@@ -356,7 +454,7 @@ def _measure(
     *,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Scores of all models on the final source."""
+    """Scores on the final source of student, baseline and the first teacher, to which the gap is taken."""
 
     def scores(model: DualEncoder | None) -> Scores | None:
         if model is None:

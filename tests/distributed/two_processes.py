@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
 from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
-from cmapkd.data.types import Batch, ModelInput, TokenBatch
+from cmapkd.data.types import Batch
 from cmapkd.data.views import ViewSpec
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import build_heads
@@ -29,7 +29,16 @@ from cmapkd.models import Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import optimizer_tensors
-from helpers import CMAPKD_IN_FULL, MemorySource, Partly, make_method, make_model, make_trainer, random_batch
+from helpers import (
+    CMAPKD_IN_FULL,
+    MemorySource,
+    Partly,
+    make_method,
+    make_model,
+    make_trainer,
+    random_batch,
+    second_teacher,
+)
 
 WORLD_SIZE = 2
 BATCH = 8
@@ -57,19 +66,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "hinton, the teacher's classes in micro-batches": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
     **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
     "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
+    "mobileclip, two teachers": ("mobileclip", {"synthetic": True}),
+    "mobileclip, two teachers in micro-batches": ("mobileclip", {"synthetic": True}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
 
 
 def part_of(batch: Batch, rank: int) -> Batch:
-    share = len(batch) // WORLD_SIZE
-    mine = slice(rank * share, (rank + 1) * share)
-    inputs = {
-        role: ModelInput(each.images[mine], TokenBatch(each.texts.ids[mine], each.texts.mask[mine]))
-        for role, each in batch.inputs.items()
-    }
-    extra = {name: rows[mine] for name, rows in batch.extra.items()}
-    return replace(batch, ids=batch.ids[mine], inputs=inputs, captions=batch.captions[mine], extra=extra)
+    start, stop = rank * len(batch) // WORLD_SIZE, (rank + 1) * len(batch) // WORLD_SIZE
+    extra = {name: values[start:stop] for name, values in batch.extra.items()}
+    return replace(batch.part(start, stop), extra=extra)
 
 
 def rows(seed: int) -> Tensor:
@@ -84,10 +90,12 @@ def gather_loss(image: Tensor, text: Tensor) -> Tensor:
 def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dict[str, Tensor]:
     """Every term and every parameter's gradient, of the whole batch (rank None) or wrapped, of a part of it."""
     kind, settings = CASES[name]
-    method = make_method(kind, settings=settings).to(dtype).train()
-    if method.teacher is not None:
-        method.teacher.model.to(dtype)
-    earlier, batch = random_batch(BATCH, seed=1, dtype=dtype), random_batch(BATCH, dtype=dtype)
+    rich = "two teachers" in name
+    more_teachers = [second_teacher()] if rich else []
+    method = make_method(kind, settings=settings, more_teachers=more_teachers).to(dtype).train()
+    for teacher in method.teachers.values():
+        teacher.model.to(dtype)
+    earlier, batch = random_batch(BATCH, seed=1, dtype=dtype, rich=rich), random_batch(BATCH, dtype=dtype, rich=rich)
     earlier = replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH)))  # fills a bank, if there is one
     if rank is None:
         method(earlier)

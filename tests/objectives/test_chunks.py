@@ -11,6 +11,7 @@ from torch import Tensor
 from cmapkd.objectives import (
     chunks,
     contrastive_loss,
+    ensemble_divergence,
     interactive_loss,
     pyramid_divergence,
     relation_distance,
@@ -25,6 +26,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {  # of four [batch, dim] tensors and
     "interactive": lambda a, b, c, d, s, **x: interactive_loss(a, b, c, d, logit_scale=s, **x),
     "similarity": lambda a, b, c, d, s, **x: similarity_divergence(
         a, b, c, d, student_scale=s, teacher_scale=4.0, temperature=2.0, **x
+    ),
+    "ensemble": lambda a, b, c, d, s, **x: ensemble_divergence(
+        a, b, [(c, d), (d, c + d)], student_scale=s, teacher_scales=[4.0, 9.0], **x
     ),
     "relation": lambda a, b, c, d, s, **x: s * relation_distance(a, c, **x),
     "pyramid": lambda a, b, c, d, s, **x: pyramid_divergence(

@@ -18,6 +18,7 @@ from torch.autograd import gradcheck
 from cmapkd import objectives
 from cmapkd.objectives import (
     contrastive_loss,
+    ensemble_divergence,
     feature_distance,
     interactive_loss,
     kl_divergence,
@@ -39,6 +40,13 @@ LOSSES: dict[str, tuple[Loss, tuple[int, ...], tuple[int, ...]]] = {
         lambda x: similarity_divergence(*x, student_scale=7.0, teacher_scale=5.0, temperature=2.0),
         (WIDTH, WIDTH),
         (TEACHER_WIDTH, TEACHER_WIDTH),
+    ),
+    "ensemble": (
+        lambda x: ensemble_divergence(
+            *x[:2], [(x[2], x[3]), (x[4], x[5])], student_scale=7.0, teacher_scales=[5.0, 9.0]
+        ),
+        (WIDTH, WIDTH),
+        (TEACHER_WIDTH, TEACHER_WIDTH, 3, 3),
     ),
 }
 EMBEDDING_LOSSES = [name for name in LOSSES if name != "kl"]

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.parts import Part
 from cmapkd.data.batches import Reader
+from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.data.views import ViewSpec, draw_view
 
@@ -48,31 +49,35 @@ class Chunk:
 class Chunks(Dataset[Chunk]):
     """Reads, shows and tokenises exactly as `BatchBuilder` does for the same view of the same sample."""
 
-    def __init__(self, source: Source, views: ViewSpec, reader: Reader, parts: Sequence[Part]) -> None:
-        self.source, self.views, self.reader, self.parts = source, views, reader, parts
+    def __init__(
+        self, source: Source, views: ViewSpec, reader: Reader, parts: Sequence[Part], texts: TextChoice
+    ) -> None:
+        self.source, self.views, self.reader, self.parts, self.texts = source, views, reader, parts, texts
 
     def __getitem__(self, place: Place) -> Chunk:
         keys = self.parts[place.part].keys(place.first, place.last)
         checks = np.zeros(len(keys), np.uint64)
         pixels: list[Tensor] = []
         ids: list[str] = []
-        captions: list[str] = []
+        chosen: list[tuple[str, ...]] = []
         bad: list[BadSampleError] = []
         for row, key in enumerate(keys.tolist()):
             number, index = divmod(key, len(self.source))
             try:
                 sample = self.source[index]
-                if not sample.captions:
-                    raise BadSampleError(sample.id, "no caption")
                 view = draw_view(sample.id, number, self.views, sample.image.size)
+                texts = self.texts.choose(sample, view, number)
                 pixels.append(self.reader.preprocess(*view.prepare(sample.image)))
             except BadSampleError as error:
                 bad.append(error)
                 continue
             ids.append(sample.id)
-            captions.append(view.choose(sample.captions))
-            checks[row] = row_check(sample.id, number, captions[-1])
-        inputs = ModelInput(torch.stack(pixels), self.reader.tokenize(captions)) if pixels else None
+            chosen.append(texts)
+            checks[row] = row_check(sample.id, number, joined(texts))
+        inputs = None
+        if pixels:
+            captions, *more = zip(*chosen, strict=True)
+            inputs = self.reader.input(torch.stack(pixels), captions, dict(zip(self.texts.pools, more, strict=True)))
         return Chunk(place, inputs, checks, tuple(ids), tuple(bad))
 
 

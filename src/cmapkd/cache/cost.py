@@ -14,7 +14,9 @@ import torch
 from cmapkd.cache.files import CacheError
 from cmapkd.cache.prepare import CachePlan
 from cmapkd.cache.writer import live_features
-from cmapkd.data.types import BadSampleError, ModelInput
+from cmapkd.data.batches import Reader
+from cmapkd.data.texts import joined
+from cmapkd.data.types import BadSampleError
 from cmapkd.data.views import draw_view
 
 MEASURED_ROWS = 64
@@ -48,7 +50,8 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
         reader = small.open()
         model, views = plan.teacher.model, plan.views
         view = int(small.keys[0]) // len(plan.source)
-        ids, indices, captions, images = [], [], [], []
+        forms = Reader(model.image_spec, model.tokenizer)
+        ids, indices, chosen, images = [], [], [], []
         for key in small.keys.tolist():
             if key // len(plan.source) != view:
                 break
@@ -57,23 +60,28 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
                     sample = plan.source[key % len(plan.source)]
             except BadSampleError:
                 continue
-            if not sample.captions:
-                continue
             drawn = draw_view(sample.id, view, views, sample.image.size)
+            try:
+                texts = plan.texts.choose(sample, drawn, view)
+            except BadSampleError:
+                continue
             with _timed(cost, "prepare"):
                 images.append(model.image_spec(*drawn.prepare(sample.image)))
             ids.append(sample.id)
             indices.append(key % len(plan.source))
-            captions.append(drawn.choose(sample.captions))
+            chosen.append(texts)
         if not ids:
             raise CacheError(f"none of the first samples of {plan.source.name} can be read")
-        inputs = ModelInput(torch.stack(images), model.tokenizer(captions)).to(device)
+        captions, *more = zip(*chosen, strict=True)
+        pools = dict(zip(plan.texts.pools, more, strict=True))
+        inputs = forms.input(torch.stack(images), captions, pools).to(device)
+        answered = [joined(texts) for texts in chosen]
         with _timed(cost, "answer"):
             found = live_features(plan.teacher, inputs, plan.needs, plan.precision)
             found.image.embedding.sum().item()  # a GPU has finished only now
-        reader.read(view, indices, ids, captions, [])
+        reader.read(view, indices, ids, answered, [])
         with _timed(cost, "read"):
-            reader.read(view, indices, ids, captions, [])
+            reader.read(view, indices, ids, answered, [])
     rows = len(ids)
     return Cost(
         cost.fetch / rows, cost.prepare / rows, cost.answer / rows, cost.build / len(small.keys), cost.read / rows

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cmapkd.cache.files import digest_of
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.views import ViewSpec, draw_view
 from cmapkd.models import DualEncoder
@@ -32,11 +33,14 @@ _REASONS = {
     "tokenizer": "the teacher's tokenizer differs",
     "views": "it holds other views of the samples (data.views)",
     "data": "it was made from other data",
+    "texts": "it answers other texts of the samples (synthetic captions)",
     "precision": "the teacher answered in another precision (training.precision)",
 }
 
 
-def identity_of(model: DualEncoder, source: Source, views: ViewSpec, *, precision: str) -> dict[str, Any]:
+def identity_of(
+    model: DualEncoder, source: Source, views: ViewSpec, *, precision: str, texts: TextChoice | None = None
+) -> dict[str, Any]:
     """Everything that an answer depends on besides sample and view number, as plain data.
 
     The model is read on the CPU or wherever it is; hashing takes about a second for each GB.
@@ -50,15 +54,16 @@ def identity_of(model: DualEncoder, source: Source, views: ViewSpec, *, precisio
         "views": _view_hash(views),
         "data": f"{source.fingerprint()} of {len(source)}",
         "precision": precision,
+        **({} if texts is None or texts.plain else {"texts": texts.describe()}),
     }
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """A sentence for each part in which a cache does not fit a run."""
     return [
-        f"{reason} (stored {stored.get(key)!r}, this run {wanted[key]!r})"
+        f"{reason} (stored {stored.get(key)!r}, this run {wanted.get(key)!r})"
         for key, reason in _REASONS.items()
-        if stored.get(key) != wanted[key]
+        if stored.get(key) != wanted.get(key)
     ]
 
 

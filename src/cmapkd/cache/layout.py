@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from cmapkd.features.pyramid import cells_of, pooled
 from cmapkd.methods.base import Detail
 from cmapkd.models import Features, Level, Needs, TowerFeatures
 
-Tower = Literal["image", "text"]
+Tower = str  # image, text, or text/POOL for the texts of a further pool
 CHECK = "check"  # a row's own number: which sample, view and caption it answers; 0: no answer
 DETAILS: tuple[Detail, ...] = ("global", "pooled", "key_tokens", "dense")
 _NUMPY = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
 _PLACES = "<i2"  # of key tokens
+_MORE = "text/"
 _TINY = 2.0**-14  # smallest normal number of float16: scales below would lose digits
 
 
@@ -130,7 +131,7 @@ class Layout:
 
     def embeddings(self) -> Layout:
         """Of the two embeddings alone."""
-        return Layout("global", self.store, tuple(each for each in self.fields if each.level is None))
+        return Layout("global", self.store, tuple(each for each in self.fields if each.name in ("image", "text")))
 
     @property
     def row_bytes(self) -> int:
@@ -139,7 +140,7 @@ class Layout:
     def lacks(self, needs: Needs, kind: Detail, key_tokens: KeyTokens | None = None) -> str | None:
         """Why rows like these cannot answer a method, or None if they can."""
         held = {(each.tower, each.level) for each in self.fields}
-        asked: list[tuple[Tower, str]] = [("image", name) for name in needs.image_levels]
+        asked = [("image", name) for name in needs.image_levels]
         asked += [("text", name) for name in needs.text_levels]
         missing = [f"{tower} level {name}" for tower, name in asked if (tower, name) not in held]
         if missing:
@@ -238,14 +239,18 @@ class Layout:
         """
         towers: dict[Tower, TowerFeatures] = {}
         for tower, names in (("image", needs.image_levels), ("text", needs.text_levels)):
-            tower = cast(Tower, tower)
             levels = {
                 each.level: self._level(each, arrays, texts)
                 for each in self.fields
                 if each.tower == tower and each.level in names and each.level is not None and each.part == "values"
             }
             towers[tower] = TowerFeatures(arrays[tower], {name: levels[name] for name in names})
-        return Features(towers["image"], towers["text"], logit_scale, logit_bias)
+        more = {
+            each.tower.removeprefix(_MORE): TowerFeatures(arrays[each.name])
+            for each in self.fields
+            if each.tower.startswith(_MORE)
+        }
+        return Features(towers["image"], towers["text"], logit_scale, logit_bias, more)
 
     def _level(self, field: Field, arrays: Mapping[str, Tensor], texts: TokenBatch | None) -> Level:
         values = arrays[field.name]
@@ -303,4 +308,5 @@ def _scale(name: str) -> str:
 
 
 def _towers(features: Features) -> dict[Tower, TowerFeatures]:
-    return {"image": features.image, "text": features.text}
+    more = {f"{_MORE}{pool}": tower for pool, tower in features.more_texts.items()}
+    return {"image": features.image, "text": features.text, **more}

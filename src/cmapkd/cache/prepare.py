@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.cache.writer import Built, Progress, build, live_features, missing_shards
+from cmapkd.data.batches import Reader
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.features import KeyTokens
@@ -45,22 +47,40 @@ class CachePlan:
     keys: Keys  # what the run will read
     precision: str
     key_tokens: KeyTokens | None = None  # where the method reads them
+    texts: TextChoice = field(default_factory=TextChoice)
 
     @classmethod
     def of_method(
-        cls, config: CacheConfig, method: Method, *, source: Source, views: ViewSpec, keys: Keys, precision: str
+        cls,
+        config: CacheConfig,
+        method: Method,
+        *,
+        source: Source,
+        views: ViewSpec,
+        keys: Keys,
+        precision: str,
+        role: str = "teacher",
+        mix_synthetic: float = 0.0,
     ) -> CachePlan:
-        """Before any stage has been entered: what all stages together read.
+        """Before any stage has been entered: what all stages together read of the teacher with this role.
+
+        Where the config names a folder, each further teacher has one of its own beside it.
 
         Raises:
             CacheError: the method has no use for one.
         """
-        assert method.teacher is not None
         if method.not_cached is not None:
             raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
-        detail = method.teacher_detail
-        needs = replace(method.teacher_needs, towers=BOTH)  # both: any method may read it
-        return cls(config, method.teacher, needs, detail, source, views, keys, precision, method.key_tokens)
+        teacher, texts = method.teachers[role], TextChoice(method.text_pools, mix_synthetic)
+        detail: Detail
+        if role == "teacher":
+            detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens
+        else:
+            detail, needs, key_tokens = "global", Needs(), None
+            if config.folder is not None:
+                config = config.model_copy(update={"folder": config.folder.with_name(f"{config.folder.name}-{role}")})
+        needs = replace(needs, towers=BOTH)  # both: any method may read it
+        return cls(config, teacher, needs, detail, source, views, keys, precision, key_tokens, texts)
 
     @property
     def kind(self) -> Detail:
@@ -106,13 +126,15 @@ class CachePlan:
             except BadSampleError:
                 continue
             if sample.captions:
-                images = model.image_spec(sample.image)[None]
-                return ModelInput(images, model.tokenizer(sample.captions[:1])).to(device)
+                captions = sample.captions[:1]
+                reader = Reader(model.image_spec, model.tokenizer)
+                more = dict.fromkeys(self.texts.pools, captions)
+                return reader.input(model.image_spec(sample.image)[None], captions, more).to(device)
         raise CacheError(f"none of the first samples of {self.source.name} can be read")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        return identity_of(self.teacher.model, self.source, self.views, precision=self.precision)
+        return identity_of(self.teacher.model, self.source, self.views, precision=self.precision, texts=self.texts)
 
     @cached_property
     def folder(self) -> Path:
@@ -214,6 +236,7 @@ class CachePlan:
             world_size=world_size,
             skip_bad=skip_bad,
             progress=progress,
+            texts=self.texts,
         )
 
     def _create(self) -> CacheFolder:
@@ -264,5 +287,10 @@ class CachePlan:
             return model
 
         return CachedTeacher(
-            self.teacher.model, reader.cache, reload=checked, precision=self.precision, check=reader.check
+            self.teacher.model,
+            reader.cache,
+            reload=checked,
+            precision=self.precision,
+            check=reader.check,
+            role=self.teacher.role,
         )

@@ -34,7 +34,7 @@ class CacheWarning(UserWarning):
 
 
 class CachedTeacher(FrozenTeacher):
-    """Answers with `batch.stored["teacher"]`; for samples without an answer it loads the teacher after all.
+    """Answers with what `batch.stored` has for its role; for samples without an answer it loads the teacher after all.
 
     `model` says what the teacher is (levels, preprocessing, tokenizer); its weights are on the meta device.
 
@@ -53,8 +53,9 @@ class CachedTeacher(FrozenTeacher):
         reload: Callable[[], DualEncoder],
         precision: str = "fp32",
         check: Check = "first_use",
+        role: str = "teacher",
     ) -> None:
-        super().__init__(_description(model))
+        super().__init__(_description(model), role)
         self.cache, self.reload, self.precision, self.check = cache, reload, precision, check
         self.live: FrozenTeacher | None = None
         self.device = torch.device("cpu")
@@ -71,7 +72,7 @@ class CachedTeacher(FrozenTeacher):
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
         needs = needs or Needs()
-        stored, inputs = batch.stored["teacher"], batch.inputs.get("teacher")
+        stored, inputs = batch.stored[self.role], batch.inputs.get(self.role)
         layout = self.cache.layout
         arrays = layout.decode(stored.arrays)
         if len(stored.missing):
@@ -98,13 +99,16 @@ class CachedTeacher(FrozenTeacher):
             )
             self.live = FrozenTeacher(self.reload()).to(inputs.images.device)
         places = stored.missing.to(inputs.images.device)
-        texts = TokenBatch(inputs.texts.ids[places], inputs.texts.mask[places])
+        texts, *more = (
+            TokenBatch(each.ids[places], each.mask[places]) for each in (inputs.texts, *inputs.more_texts.values())
+        )
+        lacking = ModelInput(inputs.images, texts, dict(zip(inputs.more_texts, more, strict=True)))
         layout = self.cache.layout
         levels = [each for each in layout.fields if each.level is not None]
         of_image, of_text = (
             tuple(dict.fromkeys(str(each.level) for each in levels if each.tower == tower)) for tower in BOTH
         )
         needs = Needs(of_image, of_text)
-        features = live_features(self.live, ModelInput(inputs.images, texts), needs, self.precision)
+        features = live_features(self.live, lacking, needs, self.precision)
         for name, values in layout.arrays(features, texts).items():
             arrays[name][places] = values.to(arrays[name].dtype)

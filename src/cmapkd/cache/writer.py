@@ -19,6 +19,7 @@ from cmapkd.cache.fidelity import Fidelity
 from cmapkd.cache.files import CacheError, explained, leftovers, new_file, write_json
 from cmapkd.cache.parts import CacheFolder, Keys, Part
 from cmapkd.data.batches import Reader
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import ModelInput, Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.models import FrozenTeacher, Needs
@@ -78,6 +79,7 @@ def build(
     world_size: int = 1,
     skip_bad: bool = True,
     progress: Progress | None = None,
+    texts: TextChoice | None = None,
 ) -> Built:
     """Adds the answers to `keys` that the cache lacks; of several processes each takes every `world_size`-th shard.
 
@@ -98,7 +100,7 @@ def build(
     missing = missing_shards(cache, keys)[0]
     mine = [Missing(each.part, tuple(shard for shard in each.shards if shard % world_size == rank)) for each in missing]
     reader = Reader(teacher.model.image_spec, teacher.model.tokenizer)
-    chunks = Chunks(source, views, reader, [each.part for each in mine])
+    chunks = Chunks(source, views, reader, [each.part for each in mine], texts or TextChoice())
     places = [place for number, each in enumerate(mine) for place in places_of(each.part, number, each.shards)]
     total = sum(each.rows for each in mine)
     built = Built()

@@ -41,37 +41,37 @@ def build(
 
     from cmapkd.cache.progress import BuildDisplay
     from cmapkd.data.open import open_source
-    from cmapkd.methods import build_method
-    from cmapkd.models import FrozenTeacher, build_model
-    from cmapkd.run import classes_of, plan_cache, vocabulary_captions
+    from cmapkd.run import build_student, classes_of, load_teachers, method_of, plan_cache, texts_of
 
     if config.teacher is None:
         raise ConfigError("there is no teacher in this recipe to cache the answers of")
     source = open_source(config.data.train, split="train", require_captions=True)
-    teacher = FrozenTeacher(build_model(config.teacher))
-    student = build_model(config.student, captions=vocabulary_captions(source))
-    classes = classes_of(config, source)
-    method = build_method(config.method, student=student, teacher=teacher, classes=classes)
+    teachers = load_teachers(config)
+    student = build_student(config, source, teachers)
+    method = method_of(config, student, teachers, classes=classes_of(config, source))
     if method.teacher is None:
         raise CacheError(f"method {config.method.name} asks no teacher")
-    plan = plan_cache(config, method, source, whole=whole)
+    texts_of(config, method, source)
     console = Console()
-    size = (
-        f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {plan.bytes_missing() / 2**20:,.0f} MiB missing"
-    )
-    console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
     cuda = torch.cuda.is_available() and not config.training.on_cpu
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
-    built = plan.build(
-        device=device,
-        workers=config.data.workers,
-        rank=rank,
-        world_size=world,
-        skip_bad=config.data.on_bad_sample == "skip",
-        progress=BuildDisplay(console),
-    )
-    bad = f"; {len(built.bad)} samples could not be read, the first {built.bad[0]}" if built.bad else ""
-    console.print(f"built {built.rows:,} rows{bad}", highlight=False, soft_wrap=True)
+    for role in method.teachers:
+        plan = plan_cache(config, method, source, whole=whole, role=role)
+        size = (
+            f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {plan.bytes_missing() / 2**20:,.0f} MiB "
+            "missing"
+        )
+        console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
+        built = plan.build(
+            device=device,
+            workers=config.data.workers,
+            rank=rank,
+            world_size=world,
+            skip_bad=config.data.on_bad_sample == "skip",
+            progress=BuildDisplay(console),
+        )
+        bad = f"; {len(built.bad)} samples could not be read, the first {built.bad[0]}" if built.bad else ""
+        console.print(f"built {built.rows:,} rows{bad}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -131,7 +131,7 @@ def _rows(
             problems.update(dict.fromkeys(lines))
             continue
         if not METHODS[config.method.name].uses_teacher:
-            config = config.model_copy(update={"teacher": None})
+            config = config.without_teachers()
         runs = {}
         for seed in seeds:
             seeded = config.model_copy(update={"seed": seed})

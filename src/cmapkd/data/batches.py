@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmapkd.data.random import permuted
+from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source, StoredRows, TokenBatch
 from cmapkd.data.views import CropBox, View, ViewSpec, draw_view
 
@@ -35,6 +36,14 @@ class Reader:
     preprocess: Preprocessing
     tokenize: Callable[[Sequence[str]], TokenBatch]
 
+    def input(
+        self, images: Tensor, captions: Sequence[str], more: Mapping[str, Sequence[str]] | None = None
+    ) -> ModelInput:
+        """The model's input: its own pixels, and the texts by its own tokenizer, further ones by pool."""
+        return ModelInput(
+            images, self.tokenize([*captions]), {pool: self.tokenize([*texts]) for pool, texts in (more or {}).items()}
+        )
+
 
 class Answers(Protocol):
     """A model's answers to views, read instead of computed; see `cache.CacheReader`. Picklable."""
@@ -48,7 +57,7 @@ class Answers(Protocol):
     def read(
         self, view: int, indices: Sequence[int], ids: Sequence[str], captions: Sequence[str], missing: Sequence[int]
     ) -> StoredRows:
-        """The answers to one view of these samples, except in the `missing` places.
+        """The answers to one view of these samples with these texts (`texts.joined`), except in the `missing` places.
 
         Raises:
             ValueError: an answer is to another sample, view or caption, or damaged.
@@ -132,7 +141,7 @@ class BatchBuilder(Dataset[Batch]):
     the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
 
     A role with `stored` answers gets these, and images only of the samples that they lack. What `extras` make of the
-    samples is in `Batch.extra`, by their names.
+    samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of each sample.
     """
 
     def __init__(
@@ -145,18 +154,20 @@ class BatchBuilder(Dataset[Batch]):
         on_bad_sample: str = "skip",
         stored: Mapping[str, Answers] | None = None,
         extras: Mapping[str, Extra] | None = None,
+        texts: TextChoice | None = None,
     ) -> None:
         self.source: Source = source
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
         self.extras = dict(extras or {})
+        self.texts = texts or TextChoice()
 
     def __getitem__(self, plan: Plan) -> Batch:
         number = self.views.view_number(plan.epoch)
         ids: list[str] = []
         indices: list[int] = []
-        captions: list[str] = []
+        chosen: list[tuple[str, ...]] = []
         missing: dict[str, list[int]] = {role: [] for role in self.stored}
         pixels: dict[str, list[Tensor]] = {role: [] for role in self.readers}
         extras: dict[str, list[Any]] = {name: [] for name in self.extras}
@@ -166,9 +177,8 @@ class BatchBuilder(Dataset[Batch]):
             for index in self._candidates(plan, planned, taken):
                 try:
                     sample = self.source[index]
-                    if not sample.captions:
-                        raise BadSampleError(sample.id, "no caption")
                     view = draw_view(sample.id, number, self.views, sample.image.size)
+                    texts = self.texts.choose(sample, view, number)
                     lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
                     images = self._read(sample.image, view, lacking)
                     more = {name: extra.read(sample, plan.epoch) for name, extra in self.extras.items()}
@@ -181,7 +191,7 @@ class BatchBuilder(Dataset[Batch]):
                     missing[role].append(len(ids))
                 ids.append(sample.id)
                 indices.append(index)
-                captions.append(view.choose(sample.captions))
+                chosen.append(texts)
                 for role, image in images.items():
                     pixels[role].append(image)
                 for name, item in more.items():
@@ -191,12 +201,14 @@ class BatchBuilder(Dataset[Batch]):
                 raise BadSampleError(
                     bad[-1][0], f"{bad[-1][1]}; and no readable sample was found to take its place at step {plan.step}"
                 )
+        answered = [joined(texts) for texts in chosen]
         stored = {
-            role: answers.read(number, indices, ids, captions, missing[role]) for role, answers in self.stored.items()
+            role: answers.read(number, indices, ids, answered, missing[role]) for role, answers in self.stored.items()
         }
-        inputs = self._inputs(pixels, captions)
+        captions, *further = zip(*chosen, strict=True)
+        inputs = self._inputs(pixels, captions, dict(zip(self.texts.pools, further, strict=True)))
         extra = {name: self.extras[name].join(items) for name, items in extras.items()}
-        return Batch(tuple(ids), inputs, tuple(captions), view=number, bad=tuple(bad), extra=extra, stored=stored)
+        return Batch(tuple(ids), inputs, captions, view=number, bad=tuple(bad), extra=extra, stored=stored)
 
     def _candidates(self, plan: Plan, planned: int, taken: set[int]) -> Iterator[int]:
         yield planned
@@ -221,18 +233,20 @@ class BatchBuilder(Dataset[Batch]):
             images[role] = done[reader.preprocess]
         return images
 
-    def _inputs(self, pixels: dict[str, list[Tensor]], captions: list[str]) -> dict[str, ModelInput]:
+    def _inputs(
+        self, pixels: dict[str, list[Tensor]], captions: Sequence[str], more: Mapping[str, Sequence[str]]
+    ) -> dict[str, ModelInput]:
         stacked: dict[Preprocessing, Tensor] = {}
         inputs: dict[str, ModelInput] = {}
         for role, reader in self.readers.items():
             if role in self.stored:
                 if pixels[role] or self.stored[role].needs_texts:
                     images = torch.stack(pixels[role]) if pixels[role] else torch.empty(0)
-                    inputs[role] = ModelInput(images, reader.tokenize(captions))
+                    inputs[role] = reader.input(images, captions, more)
                 continue
             if reader.preprocess not in stacked:
                 stacked[reader.preprocess] = torch.stack(pixels[role])
-            inputs[role] = ModelInput(stacked[reader.preprocess], reader.tokenize(captions))
+            inputs[role] = reader.input(stacked[reader.preprocess], captions, more)
         return inputs
 
 

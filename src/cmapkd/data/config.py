@@ -19,6 +19,9 @@ class DataConfig(Config):
     views: ViewSpec | None = Field(
         None, description="Crops and flips of the training pictures; none: 90-100 % crops, whole pictures for scenes."
     )
+    mix_synthetic: float = Field(
+        0.0, ge=0, le=1, description="Share of the views that show a synthetic caption in place of the sample's own."
+    )
     workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the training process itself.")
     on_bad_sample: Literal["skip", "error"] = Field("skip", description="What a sample that cannot be read does.")
     max_bad_share: float = Field(

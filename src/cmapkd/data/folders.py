@@ -106,7 +106,7 @@ class FolderSource(StoredSource):
         texts = {kind: self._images.read(file) for kind, file in self._text_files(entry).items()}
         record = read_record(texts)[0]
         label = record.label if self._labels is None else int(self._labels[entry])
-        return Record(record.captions, label, record.questions, record.boxes)
+        return Record(record.captions, label, record.questions, record.boxes, record.texts)
 
     def _image(self, entry: int) -> bytes:
         return self._images.read(self._files[entry])

@@ -12,12 +12,12 @@ import numpy as np
 from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, nearest
 from cmapkd.data.reading import Folder, check_size
-from cmapkd.data.records import Record, Unusable, parse_captions, parse_id, parse_record
+from cmapkd.data.records import TEXT_POOLS, Record, Unusable, parse_captions, parse_id, parse_record
 from cmapkd.data.splits import pick_split
 from cmapkd.data.stored import Keep, StoredSource, Texts
 from cmapkd.data.tables import Columns
 
-QUESTION_COLUMNS = ("question", "answer", "answers", "qa")
+FURTHER_COLUMNS = ("question", "answer", "answers", "qa", *(key for keys in TEXT_POOLS.values() for key in keys))
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -62,7 +62,7 @@ class HubSource(StoredSource):
         images = table.select_columns([self._column])
         self._is_path = getattr(table.features[self._column], "dtype", None) == "string"
         self._pictures = images if self._is_path else images.cast_column(self._column, datasets.Image(decode=False))
-        texts = [self._captions, id_column, label, *(q for q in QUESTION_COLUMNS if q in table.features)]
+        texts = [self._captions, id_column, label, *(q for q in FURTHER_COLUMNS if q in table.features)]
         chosen = list(dict.fromkeys(text for text in texts if text is not None and text != self._column))
         self._texts = table.select_columns(chosen) if chosen else None
         ids, bad = self._find_ids(id_column, len(table))
@@ -117,9 +117,9 @@ class HubSource(StoredSource):
         captions = None if self._captions is None else parse_captions(values[self._captions])
         label = values.get(self._label) if self._label else None
         unlabelled = {} if label is None or label == -1 else {"label": label}  # -1: a hub test split without labels
-        asked = {name: values[name] for name in QUESTION_COLUMNS if name in values}
+        asked = {name: values[name] for name in FURTHER_COLUMNS if name in values}
         record = parse_record({**asked, **unlabelled}, caption_keys=())
-        return Record(captions, record.label, record.questions)
+        return Record(captions, record.label, record.questions, texts=record.texts)
 
     def _image(self, entry: int) -> bytes:
         value = self._pictures[entry][self._column]

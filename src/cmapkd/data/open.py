@@ -48,6 +48,13 @@ class Spec:
             raise ConfigError(f"data {self.text!r}: {name} must be a whole number, got {text!r}")
         return None if text is None else int(text)
 
+    def take_float(self, name: str) -> float | None:
+        text = self.options.pop(name, None)
+        try:
+            return None if text is None else float(text)
+        except ValueError:
+            raise ConfigError(f"data {self.text!r}: {name} must be a number, got {text!r}") from None
+
     def need_rest(self, example: str) -> str:
         if not self.rest:
             raise ConfigError(f"data {self.text!r} does not say what to read: write {example}")
@@ -127,7 +134,9 @@ def _open_scenes(spec: Spec) -> Source:
         options["size"] = size
     if (language := spec.take("language")) is not None:
         options["language"] = language
-    _refuse_leftovers(spec, ("size", "length", "limit", "language"))
+    if (wrong := spec.take_float("wrong")) is not None:
+        options["wrong"] = wrong
+    _refuse_leftovers(spec, ("size", "length", "limit", "language", "wrong"))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cmapkd.data.types import BadSampleError, Box, QuestionAnswer, Source
@@ -14,6 +14,7 @@ CAPTION_KEYS = ("captions", "caption", "texts", "text", "title", "sentences", "s
 IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png")
 ID_KEYS = ("id", "key", "image_id", "sample_id")
 LABEL_KEYS = ("label", "labels", "cls", "class")
+TEXT_POOLS = {"synthetic": ("synthetic", "syn_text")}  # further texts, by pool: the keys that hold them
 QUESTION_KINDS = ("yes/no", "number", "other")
 
 MAX_TEXT_BYTES = 16 * 2**20
@@ -31,6 +32,7 @@ class Record:
     label: int | None = None
     questions: tuple[QuestionAnswer, ...] = ()
     boxes: tuple[Box, ...] = ()
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def iter_captions(source: Source) -> Iterator[str]:
@@ -84,7 +86,7 @@ def parse_record(
     label_keys: Sequence[str] = LABEL_KEYS,
     labels: Mapping[str, int] | None = None,
 ) -> Record:
-    """Reads captions (the first of `caption_keys` that is there), label, questions and boxes.
+    """Reads captions (the first of `caption_keys` that is there), label, questions, boxes and further texts.
 
     Args:
         labels: numbers of class names, for labels given as text.
@@ -93,7 +95,20 @@ def parse_record(
     """
     captions = next((parse_captions(values[key]) for key in caption_keys if values.get(key) is not None), None)
     label = next((parse_label(values[key], labels) for key in label_keys if values.get(key) is not None), None)
-    return Record(captions, label, tuple(_questions(values)), tuple(_boxes(values)))
+    return Record(captions, label, tuple(_questions(values)), tuple(_boxes(values)), parse_texts(values))
+
+
+def parse_texts(values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Texts of the pools that a record has, each from the first of its keys that is there.
+
+    Raises:
+        Unusable: a key holds something else than text.
+    """
+    found = {
+        pool: next((parse_captions(values[key]) for key in keys if values.get(key) is not None), ())
+        for pool, keys in TEXT_POOLS.items()
+    }
+    return {pool: texts for pool, texts in found.items() if texts}
 
 
 def parse_id(values: Mapping[str, Any], keys: Sequence[str] = ID_KEYS) -> str | None:

@@ -13,7 +13,7 @@ from cmapkd.data.places import find_files, short_names
 from cmapkd.data.reading import IMAGE_EXTENSIONS, RangeReader, check_size
 from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unusable
 from cmapkd.data.stored import Keep, StoredSource, Texts
-from cmapkd.data.tar_index import TEXT_EXTENSIONS, index_tar, read_record
+from cmapkd.data.tar_index import SYNTHETIC, TEXT_EXTENSIONS, index_tar, read_record
 
 
 class ShardSource(StoredSource):
@@ -89,7 +89,7 @@ class ShardSource(StoredSource):
     def _record(self, entry: int) -> Record:
         members = self._members(entry)
         texts = {}
-        for name in ("json", *TEXT_EXTENSIONS, "cls"):
+        for name in ("json", *TEXT_EXTENSIONS, "cls", SYNTHETIC):
             if name in members:
                 if members[name][1] > MAX_TEXT_BYTES:
                     raise Unusable(f"{name} is too large: {members[name][1]} bytes, limit {MAX_TEXT_BYTES}")

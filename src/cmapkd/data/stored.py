@@ -141,7 +141,9 @@ class StoredSource(ABC):
         except OSError as error:
             raise BadSampleError(sample_id, f"file cannot be read: {error.strerror or error}") from None
         image = decode_image(data, sample_id)
-        return Sample(sample_id, image, record.captions or (), record.label, record.questions, record.boxes)
+        return Sample(
+            sample_id, image, record.captions or (), record.label, record.questions, record.boxes, record.texts
+        )
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`; its image is not read.

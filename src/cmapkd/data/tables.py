@@ -68,6 +68,7 @@ class _Group:
     label: Any = None
     questions: list[QuestionAnswer] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
     bad: str | None = None
 
 
@@ -117,12 +118,13 @@ class TableSource(StoredSource):
         )
 
     def _record(self, entry: int) -> Record:
-        _, captions, label, questions, boxes = json.loads(self._rows[entry])
+        _, captions, label, questions, boxes, texts = json.loads(self._rows[entry])
         return Record(
             None if captions is None else tuple(captions),
             None if label is None else parse_label(label, self._label_numbers),
             tuple(QuestionAnswer(question, tuple(answers), *rest) for question, answers, *rest in questions),
             tuple(Box(*box) for box in boxes),
+            {pool: tuple(written) for pool, written in texts.items()},
         )
 
     def _image(self, entry: int) -> bytes:
@@ -147,7 +149,8 @@ def _check_images(name: str, names: list[str], images: Images) -> None:
 def _pack(group: _Group) -> str:
     questions = [[q.question, q.answers, q.kind, q.id] for q in group.questions]
     boxes = [[b.x, b.y, b.width, b.height, b.name, b.crowd, b.area] for b in group.boxes]
-    return json.dumps([group.image, group.captions, group.label, questions, boxes], separators=(",", ":"))
+    values = [group.image, group.captions, group.label, questions, boxes, group.texts]
+    return json.dumps(values, separators=(",", ":"))
 
 
 def _group(
@@ -183,6 +186,8 @@ def _group(
         group.label = label if group.label is None else group.label
         group.questions += record.questions
         group.boxes += record.boxes
+        for pool, texts in record.texts.items():
+            group.texts.setdefault(pool, []).extend(texts)
     return groups
 
 

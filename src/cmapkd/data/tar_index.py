@@ -23,12 +23,14 @@ from cmapkd.data.records import (
     parse_json,
     parse_lines,
     parse_record,
+    parse_texts,
 )
 
 INDEX_VERSION = 1  # raised with any change of what an index says of the same tar
 
 CAPTION_KEYS = ("captions", "caption")
 TEXT_EXTENSIONS = ("txt", "text", "caption")
+SYNTHETIC = "syn.json"  # synthetic captions in a member of their own, as DataCompDR has them
 
 # webdataset's convention: the key is the path up to the first dot of the base name, the rest is the field
 _NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]+)", re.DOTALL)
@@ -95,7 +97,8 @@ def read_record(texts: dict[str, bytes], labels: dict[str, int] | None = None) -
     if label is None and "cls" in texts:
         values = {"label": decode_text(texts["cls"], "label").strip()}
         label = parse_record(values, caption_keys=(), labels=labels).label
-    return Record(captions, label, record.questions, record.boxes), identity
+    further = record.texts if SYNTHETIC not in texts else {**record.texts, **parse_texts(parse_json(texts[SYNTHETIC]))}
+    return Record(captions, label, record.questions, record.boxes, further), identity
 
 
 def build_index(path: Path, stamp: tuple[int, int]) -> TarIndex:

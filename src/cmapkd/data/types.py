@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,7 +46,8 @@ class Sample:
     """One image with everything that is said of it.
 
     `id` is stable: the same sample has the same id in every process, run and order of reading; views and caches are
-    keyed by it. `image` is RGB, upright (EXIF applied) and of any size.
+    keyed by it. `image` is RGB, upright (EXIF applied) and of any size. `texts` are further texts by pool: `synthetic`
+    are captions that a model wrote.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Sample:
     label: int | None = None
     questions: tuple[QuestionAnswer, ...] = ()
     boxes: tuple[Box, ...] = ()
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class BadSampleError(ValueError):
@@ -142,16 +144,21 @@ class ModelInput:
 
     images: Tensor  # Float[batch 3 height width]
     texts: TokenBatch
+    more_texts: dict[str, TokenBatch] = field(default_factory=dict)  # by pool: one further text of each sample
 
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> ModelInput:
         pixels = self.images.to(device, non_blocking=non_blocking) if images else self.images
-        return ModelInput(pixels, self.texts.to(device, non_blocking))
+        return self._map(pixels, lambda texts: texts.to(device, non_blocking))
 
     def pin_memory(self) -> ModelInput:
-        return ModelInput(self.images.pin_memory(), self.texts.pin_memory())
+        return self._map(self.images.pin_memory(), TokenBatch.pin_memory)
 
-    def part(self, start: int, stop: int) -> ModelInput:
-        return ModelInput(self.images[start:stop], self.texts.part(start, stop))
+    def part(self, start: int, stop: int, images: tuple[int, int] | None = None) -> ModelInput:
+        """The pairs from `start` to before `stop`; `images` says where their pixels stand, if elsewhere."""
+        return self._map(self.images[slice(*(images or (start, stop)))], lambda texts: texts.part(start, stop))
+
+    def _map(self, images: Tensor, change: Callable[[TokenBatch], TokenBatch]) -> ModelInput:
+        return ModelInput(images, change(self.texts), {pool: change(texts) for pool, texts in self.more_texts.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +184,7 @@ class StoredRows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The same views of the same samples, once for each model (`student`, `teacher`), in the same order.
+    """The same views of the same samples, once for each model (`student`, `teacher`, ...), in the same order.
 
     `captions` are the texts that were tokenised; `view` is the view number of every sample in the batch. `stored` holds
     what a cache has of a model's answers, by role; such a model's input may lack images, or be left out.
@@ -211,7 +218,6 @@ class Batch:
         for role, rows in self.stored.items():
             if role in self.inputs:  # it holds images of the missing places only
                 first, last = (int((rows.missing < place).sum()) for place in (start, stop))
-                whole = self.inputs[role]
-                inputs[role] = ModelInput(whole.images[first:last], whole.texts.part(start, stop))
+                inputs[role] = self.inputs[role].part(start, stop, images=(first, last))
         stored = {role: rows.part(start, stop) for role, rows in self.stored.items()}
         return Batch(self.ids[start:stop], inputs, self.captions[start:stop], self.view, self.bad, self.extra, stored)

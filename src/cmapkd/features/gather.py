@@ -20,7 +20,8 @@ def gather_features(features: Features) -> Features:
     processes of what their losses ask of it; the distributed wrapper divides by the number of processes, which leaves
     exactly the gradient of the whole-batch loss. Without a process group this returns its argument.
     """
-    return replace(features, image=_gather_tower(features.image), text=_gather_tower(features.text))
+    more = {pool: _gather_tower(tower) for pool, tower in features.more_texts.items()}
+    return replace(features, image=_gather_tower(features.image), text=_gather_tower(features.text), more_texts=more)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """One published method = one file. `METHODS` is the list: adding a method adds one line here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from cmapkd.config import ConfigError
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, TermsBeside
 from cmapkd.methods.c2kd import C2KD
@@ -11,8 +12,10 @@ from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
 from cmapkd.methods.hinton import Hinton
+from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.stages import StageConfig
+from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.models import DualEncoder, FrozenTeacher
 
 METHODS: dict[str, type[Method]] = {
@@ -23,6 +26,8 @@ METHODS: dict[str, type[Method]] = {
     "dc_clip": DCClip,
     "clip_kd": ClipKD,
     "cmapkd": CMAPKD,
+    "mobileclip": MobileCLIP,
+    "tinyclip": TinyCLIP,
 }
 
 
@@ -31,21 +36,26 @@ def build_method(
     *,
     student: DualEncoder,
     teacher: FrozenTeacher | None,
+    more_teachers: Sequence[FrozenTeacher] = (),
     beside: Callable[[DualEncoder], TermsBeside | None] | None = None,
     classes: ClassPrompts | None = None,
 ) -> Method:
-    """The method that `config` names; a teacher it does not use is left out.
+    """The method that `config` names; teachers it does not use are left out.
 
     Args:
+        more_teachers: besides the first, each with a role of its own.
         beside: makes the terms that the run adds to the method's own, for the student as the method trains it.
         classes: of the training source; read where `config.reads_classes`, and left out elsewhere.
 
     Raises:
-        ConfigError: a setting does not fit the method's terms or levels.
+        ConfigError: a setting does not fit the method's terms or levels, or it takes one teacher only.
         ValueError: the method needs a teacher and there is none, or the models lack what it reads.
     """
     kind = METHODS[config.name]
     told: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
+    if more_teachers and kind.uses_teacher:
+        check_teachers(config.name, [each.role for each in more_teachers])
+        told["more_teachers"] = more_teachers
     method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None, **told)
     method.beside = beside(method.student) if beside is not None else None
     if config.term_weighting is not None:
@@ -53,4 +63,29 @@ def build_method(
     return method
 
 
-__all__ = ["METHODS", "Method", "MethodCard", "MethodConfig", "StageConfig", "Term", "TermsBeside", "build_method"]
+def check_teachers(name: str, more: Iterable[str]) -> None:
+    """Refuses further teachers where a method takes one.
+
+    Raises:
+        ConfigError: names them, and the methods that take several.
+    """
+    further = ", ".join(more)
+    if further and not METHODS[name].several_teachers:
+        able = ", ".join(other for other, kind in METHODS.items() if kind.several_teachers)
+        raise ConfigError(
+            f"method {name} learns from one teacher, and more_teachers names {further} besides: leave them out, or use "
+            f"a method that takes several ({able})"
+        )
+
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodCard",
+    "MethodConfig",
+    "StageConfig",
+    "Term",
+    "TermsBeside",
+    "build_method",
+    "check_teachers",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -103,10 +103,10 @@ class TermsBeside(nn.Module, ABC):
 
 
 class Method(nn.Module, ABC):
-    """A student, a frozen teacher where there is one, and the terms that tie them.
+    """A student, its frozen teachers, one for most methods, and the terms that tie them.
 
     The student and a method's own modules are submodules: trained, checkpointed and wrapped for distributed training.
-    The teacher is none of these.
+    A teacher is none of these.
     """
 
     card: ClassVar[MethodCard]
@@ -114,6 +114,8 @@ class Method(nn.Module, ABC):
     uses_teacher: ClassVar[bool] = True
     not_cached: ClassVar[str | None] = None
     """Why the teacher cannot answer from a cache; None where it can."""
+    several_teachers: ClassVar[bool] = False
+    """Whether it takes more than one: `more_teachers` is then an argument of its `__init__`."""
     measurements: dict[str, Tensor]
     """What the last step is worth logging besides its terms: learned weights, their entropy."""
 
@@ -123,18 +125,33 @@ class Method(nn.Module, ABC):
         *,
         student: DualEncoder,
         teacher: FrozenTeacher | None = None,
+        more_teachers: Sequence[FrozenTeacher] = (),
     ) -> None:
         super().__init__()
         if self.uses_teacher and teacher is None:
             raise ValueError(f"method {type(self).__name__} distils from a teacher: name one with teacher=...")
         self.student = student
-        self.teacher = teacher
+        self.teachers = {each.role: each for each in (teacher, *more_teachers) if each is not None}
         self.stage = WHOLE
         self.measurements = {}
         self.micro_batch: int | None = None  # pairs encoded at once, in this process; None: all of its batch
         self.beside: TermsBeside | None = None
         self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
+
+    @property
+    def teacher(self) -> FrozenTeacher | None:
+        """The first of `teachers`, and the only one of most methods; None where there is none."""
+        return next(iter(self.teachers.values()), None)
+
+    @teacher.setter
+    def teacher(self, teacher: FrozenTeacher) -> None:
+        self.teachers[teacher.role] = teacher
+
+    @property
+    def text_pools(self) -> tuple[str, ...]:
+        """Further texts that batches must bring of each sample, one of each pool: `synthetic` captions."""
+        return ()
 
     @property
     @abstractmethod
@@ -191,7 +208,7 @@ class Method(nn.Module, ABC):
 
     @property
     def teacher_needs(self) -> Needs:
-        """Levels of the teacher that the terms read; it computes and a cache stores no others."""
+        """Levels of the first teacher that the terms read; it computes and a cache stores no others."""
         return Needs()
 
     @property
@@ -255,6 +272,14 @@ class Method(nn.Module, ABC):
         parts = micro_batches(batch, self.micro_batch)
         return gather_features(join_features([self._encode_teacher(part) for part in parts]))
 
+    def encode_teachers(self, batch: Batch) -> dict[str, Features]:
+        """Every teacher's embeddings by role, likewise; levels are those of the first alone."""
+        parts = micro_batches(batch, self.micro_batch)
+        return {
+            role: gather_features(join_features([self._encode_teacher(part, role) for part in parts]))
+            for role in self.teachers
+        }
+
     def encode_both(
         self, batch: Batch, read: Callable[[Batch, Features, Features], Rows]
     ) -> tuple[Features, Features, Rows]:
@@ -292,9 +317,9 @@ class Method(nn.Module, ABC):
         features: Features = self.student(part.inputs["student"].to(self._device, True), self.student_needs)
         return features
 
-    def _encode_teacher(self, part: Batch) -> Features:
-        assert self.teacher is not None
-        return self.teacher(part.to(self._device, non_blocking=True), self.teacher_needs)
+    def _encode_teacher(self, part: Batch, role: str = "teacher") -> Features:
+        needs = self.teacher_needs if role == "teacher" else None
+        return self.teachers[role](part.to(self._device, non_blocking=True), needs)
 
     @property
     def _device(self) -> torch.device:

@@ -61,7 +61,8 @@ def join_features(parts: Sequence[Features]) -> Features:
     if len(parts) == 1:
         return parts[0]
     image, text = _join_towers([part.image for part in parts]), _join_towers([part.text for part in parts])
-    return replace(parts[0], image=image, text=text)
+    more = {pool: _join_towers([part.more_texts[pool] for part in parts]) for pool in parts[0].more_texts}
+    return replace(parts[0], image=image, text=text, more_texts=more)
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:

@@ -84,6 +84,10 @@ class DualEncoder(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors), architecture and tokenizer so that `load_model(folder)` reads them back."""
 
+    def with_tokenizer_of(self, other: DualEncoder) -> DualEncoder:  # noqa: ARG002  for models that can take another's
+        """This model, or an untrained one like it, that reads texts as `other` does, if the family can."""
+        return self
+
     def load_checkpoint(self, path: Path) -> None:
         """Loads a weight file over this model; adapters also take their library's own names.
 
@@ -100,6 +104,7 @@ class DualEncoder(nn.Module, ABC):
             text=self.encode_text(inputs.texts, needs.text_levels) if "text" in needs.towers else nothing,
             logit_scale=self.log_logit_scale.exp().reshape(()),  # some libraries store it as a vector of one
             logit_bias=self.logit_bias,
+            more_texts={pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()},
         )
 
     @torch.no_grad()

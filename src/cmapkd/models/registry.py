@@ -7,14 +7,29 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from cmapkd.config import Config, ConfigError, closest
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.inherit import DepthRule, inherit_weights
 from cmapkd.models.storage import DESCRIPTION, read_description
 
 FAMILIES = ("open_clip", "hf", "timm", "tiny")
 JOINED = "joined"  # of folders only: two models' towers, see `JoinedEncoder`
+
+
+class InheritConfig(Config):
+    """Where a model's first weights are cut from. In a recipe the name alone is enough: `inherit: teacher`."""
+
+    name: str = Field(description="teacher: the run's first teacher; or a larger model by name or folder.")
+    depth: DepthRule = Field(
+        "official", description="official: every n-th layer, as TinyCLIP's code; uniform: spread from first to last."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, values: Any) -> Any:
+        return {"name": str(values)} if isinstance(values, str | Path) else values
 
 
 class ModelConfig(Config):
@@ -28,11 +43,24 @@ class ModelConfig(Config):
     options: dict[str, Any] = Field(
         default_factory=dict, description="The family's own settings, for example image_size."
     )
+    inherit: InheritConfig | None = Field(None, description="Begin with slices of a larger model's weights.")
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, values: Any) -> Any:
         return {"name": str(values)} if isinstance(values, str | Path) else values
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: Any) -> dict[str, Any]:
+        """A model that inherits nothing is written as it was before models could."""
+        values: dict[str, Any] = handler(self)
+        return values if self.inherit is not None else {key: value for key, value in values.items() if key != "inherit"}
+
+    @model_validator(mode="after")
+    def _weights_have_one_origin(self) -> Self:
+        if self.inherit is not None and self.checkpoint is not None:
+            raise ValueError("checkpoint replaces every weight that inherit would set: give one of the two")
+        return self
 
     @model_validator(mode="after")
     def _known_family(self) -> Self:
@@ -72,13 +100,16 @@ def _family(name: str) -> Family:
     return family
 
 
-def build_model(config: ModelConfig | str, *, captions: Iterable[str] | None = None) -> DualEncoder:
+def build_model(
+    config: ModelConfig | str, *, captions: Iterable[str] | None = None, teacher: DualEncoder | None = None
+) -> DualEncoder:
     """The model that `config` names, in eval mode, float32, on the CPU.
 
     Args:
         captions: training texts, read only by an untrained `tiny` model to learn its vocabulary.
+        teacher: what `inherit: teacher` takes the weights from.
     Raises:
-        ConfigError: the name or an option is unknown.
+        ConfigError: the name or an option is unknown, or there is nothing to inherit from.
         ValueError: weights are missing or do not fit.
     """
     config = ModelConfig.from_mapping(config, where="model") if isinstance(config, str) else config
@@ -94,14 +125,27 @@ def build_model(config: ModelConfig | str, *, captions: Iterable[str] | None = N
         model = load_model(folder)
         if config.init == "scratch":
             raise ConfigError(f"init: scratch needs a family name; {folder} is a trained model's folder")
+        if config.inherit is not None:
+            raise ConfigError(f"inherit would replace every weight of the trained model in {folder}: name a family's")
     else:
         raise ConfigError(
             f"there is no model {config.name!r}: it is no folder, and names no family "
             f"({', '.join(name + ':' for name in FAMILIES)})"
         )
+    if config.inherit is not None:
+        model = _inherited(model, config.inherit, teacher)
     if config.checkpoint is not None:
         model.load_checkpoint(config.checkpoint)
     return model.eval()
+
+
+def _inherited(model: DualEncoder, config: InheritConfig, teacher: DualEncoder | None) -> DualEncoder:
+    if config.name == "teacher" and teacher is None:
+        raise ConfigError("inherit: teacher, but there is no teacher here: name a model or a folder")
+    source = teacher if config.name == "teacher" and teacher is not None else build_model(config.name)
+    model = model.with_tokenizer_of(source)
+    inherit_weights(model, source, depth=config.depth)
+    return model
 
 
 def load_model(folder: str | Path) -> DualEncoder:

@@ -22,8 +22,9 @@ class FrozenTeacher:
 
     from_disk: ClassVar[bool] = False  # whether asking costs a look into a file, and not a pass of a model
 
-    def __init__(self, model: DualEncoder) -> None:
+    def __init__(self, model: DualEncoder, role: str = "teacher") -> None:
         self.model = model.eval().requires_grad_(False)
+        self.role = role  # by which batches name what is made for this teacher
 
     @property
     def name(self) -> str:
@@ -40,7 +41,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
         """Features of the teacher's own form of the batch, detached."""
-        output: Features = self.model(batch.inputs["teacher"], needs)
+        output: Features = self.model(batch.inputs[self.role], needs)
         return output
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

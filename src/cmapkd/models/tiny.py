@@ -206,6 +206,22 @@ class TinyDualEncoder(DualEncoder):
         output: TowerFeatures = self.text(texts, levels)
         return output
 
+    def with_tokenizer_of(self, other: DualEncoder) -> DualEncoder:
+        """An untrained model of these sizes with the other's vocabulary.
+
+        Raises:
+            ValueError: it allows longer texts than this model has positions for.
+        """
+        if not isinstance(other, TinyDualEncoder):
+            return self
+        length = other.tokenizer.context_length
+        if length > self.options.context_length:
+            raise ValueError(
+                f"{self.name} has {self.options.context_length} text positions and {other.name} texts of up to "
+                f"{length} tokens: set options.context_length to {length}"
+            )
+        return type(self)(self.options, other.tokenizer, name=self.name)
+
     def save(self, folder: Path) -> None:
         write_model_folder(
             folder, family="tiny", name=self.name, options=self.options.model_dump(), weights=self.state_dict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from jaxtyping import Bool, Float, Int
@@ -56,12 +56,20 @@ class TowerFeatures:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Both towers of one model on one batch, with its logit scale (already exponentiated) and bias (SigLIP)."""
+    """Both towers of one model on one batch, with its logit scale (already exponentiated) and bias (SigLIP).
+
+    `more_texts` has the embeddings of the further texts that the batch brings, by pool; no levels.
+    """
 
     image: TowerFeatures
     text: TowerFeatures
     logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
+    more_texts: dict[str, TowerFeatures] = field(default_factory=dict)
+
+    def with_texts(self, pool: str) -> Features:
+        """The same with the texts of a pool in the place of the captions."""
+        return replace(self, text=self.more_texts[pool], more_texts={})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from cmapkd.objectives.level import level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
-from cmapkd.objectives.similarity import similarity_divergence
+from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "bank_relation_distance",
     "contrastive_loss",
     "embedding_distance",
+    "ensemble_divergence",
     "feature_distance",
     "interactive_loss",
     "kendall_tau",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -64,3 +66,54 @@ def similarity_divergence(
         kl_divergence(student_logits, teacher_logits, temperature=temperature)
         + kl_divergence(student_logits.T, teacher_logits.T, temperature=temperature)
     ) / 2
+
+
+def ensemble_divergence(
+    student_image: Float[Tensor, "batch student_dim"],
+    student_text: Float[Tensor, "batch student_dim"],
+    teachers: Sequence[tuple[Float[Tensor, "batch _"], Float[Tensor, "batch _"]]],
+    *,
+    student_scale: Float[Tensor, ""] | float,
+    teacher_scales: Sequence[Float[Tensor, ""] | float],
+    chunk: int | None = None,
+) -> Float[Tensor, ""]:
+    """KL(mean of the teachers || student) of the in-batch softmax, in both directions.
+
+    The mean is that of the teachers' probabilities, not of their logits, and each direction has its own: the transpose
+    of a softmax over texts is no distribution over images.
+
+    Args:
+        student_image, student_text: embeddings, row i of each from pair i; normalised here.
+        teachers: each one's image and text embeddings of the same pairs, of any width; normalised here, detached.
+        student_scale: the student's logit scale (already exponentiated).
+        teacher_scales: of each teacher, in the same order.
+        chunk: rows at a time, see `chunk_rows`; value and gradient do not depend on it.
+    Returns:
+        Mean of both directions, in nats, >= 0, zero where the student's distributions are the mean ones.
+    Raises:
+        ValueError: the shapes do not pair up, there is not one scale for each teacher, or the chunk is not positive.
+    Source: MobileCLIP, Vasu et al. 2024, arXiv:2311.17049; the published loss is the cross-entropy, larger by the
+        entropy of the mean.
+    """
+    if not teachers or len(teachers) != len(teacher_scales):
+        raise ValueError(f"{len(teachers)} teachers with {len(teacher_scales)} scales: each teacher has one scale")
+    named = {f"teacher_{i}_{n}": side for i, pair in enumerate(teachers) for n, side in enumerate(pair)}
+    check_pairs(student_image=student_image, student_text=student_text, **named)
+
+    def one_way(rows: int, columns: int) -> Tensor:
+        """0 stands for images, 1 for texts: the student's first, then every teacher's."""
+        sides = [(student_image, student_text), *teachers]
+
+        def of_rows(ours: Tensor, *theirs: Tensor) -> Tensor:
+            logits = similarities(ours, sides[0][columns], student_scale)
+            targets = [
+                similarities(anchors, pair[columns], scale).detach().log_softmax(-1)
+                for anchors, pair, scale in zip(theirs, teachers, teacher_scales, strict=True)
+            ]
+            mean = torch.stack(targets).logsumexp(0) - math.log(len(targets))
+            return row_divergences(logits, mean, temperature=1.0)
+
+        size = chunk_rows(len(student_image), len(student_text), chunk)
+        return by_rows(of_rows, *(side[rows] for side in sides), size=size).mean()
+
+    return (one_way(0, 1) + one_way(1, 0)) / 2

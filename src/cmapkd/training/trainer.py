@@ -97,8 +97,8 @@ class Trainer:
         self.console = console if self.accelerator.is_main_process else None
         self.method = method
         method.micro_batch = config.micro_batch
-        if method.teacher is not None:
-            method.teacher.to(self.accelerator.device)
+        for teacher in method.teachers.values():
+            teacher.to(self.accelerator.device)
         if config.compile:
             method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
         self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))

@@ -16,6 +16,7 @@ from cmapkd.data.scenes.render import pixel_box, render
 from cmapkd.data.scenes.second import second_language
 from cmapkd.data.scenes.spec import CLASS_NAMES, DIFFICULTIES, SPLITS, WORLD_VERSION
 from cmapkd.data.scenes.world import WORLD_SEED, Scene, scene_at
+from cmapkd.data.scenes.wrong import with_wrong
 from cmapkd.data.types import Box, QuestionAnswer, Sample
 
 T = TypeVar("T")
@@ -29,16 +30,19 @@ _LABELS = {name: number for number, name in enumerate(CLASS_NAMES)}
 class SceneSample(Sample):
     """A sample whose captions, questions and boxes are made when first asked for: training reads only the captions."""
 
-    __slots__ = ("_language", "_made", "_scene", "_size")
+    __slots__ = ("_language", "_made", "_scene", "_size", "_wrong")
     _language: str
     _made: dict[str, tuple[Any, ...]]
     _scene: Scene
     _size: int
+    _wrong: float
 
-    def __init__(self, sample_id: str, image: Image.Image, size: int, scene: Scene, language: str) -> None:
+    def __init__(
+        self, sample_id: str, image: Image.Image, size: int, scene: Scene, language: str = "first", wrong: float = 0.0
+    ) -> None:
         label = _LABELS[scene.objects[0].name]
-        given = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene, "_language": language}
-        for name, value in given.items():
+        given = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene}
+        for name, value in (given | {"_language": language, "_wrong": wrong}).items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_made", {})
 
@@ -50,7 +54,12 @@ class SceneSample(Sample):
 
     @property
     def captions(self) -> tuple[str, ...]:
-        return self._make("captions", lambda: _captions(self._scene, self._language))
+        return self._make("captions", lambda: _captions(self._scene, self._language, self._wrong))
+
+    @property
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """The true captions, as a captioner without fault would write them."""
+        return {"synthetic": self._make("synthetic", lambda: _captions(self._scene, self._language))}
 
     @property
     def questions(self) -> tuple[QuestionAnswer, ...]:
@@ -62,7 +71,8 @@ class SceneSample(Sample):
 
     def __reduce__(self) -> tuple[type[Sample], tuple[Any, ...]]:
         """Crosses a process as a plain sample, with everything made."""
-        return Sample, (self.id, self.image, self.captions, self.label, self.questions, self.boxes)
+        values = (self.id, self.image, self.captions, self.label, self.questions, self.boxes, self.texts)
+        return Sample, values
 
 
 class ScenesSource:
@@ -81,6 +91,7 @@ class ScenesSource:
         difficulty: str = "standard",
         length: int | None = None,
         language: str = "first",
+        wrong: float = 0.0,
     ) -> None:
         """A view of the world; two of the same arguments are the same.
 
@@ -90,6 +101,7 @@ class ScenesSource:
             difficulty: a name in `DIFFICULTIES`.
             length: number of samples; by default 10 million for `train` and 1000 for the others.
             language: of the captions: `first` (English), `second` (see `second_language`), or `both`, five of each.
+            wrong: share of captions whose colours and shapes are wrong; a sample's synthetic captions stay true.
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
@@ -103,7 +115,10 @@ class ScenesSource:
             )
         if length is not None and length < 1:
             raise ValueError(f"length is {length}: give a number of samples >= 1, or none for the split's own.")
+        if not 0 <= wrong <= 1:
+            raise ValueError(f"wrong is {wrong:g}, but it is a share of the captions: give a number from 0 to 1.")
         self.split = split
+        self.wrong = wrong
         self.size = size
         self.difficulty = difficulty
         self.length = DEFAULT_LENGTHS[split] if length is None else length
@@ -120,7 +135,8 @@ class ScenesSource:
             IndexError: the index is negative, or not below the length.
         """
         scene = self.scene(index)
-        return SceneSample(f"{self.name}/{index:09d}", render(scene, self.size), self.size, scene, self.language)
+        image = render(scene, self.size)
+        return SceneSample(f"{self.name}/{index:09d}", image, self.size, scene, self.language, self.wrong)
 
     def scene(self, index: int) -> Scene:
         """What the sample at `index` shows, without drawing it."""
@@ -130,7 +146,7 @@ class ScenesSource:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`, without drawing it."""
-        return _captions(self.scene(index), self.language)
+        return _captions(self.scene(index), self.language, self.wrong)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -142,11 +158,14 @@ class ScenesSource:
         spec = sorted(asdict(DIFFICULTIES[self.difficulty]).items())
         parts: tuple[object, ...] = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec)
         parts += () if self.language == "first" else (self.language,)
+        parts += (("wrong", self.wrong),) if self.wrong else ()
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _captions(scene: Scene, language: str) -> tuple[str, ...]:
+def _captions(scene: Scene, language: str, wrong: float = 0.0) -> tuple[str, ...]:
     first = tuple(text for text, _ in captions_with_claims(scene))
+    if wrong:
+        first = with_wrong(scene, first, wrong)
     if language == "first":
         return first
     second = tuple(second_language(text) for text in first)

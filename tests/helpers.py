@@ -25,7 +25,13 @@ from cmapkd.training import OptimConfig, TrainConfig, Trainer
 
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
-
+CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
+    "masked_weight": 2.0,
+    "mask_patch": 4,
+    "gradient_weight": 0.001,
+    "cross_weight": 0.5,
+    "augmented_weight": 0.7,
+}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term of the method
     "bank_within_weight": 0.5,
     "pyramid_weight": 0.7,

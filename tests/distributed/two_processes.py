@@ -28,7 +28,16 @@ from cmapkd.models import Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import optimizer_tensors
-from helpers import CMAPKD_IN_FULL, MemorySource, Partly, make_method, make_model, make_trainer, random_batch
+from helpers import (
+    CLIP_KD_IN_FULL,
+    CMAPKD_IN_FULL,
+    MemorySource,
+    Partly,
+    make_method,
+    make_model,
+    make_trainer,
+    random_batch,
+)
 
 WORLD_SIZE = 2
 BATCH = 8
@@ -49,6 +58,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     **{name: (name, {}) for name in METHODS},
     "cmapkd, everything": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
     "cmapkd, selected by a policy": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": POLICY}),
+    "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
+    "clip_kd, everything in micro-batches": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
     **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),

@@ -25,7 +25,7 @@ from cmapkd.methods.micro_batches import (
     without_levels,
 )
 from cmapkd.methods.stages import WHOLE, Part, StageConfig
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
 
@@ -237,6 +237,22 @@ class Method(nn.Module, ABC):
         """The teacher's features, likewise, without gradient."""
         parts = micro_batches(batch, self.micro_batch)
         return gather_features(join_features([self._encode_teacher(part) for part in parts]))
+
+    def encode_changed_images(self, batch: Batch, change: Callable[[Batch, Tensor], Tensor]) -> Tensor:
+        """The student's embeddings of its pictures as the method changes them; of the whole batch, over all processes.
+
+        Args:
+            change: of a part of the batch and its pixels [batch 3 height width], as the student's model reads them, to
+                the pixels it shall see. A pure function of the part's samples: the backward pass may repeat it.
+        """
+
+        def encode(part: Batch, _number: int) -> Tensor:
+            pixels = part.inputs["student"].images.to(self._device, non_blocking=True)
+            tower: TowerFeatures = self.student.encode_image(change(part, pixels))
+            return tower.embedding
+
+        parts = micro_batches(batch, self.micro_batch)
+        return gather_rows(torch.cat(encode_again(encode, parts, model=self)))
 
     def encode_both(
         self, batch: Batch, read: Callable[[Batch, Features, Features], Rows]

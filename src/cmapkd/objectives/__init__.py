@@ -4,7 +4,8 @@ from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
 from cmapkd.objectives.feature import embedding_distance, feature_distance
-from cmapkd.objectives.interactive import interactive_loss
+from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
+from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
@@ -13,9 +14,12 @@ from cmapkd.objectives.similarity import similarity_divergence
 __all__ = [
     "bank_divergence",
     "bank_relation_distance",
+    "contrastive_gradients",
     "contrastive_loss",
     "embedding_distance",
     "feature_distance",
+    "gradient_distance",
+    "interactive_divergence",
     "interactive_loss",
     "kl_divergence",
     "layer_relation_distance",

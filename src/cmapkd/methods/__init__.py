@@ -4,6 +4,7 @@ from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, TermsBes
 from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
+from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import DualEncoder, FrozenTeacher
@@ -11,6 +12,7 @@ from cmapkd.models import DualEncoder, FrozenTeacher
 METHODS: dict[str, type[Method]] = {
     "contrastive": Contrastive,
     "hinton": Hinton,
+    "fitnet": FitNet,
     "clip_kd": ClipKD,
     "cmapkd": CMAPKD,
 }

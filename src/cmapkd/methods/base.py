@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from cmapkd.config import Config, ConfigError
+from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch
 from cmapkd.features import KeyTokens, gather_features, gather_rows
@@ -24,7 +25,7 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
-from cmapkd.methods.stages import WHOLE, Part, StageConfig
+from cmapkd.methods.stages import PARTS, WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
@@ -118,11 +119,13 @@ class Method(nn.Module, ABC):
         self.student = student
         self.teacher = teacher
         self.stage = WHOLE
+        self.progress = 0.0  # share of the stage's steps that are done, for what changes within one
         self.measurements = {}
         self.micro_batch: int | None = None  # pairs encoded at once, in this process; None: all of its batch
         self.beside: TermsBeside | None = None
         self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
+        self._momenta: dict[str, float | None] = {}  # of the batch norms, likewise
 
     @property
     @abstractmethod
@@ -149,6 +152,16 @@ class Method(nn.Module, ABC):
         """Which part a parameter belongs to: parts have learning rates of their own, and stages say which learn."""
         return "student" if name.startswith("student.") else "weighting" if name.startswith("weighting") else "modules"
 
+    @property
+    def student_parts(self) -> Mapping[str, frozenset[str]]:
+        """Parts of the student that a stage may train without the rest, by name: the names of their parameters."""
+        return {}
+
+    @property
+    def default_stages(self) -> tuple[StageConfig, ...]:
+        """The stages of a run whose recipe names none, by shares of its steps; none: it is one piece."""
+        return ()
+
     def check_stage(self, stage: StageConfig) -> None:
         """Refuses a stage that names terms or levels this method does not have, or in which nothing learns.
 
@@ -156,16 +169,37 @@ class Method(nn.Module, ABC):
             ConfigError: says which, with the nearest known name.
         """
         stage.check_names(terms=self.all_term_names, levels=self.level_names)
-        if not any(self.part_of(name) in stage.train for name, _ in self.named_parameters()):
+        known = (*PARTS, *self.student_parts)
+        for part in stage.train:
+            if part not in known:
+                raise ConfigError(
+                    f"stage {stage.name!r}: train has {part!r}{closest(part, known)}; what can learn here: "
+                    f"{', '.join(known)}"
+                )
+        if not any(self._learns_in(stage, name) for name, _ in self.named_parameters()):
             raise ConfigError(f"stage {stage.name!r}: nothing learns, this run has no {' or '.join(stage.train)}")
 
     def enter(self, stage: StageConfig) -> None:
         """Begins a stage: from now on only its terms and levels count, and only its parts learn."""
         if self._learning is None:  # once, before any stage has frozen anything
             self._learning = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+            self._momenta = {name: module.momentum for name, module in self._batch_norms()}
         self.stage = stage
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self._learning and self.part_of(name) in stage.train)
+            parameter.requires_grad_(name in self._learning and self._learns_in(stage, name))
+        for name, norm in self._batch_norms():  # one that does not learn keeps its statistics, too
+            rests = f"{name}.weight" in self._learning and not norm.weight.requires_grad
+            norm.momentum = 0.0 if rests else self._momenta[name]
+
+    def _learns_in(self, stage: StageConfig, name: str) -> bool:
+        parts = self.student_parts
+        inner = name.removeprefix("student.")
+        return self.part_of(name) in stage.train or (
+            inner != name and any(inner in parts[part] for part in stage.train if part in parts)
+        )
+
+    def _batch_norms(self) -> list[tuple[str, _BatchNorm]]:
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, _BatchNorm)]
 
     @property
     def student_needs(self) -> Needs:

@@ -6,7 +6,7 @@ from cmapkd.objectives.divergence import kl_divergence
 from cmapkd.objectives.feature import embedding_distance, feature_distance
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
-from cmapkd.objectives.level import level_distance
+from cmapkd.objectives.level import hint_distance, level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import similarity_divergence
@@ -19,6 +19,7 @@ __all__ = [
     "embedding_distance",
     "feature_distance",
     "gradient_distance",
+    "hint_distance",
     "interactive_divergence",
     "interactive_loss",
     "kl_divergence",

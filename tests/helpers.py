@@ -32,6 +32,7 @@ CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
     "cross_weight": 0.5,
     "augmented_weight": 0.7,
 }
+GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term of the method
     "bank_within_weight": 0.5,
     "pyramid_weight": 0.7,

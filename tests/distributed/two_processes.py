@@ -31,6 +31,7 @@ from cmapkd.training.checkpoint import optimizer_tensors
 from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
+    GRADNORM,
     MemorySource,
     Partly,
     make_method,
@@ -48,6 +49,7 @@ MICRO = ", in micro-batches"
 TRAINED = (
     "contrastive",
     "clip_kd",
+    "clip_kd, balanced terms",
     "cmapkd, selected by a policy",
     f"clip_kd{CACHED}",
     f"cmapkd{MICRO}",
@@ -61,6 +63,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, everything in micro-batches": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+    "clip_kd, balanced terms": ("clip_kd", {"term_weighting": GRADNORM}),
+    "clip_kd, balanced terms in micro-batches": ("clip_kd", {"term_weighting": GRADNORM}),
     **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }

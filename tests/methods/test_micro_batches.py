@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cmapkd.methods import METHODS, Method, StageConfig, micro_batches
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
-from helpers import CLIP_KD_IN_FULL, CMAPKD_IN_FULL, DropoutStudent, make_method, make_model, random_batch
+from helpers import CLIP_KD_IN_FULL, CMAPKD_IN_FULL, GRADNORM, DropoutStudent, make_method, make_model, random_batch
 
 BATCH, MICRO_BATCH = 8, 3  # the last part is shorter
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "cmapkd, top down and gated": ("cmapkd", {**CMAPKD_IN_FULL, "top_down": True, "weighting": "gate"}),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+    "clip_kd, balanced terms": ("clip_kd", {"term_weighting": GRADNORM}),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch
-from cmapkd.features import KeyTokens, gather_features, gather_rows
+from cmapkd.features import KeyTokens, gather_features, gather_rows, mean_over_processes
 from cmapkd.methods.micro_batches import (
     Rows,
     encode_again,
@@ -27,12 +28,16 @@ from cmapkd.methods.micro_batches import (
 )
 from cmapkd.methods.stages import PARTS, WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
+from cmapkd.models.reach import Tower, example_output, last_matrix_behind
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
 
 Detail = Literal["global", "pooled", "key_tokens", "dense"]
 """How finely a teacher is read: its embeddings; also one vector for each level; also a few key tokens of each; also
 levels place by place. Each can be had from those after it."""
+
+
+_TOWERS: tuple[Tower, Tower] = ("image", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,7 @@ class Method(nn.Module, ABC):
         self.beside: TermsBeside | None = None
         self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
+        self._shared: tuple[Needs, tuple[str, ...]] | None = None  # names of layers, and what they are below of
         self._momenta: dict[str, float | None] = {}  # of the batch norms, likewise
 
     @property
@@ -244,6 +250,8 @@ class Method(nn.Module, ABC):
         total = torch.stack([*columns.values()]).sum()
         if self.training:
             self.weighting_of_terms.observe(total.detach())
+            if torch.is_grad_enabled() and self.weighting_of_terms.due:
+                self._measure_gradients(columns)
         losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in self.all_term_names])[None]
         active = torch.tensor([name in columns for name in self.all_term_names])
         context = torch.zeros(1, 1, device=total.device)
@@ -252,6 +260,58 @@ class Method(nn.Module, ABC):
         return {name: Term(term.value.detach(), 0.0) for name, term in terms.items()} | {
             "weighted": Term(weighted.loss)
         }
+
+    def _measure_gradients(self, columns: Mapping[str, Tensor]) -> None:
+        """Tells the weighting how strongly each term pulls at the layers that the terms share.
+
+        Raises:
+            ValueError: a term does not depend on them.
+        """
+        assert self.weighting_of_terms is not None
+        shared = {name: weights for name, weights in self.shared_parameters().items() if weights.requires_grad}
+        if not shared:  # the student does not learn in this stage
+            return
+        pulls = []
+        for name, value in columns.items():
+            gradients: tuple[Tensor | None, ...] = (None,)
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, [*shared.values()], retain_graph=True, allow_unused=True)
+            if all(gradient is None for gradient in gradients):
+                raise ValueError(
+                    f"term {name} has no gradient at {', '.join(shared)}, where the weighting of the terms measures "
+                    "it: leave it out of the weighted terms, or choose another term_weighting"
+                )
+            pairs = zip(gradients, shared.values(), strict=True)
+            pulls.append(torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pairs]))
+        norms = mean_over_processes(torch.stack(pulls).float()).norm(dim=-1)  # as the distributed wrapper takes means
+        place = {name: number for number, name in enumerate(columns)}
+        active = torch.tensor([name in place for name in self.all_term_names], device=norms.device)
+        losses, found = (torch.zeros(len(active), device=norms.device) for _ in range(2))
+        losses[active] = torch.stack([columns[name].detach() for name in self.all_term_names if name in place]).float()
+        found[active] = torch.stack([norms[place[name]] for name in self.all_term_names if name in place])
+        self.weighting_of_terms.observe_gradients(losses, found, active)
+
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The layers, by name, at which gradients of different terms can be compared: one of each tower.
+
+        Here the last layer below everything that the terms of this stage read of the tower: below its embedding, or
+        below the first of its levels that they read.
+        """
+        needs = self.student_needs
+        if self._shared is None or self._shared[0] != needs:
+            read = [partial(example_output, self.student, tower, self._first(tower, needs)) for tower in _TOWERS]
+            self._shared = needs, tuple(last_matrix_behind(self.student, output) for output in read)
+        parameters = dict(self.student.named_parameters())
+        return {name: parameters[name] for name in self._shared[1]}
+
+    def _first(self, tower: Tower, needs: Needs) -> str | None:
+        """The shallowest level of those needed."""
+        known, needed = (
+            (self.student.image_levels, needs.image_levels)
+            if tower == "image"
+            else (self.student.text_levels, needs.text_levels)
+        )
+        return next((level.name for level in known if level.name in needed), None)
 
     def wants(self, name: str, weight: float = 1.0) -> bool:
         """Whether the term is worth computing: its weight is not zero and the stage has it."""

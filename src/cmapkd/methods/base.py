@@ -30,6 +30,7 @@ from cmapkd.methods.stages import PARTS, WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
 from cmapkd.models.reach import Tower, example_output, last_matrix_behind
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
+from cmapkd.objectives.common import at_least_float32
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
 
 Detail = Literal["global", "pooled", "key_tokens", "dense"]
@@ -246,7 +247,7 @@ class Method(nn.Module, ABC):
     def _weighted(self, terms: dict[str, Term]) -> dict[str, Term]:
         """One term that counts, the weighted sum, and the others for the log; a batch is one sample here."""
         assert self.weighting_of_terms is not None
-        columns = {name: term.weight * term.value.float() for name, term in terms.items()}
+        columns = {name: term.weight * at_least_float32(term.value) for name, term in terms.items()}
         total = torch.stack([*columns.values()]).sum()
         if self.training:
             self.weighting_of_terms.observe(total.detach())
@@ -271,25 +272,28 @@ class Method(nn.Module, ABC):
         shared = {name: weights for name, weights in self.shared_parameters().items() if weights.requires_grad}
         if not shared:  # the student does not learn in this stage
             return
-        pulls = []
-        for name, value in columns.items():
-            gradients: tuple[Tensor | None, ...] = (None,)
-            if value.requires_grad:
-                gradients = torch.autograd.grad(value, [*shared.values()], retain_graph=True, allow_unused=True)
-            if all(gradient is None for gradient in gradients):
-                raise ValueError(
-                    f"term {name} has no gradient at {', '.join(shared)}, where the weighting of the terms measures "
-                    "it: leave it out of the weighted terms, or choose another term_weighting"
-                )
-            pairs = zip(gradients, shared.values(), strict=True)
-            pulls.append(torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pairs]))
-        norms = mean_over_processes(torch.stack(pulls).float()).norm(dim=-1)  # as the distributed wrapper takes means
-        place = {name: number for number, name in enumerate(columns)}
-        active = torch.tensor([name in place for name in self.all_term_names], device=norms.device)
-        losses, found = (torch.zeros(len(active), device=norms.device) for _ in range(2))
-        losses[active] = torch.stack([columns[name].detach() for name in self.all_term_names if name in place]).float()
-        found[active] = torch.stack([norms[place[name]] for name in self.all_term_names if name in place])
+        names = [name for name in self.all_term_names if name in columns]
+        pulls = torch.stack([self._pull(name, columns[name], shared) for name in names])
+        norms = mean_over_processes(at_least_float32(pulls)).norm(dim=-1)  # gradients are means, too, once wrapped
+        active = torch.tensor([name in columns for name in self.all_term_names], device=norms.device)
+        losses, found = norms.new_zeros(len(active)), norms.new_zeros(len(active))
+        losses[active] = torch.stack([columns[name].detach() for name in names]).to(norms.dtype)
+        found[active] = norms
         self.weighting_of_terms.observe_gradients(losses, found, active)
+
+    @staticmethod
+    def _pull(name: str, value: Tensor, shared: Mapping[str, nn.Parameter]) -> Tensor:
+        """A term's gradient at the shared layers, as one vector; the graph stays whole."""
+        gradients: tuple[Tensor | None, ...] = (None,)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, [*shared.values()], retain_graph=True, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(
+                f"term {name} has no gradient at {', '.join(shared)}, where the weighting of the terms measures it: "
+                "leave it out of the weighted terms, or choose another term_weighting"
+            )
+        pairs = zip(gradients, shared.values(), strict=True)
+        return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pairs])
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """The layers, by name, at which gradients of different terms can be compared: one of each tower.

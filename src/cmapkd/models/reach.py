@@ -77,15 +77,15 @@ def _source(node: Any) -> Any:
 def example_output(model: DualEncoder, tower: Tower, level: str | None = None) -> Tensor:
     """A tower's embedding, or a level, of an empty picture or of the text "a"; the model is left as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    device = model.log_logit_scale.device
+    scale = model.log_logit_scale  # knows where the model is, and in what precision
     levels = (level,) if level is not None else ()
     model.eval()  # batch norms must not take note of it
     try:
         if tower == "image":
             side = model.image_spec.size
-            found = model.encode_image(torch.zeros(1, 3, side, side, device=device), levels)
+            found = model.encode_image(scale.new_zeros(1, 3, side, side), levels)
         else:
-            found = model.encode_text(model.tokenizer(["a"]).to(device), levels)
+            found = model.encode_text(model.tokenizer(["a"]).to(scale.device), levels)
     finally:
         for module, mode in modes:
             module.training = mode

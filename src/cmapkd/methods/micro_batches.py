@@ -119,7 +119,7 @@ def _contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 class _StatisticsKept(AbstractContextManager[None]):
     """Batch norms normalise as they do, but their running statistics stay as they are.
 
-    May be entered several times: a part is encoded again for every backward pass, of which a graph that is kept has more.
+    May be entered several times: a part is encoded again for every backward pass, and a kept graph has several.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -33,6 +33,14 @@ WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near"
 ROUNDING = {"promptkd": 10.0}
 """How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
+CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
+    "masked_weight": 2.0,
+    "mask_patch": 4,
+    "gradient_weight": 0.001,
+    "cross_weight": 0.5,
+    "augmented_weight": 0.7,
+}
+GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
     "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
     "language_levels": {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0},

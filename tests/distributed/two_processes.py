@@ -30,7 +30,9 @@ from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import optimizer_tensors
 from helpers import (
+    CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
+    GRADNORM,
     MemorySource,
     Partly,
     make_method,
@@ -49,6 +51,7 @@ MICRO = ", in micro-batches"
 TRAINED = (
     "contrastive",
     "clip_kd",
+    "clip_kd, balanced terms",
     "cmapkd, selected by a policy",
     f"clip_kd{CACHED}",
     f"cmapkd{MICRO}",
@@ -61,9 +64,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
     "cmapkd, everything": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
     "cmapkd, selected by a policy": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": POLICY}),
+    "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
+    "clip_kd, everything in micro-batches": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
     "hinton, classes": ("hinton", {"form": "classes"}),
     "hinton, the teacher's classes in micro-batches": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
+    "clip_kd, balanced terms": ("clip_kd", {"term_weighting": GRADNORM}),
+    "clip_kd, balanced terms in micro-batches": ("clip_kd", {"term_weighting": GRADNORM}),
     **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
     "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
     "mobileclip, two teachers": ("mobileclip", {"synthetic": True}),

@@ -11,11 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
+from cmapkd.data.masks import hidden_squares, hide
 from cmapkd.features import PairProjector
-from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, ClipKD, ClipKDConfig
+from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig, Fusion
 from cmapkd.models import Features, TowerFeatures
-from cmapkd.objectives import contrastive_loss, feature_distance, interactive_loss, similarity_divergence
-from helpers import make_method, make_model, make_teacher, random_batch
+from cmapkd.objectives import (
+    contrastive_loss,
+    feature_distance,
+    gradient_distance,
+    interactive_divergence,
+    interactive_loss,
+    similarity_divergence,
+)
+from helpers import CLIP_KD_IN_FULL, make_method, make_model, make_teacher, random_batch
 
 # Numbers of `KDClipLoss` of the authors' repository; the file names commit and conditions.
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "clip_kd.json").read_text())
@@ -29,20 +38,33 @@ def unit(x: Tensor) -> Tensor:
     return nn.functional.normalize(x, dim=-1)
 
 
-def our_terms(case: dict[str, Any], image: Tensor, text: Tensor) -> dict[str, Tensor]:
+def our_terms(case: dict[str, Any], image: Tensor, text: Tensor, student_scale: Tensor) -> dict[str, Tensor]:
     """The terms as `ClipKD.terms` makes them, of raw student embeddings."""
     teacher = unit(tensor(case["teacher_image"])), unit(tensor(case["teacher_text"]))
     project = PairProjector(image.shape[1], teacher[0].shape[1]).double()
     if case.get("projection"):
         project.load_state_dict({key: tensor(value) for key, value in case["projection"].items()})
-    features = Features(TowerFeatures(image), TowerFeatures(text), logit_scale=tensor(case["student_scale"]))
+    features = Features(TowerFeatures(image), TowerFeatures(text), logit_scale=student_scale)
     projected = project(features)
     mapped = projected.image.embedding, projected.text.embedding
+    fusion = Fusion(image.shape[1], teacher[0].shape[1]).double()
+    fusion.load_state_dict({key: tensor(value) for key, value in case["fusion"].items()})
+    answers = Features(*map(TowerFeatures, teacher), logit_scale=tensor(case["teacher_scale"]))
+    batch, width = teacher[0].shape
     return {
-        "contrastive": contrastive_loss(image, text, logit_scale=case["student_scale"]),
+        "contrastive": contrastive_loss(image, text, logit_scale=student_scale),
         "relational": similarity_divergence(
-            image, text, *teacher, student_scale=case["student_scale"], teacher_scale=case["teacher_scale"]
+            image, text, *teacher, student_scale=student_scale, teacher_scale=case["teacher_scale"]
         ),
+        # theirs divides the logits by the scale, and is a mean over channels of gradients of the batch mean
+        "gradient": gradient_distance(
+            *mapped, *teacher, student_scale=1 / student_scale, teacher_scale=1 / case["teacher_scale"]
+        )
+        / (batch**2 * width),
+        "cross": interactive_divergence(
+            *mapped, *teacher, student_scale=case["interactive_scale"], teacher_scale=case["teacher_scale"]
+        ),
+        "augmented": contrastive_loss(*fusion(projected, answers), logit_scale=case["interactive_scale"]),
         "interactive": interactive_loss(*mapped, *teacher, logit_scale=case["interactive_scale"]),
         # the published term is a mean over channels, ours a sum
         "feature": (feature_distance(mapped[0], teacher[0]) + feature_distance(mapped[1], teacher[1]))
@@ -51,13 +73,19 @@ def our_terms(case: dict[str, Any], image: Tensor, text: Tensor) -> dict[str, Te
 
 
 @pytest.mark.parametrize("number", range(len(PUBLISHED["cases"])))
-@pytest.mark.parametrize("name", ["contrastive", "relational", "interactive", "feature"])
+@pytest.mark.parametrize(
+    "name", ["contrastive", "relational", "interactive", "feature", "gradient", "cross", "augmented"]
+)
 def test_term_equals_the_published_code(number: int, name: str) -> None:
     case = PUBLISHED["cases"][number]
     expected = case["expected"][name]
     raw = [tensor(case["student_image"]).requires_grad_(), tensor(case["student_text"]).requires_grad_()]
-    value = our_terms(case, *raw)[name]
+    scale = tensor(case["student_scale"]).requires_grad_()
+    value = our_terms(case, *raw, scale)[name]
     assert value.item() == pytest.approx(expected["value"], rel=1e-9)
+    if "gradient_scale" in expected:
+        (of_scale,) = torch.autograd.grad(value, scale, retain_graph=True)
+        assert of_scale.item() == pytest.approx(expected["gradient_scale"], rel=1e-9)
     for gradient, key in zip(torch.autograd.grad(value, raw), ("gradient_image", "gradient_text"), strict=True):
         torch.testing.assert_close(gradient, tensor(expected[key]), rtol=1e-9, atol=1e-12)
 
@@ -66,6 +94,27 @@ def test_published_feature_weight_is_restated_for_the_sum() -> None:
     student, teacher = torch.randn(2, 3, 512, dtype=torch.float64)
     published = 2000 * nn.functional.mse_loss(unit(student), unit(teacher))
     torch.testing.assert_close(PUBLISHED_FEATURE_WEIGHT * feature_distance(student, teacher), published)
+
+
+def test_published_gradient_weight_is_restated_for_the_sum_over_channels_and_batch() -> None:
+    draws = torch.Generator().manual_seed(0)
+    image, text, t_image, t_text = (
+        unit(torch.randn(1024, 512, generator=draws, dtype=torch.float64)) for _ in range(4)
+    )
+
+    def residual(anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+        return (anchors @ candidates.T / temperature).softmax(-1) - torch.eye(1024, dtype=torch.float64)
+
+    published = torch.zeros((), dtype=torch.float64)
+    for p, k, teachers_p, teachers_k in ((image, text, t_image, t_text), (text, image, t_text, t_image)):
+        ours, theirs = residual(p, k, 20.0), residual(teachers_p, teachers_k, 50.0)
+        for mine, target in (
+            (ours @ k / 20.0, theirs @ teachers_k / 50.0),
+            (ours.T @ p / 20.0, theirs.T @ teachers_p / 50.0),
+        ):
+            published += 1e8 * nn.functional.mse_loss(mine / 1024, target / 1024)
+    value = gradient_distance(image, text, t_image, t_text, student_scale=1 / 20.0, teacher_scale=1 / 50.0)
+    torch.testing.assert_close(PUBLISHED_GRADIENT_WEIGHT * value, published)
 
 
 def test_default_terms_and_weights() -> None:
@@ -79,18 +128,23 @@ def test_default_terms_and_weights() -> None:
     assert all(term.value.shape == () and term.value.dtype == torch.float32 for term in terms.values())
 
 
-@pytest.mark.parametrize(
-    ("weight", "term"),
-    [
-        ("task_weight", "contrastive"),
-        ("relational_weight", "relational"),
-        ("feature_weight", "feature"),
-        ("interactive_weight", "interactive"),
-    ],
-)
+WEIGHTS = {
+    "task_weight": "contrastive",
+    "relational_weight": "relational",
+    "feature_weight": "feature",
+    "masked_weight": "masked_feature",
+    "gradient_weight": "gradient",
+    "interactive_weight": "interactive",
+    "cross_weight": "cross",
+    "augmented_weight": "augmented",
+}
+
+
+@pytest.mark.parametrize(("weight", "term"), WEIGHTS.items())
 def test_a_weight_of_zero_switches_a_term_off_and_changes_no_other(weight: str, term: str) -> None:
-    everything = make_method("clip_kd").terms(random_batch(4))
-    rest = make_method("clip_kd", settings={weight: 0}).terms(random_batch(4))
+    everything = make_method("clip_kd", settings=CLIP_KD_IN_FULL).terms(random_batch(4))
+    rest = make_method("clip_kd", settings={**CLIP_KD_IN_FULL, weight: 0}).terms(random_batch(4))
+    assert everything.keys() == set(WEIGHTS.values())
     assert rest.keys() == everything.keys() - {term}
     for name in rest:
         torch.testing.assert_close(rest[name].value, everything[name].value)
@@ -114,6 +168,12 @@ def test_projector_stands_only_where_widths_differ() -> None:
     assert own_parameters(make_method("clip_kd", settings={"interactive_weight": 0})) == maps
     none = {"interactive_weight": 0, "feature_weight": 0}
     assert own_parameters(make_method("clip_kd", settings=none)) == set()
+    for weight in ("masked_weight", "gradient_weight"):
+        assert own_parameters(make_method("clip_kd", settings={**none, weight: 1, "mask_patch": 8})) == maps
+    assert own_parameters(make_method("clip_kd", settings={**none, "cross_weight": 1})) == {*maps, "interactive_scale"}
+    fusions = {f"fusion.{side}.{part}" for side in ("image", "text") for part in ("weight", "bias")}
+    augmented = {*maps, *fusions, "fusion_scale"}
+    assert own_parameters(make_method("clip_kd", settings={**none, "augmented_weight": 1})) == augmented
 
 
 def test_student_that_is_the_teacher_has_no_feature_and_relational_loss() -> None:
@@ -163,6 +223,55 @@ def test_the_published_raw_scale_is_not_clamped() -> None:
     nn.init.constant_(method.interactive_scale, 9.0)
     method.after_step()
     assert method.interactive_scale.item() == 9.0
+
+
+def test_the_learned_scale_of_the_fused_embeddings_is_kept_in_range_too() -> None:
+    for mode, end in (("exp", math.log(100)), ("official", 9.0)):
+        method = make_method("clip_kd", settings={"augmented_weight": 1, "interactive_scale": mode})
+        assert isinstance(method, ClipKD)
+        assert method.fusion_scale is not None
+        nn.init.constant_(method.fusion_scale, 9.0)
+        method.after_step()
+        assert method.fusion_scale.item() == pytest.approx(end)
+
+
+@pytest.mark.parametrize("convention", ["paper", "official"])
+def test_gradient_convention(convention: str) -> None:
+    settings = {"gradient_weight": 1.0, "gradient_convention": convention}
+    method = make_method("clip_kd", teacher=make_teacher(dim=16), settings=settings)
+    batch = random_batch(4)
+    student, teacher = method.encode_student(batch), method.encode_teacher(batch)
+    scales = [float(each.logit_scale.detach()) ** (1 if convention == "paper" else -1) for each in (student, teacher)]
+    expected = gradient_distance(
+        student.image.embedding,
+        student.text.embedding,
+        teacher.image.embedding,
+        teacher.text.embedding,
+        student_scale=scales[0],
+        teacher_scale=scales[1],
+    )
+    torch.testing.assert_close(method.terms(batch)["gradient"].value, expected)
+
+
+def test_masked_feature_compares_the_masked_picture_with_the_whole() -> None:
+    settings = {"masked_weight": 1.0, "mask_patch": 4, "mask_ratio": 0.5}
+    method = make_method("clip_kd", teacher=make_teacher(dim=16), settings=settings)
+    batch = random_batch(4)
+    terms = method.terms(batch)
+    squares = hidden_squares(batch.ids, view=batch.view, image_size=16, patch=4, ratio=0.5)
+    masked = method.student.encode_image(hide(batch.inputs["student"].images, squares, patch=4))
+    student, teacher = method.encode_student(batch), method.encode_teacher(batch)
+    expected = feature_distance(masked.embedding, teacher.image.embedding)
+    expected = expected + feature_distance(student.text.embedding, teacher.text.embedding)
+    torch.testing.assert_close(terms["masked_feature"].value, expected)
+    assert not torch.isclose(terms["masked_feature"].value, terms["feature"].value)
+
+
+def test_a_mask_that_hides_all_or_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"1 squares of 16, of which a share of 0.75 hides 1: some must be hidden"):
+        make_method("clip_kd", settings={"masked_weight": 1.0})
+    with pytest.raises(ConfigError, match=r"256 squares of 1, of which a share of 0.999 hides 256"):
+        make_method("clip_kd", settings={"masked_weight": 1.0, "mask_patch": 1, "mask_ratio": 0.999})
 
 
 def test_negative_weights_are_refused() -> None:

@@ -76,5 +76,5 @@ def test_the_first_stage_sees_no_pairs() -> None:
 def test_the_last_stage_asks_neither_teacher_nor_adapter() -> None:
     method = make_method("dc_clip")
     method.enter(StageConfig(share=1.0, terms=("contrastive",)))
-    method.teacher = None
+    method.teachers.clear()
     assert not any(name.startswith("adapt.") for name in gradients(method, random_batch(5)))

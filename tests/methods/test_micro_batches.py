@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from cmapkd.methods import METHODS, Method, StageConfig, micro_batches
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
-from helpers import CMAPKD_IN_FULL, ROUNDING, DropoutStudent, make_method, make_model, random_batch
+from helpers import (
+    CLIP_KD_IN_FULL,
+    CMAPKD_IN_FULL,
+    GRADNORM,
+    ROUNDING,
+    DropoutStudent,
+    make_method,
+    make_model,
+    random_batch,
+)
 
 BATCH, MICRO_BATCH = 8, 3  # the last part is shorter
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
@@ -25,9 +34,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "cmapkd, key tokens": ("cmapkd", {**CMAPKD_IN_FULL, "places": "key_tokens", "key_tokens": 2}),
     "cmapkd, pooled": ("cmapkd", {**CMAPKD_IN_FULL, "places": "pooled"}),
     "cmapkd, top down and gated": ("cmapkd", {**CMAPKD_IN_FULL, "top_down": True, "weighting": "gate"}),
+    "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
     "hinton, classes": ("hinton", {"form": "classes"}),
     "hinton, the teacher's classes": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
+    "clip_kd, balanced terms": ("clip_kd", {"term_weighting": GRADNORM}),
 }
 
 

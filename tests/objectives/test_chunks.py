@@ -12,6 +12,8 @@ from cmapkd.objectives import (
     chunks,
     contrastive_loss,
     ensemble_divergence,
+    gradient_distance,
+    interactive_divergence,
     interactive_loss,
     pyramid_divergence,
     relation_distance,
@@ -24,6 +26,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {  # of four [batch, dim] tensors and
     "contrastive": lambda a, b, c, d, s, **x: contrastive_loss(a, b, logit_scale=s, **x),
     "sigmoid": lambda a, b, c, d, s, **x: sigmoid_loss(a, b, logit_scale=s, logit_bias=-s / 3, **x),
     "interactive": lambda a, b, c, d, s, **x: interactive_loss(a, b, c, d, logit_scale=s, **x),
+    "cross": lambda a, b, c, d, s, **x: interactive_divergence(a, b, c, d, student_scale=s, teacher_scale=4.0, **x),
+    "gradient": lambda a, b, c, d, s, **x: gradient_distance(a, b, c, d, student_scale=s / 3, teacher_scale=3.0, **x),
     "similarity": lambda a, b, c, d, s, **x: similarity_divergence(
         a, b, c, d, student_scale=s, teacher_scale=4.0, temperature=2.0, **x
     ),

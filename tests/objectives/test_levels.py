@@ -16,6 +16,7 @@ from cmapkd import objectives
 from cmapkd.objectives import (
     embedding_distance,
     feature_distance,
+    hint_distance,
     level_distance,
     prior_coupling,
     pyramid_divergence,
@@ -38,6 +39,8 @@ def pyramid(x: list[Tensor]) -> Tensor:
 LOSSES: dict[str, tuple[Callable[[list[Tensor]], Tensor], list[tuple[int, ...]], int]] = {
     "level": (lambda x: level_distance(*x), [(BATCH, TOKENS, WIDTH)] * 2, 0),
     "masked level": (lambda x: level_distance(*x, MASK), [(BATCH, TOKENS, WIDTH)] * 2, 0),
+    "hint": (lambda x: hint_distance(*x), [(BATCH, TOKENS, WIDTH)] * 2, 0),
+    "masked hint": (lambda x: hint_distance(*x, MASK), [(BATCH, TOKENS, WIDTH)] * 2, 0),
     "embedding": (lambda x: embedding_distance(*x), [(BATCH, WIDTH)] * 2, 0),
     "pyramid": (
         pyramid,
@@ -86,6 +89,19 @@ def test_level_distance_is_the_mean_over_real_tokens_and_channels_written_out(ma
             for s, t in zip(standardised(student[i, n].tolist()), standardised(teacher[i, n].tolist()), strict=True)
         ]
         assert float(value) == pytest.approx(sum(squares) / max(1, len(squares)), rel=1e-10)
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_hint_distance_is_the_mean_of_squares_as_they_are_written_out(mask: Tensor | None) -> None:
+    student, teacher = tensors("level")
+    for i, value in enumerate(hint_distance(student, teacher, mask)):
+        squares = [
+            (s - t) ** 2
+            for n in range(TOKENS)
+            if mask is None or mask[i, n]
+            for s, t in zip(student[i, n].tolist(), teacher[i, n].tolist(), strict=True)
+        ]
+        assert float(value) == pytest.approx(sum(squares) / max(1, len(squares)), rel=1e-12)
 
 
 def test_embedding_distance_is_two_minus_two_cosines_and_feature_distance_its_mean() -> None:
@@ -200,7 +216,7 @@ def test_a_value_per_sample_lets_a_weight_choose_its_sample() -> None:
 # ------------------------------------------------------------------------------------------------ invariants
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if "hint" not in name])
 def test_a_positive_scaling_of_any_vector_does_not_matter(name: str) -> None:
     loss, inputs = LOSSES[name][0], tensors(name)
     draws = torch.Generator().manual_seed(1)
@@ -212,8 +228,9 @@ def test_a_positive_scaling_of_any_vector_does_not_matter(name: str) -> None:
 def test_an_order_of_samples_becomes_the_order_of_values(name: str) -> None:
     loss, _, place = LOSSES[name]
     inputs = tensors(name)
-    if name == "masked level":
-        torch.testing.assert_close(level_distance(inputs[0][ORDER], inputs[1][ORDER], MASK[ORDER]), loss(inputs)[ORDER])
+    masked = {"masked level": level_distance, "masked hint": hint_distance}.get(name)
+    if masked is not None:
+        torch.testing.assert_close(masked(inputs[0][ORDER], inputs[1][ORDER], MASK[ORDER]), loss(inputs)[ORDER])
         return
     torch.testing.assert_close(loss([x.index_select(place, ORDER) for x in inputs]), loss(inputs)[ORDER])
 

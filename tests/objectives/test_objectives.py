@@ -17,9 +17,12 @@ from torch.autograd import gradcheck
 
 from cmapkd import objectives
 from cmapkd.objectives import (
+    contrastive_gradients,
     contrastive_loss,
     ensemble_divergence,
     feature_distance,
+    gradient_distance,
+    interactive_divergence,
     interactive_loss,
     kl_divergence,
     sigmoid_loss,
@@ -36,6 +39,16 @@ LOSSES: dict[str, tuple[Loss, tuple[int, ...], tuple[int, ...]]] = {
     "kl": (lambda x: kl_divergence(x[0], x[1], temperature=2.0), (WIDTH,), (WIDTH,)),
     "feature": (lambda x: feature_distance(x[0], x[1]), (WIDTH,), (WIDTH,)),
     "interactive": (lambda x: interactive_loss(*x, logit_scale=7.0), (WIDTH, WIDTH), (WIDTH, WIDTH)),
+    "cross": (
+        lambda x: interactive_divergence(*x, student_scale=7.0, teacher_scale=5.0),
+        (WIDTH, WIDTH),
+        (WIDTH, WIDTH),
+    ),
+    "gradient": (
+        lambda x: gradient_distance(*x, student_scale=3.0, teacher_scale=2.0),
+        (WIDTH, WIDTH),
+        (WIDTH, WIDTH),
+    ),
     "similarity": (
         lambda x: similarity_divergence(*x, student_scale=7.0, teacher_scale=5.0, temperature=2.0),
         (WIDTH, WIDTH),
@@ -130,6 +143,42 @@ def test_interactive_is_the_two_cross_entropies_written_out() -> None:
     assert float(value) == pytest.approx(expected, rel=1e-12)
 
 
+def test_cross_is_the_two_divergences_written_out() -> None:
+    s_image, s_text, t_image, t_text = tensors("cross")
+    expected = (
+        kl_of_rows(rows_of(s_image, t_text, 7.0), rows_of(t_image, t_text, 5.0), 1.0)
+        + kl_of_rows(rows_of(s_text, t_image, 7.0), rows_of(t_text, t_image, 5.0), 1.0)
+    ) / 2
+    assert float(LOSSES["cross"][0]([s_image, s_text, t_image, t_text])) == pytest.approx(expected, rel=1e-11)
+
+
+def summed_infonce(anchors: Tensor, candidates: Tensor, scale: float) -> Tensor:
+    rows = [scale * torch.stack([a @ c for c in candidates]) for a in anchors]
+    return torch.stack([row.logsumexp(0) - row[i] for i, row in enumerate(rows)]).sum()
+
+
+def test_contrastive_gradients_are_those_of_the_loss() -> None:
+    anchors, candidates = (torch.nn.functional.normalize(x, dim=-1).requires_grad_() for x in tensors("contrastive"))
+    expected = torch.autograd.grad(summed_infonce(anchors, candidates, 7.0), (anchors, candidates))
+    found = contrastive_gradients(anchors, candidates, logit_scale=7.0)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_distance_is_the_sum_over_four_gradients_written_out() -> None:
+    given = [torch.nn.functional.normalize(x, dim=-1).requires_grad_() for x in tensors("gradient")]
+    s_image, s_text, t_image, t_text = given
+    expected = 0.0
+    for ours, theirs in (((s_image, s_text), (t_image, t_text)), ((s_text, s_image), (t_text, t_image))):
+        mine = torch.autograd.grad(summed_infonce(*ours, 3.0), ours)
+        targets = torch.autograd.grad(summed_infonce(*theirs, 2.0), theirs)
+        for x, y in zip(mine, targets, strict=True):
+            expected += (
+                sum((a - b) ** 2 for a, b in zip(x.flatten().tolist(), y.flatten().tolist(), strict=True)) / BATCH
+            )
+    assert LOSSES["gradient"][0](given).item() == pytest.approx(expected, rel=1e-11)
+
+
 def test_similarity_is_the_two_divergences_written_out() -> None:
     s_image, s_text, t_image, t_text = tensors("similarity")
     expected = (
@@ -157,6 +206,8 @@ def test_gradient_of_scales_and_bias() -> None:
     assert gradcheck(lambda s: contrastive_loss(image, text, logit_scale=s), [scale])
     assert gradcheck(lambda s, b: sigmoid_loss(image, text, logit_scale=s, logit_bias=b), [scale, bias])
     assert gradcheck(lambda s: interactive_loss(image, text, text, image, logit_scale=s), [scale])
+    for both in (interactive_divergence, gradient_distance):
+        assert gradcheck(lambda s, f=both: f(image, text, text, image, student_scale=s, teacher_scale=3.0), [scale])
     assert gradcheck(
         lambda s: similarity_divergence(image, text, text, text, student_scale=s, teacher_scale=3.0), [scale]
     )
@@ -172,11 +223,13 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
     assert all(x.grad is None for x in inputs[count:])
 
 
-def test_no_gradient_reaches_the_teachers_scale() -> None:
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("similarity", similarity_divergence), ("cross", interactive_divergence), ("gradient", gradient_distance)],
+)
+def test_no_gradient_reaches_the_teachers_scale(name: str, loss: Callable[..., Tensor]) -> None:
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
-    value = similarity_divergence(
-        *(x.requires_grad_() for x in tensors("similarity")), student_scale=1.0, teacher_scale=scale
-    )
+    value = loss(*(x.requires_grad_() for x in tensors(name)), student_scale=1.0, teacher_scale=scale)
     value.backward()
     assert scale.grad is None
 
@@ -204,7 +257,7 @@ def test_which_rows_are_paired_does_matter(name: str) -> None:
     assert not torch.isclose(loss([inputs[0].roll(1, 0), *inputs[1:]]), loss(inputs))
 
 
-@pytest.mark.parametrize("name", ["contrastive", "sigmoid", "feature", "interactive"])
+@pytest.mark.parametrize("name", ["contrastive", "sigmoid", "feature", "interactive", "cross", "gradient"])
 def test_rotating_the_common_space_does_not_matter(name: str) -> None:
     loss, inputs = LOSSES[name][0], tensors(name)
     torch.testing.assert_close(loss([x @ rotation(WIDTH) for x in inputs]), loss(inputs))
@@ -222,7 +275,10 @@ def test_swapping_modalities_does_not_matter() -> None:
         ("contrastive", [b, a], [a, b]),
         ("sigmoid", [b, a], [a, b]),
         ("similarity", [b, a, d, c], [a, b, c, d]),
-        ("interactive", [b, a, d[:, :WIDTH], c[:, :WIDTH]], [a, b, c[:, :WIDTH], d[:, :WIDTH]]),
+        *(
+            (name, [b, a, d[:, :WIDTH], c[:, :WIDTH]], [a, b, c[:, :WIDTH], d[:, :WIDTH]])
+            for name in ("interactive", "cross", "gradient")
+        ),
     ):
         torch.testing.assert_close(LOSSES[name][0](swapped), LOSSES[name][0](straight))
 
@@ -248,6 +304,8 @@ def test_zero_at_agreement() -> None:
     torch.testing.assert_close(kl_divergence(a, a + 5), zero)
     torch.testing.assert_close(feature_distance(a, 3 * a), zero)
     torch.testing.assert_close(feature_distance(a, -a), zero + 4)
+    torch.testing.assert_close(gradient_distance(a, b, 3 * a, b, student_scale=5.0, teacher_scale=5.0), zero)
+    torch.testing.assert_close(interactive_divergence(a, b, a, 2 * b, student_scale=5.0, teacher_scale=5.0), zero)
     wide = torch.cat([a, torch.zeros_like(a)], 1), torch.cat([b, torch.zeros_like(b)], 1)  # the same similarities
     torch.testing.assert_close(similarity_divergence(a, b, *wide, student_scale=5.0, teacher_scale=5.0), zero)
 
@@ -259,10 +317,15 @@ def test_uninformative_embeddings() -> None:
     assert float(sigmoid_loss(same, same, logit_scale=0.0, logit_bias=0.0)) == pytest.approx(BATCH * math.log(2))
 
 
-def test_feature_distance_does_not_depend_on_the_width() -> None:
+def test_distances_do_not_depend_on_the_width() -> None:
     student, teacher = tensors("feature")
     padded = [torch.cat([x, torch.zeros(BATCH, 100, dtype=torch.float64)], 1) for x in (student, teacher)]
     torch.testing.assert_close(feature_distance(*padded), feature_distance(student, teacher))
+    narrow, wide = (
+        gradient_distance(x, x.roll(1, 0), y, y, student_scale=3.0, teacher_scale=2.0)
+        for x, y in ((student, teacher), padded)
+    )
+    torch.testing.assert_close(wide, narrow)
 
 
 def test_an_embedding_of_zeros_gives_a_finite_loss_and_gradient() -> None:
@@ -305,7 +368,7 @@ def test_rows_that_do_not_pair_up_are_refused(name: str) -> None:
         loss([inputs[0][:4], *inputs[1:]])
 
 
-@pytest.mark.parametrize("name", ["contrastive", "sigmoid", "similarity", "interactive"])
+@pytest.mark.parametrize("name", ["contrastive", "sigmoid", "similarity", "interactive", "cross", "gradient"])
 def test_embeddings_that_are_not_matrices_are_refused(name: str) -> None:
     loss, inputs = LOSSES[name][0], tensors(name)
     with pytest.raises(ValueError, match="one row for each pair"):
@@ -384,6 +447,8 @@ def test_similarity_equals_open_clips_distillation_up_to_the_teachers_entropy() 
 SCALARS = (
     "contrastive_loss",
     "feature_distance",
+    "gradient_distance",
+    "interactive_divergence",
     "interactive_loss",
     "kl_divergence",
     "sigmoid_loss",
@@ -399,7 +464,8 @@ def test_signatures_hold_the_shapes_that_are_passed(name: str) -> None:
         "contrastive_loss": {"logit_scale": torch.tensor(2.0)},
         "sigmoid_loss": {"logit_scale": 2.0, "logit_bias": torch.tensor(1.0)},
         "interactive_loss": {"logit_scale": 2.0},
-        "similarity_divergence": {"student_scale": 2.0, "teacher_scale": torch.tensor(3.0)},
     }.get(name, {})
-    pairs = (a, b, a, b) if name in ("interactive_loss", "similarity_divergence") else (a, b)
+    if name in ("similarity_divergence", "interactive_divergence", "gradient_distance"):
+        scales = {"student_scale": 2.0, "teacher_scale": torch.tensor(3.0)}
+    pairs = (a, b, a, b) if name.startswith(("interactive", "similarity", "gradient")) else (a, b)
     assert checked(*pairs, **scales).shape == ()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cmapkd.config import ConfigError
 from cmapkd.methods import StageConfig
 from cmapkd.methods.stages import stage_ends
+from cmapkd.models import TowerFeatures
+from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.training import TrainConfig, Trainer
-from helpers import make_method, make_trainer, read_lines
+from helpers import make_method, make_model, make_trainer, read_lines
 from training.test_resume import assert_same_end, interrupt
 
 STAGES: list[dict[str, Any]] = [
@@ -115,6 +119,38 @@ def test_a_run_interrupted_in_any_stage_ends_the_same(
     assert_same_end(whole, again)
 
 
+class NormedStudent(TinyDualEncoder):
+    """Has a batch norm."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.norm = nn.BatchNorm1d(self.embed_dim)
+
+    def encode_image(self, images: Any, levels: Any = ()) -> TowerFeatures:
+        tower = super().encode_image(images, levels)
+        return replace(tower, embedding=self.norm(tower.embedding))
+
+
+def test_batch_norms_that_do_not_learn_keep_their_statistics(tmp_path: Path) -> None:
+    stages = [StageConfig(share=0.5, train=("modules",)), StageConfig(share=0.5)]
+    student = make_model(kind=NormedStudent)
+    assert isinstance(student, NormedStudent)
+    trainer, means = make_trainer(tmp_path, make_method("clip_kd", student=student), steps=4, stages=stages), []
+    step = trainer._step
+
+    def watched(batch: Any) -> Any:
+        values = step(batch)
+        means.append(student.norm.running_mean.clone())
+        return values
+
+    trainer._step = watched  # type: ignore[method-assign]
+    trainer.run()
+    assert not means[0].any()
+    assert not means[1].any()
+    assert means[2].any()
+    assert student.norm.momentum == 0.1
+
+
 def test_names_that_the_method_lacks_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no term 'feture' \(did you mean 'feature'\?\)"):
         staged(tmp_path, stages=[{"share": 1.0, "terms": ["feture"]}])
@@ -122,6 +158,8 @@ def test_names_that_the_method_lacks_are_refused_at_once(tmp_path: Path) -> None
         staged(tmp_path, stages=[{"share": 1.0, "levels": ["P2"]}])
     with pytest.raises(ConfigError, match="nothing learns, this run has no weighting"):
         staged(tmp_path, stages=[{"share": 1.0, "train": ["weighting"]}])
+    with pytest.raises(ConfigError, match=r"train has 'modul' \(did you mean 'modules'\?\)"):
+        staged(tmp_path, stages=[{"share": 1.0, "train": ["modul"]}])
     method = make_method("clip_kd", settings={"relational_weight": 0})
     with pytest.raises(ConfigError, match="no term 'relational'"):  # switched off by its weight
         make_trainer(tmp_path, method, stages=[StageConfig(share=1.0, terms=("relational",))])

@@ -226,7 +226,7 @@ def test_manual_numbers_must_name_the_items(weights: dict[str, float], message: 
 def test_uncertainty_finds_the_logarithm_of_each_loss() -> None:
     weighting = make("uncertainty")
     values = torch.tensor([1.0, 0.5, 0.2, 4.0])
-    optimizer = torch.optim.SGD(weighting.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(weighting.parameters(), lr=0.5 / 50**2)  # the gradient too is of the scaled parameter
     for _ in range(100):
         weights = step(weighting, values.expand(3, 4), torch.zeros(3, DIM), optimizer)
     torch.testing.assert_close(weighting.log_variance.detach(), values.log(), rtol=0, atol=1e-4)
@@ -235,11 +235,13 @@ def test_uncertainty_finds_the_logarithm_of_each_loss() -> None:
 
 def test_uncertainty_gradient_is_the_papers() -> None:
     weighting = settled("uncertainty")
+    with torch.no_grad():
+        weighting.scaled.mul_(0.01)
     losses, context = batch()
     weighting(losses, context).loss.backward()
     s = weighting.log_variance.detach().clone().requires_grad_()
     ((-s).exp() * losses.mean(0) / 2 + s / 2).sum().backward()
-    torch.testing.assert_close(weighting.log_variance.grad, s.grad)
+    torch.testing.assert_close(weighting.scaled.grad, 50 * s.grad)
 
 
 # ------------------------------------------------------------------------------------------------ refusals, configs

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.reach import differentiable, parameters_behind
 
 TEXTS = (
     "a small red circle lies above a large striped square",
@@ -49,8 +49,8 @@ def parameter_counts(model: DualEncoder, pixels: Tensor, texts: TokenBatch) -> d
         counted in each; `text_embedding`, the text tower's token table, which is part of `text`: it takes memory and
         disk, but no multiplication.
     """
-    image = _reached(model, lambda: model.encode_image(pixels).embedding)
-    text = _reached(model, lambda: model.encode_text(texts).embedding)
+    image = _behind(model, lambda: model.encode_image(pixels).embedding)
+    text = _behind(model, lambda: model.encode_text(texts).embedding)
     parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
     tables = {
         id(module.weight)
@@ -71,23 +71,9 @@ def parameter_counts(model: DualEncoder, pixels: Tensor, texts: TokenBatch) -> d
     }
 
 
-def _reached(model: nn.Module, embed: Callable[[], Tensor]) -> set[int]:
-    parameters = list(model.parameters())
-    with _differentiable(model), torch.enable_grad():
-        gradients = torch.autograd.grad(embed().sum(), parameters, allow_unused=True)
-    return {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Every parameter requires a gradient; afterwards those that did before."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+def _behind(model: nn.Module, embed: Callable[[], Tensor]) -> set[int]:
+    parameters = dict(model.named_parameters())
+    return {id(parameters[name]) for name in parameters_behind(model, embed)}
 
 
 def count_macs(model: nn.Module, run: Callable[[], Any]) -> int:
@@ -96,7 +82,7 @@ def count_macs(model: nn.Module, run: Callable[[], Any]) -> int:
     Matrix products, convolutions and attention; norms, activations and look-ups of embeddings are not counted.
     """
     # With gradient and attention written out: torch's fused inference kernels are invisible to the counter.
-    with _differentiable(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with differentiable(model), sdpa_kernel(SDPBackend.MATH):
         counter: Any = FlopCounterMode(display=False)
         with counter:
             run()

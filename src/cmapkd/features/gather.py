@@ -38,6 +38,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of every process's `values`, without gradient. Without a process group this returns its argument."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def _gather_tower(tower: TowerFeatures) -> TowerFeatures:
     return replace(tower, embedding=gather_rows(tower.embedding))
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from cmapkd.config import closest
 from cmapkd.models.types import Level, LevelInfo
 
 Depths = Literal["last", "mean"]
@@ -73,6 +74,28 @@ def language_groups(levels: Sequence[LevelInfo]) -> dict[str, tuple[LevelInfo, .
     """
     _check_any(levels, "text", LANGUAGE_LEVELS[:3])
     return dict(zip(LANGUAGE_LEVELS, _groups(_LANGUAGE_SHARES, levels), strict=False))
+
+
+def level_at(levels: Sequence[LevelInfo], where: str | float, *, tower: str) -> LevelInfo:
+    """One level of a tower: by its own name, or the one that ends nearest to a share of the depth.
+
+    Args:
+        levels: `DualEncoder.image_levels` or `text_levels`, shallow to deep.
+        where: a name (`blocks.3`), or a share in (0, 1] (0.5: half way).
+        tower: `image` or `text`, for messages.
+    Raises:
+        ValueError: the tower exposes no level, or none of this name.
+    """
+    if not levels:
+        raise ValueError(
+            f"the {tower} tower exposes no intermediate level: leave its hint out, or choose another tower"
+        )
+    if not isinstance(where, str):
+        return levels[max(1, round(where * len(levels))) - 1]
+    known = {level.name: level for level in levels}
+    if where not in known:
+        raise ValueError(f"there is no {tower} level {where!r}{closest(where, known)}; known: {', '.join(known)}")
+    return known[where]
 
 
 def tapped(taps: Mapping[str, LevelInfo], levels: Mapping[str, Level]) -> dict[str, Level]:

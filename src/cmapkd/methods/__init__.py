@@ -11,6 +11,7 @@ from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
+from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "promptkd": PromptKD,
     "c2kd": C2KD,
     "dc_clip": DCClip,
+    "fitnet": FitNet,
     "clip_kd": ClipKD,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,

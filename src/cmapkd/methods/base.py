@@ -5,17 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Int
 from pydantic import Field, SerializeAsAny, field_validator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from cmapkd.config import Config, ConfigError
+from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch
-from cmapkd.features import KeyTokens, gather_features, gather_rows
+from cmapkd.features import KeyTokens, gather_features, gather_rows, mean_over_processes
 from cmapkd.methods.micro_batches import (
     Rows,
     encode_again,
@@ -25,9 +27,11 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
-from cmapkd.methods.stages import WHOLE, Part, StageConfig
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.methods.stages import PARTS, WHOLE, Part, StageConfig
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
+from cmapkd.models.reach import Tower, example_output, last_matrix_behind
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
+from cmapkd.objectives.common import at_least_float32
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
 
 Detail = Literal["global", "pooled", "key_tokens", "dense"]
@@ -37,6 +41,8 @@ levels place by place. Each can be had from those after it."""
 
 LABELS = "labels"
 """Under which a batch brings its samples' labels, see `data.labels.LabelReader`."""
+
+_TOWERS: tuple[Tower, Tower] = ("image", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +139,14 @@ class Method(nn.Module, ABC):
         self.student = student
         self.teachers = {each.role: each for each in (teacher, *more_teachers) if each is not None}
         self.stage = WHOLE
+        self.progress = 0.0  # share of the stage's steps that are done, for what changes within one
         self.measurements = {}
         self.micro_batch: int | None = None  # pairs encoded at once, in this process; None: all of its batch
         self.beside: TermsBeside | None = None
         self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
+        self._shared: tuple[Needs, tuple[str, ...]] | None = None  # names of layers, and what they are below of
+        self._momenta: dict[str, float | None] = {}  # of the batch norms, likewise
 
     @property
     def teacher(self) -> FrozenTeacher | None:
@@ -146,7 +155,7 @@ class Method(nn.Module, ABC):
 
     @teacher.setter
     def teacher(self, teacher: FrozenTeacher) -> None:
-        self.teachers[teacher.role] = teacher
+        self.teachers[teacher.role] = teacher  # a cached one in place of the live one
 
     @property
     def text_pools(self) -> tuple[str, ...]:
@@ -183,6 +192,16 @@ class Method(nn.Module, ABC):
         """Which part a parameter belongs to: parts have learning rates of their own, and stages say which learn."""
         return "student" if name.startswith("student.") else "weighting" if name.startswith("weighting") else "modules"
 
+    @property
+    def student_parts(self) -> Mapping[str, frozenset[str]]:
+        """Parts of the student that a stage may train without the rest, by name: the names of their parameters."""
+        return {}
+
+    @property
+    def default_stages(self) -> tuple[StageConfig, ...]:
+        """The stages of a run whose recipe names none, by shares of its steps; none: it is one piece."""
+        return ()
+
     def check_stage(self, stage: StageConfig) -> None:
         """Refuses a stage that names terms or levels this method does not have, or in which nothing learns.
 
@@ -190,16 +209,37 @@ class Method(nn.Module, ABC):
             ConfigError: says which, with the nearest known name.
         """
         stage.check_names(terms=self.all_term_names, levels=self.level_names)
-        if not any(self.part_of(name) in stage.train for name, _ in self.named_parameters()):
+        known = (*PARTS, *self.student_parts)
+        for part in stage.train:
+            if part not in known:
+                raise ConfigError(
+                    f"stage {stage.name!r}: train has {part!r}{closest(part, known)}; what can learn here: "
+                    f"{', '.join(known)}"
+                )
+        if not any(self._learns_in(stage, name) for name, _ in self.named_parameters()):
             raise ConfigError(f"stage {stage.name!r}: nothing learns, this run has no {' or '.join(stage.train)}")
 
     def enter(self, stage: StageConfig) -> None:
         """Begins a stage: from now on only its terms and levels count, and only its parts learn."""
         if self._learning is None:  # once, before any stage has frozen anything
             self._learning = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+            self._momenta = {name: module.momentum for name, module in self._batch_norms()}
         self.stage = stage
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self._learning and self.part_of(name) in stage.train)
+            parameter.requires_grad_(name in self._learning and self._learns_in(stage, name))
+        for name, norm in self._batch_norms():  # one that does not learn keeps its statistics, too
+            rests = f"{name}.weight" in self._learning and not norm.weight.requires_grad
+            norm.momentum = 0.0 if rests else self._momenta[name]
+
+    def _learns_in(self, stage: StageConfig, name: str) -> bool:
+        parts = self.student_parts
+        inner = name.removeprefix("student.")
+        return self.part_of(name) in stage.train or (
+            inner != name and any(inner in parts[part] for part in stage.train if part in parts)
+        )
+
+    def _batch_norms(self) -> list[tuple[str, _BatchNorm]]:
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, _BatchNorm)]
 
     @property
     def student_needs(self) -> Needs:
@@ -240,10 +280,12 @@ class Method(nn.Module, ABC):
     def _weighted(self, terms: dict[str, Term]) -> dict[str, Term]:
         """One term that counts, the weighted sum, and the others for the log; a batch is one sample here."""
         assert self.weighting_of_terms is not None
-        columns = {name: term.weight * term.value.float() for name, term in terms.items()}
+        columns = {name: term.weight * at_least_float32(term.value) for name, term in terms.items()}
         total = torch.stack([*columns.values()]).sum()
         if self.training:
             self.weighting_of_terms.observe(total.detach())
+            if torch.is_grad_enabled() and self.weighting_of_terms.due:
+                self._measure_gradients(columns)
         losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in self.all_term_names])[None]
         active = torch.tensor([name in columns for name in self.all_term_names])
         context = torch.zeros(1, 1, device=total.device)
@@ -252,6 +294,61 @@ class Method(nn.Module, ABC):
         return {name: Term(term.value.detach(), 0.0) for name, term in terms.items()} | {
             "weighted": Term(weighted.loss)
         }
+
+    def _measure_gradients(self, columns: Mapping[str, Tensor]) -> None:
+        """Tells the weighting how strongly each term pulls at the layers that the terms share.
+
+        Raises:
+            ValueError: a term does not depend on them.
+        """
+        assert self.weighting_of_terms is not None
+        shared = {name: weights for name, weights in self.shared_parameters().items() if weights.requires_grad}
+        if not shared:  # the student does not learn in this stage
+            return
+        names = [name for name in self.all_term_names if name in columns]
+        pulls = torch.stack([self._pull(name, columns[name], shared) for name in names])
+        norms = mean_over_processes(at_least_float32(pulls)).norm(dim=-1)  # gradients are means, too, once wrapped
+        active = torch.tensor([name in columns for name in self.all_term_names], device=norms.device)
+        losses, found = norms.new_zeros(len(active)), norms.new_zeros(len(active))
+        losses[active] = torch.stack([columns[name].detach() for name in names]).to(norms.dtype)
+        found[active] = norms
+        self.weighting_of_terms.observe_gradients(losses, found, active)
+
+    @staticmethod
+    def _pull(name: str, value: Tensor, shared: Mapping[str, nn.Parameter]) -> Tensor:
+        """A term's gradient at the shared layers, as one vector; the graph stays whole."""
+        gradients: tuple[Tensor | None, ...] = (None,)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, [*shared.values()], retain_graph=True, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(
+                f"term {name} has no gradient at {', '.join(shared)}, where the weighting of the terms measures it: "
+                "leave it out of the weighted terms, or choose another term_weighting"
+            )
+        pairs = zip(gradients, shared.values(), strict=True)
+        return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pairs])
+
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The layers, by name, at which gradients of different terms can be compared: one of each tower.
+
+        Here the last layer below everything that the terms of this stage read of the tower: below its embedding, or
+        below the first of its levels that they read.
+        """
+        needs = self.student_needs
+        if self._shared is None or self._shared[0] != needs:
+            read = [partial(example_output, self.student, tower, self._first(tower, needs)) for tower in _TOWERS]
+            self._shared = needs, tuple(last_matrix_behind(self.student, output) for output in read)
+        parameters = dict(self.student.named_parameters())
+        return {name: parameters[name] for name in self._shared[1]}
+
+    def _first(self, tower: Tower, needs: Needs) -> str | None:
+        """The shallowest level of those needed."""
+        known, needed = (
+            (self.student.image_levels, needs.image_levels)
+            if tower == "image"
+            else (self.student.text_levels, needs.text_levels)
+        )
+        return next((level.name for level in known if level.name in needed), None)
 
     def wants(self, name: str, weight: float = 1.0) -> bool:
         """Whether the term is worth computing: its weight is not zero and the stage has it."""
@@ -279,6 +376,22 @@ class Method(nn.Module, ABC):
             role: gather_features(join_features([self._encode_teacher(part, role) for part in parts]))
             for role in self.teachers
         }
+
+    def encode_changed_images(self, batch: Batch, change: Callable[[Batch, Tensor], Tensor]) -> Tensor:
+        """The student's embeddings of its pictures as the method changes them; of the whole batch, over all processes.
+
+        Args:
+            change: of a part of the batch and its pixels [batch 3 height width], as the student's model reads them, to
+                the pixels it shall see. A pure function of the part's samples: the backward pass may repeat it.
+        """
+
+        def encode(part: Batch, _number: int) -> Tensor:
+            pixels = part.inputs["student"].images.to(self._device, non_blocking=True)
+            tower: TowerFeatures = self.student.encode_image(change(part, pixels))
+            return tower.embedding
+
+        parts = micro_batches(batch, self.micro_batch)
+        return gather_rows(torch.cat(encode_again(encode, parts, model=self)))
 
     def encode_both(
         self, batch: Batch, read: Callable[[Batch, Features, Features], Rows]

@@ -1,4 +1,4 @@
-"""CLIP-KD for dual encoders (Yang et al., CVPR 2024, arXiv:2307.12732): feature, relational and interactive terms.
+"""CLIP-KD for dual encoders (Yang et al., CVPR 2024, arXiv:2307.12732): every term of the study, each by its weight.
 
 Departures and how they were checked: the card below and docs/methods/clip_kd.md.
 """
@@ -12,31 +12,89 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from cmapkd.data.masks import check_mask, hidden_squares, hide
 from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
 from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
-from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, FrozenTeacher
-from cmapkd.objectives import feature_distance, interactive_loss, similarity_divergence
+from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher
+from cmapkd.objectives import (
+    contrastive_loss,
+    feature_distance,
+    gradient_distance,
+    interactive_divergence,
+    interactive_loss,
+    similarity_divergence,
+)
+from cmapkd.objectives.common import unit
 
 PUBLISHED_FEATURE_WEIGHT = 2000 / 512  # 2000 × the mean over 512 channels, restated for the sum over channels
+PUBLISHED_GRADIENT_WEIGHT = 1e8 / (1024**2 * 512)  # likewise, and for gradients of the sum over a batch of 1024
 
 
 class ClipKDConfig(MethodConfig):
-    """The weight of each term; a weight of zero switches its computation off."""
+    """The weight of each term; a weight of zero switches its computation off. By default the published combination."""
 
     task_weight: float = Field(1.0, ge=0, description="Weight of the student's own contrastive loss.")
     feature_weight: float = Field(
         PUBLISHED_FEATURE_WEIGHT,
         ge=0,
-        description="Weight of the squared distance between unit embeddings, summed over both modalities.",
+        description="Weight of the squared distance between unit embeddings, summed over both modalities. Published: "
+        "2000 of the mean over channels, at width 512 this default.",
     )
+    masked_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the same distance with squares of the student's picture hidden; one more pass of its "
+        "image tower. Published: 2000 of the mean over channels, at width 512 3.90625 here.",
+    )
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="Share of the squares that are hidden.")
+    mask_patch: int = Field(16, ge=1, description="Side of a square in pixels of the student; best its patch size.")
     relational_weight: float = Field(1.0, ge=0, description="Weight of the KL between in-batch similarities.")
+    gradient_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the squared distance between gradients of the contrastive losses. Published: 1e8 of the "
+        "mean over channels, at width 512 and batch 1024 0.186 here, with gradient_convention: official.",
+    )
+    gradient_convention: Literal["paper", "official"] = Field(
+        "paper",
+        description="paper: the gradients of the contrastive loss itself; official: its logits are divided by the "
+        "logit scale, as the published code does by giving the scale where a temperature is meant.",
+    )
     interactive_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE against the teacher's other modality.")
+    cross_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL over the teacher's other modality; in the published code, not its recipes.",
+    )
+    augmented_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of InfoNCE between embeddings that are fused with the teacher's. Published: none.",
+    )
     interactive_scale: Literal["exp", "official"] = Field(
         "exp",
-        description="exp: the learned scale is exponentiated and clamped as CLIP's; official: used raw, as in the "
-        "published code (it starts at 2.66 instead of 14.3).",
+        description="exp: the learned scales of the interactive, cross and augmented terms are exponentiated and "
+        "clamped as CLIP's; official: used raw, as in the published code (they start at 2.66 instead of 14.3).",
     )
+
+
+class Fusion(nn.Module):
+    """A linear map of each modality's student embedding, beside the teacher's, to one fused embedding."""
+
+    def __init__(self, student_dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        # the student's comes at the teacher's width; the result is as wide as the student's own
+        self.image = nn.Linear(2 * teacher_dim, student_dim)
+        self.text = nn.Linear(2 * teacher_dim, student_dim)
+
+    def forward(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
+        """Fused image and text embeddings, not normalised."""
+        image, text = (
+            torch.cat([unit(ours.embedding), unit(theirs.embedding)], dim=-1)
+            for ours, theirs in ((student.image, teacher.image), (student.text, teacher.text))
+        )
+        return self.image(image), self.text(text)
 
 
 class ClipKD(Method):
@@ -44,25 +102,34 @@ class ClipKD(Method):
 
     Config: ClassVar[type[MethodConfig]] = ClipKDConfig
     card: ClassVar[MethodCard] = MethodCard(
-        title="CLIP-KD: feature, relational and interactive distillation of dual encoders",
+        title="CLIP-KD: feature, relational, gradient and interactive distillation of dual encoders",
         paper="Yang et al., CVPR 2024, arXiv:2307.12732",
         equations=(
             "v̂ = N(W_v v_S), t̂ = N(W_t t_S) (linear maps only where the widths differ)",
-            "L_FD = |v̂ - v_T|² + |t̂ - t_T|², batch mean",
+            "L_FD = |v̂ - v_T|² + |t̂ - t_T|², batch mean; L_MFD the same, v_S of a picture with hidden squares",
             "L_CRD = 1/2 [KL(σ(s_T v_T t_Tᵀ) ‖ σ(s_S v_S t_Sᵀ)) + the transposed]",
+            "L_GD = |G_v(v̂, t̂, s_S) - G_v(v_T, t_T, s_T)|² + ... over image and text as anchor and as candidate, "
+            "G_p = s (P - I) k, G_k = s (P - I)ᵀ p, P = σ(s p kᵀ)",
             "L_ICL = 1/2 [CE(c v̂ t_Tᵀ, diag) + CE(c t̂ v_Tᵀ, diag)]",
-            "L = L_contrastive + 3.9 L_FD + L_CRD + L_ICL",
+            "L_cross = 1/2 [KL(σ(s_T v_T t_Tᵀ) ‖ σ(c v̂ t_Tᵀ)) + KL(σ(s_T t_T v_Tᵀ) ‖ σ(c t̂ v_Tᵀ))]",
+            "L_AFD = 1/2 [CE(f f_v f_tᵀ, diag) + transposed], f_v = N(U_v [v̂; v_T]), f_t = N(U_t [t̂; t_T])",
+            "L = L_contrastive + 3.9 L_FD + L_CRD + L_ICL + 0 (L_MFD + L_GD + L_cross + L_AFD)",
         ),
-        needs="embeddings and logit scales of both models",
-        trainable="the student, W_v and W_t where the widths differ, the interactive logit scale c",
+        needs="embeddings and logit scales of both models; the masked term one more pass of the student's image tower",
+        trainable="the student, W_v and W_t where the widths differ, U_v and U_t, the logit scales c and f",
         departures=(
-            "L_FD is a sum over channels, so its weight keeps its meaning at any width: 2000 × mean at width 512 is "
-            "3.9 × this sum.",
-            "c is exponentiated and clamped to [1, 100] like CLIP's scale; interactive_scale: official restores the "
-            "published code, which uses the logarithm itself.",
-            "Masked-feature, gradient and augmented-feature terms are not in this version.",
+            "L_FD and L_MFD are sums over channels, so their weight keeps its meaning at any width: 2000 × mean at "
+            "width 512 is 3.9 × this sum. L_GD is so too, and of the loss summed over the batch: 1e8 × mean at width "
+            "512 and batch 1024 is 0.186 × this.",
+            "c and f are exponentiated and clamped to [1, 100] like CLIP's scale; interactive_scale: official restores "
+            "the published code, which uses the logarithms themselves.",
+            "G multiplies by the logit scale; gradient_convention: official divides by it, as the published code does.",
+            "L_MFD hides squares of pixels, which any tower can be shown, instead of dropping a transformer's patches: "
+            "it saves no time. Only this term sees them, in a pass of its own. The released code computes the masked "
+            "pass and overwrites it, so that its L_MFD is L_FD.",
+            "U_v and U_t map 2 × the teacher's width to the student's; the published ones fail where widths differ.",
         ),
-        checked_against="the published loss class run on random embeddings: values and gradients, "
+        checked_against="the published loss class run on random embeddings: values and gradients of every term, "
         "tests/methods/fixtures/clip_kd.json",
     )
 
@@ -70,55 +137,103 @@ class ClipKD(Method):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
-        projected = config.feature_weight > 0 or config.interactive_weight > 0
+        self.weights = {
+            name: weight
+            for name, weight in (
+                ("contrastive", config.task_weight),
+                ("relational", config.relational_weight),
+                ("feature", config.feature_weight),
+                ("masked_feature", config.masked_weight),
+                ("gradient", config.gradient_weight),
+                ("interactive", config.interactive_weight),
+                ("cross", config.cross_weight),
+                ("augmented", config.augmented_weight),
+            )
+            if weight
+        }
+        projected = self.weights.keys() - {"contrastive", "relational"}
         self.project = PairProjector(student.embed_dim, teacher.embed_dim) if projected else None
-        self.interactive_scale = (
-            nn.Parameter(torch.tensor(math.log(1 / 0.07))) if config.interactive_weight > 0 else None
-        )
+        self.interactive_scale = _log_scale() if self.weights.keys() & {"interactive", "cross"} else None
+        self.fusion = Fusion(student.embed_dim, teacher.embed_dim) if config.augmented_weight else None
+        self.fusion_scale = _log_scale() if config.augmented_weight else None
+        if config.masked_weight:
+            check_mask(student.image_spec.size, patch=config.mask_patch, ratio=config.mask_ratio)
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        config = self.config
-        weights = {
-            "contrastive": config.task_weight,
-            "relational": config.relational_weight,
-            "feature": config.feature_weight,
-            "interactive": config.interactive_weight,
-        }
-        return tuple(name for name, weight in weights.items() if weight)
+        return tuple(self.weights)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, student, teacher = self.config, self.encode_student(batch), self.encode_teacher(batch)
-        teacher_pair = (teacher.image.embedding, teacher.text.embedding)
-        terms: dict[str, Term] = {}
-        if self.wants("contrastive", config.task_weight):
-            terms["contrastive"] = Term(task_loss(student), config.task_weight)
-        if self.wants("relational", config.relational_weight):
-            relational = similarity_divergence(
-                student.image.embedding,
-                student.text.embedding,
-                *teacher_pair,
+        student, teacher = self.encode_student(batch), self.encode_teacher(batch)
+        values: dict[str, Tensor] = {}
+        if self._wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        if self._wants("relational"):
+            values["relational"] = similarity_divergence(
+                *_pair(student),
+                *_pair(teacher),
                 student_scale=student.logit_scale,
                 teacher_scale=teacher.logit_scale,
             )
-            terms["relational"] = Term(relational, config.relational_weight)
         if self.project is not None:
-            projected = self.project(student)
-            image, text = projected.image.embedding, projected.text.embedding
-            if self.wants("feature", config.feature_weight):
-                feature = feature_distance(image, teacher_pair[0]) + feature_distance(text, teacher_pair[1])
-                terms["feature"] = Term(feature, config.feature_weight)
-            if self.wants("interactive", config.interactive_weight):
-                interactive = interactive_loss(image, text, *teacher_pair, logit_scale=self._scale())
-                terms["interactive"] = Term(interactive, config.interactive_weight)
-        return terms
+            values |= self._projected_terms(batch, self.project, student, teacher)
+        return {name: Term(value, self.weights[name]) for name, value in values.items()}
+
+    def _projected_terms(
+        self, batch: Batch, project: PairProjector, student: Features, teacher: Features
+    ) -> dict[str, Tensor]:
+        """The terms that compare the student with the teacher at the teacher's width."""
+        projected = project(student)
+        ours, theirs = _pair(projected), _pair(teacher)
+        values: dict[str, Tensor] = {}
+        if self._wants("feature"):
+            values["feature"] = feature_distance(ours[0], theirs[0]) + feature_distance(ours[1], theirs[1])
+        if self._wants("masked_feature"):
+            masked = project.image(self.encode_changed_images(batch, self._hide))
+            values["masked_feature"] = feature_distance(masked, theirs[0]) + feature_distance(ours[1], theirs[1])
+        if self._wants("gradient"):
+            scales = student.logit_scale, teacher.logit_scale
+            if self.config.gradient_convention == "official":
+                scales = scales[0].reciprocal(), scales[1].reciprocal()
+            values["gradient"] = gradient_distance(*ours, *theirs, student_scale=scales[0], teacher_scale=scales[1])
+        if self.interactive_scale is not None:
+            scale = self._scale(self.interactive_scale)
+            if self._wants("interactive"):
+                values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=scale)
+            if self._wants("cross"):
+                values["cross"] = interactive_divergence(
+                    *ours, *theirs, student_scale=scale, teacher_scale=teacher.logit_scale
+                )
+        if self.fusion is not None and self.fusion_scale is not None and self._wants("augmented"):
+            fused = self.fusion(projected, teacher)
+            values["augmented"] = contrastive_loss(*fused, logit_scale=self._scale(self.fusion_scale))
+        return values
+
+    def _hide(self, part: Batch, pixels: Tensor) -> Tensor:
+        """Other squares for each sample and view, so the same however a batch is shared out."""
+        patch = self.config.mask_patch
+        squares = hidden_squares(
+            part.ids, view=part.view, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
+        )
+        return hide(pixels, squares, patch=patch)
+
+    def _wants(self, name: str) -> bool:
+        return self.wants(name, self.weights.get(name, 0.0))
 
     @torch.no_grad()
     def after_step(self) -> None:
         super().after_step()
-        if self.interactive_scale is not None and self.config.interactive_scale == "exp":
-            self.interactive_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+        for scale in (self.interactive_scale, self.fusion_scale):
+            if scale is not None and self.config.interactive_scale == "exp":
+                scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
 
-    def _scale(self) -> Tensor:
-        assert self.interactive_scale is not None
-        return self.interactive_scale if self.config.interactive_scale == "official" else self.interactive_scale.exp()
+    def _scale(self, parameter: Tensor) -> Tensor:
+        return parameter if self.config.interactive_scale == "official" else parameter.exp()
+
+
+def _pair(features: Features) -> tuple[Tensor, Tensor]:
+    return features.image.embedding, features.text.embedding
+
+
+def _log_scale() -> nn.Parameter:
+    return nn.Parameter(torch.tensor(math.log(1 / 0.07)))

@@ -115,7 +115,7 @@ class CMAPKDConfig(MethodConfig):
 
     @field_validator("weighting", mode="before")
     @classmethod
-    def _weighting_by_name(cls, value: Any) -> Any:
+    def _selection_by_name(cls, value: Any) -> Any:
         return value if isinstance(value, WeightingConfig) else weighting_config(value)
 
     @model_validator(mode="after")
@@ -252,7 +252,7 @@ class CMAPKD(Method):
         configs = for_items(config.weighting, weighted)
         self.weighting = nn.ModuleDict(
             {
-                term: make_weighting(configs[term], items=items, context_dim=2 * teacher.embed_dim)
+                term: make_weighting(configs[term], items=items, context_dim=2 * teacher.embed_dim, of_levels=True)
                 for term, items in weighted.items()
             }
         )

@@ -8,8 +8,8 @@ one backward pass, in which every parameter gets its gradient once, as processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -113,19 +113,26 @@ def _join_levels(parts: Sequence[Level]) -> Level:
 
 
 def _contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the first encoding, and of the second."""
-    return nullcontext(), _statistics_kept(model)
+    """Of the first encoding, and of each later one."""
+    return nullcontext(), _StatisticsKept(model)
 
 
-@contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norms normalise as they do, but their running statistics stay as they are."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.momentum is not None]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+class _StatisticsKept(AbstractContextManager[None]):
+    """Batch norms normalise as they do, but their running statistics stay as they are.
+
+    May be entered several times: a part is encoded again for every backward pass, and a kept graph has several.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.momenta: list[tuple[_BatchNorm, float]] = []
+
+    def __enter__(self) -> None:
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        self.momenta = [(norm, norm.momentum) for norm in norms if norm.momentum is not None]
+        for norm, _ in self.momenta:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_error: object) -> None:
+        for norm, momentum in self.momenta:
             norm.momentum = momentum

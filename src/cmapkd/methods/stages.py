@@ -22,7 +22,11 @@ class StageConfig(Config):
     epochs: float | None = Field(None, gt=0, description="Its length in passes over the data, likewise.")
     terms: tuple[str, ...] | None = Field(None, description="Loss terms that count; none: all of the method's.")
     levels: tuple[str, ...] | None = Field(None, description="Levels that count (P2 ... L4); none: all.")
-    train: tuple[Part, ...] = Field(PARTS, min_length=1, description="What learns: student, modules, weighting.")
+    train: tuple[str, ...] = Field(
+        PARTS,
+        min_length=1,
+        description="What learns: student, modules, weighting; or a part of the student that the method names.",
+    )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate here; none: optim.learning_rate.")
 
     @model_validator(mode="after")

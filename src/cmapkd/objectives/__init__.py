@@ -6,8 +6,9 @@ from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
 from cmapkd.objectives.feature import embedding_distance, feature_distance
-from cmapkd.objectives.interactive import interactive_loss
-from cmapkd.objectives.level import level_distance
+from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
+from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
+from cmapkd.objectives.level import hint_distance, level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
@@ -17,10 +18,14 @@ from cmapkd.objectives.smooth import smooth_distance
 __all__ = [
     "bank_divergence",
     "bank_relation_distance",
+    "contrastive_gradients",
     "contrastive_loss",
     "embedding_distance",
     "ensemble_divergence",
     "feature_distance",
+    "gradient_distance",
+    "hint_distance",
+    "interactive_divergence",
     "interactive_loss",
     "kendall_tau",
     "kl_divergence",

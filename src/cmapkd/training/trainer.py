@@ -118,7 +118,7 @@ class Trainer:
         )
         self.total = config.num_steps(self.sampler.steps_per_epoch)
         per_epoch = self.sampler.steps_per_epoch
-        self.stages: tuple[StageConfig, ...] = config.stages or (WHOLE,)
+        self.stages: tuple[StageConfig, ...] = config.stages or method.default_stages or (WHOLE,)
         self.ends = stage_ends(self.stages, total=self.total, steps_per_epoch=per_epoch)
         for stage in self.stages:  # a wrong name shows now, not when its stage begins
             method.check_stage(stage)
@@ -211,14 +211,16 @@ class Trainer:
                 raise Interrupted(step, checkpoints.checkpoint_path(self.checkpoint_folder, step))
 
     def _enter_stage(self, display: TrainingDisplay) -> None:
-        """Starts the stage that the next step belongs to: a pure function of the step, so resuming needs no more."""
+        """Starts the stage that the next step belongs to, and tells how far it is: pure functions of the step, so that
+        resuming needs no more."""
         number = bisect_right(self.ends, self.progress.step)
+        begins = self.ends[number - 1] if number else 0
+        self.method.progress = (self.progress.step - begins) / (self.ends[number] - begins)
         if self.stages[number] is self.stage:
             return
         self.stage = self.stages[number]
         self.method.enter(self.stage)
         if len(self.stages) > 1:
-            begins = self.ends[number - 1] if number else 0
             display.say(
                 f"{self.title}: stage {number + 1}/{len(self.stages)} {self.stage.name}, steps {begins + 1} to "
                 f"{self.ends[number]}"
@@ -235,7 +237,7 @@ class Trainer:
             moved = batch.to(device, non_blocking=True, images=self.method.micro_batch is None)
             terms: dict[str, Term] = self.wrapped(moved)
         if not terms:
-            where = f" in stage {self.stage.name!r}" if self.config.stages else ""
+            where = f" in stage {self.stage.name!r}" if len(self.stages) > 1 else ""
             raise ValueError(f"method {type(self.method).__name__} has no terms left{where}: every weight is zero")
         loss = torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
         rate = learning_rate(self.progress.step, total=self.total, config=self.optim, peak=self.stage.learning_rate)

@@ -67,6 +67,8 @@ class Weighting(nn.Module, ABC):
     Config: ClassVar[type[WeightingConfig]]
     listens: ClassVar[bool] = False
     """Whether it learns from what `observe` is told; a held-out loss need not be computed for the others."""
+    reads_gradients: ClassVar[bool] = False
+    """Whether it learns from what `observe_gradients` is told, which only whole terms of a loss have."""
 
     def __init__(
         self,
@@ -135,6 +137,19 @@ class Weighting(nn.Module, ABC):
 
         The loss of the step's own fresh batch serves, as it is measured before the step that uses it; it must not
         depend on the weights. Only strategies that learn from it listen.
+        """
+
+    @property
+    def due(self) -> bool:
+        """Whether `observe_gradients` is to be told of this step."""
+        return False
+
+    def observe_gradients(
+        self, losses: Float[Tensor, " items"], norms: Float[Tensor, " items"], active: Bool[Tensor, " items"]
+    ) -> None:
+        """Told before `forward` where it is `due`: each item's loss, and the norm of its gradient at a shared layer.
+
+        Both of the whole batch over all processes; 0 for items that are not active.
         """
 
     def _check(self, losses: Tensor, context: Tensor, active: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from cmapkd.config import ConfigError, closest
 from cmapkd.weighting.base import Weighting, WeightingConfig
 from cmapkd.weighting.gate import GateWeighting
+from cmapkd.weighting.gradnorm import GradNormWeighting
 from cmapkd.weighting.manual import ManualWeighting
 from cmapkd.weighting.policy import PolicyWeighting
 from cmapkd.weighting.uncertainty import UncertaintyWeighting
@@ -17,6 +18,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "uniform": UniformWeighting,
     "manual": ManualWeighting,
     "uncertainty": UncertaintyWeighting,
+    "gradnorm": GradNormWeighting,
     "gate": GateWeighting,
     "policy": PolicyWeighting,
 }
@@ -52,7 +54,7 @@ def for_items(config: WeightingConfig, groups: Mapping[str, Sequence[str]]) -> d
         ConfigError: an item is in no group.
     """
     known = [item for items in groups.values() for item in items]
-    by_item = {key: value for key, value in config if isinstance(value, dict)}
+    by_item = {key: value for key, value in config if isinstance(value, dict | tuple) and _of_names(value)}
     for key, values in by_item.items():
         for item in values:
             if item not in known:
@@ -60,21 +62,40 @@ def for_items(config: WeightingConfig, groups: Mapping[str, Sequence[str]]) -> d
                     f"{key}.{item}: unknown item{closest(item, known)}; weighed here: {', '.join(known) or 'none'}"
                 )
     return {
-        group: config.model_copy(
-            update={key: {item: values[item] for item in items if item in values} for key, values in by_item.items()}
-        )
+        group: config.model_copy(update={key: _only(values, items) for key, values in by_item.items()})
         for group, items in groups.items()
     }
 
 
-def make_weighting(config: WeightingConfig, *, items: Sequence[str], context_dim: int) -> Weighting:
+def make_weighting(
+    config: WeightingConfig, *, items: Sequence[str], context_dim: int, of_levels: bool = False
+) -> Weighting:
     """The weighting that `config` names, for `items` (level or term names) and contexts of width `context_dim`.
 
+    Args:
+        of_levels: the items are levels within a term, which have no gradients of their own.
+
     Raises:
-        ConfigError: the name is unknown, or a setting by item does not fit the items.
+        ConfigError: the name is unknown, a setting by item does not fit the items, or it cannot weigh levels.
         ValueError: there are no items, two of the same name, or no context.
     """
+    if of_levels and _kind(config.name).reads_gradients:
+        raise ConfigError(
+            f"weighting {config.name} balances the gradients of whole terms, so it cannot weigh levels: use it as "
+            "method.term_weighting, or choose another weighting of levels"
+        )
     return _kind(config.name)(config, items=items, context_dim=context_dim)
+
+
+def _of_names(value: Mapping[Any, Any] | tuple[Any, ...]) -> bool:
+    return all(isinstance(item, str) for item in value)
+
+
+def _only(values: Mapping[str, Any] | tuple[str, ...], items: Sequence[str]) -> Any:
+    """What a setting says of some of the items."""
+    if isinstance(values, tuple):
+        return tuple(item for item in items if item in values)
+    return {item: values[item] for item in items if item in values}
 
 
 def _kind(name: str) -> type[Weighting]:

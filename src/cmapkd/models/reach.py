@@ -1,0 +1,92 @@
+"""Which parameters of a model stand behind an output: asked of autograd, because libraries name them differently."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cmapkd.models.base import DualEncoder
+
+Tower = Literal["image", "text"]
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Every parameter requires a gradient, and gradients are on; afterwards those do that did before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def parameters_behind(model: nn.Module, compute: Callable[[], Tensor]) -> frozenset[str]:
+    """Names of the parameters that what `compute` returns has a gradient to."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    with differentiable(model):
+        gradients = torch.autograd.grad(compute().sum(), parameters, allow_unused=True)
+    return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+
+
+def last_matrix_behind(model: nn.Module, compute: Callable[[], Tensor]) -> str:
+    """Name of the weights whose product fewest operations separate from what `compute` returns: its last layer.
+
+    Tables that are looked up or added, as positions are, are no layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    with differentiable(model):
+        output = compute()
+    waiting, seen = deque([output.grad_fn]), set()
+    while waiting:
+        node = waiting.popleft()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = [each for each, _ in node.next_functions if each is not None]
+        if any(word in node.name() for word in _PRODUCTS):
+            for factor in map(_source, following):
+                parameter = getattr(factor, "variable", None)
+                if parameter is not None and parameter.ndim >= 2 and id(parameter) in names:
+                    return names[id(parameter)]
+        waiting.extend(following)
+    raise ValueError("no matrix of weights stands behind this output: it cannot be trained")
+
+
+_PRODUCTS = ("mm", "Mm", "Linear", "Convolution")  # in the names of autograd's nodes
+_RESHAPES = ("T", "Transpose", "Permute", "View", "Reshape", "Expand", "ToCopy")
+
+
+def _source(node: Any) -> Any:
+    """What a factor of a product is before it was transposed, reshaped or cast."""
+    while node.name().removesuffix("Backward0") in _RESHAPES:
+        node = node.next_functions[0][0]
+    return node
+
+
+def example_output(model: DualEncoder, tower: Tower, level: str | None = None) -> Tensor:
+    """A tower's embedding, or a level, of an empty picture or of the text "a"; the model is left as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    scale = model.log_logit_scale  # knows where the model is, and in what precision
+    levels = (level,) if level is not None else ()
+    model.eval()  # batch norms must not take note of it
+    try:
+        if tower == "image":
+            side = model.image_spec.size
+            found = model.encode_image(scale.new_zeros(1, 3, side, side), levels)
+        else:
+            found = model.encode_text(model.tokenizer(["a"]).to(scale.device), levels)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return found.embedding if level is None else found.levels[level].values

@@ -97,8 +97,9 @@ def test_training_in_two_processes_gives_the_same_model(
     for mine in found:
         for key, value in whole.items():
             if not key.startswith("ledger/"):
+                steps = 1e-3 if value.dtype == torch.float16 else 0.0  # a bank's entry may round to its neighbour
                 torch.testing.assert_close(
-                    mine[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+                    mine[key], value, rtol=1e-4 + steps, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
                 )
     assert torch.equal(found[0][f"ledger/{name}"], whole[f"ledger/{name}"])
     assert all(torch.equal(found[1][key], value) for key, value in found[0].items() if key.startswith("trained/"))

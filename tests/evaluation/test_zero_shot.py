@@ -64,7 +64,7 @@ def test_class_vectors_are_those_of_open_clip(model: TinyDualEncoder) -> None:
             return F.normalize(model.encode_text(texts).embedding, dim=-1)
 
     names, templates = ["red boat", "large dog", "tree"], get_templates("simple")
-    theirs = open_clip.build_zero_shot_class_vectors(AsOpenClip(), model.tokenizer, names, templates, device="cpu").T
+    theirs = open_clip.build_zero_shot_classifier(AsOpenClip(), model.tokenizer, names, templates, device="cpu").T
     ours = class_vectors(model, names, templates, batch_size=4, device="cpu")
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
@@ -72,7 +72,7 @@ def test_class_vectors_are_those_of_open_clip(model: TinyDualEncoder) -> None:
 def test_many_prompts_are_averaged_in_parts(model: TinyDualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     names, templates = ["boat", "dog", "tree", "cat", "house"], ["{}", "red {}"]
     whole = class_vectors(model, names, templates, batch_size=8, device="cpu")
-    monkeypatch.setattr("cmapkd.evaluation.zero_shot._TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr("cmapkd.models.texts._TEXTS_AT_ONCE", 4)
     parts = class_vectors(model, names, templates, batch_size=8, device="cpu")
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
 

@@ -160,10 +160,10 @@ class FitNet(Method):
         if self.config.form == "one_stage":
             return ()
         share = self.config.hint_share
-        rest = tuple(name for name in self.term_names if name != "hint")
+        rest = tuple(name for name in self.all_term_names if name != "hint")
         return (
             StageConfig(name="hint", share=share, terms=("hint",), train=("guided", "modules", "weighting")),
-            StageConfig(name="distil", share=1 - share, terms=rest, train=("student", "weighting")),
+            StageConfig(name="distil", share=1 - share, terms=rest),  # without its term the regressor rests
         )
 
     @property

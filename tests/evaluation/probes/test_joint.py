@@ -93,7 +93,8 @@ def test_every_method_takes_heads_and_logs_their_terms(taught_by: str, tmp_path:
         else settings(teacher, method=method, training=training),
         out=tmp_path / "run",
     )
-    for line in lines(tmp_path / "run"):
+    logged = lines(tmp_path / "run")
+    for line in logged[-1:] if method == "fitnet" else logged:  # whose first stage has its hint alone
         assert all(line[f"terms/{term}"] > 0 for term in TERMS)
         assert line["heads/vqa_masked"] >= 0
     for name in ALL:

@@ -53,14 +53,15 @@ PAIRS = {
     "small": Pair("", "", batch_size=64, steps=8),
     "vit_l14_b16": Pair("open_clip:ViT-L-14", "open_clip:ViT-B-16", batch_size=8, steps=2),
 }
+EVERY = {"visual_levels": {"P2": 16.0, "P3": 16.0, "P4": 16.0, "P5": 1.0}}  # by default P3 and P4 are not read
 # all eight levels, from rows of kind `pooled`; compared with 2,048 pairs of a bank of 8,192 at each step, or with all
-CACHED = {"name": "cmapkd", "places": "pooled", "relation_weight": 3.0, "bank_sample": 2048}
+CACHED = {"name": "cmapkd", "places": "pooled", "relation_weight": 3.0, **EVERY}
 ARMS: dict[str, dict[str, Any]] = {
     "student_only": {"name": "contrastive"},
     "cached_cmapkd": CACHED,
     "cached_cmapkd_whole_bank": {**CACHED, "bank_sample": None},
     "cached_cmapkd_micro_batches": CACHED,  # encoded in two halves: same losses and gradients, less memory
-    "online_cmapkd": {"name": "cmapkd"},
+    "online_cmapkd": {"name": "cmapkd", **EVERY},
     "online_hinton": {"name": "hinton"},
     "online_clip_kd": {"name": "clip_kd"},
     "open_clip_distill": {},

@@ -290,7 +290,7 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
     from cmapkd.cache import CacheConfig, CachePlan, all_keys
     from cmapkd.data.views import WHOLE
     from cmapkd.methods import METHODS, build_method
-    from cmapkd.models import FrozenTeacher
+    from cmapkd.models import FrozenTeacher, build_model
     from cmapkd.training import OptimConfig, TrainConfig, Trainer
 
     settings = CACHED if arm == "build" else ARMS[arm]
@@ -308,7 +308,8 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
             plan.build(device=device)
             return None, None
         reader = plan.open()
-        method.teacher = plan.cached_teacher(reader, lambda: teacher)
+        again = partial(build_model, _name(pair.teacher, "teacher", folder))  # nothing here may keep the weights
+        method.teacher = plan.cached_teacher(reader, again)
     bank = getattr(method, "bank", None)
     if bank is not None:  # as it is after the first steps of a run
         draws = torch.Generator().manual_seed(2)

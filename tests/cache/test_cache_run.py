@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cmapkd.data.open import open_source
 from cmapkd.diagnosis import diagnose
 from cmapkd.models import build_model
 from cmapkd.run import RunConfig, vocabulary_captions
+from cmapkd.training import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,29 @@ def settings(teacher: Path, **changes: Any) -> dict[str, Any]:
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "cmapkd" / "teachers"
+
+
+def test_while_a_cached_run_trains_its_teacher_is_gone(
+    teacher: Path, caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[weakref.ref[Any]] = []
+    alive: list[str] = []
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        model = build_model(*arguments, **options)
+        built.append(weakref.ref(model))
+        return model
+
+    def run(self: Trainer, **options: Any) -> Any:
+        gc.collect()
+        alive.extend(model.name for reference in built if (model := reference()) is not None)
+        return trained(self, **options)
+
+    trained = Trainer.run
+    monkeypatch.setattr("cmapkd.run.build_model", noting)
+    monkeypatch.setattr(Trainer, "run", run)
+    cmapkd.distill(**settings(teacher, cache="auto"), out=tmp_path / "run", quiet=True)
+    assert alive == ["tiny:debug"]  # the student alone
 
 
 def test_auto_builds_once_and_gives_the_live_run(teacher: Path, caches: Path, tmp_path: Path, capsys: Any) -> None:

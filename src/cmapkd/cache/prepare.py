@@ -275,7 +275,7 @@ class CachePlan:
         return reader
 
     def cached_teacher(self, reader: CacheReader, reload: Callable[[], DualEncoder]) -> CachedTeacher:
-        """Takes the live teacher's weights out of memory: this plan cannot build any more."""
+        """What answers in the live teacher's place, without its weights: they go with whoever else holds them."""
         identity = self.identity["teacher"]
 
         def checked() -> DualEncoder:

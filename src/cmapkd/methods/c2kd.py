@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -24,6 +25,7 @@ from cmapkd.features.pyramid import pooled
 from cmapkd.methods.base import LABELS, Method, MethodCard, MethodConfig, Term
 from cmapkd.methods.micro_batches import Rows, encode_again, join_rows, micro_batches
 from cmapkd.models import DualEncoder, FrozenTeacher, LevelInfo, Needs
+from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.texts import LearnedClassVectors
 from cmapkd.objectives import (
     kendall_tau,
@@ -208,12 +210,8 @@ def _level(levels: Sequence[LevelInfo], model: DualEncoder, tower: str) -> Level
 
 def _trainable_copy(model: DualEncoder) -> DualEncoder:
     """A copy of which the text tower learns; the rest of it is not used."""
-    copied = copy.deepcopy(model).requires_grad_(True)
-    names, parameters = zip(*copied.named_parameters(), strict=True)
-    with torch.enable_grad():
-        embedding = copied.encode_text(copied.tokenizer(["a"]).to(copied.log_logit_scale.device)).embedding
-        found = torch.autograd.grad(embedding.sum(), parameters, allow_unused=True)
-    reached = {name for name, gradient in zip(names, found, strict=True) if gradient is not None}
+    copied = copy.deepcopy(model)
+    reached = parameters_behind(copied, partial(example_output, copied, "text"))
     for name, parameter in copied.named_parameters():
         parameter.requires_grad_(name in reached)
     return copied

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,9 +19,21 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.types import Features, LevelInfo, Needs, TowerFeatures
 
-__all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Tokenizer"]
+__all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Tokenizer", "eval_mode"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv:2103.00020, section 2.5: clipped to keep training stable
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module is back in the mode it had, also a frozen part's eval."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Tokenizer(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, eval_mode
 
 Tower = Literal["image", "text"]
 
@@ -76,17 +76,12 @@ def _source(node: Any) -> Any:
 
 def example_output(model: DualEncoder, tower: Tower, level: str | None = None) -> Tensor:
     """A tower's embedding, or a level, of an empty picture or of the text "a"; the model is left as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     scale = model.log_logit_scale  # knows where the model is, and in what precision
     levels = (level,) if level is not None else ()
-    model.eval()  # batch norms must not take note of it
-    try:
+    with eval_mode(model):  # batch norms must not take note of it
         if tower == "image":
             side = model.image_spec.size
             found = model.encode_image(scale.new_zeros(1, 3, side, side), levels)
         else:
             found = model.encode_text(model.tokenizer(["a"]).to(scale.device), levels)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return found.embedding if level is None else found.levels[level].values

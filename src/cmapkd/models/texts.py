@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.templates import ClassPrompts, fill
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, eval_mode
 from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import TowerFeatures
 
@@ -21,18 +21,11 @@ _TEXTS_AT_ONCE = 8_192  # prompts whose embeddings are held before they are aver
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device | str, autocast: torch.dtype | None) -> Iterator[None]:
     """Eval mode without gradient; afterwards every module is back in the mode it had, also a frozen part's eval."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.to(device).eval()
-    try:
-        # without a cache: entries made without gradient would still be used by a training step's autocast around us
-        cast = torch.autocast(
-            torch.device(device).type, dtype=autocast, enabled=autocast is not None, cache_enabled=False
-        )
-        with torch.no_grad(), cast:
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    model.to(device)
+    # without a cache: entries made without gradient would still be used by a training step's autocast around us
+    cast = torch.autocast(torch.device(device).type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+    with eval_mode(model), torch.no_grad(), cast:
+        yield
 
 
 def encode_texts(

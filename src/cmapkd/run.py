@@ -251,6 +251,7 @@ def _train(
         stored=stored,
         extras=method.extras,
         texts=texts,
+        memory=config.data.memory,
     )
     trainer = Trainer(
         method,

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cmapkd.data.memory import SampleMemory
 from cmapkd.data.random import permuted
 from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source, StoredRows, TokenBatch
@@ -141,7 +142,8 @@ class BatchBuilder(Dataset[Batch]):
     the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
 
     A role with `stored` answers gets these, and images only of the samples that they lack. What `extras` make of the
-    samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of each sample.
+    samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of each sample. Up to `memory`
+    MiB of decoded samples are kept for later epochs.
     """
 
     def __init__(
@@ -155,8 +157,10 @@ class BatchBuilder(Dataset[Batch]):
         stored: Mapping[str, Answers] | None = None,
         extras: Mapping[str, Extra] | None = None,
         texts: TextChoice | None = None,
+        memory: int = 0,
     ) -> None:
         self.source: Source = source
+        self.samples = SampleMemory(source, memory)
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
@@ -176,7 +180,7 @@ class BatchBuilder(Dataset[Batch]):
         for planned in plan.mine:
             for index in self._candidates(plan, planned, taken):
                 try:
-                    sample = self.source[index]
+                    sample = self.samples[index]
                     view = draw_view(sample.id, number, self.views, sample.image.size)
                     texts = self.texts.choose(sample, view, number)
                     lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]

@@ -23,6 +23,9 @@ class DataConfig(Config):
         0.0, ge=0, le=1, description="Share of the views that show a synthetic caption in place of the sample's own."
     )
     workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the training process itself.")
+    memory: int = Field(
+        64, ge=0, description="MiB of decoded samples that each reading process keeps for later epochs; 0: none."
+    )
     on_bad_sample: Literal["skip", "error"] = Field("skip", description="What a sample that cannot be read does.")
     max_bad_share: float = Field(
         0.01, ge=0, le=1, description="Share of unreadable samples above which the run stops (from 100 samples on)."

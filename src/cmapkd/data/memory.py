@@ -1,0 +1,46 @@
+"""Decoded samples kept in memory, so that small data is read once and not in every epoch."""
+
+from __future__ import annotations
+
+import sys
+
+from cmapkd.data.types import Sample, Source
+
+MIB = 2**20
+
+
+class SampleMemory:
+    """Samples of `source` by position, the first ones that fit into `limit` MiB kept.
+
+    Nothing kept is ever dropped: epochs read every sample once, in a new order each, so that whatever is kept serves
+    one reading per epoch, while a cache that replaced the oldest would have dropped most of them just before their turn.
+    Unreadable samples are not kept.
+    """
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.source = source
+        self.room = limit * MIB
+        self._kept: dict[int, Sample] = {}
+
+    def __getitem__(self, index: int) -> Sample:
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        sample = self.source[index]
+        if (size := size_of(sample)) <= self.room:
+            self.room -= size
+            self._kept[index] = sample
+        return sample
+
+
+def size_of(sample: Sample) -> int:
+    """About the bytes that a sample takes in memory: its pixels, its texts and the objects around them."""
+    width, height = sample.image.size
+    texts = [*sample.captions, *(text for pool in sample.texts.values() for text in pool)]
+    answers = [text for asked in sample.questions for text in (asked.question, *asked.answers)]
+    return (
+        4 * width * height  # Pillow keeps four bytes for a pixel of three colours
+        + sum(map(sys.getsizeof, [*texts, *answers]))
+        + 200 * (len(sample.boxes) + len(sample.questions))
+        + 1000
+    )

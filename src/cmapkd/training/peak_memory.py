@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 import resource
@@ -16,6 +17,8 @@ _FORGET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 def forget_peak(device: torch.device) -> None:
     """Begins a new stretch. Where the system cannot do so (no GPU, and not Linux) the peak is the whole process's."""
     gc.collect()
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # else what was freed before still counts as resident
+        library.malloc_trim(0)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _FORGET.exists():

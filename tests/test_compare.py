@@ -598,6 +598,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+def test_arms_that_come_to_the_same_runs_are_remarked_on(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+    arms = ("--arms", "a:", "b: training.steps=2", "c: training.steps=4")
+    words = (str(recipe), "training.steps=2", *arms, "--seeds", "0", "1")
+    remark = "a and b are the same: their settings come to one config."
+    assert remark in cli(*words, "--dry-run")[1]
+    assert cli(*words, "--out", str(tmp_path / "c"))[1].startswith(remark)
+    assert remark in (tmp_path / "c" / "table.md").read_text()
+
+
 def test_the_command(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     out = tmp_path / "c"
     words = (str(recipe), "training.steps=4", "--axis", "method=contrastive,hinton", "--seeds", "0", "1", "2")

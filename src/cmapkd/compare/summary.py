@@ -235,6 +235,7 @@ def _notes(
             )
     if any(cell.gap for row in rows for cell in row.cells.values()):
         yield f"Gap closed: share of the way from {table.gap_name} to the teacher, for each seed, then the mean."
+    yield from table.remarks()
     if table.reference_name is None:
         yield "No differences: there is no one arm of method contrastive, and no reference was named."
     for row, finished, reference in zip(rows, done, table.reference, strict=True):

@@ -1,8 +1,12 @@
-"""What each of two processes does for `test_two_processes.py`; a script, so that importing torch is paid once."""
+"""What each process of a group of one, two or four does for `test_several_processes.py`.
+
+A script, so that importing torch is paid once. A group finds what the ones before it left in the folder.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 from dataclasses import replace
@@ -15,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import get_context
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
 from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
-from cmapkd.data.types import Batch
+from cmapkd.data.shards import ShardSource
+from cmapkd.data.types import Batch, Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import build_heads
@@ -28,7 +33,7 @@ from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.models import Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
-from cmapkd.training.checkpoint import optimizer_tensors
+from cmapkd.training.sharding import ShardedMethod, whole_tensors
 from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
@@ -41,13 +46,16 @@ from helpers import (
     random_batch,
     second_teacher,
 )
+from making import encode, write_tar
 
-WORLD_SIZE = 2
+TWO, FOUR = 2, 4
 BATCH = 8
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CACHED = ", from a cache"
-MICRO_BATCH = 3  # of each process's four pairs
+MICRO_BATCH = 3  # of the four pairs that each of two processes has; the two of each of four are encoded at once
 MICRO = ", in micro-batches"
+LOCAL, SHARDED, SHARED_TEACHER = ", local loss", ", fsdp2", ", fsdp2 with the teacher"
+SHARDED_METHODS = ("contrastive", "clip_kd", "cmapkd", "hinton", "tinyclip")
 TRAINED = (
     "contrastive",
     "clip_kd",
@@ -56,6 +64,7 @@ TRAINED = (
     f"clip_kd{CACHED}",
     f"cmapkd{MICRO}",
     f"clip_kd{MICRO}{CACHED}",
+    *(f"{name}{SHARDED}" for name in SHARDED_METHODS),
 )
 POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
@@ -77,10 +86,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "mobileclip, two teachers in micro-batches": ("mobileclip", {"synthetic": True}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
+SHARDED_CASES = (*SHARDED_METHODS, *(f"{name}{MICRO}" for name in SHARDED_METHODS), "cmapkd, everything")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def part_of(batch: Batch, rank: int) -> Batch:
-    start, stop = rank * len(batch) // WORLD_SIZE, (rank + 1) * len(batch) // WORLD_SIZE
+    start, stop = rank * len(batch) // world_size(), (rank + 1) * len(batch) // world_size()
     extra = {name: values[start:stop] for name, values in batch.extra.items()}
     return replace(batch.part(start, stop), extra=extra)
 
@@ -90,12 +104,16 @@ def rows(seed: int) -> Tensor:
 
 
 def gather_loss(image: Tensor, text: Tensor) -> Tensor:
-    """Some function in which every row meets every other."""
-    return ((image @ text.T).tanh() * torch.arange(1.0, BATCH + 1, dtype=image.dtype)).sum()
+    """Some function in which every row meets every other, and two that are added have one gradient in common."""
+    return ((image @ text.T).tanh() * torch.arange(1.0, BATCH + 1, dtype=image.dtype)).sum() + (image + text).sum()
 
 
-def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dict[str, Tensor]:
-    """Every term and every parameter's gradient, of the whole batch (rank None) or wrapped, of a part of it."""
+def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None, how: str = "") -> dict[str, Tensor]:
+    """Every term and every parameter's gradient, of the whole batch (rank None) or wrapped, of a part of it.
+
+    Args:
+        how: of several processes; "" wrapped as the trainer does by default, or `LOCAL`, `SHARDED`, `SHARED_TEACHER`.
+    """
     kind, settings = CASES[name]
     rich = "two teachers" in name
     more_teachers = [second_teacher()] if rich else []
@@ -104,29 +122,34 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dic
         teacher.model.to(dtype)
     earlier, batch = random_batch(BATCH, seed=1, dtype=dtype, rich=rich), random_batch(BATCH, dtype=dtype, rich=rich)
     earlier = replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH)))  # fills a bank, if there is one
+    sharded: ShardedMethod | None = None
     if rank is None:
         method(earlier)
         terms = method(batch)
     else:
         method.micro_batch = MICRO_BATCH if name.endswith("in micro-batches") else None
-        wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
+        method.local_loss = how == LOCAL
+        if how in (SHARDED, SHARED_TEACHER):
+            sharded = ShardedMethod(method, device=torch.device("cpu"), teachers=how == SHARED_TEACHER, ema=None)
+            wrapped: Any = sharded
+        else:
+            wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
         with torch.no_grad():
             method(part_of(earlier, rank))
         terms = wrapped(part_of(batch, rank))
     torch.stack([term.weight * term.value for term in terms.values()]).sum().backward()
-    values = {f"{name}/{dtype}/term/{key}": term.value.detach() for key, term in terms.items()}
-    gradients = {
-        f"{name}/{dtype}/gradient/{key}": parameter.grad
-        for key, parameter in method.named_parameters()
-        if parameter.grad is not None
-    }
-    return values | gradients
+    if sharded is not None:
+        sharded.average_gradients()
+    gradients = {key: parameter.grad for key, parameter in method.named_parameters() if parameter.grad is not None}
+    values = {f"term/{key}": term.value.detach() for key, term in terms.items()}
+    values |= {f"gradient/{key}": value for key, value in whole_tensors(gradients).items()}
+    return {f"{name}{how}/{dtype}/{key}": value for key, value in values.items()}
 
 
 def with_heads(rank: int | None) -> dict[str, Tensor]:
     """Likewise of the heads that learn with a student, where the processes have unequal shares of what they learn."""
     source = open_source("scenes?length=40&size=32")
-    shares = {"rank": rank, "world_size": WORLD_SIZE} if rank is not None else {}
+    shares = {"rank": rank, "world_size": world_size()} if rank is not None else {}
     plan = PlanSampler(40, batch_size=BATCH, seed=0, start=0, stop=1, **shares).plan(0)
     values: dict[str, Tensor] = {}
     for case, lacking in (("few", plan.everyone[1:5]), ("none for one", plan.everyone[4:]), ("none", plan.everyone)):
@@ -154,7 +177,7 @@ def with_heads(rank: int | None) -> dict[str, Tensor]:
 
 
 def gathered_gradient(rank: int) -> dict[str, Tensor]:
-    share = BATCH // WORLD_SIZE
+    share = BATCH // world_size()
     image, text = (rows(seed)[rank * share : (rank + 1) * share].clone().requires_grad_() for seed in (1, 2))
     whole = gather_features(Features(TowerFeatures(image), TowerFeatures(text), torch.tensor(1.0)))
     loss = gather_loss(whole.image.embedding, whole.text.embedding)
@@ -180,10 +203,12 @@ def trained(name: str, out: Path) -> dict[str, Tensor]:
     """Weights and optimizer of a run of a few steps, on data with bad samples; resumed once on the way."""
     source = MemorySource(40, bad=(3, 17))
     optim = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW makes large steps of rounding errors
-    kind, settings = CASES[name.removesuffix(CACHED).removesuffix(MICRO)]
+    sharded = name.endswith(SHARDED) and dist.is_initialized()
+    kind, settings = CASES[name.removesuffix(CACHED).removesuffix(SHARDED).removesuffix(MICRO)]
 
     def trainer(**options: Any) -> Trainer:
         method = make_method(kind, settings=settings)
+        options |= {"sharding": "fsdp2"} if sharded else {}
         if name.endswith(CACHED):
             options["builder"] = answered_from_cache(method, source, out)
         if MICRO in name and dist.is_initialized():
@@ -194,44 +219,145 @@ def trained(name: str, out: Path) -> dict[str, Tensor]:
     again = trainer(steps=8)
     result = again.run(resume=True)
     ledger = result.ledger
-    state = {f"trained/{name}/{key}": value.clone() for key, value in again.method.state_dict().items()}
-    state |= {f"optimizer/{name}/{key}": value for key, value in optimizer_tensors(again.optimizer).items()}
-    return state | {f"ledger/{name}": torch.tensor([ledger.num_good, ledger.num_bad])}
+    state = learned(again)
+    state |= {"ledger": torch.tensor([ledger.num_good, ledger.num_bad])}
+    return {f"trained/{name}/{key}": value for key, value in state.items()}
 
 
-def work(rank: int, port: int, out: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD_SIZE),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def learned(done: Trainer) -> dict[str, Tensor]:
+    """Everything that a checkpoint would hold now."""
+    return {f"{group}/{key}": value.clone() for group, held in done.learned_state().items() for key, value in held.items()}
+
+
+# Runs that go on with another number of processes: what each does is a pure function of the folder.
+STEPS, CUT = 12, 7  # five steps an epoch: cut in the middle of the second one, and of the second stage
+GOES_ON = {"1 to 2": (1, 2), "2 to 1": (2, 1), "2 to 4": (2, 4)}
+STAGES = [{"name": "first", "steps": 4, "terms": ["contrastive", "bank", "visual"]}, {"name": "second", "steps": 8}]
+
+
+class _PowerCut(Exception):
+    pass
+
+
+def write_shards(folder: Path) -> Source:
+    """Three tars, some of whose pictures cannot be read."""
+    folder.mkdir()
+    source = MemorySource(40)
+    for shard in range(3):
+        members: list[tuple[str, bytes]] = []
+        for number in range(shard, len(source), 3):
+            sample = source[number]
+            picture = encode(sample.image) if number not in (3, 17) else b"\x89PNG, and no more of it"
+            members += [(f"{number:04d}.png", picture), (f"{number:04d}.txt", sample.captions[0].encode())]
+        write_tar(folder / f"{shard:04d}.tar", members)
+    return ShardSource(str(folder / "*.tar"))
+
+
+def changing(out: Path, source: Source) -> Trainer:
+    """A run with everything that has a state: stages, a policy, a bank, an average, workers, shards."""
+    method = make_method("cmapkd", settings={**CMAPKD_IN_FULL, "weighting": POLICY})
+    optim = {"schedule": "constant", "eps": 1e-2}
+    trainer: Trainer = make_trainer(
+        out, method, source=source, steps=None, stages=STAGES, workers=2, ema=0.8, optim=optim, checkpoint_every=CUT
+    )
+    return trainer
+
+
+def cut(out: Path, source: Source) -> None:
+    """Ends after a step without a checkpoint, as a power cut would."""
+    running = changing(out, source)
+    step = running._step
+
+    def until(batch: Batch) -> Any:
+        if running.progress.step == CUT + 1:
+            raise _PowerCut
+        return step(batch)
+
+    running._step = until  # type: ignore[method-assign]
+    try:
+        running.run()
+    except _PowerCut:
+        return
+    raise AssertionError("the run was not cut")
+
+
+def go_on(out: Path, source: Source) -> dict[str, Tensor]:
+    """What the resumed run ends with."""
+    done = changing(out, source)
+    ledger = done.run(resume=True).ledger
+    return {**learned(done), "ledger": torch.tensor([ledger.num_good, ledger.num_bad])}
+
+
+def changed(out: Path, rank: int, size: int) -> dict[str, Tensor]:
+    """The part of a group of `size` processes in the runs that change their number."""
+    source = ShardSource(str(out / "shards" / "*.tar"))
+    found: dict[str, Tensor] = {}
+    for case, (_, later) in GOES_ON.items():
+        if later == size > 1:
+            found |= {f"changed/{case}/{key}": value for key, value in go_on(out / case, source).items()}
+    if size < FOUR:
+        cut(out / f"from {size}", source)
+        for case, (before, _) in GOES_ON.items():
+            if before == size and rank == 0:
+                shutil.copytree(out / f"from {before}", out / case)
+    return found
+
+
+def of_two(out: Path, rank: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in TRAINED:  # the trainer starts the process group itself
         found |= trained(name, out / name)
-    assert dist.get_world_size() == WORLD_SIZE
     for name in CASES:
         for dtype in DTYPES.values():
             found |= losses_and_gradients(name, dtype, rank)
-    found |= gathered_gradient(rank) | with_heads(rank)
-    torch.save(found, out / f"rank-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        found |= losses_and_gradients(name, torch.float64, rank, LOCAL)
+    for name in SHARDED_CASES:
+        found |= losses_and_gradients(name, torch.float64, rank, SHARDED)
+    for name in SHARDED_METHODS[1:]:
+        found |= losses_and_gradients(name, torch.float64, rank, SHARED_TEACHER)
+    return found | gathered_gradient(rank) | with_heads(rank)
+
+
+def of_four(_out: Path, rank: int) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in CASES:
+        found |= losses_and_gradients(name, torch.float64, rank)
+    return found
+
+
+def work(rank: int, size: int, port: int, out: Path) -> None:
+    if size > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    found = changed(out, rank, size)
+    assert world_size() == size
+    if size > 1:
+        found |= of_two(out, rank) if size == TWO else of_four(out, rank)
+        torch.save(found, out / f"rank-{rank}-of-{size}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def main(out: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
+    write_shards(out / "shards")
     context = get_context("fork")
-    processes = [context.Process(target=work, args=(rank, port, out)) for rank in range(WORLD_SIZE)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(max(abs(process.exitcode or 0) for process in processes))
+    for size in (1, TWO, FOUR):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [context.Process(target=work, args=(rank, size, port, out)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit(f"a process of {size} failed")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import get_context
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from making import encode, write_tar
+
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
 from cmapkd.data.batches import BatchBuilder, PlanSampler
 from cmapkd.data.open import open_source
@@ -46,7 +49,6 @@ from helpers import (
     random_batch,
     second_teacher,
 )
-from making import encode, write_tar
 
 TWO, FOUR = 2, 4
 BATCH = 8
@@ -226,13 +228,15 @@ def trained(name: str, out: Path) -> dict[str, Tensor]:
 
 def learned(done: Trainer) -> dict[str, Tensor]:
     """Everything that a checkpoint would hold now."""
-    return {f"{group}/{key}": value.clone() for group, held in done.learned_state().items() for key, value in held.items()}
+    return {
+        f"{group}/{key}": value.clone() for group, held in done.learned_state().items() for key, value in held.items()
+    }
 
 
 # Runs that go on with another number of processes: what each does is a pure function of the folder.
 STEPS, CUT = 12, 7  # five steps an epoch: cut in the middle of the second one, and of the second stage
 GOES_ON = {"1 to 2": (1, 2), "2 to 1": (2, 1), "2 to 4": (2, 4)}
-STAGES = [{"name": "first", "steps": 4, "terms": ["contrastive", "bank", "visual"]}, {"name": "second", "steps": 8}]
+STAGES = [{"name": "a", "steps": 4, "terms": ["contrastive", "bank", "visual"]}, {"name": "b", "steps": 8}]
 
 
 class _PowerCut(Exception):

@@ -207,9 +207,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 def test_what_shards_write_is_whole(out: Path) -> None:
-    sharded, plain = (
-        read_checkpoint(list_checkpoints(out / name / "checkpoints")[-1])[0] for name in (f"clip_kd{SHARDED}", "clip_kd")
-    )
+    folders = [out / name / "checkpoints" for name in (f"clip_kd{SHARDED}", "clip_kd")]
+    sharded, plain = (read_checkpoint(list_checkpoints(folder)[-1])[0] for folder in folders)
     for group in ("method", "optimizer"):
         shapes = {key: value.shape for key, value in plain[group].items()}
         assert {key: value.shape for key, value in sharded[group].items()} == shapes

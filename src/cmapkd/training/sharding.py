@@ -149,10 +149,7 @@ def _is_block(module: nn.Module) -> bool:
 @torch.no_grad()
 def whole_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """With every share put together, on the CPU; every process must call it, with the same names."""
-    return {
-        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
-        for name, value in tensors.items()
-    }
+    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in tensors.items()}
 
 
 def shared_like(tensors: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

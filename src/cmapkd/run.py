@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -244,6 +245,7 @@ def _train(
     if classes is not None and "teacher" in teachers:
         teachers["teacher"].to(PartialState().device)  # a method embeds the classes with it when it is built
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # nothing of ours draws from it, but a library may, and checkpoints hold its state
     method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
     texts = texts_of(config, method, source)
     assert config.data.views is not None

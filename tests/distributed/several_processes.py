@@ -9,7 +9,9 @@ import os
 import shutil
 import socket
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.models import Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
+from cmapkd.training.processes import prepare_to_wait, wait_for_all
 from cmapkd.training.sharding import ShardedMethod, whole_tensors
 from helpers import (
     CLIP_KD_IN_FULL,
@@ -322,6 +325,24 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
     return found | gathered_gradient(rank) | with_heads(rank)
 
 
+def patience(rank: int, out: Path) -> dict[str, Tensor]:
+    """Whether a process waits for one that is busy for longer than collectives may take, and whether these do."""
+    dist.destroy_process_group()
+    store = f"file://{out / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=TWO, timeout=timedelta(seconds=1))
+    prepare_to_wait()
+    if rank == 0:
+        time.sleep(2)
+    wait_for_all()
+    if rank == 0:
+        time.sleep(2)
+    try:
+        dist.barrier()
+    except RuntimeError:
+        return {"patience/barrier failed": torch.ones(1)}
+    return {"patience/barrier failed": torch.zeros(1)}
+
+
 def of_four(_out: Path, rank: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in CASES:
@@ -342,9 +363,9 @@ def work(rank: int, size: int, port: int, out: Path) -> None:
     assert world_size() == size
     if size > 1:
         found |= of_two(out, rank) if size == TWO else of_four(out, rank)
-        torch.save(found, out / f"rank-{rank}-of-{size}.pt")
         dist.barrier()
-        dist.destroy_process_group()
+        found |= patience(rank, out) if size == TWO else {}
+        torch.save(found, out / f"rank-{rank}-of-{size}.pt")
 
 
 def main(out: Path) -> None:

@@ -206,6 +206,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return {**learned(done), "ledger": torch.tensor([ledger.num_good, ledger.num_bad])}
 
 
+def test_processes_wait_for_one_that_is_busy_for_longer_than_collectives_may_take(out: Path) -> None:
+    """It got past `wait_for_all` (else there were nothing here); a plain barrier would have failed."""
+    assert float(found_by(out, TWO)[1]["patience/barrier failed"]) == 1
+
+
 def test_what_shards_write_is_whole(out: Path) -> None:
     folders = [out / name / "checkpoints" for name in (f"clip_kd{SHARDED}", "clip_kd")]
     sharded, plain = (read_checkpoint(list_checkpoints(folder)[-1])[0] for folder in folders)

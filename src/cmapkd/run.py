@@ -37,6 +37,14 @@ from cmapkd.training.checkpoint import checkpoint_path, read_checkpoint
 from cmapkd.training.processes import start_processes, wait_for_all, was_restarted
 
 _FIRST_FILES = ("config.yaml", "environment.json", ".config.yaml.writing", ".environment.json.writing")
+_MAY_CHANGE = (  # at a resume: who does the work, not what is computed
+    "data.workers",
+    "data.memory",
+    "training.micro_batch",
+    "training.local_loss",
+    "training.sharding",
+    "training.shard_teacher",
+)
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
 
 
@@ -510,7 +518,9 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) 
     stored = out / "config.yaml"
     if resume and stored.exists():
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        changed = [key for key, pair in _differences(before, config.plain()).items() if pair]
+        changed = [
+            f"{key} ({pair})" for key, pair in _differences(before, config.plain()).items() if key not in _MAY_CHANGE
+        ]
         if changed:
             raise ConfigError(
                 f"{out} was started with other settings: {', '.join(changed)}. Resume with the same recipe and "
@@ -542,7 +552,7 @@ def _differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
         for key in {**before, **after}:
             found |= _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
         return found
-    return {} if before == after else {f"{path} (was {before!r}, now {after!r})": "changed"}
+    return {} if before == after else {path: f"was {before!r}, now {after!r}"}
 
 
 def _save_student(student: DualEncoder, folder: Path) -> None:

@@ -35,7 +35,7 @@ from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import build_heads
 from cmapkd.features import gather_features
 from cmapkd.methods import METHODS, Method, build_method
-from cmapkd.models import Features, TowerFeatures, build_model
+from cmapkd.models import DualEncoder, Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
 from cmapkd.training.processes import prepare_to_wait, wait_for_all
@@ -239,6 +239,7 @@ def learned(done: Trainer) -> dict[str, Tensor]:
 # Runs that go on with another number of processes: what each does is a pure function of the folder.
 STEPS, CUT = 12, 7  # five steps an epoch: cut in the middle of the second one, and of the second stage
 GOES_ON = {"1 to 2": (1, 2), "2 to 1": (2, 1), "2 to 4": (2, 4)}
+GOES_ON |= {f"1 to 2{SHARDED}": (1, 2), f"2{SHARDED} to 1": (2, 1), f"2{SHARDED} to 4{SHARDED}": (2, 4)}
 STAGES = [{"name": "a", "steps": 4, "terms": ["contrastive", "bank", "visual"]}, {"name": "b", "steps": 8}]
 
 
@@ -260,19 +261,25 @@ def write_shards(folder: Path) -> Source:
     return ShardSource(str(folder / "*.tar"))
 
 
-def changing(out: Path, source: Source) -> Trainer:
-    """A run with everything that has a state: stages, a policy, a bank, an average, workers, shards."""
+def changing(out: Path, source: Source, sharding: str = "none") -> Trainer:
+    """A run with everything that has a state: stages, a policy, a bank, an average, workers, shards, a best score."""
     method = make_method("cmapkd", settings={**CMAPKD_IN_FULL, "weighting": POLICY})
     optim = {"schedule": "constant", "eps": 1e-2}
+    options: dict[str, Any] = {"stages": STAGES, "workers": 2, "ema": 0.8, "evaluate_every": 3, "validate": score}
     trainer: Trainer = make_trainer(
-        out, method, source=source, steps=None, stages=STAGES, workers=2, ema=0.8, optim=optim, checkpoint_every=CUT
+        out, method, source=source, steps=None, optim=optim, checkpoint_every=CUT, sharding=sharding, **options
     )
     return trainer
 
 
-def cut(out: Path, source: Source) -> None:
+def score(student: DualEncoder) -> dict[str, float]:
+    """Some number of the weights."""
+    return {"score": float(sum(parameter.detach().abs().sum() for parameter in student.parameters()))}
+
+
+def cut(out: Path, source: Source, sharding: str) -> None:
     """Ends after a step without a checkpoint, as a power cut would."""
-    running = changing(out, source)
+    running = changing(out, source, sharding)
     step = running._step
 
     def until(batch: Batch) -> Any:
@@ -288,11 +295,15 @@ def cut(out: Path, source: Source) -> None:
     raise AssertionError("the run was not cut")
 
 
-def go_on(out: Path, source: Source) -> dict[str, Tensor]:
-    """What the resumed run ends with."""
-    done = changing(out, source)
-    ledger = done.run(resume=True).ledger
-    return {**learned(done), "ledger": torch.tensor([ledger.num_good, ledger.num_bad])}
+def go_on(out: Path, source: Source, sharding: str = "none", *, resume: bool = True) -> dict[str, Tensor]:
+    """What the run ends with; of several processes the first has the student, too."""
+    done = changing(out, source, sharding)
+    result = done.run(resume=resume)
+    found = {**learned(done), "ledger": torch.tensor([result.ledger.num_good, result.ledger.num_bad])}
+    if done.accelerator.is_main_process:
+        found |= {f"first/student/{key}": value.clone() for key, value in result.student.state_dict().items()}
+        found |= {"first/best": torch.tensor([result.best_step or 0, result.best_score or 0.0])}
+    return found
 
 
 def changed(out: Path, rank: int, size: int) -> dict[str, Tensor]:
@@ -301,12 +312,14 @@ def changed(out: Path, rank: int, size: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for case, (_, later) in GOES_ON.items():
         if later == size > 1:
-            found |= {f"changed/{case}/{key}": value for key, value in go_on(out / case, source).items()}
-    if size < FOUR:
-        cut(out / f"from {size}", source)
+            ended = go_on(out / case, source, "fsdp2" if case.endswith(SHARDED) else "none")
+            found |= {f"changed/{case}/{key}": value for key, value in ended.items()}
+    for how in {1: ("none",), TWO: ("none", "fsdp2")}.get(size, ()):
+        folder = out / f"{size} in {how}"
+        cut(folder, source, how)
         for case, (before, _) in GOES_ON.items():
-            if before == size and rank == 0:
-                shutil.copytree(out / f"from {before}", out / case)
+            if before == size and case.startswith(f"{size}{SHARDED}") == (how == "fsdp2") and rank == 0:
+                shutil.copytree(folder, out / case)
     return found
 
 

@@ -27,10 +27,8 @@ from several_processes import (
     SHARED_TEACHER,
     TRAINED,
     TWO,
-    changing,
     gather_loss,
     go_on,
-    learned,
     losses_and_gradients,
     rows,
     trained,
@@ -157,9 +155,11 @@ def test_heads_learn_the_same_however_their_lessons_are_shared(out: Path) -> Non
 
 def assert_same_run(found: list[Found], expected: Found, start: str) -> None:
     """Up to rounding; the counts of samples exactly."""
-    for mine in found:
-        assert {key.removeprefix(start) for key in mine if key.startswith(start)} == expected.keys()
-        for key, value in expected.items():
+    for number, mine in enumerate(found):
+        keys = [key for key in expected if number == 0 or not key.startswith("first/")]
+        assert {key.removeprefix(start) for key in mine if key.startswith(start)} == {*keys}
+        for key in keys:
+            value = expected[key]
             if key != "ledger":
                 steps = 1e-3 if value.dtype == torch.float16 else 0.0  # a bank's entry may round to its neighbour
                 torch.testing.assert_close(
@@ -184,7 +184,7 @@ def test_training_in_two_processes_gives_the_same_model(out: Path, name: str, tm
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
 @pytest.mark.parametrize("case", GOES_ON)
 def test_a_run_goes_on_in_another_number_of_processes(out: Path, case: str, uninterrupted: Found) -> None:
-    """In the middle of an epoch and a stage: tars, workers, an average, a policy and a bank."""
+    """In the middle of an epoch and a stage: tars, workers, an average, a policy, a bank; with and without shards."""
     later = GOES_ON[case][1]
     start = f"changed/{case}/"
     if later == 1:
@@ -200,10 +200,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """The run of one process that nothing stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     torch.set_num_threads(1)
-    done = changing(folder / "run", write_shards(folder / "shards"))
-    ledger = done.run().ledger
-    assert ledger.num_bad
-    return {**learned(done), "ledger": torch.tensor([ledger.num_good, ledger.num_bad])}
+    found = go_on(folder / "run", write_shards(folder / "shards"), resume=False)
+    assert found["ledger"][1] > 0
+    return found
 
 
 def test_processes_wait_for_one_that_is_busy_for_longer_than_collectives_may_take(out: Path) -> None:

@@ -60,7 +60,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "student_only": {"name": "contrastive"},
     "cached_cmapkd": CACHED,
     "cached_cmapkd_whole_bank": {**CACHED, "bank_sample": None},
-    "cached_cmapkd_micro_batches": CACHED,  # encoded in two halves: same losses and gradients, less memory
+    "cached_cmapkd_micro_batches": CACHED,  # encoded in four parts: same losses and gradients, less memory
     "online_cmapkd": {"name": "cmapkd", **EVERY},
     "online_hinton": {"name": "hinton"},
     "online_clip_kd": {"name": "clip_kd"},
@@ -76,6 +76,7 @@ PARTS = ("read", "teacher", "student", "terms", "backward", "update")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="small")
+    parser.add_argument("--batch", type=int, default=None, help="pairs in a batch; by default the pair's own number")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--apart", action="store_true", help="one arm in memory at a time")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=DEFAULT)
@@ -83,13 +84,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", nargs=2, metavar=("ARM", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    pair = PAIRS[arguments.pair]
+    pair = replace(pair, batch_size=arguments.batch or pair.batch_size)
     if arguments.child:
         arm, folder = arguments.child
-        serve(arm, PAIRS[arguments.pair], arguments.threads, Path(folder))
+        serve(arm, pair, arguments.threads, Path(folder))
         return
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms}
     with tempfile.TemporaryDirectory() as folder:
-        start = partial(Child, pair=arguments.pair, threads=arguments.threads, folder=folder)
+        start = partial(Child, pair=arguments.pair, batch=pair.batch_size, threads=arguments.threads, folder=folder)
         if any(arm.startswith("cached") for arm in arguments.arms):
             start("build").finish()
         children = {} if arguments.apart else {arm: start(arm) for arm in arguments.arms}
@@ -97,22 +100,22 @@ def main() -> None:
             if arguments.apart:
                 for arm in arguments.arms:
                     child = start(arm)
-                    for _ in range(PAIRS[arguments.pair].steps):
+                    for _ in range(pair.steps):
                         child.step()
                     runs[arm].append(child.finish())
                     print(f"round {number + 1}  {arm}: {runs[arm][-1]}", file=sys.stderr, flush=True)
             else:
-                for _ in range(arguments.rounds * PAIRS[arguments.pair].steps):
+                for _ in range(arguments.rounds * pair.steps):
                     print({arm: round(child.step(), 4) for arm, child in children.items()}, file=sys.stderr, flush=True)
                 runs = {arm: [child.finish()] for arm, child in children.items()}
-            result = summarise(arguments.pair, runs)
+            result = summarise(arguments.pair, pair.batch_size, runs)
             if arguments.json:
                 arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 
-def summarise(pair: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(pair: str, batch_size: int, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians over all steps of all rounds, their spread, and ratios of step time and peak memory."""
     from cmapkd.provenance import describe_environment
 
@@ -138,7 +141,7 @@ def summarise(pair: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     ratio("channels_last_over_student_only", step, "student_only_channels_last", "student_only")
     return {
         "pair": pair,
-        "batch_size": PAIRS[pair].batch_size,
+        "batch_size": batch_size,
         **ratios,
         "methods": {arm: ARMS[arm] for arm in runs if ARMS[arm]},
         "clock": next(iter(runs.values()))[0]["clock"],
@@ -164,8 +167,8 @@ def summarise(pair: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any
 class Child:
     """A process that takes a step of its arm each time it is asked."""
 
-    def __init__(self, arm: str, *, pair: str, threads: int | None, folder: str) -> None:
-        command = [sys.executable, __file__, "--child", arm, folder, "--pair", pair]
+    def __init__(self, arm: str, *, pair: str, batch: int, threads: int | None, folder: str) -> None:
+        command = [sys.executable, __file__, "--child", arm, folder, "--pair", pair, "--batch", str(batch)]
         command += ["--threads", str(threads)] if threads else []
         self.arm, self.seconds = arm, list[float]()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -324,7 +327,7 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
     training = TrainConfig(
         steps=1 + pair.steps,
         batch_size=pair.batch_size,
-        micro_batch=pair.batch_size // 2 if arm.endswith("micro_batches") else None,
+        micro_batch=pair.batch_size // 4 if arm.endswith("micro_batches") else None,
         compile=arm.endswith("compiled"),
     )
     builder = SimpleNamespace(source=source)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from cmapkd.cache.cost import Cost
 from cmapkd.diagnosis import Finding, diagnose
 from cmapkd.models import build_model
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.run import RunConfig
 
 DEBUG = "tiny:debug"
+TEACHER = "tiny:scenes-teacher"
 
 
 def _config(**changes: Any) -> RunConfig:
@@ -80,3 +84,28 @@ def test_each_of_several_teachers_is_looked_at() -> None:
     assert not _by_what(findings, "problem")
     named = {finding.what for finding in findings}
     assert {"teacher", "teacher other", "teacher other sanity", "cache", "cache of other", "steps"} <= named
+
+
+def test_a_cache_pays_from_the_epoch_on_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the sums of whole trainings of so many epochs, with and without the cache."""
+    cost = Cost(fetch=0.001, prepare=0.0, answer=0.010, build=0.0125, read=0.0007)
+    monkeypatch.setattr("cmapkd.diagnosis.measure", lambda *_, **__: cost)
+    data = {"train": "scenes?length=64", "views": {"num_views": 3}}
+    findings = diagnose(_config(teacher=TEACHER, method="clip_kd", cache="auto", data=data))
+    detail = " ".join(finding.detail for finding in findings if finding.what == "cache")
+    said = re.search(r"With 3 views it pays from ([0-9.]+) epochs on, .* this run has ([0-9.]+)", detail)
+    assert said is not None, detail
+    pays, epochs = map(float, said.groups())
+    assert epochs == pytest.approx(100 * 8 / 64)
+
+    def saved(epochs: float) -> float:
+        return epochs * cost.answer - (3 * cost.build + epochs * cost.read)
+
+    assert saved(pays - 0.05) < 0 < saved(pays + 0.05)
+    assert f"{1000 * cost.answer:.2f} ms live, {1000 * cost.build:.2f} ms to store" in detail
+
+
+def test_a_cache_of_a_fast_teacher_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmapkd.diagnosis.measure", lambda *_, **__: Cost(answer=0.0005, build=0.001, read=0.0007))
+    findings = diagnose(_config(teacher=TEACHER, method="clip_kd", cache="auto"))
+    assert "it does not pay" in _by_what(findings, "note")["cache"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
 from cmapkd.run import RunConfig, build_student, classes_of, heads_of, method_of, plan_cache, readers, texts_of
 from cmapkd.training.optim import make_optimizer
+from cmapkd.training.peak_memory import peak_bytes
 
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
 SANITY_PAIRS = 32
@@ -281,7 +280,7 @@ def _measure_steps(method: Method, source: Source, config: RunConfig, texts: Tex
     if read > compute * max(1, config.data.workers):
         needed = min(32, round(read / compute) + 1)
         yield Finding("note", "steps", f"reading is slower than computing: data.workers={needed} would hide it")
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident_bytes()
+    peak = peak_bytes(device)
     kind = "GPU" if device.type == "cuda" else "process"
     yield Finding("ok", "memory", f"{kind} peak {peak / 2**30:.2f} GiB")
 
@@ -339,11 +338,6 @@ def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss.detach())
-
-
-def _peak_resident_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _duration(seconds: float) -> str:

@@ -498,7 +498,6 @@ def _measure(
 
 def _account(config: RunConfig, trained: TrainResult, extra_params: int, source: Source | None) -> dict[str, Any]:
     """How the run went and what it took."""
-    cuda = torch.cuda.is_available() and not config.training.on_cpu
     return {
         "method": config.method.name,
         "evaluated_on": source.name if source is not None else None,
@@ -507,7 +506,7 @@ def _account(config: RunConfig, trained: TrainResult, extra_params: int, source:
         "batch_size": config.training.batch_size,
         "train_seconds": round(trained.seconds, 1),
         "extra_params": extra_params,  # trained beside the student's
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_memory_bytes": trained.peak_memory,
         "best_step": trained.best_step,
         "bad_samples": trained.ledger.state_dict(),
     }

@@ -19,6 +19,7 @@ from cmapkd.data.views import ViewSpec
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.vocabulary import TrainedTokenizer
 from helpers import MemorySource, make_builder, make_method, make_model, make_teacher
+from read_only import read_only
 
 
 def with_tokenizer(words: tuple[str, ...]) -> FrozenTeacher:
@@ -145,17 +146,15 @@ def test_another_format(tmp_path: Path) -> None:
         CacheFolder.open(cache.path)
 
 
-def test_a_folder_that_may_only_be_read(cache: Path) -> None:
-    paths = [cache, *cache.rglob("*")]
-    modes = {path: path.stat().st_mode for path in paths}
-    try:
-        for path in paths:
-            path.chmod(0o555 if path.is_dir() else 0o444)
+def test_a_folder_that_may_only_be_read(cache: Path, tmp_path: Path) -> None:
+    with read_only(cache):
+        with pytest.raises(OSError, match="Read-only"):
+            (cache / "something").write_text("")  # so this test can fail
         read_everything(cache_plan(cache).open())
         assert cache_plan(cache).build(device="cpu").rows == 0
-    finally:
-        for path in paths:
-            path.chmod(modes[path])
+    (tmp_path / "empty").mkdir()
+    with read_only(tmp_path / "empty"), pytest.raises(CacheError, match="cannot be written"):
+        built(tmp_path / "empty")
 
 
 def test_a_reader_crosses_processes(cache: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.rename(path)
             flush(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refused the file refuses its removal too, and that would hide the reason
+            temporary.unlink()
         raise
 
 

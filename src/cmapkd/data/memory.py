@@ -12,8 +12,8 @@ MIB = 2**20
 class SampleMemory:
     """Samples of `source` by position, the first ones that fit into `limit` MiB kept.
 
-    Nothing kept is ever dropped: epochs read every sample once, in a new order each, so that whatever is kept serves
-    one reading per epoch, while a cache that replaced the oldest would have dropped most of them just before their turn.
+    Nothing kept is ever dropped: an epoch reads every sample once, in a new order, so that whatever is kept serves one
+    reading of each epoch, while a memory that replaced the oldest would drop most samples just before their turn.
     Unreadable samples are not kept.
     """
 

@@ -188,7 +188,8 @@ def load_sharded_optimizer(
 def _broadcast(module: nn.Module) -> None:
     """The first process's weights and buffers to all, as the wrapper of whole ones does."""
     for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor.detach(), 0)
+        if tensor.numel() and tensor.dtype != torch.bool:  # masks are constants, and gloo sends none
+            dist.broadcast(tensor.detach(), 0)
 
 
 def _squares(gradients: Iterable[Tensor], *, like: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from cmapkd.models import DualEncoder
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
 from cmapkd.training.optim import learning_rate, make_optimizer, parameter_groups, set_learning_rate
+from cmapkd.training.peak_memory import forget_peak, peak_bytes
 from cmapkd.training.processes import start_processes, wait_for_all
 from cmapkd.training.progress import TrainingDisplay
 from cmapkd.training.sharding import ShardedMethod, load_sharded_optimizer, whole_optimizer
@@ -60,6 +61,7 @@ class TrainResult:
     best_step: int | None
     best_score: float | None
     ledger: SampleLedger
+    peak_memory: int  # bytes, of this process since it began or went on
 
 
 class Trainer:
@@ -153,6 +155,7 @@ class Trainer:
             NonFiniteLossError: the loss is NaN or infinite.
             ValueError: too many bad samples, or a checkpoint that does not fit.
         """
+        forget_peak(self.accelerator.device)
         random_state = self._load_latest() if resume else None
         start = self.progress.step
         self.sampler.start, self.sampler.stop = start, self.total
@@ -183,7 +186,13 @@ class Trainer:
             ledger.write(self.out)
         progress = self.progress
         return TrainResult(
-            self.student, progress.step, progress.seconds, progress.best_step, progress.best_score, ledger
+            self.student,
+            progress.step,
+            progress.seconds,
+            progress.best_step,
+            progress.best_score,
+            ledger,
+            peak_bytes(self.accelerator.device),
         )
 
     def _sharded(self) -> ShardedMethod | None:

@@ -54,6 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
+    kill_all(work)  # left by a call that was killed itself
     log = begin(arguments.json, arguments.kills, arguments.seed, work)
     expected = contents(work / "undisturbed")
     while not finished(log):
@@ -194,8 +195,7 @@ def run(folder: Path, work: Path, moment: float | None) -> dict[str, Any]:
     resumed = (out / "config.yaml").exists()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     command += ["-m", "cmapkd", "distill", str(work / "recipe.yaml"), "--out", str(out)]
-    mark = f"{os.getpid()}-{time.time_ns()}"
-    environment = {**os.environ, MARK: mark, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, MARK: str(work), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1"}
     folder.mkdir(exist_ok=True)
     before = time.time()
@@ -214,7 +214,7 @@ def run(folder: Path, work: Path, moment: float | None) -> dict[str, Any]:
             code = None
         finally:
             seconds = time.monotonic() - start
-            num_processes = kill_all(mark)
+            num_processes = kill_all(work)
             process.wait()
     if code is None and moment is not None:
         where = place(folder, before)
@@ -225,14 +225,14 @@ def run(folder: Path, work: Path, moment: float | None) -> dict[str, Any]:
     return {"killed": False, "seconds": round(seconds, 3), "resumed": resumed}
 
 
-def kill_all(mark: str) -> int:
-    """SIGKILL to every process with the mark, until there is none; how many there were at first."""
-    first = None
+def kill_all(work: Path) -> int:
+    """SIGKILL to every process of a run in this folder, until there is none; how many there were at first."""
+    first, mark = None, f"{MARK}={work}\0".encode()
     while True:
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):  # it ended, or is another user's
-                if entry.name.isdecimal() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                if entry.name.isdecimal() and mark in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
         first = len(found) if first is None else first
         if not found:

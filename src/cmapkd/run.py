@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -33,8 +34,17 @@ from cmapkd.provenance import describe_environment
 from cmapkd.results import RunResult, Scores, gap_closed
 from cmapkd.training import OptimConfig, TrainConfig, Trainer, TrainResult
 from cmapkd.training.checkpoint import checkpoint_path, read_checkpoint
+from cmapkd.training.processes import start_processes, wait_for_all, was_restarted
 
-_FIRST_FILES = ("config.yaml", "environment.json")
+_FIRST_FILES = ("config.yaml", "environment.json", ".config.yaml.writing", ".environment.json.writing")
+_MAY_CHANGE = (  # at a resume: who does the work, not what is computed
+    "data.workers",
+    "data.memory",
+    "training.micro_batch",
+    "training.local_loss",
+    "training.sharding",
+    "training.shard_teacher",
+)
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
 
 
@@ -170,6 +180,9 @@ class RunConfig(Config):
             del values["more_teachers"]
         if not self.data.mix_synthetic:
             del values["data"]["mix_synthetic"]
+        for name in ("local_loss", "sharding", "shard_teacher"):  # and for how the processes share the work
+            if values["training"][name] == TrainConfig.model_fields[name].default:
+                del values["training"][name]
         return values
 
 
@@ -184,7 +197,8 @@ def run(
     """Trains the student, measures it beside its teacher and baseline, and leaves everything in `out`.
 
     Args:
-        out: run folder, new or empty; with `resume`, one that an interrupted run of the same config left.
+        out: run folder, new or empty; with `resume`, one that an interrupted run of the same config left. Processes
+            that torchrun started again resume by themselves.
         console: where progress is shown; none for silence.
         teacher_scores: this teacher's on the same final data, if they are known from another run; measured if none.
     Returns:
@@ -200,26 +214,28 @@ def run(
             f"{' nor '.join(known)}, and there is no such run folder"
         )
     final = _open_final(config)  # first, so that a wrong name shows before the training and not after it
-    state = PartialState(cpu=config.training.on_cpu)
+    state = start_processes(on_cpu=config.training.on_cpu)
     with state.main_process_first():
+        resume = resume or (was_restarted() and (out / "config.yaml").exists())
         _prepare_folder(out, config, resume=resume, write=state.is_main_process)
     student, trained, extra = _train(config, out=out, resume=resume, console=console, title="student")
     baseline_folder: Path | None = None
     if config.baseline == "scratch":
         baseline_folder = out / "baseline"
-        baseline_folder.mkdir(exist_ok=True)
         baseline_config = config.scratch()
-        _write_yaml(baseline_folder / "config.yaml", baseline_config.plain())
+        if state.is_main_process:
+            baseline_folder.mkdir(exist_ok=True)
+            _write_yaml(baseline_folder / "config.yaml", baseline_config.plain())
         _train(baseline_config, out=baseline_folder, resume=resume, console=console, title="scratch")
     elif isinstance(config.baseline, Path):
         baseline_folder = config.baseline
     if not state.is_main_process:
-        state.wait_for_everyone()
+        wait_for_all()
         return RunResult(out, {})
     scores = _measure(config, final, student, baseline_folder, teacher_scores, device=state.device)
     metrics = scores | _account(config, trained, extra, final)
     _write_json(out / "metrics.json", metrics)
-    state.wait_for_everyone()
+    wait_for_all()
     if console is not None and trained.ledger.num_bad:
         console.print(trained.ledger.summary(), highlight=False)
     return RunResult(out, metrics)
@@ -237,6 +253,7 @@ def _train(
     if classes is not None and "teacher" in teachers:
         teachers["teacher"].to(PartialState().device)  # a method embeds the classes with it when it is built
     torch.manual_seed(config.seed)
+    random.seed(config.seed)  # nothing of ours draws from it, but a library may, and checkpoints hold its state
     method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
     texts = texts_of(config, method, source)
     assert config.data.views is not None
@@ -394,7 +411,7 @@ def _answer_from_cache(
             skip_bad=config.data.on_bad_sample == "skip",
             progress=BuildDisplay(console),
         )
-        state.wait_for_everyone()
+        wait_for_all()
     reader = plan.open()
     if console is not None:
         name = role if role == "teacher" else f"teacher {role}"
@@ -500,12 +517,16 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) 
     stored = out / "config.yaml"
     if resume and stored.exists():
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        changed = [key for key, pair in _differences(before, config.plain()).items() if pair]
+        changed = [
+            f"{key} ({pair})" for key, pair in _differences(before, config.plain()).items() if key not in _MAY_CHANGE
+        ]
         if changed:
             raise ConfigError(
                 f"{out} was started with other settings: {', '.join(changed)}. Resume with the same recipe and "
                 "overrides, or start a new run in another folder."
             )
+        if write and not (out / "environment.json").exists():  # killed before it was written
+            _write_environment(out, config)
         return
     if resume:
         raise ConfigError(f"there is nothing to resume in {out}: it has no config.yaml")
@@ -516,6 +537,10 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) 
         raise ConfigError(f"{out} is not empty: add --resume to go on with the run in it, or name another folder")
     out.mkdir(parents=True, exist_ok=True)
     _write_yaml(stored, config.plain())
+    _write_environment(out, config)
+
+
+def _write_environment(out: Path, config: RunConfig) -> None:
     _write_json(out / "environment.json", {"seed": config.seed, **describe_environment()})
 
 
@@ -526,7 +551,7 @@ def _differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
         for key in {**before, **after}:
             found |= _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
         return found
-    return {} if before == after else {f"{path} (was {before!r}, now {after!r})": "changed"}
+    return {} if before == after else {path: f"was {before!r}, now {after!r}"}
 
 
 def _save_student(student: DualEncoder, folder: Path) -> None:
@@ -539,10 +564,15 @@ def _save_student(student: DualEncoder, folder: Path) -> None:
 
 
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    _write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
+    _write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Under another name first: a killed run leaves the whole file or none."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)

@@ -107,6 +107,27 @@ def test_processes_share_the_shards_out(tmp_path: Path) -> None:
         plan.open()
 
 
+@forks
+def test_runs_that_read_other_rows_may_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = all_keys(LENGTH, 2)
+    begin, folder = CacheFolder.add_part, tmp_path / "shared"
+    others = [keys[:20], keys[10:30]]
+
+    def overtaken(self: CacheFolder, *arguments: Any, **options: Any) -> None:
+        if others:  # another run begins the part that this one is about to
+            built(folder, keys=others.pop(0))
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(CacheFolder, "add_part", overtaken)
+    cache = built(folder, keys=keys)
+    assert not others
+    assert describe(cache)["shards_missing"] == 0
+    assert sum(part.rows for part in cache.parts()) == len(keys)  # none twice
+    assert all(problem is None for _, problem in verify(cache))
+    plan = cache_plan(folder, keys=keys)
+    assert bool(plan.open().held(keys).all())
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_change_nothing(tmp_path: Path) -> None:
     cache_plan(tmp_path / "workers").build(device="cpu", workers=2)

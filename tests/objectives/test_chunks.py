@@ -102,3 +102,37 @@ def test_rows_are_chosen_by_the_size_of_the_batch() -> None:
 def test_a_chunk_is_at_least_one_row(name: str) -> None:
     with pytest.raises(ValueError, match="chunk must be at least one row, got 0"):
         LOSSES[name](*inputs(), chunk=0)
+
+
+# ------------------------------------------------------------------------------------------------ shares of the rows
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shares_of_the_rows_are_all_rows(dim: int) -> None:
+    rows, columns = torch.randn(2, 6, 6, dtype=torch.float64)
+    shares: list[Tensor] = []
+
+    def gather(own: Tensor) -> Tensor:
+        shares.append(own)
+        return own
+
+    def function(*each: Tensor) -> Tensor:
+        return (each[0] * each[1]).cumsum(1 - dim)  # along what is no row
+
+    for number in range(3):
+        with chunks.rows_shared(number, 3, gather):
+            assert chunks.chunk_rows(6, 6, None) == 2
+            assert chunks.columns_at_once(6, 6, None) == 6
+            chunks.by_rows(function, rows, columns, size=1, dim=dim)
+    torch.testing.assert_close(torch.cat(shares).movedim(0, dim), function(rows, columns))
+
+
+def test_rows_that_do_not_divide_are_computed_whole() -> None:
+    def gather(own: Tensor) -> Tensor:
+        raise AssertionError("nothing was shared")
+
+    rows = torch.randn(7, 3)
+    with chunks.rows_shared(1, 2, gather):
+        assert chunks.chunk_rows(7, 3, None) == 7
+        assert torch.equal(chunks.share_rows(torch.exp, rows), rows.exp())
+    assert torch.equal(chunks.share_rows(torch.exp, rows), rows.exp())

@@ -180,12 +180,20 @@ class CacheFolder:
         """
         return [Part.open(folder, self.layout) for folder in sorted(self.path.glob("part-*")) if folder.is_dir()]
 
-    def add_part(self, keys: Keys, *, batch_size: int, shard_bytes: float) -> None:
-        """Begins a part for `keys`; another process may have begun the same one, which is as good."""
+    def next_part(self) -> int:
+        """The number after the last part's."""
+        numbers = [int(folder.name.removeprefix("part-")) for folder in self.path.glob("part-*")]
+        return max(numbers, default=-1) + 1
+
+    def add_part(self, keys: Keys, *, number: int, batch_size: int, shard_bytes: float) -> None:
+        """Begins a part for `keys`, unless another process has begun one of this number, for whichever keys.
+
+        Args:
+            number: from before it was found out that no part has the keys.
+        """
         per_batch = batch_size * self.layout.row_bytes
         shard_rows = max(1, round(shard_bytes / per_batch)) * batch_size
-        numbers = [int(folder.name.removeprefix("part-")) for folder in self.path.glob("part-*")]
-        folder = self.path / f"part-{max(numbers, default=-1) + 1:05d}"
+        folder = self.path / f"part-{number:05d}"
         contiguous = int(keys[-1]) - int(keys[0]) + 1 == len(keys)
         listed = keys.astype("<i8").tobytes()
         temporary = temporary_folder(folder)

@@ -93,10 +93,11 @@ def build(
         BadSampleError: with `skip_bad=False`.
     """
     for path in [*leftovers(cache.path), *(each for part in cache.parts() for each in leftovers(part.folder))]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    unknown = missing_shards(cache, keys)[1]
-    if len(unknown):
-        cache.add_part(unknown, batch_size=batch_size, shard_bytes=shard_bytes)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    number = cache.next_part()
+    while len(unknown := missing_shards(cache, keys)[1]):  # again, if another builder began a part for other keys
+        cache.add_part(unknown, number=number, batch_size=batch_size, shard_bytes=shard_bytes)
+        number = cache.next_part()
     missing = missing_shards(cache, keys)[0]
     mine = [Missing(each.part, tuple(shard for shard in each.shards if shard % world_size == rank)) for each in missing]
     reader = Reader(teacher.model.image_spec, teacher.model.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -23,13 +24,19 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """Entry point: what a user can get wrong ends in one message, not in a stack trace."""
+    """Entry point: what a user can get wrong ends in one message, not in a stack trace.
+
+    Of several processes that a launcher started the first one speaks; errors say whose they are.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  as long as the process
     try:
         app()
     except Exception as error:
         if not _is_users(error):
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error in process {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
 
 

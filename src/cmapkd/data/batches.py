@@ -103,7 +103,10 @@ class PlanSampler(Sampler[Plan]):
                 "training.batch_size"
             )
         if batch_size % world_size:
-            raise ValueError(f"batch size {batch_size} does not divide among {world_size} processes")
+            raise ValueError(
+                f"batch size {batch_size} does not divide among {world_size} processes, whose shares must be equal: "
+                "set training.batch_size to a multiple, or start another number of processes"
+            )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
         self.steps_per_epoch = length // batch_size

@@ -2,7 +2,7 @@
 
 from cmapkd.features.bank import BankStore, EmbeddingBank, References, sample_keys
 from cmapkd.features.bridge import AlignmentBridge
-from cmapkd.features.gather import gather_features, gather_rows, mean_over_processes
+from cmapkd.features.gather import gather_features, gather_rows, mean_over_processes, own_place
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
 from cmapkd.features.matching import LevelMatcher, Matched, Places
 from cmapkd.features.projector import PairProjector
@@ -26,6 +26,7 @@ __all__ = [
     "gather_rows",
     "language_taps",
     "mean_over_processes",
+    "own_place",
     "sample_keys",
     "visual_taps",
 ]

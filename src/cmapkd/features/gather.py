@@ -13,6 +13,13 @@ from torch import Tensor
 from cmapkd.models.types import Features, TowerFeatures
 
 
+def own_place() -> tuple[int, int]:
+    """This process's number, and how many there are; (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def gather_features(features: Features) -> Features:
     """`features` with the embeddings of all processes, in rank order; levels stay local.
 
@@ -30,7 +37,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     Anything with one row for each pair: embeddings, pooled levels, per-sample losses. Every process must hold the same
     number of rows. Without a process group this returns its argument.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if own_place()[1] == 1:
         return rows
     if rows.shape[1:].numel() == 0:  # of a tower that nobody reads: there is nothing to send
         return rows.new_empty(len(rows) * dist.get_world_size(), *rows.shape[1:])
@@ -40,7 +47,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 def mean_over_processes(values: Tensor) -> Tensor:
     """The mean of every process's `values`, without gradient. Without a process group this returns its argument."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if own_place()[1] == 1:
         return values
     total = values.detach().clone()
     dist.all_reduce(total)
@@ -63,7 +70,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous()
+        # a copy: where gathered rows are added to others, theirs is the same tensor
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         start = dist.get_rank() * ctx.num_rows
         return total[start : start + ctx.num_rows]

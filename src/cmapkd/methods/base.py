@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch
-from cmapkd.features import KeyTokens, gather_features, gather_rows, mean_over_processes
+from cmapkd.features import KeyTokens, gather_features, gather_rows, mean_over_processes, own_place
 from cmapkd.methods.micro_batches import (
     Rows,
     encode_again,
@@ -31,6 +32,7 @@ from cmapkd.methods.stages import PARTS, WHOLE, Part, StageConfig
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
 from cmapkd.models.reach import Tower, example_output, last_matrix_behind
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
+from cmapkd.objectives.chunks import rows_shared
 from cmapkd.objectives.common import at_least_float32
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting, weighting_config
 
@@ -45,9 +47,11 @@ LABELS = "labels"
 _TOWERS: tuple[Tower, Tower] = ("image", "text")
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One part of the loss: its raw value (a batch mean) and how much it counts. The trainer sums weight × value."""
+class Term(NamedTuple):
+    """One part of the loss: its raw value (a batch mean) and how much it counts. The trainer sums weight × value.
+
+    A tuple, because a wrapper that shards a method looks for tensors in what it returns.
+    """
 
     value: Tensor
     weight: float = 1.0
@@ -142,6 +146,7 @@ class Method(nn.Module, ABC):
         self.progress = 0.0  # share of the stage's steps that are done, for what changes within one
         self.measurements = {}
         self.micro_batch: int | None = None  # pairs encoded at once, in this process; None: all of its batch
+        self.local_loss = False  # of several processes each compares its own rows with all others, see `_losses_shared`
         self.beside: TermsBeside | None = None
         self.weighting_of_terms: Weighting | None = None
         self._learning: frozenset[str] | None = None  # what learns where every part does
@@ -267,11 +272,17 @@ class Method(nn.Module, ABC):
         """The loss terms of the batch, by name. What the stage leaves out may be computed, but need not."""
 
     def forward(self, batch: Batch) -> dict[str, Term]:
-        terms = {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
+        with self._losses_shared():
+            terms = {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
         if self.beside is not None:
             terms |= self.beside(self.student, batch, micro_batch=self.micro_batch, wants=self.stage.wants_term)
             self.measurements |= self.beside.measurements
         return self._weighted(terms) if self.weighting_of_terms is not None and terms else terms
+
+    def _losses_shared(self) -> AbstractContextManager[None]:
+        """In-batch losses row by row, each process its own, with the values and gradients of all rows on each."""
+        rank, world_size = own_place()
+        return rows_shared(rank, world_size, gather_rows) if self.local_loss and world_size > 1 else nullcontext()
 
     def weigh_terms(self, config: WeightingConfig) -> None:
         """Puts a learned or fixed weighting on top of the terms' own weights, for every method alike."""

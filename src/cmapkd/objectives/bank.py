@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cmapkd.objectives.chunks import chunk_rows
+from cmapkd.objectives.chunks import columns_at_once, share_rows
 from cmapkd.objectives.common import check_pairs, check_same_width, unit
 
 # A logit whose probability underflows to zero beside any other, yet finite: from -inf less -inf would come NaN. In a
@@ -45,7 +45,7 @@ def bank_divergence(
             the backward pass: then they are neither normalised nor copied.
         chunk: entries at a time. Memory then grows with batch x chunk instead of batch x entries, for the same value
             and gradient, and each chunk's logits are computed again in the backward pass; None chooses as
-            `chunk_rows` does.
+            `columns_at_once` does.
     Returns:
         For each sample in nats, >= 0 up to rounding; zero when the distributions agree, and for a sample with every
         entry excluded, whose gradient is zero too. float32 or wider.
@@ -54,14 +54,19 @@ def bank_divergence(
     Source: the bank alignment term of the CMAPKD design, sections 5 and 9.11.
     """
     _check(student, teacher, bank, exclude)
-    size = chunk_rows(len(bank), len(student), chunk)
+    size = columns_at_once(len(bank), len(student), chunk)
     anchors, targets = unit(student), unit(teacher.detach())
     entries = bank.detach()
     if not frozen:
         entries = unit(entries)  # a copy, else refilling it would change the gradient
+
+    def of_rows(ours: Tensor, theirs: Tensor, *excluded: Tensor) -> Tensor:
+        values: Tensor = _Divergence.apply(ours, theirs, entries, excluded[0] if excluded else None, size)
+        return values
+
+    excluded = () if exclude is None else (exclude,)
     with torch.autocast(student.device.type, enabled=False):
-        values: Tensor = _Divergence.apply(student_scale * anchors, teacher_scale * targets, entries, exclude, size)
-    return values
+        return share_rows(of_rows, student_scale * anchors, teacher_scale * targets, *excluded)
 
 
 def bank_relation_distance(

@@ -43,6 +43,15 @@ class TrainConfig(Config):
     micro_batch: int | None = Field(
         None, ge=1, description="Pairs that a process encodes at once, for batches that do not fit; none: all of its."
     )
+    local_loss: bool = Field(
+        False,
+        description="With several processes each computes its own rows of the in-batch losses instead of all: the same "
+        "loss and gradient, a share of the work and memory, one more exchange of a number a row.",
+    )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none", description="fsdp2: student and modules are shared out among the processes; none: each has them whole."
+    )
+    shard_teacher: bool = Field(False, description="With fsdp2, live teachers are shared out, too.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
     compile: bool = Field(False, description="torch.compile the student: docs/results/speed.md says when it pays.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one.")
@@ -69,6 +78,10 @@ class TrainConfig(Config):
             raise ValueError(f"give either steps or epochs, not {'both' if given else 'neither'}")
         if self.student == "best" and self.evaluate_every is None:
             raise ValueError("student: best needs evaluate_every, the number of steps between validations")
+        if self.shard_teacher and self.sharding == "none":
+            raise ValueError("shard_teacher needs sharding: fsdp2")
+        if self.compile and self.sharding != "none":
+            raise ValueError("compile and sharding do not go together in this version: set one of them")
         return self
 
     @property

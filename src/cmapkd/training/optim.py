@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cmapkd.methods import Method
 from cmapkd.methods.stages import Part
@@ -14,28 +15,42 @@ from cmapkd.training.config import OptimConfig
 _UNDECAYED = ("position", "class_embedding", "class_token", "cls_token", "logit_scale", "logit_bias")
 
 
-def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the student and the method's own modules, matrices apart from vectors (which are not decayed)."""
+def parameter_groups(method: Method) -> dict[tuple[Part, bool], list[nn.Parameter]]:
+    """What learns, by part and by whether it is decayed, in the order in which checkpoints number it."""
     groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
             groups.setdefault((method.part_of(name), decayed), []).append(parameter)
+    return groups
+
+
+def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the student and the method's own modules, matrices apart from vectors (which are not decayed)."""
     rates = {"student": 1.0, "modules": config.module_rate, "weighting": config.weighting_rate}
     return torch.optim.AdamW(
         [
             {
-                "params": parameters,
+                "params": alike,
                 "weight_decay": config.weight_decay if decayed else 0.0,
                 "rate": rates[part],
             }
-            for (part, decayed), parameters in groups.items()
+            for (part, decayed), parameters in parameter_groups(method).items()
+            for alike in _by_type(parameters)
         ],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+
+
+def _by_type(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """One list; two where some are shared out among processes, which the fused step cannot mix with others."""
+    types: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        types.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return [*types.values()]
 
 
 def learning_rate(step: int, *, total: int, config: OptimConfig, peak: float | None = None) -> float:

@@ -28,9 +28,11 @@ from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends
 from cmapkd.models import DualEncoder
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
-from cmapkd.training.optim import learning_rate, make_optimizer, set_learning_rate
+from cmapkd.training.optim import learning_rate, make_optimizer, parameter_groups, set_learning_rate
 from cmapkd.training.peak_memory import forget_peak, peak_bytes
+from cmapkd.training.processes import start_processes, wait_for_all
 from cmapkd.training.progress import TrainingDisplay
+from cmapkd.training.sharding import ShardedMethod, load_sharded_optimizer, whole_optimizer
 from cmapkd.training.trackers import Tracker, make_trackers
 
 Validate = Callable[[DualEncoder], dict[str, float]]  # student -> numbers; `score` among them is what "best" means
@@ -91,6 +93,7 @@ class Trainer:
         self.config, self.optim, self.out, self.seed, self.workers = config, optim, out, seed, workers
         self.builder, self.validate, self.settings, self.title = builder, validate, settings or {}, title
         self.max_bad_share = max_bad_share
+        start_processes(on_cpu=config.on_cpu)
         self.accelerator = Accelerator(
             mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
             cpu=config.on_cpu,
@@ -98,17 +101,24 @@ class Trainer:
         )
         self.console = console if self.accelerator.is_main_process else None
         self.method = method
-        method.micro_batch = config.micro_batch
+        method.micro_batch, method.local_loss = config.micro_batch, config.local_loss
         for teacher in method.teachers.values():
             teacher.to(self.accelerator.device)
         if config.compile:
             method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
-        self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))
-        self.average = (
-            AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema is not None
-            else None
-        )
+        self.sharded = self._sharded() if config.sharding == "fsdp2" else None
+        self.wrapped: Callable[[Batch], dict[str, Term]]
+        self.optimizer: torch.optim.Optimizer
+        if self.sharded is not None:
+            self.wrapped, self.optimizer = self.sharded, make_optimizer(method, optim)
+            self.average = self.sharded.average
+        else:
+            self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))
+            self.average = (
+                AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+                if config.ema is not None
+                else None
+            )
         self.sampler = PlanSampler(
             len(builder.source),
             batch_size=config.batch_size,
@@ -125,6 +135,8 @@ class Trainer:
         for stage in self.stages:  # a wrong name shows now, not when its stage begins
             method.check_stage(stage)
         self.stage = WHOLE
+        # before a stage freezes any: in the order in which checkpoints number what an optimizer knows of them
+        self._numbered = [parameter for group in parameter_groups(method).values() for parameter in group]
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress()
         self.ledger = SampleLedger()
@@ -183,9 +195,40 @@ class Trainer:
             peak_bytes(self.accelerator.device),
         )
 
+    def _sharded(self) -> ShardedMethod | None:
+        """The method shared out; one process alone has all of it.
+
+        Raises:
+            ValueError: there are heads, or a weighting that measures gradients by weights of which each process has a
+                share.
+        """
+        if self.accelerator.num_processes == 1:
+            return None
+        if self.method.beside is not None:
+            raise ValueError(
+                "heads learn with the student, and are not shared out in this version: leave heads out, or set "
+                "training.sharding=none"
+            )
+        if self.method.weighting_of_terms is not None and self.method.weighting_of_terms.reads_gradients:
+            raise ValueError(
+                "method.term_weighting measures gradients at the student's weights, of which with training.sharding="
+                "fsdp2 every process has a share: choose another weighting, or sharding=none"
+            )
+        return ShardedMethod(
+            self.method,
+            device=self.accelerator.device,
+            teachers=self.config.shard_teacher,
+            ema=self.config.ema,
+        )
+
     @property
     def student(self) -> DualEncoder:
-        """The student as it would be saved now: the averaged one if there is an average."""
+        """The student as it would be saved now: the averaged one if there is an average.
+
+        With `sharding: fsdp2` every process must ask for it, and the first has it.
+        """
+        if self.sharded is not None:
+            return self.sharded.student()
         student = self.method.student if self.average is None else self.average.module
         assert isinstance(student, DualEncoder)
         return student
@@ -194,7 +237,7 @@ class Trainer:
         self, batches: Iterator[Batch], trackers: list[Tracker], display: TrainingDisplay, stop_asked: threading.Event
     ) -> None:
         clock, seconds, pairs = time.perf_counter(), 0.0, 0  # the latter two since the last line
-        self.wrapped.train()
+        self.method.train()
         for batch in batches:
             self._enter_stage(display)
             values = self._step(batch)
@@ -252,7 +295,7 @@ class Trainer:
         rate = learning_rate(self.progress.step, total=self.total, config=self.optim, peak=self.stage.learning_rate)
         set_learning_rate(self.optimizer, rate)
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.optim.max_gradient_norm or float("inf"))
+        norm = self._clip(self.optim.max_gradient_norm or float("inf"))
         if not bool(loss.isfinite() & norm.isfinite()):  # before the step, so that no checkpoint holds what follows
             self._stop_on_non_finite(batch, terms, norm)
         self.optimizer.step()
@@ -266,6 +309,13 @@ class Trainer:
         values |= self.method.measurements
         scale = self.method.student.log_logit_scale.detach().exp()
         return values | {"learning_rate": rate, "logit_scale": scale, "gradient_norm": norm.detach()}
+
+    def _clip(self, max_norm: float) -> Tensor:
+        if self.sharded is not None:
+            self.sharded.average_gradients()
+            return self.sharded.clip(max_norm)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.method.parameters(), max_norm)
+        return norm
 
     def _count(self, batch: Batch) -> None:
         self.ledger.add(len(batch), batch.bad)
@@ -286,20 +336,23 @@ class Trainer:
         every = self.config.evaluate_every
         if self.validate is None or every is None or (step % every and not last):
             return False
+        student = self.student
         if self.accelerator.is_main_process:
-            numbers = self.validate(self.student)
-            self.wrapped.train()
+            numbers = self.validate(student.to(self.accelerator.device))
+            self.method.train()
             for tracker in trackers:
                 tracker.log(step, {f"validation/{name}": value for name, value in numbers.items()})
             shown = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items() if name != "score")
             display.say(f"{self.title}: step {step}/{self.total}  validation  {shown}")
             if self.progress.best_score is None or numbers["score"] > self.progress.best_score:
                 self.progress.best_score, self.progress.best_step = numbers["score"], step
-                weights = {"student": self.student.state_dict()}
+                weights = {"student": student.state_dict()}
                 path = checkpoints.checkpoint_path(self.checkpoint_folder, step, "best")
                 checkpoints.write_checkpoint(path, weights, self.progress)
                 checkpoints.remove_old(self.checkpoint_folder, keep=1, kind="best")
-        self.accelerator.wait_for_everyone()
+            if self.sharded is not None:
+                student.cpu()
+        wait_for_all()
         return True
 
     def _agreed(self, stop: bool) -> bool:
@@ -313,19 +366,36 @@ class Trainer:
         # every process has random state of its own; the rest is the same everywhere
         states = gather_object([checkpoints.random_tensors()])
         ledger = self._collect_ledger()
+        tensors = self.learned_state()
         if self.accelerator.is_main_process:
             self.progress.ledger = ledger.state_dict()
-            tensors = {
-                "method": self.method.state_dict(),
-                "optimizer": checkpoints.optimizer_tensors(self.optimizer),
-                **{f"random-{rank}": state for rank, state in enumerate(states)},
-            }
-            if self.average is not None:
-                tensors["average"] = self.average.state_dict()
+            tensors |= {f"random-{rank}": state for rank, state in enumerate(states)}
             path = checkpoints.checkpoint_path(self.checkpoint_folder, self.progress.step)
             checkpoints.write_checkpoint(path, tensors, self.progress)
             checkpoints.remove_old(self.checkpoint_folder, keep=self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
+
+    def learned_state(self) -> dict[str, dict[str, Tensor]]:
+        """Method, optimizer and average as a checkpoint holds them, whole; every process must ask for it."""
+        if self.sharded is not None:
+            optimizer = whole_optimizer(self.optimizer, self._numbered)
+            tensors = {"method": self.sharded.state(), "optimizer": optimizer}
+            return tensors | ({"average": self.sharded.average_state()} if self.average is not None else {})
+        tensors = {"method": self.method.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
+        return tensors | ({"average": self.average.state_dict()} if self.average is not None else {})
+
+    def _put_back(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """What `learned_state` gave, with or without shares."""
+        if self.sharded is not None:
+            self.sharded.load(tensors["method"])
+            load_sharded_optimizer(self.optimizer, self._numbered, tensors["optimizer"])
+            if self.average is not None:
+                self.sharded.load_average(tensors["average"])
+            return
+        self.method.load_state_dict(tensors["method"])
+        checkpoints.load_optimizer(self.optimizer, tensors["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(tensors["average"])
 
     def _load_latest(self) -> dict[str, Tensor] | None:
         """Restores everything but the random state, which is returned to be set last."""
@@ -335,10 +405,7 @@ class Trainer:
         tensors, self.progress = checkpoints.read_checkpoint(found[-1])
         if self.progress.step > self.total:
             raise ValueError(f"{found[-1]} is at step {self.progress.step}, beyond this run's {self.total}")
-        self.method.load_state_dict(tensors["method"])
-        checkpoints.load_optimizer(self.optimizer, tensors["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(tensors["average"])
+        self._put_back(tensors)
         if self.accelerator.is_main_process:
             self.ledger.load_state_dict(self.progress.ledger)
         return tensors.get(f"random-{self.accelerator.process_index}")

@@ -1,0 +1,199 @@
+"""FSDP2: every process holds a share of the weights, gradients and optimizer state (`training.sharding: fsdp2`).
+
+`torch.distributed.fsdp.fully_shard` directly: Accelerate's plugin does nothing on CPUs, where the equality with one
+process is tested, and has no way around parameters of a single number, which cannot be shared out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from cmapkd.data.types import Batch
+from cmapkd.methods import Method, Term
+from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models.joined import JoinedEncoder
+
+
+class ShardedMethod:
+    """A method whose student and modules are shared out among all processes, in place.
+
+    The method is one group, which is whole from its forward pass to the end of its backward pass; each block of a tower
+    is a group of its own, which is whole while it computes. Names of weights stay as they are, so stages, parameter
+    groups and checkpoints know nothing of it: what is written is whole, and any number of processes can go on from it.
+    Numbers that stand alone (logit scales) are on every process.
+
+    Args:
+        device: where the shares are; the method is moved there, from the weights of the first process.
+        teachers: whether the live teachers are shared out, too.
+        ema: decay of an averaged student; None: none.
+    Raises:
+        ValueError: a teacher shall be shared out whose text tower the student has.
+    """
+
+    def __init__(self, method: Method, *, device: torch.device, teachers: bool, ema: float | None) -> None:
+        self.method = method
+        self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        whole = copy.deepcopy(method.student)
+        self._whole = whole if dist.get_rank() == 0 else whole.to("meta")  # others only take part in filling it
+        if teachers:
+            for teacher in method.teachers.values():
+                self._shard_teacher(teacher)
+        method.to(device)
+        _broadcast(method)
+        self.average: AveragedModel | None = None
+        if ema is not None:  # number by number: a list may not mix what is shared out with what is not
+            self.average = AveragedModel(method.student, avg_fn=get_ema_avg_fn(ema), use_buffers=True)
+            shard(self.average.module, self.mesh)
+        shard(method, self.mesh)
+
+    def __call__(self, batch: Batch) -> dict[str, Term]:
+        terms: dict[str, Term] = self.method(batch)
+        return terms
+
+    def average_gradients(self) -> None:
+        """After the backward pass: of the numbers that every process has, the mean of what all found."""
+        for parameter in self.method.parameters():
+            if parameter.grad is not None and not isinstance(parameter, DTensor):
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.mesh.size()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """The norm of the whole gradient, which is scaled down to `max_norm`, as `torch.nn.utils.clip_grad_norm_`."""
+        gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
+        own = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+        common = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        squares = _squares(own, like=gradients[0])
+        dist.all_reduce(squares)
+        norm = (squares + _squares(common, like=gradients[0])).sqrt()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in (*own, *common):
+            gradient.mul_(factor)
+        return norm
+
+    def student(self) -> DualEncoder:
+        """The student as it would be saved now, whole, on the first process's CPU; every process must ask for it."""
+        source = self.method.student if self.average is None else self.average.module
+        tensors = whole_tensors(source.state_dict())
+        if dist.get_rank() == 0:
+            self._whole.cpu().load_state_dict(tensors)
+        return self._whole
+
+    def state(self) -> dict[str, Any]:
+        """The method's state, whole; every process must ask for it."""
+        return whole_tensors(self.method.state_dict())
+
+    def load(self, tensors: Mapping[str, Any]) -> None:
+        """Puts back what `state` gave, or a method that was not shared out."""
+        self.method.load_state_dict(shared_like(tensors, self.method.state_dict()))
+
+    def average_state(self) -> dict[str, Any]:
+        """Likewise of the average."""
+        assert self.average is not None
+        return whole_tensors(self.average.state_dict())
+
+    def load_average(self, tensors: Mapping[str, Any]) -> None:
+        assert self.average is not None
+        self.average.load_state_dict(shared_like(tensors, self.average.state_dict()))
+
+    def _shard_teacher(self, teacher: FrozenTeacher) -> None:
+        if isinstance(self.method.student, JoinedEncoder):
+            raise ValueError(
+                "training.shard_teacher is set, but this student's text tower is the teacher's, and is saved and "
+                "evaluated whole: leave it off"
+            )
+        if not teacher.from_disk:
+            teacher.to(self.mesh.device_type)
+            shard(teacher.model, self.mesh, keep_root=False)
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, *, keep_root: bool = True) -> None:
+    """Shares out a module's weights: its blocks each for itself, then the rest.
+
+    Args:
+        keep_root: the rest stays whole between forward and backward pass; for what has no backward pass it need not.
+    """
+    alone = {parameter for parameter in module.parameters() if parameter.numel() == 1}
+    for block in blocks(module):
+        fully_shard(block, mesh=mesh, ignored_params=alone)
+    fully_shard(module, mesh=mesh, ignored_params=alone, reshard_after_forward=not keep_root)
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost elements of lists and sequences that are made of several layers: a transformer's blocks."""
+    for child in module.children():
+        for inner in child.children() if isinstance(child, (nn.ModuleList, nn.Sequential)) else ():
+            if _is_block(inner):
+                yield inner
+            else:
+                yield from blocks(inner)
+        if not isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from blocks(child)
+
+
+def _is_block(module: nn.Module) -> bool:
+    layers = [child for child in module.children() if any(True for _ in child.parameters())]
+    return len(layers) > 1 and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+
+
+@torch.no_grad()
+def whole_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """With every share put together, on the CPU; every process must call it, with the same names."""
+    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+
+
+def shared_like(tensors: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """This process's shares of whole tensors, where `like` has shares."""
+    return {name: _shared(value, like.get(name)) for name, value in tensors.items()}
+
+
+def _shared(value: Any, like: Any) -> Any:
+    if not isinstance(like, DTensor):
+        return value
+    there = value.to(device=like.device, dtype=like.dtype)
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)  # each takes its own
+
+
+def whole_optimizer(optimizer: torch.optim.Optimizer, order: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+    """An optimizer's state as `checkpoint.optimizer_tensors` names it, parameters numbered in this order."""
+    state: dict[str, Any] = {
+        f"{number}.{name}": torch.as_tensor(value) if not isinstance(value, Tensor) else value
+        for number, parameter in enumerate(order)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+    return whole_tensors(state)
+
+
+def load_sharded_optimizer(
+    optimizer: torch.optim.Optimizer, order: Sequence[nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts back what `whole_optimizer` gave."""
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        parameter = order[int(number)]
+        like = parameter if value.shape == parameter.shape else None  # not the count of steps
+        optimizer.state[parameter][name] = _shared(value.to(parameter.device), like)
+
+
+def _broadcast(module: nn.Module) -> None:
+    """The first process's weights and buffers to all, as the wrapper of whole ones does."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.numel() and tensor.dtype != torch.bool:  # masks are constants, and gloo sends none
+            dist.broadcast(tensor.detach(), 0)
+
+
+def _squares(gradients: Iterable[Tensor], *, like: Tensor) -> Tensor:
+    total = torch.zeros((), device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    for gradient in gradients:
+        total += gradient.to(total.dtype).square().sum()
+    return total

@@ -1,0 +1,218 @@
+"""Two and four processes equal one: every method's terms and gradients, the gather, whole runs, and changed numbers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from several_processes import (
+    BATCH,
+    CASES,
+    DTYPES,
+    FOUR,
+    GOES_ON,
+    LOCAL,
+    SHARDED,
+    SHARDED_CASES,
+    SHARDED_METHODS,
+    SHARED_TEACHER,
+    TRAINED,
+    TWO,
+    gather_loss,
+    go_on,
+    losses_and_gradients,
+    rows,
+    trained,
+    with_heads,
+    write_shards,
+)
+
+from cmapkd.data.shards import ShardSource
+from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
+from helpers import ROUNDING
+
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}  # float32: rounding, sums are taken in another order
+Found = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the ranks have: sums over more threads round differently, and what is made in float32 keeps it in float64."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What groups of one, two and four processes left, one after the other."""
+    folder = tmp_path_factory.mktemp("several")
+    script = Path(__file__).with_name("several_processes.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@cache
+def found_by(out: Path, size: int) -> list[Found]:
+    """By each process of a group."""
+    return [torch.load(out / f"rank-{rank}-of-{size}.pt", weights_only=True) for rank in range(size)]
+
+
+@cache
+def of_one(name: str, dtype: torch.dtype) -> Found:
+    return losses_and_gradients(name, dtype, None)
+
+
+def assert_equal_to_one(found: list[Found], name: str, dtype: torch.dtype, how: str = "") -> None:
+    """Each error relative to the largest number of its kind: one term, or the gradient of one parameter.
+
+    A gradient that is nothing but rounding (a bias before a norm) has no scale of its own: it gets a thousandth of the
+    largest gradient's.
+    """
+    expected = of_one(name, dtype)
+    gradients = [value for key, value in expected.items() if "/gradient/" in key]
+    least = 1e-3 * max(float(value.abs().max()) for value in gradients)
+    if dtype == torch.float32:
+        least = 1.0
+    for mine in found:
+        start = f"{name}{how}/{dtype}/"
+        mine = {f"{name}/{dtype}/{key.removeprefix(start)}": v for key, v in mine.items() if key.startswith(start)}
+        assert mine.keys() == expected.keys()
+        for key, value in expected.items():
+            scale = max(float(value.abs().max()), least)
+            error = float((mine[key] - value).abs().max()) / scale
+            rounding = ROUNDING.get(CASES[name][0], 1.0) if dtype == torch.float32 else 1.0
+            assert error < TOLERANCE[dtype] * rounding, f"{key}: {error}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_terms_and_gradients_of_two_equal_those_of_one(out: Path, name: str, dtype: str) -> None:
+    assert_equal_to_one(found_by(out, TWO), name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_terms_and_gradients_of_four_equal_those_of_one(out: Path, name: str) -> None:
+    assert_equal_to_one(found_by(out, FOUR), name, torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_process_may_compare_its_own_rows_alone(out: Path, name: str) -> None:
+    assert_equal_to_one(found_by(out, TWO), name, torch.float64, LOCAL)
+
+
+@pytest.mark.parametrize("name", SHARDED_CASES)
+def test_terms_and_gradients_with_shards_of_the_weights_equal_those_of_one(out: Path, name: str) -> None:
+    assert_equal_to_one(found_by(out, TWO), name, torch.float64, SHARDED)
+
+
+@pytest.mark.parametrize("name", SHARDED_METHODS[1:])
+def test_the_teacher_may_be_shared_out_too(out: Path, name: str) -> None:
+    assert_equal_to_one(found_by(out, TWO), name, torch.float64, SHARED_TEACHER)
+
+
+def test_gather_passes_on_the_gradient_of_every_process(out: Path) -> None:
+    image, text = rows(1).requires_grad_(), rows(2).requires_grad_()
+    loss = gather_loss(image, text)
+    loss.backward()
+    assert image.grad is not None
+    assert text.grad is not None
+    share = BATCH // TWO
+    for rank, found in enumerate(found_by(out, TWO)):
+        mine = slice(rank * share, (rank + 1) * share)
+        torch.testing.assert_close(found["gather/loss"], loss.detach())
+        # both processes ask for the same loss, so a row's gradient is twice that of one; the wrapper halves it
+        torch.testing.assert_close(found["gather/image"], TWO * image.grad[mine])
+        torch.testing.assert_close(found["gather/text"], TWO * text.grad[mine])
+
+
+def test_heads_learn_the_same_however_their_lessons_are_shared(out: Path) -> None:
+    whole = with_heads(None)
+    for found in found_by(out, TWO):
+        for key, value in whole.items():
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
+
+
+def assert_same_run(found: list[Found], expected: Found, start: str) -> None:
+    """Up to rounding; the counts of samples exactly."""
+    for number, mine in enumerate(found):
+        keys = [key for key in expected if number == 0 or not key.startswith("first/")]
+        assert {key.removeprefix(start) for key in mine if key.startswith(start)} == {*keys}
+        for key in keys:
+            value = expected[key]
+            if key != "ledger":
+                steps = 1e-3 if value.dtype == torch.float16 else 0.0  # a bank's entry may round to its neighbour
+                torch.testing.assert_close(
+                    mine[start + key], value, rtol=1e-4 + steps, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+                )
+    assert torch.equal(found[0][f"{start}ledger"], expected["ledger"])
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_in_two_processes_gives_the_same_model(out: Path, name: str, tmp_path: Path) -> None:
+    start = f"trained/{name}/"
+    whole = {key.removeprefix(start): value for key, value in trained(name, tmp_path / name).items()}
+    found = found_by(out, TWO)
+    assert_same_run(found, whole, start)
+    assert all(torch.equal(found[1][key], found[0][key]) for key in found[0] if key.startswith(f"{start}method/"))
+    assert (out / name / "metrics.jsonl").read_text().count("\n") == 8
+    one, two = ((folder / name / "bad_samples.jsonl").read_text().splitlines() for folder in (tmp_path, out))
+    assert sorted(one) == sorted(two)
+    assert (out / name / "checkpoints" / "step-000000008" / "random-1.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
+@pytest.mark.parametrize("case", GOES_ON)
+def test_a_run_goes_on_in_another_number_of_processes(out: Path, case: str, uninterrupted: Found) -> None:
+    """In the middle of an epoch and a stage: tars, workers, an average, a policy, a bank; with and without shards."""
+    later = GOES_ON[case][1]
+    start = f"changed/{case}/"
+    if later == 1:
+        here = go_on(out / case, ShardSource(str(out / "shards" / "*.tar")))
+        found = [{start + key: value for key, value in here.items()}]
+    else:
+        found = found_by(out, later)
+    assert_same_run(found, uninterrupted, start)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """The run of one process that nothing stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    torch.set_num_threads(1)
+    found = go_on(folder / "run", write_shards(folder / "shards"), resume=False)
+    assert found["ledger"][1] > 0
+    return found
+
+
+def test_processes_wait_for_one_that_is_busy_for_longer_than_collectives_may_take(out: Path) -> None:
+    """It got past `wait_for_all` (else there were nothing here); a plain barrier would have failed."""
+    assert float(found_by(out, TWO)[1]["patience/barrier failed"]) == 1
+
+
+def test_what_shards_write_is_whole(out: Path) -> None:
+    folders = [out / name / "checkpoints" for name in (f"clip_kd{SHARDED}", "clip_kd")]
+    sharded, plain = (read_checkpoint(list_checkpoints(folder)[-1])[0] for folder in folders)
+    for group in ("method", "optimizer"):
+        shapes = {key: value.shape for key, value in plain[group].items()}
+        assert {key: value.shape for key, value in sharded[group].items()} == shapes

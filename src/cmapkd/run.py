@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, all_keys, keys_of_run
 from cmapkd.cache.progress import BuildDisplay
-from cmapkd.config import Config, ConfigError, closest
+from cmapkd.config import Config, ConfigError, closest, printable
 from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.config import DataConfig
 from cmapkd.data.open import open_source
@@ -221,7 +221,7 @@ def run(
     _write_json(out / "metrics.json", metrics)
     state.wait_for_everyone()
     if console is not None and trained.ledger.num_bad:
-        console.print(trained.ledger.summary(), highlight=False)
+        console.print(printable(trained.ledger.summary()), markup=False, highlight=False)
     return RunResult(out, metrics)
 
 

@@ -6,10 +6,11 @@ import errno
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -40,13 +41,30 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         written = values.pop("digest")
+        expected = _digest(values)
     except FileNotFoundError:
         raise CacheError(f"there is no {path}: build the cache first (cmapkd cache build)") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"{path} is damaged ({error}): restore it, or remove its folder and build again") from None
-    if written != _digest(values):
+    if written != expected:
         raise CacheError(f"{path} is damaged (its digest does not fit): restore it, or remove its folder and rebuild")
     return values
+
+
+def check_values(path: Path, values: Mapping[str, Any], **kinds: type | UnionType) -> None:
+    """Refuses a file of ours without these values, or with others than cmapkd writes: numbers are not negative.
+
+    Raises:
+        CacheError: names the first.
+    """
+    for name, kind in kinds.items():
+        value = values.get(name)
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if not good or (isinstance(value, int) and not 0 <= value < 2**62):
+            raise CacheError(
+                f"{path} has {name} {str(value)[:60]!r}, which no cmapkd writes: restore it, or remove its folder and "
+                "build again"
+            )
 
 
 @contextmanager

@@ -29,7 +29,9 @@ def main() -> None:
     except Exception as error:
         if not _is_users(error):
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        from cmapkd.config import printable
+
+        print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         sys.exit(2)
 
 

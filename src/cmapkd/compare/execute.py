@@ -19,7 +19,7 @@ from cmapkd.compare.config import ComparisonConfig
 from cmapkd.compare.plan import Plan, PlannedRun, config_digest, make_plan
 from cmapkd.compare.summary import TableSummary, summarize_tables, teacher_key
 from cmapkd.compare.write import write_json, write_outputs
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, printable
 from cmapkd.data.check import TooManyBadSamples
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
@@ -98,7 +98,7 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
             if state != "finished":
                 gc.collect()  # a trainer is full of circles: its memory would otherwise last into the next run
             if console is not None and outcome.error is not None:
-                console.print(f"failed: {outcome.error}", markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(f"failed: {outcome.error}"), markup=False, highlight=False, soft_wrap=True)
         teachers = _score_teachers(plan, outcomes, sources, out / "teachers.json")
     except BaseException:
         _finish(plan, outcomes, {}, out)

@@ -35,8 +35,12 @@ class RunResult:
         try:
             metrics = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it and resume the run, which measures again") from None
-        models = [metrics.get(role) for role in ("teacher", "student", "baseline")] if isinstance(metrics, dict) else [0]
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it and resume the run, which measures again"
+            ) from None
+        models = (
+            [metrics.get(role) for role in ("teacher", "student", "baseline")] if isinstance(metrics, dict) else [0]
+        )
         if not all(each is None or (isinstance(each, dict) and isinstance(each.get("params"), int)) for each in models):
             raise ValueError(f"{path} holds no scores of teacher, student and baseline: cmapkd did not write it")
         if missing := {"gap_closed", "method", "evaluated_on"} - metrics.keys():
@@ -58,7 +62,9 @@ class RunResult:
         table = score_table(present, title=f"Scores on {self.metrics['evaluated_on']}")
         if self.gap_closed is not None:
             share = 100 * self.gap_closed
-            table.caption = Text(f"gap closed: {share:.0f} % of the way from {printable(str(baseline))} to teacher (R@1)")
+            table.caption = Text(
+                f"gap closed: {share:.0f} % of the way from {printable(str(baseline))} to teacher (R@1)"
+            )
         return table
 
 

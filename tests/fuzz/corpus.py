@@ -166,7 +166,7 @@ def zip_of(members: Iterable[tuple[str | zipfile.ZipInfo, bytes]]) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for member, data in members:
-            archive.writestr(member, data)
+            archive.writestr(zipfile.ZipInfo(member) if isinstance(member, str) else member, data)
     return file.getvalue()
 
 
@@ -197,7 +197,16 @@ def hostile_tar(draws: Random, folder: Path) -> Attempt:
     data = tar_of(members, draws.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)))
     if draws.random() < 0.3:  # a header whose size does not hold, with a checksum that does
         at = 512 * draws.randrange(8)
-        size = draws.choice((b"77777777777\0", b"-0000000001\0", b"00000000000\0", b"zzzzzzzzzzz\0", b"\x80" + b"\xff" * 11, b"\xff" * 12))
+        size = draws.choice(
+            (
+                b"77777777777\0",
+                b"-0000000001\0",
+                b"00000000000\0",
+                b"zzzzzzzzzzz\0",
+                b"\x80" + b"\xff" * 11,
+                b"\xff" * 12,
+            )
+        )
         header = bytearray(data[at : at + 512])
         header[124:136] = size
         header[148:156] = b" " * 8
@@ -232,7 +241,10 @@ def tar_contents(draws: Random, folder: Path) -> Attempt:
             draws.choice(("odd.json", "odd.json", "odd.syn.json")),
             odd_json(record, draws),
         ),
-        (draws.choice(("odd.txt", "odd.cls")), draws.choice((odd_text(draws).encode("utf-8", "replace"), not_utf8(draws)))),
+        (
+            draws.choice(("odd.txt", "odd.cls")),
+            draws.choice((odd_text(draws).encode("utf-8", "replace"), not_utf8(draws))),
+        ),
     ]
     before, after = pairs(2)[:2], pairs(2)[2:]
     write(folder / "a.tar", tar_of([*before, *odd, *after]))
@@ -258,7 +270,10 @@ def tar_index_file(draws: Random, folder: Path) -> Attempt:
 
 
 def damaged_zip(draws: Random, folder: Path) -> Attempt:
-    write(folder / "a.zip", spoil(zip_of([(f"{n:04}.png", picture(n)) for n in range(4)] + [("0000.txt", b"number 0")]), draws))
+    write(
+        folder / "a.zip",
+        spoil(zip_of([(f"{n:04}.png", picture(n)) for n in range(4)] + [("0000.txt", b"number 0")]), draws),
+    )
     return reads("folder:a.zip")
 
 
@@ -267,10 +282,19 @@ def hostile_zip(draws: Random, folder: Path) -> Attempt:
     for _ in range(draws.choice((1, 3))):
         info = zipfile.ZipInfo(draws.choice(("../escape.png", "/tmp/escape.png", "a/../../e.png", "..\\e.png", "0000.txt", "l.png",
                                              "C:\\e.png", "é.png", "x" * 5_000 + ".png", TERMINAL + ".png", "0001.txt", "b.json")))  # fmt: skip
-        info.compress_type = draws.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2))
+        info.compress_type = draws.choice(
+            (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2)
+        )
         if draws.random() < 0.3:
             info.external_attr = 0o120777 << 16  # a link
-        members.append((info, draws.choice((picture(9), b"/etc/passwd", b"", b"\0" * (30 * 2**20), odd_text(draws).encode("utf-8", "replace")))))
+        members.append(
+            (
+                info,
+                draws.choice(
+                    (picture(9), b"/etc/passwd", b"", b"\0" * (30 * 2**20), odd_text(draws).encode("utf-8", "replace"))
+                ),
+            )
+        )
     data = bytearray(zip_of(members))
     if draws.random() < 0.5:  # the central directory lies about a size, a method, a flag or a place
         at = data.rfind(b"PK\1\2", 0, len(data) - 4)
@@ -380,7 +404,17 @@ def captions(draws: Random, folder: Path) -> Attempt:
     images_in(folder / "d", ["good.png", "odd.png"])
     write(folder / "d" / "good.txt", b"fine")
     text = odd_text(draws).encode("utf-8", "replace")
-    text = draws.choice((text, text, not_utf8(draws), text.decode().encode("utf-16"), b"\n" * 100_000, b"a\n" * 50_000, spoil(text, draws)))
+    text = draws.choice(
+        (
+            text,
+            text,
+            not_utf8(draws),
+            text.decode().encode("utf-16"),
+            b"\n" * 100_000,
+            b"a\n" * 50_000,
+            spoil(text, draws),
+        )
+    )
     write(folder / "d" / "odd.txt", text)
 
     def attempt() -> tuple[int, int]:
@@ -401,20 +435,30 @@ COCO = {"images": [{"id": n, "file_name": f"{n}.png", "width": 12, "height": 12}
         "info": {}, "licenses": []}  # fmt: skip
 INSTANCES = {
     "images": COCO["images"],
-    "annotations": [{"image_id": n, "id": n, "category_id": n, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0} for n in range(3)],
+    "annotations": [
+        {"image_id": n, "id": n, "category_id": n, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0} for n in range(3)
+    ],
     "categories": [{"id": n, "name": f"kind {n}"} for n in range(3)],
 }
 KARPATHY = {"dataset": "coco", "images": [
     {"filename": f"{n}.png", "filepath": "", "split": split, "cocoid": n, "sentences": [{"raw": f"number {n}", "tokens": ["number"]}]}
     for n, split in enumerate(("train", "restval", "test"))
 ]}  # fmt: skip
-QUESTIONS = {"data_subtype": "val2014", "questions": [{"question_id": n, "image_id": n, "question": "what?"} for n in range(3)]}
+QUESTIONS = {
+    "data_subtype": "val2014",
+    "questions": [{"question_id": n, "image_id": n, "question": "what?"} for n in range(3)],
+}
 ANSWERS = {"data_subtype": "val2014", "annotations": [
     {"question_id": n, "image_id": n, "answer_type": "other", "answers": [{"answer": "a", "answer_id": 1}], "multiple_choice_answer": "a"}
     for n in range(3)
 ]}  # fmt: skip
-REGIONS = [{"id": n, "regions": [{"region_id": n, "phrase": f"number {n}", "x": 0, "y": 0, "width": 2, "height": 2}]} for n in range(3)]
-OBJECTS = [{"image_id": n, "objects": [{"object_id": n, "names": ["cat"], "x": 0, "y": 0, "w": 2, "h": 2}]} for n in range(3)]
+REGIONS = [
+    {"id": n, "regions": [{"region_id": n, "phrase": f"number {n}", "x": 0, "y": 0, "width": 2, "height": 2}]}
+    for n in range(3)
+]
+OBJECTS = [
+    {"image_id": n, "objects": [{"object_id": n, "names": ["cat"], "x": 0, "y": 0, "w": 2, "h": 2}]} for n in range(3)
+]
 NAMES = [f"{number}.png" for number in range(3)]
 
 
@@ -493,7 +537,9 @@ def table(draws: Random, folder: Path) -> Attempt:
         writer.writerow([f"i/{number}.png", f"number {number}", number])
     if draws.random() < 0.6:
         writer.writerow(
-            draws.sample(["i/0.png", odd_text(draws), "1", "../../../etc/passwd", str(odd_value(draws))], draws.randrange(1, 5))
+            draws.sample(
+                ["i/0.png", odd_text(draws), "1", "../../../etc/passwd", str(odd_value(draws))], draws.randrange(1, 5)
+            )
         )
     write(folder / "t.csv", _odd_table(file.getvalue(), draws))
     name = {",": "", "\t": "", ";": "?separator=semicolon"}[separator]
@@ -508,12 +554,30 @@ def _odd_table(text: str, draws: Random) -> bytes:
         return spoil(data, draws)
     if how == 2:
         at = draws.randrange(len(data))
-        return data[:at] + draws.choice((b'"', b'"""', b"\0", b"\r", b"\xff", b"\x1b[2J", b'\n"' + b"x" * 300_000, b"\n\n\n", b"," * 5_000)) + data[at:]
+        return (
+            data[:at]
+            + draws.choice(
+                (b'"', b'"""', b"\0", b"\r", b"\xff", b"\x1b[2J", b'\n"' + b"x" * 300_000, b"\n\n\n", b"," * 5_000)
+            )
+            + data[at:]
+        )
     if how == 3:
         return data + odd_text(draws).encode("utf-8", "replace") + b"\n"
     if how == 4:
-        return draws.choice((b"", b"\n", data.split(b"\n")[0], text.encode("utf-16"), b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r"), not_utf8(draws)))
-    return data.replace(b"number 1", draws.choice((not_utf8(draws), MARKUP.encode(), TERMINAL.encode(), b"=cmd|' /C calc'!A0")))
+        return draws.choice(
+            (
+                b"",
+                b"\n",
+                data.split(b"\n")[0],
+                text.encode("utf-16"),
+                b"\xef\xbb\xbf" + data,
+                data.replace(b"\n", b"\r"),
+                not_utf8(draws),
+            )
+        )
+    return data.replace(
+        b"number 1", draws.choice((not_utf8(draws), MARKUP.encode(), TERMINAL.encode(), b"=cmd|' /C calc'!A0"))
+    )
 
 
 def classes(draws: Random, folder: Path) -> Attempt:
@@ -597,7 +661,18 @@ def recipes(draws: Random, folder: Path) -> Attempt:
     elif how == 1:
         data = (RECIPE + _bomb(draws)).encode()
     elif how == 2:
-        data = draws.choice((b"", b"\0", not_utf8(draws), RECIPE.encode("utf-16"), b"base: r.yaml\n", b"base: [1]\n", b"base: ../r.yaml", b"base: /dev/zero"))
+        data = draws.choice(
+            (
+                b"",
+                b"\0",
+                not_utf8(draws),
+                RECIPE.encode("utf-16"),
+                b"base: r.yaml\n",
+                b"base: [1]\n",
+                b"base: ../r.yaml",
+                b"base: /dev/zero",
+            )
+        )
     elif how == 3:
         import yaml
 
@@ -629,9 +704,13 @@ def _without_huge(values: Any) -> Any:
 def overrides(draws: Random, folder: Path) -> Attempt:
     key = draws.choice(("training.steps", "method", "data.train", "student.options.width", "", "a..b", "a[0]", "optim.betas", ".", "training", "x" * 5000,
                         "seed", "training.stages", "more_teachers.a", "heads", "baseline"))  # fmt: skip
-    value = draws.choice((draws.choice(_YAML), odd_text(draws)[:5_000], str(odd_value(draws))[:5_000], "1", "{", "[1,2", "null"))
+    value = draws.choice(
+        (draws.choice(_YAML), odd_text(draws)[:5_000], str(odd_value(draws))[:5_000], "1", "{", "[1,2", "null")
+    )
     text = draws.choice((f"{key}={value}", f"{key}", f"={value}", f"{key}={value}={value}"))
-    return lambda: (1, 0) if RunConfig.from_mapping(apply_overrides(_plain_recipe(), [text], where="recipe")) else (0, 0)
+    return lambda: (
+        (1, 0) if RunConfig.from_mapping(apply_overrides(_plain_recipe(), [text], where="recipe")) else (0, 0)
+    )
 
 
 def _plain_recipe() -> dict[str, Any]:
@@ -757,7 +836,9 @@ def cache_shards(draws: Random, folder: Path) -> Attempt:
         shutil.copy(draws.choice(files), path)
     elif how == 2:
         path.unlink()
-        draws.choice((lambda: path.symlink_to("/etc/passwd"), path.mkdir, lambda: path.symlink_to("/dev/zero"), path.touch))()
+        draws.choice(
+            (lambda: path.symlink_to("/etc/passwd"), path.mkdir, lambda: path.symlink_to("/dev/zero"), path.touch)
+        )()
     else:
         path.write_bytes(spoil(path.read_bytes(), draws))
     return _reads_cache
@@ -796,7 +877,8 @@ def checkpoints(draws: Random, folder: Path) -> Attempt:
         tensors, progress = read_checkpoint(Path("step-000000003"))
         whole, before = read_checkpoint(_checkpoint())
         same = tensors.keys() == whole.keys() and all(
-            tensors[name].keys() == group.keys() and all(torch.equal(tensors[name][key], value) for key, value in group.items())
+            tensors[name].keys() == group.keys()
+            and all(torch.equal(tensors[name][key], value) for key, value in group.items())
             for name, group in whole.items()
         )
         if not same or progress != before:
@@ -932,9 +1014,22 @@ def _hf() -> Path:
 
     from helpers import tokenizer
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "projection_dim": 8}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "projection_dim": 8,
+    }
     native = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, bos_token="[START]", eos_token="[END]", pad_token="[PAD]", unk_token="[UNK]")  # fmt: skip
-    text = {**sizes, "vocab_size": 128, "max_position_embeddings": 12, "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    text = {
+        **sizes,
+        "vocab_size": 128,
+        "max_position_embeddings": 12,
+        "eos_token_id": 3,
+        "bos_token_id": 2,
+        "pad_token_id": 0,
+    }
     config = CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8)
     folder = _kept() / "hf"
     torch.manual_seed(0)
@@ -954,7 +1049,10 @@ def hf_folders(draws: Random, folder: Path) -> Attempt:
         values |= {"auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
         values["model_type"] = draws.choice(("clip", "own", "llava"))
         config.write_text(json.dumps(values))
-        write(folder / "model" / "code.py", b"open('escape', 'w').write('x')\nfrom transformers import CLIPConfig as Config, CLIPModel as Model\n")
+        write(
+            folder / "model" / "code.py",
+            b"open('escape', 'w').write('x')\nfrom transformers import CLIPConfig as Config, CLIPModel as Model\n",
+        )
     elif how == 1:
         (folder / "model" / "model.safetensors").unlink()
         write(folder / "model" / "pytorch_model.bin", _pickle())
@@ -982,7 +1080,10 @@ OPEN_CLIP: dict[str, Any] = {
 
 
 def open_clip_folders(draws: Random, folder: Path) -> Attempt:
-    write(folder / "model" / "open_clip_config.json", odd_json(OPEN_CLIP, draws) if draws.random() < 0.7 else json.dumps(OPEN_CLIP).encode())
+    write(
+        folder / "model" / "open_clip_config.json",
+        odd_json(OPEN_CLIP, draws) if draws.random() < 0.7 else json.dumps(OPEN_CLIP).encode(),
+    )
     name = draws.choice(("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors"))
     write(folder / "model" / name, draws.choice((odd_safetensors(draws), _pickle(), b"", draws.randbytes(500))))
     scratch = draws.random() < 0.7
@@ -997,7 +1098,10 @@ def open_clip_folders(draws: Random, folder: Path) -> Attempt:
 
 def run_folders(draws: Random, folder: Path) -> Attempt:
     """What is read back of a run: its scores, its lines, its list of bad samples in a checkpoint."""
-    scores = {"retrieval": {"i2t": {"r@1": 1.0, "r@5": 2.0}, "t2i": {"r@1": 1.0, "r@5": 2.0}, "mean_r@1": 1.0}, "params": 5}
+    scores = {
+        "retrieval": {"i2t": {"r@1": 1.0, "r@5": 2.0}, "t2i": {"r@1": 1.0, "r@5": 2.0}, "mean_r@1": 1.0},
+        "params": 5,
+    }
     metrics = {"teacher": scores, "student": scores, "baseline": None, "baseline_name": None, "gap_closed": None, "method": MARKUP,
                "evaluated_on": TERMINAL}  # fmt: skip
     which = draws.randrange(3)

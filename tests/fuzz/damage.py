@@ -39,7 +39,9 @@ def odd_text(draws: Random) -> str:
 
 
 def not_utf8(draws: Random) -> bytes:
-    return draws.choice((b"caf\xe9", b"\xff\xfea\0b\0", b"\x80\x81", b"\xed\xa0\x80", b"ok \xc3", b"\xf8\x88\x80\x80\x80"))
+    return draws.choice(
+        (b"caf\xe9", b"\xff\xfea\0b\0", b"\x80\x81", b"\xed\xa0\x80", b"ok \xc3", b"\xf8\x88\x80\x80\x80")
+    )
 
 
 def spoil(data: bytes, draws: Random) -> bytes:

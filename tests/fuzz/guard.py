@@ -1,6 +1,6 @@
 """Runs one attempt and judges how it ends: read, skipped, refused in words of ours, or a failure.
 
-A failure is any other exception, more than `SECONDS`, more memory than `ROOM` beyond what the process had, a file written
+A failure is any other exception, more than `SECONDS` of computing or `WAITING` of waiting, more memory than `ROOM` beyond what the process had, a file written
 outside the folders that may be written to, code that is unpickled or started, a connection, or a wrong result.
 """
 
@@ -23,7 +23,8 @@ import cmapkd
 from cmapkd.data.check import TooManyBadSamples
 from cmapkd.training import NonFiniteLossError
 
-SECONDS = 20
+SECONDS = 20  # of processor time
+WAITING = 240  # on the clock of a machine that may have much else to do
 ROOM = 3 * 2**30  # of address space: a picture at the limit of pixels takes 0.7 GB, and is copied once
 OURS = Path(cmapkd.__file__).parent
 
@@ -67,7 +68,14 @@ class _Watch:
             self._check(event, arguments[1])
         elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree"):
             self._check(event, arguments[0])
-        elif event in ("pickle.find_class", "os.system", "os.exec", "subprocess.Popen", "os.posix_spawn", "socket.connect"):
+        elif event in (
+            "pickle.find_class",
+            "os.system",
+            "os.exec",
+            "subprocess.Popen",
+            "os.posix_spawn",
+            "socket.connect",
+        ):
             self.seen.append(f"{event} {str(arguments)[:200]}")
 
     def _check(self, event: str, path: Any) -> None:
@@ -101,7 +109,7 @@ def judge(attempt: Callable[[], tuple[int, int]], folder: Path) -> Outcome:
             read, skipped = attempt()
         outcome = Outcome("skipped", f"{skipped} of {read + skipped}") if skipped else Outcome("read", str(read))
     except _Hang:
-        outcome = Outcome("failure", f"more than {SECONDS} seconds")
+        outcome = Outcome("failure", f"more than {SECONDS} seconds of computing or {WAITING} of waiting")
     except Exception as error:
         outcome = _judged(error)
     finally:
@@ -132,12 +140,15 @@ def _limits() -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = signal.signal(signal.SIGALRM, ring)
+    before = {number: signal.signal(number, ring) for number in (signal.SIGALRM, signal.SIGPROF)}
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAITING)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

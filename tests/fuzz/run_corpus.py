@@ -1,6 +1,6 @@
 """Reads the corpus and writes how it ended, by kind.
 
-    PYTHONPATH=src:tests:tests/fuzz python tests/fuzz/run_corpus.py --inputs 40 --json docs/results/malformed.json
+PYTHONPATH=src:tests:tests/fuzz python tests/fuzz/run_corpus.py --inputs 40 --json docs/results/malformed.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        os.environ.update(XDG_CACHE_HOME=cache, HF_HOME=f"{cache}/hf", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+        os.environ.update(
+            XDG_CACHE_HOME=cache, HF_HOME=f"{cache}/hf", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+        )
         from corpus import KINDS, outcome
 
         found, failures = {}, []
@@ -36,9 +38,14 @@ def main() -> None:
                 if end.ending == "failure":
                     failures.append({"kind": kind, "seed": seed, "detail": end.detail})
                     print(f"  {kind} {seed}: {end.detail}", file=sys.stderr, flush=True)
-            found[kind] = {"inputs": arguments.inputs, **{name: ends[name] for name in ("refused", "skipped", "read", "failure")}}
+            found[kind] = {
+                "inputs": arguments.inputs,
+                **{name: ends[name] for name in ("refused", "skipped", "read", "failure")},
+            }
             print(f"{kind:24} {dict(ends)} {time.monotonic() - start:.1f} s", flush=True)
-    total = {name: sum(each[name] for each in found.values()) for name in ("inputs", "refused", "skipped", "read", "failure")}
+    total = {
+        name: sum(each[name] for each in found.values()) for name in ("inputs", "refused", "skipped", "read", "failure")
+    }
     print(f"{len(found)} kinds: {total}")
     if arguments.json is not None:
         content = {"first": arguments.first, "kinds": found, "total": total, "failures": failures}

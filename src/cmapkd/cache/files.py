@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -13,8 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+from cmapkd.config.disk import FULL, READ_ONLY, flush
 
 
 class CacheError(ValueError):
@@ -78,8 +76,7 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         with explained(path.parent):
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             temporary.rename(path)
             flush(path.parent)
     except BaseException:
@@ -93,25 +90,16 @@ def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise CacheError(
                 f"the disk of {folder} is full: free some space, or name another folder (cache.folder), and build "
                 "again; finished shards are kept"
             ) from None
-        if error.errno in _READ_ONLY:
+        if error.errno in READ_ONLY:
             raise CacheError(
                 f"{folder} cannot be written ({error.strerror}): name another folder (cache.folder)"
             ) from None
         raise
-
-
-def flush(path: Path) -> None:
-    """Has what a file or a folder holds written to the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def temporary_folder(path: Path) -> Path:

@@ -19,12 +19,12 @@ from cmapkd.cache.files import (
     check_values,
     digest_of,
     explained,
-    flush,
     read_json,
     temporary_folder,
     write_json,
 )
 from cmapkd.cache.layout import Layout
+from cmapkd.config.disk import flush
 
 CACHE_FILE, PART_FILE, KEYS_FILE = "cache.json", "part.json", "keys.bin"
 Keys = NDArray[np.int64]  # view number x samples of the source + index, ascending

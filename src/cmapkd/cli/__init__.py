@@ -36,5 +36,7 @@ def main() -> None:
 
 
 def _is_users(error: Exception) -> bool:
-    """ValueErrors, which say what to change, and the trainer's own stops; anything else is a defect worth its trace."""
-    return isinstance(error, ValueError) or type(error).__name__ in ("NonFiniteLossError", "TooManyBadSamples")
+    """ValueErrors, which say what to change, and stopped runs; anything else is a defect worth its trace."""
+    from cmapkd.config import RunStopped
+
+    return isinstance(error, ValueError | RunStopped)

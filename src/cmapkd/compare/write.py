@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from cmapkd.compare.summary import (
     seconds_per_step,
 )
 from cmapkd.config import in_markdown, printable
+from cmapkd.config.disk import write_text
 from cmapkd.provenance import describe_environment
 
 
@@ -67,9 +67,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # two may share the folder, each with its seeds
-    temporary.write_text(text, encoding="utf-8", newline="")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def _records(
@@ -187,7 +185,10 @@ def markdown(table: TableSummary) -> str:
 
 def rich_table(table: TableSummary) -> Table:
     """The table for a terminal: differences stand under their values."""
-    shown = Table(title=Text(printable(table.title)) if table.title else None, show_lines=any(row.row and not row.is_reference for row in table.rows))
+    shown = Table(
+        title=Text(printable(table.title)) if table.title else None,
+        show_lines=any(row.row and not row.is_reference for row in table.rows),
+    )
     shown.add_column("arm")
     for path in table.metrics:
         shown.add_column(metric_label(path), justify="right", no_wrap=True)

@@ -7,7 +7,7 @@ import unicodedata
 _KEPT = "\n\t"
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats such as right-to-left overrides, surrogates, line ends
 _JOINERS = "\u200c\u200d"  # part of ordinary text in several scripts
-_MARKDOWN = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "&": "&amp;", "`": "\\`"})
+_MARKDOWN = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "&": "&amp;", "`": "&#96;"})
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ class SampleMemory:
     """Samples of `source` by position, the first ones that fit into `limit` MiB kept.
 
     Nothing kept is ever dropped: epochs read every sample once, in a new order each, so that whatever is kept serves
-    one reading per epoch, while a cache that replaced the oldest would have dropped most of them just before their turn.
+    one reading per epoch; a cache that replaced the oldest would have dropped most of them just before their turn.
     Unreadable samples are not kept.
     """
 

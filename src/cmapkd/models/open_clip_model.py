@@ -213,7 +213,16 @@ def construct(config: Mapping[str, Any], preprocess: Mapping[str, Any], *, where
     custom = arguments.pop("custom_text", False) or bool(arguments["text_cfg"].get("hf_model_name"))
     try:
         model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, OSError, ArithmeticError, AttributeError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        LookupError,
+        OSError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         raise ConfigError(f"open_clip cannot build {where}: {_first_line(error)}") from None
     size = model.visual.image_size
     size = size if isinstance(size, Sequence) else (size, size)

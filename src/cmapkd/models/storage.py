@@ -38,7 +38,13 @@ def check_sizes(config: Mapping[str, Any], *, where: str | Path) -> None:
         elif isinstance(value, int | float):
             last = path.rpartition(".")[2]
             many = any(word in last for word in ("layers", "depth"))
-            most = MAX_LAYERS if many else MAX_WIDTH if any(word in last for word in ("width", "dim", "hidden")) else MAX_SIZE
+            most = (
+                MAX_LAYERS
+                if many
+                else MAX_WIDTH
+                if any(word in last for word in ("width", "dim", "hidden"))
+                else MAX_SIZE
+            )
             if not abs(value) <= most:  # NaN as well
                 raise ValueError(f"{where}: {path} is {str(value)[:40]}, more than any model has (limit {most:,})")
 

@@ -43,7 +43,9 @@ class TinyOptions(Config):
     text_depth: int = Field(2, ge=1, le=MAX_LAYERS, description="Blocks of the text tower.")
     embed_dim: int = Field(128, ge=8, le=MAX_WIDTH, description="Width of the joint space.")
     context_length: int = Field(40, ge=4, le=10_000, description="Longest text, in tokens, start and end included.")
-    vocab_size: int = Field(2048, ge=8, le=1_000_000, description="Largest vocabulary learned from the training captions.")
+    vocab_size: int = Field(
+        2048, ge=8, le=1_000_000, description="Largest vocabulary learned from the training captions."
+    )
 
     @model_validator(mode="after")
     def _patches_fit(self) -> Self:

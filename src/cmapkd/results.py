@@ -43,23 +43,21 @@ class RunResult:
         )
         if not all(each is None or (isinstance(each, dict) and isinstance(each.get("params"), int)) for each in models):
             raise ValueError(f"{path} holds no scores of teacher, student and baseline: cmapkd did not write it")
-        if missing := {"gap_closed", "method", "evaluated_on"} - metrics.keys():
-            raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: cmapkd did not write it")
-        if not isinstance(metrics["gap_closed"], int | float | None):
+        if not isinstance(metrics.get("gap_closed"), int | float | None):
             raise ValueError(f"{path} has gap_closed {str(metrics['gap_closed'])[:40]!r}, which is no number")
         return cls(folder, metrics)
 
     @property
     def gap_closed(self) -> float | None:
-        value: float | None = self.metrics["gap_closed"]
+        value: float | None = self.metrics.get("gap_closed")
         return value
 
     def table(self) -> Table:
         """Teacher, baseline and student side by side."""
         baseline = self.metrics.get("baseline_name", "baseline")
-        rows = {"teacher": "teacher", "baseline": baseline, "student": self.metrics["method"]}
+        rows = {"teacher": "teacher", "baseline": baseline, "student": self.metrics.get("method")}
         present = [(rows[role], self.metrics[role]) for role in rows if self.metrics.get(role)]
-        table = score_table(present, title=f"Scores on {self.metrics['evaluated_on']}")
+        table = score_table(present, title=f"Scores on {self.metrics.get('evaluated_on')}")
         if self.gap_closed is not None:
             share = 100 * self.gap_closed
             table.caption = Text(

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ def read_lines_so_far(out: Path) -> list[str]:
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Iterator[Path]:
+def shards(tmp_path: Path) -> Path:
     import io
     import tarfile
 
@@ -263,7 +262,7 @@ def shards(tmp_path: Path) -> Iterator[Path]:
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "replaced"])

@@ -1,4 +1,4 @@
-"""No code from data, no file outside, no secret written, nothing of a stranger's text that a terminal or page would obey."""
+"""No code from data, no file outside, no secret written, nothing of strangers that a terminal or page would obey."""
 
 from __future__ import annotations
 

@@ -254,6 +254,7 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "step-000000001" / "method.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"step-000000001 cannot be read: method.safetensors is damaged"):
         read_checkpoint(tmp_path / "step-000000001")
+    write_checkpoint(tmp_path / "step-000000001", {"method": {"a": torch.ones(3)}}, checkpoint.Progress(step=1))
     (tmp_path / "step-000000001" / "progress.json").unlink()
     with pytest.raises(ValueError, match=r"cannot be read: .*No such file.*progress"):
         read_checkpoint(tmp_path / "step-000000001")

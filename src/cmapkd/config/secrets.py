@@ -57,8 +57,8 @@ def refuse_secrets(values: Mapping[str, Any], *, where: str) -> None:
             if name or path.rpartition(".")[2].lower() in _OF_SETTINGS or _KNOWN_FORMS.search(value):
                 what = f"the value of the environment variable {name}" if name else "a key or token"
                 raise ConfigError(
-                    f"{where}: {path} holds {what}, and settings are written into the run folder: take it out, libraries "
-                    "read HF_TOKEN and WANDB_API_KEY from the environment themselves"
+                    f"{where}: {path} holds {what}, and settings are written into the run folder: take it out; "
+                    "libraries read HF_TOKEN and WANDB_API_KEY from the environment themselves"
                 )
 
 

@@ -78,7 +78,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable model description: {error}") from None
     if format_number != 1:
-        raise ValueError(f"{path} has format {str(format_number)[:40]!r}, this version reads format 1: update cmapkd.")
+        raise ValueError(f"{path} has format {str(format_number)[:40]}, this version reads format 1: update cmapkd.")
     if not isinstance(description.get("options"), dict) or not {"family", "name"} <= description.keys():
         raise ValueError(f"{path} is not a readable model description: it lacks family, name or options")
     check_sizes(description["options"], where=path)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,7 @@ class Numbers(torch.utils.data.Dataset[tuple[int, int]]):
 @pytest.mark.parametrize("fatal", [{5: "kill"}, {0: "kill", 7: "exit"}, {11: "kill"}])
 def test_killed_workers_are_replaced_and_nothing_is_lost(workers: int, fatal: dict[int, str], tmp_path: Path) -> None:
     ahead = ReadAhead(Numbers(tmp_path, fatal), range(12), workers=workers)
-    with pytest.warns(
-        WorkerWarning, match=r"a data worker died \((by signal SIGKILL|with exit code 3)\) while reading"
-    ):
+    with pytest.warns(WorkerWarning, match=r"a data worker died \(.*(SIGKILL|exit code 3)\) while reading"):
         found = list(ahead)
     assert [number for number, _ in found] == list(range(12))
 
@@ -64,12 +63,12 @@ def test_workers_that_die_again_and_again_end_the_run_in_words(tmp_path: Path) -
         pytest.warns(WorkerWarning),
         pytest.raises(
             WorkerDied,
-            match=rf"died {MAX_DEATHS + 1} times, the last by signal SIGKILL while reading 2\. .*lower data.w",
+            match=rf"died {MAX_DEATHS + 1} times, the last by signal SIGKILL while reading [012] or .*lower data.w",
         ),
     ):
         for number, _ in ahead:
             found.append(number)
-    assert found == [0, 1]
+    assert found in ([], [0], [0, 1])  # a worker that is killed takes along what it had not handed over yet
 
 
 def test_an_error_of_a_worker_is_not_taken_for_its_death(tmp_path: Path) -> None:
@@ -169,22 +168,34 @@ def test_a_worker_that_dies_during_a_step_does_not_interrupt_it() -> None:
 PROGRAM = """
 import sys, warnings
 from pathlib import Path
-import torch
-from helpers import DropoutStudent, make_method, make_model, make_trainer
+sys.path.insert(0, sys.argv[2])
+from test_processes import of_sixty_steps
 warnings.simplefilter("ignore")
-out, resume = Path(sys.argv[1]), sys.argv[2] == "resume"
-made = make_trainer(out, make_method("contrastive", student=make_model(kind=DropoutStudent)), steps=60, workers=2,
-                    checkpoint_every=7)
-torch.manual_seed(0)
-made.run(resume=resume)
-torch.save(made.method.state_dict(), out / "end.pt")
+of_sixty_steps(Path(sys.argv[1])).run()
 """
 
 
-def begin(out: Path, how: str) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+def of_sixty_steps(out: Path, seed: int = 0) -> Trainer:
+    method = make_method("contrastive", student=make_model(kind=DropoutStudent, seed=seed))
+    made = make_trainer(out, method, steps=60, workers=2, checkpoint_every=7)
+    torch.manual_seed(seed)
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    made = of_sixty_steps(tmp_path_factory.mktemp("whole"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on a single core
+        made.run()
+    return made
+
+
+def begin(out: Path) -> subprocess.Popen[str]:
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), *sys.path])
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(out), how],
+        [sys.executable, "-c", PROGRAM, str(out), str(here)],
         env={**os.environ, "PYTHONPATH": paths},
         stderr=subprocess.PIPE,
         text=True,
@@ -193,7 +204,7 @@ def begin(out: Path, how: str) -> subprocess.Popen[str]:
 
 
 def wait_for(out: Path, lines: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= lines:
             return
@@ -206,39 +217,32 @@ def workers_of(process: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_loses_nothing(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_to_the_whole_group_loses_nothing(number: signal.Signals, tmp_path: Path, whole: Trainer) -> None:
     """Slurm, `timeout` and shells tell every process of a job. SIGTERM has the step finished and saved."""
-    out = tmp_path / "run"
-    process = begin(out, "new")
-    wait_for(out, 17, process)
+    process = begin(tmp_path)
+    wait_for(tmp_path, 17, process)
     workers = workers_of(process.pid)
     os.killpg(process.pid, number)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=500)[1]
     assert process.returncode == (1 if number == signal.SIGTERM else -number), errors
-    steps = len(read_lines_so_far(out))
-    last = int(list_checkpoints(out / "checkpoints")[-1].name.rpartition("-")[2])
+    steps = len([line for line in (tmp_path / "metrics.jsonl").read_text().split("\n") if line.endswith("}")])
+    last = int(list_checkpoints(tmp_path / "checkpoints")[-1].name.rpartition("-")[2])
     if number == signal.SIGTERM:
         assert "Interrupted: stopped after step" in errors
         assert last == steps
     else:
-        assert last == steps // 7 * 7 or last == (steps - 1) // 7 * 7
-    deadline = time.monotonic() + 15  # workers without a parent look for it every five seconds
+        assert last in (steps // 7 * 7, (steps - 1) // 7 * 7)
+    deadline = time.monotonic() + 60  # workers without a parent look for it every five seconds
     while any(map(_lives, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [worker for worker in workers if _lives(worker)]
-    for folder, how in ((out, "resume"), (tmp_path / "whole", "new")):
-        done = begin(folder, how)
-        assert done.wait(timeout=120) == 0, done.communicate()[1]
-        done.communicate()
-    one, other = (torch.load(folder / "end.pt", weights_only=True) for folder in (out, tmp_path / "whole"))
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
-    assert [line["loss"] for line in read_lines(out / "metrics.jsonl")] == [
-        line["loss"] for line in read_lines(tmp_path / "whole" / "metrics.jsonl")
+    resumed = of_sixty_steps(tmp_path, seed=9)
+    resumed.run(resume=True)
+    state = resumed.method.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.method.state_dict().items())
+    assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [
+        line["loss"] for line in read_lines(whole.out / "metrics.jsonl")
     ]
-
-
-def read_lines_so_far(out: Path) -> list[str]:
-    return [line for line in (out / "metrics.jsonl").read_text().split("\n") if line.endswith("}")]
 
 
 # ------------------------------------------------------------------------------------------------ data that goes

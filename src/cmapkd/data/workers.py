@@ -126,12 +126,12 @@ class ReadAhead(Generic[P, T]):
         how = ", ".join(_ending(process) for process in dead)
         if deaths > MAX_DEATHS:
             raise WorkerDied(
-                f"data workers died {deaths} times, the last {how} while reading {self._place(done)}. The system kills "
+                f"data workers died {deaths} times, the last {how} while reading {self._place(done)} or what follows. The system kills "
                 "processes when memory runs out: lower data.workers, data.memory or training.batch_size (bus error: "
                 "/dev/shm is full, give the container more or set data.workers=0), and go on with --resume"
             )
         warnings.warn(
-            f"a data worker died ({how}) while reading {self._place(done)}: new ones go on from there with the same "
+            f"a data worker died ({how}) while reading {self._place(done)} or what follows: new ones go on from there with the same "
             f"data ({deaths} of at most {MAX_DEATHS} times)",
             WorkerWarning,
             stacklevel=3,

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+from cmapkd.config import printable
 
 Scores = dict[str, Any]
 
@@ -29,22 +32,37 @@ class RunResult:
         path = folder / "metrics.json"
         if not path.is_file():
             raise ValueError(f"{folder} holds no finished run: it has no metrics.json")
-        return cls(folder, json.loads(path.read_text(encoding="utf-8")))
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it and resume the run, which measures again"
+            ) from None
+        models = (
+            [metrics.get(role) for role in ("teacher", "student", "baseline")] if isinstance(metrics, dict) else [0]
+        )
+        if not all(each is None or (isinstance(each, dict) and isinstance(each.get("params"), int)) for each in models):
+            raise ValueError(f"{path} holds no scores of teacher, student and baseline: cmapkd did not write it")
+        if not isinstance(metrics.get("gap_closed"), int | float | None):
+            raise ValueError(f"{path} has gap_closed {str(metrics['gap_closed'])[:40]!r}, which is no number")
+        return cls(folder, metrics)
 
     @property
     def gap_closed(self) -> float | None:
-        value: float | None = self.metrics["gap_closed"]
+        value: float | None = self.metrics.get("gap_closed")
         return value
 
     def table(self) -> Table:
         """Teacher, baseline and student side by side."""
         baseline = self.metrics.get("baseline_name", "baseline")
-        rows = {"teacher": "teacher", "baseline": baseline, "student": self.metrics["method"]}
+        rows = {"teacher": "teacher", "baseline": baseline, "student": self.metrics.get("method")}
         present = [(rows[role], self.metrics[role]) for role in rows if self.metrics.get(role)]
-        table = score_table(present, title=f"Scores on {self.metrics['evaluated_on']}")
+        table = score_table(present, title=f"Scores on {self.metrics.get('evaluated_on')}")
         if self.gap_closed is not None:
             share = 100 * self.gap_closed
-            table.caption = f"gap closed: {share:.0f} % of the way from {baseline} to teacher (R@1)"
+            table.caption = Text(
+                f"gap closed: {share:.0f} % of the way from {printable(str(baseline))} to teacher (R@1)"
+            )
         return table
 
 
@@ -73,7 +91,7 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
     }
     values = {name: [_mean(scores, paths) for _, scores in rows] for name, paths in columns.items()}
     shown = {name: column for name, column in values.items() if any(value is not None for value in column)}
-    table = Table(title=title)
+    table = Table(title=Text(printable(title)))
     for name in ("model", *shown, "parameters"):
         if name == "model":  # a long path is folded; no number gives way to it
             table.add_column(name, overflow="fold")
@@ -81,7 +99,7 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
             table.add_column(name, justify="right", no_wrap=True)
     for place, (name, scores) in enumerate(rows):
         cells = ["-" if column[place] is None else f"{column[place]:.1f}" for column in shown.values()]
-        table.add_row(name, *cells, f"{scores['params']:,}")
+        table.add_row(Text(printable(str(name))), *cells, f"{scores['params']:,}")
     return table
 
 
@@ -94,4 +112,4 @@ def _dig(scores: Scores, path: tuple[str, ...]) -> Any:
     value: Any = scores
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
-    return value
+    return value if isinstance(value, int | float) else None

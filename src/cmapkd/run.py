@@ -18,9 +18,10 @@ from rich.console import Console
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, all_keys, keys_of_run
 from cmapkd.cache.progress import BuildDisplay
-from cmapkd.config import Config, ConfigError, closest
+from cmapkd.config import Config, ConfigError, closest, printable, refuse_secrets, writing
+from cmapkd.config.disk import flush, write_text
 from cmapkd.data.batches import BatchBuilder, Reader
-from cmapkd.data.config import DataConfig
+from cmapkd.data.config import DEFAULT_TIMEOUT, DataConfig
 from cmapkd.data.open import open_source
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
@@ -40,6 +41,7 @@ _FIRST_FILES = ("config.yaml", "environment.json", ".config.yaml.writing", ".env
 _MAY_CHANGE = (  # at a resume: who does the work, not what is computed
     "data.workers",
     "data.memory",
+    "data.timeout",
     "training.micro_batch",
     "training.local_loss",
     "training.sharding",
@@ -180,6 +182,8 @@ class RunConfig(Config):
             del values["more_teachers"]
         if not self.data.mix_synthetic:
             del values["data"]["mix_synthetic"]
+        if self.data.timeout == DEFAULT_TIMEOUT:
+            del values["data"]["timeout"]
         for name in ("local_loss", "sharding", "shard_teacher"):  # and for how the processes share the work
             if values["training"][name] == TrainConfig.model_fields[name].default:
                 del values["training"][name]
@@ -224,7 +228,8 @@ def run(
         baseline_folder = out / "baseline"
         baseline_config = config.scratch()
         if state.is_main_process:
-            baseline_folder.mkdir(exist_ok=True)
+            with writing(out):
+                baseline_folder.mkdir(exist_ok=True)
             _write_yaml(baseline_folder / "config.yaml", baseline_config.plain())
         _train(baseline_config, out=baseline_folder, resume=resume, console=console, title="scratch")
     elif isinstance(config.baseline, Path):
@@ -237,7 +242,7 @@ def run(
     _write_json(out / "metrics.json", metrics)
     wait_for_all()
     if console is not None and trained.ledger.num_bad:
-        console.print(trained.ledger.summary(), highlight=False)
+        console.print(printable(trained.ledger.summary()), markup=False, highlight=False)
     return RunResult(out, metrics)
 
 
@@ -279,6 +284,7 @@ def _train(
         seed=config.seed,
         workers=config.data.workers,
         max_bad_share=config.data.max_bad_share,
+        timeout=config.data.timeout,
         validate=_validator(config),
         settings=config.plain(),
         console=console,
@@ -294,7 +300,8 @@ def _train(
             student.load_state_dict(tensors["student"])
         _save_student(student, out / "student")
         if isinstance(method.beside, JointHeads):
-            method.beside.save(out / "heads")
+            with writing(out):
+                method.beside.save(out / "heads")
     return student, trained, extra
 
 
@@ -410,6 +417,7 @@ def _answer_from_cache(
             world_size=state.num_processes,
             skip_bad=config.data.on_bad_sample == "skip",
             progress=BuildDisplay(console),
+            timeout=config.data.timeout,
         )
         wait_for_all()
     reader = plan.open()
@@ -516,7 +524,12 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) 
     """Makes the run folder, or checks that the one there belongs to this config."""
     stored = out / "config.yaml"
     if resume and stored.exists():
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        try:
+            before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{stored} is damaged ({error}): restore it, or start a new run in another folder"
+            ) from None
         changed = [
             f"{key} ({pair})" for key, pair in _differences(before, config.plain()).items() if key not in _MAY_CHANGE
         ]
@@ -532,10 +545,12 @@ def _prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) 
         raise ConfigError(f"there is nothing to resume in {out}: it has no config.yaml")
     if not write:
         return
+    refuse_secrets(config.plain(), where="recipe")
     # where a run ended before its training began, over a wrong model name for example, there is nothing to keep
     if out.exists() and (not out.is_dir() or any(entry.name not in _FIRST_FILES for entry in out.iterdir())):
         raise ConfigError(f"{out} is not empty: add --resume to go on with the run in it, or name another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     _write_yaml(stored, config.plain())
     _write_environment(out, config)
 
@@ -558,21 +573,22 @@ def _save_student(student: DualEncoder, folder: Path) -> None:
     """Writes the model folder whole: under another name first."""
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    student.save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with writing(folder.parent):
+        try:
+            student.save(temporary)
+            for file in temporary.rglob("*"):
+                flush(file)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:
-    _write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    _write_whole(path, json.dumps(values, indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Under another name first: a killed run leaves the whole file or none."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
+    write_text(path, json.dumps(values, indent=2) + "\n")

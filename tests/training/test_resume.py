@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -186,6 +185,7 @@ def test_checkpoint_holds_tensors_and_json_and_no_teacher(tmp_path: Path) -> Non
     assert before.name == "step-000000002"
     assert sorted(file.name for file in last.iterdir()) == [
         "average.safetensors",
+        "checksums.json",
         "method.safetensors",
         "optimizer.safetensors",
         "progress.json",
@@ -252,10 +252,11 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     assert torch.equal(tensors["method"]["a"], torch.ones(3))
     assert progress == checkpoint.Progress(step=1)
     (tmp_path / "step-000000001" / "method.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"step-000000001 cannot be read"):
+    with pytest.raises(ValueError, match=r"step-000000001 cannot be read: method.safetensors is damaged"):
         read_checkpoint(tmp_path / "step-000000001")
-    (tmp_path / "step-000000001" / "progress.json").write_text(json.dumps({"steps": 3}))
-    with pytest.raises(ValueError, match=r"cannot be read: .*steps"):
+    write_checkpoint(tmp_path / "step-000000001", {"method": {"a": torch.ones(3)}}, checkpoint.Progress(step=1))
+    (tmp_path / "step-000000001" / "progress.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read: .*No such file.*progress"):
         read_checkpoint(tmp_path / "step-000000001")
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.parts import Part
@@ -19,6 +17,7 @@ from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.data.views import ViewSpec, draw_view
+from cmapkd.data.workers import ReadAhead
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +89,12 @@ def places_of(part: Part, number: int, shards: Sequence[int]) -> list[Place]:
     ]
 
 
-def load_chunks(chunks: Chunks, places: list[Place], *, workers: int, pin_memory: bool) -> Any:
-    """An iterable of chunks in the order of `places`."""
-    if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    return DataLoader(
-        chunks,
-        sampler=places,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=_as_it_is,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # its own, so that building draws nothing from the run's random state
-    )
+def load_chunks(
+    chunks: Chunks, places: list[Place], *, workers: int, pin_memory: bool, timeout: float = 0.0
+) -> ReadAhead[Place, Chunk]:
+    """The chunks in the order of `places`."""
 
+    def name(place: Place) -> str:
+        return f"rows {place.first} to {place.last} of the cache's part {place.part}"
 
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
+    return ReadAhead(chunks, places, workers=workers, pin_memory=pin_memory, timeout=timeout, name=name)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cmapkd.cache.files import check_values
 
 
 class Fidelity:
@@ -48,6 +51,17 @@ class Fidelity:
         }
 
 
+def check_fidelity(path: Path, record: Mapping[str, Any]) -> None:
+    """Refuses a record that `Fidelity.plain` cannot have written.
+
+    Raises:
+        CacheError: names the value.
+    """
+    check_values(path, record, rows=int, queries=int, agreeing=int, cosine_sum=dict, cosine_min=dict)
+    for part in ("cosine_sum", "cosine_min"):
+        check_values(path, record[part], **dict.fromkeys(record["cosine_sum"], float))
+
+
 def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Of all shards together: mean and smallest cosine by field, share of nearest neighbours that stay the same."""
     rows = queries = agreeing = 0
@@ -62,6 +76,6 @@ def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "rows": rows,
         "same_nearest": agreeing / queries if queries else None,
-        "cosine_mean": {name: value / rows for name, value in sums.items()},
+        "cosine_mean": {name: value / rows for name, value in sums.items()} if rows else {},
         "cosine_min": smallest,
     }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+from cmapkd.config.disk import FULL, READ_ONLY, flush
 
 
 class CacheError(ValueError):
@@ -40,13 +39,30 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
         written = values.pop("digest")
+        expected = _digest(values)
     except FileNotFoundError:
         raise CacheError(f"there is no {path}: build the cache first (cmapkd cache build)") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"{path} is damaged ({error}): restore it, or remove its folder and build again") from None
-    if written != _digest(values):
+    if written != expected:
         raise CacheError(f"{path} is damaged (its digest does not fit): restore it, or remove its folder and rebuild")
     return values
+
+
+def check_values(path: Path, values: Mapping[str, Any], **kinds: type | UnionType) -> None:
+    """Refuses a file of ours without these values, or with others than cmapkd writes: numbers are not negative.
+
+    Raises:
+        CacheError: names the first.
+    """
+    for name, kind in kinds.items():
+        value = values.get(name)
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if not good or (isinstance(value, int) and not 0 <= value < 2**62):
+            raise CacheError(
+                f"{path} has {name} {str(value)[:60]!r}, which no cmapkd writes: restore it, or remove its folder and "
+                "build again"
+            )
 
 
 @contextmanager
@@ -60,8 +76,7 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         with explained(path.parent):
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(temporary)
             temporary.rename(path)
             flush(path.parent)
     except BaseException:
@@ -76,25 +91,16 @@ def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise CacheError(
                 f"the disk of {folder} is full: free some space, or name another folder (cache.folder), and build "
                 "again; finished shards are kept"
             ) from None
-        if error.errno in _READ_ONLY:
+        if error.errno in READ_ONLY:
             raise CacheError(
                 f"{folder} cannot be written ({error.strerror}): name another folder (cache.folder)"
             ) from None
         raise
-
-
-def flush(path: Path) -> None:
-    """Has what a file or a folder holds written to the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def temporary_folder(path: Path) -> Path:

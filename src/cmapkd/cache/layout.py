@@ -113,7 +113,14 @@ class Layout:
             for each in values["fields"]
         ]
         key_tokens = KeyTokens(**values["key_tokens"]) if "key_tokens" in values else None
-        return cls(values["kind"], values["store"], tuple(fields), key_tokens)
+        if values["kind"] not in DETAILS or values["store"] not in _NUMPY:
+            raise ValueError(f"rows of kind {values['kind']!r} in {values['store']!r}")
+        if not {"image", "text"} <= {each.name for each in fields if each.shape}:
+            raise ValueError("rows without the embeddings of image and text")
+        layout = cls(values["kind"], values["store"], tuple(fields), key_tokens)
+        if not 0 < layout.row_bytes < 2**31:
+            raise ValueError(f"rows of {layout.row_bytes} bytes")
+        return layout
 
     def plain(self) -> dict[str, Any]:
         values = {"kind": self.kind, "store": self.store, "fields": [each.plain() for each in self.fields]}

@@ -13,16 +13,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cmapkd.cache.fidelity import check_fidelity
 from cmapkd.cache.files import (
     CacheError,
+    check_values,
     digest_of,
     explained,
-    flush,
     read_json,
     temporary_folder,
     write_json,
 )
 from cmapkd.cache.layout import Layout
+from cmapkd.config.disk import flush
 
 CACHE_FILE, PART_FILE, KEYS_FILE = "cache.json", "part.json", "keys.bin"
 Keys = NDArray[np.int64]  # view number x samples of the source + index, ascending
@@ -47,15 +49,18 @@ class Part:
             CacheError: either is damaged.
         """
         values = read_json(folder / PART_FILE)
+        check_values(folder / PART_FILE, values, rows=int, shard_rows=int, batch_size=int, start=int | None)
+        if not values["rows"] or not values["shard_rows"]:
+            raise CacheError(f"{folder / PART_FILE} is of no rows: remove {folder} and build again")
         part = cls(
             folder, values["rows"], values["shard_rows"], values["batch_size"], layout.row_bytes, values["start"]
         )
         if part.start is None:
             try:
-                found = digest_of((folder / KEYS_FILE).read_bytes())
+                listed = (folder / KEYS_FILE).read_bytes()
             except OSError as error:
                 raise CacheError(f"{folder / KEYS_FILE} cannot be read: {error}") from None
-            if found != values["keys"]:
+            if digest_of(listed) != values.get("keys") or len(listed) != 8 * part.rows:
                 raise CacheError(f"{folder / KEYS_FILE} is damaged: remove {folder} and build again")
         return part
 
@@ -114,14 +119,26 @@ class Part:
             return False
         first, last = self.extent(shard)
         expected = (last - first) * self.row_bytes
-        try:
-            size = self.data(shard).stat().st_size
-        except FileNotFoundError:
-            size = None
+        data = self.data(shard)
+        size = data.stat().st_size if data.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
             raise CacheError(f"{self.data(shard)} {found}: remove {self.record(shard).name} beside it and build again")
         return True
+
+    def read_record(self, shard: int) -> dict[str, Any]:
+        """What was noted when the shard was finished.
+
+        Raises:
+            CacheError: it is not there, damaged, or not of this shard.
+        """
+        record = read_json(self.record(shard))
+        check_values(self.record(shard), record, rows=int, bad=int, checksum=str, fidelity=dict)
+        first, last = self.extent(shard)
+        if record["rows"] != last - first or record["bad"] > record["rows"]:
+            raise CacheError(f"{self.record(shard)} is of another shard: remove it and build again")
+        check_fidelity(self.record(shard), record["fidelity"])
+        return record
 
     def checksum(self, shard: int) -> str:
         """Of the shard's bytes as they are now."""
@@ -163,10 +180,23 @@ class CacheFolder:
             CacheError: there is no cache, or it is damaged.
         """
         values = read_json(path / CACHE_FILE)
+        check_values(
+            path / CACHE_FILE,
+            values,
+            identity=dict,
+            layout=dict,
+            about=dict,
+            logit_scale=float,
+            logit_bias=float | None,
+            length=int,
+        )
         try:
             return cls(path, **{**values, "layout": Layout.from_plain(values["layout"])})
-        except (KeyError, TypeError) as error:
-            raise CacheError(f"{path / CACHE_FILE} was written by another version of cmapkd: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CacheError(
+                f"{path / CACHE_FILE} was written by another version of cmapkd, or is damaged ({error}): remove the "
+                "folder and build again"
+            ) from None
 
     @staticmethod
     def exists(path: Path) -> bool:
@@ -178,7 +208,8 @@ class CacheFolder:
         Raises:
             CacheError: one is damaged.
         """
-        return [Part.open(folder, self.layout) for folder in sorted(self.path.glob("part-*")) if folder.is_dir()]
+        folders = (folder for folder in sorted(self.path.glob("part-*")) if folder.is_dir())
+        return [Part.open(folder, self.layout) for folder in folders]
 
     def next_part(self) -> int:
         """The number after the last part's."""

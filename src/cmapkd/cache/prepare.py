@@ -210,6 +210,7 @@ class CachePlan:
         world_size: int = 1,
         skip_bad: bool = True,
         progress: Progress | None = None,
+        timeout: float = 0.0,
     ) -> Built:
         """Adds what is missing; this process's part of it. The teacher is moved to `device`.
 
@@ -236,6 +237,7 @@ class CachePlan:
             world_size=world_size,
             skip_bad=skip_bad,
             progress=progress,
+            timeout=timeout,
             texts=self.texts,
         )
 

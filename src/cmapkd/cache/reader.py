@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmapkd.cache.config import Check
-from cmapkd.cache.files import CacheError, read_json
+from cmapkd.cache.files import CacheError
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import CHECK
 from cmapkd.cache.parts import CacheFolder, Keys, Part
@@ -170,8 +170,7 @@ def check_shard(part: Part, shard: int) -> None:
     Raises:
         CacheError: a bit differs.
     """
-    record = read_json(part.record(shard))
-    if part.checksum(shard) != record["checksum"]:
+    if part.checksum(shard) != part.read_record(shard)["checksum"]:
         raise CacheError(
             f"{part.data(shard)} is damaged (its checksum does not fit): cmapkd cache verify --remove-damaged "
             f"{part.folder.parent}, then build again"

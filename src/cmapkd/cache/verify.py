@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cmapkd.cache.fidelity import summary
-from cmapkd.cache.files import CacheError, read_json
+from cmapkd.cache.files import CacheError
 from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.reader import check_shard
 
@@ -24,7 +24,7 @@ def describe(cache: CacheFolder) -> dict[str, Any]:
                 if not part.is_there(shard):
                     missing += 1
                     continue
-                record = read_json(part.record(shard))
+                record = part.read_record(shard)
             except CacheError as error:
                 damaged.append(str(error))
                 continue

@@ -80,6 +80,7 @@ def build(
     skip_bad: bool = True,
     progress: Progress | None = None,
     texts: TextChoice | None = None,
+    timeout: float = 0.0,
 ) -> Built:
     """Adds the answers to `keys` that the cache lacks; of several processes each takes every `world_size`-th shard.
 
@@ -87,6 +88,7 @@ def build(
         teacher: on the device where it shall answer.
         precision: `fp32`, or `bf16` for autocast, as the run will use.
         batch_size, shard_bytes: of new parts; one that was begun keeps its own.
+        timeout: seconds that reading a batch may take; 0: any time.
         skip_bad: a sample that cannot be read gets a row that says so; otherwise it ends the build.
     Raises:
         CacheError: the disk is full or read-only, or an answer does not fit the stored numbers.
@@ -106,7 +108,7 @@ def build(
     total = sum(each.rows for each in mine)
     built = Built()
     device = next(teacher.model.parameters()).device
-    loader = load_chunks(chunks, places, workers=workers, pin_memory=device.type == "cuda")
+    loader = load_chunks(chunks, places, workers=workers, pin_memory=device.type == "cuda", timeout=timeout)
     answer = _Answerer(cache, teacher, device, precision)
     with ExitStack() as stack:
         shard: _Shard | None = None

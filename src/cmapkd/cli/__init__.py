@@ -36,10 +36,15 @@ def main() -> None:
     except Exception as error:
         if not _is_users(error):
             raise
-        print(f"error in process {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)  # noqa: T201
+        from cmapkd.config import printable
+
+        whose = f"error in process {rank}" if rank else "error"
+        print(printable(f"{whose}: {error}"), file=sys.stderr)  # noqa: T201
         sys.exit(2)
 
 
 def _is_users(error: Exception) -> bool:
-    """ValueErrors, which say what to change, and the trainer's own stops; anything else is a defect worth its trace."""
-    return isinstance(error, ValueError) or type(error).__name__ in ("NonFiniteLossError", "TooManyBadSamples")
+    """ValueErrors, which say what to change, and stopped runs; anything else is a defect worth its trace."""
+    from cmapkd.config import RunStopped
+
+    return isinstance(error, ValueError | RunStopped)

@@ -69,6 +69,7 @@ def build(
             world_size=world,
             skip_bad=config.data.on_bad_sample == "skip",
             progress=BuildDisplay(console),
+            timeout=config.data.timeout,
         )
         bad = f"; {len(built.bad)} samples could not be read, the first {built.bad[0]}" if built.bad else ""
         console.print(f"built {built.rows:,} rows{bad}", highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ def doctor(
     from rich.table import Table
     from rich.text import Text
 
-    from cmapkd.config import load_config
+    from cmapkd.config import load_config, printable
     from cmapkd.diagnosis import diagnose
     from cmapkd.run import RunConfig
 
@@ -24,7 +24,9 @@ def doctor(
     findings = diagnose(config)
     console = Console()
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
-    rows = [(Text(f"{each.level:7}", colours[each.level]), f"{each.what}: {each.detail}") for each in findings]
+    rows = [
+        (Text(f"{each.level:7}", colours[each.level]), printable(f"{each.what}: {each.detail}")) for each in findings
+    ]
     if console.is_terminal:  # wrapped beside its mark; in a file each finding is one line
         grid = Table.grid(padding=(0, 1))
         for mark, text in rows:

@@ -19,15 +19,15 @@ from cmapkd.compare.config import ComparisonConfig
 from cmapkd.compare.plan import Plan, PlannedRun, config_digest, make_plan
 from cmapkd.compare.summary import TableSummary, summarize_tables, teacher_key
 from cmapkd.compare.write import write_json, write_outputs
-from cmapkd.config import ConfigError
-from cmapkd.data.check import TooManyBadSamples
+from cmapkd.config import ConfigError, RunStopped, printable, refuse_secrets, writing
+from cmapkd.config.disk import write_text
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.evaluation.run import evaluate
 from cmapkd.models import DualEncoder, build_model, load_model
 from cmapkd.results import RunResult, Scores
 from cmapkd.run import RunConfig, run
-from cmapkd.training import Interrupted, NonFiniteLossError
+from cmapkd.training import Interrupted
 
 EVALUATIONS = "evaluations.json"  # in a run folder: scores on the comparison's further test data
 
@@ -84,9 +84,11 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         for remark in plan.remarks():
             console.print(remark, markup=False, highlight=False)
     sources = {name: open_source(spec, split="test") for name, spec in comparison.evaluate.items()}
-    out.mkdir(parents=True, exist_ok=True)
+    refuse_secrets(comparison.plain(), where="comparison")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(comparison.plain(), sort_keys=False, allow_unicode=True)
-    (out / "comparison.yaml").write_text(text, encoding="utf-8")
+    write_text(out / "comparison.yaml", text)
     outcomes = {planned.digest: Outcome(plan.folder(planned, out)) for planned in plan.runs}
     try:
         for number, planned in enumerate(plan.runs, 1):
@@ -101,7 +103,7 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
             if state != "finished":
                 gc.collect()  # a trainer is full of circles: its memory would otherwise last into the next run
             if console is not None and outcome.error is not None:
-                console.print(f"failed: {outcome.error}", markup=False, highlight=False, soft_wrap=True)
+                console.print(printable(f"failed: {outcome.error}"), markup=False, highlight=False, soft_wrap=True)
         teachers = _score_teachers(plan, outcomes, sources, out / "teachers.json")
     except BaseException:
         _finish(plan, outcomes, {}, out)
@@ -136,7 +138,7 @@ def _carry_out(
     except Exception as error:  # of whatever kind: hours of other runs must not hang on one arm
         trace.parent.mkdir(exist_ok=True)
         trace.write_text(traceback.format_exc(), encoding="utf-8")
-        expected = isinstance(error, ValueError | NonFiniteLossError | TooManyBadSamples)
+        expected = isinstance(error, ValueError | RunStopped)
         message = str(error) if expected else f"{type(error).__name__}: {error} (trace in {trace})"
         return Outcome(folder, "failed", error=message)
     trace.unlink(missing_ok=True)

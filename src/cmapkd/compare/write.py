@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,8 @@ from cmapkd.compare.summary import (
     metric_label,
     seconds_per_step,
 )
+from cmapkd.config import in_markdown, printable
+from cmapkd.config.disk import write_text
 from cmapkd.provenance import describe_environment
 
 
@@ -67,9 +68,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # two may share the folder, each with its seeds
-    temporary.write_text(text, encoding="utf-8", newline="")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def _records(
@@ -179,15 +178,18 @@ def _plain(value: Summary | PairedDifference | None) -> dict[str, Any] | None:
 def markdown(table: TableSummary) -> str:
     """The table in Markdown, its notes below."""
     head, rows = _columns(table)
-    lines = [f"## {table.title}", ""] if table.title else []
-    lines += ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") or "" for cell in row) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
+    lines = [f"## {in_markdown(table.title)}", ""] if table.title else []
+    lines += ["| " + " | ".join(map(in_markdown, head)) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines += ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {in_markdown(note)}" for note in table.notes), ""])
 
 
 def rich_table(table: TableSummary) -> Table:
     """The table for a terminal: differences stand under their values."""
-    shown = Table(title=table.title or None, show_lines=any(row.row and not row.is_reference for row in table.rows))
+    shown = Table(
+        title=Text(printable(table.title)) if table.title else None,
+        show_lines=any(row.row and not row.is_reference for row in table.rows),
+    )
     shown.add_column("arm")
     for path in table.metrics:
         shown.add_column(metric_label(path), justify="right", no_wrap=True)
@@ -203,7 +205,7 @@ def rich_table(table: TableSummary) -> Table:
                 lines += [_difference(cell.difference, digits), _wins(cell.difference)]
             cells.append("\n".join(lines))
         cells += ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs]
-        shown.add_row(*(Text(cell) for cell in cells))
+        shown.add_row(*(Text(printable(cell)) for cell in cells))
     return shown
 
 
@@ -284,4 +286,4 @@ def shown_tables(tables: Iterable[TableSummary]) -> Iterable[Table | str]:
     """What is printed: each table, then its notes."""
     for table in tables:
         yield rich_table(table)
-        yield "\n".join(table.notes)
+        yield printable("\n".join(table.notes))

@@ -1,15 +1,25 @@
 """Strict configs: typed models that refuse unknown keys, loaded from YAML recipes and `key=value` overrides."""
 
-from cmapkd.config.base import Config, ConfigError, closest
+from cmapkd.config.base import Config, ConfigError, RunStopped, closest
+from cmapkd.config.disk import DiskError, writing
 from cmapkd.config.load import apply_overrides, list_recipes, load_config, load_mapping, merge_mappings
+from cmapkd.config.printing import in_markdown, printable
+from cmapkd.config.secrets import redact, refuse_secrets
 
 __all__ = [
     "Config",
     "ConfigError",
+    "DiskError",
+    "RunStopped",
     "apply_overrides",
     "closest",
+    "in_markdown",
     "list_recipes",
     "load_config",
     "load_mapping",
     "merge_mappings",
+    "printable",
+    "redact",
+    "refuse_secrets",
+    "writing",
 ]

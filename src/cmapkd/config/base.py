@@ -21,6 +21,10 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
+class RunStopped(RuntimeError):
+    """A run that cannot go on, for a reason outside of cmapkd; says in words for its user why, and what to do."""
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest of `known`, or an empty string when none is near."""
     matches = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.55)

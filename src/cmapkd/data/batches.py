@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from cmapkd.data.memory import SampleMemory
 from cmapkd.data.random import permuted
 from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source, StoredRows, TokenBatch
 from cmapkd.data.views import CropBox, View, ViewSpec, draw_view
+from cmapkd.data.workers import ReadAhead
 
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
 
@@ -257,20 +256,22 @@ class BatchBuilder(Dataset[Batch]):
         return inputs
 
 
-def make_loader(builder: Batches, sampler: PlanSampler, *, workers: int, pin_memory: bool) -> Iterable[Batch]:
-    """Batches in the sampler's order, made by `workers` processes (0: by this one)."""
-    if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-    return _Loader(
-        _Carrying(builder),
-        sampler=sampler,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_interrupts,
-        generator=torch.Generator(),  # its own, so that making a loader draws nothing from the run's random state
-    )
+def make_loader(
+    builder: Batches, sampler: PlanSampler, *, workers: int, pin_memory: bool, timeout: float = 0.0
+) -> Generator[Batch]:
+    """Batches in the sampler's order, made by `workers` processes (0: by this one), none of which may take longer than
+    `timeout` seconds (0: any time). See `ReadAhead`.
+    """
+
+    def name(plan: Plan) -> str:
+        samples = ", ".join(map(str, plan.mine[:8])) + ", ..." * (len(plan.mine) > 8)
+        return f"the batch of step {plan.step + 1}, samples {samples}"
+
+    ahead = ReadAhead(_Carrying(builder), sampler, workers=workers, pin_memory=pin_memory, timeout=timeout, name=name)
+    for made in ahead:
+        if isinstance(made, BadSampleError):
+            raise made
+        yield made
 
 
 class _Carrying(Dataset["Batch | BadSampleError"]):
@@ -284,16 +285,3 @@ class _Carrying(Dataset["Batch | BadSampleError"]):
             return self.builder[plan]
         except BadSampleError as error:
             return error
-
-
-class _Loader(DataLoader["Batch | BadSampleError"]):
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for made in super().__iter__():
-            if isinstance(made, BadSampleError):
-                raise made
-            yield made
-
-
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C reaches workers too: they go on, so that the training process can finish its step and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

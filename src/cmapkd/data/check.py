@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cmapkd.config import RunStopped
+
 NO_CAPTION = "no caption"
 FILE_NAME = "bad_samples.jsonl"
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(RunStopped):
     """More of the data was unreadable than the run allows."""
 
 
@@ -101,10 +103,15 @@ class SampleLedger:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_good, self.num_bad = int(state["num_good"]), int(state["num_bad"])
-        self.num_without_caption = int(state["num_without_caption"])
-        self.kinds = Counter(state["kinds"])
-        self._bad = {str(sample_id): str(reason) for sample_id, reason in state["bad"]}
+        try:
+            self.num_good, self.num_bad = int(state["num_good"]), int(state["num_bad"])
+            self.num_without_caption = int(state["num_without_caption"])
+            self.kinds = Counter({str(kind): int(count) for kind, count in state["kinds"].items()})
+            self._bad = {str(sample_id): str(reason) for sample_id, reason in state["bad"]}
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                f"the counts of samples in a checkpoint are malformed ({type(error).__name__}: {error})"
+            ) from None
 
     def merge(self, state: dict[str, Any]) -> None:
         """Adds another process's ledger, given as its `state_dict`."""

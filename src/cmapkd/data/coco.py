@@ -122,6 +122,15 @@ def _karpathy_rows(values: Mapping[str, Any], path: Path, split: str | None) -> 
     return rows()
 
 
+def _categories(entries: Any) -> dict[Any, Any]:
+    """Names by number."""
+    known = entries if isinstance(entries, list) else [entries]
+    for entry in known:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int | str) or "name" not in entry:
+            raise ConfigError(f"coco annotations: category {str(entry)[:80]} has no id and name")
+    return {entry["id"]: entry["name"] for entry in known}
+
+
 def _coco_rows(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any] | str]:
     """One row an image of any of the files, with its captions and boxes; crowd regions are marked."""
     rows: dict[Any, dict[str, Any]] = {}
@@ -135,7 +144,7 @@ def _coco_rows(contents: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, A
             rows.setdefault(key, {"id": image["id"], "image": image.get("file_name")})
             mine.add(image["id"])
     for values in contents:
-        categories = {c["id"]: c["name"] for c in values.get("categories") or () if isinstance(c, dict)}
+        categories = _categories(values.get("categories") or [])
         for annotation in values["annotations"]:
             row = rows.get(annotation.get("image_id")) if isinstance(annotation, dict) else None
             if row is None:

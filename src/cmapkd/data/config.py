@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from cmapkd.config import Config
 from cmapkd.data.views import WHOLE, ViewSpec
 
+DEFAULT_TIMEOUT = 900.0
+
 
 class DataConfig(Config):
     """Training, validation and test data, by name (see docs/data.md)."""
@@ -25,6 +27,9 @@ class DataConfig(Config):
     workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the training process itself.")
     memory: int = Field(
         64, ge=0, description="MiB of decoded samples that each reading process keeps for later epochs; 0: none."
+    )
+    timeout: float = Field(
+        DEFAULT_TIMEOUT, ge=0, description="Seconds that a batch may take to be read before the run stops; 0: any time."
     )
     on_bad_sample: Literal["skip", "error"] = Field("skip", description="What a sample that cannot be read does.")
     max_bad_share: float = Field(

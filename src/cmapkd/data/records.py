@@ -18,6 +18,9 @@ TEXT_POOLS = {"synthetic": ("synthetic", "syn_text")}  # further texts, by pool:
 QUESTION_KINDS = ("yes/no", "number", "other")
 
 MAX_TEXT_BYTES = 16 * 2**20
+MAX_CAPTION = 100_000  # characters
+MAX_WORD = 2_000
+"""Characters without a space between: tokenizers take time by their square, CLIP's 17 seconds for 16,000."""
 
 
 class Unusable(ValueError):
@@ -121,7 +124,7 @@ def parse_id(values: Mapping[str, Any], keys: Sequence[str] = ID_KEYS) -> str | 
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
-        raise Unusable(f"id {value!r} is neither text nor a whole number")
+        raise Unusable(f"id is neither text nor a whole number: {str(value)[:60]!r}")
     return check_text(str(value).strip(), "id")
 
 
@@ -136,7 +139,7 @@ def parse_captions(value: Any) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise Unusable(f"caption is not text: {type(text).__name__}")
         if text.strip():
-            captions.append(check_text(text.strip(), "caption"))
+            captions.append(check_caption(text.strip()))
     return tuple(captions)
 
 
@@ -149,6 +152,15 @@ def check_text(text: str, what: str) -> str:
         found = f"byte {code - 0xDC00:#04x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
         raise Unusable(f"{what} is not UTF-8: {found} at character {error.start}") from None
     return text
+
+
+def check_caption(text: str, what: str = "caption") -> str:
+    """Refuses what is no Unicode, and what is too long for a tokenizer."""
+    if len(text) > MAX_CAPTION:
+        raise Unusable(f"{what} is too long: {len(text)} characters, limit {MAX_CAPTION}")
+    if len(text) > MAX_WORD and (longest := max(map(len, text.split()))) > MAX_WORD:
+        raise Unusable(f"{what} is too long: {longest} characters without a space, limit {MAX_WORD}")
+    return check_text(text, what)
 
 
 def parse_label(value: Any, labels: Mapping[str, int] | None = None) -> int:
@@ -200,7 +212,7 @@ def _question(question: str, answer: Any, kind: Any = None, identity: str | None
         answers.append(check_text(str(value).strip(), "answer"))
     if kind is not None and kind not in QUESTION_KINDS:
         raise Unusable(f"kind of question is unknown: {str(kind)[:40]!r} is none of {', '.join(QUESTION_KINDS)}")
-    return QuestionAnswer(check_text(question.strip(), "question"), tuple(answers), kind or _kind(answers), identity)
+    return QuestionAnswer(check_caption(question.strip(), "question"), tuple(answers), kind or _kind(answers), identity)
 
 
 def _kind(answers: list[str]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -54,6 +56,11 @@ class Keep:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1 sample, got {self.limit}")
+
+
+def _unread(error: OSError) -> str:
+    name = f" ({Path(os.fsdecode(error.filename)).name})" if isinstance(error.filename, str | bytes) else ""
+    return f"file cannot be read: {error.strerror or error}{name}"
 
 
 class StoredSource(ABC):
@@ -139,7 +146,7 @@ class StoredSource(ABC):
         except Unusable as error:
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
-            raise BadSampleError(sample_id, f"file cannot be read: {error.strerror or error}") from None
+            raise BadSampleError(sample_id, _unread(error)) from None
         image = decode_image(data, sample_id)
         return Sample(
             sample_id, image, record.captions or (), record.label, record.questions, record.boxes, record.texts
@@ -157,7 +164,7 @@ class StoredSource(ABC):
         except Unusable as error:
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
-            raise BadSampleError(sample_id, f"file cannot be read: {error.strerror or error}") from None
+            raise BadSampleError(sample_id, _unread(error)) from None
 
     def id(self, index: int) -> str:
         """The id of the sample at `index`, whether it is good or not."""

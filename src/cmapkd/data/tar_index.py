@@ -18,6 +18,7 @@ from cmapkd.data.records import (
     MAX_TEXT_BYTES,
     Record,
     Unusable,
+    check_caption,
     decode_text,
     parse_id,
     parse_json,
@@ -93,7 +94,7 @@ def read_record(texts: dict[str, bytes], labels: dict[str, int] | None = None) -
     captions, label = record.captions, record.label
     if captions is None:
         text = next((name for name in TEXT_EXTENSIONS if name in texts), None)
-        captions = None if text is None else parse_lines(decode_text(texts[text], "caption"))
+        captions = None if text is None else tuple(map(check_caption, parse_lines(decode_text(texts[text], "caption"))))
     if label is None and "cls" in texts:
         values = {"label": decode_text(texts["cls"], "label").strip()}
         label = parse_record(values, caption_keys=(), labels=labels).label

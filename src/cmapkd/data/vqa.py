@@ -95,7 +95,8 @@ def _rows(
 
 def _name_form(questions: list[Any], subset: str, images: Images) -> str:
     """How image files are named: as COCO 2014 or 2017 does, or by the number alone."""
-    numbers = [each["image_id"] for each in questions if _numbered(each) and "image_id" in each][:FIRST_IMAGES]
+    named = (each.get("image_id") for each in questions if _numbered(each))
+    numbers = [number for number in named if isinstance(number, int | str)][:FIRST_IMAGES]
     forms = (f"COCO_{subset}_PADDED.jpg", "PADDED.jpg", "NUMBER.jpg", "NUMBER.png", "NUMBER")
     return next((form for form in forms if any(images.has(_name(form, number)) for number in numbers)), forms[0])
 

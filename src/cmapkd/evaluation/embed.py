@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.workers import ReadAhead
 from cmapkd.features.pyramid import pooled
 from cmapkd.features.taps import language_taps, tapped, visual_taps
 from cmapkd.models.base import DualEncoder
@@ -201,14 +201,9 @@ class _Whole(Dataset[_Chunk]):
         return _Chunk(samples, torch.stack(pixels) if pixels else None, bad)
 
 
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
-
-
 def _read(model: DualEncoder, source: Source, *, batch_size: int, workers: int, limit: int | None) -> Iterator[_Chunk]:
-    if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     length = len(source) if limit is None else min(limit, len(source))
     chunks = _Whole(source, model.image_spec, batch_size=batch_size, length=length)
-    generator = torch.Generator()  # its own: evaluating draws nothing from the run's random state
-    yield from DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=generator)
+    yield from ReadAhead(
+        chunks, range(len(chunks)), workers=workers, name=lambda number: f"chunk {number} of {source.name}"
+    )

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from cmapkd.config import printable
 from cmapkd.evaluation.tasks import TASKS
 
 
@@ -16,11 +18,11 @@ def score_table(scores: Mapping[str, Mapping[str, Any]], *, title: str) -> Table
     Args:
         scores: of `evaluate_models`.
     """
-    table = Table(title=title)
+    table = Table(title=Text(printable(title)))
     table.add_column("task", no_wrap=True)
     table.add_column("measure", overflow="fold")
     for model in scores:
-        table.add_column(model, justify="right", overflow="fold")
+        table.add_column(Text(printable(model)), justify="right", overflow="fold")
     for name, task in TASKS.items():
         first = True
         for column in task.columns:

@@ -14,6 +14,7 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.hf_model import HfModel, HfTokenizer
 from cmapkd.models.registry import ModelConfig
+from cmapkd.models.storage import check_sizes
 
 SUPPORTED = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -74,7 +75,7 @@ def _config(source: str, local: bool, revision: dict[str, str], where: str) -> A
             f"({_first_line(error)}). Check the name; without a network, "
             "download the repository elsewhere and give its folder."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of a damaged config, anything
         raise ConfigError(
             f"{where}: transformers cannot read its config ({_first_line(error)}). Supported: {supported}."
         ) from None
@@ -87,6 +88,7 @@ def _config(source: str, local: bool, revision: dict[str, str], where: str) -> A
         raise ConfigError(
             f"{where} has model_type {config.model_type!r}, which is not supported. Supported: {supported}."
         )
+    check_sizes(config.to_dict(), where=where)
     for key in ("image_size", "patch_size"):
         if not isinstance(getattr(config.vision_config, key), int):
             raise ConfigError(f"{where} has a {key} that is not square: only square ones are supported")

@@ -150,6 +150,8 @@ def _assemble(
     """Applies the options, builds, and loads `weights` if there are any."""
     config = deepcopy(dict(model_config))
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})  # `construct` says if one is missing
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise ConfigError(f"{name} is no open_clip model config: vision_cfg and text_cfg must be objects")
     vision.pop("output_tokens", None)  # CoCa's; they would make the towers return pairs
     text.pop("output_tokens", None)
     if "timm_model_name" in vision:
@@ -187,5 +189,5 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         values = json.loads(path.read_text(encoding="utf-8"))
         model_config = values.get("model_cfg", values)
         return dict(model_config), _preprocess(values.get("preprocess_cfg") or {})
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no open_clip model config: {error}") from None

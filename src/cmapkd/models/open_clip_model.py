@@ -19,7 +19,7 @@ from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.spans import span_finder
-from cmapkd.models.storage import load_weights, read_weights, write_model_folder
+from cmapkd.models.storage import check_sizes, load_weights, read_weights, write_model_folder
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
 NATIVE_CONFIG, NATIVE_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -200,16 +200,29 @@ def construct(config: Mapping[str, Any], preprocess: Mapping[str, Any], *, where
     """
     import open_clip
 
+    check_sizes(config, where=where)
     arguments = deepcopy(dict(config))
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - arguments.keys()
     if missing:
         raise ConfigError(f"{where} is no open_clip model config: it lacks {', '.join(sorted(missing))}")
     if "multimodal_cfg" in arguments:
         raise ConfigError(f"{where} is a CoCa model (it has a multimodal_cfg): only CLIP and SigLIP are supported")
+    for part in ("vision_cfg", "text_cfg"):
+        if not isinstance(arguments[part], dict):
+            raise ConfigError(f"{where} is no open_clip model config: its {part} is no object")
     custom = arguments.pop("custom_text", False) or bool(arguments["text_cfg"].get("hf_model_name"))
     try:
         model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, OSError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        LookupError,
+        OSError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         raise ConfigError(f"open_clip cannot build {where}: {_first_line(error)}") from None
     size = model.visual.image_size
     size = size if isinstance(size, Sequence) else (size, size)

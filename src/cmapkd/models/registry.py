@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -116,7 +117,8 @@ def build_model(
     folder = Path(config.name)
     family, colon, rest = config.name.partition(":")
     if family in FAMILIES and colon:
-        model = _family(family).build(rest, config, captions)
+        with explained(config.name) if Path(rest).exists() else nullcontext():
+            model = _family(family).build(rest, config, captions)
     elif folder.is_dir():
         if config.options:
             raise ConfigError(
@@ -137,6 +139,27 @@ def build_model(
     if config.checkpoint is not None:
         model.load_checkpoint(config.checkpoint)
     return model.eval()
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Files that are damaged or odd make the libraries raise anything; here it becomes an error that names them.
+
+    Raises:
+        ValueError: with the library's own words, and its error as the cause.
+    """
+    try:
+        yield
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError:  # ours, or in words
+            raise
+        detail = str(error).strip().split("\n")[0][:300]
+        raise ValueError(
+            f"{what} is damaged or of a kind that is not supported ({type(error).__name__}: {detail}): copy or export "
+            "it again"
+        ) from error
 
 
 def _inherited(model: DualEncoder, config: InheritConfig, teacher: DualEncoder | None) -> DualEncoder:
@@ -160,7 +183,8 @@ def load_model(folder: str | Path) -> DualEncoder:
     if not (folder / DESCRIPTION).exists() and (folder / "student" / DESCRIPTION).exists():
         folder = folder / "student"
     description = read_description(folder)
-    return _family(str(description["family"])).load(folder, description).eval()
+    with explained(f"model folder {folder}"):
+        return _family(str(description["family"])).load(folder, description).eval()
 
 
 def packaged_models() -> dict[str, Path]:

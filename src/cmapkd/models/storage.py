@@ -16,6 +16,39 @@ DESCRIPTION = "cmapkd.json"  # family, name and options of the model in a folder
 WEIGHTS = "model.safetensors"
 
 
+MAX_LAYERS = 1000
+MAX_WIDTH = 65_536
+MAX_SIZE = 10_000_000  # of anything else that a config counts: vocabularies, pixels, places
+
+
+def check_sizes(config: Mapping[str, Any], *, where: str | Path) -> None:
+    """Refuses a model config, of whatever library, whose numbers no model has: building it would take all memory, or
+    years.
+
+    Raises:
+        ValueError: names the key.
+    """
+    todo: list[tuple[str, Any]] = [("", config)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(f"{path}.{key}" if path else str(key), each) for key, each in value.items()]
+        elif isinstance(value, list | tuple):
+            todo += [(path, each) for each in value]
+        elif isinstance(value, int | float):
+            last = path.rpartition(".")[2]
+            many = any(word in last for word in ("layers", "depth"))
+            most = (
+                MAX_LAYERS
+                if many
+                else MAX_WIDTH
+                if any(word in last for word in ("width", "dim", "hidden"))
+                else MAX_SIZE
+            )
+            if not abs(value) <= most:  # NaN as well
+                raise ValueError(f"{where}: {path} is {str(value)[:40]}, more than any model has (limit {most:,})")
+
+
 def write_model_folder(
     folder: Path, *, family: str, name: str, options: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -42,10 +75,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         format_number = description["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable model description: {error}") from None
     if format_number != 1:
-        raise ValueError(f"{path} has format {format_number!r}, this version reads format 1: update cmapkd.")
+        raise ValueError(f"{path} has format {str(format_number)[:40]}, this version reads format 1: update cmapkd.")
+    if not isinstance(description.get("options"), dict) or not {"family", "name"} <= description.keys():
+        raise ValueError(f"{path} is not a readable model description: it lacks family, name or options")
+    check_sizes(description["options"], where=path)
     return dict(description)
 
 

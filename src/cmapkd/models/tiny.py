@@ -23,7 +23,7 @@ from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
-from cmapkd.models.storage import write_model_folder
+from cmapkd.models.storage import MAX_LAYERS, MAX_WIDTH, write_model_folder
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 from cmapkd.models.vocabulary import TrainedTokenizer
 
@@ -31,19 +31,21 @@ from cmapkd.models.vocabulary import TrainedTokenizer
 class TinyOptions(Config):
     """Sizes of a `tiny` model; head width is fixed at 32 channels."""
 
-    image_size: int = Field(64, ge=16, description="Height and width of the input, in pixels.")
+    image_size: int = Field(64, ge=16, le=4096, description="Height and width of the input, in pixels.")
     fit: Literal["crop", "squash"] = Field("crop", description="What becomes of a picture that is not square.")
-    patch_size: int = Field(8, ge=4, description="Pixels per side of one token; a power of two.")
+    patch_size: int = Field(8, ge=4, le=1024, description="Pixels per side of one token; a power of two.")
     stem_width: int = Field(
-        16, ge=4, description="Channels of the stem's first convolution; each later one has twice as many."
+        16, ge=4, le=1024, description="Channels of the stem's first convolution; each later one has twice as many."
     )
-    vision_width: int = Field(96, ge=32, multiple_of=32, description="Channels of the image tower.")
-    vision_depth: int = Field(4, ge=1, description="Blocks of the image tower.")
-    text_width: int = Field(64, ge=32, multiple_of=32, description="Channels of the text tower.")
-    text_depth: int = Field(2, ge=1, description="Blocks of the text tower.")
-    embed_dim: int = Field(128, ge=8, description="Width of the joint space.")
-    context_length: int = Field(40, ge=4, description="Longest text, in tokens, start and end included.")
-    vocab_size: int = Field(2048, ge=8, description="Largest vocabulary learned from the training captions.")
+    vision_width: int = Field(96, ge=32, le=MAX_WIDTH, multiple_of=32, description="Channels of the image tower.")
+    vision_depth: int = Field(4, ge=1, le=MAX_LAYERS, description="Blocks of the image tower.")
+    text_width: int = Field(64, ge=32, le=MAX_WIDTH, multiple_of=32, description="Channels of the text tower.")
+    text_depth: int = Field(2, ge=1, le=MAX_LAYERS, description="Blocks of the text tower.")
+    embed_dim: int = Field(128, ge=8, le=MAX_WIDTH, description="Width of the joint space.")
+    context_length: int = Field(40, ge=4, le=10_000, description="Longest text, in tokens, start and end included.")
+    vocab_size: int = Field(
+        2048, ge=8, le=1_000_000, description="Largest vocabulary learned from the training captions."
+    )
 
     @model_validator(mode="after")
     def _patches_fit(self) -> Self:

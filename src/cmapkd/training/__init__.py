@@ -1,6 +1,7 @@
 """The training loop, its optimiser, checkpoints and trackers. It knows methods only by their terms."""
 
 from cmapkd.training.config import OptimConfig, TrainConfig
+from cmapkd.training.memory import OutOfMemory
 from cmapkd.training.trainer import Interrupted, NonFiniteLossError, Trainer, TrainResult
 
-__all__ = ["Interrupted", "NonFiniteLossError", "OptimConfig", "TrainConfig", "TrainResult", "Trainer"]
+__all__ = ["Interrupted", "NonFiniteLossError", "OptimConfig", "OutOfMemory", "TrainConfig", "TrainResult", "Trainer"]

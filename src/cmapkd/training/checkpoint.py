@@ -1,14 +1,17 @@
 """Checkpoints: everything an interrupted run needs to end bit-identical, written whole or not at all.
 
-Tensors as safetensors, the rest as JSON. A checkpoint is written under a temporary name, flushed and renamed, and only
-then is an older one deleted; the teacher is in none of them.
+Tensors as safetensors, the rest as JSON, and the checksum of every file. A checkpoint is written under a temporary
+name, flushed and renamed, and only then is an older one deleted; the teacher is in none of them. One that is damaged is
+put aside, and the one before it is taken.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cmapkd.cache.files import flush
+from cmapkd.config import writing
+from cmapkd.config.disk import flush
+
+_PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
+_WRITING, _REPLACED, _REMOVED = ".writing", ".replaced", ".removed"
 
 Kind = Literal["step", "best"]  # to resume from; the best validated student
+
+
+class CheckpointWarning(UserWarning):
+    """The newest checkpoint is damaged, and the run goes on from an earlier one."""
 
 
 @dataclass
@@ -46,39 +57,130 @@ def list_checkpoints(folder: Path, kind: Kind = "step") -> list[Path]:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
-    """Writes one safetensors file for each entry of `tensors` and the progress, then renames the folder into place."""
-    temporary = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, group in tensors.items():
-        own = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
-        save_file(own, temporary / f"{name}.safetensors")
-    (temporary / "progress.json").write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
-    for file in temporary.iterdir():
-        flush(file)
-    if path.exists():  # written before the interruption that led here, with the same content
-        shutil.rmtree(path)
-    temporary.rename(path)
-    flush(path.parent)
+    """Writes one safetensors file for each entry of `tensors`, the progress and all checksums, then renames the folder
+    into place.
+
+    Raises:
+        DiskError: the disk is full or read-only; what was there before is as it was.
+    """
+    temporary = path.with_name(f".{path.name}{_WRITING}")
+    with writing(path.parent):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            for name, group in tensors.items():
+                own = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
+                save_file(own, temporary / f"{name}.safetensors")
+            (temporary / _PROGRESS).write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
+            checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+            (temporary / _CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
+            for file in temporary.iterdir():
+                flush(file)
+            flush(temporary)
+            before = path.with_name(f".{path.name}{_REPLACED}")
+            if (
+                path.exists()
+            ):  # from before the interruption that led here; a kill between the two renames loses nothing
+                path.rename(before)
+            temporary.rename(path)
+            flush(path.parent)
+            shutil.rmtree(before, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
-    """The tensors by file name, and the progress.
+    """The tensors by file name, and the progress: exactly what was written.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        ValueError: a file is missing, or a bit of one differs.
     """
     try:
-        progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+        checksums = json.loads((path / _CHECKSUMS).read_bytes())
+        if not isinstance(checksums, dict):
+            raise ValueError(f"{_CHECKSUMS} is damaged")
+        for file in sorted({*checksums, *(file.name for file in path.iterdir())} - {_CHECKSUMS}):
+            if file not in checksums:
+                raise ValueError(f"{file} does not belong to it")
+            if _checksum(path / file) != checksums[file]:
+                raise ValueError(f"{file} is damaged (its checksum does not fit)")
+        progress = Progress(**json.loads((path / _PROGRESS).read_bytes()))
         return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, progress
-    except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
 
 
+def read_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Progress] | None:
+    """The newest checkpoint that is whole; None where there is none at all. Damaged ones are told of in a warning.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    damaged: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            warnings.warn(f"{'; '.join(damaged)}. Going on from {path.name} instead.", CheckpointWarning, stacklevel=2)
+        return found
+    if damaged:
+        raise ValueError(
+            f"none of the {len(damaged)} checkpoints in {folder} is whole ({damaged[0]}): restore one from a copy, or "
+            "begin anew in another folder"
+        )
+    return None
+
+
+def put_in_order(folder: Path, progress: Progress) -> None:
+    """Makes the folder what it was after `progress`: what a kill left half done is finished or removed, damaged step
+    checkpoints later than it no longer count, and its best checkpoint is one that is there. For one process alone."""
+    for path in list_checkpoints(folder):
+        if int(path.name.rpartition("-")[2]) > progress.step:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    for end in (_WRITING, _REMOVED):
+        for path in folder.glob(f".*{end}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Puts back what a kill left under another name while it was being replaced. For one process alone."""
+    for path in folder.glob(f".*{_REPLACED}") if folder.is_dir() else ():
+        if not (home := path.with_name(path.name[1 : -len(_REPLACED)])).exists():
+            path.rename(home)
+
+
+def find_best(folder: Path, progress: Progress) -> None:
+    """The best checkpoint that `progress` knows may have been replaced by a better one of later steps, which a kill, or
+    damage, has set the run back from: then that one is the best so far."""
+    if progress.best_step is None or checkpoint_path(folder, progress.best_step, "best").is_dir():
+        return
+    progress.best_score = progress.best_step = None
+    for path in reversed(list_checkpoints(folder, "best")):
+        try:
+            _, later = read_checkpoint(path)
+        except ValueError:
+            continue
+        progress.best_score, progress.best_step = later.best_score, later.best_step
+        return
+
+
 def remove_old(folder: Path, *, keep: int, kind: Kind = "step") -> None:
-    """Deletes all but the newest `keep` checkpoints."""
+    """Deletes all but the newest `keep` checkpoints. One that is half deleted no longer looks like one."""
     for path in list_checkpoints(folder, kind)[:-keep]:
-        shutil.rmtree(path)
+        leaving = path.with_name(f".{path.name}{_REMOVED}")
+        path.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ class JsonlTracker:
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         if resume_step is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             kept = [line for line in lines if _step_of(line) <= resume_step]
             shortened = path.with_name(f".{path.name}.writing")
             shortened.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -38,7 +38,7 @@ def _step_of(line: str) -> float:
     """The step of a line; a line cut short by a kill counts as after everything."""
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 

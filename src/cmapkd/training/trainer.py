@@ -7,7 +7,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cmapkd.cache import CachedTeacher
+from cmapkd.config import RunStopped, writing
 from cmapkd.data.batches import Batches, PlanSampler, make_loader
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.types import Batch
@@ -28,6 +30,7 @@ from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends
 from cmapkd.models import DualEncoder
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
+from cmapkd.training.memory import OutOfMemory, first_line, is_out_of_memory, memory_advice
 from cmapkd.training.optim import learning_rate, make_optimizer, parameter_groups, set_learning_rate
 from cmapkd.training.peak_memory import forget_peak, peak_bytes
 from cmapkd.training.processes import start_processes, wait_for_all
@@ -47,7 +50,7 @@ class Interrupted(Exception):
         self.checkpoint = checkpoint
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunStopped):
     """The loss became NaN or infinite. Names the step, the terms and the samples; checkpoints are from before it."""
 
 
@@ -72,6 +75,7 @@ class Trainer:
         validate: measures the student every `evaluate_every` steps; its `score` picks the best checkpoint.
         settings: the resolved config, handed to trackers that show it.
         max_bad_share: share of unreadable samples above which the run stops.
+        timeout: seconds that a batch may take to be read before the run stops; 0: any time.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Trainer:
         seed: int,
         workers: int = 0,
         max_bad_share: float = 0.01,
+        timeout: float = 0.0,
         validate: Validate | None = None,
         settings: dict[str, Any] | None = None,
         console: Console | None = None,
@@ -92,7 +97,7 @@ class Trainer:
     ) -> None:
         self.config, self.optim, self.out, self.seed, self.workers = config, optim, out, seed, workers
         self.builder, self.validate, self.settings, self.title = builder, validate, settings or {}, title
-        self.max_bad_share = max_bad_share
+        self.max_bad_share, self.timeout = max_bad_share, timeout
         start_processes(on_cpu=config.on_cpu)
         self.accelerator = Accelerator(
             mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
@@ -153,14 +158,15 @@ class Trainer:
         Raises:
             Interrupted: SIGINT or SIGTERM came; a checkpoint of the current step was written first.
             NonFiniteLossError: the loss is NaN or infinite.
-            ValueError: too many bad samples, or a checkpoint that does not fit.
+            TooManyBadSamples, WorkerDied, ReadTimeout, OutOfMemory, DiskError: what the data and the machine do.
+            ValueError: a checkpoint that does not fit.
         """
         forget_peak(self.accelerator.device)
         random_state = self._load_latest() if resume else None
         start = self.progress.step
         self.sampler.start, self.sampler.stop = start, self.total
         pin = self.accelerator.device.type == "cuda"
-        loader = make_loader(self.builder, self.sampler, workers=self.workers, pin_memory=pin)
+        batches = make_loader(self.builder, self.sampler, workers=self.workers, pin_memory=pin, timeout=self.timeout)
         trackers = (
             make_trackers(self.config.trackers, self.out, settings=self.settings, resume_step=start if resume else None)
             if self.accelerator.is_main_process
@@ -170,20 +176,26 @@ class Trainer:
             self.console, title=self.title, total=self.total, start=start, line_every=self.config.log_every * 5
         )
         try:
-            with _signals() as stop_asked, display:
+            with _signals() as stop_asked, display, closing(batches), self._memory_explained():
                 if random_state is not None:
                     checkpoints.load_random(random_state)
-                self._loop(iter(loader), trackers, display, stop_asked)
+                self._loop(batches, trackers, display, stop_asked)
         except BaseException:
+            # why it stopped is what counts, so what the disk says to these last writes does not
             if self.accelerator.is_main_process:  # its own counts only: the other processes may be gone
-                self.ledger.write(self.out)
+                with suppress(OSError):
+                    self.ledger.write(self.out)
+            for tracker in trackers:
+                with suppress(Exception):
+                    tracker.close()
             raise
-        finally:
+        with writing(self.out):
             for tracker in trackers:
                 tracker.close()
         ledger = self._collect_ledger()
         if self.accelerator.is_main_process:
-            ledger.write(self.out)
+            with writing(self.out):
+                ledger.write(self.out)
         progress = self.progress
         return TrainResult(
             self.student,
@@ -251,8 +263,9 @@ class Trainer:
             if numbers:
                 rate = pairs / seconds
                 seconds, pairs = 0.0, 0
-                for tracker in trackers:
-                    tracker.log(step, {**numbers, "pairs_per_second": rate})
+                with writing(self.out):
+                    for tracker in trackers:
+                        tracker.log(step, {**numbers, "pairs_per_second": rate})
                 left = (self.total - step) * self.config.batch_size / rate
                 display.update(step, loss=numbers["loss"], pairs_per_second=rate, seconds_left=left)
             if self._validate_if_due(step, last, trackers, display):
@@ -340,8 +353,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             numbers = self.validate(student.to(self.accelerator.device))
             self.method.train()
-            for tracker in trackers:
-                tracker.log(step, {f"validation/{name}": value for name, value in numbers.items()})
+            with writing(self.out):
+                for tracker in trackers:
+                    tracker.log(step, {f"validation/{name}": value for name, value in numbers.items()})
             shown = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items() if name != "score")
             display.say(f"{self.title}: step {step}/{self.total}  validation  {shown}")
             if self.progress.best_score is None or numbers["score"] > self.progress.best_score:
@@ -399,16 +413,38 @@ class Trainer:
 
     def _load_latest(self) -> dict[str, Tensor] | None:
         """Restores everything but the random state, which is returned to be set last."""
-        found = checkpoints.list_checkpoints(self.checkpoint_folder)
-        if not found:
-            return None
-        tensors, self.progress = checkpoints.read_checkpoint(found[-1])
-        if self.progress.step > self.total:
-            raise ValueError(f"{found[-1]} is at step {self.progress.step}, beyond this run's {self.total}")
+        folder = self.checkpoint_folder
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process:
+                checkpoints.restore_replaced(folder)
+            found = checkpoints.read_latest(folder)
+            if found is None:
+                return None
+            tensors, self.progress = found
+            if self.progress.step > self.total:
+                newest = checkpoints.checkpoint_path(folder, self.progress.step)
+                raise ValueError(f"{newest} is at step {self.progress.step}, beyond this run's {self.total}")
+            if self.accelerator.is_main_process:
+                with writing(folder):
+                    checkpoints.put_in_order(folder, self.progress)
+        checkpoints.find_best(folder, self.progress)
         self._put_back(tensors)
         if self.accelerator.is_main_process:
             self.ledger.load_state_dict(self.progress.ledger)
         return tensors.get(f"random-{self.accelerator.process_index}")
+
+    @contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        """Memory that runs out becomes advice on this run's own settings."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            live = [teacher for teacher in self.method.teachers.values() if not isinstance(teacher, CachedTeacher)]
+            step = self.progress.step + 1
+            advice = memory_advice(self.config, on_device=str(error), live_teacher=bool(live), workers=self.workers)
+            raise OutOfMemory(f"memory ran out at step {step} ({first_line(error)}). {advice}") from error
 
     def _collect_ledger(self) -> SampleLedger:
         """The counts of all processes together."""

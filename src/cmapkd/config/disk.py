@@ -1,0 +1,84 @@
+"""What a disk can refuse, in words: it is full, may not be written, or does not answer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_GONE = (errno.EIO, errno.ESTALE, errno.ENXIO)
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust, such as safetensors, pass an error on
+
+
+class DiskError(ValueError):
+    """A disk that takes no more; says which, and what to do."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what the disk of a run's folder refuses into a `DiskError`; other errors pass.
+
+    Raises:
+        DiskError: the disk is full, read-only, or does not answer.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        number = error_number(error)
+        if number in FULL:
+            raise DiskError(
+                f"the disk of {folder} is full: free some space and go on with --resume; what was written before is "
+                "whole"
+            ) from error
+        if number in READ_ONLY:
+            raise DiskError(
+                f"{folder} cannot be written ({os.strerror(number)}): name another folder, or make it writable and go "
+                "on with --resume"
+            ) from error
+        if number in _GONE:
+            raise DiskError(
+                f"the disk of {folder} does not answer ({os.strerror(number)}): go on with --resume once it does"
+            ) from error
+        raise
+
+
+def error_number(error: BaseException) -> int:
+    """The system's number of an error, 0 where it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _IN_WORDS.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def flush(path: Path) -> None:
+    """Has what a file or a folder holds written to the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: under another name, flushed and renamed.
+
+    Raises:
+        DiskError: the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    with writing(path.parent):
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="")
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,27 @@
+"""Text of strangers (ids, captions, names in files) made fit for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_KEPT = "\n\t"
+_CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats such as right-to-left overrides, surrogates, line ends
+_JOINERS = "\u200c\u200d"  # part of ordinary text in several scripts
+_MARKDOWN = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "&": "&amp;", "`": "&#96;"})
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could move a cursor, colour, hide or reverse what follows written as an escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character
+        if character in _KEPT or character in _JOINERS or unicodedata.category(character) not in _CONTROLS
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in text
+    )
+
+
+def in_markdown(text: str) -> str:
+    """`text` as it is to be read in a Markdown table or line: no HTML, no links, no new cells or lines."""
+    return " ".join(printable(text).split()).translate(_MARKDOWN).replace("](", "]\\(")

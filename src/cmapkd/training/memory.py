@@ -1,0 +1,47 @@
+"""Memory that ran out: how every allocator says it, and which settings of a run to change."""
+
+from __future__ import annotations
+
+import torch
+
+from cmapkd.config import RunStopped
+from cmapkd.training.config import TrainConfig
+
+_SAID = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+
+
+class OutOfMemory(RunStopped):
+    """The memory of the device or of the machine ran out; says which settings of this run would take less."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's allocators or the system could not give memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in _SAID)
+
+
+def memory_advice(config: TrainConfig, *, on_device: str, live_teacher: bool, workers: int) -> str:
+    """What this run has not yet done to take less, the most effective first.
+
+    Args:
+        on_device: the error's words, which tell a GPU's memory from the machine's.
+        live_teacher: a teacher is in memory that a cache could answer for.
+        workers: data workers, whose memory is the machine's.
+    """
+    size = config.micro_batch or config.batch_size
+    smaller = max(1, size // 4)
+    advice = [f"training.micro_batch={smaller} (now {config.micro_batch or 'none'}): the same losses and gradients"]
+    if live_teacher:
+        advice.append("cache=auto: the teacher answers from disk")
+    if config.precision == "fp32":
+        advice.append("training.precision=bf16")
+    if "cuda" not in on_device.lower() and workers:
+        advice.append(f"fewer data.workers (now {workers}), or a smaller data.memory")
+    advice.append(f"a smaller training.batch_size (now {config.batch_size}), which is another run")
+    return f"What takes less: {'; '.join(advice)}. Settings are part of a run: begin anew in another folder"
+
+
+def first_line(error: BaseException) -> str:
+    """The error's first words."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -13,12 +13,13 @@ import torch
 from pydantic import Field
 
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.base import MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.pruning import PruningConfig, PruningMethod
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, FrozenTeacher
 from cmapkd.objectives import similarity_divergence
 
 
-class TinyCLIPConfig(MethodConfig):
+class TinyCLIPConfig(PruningConfig):
     """How much the affinities count, and how sharp they are."""
 
     alpha: float = Field(
@@ -29,7 +30,7 @@ class TinyCLIPConfig(MethodConfig):
     )
 
 
-class TinyCLIP(Method):
+class TinyCLIP(PruningMethod):
     """The student imitates which texts and images of the batch the teacher finds alike, in both directions."""
 
     Config: ClassVar[type[MethodConfig]] = TinyCLIPConfig

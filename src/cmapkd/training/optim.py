@@ -11,16 +11,18 @@ from cmapkd.methods import Method
 from cmapkd.methods.stages import Part
 from cmapkd.training.config import OptimConfig
 
+_OWN_EPS = 1e-8  # torch's own
 _UNDECAYED = ("position", "class_embedding", "class_token", "cls_token", "logit_scale", "logit_bias")
 
 
 def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the student and the method's own modules, matrices apart from vectors (which are not decayed)."""
-    groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[Part, bool, float | None], list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
-            groups.setdefault((method.part_of(name), decayed), []).append(parameter)
+            own = method.own_rate(name)
+            decayed = own is None and parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
+            groups.setdefault((method.part_of(name), decayed, own), []).append(parameter)
     rates = {"student": 1.0, "modules": config.module_rate, "weighting": config.weighting_rate}
     return torch.optim.AdamW(
         [
@@ -28,8 +30,11 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
                 "params": parameters,
                 "weight_decay": config.weight_decay if decayed else 0.0,
                 "rate": rates[part],
+                "own_rate": own,
+                # what is no weight may have gradients far smaller than weights': a mask has one part in a million units
+                "eps": config.eps if own is None else _OWN_EPS,
             }
-            for (part, decayed), parameters in groups.items()
+            for (part, decayed, own), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=config.betas,
@@ -55,6 +60,6 @@ def learning_rate(step: int, *, total: int, config: OptimConfig, peak: float | N
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Every group's rate, each by its own multiple."""
+    """Every group's rate: its multiple of this one, or its own."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
+        group["lr"] = rate * group["rate"] if group["own_rate"] is None else group["own_rate"]

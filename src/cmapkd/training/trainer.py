@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -99,14 +100,7 @@ class Trainer:
         method.micro_batch = config.micro_batch
         for teacher in method.teachers.values():
             teacher.to(self.accelerator.device)
-        if config.compile:
-            method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
-        self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))
-        self.average = (
-            AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema is not None
-            else None
-        )
+        self._prepare()
         self.sampler = PlanSampler(
             len(builder.source),
             batch_size=config.batch_size,
@@ -120,8 +114,7 @@ class Trainer:
         per_epoch = self.sampler.steps_per_epoch
         self.stages: tuple[StageConfig, ...] = config.stages or method.default_stages or (WHOLE,)
         self.ends = stage_ends(self.stages, total=self.total, steps_per_epoch=per_epoch)
-        for stage in self.stages:  # a wrong name shows now, not when its stage begins
-            method.check_stage(stage)
+        method.check_stages(self.stages)  # a wrong name shows now, not when its stage begins
         self.stage = WHOLE
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress()
@@ -130,6 +123,30 @@ class Trainer:
     @property
     def checkpoint_folder(self) -> Path:
         return self.out / "checkpoints"
+
+    def _prepare(self) -> None:
+        """Wraps the method as it is, and gives it an optimizer and an average."""
+        method, config = self.method, self.config
+        if config.compile:
+            method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
+        self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, self.optim))
+        self.average = (
+            AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema is not None
+            else None
+        )
+
+    def _changed(self, change: Callable[[], None]) -> bool:
+        """Lets the method change; where it has other parameters then, wrapper, optimizer and average begin anew."""
+        before = [*self.method.parameters()]
+        change()
+        if [id(parameter) for parameter in before] == [id(parameter) for parameter in self.method.parameters()]:
+            return False
+        self.wrapped = self.optimizer = self.average = None
+        self.accelerator.free_memory()  # an old wrapper would go on to exchange gradients
+        self._prepare()
+        self.wrapped.train()
+        return True
 
     def run(self, *, resume: bool = False) -> TrainResult:
         """Trains to the last step.
@@ -219,6 +236,8 @@ class Trainer:
         if self.stages[number] is self.stage:
             return
         self.stage = self.stages[number]
+        if self._changed(partial(self.method.reshape, self.stage)):  # what was best before is another student
+            self.progress.best_score = self.progress.best_step = None
         self.method.enter(self.stage)
         if len(self.stages) > 1:
             display.say(
@@ -305,7 +324,7 @@ class Trainer:
         states = gather_object([checkpoints.random_tensors()])
         ledger = self._collect_ledger()
         if self.accelerator.is_main_process:
-            self.progress.ledger = ledger.state_dict()
+            self.progress.ledger, self.progress.structure = ledger.state_dict(), self.method.structure
             tensors = {
                 "method": self.method.state_dict(),
                 "optimizer": checkpoints.optimizer_tensors(self.optimizer),
@@ -326,6 +345,7 @@ class Trainer:
         tensors, self.progress = checkpoints.read_checkpoint(found[-1])
         if self.progress.step > self.total:
             raise ValueError(f"{found[-1]} is at step {self.progress.step}, beyond this run's {self.total}")
+        self._changed(partial(self.method.restructure, self.progress.structure))
         self.method.load_state_dict(tensors["method"])
         checkpoints.load_optimizer(self.optimizer, tensors["optimizer"])
         if self.average is not None:

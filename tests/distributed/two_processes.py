@@ -33,8 +33,10 @@ from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
     GRADNORM,
+    MASKED,
     MemorySource,
     Partly,
+    into_first_stage,
     make_method,
     make_model,
     make_trainer,
@@ -54,6 +56,7 @@ TRAINED = (
     "clip_kd, balanced terms",
     "cmapkd, selected by a policy",
     f"clip_kd{CACHED}",
+    "tinyclip, with masks",
     f"cmapkd{MICRO}",
     f"clip_kd{MICRO}{CACHED}",
 )
@@ -75,6 +78,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
     "mobileclip, two teachers": ("mobileclip", {"synthetic": True}),
     "mobileclip, two teachers in micro-batches": ("mobileclip", {"synthetic": True}),
+    "tinyclip, with masks": ("tinyclip", MASKED),
+    "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
 
@@ -102,6 +107,8 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None) -> dic
     method = make_method(kind, settings=settings, more_teachers=more_teachers).to(dtype).train()
     for teacher in method.teachers.values():
         teacher.model.to(dtype)
+    if "with masks" in name:
+        into_first_stage(method)
     earlier, batch = random_batch(BATCH, seed=1, dtype=dtype, rich=rich), random_batch(BATCH, dtype=dtype, rich=rich)
     earlier = replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH)))  # fills a bank, if there is one
     if rank is None:

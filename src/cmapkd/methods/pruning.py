@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from cmapkd.models.types import Tower
 from cmapkd.objectives import sparsity_constraint, target_sparsity
 
 TERM = "sparsity"
+_SLACK = 0.03  # of all weights; expected and chosen numbers of units differ by rounding
 
 
 class MasksConfig(Config):
@@ -148,8 +150,7 @@ class PruningMethod(Method):
     def reshape(self, stage: StageConfig) -> None:
         if self.constraint is not None and stage.sparsity is None:
             self._let_all_learn()
-            assert isinstance(self.student, MaskedEncoder)
-            self.student, self.constraint, self.measurements = self.student.shrunk(), None, {}
+            self._shrink()
         elif self.constraint is None and stage.sparsity is not None:
             self._let_all_learn()
             present, allowed = _num_weights(self.student.prunable), self.num_weights * (1 - stage.sparsity)
@@ -191,6 +192,17 @@ class PruningMethod(Method):
     def _full(self) -> DualEncoder:
         """The student without its masks."""
         return self.student.model if isinstance(self.student, MaskedEncoder) else self.student
+
+    def _shrink(self) -> None:
+        assert isinstance(self.student, MaskedEncoder)
+        self.student, self.constraint, self.measurements = self.student.shrunk(), None, {}
+        asked, reached = self.stage.sparsity, 1 - _num_weights(self.student.prunable) / self.num_weights
+        if asked is not None and reached < asked - _SLACK:
+            warnings.warn(
+                f"the masks of stage {self.stage.name!r} took out {100 * reached:.0f} % of the student's weights and "
+                f"not {100 * asked:.0f} %: make the stage longer, or raise masks.rate",
+                stacklevel=2,
+            )
 
     def _mask(self) -> None:
         self.student = MaskedEncoder(self.student)

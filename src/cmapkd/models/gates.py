@@ -8,6 +8,7 @@ unit that stays.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,21 @@ def drawn_gates(log_alpha: Float[Tensor, " units"], uniform: Float[Tensor, " uni
 def keep_probability(log_alpha: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
     """How likely each gate is not 0, within [1e-6, 1 - 1e-6]."""
     return (log_alpha - _TEMPERATURE * math.log(-_LOWEST / _HIGHEST)).sigmoid().clamp(_EDGE, 1 - _EDGE)
+
+
+def expected_weights(
+    channels: Float[Tensor, " channels"], heads: Sequence[Tensor], units: Sequence[Tensor], *, per_head: float
+) -> Float[Tensor, ""]:
+    """How many entries of a tower's matrices are kept on average: those whose channel, and head or unit, both are.
+
+    Args:
+        channels, heads, units: log alphas; the latter two of each layer.
+        per_head: entries of one head and channel. A hidden unit and channel have 2.
+    """
+    kept_heads, kept_units = (
+        torch.stack([keep_probability(layer).sum() for layer in layers]).sum() for layers in (heads, units)
+    )
+    return keep_probability(channels).sum() * (per_head * kept_heads + 2 * kept_units)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.gates import LOG_ALPHA_RANGE, drawn_gates, fixed_gates, keep_probability
+from cmapkd.models.gates import LOG_ALPHA_RANGE, drawn_gates, expected_weights, fixed_gates
 from cmapkd.models.prunable import PrunableTower, cut
 from cmapkd.models.types import BOTH, Tower, TowerFeatures
 
@@ -104,12 +104,9 @@ class MaskedEncoder(DualEncoder):
         """How many entries of the layers' matrices are kept on average, with gradient to the masks."""
         expected = []
         for tower, parts in self.towers.items():
-            keep = {name: keep_probability(mask).sum() for name, mask in self._log_alphas(tower).items()}
-            heads, units = (
-                torch.stack([keep[f"{kind}_{layer}"] for layer in range(len(parts.heads))]).sum()
-                for kind in ("heads", "units")
-            )
-            expected.append(keep["channels"] * (4 * parts.head_width * heads + 2 * units))
+            masks = self._log_alphas(tower)
+            heads, units = ([masks[f"{kind}_{n}"] for n in range(len(parts.heads))] for kind in ("heads", "units"))
+            expected.append(expected_weights(masks["channels"], heads, units, per_head=4 * parts.head_width))
         return torch.stack(expected).sum()
 
     @torch.no_grad()

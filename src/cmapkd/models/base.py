@@ -151,3 +151,7 @@ class DualEncoder(nn.Module, ABC):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_borrowed_parameters(self) -> int:
+        """How many of `num_parameters` are another model's, as the teacher's text tower that a student is read with."""
+        return 0

@@ -195,7 +195,7 @@ class Method(nn.Module, ABC):
         return "student" if name.startswith("student.") else "weighting" if name.startswith("weighting") else "modules"
 
     def own_rate(self, name: str) -> float | None:  # noqa: ARG002  for methods with parameters that are no weights
-        """The rate at which a parameter learns whatever the schedule says; None: by its part's rate, like weights."""
+        """The rate at which a parameter learns whatever the schedule says, without momentum; None: like its part."""
         return None
 
     @property
@@ -233,7 +233,7 @@ class Method(nn.Module, ABC):
                     f"stage {stage.name!r}: train has {part!r}{closest(part, known)}; what can learn here: "
                     f"{', '.join(known)}"
                 )
-        if not any(self._learns_in(stage, name) for name, _ in self.named_parameters()):
+        if not self._something_learns(stage):
             raise ConfigError(f"stage {stage.name!r}: nothing learns, this run has no {' or '.join(stage.train)}")
 
     @property
@@ -270,6 +270,9 @@ class Method(nn.Module, ABC):
         for name, norm in self._batch_norms():  # one that does not learn keeps its statistics, too
             rests = f"{name}.weight" in self._learning and not norm.weight.requires_grad
             norm.momentum = 0.0 if rests else self._momenta[name]
+
+    def _something_learns(self, stage: StageConfig) -> bool:
+        return any(self._learns_in(stage, name) for name, _ in self.named_parameters())
 
     def _learns_in(self, stage: StageConfig, name: str) -> bool:
         parts = self.student_parts

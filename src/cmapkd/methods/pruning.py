@@ -77,6 +77,8 @@ class PruningMethod(Method):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher, **more)
         self.masks_config = config.masks or MasksConfig()
+        if self.masks_config.sparsity:
+            check_prunable(student)
         self.num_weights = _num_weights(student.prunable)
         self.constraint: _Multipliers | None = None
         self._start = 0.0  # sparsity as the stage begins
@@ -110,10 +112,7 @@ class PruningMethod(Method):
             )
         if not targets:
             return
-        try:
-            check_prunable(self.student)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        check_prunable(self.student)
         if any(after <= before for before, after in pairwise(targets)):
             raise ConfigError(f"the stages' sparsities {targets} must rise: each counts from the first student")
         if stages[-1].sparsity is not None:
@@ -126,8 +125,14 @@ class PruningMethod(Method):
 
     def check_stage(self, stage: StageConfig) -> None:
         super().check_stage(stage)
-        if stage.sparsity is not None and "modules" not in stage.train:
+        if self._masks_in(stage) and "modules" not in stage.train:
             raise ConfigError(f"stage {stage.name!r} has masks, which are modules: add modules to train")
+
+    def _something_learns(self, stage: StageConfig) -> bool:
+        return self._masks_in(stage) or super()._something_learns(stage)  # masks are not there yet
+
+    def _masks_in(self, stage: StageConfig) -> bool:
+        return stage.sparsity is not None and self.masks_config.choice == "learned"
 
     @property
     def structure(self) -> dict[str, Any]:

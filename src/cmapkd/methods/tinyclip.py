@@ -66,7 +66,8 @@ class TinyCLIP(PruningMethod):
             "Masks of later stages begin as the first ones do, at log a = log 100; the published first value, 10, is "
             "that after one step.",
             "In stages with masks the student's rate follows the run's schedule; masks and multipliers have rate 0.02 "
-            "throughout, as published.",
+            "throughout, as published, but no momentum: it would carry them about ten steps past the target, where the "
+            "hinge does not call them back.",
         ),
         checked_against="ClipSoftLoss and weight_inherit of the published code, run on random tensors: values and "
         "gradients, and every slice, tests/methods/fixtures/tinyclip.json. L0Module (probabilities, draws, fixed "

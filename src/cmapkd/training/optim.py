@@ -31,8 +31,10 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
                 "weight_decay": config.weight_decay if decayed else 0.0,
                 "rate": rates[part],
                 "own_rate": own,
-                # what is no weight may have gradients far smaller than weights': a mask has one part in a million units
+                # what is no weight may have gradients far smaller than weights', as one mask of a million, and may have
+                # to stop at once where a constraint is met
                 "eps": config.eps if own is None else _OWN_EPS,
+                "betas": config.betas if own is None else (0.0, config.betas[1]),
             }
             for (part, decayed, own), parameters in groups.items()
         ],

@@ -31,6 +31,9 @@ from helpers import ROUNDING
 TOLERANCE = {"float32": 5e-6, "float64": 1e-10}  # float32: rounding, sums are taken in another order
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:the masks of stage")  # a few steps of theirs take nothing out
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """As the ranks have: sums over more threads round differently, and what is made in float32 keeps it in float64."""

@@ -57,6 +57,7 @@ TRAINED = (
     "cmapkd, selected by a policy",
     f"clip_kd{CACHED}",
     "tinyclip, with masks",
+    "tinyclip, units by lot",
     f"cmapkd{MICRO}",
     f"clip_kd{MICRO}{CACHED}",
 )
@@ -80,6 +81,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "mobileclip, two teachers in micro-batches": ("mobileclip", {"synthetic": True}),
     "tinyclip, with masks": ("tinyclip", MASKED),
     "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
+    "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
 

@@ -40,6 +40,7 @@ CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
     "cross_weight": 0.5,
     "augmented_weight": 0.7,
 }
+MASKED = {"alpha": 0.7, "masks": {"sparsity": [0.5], "warmup": 0.0}}  # of tinyclip
 GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
     "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
@@ -159,6 +160,14 @@ def make_method(
     torch.manual_seed(3)
     config = kind.Config.from_mapping({"name": name, **(settings or {})})
     return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
+
+
+def into_first_stage(method: Method) -> Method:
+    """A method as it is in the first of its stages."""
+    stage = method.default_stages[0]
+    method.reshape(stage)
+    method.enter(stage)
+    return method
 
 
 def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBuilder:

@@ -241,6 +241,14 @@ def test_a_method_without_teacher_is_one_run_whatever_the_teacher(recipe: Path) 
     assert len(plan.runs) == 3
 
 
+def test_a_method_without_teacher_has_none_to_inherit_from(recipe: Path) -> None:
+    inheriting = {"arms": {"scratch": ["method=contrastive", "student.inherit=teacher"], "kd": {}}, "seeds": [0]}
+    with pytest.raises(ConfigError, match=r"scratch: method contrastive is compared without a teacher, .* inherit: /"):
+        make_plan(comparison(recipe, **inheriting))
+    inheriting["arms"]["scratch"][1] = "student.inherit=tiny:scenes-teacher"
+    assert len(make_plan(comparison(recipe, **inheriting)).runs) == 2
+
+
 def test_tables_share_runs_of_equal_configs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     tables = {
         "Methods": {"arms": ["contrastive", "clip_kd"]},

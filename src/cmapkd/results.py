@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cmapkd.config import printable
+from cmapkd.evaluation.table import shown_parameters
 
 Scores = dict[str, Any]
 
@@ -99,7 +100,7 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
             table.add_column(name, justify="right", no_wrap=True)
     for place, (name, scores) in enumerate(rows):
         cells = ["-" if column[place] is None else f"{column[place]:.1f}" for column in shown.values()]
-        table.add_row(Text(printable(str(name))), *cells, f"{scores['params']:,}")
+        table.add_row(Text(printable(str(name))), *cells, shown_parameters(scores))
     return table
 
 

@@ -29,6 +29,7 @@ from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
+from cmapkd.evaluation.suite import count_parameters
 from cmapkd.methods import METHODS, Method, MethodConfig, TermsBeside, build_method, check_teachers
 from cmapkd.models import DualEncoder, FrozenTeacher, ModelConfig, build_model, load_model
 from cmapkd.provenance import describe_environment
@@ -486,7 +487,7 @@ def _measure(
         if model is None:
             return None
         if source is None:
-            return {"params": model.num_parameters()}
+            return count_parameters(model)
         on_bad_sample = config.data.on_bad_sample
         return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=on_bad_sample)
 

@@ -44,8 +44,10 @@ from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
     GRADNORM,
+    MASKED,
     MemorySource,
     Partly,
+    into_first_stage,
     make_method,
     make_model,
     make_trainer,
@@ -67,6 +69,8 @@ TRAINED = (
     "clip_kd, balanced terms",
     "cmapkd, selected by a policy",
     f"clip_kd{CACHED}",
+    "tinyclip, with masks",
+    "tinyclip, units by lot",
     f"cmapkd{MICRO}",
     f"clip_kd{MICRO}{CACHED}",
     *(f"{name}{SHARDED}" for name in SHARDED_METHODS),
@@ -89,6 +93,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
     "mobileclip, two teachers": ("mobileclip", {"synthetic": True}),
     "mobileclip, two teachers in micro-batches": ("mobileclip", {"synthetic": True}),
+    "tinyclip, with masks": ("tinyclip", MASKED),
+    "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
+    "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
 }
 SHARDED_CASES = (*SHARDED_METHODS, *(f"{name}{MICRO}" for name in SHARDED_METHODS), "cmapkd, everything")
@@ -125,6 +132,8 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None, how: s
     method = make_method(kind, settings=settings, more_teachers=more_teachers).to(dtype).train()
     for teacher in method.teachers.values():
         teacher.model.to(dtype)
+    if "with masks" in name:
+        into_first_stage(method)
     earlier, batch = random_batch(BATCH, seed=1, dtype=dtype, rich=rich), random_batch(BATCH, dtype=dtype, rich=rich)
     earlier = replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH)))  # fills a bank, if there is one
     sharded: ShardedMethod | None = None

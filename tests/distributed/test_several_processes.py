@@ -43,6 +43,8 @@ from helpers import ROUNDING
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}  # float32: rounding, sums are taken in another order
 Found = dict[str, Tensor]
 
+pytestmark = pytest.mark.filterwarnings("ignore:the masks of stage")  # a few steps of theirs take nothing out
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -18,8 +18,10 @@ from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
     GRADNORM,
+    MASKED,
     ROUNDING,
     DropoutStudent,
+    into_first_stage,
     make_method,
     make_model,
     random_batch,
@@ -39,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "hinton, classes": ("hinton", {"form": "classes"}),
     "hinton, the teacher's classes": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
     "clip_kd, balanced terms": ("clip_kd", {"term_weighting": GRADNORM}),
+    "tinyclip, with masks": ("tinyclip", MASKED),
+    "tinyclip, with masks and balanced terms": ("tinyclip", {**MASKED, "term_weighting": GRADNORM}),
 }
 
 
@@ -71,7 +75,7 @@ def built(name: str, dtype: torch.dtype = torch.float32, kind: type[TinyDualEnco
     method = make_method(method_name, student=make_model(kind=kind), settings=settings).to(dtype).train()
     if method.teacher is not None:
         method.teacher.model.to(dtype)
-    return method
+    return into_first_stage(method) if "with masks" in name else method
 
 
 def results(method: Method, micro_batch: int | None, *, precision: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from test_open_clip_family import small
 from torch import Tensor, nn
 
 from cmapkd.evaluation.efficiency import parameter_counts
+from cmapkd.evaluation.suite import count_parameters
+from cmapkd.evaluation.table import shown_parameters
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model, load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.prompts import DeepPrompts, make_prompts
@@ -142,7 +144,11 @@ def test_a_loaded_one_says_what_each_tower_costs(tmp_path: Path) -> None:
     model.save(tmp_path)
     loaded = load_model(tmp_path)
     counts = parameter_counts(loaded, images(loaded), loaded.tokenizer(["a red cat"]))
-    assert counts["total"] == loaded.num_parameters()
+    assert counts["total"] > loaded.num_parameters() == counts["image"] + counts["text"] + 1  # and the logit scale
+    assert loaded.num_borrowed_parameters() == model.num_borrowed_parameters() == counts["text"]
+    assert count_parameters(model) == {"params": loaded.num_parameters(), "params_borrowed": counts["text"]}
+    assert shown_parameters(count_parameters(model)) == f"{counts['image'] + 1:,} + {counts['text']:,}"
+    assert count_parameters(model.image) == {"params": model.image.num_parameters()}
     assert counts["text"] == sum(p.numel() for p in make_teacher().model.text.parameters())
     added = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("prompts.", "project.")))
     assert counts["image"] == added + sum(p.numel() for p in make_model().vision.parameters())

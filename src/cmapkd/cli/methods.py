@@ -59,7 +59,7 @@ def methods(
 def _settings(config: Any) -> dict[str, dict[str, Any]]:
     defaults = config().model_dump(mode="json")
     return {
-        key: {"default": defaults[key], "description": field.description}
+        key: {"default": defaults.get(key), "description": field.description}
         for key, field in config.model_fields.items()
         if key != "name"
     }

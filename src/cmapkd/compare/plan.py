@@ -144,6 +144,13 @@ def _rows(
             problems.update(dict.fromkeys(lines))
             continue
         if not METHODS[config.method.name].uses_teacher:
+            if config.student.inherit is not None and config.student.inherit.name == "teacher":
+                assert config.teacher is not None  # else the config had been refused
+                problems[
+                    f"{label}: method {config.method.name} is compared without a teacher, so student.inherit cannot be "
+                    f"teacher: name the model itself, inherit: {config.teacher.name}"
+                ] = None
+                continue
             config = config.without_teachers()
         runs = {}
         for seed in seeds:

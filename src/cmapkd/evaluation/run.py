@@ -31,7 +31,8 @@ def evaluate(
         on_bad_sample, autocast: see `embed`.
     Returns:
         `retrieval` (see `retrieval.retrieval`), `zero_shot` (see `zero_shot.zero_shot`), ..., those that were measured;
-        `params`, the model's number of parameters; `bad_samples`, how many could not be read.
+        `params`, the model's number of parameters, of which `params_borrowed`, if any, are another model's tower;
+        `bad_samples`, how many could not be read.
     Raises:
         ConfigError: templates or class names that do not exist.
         ValueError: a task that was named cannot be measured on this source, or none can.

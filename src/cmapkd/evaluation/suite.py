@@ -72,10 +72,16 @@ def evaluate_models(
         for subject, result in zip(subjects, task.measure(subjects, bench), strict=True):
             scores[subject.name][name] = result
     for subject in subjects:
-        scores[subject.name]["params"] = subject.model.num_parameters()
+        scores[subject.name] |= count_parameters(subject.model)
         if "embedded" in subject.__dict__:
             scores[subject.name]["bad_samples"] = len(subject.embedded.bad)
     return scores
+
+
+def count_parameters(model: DualEncoder) -> dict[str, int]:
+    """`params`, the number of parameters of both towers; `params_borrowed`, how many of them are another model's."""
+    borrowed = model.num_borrowed_parameters()
+    return {"params": model.num_parameters()} | ({"params_borrowed": borrowed} if borrowed else {})
 
 
 def training_source(train: str | None, data: str | None) -> Source | None:

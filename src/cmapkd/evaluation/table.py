@@ -33,8 +33,14 @@ def score_table(scores: Mapping[str, Mapping[str, Any]], *, title: str) -> Table
                 first = False
         if not first:
             table.add_section()
-    table.add_row("", "parameters", *(f"{of_model['params']:,}" for of_model in scores.values()))
+    table.add_row("", "parameters", *map(shown_parameters, scores.values()))
     return table
+
+
+def shown_parameters(scores: Mapping[str, Any]) -> str:
+    """How many parameters; where some are another model's text tower, those first that are not."""
+    borrowed = scores.get("params_borrowed", 0)
+    return f"{scores['params'] - borrowed:,}" + (f" + {borrowed:,}" if borrowed else "")
 
 
 def _dig(values: Any, path: tuple[str, ...]) -> float | None:

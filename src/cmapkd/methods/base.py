@@ -126,6 +126,8 @@ class Method(nn.Module, ABC):
     """Why the teacher cannot answer from a cache; None where it can."""
     several_teachers: ClassVar[bool] = False
     """Whether it takes more than one: `more_teachers` is then an argument of its `__init__`."""
+    prunes: ClassVar[bool] = False
+    """Whether stages may state a `sparsity`."""
     measurements: dict[str, Tensor]
     """What the last step is worth logging besides its terms: learned weights, their entropy."""
 
@@ -197,6 +199,10 @@ class Method(nn.Module, ABC):
         """Which part a parameter belongs to: parts have learning rates of their own, and stages say which learn."""
         return "student" if name.startswith("student.") else "weighting" if name.startswith("weighting") else "modules"
 
+    def own_rate(self, name: str) -> float | None:  # noqa: ARG002  for methods with parameters that are no weights
+        """The rate at which a parameter learns whatever the schedule says, without momentum; None: like its part."""
+        return None
+
     @property
     def student_parts(self) -> Mapping[str, frozenset[str]]:
         """Parts of the student that a stage may train without the rest, by name: the names of their parameters."""
@@ -207,12 +213,23 @@ class Method(nn.Module, ABC):
         """The stages of a run whose recipe names none, by shares of its steps; none: it is one piece."""
         return ()
 
+    def check_stages(self, stages: Sequence[StageConfig]) -> None:
+        """Refuses stages that this method cannot train in, before the first step.
+
+        Raises:
+            ConfigError: names the stage, and what is wrong with it.
+        """
+        for stage in stages:
+            self.check_stage(stage)
+
     def check_stage(self, stage: StageConfig) -> None:
         """Refuses a stage that names terms or levels this method does not have, or in which nothing learns.
 
         Raises:
             ConfigError: says which, with the nearest known name.
         """
+        if stage.sparsity is not None and not self.prunes:
+            raise ConfigError(f"stage {stage.name!r}: this method has no masks, leave sparsity out")
         stage.check_names(terms=self.all_term_names, levels=self.level_names)
         known = (*PARTS, *self.student_parts)
         for part in stage.train:
@@ -221,8 +238,31 @@ class Method(nn.Module, ABC):
                     f"stage {stage.name!r}: train has {part!r}{closest(part, known)}; what can learn here: "
                     f"{', '.join(known)}"
                 )
-        if not any(self._learns_in(stage, name) for name, _ in self.named_parameters()):
+        if not self._something_learns(stage):
             raise ConfigError(f"stage {stage.name!r}: nothing learns, this run has no {' or '.join(stage.train)}")
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """What the run has made of its modules' sizes, as plain data: with it a checkpoint's tensors fit again."""
+        return {}
+
+    def restructure(self, structure: Mapping[str, Any]) -> None:
+        """Gives a new method the structure that `structure` returned."""
+
+    def reshape(self, stage: StageConfig) -> None:
+        """Called before a stage is entered: a method may put other modules in place of its own, a smaller student.
+
+        What then has other parameters gets another wrapper, optimizer and average, which begin anew.
+        """
+
+    def _let_all_learn(self) -> None:
+        """Undoes what the last stage has frozen, and forgets its names: for those who exchange modules."""
+        if self._learning is not None:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name in self._learning)
+            for name, norm in self._batch_norms():
+                norm.momentum = self._momenta[name]
+        self._learning, self._shared = None, None
 
     def enter(self, stage: StageConfig) -> None:
         """Begins a stage: from now on only its terms and levels count, and only its parts learn."""
@@ -235,6 +275,9 @@ class Method(nn.Module, ABC):
         for name, norm in self._batch_norms():  # one that does not learn keeps its statistics, too
             rests = f"{name}.weight" in self._learning and not norm.weight.requires_grad
             norm.momentum = 0.0 if rests else self._momenta[name]
+
+    def _something_learns(self, stage: StageConfig) -> bool:
+        return any(self._learns_in(stage, name) for name, _ in self.named_parameters())
 
     def _learns_in(self, stage: StageConfig, name: str) -> bool:
         parts = self.student_parts

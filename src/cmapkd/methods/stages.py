@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from cmapkd.config import Config, ConfigError, closest
 
@@ -28,6 +28,17 @@ class StageConfig(Config):
         description="What learns: student, modules, weighting; or a part of the student that the method names.",
     )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate here; none: optim.learning_rate.")
+    sparsity: float | None = Field(
+        None, gt=0, lt=1, description="Share of the student's first weights that masks shall have taken out at its end."
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: Any) -> dict[str, Any]:
+        """A stage without masks is written as it was before there were any."""
+        values: dict[str, Any] = handler(self)
+        return (
+            values if self.sparsity is not None else {key: value for key, value in values.items() if key != "sparsity"}
+        )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

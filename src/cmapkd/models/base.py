@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from cmapkd.config import closest
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.types import Features, LevelInfo, Needs, TowerFeatures
+from cmapkd.models.types import Features, LevelInfo, Needs, Tower, TowerFeatures
 
 __all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Tokenizer", "eval_mode"]
 
@@ -81,6 +82,19 @@ class DualEncoder(nn.Module, ABC):
         tokens; empty for other towers."""
         return ()
 
+    @property
+    def prunable(self) -> Mapping[Tower, PrunableTower]:
+        """What can be taken out of each tower, and where it stands in the weights; empty where nothing can be."""
+        return {}
+
+    def resized(self, sizes: Mapping[Tower, TowerSizes]) -> DualEncoder:  # noqa: ARG002  for those that can be
+        """A model like this one with towers of these sizes, whose weights are yet to be set; of a `prunable` model.
+
+        Raises:
+            ValueError: this model's towers have one size.
+        """
+        raise ValueError(f"{self.name} cannot have towers of other sizes")
+
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         """Image embedding [batch, embed_dim], not normalised, and the named levels.
@@ -137,3 +151,7 @@ class DualEncoder(nn.Module, ABC):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_borrowed_parameters(self) -> int:
+        """How many of `num_parameters` are another model's, as the teacher's text tower that a student is read with."""
+        return 0

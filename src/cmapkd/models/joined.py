@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.prompts import DeepPrompts
+from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.registry import load_model
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
 from cmapkd.models.teacher import FrozenTeacher
@@ -113,9 +115,16 @@ class JoinedEncoder(DualEncoder):
         return self.text_model.encode_text(texts, levels)
 
     def num_parameters(self) -> int:
-        """Of both models whole, towers that are not used among them."""
-        beside = self.text_model.num_parameters() if self._frozen is not None else 0
-        return super().num_parameters() + beside
+        """Of the two towers that are used: the student's for images, with all that was added, and the teacher's."""
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        own = sum(sizes[name] for name in parameters_behind(self, partial(example_output, self, "image")))
+        scales = [self.log_logit_scale] + ([] if self.logit_bias is None else [self.logit_bias])
+        return own + sum(scale.numel() for scale in scales) + self.num_borrowed_parameters()
+
+    def num_borrowed_parameters(self) -> int:
+        text = self.text_model
+        sizes = {name: parameter.numel() for name, parameter in text.named_parameters()}
+        return sum(sizes[name] for name in parameters_behind(text, partial(example_output, text, "text")))
 
     def save(self, folder: Path) -> None:
         tokens = None if self.prompts is None else self.prompts.tokens.shape

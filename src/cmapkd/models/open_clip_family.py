@@ -22,8 +22,11 @@ from cmapkd.models.open_clip_model import (
     load_native_weights,
     make_tokenizer,
 )
+from cmapkd.models.open_clip_pruning import resize
+from cmapkd.models.prunable import TowerSizes
 from cmapkd.models.registry import ModelConfig
 from cmapkd.models.storage import load_weights, read_weights
+from cmapkd.models.types import Tower
 
 # In open_clip's own order, safe formats first.
 _WEIGHT_FILES = (
@@ -83,6 +86,10 @@ def load(folder: Path, description: dict[str, Any]) -> OpenClipModel:
         building["text_cfg"].update(hf_model_name=str(folder / TEXT_CONFIG), hf_model_pretrained=False)
     model = construct(building, preprocess, where=f"model folder {folder}")
     fit_image_size(model, where=f"model folder {folder}")
+    sizes: dict[Tower, TowerSizes] | None = None
+    if "sizes" in description["options"]:
+        sizes = {tower: TowerSizes.read(values) for tower, values in description["options"]["sizes"].items()}
+        resize(model, sizes)
     load_weights(model, read_weights(folder / NATIVE_WEIGHTS), where=folder)
     return OpenClipModel(
         model,
@@ -91,6 +98,7 @@ def load(folder: Path, description: dict[str, Any]) -> OpenClipModel:
         tokenizer=make_tokenizer(model_config["text_cfg"], source=str(folder)),
         name=str(description["name"]),
         family=str(description["family"]),
+        sizes=sizes,
     )
 
 

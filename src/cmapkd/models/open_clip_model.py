@@ -18,9 +18,11 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.open_clip_pruning import prunable_towers, resize
+from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.spans import span_finder
 from cmapkd.models.storage import check_sizes, load_weights, read_weights, write_model_folder
-from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import Level, LevelInfo, Tower, TowerFeatures
 
 NATIVE_CONFIG, NATIVE_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TEXT_CONFIG = "text_tower"  # a transformers text tower's own config, inside a model folder
@@ -63,6 +65,8 @@ class OpenClipTokenizer:
 class OpenClipModel(DualEncoder):
     """Wraps `open_clip.CLIP` or `open_clip.CustomTextCLIP`; `config` is open_clip's `model_cfg` of it.
 
+    `sizes` are those of towers that were cut to smaller ones than a `model_cfg` can describe.
+
     Levels come from open_clip's `forward_intermediates`. A ViT's are `blocks.N` with its class and register tokens at
     the front; a convolutional or windowed tower's are `stages.N` maps, the stem not counted. Texts have `blocks.N`.
     """
@@ -78,9 +82,11 @@ class OpenClipModel(DualEncoder):
         tokenizer: OpenClipTokenizer,
         name: str,
         family: str = "open_clip",
+        sizes: Mapping[Tower, TowerSizes] | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model
+        self.sizes = sizes
         self.config, self.preprocess = deepcopy(dict(config)), dict(preprocess)
         self.name, self.family, self.tokenizer = name, family, tokenizer
         self.embed_dim = int(config["embed_dim"])
@@ -115,6 +121,23 @@ class OpenClipModel(DualEncoder):
             return tuple(visual.transformer.resblocks) if visual.transformer.batch_first else ()
         positions_inside = any(getattr(visual.trunk, name, None) is not None for name in ("rope", "rel_pos_bias"))
         return () if positions_inside else tuple(visual.trunk.blocks)
+
+    @property
+    def prunable(self) -> Mapping[Tower, PrunableTower]:
+        return {tower: parts.within("model") for tower, parts in prunable_towers(self.model).items()}
+
+    def resized(self, sizes: Mapping[Tower, TowerSizes]) -> OpenClipModel:
+        model = deepcopy(self.model)
+        resize(model, sizes)
+        return type(self)(
+            model,
+            config=self.config,
+            preprocess=self.preprocess,
+            tokenizer=self.tokenizer,
+            name=self.name,
+            family=self.family,
+            sizes=sizes,
+        )
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
@@ -177,13 +200,17 @@ class OpenClipModel(DualEncoder):
     def save(self, folder: Path) -> None:
         """Ours, and open_clip's: `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads it too.
 
-        A timm ViT whose `image_size` is not its own is the exception: open_clip builds it at its own size first.
+        A timm ViT whose `image_size` is not its own is an exception: open_clip builds it at its own size first. So is a
+        model whose towers were cut: open_clip has no words for it, and it is written without open_clip's config.
         """
         from open_clip.push_to_hf_hub import save_config_for_hf
 
-        options = {"config": self.config, "preprocess": self.preprocess}
+        options: dict[str, Any] = {"config": self.config, "preprocess": self.preprocess}
+        if self.sizes is not None:
+            options["sizes"] = {tower: sizes.plain() for tower, sizes in self.sizes.items()}
         write_model_folder(folder, family=self.family, name=self.name, options=options)
-        save_config_for_hf(self.model, folder / NATIVE_CONFIG, model_config=self.config)
+        if self.sizes is None:
+            save_config_for_hf(self.model, folder / NATIVE_CONFIG, model_config=self.config)
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.model.state_dict().items()}
         save_file(tensors, folder / NATIVE_WEIGHTS)
         if hasattr(self.tokenizer.native, "save_pretrained"):

@@ -8,7 +8,7 @@ tests that must train in seconds on a CPU. Pre-norm transformer blocks as in ViT
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
@@ -23,13 +23,20 @@ from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.prunable import BlockNames, PrunableTower, TowerSizes
 from cmapkd.models.storage import MAX_LAYERS, MAX_WIDTH, write_model_folder
-from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import BOTH, Level, LevelInfo, Tower, TowerFeatures
 from cmapkd.models.vocabulary import TrainedTokenizer
+
+HEAD_WIDTH = 32
 
 
 class TinyOptions(Config):
-    """Sizes of a `tiny` model; head width is fixed at 32 channels."""
+    """Sizes of a `tiny` model; head width is fixed at 32 channels.
+
+    A tower whose layers name neither heads nor units has width / 32 heads and four times its width of hidden units in
+    each.
+    """
 
     image_size: int = Field(64, ge=16, le=4096, description="Height and width of the input, in pixels.")
     fit: Literal["crop", "squash"] = Field("crop", description="What becomes of a picture that is not square.")
@@ -37,10 +44,14 @@ class TinyOptions(Config):
     stem_width: int = Field(
         16, ge=4, le=1024, description="Channels of the stem's first convolution; each later one has twice as many."
     )
-    vision_width: int = Field(96, ge=32, le=MAX_WIDTH, multiple_of=32, description="Channels of the image tower.")
+    vision_width: int = Field(96, ge=1, le=MAX_WIDTH, description="Channels of the image tower.")
     vision_depth: int = Field(4, ge=1, le=MAX_LAYERS, description="Blocks of the image tower.")
-    text_width: int = Field(64, ge=32, le=MAX_WIDTH, multiple_of=32, description="Channels of the text tower.")
+    vision_heads: tuple[int, ...] | None = Field(None, description="Heads of each of its blocks.")
+    vision_units: tuple[int, ...] | None = Field(None, description="Hidden units of each of its blocks.")
+    text_width: int = Field(64, ge=1, le=MAX_WIDTH, description="Channels of the text tower.")
     text_depth: int = Field(2, ge=1, le=MAX_LAYERS, description="Blocks of the text tower.")
+    text_heads: tuple[int, ...] | None = Field(None, description="Heads of each of its blocks.")
+    text_units: tuple[int, ...] | None = Field(None, description="Hidden units of each of its blocks.")
     embed_dim: int = Field(128, ge=8, le=MAX_WIDTH, description="Width of the joint space.")
     context_length: int = Field(40, ge=4, le=10_000, description="Longest text, in tokens, start and end included.")
     vocab_size: int = Field(
@@ -54,6 +65,42 @@ class TinyOptions(Config):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         return self
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> Self:
+        for tower in ("vision", "text"):
+            width, depth, heads, units = (
+                getattr(self, f"{tower}_{key}") for key in ("width", "depth", "heads", "units")
+            )
+            if heads is None and width % HEAD_WIDTH:
+                raise ValueError(
+                    f"{tower}_width must be a multiple of {HEAD_WIDTH}, the width of a head, got {width}; or name the "
+                    f"heads of each block in {tower}_heads"
+                )
+            for key, counts in (("heads", heads), ("units", units)):
+                if counts is not None and (len(counts) != depth or min(counts) < 1):
+                    raise ValueError(
+                        f"{tower}_{key} needs a number of at least 1 for each of the {depth} blocks, got {[*counts]}"
+                    )
+        return self
+
+    def sizes(self, tower: Tower) -> TowerSizes:
+        """Of a tower, its layers written out."""
+        prefix = _PREFIXES[tower]
+        width, depth, heads, units = (getattr(self, f"{prefix}_{key}") for key in ("width", "depth", "heads", "units"))
+        return TowerSizes(width, heads or (width // HEAD_WIDTH,) * depth, units or (4 * width,) * depth)
+
+    def resized(self, sizes: Mapping[Tower, TowerSizes]) -> TinyOptions:
+        """These with towers of other sizes."""
+        changed = {
+            f"{_PREFIXES[tower]}_{key}": value
+            for tower, size in sizes.items()
+            for key, value in (("width", size.width), ("heads", size.heads), ("units", size.units))
+        }
+        return self.model_copy(update=changed)
+
+
+_PREFIXES: dict[Tower, str] = {"image": "vision", "text": "text"}
 
 
 PRESETS: dict[str, TinyOptions] = {
@@ -88,27 +135,33 @@ image tokens instead of sixteen (docs/results/scenes.md measures both beside the
 
 
 class Block(nn.Module):
-    """Pre-norm self-attention, then a two-layer perceptron of four times the width."""
+    """Pre-norm self-attention, then a two-layer perceptron: of four times the width where nothing else is said."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int | None = None, units: int | None = None) -> None:
         super().__init__()
-        self.heads = width // 32
+        self.heads = heads = heads or width // HEAD_WIDTH
+        units = units or 4 * width
         self.norm_attention = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * heads * HEAD_WIDTH)
+        self.out = nn.Linear(heads * HEAD_WIDTH, width)
         self.norm_mlp = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 4 * width)
-        self.shrink = nn.Linear(4 * width, width)
+        self.expand = nn.Linear(width, units)
+        self.shrink = nn.Linear(units, width)
 
     def forward(
         self, x: Float[Tensor, "batch tokens width"], mask: Bool[Tensor, "#batch #heads #queries tokens"] | None = None
     ) -> Float[Tensor, "batch tokens width"]:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(batch, tokens, 3, self.heads, 32).permute(2, 0, 3, 1, 4)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(batch, tokens, 3, self.heads, HEAD_WIDTH).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         mixed: Tensor = x + self.shrink(F.gelu(self.expand(self.norm_mlp(x))))
         return mixed
+
+
+def _blocks(sizes: TowerSizes) -> nn.ModuleList:
+    layers = zip(sizes.heads, sizes.units, strict=True)
+    return nn.ModuleList(Block(sizes.width, heads, units) for heads, units in layers)
 
 
 class VisionTower(nn.Module):
@@ -123,7 +176,7 @@ class VisionTower(nn.Module):
         self.side = options.image_size // options.patch_size
         self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, self.side**2 + 1, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(options.vision_depth))
+        self.blocks = _blocks(options.sizes("image"))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, options.embed_dim, bias=False)
 
@@ -153,7 +206,7 @@ class TextTower(nn.Module):
         self.tokens = nn.Embedding(options.vocab_size, width)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.positions = nn.Parameter(torch.randn(1, options.context_length, width) * 0.01)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(options.text_depth))
+        self.blocks = _blocks(options.sizes("text"))
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, options.embed_dim, bias=False)
 
@@ -198,6 +251,28 @@ class TinyDualEncoder(DualEncoder):
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self.vision.blocks)
 
+    @property
+    def prunable(self) -> Mapping[Tower, PrunableTower]:
+        writes = {
+            "image": {"to_width.weight": 0, "to_width.bias": 0, "class_token": 2, "positions": 2},
+            "text": {"tokens.weight": 1, "positions": 2},
+        }
+        towers: dict[Tower, PrunableTower] = {}
+        for tower in BOTH:
+            sizes, prefix = self.options.sizes(tower), _PREFIXES[tower]
+            towers[tower] = PrunableTower.of(
+                sizes,
+                head_width=HEAD_WIDTH,
+                blocks=[_block_names(f"{prefix}.blocks.{number}") for number in range(len(sizes.heads))],
+                writes={f"{prefix}.{name}": axis for name, axis in writes[tower].items()},
+                reads={f"{prefix}.project.weight": 1},
+                norms=[f"{prefix}.norm"],
+            )
+        return towers
+
+    def resized(self, sizes: Mapping[Tower, TowerSizes]) -> TinyDualEncoder:
+        return type(self)(self.options.resized(sizes), self.tokenizer, name=self.name)
+
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
         output: TowerFeatures = self.vision(images, levels)
@@ -226,6 +301,20 @@ class TinyDualEncoder(DualEncoder):
 
     def save(self, folder: Path) -> None:
         write_model_folder(
-            folder, family="tiny", name=self.name, options=self.options.model_dump(), weights=self.state_dict()
+            folder,
+            family="tiny",
+            name=self.name,
+            options=self.options.model_dump(exclude_none=True),
+            weights=self.state_dict(),
         )
         self.tokenizer.save(folder)
+
+
+def _block_names(block: str) -> BlockNames:
+    return BlockNames(
+        norms=(f"{block}.norm_attention", f"{block}.norm_mlp"),
+        qkv=(f"{block}.qkv.weight", f"{block}.qkv.bias"),
+        out=f"{block}.out",
+        expand=f"{block}.expand",
+        shrink=f"{block}.shrink",
+    )

@@ -14,6 +14,7 @@ from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
+from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
 
 __all__ = [
     "bank_divergence",
@@ -40,4 +41,6 @@ __all__ = [
     "similarities",
     "similarity_divergence",
     "smooth_distance",
+    "sparsity_constraint",
+    "target_sparsity",
 ]

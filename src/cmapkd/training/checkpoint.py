@@ -44,6 +44,7 @@ class Progress:
     best_step: int | None = None
     seconds: float = 0.0  # of training, over all sittings
     ledger: dict[str, Any] = field(default_factory=dict)  # counts of good and bad samples
+    structure: dict[str, Any] = field(default_factory=dict)  # sizes that the method's modules have by now
 
 
 def checkpoint_path(folder: Path, step: int, kind: Kind = "step") -> Path:

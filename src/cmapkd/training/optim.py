@@ -12,16 +12,22 @@ from cmapkd.methods import Method
 from cmapkd.methods.stages import Part
 from cmapkd.training.config import OptimConfig
 
+_OWN_EPS = 1e-8  # torch's own
 _UNDECAYED = ("position", "class_embedding", "class_token", "cls_token", "logit_scale", "logit_bias")
 
 
-def parameter_groups(method: Method) -> dict[tuple[Part, bool], list[nn.Parameter]]:
-    """What learns, by part and by whether it is decayed, in the order in which checkpoints number it."""
-    groups: dict[tuple[Part, bool], list[nn.Parameter]] = {}
+Group = tuple[Part, bool, float | None]
+"""Of a parameter: its part, whether it is decayed, and its own rate."""
+
+
+def parameter_groups(method: Method) -> dict[Group, list[nn.Parameter]]:
+    """What learns, by group, in the order in which checkpoints number it."""
+    groups: dict[Group, list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
-            groups.setdefault((method.part_of(name), decayed), []).append(parameter)
+            own = method.own_rate(name)
+            decayed = own is None and parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
+            groups.setdefault((method.part_of(name), decayed, own), []).append(parameter)
     return groups
 
 
@@ -34,8 +40,13 @@ def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:
                 "params": alike,
                 "weight_decay": config.weight_decay if decayed else 0.0,
                 "rate": rates[part],
+                "own_rate": own,
+                # what is no weight may have gradients far smaller than weights', as one mask of a million, and may have
+                # to stop at once where a constraint is met
+                "eps": config.eps if own is None else _OWN_EPS,
+                "betas": config.betas if own is None else (0.0, config.betas[1]),
             }
-            for (part, decayed), parameters in parameter_groups(method).items()
+            for (part, decayed, own), parameters in parameter_groups(method).items()
             for alike in _by_type(parameters)
         ],
         lr=config.learning_rate,
@@ -70,6 +81,6 @@ def learning_rate(step: int, *, total: int, config: OptimConfig, peak: float | N
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Every group's rate, each by its own multiple."""
+    """Every group's rate: its multiple of this one, or its own."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
+        group["lr"] = rate * group["rate"] if group["own_rate"] is None else group["own_rate"]

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -109,21 +110,7 @@ class Trainer:
         method.micro_batch, method.local_loss = config.micro_batch, config.local_loss
         for teacher in method.teachers.values():
             teacher.to(self.accelerator.device)
-        if config.compile:
-            method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
-        self.sharded = self._sharded() if config.sharding == "fsdp2" else None
-        self.wrapped: Callable[[Batch], dict[str, Term]]
-        self.optimizer: torch.optim.Optimizer
-        if self.sharded is not None:
-            self.wrapped, self.optimizer = self.sharded, make_optimizer(method, optim)
-            self.average = self.sharded.average
-        else:
-            self.wrapped, self.optimizer = self.accelerator.prepare(method, make_optimizer(method, optim))
-            self.average = (
-                AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-                if config.ema is not None
-                else None
-            )
+        self._prepare()
         self.sampler = PlanSampler(
             len(builder.source),
             batch_size=config.batch_size,
@@ -137,11 +124,13 @@ class Trainer:
         per_epoch = self.sampler.steps_per_epoch
         self.stages: tuple[StageConfig, ...] = config.stages or method.default_stages or (WHOLE,)
         self.ends = stage_ends(self.stages, total=self.total, steps_per_epoch=per_epoch)
-        for stage in self.stages:  # a wrong name shows now, not when its stage begins
-            method.check_stage(stage)
+        method.check_stages(self.stages)  # a wrong name shows now, not when its stage begins
         self.stage = WHOLE
-        # before a stage freezes any: in the order in which checkpoints number what an optimizer knows of them
-        self._numbered = [parameter for group in parameter_groups(method).values() for parameter in group]
+        if self.sharded is not None and any(stage.sparsity is not None for stage in self.stages):
+            raise ValueError(
+                "stages with masks end with a smaller student, whose weights are not shared out anew in this version: "
+                "set training.sharding=none"
+            )
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress()
         self.ledger = SampleLedger()
@@ -149,6 +138,39 @@ class Trainer:
     @property
     def checkpoint_folder(self) -> Path:
         return self.out / "checkpoints"
+
+    def _prepare(self) -> None:
+        """Wraps the method as it is, and gives it an optimizer and an average."""
+        method, config = self.method, self.config
+        if config.compile:
+            method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
+        self.sharded = self._sharded() if config.sharding == "fsdp2" else None
+        self.wrapped: Callable[[Batch], dict[str, Term]]
+        self.optimizer: torch.optim.Optimizer
+        optimizer = make_optimizer(method, self.optim)
+        if self.sharded is not None:
+            self.wrapped, self.optimizer, self.average = self.sharded, optimizer, self.sharded.average
+        else:
+            self.wrapped, self.optimizer = self.accelerator.prepare(method, optimizer)
+            self.average = (
+                AveragedModel(method.student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+                if config.ema is not None
+                else None
+            )
+        # before a stage freezes any: in the order in which checkpoints number what an optimizer knows of them
+        self._numbered = [parameter for group in parameter_groups(method).values() for parameter in group]
+
+    def _changed(self, change: Callable[[], None]) -> bool:
+        """Lets the method change; where it has other parameters then, wrapper, optimizer and average begin anew."""
+        before = [*self.method.parameters()]
+        change()
+        if [id(parameter) for parameter in before] == [id(parameter) for parameter in self.method.parameters()]:
+            return False
+        del self.wrapped, self.optimizer, self.average
+        self.accelerator.free_memory()  # an old wrapper would go on to exchange gradients
+        self._prepare()
+        self.method.train()
+        return True
 
     def run(self, *, resume: bool = False) -> TrainResult:
         """Trains to the last step.
@@ -284,6 +306,8 @@ class Trainer:
         if self.stages[number] is self.stage:
             return
         self.stage = self.stages[number]
+        if self._changed(partial(self.method.reshape, self.stage)):  # what was best before is another student
+            self.progress.best_score = self.progress.best_step = None
         self.method.enter(self.stage)
         if len(self.stages) > 1:
             display.say(
@@ -382,7 +406,7 @@ class Trainer:
         ledger = self._collect_ledger()
         tensors = self.learned_state()
         if self.accelerator.is_main_process:
-            self.progress.ledger = ledger.state_dict()
+            self.progress.ledger, self.progress.structure = ledger.state_dict(), self.method.structure
             tensors |= {f"random-{rank}": state for rank, state in enumerate(states)}
             path = checkpoints.checkpoint_path(self.checkpoint_folder, self.progress.step)
             checkpoints.write_checkpoint(path, tensors, self.progress)
@@ -400,6 +424,7 @@ class Trainer:
 
     def _put_back(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """What `learned_state` gave, with or without shares."""
+        self._changed(partial(self.method.restructure, self.progress.structure))
         if self.sharded is not None:
             self.sharded.load(tensors["method"])
             load_sharded_optimizer(self.optimizer, self._numbered, tensors["optimizer"])

@@ -1,0 +1,249 @@
+"""Methods under which a student becomes smaller: stages with learned masks, each followed by what is left."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_serializer
+from torch import Tensor, nn
+
+from cmapkd.config import Config, ConfigError
+from cmapkd.data.types import Batch
+from cmapkd.methods.base import Method, MethodConfig, Term
+from cmapkd.methods.stages import Part, StageConfig
+from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models.masked import MaskedEncoder, check_prunable
+from cmapkd.models.prunable import Kept, PrunableTower, TowerSizes, cut, kept_sizes
+from cmapkd.models.types import Tower
+from cmapkd.objectives import sparsity_constraint, target_sparsity
+
+TERM = "sparsity"
+_SLACK = 0.03  # of all weights; expected and chosen numbers of units differ by rounding
+
+
+class MasksConfig(Config):
+    """Which units go, how many, and how fast that is learned."""
+
+    sparsity: tuple[float, ...] = Field(
+        (),
+        description="Shares of the first student's weights that are gone after each pair of stages, one with masks and "
+        "one without; none: as training.stages say.",
+    )
+    share: float = Field(0.5, gt=0, lt=1, description="Share of each such pair that its stage with masks has.")
+    warmup: float = Field(
+        1 / 3, ge=0, le=1, description="Share of a stage with masks after which the whole of its sparsity is asked for."
+    )
+    rate: float = Field(0.02, gt=0, description="Learning rate of masks and multipliers, whatever the schedule says.")
+    strength: float = Field(10.0, ge=0, description="What both multipliers begin with.")
+    choice: Literal["learned", "random"] = Field(
+        "learned", description="random: units are drawn by lot when the stage begins, for comparison."
+    )
+
+    @field_validator("sparsity")
+    @classmethod
+    def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not before < after for before, after in zip((0.0, *value), (*value, 1.0), strict=True)):
+            raise ValueError(f"{[*value]} must rise, between 0 and 1: each counts from the student as the run begins")
+        return value
+
+
+class PruningConfig(MethodConfig):
+    """Settings of a method whose student may become smaller."""
+
+    masks: MasksConfig | None = Field(None, description="How the student becomes smaller; none: it keeps its size.")
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: Any) -> dict[str, Any]:
+        """A method without masks is written as it was before there were any."""
+        values: dict[str, Any] = handler(self)
+        return values if self.masks is not None else {key: value for key, value in values.items() if key != "masks"}
+
+
+class PruningMethod(Method):
+    """A method whose terms need nothing of the student but its embeddings, so that it may become smaller meanwhile.
+
+    A stage that states a `sparsity` trains a `MaskedEncoder`, with the constraint as one more term; the next one begins
+    with the smaller student. Sparsity counts from the student as the run begins, in entries of its layers' matrices.
+    """
+
+    prunes: ClassVar[bool] = True
+
+    def __init__(
+        self, config: PruningConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None, **more: Any
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher, **more)
+        self.masks_config = config.masks or MasksConfig()
+        if self.masks_config.sparsity:
+            check_prunable(student)
+        self.num_weights = _num_weights(student.prunable)
+        self.constraint: _Multipliers | None = None
+        self._start = 0.0  # sparsity as the stage begins
+
+    @staticmethod
+    def part_of(name: str) -> Part:
+        return "modules" if name.startswith("student.masks.") else Method.part_of(name)
+
+    def own_rate(self, name: str) -> float | None:
+        return self.masks_config.rate if name.startswith(("student.masks.", "constraint.")) else None
+
+    @property
+    def default_stages(self) -> tuple[StageConfig, ...]:
+        config = self.masks_config
+        stages: list[StageConfig] = []
+        for number, sparsity in enumerate(config.sparsity, 1):
+            pair = 1 / len(config.sparsity)
+            stages += [
+                StageConfig(name=f"masks {number}", share=config.share * pair, sparsity=sparsity),
+                StageConfig(name=f"smaller {number}", share=(1 - config.share) * pair),
+            ]
+        return tuple(stages)
+
+    def check_stages(self, stages: Sequence[StageConfig]) -> None:
+        super().check_stages(stages)
+        targets = [stage.sparsity for stage in stages if stage.sparsity is not None]
+        if self.masks_config.sparsity and not targets:
+            raise ConfigError(
+                "masks.sparsity is for the method's own stages, and training.stages state none: add sparsity to those "
+                "that shall have masks, or leave training.stages out"
+            )
+        if not targets:
+            return
+        check_prunable(self.student)
+        if any(after <= before for before, after in pairwise(targets)):
+            raise ConfigError(f"the stages' sparsities {targets} must rise: each counts from the first student")
+        if stages[-1].sparsity is not None:
+            raise ConfigError(
+                f"stage {stages[-1].name!r} is the last and has masks: add one without sparsity, in which the smaller "
+                "student learns to do without what is gone"
+            )
+        if self.beside is not None:
+            raise ConfigError("heads read the student's levels, whose width changes under masks: leave heads out")
+
+    def check_stage(self, stage: StageConfig) -> None:
+        super().check_stage(stage)
+        if self._masks_in(stage) and "modules" not in stage.train:
+            raise ConfigError(f"stage {stage.name!r} has masks, which are modules: add modules to train")
+
+    def _something_learns(self, stage: StageConfig) -> bool:
+        return self._masks_in(stage) or super()._something_learns(stage)  # masks are not there yet
+
+    def _masks_in(self, stage: StageConfig) -> bool:
+        return stage.sparsity is not None and self.masks_config.choice == "learned"
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        towers = self._full.prunable
+        if not towers:
+            return {}
+        sizes = {tower: parts.sizes.plain() for tower, parts in towers.items()}
+        return {"sizes": sizes, "masked": self.constraint is not None, "start": self._start}
+
+    def restructure(self, structure: Mapping[str, Any]) -> None:
+        if not structure:
+            return
+        sizes = {tower: TowerSizes.read(values) for tower, values in structure["sizes"].items()}
+        if sizes != {tower: parts.sizes for tower, parts in self.student.prunable.items()}:
+            self.student = self.student.resized(sizes).to(self._device)
+        if structure["masked"]:
+            self._mask()
+        self._start = structure["start"]
+
+    def reshape(self, stage: StageConfig) -> None:
+        if self.constraint is not None and stage.sparsity is None:
+            self._let_all_learn()
+            self._shrink()
+        elif self.constraint is None and stage.sparsity is not None:
+            self._let_all_learn()
+            present, allowed = _num_weights(self.student.prunable), self.num_weights * (1 - stage.sparsity)
+            if self.masks_config.choice == "learned":
+                self._start = 1 - present / self.num_weights
+                self._mask()
+            elif present > allowed:  # else this stage was interrupted, and has done it
+                self.student = by_lot(self.student, allowed)
+
+    def forward(self, batch: Batch) -> dict[str, Term]:
+        student = self.student
+        if not isinstance(student, MaskedEncoder):
+            return super().forward(batch)
+        if self.training:
+            student.draw()
+        terms = super().forward(batch)
+        assert self.constraint is not None
+        assert self.stage.sparsity is not None
+        target = target_sparsity(
+            self._start, self.stage.sparsity, progress=self.progress, warmup=self.masks_config.warmup
+        )
+        expected = 1 - student.expected_weights() / self.num_weights
+        terms[TERM] = Term(self.constraint(expected, target))
+        self.measurements |= {
+            "masks/sparsity": expected.detach(),
+            "masks/target": torch.tensor(target),
+            "masks/linear": self.constraint.linear.detach().clone(),
+            "masks/quadratic": self.constraint.quadratic.detach().clone(),
+        }
+        return terms
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        super().after_step()
+        if isinstance(self.student, MaskedEncoder):
+            self.student.after_step()
+
+    @property
+    def _full(self) -> DualEncoder:
+        """The student without its masks."""
+        return self.student.model if isinstance(self.student, MaskedEncoder) else self.student
+
+    def _shrink(self) -> None:
+        assert isinstance(self.student, MaskedEncoder)
+        self.student, self.constraint, self.measurements = self.student.shrunk(), None, {}
+        asked, reached = self.stage.sparsity, 1 - _num_weights(self.student.prunable) / self.num_weights
+        if asked is not None and reached < asked - _SLACK:
+            warnings.warn(
+                f"the masks of stage {self.stage.name!r} took out {100 * reached:.0f} % of the student's weights and "
+                f"not {100 * asked:.0f} %: make the stage longer, or raise masks.rate",
+                stacklevel=2,
+            )
+
+    def _mask(self) -> None:
+        self.student = MaskedEncoder(self.student)
+        self.constraint = _Multipliers(self.masks_config.strength).to(self._device)
+
+
+class _Multipliers(nn.Module):
+    """What a missing part of the sparsity costs, and that rises as long as something is missing."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.linear, self.quadratic = (nn.Parameter(torch.tensor(start)) for _ in range(2))
+
+    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+        return sparsity_constraint(sparsity, target, linear=self.linear, quadratic=self.quadratic)
+
+
+def _num_weights(towers: Mapping[Tower, PrunableTower], sizes: Mapping[Tower, TowerSizes] | None = None) -> int:
+    return sum(parts.num_weights(None if sizes is None else sizes[tower]) for tower, parts in towers.items())
+
+
+def by_lot(model: DualEncoder, num_weights: float) -> DualEncoder:
+    """A smaller model of units drawn by lot, the same share of every group: the largest of at most so many weights."""
+    towers = model.prunable
+    orders = {
+        tower: {name: torch.randperm(g.size) for name, g in parts.groups.items()} for tower, parts in towers.items()
+    }
+
+    def kept(share: float) -> dict[Tower, Kept]:
+        return {
+            tower: {name: order[: max(1, round(len(order) * share))].sort().values for name, order in of.items()}
+            for tower, of in orders.items()
+        }
+
+    for step in range(999, 0, -1):
+        chosen = kept(step / 1000)
+        if _num_weights(towers, {tower: kept_sizes(each) for tower, each in chosen.items()}) <= num_weights:
+            break
+    return cut(model, chosen)

@@ -1,0 +1,201 @@
+"""`MaskedEncoder`: a model that learns which of its channels, heads and hidden units it can do without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cmapkd.data.types import TokenBatch
+from cmapkd.models.base import DualEncoder
+from cmapkd.models.gates import LOG_ALPHA_RANGE, drawn_gates, expected_weights, fixed_gates
+from cmapkd.models.prunable import PrunableTower, cut
+from cmapkd.models.types import BOTH, Tower, TowerFeatures
+
+
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """A tower with gates: the weights that they multiply, and the channels that are not 0."""
+
+    weights: dict[str, Tensor]
+    channels: Int[Tensor, " kept"]
+
+
+class MaskedEncoder(DualEncoder):
+    """A model whose units have learned gates, which are multiplied into its weights.
+
+    A gate acts on what its unit gives: a channel on embeddings and on the layers' outputs, a head before the output
+    projection, a hidden unit behind the activation. Norms see the channels alone whose gate is not 0. So what is left
+    after taking out the units with gate 0 computes the same, and that is what `shrunk` returns and `save` writes.
+
+    In training mode gates are drawn anew by each `draw`, for all samples of the batch alike; in eval mode, and before
+    the first draw, they are fixed. Draws are numbered: they need no random state and are the same on every process.
+
+    Attributes:
+        model: the full model.
+        masks: log alpha of each group of units, by tower and group.
+    Raises:
+        ValueError: the model's family cannot be taken apart.
+    """
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model = model
+        self.towers = check_prunable(model)
+        self.masks = nn.ParameterDict(
+            {
+                f"{tower}_{name}": nn.Parameter(model.log_logit_scale.new_full((group.size,), LOG_ALPHA_RANGE[1]))
+                for tower, parts in self.towers.items()
+                for name, group in parts.groups.items()
+            }
+        )
+        self.random_state: Tensor
+        self.register_buffer("random_state", torch.tensor([int(torch.randint(2**31, ())), 0]))  # seed, draws so far
+        self._drawn: dict[Tower, _Folded] = {}
+        self.name, self.embed_dim, self.tokenizer = model.name, model.embed_dim, model.tokenizer
+        self.image_spec, self.image_levels, self.text_levels = model.image_spec, model.image_levels, model.text_levels
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        return self.model.log_logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return self.model.logit_bias
+
+    def clamp_logit_scale(self) -> None:
+        self.model.clamp_logit_scale()
+
+    def compile(self, *_arguments: Any, **_options: Any) -> None:
+        """Does nothing: its weights are made anew in every step, which a compiled model would not see."""
+
+    def draw(self) -> None:
+        """New gates, until the next draw."""
+        seed, number = self.random_state.tolist()
+        draws = torch.Generator().manual_seed(seed + number)
+        self.random_state[1] += 1
+        self._drawn = {
+            tower: self._folded(
+                tower,
+                {
+                    name: drawn_gates(log_alpha, torch.rand(len(log_alpha), generator=draws).to(log_alpha.device))
+                    for name, log_alpha in self._log_alphas(tower).items()
+                },
+            )
+            for tower in self.towers
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keeps every log alpha in its range, and lets go of the last draw."""
+        for log_alpha in self.masks.values():
+            log_alpha.clamp_(*LOG_ALPHA_RANGE)
+        self._drawn = {}
+
+    def expected_weights(self) -> Float[Tensor, ""]:
+        """How many entries of the layers' matrices are kept on average, with gradient to the masks."""
+        expected = []
+        for tower, parts in self.towers.items():
+            masks = self._log_alphas(tower)
+            heads, units = ([masks[f"{kind}_{n}"] for n in range(len(parts.heads))] for kind in ("heads", "units"))
+            expected.append(expected_weights(masks["channels"], heads, units, per_head=4 * parts.head_width))
+        return torch.stack(expected).sum()
+
+    @torch.no_grad()
+    def shrunk(self) -> DualEncoder:
+        """The smaller model that gives what this one gives in eval mode."""
+        gates = {tower: self._fixed(tower) for tower in self.towers}
+        weights: dict[str, Tensor] = {}
+        for tower in self.towers:
+            weights |= self._folded(tower, gates[tower]).weights
+        kept = {tower: {name: gate.nonzero()[:, 0] for name, gate in gates[tower].items()} for tower in self.towers}
+        return cut(self.model, kept, weights)
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        return self._encode("image", images, levels)
+
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        return self._encode("text", texts, levels)
+
+    def save(self, folder: Path) -> None:
+        """Writes the smaller model."""
+        self.shrunk().save(folder)
+
+    def _encode(self, tower: Tower, inputs: Any, levels: Sequence[str]) -> TowerFeatures:
+        drawn = self._drawn.get(tower) if self.training else None
+        folded = drawn or self._folded(tower, self._fixed(tower))
+        weights = {f"model.{name}": weight for name, weight in folded.weights.items()}
+        with self._norms_over(folded.channels, tower):
+            output: TowerFeatures = functional_call(_Call(self.model), weights, (f"encode_{tower}", inputs, levels))
+        return output
+
+    def _log_alphas(self, tower: Tower) -> dict[str, Tensor]:
+        return {name: self.masks[f"{tower}_{name}"] for name in self.towers[tower].groups}
+
+    def _fixed(self, tower: Tower) -> dict[str, Tensor]:
+        return {name: fixed_gates(log_alpha) for name, log_alpha in self._log_alphas(tower).items()}
+
+    def _folded(self, tower: Tower, gates: dict[str, Tensor]) -> _Folded:
+        weights: dict[str, Tensor] = {}
+        for name, group in self.towers[tower].groups.items():
+            for place in group.places:
+                if place.scaled:
+                    weight = weights.get(place.weight)
+                    weight = self.model.get_parameter(place.weight) if weight is None else weight
+                    weights[place.weight] = place.scale(weight, gates[name])
+        return _Folded(weights, gates["channels"].nonzero()[:, 0])
+
+    @contextmanager
+    def _norms_over(self, channels: Int[Tensor, " kept"], tower: Tower) -> Iterator[None]:
+        """While the context is open, the tower's norms see these channels alone."""
+
+        def normalised(norm: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+            x, weight, bias = inputs[0], norm.weight, norm.bias
+            assert isinstance(norm.eps, float)
+            assert isinstance(weight, Tensor)
+            assert isinstance(bias, Tensor)
+            own = x.index_select(-1, channels)
+            y = F.layer_norm(own, own.shape[-1:], weight[channels], bias[channels], norm.eps)
+            return y.new_zeros(x.shape).index_copy(-1, channels, y)
+
+        handles = [self.model.get_submodule(n).register_forward_hook(normalised) for n in self.towers[tower].norms]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Call(nn.Module):
+    """A method of a model as a module's forward, where `functional_call` can exchange its weights."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, name: str, *arguments: Any) -> Any:
+        return getattr(self.model, name)(*arguments)
+
+
+def check_prunable(model: DualEncoder) -> dict[Tower, PrunableTower]:
+    """Both towers, taken apart.
+
+    Raises:
+        ValueError: they are of a kind that cannot be; names those that can.
+    """
+    towers = dict(model.prunable)
+    if {*towers} != {*BOTH}:
+        raise ValueError(
+            f"{model.name} cannot be pruned by masks: that takes a plain pre-norm ViT and text transformer of the "
+            "families tiny or open_clip (not timm, hf, ResNets or towers with blocks of their own). Take one of these "
+            "as the student, or cut a smaller one of the same family from it with student.inherit"
+        )
+    return towers

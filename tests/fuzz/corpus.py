@@ -838,7 +838,7 @@ def cache_shards(draws: Random, folder: Path) -> Attempt:
     if how == 0:
         path.unlink()
     elif how == 1:
-        shutil.copy(draws.choice(files), path)
+        path.write_bytes(draws.choice(files).read_bytes())
     elif how == 2:
         path.unlink()
         draws.choice(

@@ -62,7 +62,7 @@ def test_nothing_unpickles_or_runs_what_it_reads(path: Path) -> None:
         assert options.get("allow_pickle", "False") == "False", ast.unparse(call)
         assert options.get("shell", "False") == "False", ast.unparse(call)
         assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load"), name
-        if name.startswith("yaml."):
+        if re.fullmatch(r"yaml\.\w+", name):
             assert last in ("safe_load", "safe_dump"), ast.unparse(call)
         assert last not in ("extractall", "unpack_archive"), ast.unparse(call)
         if last == "from_pretrained" and name.startswith("Auto"):

@@ -137,10 +137,22 @@ def build_index(path: Path, stamp: tuple[int, int]) -> TarIndex:
     return index
 
 
+class _Bounded:
+    """Reads no more than there is: a long name may declare a size of gigabytes, for which a buffer would be made."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(max(0, min(count, self._size - self._file.tell())))
+
+
 def _members(path: Path, file: BinaryIO, warnings: list[str]) -> Any:
     """Members up to the end or the first damage, which is added to `warnings`."""
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the caller owns the file
+        bounded: Any = _Bounded(file, path.stat().st_size)
+        archive = tarfile.open(fileobj=bounded, mode="r:")  # noqa: SIM115 - the caller owns the file
     except tarfile.TarError as error:
         start = os.pread(file.fileno(), 6, 0)
         if (

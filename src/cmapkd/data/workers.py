@@ -124,14 +124,15 @@ class ReadAhead(Generic[P, T]):
 
     def _note(self, deaths: int, dead: list[BaseProcess], done: int) -> None:
         how = ", ".join(_ending(process) for process in dead)
+        where = f"{self._place(done)} or what follows"  # nobody knows how far ahead it was
         if deaths > MAX_DEATHS:
             raise WorkerDied(
-                f"data workers died {deaths} times, the last {how} while reading {self._place(done)} or what follows. The system kills "
+                f"data workers died {deaths} times, the last {how} while reading {where}. The system kills "
                 "processes when memory runs out: lower data.workers, data.memory or training.batch_size (bus error: "
                 "/dev/shm is full, give the container more or set data.workers=0), and go on with --resume"
             )
         warnings.warn(
-            f"a data worker died ({how}) while reading {self._place(done)} or what follows: new ones go on from there with the same "
+            f"a data worker died ({how}) while reading {where}: new ones go on from there with the same "
             f"data ({deaths} of at most {MAX_DEATHS} times)",
             WorkerWarning,
             stacklevel=3,

@@ -109,7 +109,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):  # what training scripts wrap the weights in
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
         raise ValueError(f"{path} holds no plain state dict: save model.state_dict() as safetensors.")
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 

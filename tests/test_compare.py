@@ -93,6 +93,8 @@ class FakeRun:
             "steps": steps,
             "batch_size": config.training.batch_size,
             "train_seconds": 4.0,
+            "peak_memory_bytes": 1500 * 2**20,
+            "extra_params": 70000,
             "evaluated_on": "fake",
         }
         (out / "metrics.json").write_text(json.dumps(metrics))
@@ -274,8 +276,7 @@ def test_numbers_of_a_comparison_by_hand(recipe: Path, fake: FakeRun, tmp_path: 
     assert table.metrics == ("retrieval.mean_r@1", "zero_shot.top1")
     assert [row.is_reference for row in table.rows] == [True, False, False]
     assert [row.cells["retrieval.mean_r@1"].summary.mean for row in table.teachers] == [TEACHER_SCORE]
-    assert table.rows[0].seconds_per_step is not None
-    assert table.rows[0].seconds_per_step.mean == 2.0
+    assert table.rows[0].costs["s/step"].mean == 2.0
 
 
 def test_named_metrics_and_their_direction(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
@@ -323,8 +324,8 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
         "batch_size": 16,
         "train_seconds": 4.0,
         "seconds_per_step": 2.0,
-        "peak_memory_bytes": None,
-        "extra_params": None,
+        "peak_memory_bytes": 1500 * 2**20,
+        "extra_params": 70000,
         "best_step": None,
         "evaluated_on": "fake",
         "student": None,
@@ -341,6 +342,8 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     assert text[0].startswith("| arm | mean R@1 | − contrastive [95 %], wins | zero-shot top1 |")
     assert "| clip_kd, steps=4 | 43.0 ± 1.4 | +12.0 [+12.0, +12.0], 2/2 |" in "\n".join(text)
     assert len({line.count("|") for line in text if line.startswith("|")}) == 1
+    assert text[0].endswith("| s/step | peak MiB | extra parameters |")
+    assert any(line.endswith("| 1,500 | 70,000 |") for line in text)
     # the stored comparison is one that finds the same runs
     again = make_plan(load_comparison(out / "comparison.yaml"))
     assert [run.digest for run in again.runs] == [run.digest for run in result.plan.runs]
@@ -593,6 +596,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(ended.value.code or 0), printed.out, printed.err
 
     return call
+
+
+def test_arms_that_come_to_the_same_runs_are_remarked_on(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+    arms = ("--arms", "a:", "b: training.steps=2", "c: training.steps=4")
+    words = (str(recipe), "training.steps=2", *arms, "--seeds", "0", "1")
+    remark = "a and b are the same: their settings come to one config."
+    assert remark in cli(*words, "--dry-run")[1]
+    assert cli(*words, "--out", str(tmp_path / "c"))[1].startswith(remark)
+    assert remark in (tmp_path / "c" / "table.md").read_text()
 
 
 def test_the_command(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def compare(
             f"{len(plan.runs)} different runs, {todo} to do",
             highlight=False,
         )
+        for remark in plan.remarks():
+            console.print(remark, markup=False, highlight=False)
         return
     assert out is not None
     try:

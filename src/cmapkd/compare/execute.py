@@ -80,6 +80,9 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
             "by the names that compare --dry-run lists; compare then reads them back"
         )
     plan = make_plan(comparison)
+    if console is not None:
+        for remark in plan.remarks():
+            console.print(remark, markup=False, highlight=False)
     sources = {name: open_source(spec, split="test") for name, spec in comparison.evaluate.items()}
     out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(comparison.plain(), sort_keys=False, allow_unicode=True)

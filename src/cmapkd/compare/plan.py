@@ -55,6 +55,15 @@ class PlannedTable:
     gap_from: tuple[int | None, ...]
     metrics: tuple[str, ...] | None
 
+    def remarks(self) -> Iterable[str]:
+        """What was probably not meant: arms that come to the same runs."""
+        alike: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.rows:
+            alike.setdefault(tuple(run.digest for run in row.runs.values()), []).append(row)
+        for rows in alike.values():
+            if len({row.coordinates.get("arm") for row in rows}) > 1:
+                yield f"{' and '.join(row.label for row in rows)} are the same: their settings come to one config."
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -63,6 +72,10 @@ class Plan:
     comparison: ComparisonConfig
     tables: tuple[PlannedTable, ...]
     runs: tuple[PlannedRun, ...]
+
+    def remarks(self) -> Iterable[str]:
+        """What was probably not meant, in any table."""
+        return itertools.chain.from_iterable(table.remarks() for table in self.tables)
 
     def state(self, run: PlannedRun, out: Path) -> str:
         """`finished`, `begun` or `new`, by what is in the run's folder."""

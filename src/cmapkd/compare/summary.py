@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class RowSummary:
     is_reference: bool
     starts_gap: bool
     cells: dict[str, Cell]
-    seconds_per_step: Summary | None
+    costs: dict[str, Summary]  # by COSTS, where the runs recorded them
     errors: dict[int, str]
 
 
@@ -89,6 +89,14 @@ def seconds_per_step(metrics: Mapping[str, Any]) -> float | None:
     return seconds / steps if seconds is not None and steps else None
 
 
+COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "s/step": seconds_per_step,
+    "peak MiB": lambda metrics: metrics["peak_memory_bytes"] / 2**20 if metrics.get("peak_memory_bytes") else None,
+    "extra parameters": extra_parameters,
+}
+"""What a run took: the heads of the columns, and where a run's metrics say it."""
+
+
 def summarize_tables(
     plan: Plan,
     metrics: Mapping[str, dict[str, Any]],
@@ -133,10 +141,14 @@ def _summarize(
                 difference = paired_difference(own, values[path][reference], lower_is_better=lower_is_better(path))
             gap = {} if start is None else _gap(path, own, values[path][start], lookup(teacher, path))
             cells[path] = Cell(own, summarize(own.values()), difference, gap)
-        times = [time for run in done[place].values() if (time := seconds_per_step(run)) is not None]
+        costs = {}
+        for name, cost in COSTS.items():
+            found = [number for run in done[place].values() if (number := cost(run)) is not None]
+            if (summary := summarize(found)) is not None:
+                costs[name] = summary
         failed = {seed: errors[run.digest] for seed, run in row.runs.items() if run.digest in errors}
         is_reference, starts_gap = table.reference[place] == place, table.gap_from[place] == place
-        rows.append(RowSummary(row.label, row, is_reference, starts_gap, cells, summarize(times), failed))
+        rows.append(RowSummary(row.label, row, is_reference, starts_gap, cells, costs, failed))
     return TableSummary(
         title=table.title,
         metrics=chosen,
@@ -204,7 +216,7 @@ def _teacher_row(name: str, scores: Scores, metrics: tuple[str, ...]) -> RowSumm
         value = lookup(scores, path)
         own = {} if value is None else {-1: value}
         cells[path] = Cell(own, summarize(own.values()), None, {})
-    return RowSummary(name, None, False, False, cells, None, {})
+    return RowSummary(name, None, False, False, cells, {}, {})
 
 
 def _notes(
@@ -223,6 +235,7 @@ def _notes(
             )
     if any(cell.gap for row in rows for cell in row.cells.values()):
         yield f"Gap closed: share of the way from {table.gap_name} to the teacher, for each seed, then the mean."
+    yield from table.remarks()
     if table.reference_name is None:
         yield "No differences: there is no one arm of method contrastive, and no reference was named."
     for row, finished, reference in zip(rows, done, table.reference, strict=True):

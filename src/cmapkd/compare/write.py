@@ -17,6 +17,7 @@ from rich.text import Text
 from cmapkd.compare.plan import Plan
 from cmapkd.compare.statistics import PairedDifference, Summary, summarize
 from cmapkd.compare.summary import (
+    COSTS,
     RowSummary,
     TableSummary,
     extra_parameters,
@@ -155,7 +156,7 @@ def _plain_row(row: RowSummary) -> dict[str, Any]:
         "is_reference": row.is_reference,
         "runs": {seed: run.name for seed, run in row.row.runs.items()},
         "errors": row.errors,
-        "seconds_per_step": _plain(row.seconds_per_step),
+        "costs": {name: _plain(cost) for name, cost in row.costs.items()},
         "metrics": {
             path: {
                 "values": cell.values,
@@ -190,8 +191,8 @@ def rich_table(table: TableSummary) -> Table:
     shown.add_column("arm")
     for path in table.metrics:
         shown.add_column(metric_label(path), justify="right", no_wrap=True)
-    gap, seconds = _has_gap(table), any(row.seconds_per_step for row in table.rows)
-    for name in [*["gap closed"] * gap, *["s/step"] * seconds]:
+    gap, costs = _has_gap(table), _costs(table)[:1]  # a terminal is narrow
+    for name in [*["gap closed"] * gap, *costs]:
         shown.add_column(name, justify="right", no_wrap=True)
     for row in (*table.teachers, *table.rows):
         cells = [_marked(row)]
@@ -201,18 +202,18 @@ def rich_table(table: TableSummary) -> Table:
             if cell.difference is not None:
                 lines += [_difference(cell.difference, digits), _wins(cell.difference)]
             cells.append("\n".join(lines))
-        cells += ([_gap(row, table)] if gap else []) + [_seconds(row)] * seconds
+        cells += ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs]
         shown.add_row(*(Text(cell) for cell in cells))
     return shown
 
 
 def _columns(table: TableSummary) -> tuple[list[str], list[list[str]]]:
     compared = {path: any(row.cells[path].difference for row in table.rows) for path in table.metrics}
-    gap, seconds = _has_gap(table), any(row.seconds_per_step for row in table.rows)
+    gap, costs = _has_gap(table), _costs(table)
     head = ["arm"]
     for path in table.metrics:
         head += [metric_label(path)] + [f"− {table.reference_name} [95 %], wins"] * compared[path]
-    head += ([f"gap closed ({metric_label(table.metrics[0])})"] if gap else []) + ["s/step"] * seconds
+    head += ([f"gap closed ({metric_label(table.metrics[0])})"] if gap else []) + costs
     rows = []
     for row in (*table.teachers, *table.rows):
         cells = [_marked(row)]
@@ -222,7 +223,7 @@ def _columns(table: TableSummary) -> tuple[list[str], list[list[str]]]:
             if compared[path]:
                 both = (_difference(cell.difference, digits), _wins(cell.difference)) if cell.difference else ()
                 cells.append(", ".join(both))
-        rows.append(cells + ([_gap(row, table)] if gap else []) + [_seconds(row)] * seconds)
+        rows.append(cells + ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs])
     return head, rows
 
 
@@ -268,8 +269,15 @@ def _gap(row: RowSummary, table: TableSummary) -> str:
     return "" if summary is None else _value(summary, 0) + " %"
 
 
-def _seconds(row: RowSummary) -> str:
-    return "" if row.seconds_per_step is None else f"{row.seconds_per_step.mean:.3g}"
+def _costs(table: TableSummary) -> list[str]:
+    return [name for name in COSTS if any(name in row.costs for row in table.rows)]
+
+
+def _cost(row: RowSummary, name: str) -> str:
+    if name not in row.costs:
+        return ""
+    mean = row.costs[name].mean
+    return f"{mean:,.0f}" if mean >= 100 else f"{mean:.3g}"
 
 
 def shown_tables(tables: Iterable[TableSummary]) -> Iterable[Table | str]:

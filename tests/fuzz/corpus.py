@@ -14,6 +14,7 @@ import shutil
 import struct
 import tarfile
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -167,7 +168,8 @@ def tar_of(members: Iterable[tuple[str | tarfile.TarInfo, bytes]], form: int = t
 
 def zip_of(members: Iterable[tuple[str | zipfile.ZipInfo, bytes]]) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a name comes twice
         for member, data in members:
             archive.writestr(zipfile.ZipInfo(member) if isinstance(member, str) else member, data)
     return file.getvalue()

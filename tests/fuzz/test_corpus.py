@@ -90,7 +90,7 @@ def test_the_judge_sees_hangs_memory_and_wrong_results(tmp_path: Path, monkeypat
         assert ended(spin, tmp_path).startswith("failure: more than 1 seconds")
         patch.setattr(guard, "WAITING", 1)
         assert ended(lambda: time.sleep(30) or (1, 0), tmp_path).startswith("failure: more than")
-    assert ended(lambda: (len(bytearray(guard.ROOM + 2**20)), 0), tmp_path).startswith("failure: MemoryError")
+    assert ended(lambda: (len(bytearray(2 * guard.ROOM)), 0), tmp_path).startswith("failure: MemoryError")
     assert ended(wrong, tmp_path).startswith("failure: WrongResult")
 
 

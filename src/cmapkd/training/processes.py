@@ -58,8 +58,8 @@ def wait_for_all() -> None:
 
 def _join_anew(*, on_cpu: bool) -> None:
     """Joins under names of this attempt: the store of torchrun's agent still has the addresses of those that died."""
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    named = dist.PrefixStore(f"attempt-{os.environ[RESTARTS]}", store)
+    store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    named = dist.PrefixStore(f"attempt-{os.environ[RESTARTS]}", store)  # type: ignore[attr-defined]
     dist.init_process_group("gloo" if on_cpu else None, store=named, rank=rank, world_size=world_size)
 
 

@@ -28,6 +28,8 @@ def start_processes(*, on_cpu: bool) -> PartialState:
             "accelerate's settings ask for FSDP: here the recipe decides, with training.sharding=fsdp2. Launch without "
             "(distributed_type MULTI_GPU, no --use_fsdp)"
         )
+    if was_restarted() and not dist.is_initialized():
+        _join_anew(on_cpu=on_cpu)
     state = PartialState(cpu=on_cpu)
     prepare_to_wait()
     return state
@@ -52,6 +54,13 @@ def wait_for_all() -> None:
     prepare_to_wait()
     if _patient is not None and dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier(group=_patient[1])
+
+
+def _join_anew(*, on_cpu: bool) -> None:
+    """Joins under names of this attempt: the store of torchrun's agent still has the addresses of those that died."""
+    store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    named = dist.PrefixStore(f"attempt-{os.environ[RESTARTS]}", store)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo" if on_cpu else None, store=named, rank=rank, world_size=world_size)
 
 
 def was_restarted() -> bool:

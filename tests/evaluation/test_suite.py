@@ -133,7 +133,7 @@ def test_the_cost_needs_no_data(model: TinyDualEncoder) -> None:
     scores = evaluate_models({"a": model, "b": other(model)}, None, config, device="cpu")
     assert set(scores["a"]) == {"efficiency", "params"}
     table = score_table(scores, title="Cost")
-    assert [column.header for column in table.columns] == ["task", "measure", "a", "b"]
+    assert [str(column.header) for column in table.columns] == ["task", "measure", "a", "b"]
     assert "image GMACs" in list(table.columns[1].cells)
 
 

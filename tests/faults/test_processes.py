@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ def test_a_worker_that_dies_during_a_step_does_not_interrupt_it() -> None:
 
 PROGRAM = """
 import sys, warnings
+from collections.abc import Iterator
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_processes import of_sixty_steps
@@ -180,6 +182,14 @@ def of_sixty_steps(out: Path, seed: int = 0) -> Trainer:
     made = make_trainer(out, method, steps=60, workers=2, checkpoint_every=7)
     torch.manual_seed(seed)
     return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +206,7 @@ def begin(out: Path) -> subprocess.Popen[str]:
     paths = os.pathsep.join([str(here.parent), *sys.path])
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(out), str(here)],
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},  # as here: sums over more round differently
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

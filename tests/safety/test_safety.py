@@ -138,7 +138,7 @@ def test_tables_on_a_terminal(tmp_path: Path) -> None:
 
 def comparison_table() -> TableSummary:
     cell = Cell({0: 1.0}, None, None, {})
-    row = RowSummary(EVIL, None, False, False, {"retrieval.mean_r@1": cell}, None, {})
+    row = RowSummary(EVIL, None, False, False, {"retrieval.mean_r@1": cell}, {}, {})
     return TableSummary(EVIL, ("retrieval.mean_r@1",), EVIL, None, (), (row,), (EVIL,))
 
 

@@ -161,13 +161,16 @@ class BatchBuilder(Dataset[Batch]):
         texts: TextChoice | None = None,
         memory: int = 0,
     ) -> None:
-        self.source: Source = source
         self.samples = SampleMemory(source, memory)
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
         self.extras = dict(extras or {})
         self.texts = texts or TextChoice()
+
+    @property
+    def source(self) -> Source:
+        return self.samples.source
 
     def __getitem__(self, plan: Plan) -> Batch:
         number = self.views.view_number(plan.epoch)

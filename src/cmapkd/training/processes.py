@@ -28,7 +28,7 @@ def start_processes(*, on_cpu: bool) -> PartialState:
             "accelerate's settings ask for FSDP: here the recipe decides, with training.sharding=fsdp2. Launch without "
             "(distributed_type MULTI_GPU, no --use_fsdp)"
         )
-    if was_restarted() and not dist.is_initialized():
+    if was_restarted() and "RANK" in os.environ and not dist.is_initialized():
         _join_anew(on_cpu=on_cpu)
     state = PartialState(cpu=on_cpu)
     prepare_to_wait()

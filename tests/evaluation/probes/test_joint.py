@@ -173,7 +173,7 @@ def test_samples_without_a_known_answer_or_box_are_left_out_and_counted() -> Non
     method, _, builder = heads_and_method(whole, settings_of_two)
     order = PlanSampler(32, batch_size=16, seed=0, start=0, stop=1).plan(0).everyone
     kept = order[:9]
-    builder.source = Partly(whole, lacking=[index for index in range(32) if index not in kept])  # type: ignore[arg-type]
+    builder.samples.source = Partly(whole, lacking=[index for index in range(32) if index not in kept])
     partly = batch_of(builder)
     told = partly.extra["heads"]
     assert len(told.pictures) <= 9
@@ -182,7 +182,7 @@ def test_samples_without_a_known_answer_or_box_are_left_out_and_counted() -> Non
     assert float(method.measurements["heads/detection_masked"]) == 16 - len(told.taught["detection"].rows)
     answered = len(told.taught["vqa"].rows)
     assert float(method.measurements["heads/vqa_masked"]) == 16 - answered >= 7
-    builder.source = whole
+    builder.samples.source = whole
     with torch.no_grad():  # the same as of a batch of the kept ones alone
         alone = builder[PlanSampler(32, batch_size=9, seed=0, start=0, stop=1).plan(0)]
         again = method(alone)
@@ -193,7 +193,7 @@ def test_samples_without_a_known_answer_or_box_are_left_out_and_counted() -> Non
 def test_a_batch_that_teaches_nothing_is_a_zero() -> None:
     whole = open_source("scenes?length=32&size=32")
     method, heads, builder = heads_and_method(whole, {"vqa": 1.0, "detection": 1.0})
-    builder.source = Partly(whole, lacking=range(32))
+    builder.samples.source = Partly(whole, lacking=range(32))
     terms = method(batch_of(builder))
     assert all(terms[name].value.item() == 0 for name in ("task_vqa", "task_detection"))
     (terms["task_vqa"].value + terms["task_detection"].value).backward()

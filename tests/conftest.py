@@ -34,3 +34,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data sets are not beside this checkout (../shared/data)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As child processes have: sums over more threads round differently, and what is made in float32 keeps it."""
+    import torch  # after the environment above
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -43,16 +42,10 @@ from helpers import ROUNDING
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}  # float32: rounding, sums are taken in another order
 Found = dict[str, Tensor]
 
-pytestmark = pytest.mark.filterwarnings("ignore:the masks of stage")  # a few steps of theirs take nothing out
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have: sums over more threads round differently, and what is made in float32 keeps it in float64."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:the masks of stage"),  # a few steps of theirs take nothing out
+]
 
 
 @pytest.fixture(scope="module")

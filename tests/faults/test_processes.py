@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,10 @@ from cmapkd.training.checkpoint import list_checkpoints
 from cmapkd.training.memory import is_out_of_memory
 from helpers import DropoutStudent, MemorySource, make_builder, make_method, make_model, make_trainer, read_lines
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # on a single core
+]
 
 
 class Numbers(torch.utils.data.Dataset[tuple[int, int]]):
@@ -168,7 +170,6 @@ def test_a_worker_that_dies_during_a_step_does_not_interrupt_it() -> None:
 
 PROGRAM = """
 import sys, warnings
-from collections.abc import Iterator
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_processes import of_sixty_steps
@@ -182,14 +183,6 @@ def of_sixty_steps(out: Path, seed: int = 0) -> Trainer:
     made = make_trainer(out, method, steps=60, workers=2, checkpoint_every=7)
     torch.manual_seed(seed)
     return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

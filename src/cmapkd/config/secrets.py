@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.config.base import ConfigError
+from cmapkd.config.leaves import leaves
 
 _OF_ENVIRONMENT = re.compile(r"(^|_)(key|token|secret|password|passwd|pass|credentials?)(_|$)", re.IGNORECASE)
 _OF_SETTINGS = (
@@ -45,14 +46,8 @@ def refuse_secrets(values: Mapping[str, Any], *, where: str) -> None:
         ConfigError: names the key, never the value.
     """
     known = _secrets()
-    todo: list[tuple[str, Any]] = [("", values)]
-    while todo:
-        path, value = todo.pop()
-        if isinstance(value, Mapping):
-            todo += [(f"{path}.{key}" if path else str(key), each) for key, each in value.items()]
-        elif isinstance(value, list | tuple):
-            todo += [(path, each) for each in value]
-        elif isinstance(value, str) and value:
+    for path, value in leaves(values):
+        if isinstance(value, str) and value:
             name = next((name for name, secret in known.items() if secret in value), None)
             if name or path.rpartition(".")[2].lower() in _OF_SETTINGS or _KNOWN_FORMS.search(value):
                 what = f"the value of the environment variable {name}" if name else "a key or token"

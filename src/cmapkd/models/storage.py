@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cmapkd.config.leaves import leaves
+
 DESCRIPTION = "cmapkd.json"  # family, name and options of the model in a folder
 WEIGHTS = "model.safetensors"
 
@@ -19,6 +21,7 @@ WEIGHTS = "model.safetensors"
 MAX_LAYERS = 1000
 MAX_WIDTH = 65_536
 MAX_SIZE = 10_000_000  # of anything else that a config counts: vocabularies, pixels, places
+_LIMITS = ((("layers", "depth"), MAX_LAYERS), (("width", "dim", "hidden"), MAX_WIDTH))  # by words in a key
 
 
 def check_sizes(config: Mapping[str, Any], *, where: str | Path) -> None:
@@ -28,25 +31,11 @@ def check_sizes(config: Mapping[str, Any], *, where: str | Path) -> None:
     Raises:
         ValueError: names the key.
     """
-    todo: list[tuple[str, Any]] = [("", config)]
-    while todo:
-        path, value = todo.pop()
-        if isinstance(value, Mapping):
-            todo += [(f"{path}.{key}" if path else str(key), each) for key, each in value.items()]
-        elif isinstance(value, list | tuple):
-            todo += [(path, each) for each in value]
-        elif isinstance(value, int | float):
-            last = path.rpartition(".")[2]
-            many = any(word in last for word in ("layers", "depth"))
-            most = (
-                MAX_LAYERS
-                if many
-                else MAX_WIDTH
-                if any(word in last for word in ("width", "dim", "hidden"))
-                else MAX_SIZE
-            )
-            if not abs(value) <= most:  # NaN as well
-                raise ValueError(f"{where}: {path} is {str(value)[:40]}, more than any model has (limit {most:,})")
+    for path, value in leaves(config):
+        last = path.rpartition(".")[2]
+        most = next((limit for words, limit in _LIMITS if any(word in last for word in words)), MAX_SIZE)
+        if isinstance(value, int | float) and not abs(value) <= most:  # NaN as well
+            raise ValueError(f"{where}: {path} is {str(value)[:40]}, more than any model has (limit {most:,})")
 
 
 def write_model_folder(

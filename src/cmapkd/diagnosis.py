@@ -22,7 +22,17 @@ from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.objectives.common import unit
-from cmapkd.run import RunConfig, build_student, classes_of, heads_of, method_of, plan_cache, readers, texts_of
+from cmapkd.run import (
+    RunConfig,
+    build_student,
+    classes_of,
+    heads_of,
+    method_of,
+    open_training,
+    plan_cache,
+    readers,
+    texts_of,
+)
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
 
@@ -53,9 +63,8 @@ def diagnose(config: RunConfig) -> list[Finding]:
     for role, name in (("train", config.data.train), ("val", config.data.val), ("test", config.data.test)):
         if name is None:
             continue
-        source = _attempt(
-            findings, f"data.{role}", partial(open_source, name, split=role, require_captions=role == "train")
-        )
+        opened = partial(open_training, config) if role == "train" else partial(open_source, name, split=role)
+        source = _attempt(findings, f"data.{role}", opened)
         if source is not None:
             sources[role] = source
             findings += _check_source(role, source, config)
@@ -149,7 +158,7 @@ def _check_source(role: str, source: Source, config: RunConfig) -> Iterator[Find
                 what,
                 f"{length} samples do not fill one batch of {config.training.batch_size}: lower training.batch_size",
             )
-        elif captions and not all(captions):
+        elif captions and not all(captions) and config.method.reads_captions:
             yield Finding(
                 "problem", what, f"{captions.count(0)} of {len(captions)} samples have no caption to train on"
             )

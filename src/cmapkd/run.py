@@ -218,6 +218,11 @@ def run(
             f"baseline {str(config.baseline)!r}{closest(str(config.baseline), known)} is neither "
             f"{' nor '.join(known)}, and there is no such run folder"
         )
+    if config.baseline == "scratch" and not config.method.reads_captions:
+        try:
+            open_training(config.scratch())
+        except ConfigError as error:
+            raise ConfigError(f"baseline scratch, which learns from captions: {error} Or set baseline=none.") from None
     final = _open_final(config)  # first, so that a wrong name shows before the training and not after it
     state = start_processes(on_cpu=config.training.on_cpu)
     with state.main_process_first():
@@ -251,7 +256,7 @@ def _train(
     config: RunConfig, *, out: Path, resume: bool, console: Console | None, title: str
 ) -> tuple[DualEncoder, TrainResult, int]:
     """Builds the parts, trains, and saves `student/`. Returns the method's own parameters' number last."""
-    source = open_source(config.data.train, split="train", require_captions=True)
+    source = open_training(config)
     teachers = load_teachers(config)
     torch.manual_seed(config.seed)
     student = build_student(config, source, teachers)
@@ -306,6 +311,11 @@ def _train(
     return student, trained, extra
 
 
+def open_training(config: RunConfig) -> Source:
+    """What the run learns from: samples with captions, or all where the method reads none."""
+    return open_source(config.data.train, split="train", require_captions=config.method.reads_captions)
+
+
 def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
     """The run's teachers by role, the first one first; none where it has none."""
     return {role: FrozenTeacher(build_model(model), role) for role, model in config.teachers.items()}
@@ -314,7 +324,20 @@ def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
 def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> DualEncoder:
     """The student before its first step."""
     teacher = teachers["teacher"].model if "teacher" in teachers else None
-    return build_model(config.student, captions=vocabulary_captions(source), teacher=teacher)
+    captions = vocabulary_captions(source)
+    if not config.method.reads_captions:
+        captions = _or_prompts(captions, config, source)
+    return build_model(config.student, captions=captions, teacher=teacher)
+
+
+def _or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> Iterator[str]:
+    """The captions, or the prompts of the classes where there are none to learn a vocabulary from; lazily."""
+    first = next(captions, None)
+    if first is not None:
+        yield first
+        yield from captions
+    elif (classes := classes_of(config, source)) is not None:
+        yield from classes.texts
 
 
 def method_of(
@@ -338,9 +361,13 @@ def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:
     Raises:
         ConfigError: the training data do not have them.
     """
-    choice = TextChoice(method.text_pools, config.data.mix_synthetic)
+    choice = _text_choice(config, method)
     choice.check(source)
     return choice
+
+
+def _text_choice(config: RunConfig, method: Method) -> TextChoice:
+    return TextChoice(method.text_pools, config.data.mix_synthetic, required=config.method.reads_captions)
 
 
 def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHeads | None:
@@ -387,7 +414,7 @@ def plan_cache(
         keys=keys,
         precision=config.training.precision,
         role=role,
-        mix_synthetic=config.data.mix_synthetic,
+        texts=_text_choice(config, method),
     )
 
 

@@ -34,7 +34,14 @@ def plan_of(folder: Path, method: Method, role: str, keys: Any = None, mix: floa
     config = CacheConfig(folder=folder / "c", batch_size=4, store="fp32")
     keys = all_keys(LENGTH, 2) if keys is None else keys
     return CachePlan.of_method(
-        config, method, source=source, views=VIEWS, keys=keys, precision="fp32", role=role, mix_synthetic=mix
+        config,
+        method,
+        source=source,
+        views=VIEWS,
+        keys=keys,
+        precision="fp32",
+        role=role,
+        texts=TextChoice(method.text_pools, mix),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_data_without_any_are_refused_before_the_run(choice: TextChoice) -> None
     with pytest.raises(ConfigError, match=r"synthetic captions, but none of the first 16 samples of memory.*syn_text"):
         choice.check(MemorySource(20, without_synthetic=range(20)))
     TextChoice().check(MemorySource(20, without_synthetic=range(20)))
+
+
+def test_a_caption_may_be_missing_where_nobody_reads_it() -> None:
+    sample = replace(MemorySource(4)[1], captions=())
+    with pytest.raises(BadSampleError, match="no caption"):
+        chosen(sample, 0, TextChoice())
+    assert chosen(sample, 0, TextChoice(required=False)) == ("",)
+    whole = MemorySource(4)[1]
+    assert chosen(whole, 3, TextChoice(required=False)) == chosen(whole, 3, TextChoice())  # a cache serves both
 
 
 def test_micro_batches_take_their_own_texts() -> None:

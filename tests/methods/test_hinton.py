@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.open import open_source
+from cmapkd.diagnosis import diagnose
 from cmapkd.methods.base import LABELS
 from cmapkd.models import load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
 from cmapkd.objectives import kl_divergence
+from cmapkd.run import RunConfig
 from helpers import CLASSES, make_method, make_model, make_teacher, random_batch
 
 CLASSES_FORM = {"form": "classes", "temperature": 2.0, "task_weight": 0.3, "distill_weight": 0.7}
@@ -109,6 +114,68 @@ def test_a_run_with_the_teachers_vectors_is_saved_with_its_texts(cache: bool, tm
     texts = student.tokenizer(["the red circle is the largest object"])
     assert torch.equal(student.encode_text(texts).embedding, teacher.encode_text(texts).embedding)
     assert result.metrics["student"]["zero_shot"]["num_classes"] == 100
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> str:
+    """Pictures in folders of their classes, without a word about any."""
+    draws = random.Random(0)
+    for name in ("cat", "dog", "red fox"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (40, 32), tuple(draws.choices(range(256), k=3))).save(
+                tmp_path / "train" / name / f"{number}.png"
+            )
+    return f"folder:{tmp_path / 'train'}"
+
+
+@pytest.mark.parametrize(
+    ("method", "student"),
+    [
+        ({"name": "hinton", "form": "classes"}, "tiny:small-32"),  # its own texts: a vocabulary of the prompts
+        ({"name": "hinton", "form": "classes", "class_vectors": "teacher"}, "tiny:small-32"),
+        ({"name": "promptkd"}, "tiny:scenes-teacher"),
+    ],
+    ids=["own", "teacher", "promptkd"],
+)
+@pytest.mark.parametrize("cache", ["off", "auto"])
+def test_pictures_without_captions_will_do(
+    method: dict[str, Any], student: str, cache: str, photographs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = {"train": photographs, "val": photographs}
+    settings = run_settings(method=method, student=student, data=data, cache=cache)
+    result = cmapkd.distill(**settings, out=tmp_path / "run")
+    assert result.metrics["student"]["zero_shot"]["num_classes"] == 3
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3
+    assert last["terms/classes"] > 0
+    assert not (tmp_path / "run" / "bad_samples.jsonl").read_text()
+    student_model = load_model(tmp_path / "run")
+    if method.get("class_vectors") is None and method["name"] == "hinton":
+        fox, dog = student_model.tokenizer(["a photo of a red fox.", "a photo of a dog."]).ids
+        assert not torch.equal(fox, dog)  # the words are in its vocabulary
+
+
+def test_what_reads_captions_refuses_pictures_without(photographs: str, tmp_path: Path) -> None:
+    data = {"train": photographs, "val": photographs}
+    with pytest.raises(ConfigError, match=r"none of the 24 samples of folder:.* has a caption, and this use needs"):
+        cmapkd.distill(**run_settings(method="hinton", data=data), out=tmp_path / "a")
+    settings = run_settings(method={"name": "hinton", "form": "classes"}, data=data, baseline="scratch")
+    with pytest.raises(ConfigError, match=r"baseline scratch, which learns from captions: none .* set baseline=none"):
+        cmapkd.distill(**settings, out=tmp_path / "b")
+    assert not (tmp_path / "b").exists()  # before anything was written or trained
+
+
+def test_the_doctor_has_nothing_against_pictures_without_captions(photographs: str) -> None:
+    def problems(method: Any) -> list[str]:
+        settings = run_settings(method=method, data={"train": photographs})
+        del settings["quiet"]
+        findings = diagnose(RunConfig.from_mapping(settings))
+        return [finding.what for finding in findings if finding.level == "problem"]
+
+    assert problems({"name": "hinton", "form": "classes"}) == []
+    assert problems("hinton") == ["data.train"]
 
 
 def test_a_source_without_classes_is_refused(tmp_path: Path) -> None:

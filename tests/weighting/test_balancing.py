@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,11 @@ from weighting_support import DIM, ITEMS, make, step
 
 from cmapkd.config import ConfigError
 from cmapkd.methods import Method
+from cmapkd.weighting import Weighting
 from cmapkd.weighting.gradnorm import GradNormWeighting, gradnorm_gradient, gradnorm_targets
 from helpers import make_method, random_batch
+
+PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "gradnorm.json").read_text())
 
 
 def gradnorm(**settings: Any) -> GradNormWeighting:
@@ -83,6 +88,20 @@ def test_descent_takes_the_papers_step_and_stays_positive() -> None:
         assert bool((wild > 0).all())
 
 
+@pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: f"alpha {case['alpha']}")
+def test_descent_goes_where_a_published_implementation_goes(case: dict[str, Any]) -> None:
+    losses, norms, expected = (torch.tensor(case[key], dtype=torch.float64) for key in ("losses", "norms", "weights"))
+    items = [f"task {number}" for number in range(losses.shape[1])]
+    initial = dict(zip(items, case["losses"][0], strict=True))
+    settings = {"alpha": case["alpha"], "rate": case["rate"], "initial_losses": initial}
+    weighting = gradnorm(update="descent", items=items, **settings).double()
+    active = torch.ones(len(items), dtype=torch.bool)
+    for step_losses, step_norms, weights in zip(losses, norms, expected, strict=True):
+        torch.testing.assert_close(weighting.weight, weights, rtol=1e-9, atol=0)
+        weighting.observe_gradients(step_losses, step_norms, active)
+    assert float((expected[-1] - 1).abs().max()) > 0.02  # they had gone somewhere
+
+
 def test_initial_losses_are_means_of_the_first_steps_or_given() -> None:
     weighting = gradnorm(warmup_steps=4, initial_losses={"P3": 9.0})
     for number in range(10):
@@ -130,6 +149,49 @@ def test_names_that_are_not_weighed_are_refused() -> None:
 def test_levels_have_no_gradients_of_their_own() -> None:
     with pytest.raises(ConfigError, match=r"weighting gradnorm balances the gradients of whole terms.*term_weighting"):
         make_method("cmapkd", settings={"weighting": "gradnorm"})
+
+
+def left_of_the_papers_toy(weighting: Weighting, *, seed: int, scales: tuple[float, ...]) -> float:
+    """The sum of the tasks' losses, each over its squared scale, after 400 steps (arXiv:1711.02257, section 4).
+
+    Regressions onto sigma_i tanh((B + eps_i) x) that share a trunk; with equal weights the one of large scale is all
+    that the trunk hears.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    shared = 10 * torch.randn(50, 20, generator=draws)
+    maps = [shared + 3.5 * torch.randn(50, 20, generator=draws) for _ in scales]
+    torch.manual_seed(seed)
+    last = torch.nn.Linear(40, 40)
+    trunk = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), last, torch.nn.ReLU())
+    heads = torch.nn.ModuleList(torch.nn.Linear(40, 20) for _ in scales)
+    optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=2e-3)
+
+    def losses(size: int) -> Tensor:
+        x = torch.randn(size, 50, generator=draws) / math.sqrt(50)
+        found = [
+            head(trunk(x)) - sigma * (x @ each).tanh() for head, sigma, each in zip(heads, scales, maps, strict=True)
+        ]
+        return torch.stack([each.square().mean() for each in found])
+
+    for _ in range(400):
+        each = losses(64)
+        if isinstance(weighting, GradNormWeighting) and weighting.due:
+            norms = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in each]
+            weighting.observe_gradients(each.detach(), torch.stack(norms), torch.ones(len(scales), dtype=torch.bool))
+        optimizer.zero_grad()
+        weighting(each[None], torch.zeros(1, DIM)).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((losses(2000) / torch.tensor(scales).square()).sum())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_papers_toy_ends_lower_than_with_equal_weights(seed: int) -> None:
+    scales, items = (1.0, 100.0), ["small", "large"]
+    equal = left_of_the_papers_toy(make("uniform", items=items), seed=seed, scales=scales)
+    balanced = left_of_the_papers_toy(gradnorm(alpha=0.12, items=items), seed=seed, scales=scales)
+    assert balanced < equal - 0.08  # 1.39 to 1.45 and 1.24 to 1.29 in the three
 
 
 # ------------------------------------------------------------------------------------------------ in a method

@@ -60,18 +60,20 @@ class CachePlan:
         keys: Keys,
         precision: str,
         role: str = "teacher",
-        mix_synthetic: float = 0.0,
+        texts: TextChoice | None = None,
     ) -> CachePlan:
         """Before any stage has been entered: what all stages together read of the teacher with this role.
 
         Where the config names a folder, each further teacher has one of its own beside it.
 
+        Args:
+            texts: that the run reads; none: a caption, and what the method asks for.
         Raises:
             CacheError: the method has no use for one.
         """
         if method.not_cached is not None:
             raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
-        teacher, texts = method.teachers[role], TextChoice(method.text_pools, mix_synthetic)
+        teacher, texts = method.teachers[role], texts or TextChoice(method.text_pools)
         detail: Detail
         if role == "teacher":
             detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens
@@ -125,8 +127,8 @@ class CachePlan:
                 sample = self.source[index]
             except BadSampleError:
                 continue
-            if sample.captions:
-                captions = sample.captions[:1]
+            if sample.captions or not self.texts.required:
+                captions = sample.captions[:1] or ("",)
                 reader = Reader(model.image_spec, model.tokenizer)
                 more = dict.fromkeys(self.texts.pools, captions)
                 return reader.input(model.image_spec(sample.image)[None], captions, more).to(device)

@@ -40,12 +40,11 @@ def build(
     import torch
 
     from cmapkd.cache.progress import BuildDisplay
-    from cmapkd.data.open import open_source
-    from cmapkd.run import build_student, classes_of, load_teachers, method_of, plan_cache, texts_of
+    from cmapkd.run import build_student, classes_of, load_teachers, method_of, open_training, plan_cache, texts_of
 
     if config.teacher is None:
         raise ConfigError("there is no teacher in this recipe to cache the answers of")
-    source = open_source(config.data.train, split="train", require_captions=True)
+    source = open_training(config)
     teachers = load_teachers(config)
     student = build_student(config, source, teachers)
     method = method_of(config, student, teachers, classes=classes_of(config, source))

@@ -21,10 +21,12 @@ class TextChoice:
     Attributes:
         pools: further texts, one of each pool beside the caption.
         mix_synthetic: probability that a synthetic caption takes the place of the sample's own, where it has any.
+        required: whether a sample must have a caption; if not, one that has none is shown with an empty text.
     """
 
     pools: tuple[str, ...] = ()
     mix_synthetic: float = 0.0
+    required: bool = True
 
     @property
     def plain(self) -> bool:
@@ -35,15 +37,16 @@ class TextChoice:
         """The caption of this view, then one text of each pool.
 
         Raises:
-            BadSampleError: the sample has no caption, or nothing in a pool.
+            BadSampleError: the sample has no caption and must have one, or nothing in a pool.
         """
-        if not sample.captions:
+        captions = sample.captions or (() if self.required else ("",))
+        if not captions:
             raise BadSampleError(sample.id, "no caption")
         if self.plain:
-            return (view.choose(sample.captions),)
+            return (view.choose(captions),)
         mixed, *places = uniforms(1 + len(self.pools), "texts", sample.id, number).tolist()
         synthetic = sample.texts.get("synthetic", ()) if mixed < self.mix_synthetic else ()
-        chosen = [view.choose(synthetic or sample.captions)]
+        chosen = [view.choose(synthetic or captions)]
         for pool, place in zip(self.pools, places, strict=True):
             texts = sample.texts.get(pool, ())
             if not texts:

@@ -83,6 +83,11 @@ class MethodConfig(Config):
         """Whether the method, as it is set, is told the classes of the training source: their names and prompts."""
         return False
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the method, as it is set, reads the samples' captions: without, pictures that have none will do."""
+        return True
+
     @field_validator("term_weighting", mode="before")
     @classmethod
     def _weighting_by_name(cls, value: Any) -> Any:

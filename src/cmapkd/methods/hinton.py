@@ -49,6 +49,10 @@ class HintonConfig(MethodConfig):
     def reads_classes(self) -> bool:
         return self.form == "classes"
 
+    @property
+    def reads_captions(self) -> bool:
+        return self.form == "in_batch"
+
 
 class Hinton(Method):
     """The teacher's softmax over the batch, each image over texts and each text over images; or over classes."""

@@ -37,6 +37,10 @@ class PromptKDConfig(MethodConfig):
     def reads_classes(self) -> bool:
         return True
 
+    @property
+    def reads_captions(self) -> bool:
+        return False
+
 
 class PromptKD(Method):
     """The frozen student's prompts and projector learn the teacher's class probabilities from pictures alone."""

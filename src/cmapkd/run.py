@@ -43,6 +43,7 @@ _MAY_CHANGE = (  # at a resume: who does the work, not what is computed
     "data.workers",
     "data.memory",
     "data.timeout",
+    "evaluation.timeout",
     "training.micro_batch",
     "training.local_loss",
     "training.sharding",
@@ -185,6 +186,8 @@ class RunConfig(Config):
             del values["data"]["mix_synthetic"]
         if self.data.timeout == DEFAULT_TIMEOUT:
             del values["data"]["timeout"]
+        if self.evaluation.timeout == DEFAULT_TIMEOUT:
+            del values["evaluation"]["timeout"]
         for name in ("local_loss", "sharding", "shard_teacher"):  # and for how the processes share the work
             if values["training"][name] == TrainConfig.model_fields[name].default:
                 del values["training"][name]

@@ -19,6 +19,8 @@ from cmapkd.data.batches import PlanSampler, make_loader
 from cmapkd.data.check import TooManyBadSamples
 from cmapkd.data.open import open_source
 from cmapkd.data.workers import MAX_DEATHS, ReadAhead, ReadTimeout, WorkerDied, WorkerWarning
+from cmapkd.evaluation.config import EvaluationConfig
+from cmapkd.evaluation.run import evaluate
 from cmapkd.training import OutOfMemory, Trainer
 from cmapkd.training.checkpoint import list_checkpoints
 from cmapkd.training.memory import is_out_of_memory
@@ -85,7 +87,7 @@ def test_a_hanging_read_ends_in_time_and_leaves_no_process(workers: int, tmp_pat
         Numbers(tmp_path, {3: "hang"}), range(9), workers=workers, timeout=1.0, name=lambda n: f"file {n}"
     )
     begun, seen = time.monotonic(), []
-    with pytest.raises(ReadTimeout, match=r"data.timeout = 1 seconds while reading file 3: .*raise data.timeout"):
+    with pytest.raises(ReadTimeout, match=r"for 1 seconds while reading file 3: .*raise data.timeout"):
         for number, process in ahead:
             seen.append((number, process))
     assert [number for number, _ in seen] == [0, 1, 2]
@@ -115,6 +117,13 @@ def test_a_hanging_read_stops_training_with_the_step_named(tmp_path: Path) -> No
     running.timeout = 1.0
     with pytest.raises(ReadTimeout, match=r"while reading the batch of step [123], samples .*5"):
         running.run()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_hanging_read_stops_an_evaluation(workers: int) -> None:
+    settings = {"tasks": ["retrieval"], "batch_size": 4, "workers": workers, "timeout": 1}
+    with pytest.raises(ReadTimeout, match=r"while reading samples 4 to 7 of memory: .* evaluation.timeout"):
+        evaluate(make_model(), Slow(), EvaluationConfig.from_mapping(settings), device="cpu")
 
 
 class Deadly(MemorySource):

@@ -117,9 +117,9 @@ class ReadAhead(Generic[P, T]):
 
     def _late(self, done: int) -> ReadTimeout:
         return ReadTimeout(
-            f"nothing came for data.timeout = {self.timeout:g} seconds while reading {self._place(done)}: the disk or "
-            "network drive under the data may hang. Check it and go on with --resume, or raise data.timeout (0: wait "
-            "for ever)"
+            f"nothing came for {self.timeout:g} seconds while reading {self._place(done)}: the disk or network drive "
+            "under the data may hang. Check it and go on with --resume, or raise data.timeout, in an evaluation "
+            "evaluation.timeout (0: wait for ever)"
         )
 
     def _note(self, deaths: int, dead: list[BaseProcess], done: int) -> None:

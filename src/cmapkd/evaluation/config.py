@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from cmapkd.config import Config, closest
+from cmapkd.data.config import DEFAULT_TIMEOUT
 from cmapkd.evaluation.efficiency import EfficiencyConfig
 from cmapkd.evaluation.probes.config import CaptioningConfig, DetectionConfig, ProbeDataConfig, VQAConfig
 
@@ -31,6 +32,9 @@ class EvaluationConfig(Config):
     )
     batch_size: int = Field(256, ge=1, description="Images, and texts, encoded at once; no influence on the scores.")
     workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the evaluating process itself.")
+    timeout: float = Field(
+        DEFAULT_TIMEOUT, ge=0, description="Seconds that a batch may take to be read before it stops; 0: any time."
+    )
     limit: int | None = Field(None, ge=1, description="Only the first so many samples; none: all.")
     shared_captions: bool = Field(
         False, description="Whether identical captions of other images count as right; no in the standard protocol."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -58,6 +58,7 @@ def embed(
     batch_size: int,
     device: torch.device | str,
     workers: int = 0,
+    timeout: float = 0.0,
     limit: int | None = None,
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
@@ -71,12 +72,14 @@ def embed(
         batch_size: images, and texts, encoded at once; without influence on the result beyond rounding.
         device: where the towers run; the model is moved there.
         workers: processes that read and preprocess; 0: this one.
+        timeout: seconds that reading a batch may take; 0: any time.
         limit: only the first so many samples.
         on_bad_sample: `skip` lists a sample that cannot be read in `bad`; `error` raises its `BadSampleError`.
         autocast: precision of the towers' matrix products (`torch.bfloat16`); None: the weights' own.
         levels: keep the pooled inner levels of both towers too.
     Raises:
         ValueError: no sample could be read.
+        ReadTimeout: reading a batch took longer than `timeout`.
         BadSampleError: of the first unreadable sample, with `on_bad_sample="error"`.
     """
     image_taps = visual_taps(model.image_levels) if levels and model.image_levels else {}
@@ -87,7 +90,9 @@ def embed(
     image_of_text: list[int] = []
     bad: list[tuple[str, str]] = []
     with evaluating(model, device, autocast):
-        for chunk in _read(model, source, batch_size=batch_size, workers=workers, limit=limit):
+        length = len(source) if limit is None else min(limit, len(source))
+        chunks = _Whole(source, model.image_spec, batch_size=batch_size, length=length)
+        for chunk in ReadAhead(chunks, range(len(chunks)), workers=workers, timeout=timeout, name=chunks.name):
             for failure in chunk.bad:
                 if on_bad_sample == "error":
                     raise BadSampleError(*failure)
@@ -186,6 +191,10 @@ class _Whole(Dataset[_Chunk]):
     def __len__(self) -> int:
         return -(-self.length // self.batch_size)
 
+    def name(self, chunk: int) -> str:
+        first = chunk * self.batch_size
+        return f"samples {first} to {min(first + self.batch_size, self.length) - 1} of {self.source.name}"
+
     def __getitem__(self, chunk: int) -> _Chunk:
         samples: list[_Text] = []
         pixels: list[Tensor] = []
@@ -199,11 +208,3 @@ class _Whole(Dataset[_Chunk]):
             else:
                 samples.append(_Text(sample.id, sample.captions, sample.label))
         return _Chunk(samples, torch.stack(pixels) if pixels else None, bad)
-
-
-def _read(model: DualEncoder, source: Source, *, batch_size: int, workers: int, limit: int | None) -> Iterator[_Chunk]:
-    length = len(source) if limit is None else min(limit, len(source))
-    chunks = _Whole(source, model.image_spec, batch_size=batch_size, length=length)
-    yield from ReadAhead(
-        chunks, range(len(chunks)), workers=workers, name=lambda number: f"chunk {number} of {source.name}"
-    )

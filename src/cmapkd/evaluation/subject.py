@@ -108,6 +108,7 @@ class Subject:
             batch_size=bench.config.batch_size,
             device=bench.device,
             workers=bench.config.workers,
+            timeout=bench.config.timeout,
             limit=limit,
             on_bad_sample=bench.on_bad_sample,
             autocast=bench.autocast,

@@ -79,6 +79,7 @@ def train_probe(
                 _optim(config),
                 out=out,
                 seed=seed,
+                timeout=bench.config.timeout,
                 console=bench.console,
                 title=f"{subject.name} {task}",
             )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from cmapkd.methods import METHODS
 from cmapkd.models import DualEncoder
 from cmapkd.training import Interrupted, Trainer, checkpoint, trainer
 from cmapkd.training.checkpoint import list_checkpoints, optimizer_tensors, read_checkpoint, write_checkpoint
@@ -87,6 +88,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], tuple[int, ...]]] = {
     "micro-batches": ("clip_kd", DropoutStudent, {"micro_batch": 3}, (1, 4)),
     "levels in micro-batches": ("cmapkd", DropoutStudent, {"micro_batch": 3, "precision": "bf16", "ema": 0.5}, (3,)),
     "everything": ("clip_kd", DropoutStudent, {"ema": 0.5, "workers": 1, "precision": "bf16"}, (4,)),
+    **{f"method {name}": (name, None, {}, (4,)) for name in METHODS},
 }
 
 

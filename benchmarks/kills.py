@@ -5,9 +5,9 @@
 The run is a small CMAPKD in two stages: two processes under torchrun with two data workers each, tar shards with
 broken pictures, a policy for the weights, a bank, an averaged student, a cache that every round builds anew. A kill is
 SIGKILL to every process of the tree at once, at a moment drawn evenly between the first thing that an undisturbed run
-writes (before it, libraries are imported) and its end; then the run is started again with `--resume`. A run that ends
-before its moment ends the round, and the next begins with an empty folder, until there were so many kills; the last
-round is left to end. Every round must end with the same bytes: weights, optimizer, average, random states, ledger,
+writes (before it, libraries are imported) and its last; then the run is started again with `--resume`. A run that has
+written its last, or ends before its moment, is left to end the round, and the next begins with an empty folder, until
+there were so many kills. Every round must end with the same bytes: weights, optimizer, average, random states, ledger,
 metrics, saved student, cache.
 
 The log is written after every kill. A second call with the same folder and log goes on where the first one was stopped.
@@ -61,10 +61,12 @@ def main() -> None:
         number = len(log["rounds"])
         attempts = log["attempts"] = log.get("attempts", [])  # of the round under way
         kills = sum(len(each["attempts"]) for each in log["rounds"]) + len(attempts)
+        folder = work / f"round-{number}"
         moment = None
         if kills < arguments.kills:
             moment = random.Random(f"{arguments.seed}/{kills}").uniform(*log["undisturbed_seconds"])
-        folder = work / f"round-{number}"
+        if (folder / "run/metrics.json").exists():
+            moment = None
         attempt = run(folder, work, moment)
         if attempt["killed"]:
             attempts.append(attempt)
@@ -97,15 +99,15 @@ def begin(path: Path, kills: int, seed: int, work: Path) -> dict[str, Any]:
     run(work / "first", work, None)  # the first start of all reads everything from the disk
     shutil.rmtree(work / "first")
     began = time.time()
-    attempt = run(work / "undisturbed", work, None)
-    first = (work / "undisturbed/run/config.yaml").stat().st_mtime - began
+    run(work / "undisturbed", work, None)
+    written = [(work / "undisturbed/run" / name).stat().st_mtime - began for name in ("config.yaml", "metrics.json")]
     log = {
         "command": f"python benchmarks/kills.py --kills {kills} --seed {seed}",
         "environment": describe_environment(),
         "kills": kills,
         "seed": seed,
         "run": {"processes": PROCESSES, "workers": WORKERS, "samples": SAMPLES, "batch_size": BATCH},
-        "undisturbed_seconds": [round(first, 3), attempt["seconds"]],  # until the first file, and until the end
+        "undisturbed_seconds": [round(each, 3) for each in written],  # until the first file, and until the last
         "rounds": [],
     }
     save(path, log)
@@ -185,6 +187,10 @@ def write_shards(folder: Path) -> None:
                     archive.addfile(member, io.BytesIO(data))
 
 
+def checkpoints(out: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-*")]
+
+
 def run(folder: Path, work: Path, moment: float | None) -> dict[str, Any]:
     """Starts the run, or goes on with it, and kills it after `moment` seconds unless it ends before.
 
@@ -246,10 +252,9 @@ def kill_all(work: Path) -> int:
 def place(folder: Path, since: float) -> dict[str, Any]:
     """Where a killed run was, by what it left: the phase, the last step logged and the last one saved."""
     out = folder / "run"
-    steps = [int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-*")]
     lines = [line for line in map(parsed, read_lines(out / "metrics.jsonl")) if line]
     step = max((int(line["step"]) for line in lines), default=0)
-    saved = max(steps, default=0)
+    saved = max(checkpoints(out), default=0)
     return {"phase": phase(folder, lines, step, saved, since), "step": step, "saved": saved}
 
 

@@ -77,14 +77,20 @@ def main() -> None:
             "steps": last_step(out),
             "checkpoints_left": saved,
             **judge(looks),
-            "last_lines": printed.splitlines()[-5:],
+            "last_lines": printed.replace(name, "DIR").splitlines()[-5:],
             "looks": looks,
             "environment": describe_environment(),
         }
     print(json.dumps({key: value for key, value in result.items() if key not in ("looks", "environment")}, indent=2))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(as_json(result), encoding="utf-8")
     sys.exit(ended_early or result["flat"] is False)
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """Indented, but each look on a line of its own."""
+    looks = ",\n".join(f"  {json.dumps(look)}" for look in result["looks"])
+    return json.dumps({**result, "looks": []}, indent=1).replace('"looks": []', f'"looks": [\n{looks}\n ]') + "\n"
 
 
 def observe(root: int, out: Path) -> dict[str, Any] | None:

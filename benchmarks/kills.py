@@ -187,10 +187,6 @@ def write_shards(folder: Path) -> None:
                     archive.addfile(member, io.BytesIO(data))
 
 
-def checkpoints(out: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-*")]
-
-
 def run(folder: Path, work: Path, moment: float | None) -> dict[str, Any]:
     """Starts the run, or goes on with it, and kills it after `moment` seconds unless it ends before.
 
@@ -252,9 +248,10 @@ def kill_all(work: Path) -> int:
 def place(folder: Path, since: float) -> dict[str, Any]:
     """Where a killed run was, by what it left: the phase, the last step logged and the last one saved."""
     out = folder / "run"
+    steps = [int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-*")]
     lines = [line for line in map(parsed, read_lines(out / "metrics.jsonl")) if line]
     step = max((int(line["step"]) for line in lines), default=0)
-    saved = max(checkpoints(out), default=0)
+    saved = max(steps, default=0)
     return {"phase": phase(folder, lines, step, saved, since), "step": step, "saved": saved}
 
 

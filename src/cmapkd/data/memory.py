@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 class SampleMemory:
-    """Samples of `source` by position, the first ones that fit into `limit` MiB kept.
+    """Samples of `source` by position, kept until the first one that does not fit into `limit` MiB.
 
     Nothing kept is ever dropped: an epoch reads every sample once, in a new order, so that whatever is kept serves one
     reading of each epoch, while a memory that replaced the oldest would drop most samples just before their turn.
@@ -27,9 +27,13 @@ class SampleMemory:
         if kept is not None:
             return kept
         sample = self.source[index]
-        if (size := size_of(sample)) <= self.room:
-            self.room -= size
-            self._kept[index] = sample
+        if self.room > 0:
+            size = size_of(sample)
+            if size <= self.room:
+                self._kept[index] = sample
+                self.room -= size
+            else:
+                self.room = 0  # full: measuring a sample can make all that it has, which nobody may read
         return sample
 
 

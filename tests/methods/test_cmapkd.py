@@ -165,7 +165,7 @@ def test_texts_of_another_tokenizer_are_matched_by_their_words() -> None:
     assert method(blind)["language"].value.item() > 0
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "uncertainty", "gate", MANUAL])
+@pytest.mark.parametrize("weighting", ["uniform", "uncertainty", "gate", "attention", MANUAL])
 def test_weightings_that_start_uniform_give_the_same_first_loss(weighting: Any) -> None:
     methods = [cmapkd(weighting=each, visual_levels=EVERY) for each in ("uniform", weighting)]
     losses = [method(random_batch(4))["visual"].value for method in methods]
@@ -180,6 +180,31 @@ def test_manual_weights_count_by_level() -> None:
     torch.testing.assert_close(value.detach(), 4 * 0.5 * method.measurements["distance/P2"])
     with pytest.raises(ConfigError, match=r"weights\.P6: unknown item"):
         cmapkd(weighting={**MANUAL, "weights": {**weights, "P6": 1.0}}, **counts)
+
+
+def test_attention_looks_at_the_teachers_own_levels() -> None:
+    method, batch = cmapkd(weighting="attention", **CMAPKD_IN_FULL), random_batch(4)
+    teacher = method.encode_teacher(batch)
+    pooled = method.match.pooled("teacher", teacher, method.level_names)
+    seen: dict[str, Tensor] = {}
+    for term, weighting in method.weighting.items():
+        weighting.register_forward_pre_hook(lambda _, given, term=term: seen.update({term: given[1]}))
+    method(batch)
+    for term in ("visual", "language"):
+        torch.testing.assert_close(seen[term], torch.cat([pooled[level] for level in method.items[term]], dim=-1))
+    of_pairs = [pooled[level] for pair in method.items["pyramid"] for level in pair.split("-")]
+    torch.testing.assert_close(seen["pyramid"], torch.cat(of_pairs, dim=-1))
+
+
+def test_attention_sees_nothing_of_what_a_stage_leaves_out() -> None:
+    method, batch = cmapkd(weighting="attention", visual_levels=EVERY), random_batch(4)
+    method.enter(StageConfig(share=1.0, levels=("P4", "P5", "L3", "L4"), terms=("contrastive", "visual")))
+    assert method.teacher_needs.text_levels == ()
+    assert set(method(batch)) == {"contrastive", "visual"}
+    assert method.measurements["visual/weight/P2"].item() == 0
+    assert method.measurements["visual/weight/P4"].item() == pytest.approx(1.0)
+    with pytest.raises(ConfigError, match="whole terms have none"):
+        make_method("clip_kd", settings={"term_weighting": "attention"})
 
 
 def test_names_of_levels_and_pairs_are_checked() -> None:
@@ -214,7 +239,9 @@ STAGES = (
 )
 
 
-@pytest.mark.parametrize("weighting", ["gate", {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}])
+@pytest.mark.parametrize(
+    "weighting", ["gate", "attention", {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}]
+)
 @pytest.mark.parametrize("step", [1, 3, 5, 7])
 def test_staged_run_resumes_bit_identically(
     tmp_path: Path, step: int, weighting: Any, monkeypatch: pytest.MonkeyPatch

@@ -18,8 +18,8 @@ from weighting_support import DIM, ITEMS, SETTINGS, batch, make, settled, step
 from cmapkd.config import Config, ConfigError
 from cmapkd.weighting import WEIGHTINGS, Weighting, WeightingConfig, make_weighting, weighting_config
 
-PER_SAMPLE = ["gate", "policy"]
-LEARNING = ["uncertainty", "gate", "policy"]
+PER_SAMPLE = ["gate", "attention", "policy"]
+LEARNING = ["uncertainty", "gate", "attention", "policy"]
 
 
 # ------------------------------------------------------------------------------------------------ the contract
@@ -47,7 +47,7 @@ def test_loss_is_the_batch_mean_of_weighted_sums_written_out(name: str) -> None:
 def test_a_weight_weighs_its_own_sample(name: str, plain: bool) -> None:
     losses, context = batch()
     losses.requires_grad_()
-    weighted = settled(name, **({"plain": plain} if name == "gate" else {}))(losses, context)
+    weighted = settled(name, **({"plain": plain} if name in ("gate", "attention") else {}))(losses, context)
     weighted.loss.backward()
     assert losses.grad is not None
     torch.testing.assert_close(losses.grad, weighted.weights / 5)
@@ -98,7 +98,7 @@ def test_everything_but_manual_starts_uniform(name: str) -> None:
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("plain", [False, True])
 def test_inactive_items_count_nothing_and_the_others_have_mean_one(name: str, plain: bool) -> None:
-    weighting = settled(name, **({"plain": plain} if name == "gate" else {}))
+    weighting = settled(name, **({"plain": plain} if name in ("gate", "attention") else {}))
     losses, context = batch()
     losses[:, 1] = torch.nan  # never read
     losses.requires_grad_()
@@ -252,7 +252,7 @@ def test_uncertainty_gradient_is_the_papers() -> None:
     [
         ((4,), (5, DIM), None, "not means over the batch"),
         ((5, 3), (5, DIM), None, r"losses has shape \(5, 3\)"),
-        ((5, 4), (4, DIM), None, r"context has shape \(4, 6\), expected \(5, 6\)"),
+        ((5, 4), (4, DIM), None, r"context has shape \(4, 12\), expected \(5, 12\)"),
         ((5, 4), (5, DIM), torch.ones(4), "one bool for each of P2"),
         ((5, 4), (5, DIM), torch.ones(3).bool(), "one bool for each of P2"),
         ((5, 4), (5, DIM), torch.zeros(4).bool(), "switches every item off"),

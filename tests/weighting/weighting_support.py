@@ -11,7 +11,7 @@ from torch import Tensor
 from cmapkd.weighting import WEIGHTINGS, Weighting, make_weighting, weighting_config
 
 ITEMS = ("P2", "P3", "P4", "P5")
-DIM = 6
+DIM = 12
 SETTINGS: dict[str, dict[str, Any]] = {name: {} for name in WEIGHTINGS} | {
     "manual": {"weights": {"P2": 0.5, "P3": 1.0, "P4": 0.0, "P5": 3.0}},
     "policy": {"warmup_steps": 6, "window": 3, "edge": 2},
@@ -21,7 +21,8 @@ SETTINGS: dict[str, dict[str, Any]] = {name: {} for name in WEIGHTINGS} | {
 def make(name: str, *, items: Sequence[str] = ITEMS, seed: int = 0, **settings: Any) -> Weighting:
     torch.manual_seed(seed)
     config = weighting_config({"name": name, **SETTINGS[name], **settings})
-    return make_weighting(config, items=items, context_dim=DIM)
+    widths = None if WEIGHTINGS[name].reads_gradients else [DIM // len(items)] * len(items)
+    return make_weighting(config, items=items, context_dim=DIM, level_widths=widths)
 
 
 def batch(size: int = 5, *, seed: int = 1) -> tuple[Tensor, Tensor]:

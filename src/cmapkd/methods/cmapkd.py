@@ -7,7 +7,7 @@ most. Equations, and the measurement behind every default: docs/methods/cmapkd.m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, ClassVar, Literal, Self
 
@@ -252,10 +252,21 @@ class CMAPKD(Method):
         configs = for_items(config.weighting, weighted)
         self.weighting = nn.ModuleDict(
             {
-                term: make_weighting(configs[term], items=items, context_dim=2 * teacher.embed_dim, of_levels=True)
+                term: make_weighting(
+                    configs[term],
+                    items=items,
+                    context_dim=2 * teacher.embed_dim,
+                    level_widths=self._vector_widths(items, teacher.embed_dim),
+                )
                 for term, items in weighted.items()
             }
         )
+
+    def _vector_widths(self, items: Sequence[str], embed_dim: int) -> list[int]:
+        """Of the vector that stands for each level of the teacher, or for both levels of a pair together."""
+        visual, language = self.match.widths("teacher", LEVELS)
+        widths = {**visual, "P5": embed_dim, **language, "L4": embed_dim}
+        return [sum(widths[level] for level in item.split("-")) for item in items]
 
     def _bridge(self, role: Literal["student", "teacher"], embed_dim: int) -> AlignmentBridge:
         levels = self.config.bridged()
@@ -307,6 +318,13 @@ class CMAPKD(Method):
         """Whether some term of this stage reads each level as one vector."""
         return any(map(self._wants, ("pyramid", "alignment", "bridge", "relation", "layer_relation")))
 
+    def _attending(self) -> bool:
+        """Whether the selection of this stage looks at the teacher's levels, each as one vector."""
+        return any(
+            isinstance(weighting, Weighting) and weighting.reads_levels and self._wants(term)
+            for term, weighting in self.weighting.items()
+        )
+
     def _compared(self, term: str) -> list[str]:
         """Levels that an intra-modal term compares with the teacher's in this stage."""
         return [level for level in self.items[term] if self._wants(term) and self.stage.wants_level(level)]
@@ -342,10 +360,13 @@ class CMAPKD(Method):
                 else self.match.match_language(batch, student, teacher, levels)
             )
             rows |= {f"distance/{n}": level_distance(it.student, it.teacher, it.mask) for n, it in matched.items()}
+        levels = [level for level in self.level_names if self.stage.wants_level(level)]
         if self._pooling():
-            levels = [level for level in self.level_names if self.stage.wants_level(level)]
-            ours, theirs = self.match.pooled("student", student, levels), self.match.pooled("teacher", teacher, levels)
+            ours = self.match.pooled("student", student, levels)
             rows |= {f"student/{level}": vectors for level, vectors in ours.items()}
+        if self._pooling() or self._attending():
+            read = {*self._levels_read(), "P5", "L4"}
+            theirs = self.match.pooled("teacher", teacher, [level for level in levels if level in read])
             rows |= {f"teacher/{level}": vectors for level, vectors in theirs.items()}
         return rows
 
@@ -407,7 +428,7 @@ class CMAPKD(Method):
             self.measurements |= {f"distance/{level}": value.detach().mean() for level, value in distances.items()}
             counts = self.config.visual_levels if term == "visual" else self.config.language_levels
             counted = {level: counts[level] * distance for level, distance in distances.items()}
-            values[term] = self._weigh(term, counted, teacher)
+            values[term] = self._weigh(term, counted, teacher, rows)
         return values
 
     def _cross_modal_terms(self, student: Features, teacher: Features, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -434,7 +455,7 @@ class CMAPKD(Method):
                 divergences[JOINT] = _joint_divergence(student, teacher)
             counts = self.config.coupling
             counted = {pair: counts[pair] * divergences[pair] for pair in pairs}
-            values["pyramid"] = self._weigh("pyramid", counted, teacher)
+            values["pyramid"] = self._weigh("pyramid", counted, teacher, rows)
         return values
 
     def _bridge_all(
@@ -474,17 +495,30 @@ class CMAPKD(Method):
         places = {f"{v}-{t}": (i, j) for (i, v), (j, t) in product(enumerate(visual), enumerate(language))}
         return {pair: values[:, *places[pair]] for pair in pairs}
 
-    def _weigh(self, term: str, losses: Mapping[str, Float[Tensor, " batch"]], teacher: Features) -> Tensor:
+    def _weigh(
+        self, term: str, losses: Mapping[str, Float[Tensor, " batch"]], teacher: Features, rows: Mapping[str, Tensor]
+    ) -> Tensor:
         """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
-        context = torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (teacher.image, teacher.text)], dim=-1)
-        items = self.items[term]
+        weighting, items = self.weighting[term], self.items[term]
+        assert isinstance(weighting, Weighting)
+        embeddings = [F.normalize(tower.embedding, dim=-1) for tower in (teacher.image, teacher.text)]
+        context = torch.cat(self._vectors(items, rows, embeddings[0]) if weighting.reads_levels else embeddings, dim=-1)
         none = torch.zeros_like(next(iter(losses.values())))
         columns = torch.stack([losses.get(item, none) for item in items], dim=-1)
         active = torch.tensor([item in losses for item in items])
-        weighted = self.weighting[term](columns, context, None if len(losses) == len(items) else active)
+        weighted = weighting(columns, context, None if len(losses) == len(items) else active)
         self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
         loss: Tensor = weighted.loss
         return loss
+
+    def _vectors(self, items: Sequence[str], rows: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
+        """The teacher's vectors of the items' levels; zeros for a level that the stage does not read."""
+        levels = [level for item in items for level in item.split("-")]
+        widths = self._vector_widths(levels, like.shape[-1])
+        return [
+            rows.get(f"teacher/{level}", like.new_zeros(len(like), width))
+            for level, width in zip(levels, widths, strict=True)
+        ]
 
     @torch.no_grad()
     def _observe(self, student: Features, teacher: Features) -> None:

@@ -1,5 +1,6 @@
 """How much each level or term counts, for each sample. `WEIGHTINGS` lists the strategies; a new one adds one line."""
 
+from cmapkd.weighting.attention import AttentionConfig, AttentionWeighting
 from cmapkd.weighting.base import Weighted, Weighting, WeightingConfig
 from cmapkd.weighting.gate import GateConfig, GateWeighting, entropy_floor
 from cmapkd.weighting.manual import ManualConfig, ManualWeighting
@@ -10,6 +11,8 @@ from cmapkd.weighting.uniform import UniformConfig, UniformWeighting
 
 __all__ = [
     "WEIGHTINGS",
+    "AttentionConfig",
+    "AttentionWeighting",
     "GateConfig",
     "GateWeighting",
     "ManualConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
@@ -17,11 +18,9 @@ from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, shares, wi
 _LEAST_SPREAD = 1e-3  # of losses whose running mean is 1: differences below a thousandth count as none
 
 
-class GateConfig(WeightingConfig):
-    """The network, and how far it may go."""
+class BoundedConfig(WeightingConfig):
+    """How far a gate may go."""
 
-    name: Literal["gate"] = Field("gate", description="The weighting's name in WEIGHTINGS.")
-    hidden: int = Field(64, ge=1, description="Width of the one hidden layer.")
     strength: float = Field(
         0.5,
         gt=0,
@@ -44,8 +43,8 @@ class GateConfig(WeightingConfig):
         return self
 
 
-class GateWeighting(Weighting):
-    """w = n softmax(MLP(context) / temperature), learned by gradient together with the student. Starts uniform.
+class BoundedGate(Weighting):
+    """w = n softmax(logits(context) / temperature), learned by gradient together with the student. Starts uniform.
 
     Why not on the weighted loss itself: sum_i w_i l_i is linear in w, so its minimum is a corner, the item with the
     smallest loss; an entropy bonus of fixed size loses to losses that are large against it. Here instead:
@@ -69,26 +68,25 @@ class GateWeighting(Weighting):
     Source: section 9.5 of the method's design, for the collapse. The form of the pull is ours.
     """
 
-    Config: ClassVar[type[WeightingConfig]] = GateConfig
     running_mean: Tensor
     num_updates: Tensor
 
-    def __init__(self, config: GateConfig, *, items: Sequence[str], context_dim: int) -> None:
+    def __init__(self, config: BoundedConfig, *, items: Sequence[str], context_dim: int) -> None:
         super().__init__(config, items=items, context_dim=context_dim)
-        self.config = config
-        self.hidden = nn.Linear(context_dim, config.hidden)
-        self.output = nn.Linear(config.hidden, len(items))
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.bounds = config
         self.raw_temperature = nn.Parameter(torch.tensor(math.log(math.expm1(config.temperature))))
         self.register_buffer("running_mean", torch.ones(len(items)))
         self.register_buffer("num_updates", torch.zeros(len(items), dtype=torch.int64))
+
+    @abstractmethod
+    def logits(self, context: Float[Tensor, "batch context_dim"]) -> Float[Tensor, "batch items"]:
+        """What the network makes of the samples; at first the same for every item."""
 
     @property
     def temperature(self) -> Float[Tensor, ""]:
         """Divides the logits; within `temperature_range`."""
         free = F.softplus(self.raw_temperature)
-        return free + (free.clamp(*self.config.temperature_range) - free).detach()
+        return free + (free.clamp(*self.bounds.temperature_range) - free).detach()
 
     def choose(
         self,
@@ -97,11 +95,10 @@ class GateWeighting(Weighting):
         active: Bool[Tensor, " items"],
     ) -> Choice:
         temperature = self.temperature
-        normed = F.layer_norm(context.to(self.hidden.weight.dtype), (self.context_dim,))
-        p, divergence = shares(self.output(F.gelu(self.hidden(normed))) / temperature, active)
-        weights = with_floor(p, active, self.config.floor)
+        p, divergence = shares(self.logits(context.to(temperature.dtype)) / temperature, active)
+        weights = with_floor(p, active, self.bounds.floor)
         log = {"gate/temperature": temperature, "gate/divergence": divergence.mean()}
-        if self.config.plain:
+        if self.bounds.plain:
             return Choice(weights, active.sum() * (p * losses).sum(-1).mean(), log)
         if self.training:
             self._follow(losses, active)
@@ -109,15 +106,39 @@ class GateWeighting(Weighting):
         highest = relative.masked_fill(~active, -torch.inf).amax(-1)
         lowest = relative.masked_fill(~active, torch.inf).amin(-1)
         spread = highest - lowest + _LEAST_SPREAD
-        objective = ((p * relative).sum(-1) + self.config.strength * spread * divergence).mean()
+        objective = ((p * relative).sum(-1) + self.bounds.strength * spread * divergence).mean()
         return Choice(weights, active.sum() * objective, log | {"gate/spread": spread.mean()})
 
     @torch.no_grad()
     def _follow(self, losses: Tensor, active: Tensor) -> None:
         """Moves the running means of active items: a plain mean over the first steps, then with momentum."""
         self.num_updates += active
-        rate = (1 / self.num_updates.clamp(min=1)).clamp(min=1 - self.config.momentum)
+        rate = (1 / self.num_updates.clamp(min=1)).clamp(min=1 - self.bounds.momentum)
         self.running_mean.lerp_(losses.mean(0).to(self.running_mean), (rate * active).to(self.running_mean))
+
+
+class GateConfig(BoundedConfig):
+    """The network, and how far it may go."""
+
+    name: Literal["gate"] = Field("gate", description="The weighting's name in WEIGHTINGS.")
+    hidden: int = Field(64, ge=1, description="Width of the one hidden layer.")
+
+
+class GateWeighting(BoundedGate):
+    """The bounded gate whose network is a perceptron of one hidden layer over the sample's context."""
+
+    Config: ClassVar[type[WeightingConfig]] = GateConfig
+
+    def __init__(self, config: GateConfig, *, items: Sequence[str], context_dim: int) -> None:
+        super().__init__(config, items=items, context_dim=context_dim)
+        self.hidden = nn.Linear(context_dim, config.hidden)
+        self.output = nn.Linear(config.hidden, len(items))
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def logits(self, context: Float[Tensor, "batch context_dim"]) -> Float[Tensor, "batch items"]:
+        found: Tensor = self.output(F.gelu(self.hidden(F.layer_norm(context, (self.context_dim,)))))
+        return found
 
 
 def entropy_floor(num_items: int, strength: float) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmapkd.config import ConfigError, closest
+from cmapkd.weighting.attention import AttentionConfig, AttentionWeighting
 from cmapkd.weighting.base import Weighting, WeightingConfig
 from cmapkd.weighting.gate import GateWeighting
 from cmapkd.weighting.gradnorm import GradNormWeighting
@@ -20,6 +21,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "uncertainty": UncertaintyWeighting,
     "gradnorm": GradNormWeighting,
     "gate": GateWeighting,
+    "attention": AttentionWeighting,
     "policy": PolicyWeighting,
 }
 
@@ -68,23 +70,33 @@ def for_items(config: WeightingConfig, groups: Mapping[str, Sequence[str]]) -> d
 
 
 def make_weighting(
-    config: WeightingConfig, *, items: Sequence[str], context_dim: int, of_levels: bool = False
+    config: WeightingConfig, *, items: Sequence[str], context_dim: int, level_widths: Sequence[int] | None = None
 ) -> Weighting:
     """The weighting that `config` names, for `items` (level or term names) and contexts of width `context_dim`.
 
     Args:
-        of_levels: the items are levels within a term, which have no gradients of their own.
+        level_widths: where the items are levels within a term, the widths of their own vectors, which are the context
+            of a weighting that `reads_levels`; None: they are whole terms.
 
     Raises:
-        ConfigError: the name is unknown, a setting by item does not fit the items, or it cannot weigh levels.
+        ConfigError: the name is unknown, a setting by item does not fit the items, or it cannot weigh such items.
         ValueError: there are no items, two of the same name, or no context.
     """
-    if of_levels and _kind(config.name).reads_gradients:
+    kind = _kind(config.name)
+    if level_widths is not None and kind.reads_gradients:
         raise ConfigError(
             f"weighting {config.name} balances the gradients of whole terms, so it cannot weigh levels: use it as "
             "method.term_weighting, or choose another weighting of levels"
         )
-    return _kind(config.name)(config, items=items, context_dim=context_dim)
+    if not kind.reads_levels:
+        return kind(config, items=items, context_dim=context_dim)
+    if level_widths is None:
+        raise ConfigError(
+            f"weighting {config.name} looks at the vectors of levels, which whole terms have none of: use it as "
+            "method.weighting of cmapkd, or choose another weighting of terms"
+        )
+    assert isinstance(config, AttentionConfig)
+    return AttentionWeighting(config, items=items, widths=level_widths)
 
 
 def _of_names(value: Mapping[Any, Any] | tuple[Any, ...]) -> bool:

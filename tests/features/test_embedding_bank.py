@@ -149,3 +149,24 @@ def test_a_fixed_bank_is_no_part_of_a_checkpoint() -> None:
     assert not bank.state_dict()
     assert torch.equal(bank.image, filled(6, 6).image)
     assert bank.references(torch.tensor([9])).image.data_ptr() == bank.image.data_ptr()  # and is not copied
+
+
+def test_levels_stand_beside_the_pairs_they_belong_to() -> None:
+    bank = EmbeddingBank(6, 4, levels={"P2": 3})
+    assert bank.references(torch.tensor([0])).of_level("P2")[1].all()  # nothing yet
+    image, text, keys = pairs(4)
+    vectors = torch.arange(12.0).reshape(4, 3) + 1
+    bank.push(image, text, keys, {"P2": vectors})
+    bank.push(image[:1], text[:1], torch.tensor([50]))  # a stage that does not read the level
+    bank.push(image[:1], text[:1], torch.tensor([51]), {"P2": torch.tensor([[1e6, -1e6, float(0)]])})
+    entries, exclude = bank.references(torch.tensor([99])).of_level("P2")
+    assert torch.equal(entries[:4], vectors)
+    assert exclude[0].tolist() == [False] * 4 + [True, False]
+    assert bool(entries.isfinite().all())  # beyond the range of half precision, and kept within it
+    one = bank.references(torch.tensor([int(keys[1])]), num=3)
+    row = {tuple(image.tolist()): level for image, level in zip(bank.image.float(), bank.level_P2, strict=True)}
+    for place, image in enumerate(one.image.float()):
+        assert torch.equal(one.levels["P2"][place], row[tuple(image.tolist())])
+    again = EmbeddingBank(6, 4, levels={"P2": 3})
+    again.load_state_dict(bank.state_dict())
+    assert torch.equal(again.references(torch.tensor([99])).of_level("P2")[0], entries)

@@ -22,7 +22,8 @@ from helpers import CMAPKD_IN_FULL, make_method, make_model, make_trainer, rando
 from training.test_resume import assert_same_end, interrupt
 
 TERMS = {
-    "contrastive", "interactive", "bank", "bank_within", "visual", "language", "pyramid", "alignment", "bridge",
+    "contrastive", "interactive", "bank", "bank_within", "bank_level", "bank_pair",
+    "visual", "language", "pyramid", "alignment", "bridge",
     "relation", "layer_relation",
 }  # fmt: skip
 EVERY = dict.fromkeys(("P2", "P3", "P4", "P5"), 1.0)
@@ -129,6 +130,80 @@ def test_the_bank_holds_what_was_seen_and_never_the_sample_itself() -> None:
     before = method.bank.keys.clone()
     method(random_batch(4, seed=1))
     assert torch.equal(method.bank.keys, before)
+
+
+def softmax_divergence(ours: Tensor, theirs: Tensor, entries: Tensor, scales: tuple[float, float]) -> Tensor:
+    """KL of the softmaxes over cosines, for each sample, written out."""
+    p, q = (
+        (scale * F.normalize(x, dim=-1) @ F.normalize(entries, dim=-1).T).softmax(-1)
+        for x, scale in ((theirs, scales[1]), (ours, scales[0]))
+    )
+    return (p * (p / q).log()).sum(-1)
+
+
+BANKED = {"visual_levels": {"P2": 1.0, "P5": 1.0}, "language_levels": {"L4": 1.0}, "bank_store": "fp32"}
+
+
+def test_a_level_against_the_bank_of_itself_written_out() -> None:
+    method = cmapkd(bank_level_weight=1.0, bank_level_scale=5.0, bank_size=8, **BANKED)
+    assert method.term_weights["bank_level"] == 1.0
+    seen, batch = random_batch(4), replace(random_batch(4, seed=1), ids=tuple("abcd"))
+    assert method(seen)["bank_level"].value.item() == 0  # nothing to compare with yet
+    value = method(batch)["bank_level"].value
+    of_bank = method.match.pooled("teacher", method.encode_teacher(seen), ["P2"])["P2"]
+    entries = standardise(of_bank)
+    ours = method.match.pooled("student", method.encode_student(batch), ["P2"])["P2"]
+    theirs = method.match.pooled("teacher", method.encode_teacher(batch), ["P2"])["P2"]
+    ours, middle = standardise(method.project_levels["P2"](ours)), entries.mean(0)
+    expected = softmax_divergence(ours - middle, standardise(theirs) - middle, entries - middle, (5.0, 5.0)).mean()
+    assert expected.item() > 1e-4
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+    value.backward()
+    reached = {name for name, parameter in method.named_parameters() if parameter.grad is not None}
+    assert {"project_levels.P2.weight", "student.vision.blocks.0.qkv.weight"} <= reached
+
+
+def test_pairs_of_levels_against_the_bank_of_the_other_modality_written_out() -> None:
+    settings = {"bank_pair_weight": 1.0, "coupling": {"P2-L1": 1.0, "P3-L2": 0.5}, "bridge_dim": 8, "bank_size": 8}
+    method = cmapkd(**settings, **BANKED)
+    assert {"bank_pair", "bridge"} <= {*method.term_names}
+    assert "pyramid" not in method.term_names
+    seen, batch = random_batch(4), replace(random_batch(4, seed=1), ids=tuple("abcd"))
+    method(seen)
+    value = method(batch)["bank_pair"].value
+    of_bank = method.match.pooled("teacher", method.encode_teacher(seen), ["P2", "P3", "L1", "L2"])
+    features = {"student": method.encode_student(batch), "teacher": method.encode_teacher(batch)}
+    scales = method.bridge_scale.exp().item(), method.teacher_bridge_scale.exp().item()
+    vectors = {role: method.match.pooled(role, features[role], [*of_bank]) for role in ("student", "teacher")}
+    bridges = {"student": method.bridge, "teacher": method.teacher_bridge}
+
+    def mapped(role: str, level: str, vector: Tensor) -> Tensor:
+        side = bridges[role].visual if level.startswith("P") else bridges[role].language
+        return side[level](vector)
+
+    expected = 0.0
+    for weight, pair in ((1.0, ("P2", "L1")), (0.5, ("P3", "L2"))):
+        for anchor, other in (pair, pair[::-1]):
+            ours, theirs = (mapped(role, anchor, vectors[role][anchor]) for role in ("student", "teacher"))
+            entries = mapped("teacher", other, of_bank[other])
+            expected += weight / 2 * softmax_divergence(ours, theirs, entries, scales).mean().item()
+    assert value.item() == pytest.approx(expected / 1.5, rel=1e-4)
+    value.backward()
+    assert all(parameter.grad is None for parameter in method.teacher_bridge.parameters())
+
+
+def test_what_a_stage_did_not_read_is_no_reference_later() -> None:
+    method = cmapkd(bank_level_weight=1.0, bank_size=8, **BANKED)
+    method.enter(StageConfig(share=1.0, levels=("P5", "L4")))
+    assert "bank_level" not in method(random_batch(4))
+    method.enter(StageConfig(share=1.0))
+    batch = replace(random_batch(4, seed=1), ids=tuple("abcd"))
+    terms = method(batch)
+    assert terms["bank"].value.item() > 0  # the embeddings of the first stage are there
+    assert terms["bank_level"].value.item() == 0  # but of the level nothing is known yet
+    assert method(replace(batch, ids=tuple("efgh")))["bank_level"].value.item() > 0
+    with pytest.raises(ConfigError, match="bank_from: run"):
+        CMAPKDConfig.from_mapping({"bank_from": "cache", "bank_level_weight": 1.0})
 
 
 def test_only_the_bridge_term_trains_the_teachers_bridge_and_it_trains_nothing_else() -> None:

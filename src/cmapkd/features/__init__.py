@@ -4,8 +4,9 @@ from cmapkd.features.bank import BankStore, EmbeddingBank, References, sample_ke
 from cmapkd.features.bridge import AlignmentBridge
 from cmapkd.features.gather import gather_features, gather_rows, mean_over_processes, own_place
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
-from cmapkd.features.matching import LevelMatcher, Matched, Places
+from cmapkd.features.matching import LevelMatcher, Matched, Places, Role
 from cmapkd.features.projector import PairProjector
+from cmapkd.features.pyramid import standardise
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, language_taps, visual_taps
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "PairProjector",
     "Places",
     "References",
+    "Role",
     "gather_features",
     "gather_rows",
     "language_taps",
     "mean_over_processes",
     "own_place",
     "sample_keys",
+    "standardise",
     "visual_taps",
 ]

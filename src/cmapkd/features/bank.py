@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -33,6 +33,12 @@ class References:
     image: Float[Tensor, "entries dim"]
     text: Float[Tensor, "entries dim"]
     exclude: Bool[Tensor, "batch entries"]  # True where an entry is no reference for a sample
+    levels: dict[str, Float[Tensor, "entries width"]] = field(default_factory=dict)  # as they came; zeros: not known
+
+    def of_level(self, level: str) -> tuple[Float[Tensor, "entries width"], Bool[Tensor, "batch entries"]]:
+        """The vectors of one level, float32, and where they are no reference; an entry that lacks it is none."""
+        entries = _widened(self.levels[level])
+        return entries, self.exclude | ~entries.any(-1)
 
 
 class EmbeddingBank(nn.Module):
@@ -47,6 +53,7 @@ class EmbeddingBank(nn.Module):
         size: pairs at most.
         store: fp16 is off by at most one part in 2048 of a number; whoever compares with the entries widens them.
         fixed: filled once by `fill`, from the teacher's cache, and not by `push`; no part of a checkpoint.
+        levels: widths of further vectors that stand beside each pair, by name; size x width more numbers each.
     """
 
     image: Float[Tensor, "size dim"]
@@ -54,14 +61,25 @@ class EmbeddingBank(nn.Module):
     keys: Int[Tensor, " size"]
     cursor: Int[Tensor, ""]
 
-    def __init__(self, size: int, dim: int, *, store: BankStore = "fp16", fixed: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        store: BankStore = "fp16",
+        fixed: bool = False,
+        levels: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.size, self.fixed = size, fixed
+        self.size, self.fixed, self.levels = size, fixed, tuple(levels or ())
+        assert not (fixed and self.levels)  # a cache's draw has embeddings only
         rows = 0 if fixed else size  # a fixed one gets its entries at once
         self.register_buffer("image", torch.zeros(rows, dim, dtype=_TYPES[store]), persistent=not fixed)
         self.register_buffer("text", torch.zeros(rows, dim, dtype=_TYPES[store]), persistent=not fixed)
         self.register_buffer("keys", torch.full((rows,), _EMPTY, dtype=torch.int64), persistent=not fixed)
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64), persistent=not fixed)
+        for name, width in (levels or {}).items():
+            self.register_buffer(f"level_{name}", torch.zeros(rows, width, dtype=_TYPES[store]))
         self._filled: int | None = 0  # entries that are not empty, which come first; None: to be counted
 
     @property
@@ -77,13 +95,29 @@ class EmbeddingBank(nn.Module):
 
     @torch.no_grad()
     def push(
-        self, image: Float[Tensor, "batch dim"], text: Float[Tensor, "batch dim"], keys: Int[Tensor, " batch"]
+        self,
+        image: Float[Tensor, "batch dim"],
+        text: Float[Tensor, "batch dim"],
+        keys: Int[Tensor, " batch"],
+        levels: Mapping[str, Float[Tensor, "batch width"]] | None = None,
     ) -> None:
-        """Stores the pairs over the oldest entries, normalised; of more than `size` pairs the last ones."""
+        """Stores the pairs over the oldest entries, normalised; of more than `size` pairs the last ones.
+
+        The vectors of `levels` stand beside them as they are; a level that is not given is not known of these pairs.
+        """
         image, text, keys = image[-self.size :], text[-self.size :], keys[-self.size :]
         places = (self.cursor + torch.arange(len(keys), device=self.cursor.device)) % self.size
         self.image[places], self.text[places] = self._stored(image), self._stored(text)
         self.keys[places] = keys.to(self.keys.device)
+        for name in self.levels:
+            stored = self._level(name)
+            vectors = (levels or {}).get(name)
+            limit = torch.finfo(stored.dtype).max
+            stored[places] = (
+                torch.zeros_like(stored[places])
+                if vectors is None
+                else _widened(vectors[-self.size :].to(stored.device)).clamp(-limit, limit).to(stored.dtype)
+            )
         self.cursor.copy_((self.cursor + len(keys)) % self.size)
         self._filled = min(self.size, self.filled + len(keys))
 
@@ -102,6 +136,9 @@ class EmbeddingBank(nn.Module):
             self.image[here], self.text[here] = self._stored(image), self._stored(text)
             self.keys[here] = keys.to(self.keys)
             self._filled = here.stop
+
+    def _level(self, name: str) -> Float[Tensor, "size width"]:
+        return self.get_buffer(f"level_{name}")
 
     def _stored(self, embeddings: Float[Tensor, "entries dim"]) -> Float[Tensor, "entries dim"]:
         """At length one, in the bank's numbers; normalised before it is rounded."""
@@ -131,10 +168,13 @@ class EmbeddingBank(nn.Module):
             image, text = self.image[held], self.text[held]
             if not self.fixed:
                 image, text = image.clone(), text.clone()
-            references = References(image, text, self._excluded(keys, self.keys[held]))
+            levels = {name: self._level(name)[held].clone() for name in self.levels}
+            references = References(image, text, self._excluded(keys, self.keys[held]), levels)
         else:
             chosen = torch.randperm(self.filled)[:num].to(self.keys.device)
-            references = References(self.image[chosen], self.text[chosen], self._excluded(keys, self.keys[chosen]))
+            levels = {name: self._level(name)[chosen] for name in self.levels}
+            excluded = self._excluded(keys, self.keys[chosen])
+            references = References(self.image[chosen], self.text[chosen], excluded, levels)
         if duplicates_above is not None and images is not None:
             directions = F.normalize(_widened(images.detach()), dim=-1)
             with torch.autocast(directions.device.type, enabled=False):  # cosines in bf16 are off by up to 0.004

@@ -31,8 +31,11 @@ from cmapkd.features import (
     LevelMatcher,
     PairProjector,
     Places,
+    References,
+    Role,
     gather_rows,
     sample_keys,
+    standardise,
 )
 from cmapkd.methods.base import Detail, Method, MethodCard, MethodConfig, Term, task_loss
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
@@ -53,6 +56,9 @@ LEVELS = (*VISUAL_LEVELS, *LANGUAGE_LEVELS)
 JOINT = "P5-L4"  # the pair that meets in the models' own joint space and needs no bridge
 PAIRS = tuple(f"{visual}-{language}" for visual, language in product(VISUAL_LEVELS, LANGUAGE_LEVELS))
 INTRA = {"visual": VISUAL_LEVELS, "language": LANGUAGE_LEVELS}
+POOLING = ("bank_level", "bank_pair", "pyramid", "alignment", "bridge", "relation", "layer_relation")
+"""Terms that read each level as one vector."""
+INNER = tuple(level for level in LEVELS if level not in ("P5", "L4"))
 
 
 def _prior() -> dict[str, float]:
@@ -66,6 +72,15 @@ class CMAPKDConfig(MethodConfig):
     interactive_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE against the teacher's other modality.")
     bank_weight: float = Field(1.0, ge=0, description="Weight of the KL over a bank of the other modality.")
     bank_within_weight: float = Field(0.0, ge=0, description="Weight of the KL over a bank of the same modality.")
+    bank_level_weight: float = Field(
+        0.0, ge=0, description="Weight of the KL over a bank of the teacher's vectors of the same inner level."
+    )
+    bank_level_scale: float = Field(
+        14.3, gt=0, description="Logit scale of these cosines, which are taken about the bank's mean."
+    )
+    bank_pair_weight: float = Field(
+        0.0, ge=0, description="Weight of the KL at the coupled inner pairs, over a bank of the other modality's level."
+    )
     bank_size: int = Field(8192, ge=1, description="Pairs of teacher embeddings in the bank.")
     bank_from: Literal["run", "cache"] = Field(
         "run", description="run: the pairs it has seen last; cache: a fixed draw from the teacher's cache."
@@ -140,6 +155,15 @@ class CMAPKDConfig(MethodConfig):
             raise ValueError("each block has key tokens of its own, so their mean has none: take depths: last")
         return self
 
+    @model_validator(mode="after")
+    def _bank_has_levels(self) -> Self:
+        if self.bank_from == "cache" and (self.bank_level_weight or self.bank_pair_weight):
+            raise ValueError(
+                "a bank of the cache holds embeddings only: for bank_level_weight and bank_pair_weight take bank_from: "
+                "run"
+            )
+        return self
+
     def weight_of(self, level: str) -> float:
         """What a level counts within its modality; 0: it is not compared with the teacher's."""
         of_modality = (
@@ -151,7 +175,7 @@ class CMAPKDConfig(MethodConfig):
 
     def coupled(self) -> dict[str, float]:
         """What each pair of levels counts where modalities meet; pairs that count nothing are left out."""
-        wanted = self.pyramid_weight or self.alignment_weight
+        wanted = self.pyramid_weight or self.alignment_weight or self.bank_pair_weight
         return {pair: self.coupling[pair] for pair in PAIRS if self.coupling.get(pair)} if wanted else {}
 
     def bridged(self) -> tuple[str, ...]:
@@ -159,21 +183,31 @@ class CMAPKDConfig(MethodConfig):
         levels = {level for pair in self.coupled() if pair != JOINT for level in pair.split("-")}
         return tuple(level for level in LEVELS if level in levels or self.layer_relation_weight)
 
+    def inner_pairs(self) -> tuple[str, ...]:
+        """The coupled pairs that meet in the bridges' space."""
+        return tuple(pair for pair in self.coupled() if pair != JOINT)
+
+    def banked_levels(self) -> tuple[str, ...]:
+        """Inner levels that are compared with a bank of the teacher's."""
+        return tuple(level for level in INNER if self.bank_level_weight and self.weight_of(level))
+
     def term_weights(self) -> dict[str, float]:
         """The terms that count, with their weights."""
-        inner_pairs = [pair for pair in self.coupled() if pair != JOINT]
+        inner_pairs = self.inner_pairs()
         weights = {
             "contrastive": self.task_weight,
             "interactive": self.interactive_weight,
             "bank": self.bank_weight,
             "bank_within": self.bank_within_weight,
+            "bank_level": self.bank_level_weight if self.banked_levels() else 0.0,
+            "bank_pair": self.bank_pair_weight if inner_pairs else 0.0,
             **{
                 term: weight if any(map(self.weight_of, INTRA[term])) else 0.0
                 for term, weight in (("visual", self.visual_weight), ("language", self.language_weight))
             },
             "pyramid": self.pyramid_weight if self.coupled() else 0.0,
             "alignment": self.alignment_weight if inner_pairs else 0.0,
-            "bridge": 1.0 if inner_pairs and self.pyramid_weight else 0.0,
+            "bridge": 1.0 if inner_pairs and (self.pyramid_weight or self.bank_pair_weight) else 0.0,
             "relation": self.relation_weight,
             "layer_relation": self.layer_relation_weight,
         }
@@ -194,7 +228,8 @@ class CMAPKD(Method):
             "softmax of the bridged levels; (P5, L4) in the joint space",
             "L_int = 1/2 [CE(c v̂ t_Tᵀ, diag) + CE(c t̂ v_Tᵀ, diag)]",
             "L_bank = 1/2 mean_b [KL(σ(s_T v_T Bᵀ) ‖ σ(s_T v̂ Bᵀ)) + the same for texts], B a bank of the teacher's "
-            "embeddings of the other modality",
+            "embeddings of the other modality; by level B the teacher's vectors of that level, or bridged of the other "
+            "modality's",
             "L_rel = |G_T - G_S|²_F / B² by level; L_lrel = |R_T - R_S|² / 16, R the cosines between a sample's levels",
             "L = λ_task L_contrastive + λ_int L_int + λ_bank L_bank + λ_v L_v + λ_l L_l + λ_pyr L_pyr + λ_rel L_rel + "
             "λ_lrel L_lrel",
@@ -226,7 +261,7 @@ class CMAPKD(Method):
             key_tokens=KeyTokens(config.key_tokens, config.key_tokens_by),
             depths=config.depths,
         )
-        has_bank = config.bank_weight or config.bank_within_weight
+        has_bank = {"bank", "bank_within", "bank_level", "bank_pair"} & {*self.term_weights}
         projected = {"P5", "L4"} & {*compared} or config.interactive_weight or has_bank
         self.project = (
             PairProjector(student.embed_dim, teacher.embed_dim, shared=config.projector == "shared")
@@ -234,15 +269,23 @@ class CMAPKD(Method):
             else None
         )
         self.interactive_scale = _log_scale() if config.interactive_weight else None
-        fixed = config.bank_from == "cache"
+        banked = config.banked_levels()
+        of_pairs = {level for pair in config.inner_pairs() if config.bank_pair_weight for level in pair.split("-")}
         self.bank = (
-            EmbeddingBank(config.bank_size, teacher.embed_dim, store=config.bank_store, fixed=fixed)
+            EmbeddingBank(
+                config.bank_size,
+                teacher.embed_dim,
+                store=config.bank_store,
+                fixed=config.bank_from == "cache",
+                levels=self._widths("teacher", [level for level in LEVELS if level in {*banked, *of_pairs}]),
+            )
             if has_bank
             else None
         )
+        ours, theirs = self._widths("student", banked), self._widths("teacher", banked)
+        self.project_levels = nn.ModuleDict({level: nn.Linear(ours[level], theirs[level]) for level in banked})
         if config.bridged():
-            self.bridge = self._bridge("student", student.embed_dim)
-            self.teacher_bridge = self._bridge("teacher", teacher.embed_dim)
+            self.bridge, self.teacher_bridge = self._bridge("student"), self._bridge("teacher")
             self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
         self.items = {
             **{term: tuple(level for level in INTRA[term] if config.weight_of(level)) for term in INTRA},
@@ -256,23 +299,28 @@ class CMAPKD(Method):
                     configs[term],
                     items=items,
                     context_dim=2 * teacher.embed_dim,
-                    level_widths=self._vector_widths(items, teacher.embed_dim),
+                    level_widths=self._item_widths(items),
                 )
                 for term, items in weighted.items()
             }
         )
 
-    def _vector_widths(self, items: Sequence[str], embed_dim: int) -> list[int]:
-        """Of the vector that stands for each level of the teacher, or for both levels of a pair together."""
-        visual, language = self.match.widths("teacher", LEVELS)
-        widths = {**visual, "P5": embed_dim, **language, "L4": embed_dim}
+    def _widths(self, role: Role, levels: Sequence[str]) -> dict[str, int]:
+        """Of the vector that stands for each level of a model."""
+        model = self.student if role == "student" else self.teacher
+        assert model is not None
+        visual, language = self.match.widths(role, levels)
+        widths = visual | language | {"P5": model.embed_dim, "L4": model.embed_dim}
+        return {level: widths[level] for level in levels}
+
+    def _item_widths(self, items: Sequence[str]) -> list[int]:
+        """Of the teacher's vectors of each level, or of both levels of a pair together."""
+        widths = self._widths("teacher", LEVELS)
         return [sum(widths[level] for level in item.split("-")) for item in items]
 
-    def _bridge(self, role: Literal["student", "teacher"], embed_dim: int) -> AlignmentBridge:
-        levels = self.config.bridged()
-        visual, language = self.match.widths(role, levels)
-        visual |= {"P5": embed_dim} if "P5" in levels else {}
-        language |= {"L4": embed_dim} if "L4" in levels else {}
+    def _bridge(self, role: Role) -> AlignmentBridge:
+        widths = self._widths(role, self.config.bridged())
+        visual, language = ({n: widths[n] for n in levels if n in widths} for levels in INTRA.values())
         return AlignmentBridge(visual, language, dim=self.config.bridge_dim)
 
     @property
@@ -316,7 +364,7 @@ class CMAPKD(Method):
 
     def _pooling(self) -> bool:
         """Whether some term of this stage reads each level as one vector."""
-        return any(map(self._wants, ("pyramid", "alignment", "bridge", "relation", "layer_relation")))
+        return any(map(self._wants, POOLING))
 
     def _attending(self) -> bool:
         """Whether the selection of this stage looks at the teacher's levels, each as one vector."""
@@ -342,7 +390,7 @@ class CMAPKD(Method):
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
         if projected is not None:
-            values |= self._embedding_terms(batch, projected, teacher)
+            values |= self._embedding_terms(batch, projected, teacher, rows)
         values |= self._intra_modal_terms(projected, teacher, rows)
         values |= self._cross_modal_terms(student, teacher, rows)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
@@ -370,8 +418,10 @@ class CMAPKD(Method):
             rows |= {f"teacher/{level}": vectors for level, vectors in theirs.items()}
         return rows
 
-    def _embedding_terms(self, batch: Batch, projected: Features, teacher: Features) -> dict[str, Tensor]:
-        """The student's projected embeddings against the teacher's: of this batch, and of the bank."""
+    def _embedding_terms(
+        self, batch: Batch, projected: Features, teacher: Features, rows: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The student's projected embeddings against the teacher's: of this batch, and of the bank, with its levels."""
         values: dict[str, Tensor] = {}
         ours, theirs = ((each.image.embedding, each.text.embedding) for each in (projected, teacher))
         if self.interactive_scale is not None and self._wants("interactive"):
@@ -398,9 +448,57 @@ class CMAPKD(Method):
                     for anchors, targets, reference in zip(ours, theirs, references, strict=True)
                 ]
                 values[term] = torch.stack(divergences).mean()
+        values |= self._bank_level_terms(found, rows)
         if self.training and not self.bank.fixed:  # after they were compared with the bank, not before
-            self.bank.push(*theirs, keys)
+            known = {name: rows[row] for name in self.bank.levels if (row := f"teacher/{name}") in rows}
+            self.bank.push(*theirs, keys, known)
         return values
+
+    def _bank_level_terms(self, found: References, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inner levels against a bank of the teacher's: of the same level, and by the bridges of the other modality."""
+        values: dict[str, Tensor] = {}
+        levels = [level for level in self.project_levels if self.stage.wants_level(level)]
+        if levels and self._wants("bank_level"):
+            values["bank_level"] = torch.stack([self._bank_within_level(level, found, rows) for level in levels]).mean()
+        pairs = [pair for pair in self.config.inner_pairs() if all(map(self.stage.wants_level, pair.split("-")))]
+        if pairs and self._wants("bank_pair"):
+            values["bank_pair"] = self._bank_of_pairs(pairs, found, rows)
+        return values
+
+    def _bank_within_level(self, level: str, found: References, rows: Mapping[str, Tensor]) -> Tensor:
+        entries, exclude = found.of_level(level)
+        entries, known = standardise(entries), entries.any(-1, keepdim=True)
+        # every picture's early features have much in common: what tells them apart is what lies about their mean
+        middle = (entries * known).sum(0) / known.sum().clamp_min(1)
+        ours, theirs = self.project_levels[level](rows[f"student/{level}"]), rows[f"teacher/{level}"]
+        scale = self.config.bank_level_scale
+        return bank_divergence(
+            standardise(ours) - middle,
+            standardise(theirs) - middle,
+            entries - middle,
+            student_scale=scale,
+            teacher_scale=scale,
+            exclude=exclude,
+        ).mean()
+
+    def _bank_of_pairs(self, pairs: Sequence[str], found: References, rows: Mapping[str, Tensor]) -> Tensor:
+        ours, theirs = ({n: rows[f"{role}/{n}"] for n in _levels_of(pairs)} for role in ("student", "teacher"))
+        mapped, targets = self._bridge_all(ours, theirs)
+        with torch.no_grad():
+            entries = self._bridge_all({}, {level: found.of_level(level)[0] for level in theirs})[1]
+        total = torch.zeros((), device=self.bridge_scale.device)
+        for pair in pairs:
+            for anchor, other in (pair.split("-"), pair.split("-")[::-1]):
+                divergence = bank_divergence(
+                    mapped[anchor],
+                    targets[anchor],
+                    entries[other],
+                    student_scale=self.bridge_scale.exp(),
+                    teacher_scale=self.teacher_bridge_scale.exp().detach(),
+                    exclude=found.of_level(other)[1],
+                )
+                total = total + self.config.coupling[pair] / 2 * divergence.mean()
+        return total / sum(self.config.coupling[pair] for pair in pairs)
 
     def _keys_in_bank(self, bank: EmbeddingBank, batch: Batch) -> Tensor:
         """What names this process's samples in the bank; fills a fixed one when it is first asked for."""
@@ -462,12 +560,13 @@ class CMAPKD(Method):
         self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Both models' levels in the space of their own bridge. No gradient reaches a model through the teacher's."""
-        wanted = [level for level in self.config.bridged() if level in ours]
+        wanted = self.config.bridged()
         if not wanted:
             return {}, {}
-        visual, language = ([level for level in levels if level in wanted] for levels in INTRA.values())
-        mapped = self.bridge({n: ours[n] for n in visual}, {n: ours[n] for n in language})
-        targets = self.teacher_bridge({n: theirs[n] for n in visual}, {n: theirs[n] for n in language})
+        mapped, targets = (
+            bridge(*({n: vectors[n] for n in levels if n in wanted and n in vectors} for levels in INTRA.values()))
+            for bridge, vectors in ((self.bridge, ours), (self.teacher_bridge, theirs))
+        )
         return mapped[0] | mapped[1], targets[0] | targets[1]
 
     def _contrast(self, pairs: list[str], vectors: Mapping[str, Tensor], log_scale: Tensor) -> Tensor:
@@ -513,11 +612,11 @@ class CMAPKD(Method):
 
     def _vectors(self, items: Sequence[str], rows: Mapping[str, Tensor], like: Tensor) -> list[Tensor]:
         """The teacher's vectors of the items' levels; zeros for a level that the stage does not read."""
-        levels = [level for item in items for level in item.split("-")]
-        widths = self._vector_widths(levels, like.shape[-1])
+        widths = self._widths("teacher", LEVELS)
         return [
-            rows.get(f"teacher/{level}", like.new_zeros(len(like), width))
-            for level, width in zip(levels, widths, strict=True)
+            rows.get(f"teacher/{level}", like.new_zeros(len(like), widths[level]))
+            for item in items
+            for level in item.split("-")
         ]
 
     @torch.no_grad()
@@ -539,6 +638,11 @@ class CMAPKD(Method):
 
 def _log_scale() -> nn.Parameter:
     return nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+
+def _levels_of(pairs: Sequence[str]) -> list[str]:
+    """The levels of pairs, each once, fine to coarse."""
+    return [level for level in LEVELS if any(level in pair.split("-") for pair in pairs)]
 
 
 def _joint_divergence(student: Features, teacher: Features) -> Float[Tensor, " batch"]:

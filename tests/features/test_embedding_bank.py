@@ -154,11 +154,11 @@ def test_a_fixed_bank_is_no_part_of_a_checkpoint() -> None:
 def test_levels_stand_beside_the_pairs_they_belong_to() -> None:
     bank = EmbeddingBank(6, 4, levels={"P2": 3})
     assert bank.references(torch.tensor([0])).of_level("P2")[1].all()  # nothing yet
-    image, text, keys = pairs(4)
+    image, text, keys = pairs(6)
     vectors = torch.arange(12.0).reshape(4, 3) + 1
-    bank.push(image, text, keys, {"P2": vectors})
-    bank.push(image[:1], text[:1], torch.tensor([50]))  # a stage that does not read the level
-    bank.push(image[:1], text[:1], torch.tensor([51]), {"P2": torch.tensor([[1e6, -1e6, float(0)]])})
+    bank.push(image[:4], text[:4], keys[:4], {"P2": vectors})
+    bank.push(image[4:5], text[4:5], keys[4:5])  # a stage that does not read the level
+    bank.push(image[5:], text[5:], keys[5:], {"P2": torch.tensor([[1e6, -1e6, float(0)]])})
     entries, exclude = bank.references(torch.tensor([99])).of_level("P2")
     assert torch.equal(entries[:4], vectors)
     assert exclude[0].tolist() == [False] * 4 + [True, False]

@@ -282,6 +282,25 @@ def test_attention_sees_nothing_of_what_a_stage_leaves_out() -> None:
         make_method("clip_kd", settings={"term_weighting": "attention"})
 
 
+def test_what_a_gate_sees_of_a_sample() -> None:
+    settings = {"weighting": "gate", "selection_reads": ("losses", "student", "teacher"), "visual_levels": EVERY}
+    method, batch = cmapkd(**settings), random_batch(4)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for term, weighting in method.weighting.items():
+        weighting.register_forward_pre_hook(lambda _, given, term=term: seen.update({term: given[:2]}))
+    method(batch)["visual"].value.backward()
+    losses, context = seen["visual"]
+    models = method.encode_student(batch), method.encode_teacher(batch)
+    embeddings = [F.normalize(x.embedding, dim=-1) for each in models for x in (each.image, each.text)]
+    torch.testing.assert_close(context, torch.cat([losses, *embeddings], dim=-1))
+    with pytest.raises(ConfigError, match="uniform does not"):
+        CMAPKDConfig.from_mapping({"selection_reads": ["student"]})
+    with pytest.raises(ConfigError, match="attention does not"):
+        CMAPKDConfig.from_mapping({"selection_reads": ["student"], "weighting": "attention"})
+    with pytest.raises(ConfigError, match="twice"):
+        CMAPKDConfig.from_mapping({"selection_reads": ["student", "student"], "weighting": "gate"})
+
+
 def test_names_of_levels_and_pairs_are_checked() -> None:
     with pytest.raises(ConfigError, match="visual_levels: unknown 'P6'"):
         CMAPKDConfig.from_mapping({"visual_levels": {"P6": 1}})

@@ -50,8 +50,9 @@ from cmapkd.objectives import (
     pyramid_divergence,
     relation_distance,
 )
-from cmapkd.weighting import Weighting, WeightingConfig, for_items, make_weighting, weighting_config
+from cmapkd.weighting import WEIGHTINGS, Weighting, WeightingConfig, for_items, make_weighting, weighting_config
 
+Reading = Literal["teacher", "student", "losses"]
 LEVELS = (*VISUAL_LEVELS, *LANGUAGE_LEVELS)
 JOINT = "P5-L4"  # the pair that meets in the models' own joint space and needs no bridge
 PAIRS = tuple(f"{visual}-{language}" for visual, language in product(VISUAL_LEVELS, LANGUAGE_LEVELS))
@@ -113,6 +114,11 @@ class CMAPKDConfig(MethodConfig):
     weighting: SerializeAsAny[WeightingConfig] = Field(
         default_factory=lambda: weighting_config("uniform"), description="Who decides how much each level counts."
     )
+    selection_reads: tuple[Reading, ...] = Field(
+        ("teacher",),
+        min_length=1,
+        description="What a gate or policy sees of a sample: embeddings of teacher or student, losses of the levels.",
+    )
     grids: Literal["native"] | dict[str, float] = Field(
         "native", description="native: the student's own grids; or factors of its patch grid by level (P2: 4, ...)."
     )
@@ -132,6 +138,18 @@ class CMAPKDConfig(MethodConfig):
     @classmethod
     def _selection_by_name(cls, value: Any) -> Any:
         return value if isinstance(value, WeightingConfig) else weighting_config(value)
+
+    @model_validator(mode="after")
+    def _selection_reads_it(self) -> Self:
+        read, name = self.selection_reads, self.weighting.name
+        if len({*read}) < len(read):
+            raise ValueError(f"selection_reads names something twice: {', '.join(read)}")
+        if read != ("teacher",) and not WEIGHTINGS[name].reads_context:
+            raise ValueError(
+                f"selection_reads is for weightings that look at such a context, and {name} does not: leave it out, or "
+                "take weighting gate or policy"
+            )
+        return self
 
     @model_validator(mode="after")
     def _levels_are_known(self) -> Self:
@@ -298,7 +316,7 @@ class CMAPKD(Method):
                 term: make_weighting(
                     configs[term],
                     items=items,
-                    context_dim=2 * teacher.embed_dim,
+                    context_dim=self._context_width(len(items)),
                     level_widths=self._item_widths(items),
                 )
                 for term, items in weighted.items()
@@ -312,6 +330,12 @@ class CMAPKD(Method):
         visual, language = self.match.widths(role, levels)
         widths = visual | language | {"P5": model.embed_dim, "L4": model.embed_dim}
         return {level: widths[level] for level in levels}
+
+    def _context_width(self, num_items: int) -> int:
+        """Of what a gate or policy sees of a sample."""
+        assert self.teacher is not None
+        widths = {"teacher": 2 * self.teacher.embed_dim, "student": 2 * self.student.embed_dim, "losses": num_items}
+        return sum(widths[each] for each in self.config.selection_reads)
 
     def _item_widths(self, items: Sequence[str]) -> list[int]:
         """Of the teacher's vectors of each level, or of both levels of a pair together."""
@@ -391,8 +415,9 @@ class CMAPKD(Method):
             values["contrastive"] = task_loss(student)
         if projected is not None:
             values |= self._embedding_terms(batch, projected, teacher, rows)
-        values |= self._intra_modal_terms(projected, teacher, rows)
-        values |= self._cross_modal_terms(student, teacher, rows)
+        seen = {"teacher": _directions(teacher), "student": _directions(student)}
+        values |= self._intra_modal_terms(projected, teacher, rows, seen)
+        values |= self._cross_modal_terms(student, teacher, rows, seen)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
 
     def _read_levels(self, batch: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
@@ -510,7 +535,7 @@ class CMAPKD(Method):
         return batch.stored["teacher"].samples
 
     def _intra_modal_terms(
-        self, projected: Features | None, teacher: Features, rows: Mapping[str, Tensor]
+        self, projected: Features | None, teacher: Features, rows: Mapping[str, Tensor], seen: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Each level against the teacher's same level, weighted for each sample."""
         values: dict[str, Tensor] = {}
@@ -526,10 +551,12 @@ class CMAPKD(Method):
             self.measurements |= {f"distance/{level}": value.detach().mean() for level, value in distances.items()}
             counts = self.config.visual_levels if term == "visual" else self.config.language_levels
             counted = {level: counts[level] * distance for level, distance in distances.items()}
-            values[term] = self._weigh(term, counted, teacher, rows)
+            values[term] = self._weigh(term, counted, seen, rows)
         return values
 
-    def _cross_modal_terms(self, student: Features, teacher: Features, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _cross_modal_terms(
+        self, student: Features, teacher: Features, rows: Mapping[str, Tensor], seen: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Levels of one modality against those of the other, and relations; each level as one vector a sample."""
         values: dict[str, Tensor] = {}
         if not self._pooling():
@@ -553,7 +580,7 @@ class CMAPKD(Method):
                 divergences[JOINT] = _joint_divergence(student, teacher)
             counts = self.config.coupling
             counted = {pair: counts[pair] * divergences[pair] for pair in pairs}
-            values["pyramid"] = self._weigh("pyramid", counted, teacher, rows)
+            values["pyramid"] = self._weigh("pyramid", counted, seen, rows)
         return values
 
     def _bridge_all(
@@ -595,15 +622,19 @@ class CMAPKD(Method):
         return {pair: values[:, *places[pair]] for pair in pairs}
 
     def _weigh(
-        self, term: str, losses: Mapping[str, Float[Tensor, " batch"]], teacher: Features, rows: Mapping[str, Tensor]
+        self,
+        term: str,
+        losses: Mapping[str, Float[Tensor, " batch"]],
+        seen: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
     ) -> Tensor:
         """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
         weighting, items = self.weighting[term], self.items[term]
         assert isinstance(weighting, Weighting)
-        embeddings = [F.normalize(tower.embedding, dim=-1) for tower in (teacher.image, teacher.text)]
-        context = torch.cat(self._vectors(items, rows, embeddings[0]) if weighting.reads_levels else embeddings, dim=-1)
         none = torch.zeros_like(next(iter(losses.values())))
         columns = torch.stack([losses.get(item, none) for item in items], dim=-1)
+        parts = [columns if each == "losses" else seen[each] for each in self.config.selection_reads]
+        context = torch.cat(self._vectors(items, rows, none) if weighting.reads_levels else parts, dim=-1)
         active = torch.tensor([item in losses for item in items])
         weighted = weighting(columns, context, None if len(losses) == len(items) else active)
         self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
@@ -634,6 +665,11 @@ class CMAPKD(Method):
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_scale"):
                 parameter.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+
+
+def _directions(features: Features) -> Float[Tensor, "batch both"]:
+    """Image and text embedding of each sample, at length one, beside each other."""
+    return torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (features.image, features.text)], dim=-1)
 
 
 def _log_scale() -> nn.Parameter:

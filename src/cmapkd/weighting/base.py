@@ -69,6 +69,8 @@ class Weighting(nn.Module, ABC):
     """Whether it learns from what `observe` is told; a held-out loss need not be computed for the others."""
     reads_gradients: ClassVar[bool] = False
     """Whether it learns from what `observe_gradients` is told, which only whole terms of a loss have."""
+    reads_context: ClassVar[bool] = False
+    """Whether the weights depend on what describes a sample, whatever that is."""
     reads_levels: ClassVar[bool] = False
     """Whether a sample's context is its items' own vectors, one after the other, which only levels have."""
 

@@ -128,6 +128,7 @@ class GateWeighting(BoundedGate):
     """The bounded gate whose network is a perceptron of one hidden layer over the sample's context."""
 
     Config: ClassVar[type[WeightingConfig]] = GateConfig
+    reads_context: ClassVar[bool] = True
 
     def __init__(self, config: GateConfig, *, items: Sequence[str], context_dim: int) -> None:
         super().__init__(config, items=items, context_dim=context_dim)

@@ -97,6 +97,7 @@ class PolicyWeighting(Weighting):
 
     Config: ClassVar[type[WeightingConfig]] = PolicyConfig
     listens: ClassVar[bool] = True
+    reads_context: ClassVar[bool] = True
     costs: Tensor
     projection: Tensor
     context_mean: Tensor

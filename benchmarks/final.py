@@ -1,0 +1,150 @@
+"""The scores of the final comparison, which takes longer than one sitting: kept in two tables of runs, and summed up.
+
+    uv run cmapkd compare examples/cmapkd_final.yaml --seeds 3 --out runs/final
+    uv run python benchmarks/final.py add runs/final      # into docs/results/cmapkd_final_{early,long}.csv
+    uv run python benchmarks/final.py show                # the tables of docs/methods/cmapkd.md
+
+A run that the tables have already is not added twice. Its scores must then be the same, within what another machine's
+arithmetic makes of them (`--tolerance` points of R@1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cmapkd.compare.statistics import paired_difference
+
+FOLDER = Path("docs/results")
+FILES = {400: FOLDER / "cmapkd_final_early.csv", 2400: FOLDER / "cmapkd_final_long.csv"}
+R1, ZERO_SHOT, OOD = "retrieval.mean_r@1", "zero_shot.top1", "ood.retrieval.mean_r@1"
+FIELDS = (
+    "arm", "student", "training.steps", "method", "seed", R1, ZERO_SHOT, OOD, "params", "extra_params", "steps",
+    "batch_size", "train_seconds",
+)  # fmt: skip
+KEY = ("arm", "student", "seed")
+TEACHER = {R1: 68.78, ZERO_SHOT: 47.7}  # src/cmapkd/weights/scenes-teacher/scores.json
+
+Rows = list[dict[str, str]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("add")
+    add.add_argument("folder", type=Path, help="of a comparison")
+    add.add_argument("--tolerance", type=float, default=1.0)
+    commands.add_parser("show")
+    arguments = parser.parse_args()
+    if arguments.command == "add":
+        for line in add_runs(arguments.folder, arguments.tolerance):
+            print(line)
+        return
+    for steps, path in FILES.items():
+        print(f"{steps} steps\n\n{table(read(path))}\n")
+
+
+def read(path: Path) -> Rows:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_runs(folder: Path, tolerance: float) -> list[str]:
+    """Puts a comparison's finished runs into the tables; says what it did."""
+    runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
+    told = []
+    for steps, path in FILES.items():
+        rows = read(path)
+        known = {tuple(row[key] for key in KEY): row for row in rows}
+        for run in runs:
+            if run["status"] != "finished" or run["steps"] != steps:
+                continue
+            row = _row(run)
+            before = known.get(tuple(row[key] for key in KEY))
+            if before is None:
+                rows.append(row)
+                told.append(f"added {run['run']}")
+            elif abs(float(before[R1]) - float(row[R1])) > tolerance:
+                raise SystemExit(f"{run['run']} has R@1 {row[R1]}, but {path} has {before[R1]}: one of them is not it")
+        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        rows.sort(key=lambda row: (int(row["seed"]), arms.index(row["arm"]), row["student"] != "5 x"))
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return told
+
+
+def _row(run: Mapping[str, object]) -> dict[str, str]:
+    scores = run["student"]
+    assert isinstance(scores, dict)
+    axes = run["axes"]
+    assert isinstance(axes, dict)
+    found = {
+        "arm": run["arm"],
+        **axes,
+        R1: f"{scores['retrieval']['mean_r@1']:.2f}",
+        ZERO_SHOT: f"{scores['zero_shot']['top1']:.2f}",
+        OOD: f"{scores['ood']['retrieval']['mean_r@1']:.2f}",
+        "params": scores["params"],
+        **{key: run[key] for key in ("method", "seed", "extra_params", "steps", "batch_size", "train_seconds")},
+    }
+    return {field: str(found[field]) for field in FIELDS}
+
+
+def table(rows: Rows) -> str:
+    """For each student: mean and deviation, CMAPKD's paired difference with its interval, gap closed, other scores."""
+    students = list(dict.fromkeys(row["student"] for row in rows))
+    arms = sorted(
+        dict.fromkeys(row["arm"] for row in rows),
+        key=lambda arm: statistics.mean(_scores(rows, arm, students[0]).values()),
+    )
+    heads = [
+        text.format(student)
+        for student in students
+        for text in ("R@1, {}", "cmapkd − it", "seeds", "gap closed", "zero-shot", "unseen pairs")
+    ]
+    lines = ["| arm | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    for arm in arms:
+        cells: list[str] = []
+        for student in students:
+            cells += _cells(rows, arm, student)
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(rows: Rows, arm: str, student: str) -> list[str]:
+    values = _scores(rows, arm, student)
+    if not values:
+        return [""] * 6
+    start = _scores(rows, "scratch", student)
+    closed = [
+        100 * (value - start[seed]) / (TEACHER[R1] - start[seed]) for seed, value in values.items() if seed in start
+    ]
+    ours = paired_difference(_scores(rows, "cmapkd", student), values)
+    versus = ""
+    if arm != "cmapkd" and ours is not None:
+        versus = f"{ours.mean:+.1f}"
+        if ours.interval is not None:
+            versus += f" [{ours.interval[0]:.1f}, {ours.interval[1]:.1f}], {ours.wins}/{len(ours.seeds)}"
+    others = [f"{statistics.mean(_scores(rows, arm, student, name).values()):.1f}" for name in (ZERO_SHOT, OOD)]
+    gap = f"{statistics.mean(closed):.0f} %" if closed and arm != "scratch" else ""
+    return [_spread(list(values.values())), versus, str(len(values)), gap, *others]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _scores(rows: Rows, arm: str, student: str, metric: str = R1) -> dict[int, float]:
+    return {int(row["seed"]): float(row[metric]) for row in rows if (row["arm"], row["student"]) == (arm, student)}
+
+
+if __name__ == "__main__":
+    main()

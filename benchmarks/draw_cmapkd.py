@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +153,24 @@ def draw_weights(runs: list[str]) -> Figure:
                 key = f"{side}/weight/{level}"
                 points = [(line["step"], line[key]) for line in lines if key in line]
                 if points:
-                    axes.plot(*zip(*points, strict=True), color=colour, label=level)
+                    steps, weights = zip(*points, strict=True)
+                    axes.plot(steps, weights, color=colour, alpha=0.25, lw=0.8)  # a policy tries others all the time
+                    axes.plot(steps, _smooth(weights), color=colour, label=level)
             axes.axhline(1.0, color="#bbbbbb", lw=0.8, ls="--")
             axes.set_title(f"{title}: {side}", fontsize=9)
-            axes.legend(fontsize=7, ncols=4, frameon=False)
+            axes.set_ylim(0, axes.get_ylim()[1] * 1.15)  # room for the legend
+            axes.legend(fontsize=7, ncols=4, frameon=False, loc="upper center")
             axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[-1]:
         axes.set_xlabel("step")
     for axes in panels[:, 0]:
         axes.set_ylabel("mean weight")
     return figure
+
+
+def _smooth(values: Sequence[float], reach: int = 4) -> list[float]:
+    """Each value's mean with those up to `reach` places around it."""
+    return [statistics.fmean(values[max(0, place - reach) : place + reach + 1]) for place in range(len(values))]
 
 
 if __name__ == "__main__":

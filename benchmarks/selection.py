@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 SIDES = {"visual": ("P2", "P3", "P4", "P5"), "language": ("L1", "L2", "L3", "L4")}
 METRICS = {"retrieval.mean_r@1": ("retrieval", "mean_r@1"), "zero_shot.top1": ("zero_shot", "top1")}
 COLOURS = {"uniform": "#7a7a7a", "policy": "#b3541e", "gate": "#8b5fbf", "attention": "#8b5fbf", "levels": "#1f6f5c"}
+LEFT = ("attention", "policy, cost 300")  # arms whose names stand to the left of their mean: right of it is another's
 
 
 def main() -> None:
@@ -99,8 +100,9 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
         axes.plot(costs, scores, "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
         middle = statistics.mean(costs), statistics.mean(scores)
         axes.plot(*middle, "D", color=colour, markersize=7)
-        axes.annotate(arm, middle, (7, 4), textcoords="offset points", fontsize=8, color=colour)
-    axes.set_xlim(left=0)
+        place, side = ((-7, -10), "right") if arm in LEFT else ((7, 5), "left")
+        axes.annotate(arm, middle, place, textcoords="offset points", fontsize=8, color=colour, ha=side)
+    axes.set_xlim(0, 1.15 * max(100 * row["cost"] for row in rows))
     axes.set_xlabel("cost of the levels used, in % of uniform weights on all eight (bytes of a cache row)", fontsize=9)
     axes.set_ylabel("mean R@1, validation", fontsize=9)
     axes.grid(color="#e6e6e6")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from PIL import Image
 
 from cmapkd.data.batches import PlanSampler
 from cmapkd.data.memory import MIB, SampleMemory, size_of
@@ -46,6 +49,17 @@ def test_what_does_not_fit_is_read_again() -> None:
     assert 3 <= len(held) < 10  # the first ones, for good
     assert all(source.read.count(index) == 4 for index in range(10) if index not in held)
     assert SampleMemory(source, 64).room == 64 * MIB
+
+
+def test_one_that_is_too_large_does_not_keep_the_others_out() -> None:
+    source = Counting(4)
+    memory = SampleMemory(source, 1)
+    large = replace(source[0], image=Image.new("RGB", (1024, 1024)))  # 4 MiB
+    memory.source = {0: large, 1: source[1]}  # type: ignore[assignment]
+    assert memory[0] is large
+    assert memory[1] is memory[1]
+    memory.source = {0: source[0]}  # type: ignore[assignment]
+    assert memory[0] is not large  # read again
 
 
 def test_none_is_kept_without_memory() -> None:

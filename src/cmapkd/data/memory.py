@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 class SampleMemory:
-    """Samples of `source` by position, kept until the first one that does not fit into `limit` MiB.
+    """Samples of `source` by position, the first ones that fit into `limit` MiB kept.
 
     Nothing kept is ever dropped: an epoch reads every sample once, in a new order, so that whatever is kept serves one
     reading of each epoch, while a memory that replaced the oldest would drop most samples just before their turn.
@@ -27,23 +27,25 @@ class SampleMemory:
         if kept is not None:
             return kept
         sample = self.source[index]
-        if self.room > 0:
-            size = size_of(sample)
-            if size <= self.room:
-                self._kept[index] = sample
-                self.room -= size
-            else:
-                self.room = 0  # full: measuring a sample can make all that it has, which nobody may read
+        # pixels first: measuring the rest can make all texts and answers of a sample, which nobody may read
+        if pixel_bytes(sample) <= self.room and (size := size_of(sample)) <= self.room:
+            self.room -= size
+            self._kept[index] = sample
         return sample
+
+
+def pixel_bytes(sample: Sample) -> int:
+    """Bytes of a sample's picture alone: Pillow keeps four for a pixel of three colours."""
+    width, height = sample.image.size
+    return 4 * width * height
 
 
 def size_of(sample: Sample) -> int:
     """About the bytes that a sample takes in memory: its pixels, its texts and the objects around them."""
-    width, height = sample.image.size
     texts = [*sample.captions, *(text for pool in sample.texts.values() for text in pool)]
     answers = [text for asked in sample.questions for text in (asked.question, *asked.answers)]
     return (
-        4 * width * height  # Pillow keeps four bytes for a pixel of three colours
+        pixel_bytes(sample)
         + sum(map(sys.getsizeof, [*texts, *answers]))
         + 200 * (len(sample.boxes) + len(sample.questions))
         + 1000

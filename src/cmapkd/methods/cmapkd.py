@@ -415,7 +415,10 @@ class CMAPKD(Method):
             values["contrastive"] = task_loss(student)
         if projected is not None:
             values |= self._embedding_terms(batch, projected, teacher, rows)
-        seen = {"teacher": _directions(teacher), "student": _directions(student)}
+        models = {"teacher": teacher, "student": student}
+        seen: dict[str, Tensor] = {
+            each: _directions(models[each]) for each in self.config.selection_reads if each in models
+        }
         values |= self._intra_modal_terms(projected, teacher, rows, seen)
         values |= self._cross_modal_terms(student, teacher, rows, seen)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
@@ -509,8 +512,9 @@ class CMAPKD(Method):
     def _bank_of_pairs(self, pairs: Sequence[str], found: References, rows: Mapping[str, Tensor]) -> Tensor:
         ours, theirs = ({n: rows[f"{role}/{n}"] for n in _levels_of(pairs)} for role in ("student", "teacher"))
         mapped, targets = self._bridge_all(ours, theirs)
+        banks = {level: found.of_level(level) for level in theirs}
         with torch.no_grad():
-            entries = self._bridge_all({}, {level: found.of_level(level)[0] for level in theirs})[1]
+            entries = self._bridge_all({}, {level: vectors for level, (vectors, _) in banks.items()})[1]
         total = torch.zeros((), device=self.bridge_scale.device)
         for pair in pairs:
             for anchor, other in (pair.split("-"), pair.split("-")[::-1]):
@@ -520,7 +524,7 @@ class CMAPKD(Method):
                     entries[other],
                     student_scale=self.bridge_scale.exp(),
                     teacher_scale=self.teacher_bridge_scale.exp().detach(),
-                    exclude=found.of_level(other)[1],
+                    exclude=banks[other][1],
                 )
                 total = total + self.config.coupling[pair] / 2 * divergence.mean()
         return total / sum(self.config.coupling[pair] for pair in pairs)

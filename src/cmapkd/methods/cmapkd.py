@@ -177,8 +177,7 @@ class CMAPKDConfig(MethodConfig):
     def _bank_has_levels(self) -> Self:
         if self.bank_from == "cache" and (self.bank_level_weight or self.bank_pair_weight):
             raise ValueError(
-                "a bank of the cache holds embeddings only: for bank_level_weight and bank_pair_weight take bank_from: "
-                "run"
+                "bank_from: cache holds embeddings only: for bank_level_weight and bank_pair_weight take bank_from: run"
             )
         return self
 

@@ -143,10 +143,10 @@ def test_heads_learn_the_same_however_their_lessons_are_shared(out: Path) -> Non
     whole = with_heads(None)
     for found in found_by(out, TWO):
         for key, value in whole.items():
-            # gradients reach 2,000 here, and an entry rounds with the largest of its tensor, not with its own size
-            rounding = 2e-5 * float(value.abs().max()) + 1e-7
+            # gradients reach 2,000 here: a small entry of such a tensor is a sum that rounds with its large terms
+            rounding = 2e-5 + 5e-7 * float(value.abs().max())
             torch.testing.assert_close(
-                found[key], value, rtol=0.0, atol=rounding, msg=lambda text, key=key: f"{key}: {text}"
+                found[key], value, rtol=1e-3, atol=rounding, msg=lambda text, key=key: f"{key}: {text}"
             )
 
 

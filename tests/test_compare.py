@@ -544,6 +544,33 @@ def test_mistakes_show_before_the_first_run(
     assert not (tmp_path / "c").exists()
 
 
+def test_settings_of_all_arms_reach_those_that_name_a_method_or_a_student_anew(recipe: Path) -> None:
+    arms = {"kd": {}, "hinton": {"method": "hinton"}, "own": {"method": "hinton", "method.task_weight": 3.0}}
+    overrides = ["method.task_weight=2", "student.options.embed_dim=8"]
+    plan = make_plan(
+        comparison(recipe, arms=arms, overrides=overrides, axes={"student": {"a": "tiny:debug", "b": "tiny:small"}})
+    )
+    weights = {row.label: row.config.method.task_weight for row in plan.tables[0].rows}  # type: ignore[attr-defined]
+    assert weights == {"kd, a": 2, "kd, b": 2, "hinton, a": 2, "hinton, b": 2, "own, a": 3, "own, b": 3}
+    assert {row.config.student.options["embed_dim"] for row in plan.tables[0].rows} == {8}
+    assert not list(plan.remarks())
+
+
+def test_a_setting_that_an_arm_has_not_is_said_and_one_that_no_arm_has_is_refused(recipe: Path) -> None:
+    arms = {"kd": {}, "scratch": {"method": "contrastive"}, "other": {"method": "hinton"}}
+    plan = make_plan(comparison(recipe, arms=arms, overrides=["method.feature_weight=2"]))
+    (remark,) = plan.remarks()
+    assert remark == ("method.feature_weight=2 does not reach scratch and other: the method there has no such setting.")
+    arms.pop("kd")
+    with pytest.raises(ConfigError, match=r"method\.task_wieght=2 reaches no arm: .*did you mean 'task_weight'"):
+        make_plan(comparison(recipe, arms=arms, overrides=["method.task_wieght=2"]))
+
+
+def test_a_method_that_all_arms_are_given_drops_what_was_set_for_another_before(recipe: Path) -> None:
+    plan = make_plan(comparison(recipe, arms={"a": {}}, overrides=["method.feature_weight=2", "method=contrastive"]))
+    assert plan.tables[0].rows[0].config.method.name == "contrastive"
+
+
 def test_several_processes_are_refused(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="a comparison is one process"):

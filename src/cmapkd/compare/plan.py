@@ -54,9 +54,12 @@ class PlannedTable:
     gap_name: str | None
     gap_from: tuple[int | None, ...]
     metrics: tuple[str, ...] | None
+    foreign: dict[str, list[str]]  # setting of all arms -> labels of the rows whose method does not have it
 
     def remarks(self) -> Iterable[str]:
-        """What was probably not meant: arms that come to the same runs."""
+        """What was probably not meant: settings that do not reach an arm, and arms that come to the same runs."""
+        for setting, labels in self.foreign.items():
+            yield f"{setting} does not reach {' and '.join(labels)}: the method there has no such setting."
         alike: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             alike.setdefault(tuple(run.digest for run in row.runs.values()), []).append(row)
@@ -104,15 +107,22 @@ def make_plan(comparison: ComparisonConfig) -> Plan:
     """
     _refuse_ours(apply_overrides({}, comparison.overrides, where="overrides"), "overrides")
     base = load_mapping(comparison.base, comparison.overrides) | {"baseline": "none"}
+    shared = _Shared.of(comparison.overrides, base)
     problems: dict[str, None] = {}
     unique: dict[str, PlannedRun] = {}
     tables = []
     for title in comparison.tables or ("",):
         arms = comparison.table_arms(title) if title else comparison.arms
         axes = comparison.table_axes(title) if title else comparison.axes
-        rows = list(_rows(base, arms, axes, comparison.seeds, unique, problems))
+        foreign: dict[str, list[str]] = {}
+        rows = list(_rows(base, shared, arms, axes, comparison.seeds, unique, problems, foreign))
         if not problems:
-            tables.append(_table(comparison, title, rows))
+            tables.append(_table(comparison, title, rows, foreign))
+    for setting in shared.settings:
+        if not problems and all(len(table.foreign.get(setting, ())) == len(table.rows) for table in tables):
+            known = {field for row in tables[0].rows for field in type(row.config.method).model_fields}
+            name = setting.partition("=")[0].split(".")[1]
+            problems[f"{setting} reaches no arm: none of their methods has such a setting{closest(name, known)}"] = None
     if problems:
         head = f"{len(problems)} problem{'s'[: len(problems) != 1]} in the arms of this comparison:\n  "
         raise ConfigError(head + "\n  ".join(problems), tuple(problems))
@@ -120,13 +130,61 @@ def make_plan(comparison: ComparisonConfig) -> Plan:
     return Plan(comparison, tuple(tables), tuple(sorted(unique.values(), key=lambda run: place[run.config.seed])))
 
 
+class _Shared:
+    """Settings of all arms, which an arm that names a section anew (`method: hinton`, `student: tiny:small`) keeps."""
+
+    def __init__(self, settings: dict[str, dict[str, Any]]) -> None:
+        self.settings = settings  # as written -> nested
+
+    @classmethod
+    def of(cls, overrides: Sequence[str], base: dict[str, Any]) -> _Shared:
+        nested = {each: apply_overrides({}, [each], where="overrides") for each in overrides}
+        # a later override may have named the section anew itself
+        return cls({each: layer for each, layer in nested.items() if not _below_a_name(layer, base)})
+
+    def over(self, values: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """`settings` over `values`, where a section that they only name keeps what all arms share.
+
+        Returns:
+            the values, and the shared settings that the method named does not have.
+        """
+        values = merge_mappings(values, settings)
+        lost = {each: layer for each, layer in self.settings.items() if _below_a_name(layer, values)}
+        foreign = [each for each, layer in lost.items() if _is_foreign(layer, values)]
+        for each, layer in lost.items():
+            if each not in foreign:
+                values = merge_mappings(values, layer)
+        return values, foreign
+
+
+def _is_foreign(layer: dict[str, Any], values: dict[str, Any]) -> bool:
+    """Whether `layer` sets what the method that `values` name does not have."""
+    name = values.get("method")
+    if "method" not in layer or not isinstance(name, str) or name not in METHODS:
+        return False  # a name that is wrong is refused later
+    return not layer["method"].keys() <= METHODS[name].Config.model_fields.keys()
+
+
+def _below_a_name(layer: Any, values: Any) -> bool:
+    """Whether `layer` sets something in a section of which `values` hold the name alone."""
+    if isinstance(values, str):
+        return isinstance(layer, dict)
+    return (
+        isinstance(layer, dict)
+        and isinstance(values, dict)
+        and any(key in values and _below_a_name(below, values[key]) for key, below in layer.items())
+    )
+
+
 def _rows(
     base: dict[str, Any],
+    shared: _Shared,
     arms: dict[str, Arm],
     axes: dict[str, dict[str, Any]],
     seeds: Sequence[int],
     unique: dict[str, PlannedRun],
     problems: dict[str, None],
+    foreign: dict[str, list[str]],
 ) -> Iterable[Row]:
     for arm, *labels in itertools.product(arms or ("",), *axes.values()):
         at = dict(zip(axes, labels, strict=True))
@@ -135,9 +193,12 @@ def _rows(
         label = ", ".join(parts)
         try:
             settings = _settings(arms[arm], f"arm {arm!r}") if arms else {}
-            values = merge_mappings(base, settings)
+            values, without = shared.over(base, settings)
             for key in sorted(axes, key=lambda key: key.count(".")):  # method before method.temperature
-                values = merge_mappings(values, _settings({key: axes[key][at[key]]}, f"axis {key!r}"))
+                values, more = shared.over(values, _settings({key: axes[key][at[key]]}, f"axis {key!r}"))
+                without += more
+            for setting in dict.fromkeys(without):
+                foreign.setdefault(setting, []).append(label)
             config = RunConfig.from_mapping(values | {"seed": seeds[0]}, where=label)
         except ConfigError as error:
             lines = [f"{label}: {line}" for line in error.problems] or [str(error)]
@@ -181,7 +242,7 @@ def _refuse_ours(settings: dict[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: a comparison sets {key} itself: {instead}")
 
 
-def _table(comparison: ComparisonConfig, title: str, rows: list[Row]) -> PlannedTable:
+def _table(comparison: ComparisonConfig, title: str, rows: list[Row], foreign: dict[str, list[str]]) -> PlannedTable:
     own = comparison.tables.get(title)
     reference = (own and own.reference) or comparison.reference
     gap_from = (own and own.gap_from) or comparison.gap_from
@@ -195,6 +256,7 @@ def _table(comparison: ComparisonConfig, title: str, rows: list[Row]) -> Planned
         gap_name=gap_from or (scratch and scratch[1]),
         gap_from=_counterparts(rows, _named(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
         metrics=(own and own.metrics) or comparison.metrics,
+        foreign=foreign,
     )
 
 

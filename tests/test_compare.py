@@ -527,6 +527,10 @@ def test_mistakes_in_a_comparison(change: dict[str, Any], message: str, recipe: 
     [
         ({"arms": {"a": ["optim.learning_rat=1"], "b": ["method=clip_dk"]}}, "2 problems in the arms"),
         ({"arms": {"a": ["optim.learning_rat=1"]}}, r"a: optim\.learning_rat: unknown key \(did you mean"),
+        (
+            {"arms": {name: ["optim.learning_rat=1"] for name in "abcde"}},
+            r"1 problem in .*\n  a; b; c and 2 more rows: optim",
+        ),
         ({"arms": {"a": ["seed=1"]}}, "arm 'a': a comparison sets seed itself: list the seeds in `seeds`"),
         ({"overrides": ["baseline=none"]}, "overrides: a comparison sets baseline itself"),
         ({"axes": {"training.stepz": [1]}}, r"training\.stepz: unknown key"),

@@ -108,7 +108,7 @@ def make_plan(comparison: ComparisonConfig) -> Plan:
     _refuse_ours(apply_overrides({}, comparison.overrides, where="overrides"), "overrides")
     base = load_mapping(comparison.base, comparison.overrides) | {"baseline": "none"}
     shared = _Shared.of(comparison.overrides, base)
-    problems: dict[str, None] = {}
+    problems: dict[str, list[str]] = {}  # what is wrong -> labels of the rows where it is
     unique: dict[str, PlannedRun] = {}
     tables = []
     for title in comparison.tables or ("",):
@@ -122,12 +122,21 @@ def make_plan(comparison: ComparisonConfig) -> Plan:
         if not problems and all(len(table.foreign.get(setting, ())) == len(table.rows) for table in tables):
             known = {field for row in tables[0].rows for field in type(row.config.method).model_fields}
             name = setting.partition("=")[0].split(".")[1]
-            problems[f"{setting} reaches no arm: none of their methods has such a setting{closest(name, known)}"] = None
+            problems[f"{setting} reaches no arm: none of their methods has such a setting{closest(name, known)}"] = []
     if problems:
-        head = f"{len(problems)} problem{'s'[: len(problems) != 1]} in the arms of this comparison:\n  "
-        raise ConfigError(head + "\n  ".join(problems), tuple(problems))
+        lines = [_where(labels) + what for what, labels in problems.items()]
+        head = f"{len(lines)} problem{'s'[: len(lines) != 1]} in the arms of this comparison:\n  "
+        raise ConfigError(head + "\n  ".join(lines), tuple(lines))
     place = {seed: number for number, seed in enumerate(comparison.seeds)}
     return Plan(comparison, tuple(tables), tuple(sorted(unique.values(), key=lambda run: place[run.config.seed])))
+
+
+def _where(labels: Sequence[str], shown: int = 3) -> str:
+    """Begins a line about these rows: `a: `, `a; b; c and 21 more rows: `."""
+    labels = list(dict.fromkeys(labels))
+    more = len(labels) - shown
+    rest = f" and {more} more row{'s'[: more != 1]}" if more > 0 else ""
+    return "; ".join(labels[:shown]) + rest + ": " if labels else ""
 
 
 class _Shared:
@@ -183,7 +192,7 @@ def _rows(
     axes: dict[str, dict[str, Any]],
     seeds: Sequence[int],
     unique: dict[str, PlannedRun],
-    problems: dict[str, None],
+    problems: dict[str, list[str]],
     foreign: dict[str, list[str]],
 ) -> Iterable[Row]:
     for arm, *labels in itertools.product(arms or ("",), *axes.values()):
@@ -201,16 +210,19 @@ def _rows(
                 foreign.setdefault(setting, []).append(label)
             config = RunConfig.from_mapping(values | {"seed": seeds[0]}, where=label)
         except ConfigError as error:
-            lines = [f"{label}: {line}" for line in error.problems] or [str(error)]
-            problems.update(dict.fromkeys(lines))
+            for line in error.problems:
+                problems.setdefault(line, []).append(label)
+            if not error.problems:
+                problems.setdefault(str(error), [])
             continue
         if not METHODS[config.method.name].uses_teacher:
             if config.student.inherit is not None and config.student.inherit.name == "teacher":
                 assert config.teacher is not None  # else the config had been refused
-                problems[
-                    f"{label}: method {config.method.name} is compared without a teacher, so student.inherit cannot be "
-                    f"teacher: name the model itself, inherit: {config.teacher.name}"
-                ] = None
+                what = (
+                    f"method {config.method.name} is compared without a teacher, so student.inherit cannot be teacher: "
+                    f"name the model itself, inherit: {config.teacher.name}"
+                )
+                problems.setdefault(what, []).append(label)
                 continue
             config = config.without_teachers()
         runs = {}

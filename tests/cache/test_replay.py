@@ -271,7 +271,7 @@ def test_samples_without_answer_are_answered_live(tmp_path: Path) -> None:
     source.mended = True
     with pytest.warns(CacheWarning, match="the teacher is loaded to answer"):
         cached, _ = train(tmp_path / "cached", "clip_kd", cache={}, source=source, reload=reload)
-    assert_close(cached, live, 3e-6)  # answered in a batch of their own they round apart: by 1e-6 in the steps that have them
+    assert_close(cached, live, 3e-6)  # what is answered in a batch of its own rounds apart, by 1e-6 of a loss
     with pytest.warns(CacheWarning), pytest.raises(CacheError, match="other weights than when this run began"):
         train(
             tmp_path / "again",

@@ -3,6 +3,7 @@
 from cmapkd.config.base import Config, ConfigError, RunStopped, closest
 from cmapkd.config.disk import DiskError, writing
 from cmapkd.config.load import apply_overrides, list_recipes, load_config, load_mapping, merge_mappings
+from cmapkd.config.plugins import PluginWarning, Registry
 from cmapkd.config.printing import in_markdown, printable
 from cmapkd.config.secrets import redact, refuse_secrets
 
@@ -10,6 +11,8 @@ __all__ = [
     "Config",
     "ConfigError",
     "DiskError",
+    "PluginWarning",
+    "Registry",
     "RunStopped",
     "apply_overrides",
     "closest",

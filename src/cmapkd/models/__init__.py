@@ -1,8 +1,9 @@
 """Image-text models behind one contract, `DualEncoder`; one adapter for each library, imported when it is needed."""
 
 from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Model, Tokenizer
+from cmapkd.models.config import FAMILIES, ModelConfig
 from cmapkd.models.images import ImageSpec
-from cmapkd.models.registry import FAMILIES, ModelConfig, build_model, load_model
+from cmapkd.models.load import build_model, load_model
 from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import Features, Level, LevelInfo, Needs, TowerFeatures
 

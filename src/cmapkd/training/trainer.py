@@ -23,8 +23,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cmapkd.cache import CachedTeacher
 from cmapkd.config import RunStopped, writing
-from cmapkd.data.batches import Batches, PlanSampler, make_loader
+from cmapkd.data.batches import Batches, make_loader
 from cmapkd.data.check import SampleLedger
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, Term
 from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends

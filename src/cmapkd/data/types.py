@@ -289,6 +289,12 @@ class Batch:
             stored={role: rows.pin_memory() for role, rows in self.stored.items()},
         )
 
+    def only(self, role: str) -> Batch:
+        """The batch with what one role reads, so that nothing else is moved for it."""
+        inputs = {role: self.inputs[role]} if role in self.inputs else {}
+        stored = {role: self.stored[role]} if role in self.stored else {}
+        return replace(self, inputs=inputs, stored=stored, extra={})
+
     def part(self, start: int, stop: int) -> Batch:
         """The pairs from `start` to before `stop`, as slices of the same tensors. `bad` stays as it is.
 

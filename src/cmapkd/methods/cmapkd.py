@@ -37,7 +37,10 @@ from cmapkd.features import (
     sample_keys,
     standardise,
 )
-from cmapkd.methods.base import Detail, Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import (
     bank_divergence,
@@ -231,7 +234,7 @@ class CMAPKDConfig(MethodConfig):
         return {term: weight for term, weight in weights.items() if weight}
 
 
-class CMAPKD(Method):
+class CMAPKD(DualEncoderMethod):
     """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
 
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
@@ -367,7 +370,7 @@ class CMAPKD(Method):
         return self.match.needs("teacher", self._levels_read())
 
     @property
-    def teacher_detail(self) -> Detail:
+    def teacher_detail(self) -> TeacherDetail:
         """Only distances place by place need more than one vector a level; L3 is one."""
         places = {level for term, levels in INTRA.items() if self._wants(term) for level in self.items[term]}
         needs = self.teacher_needs
@@ -663,8 +666,8 @@ class CMAPKD(Method):
                 weighting.observe(held_out)
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, step: StepInfo) -> None:
+        super().after_step(step)
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_scale"):
                 parameter.clamp_(0.0, math.log(MAX_LOGIT_SCALE))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.data.classes import read_classes
+from cmapkd.data.config import StreamConfig
 from cmapkd.data.places import existing_file, existing_folder
 from cmapkd.data.stored import Keep, StoredSource
+from cmapkd.data.streams import MAIN_STREAM, JoinedSource
 from cmapkd.data.texts import CAPTIONS
 from cmapkd.data.types import Source
 
@@ -113,6 +115,21 @@ def open_source(
     for message in source.warnings if isinstance(source, StoredSource) else ():
         warnings.warn(message, SourceWarning, stacklevel=2)
     return source
+
+
+def open_streams(train: str, more: Mapping[str, StreamConfig], *, require_captions: bool = False) -> Source:
+    """What a run learns from: the training split of `train`, joined with the further sources where there are any.
+
+    Raises:
+        ConfigError: a source cannot be opened, or they do not go together; see `JoinedSource`.
+    """
+    main = open_source(train, split="train", require_captions=require_captions)
+    if not more:
+        return main
+    sources = {MAIN_STREAM: main}
+    for name, stream in more.items():
+        sources[name] = open_source(stream.source, split="train", require_captions=require_captions)
+    return JoinedSource(sources, {name: stream.share for name, stream in more.items()})
 
 
 def _parse(text: str, split: str | None, require_captions: bool, limit: int | None) -> Spec:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Reader
-from cmapkd.data.open import open_source
+from cmapkd.data.open import open_streams
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
@@ -20,7 +20,7 @@ VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untra
 
 def open_training(config: RunConfig) -> Source:
     """What the run learns from: samples with captions, or all where the method reads none."""
-    return open_source(config.data.train, split="train", require_captions=config.method.reads_captions)
+    return open_streams(config.data.train, config.data.more, require_captions=config.method.reads_captions)
 
 
 def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:

@@ -60,6 +60,8 @@ def train(
         extras=method.extras,
         texts=texts,
         memory=config.data.memory,
+        more_views=method.more_views,
+        view_specs=config.data.more_views,
     )
     trainer = Trainer(
         method,

@@ -22,6 +22,7 @@ from cmapkd.config import writing
 from cmapkd.data.batches import Batches, make_loader
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo
 from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends
@@ -101,6 +102,7 @@ class Trainer:
             stop=0,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            streams=streams_of(builder.source),
         )
         per_epoch = self.sampler.steps_per_epoch
         self.total = config.num_steps(per_epoch)

@@ -342,7 +342,7 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
     )
     builder = SimpleNamespace(source=source)
     trainer = Trainer(method, builder, training, OptimConfig(), out=folder / "run", seed=0)  # type: ignore[arg-type]
-    trainer.wrapped.train()
+    trainer.engine.wrapped.train()
     indices = [int(name) for name in batch.ids]
 
     def read() -> Any:

@@ -16,8 +16,8 @@ from accelerate import PartialState
 
 from cmapkd.config import ConfigError
 from cmapkd.training import processes
-from cmapkd.training.engine import WholeEngine
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
+from cmapkd.training.engine import WholeEngine
 from helpers import make_trainer, read_lines
 
 RECIPE = {

@@ -132,7 +132,7 @@ class CachePlan:
             if sample.captions or not self.texts.required:
                 captions = sample.captions[:1] or ("",)
                 reader = Reader(model.image_spec, model.tokenizer)
-                more = dict.fromkeys(self.texts.pools, captions)
+                more = {pool: captions * count for pool, count in self.texts.counts.items()}
                 return reader.input(model.image_spec(sample.image)[None], captions, more).to(device)
         raise CacheError(f"none of the first samples of {self.source.name} can be read")
 

@@ -19,11 +19,13 @@ from rich.console import Console
 from torch import Tensor
 
 from cmapkd.config import writing
-from cmapkd.data.batches import Batches, PlanSampler, make_loader
+from cmapkd.data.batches import Batches, make_loader
 from cmapkd.data.check import SampleLedger
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo
-from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends
+from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends, stream_by_step
 from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
@@ -100,11 +102,16 @@ class Trainer:
             stop=0,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            streams=streams_of(builder.source),
         )
         per_epoch = self.sampler.steps_per_epoch
         self.total = config.num_steps(per_epoch)
         self.stages: tuple[StageConfig, ...] = config.stages or method.default_stages or (WHOLE,)
         self.ends = stage_ends(self.stages, total=self.total, steps_per_epoch=per_epoch)
+        self.sampler.only = stream_by_step(self.stages, self.ends)
+        for stage in self.stages:
+            if stage.data is not None:
+                self.sampler.check_stream(stage.data)
         self.method = self._prepared(method)
         self.engine: Engine = make_engine(method, config, optim, self.accelerator)
         self.stage, self.info = WHOLE, StepInfo()

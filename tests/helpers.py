@@ -20,7 +20,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
-from cmapkd.methods.base import LABELS
+from cmapkd.methods.dual import LABELS
 from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer

@@ -181,7 +181,7 @@ def test_best_student_is_the_one_saved(teacher: Path, tmp_path: Path, monkeypatc
         seen.append({key: value.clone() for key, value in student.state_dict().items()})
         return {"zero_shot": {"top1": next(scores, 0.0)}, "params": 1}
 
-    monkeypatch.setattr("cmapkd.run.evaluate", score)
+    monkeypatch.setattr("cmapkd.run.measure.evaluate", score)
     training = {"steps": 2, "batch_size": 16, "evaluate_every": 1, "student": "best", "device": "cpu"}
     result = cmapkd.distill(**settings(teacher, training=training), out=tmp_path / "a")
     assert result.metrics["best_step"] == 1
@@ -363,7 +363,7 @@ def test_vocabulary_is_learned_from_what_can_be_read() -> None:
 
 
 def test_vocabulary_is_spread_over_large_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmapkd.run.VOCABULARY_CAPTIONS", 3)
+    monkeypatch.setattr("cmapkd.run.build.VOCABULARY_CAPTIONS", 3)
 
     class Counting(MemorySource):
         def captions(self, index: int) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ def with_heads(rank: int | None) -> dict[str, Tensor]:
             METHODS["contrastive"].Config(name="contrastive"),
             student=student,
             teacher=None,
-            beside=lambda model, heads=heads: heads(student=model),
+            auxiliary=lambda model, heads=heads: heads(student=model),
         )
         partly = Partly(source, lacking)
         builder = BatchBuilder(partly, ViewSpec(), readers(student, None), seed=0, extras=method.extras)

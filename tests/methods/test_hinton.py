@@ -19,7 +19,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.open import open_source
 from cmapkd.diagnosis import diagnose
-from cmapkd.methods.base import LABELS
+from cmapkd.methods.dual import LABELS
 from cmapkd.models import load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors

@@ -14,7 +14,7 @@ from torch import nn
 
 from cmapkd.data.check import TooManyBadSamples
 from cmapkd.methods import METHODS, Method
-from cmapkd.methods.base import Term
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder
 from cmapkd.training import NonFiniteLossError, OptimConfig, TrainConfig
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint

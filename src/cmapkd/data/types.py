@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -211,6 +211,12 @@ class Batch:
         inputs = {role: model_input.pin_memory() for role, model_input in self.inputs.items()}
         stored = {role: rows.pin_memory() for role, rows in self.stored.items()}
         return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra, stored)
+
+    def only(self, role: str) -> Batch:
+        """The batch with what one role reads, so that nothing else is moved for it."""
+        inputs = {role: self.inputs[role]} if role in self.inputs else {}
+        stored = {role: self.stored[role]} if role in self.stored else {}
+        return replace(self, inputs=inputs, stored=stored, extra={})
 
     def part(self, start: int, stop: int) -> Batch:
         """The pairs from `start` to before `stop`, as slices of the same tensors."""

@@ -28,17 +28,18 @@ class StageConfig(Config):
         description="What learns: student, modules, weighting; or a part of the student that the method names.",
     )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate here; none: optim.learning_rate.")
+    data: str | None = Field(
+        None, description="The stream of data.more that this stage reads alone; none: all, each by its share."
+    )
     sparsity: float | None = Field(
         None, gt=0, lt=1, description="Share of the student's first weights that masks shall have taken out at its end."
     )
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: Any) -> dict[str, Any]:
-        """A stage without masks is written as it was before there were any."""
+        """A stage without masks, and one that reads all data, is written as it was before there were any."""
         values: dict[str, Any] = handler(self)
-        return (
-            values if self.sparsity is not None else {key: value for key, value in values.items() if key != "sparsity"}
-        )
+        return {key: value for key, value in values.items() if value is not None or key not in ("sparsity", "data")}
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -69,7 +69,7 @@ def heads_and_method(source: Source, config: dict[str, Any] | None = None) -> tu
     )
     assert heads is not None
     kind = METHODS["contrastive"]
-    method = build_method(kind.Config(name="contrastive"), student=student, teacher=None, beside=lambda _: heads)
+    method = build_method(kind.Config(name="contrastive"), student=student, teacher=None, auxiliary=lambda _: heads)
     builder = BatchBuilder(source, WHOLE, readers(student, None), seed=0, extras=method.extras)
     return method, heads, builder
 

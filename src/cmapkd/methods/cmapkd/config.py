@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from cmapkd.config import Config, closest
 from cmapkd.features import LANGUAGE_LEVELS, VISUAL_LEVELS, BankStore, Depths, KeyTokensBy, Places
-from cmapkd.methods.base import MethodConfig
+from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.cmapkd.levels import INNER, INTRA, JOINT, LEVELS, PAIRS, prior_by_pair
 from cmapkd.weighting import WEIGHTINGS, WeightingConfig, weighting_config
 

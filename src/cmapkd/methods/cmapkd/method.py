@@ -23,12 +23,15 @@ from cmapkd.features import (
     gather_rows,
     sample_keys,
 )
-from cmapkd.methods.base import Detail, Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.cmapkd.bank import embeddings_against_bank, level_against_bank, pairs_against_bank
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_relation
 from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LEVELS, LevelRows
 from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
+from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
 from cmapkd.weighting import Weighting, for_items, make_weighting
@@ -36,7 +39,7 @@ from cmapkd.weighting import Weighting, for_items, make_weighting
 BANK_TERMS = ("bank", "bank_within", "bank_level", "bank_pair")
 
 
-class CMAPKD(Method):
+class CMAPKD(DualEncoderMethod):
     """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
 
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
@@ -174,7 +177,7 @@ class CMAPKD(Method):
         return self.match.needs("teacher", self.plan.read())
 
     @property
-    def teacher_detail(self) -> Detail:
+    def teacher_detail(self) -> TeacherDetail:
         needs = self.teacher_needs
         return self.plan.detail(has_inner_levels=bool(needs.image_levels or needs.text_levels))
 
@@ -361,8 +364,8 @@ class CMAPKD(Method):
                 weighting.observe(held_out)
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, step: StepInfo) -> None:
+        super().after_step(step)
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_scale"):
                 parameter.clamp_(0.0, math.log(MAX_LOGIT_SCALE))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cmapkd.data.types import Batch
 from cmapkd.features import LevelMatcher
-from cmapkd.methods.base import Detail
+from cmapkd.methods.dual import TeacherDetail
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.levels import INTRA, LevelRows
 from cmapkd.methods.stages import StageConfig
@@ -53,7 +53,7 @@ class LevelPlan:
         pooled = {*self.of_stage()} if self.pools() else set[str]()
         return pooled.union(*map(self.compared, INTRA))
 
-    def detail(self, *, has_inner_levels: bool) -> Detail:
+    def detail(self, *, has_inner_levels: bool) -> TeacherDetail:
         """How finely the teacher is read: only distances place by place need more than one vector a level; L3 is one.
 
         Args:

@@ -10,12 +10,10 @@ DUAL_PARTS = ("image", "text", "projections", "scale")
 """The parts of every dual encoder: the towers, what leads from them to the joint space, logit scale and bias."""
 
 # Owners of parameters that say where a token stands, or that are tokens themselves: they have no direction to shrink.
-_UNDECAYED = frozenset(
-    ("position", "positions", "position_embedding", "position_embeddings", "positional_embedding", "pos_embed")
-    + ("relative_position_bias_table",)
-    + ("class_embedding", "class_token", "cls_token", "cls_emb", "dist_token", "reg_token", "register_tokens")
-    + ("logit_scale", "log_logit_scale", "logit_bias")
-)
+_PLACES = ("position", "positions", "position_embedding", "position_embeddings", "positional_embedding", "pos_embed")
+_TOKENS = ("class_embedding", "class_token", "cls_token", "cls_emb", "dist_token", "reg_token", "register_tokens")
+_SCALES = ("logit_scale", "log_logit_scale", "logit_bias")
+_UNDECAYED = frozenset((*_PLACES, "relative_position_bias_table", *_TOKENS, *_SCALES))
 
 
 def split_by_name(names: Iterable[str], prefixes: Mapping[str, Iterable[str]]) -> dict[str, frozenset[str]]:

@@ -68,7 +68,10 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: (recipe, more over
     "cmapkd_scenes, averaged": ("cmapkd_scenes", ("training.ema=0.9",)),
     "cmapkd_scenes, in stages": ("cmapkd_scenes", (STAGES,)),
     "clip_kd_scenes, weighted terms": ("clip_kd_scenes", ("method.term_weighting=uncertainty",)),
-    "clip_kd_scenes, balanced terms": ("clip_kd_scenes", ("method.term_weighting=gradnorm",)),
+    "clip_kd_scenes, balanced terms": (
+        "clip_kd_scenes",
+        ("method.term_weighting={name: gradnorm, warmup_steps: 2, every: 2}",),
+    ),
     "clip_kd_scenes, int8 cache": (
         "clip_kd_scenes",
         ("cache.mode=auto", "cache.folder={work}/cache", "cache.store=int8"),

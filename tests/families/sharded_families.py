@@ -37,7 +37,9 @@ def trained(name: str, folder: Path, sharding: str = "none") -> dict[str, Tensor
         folder / "run", method, source=MemorySource(40), steps=STEPS, optim=options, ema=0.8, sharding=sharding
     )
     student = trainer.run().student
-    held = {f"held/{group}/{key}": value for group, kept in trainer.learned_state().items() for key, value in kept.items()}
+    held = {
+        f"held/{group}/{key}": value for group, kept in trainer.learned_state().items() for key, value in kept.items()
+    }
     return held if dist.is_initialized() and dist.get_rank() else held | prefixed("student", all_tensors(student))
 
 

@@ -149,18 +149,20 @@ def second_teacher() -> FrozenTeacher:
 
 
 def make_method(
-    name: str,
+    name: str | type[Method],
     *,
     student: DualEncoder | None = None,
     teacher: FrozenTeacher | None = None,
     settings: dict[str, Any] | None = None,
     more_teachers: Sequence[FrozenTeacher] = (),
 ) -> Method:
-    kind = METHODS[name]
+    kind = METHODS[name] if isinstance(name, str) else name
     student = student or make_model()
     teacher = (teacher or make_teacher()) if kind.uses_teacher else None
     torch.manual_seed(3)
-    config = kind.Config.from_mapping({"name": name, **(settings or {})})
+    config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **(settings or {})})
+    if not isinstance(name, str):
+        return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
     return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
 
 
@@ -173,7 +175,9 @@ def into_first_stage(method: Method) -> Method:
 
 
 def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBuilder:
-    models = {"student": method.student} | {role: teacher.model for role, teacher in method.teachers.items()}
+    models = {"student": method.student} | {
+        role: teacher.model for role, teacher in method.teachers.items() if teacher.reads == role
+    }
     readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
     options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
     options = {"texts": TextChoice(method.text_pools), **options}

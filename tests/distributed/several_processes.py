@@ -41,6 +41,8 @@ from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
 from cmapkd.training.processes import prepare_to_wait, wait_for_all
 from cmapkd.training.sharding import ShardedMethod, whole_tensors
+from cmapkd.training.stopping import Agreement
+from contracted import Contracted, NormedStudent
 from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
@@ -72,12 +74,16 @@ TRAINED = (
     f"clip_kd{CACHED}",
     "tinyclip, with masks",
     "tinyclip, units by lot",
+    "contracted",
     f"cmapkd{MICRO}",
     f"clip_kd{MICRO}{CACHED}",
     *(f"{name}{SHARDED}" for name in SHARDED_METHODS),
+    f"contracted{SHARDED}",
 )
 POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
+CASES: dict[
+    str, tuple[str | type[Method], dict[str, Any]]
+] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
     "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
     "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
@@ -97,9 +103,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "tinyclip, with masks": ("tinyclip", MASKED),
     "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
+    "contracted": (Contracted, {}),
+    "contracted, in micro-batches": (Contracted, {}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "attention"}),
 }
-SHARDED_CASES = (*SHARDED_METHODS, *(f"{name}{MICRO}" for name in SHARDED_METHODS), "cmapkd, everything")
+SHARDED_CASES = (
+    "contracted",
+    *SHARDED_METHODS,
+    *(f"{name}{MICRO}" for name in SHARDED_METHODS),
+    "cmapkd, everything",
+)
 
 
 def world_size() -> int:
@@ -344,7 +357,27 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
         found |= losses_and_gradients(name, torch.float64, rank, SHARDED)
     for name in SHARDED_METHODS[1:]:
         found |= losses_and_gradients(name, torch.float64, rank, SHARED_TEACHER)
-    return found | gathered_gradient(rank) | with_heads(rank)
+    return found | gathered_gradient(rank) | with_heads(rank) | agreed(rank) | statistics(out / "statistics")
+
+
+def agreed(rank: int) -> dict[str, Tensor]:
+    """What each of four steps answers when the first process is asked to stop in the second."""
+    agreement = Agreement()
+    answers = [agreement.stop(rank == 0 and step == 1) for step in range(4)]
+    agreement.close()
+    return {"agreed": torch.tensor(answers)}
+
+
+def statistics(out: Path) -> dict[str, Tensor]:
+    """Every buffer of a method with batch norms, a bank and a momentum teacher after some steps."""
+    student = make_model(kind=NormedStudent)
+    found: dict[str, Tensor] = {}
+    for kind in ("cmapkd", Contracted):
+        done = make_trainer(out, make_method(kind, student=student), source=MemorySource(40), steps=3)
+        done.run()
+        name = kind if isinstance(kind, str) else "contracted"
+        found |= {f"buffers/{name}/{key}": value.clone() for key, value in done.method.named_buffers()}
+    return found
 
 
 def patience(rank: int, out: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from cmapkd.methods import METHODS
 from cmapkd.models import DualEncoder
 from cmapkd.training import Interrupted, Trainer, checkpoint, stopping, trainer
 from cmapkd.training.checkpoint import list_checkpoints, optimizer_tensors, read_checkpoint, write_checkpoint
+from contracted import Contracted
 from helpers import DropoutStudent, MemorySource, make_method, make_model, make_trainer, read_lines
 
 STEPS = 7  # of three steps an epoch, so that epochs end on the way
@@ -75,7 +76,7 @@ def score(student: DualEncoder) -> dict[str, float]:
 
 
 # name: (method, student class, options of the trainer, steps after which it is interrupted)
-CASES: dict[str, tuple[str, Any, dict[str, Any], tuple[int, ...]]] = {
+CASES: dict[str, tuple[Any, Any, dict[str, Any], tuple[int, ...]]] = {
     "contrastive": ("contrastive", None, {}, (1, 2, 3, 4, 5, 6)),
     "averaged": ("contrastive", None, {"ema": 0.8}, (1, 4)),
     "dropout": ("contrastive", DropoutStudent, {}, (2, 5)),
@@ -87,6 +88,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], tuple[int, ...]]] = {
     "distilled": ("clip_kd", None, {}, (1, 3, 5)),
     "micro-batches": ("clip_kd", DropoutStudent, {"micro_batch": 3}, (1, 4)),
     "levels in micro-batches": ("cmapkd", DropoutStudent, {"micro_batch": 3, "precision": "bf16", "ema": 0.5}, (3,)),
+    "contracted": (Contracted, DropoutStudent, {"ema": 0.5, "micro_batch": 3}, (2, 4)),
     "everything": ("clip_kd", DropoutStudent, {"ema": 0.5, "workers": 1, "precision": "bf16"}, (4,)),
     **{f"method {name}": (name, None, {}, (4,)) for name in METHODS},
 }

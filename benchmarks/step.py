@@ -285,7 +285,8 @@ def _name(name: str, role: str, folder: Path) -> str:
 
 def _batch(pair: Pair, student: Any, teacher: Any = None, reader: Any = None) -> Any:
     """The one batch of all arms; with the rows of a cache in place of the teacher's input, where there is one."""
-    from cmapkd.data.batches import BatchBuilder, PlanSampler, Reader
+    from cmapkd.data.batches import BatchBuilder, Reader
+    from cmapkd.data.plans import PlanSampler
     from cmapkd.data.views import WHOLE
 
     source = Noise(pair.batch_size, student.image_spec.size)
@@ -342,7 +343,7 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
     )
     builder = SimpleNamespace(source=source)
     trainer = Trainer(method, builder, training, OptimConfig(), out=folder / "run", seed=0)  # type: ignore[arg-type]
-    trainer.wrapped.train()
+    trainer.engine.wrapped.train()
     indices = [int(name) for name in batch.ids]
 
     def read() -> Any:

@@ -14,8 +14,9 @@ import torch
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.cache.cost import measure
-from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.records import iter_captions
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Source

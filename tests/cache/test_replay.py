@@ -10,7 +10,7 @@ import torch
 from cache_support import VIEWS, cache_plan, train
 
 from cmapkd.cache import CachedTeacher, CacheError, CacheReader, CacheWarning
-from cmapkd.data.batches import PlanSampler
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import BadSampleError, Sample
 from cmapkd.data.views import draw_view
 from cmapkd.features import EmbeddingBank

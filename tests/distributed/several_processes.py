@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from making import encode, write_tar
 
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
-from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.shards import ShardSource
 from cmapkd.data.types import Batch, Source
 from cmapkd.data.views import ViewSpec
@@ -107,8 +108,7 @@ def world_size() -> int:
 
 def part_of(batch: Batch, rank: int) -> Batch:
     start, stop = rank * len(batch) // world_size(), (rank + 1) * len(batch) // world_size()
-    extra = {name: values[start:stop] for name, values in batch.extra.items()}
-    return replace(batch.part(start, stop), extra=extra)
+    return batch.part(start, stop)
 
 
 def rows(seed: int) -> Tensor:

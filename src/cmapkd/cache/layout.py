@@ -253,7 +253,7 @@ class Layout:
             }
             towers[tower] = TowerFeatures(arrays[tower], {name: levels[name] for name in names})
         more = {
-            each.tower.removeprefix(_MORE): TowerFeatures(arrays[each.name])
+            each.tower.removeprefix(_MORE): TowerFeatures(arrays[each.name].reshape(-1, each.shape[-1]))
             for each in self.fields
             if each.tower.startswith(_MORE)
         }
@@ -315,5 +315,12 @@ def _scale(name: str) -> str:
 
 
 def _towers(features: Features) -> dict[Tower, TowerFeatures]:
-    more = {f"{_MORE}{pool}": tower for pool, tower in features.more_texts.items()}
+    size = len(features.text.embedding)
+    more = {f"{_MORE}{pool}": _by_sample(tower, size) for pool, tower in features.more_texts.items()}
     return {"image": features.image, "text": features.text, **more}
+
+
+def _by_sample(tower: TowerFeatures, size: int) -> TowerFeatures:
+    """Embeddings [size*count dim] of `count` texts of each sample as [size count dim]; one text of each as they are."""
+    count = len(tower.embedding) // max(1, size)
+    return tower if count <= 1 else TowerFeatures(tower.embedding.unflatten(0, (size, count)))

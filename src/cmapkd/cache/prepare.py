@@ -75,7 +75,7 @@ class CachePlan:
             raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
         teacher, texts = method.teachers[role], texts or TextChoice(method.text_pools)
         if not isinstance(method, DualEncoderMethod) or not isinstance(teacher, FrozenTeacher):
-            raise CacheError(f"teacher {role} of {type(method).__name__} has no answers that stay the same: set cache: off")
+            raise CacheError(f"teacher {role} of {type(method).__name__} has no answers to keep: set cache: off")
         detail: TeacherDetail
         if role == "teacher":
             detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens
@@ -132,7 +132,7 @@ class CachePlan:
             if sample.captions or not self.texts.required:
                 captions = sample.captions[:1] or ("",)
                 reader = Reader(model.image_spec, model.tokenizer)
-                more = dict.fromkeys(self.texts.pools, captions)
+                more = {pool: captions * count for pool, count in self.texts.counts.items()}
                 return reader.input(model.image_spec(sample.image)[None], captions, more).to(device)
         raise CacheError(f"none of the first samples of {self.source.name} can be read")
 

@@ -216,7 +216,7 @@ class ClipKD(DualEncoderMethod):
         """Other squares for each sample and view, so the same however a batch is shared out."""
         patch = self.config.mask_patch
         squares = hidden_squares(
-            part.ids, view=part.view, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
+            part.ids, view=part.view_of_each, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
         )
         return hide(pixels, squares, patch=patch)
 

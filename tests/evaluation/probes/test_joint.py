@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import cmapkd
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Batch, Sample, Source
 from cmapkd.data.views import WHOLE
 from cmapkd.diagnosis import diagnose

@@ -198,9 +198,7 @@ class CMAPKD(DualEncoderMethod):
         if projected is not None:
             values |= self._embedding_terms(batch, projected, teacher, rows)
         models = {"teacher": teacher, "student": student}
-        context = {
-            role: _directions(models[role]) for role in self.config.ablations.selection_reads if role in models
-        }
+        context = {role: _directions(models[role]) for role in self.config.ablations.selection_reads if role in models}
         values |= self._intra_modal_terms(projected, teacher, rows, context)
         values |= self._cross_modal_terms(student, teacher, rows, context)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from cmapkd.data.types import Batch
 from cmapkd.features import LevelMatcher
-from cmapkd.methods.dual import TeacherDetail
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.levels import INTRA, LevelRows
+from cmapkd.methods.dual import TeacherDetail
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import Features
 from cmapkd.objectives import level_distance
@@ -65,9 +65,7 @@ class LevelPlan:
         return "pooled" if has_inner_levels else "global"
 
 
-def read_levels(
-    match: LevelMatcher, plan: LevelPlan, batch: Batch, student: Features, teacher: Features
-) -> LevelRows:
+def read_levels(match: LevelMatcher, plan: LevelPlan, batch: Batch, student: Features, teacher: Features) -> LevelRows:
     """The rows of a part of the batch, of this process's samples alone."""
     distance = {}
     visual, language = plan.compared("visual"), plan.compared("language")

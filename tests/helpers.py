@@ -45,16 +45,17 @@ GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
     "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
     "language_levels": {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0},
-    "bank_within_weight": 0.5,
-    "bank_level_weight": 0.3,
-    "bank_pair_weight": 0.4,
-    "pyramid_weight": 0.7,
-    "alignment_weight": 0.1,
-    "relation_weight": 3.0,
-    "layer_relation_weight": 0.2,
-    "bank_size": 12,
-    "bank_store": "fp32",  # exactness is tested: fp16 rounds what differs in the last digit apart
-    "bridge_dim": 8,
+    "bank": {"size": 12, "store": "fp32"},  # exactness is tested: fp16 rounds what differs in the last digit apart
+    "ablations": {
+        "bank_within_weight": 0.5,
+        "bank_level_weight": 0.3,
+        "bank_pair_weight": 0.4,
+        "pyramid_weight": 0.7,
+        "alignment_weight": 0.1,
+        "relation_weight": 3.0,
+        "layer_relation_weight": 0.2,
+        "bridge_dim": 8,
+    },
 }
 
 

@@ -318,7 +318,9 @@ def test_names_of_levels_and_pairs_are_checked() -> None:
 
 
 def test_a_setting_that_moved_is_refused_with_its_new_place() -> None:
-    with pytest.raises(ConfigError, match=r"write bank\.size in place of bank_size, bank\.source in place of bank_from"):
+    with pytest.raises(
+        ConfigError, match=r"write bank\.size in place of bank_size, bank\.source in place of bank_from"
+    ):
         CMAPKDConfig.from_mapping({"bank_size": 12, "bank_from": "cache"})
     for name in AblationsConfig.model_fields:
         with pytest.raises(ConfigError, match=rf"write ablations\.{name} in place of {name}$"):

@@ -34,7 +34,7 @@ from cmapkd.data.types import Batch, Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import build_heads
-from cmapkd.features import gather_features
+from cmapkd.features import gather_features, gather_rows
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.models import DualEncoder, Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
@@ -398,8 +398,16 @@ def patience(rank: int, out: Path) -> dict[str, Tensor]:
     return {"patience/barrier failed": torch.zeros(1)}
 
 
+def rounded_gradient(rank: int) -> dict[str, Tensor]:
+    """Of a bf16 row to which one process gives a gradient of 256 and three give 1: in bf16, 256 + 1 is 256."""
+    row = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    (gather_rows(row).sum() * (1.0 if rank else 256.0)).backward()
+    assert row.grad is not None
+    return {"gather/bf16": row.grad}
+
+
 def of_four(_out: Path, rank: int) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    found = rounded_gradient(rank)
     for name in CASES:
         found |= losses_and_gradients(name, torch.float64, rank)
     return found

@@ -228,3 +228,8 @@ def test_buffers_are_the_same_everywhere_without_being_sent(out: Path) -> None:
     for key in buffers:
         assert torch.equal(first[key], second[key]), key
     assert all(first[key].any() for key in buffers if "running_mean" in key)
+
+
+def test_gradients_of_bf16_rows_are_rounded_once(out: Path) -> None:
+    for found in found_by(out, FOUR):
+        assert found["gather/bf16"].item() == 260  # 259 to the nearest bf16; summed in bf16 it would be 256

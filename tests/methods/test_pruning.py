@@ -75,8 +75,8 @@ def test_a_student_becomes_smaller_in_stages(whole: Trainer) -> None:
     assert whole.progress.structure["masked"] is False
     for name, parameter in whole.method.named_parameters():
         assert parameter.requires_grad, name
-    assert any(parameter in whole.optimizer.state for parameter in left.parameters())
-    assert len(whole.optimizer.state) == len([*whole.method.parameters()])
+    assert any(parameter in whole.engine.optimizer.state for parameter in left.parameters())
+    assert len(whole.engine.optimizer.state) == len([*whole.method.parameters()])
 
 
 def test_the_average_and_the_best_are_of_the_smaller_student(whole: Trainer, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_stages_freeze_stays_out_of_the_masks_way(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, method, steps=8, stages=stages, precision="bf16")
     with pytest.warns(UserWarning, match=r"the masks of stage '' took out \d+ % of the student's weights and not 30 %"):
         trainer.run()  # two steps are too few
-    assert len(trainer.optimizer.state) == len([*method.parameters()])
+    assert len(trainer.engine.optimizer.state) == len([*method.parameters()])
 
 
 def test_masks_and_multipliers_have_a_rate_of_their_own() -> None:

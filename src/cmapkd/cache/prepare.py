@@ -75,9 +75,7 @@ class CachePlan:
             raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
         teacher, texts = method.teachers[role], texts or TextChoice(method.text_pools)
         if not isinstance(method, DualEncoderMethod) or not isinstance(teacher, FrozenTeacher):
-            raise CacheError(
-                f"teacher {role} of {type(method).__name__} has no answers that stay the same: set cache: off"
-            )
+            raise CacheError(f"teacher {role} of {type(method).__name__} has no answers to keep: set cache: off")
         detail: TeacherDetail
         if role == "teacher":
             detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cmapkd.config import Config
+from cmapkd.config import RESUMABLE, Config
 from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.types import MAIN_VIEW
 from cmapkd.data.views import WHOLE, ViewSpec
@@ -41,16 +41,33 @@ class DataConfig(Config):
     mix_synthetic: float = Field(
         0.0, ge=0, le=1, description="Share of the views that show a synthetic caption in place of the sample's own."
     )
-    workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the training process itself.")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that read and decode; 0: the training process itself.",
+        json_schema_extra=RESUMABLE,
+    )
     memory: int = Field(
-        64, ge=0, description="MiB of decoded samples that each reading process keeps for later epochs; 0: none."
+        64,
+        ge=0,
+        description="MiB of decoded samples that each reading process keeps for later epochs; 0: none.",
+        json_schema_extra=RESUMABLE,
     )
     timeout: float = Field(
-        DEFAULT_TIMEOUT, ge=0, description="Seconds that a batch may take to be read before the run stops; 0: any time."
+        DEFAULT_TIMEOUT,
+        ge=0,
+        description="Seconds that a batch may take to be read before the run stops; 0: any time.",
+        json_schema_extra=RESUMABLE,
     )
-    on_bad_sample: Literal["skip", "error"] = Field("skip", description="What a sample that cannot be read does.")
+    on_bad_sample: Literal["skip", "error"] = Field(
+        "skip", description="What a sample that cannot be read does.", json_schema_extra=RESUMABLE
+    )
     max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="Share of unreadable samples above which the run stops (from 100 samples on)."
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of unreadable samples above which the run stops (from 100 samples on).",
+        json_schema_extra=RESUMABLE,
     )
 
     @field_validator("more", "more_views", mode="before")

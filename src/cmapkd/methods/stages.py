@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_serializer, model_validator
@@ -111,3 +112,14 @@ def stage_ends(stages: Iterable[StageConfig], *, total: int, steps_per_epoch: in
     if ends and ends[-1] > total:
         raise ConfigError(f"{total} steps are too few for {len(ends)} stages: raise training.steps")
     return ends
+
+
+def stream_by_step(stages: Sequence[StageConfig], ends: Sequence[int]) -> Callable[[int], str | None] | None:
+    """The stream that each step reads alone, None for all streams; None in place of the function if no stage says.
+
+    Args:
+        ends: steps done when each stage ends, see `stage_ends`.
+    """
+    if all(stage.data is None for stage in stages):
+        return None
+    return lambda step: stages[bisect_right(ends, step)].data

@@ -1,7 +1,7 @@
 """Image-text models behind one contract, `DualEncoder`; one adapter for each library, imported when it is needed."""
 
 from cmapkd.models.average import MovingAverage
-from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Tokenizer
+from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Model, Tokenizer
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.registry import FAMILIES, ModelConfig, build_model, load_model
 from cmapkd.models.teacher import FrozenTeacher, MomentumTeacher, Teacher
@@ -16,6 +16,7 @@ __all__ = [
     "ImageSpec",
     "Level",
     "LevelInfo",
+    "Model",
     "ModelConfig",
     "MomentumTeacher",
     "MovingAverage",

@@ -48,11 +48,8 @@ def answer_from_cache(
     config: RunConfig, method: Method, source: Source, console: Console | None
 ) -> dict[str, CacheReader]:
     """Builds what is missing, if the config lets it, and puts cached teachers into the method; each one's cache."""
-    return {
-        role: _answer_from_cache(role, config, method, source, console)
-        for role in config.teachers
-        if role in method.teachers
-    }
+    roles = [role for role in config.teachers if role in method.teachers]
+    return {role: _answer_from_cache(role, config, method, source, console) for role in roles}
 
 
 def _answer_from_cache(

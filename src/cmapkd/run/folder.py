@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cmapkd.config import ConfigError, refuse_secrets, writing
+from cmapkd.config import ConfigError, fixed_differences, refuse_secrets, writing
 from cmapkd.config.disk import flush, write_text
 from cmapkd.models import DualEncoder
 from cmapkd.provenance import describe_environment
 from cmapkd.run.config import RunConfig
 
 _FIRST_FILES = ("config.yaml", "environment.json", ".config.yaml.writing", ".environment.json.writing")
-
-
-_MAY_CHANGE = (  # at a resume: who does the work, not what is computed
-    "data.workers",
-    "data.memory",
-    "data.timeout",
-    "evaluation.timeout",
-    "training.micro_batch",
-    "training.local_loss",
-    "training.sharding",
-    "training.shard_teacher",
-)
 
 
 def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) -> None:
@@ -40,13 +29,11 @@ def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) -
             raise ConfigError(
                 f"{stored} is damaged ({error}): restore it, or start a new run in another folder"
             ) from None
-        changed = [
-            f"{key} ({pair})" for key, pair in _differences(before, config.plain()).items() if key not in _MAY_CHANGE
-        ]
+        changed = [f"{key} ({pair})" for key, pair in changed_settings(before, config).items()]
         if changed:
             raise ConfigError(
                 f"{out} was started with other settings: {', '.join(changed)}. Resume with the same recipe and "
-                "overrides, or start a new run in another folder."
+                "overrides, or start a new run in another folder. docs/reliability.md lists what may change."
             )
         if write and not (out / "environment.json").exists():  # killed before it was written
             _write_environment(out, config)
@@ -69,14 +56,16 @@ def _write_environment(out: Path, config: RunConfig) -> None:
     write_json(out / "environment.json", {"seed": config.seed, **describe_environment()})
 
 
-def _differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
-    """Dotted keys whose values differ, with both values as text."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        found: dict[str, str] = {}
-        for key in {**before, **after}:
-            found |= _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    return {} if before == after else {path: f"was {before!r}, now {after!r}"}
+def changed_settings(before: Any, config: RunConfig) -> dict[str, str]:
+    """Dotted keys of the settings that a resume may not change and that differ, with both values as text.
+
+    Args:
+        before: the plain data of the stored config. A setting that it lacks, because cmapkd had no such setting when
+            it was written, has its default.
+    """
+    with suppress(ConfigError):
+        before = RunConfig.from_mapping(before).plain()
+    return fixed_differences(config, before, config.plain())
 
 
 def save_student(student: DualEncoder, folder: Path) -> None:

@@ -15,6 +15,7 @@ from cmapkd.models import DualEncoder, build_model, load_model
 from cmapkd.results import Scores, gap_closed
 from cmapkd.run.config import RunConfig
 from cmapkd.training import TrainResult
+from cmapkd.training.memory import OutOfMemory, first_line, is_out_of_memory
 
 
 def validator_of(config: RunConfig) -> Any:
@@ -24,8 +25,7 @@ def validator_of(config: RunConfig) -> Any:
     source = open_source(config.data.val, split="val")
 
     def validate(student: DualEncoder) -> dict[str, float]:
-        device = next(student.parameters()).device
-        scores = evaluate(student, source, config.evaluation, device=device, on_bad_sample=config.data.on_bad_sample)
+        scores = _evaluate(student, source, config, device=next(student.parameters()).device)
         numbers: dict[str, float] = {}
         if scores.get("retrieval"):
             numbers["mean_r@1"] = scores["retrieval"]["mean_r@1"]
@@ -34,6 +34,26 @@ def validator_of(config: RunConfig) -> Any:
         return numbers | {"score": next(iter(numbers.values()))}
 
     return validate
+
+
+def _evaluate(model: DualEncoder, source: Source, config: RunConfig, *, device: torch.device) -> Scores:
+    """Scores of a model.
+
+    Raises:
+        OutOfMemory: says which settings take less, all of which may change at a resume.
+    """
+    settings = config.evaluation
+    try:
+        return evaluate(model.to(device), source, settings, device=device, on_bad_sample=config.data.on_bad_sample)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
+        raise OutOfMemory(
+            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). Go on with --resume "
+            f"and evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
+            "scores stay the same, and what was trained is kept"
+        ) from error
 
 
 def open_final(config: RunConfig) -> Source | None:
@@ -59,8 +79,7 @@ def measure(
             return None
         if source is None:
             return count_parameters(model)
-        on_bad_sample = config.data.on_bad_sample
-        return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=on_bad_sample)
+        return _evaluate(model, source, config, device=device)
 
     teacher = teacher_scores
     if teacher is None and config.teacher is not None:

@@ -81,6 +81,7 @@ def train(
     extra = sum(parameter.numel() for parameter in method.parameters()) - student.num_parameters()
     extra -= sum(t.model.num_parameters() for t in method.teachers.values() if isinstance(t, MomentumTeacher))
     trained = trainer.run(resume=resume)
+    assert isinstance(trained.student, DualEncoder)
     student = trained.student
     if trainer.accelerator.is_main_process:
         if config.training.student == "best":

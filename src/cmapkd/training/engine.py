@@ -36,14 +36,21 @@ class Engine(ABC):
     def __init__(self, method: Method) -> None:
         self.method = method
 
-    def update(self, step: StepInfo) -> None:
-        """The optimizer's step, and everything that follows the weights."""
-        self.optimizer.step()
+    def update(self, step: StepInfo, finite: Tensor) -> None:
+        """The optimizer's step, and everything that follows the weights.
+
+        Args:
+            finite: Bool scalar on the device: whether loss and gradient are numbers. Nobody waits for it here.
+        """
+        self._optimize(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.statistics.average()
         self.method.after_step(step)
         if self.average is not None:
             self.average.update(self.method.student)
+
+    def _optimize(self, finite: Tensor) -> None:  # noqa: ARG002  the run stops at the next look in any case
+        self.optimizer.step()
 
     @abstractmethod
     def clip(self, max_norm: float) -> Tensor:
@@ -83,6 +90,11 @@ class WholeEngine(Engine):
         self.wrapped = accelerator.prepare(method)
         self.optimizer = make_optimizer(method, optim)
         self.average = MovingAverage(method.student, config.ema) if config.ema is not None else None
+
+    def _optimize(self, finite: Tensor) -> None:
+        # the fused kernel leaves the weights as they are where this flag of gradient scalers is 1, on the device
+        self.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
 
     def clip(self, max_norm: float) -> Tensor:
         norm: Tensor = torch.nn.utils.clip_grad_norm_(self.method.parameters(), max_norm)

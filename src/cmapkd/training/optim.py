@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from cmapkd.methods import Method
 from cmapkd.methods.stages import Part
+from cmapkd.models.parts import undecayed
 from cmapkd.training.config import OptimConfig
 
 _OWN_EPS = 1e-8  # torch's own
@@ -22,26 +23,13 @@ Group = tuple[Part, bool, float | None]
 def parameter_groups(method: Method) -> dict[Group, list[nn.Parameter]]:
     """What learns, by group, in the order in which checkpoints number it."""
     groups: dict[Group, list[nn.Parameter]] = {}
-    undecayed = no_weight_decay(method)
+    left_alone = undecayed(method)
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             own = method.own_rate(name)
-            decayed = own is None and parameter.ndim >= 2 and name not in undecayed
+            decayed = own is None and parameter.ndim >= 2 and name not in left_alone
             groups.setdefault((method.part_of(name), decayed, own), []).append(parameter)
     return groups
-
-
-def no_weight_decay(method: nn.Module) -> frozenset[str]:
-    """Names of parameters that are not decayed although they are no vectors: positions, class tokens, prompts.
-
-    Every module says so itself, by timm's convention: its method `no_weight_decay()` returns names of its own.
-    """
-    return frozenset(
-        f"{path}.{name}" if path else name
-        for path, module in method.named_modules()
-        if callable(rule := getattr(module, "no_weight_decay", None))
-        for name in rule()
-    )
 
 
 def make_optimizer(method: Method, config: OptimConfig) -> torch.optim.AdamW:

@@ -55,7 +55,7 @@ class ShardedMethod:
             shard(self.average.module, self.mesh)
         shard(method, self.mesh)
 
-    def __call__(self, batch: Batch, step: StepInfo) -> dict[str, Term]:
+    def __call__(self, batch: Batch, step: StepInfo | None = None) -> dict[str, Term]:
         terms: dict[str, Term] = self.method(batch, step)
         return terms
 

@@ -95,14 +95,16 @@ class FiniteWatch:
     """Reads whether a step's loss and gradient are finite one step late, when the device has long computed it.
 
     Reading at once would make the host wait for the device in every step. Nothing may be saved or measured before
-    `check`, since an update with such a gradient has spoiled the weights.
+    `check`.
     """
 
     def __init__(self) -> None:
         self._waiting: tuple[Tensor, int, Mapping[str, Tensor], Tensor, Sequence[str]] | None = None
 
-    def watch(self, loss: Tensor, norm: Tensor, *, step: int, terms: Mapping[str, Tensor], ids: Sequence[str]) -> None:
-        """Takes note of a step without waiting for it.
+    def watch(
+        self, loss: Tensor, norm: Tensor, *, step: int, terms: Mapping[str, Tensor], ids: Sequence[str]
+    ) -> Tensor:
+        """Takes note of a step without waiting for it; whether it is finite, on the device.
 
         Args:
             loss, norm: scalars of the step: its loss and the norm of its gradient.
@@ -111,6 +113,7 @@ class FiniteWatch:
         """
         finite = loss.detach().isfinite() & norm.detach().isfinite()
         self._waiting = finite, step, {name: value.detach() for name, value in terms.items()}, norm.detach(), ids
+        return finite
 
     def check(self, kept: Sequence[Path]) -> None:
         """Waits for the step that was last noted.

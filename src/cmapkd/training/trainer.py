@@ -25,7 +25,7 @@ from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo
-from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends
+from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends, stream_by_step
 from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
@@ -108,9 +108,13 @@ class Trainer:
         self.total = config.num_steps(per_epoch)
         self.stages: tuple[StageConfig, ...] = config.stages or method.default_stages or (WHOLE,)
         self.ends = stage_ends(self.stages, total=self.total, steps_per_epoch=per_epoch)
+        self.sampler.only = stream_by_step(self.stages, self.ends)
+        for stage in self.stages:
+            if stage.data is not None:
+                self.sampler.check_stream(stage.data)
         self.method = self._prepared(method)
         self.engine: Engine = make_engine(method, config, optim, self.accelerator)
-        self.stage = WHOLE
+        self.stage, self.info = WHOLE, StepInfo()
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress()
         self.ledger = SampleLedger()
@@ -214,7 +218,8 @@ class Trainer:
         clock, seconds, pairs = time.perf_counter(), 0.0, 0  # the latter two since the last line
         self.method.train()
         for batch in batches:
-            values = self._step(batch, self._enter_stage(display))
+            self._enter_stage(display)
+            values = self._step(batch)
             step = self.progress.step
             stopping = self._agreed(stop_asked.is_set())
             last = step == self.total
@@ -236,18 +241,17 @@ class Trainer:
             if stopping and not last:
                 raise Interrupted(step, checkpoints.checkpoint_path(self.checkpoint_folder, step))
 
-    def _enter_stage(self, display: TrainingDisplay) -> StepInfo:
-        """Where the next step stands; begins its stage if that is another. Pure functions of the step, so that
-        resuming needs no more."""
+    def _enter_stage(self, display: TrainingDisplay) -> None:
+        """Notes where the next step stands, and begins its stage if that is another. Both are pure functions of the
+        step, so that resuming needs no more."""
         step = self.progress.step
         number = bisect_right(self.ends, step)
         begins = self.ends[number - 1] if number else 0
         stage, done = self.stages[number], (step - begins) / (self.ends[number] - begins)
-        info = StepInfo(step, self.total, stage, done, self.seed)
+        self.info = self.method.step = StepInfo(step, self.total, stage, done, self.seed)
         if stage is self.stage:
-            return info
-        self.stage = self.method.stage = stage
-        self.method.step = info  # what changes at a stage may draw, too
+            return
+        self.stage = stage
         if self._changed(partial(self.method.reshape, stage)):  # what was best before is another student
             self.progress.best_score = self.progress.best_step = None
         self.method.enter(stage)
@@ -256,10 +260,10 @@ class Trainer:
                 f"{self.title}: stage {number + 1}/{len(self.stages)} {stage.name}, steps {begins + 1} to "
                 f"{self.ends[number]}"
             )
-        return info
 
-    def _step(self, batch: Batch, info: StepInfo) -> dict[str, Tensor | float]:
+    def _step(self, batch: Batch) -> dict[str, Tensor | float]:
         """One optimizer step; values worth logging, on the device. The host waits for the device once: see `finite`."""
+        info = self.info
         self.ledger.add(len(batch), batch.bad)
         self.ledger.check_share(self.max_bad_share)
         device = self.accelerator.device
@@ -282,8 +286,8 @@ class Trainer:
         norm = self.engine.clip(self.optim.max_gradient_norm or float("inf"))
         self.finite.check(kept())  # of the step before, which the device has done by now
         raw = {name: term.value for name, term in terms.items()}
-        self.finite.watch(loss, norm, step=info.step + 1, terms=raw, ids=batch.ids)
-        self.engine.update(info)
+        finite = self.finite.watch(loss, norm, step=info.step + 1, terms=raw, ids=batch.ids)
+        self.engine.update(info, finite)
         self.progress.step += 1
         values: dict[str, Tensor | float] = {"loss": loss.detach()}
         values |= {f"terms/{name}": value.detach() for name, value in raw.items()}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
 from cmapkd.evaluation.probes.features import patch_level, patches_of, text_level
+from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.step import StepInfo
-from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.terms import Term
 from cmapkd.models.base import DualEncoder
 

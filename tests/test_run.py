@@ -22,6 +22,7 @@ from cmapkd.provenance import git_commit
 from cmapkd.results import RunResult, gap_closed
 from cmapkd.run import RunConfig, vocabulary_captions
 from cmapkd.training import Interrupted
+from cmapkd.training.memory import OutOfMemory
 from helpers import MemorySource, make_model, random_batch
 
 VAL = "scenes@val?length=40&size=32"
@@ -180,7 +181,7 @@ def test_best_student_is_the_one_saved(teacher: Path, tmp_path: Path, monkeypatc
         seen.append({key: value.clone() for key, value in student.state_dict().items()})
         return {"zero_shot": {"top1": next(scores, 0.0)}, "params": 1}
 
-    monkeypatch.setattr("cmapkd.run.evaluate", score)
+    monkeypatch.setattr("cmapkd.run.measure.evaluate", score)
     training = {"steps": 2, "batch_size": 16, "evaluate_every": 1, "student": "best", "device": "cpu"}
     result = cmapkd.distill(**settings(teacher, training=training), out=tmp_path / "a")
     assert result.metrics["best_step"] == 1
@@ -296,7 +297,7 @@ def test_interrupted_run_is_resumed_by_the_same_call(
 
     values = settings(teacher, baseline="scratch", seed=4)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_signals", asked_at_once)
+        patch.setattr(trainer, "signals", asked_at_once)
         for resume in (False, True):  # steps 1 and 2 of the student
             with pytest.raises(Interrupted, match="saved step-00000000"):
                 cmapkd.distill(**values, out=tmp_path / "a", resume=resume)
@@ -362,7 +363,7 @@ def test_vocabulary_is_learned_from_what_can_be_read() -> None:
 
 
 def test_vocabulary_is_spread_over_large_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmapkd.run.VOCABULARY_CAPTIONS", 3)
+    monkeypatch.setattr("cmapkd.run.build.VOCABULARY_CAPTIONS", 3)
 
     class Counting(MemorySource):
         def captions(self, index: int) -> tuple[str, ...]:
@@ -451,3 +452,18 @@ def test_only_a_student_with_a_teacher_inherits_from_it(teacher: Path) -> None:
         RunConfig.from_mapping(values | {"teacher": heir})
     with pytest.raises(ConfigError, match=r"student\.inherit is teacher, and method contrastive has none here"):
         RunConfig.from_mapping(values | {"teacher": None, "method": "contrastive", "student": heir})
+
+
+def test_memory_that_ends_while_scoring_leaves_a_run_that_can_be_finished(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(model: Any, source: Any, config: Any, **more: Any) -> Any:
+        if config.batch_size > 100:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        return evaluate(model, source, config, **more)
+
+    monkeypatch.setattr("cmapkd.run.measure.evaluate", large)
+    with pytest.raises(OutOfMemory, match=r"--resume and evaluation\.batch_size=64 \(now 256\)"):
+        cmapkd.distill(**settings(teacher), out=tmp_path / "a")
+    done = cmapkd.distill(**settings(teacher), out=tmp_path / "a", resume=True, overrides=["evaluation.batch_size=64"])
+    assert done.metrics["student"]["retrieval"]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from cmapkd.config import Config, closest
+from cmapkd.config import RESUMABLE, Config, closest
 from cmapkd.data.config import DEFAULT_TIMEOUT
 from cmapkd.evaluation.efficiency import EfficiencyConfig
 from cmapkd.evaluation.probes.config import CaptioningConfig, DetectionConfig, ProbeDataConfig, VQAConfig
@@ -30,10 +30,23 @@ class EvaluationConfig(Config):
     class_names: str | None = Field(
         None, description="Names of the labels: imagenet, or a text or JSON file; none: the source's own."
     )
-    batch_size: int = Field(256, ge=1, description="Images, and texts, encoded at once; no influence on the scores.")
-    workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the evaluating process itself.")
+    batch_size: int = Field(
+        256,
+        ge=1,
+        description="Images, and texts, encoded at once; no influence on the scores.",
+        json_schema_extra=RESUMABLE,
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that read and decode; 0: the evaluating process itself.",
+        json_schema_extra=RESUMABLE,
+    )
     timeout: float = Field(
-        DEFAULT_TIMEOUT, ge=0, description="Seconds that a batch may take to be read before it stops; 0: any time."
+        DEFAULT_TIMEOUT,
+        ge=0,
+        description="Seconds that a batch may take to be read before it stops; 0: any time.",
+        json_schema_extra=RESUMABLE,
     )
     limit: int | None = Field(None, ge=1, description="Only the first so many samples; none: all.")
     shared_captions: bool = Field(

@@ -192,7 +192,11 @@ class PlanSampler(Sampler[Plan]):
         return _Phase(first, only, sizes, tuple(cursors))
 
     def __iter__(self) -> Iterator[Plan]:
-        return (self.plan(step) for step in range(self.start, self.stop))
+        return self.skip(0)
+
+    def skip(self, count: int) -> Iterator[Plan]:
+        """All plans but the first `count`, which are not made."""
+        return (self.plan(step) for step in range(self.start + count, self.stop))
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -30,7 +30,7 @@ from cmapkd.compare.config import parse_arm, parse_axis
 from cmapkd.compare.write import rich_table
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, vocabulary_captions
 from cmapkd.training import Interrupted, NonFiniteLossError

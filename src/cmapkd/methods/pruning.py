@@ -19,8 +19,9 @@ from cmapkd.methods.stages import Part, StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models.cut import cut
 from cmapkd.models.masked import MaskedEncoder, check_prunable
-from cmapkd.models.prunable import Kept, PrunableTower, TowerSizes, cut, kept_sizes
+from cmapkd.models.prunable import Kept, PrunableTower, TowerSizes, kept_sizes
 from cmapkd.models.types import Tower
 from cmapkd.objectives import sparsity_constraint, target_sparsity
 

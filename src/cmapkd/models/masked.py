@@ -16,9 +16,10 @@ from torch.func import functional_call
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.cut import cut
 from cmapkd.models.gates import LOG_ALPHA_RANGE, drawn_gates, expected_weights, fixed_gates
 from cmapkd.models.parts import within
-from cmapkd.models.prunable import PrunableTower, cut
+from cmapkd.models.prunable import PrunableTower
 from cmapkd.models.types import BOTH, Tower, TowerFeatures
 
 

@@ -32,7 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "global": TOP,
     "global int8": TOP,
     "pooled": {"places": "pooled"},
-    "global, 1024 of the bank": {**TOP, "bank_sample": 1024},
+    "global, 1024 of the bank": {**TOP, "bank": {"sample": 1024}},
     **{f"{k} key tokens": {"places": "key_tokens", "key_tokens": k} for k in (4, 8, 16, 32)},
     "dense": {},
 }

@@ -298,7 +298,7 @@ def test_interrupted_run_is_resumed_by_the_same_call(
 
     values = settings(teacher, baseline="scratch", seed=4)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_signals", asked_at_once)
+        patch.setattr(trainer, "signals", asked_at_once)
         for resume in (False, True):  # steps 1 and 2 of the student
             with pytest.raises(Interrupted, match="saved step-00000000"):
                 cmapkd.distill(**values, out=tmp_path / "a", resume=resume)

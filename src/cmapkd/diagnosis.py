@@ -14,8 +14,10 @@ import torch
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.cache.cost import measure
-from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
 from cmapkd.data.records import iter_captions
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Source
@@ -253,12 +255,22 @@ def _measure_steps(method: Method, source: Source, config: RunConfig, texts: Tex
             seed=config.seed,
             start=0,
             stop=WARM_STEPS + MEASURED_STEPS,
+            streams=streams_of(source),
         )
     except ValueError as error:
         yield Finding("problem", "steps", str(error))
         return
     models = readers(method.student, *method.teachers.values())
-    builder = BatchBuilder(source, config.data.views, models, seed=config.seed, extras=method.extras, texts=texts)
+    builder = BatchBuilder(
+        source,
+        config.data.views,
+        models,
+        seed=config.seed,
+        extras=method.extras,
+        texts=texts,
+        more_views=method.more_views,
+        view_specs=config.data.more_views,
+    )
     optimizer = make_optimizer(method, config.optim)
     loading: list[float] = []
     computing: list[float] = []

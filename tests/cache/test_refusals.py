@@ -14,7 +14,7 @@ from cache_support import LENGTH, VIEWS, CacheReader, built, cache_plan, content
 
 from cmapkd.cache import CacheError, describe, verify
 from cmapkd.cache.parts import CacheFolder
-from cmapkd.data.batches import PlanSampler
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.views import ViewSpec
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.vocabulary import TrainedTokenizer

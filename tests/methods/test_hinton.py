@@ -18,8 +18,9 @@ import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.open import open_source
+from cmapkd.data.views import View
 from cmapkd.diagnosis import diagnose
-from cmapkd.methods.base import LABELS
+from cmapkd.methods.dual import LABELS
 from cmapkd.models import load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
@@ -84,11 +85,11 @@ def test_prompts_are_drawn_from_the_random_state() -> None:
 def test_a_share_of_the_labels_is_the_same_samples_every_time() -> None:
     source = open_source("scenes:easy?length=400")
     few, more = LabelReader(0.1), LabelReader(0.3)
-    shown = [index for index in range(400) if few.read(source[index], 0) >= 0]
+    shown = [index for index in range(400) if few.read(source[index], View(), 0) >= 0]
     assert 20 < len(shown) < 65
-    assert shown == [index for index in range(400) if few.read(source[index], 7) >= 0]
-    assert set(shown) < {index for index in range(400) if more.read(source[index], 0) >= 0}
-    assert LabelReader().join([few.read(source[shown[0]], 0), -1]).tolist() == [source[shown[0]].label, -1]
+    assert shown == [index for index in range(400) if few.read(source[index], View(), 7) >= 0]
+    assert set(shown) < {index for index in range(400) if more.read(source[index], View(), 0) >= 0}
+    assert LabelReader().join([few.read(source[shown[0]], View(), 0), -1]).tolist() == [source[shown[0]].label, -1]
 
 
 def run_settings(**changes: Any) -> dict[str, Any]:

@@ -35,7 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
     "cmapkd, key tokens": ("cmapkd", {**CMAPKD_IN_FULL, "places": "key_tokens", "key_tokens": 2}),
     "cmapkd, pooled": ("cmapkd", {**CMAPKD_IN_FULL, "places": "pooled"}),
-    "cmapkd, top down and gated": ("cmapkd", {**CMAPKD_IN_FULL, "top_down": True, "weighting": "gate"}),
+    "cmapkd, top down and gated": (
+        "cmapkd",
+        {**CMAPKD_IN_FULL, "ablations": {**CMAPKD_IN_FULL["ablations"], "top_down": True}, "weighting": "gate"},
+    ),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
     "hinton, classes": ("hinton", {"form": "classes"}),

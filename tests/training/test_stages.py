@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from cmapkd.config import ConfigError
 from cmapkd.methods import StageConfig
 from cmapkd.methods.stages import stage_ends
-from cmapkd.models import TowerFeatures
-from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.training import TrainConfig, Trainer
+from contracted import NormedStudent
 from helpers import make_method, make_model, make_trainer, read_lines
 from training.test_resume import assert_same_end, interrupt
 
@@ -117,18 +114,6 @@ def test_a_run_interrupted_in_any_stage_ends_the_same(
     again = staged(tmp_path / "parts")
     again.run(resume=True)
     assert_same_end(whole, again)
-
-
-class NormedStudent(TinyDualEncoder):
-    """Has a batch norm."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.norm = nn.BatchNorm1d(self.embed_dim)
-
-    def encode_image(self, images: Any, levels: Any = ()) -> TowerFeatures:
-        tower = super().encode_image(images, levels)
-        return replace(tower, embedding=self.norm(tower.embedding))
 
 
 def test_batch_norms_that_do_not_learn_keep_their_statistics(tmp_path: Path) -> None:

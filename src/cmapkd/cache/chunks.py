@@ -75,8 +75,7 @@ class Chunks(Dataset[Chunk]):
             checks[row] = row_check(sample.id, number, joined(texts))
         inputs = None
         if pixels:
-            captions, *more = zip(*chosen, strict=True)
-            inputs = self.reader.input(torch.stack(pixels), captions, dict(zip(self.texts.pools, more, strict=True)))
+            inputs = self.reader.input(torch.stack(pixels), *self.texts.columns(chosen))
         return Chunk(place, inputs, checks, tuple(ids), tuple(bad))
 
 

@@ -63,22 +63,28 @@ class CacheReader:
         return found is not None and bool(self._map(found[0], found[1])[CHECK][found[2]])
 
     def read(
-        self, view: int, indices: Sequence[int], ids: Sequence[str], captions: Sequence[str], missing: Sequence[int]
+        self,
+        view: int | Sequence[int],
+        indices: Sequence[int],
+        ids: Sequence[str],
+        captions: Sequence[str],
+        missing: Sequence[int],
     ) -> StoredRows:
         rows = np.zeros(len(indices), self.cache.layout.dtype)
         expected = np.zeros(len(indices), np.uint64)
         lacking = set(missing)
+        views = [view] * len(indices) if isinstance(view, int) else view
         places: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for place, index in enumerate(indices):
             if place in lacking:
                 continue
-            found = self._find(view, index)
+            found = self._find(views[place], index)
             if found is None:
                 raise CacheError(
-                    f"{self.cache.path} has no view {view} of sample {ids[place]!r}: build what is missing"
+                    f"{self.cache.path} has no view {views[place]} of sample {ids[place]!r}: build what is missing"
                 )
             places.setdefault(found[:2], []).append((place, found[2]))
-            expected[place] = row_check(ids[place], view, captions[place])
+            expected[place] = row_check(ids[place], views[place], captions[place])
         for (part, shard), pairs in places.items():
             to, at = zip(*pairs, strict=True)
             rows[[*to]] = self._map(part, shard)[[*at]]
@@ -86,9 +92,9 @@ class CacheReader:
         if len(wrong):
             place = int(wrong[0])
             raise CacheError(
-                f"{self.cache.path} answers another sample, view or caption than view {view} of {ids[place]!r} with "
-                f"{captions[place]!r}: the data changed in a way that its fingerprint does not show. Remove the cache "
-                "and build it again."
+                f"{self.cache.path} answers another sample, view or caption than view {views[place]} of "
+                f"{ids[place]!r} with {captions[place]!r}: the data changed in a way that its fingerprint does not show. "
+                "Remove the cache and build it again."
             )
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))

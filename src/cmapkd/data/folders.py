@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class FolderSource(StoredSource):
         classes: a classes JSON, the classes themselves, "none", or None for a `classes.json` inside or beside the
             folder or zip.
         shown: the source's name, where it is not `folder:`.
+        texts: keys of an image's JSON that hold further pools of text.
     Raises:
         ConfigError: no images, images both in and beside class folders, or class folders that `classes` does not name.
     """
@@ -57,8 +58,9 @@ class FolderSource(StoredSource):
         keep: Keep | None = None,
         classes: Classes | str | None = None,
         shown: str | None = None,
+        texts: Sequence[str] = (),
     ) -> None:
-        keep = keep or Keep()
+        keep, self._pools = keep or Keep(), tuple(texts)
         shown = shown or f"folder:{name}"
         self._images = open_images(name, f"{shown.partition(':')[0]}:")
         files = sorted(list_files(self._images.path) if isinstance(self._images, Folder) else self._images.members)
@@ -104,7 +106,7 @@ class FolderSource(StoredSource):
 
     def _record(self, entry: int) -> Record:
         texts = {kind: self._images.read(file) for kind, file in self._text_files(entry).items()}
-        record = read_record(texts)[0]
+        record = read_record(texts, pools=self._pools)[0]
         label = record.label if self._labels is None else int(self._labels[entry])
         return Record(record.captions, label, record.questions, record.boxes, record.texts)
 

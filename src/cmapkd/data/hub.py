@@ -12,12 +12,12 @@ import numpy as np
 from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, nearest
 from cmapkd.data.reading import Folder, check_size
-from cmapkd.data.records import TEXT_POOLS, Record, Unusable, parse_captions, parse_id, parse_record
+from cmapkd.data.records import TEXT_KEYS, Record, Unusable, parse_captions, parse_id, parse_record
 from cmapkd.data.splits import pick_split
 from cmapkd.data.stored import Keep, StoredSource, Texts
 from cmapkd.data.tables import Columns
 
-FURTHER_COLUMNS = ("question", "answer", "answers", "qa", *(key for keys in TEXT_POOLS.values() for key in keys))
+FURTHER_COLUMNS = ("question", "answer", "answers", "qa", *(key for keys in TEXT_KEYS.values() for key in keys))
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -56,13 +56,18 @@ class HubSource(StoredSource):
         self._captions = _first(columns.caption, table.features)
         id_column, label = _first(columns.id, table.features), _first(columns.label, table.features)
         columns.check(name, table.features)
-        self._label = label
+        self._label, self._pools = label, tuple(columns.texts)
         feature = table.features[label] if label else None
         names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         images = table.select_columns([self._column])
         self._is_path = getattr(table.features[self._column], "dtype", None) == "string"
         self._pictures = images if self._is_path else images.cast_column(self._column, datasets.Image(decode=False))
-        texts = [self._captions, id_column, label, *(q for q in FURTHER_COLUMNS if q in table.features)]
+        texts = [
+            self._captions,
+            id_column,
+            label,
+            *(q for q in (*FURTHER_COLUMNS, *self._pools) if q in table.features),
+        ]
         chosen = list(dict.fromkeys(text for text in texts if text is not None and text != self._column))
         self._texts = table.select_columns(chosen) if chosen else None
         ids, bad = self._find_ids(id_column, len(table))
@@ -117,8 +122,8 @@ class HubSource(StoredSource):
         captions = None if self._captions is None else parse_captions(values[self._captions])
         label = values.get(self._label) if self._label else None
         unlabelled = {} if label is None or label == -1 else {"label": label}  # -1: a hub test split without labels
-        asked = {name: values[name] for name in FURTHER_COLUMNS if name in values}
-        record = parse_record({**asked, **unlabelled}, caption_keys=())
+        asked = {name: values[name] for name in (*FURTHER_COLUMNS, *self._pools) if name in values}
+        record = parse_record({**asked, **unlabelled}, caption_keys=(), texts=self._pools)
         return Record(captions, record.label, record.questions, texts=record.texts)
 
     def _image(self, entry: int) -> bytes:

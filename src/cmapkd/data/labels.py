@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import Sample
+from cmapkd.data.views import View
 
 NO_LABEL = -1
 
@@ -26,7 +27,7 @@ class LabelReader:
 
     share: float = 1.0
 
-    def read(self, sample: Sample, epoch: int) -> int:  # noqa: ARG002  the same in every epoch
+    def read(self, sample: Sample, view: View, epoch: int) -> int:  # noqa: ARG002  the same in every view and epoch
         if sample.label is None or (self.share < 1 and uniforms(1, "label", sample.id)[0] >= self.share):
             return NO_LABEL
         return sample.label

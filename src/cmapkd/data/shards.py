@@ -22,13 +22,16 @@ class ShardSource(StoredSource):
     Args:
         pattern: a tar, a folder of tars, a glob, or braces as in `{000000..000012}`.
         classes: names of the labels by number, so that labels may also be given by name.
+        texts: keys of a sample's JSON that hold further pools of text.
     Raises:
         ConfigError: nothing matches, no shard is a plain tar, or there are no samples.
     """
 
-    def __init__(self, pattern: str, *, keep: Keep | None = None, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, pattern: str, *, keep: Keep | None = None, classes: Sequence[str] | None = None, texts: Sequence[str] = ()
+    ) -> None:
         paths = find_files(pattern, suffix=".tar", what="webdataset:")
-        self._paths = [str(path) for path in paths]
+        self._paths, self._pools = [str(path) for path in paths], tuple(texts)
         self._labels = None if classes is None else {name: number for number, name in enumerate(classes)}
         shards, fields, offsets, sizes, ends = array("q"), array("q"), array("q"), array("q"), array("q", [0])
         names: dict[str, int] = {}  # of fields, such as jpg and json
@@ -94,7 +97,7 @@ class ShardSource(StoredSource):
                 if members[name][1] > MAX_TEXT_BYTES:
                     raise Unusable(f"{name} is too large: {members[name][1]} bytes, limit {MAX_TEXT_BYTES}")
                 texts[name] = self._read(entry, members[name])
-        return read_record(texts, self._labels)[0]
+        return read_record(texts, self._labels, self._pools)[0]
 
     def _image(self, entry: int) -> bytes:
         members = self._members(entry)

@@ -22,8 +22,10 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows
 from cmapkd.features.pyramid import pooled
-from cmapkd.methods.base import LABELS, Method, MethodCard, MethodConfig, Term
-from cmapkd.methods.micro_batches import Rows, encode_again, join_rows, micro_batches
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.micro_batches import encode_checkpointed, join_rows, micro_batches
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, LevelInfo, Needs
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.texts import LearnedClassVectors
@@ -79,7 +81,7 @@ class Proxy(nn.Module):
         return logits
 
 
-class C2KD(Method):
+class C2KD(DualEncoderMethod):
     """An image and a text tower learn the classes, and from each other where they rank a sample's classes alike."""
 
     Config: ClassVar[type[MethodConfig]] = C2KDConfig
@@ -159,11 +161,11 @@ class C2KD(Method):
     def teacher_needs(self) -> Needs:
         return Needs(text_levels=(self.text_level.name,), towers=("text",))
 
-    def _encode(self, part: Batch, _number: int = 0) -> Rows:
+    def _encode(self, part: Batch, _number: int = 0) -> dict[str, Tensor]:
         """Both towers on a part of the batch: embeddings, and the levels that the proxies read as one vector each."""
-        pixels = part.inputs["student"].images.to(self._device, non_blocking=True)
+        pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
         image = self.student.encode_image(pixels, self.student_needs.image_levels)
-        texts = part.inputs["teacher"].texts.to(self._device, non_blocking=True)
+        texts = part.inputs["teacher"].texts.to(self.device, non_blocking=True)
         text = self.text_model.encode_text(texts, self.teacher_needs.text_levels)
         return {
             "image": image.embedding,
@@ -174,7 +176,7 @@ class C2KD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         parts = micro_batches(batch, self.micro_batch)
-        found = join_rows(encode_again(self._encode, parts, model=self))
+        found = join_rows(encode_checkpointed(self._encode, parts, model=self))
         rows = {name: gather_rows(values) for name, values in found.items()}  # batch norms see the whole batch, too
         labels = self.labels(batch)
         scale = self.student.log_logit_scale.exp().reshape(())

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from cmapkd.data.masks import check_mask, hidden_squares, hide
 from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import (
     contrastive_loss,
@@ -97,7 +100,7 @@ class Fusion(nn.Module):
         return self.image(image), self.text(text)
 
 
-class ClipKD(Method):
+class ClipKD(DualEncoderMethod):
     """The student imitates the teacher's embeddings and similarities, and is contrasted with its other modality."""
 
     Config: ClassVar[type[MethodConfig]] = ClipKDConfig
@@ -213,7 +216,7 @@ class ClipKD(Method):
         """Other squares for each sample and view, so the same however a batch is shared out."""
         patch = self.config.mask_patch
         squares = hidden_squares(
-            part.ids, view=part.view, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
+            part.ids, view=part.view_of_each, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
         )
         return hide(pixels, squares, patch=patch)
 
@@ -221,8 +224,8 @@ class ClipKD(Method):
         return self.wants(name, self.weights.get(name, 0.0))
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, step: StepInfo) -> None:
+        super().after_step(step)
         for scale in (self.interactive_scale, self.fusion_scale):
             if scale is not None and self.config.interactive_scale == "exp":
                 scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))

@@ -16,8 +16,10 @@ from cmapkd.data.types import Batch
 from cmapkd.features.hierarchy import aligned_words, pool_words, token_level
 from cmapkd.features.pyramid import grid_of, level_grid
 from cmapkd.features.taps import level_at
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.stages import StageConfig
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, Needs
 from cmapkd.models.reach import Tower, example_output, parameters_behind
 from cmapkd.objectives import hint_distance, level_distance, similarity_divergence
@@ -91,7 +93,7 @@ class FitNetConfig(MethodConfig):
         return weight if isinstance(weight, tuple) else (weight, weight)
 
 
-class FitNet(Method):
+class FitNet(DualEncoderMethod):
     """The teacher's middle layer teaches the student's to begin with, through a regressor that is thrown away."""
 
     Config: ClassVar[type[MethodConfig]] = FitNetConfig
@@ -200,7 +202,7 @@ class FitNet(Method):
                 temperature=config.temperature,
             )
             start, end = config.distilled()
-            terms["similarity"] = Term(similarity, start + (end - start) * self.progress)
+            terms["similarity"] = Term(similarity, start + (end - start) * self.step.progress)
         return terms
 
     def _distances(self, part: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:

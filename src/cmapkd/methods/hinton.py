@@ -17,7 +17,9 @@ from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import LABELS, Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, Needs
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, frozen_class_vectors
@@ -54,7 +56,7 @@ class HintonConfig(MethodConfig):
         return self.form == "in_batch"
 
 
-class Hinton(Method):
+class Hinton(DualEncoderMethod):
     """The teacher's softmax over the batch, each image over texts and each text over images; or over classes."""
 
     Config: ClassVar[type[MethodConfig]] = HintonConfig

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import Method, MethodConfig, Term
+from cmapkd.methods.card import MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.stages import Part, StageConfig
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.masked import MaskedEncoder, check_prunable
 from cmapkd.models.prunable import Kept, PrunableTower, TowerSizes, cut, kept_sizes
@@ -63,7 +66,7 @@ class PruningConfig(MethodConfig):
         return values if self.masks is not None else {key: value for key, value in values.items() if key != "masks"}
 
 
-class PruningMethod(Method):
+class PruningMethod(DualEncoderMethod):
     """A method whose terms need nothing of the student but its embeddings, so that it may become smaller meanwhile.
 
     A stage that states a `sparsity` trains a `MaskedEncoder`, with the constraint as one more term; the next one begins
@@ -85,7 +88,7 @@ class PruningMethod(Method):
 
     @staticmethod
     def part_of(name: str) -> Part:
-        return "modules" if name.startswith("student.masks.") else Method.part_of(name)
+        return "modules" if name.startswith("student.masks.") else DualEncoderMethod.part_of(name)
 
     def own_rate(self, name: str) -> float | None:
         return self.masks_config.rate if name.startswith(("student.masks.", "constraint.")) else None
@@ -120,7 +123,7 @@ class PruningMethod(Method):
                 f"stage {stages[-1].name!r} is the last and has masks: add one without sparsity, in which the smaller "
                 "student learns to do without what is gone"
             )
-        if self.beside is not None:
+        if self.auxiliary is not None:
             raise ConfigError("heads read the student's levels, whose width changes under masks: leave heads out")
 
     def check_stage(self, stage: StageConfig) -> None:
@@ -147,17 +150,17 @@ class PruningMethod(Method):
             return
         sizes = {tower: TowerSizes.read(values) for tower, values in structure["sizes"].items()}
         if sizes != {tower: parts.sizes for tower, parts in self.student.prunable.items()}:
-            self.student = self.student.resized(sizes).to(self._device)
+            self.student = self.student.resized(sizes).to(self.device)
         if structure["masked"]:
             self._mask()
         self._start = structure["start"]
 
     def reshape(self, stage: StageConfig) -> None:
         if self.constraint is not None and stage.sparsity is None:
-            self._let_all_learn()
+            self.let_all_learn()
             self._shrink()
         elif self.constraint is None and stage.sparsity is not None:
-            self._let_all_learn()
+            self.let_all_learn()
             present, allowed = _num_weights(self.student.prunable), self.num_weights * (1 - stage.sparsity)
             if self.masks_config.choice == "learned":
                 self._start = 1 - present / self.num_weights
@@ -165,17 +168,17 @@ class PruningMethod(Method):
             elif present > allowed:  # else this stage was interrupted, and has done it
                 self.student = by_lot(self.student, allowed)
 
-    def forward(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch, step: StepInfo | None = None) -> dict[str, Term]:
         student = self.student
         if not isinstance(student, MaskedEncoder):
-            return super().forward(batch)
+            return super().forward(batch, step)
         if self.training:
             student.draw()
-        terms = super().forward(batch)
+        terms = super().forward(batch, step)
         assert self.constraint is not None
         assert self.stage.sparsity is not None
         target = target_sparsity(
-            self._start, self.stage.sparsity, progress=self.progress, warmup=self.masks_config.warmup
+            self._start, self.stage.sparsity, progress=self.step.progress, warmup=self.masks_config.warmup
         )
         expected = 1 - student.expected_weights() / self.num_weights
         terms[TERM] = Term(self.constraint(expected, target))
@@ -188,8 +191,8 @@ class PruningMethod(Method):
         return terms
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, step: StepInfo) -> None:
+        super().after_step(step)
         if isinstance(self.student, MaskedEncoder):
             self.student.after_step()
 
@@ -211,7 +214,7 @@ class PruningMethod(Method):
 
     def _mask(self) -> None:
         self.student = MaskedEncoder(self.student)
-        self.constraint = _Multipliers(self.masks_config.strength).to(self._device)
+        self.constraint = _Multipliers(self.masks_config.strength).to(self.device)
 
 
 class _Multipliers(nn.Module):

@@ -13,8 +13,11 @@ import torch
 from pydantic import Field
 
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import task_loss
 from cmapkd.methods.pruning import PruningConfig, PruningMethod
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, FrozenTeacher
 from cmapkd.objectives import similarity_divergence
 
@@ -104,8 +107,8 @@ class TinyCLIP(PruningMethod):
         return terms
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, step: StepInfo) -> None:
+        super().after_step(step)
         self._fix_scale()
 
     @torch.no_grad()

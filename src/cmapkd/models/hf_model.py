@@ -13,6 +13,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
@@ -77,6 +78,18 @@ class HfModel(DualEncoder):
         """CLIP's clamp; not for SigLIP (arXiv:2303.15343), which has none and ends above 100."""
         if self.logit_bias is None:
             super().clamp_logit_scale()
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        """SigLIP's image tower ends in attention pooling and has no projection; its text tower's head is one."""
+        projections = ("visual_projection", "text_projection", "text_model.head")
+        prefixes = {
+            "image": ("model.vision_model",),
+            "text": ("model.text_model",),
+            "projections": [f"model.{name}" for name in projections],
+            "scale": ("model.logit_scale", "model.logit_bias"),
+        }
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:

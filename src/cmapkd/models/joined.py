@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.parts import joined_parts, split_by_name, within
 from cmapkd.models.prompts import DeepPrompts
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.registry import load_model
@@ -85,6 +86,18 @@ class JoinedEncoder(DualEncoder):
     @property
     def logit_bias(self) -> Tensor | None:
         return self.image.logit_bias
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        """Those of the student, with the projector among its projections; `prompts` where there are any.
+
+        A text model that this one owns, as a loaded folder does, is in them part by part.
+        """
+        prefixes = {"projections": ("project",), "prompts": ("prompts",)}
+        names = [name for name, _ in self.named_parameters() if not name.startswith(_MODELS)]
+        own = {part: found for part, found in split_by_name(names, prefixes).items() if found or part != "prompts"}
+        text = {} if self.text is None else within("text", self.text.parts)
+        return joined_parts(within("image", self.image.parts), text, own)
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:

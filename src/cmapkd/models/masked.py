@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.gates import LOG_ALPHA_RANGE, drawn_gates, expected_weights, fixed_gates
+from cmapkd.models.parts import within
 from cmapkd.models.prunable import PrunableTower, cut
 from cmapkd.models.types import BOTH, Tower, TowerFeatures
 
@@ -71,6 +72,12 @@ class MaskedEncoder(DualEncoder):
     def logit_bias(self) -> Tensor | None:
         return self.model.logit_bias
 
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        """Those of the full model, and `masks`."""
+        masks = frozenset(f"masks.{name}" for name in self.masks)
+        return {**within("model", self.model.parts), "masks": masks}
+
     def clamp_logit_scale(self) -> None:
         self.model.clamp_logit_scale()
 
@@ -95,7 +102,8 @@ class MaskedEncoder(DualEncoder):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keeps every log alpha in its range, and lets go of the last draw."""
+        """Keeps every log alpha and the logit scale in their ranges, and lets go of the last draw."""
+        super().after_step()
         for log_alpha in self.masks.values():
             log_alpha.clamp_(*LOG_ALPHA_RANGE)
         self._drawn = {}

@@ -19,6 +19,7 @@ from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.open_clip_pruning import prunable_towers, resize
+from cmapkd.models.parts import split_by_name
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.spans import span_finder
 from cmapkd.models.storage import check_sizes, load_weights, read_weights, write_model_folder
@@ -111,6 +112,16 @@ class OpenClipModel(DualEncoder):
         """CLIP's clamp; not where there is a bias, as SigLIP (arXiv:2303.15343) has none and ends above 100."""
         if self.model.logit_bias is None:
             super().clamp_logit_scale()
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        prefixes = {
+            "image": ("model.visual",),
+            "text": ("model",),  # open_clip.CLIP keeps its text tower's weights beside the image tower
+            "projections": [f"model.{name}" for name in _projections(self.model)],
+            "scale": ("model.logit_scale", "model.logit_bias"),
+        }
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
@@ -391,6 +402,17 @@ def _tokens(patches: Tensor, prefix: Tensor | None, grid: tuple[int, int], name:
     if prefix is None:
         return Level(patches, "tokens", grid=grid)
     return Level(torch.cat([prefix, patches], dim=1), "tokens", num_prefix=prefix.shape[1], grid=grid)
+
+
+def _projections(model: Any) -> Iterator[str]:
+    """Names of the weights or modules that lead from the towers to the joint space, where a tower has one."""
+    yield from ("visual.proj", "visual.attnpool.c_proj", "visual.head")  # ViT, ResNet, open_clip's head behind timm
+    yield from ("text_projection", "text.text_projection", "text.proj")  # CLIP, CustomTextCLIP, a transformers tower
+    trunk = getattr(model.visual, "trunk", None)
+    if trunk is not None and trunk.num_classes > 0:  # timm's own classifier projects
+        found = trunk.get_classifier()  # two of a distilled one
+        owners = {id(module) for module in (found if isinstance(found, tuple) else (found,))}
+        yield from (f"visual.trunk.{name}" for name, module in trunk.named_modules() if id(module) in owners)
 
 
 def _has_transformers_text(model: Any) -> bool:

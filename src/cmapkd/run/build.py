@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Reader
-from cmapkd.data.open import open_source
+from cmapkd.data.open import open_streams
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
-from cmapkd.methods import Method, TermsBeside, build_method
-from cmapkd.models import DualEncoder, FrozenTeacher, build_model
+from cmapkd.methods import AuxiliaryTerms, Method, build_method
+from cmapkd.models import DualEncoder, FrozenTeacher, Teacher, build_model
 from cmapkd.run.config import RunConfig
 
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
@@ -20,7 +20,7 @@ VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untra
 
 def open_training(config: RunConfig) -> Source:
     """What the run learns from: samples with captions, or all where the method reads none."""
-    return open_source(config.data.train, split="train", require_captions=config.method.reads_captions)
+    return open_streams(config.data.train, config.data.more, require_captions=config.method.reads_captions)
 
 
 def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
@@ -51,14 +51,14 @@ def method_of(
     config: RunConfig,
     student: DualEncoder,
     teachers: Mapping[str, FrozenTeacher],
-    heads: Callable[[DualEncoder], TermsBeside | None] | None = None,
+    heads: Callable[[DualEncoder], AuxiliaryTerms | None] | None = None,
     classes: ClassPrompts | None = None,
 ) -> Method:
     """The run's method over these models."""
     first, *more = teachers.values() or (None,)
     further = [each for each in more if each is not None]
     return build_method(
-        config.method, student=student, teacher=first, more_teachers=further, beside=heads, classes=classes
+        config.method, student=student, teacher=first, more_teachers=further, auxiliary=heads, classes=classes
     )
 
 
@@ -102,9 +102,10 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
     return ClassPrompts(names, get_templates(config.evaluation.templates, source))
 
 
-def readers(student: DualEncoder, *teachers: FrozenTeacher | None) -> dict[str, Reader]:
-    """How each model of a run reads a batch."""
-    models = {"student": student} | {each.role: each.model for each in teachers if each is not None}
+def readers(student: DualEncoder, *teachers: Teacher | None) -> dict[str, Reader]:
+    """How each model of a run reads a batch; a momentum teacher reads what the student reads."""
+    given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
+    models = {"student": student} | {teacher.role: teacher.model for teacher in given}
     return {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
 
 

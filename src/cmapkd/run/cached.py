@@ -9,6 +9,8 @@ from rich.console import Console
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, all_keys, keys_of_run
 from cmapkd.cache.progress import BuildDisplay
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Source
 from cmapkd.methods import Method
 from cmapkd.models import build_model
@@ -26,8 +28,10 @@ def plan_cache(
     if whole:
         keys = all_keys(length, views.num_views or DEFAULT_VIEWS)
     else:
-        steps = config.training.num_steps(max(1, length // batch_size))
-        keys = keys_of_run(length, batch_size=batch_size, seed=config.seed, steps=steps, views=views)
+        streams, seed = streams_of(source), config.seed
+        sampler = PlanSampler(length, batch_size=batch_size, seed=seed, start=0, stop=0, streams=streams)
+        steps = config.training.num_steps(sampler.steps_per_epoch)
+        keys = keys_of_run(length, batch_size=batch_size, seed=seed, steps=steps, views=views, streams=streams)
     return CachePlan.of_method(
         config.cache or CacheConfig(),
         method,
@@ -44,7 +48,8 @@ def answer_from_cache(
     config: RunConfig, method: Method, source: Source, console: Console | None
 ) -> dict[str, CacheReader]:
     """Builds what is missing, if the config lets it, and puts cached teachers into the method; each one's cache."""
-    return {role: _answer_from_cache(role, config, method, source, console) for role in [*method.teachers]}
+    roles = [role for role in config.teachers if role in method.teachers]
+    return {role: _answer_from_cache(role, config, method, source, console) for role in roles}
 
 
 def _answer_from_cache(

@@ -157,8 +157,9 @@ class RunConfig(Config):
             del values["heads"]
         if not self.more_teachers:
             del values["more_teachers"]
-        if not self.data.mix_synthetic:
-            del values["data"]["mix_synthetic"]
+        for name in ("mix_synthetic", "more", "more_views"):
+            if not values["data"][name]:
+                del values["data"][name]
         if self.data.timeout == DEFAULT_TIMEOUT:
             del values["data"]["timeout"]
         if self.evaluation.timeout == DEFAULT_TIMEOUT:

@@ -13,7 +13,7 @@ from rich.console import Console
 from cmapkd.config import writing
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.evaluation.probes.joint import JointHeads
-from cmapkd.models import DualEncoder
+from cmapkd.models import DualEncoder, MomentumTeacher
 from cmapkd.run.build import (
     build_student,
     classes_of,
@@ -60,6 +60,8 @@ def train(
         extras=method.extras,
         texts=texts,
         memory=config.data.memory,
+        more_views=method.more_views,
+        view_specs=config.data.more_views,
     )
     trainer = Trainer(
         method,
@@ -77,7 +79,9 @@ def train(
         title=title,
     )
     extra = sum(parameter.numel() for parameter in method.parameters()) - student.num_parameters()
+    extra -= sum(t.model.num_parameters() for t in method.teachers.values() if isinstance(t, MomentumTeacher))
     trained = trainer.run(resume=resume)
+    assert isinstance(trained.student, DualEncoder)
     student = trained.student
     if trainer.accelerator.is_main_process:
         if config.training.student == "best":
@@ -85,7 +89,7 @@ def train(
             tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
             student.load_state_dict(tensors["student"])
         save_student(student, out / "student")
-        if isinstance(method.beside, JointHeads):
+        if isinstance(method.auxiliary, JointHeads):
             with writing(out):
-                method.beside.save(out / "heads")
+                method.auxiliary.save(out / "heads")
     return student, trained, extra

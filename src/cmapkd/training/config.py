@@ -39,6 +39,12 @@ class TrainConfig(Config):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or epochs.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training data; give this or steps.")
     stages: tuple[StageConfig, ...] = Field((), description="Stretches with terms, levels and parts of their own.")
+    train_parts: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Parts of the student that learn, by the names in its `parts` (image, text, projections, scale); "
+        "none: all. A method's own modules learn in any case.",
+    )
     batch_size: int = Field(256, ge=2, description="Pairs in a step, over all processes.")
     micro_batch: int | None = Field(
         None,

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import cmapkd
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Batch, Sample, Source
 from cmapkd.data.views import WHOLE
 from cmapkd.diagnosis import diagnose
@@ -69,7 +70,7 @@ def heads_and_method(source: Source, config: dict[str, Any] | None = None) -> tu
     )
     assert heads is not None
     kind = METHODS["contrastive"]
-    method = build_method(kind.Config(name="contrastive"), student=student, teacher=None, beside=lambda _: heads)
+    method = build_method(kind.Config(name="contrastive"), student=student, teacher=None, auxiliary=lambda _: heads)
     builder = BatchBuilder(source, WHOLE, readers(student, None), seed=0, extras=method.extras)
     return method, heads, builder
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import PlanSampler
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.scenes.source import ScenesSource
 from cmapkd.data.types import Source
 from cmapkd.evaluation.config import SuiteConfig

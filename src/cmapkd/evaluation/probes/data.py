@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cmapkd.data.batches import Plan
+from cmapkd.data.plans import Plan
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Source, TokenBatch
 from cmapkd.evaluation.probes.features import ImageFeatures, TextFeatures, whole_picture
 from cmapkd.models.base import DualEncoder

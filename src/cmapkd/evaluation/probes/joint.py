@@ -40,15 +40,15 @@ from cmapkd.evaluation.probes.probe import Head, Seen
 from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.features import gather_rows
 from cmapkd.features.pyramid import Grid
-from cmapkd.methods import Term, TermsBeside
-from cmapkd.methods.micro_batches import encode_again, micro_batches
+from cmapkd.methods import AuxiliaryTerms, Term
+from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.models.base import DualEncoder, ImageSpec
 from cmapkd.models.texts import evaluating
 
 _EXTRA = "heads"  # under which a batch carries a `LessonBatch`
 
 
-class JointHeads(TermsBeside):
+class JointHeads(AuxiliaryTerms):
     """One term `task_<name>` for each head: the mean of its loss over what the whole batch has for it to learn.
 
     The student encodes the heads' pictures by themselves, for they are whole and unchanged: a view may crop away what a
@@ -102,7 +102,7 @@ class JointHeads(TermsBeside):
             return sums
 
         parts = micro_batches(_pictures_alone(told.pictures, device), size) if len(told.pictures) else []
-        sums = encode_again(part_sums, parts, model=student) if parts else []
+        sums = encode_checkpointed(part_sums, parts, model=student) if parts else []
         own = [
             _nothing(student, head) + sum(part[name] for part in sums if name in part) for name, head in heads.items()
         ]

@@ -1,0 +1,80 @@
+"""bf16 beside fp32, term by term: every model family under two methods, and every method under `tiny`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_support import FAMILIES, has_batch_norm, make, method_for
+from torch import Tensor
+
+from cmapkd.data.batches import PlanSampler
+from cmapkd.data.types import Batch
+from cmapkd.methods import METHODS, Method
+from helpers import CLIP_KD_IN_FULL, CMAPKD_IN_FULL, MemorySource, make_builder, make_method, random_batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Of a number's size. Measured: terms at most 0.007 and gradients 0.013; where a batch norm divides by the spread of few
+# nearly equal numbers 0.023 and 0.2. Twice that, about, is allowed.
+TERMS, GRADIENTS = {False: 0.015, True: 0.05}, {False: 0.03, True: 0.4}
+
+
+def measured(method: Method, earlier: Batch, batch: Batch, *, bf16: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms and the student's whole gradient, as the trainer computes them in either precision.
+
+    Args:
+        earlier: fills a bank, if there is one.
+    """
+    with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
+        with torch.no_grad():
+            method(earlier)
+        terms = method(batch)
+    torch.stack([term.weight * term.value.float() for term in terms.values()]).sum().backward()
+    gradients = [p.grad.flatten() for p in method.student.parameters() if p.grad is not None]
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    return {name: term.value.detach().float() for name, term in terms.items()}, torch.cat(gradients)
+
+
+def check(make_it: Callable[[], Method], earlier: Batch, batch: Batch) -> None:
+    """Each term by itself: a large one does not hide a small one that is wrong."""
+    exact, exact_gradient = measured(make_it(), earlier, batch, bf16=False)
+    rounded, rounded_gradient = measured(make_it(), earlier, batch, bf16=True)
+    assert rounded.keys() == exact.keys()
+    normed = has_batch_norm(make_it())
+    for name, value in exact.items():
+        error = float((rounded[name] - value).abs() / value.abs())
+        assert error < TERMS[normed], f"{name} is {float(rounded[name]):g} in bf16 and {float(value):g} in fp32"
+    assert any(not torch.equal(rounded[name], value) for name, value in exact.items())  # else nothing was rounded
+    error = float((rounded_gradient - exact_gradient).norm() / exact_gradient.norm())
+    assert error < GRADIENTS[normed], f"the gradient is off by {error:.3f} of its length"
+
+
+@pytest.mark.parametrize("method", ["clip_kd", "cmapkd"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_terms(name: str, method: str, tmp_path: Path) -> None:
+    def made() -> Method:
+        return method_for(make(name, tmp_path), method)
+
+    builder, plans = make_builder(made(), MemorySource(32)), PlanSampler(32, batch_size=16, seed=0, start=0, stop=2)
+    check(made, builder[plans.plan(0)], builder[plans.plan(1)])
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
+    "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_methods_terms(case: str) -> None:
+    name, settings = CASES[case]
+    earlier = random_batch(16, seed=1)
+    earlier = replace(earlier, ids=tuple(f"earlier{number}" for number in range(16)))
+    check(lambda: make_method(name, settings=settings).train(), earlier, random_batch(16))

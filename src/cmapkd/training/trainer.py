@@ -322,7 +322,11 @@ class Trainer:
             with writing(self.out):
                 for tracker in trackers:
                     tracker.log(step, {f"validation/{name}": value for name, value in numbers.items()})
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items() if name != "score")
+            shown = "  ".join(
+                f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.2f}"
+                for name, value in numbers.items()
+                if name != "score"
+            )
             display.say(f"{self.title}: step {step}/{self.total}  validation  {shown}")
             if progress.best_score is None or numbers["score"] > progress.best_score:
                 progress.best_score, progress.best_step = numbers["score"], step

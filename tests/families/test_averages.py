@@ -46,7 +46,9 @@ def test_the_average_is_of_weights_and_statistics_and_the_rest_is_the_students(n
         expected = after[0][key]
         for step in after[1:]:
             expected = DECAY * expected + (1 - DECAY) * step[key]
-        torch.testing.assert_close(average[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            average[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

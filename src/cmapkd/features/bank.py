@@ -168,7 +168,9 @@ class EmbeddingBank(nn.Module):
             ValueError: `num` without a generator.
         """
         if num is not None and generator is None:
-            raise ValueError(f"{num} entries are to be drawn, but from what? Give a generator, as `StepInfo` makes them")
+            raise ValueError(
+                f"{num} entries are to be drawn, but from what? Give a generator, as `StepInfo` makes them"
+            )
         if num is None or num >= self.filled:
             held = slice(max(1, self.filled))  # one empty entry, excluded, where there is nothing yet
             image, text = self.image[held], self.text[held]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cmapkd.features.pyramid import check_known, check_same_levels, pooled
 from cmapkd.models.types import Level, LevelInfo
 
+
 def token_level(level: Level) -> tuple[Float[Tensor, "batch tokens width"], Bool[Tensor, "batch tokens"]]:
     """L1: the hidden states as they are, and which of them are real tokens (start and end tokens included)."""
     if level.layout != "tokens" or level.num_prefix:

@@ -138,7 +138,9 @@ def _places(tokens: TokenBatch) -> Int[Tensor, "batch tokens"]:
 
 
 def _cannot_be_matched(student: TokenBatch, teacher: TokenBatch) -> ValueError:
-    without = " and ".join(role for role, batch in (("student's", student), ("teacher's", teacher)) if batch.spans is None)
+    without = " and ".join(
+        role for role, batch in (("student's", student), ("teacher's", teacher)) if batch.spans is None
+    )
     return ValueError(
         f"student and teacher split the texts differently, and the {without} tokenizer does not say which "
         "characters its tokens stand for, so their tokens cannot be matched: leave levels L1 and L2 out (L3 and L4 "
@@ -148,9 +150,7 @@ def _cannot_be_matched(student: TokenBatch, teacher: TokenBatch) -> ValueError:
 
 def _numbers(
     student: Int[Tensor, "batch student_tokens 2"], teacher: Int[Tensor, "batch teacher_tokens 2"]
-) -> tuple[
-    Int[Tensor, "batch student_tokens"], Int[Tensor, "batch teacher_tokens"], Bool[Tensor, "batch both_tokens"]
-]:
+) -> tuple[Int[Tensor, "batch student_tokens"], Int[Tensor, "batch teacher_tokens"], Bool[Tensor, "batch both_tokens"]]:
     """Words as groups of overlapping spans, found in one pass over the tokens of both, sorted by where they start.
 
     Returns:

@@ -28,7 +28,7 @@ REFUSED = """
 : baseline seed
 data: train val test mix_synthetic
 training: steps epochs batch_size precision ema evaluate_every student
-evaluation: tasks templates class_names limit shared_captions
+evaluation: tasks templates class_names limit shared_captions settings
 cache: store kind
 """
 REFUSED_WHOLE = (  # sections in which every setting is refused, and a new one is without more ado

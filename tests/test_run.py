@@ -17,8 +17,7 @@ from cmapkd.config import ConfigError, load_config
 from cmapkd.data.open import open_source
 from cmapkd.data.types import BadSampleError
 from cmapkd.evaluation.run import evaluate
-from cmapkd.models import load_model
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model, load_model
 from cmapkd.provenance import git_commit
 from cmapkd.results import RunResult, gap_closed
 from cmapkd.run import RunConfig, vocabulary_captions

@@ -14,7 +14,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
 from cmapkd.data.scenes.source import ScenesSource
 from cmapkd.data.types import Sample
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model
 from cmapkd.run import RunConfig, vocabulary_captions
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.evaluation.efficiency import count_macs
 from cmapkd.models import DualEncoder, build_model, load_model
+from cmapkd.models.cut import cut
 from cmapkd.models.gates import fixed_gates
 from cmapkd.models.masked import MaskedEncoder
 from cmapkd.models.open_clip_pruning import SlimAttention
-from cmapkd.models.prunable import Place, TowerSizes, cut
+from cmapkd.models.prunable import Place, TowerSizes
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from helpers import tokenizer
 

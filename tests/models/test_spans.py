@@ -12,7 +12,7 @@ from model_support import TEXTS, save_word_tokenizer
 
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models.hf_model import HfTokenizer
-from cmapkd.models.open_clip_model import OpenClipTokenizer, make_tokenizer
+from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer, make_tokenizer
 from cmapkd.models.vocabulary import TrainedTokenizer
 
 CAPTIONS = (

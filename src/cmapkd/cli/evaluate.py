@@ -63,12 +63,15 @@ def evaluate(
     from cmapkd.api import load
     from cmapkd.data.open import open_source
     from cmapkd.evaluation.config import SuiteConfig
+    from cmapkd.evaluation.headline import remark_on_retrieval
     from cmapkd.evaluation.suite import evaluate_models, training_source
     from cmapkd.evaluation.table import score_table
+    from cmapkd.evaluation.tasks import check_tasks
     from cmapkd.provenance import describe_environment
     from cmapkd.training import Interrupted
 
     config = SuiteConfig.from_mapping(values, where="evaluation settings")
+    check_tasks(config)  # before any model is loaded
     source = open_source(data, split=split) if data is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
@@ -88,6 +91,8 @@ def evaluate(
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
+    for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, scores.values()))):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         content = {

@@ -2,8 +2,9 @@
 
 from cmapkd.models.average import MovingAverage
 from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Model, Tokenizer
+from cmapkd.models.config import FAMILIES, ModelConfig
 from cmapkd.models.images import ImageSpec
-from cmapkd.models.registry import FAMILIES, ModelConfig, build_model, load_model
+from cmapkd.models.load import build_model, load_model
 from cmapkd.models.teacher import FrozenTeacher, MomentumTeacher, Teacher
 from cmapkd.models.types import Features, Level, LevelInfo, Needs, TowerFeatures
 

@@ -22,20 +22,20 @@ def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
         decay: in [0, 1]; 0 copies the model.
     """
     averaged = _averaged(average)
-    pairs = list(zip(averaged, _averaged(model), strict=True))
-    for is_shared in (False, True):  # a list for torch's fused kernels may not mix the two kinds
-        chosen = [(ours, new) for ours, new in pairs if isinstance(ours, DTensor) is is_shared]
-        if not chosen:
-            continue
-        ours, new = (list(side) for side in zip(*chosen, strict=True))
-        if decay == 0:
-            torch._foreach_copy_(ours, new)
-        else:
-            torch._foreach_lerp_(ours, new, 1 - decay)
+    ours, new = ([_local(tensor) for tensor in tensors] for tensors in (averaged, _averaged(model)))
+    if decay == 0:
+        torch._foreach_copy_(ours, new)
+    else:
+        torch._foreach_lerp_(ours, new, 1 - decay)
     known = {id(tensor) for tensor in averaged}
     for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         if id(kept) not in known:
             kept.copy_(buffer)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor that is shared out; a view of the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _averaged(model: nn.Module) -> list[Tensor]:

@@ -84,13 +84,15 @@ class Model(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Writes weights (safetensors), architecture and tokenizer so that `load_model(folder)` reads them back."""
 
-    def load_checkpoint(self, path: Path) -> None:
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
         """Loads a weight file over this model; adapters also take their library's own names.
 
+        Args:
+            averaged: the moving average that a training script kept beside the weights, in place of the weights.
         Raises:
             ValueError: the file is missing or unsafe, or any name or shape does not fit.
         """
-        load_weights(self, read_weights(path), where=path)
+        load_weights(self, read_weights(path, averaged=averaged), where=path)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

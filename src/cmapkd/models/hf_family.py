@@ -12,8 +12,10 @@ from pydantic import Field
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.errors import first_line
+from cmapkd.models.families import Loader
 from cmapkd.models.hf_model import HfModel, HfTokenizer
-from cmapkd.models.registry import ModelConfig
 from cmapkd.models.storage import check_sizes
 
 SUPPORTED = {"clip": "CLIPModel", "siglip": "SiglipModel"}
@@ -51,7 +53,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     return _assemble(source, model, options, revision, config.name, scratch=config.init == "scratch")
 
 
-def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001
     """A folder that `HfModel.save` wrote; needs no network."""
     name = str(description["name"])
     options = HfOptions(context_length=description["options"]["context_length"])
@@ -72,12 +74,12 @@ def _config(source: str, local: bool, revision: dict[str, str], where: str) -> A
     except (OSError, ConnectionError) as error:
         raise ValueError(
             f"there is no model {where}: {source!r} is no local folder, and the Hugging Face hub gave no config.json "
-            f"({_first_line(error)}). Check the name; without a network, "
+            f"({first_line(error)}). Check the name; without a network, "
             "download the repository elsewhere and give its folder."
         ) from None
     except Exception as error:  # of a damaged config, anything
         raise ConfigError(
-            f"{where}: transformers cannot read its config ({_first_line(error)}). Supported: {supported}."
+            f"{where}: transformers cannot read its config ({first_line(error)}). Supported: {supported}."
         ) from None
     if config.model_type == "siglip2":
         raise ConfigError(
@@ -119,7 +121,7 @@ def _pretrained(source: str, config: Any, revision: dict[str, str], where: str) 
         )
     except Exception as error:
         raise ValueError(
-            f"the weights of {where} could not be loaded ({type(error).__name__}: {_first_line(error)}). They must be "
+            f"the weights of {where} could not be loaded ({type(error).__name__}: {first_line(error)}). They must be "
             "model.safetensors, or a torch file of tensors only, of exactly this config's shapes. To convert a file "
             "whose origin you trust, where it was made: model.save_pretrained(folder, safe_serialization=True)."
         ) from None
@@ -174,7 +176,7 @@ def _tokenizer(source: str, revision: dict[str, str], name: str) -> Any:
         return tokenizer
     except Exception as error:
         raise ValueError(
-            f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {_first_line(error)}). "
+            f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). "
             "Copy tokenizer.json and tokenizer_config.json there, or name another place with the option `tokenizer`. A "
             "tokenizer that is only a sentencepiece model needs `pip install sentencepiece protobuf`."
         ) from None
@@ -189,7 +191,7 @@ def _processor(source: str, revision: dict[str, str], config: Any, name: str, *,
     except Exception as error:
         if not scratch:
             raise ValueError(
-                f"{name} has weights but no readable preprocessor_config.json in {source!r} ({_first_line(error)}), so "
+                f"{name} has weights but no readable preprocessor_config.json in {source!r} ({first_line(error)}), so "
                 "the pixels it was trained on are unknown: copy that file there."
             ) from None
     size = config.vision_config.image_size
@@ -203,7 +205,3 @@ def _class(config: Any) -> Any:
     import transformers
 
     return getattr(transformers, SUPPORTED[config.model_type])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

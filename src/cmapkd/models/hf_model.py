@@ -116,8 +116,8 @@ class HfModel(DualEncoder):
         kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in _take(output, levels).items()}
         return TowerFeatures(embedding, kept)
 
-    def load_checkpoint(self, path: Path) -> None:
-        weights = read_weights(path)
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        weights = read_weights(path, averaged=averaged)
         ours = all(key.startswith("model.") for key in weights)
         load_weights(self if ours else self.model, _without_positions(weights), where=path)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.families import Loader
 from cmapkd.models.parts import joined_parts, split_by_name, within
 from cmapkd.models.prompts import DeepPrompts
 from cmapkd.models.reach import example_output, parameters_behind
-from cmapkd.models.registry import load_model
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
 from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import TowerFeatures
@@ -148,7 +148,7 @@ class JoinedEncoder(DualEncoder):
         self.text_model.save(folder / "text")
 
 
-def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:
     """A folder that `JoinedEncoder.save` wrote."""
     options = description["options"]
     shape = options["prompts"]

@@ -12,19 +12,13 @@ from pydantic import Field
 
 from cmapkd.config import Config, ConfigError, closest
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.open_clip_model import (
-    NATIVE_CONFIG,
-    NATIVE_WEIGHTS,
-    TEXT_CONFIG,
-    OpenClipModel,
-    construct,
-    fit_image_size,
-    load_native_weights,
-    make_tokenizer,
-)
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.families import Loader
+from cmapkd.models.open_clip_build import construct, fit_image_size, load_native_weights
+from cmapkd.models.open_clip_model import NATIVE_CONFIG, NATIVE_WEIGHTS, TEXT_CONFIG, OpenClipModel
 from cmapkd.models.open_clip_pruning import resize
+from cmapkd.models.open_clip_tokenizer import make_tokenizer
 from cmapkd.models.prunable import TowerSizes
-from cmapkd.models.registry import ModelConfig
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.types import Tower
 
@@ -78,7 +72,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     )
 
 
-def load(folder: Path, description: dict[str, Any]) -> OpenClipModel:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> OpenClipModel:  # noqa: ARG001
     """A folder that `OpenClipModel.save` wrote; needs no network."""
     model_config, preprocess = description["options"]["config"], description["options"]["preprocess"]
     building = deepcopy(model_config)
@@ -174,7 +168,7 @@ def _assemble(
         config["quick_gelu"] = options.quick_gelu
     model = construct(config, preprocess, where=name)
     if weights is not None:
-        load_native_weights(model, weights)
+        load_native_weights(model, read_weights(weights), where=weights)
     fit_image_size(model, where=name)
     ready = make_tokenizer(text, source=tokenizer)
     return OpenClipModel(model, config=config, preprocess=preprocess, tokenizer=ready, name=name)

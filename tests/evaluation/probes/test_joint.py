@@ -21,8 +21,7 @@ from cmapkd.diagnosis import diagnose
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import METHODS, Method, build_method
-from cmapkd.models import load_model
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model, load_model
 from cmapkd.run import RunConfig, readers, vocabulary_captions
 from cmapkd.training import Interrupted, Trainer
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint

@@ -81,7 +81,7 @@ class PlanSampler(Sampler[Plan]):
             )
         if batch_size % world_size:
             raise ValueError(
-                f"batch size {batch_size} does not divide among {world_size} processes, whose shares must be equal: "
+                f"batch size {batch_size} does not divide among {world_size} processes, whose parts must be equal: "
                 "set training.batch_size to a multiple, or start another number of processes"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed

@@ -16,6 +16,7 @@ from cmapkd.data.types import Batch, TokenBatch
 from cmapkd.features.pyramid import cells_at, standardise
 from cmapkd.methods import Method, StageConfig, StepInfo, build_method
 from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig
+from cmapkd.methods.cmapkd.config import MovedSettingWarning
 from cmapkd.models import FrozenTeacher
 from cmapkd.objectives import interactive_loss, similarity_divergence
 from helpers import CMAPKD_IN_FULL, make_method, make_model, make_trainer, random_batch

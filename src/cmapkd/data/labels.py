@@ -23,13 +23,21 @@ class LabelReader:
     Attributes:
         share: of the samples whose label is shown; which ones is decided by their ids alone, so it is the same in every
             epoch, run and process, and a larger share shows all that a smaller one does.
+        num_classes: a label must be smaller than this; None: any will do. Labels are checked here, where they are read,
+            because looking at them on a GPU would wait for all that was launched there.
     """
 
     share: float = 1.0
+    num_classes: int | None = None
 
     def read(self, sample: Sample, view: View, epoch: int) -> int:  # noqa: ARG002  the same in every view and epoch
         if sample.label is None or (self.share < 1 and uniforms(1, "label", sample.id)[0] >= self.share):
             return NO_LABEL
+        if self.num_classes is not None and sample.label >= self.num_classes:
+            raise ValueError(
+                f"sample {sample.id!r} has label {sample.label}, but there are only {self.num_classes} classes: give "
+                "the class names that the labels were numbered by"
+            )
         return sample.label
 
     def join(self, items: Sequence[int]) -> Int[Tensor, " batch"]:

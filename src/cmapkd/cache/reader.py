@@ -93,8 +93,8 @@ class CacheReader:
             place = int(wrong[0])
             raise CacheError(
                 f"{self.cache.path} answers another sample, view or caption than view {views[place]} of "
-                f"{ids[place]!r} with {captions[place]!r}: the data changed in a way that its fingerprint does not show. "
-                "Remove the cache and build it again."
+                f"{ids[place]!r} with {captions[place]!r}: the data changed in a way that its fingerprint does not "
+                "show. Remove the cache and build it again."
             )
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))

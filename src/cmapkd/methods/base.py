@@ -82,7 +82,10 @@ class Method(MethodContract):
         if self.weighting_of_terms is None or not terms:
             return terms
         shared = self.shared_parameters if self.training else None
-        terms, log = weighted_terms(self.weighting_of_terms, terms, self.all_term_names, shared=shared)
+        generator = self.step.generator("weighting of terms")
+        terms, log = weighted_terms(
+            self.weighting_of_terms, terms, self.all_term_names, shared=shared, generator=generator
+        )
         self.measurements |= log
         return terms
 

@@ -180,7 +180,8 @@ class C2KD(DualEncoderMethod):
         rows = {name: gather_rows(values) for name, values in found.items()}  # batch norms see the whole batch, too
         labels = self.labels(batch)
         scale = self.student.log_logit_scale.exp().reshape(())
-        student = similarities(rows["image"], self.own_vectors(self.student), scale)
+        vectors = self.own_vectors(self.student, self.step.generator("prompts"))
+        student = similarities(rows["image"], vectors, scale)
         teacher = self.text_classifier(rows["text"])
         student_proxy, teacher_proxy = self.image_proxy(rows["image_level"]), self.text_proxy(rows["text_level"])
         alike = (kendall_tau(teacher_proxy, student_proxy) > self.config.agreement).to(student.dtype)

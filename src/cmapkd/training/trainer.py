@@ -282,7 +282,7 @@ class Trainer:
         loss = torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
         rate = learning_rate(info.step, total=self.total, config=self.optim, peak=info.stage.learning_rate)
         set_learning_rate(self.engine.optimizer, rate)
-        loss.backward()
+        self.accelerator.backward(loss)
         norm = self.engine.clip(self.optim.max_gradient_norm or float("inf"))
         self.finite.check(kept())  # of the step before, which the device has done by now
         raw = {name: term.value for name, term in terms.items()}

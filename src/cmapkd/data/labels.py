@@ -33,17 +33,12 @@ class LabelReader:
     def read(self, sample: Sample, view: View, epoch: int) -> int:  # noqa: ARG002  the same in every view and epoch
         if sample.label is None or (self.share < 1 and uniforms(1, "label", sample.id)[0] >= self.share):
             return NO_LABEL
+        if self.num_classes is not None and sample.label >= self.num_classes:
+            raise ConfigError(
+                f"sample {sample.id!r} has label {sample.label}, but there are only {self.num_classes} classes: give "
+                "the class names that the labels were numbered by"
+            )
         return sample.label
 
     def join(self, items: Sequence[int]) -> Int[Tensor, " batch"]:
-        """The labels of a batch.
-
-        Raises:
-            ConfigError: a label has no class.
-        """
-        if self.num_classes is not None and max(items, default=NO_LABEL) >= self.num_classes:
-            raise ConfigError(
-                f"there is a label {max(items)}, but only {self.num_classes} classes: give the class names that the "
-                "labels were numbered by"
-            )
         return torch.tensor(items, dtype=torch.long)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
@@ -20,16 +22,19 @@ from cmapkd.data.types import BadSampleError, Sample
 
 
 class Texts(Sequence[str]):
-    """Many short texts in one block of bytes: a tenth of a list's objects, and not copied when a process forks."""
+    """Many short texts in one block of bytes: a tenth of a list's objects, and not copied when a process forks.
+
+    Block and ends are tensors, which a worker process that does not fork gets as shared memory, not as a copy.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         block = bytearray()
-        ends = [0]
+        ends = array("q", [0])
         for text in texts:
             block += text.encode("utf-8", "surrogatepass")
             ends.append(len(block))
-        self._block = bytes(block)
-        self._ends = np.array(ends, dtype=np.int64)
+        self._block = torch.frombuffer(block or bytearray(1), dtype=torch.uint8)
+        self._ends = torch.frombuffer(ends, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -43,7 +48,8 @@ class Texts(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._block[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+        start, end = self._ends[index : index + 2].tolist()
+        return self._block.numpy()[start:end].tobytes().decode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class StoredSource(ABC):
             kept = captioned.copy()
             kept[list(known_bad)] = True  # it may have had a caption: count it as bad, not as silent
         self.num_without_caption = int(len(kept) - kept.sum())
-        self._entries: NDArray[np.int64] = np.flatnonzero(kept)[: keep.limit]
+        self._entries = torch.from_numpy(np.flatnonzero(kept)[: keep.limit].astype(np.int64))
         if not len(self._entries):
             raise ConfigError(self._why_empty())
         self._bad = {**known_bad, **self._duplicates()}
@@ -117,7 +123,7 @@ class StoredSource(ABC):
     def _duplicates(self) -> dict[int, str]:
         """Later entries of an id that came before, found by hash first: 12 million ids need no set of strings."""
         hashes = np.fromiter(
-            (hash(self._ids[entry]) for entry in self._entries), dtype=np.int64, count=len(self._entries)
+            (hash(self._ids[entry]) for entry in self._entries.tolist()), dtype=np.int64, count=len(self._entries)
         )
         _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         first: dict[str, int] = {}
@@ -191,8 +197,8 @@ class StoredSource(ABC):
         digest = hashlib.blake2b(digest_size=16)
         for part in (type(self).__name__, *(self._class_names or ()), *self._contents()):
             digest.update(b"%d:" % len(part.encode()) + part.encode())
-        for entry in self._entries:
-            text = self._ids[int(entry)].encode("utf-8", "surrogatepass")
+        for entry in self._entries.tolist():
+            text = self._ids[entry].encode("utf-8", "surrogatepass")
             digest.update(b"%d:" % len(text) + text)
         return digest.hexdigest()
 

@@ -116,7 +116,7 @@ class Hinton(DualEncoderMethod):
     def extras(self) -> Mapping[str, Extra]:
         if not (self.config.reads_classes and self.config.task_weight):
             return super().extras
-        return {**super().extras, LABELS: LabelReader(self.config.label_share)}
+        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
 
     @property
     def student_needs(self) -> Needs:

@@ -27,8 +27,8 @@ cache: mode folder check max_gib batch_size shard_mib
 REFUSED = """
 : baseline seed
 data: train val test mix_synthetic
-training: steps epochs batch_size precision ema evaluate_every student
-evaluation: tasks templates class_names limit shared_captions
+training: steps epochs batch_size precision ema evaluate_every student train_parts
+evaluation: tasks templates class_names limit shared_captions settings
 cache: store kind
 """
 REFUSED_WHOLE = (  # sections in which every setting is refused, and a new one is without more ado

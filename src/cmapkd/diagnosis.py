@@ -17,8 +17,8 @@ from cmapkd.cache.cost import measure
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
 from cmapkd.data.plans import PlanSampler
-from cmapkd.data.streams import streams_of
 from cmapkd.data.records import iter_captions
+from cmapkd.data.streams import streams_of
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.methods import Method

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_support import randomise, save_word_tokenizer
 
 from cmapkd.methods import Method
@@ -128,10 +128,12 @@ FAMILIES: dict[str, Family] = {
             init_logit_bias=-10,
         )
     ),
-    "timm, transformers text": Family(with_transformers_text),
+    "timm, transformers text": Family(
+        with_transformers_text, breaks_graph="transformers puts hooks into its blocks to return their hidden states"
+    ),
     "hf CLIP": Family(hf_clip),
     "hf SigLIP": Family(hf_siglip),
-    "joined": Family(joined),
+    "joined": Family(joined, breaks_graph="prompts are put among the tokens by hooks of the tower's blocks"),
 }
 
 

@@ -5,81 +5,87 @@ A script, so that importing torch is paid once.
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import sys
 import traceback
 import warnings
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import get_context
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_support import FAMILIES, all_tensors, make, method_for
 
+from cmapkd.models import DualEncoder
 from helpers import MemorySource, make_trainer
 
 TWO, STEPS = 2, 3
 HOW = ("none", "fsdp2")
 FAILED = "failed"
+PATIENCE, GRACE = 300.0, 20.0  # seconds for all families, and for a process whose partner has ended
 
 
-def trained(name: str, folder: Path, sharding: str = "none") -> dict[str, Tensor]:
+def trained(student: DualEncoder, folder: Path, sharding: str = "none") -> dict[str, Tensor]:
     """The student that would be saved after a few steps, and the weights that a checkpoint would hold."""
-    (folder / "model").mkdir(parents=True, exist_ok=True)
-    method = method_for(make(name, folder / "model"))
     options: dict[str, Any] = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW enlarges rounding
     trainer = make_trainer(
-        folder / "run", method, source=MemorySource(40), steps=STEPS, optim=options, ema=0.8, sharding=sharding
+        folder, method_for(student), source=MemorySource(40), steps=STEPS, optim=options, ema=0.8, sharding=sharding
     )
-    student = trainer.run().student
-    held = {
-        f"held/{group}/{key}": value for group, kept in trainer.learned_state().items() for key, value in kept.items()
-    }
-    return held if dist.is_initialized() and dist.get_rank() else held | prefixed("student", all_tensors(student))
+    result = trainer.run()
+    groups = {f"held/{group}": kept for group, kept in trainer.learned_state().items()}
+    if trainer.accelerator.is_main_process:  # the others have no whole student
+        groups["student"] = all_tensors(result.student)
+    return {f"{group}/{key}": value.clone() for group, tensors in groups.items() for key, value in tensors.items()}
 
 
-def prefixed(start: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{start}/{key}": value for key, value in tensors.items()}
-
-
-def work(rank: int, port: int, out: Path) -> None:
+def work(students: dict[str, DualEncoder], rank: int, port: int, out: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": TWO, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {key: str(value) for key, value in place.items()}
     warnings.simplefilter("ignore")
-    for name in FAMILIES:
+    for name, student in students.items():
         for how in HOW:
-            # every process builds the model from a folder of its own, so none writes what another reads
-            folder = out / f"{name}, {how}"
             try:
-                found: dict[str, Any] = trained_together(name, folder, how, rank)
+                found: dict[str, Any] = trained(copy.deepcopy(student), out / f"{name}, {how}", how)
             except Exception:
-                found = {FAILED: traceback.format_exc()}
-            torch.save(found, out / f"{name}, {how}, rank {rank}.pt")
-            dist.barrier()
+                torch.save({FAILED: traceback.format_exc()}, path_of(out, name, how, rank))
+                raise
+            torch.save(found, path_of(out, name, how, rank))
 
 
-def trained_together(name: str, folder: Path, how: str, rank: int) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in trained(name, folder / str(rank), how).items()}
+def path_of(out: Path, name: str, how: str, rank: int) -> Path:
+    return out / f"{name}, {how}, rank {rank}.pt"
 
 
-def main(out: Path) -> None:
-    torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
+def run_two(students: dict[str, DualEncoder], out: Path) -> bool:
+    """Lets two processes train them, one after the other; whether both came to the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = get_context("fork")
-    processes = [context.Process(target=work, args=(rank, port, out)) for rank in range(TWO)]
+    processes = [context.Process(target=work, args=(students, rank, port, out)) for rank in range(TWO)]
     for process in processes:
         process.start()
+    wait([process.sentinel for process in processes], PATIENCE)  # the first that ends, or fails
     for process in processes:
+        process.join(GRACE)
+        process.kill()  # one whose partner failed would wait for it
         process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit("a process failed")
+    return all(process.exitcode == 0 for process in processes)
+
+
+def main(out: Path) -> None:
+    torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
+    students = {name: make(name, out / name) for name in FAMILIES}  # transformers writes on one process of a group only
+    while students and not run_two(students, out):
+        begun = [name for name in students if any(out.glob(f"{name}, *.pt"))]
+        for name in begun or [*students]:
+            del students[name]  # those after a failure get a chance of their own
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from family_support import FAMILIES, has_batch_norm, make
-from sharded_families import FAILED, TWO, trained
+from sharded_families import FAILED, HOW, TWO, path_of, trained
 from torch import Tensor
+
+STATISTICS = ("running_mean", "running_var")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +36,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found_by(out: Path, name: str, how: str, rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(out / f"{name}, {how}, rank {rank}.pt", weights_only=True)
+    path = path_of(out, name, how, rank)
+    assert path.exists(), f"process {rank} was not done with {name}, {how}: it waited for its partner"
+    found: dict[str, Any] = torch.load(path, weights_only=True)
     assert FAILED not in found, found[FAILED]
     return found
 
@@ -50,15 +54,30 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             assert torch.equal(found[key], value), key
 
 
-@pytest.mark.parametrize("rank", range(TWO))
+def without_statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what batch norms measure: each process measures its own samples, and the first process's is saved."""
+    return {key: value for key, value in found.items() if not key.endswith(STATISTICS)}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_shared_out_it_is_the_student_of_whole_weights(out: Path, name: str, rank: int) -> None:
-    assert_same(found_by(out, name, "fsdp2", rank), found_by(out, name, "none", rank))
+def test_shared_out_it_is_the_student_of_whole_weights(out: Path, name: str) -> None:
+    assert_same(found_by(out, name, "fsdp2", 0), found_by(out, name, "none", 0))
+    assert_same(*(without_statistics(found_by(out, name, how, 1)) for how in ("fsdp2", "none")))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_processes_have_the_same_tensors(out: Path, name: str, how: str) -> None:
+    """Buffers, too, though nothing exchanges them."""
+    first, second = (without_statistics(found_by(out, name, how, rank)) for rank in range(TWO))
+    differing = [key for key in second if not torch.equal(first[key], second[key])]
+    assert not differing
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shared_out_it_is_the_student_of_one_process(out: Path, name: str, tmp_path: Path) -> None:
     """Batch norms see one process's half of the batch, so families with them are compared above only."""
-    if has_batch_norm(make(name, tmp_path / "looked at")):
+    student = make(name, tmp_path / "model")
+    if has_batch_norm(student):
         pytest.skip("a batch norm of two processes is another one than that of one")
-    assert_same(found_by(out, name, "fsdp2", 0), trained(name, tmp_path))
+    assert_same(found_by(out, name, "fsdp2", 0), trained(student, tmp_path / "run"))

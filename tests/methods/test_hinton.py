@@ -20,6 +20,7 @@ from cmapkd.data.labels import LabelReader
 from cmapkd.data.open import open_source
 from cmapkd.data.views import View
 from cmapkd.diagnosis import diagnose
+from cmapkd.methods import StepInfo
 from cmapkd.methods.dual import LABELS
 from cmapkd.models import load_model
 from cmapkd.models.joined import JoinedEncoder
@@ -68,18 +69,17 @@ def test_captions_are_not_read() -> None:
     assert all(torch.equal(before[name].value, after[name].value) for name in before)
 
 
-def test_prompts_are_drawn_from_the_random_state() -> None:
+def test_prompts_are_drawn_from_the_generator_of_the_step() -> None:
     student = make_model()
     draw = LearnedClassVectors(CLASSES, student, at_once=1)
     every = LearnedClassVectors(CLASSES, student)(student)
     assert torch.allclose(every, class_vectors(student, CLASSES.names, CLASSES.templates, device="cpu"), atol=1e-6)
-    torch.manual_seed(0)
-    first = [draw(student) for _ in range(6)]
-    torch.manual_seed(0)
-    again = [draw(student) for _ in range(6)]
+    first, again = ([draw(student, StepInfo(step).generator("prompts")) for step in range(6)] for _ in range(2))
     assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
     different = {tuple(one[0].tolist()) for one in first}
     assert len(different) == 2  # as many as there are templates
+    with pytest.raises(ValueError, match="1 of 2 templates are to be drawn, but from what"):
+        draw(student)
 
 
 def test_a_share_of_the_labels_is_the_same_samples_every_time() -> None:

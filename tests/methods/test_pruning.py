@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.methods import METHODS, AuxiliaryTerms, StageConfig, StepInfo
-from cmapkd.methods.pruning import MasksConfig, PruningMethod, by_lot
+from cmapkd.methods.pruning import MasksConfig, PruningMethod, sampled
 from cmapkd.methods.tinyclip import TinyCLIPConfig
 from cmapkd.models import load_model
 from cmapkd.models.masked import MaskedEncoder
@@ -201,7 +201,7 @@ def test_masks_reach_the_sparsity_that_is_asked_for(target: float) -> None:
     assert 1 - num_weights(left) / num_weights(student()) == pytest.approx(target, abs=0.05)
 
 
-def test_a_stage_of_masks_by_lot_needs_none(tmp_path: Path) -> None:
+def test_a_stage_of_sampled_units_needs_no_masks(tmp_path: Path) -> None:
     trainer = pruning(tmp_path, {**TWICE, "choice": "random"}, checkpoint_every=1)
     trainer.run()
     left = trainer.method.student
@@ -210,17 +210,17 @@ def test_a_stage_of_masks_by_lot_needs_none(tmp_path: Path) -> None:
     assert 0.5 <= share < 0.52
 
 
-def test_units_by_lot_are_an_equal_share_of_every_group() -> None:
+def test_sampled_units_are_an_equal_share_of_every_group() -> None:
     model = student()
-    torch.manual_seed(1)
-    left = by_lot(model, 0.5 * num_weights(model))
+    draws = torch.Generator().manual_seed(1)
+    left = sampled(model, 0.5 * num_weights(model), draws)
     assert 0.48 < num_weights(left) / num_weights(model) <= 0.5
     sizes = left.prunable["image"].sizes
     assert len({*sizes.units}) == 1
     assert sizes.units[0] / 256 == pytest.approx(sizes.width / 64, abs=0.02)
     kept = left.state_dict()["vision.class_token"].flatten()
     assert set(kept.tolist()) <= set(model.state_dict()["vision.class_token"].flatten().tolist())
-    tiniest = by_lot(model, 0)  # one of each remains
+    tiniest = sampled(model, 0, draws)  # one of each remains
     assert tiniest.prunable["text"].sizes.width == 1
 
 

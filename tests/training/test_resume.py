@@ -182,6 +182,24 @@ def test_checkpoint_beyond_the_end_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
+@pytest.mark.parametrize("name", ["clip_kd", "c2kd"])
+def test_no_tensor_of_a_teacher_is_in_a_checkpoint(name: str, tmp_path: Path) -> None:
+    done = make_trainer(tmp_path, name, steps=3, checkpoint_every=3, ema=0.9)
+    done.run()
+    assert done.method.teacher is not None
+    of_teacher = [
+        value for value in done.method.teacher.model.state_dict().values() if value.numel() > 1 and value.std() > 0
+    ]
+    tensors, _ = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    stored = {f"{part}/{key}": value for part, values in tensors.items() for key, value in values.items()}
+    found = [
+        key
+        for key, value in stored.items()
+        if any(value.shape == other.shape and torch.equal(value.float(), other.float()) for other in of_teacher)
+    ]
+    assert not found
+
+
 def test_checkpoint_holds_tensors_and_json_and_no_teacher(tmp_path: Path) -> None:
     done = make_trainer(tmp_path, "clip_kd", steps=3, checkpoint_every=1, ema=0.9)
     done.run()

@@ -55,7 +55,7 @@ def hide(
     images: Float[Tensor, "batch 3 height width"], squares: Bool[Tensor, "batch rows columns"], *, patch: int
 ) -> Float[Tensor, "batch 3 height width"]:
     """The pictures with zeros, a model's mean colour after its normalisation, in the hidden squares."""
-    pixels = squares.to(images.device).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    pixels = squares.to(images.device, non_blocking=True).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     return images.masked_fill(pixels[:, None, : images.shape[-2], : images.shape[-1]], 0.0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -16,12 +15,10 @@ from cmapkd.data.templates import get_class_names, get_templates
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
 from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
+from cmapkd.evaluation.probes.data import Annotations, read_annotations
+from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.texts import class_vectors
-
-if TYPE_CHECKING:
-    from cmapkd.evaluation.probes.data import Annotations
-    from cmapkd.evaluation.probes.features import ImageFeatures
 
 _LOOKED_AT = 32  # samples that tell whether a source has questions or boxes
 
@@ -68,15 +65,11 @@ class Bench:
 
     @cached_property
     def train_annotations(self) -> Annotations:
-        from cmapkd.evaluation.probes.data import read_annotations
-
         assert self.train is not None
         return read_annotations(self.train, limit=self.suite.probes.samples)
 
     @cached_property
     def annotations(self) -> Annotations:
-        from cmapkd.evaluation.probes.data import read_annotations
-
         return read_annotations(self.scored, limit=self.config.limit)
 
 
@@ -144,8 +137,6 @@ class Subject:
 
     def image_features(self, which: str) -> ImageFeatures:
         """Patch features of the `train` or `scored` images under the frozen encoder, once for all probes."""
-        from cmapkd.evaluation.probes.features import encode_images
-
         if which not in self._features:
             bench = self.bench
             source = bench.train if which == "train" else bench.scored

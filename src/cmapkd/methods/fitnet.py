@@ -13,9 +13,10 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
-from cmapkd.features.hierarchy import aligned_words, pool_words, token_level
+from cmapkd.features.hierarchy import token_level
 from cmapkd.features.pyramid import grid_of, level_grid
 from cmapkd.features.taps import level_at
+from cmapkd.features.words import Role, WordAligner
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.stages import StageConfig
@@ -135,6 +136,7 @@ class FitNet(DualEncoderMethod):
             guided["text"] = level_at(student.text_levels, config.text_guided_layer, tower="text")
             hints["text"] = level_at(teacher.model.text_levels, config.text_hint_layer, tower="text")
         self.guided, self.hints = guided, hints
+        self.align_words = WordAligner()
         self.regress = nn.ModuleDict({tower: nn.Linear(guided[tower].width, hints[tower].width) for tower in guided})
         behind = [
             parameters_behind(student, partial(example_output, student, tower, level.name))
@@ -217,13 +219,16 @@ class FitNet(DualEncoderMethod):
         mapped = self.regress["image"](level_grid(ours))
         rows = {"image": distance(mapped, level_grid(theirs, grid_of(ours)))}
         if "text" in self.guided:
-            texts = part.inputs["student"].texts, part.inputs["teacher"].texts
-            *words, num_words = aligned_words(*texts)
-            (mine, mask), (targets, _) = (
-                pool_words(token_level(features.text.levels[levels["text"].name])[0], numbers, num_words)
-                for features, levels, numbers in zip((student, teacher), (self.guided, self.hints), words, strict=True)
+            words = self.align_words(part.inputs["student"].texts, part.inputs["teacher"].texts)
+            texts: list[tuple[Role, Features, Mapping[Tower, LevelInfo]]] = [
+                ("student", student, self.guided),
+                ("teacher", teacher, self.hints),
+            ]
+            (guided, mask), (hints, _) = (
+                words.pool(role, token_level(features.text.levels[levels["text"].name])[0])
+                for role, features, levels in texts
             )
-            rows["text"] = distance(self.regress["text"](mine), targets, mask)
+            rows["text"] = distance(self.regress["text"](guided), hints, mask)
         return rows
 
     def _wants(self, name: str) -> bool:

@@ -116,7 +116,7 @@ class Hinton(DualEncoderMethod):
     def extras(self) -> Mapping[str, Extra]:
         if not (self.config.reads_classes and self.config.task_weight):
             return super().extras
-        return {**super().extras, LABELS: LabelReader(self.config.label_share)}
+        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
 
     @property
     def student_needs(self) -> Needs:
@@ -149,7 +149,9 @@ class Hinton(DualEncoderMethod):
 
     def _of_classes(self, batch: Batch) -> dict[str, Term]:
         config, student = self.config, self.encode_student(batch)
-        vectors = self.class_vectors if self.own_vectors is None else self.own_vectors(self.student)
+        vectors = self.class_vectors
+        if self.own_vectors is not None:
+            vectors = self.own_vectors(self.student, self.step.generator("prompts"))
         logits = similarities(student.image.embedding, vectors, student.logit_scale)
         terms: dict[str, Term] = {}
         if self.wants("labels", config.task_weight):

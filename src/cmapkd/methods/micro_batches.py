@@ -96,14 +96,21 @@ def without_levels(features: Features) -> Features:
 
 
 def with_levels_on(features: Features, device: torch.device | str) -> Features:
-    """The features with their levels on another device; embeddings stay."""
+    """The features with their levels on another device; embeddings stay.
 
-    def there(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
+    On their way from a GPU to the host and back nothing waits for them: the host's copy lies in pinned memory, which
+    only the GPU's own stream writes and reads, in that order. Nothing on the host may look at it.
+    """
+    there = torch.device(device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        if there.type == "cpu" and tensor.device.type == "cuda":
+            return torch.empty_like(tensor, device=there, pin_memory=True).copy_(tensor, non_blocking=True)
+        return tensor.to(there, non_blocking=there.type != "cpu")
 
     def moved(level: Level) -> Level:
-        values = level.values.to(device)
-        return replace(level, values=values, mask=there(level.mask), places=there(level.places), mean=there(level.mean))
+        mask, places, mean = (None if t is None else copied(t) for t in (level.mask, level.places, level.mean))
+        return replace(level, values=copied(level.values), mask=mask, places=places, mean=mean)
 
     image, text = (
         replace(tower, levels={name: moved(level) for name, level in tower.levels.items()})

@@ -167,7 +167,7 @@ class PruningMethod(DualEncoderMethod):
                 self._start = 1 - present / self.num_weights
                 self._mask()
             elif present > allowed:  # else this stage was interrupted, and has done it
-                self.student = by_lot(self.student, allowed)
+                self.student = sampled(self.student, allowed, self.step.generator("units"))
 
     def forward(self, batch: Batch, step: StepInfo | None = None) -> dict[str, Term]:
         student = self.student
@@ -192,7 +192,7 @@ class PruningMethod(DualEncoderMethod):
         return terms
 
     @torch.no_grad()
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
         if isinstance(self.student, MaskedEncoder):
             self.student.after_step()
@@ -214,7 +214,8 @@ class PruningMethod(DualEncoderMethod):
             )
 
     def _mask(self) -> None:
-        self.student = MaskedEncoder(self.student)
+        seed = int(torch.randint(2**31, (), generator=self.step.generator("masks")))
+        self.student = MaskedEncoder(self.student, seed=seed)
         self.constraint = _Multipliers(self.masks_config.strength).to(self.device)
 
 
@@ -233,11 +234,17 @@ def _num_weights(towers: Mapping[Tower, PrunableTower], sizes: Mapping[Tower, To
     return sum(parts.num_weights(None if sizes is None else sizes[tower]) for tower, parts in towers.items())
 
 
-def by_lot(model: DualEncoder, num_weights: float) -> DualEncoder:
-    """A smaller model of units drawn by lot, the same share of every group: the largest of at most so many weights."""
+def sampled(model: DualEncoder, num_weights: float, generator: torch.Generator) -> DualEncoder:
+    """A smaller model of units drawn at random, the same share of every group.
+
+    Args:
+        num_weights: what the smaller model may have; it is the largest that has no more.
+        generator: what the units are drawn from, on the CPU, the same in every process.
+    """
     towers = model.prunable
     orders = {
-        tower: {name: torch.randperm(g.size) for name, g in parts.groups.items()} for tower, parts in towers.items()
+        tower: {name: torch.randperm(group.size, generator=generator) for name, group in parts.groups.items()}
+        for tower, parts in towers.items()
     }
 
     def kept(share: float) -> dict[Tower, Kept]:

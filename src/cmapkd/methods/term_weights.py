@@ -19,6 +19,7 @@ def weighted_terms(
     names: tuple[str, ...],
     *,
     shared: Callable[[], Mapping[str, nn.Parameter]] | None,
+    generator: torch.Generator,
 ) -> tuple[dict[str, Term], dict[str, Tensor]]:
     """One term that counts, the weighted sum named `weighted`, and the others with weight 0 for the log.
 
@@ -27,6 +28,7 @@ def weighted_terms(
         names: of all terms that the weighting was made for, in its order; a stage may lack some.
         shared: the layers at which gradients of different terms can be compared; asked only when the weighting measures
             them in this step. None: the method does not train, so nothing is observed.
+        generator: what a weighting that draws takes its numbers from, the same in every process.
     Returns:
         The terms, and what is worth logging.
     """
@@ -39,7 +41,7 @@ def weighted_terms(
     losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in names])[None]
     present = torch.tensor([name in columns for name in names])  # on the CPU, where the question below costs nothing
     context = torch.zeros(1, 1, device=total.device)
-    weighted = weighting(losses, context, None if bool(present.all()) else present)
+    weighted = weighting(losses, context, None if bool(present.all()) else present, generator=generator)
     log = {f"terms/{name}": value for name, value in weighted.log.items()}
     shown = {name: Term(term.value.detach(), 0.0) for name, term in terms.items()}
     return shown | {"weighted": Term(weighted.loss)}, log
@@ -59,11 +61,11 @@ def measure_gradients(
     present = [name for name in names if name in columns]
     gradients = torch.stack([gradient_of(name, columns[name], learning) for name in present])
     norms = mean_over_processes(at_least_float32(gradients)).norm(dim=-1)  # the wrapper takes means of gradients, too
-    active = torch.tensor([name in columns for name in names], device=norms.device)
-    losses, found = norms.new_zeros(len(active)), norms.new_zeros(len(active))
-    losses[active] = torch.stack([columns[name].detach() for name in present]).to(norms.dtype)
-    found[active] = norms
-    weighting.observe_gradients(losses, found, active)
+    none = norms.new_zeros(())
+    norm_of = dict(zip(present, norms, strict=True))
+    losses = torch.stack([columns[name].detach().to(norms.dtype) if name in columns else none for name in names])
+    active = torch.tensor([name in columns for name in names]).to(norms.device, non_blocking=True)
+    weighting.observe_gradients(losses, torch.stack([norm_of.get(name, none) for name in names]), active)
 
 
 def gradient_of(name: str, value: Tensor, shared: Mapping[str, nn.Parameter]) -> Tensor:

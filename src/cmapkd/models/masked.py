@@ -48,7 +48,7 @@ class MaskedEncoder(DualEncoder):
         ValueError: the model's family cannot be taken apart.
     """
 
-    def __init__(self, model: DualEncoder) -> None:
+    def __init__(self, model: DualEncoder, *, seed: int = 0) -> None:
         super().__init__()
         self.model = model
         self.towers = check_prunable(model)
@@ -60,7 +60,7 @@ class MaskedEncoder(DualEncoder):
             }
         )
         self.random_state: Tensor
-        self.register_buffer("random_state", torch.tensor([int(torch.randint(2**31, ())), 0]))  # seed, draws so far
+        self.register_buffer("random_state", torch.tensor([seed, 0]))  # seed, draws so far
         self._drawn: dict[Tower, _Folded] = {}
         self.name, self.embed_dim, self.tokenizer = model.name, model.embed_dim, model.tokenizer
         self.image_spec, self.image_levels, self.text_levels = model.image_spec, model.image_levels, model.text_levels
@@ -186,7 +186,7 @@ class MaskedEncoder(DualEncoder):
 class _Call(nn.Module):
     """A method of a model as a module's forward, where `functional_call` can exchange its weights."""
 
-    def __init__(self, model: DualEncoder) -> None:
+    def __init__(self, model: DualEncoder, *, seed: int = 0) -> None:
         super().__init__()
         self.model = model
 

@@ -12,6 +12,7 @@ from cmapkd.config import Config, closest
 from cmapkd.data.config import DEFAULT_TIMEOUT, DataConfig
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.run import EvaluationConfig
+from cmapkd.evaluation.tasks import TASKS, check_tasks
 from cmapkd.methods import METHODS, MethodConfig, check_teachers
 from cmapkd.models import ModelConfig
 from cmapkd.training import OptimConfig, TrainConfig
@@ -62,6 +63,12 @@ class RunConfig(Config):
     def _cache_may_be_off(cls, value: Any) -> Any:
         mode = value.get("mode", value.get("name")) if isinstance(value, dict) else value
         return None if mode in ("off", False) else value  # YAML reads `off` as false
+
+    @field_validator("evaluation")
+    @classmethod
+    def _known_tasks(cls, value: EvaluationConfig) -> EvaluationConfig:
+        check_tasks(value)
+        return value
 
     @model_validator(mode="after")
     def _views_cycle_with_a_cache(self) -> Self:
@@ -114,10 +121,13 @@ class RunConfig(Config):
         if self.training.evaluate_every is not None and self.data.val is None:
             raise ValueError("training.evaluate_every is set, but there is nothing to validate on: add data.val")
         tasks = self.evaluation.tasks
-        if self.training.evaluate_every is not None and tasks != "auto" and not {"retrieval", "zero_shot"} & {*tasks}:
+        if self.training.evaluate_every is None or not isinstance(tasks, tuple):
+            return self
+        if not any(TASKS[name].headline for name in tasks):
+            able = " or ".join(name for name, task in TASKS.own.items() if task.alone and task.headline)
             raise ValueError(
-                "training.evaluate_every is set, and the best step is chosen by retrieval or zero_shot, but "
-                f"evaluation.tasks is {', '.join(tasks)}: add one of the two"
+                f"training.evaluate_every is set, and the best step is chosen by {able}, but evaluation.tasks is "
+                f"{', '.join(tasks)}: add one of them"
             )
         return self
 

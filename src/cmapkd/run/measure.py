@@ -9,6 +9,7 @@ import torch
 
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
+from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import evaluate
 from cmapkd.evaluation.suite import count_parameters
 from cmapkd.models import DualEncoder, build_model, load_model
@@ -26,12 +27,11 @@ def validator_of(config: RunConfig) -> Any:
 
     def validate(student: DualEncoder) -> dict[str, float]:
         scores = _evaluate(student, source, config, device=next(student.parameters()).device)
-        numbers: dict[str, float] = {}
-        if scores.get("retrieval"):
-            numbers["mean_r@1"] = scores["retrieval"]["mean_r@1"]
-        if scores.get("zero_shot"):
-            numbers["zero_shot"] = scores["zero_shot"]["top1"]
-        return numbers | {"score": next(iter(numbers.values()))}
+        numbers: dict[str, float] = {headline.label: number for headline, number in headlines(scores).values()}
+        first = next(iter(numbers.values()))
+        if "retrieval" in scores:  # recall says nothing without what it is of
+            numbers |= {key: scores["retrieval"][key] for key in ("num_images", "num_texts")}
+        return numbers | {"score": first}
 
     return validate
 

@@ -282,7 +282,7 @@ class Trainer:
         loss = torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
         rate = learning_rate(info.step, total=self.total, config=self.optim, peak=info.stage.learning_rate)
         set_learning_rate(self.engine.optimizer, rate)
-        loss.backward()
+        self.accelerator.backward(loss)
         norm = self.engine.clip(self.optim.max_gradient_norm or float("inf"))
         self.finite.check(kept())  # of the step before, which the device has done by now
         raw = {name: term.value for name, term in terms.items()}
@@ -322,7 +322,11 @@ class Trainer:
             with writing(self.out):
                 for tracker in trackers:
                     tracker.log(step, {f"validation/{name}": value for name, value in numbers.items()})
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items() if name != "score")
+            shown = "  ".join(
+                f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.2f}"
+                for name, value in numbers.items()
+                if name != "score"
+            )
             display.say(f"{self.title}: step {step}/{self.total}  validation  {shown}")
             if progress.best_score is None or numbers["score"] > progress.best_score:
                 progress.best_score, progress.best_step = numbers["score"], step

@@ -79,7 +79,7 @@ class JointHeads(AuxiliaryTerms):
         self.measurements = {}
         if not heads:
             return {}
-        device = student.log_logit_scale.device
+        device = student.device
         names = self._names_now(student, heads, device)
         size = micro_batch or max(1, len(told.pictures))
 
@@ -106,14 +106,13 @@ class JointHeads(AuxiliaryTerms):
         own = [
             _nothing(student, head) + sum(part[name] for part in sums if name in part) for name, head in heads.items()
         ]
-        masked = [float(told.num_samples - len(told.taught[name].rows)) for name in heads]
-        # all in one: processes that have different things to learn still meet in the same order in the backward pass
-        rows = torch.cat([torch.stack(own), torch.tensor(masked, device=device)[:, None]], dim=1)
-        terms = {}
-        for name, (total, count, left_out) in zip(heads, gather_rows(rows[None]).sum(0), strict=True):
-            terms[_term(name)] = Term(total / count.detach().clamp_min(1), self.configs[name].weight)
-            self.measurements[f"heads/{name}_masked"] = left_out.detach()
-        return terms
+        masked = torch.tensor([[float(told.num_samples - len(told.taught[name].rows)) for name in heads]])
+        left_out = gather_rows(masked.to(device, non_blocking=True)).sum(0)
+        self.measurements = {f"heads/{name}_masked": number for name, number in zip(heads, left_out, strict=True)}
+        return {
+            _term(name): Term(total, self.configs[name].weight, count.detach())
+            for name, (total, count) in zip(heads, own, strict=True)
+        }
 
     def _names_now(self, student: DualEncoder, heads: dict[str, Head], device: torch.device) -> Tensor | None:
         """The classes' unit embeddings by the text tower as it is; the heads note their mean."""

@@ -221,10 +221,14 @@ class CMAPKD(DualEncoderMethod):
             values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
         if self.bank is None:
             return values
-        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(theirs[0].device))
+        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(theirs[0].device, non_blocking=True))
         settings = self.config.bank
         references = self.bank.references(
-            keys, num=settings.sample, images=theirs[0], duplicates_above=settings.duplicates
+            keys,
+            num=settings.sample,
+            generator=self.step.generator("bank"),
+            images=theirs[0],
+            duplicates_above=settings.duplicates,
         )
         for term in ("bank", "bank_within"):
             if self._wants(term):
@@ -338,7 +342,12 @@ class CMAPKD(DualEncoderMethod):
         else:
             parts = [columns if read == "losses" else context[read] for read in self.config.ablations.selection_reads]
         active = torch.tensor([item in losses for item in items])
-        weighted = weighting(columns, torch.cat(parts, dim=-1), None if len(losses) == len(items) else active)
+        weighted = weighting(
+            columns,
+            torch.cat(parts, dim=-1),
+            None if len(losses) == len(items) else active,
+            generator=self.step.generator(f"weighting of {term}"),
+        )
         self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
         loss: Tensor = weighted.loss
         return loss
@@ -362,7 +371,7 @@ class CMAPKD(DualEncoderMethod):
                 weighting.observe(held_out)
 
     @torch.no_grad()
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_scale"):

@@ -160,6 +160,16 @@ def test_after_step_keeps_the_scale_in_range_and_measurements_say_it(tmp_path: P
     assert siglip.log_logit_scale.item() == 5.0
 
 
+def test_a_teacher_is_in_no_state_of_a_student_that_is_joined_to_it() -> None:
+    student, teacher = make_model(dim=8), make_teacher()
+    model = JoinedEncoder(student, teacher, projector="linear")
+    of_teacher = {value.untyped_storage().data_ptr() for value in teacher.model.state_dict().values()}
+    state = model.state_dict()
+    assert not {name for name, value in state.items() if value.untyped_storage().data_ptr() in of_teacher}
+    assert {name.split(".")[0] for name in state} == {"image", "project"}
+    assert len(state) == len(student.state_dict()) + 2
+
+
 def test_what_a_subclass_adds_is_a_part_of_its_own() -> None:
     model = make_model()
     model.extra = torch.nn.Linear(2, 2)

@@ -20,7 +20,7 @@ from cmapkd.models.cut import cut
 from cmapkd.models.gates import fixed_gates
 from cmapkd.models.masked import MaskedEncoder
 from cmapkd.models.open_clip_pruning import SlimAttention
-from cmapkd.models.prunable import Place, TowerSizes
+from cmapkd.models.prunable import UnitPlace, TowerSizes
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from helpers import tokenizer
 
@@ -164,7 +164,7 @@ def test_hooks_are_gone_after_an_error() -> None:
 
 def test_units_stand_where_their_place_says() -> None:
     weight = torch.arange(24.0).reshape(12, 2)  # two stretches of three units, two entries each
-    place = Place("w", 0, each=2, times=2)
+    place = UnitPlace("w", 0, entries=2, repeats=2)
     assert place.take(weight, torch.tensor([0, 2]), 3)[:, 0].tolist() == [0, 2, 8, 10, 12, 14, 20, 22]
     scaled = place.scale(torch.ones(12, 2), torch.tensor([1.0, 0.5, 0.0]))
     assert scaled[:, 1].tolist() == [1, 1, 0.5, 0.5, 0, 0] * 2

@@ -23,7 +23,8 @@ from cmapkd.methods.micro_batches import (
     without_levels,
 )
 from cmapkd.models import Features, Needs, TowerFeatures
-from cmapkd.models.reach import Tower, example_output, last_matrix_behind
+from cmapkd.models.reach import example_output, last_matrix_behind
+from cmapkd.models.types import Tower
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
 
 TeacherDetail = Literal["global", "pooled", "key_tokens", "dense"]

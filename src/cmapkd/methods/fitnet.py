@@ -22,7 +22,8 @@ from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, Needs
-from cmapkd.models.reach import Tower, example_output, parameters_behind
+from cmapkd.models.reach import example_output, parameters_behind
+from cmapkd.models.types import Tower
 from cmapkd.objectives import hint_distance, level_distance, similarity_divergence
 
 PUBLISHED_LAMBDA = (4 / 9, 1 / 9)  # 4 to 1 on the divergence at temperature 3 without the factor of 3² that ours has

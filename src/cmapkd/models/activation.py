@@ -38,7 +38,7 @@ def activation_losses(model: DualEncoder, inputs: ModelInput) -> dict[str, float
     if twin is None or model.assumed_activation is None:
         return {}
     names = [model.assumed_activation, *(name for name in _NAMES if name != model.assumed_activation)]
-    return {name: _loss(each, inputs) for name, each in zip(names, (model, twin), strict=True)}
+    return {name: _loss(candidate, inputs) for name, candidate in zip(names, (model, twin), strict=True)}
 
 
 def _loss(model: DualEncoder, inputs: ModelInput) -> float:

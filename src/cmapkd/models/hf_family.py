@@ -16,7 +16,7 @@ from cmapkd.models.config import ModelConfig
 from cmapkd.models.errors import first_line
 from cmapkd.models.families import Loader
 from cmapkd.models.hf_model import HfModel
-from cmapkd.models.hf_tokenizer import HfTokenizer, as_siglip_was_trained, check_end_token
+from cmapkd.models.hf_tokenizer import HfTokenizer, as_siglip_was_trained, check_end_token, pad_on_the_right
 from cmapkd.models.hub import hub_options
 from cmapkd.models.storage import check_sizes
 
@@ -170,7 +170,9 @@ def _assemble(
     siglip = config.model_type == "siglip"
     if siglip:
         as_siglip_was_trained(native, name=name)
-    else:  # also for transformers, which reads the saved folder by its config alone
+    else:
+        pad_on_the_right(native)
+        # Also for transformers, which reads the saved folder by its config alone.
         config.text_config.eos_token_id = model.text_model.eos_token_id = check_end_token(native, name=name)
     tokenizer = HfTokenizer(native, context_length=length, to_full_length=siglip, canonical=siglip)
     processor = _processor(source, fetching, config, name, scratch=scratch)

@@ -25,9 +25,10 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's nu
 class HfModel(DualEncoder):
     """Wraps `CLIPModel` or `SiglipModel`. Levels are `blocks.N`, the output of block N of either tower.
 
-    CLIP attends to the tokenizer's mask and pools at the tokenizer's end token. SigLIP was trained on texts padded to
-    full length without a mask, and is run that way, as transformers documents; the levels' mask still marks the real
-    tokens.
+    CLIP pools at the tokenizer's end token. Its texts are padded on the right and its attention is causal, so a real
+    token sees no padding, and the mask is not given to the model: transformers would make the host wait to look at it.
+    SigLIP was trained on texts padded to full length without a mask, and is run that way, as transformers documents.
+    The mask of the levels marks the real tokens; what stands behind them means nothing.
     """
 
     tokenizer: HfTokenizer
@@ -90,8 +91,7 @@ class HfModel(DualEncoder):
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)
-        mask = texts.mask.long() if self.model_type == "clip" else None
-        output = self.model.text_model(input_ids=texts.ids, attention_mask=mask, output_hidden_states=bool(levels))
+        output = self.model.text_model(input_ids=texts.ids, output_hidden_states=bool(levels))
         embedding = output.pooler_output
         if self.model_type == "clip":
             # Not the library's pooling: with the `eos_token_id: 2` of old configs it takes the highest id of a text.

@@ -52,8 +52,8 @@ def canonicalizer() -> Callable[[str], str]:
 def pad_on_the_right(tokenizer: Any) -> None:
     """Makes a transformers tokenizer pad and cut texts at their end, here and where it is saved.
 
-    Gemma's tokenizer pads on the left where its folder says nothing. A SigLIP model pools the last position, and was
-    trained on texts that begin at the first.
+    Gemma's tokenizer pads on the left where its folder says nothing. CLIP and SigLIP models were trained on texts that
+    begin at the first position, and SigLIP pools the last one.
     """
     for side in ("padding_side", "truncation_side"):
         setattr(tokenizer, side, "right")

@@ -61,17 +61,17 @@ def inherited(student: nn.Module, source: nn.Module, *, depth: DepthRule = "offi
     Raises:
         ValueError: see `inherit_weights`.
     """
-    theirs = source.state_dict()
+    larger = source.state_dict()
     layers = _layer_maps(student, source, depth)
     heads = _heads(student, source, layers)
     taken: dict[str, Tensor] = {}
     problems: list[str] = []
-    for name, own in student.state_dict().items():
+    for name, weight in student.state_dict().items():
         origin = _origin(name, layers)
         try:
-            if origin not in theirs:
+            if origin not in larger:
                 raise ValueError(f"the larger model has no {origin}")
-            taken[name] = _part(name, own, theirs[origin], heads.get(name))
+            taken[name] = _part(name, weight, larger[origin], heads.get(name))
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -84,10 +84,10 @@ def inherited(student: nn.Module, source: nn.Module, *, depth: DepthRule = "offi
 
 
 def _check_texts(student: DualEncoder, source: DualEncoder) -> None:
-    ours, theirs = (model.tokenizer(_TEXTS) for model in (student, source))
+    tokens, source_tokens = (model.tokenizer(_TEXTS) for model in (student, source))
     same = student.tokenizer.vocab_size == source.tokenizer.vocab_size
-    length = min(ours.ids.shape[1], theirs.ids.shape[1])
-    if not (same and torch.equal(ours.ids[:, :length], theirs.ids[:, :length])):
+    length = min(tokens.ids.shape[1], source_tokens.ids.shape[1])
+    if not (same and torch.equal(tokens.ids[:, :length], source_tokens.ids[:, :length])):
         raise ValueError(
             f"{student.name} cannot inherit from {source.name}: they tokenise texts differently, so a token's weights "
             "would be another's"
@@ -117,11 +117,11 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, int]]:
 def _origin(name: str, layers: Mapping[str, list[int]]) -> str:
     """The source's name for a weight or module of the student."""
     parts = name.split(".")
-    found = []
+    words = []
     for place, part in enumerate(parts):
         chosen = layers.get(".".join(parts[:place]))
-        found.append(str(chosen[int(part)]) if chosen is not None and part.isdigit() else part)
-    return ".".join(found)
+        words.append(str(chosen[int(part)]) if chosen is not None and part.isdigit() else part)
+    return ".".join(words)
 
 
 def _heads(
@@ -131,7 +131,7 @@ def _heads(
 
     The last number is the width of a head of the source.
     """
-    found: dict[str, tuple[int, int, int, int]] = {}
+    projections: dict[str, tuple[int, int, int, int]] = {}
     modules = dict(source.named_modules())
     for name, module in student.named_modules():
         other = modules.get(_origin(name, layers))
@@ -141,8 +141,8 @@ def _heads(
         for key, at_once in _PROJECTIONS.items():
             weight = _find(other, key)
             if _find(module, key) is not None and weight is not None:
-                found[f"{name}.{key}".lstrip(".")] = (at_once, of, heads, len(weight) // (at_once * of))
-    return found
+                projections[f"{name}.{key}".lstrip(".")] = (at_once, of, heads, len(weight) // (at_once * of))
+    return projections
 
 
 def _num_heads(module: Any) -> int | None:
@@ -156,20 +156,20 @@ def _find(module: Any, key: str) -> Tensor | None:
     return module if isinstance(module, Tensor) else None
 
 
-def _part(name: str, own: Tensor, whole: Tensor, heads: tuple[int, int, int, int] | None) -> Tensor:
-    """The part of a weight that has the shape of `own`."""
-    sizes = f"{tuple(own.shape)} of {tuple(whole.shape)}"
-    if own.ndim == whole.ndim > 1 and _IMAGE_PLACES.search(name) and own.shape[-2] != whole.shape[-2]:
+def _part(name: str, smaller: Tensor, whole: Tensor, heads: tuple[int, int, int, int] | None) -> Tensor:
+    """The part of a weight that has the shape of `smaller`."""
+    sizes = f"{tuple(smaller.shape)} of {tuple(whole.shape)}"
+    if smaller.ndim == whole.ndim > 1 and _IMAGE_PLACES.search(name) and smaller.shape[-2] != whole.shape[-2]:
         raise ValueError(f"{sizes}: another number of places in the picture")  # the first places of a text are alike
-    if own.ndim != whole.ndim or any(mine > its for mine, its in zip(own.shape, whole.shape, strict=True)):
+    if smaller.ndim != whole.ndim or any(size > limit for size, limit in zip(smaller.shape, whole.shape, strict=True)):
         raise ValueError(f"{sizes} is no part of it")
-    if own.shape[2:] != whole.shape[2:] and own.ndim == 4:
+    if smaller.shape[2:] != whole.shape[2:] and smaller.ndim == 4:
         raise ValueError(f"{sizes}: a kernel of another size")
     if heads is not None:
         at_once, of, kept, width = heads
-        if len(own) != at_once * kept * width:
-            raise ValueError(f"{sizes}: heads of width {len(own) // (at_once * kept)} instead of {width}")
-        rest = tuple(slice(size) for size in own.shape[1:])
+        if len(smaller) != at_once * kept * width:
+            raise ValueError(f"{sizes}: heads of width {len(smaller) // (at_once * kept)} instead of {width}")
+        rest = tuple(slice(size) for size in smaller.shape[1:])
         split = whole.reshape(at_once, of, width, *whole.shape[1:])
-        return split[(slice(None), slice(kept), slice(None), *rest)].reshape(own.shape)
-    return whole[tuple(slice(size) for size in own.shape)]
+        return split[(slice(None), slice(kept), slice(None), *rest)].reshape(smaller.shape)
+    return whole[tuple(slice(size) for size in smaller.shape)]

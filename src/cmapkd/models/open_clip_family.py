@@ -103,19 +103,19 @@ def _pretrained(name: str, tag: str, config: ModelConfig, options: OpenClipOptio
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)
-    found = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if not found:
+    entry = open_clip.get_pretrained_cfg(name, tag) if tag else {}
+    if not entry:
         known = ", ".join(tags) or "none"
         raise ConfigError(f"open_clip:{name} has no weights {tag!r}{closest(tag, tags)}; it has: {known}")
     if options.quick_gelu is None:  # open_clip only warns where the two differ
-        options = options.model_copy(update={"quick_gelu": bool(found.get("quick_gelu", False))})
-    model_config, preprocess = open_clip.get_model_config(name), _preprocess(found)
+        options = options.model_copy(update={"quick_gelu": bool(entry.get("quick_gelu", False))})
+    model_config, preprocess = open_clip.get_model_config(name), _preprocess(entry)
     if config.init == "scratch":
         return _assemble(config.name, model_config, preprocess, options)
     try:
-        weights = Path(open_clip.download_pretrained(found))
+        weights = Path(open_clip.download_pretrained(entry))
     except Exception as error:
-        source = found.get("hf_hub") or found.get("url")
+        source = entry.get("hf_hub") or entry.get("url")
         raise ValueError(
             f"the weights of {config.name} are not on this machine and could not be fetched from {source} "
             f"({type(error).__name__}). Connect to the network once; or copy the file here and name it as `checkpoint` "

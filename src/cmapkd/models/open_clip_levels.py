@@ -57,8 +57,8 @@ def projections(model: Any) -> Iterator[str]:
     yield from ("text_projection", "text.text_projection", "text.proj")  # CLIP, CustomTextCLIP, a transformers tower
     trunk = getattr(model.visual, "trunk", None)
     if trunk is not None and trunk.num_classes > 0:  # timm's own classifier projects
-        found = trunk.get_classifier()  # two of a distilled one
-        owners = {id(module) for module in (found if isinstance(found, tuple) else (found,))}
+        classifiers = trunk.get_classifier()  # two of a distilled one
+        owners = {id(module) for module in (classifiers if isinstance(classifiers, tuple) else (classifiers,))}
         yield from (f"visual.trunk.{name}" for name, module in trunk.named_modules() if id(module) in owners)
 
 
@@ -74,8 +74,8 @@ def text_blocks(model: Any) -> Sequence[nn.Module]:
     inner = getattr(inner, "encoder", inner)
     for attribute in ("layer", "layers", "block"):  # BERT and its kin; M2M-100; T5
         if hasattr(inner, attribute):
-            found: Sequence[nn.Module] = getattr(inner, attribute)
-            return found
+            layers: Sequence[nn.Module] = getattr(inner, attribute)
+            return layers
     return ()
 
 

@@ -40,12 +40,12 @@ class SlimAttention(nn.Module):
 
 def prunable_towers(model: Any) -> dict[Tower, PrunableTower]:
     """The towers of an open_clip model that are plain transformers."""
-    found: dict[Tower, PrunableTower] = {}
+    towers: dict[Tower, PrunableTower] = {}
     if (image := _image_tower(model)) is not None:
-        found["image"] = image
+        towers["image"] = image
     if (text := _text_tower(model)) is not None:
-        found["text"] = text
-    return found
+        towers["text"] = text
+    return towers
 
 
 def resize(model: Any, sizes: Mapping[Tower, TowerSizes]) -> None:

@@ -43,8 +43,8 @@ class DeepPrompts(nn.Module):
         def join(number: int) -> Any:
             def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
                 x: Float[Tensor, "batch tokens width"] = inputs[0]
-                own = self.tokens[number].expand(len(x), -1, -1) if number < depth else carried[0]
-                return (torch.cat([x, own.to(x.dtype)], dim=1), *inputs[1:])
+                prompts = self.tokens[number].expand(len(x), -1, -1) if number < depth else carried[0]
+                return (torch.cat([x, prompts.to(x.dtype)], dim=1), *inputs[1:])
 
             return hook
 

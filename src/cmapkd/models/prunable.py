@@ -12,42 +12,42 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class UnitPlace:
     """Where the units of a group stand in a weight.
 
     Attributes:
         weight: its name in the model.
         axis: along which the units stand in it.
         scaled: whether a unit's factor belongs here: on what it gives, and not also on what it is made of.
-        each: entries of one unit, side by side: the channels of a head.
-        times: how often all units stand there, one stretch after the other: as queries, keys and values.
+        entries: of one unit, side by side: the channels of a head.
+        repeats: how often all units stand there, one stretch after the other: as queries, keys and values.
     """
 
     weight: str
     axis: int
     scaled: bool = False
-    each: int = 1
-    times: int = 1
+    entries: int = 1
+    repeats: int = 1
 
     def take(self, weight: Tensor, kept: Int[Tensor, " kept"], size: int) -> Tensor:
         """The weight with the kept ones of `size` units."""
-        stretches = torch.arange(self.times, device=kept.device)[:, None, None] * size
-        inside = torch.arange(self.each, device=kept.device)
-        entries = (stretches + kept[None, :, None]) * self.each + inside
-        return weight.index_select(self.axis, entries.flatten().to(weight.device))
+        stretches = torch.arange(self.repeats, device=kept.device)[:, None, None] * size
+        within = torch.arange(self.entries, device=kept.device)
+        indices = (stretches + kept[None, :, None]) * self.entries + within
+        return weight.index_select(self.axis, indices.flatten().to(weight.device))
 
     def scale(self, weight: Tensor, factors: Float[Tensor, " size"]) -> Tensor:
         """The weight with each unit's part multiplied by its factor."""
-        along = factors.repeat_interleave(self.each).repeat(self.times)
+        along = factors.repeat_interleave(self.entries).repeat(self.repeats)
         return weight * along.view(-1, *[1] * (weight.ndim - 1 - self.axis))
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class UnitGroup:
     """Units of one kind, of which some may be kept without the others."""
 
     size: int
-    places: tuple[Place, ...]
+    places: tuple[UnitPlace, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,9 @@ class PrunableTower:
     """
 
     head_width: int
-    channels: Group
-    heads: tuple[Group, ...]
-    units: tuple[Group, ...]
+    channels: UnitGroup
+    heads: tuple[UnitGroup, ...]
+    units: tuple[UnitGroup, ...]
     norms: tuple[str, ...]
 
     @classmethod
@@ -115,33 +115,37 @@ class PrunableTower:
             norms: those outside the layers.
         """
         norms = [*norms, *(norm for block in blocks for norm in block.norms)]
-        channels = [Place(name, axis, scaled=True) for name, axis in writes.items()]
-        channels += [Place(name, axis) for name, axis in reads.items()]
-        channels += [Place(f"{norm}.{kind}", 0) for norm in norms for kind in ("weight", "bias")]
+        channels = [UnitPlace(name, axis, scaled=True) for name, axis in writes.items()]
+        channels += [UnitPlace(name, axis) for name, axis in reads.items()]
+        channels += [UnitPlace(f"{norm}.{kind}", 0) for norm in norms for kind in ("weight", "bias")]
         heads, units = [], []
         for block, num_heads, num_units in zip(blocks, sizes.heads, sizes.units, strict=True):
             for name in (block.out, block.shrink):
-                channels += [Place(f"{name}.{kind}", 0, scaled=True) for kind in ("weight", "bias")]
-            channels += [Place(block.qkv[0], 1), Place(f"{block.expand}.weight", 1)]
-            channels += [Place(name, 0) for name in block.vectors]
-            fused = [Place(name, 0, each=head_width, times=3) for name in block.qkv]
-            heads.append(Group(num_heads, (Place(f"{block.out}.weight", 1, scaled=True, each=head_width), *fused)))
-            expand = [Place(f"{block.expand}.{kind}", 0) for kind in ("weight", "bias")]
-            units.append(Group(num_units, (Place(f"{block.shrink}.weight", 1, scaled=True), *expand)))
-        return cls(head_width, Group(sizes.width, tuple(channels)), tuple(heads), tuple(units), tuple(norms))
+                channels += [UnitPlace(f"{name}.{kind}", 0, scaled=True) for kind in ("weight", "bias")]
+            channels += [UnitPlace(block.qkv[0], 1), UnitPlace(f"{block.expand}.weight", 1)]
+            channels += [UnitPlace(name, 0) for name in block.vectors]
+            fused = [UnitPlace(name, 0, entries=head_width, repeats=3) for name in block.qkv]
+            heads.append(
+                UnitGroup(num_heads, (UnitPlace(f"{block.out}.weight", 1, scaled=True, entries=head_width), *fused))
+            )
+            expand = [UnitPlace(f"{block.expand}.{kind}", 0) for kind in ("weight", "bias")]
+            units.append(UnitGroup(num_units, (UnitPlace(f"{block.shrink}.weight", 1, scaled=True), *expand)))
+        return cls(head_width, UnitGroup(sizes.width, tuple(channels)), tuple(heads), tuple(units), tuple(norms))
 
     def within(self, outer: str) -> PrunableTower:
         """The same with the names that the weights have in a model that holds this one as `outer`."""
 
-        def named(group: Group) -> Group:
-            return Group(group.size, tuple(replace(place, weight=f"{outer}.{place.weight}") for place in group.places))
+        def named(group: UnitGroup) -> UnitGroup:
+            return UnitGroup(
+                group.size, tuple(replace(place, weight=f"{outer}.{place.weight}") for place in group.places)
+            )
 
         heads, units = (tuple(named(group) for group in groups) for groups in (self.heads, self.units))
         norms = tuple(f"{outer}.{norm}" for norm in self.norms)
         return replace(self, channels=named(self.channels), heads=heads, units=units, norms=norms)
 
     @property
-    def groups(self) -> dict[str, Group]:
+    def groups(self) -> dict[str, UnitGroup]:
         """All groups by name: `channels`, `heads_0`, `units_0`, ..."""
         layers = {f"heads_{number}": group for number, group in enumerate(self.heads)}
         layers |= {f"units_{number}": group for number, group in enumerate(self.units)}

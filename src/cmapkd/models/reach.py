@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cmapkd.models.base import DualEncoder, eval_mode
-
-Tower = Literal["image", "text"]
+from cmapkd.models.types import Tower
 
 
 @contextmanager
@@ -47,13 +46,13 @@ def last_matrix_behind(model: nn.Module, compute: Callable[[], Tensor]) -> str:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with differentiable(model):
         output = compute()
-    waiting, seen = deque([output.grad_fn]), set()
+    waiting, visited = deque([output.grad_fn]), set()
     while waiting:
         node = waiting.popleft()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
-        following = [each for each, _ in node.next_functions if each is not None]
+        visited.add(node)
+        following = [function for function, _ in node.next_functions if function is not None]
         if any(word in node.name() for word in _PRODUCTS):
             for factor in map(_source, following):
                 parameter = getattr(factor, "variable", None)
@@ -81,7 +80,7 @@ def example_output(model: DualEncoder, tower: Tower, level: str | None = None) -
     with eval_mode(model):  # batch norms must not take note of it
         if tower == "image":
             side = model.image_spec.size
-            found = model.encode_image(scale.new_zeros(1, 3, side, side), levels)
+            features = model.encode_image(scale.new_zeros(1, 3, side, side), levels)
         else:
-            found = model.encode_text(model.tokenizer(["a"]).to(scale.device), levels)
-    return found.embedding if level is None else found.levels[level].values
+            features = model.encode_text(model.tokenizer(["a"]).to(scale.device), levels)
+    return features.embedding if level is None else features.levels[level].values

@@ -55,6 +55,6 @@ def fixed_gates(log_alpha: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
     not. The others are fractions, about 0.996 for a unit that surely stays.
     """
     gates = (log_alpha / _TEMPERATURE * _SHARPNESS).sigmoid()
-    num_off = min(round(len(gates) - float(keep_probability(log_alpha).sum())), len(gates) - 1)
-    gates[gates.topk(num_off, largest=False).indices] = 0.0
-    return gates
+    num_off = (len(gates) - keep_probability(log_alpha).sum().double()).round().clamp(max=len(gates) - 1)
+    rank = gates.argsort(stable=True).argsort()  # on the device: the host need not know how many are off
+    return gates.masked_fill(rank < num_off, 0.0)

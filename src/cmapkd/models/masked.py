@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,7 +27,7 @@ class _Folded:
     """A tower with gates: the weights that they multiply, and the channels that are not 0."""
 
     weights: dict[str, Tensor]
-    channels: Int[Tensor, " kept"]
+    channels: Bool[Tensor, " channels"]
 
 
 class MaskedEncoder(DualEncoder):
@@ -39,7 +38,7 @@ class MaskedEncoder(DualEncoder):
     after taking out the units with gate 0 computes the same, and that is what `shrunk` returns and `save` writes.
 
     In training mode gates are drawn anew by each `draw`, for all samples of the batch alike; in eval mode, and before
-    the first draw, they are fixed. Draws are numbered: they need no random state and are the same on every process.
+    the first draw, they are fixed. Nothing of a step waits for the device.
 
     Attributes:
         model: the full model.
@@ -48,7 +47,7 @@ class MaskedEncoder(DualEncoder):
         ValueError: the model's family cannot be taken apart.
     """
 
-    def __init__(self, model: DualEncoder, *, seed: int = 0) -> None:
+    def __init__(self, model: DualEncoder) -> None:
         super().__init__()
         self.model = model
         self.towers = check_prunable(model)
@@ -59,8 +58,6 @@ class MaskedEncoder(DualEncoder):
                 for name, group in parts.groups.items()
             }
         )
-        self.random_state: Tensor
-        self.register_buffer("random_state", torch.tensor([seed, 0]))  # seed, draws so far
         self._drawn: dict[Tower, _Folded] = {}
         self.name, self.embed_dim, self.tokenizer = model.name, model.embed_dim, model.tokenizer
         self.image_spec, self.image_levels, self.text_levels = model.image_spec, model.image_levels, model.text_levels
@@ -85,20 +82,20 @@ class MaskedEncoder(DualEncoder):
     def compile(self, *_arguments: Any, **_options: Any) -> None:
         """Does nothing: its weights are made anew in every step, which a compiled model would not see."""
 
-    def draw(self) -> None:
-        """New gates, until the next draw."""
-        seed, number = self.random_state.tolist()
-        draws = torch.Generator().manual_seed(seed + number)
-        self.random_state[1] += 1
+    def draw(self, generator: torch.Generator) -> None:
+        """New gates, until the next draw.
+
+        Args:
+            generator: on the CPU, the same in every process: all of them then train the same masks.
+        """
+        sizes = [len(log_alpha) for log_alpha in self.masks.values()]
+        uniforms = torch.rand(sum(sizes), generator=generator).to(self.device, non_blocking=True).split(sizes)
+        gates = {
+            name: drawn_gates(self.masks[name], uniform) for name, uniform in zip(self.masks, uniforms, strict=True)
+        }
         self._drawn = {
-            tower: self._folded(
-                tower,
-                {
-                    name: drawn_gates(log_alpha, torch.rand(len(log_alpha), generator=draws).to(log_alpha.device))
-                    for name, log_alpha in self._log_alphas(tower).items()
-                },
-            )
-            for tower in self.towers
+            tower: self._folded(tower, {name: gates[f"{tower}_{name}"] for name in parts.groups})
+            for tower, parts in self.towers.items()
         }
 
     @torch.no_grad()
@@ -160,20 +157,17 @@ class MaskedEncoder(DualEncoder):
                     weight = weights.get(place.weight)
                     weight = self.model.get_parameter(place.weight) if weight is None else weight
                     weights[place.weight] = place.scale(weight, gates[name])
-        return _Folded(weights, gates["channels"].nonzero()[:, 0])
+        return _Folded(weights, gates["channels"] != 0)
 
     @contextmanager
-    def _norms_over(self, channels: Int[Tensor, " kept"], tower: Tower) -> Iterator[None]:
+    def _norms_over(self, channels: Bool[Tensor, " channels"], tower: Tower) -> Iterator[None]:
         """While the context is open, the tower's norms see these channels alone."""
 
-        def normalised(norm: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
-            x, weight, bias = inputs[0], norm.weight, norm.bias
+        def normalised(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             assert isinstance(norm.eps, float)
-            assert isinstance(weight, Tensor)
-            assert isinstance(bias, Tensor)
-            own = x.index_select(-1, channels)
-            y = F.layer_norm(own, own.shape[-1:], weight[channels], bias[channels], norm.eps)
-            return y.new_zeros(x.shape).index_copy(-1, channels, y)
+            assert isinstance(norm.weight, Tensor)
+            assert isinstance(norm.bias, Tensor)
+            return _norm_of_some(inputs[0], norm.weight, norm.bias, channels, norm.eps).to(output.dtype)
 
         handles = [self.model.get_submodule(n).register_forward_hook(normalised) for n in self.towers[tower].norms]
         try:
@@ -183,10 +177,29 @@ class MaskedEncoder(DualEncoder):
                 handle.remove()
 
 
+def _norm_of_some(
+    x: Float[Tensor, "*batch channels"],
+    weight: Float[Tensor, " channels"],
+    bias: Float[Tensor, " channels"],
+    channels: Bool[Tensor, " channels"],
+    eps: float,
+) -> Float[Tensor, "*batch channels"]:
+    """Layer norm over some of the channels; 0 in the others. Float32 or wider.
+
+    How many they are stays on the device: to select them would make the host wait for their number.
+    """
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    kept = channels.to(x.dtype)
+    count = kept.sum()
+    centred = (x - (x * kept).sum(-1, keepdim=True) / count) * kept
+    variance = centred.square().sum(-1, keepdim=True) / count
+    return (centred * (variance + eps).rsqrt() * weight + bias) * kept
+
+
 class _Call(nn.Module):
     """A method of a model as a module's forward, where `functional_call` can exchange its weights."""
 
-    def __init__(self, model: DualEncoder, *, seed: int = 0) -> None:
+    def __init__(self, model: DualEncoder) -> None:
         super().__init__()
         self.model = model
 

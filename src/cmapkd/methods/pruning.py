@@ -174,7 +174,7 @@ class PruningMethod(DualEncoderMethod):
         if not isinstance(student, MaskedEncoder):
             return super().forward(batch, step)
         if self.training:
-            student.draw()
+            student.draw((step or self.step).generator("gates"))
         terms = super().forward(batch, step)
         assert self.constraint is not None
         assert self.stage.sparsity is not None
@@ -214,8 +214,7 @@ class PruningMethod(DualEncoderMethod):
             )
 
     def _mask(self) -> None:
-        seed = int(torch.randint(2**31, (), generator=self.step.generator("masks")))
-        self.student = MaskedEncoder(self.student, seed=seed)
+        self.student = MaskedEncoder(self.student)
         self.constraint = _Multipliers(self.masks_config.strength).to(self.device)
 
 

@@ -105,7 +105,7 @@ class FolderSource(StoredSource):
 
     def _text_files(self, entry: int) -> dict[str, str]:
         stem = _stem(self._files[entry])
-        return {kind: f"{stem}.{kind}" for kind, has in self._has.items() if has[entry]}
+        return {kind: f"{stem}.{kind}" for kind, has in self._has.items() if has.numpy()[entry]}
 
     def _record(self, entry: int) -> Record:
         texts = {kind: self._images.read(file) for kind, file in self._text_files(entry).items()}
@@ -118,7 +118,11 @@ class FolderSource(StoredSource):
 
     def _contents(self) -> Iterable[str]:
         """Of every file its size; in a zip its checksum too."""
-        texts = {f"{_stem(self._files[i])}.{kind}" for kind, has in self._has.items() for i in has.nonzero().flatten()}
+        texts = {
+            f"{_stem(self._files[i])}.{kind}"
+            for kind, has in self._has.items()
+            for i in has.nonzero().flatten().tolist()
+        }
         for file in (*self._files, *sorted(texts)):
             if isinstance(self._images, ZipReader):
                 yield f"{file}\0{self._images.members[file]}\0{self._images.checksums[file]}"

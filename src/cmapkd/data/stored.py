@@ -6,19 +6,22 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.images import decode_image
 from cmapkd.data.records import Record, Unusable
 from cmapkd.data.types import BadSampleError, Sample
+
+_AT_ONCE = 65_536  # texts whose places are looked up together
 
 
 class Texts(Sequence[str]):
@@ -35,6 +38,17 @@ class Texts(Sequence[str]):
             ends.append(len(block))
         self._block = torch.frombuffer(block or bytearray(1), dtype=torch.uint8)
         self._ends = torch.frombuffer(ends, dtype=torch.int64)
+        self._views: tuple[memoryview, memoryview] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._views = None  # sending the tensors to another process moves them to shared memory
+        return self.__dict__
+
+    def _look(self) -> tuple[memoryview, memoryview]:
+        """Block and ends, for quick access."""
+        if self._views is None:
+            self._views = memoryview(self._block.numpy()), memoryview(self._ends.numpy())
+        return self._views
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -48,8 +62,15 @@ class Texts(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start, end = self._ends[index : index + 2].tolist()
-        return self._block.numpy()[start:end].tobytes().decode("utf-8", "surrogatepass")
+        block, ends = self._look()
+        return bytes(block[ends[index] : ends[index + 1]]).decode("utf-8", "surrogatepass")
+
+    def encoded(self, places: Tensor) -> Iterator[bytes]:
+        """The texts at `places`, Int[number], as UTF-8, for passes over many of them."""
+        block, _ = self._look()
+        for part in places.split(_AT_ONCE):
+            for start, end in zip(self._ends[part].tolist(), self._ends[part + 1].tolist(), strict=True):
+                yield bytes(block[start:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +143,7 @@ class StoredSource(ABC):
 
     def _duplicates(self) -> dict[int, str]:
         """Later entries of an id that came before, found by hash first: 12 million ids need no set of strings."""
-        hashes = np.fromiter(
-            (hash(self._ids[entry]) for entry in self._entries.tolist()), dtype=np.int64, count=len(self._entries)
-        )
+        hashes = np.fromiter(map(hash, self._ids.encoded(self._entries)), dtype=np.int64, count=len(self._entries))
         _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         first: dict[str, int] = {}
         duplicates = {}
@@ -197,8 +216,7 @@ class StoredSource(ABC):
         digest = hashlib.blake2b(digest_size=16)
         for part in (type(self).__name__, *(self._class_names or ()), *self._contents()):
             digest.update(b"%d:" % len(part.encode()) + part.encode())
-        for entry in self._entries.tolist():
-            text = self._ids[entry].encode("utf-8", "surrogatepass")
+        for text in self._ids.encoded(self._entries):
             digest.update(b"%d:" % len(text) + text)
         return digest.hexdigest()
 

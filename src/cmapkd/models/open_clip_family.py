@@ -30,6 +30,7 @@ _WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )
+_QUICK = "-quickgelu"  # ends the name of the same architecture with the other activation
 _PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 
 
@@ -55,7 +56,9 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     name, _, tag = rest.partition("/")
     zoo = open_clip.list_models()
     if rest in zoo:
-        return _assemble(config.name, open_clip.get_model_config(rest), _preprocess({}), options)
+        either = options.quick_gelu is None and f"{rest}{_QUICK}" in zoo
+        model_config = open_clip.get_model_config(rest)
+        return _assemble(config.name, model_config, _preprocess({}), options, either_activation=either)
     if name in zoo:
         return _pretrained(name, tag, config, options)
     path = Path(rest).expanduser()
@@ -147,6 +150,7 @@ def _assemble(
     *,
     weights: Path | None = None,
     folder: Path | None = None,
+    either_activation: bool = False,
 ) -> OpenClipModel:
     """Applies the options, builds, and loads `weights` if there are any."""
     config = deepcopy(dict(model_config))
@@ -172,7 +176,14 @@ def _assemble(
         load_native_weights(model, read_weights(weights), where=weights)
     fit_image_size(model, where=name)
     ready = make_tokenizer(text, folder=folder)
-    return OpenClipModel(model, config=config, preprocess=preprocess, tokenizer=ready, name=name)
+    return OpenClipModel(
+        model,
+        config=config,
+        preprocess=preprocess,
+        tokenizer=ready,
+        name=name,
+        either_activation=either_activation,
+    )
 
 
 def _preprocess(overrides: Mapping[str, Any]) -> dict[str, Any]:

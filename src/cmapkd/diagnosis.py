@@ -348,7 +348,7 @@ def _predict_cache(role: str, method: Method, source: Source, config: RunConfig)
 
 def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool) -> float:
     method.train()
-    device = method.student.log_logit_scale.device
+    device = method.student.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         terms = method(batch)
     loss = sum(

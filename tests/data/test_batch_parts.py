@@ -201,12 +201,12 @@ def test_views_that_nobody_describes_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["main", "two words", ""])
 def test_names_of_views_are_words(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be a name in data.more_views"):
+    with pytest.raises(ConfigError, match=r"cannot be a name in data\.more_views"):
         DataConfig.from_mapping({"train": "scenes", "more_views": {name: {}}}, where="data")
 
 
 def test_further_views_follow_the_main_ones() -> None:
-    with pytest.raises(ConfigError, match="set data.views.num_views instead"):
+    with pytest.raises(ConfigError, match=r"set data\.views\.num_views instead"):
         DataConfig.from_mapping({"train": "scenes", "more_views": {"local": {"num_views": 2}}}, where="data")
     config = DataConfig.from_mapping({"train": "scenes", "more_views": {"local": {"flip": 0.5}}}, where="data")
     assert config.more_views["local"].flip == 0.5

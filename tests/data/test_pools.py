@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,10 @@ def test_parquet_names_them_too(tmp_path: Path) -> None:
         open_source(f"parquet:{tmp_path / 't.parquet'}?texts=alter")
 
 
-@pytest.mark.parametrize("names", ["captions", "a,,b", ""])
+@pytest.mark.parametrize("names", ["captions", "a,,b", "a, "])
 def test_names_that_are_no_pools(names: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
-    with pytest.raises(ConfigError, match="texts names keys of further texts|unknown option|folder"):
+    with pytest.raises(ConfigError, match="texts names keys of further texts"):
         open_source(f"folder:{tmp_path}?texts={names}")
 
 
@@ -192,9 +193,8 @@ def test_negatives_of_scenes_are_false_and_differ_in_a_colour_or_shape() -> None
                 assert text != caption
                 before, after = _ANY_WORD.findall(caption), _ANY_WORD.findall(text)
                 assert len(before) == len(after)
-                assert _ANY_WORD.sub("*", caption).replace(" an ", " a ") == _ANY_WORD.sub("*", text).replace(
-                    " an ", " a "
-                )
+                rest = [re.sub(r"\ban? ", "a ", _ANY_WORD.sub("*", each)) for each in (caption, text)]
+                assert rest[0] == rest[1]
                 swapped += sorted(before) == sorted(after)
     assert swapped > 100  # real exchanges, not only replacements
 

@@ -11,6 +11,7 @@ import socket
 import sys
 import traceback
 import warnings
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from helpers import MemorySource, make_trainer
 TWO, STEPS = 2, 3
 HOW = ("none", "fsdp2")
 FAILED = "failed"
-PATIENCE = 120.0  # seconds that two processes may take for one family
+PATIENCE, GRACE = 300.0, 20.0  # seconds for all families, and for a process whose partner has ended
 
 
 def trained(student: DualEncoder, folder: Path, sharding: str = "none") -> dict[str, Tensor]:
@@ -43,33 +44,48 @@ def trained(student: DualEncoder, folder: Path, sharding: str = "none") -> dict[
     return {f"{group}/{key}": value.clone() for group, tensors in groups.items() for key, value in tensors.items()}
 
 
-def work(name: str, student: DualEncoder, rank: int, port: int, out: Path) -> None:
+def work(students: dict[str, DualEncoder], rank: int, port: int, out: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": TWO, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in place.items()}
     warnings.simplefilter("ignore")
-    for how in HOW:
-        place_of = out / f"{name}, {how}, rank {rank}.pt"
-        try:
-            torch.save(trained(copy.deepcopy(student), out / f"{name}, {how}", how), place_of)
-        except Exception:
-            torch.save({FAILED: traceback.format_exc()}, place_of)
-            raise
+    for name, student in students.items():
+        for how in HOW:
+            try:
+                found: dict[str, Any] = trained(copy.deepcopy(student), out / f"{name}, {how}", how)
+            except Exception:
+                torch.save({FAILED: traceback.format_exc()}, path_of(out, name, how, rank))
+                raise
+            torch.save(found, path_of(out, name, how, rank))
+
+
+def path_of(out: Path, name: str, how: str, rank: int) -> Path:
+    return out / f"{name}, {how}, rank {rank}.pt"
+
+
+def run_two(students: dict[str, DualEncoder], out: Path) -> bool:
+    """Lets two processes train them, one after the other; whether both came to the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = get_context("fork")
+    processes = [context.Process(target=work, args=(students, rank, port, out)) for rank in range(TWO)]
+    for process in processes:
+        process.start()
+    wait([process.sentinel for process in processes], PATIENCE)  # the first that ends, or fails
+    for process in processes:
+        process.join(GRACE)
+        process.kill()  # one whose partner failed would wait for it
+        process.join()
+    return all(process.exitcode == 0 for process in processes)
 
 
 def main(out: Path) -> None:
     torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
-    context = get_context("fork")
-    for name in FAMILIES:
-        student = make(name, out / name)  # here: transformers writes on the first process of a group only
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = [context.Process(target=work, args=(name, student, rank, port, out)) for rank in range(TWO)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(PATIENCE)
-            process.kill()  # one whose partner failed would wait for it
+    students = {name: make(name, out / name) for name in FAMILIES}  # transformers writes on one process of a group only
+    while students and not run_two(students, out):
+        begun = [name for name in students if any(out.glob(f"{name}, *.pt"))]
+        for name in begun or [*students]:
+            del students[name]  # those after a failure get a chance of their own
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from family_support import FAMILIES, has_batch_norm, make
-from sharded_families import FAILED, HOW, TWO, trained
+from sharded_families import FAILED, HOW, TWO, path_of, trained
 from torch import Tensor
 
 STATISTICS = ("running_mean", "running_var")
@@ -36,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found_by(out: Path, name: str, how: str, rank: int) -> dict[str, Any]:
-    path = out / f"{name}, {how}, rank {rank}.pt"
+    path = path_of(out, name, how, rank)
     assert path.exists(), f"process {rank} was not done with {name}, {how}: it waited for its partner"
     found: dict[str, Any] = torch.load(path, weights_only=True)
     assert FAILED not in found, found[FAILED]

@@ -16,6 +16,7 @@ from cmapkd.data.types import Batch, TokenBatch
 from cmapkd.features.pyramid import cells_at, standardise
 from cmapkd.methods import Method, StageConfig, StepInfo, build_method
 from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig
+from cmapkd.methods.cmapkd.config import MovedSettingWarning
 from cmapkd.models import FrozenTeacher
 from cmapkd.objectives import interactive_loss, similarity_divergence
 from helpers import CMAPKD_IN_FULL, make_method, make_model, make_trainer, random_batch
@@ -317,17 +318,18 @@ def test_names_of_levels_and_pairs_are_checked() -> None:
         CMAPKDConfig.from_mapping({"weighting": "gats"})
 
 
-def test_a_setting_that_moved_is_refused_with_its_new_place() -> None:
-    with pytest.raises(
-        ConfigError, match=r"write bank\.size in place of bank_size, bank\.source in place of bank_from"
+def test_a_setting_under_its_old_name_goes_where_it_belongs() -> None:
+    with pytest.warns(
+        MovedSettingWarning, match=r"write bank\.size in place of bank_size, bank\.source in place of bank_from$"
     ):
-        CMAPKDConfig.from_mapping({"bank_size": 12, "bank_from": "cache"})
-    for name in AblationsConfig.model_fields:
-        with pytest.raises(ConfigError, match=rf"write ablations\.{name} in place of {name}$"):
-            CMAPKDConfig.from_mapping({name: 1})
-    moved = CMAPKDConfig.from_mapping({"bank": {"size": 12}, "ablations": {"relation_weight": 30}})
-    assert moved.bank.size == 12
-    assert moved.term_weights()["relation"] == 30
+        old = CMAPKDConfig.from_mapping({"bank_size": 12, "bank_from": "cache", "bank": {"sample": 4}})
+    assert old == CMAPKDConfig.from_mapping({"bank": {"size": 12, "source": "cache", "sample": 4}})
+    for name, field in AblationsConfig.model_fields.items():
+        value = field.get_default(call_default_factory=True)
+        with pytest.warns(MovedSettingWarning, match=rf"write ablations\.{name} in place of {name}$"):
+            assert CMAPKDConfig.from_mapping({name: value}) == CMAPKDConfig()
+    with pytest.raises(ConfigError, match=r"bank_size and bank\.size are one setting, and both are given"):
+        CMAPKDConfig.from_mapping({"bank_size": 12, "bank": {"size": 13}})
 
 
 def test_a_stage_reads_only_its_levels() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -96,4 +97,13 @@ def load_chunks(
     def name(place: Place) -> str:
         return f"rows {place.first} to {place.last} of the cache's part {place.part}"
 
-    return ReadAhead(chunks, places, workers=workers, pin_memory=pin_memory, timeout=timeout, name=name)
+    rows = max((place.last - place.first for place in places), default=0)
+    return ReadAhead(
+        chunks,
+        places,
+        workers=workers,
+        pin_memory=pin_memory,
+        timeout=timeout,
+        item_bytes=rows * chunks.reader.preprocess(Image.new("RGB", (1, 1))).nbytes,
+        name=name,
+    )

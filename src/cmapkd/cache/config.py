@@ -34,7 +34,7 @@ class CacheConfig(Config):
     )
     check: Check = Field(
         "first_use",
-        description="Checksums are compared when a shard is first read, on opening, or never (sizes are).",
+        description="When checksums are compared: of rows when first read, of all on opening, or never (sizes are).",
         json_schema_extra=RESUMABLE,
     )
     max_gib: float = Field(

@@ -123,7 +123,7 @@ class CachePlan:
 
     def _one_sample(self) -> ModelInput:
         model = self.teacher.model
-        device = next(model.parameters()).device
+        device = model.device
         for index in range(min(len(self.source), 1000)):
             try:
                 sample = self.source[index]

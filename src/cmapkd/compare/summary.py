@@ -297,7 +297,7 @@ def _different_start(one: RunConfig, other: RunConfig) -> list[str]:
     """What makes two runs of one seed begin with other weights or see other batches."""
     parts = {
         "student": (one.student, other.student),
-        "training data": ((one.data.train, one.data.views), (other.data.train, other.data.views)),
+        "training data": tuple((run.data.train, run.data.views, run.data.more) for run in (one, other)),
         "batch size": (one.training.batch_size, other.training.batch_size),
     }
     return [name for name, (first, second) in parts.items() if first != second]

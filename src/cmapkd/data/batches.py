@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cmapkd.config import ConfigError
 from cmapkd.data.memory import SampleMemory
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.random import permuted
@@ -106,6 +107,18 @@ class Extra(Protocol):
         ...
 
 
+@runtime_checkable
+class InputExtra(Protocol):
+    """Something that a batch brings of its models' inputs, made where these are made. Picklable.
+
+    What two tokenizers make of one text can be set side by side here, on the host, so that no step waits for it.
+    """
+
+    def make(self, inputs: Mapping[str, ModelInput]) -> Any:
+        """Of the inputs by role: one row for each sample, or an object with `part(start, stop)`; see `Batch.extra`."""
+        ...
+
+
 class Batches(Protocol):
     """What a trainer steps through: the batch of a plan, and as many items in an epoch as `source` has."""
 
@@ -113,6 +126,10 @@ class Batches(Protocol):
     def source(self) -> Sized: ...
 
     def __getitem__(self, plan: Plan) -> Batch: ...
+
+    def bytes_of(self, size: int) -> int:
+        """About the bytes of a batch of `size` samples, to bound how many are made ahead."""
+        ...
 
 
 class BatchBuilder(Dataset[Batch]):
@@ -142,7 +159,7 @@ class BatchBuilder(Dataset[Batch]):
         seed: int,
         on_bad_sample: str = "skip",
         stored: Mapping[str, Answers] | None = None,
-        extras: Mapping[str, Extra] | None = None,
+        extras: Mapping[str, Extra | InputExtra] | None = None,
         texts: TextChoice | None = None,
         memory: int = 0,
         more_views: Mapping[str, int] | None = None,
@@ -152,7 +169,9 @@ class BatchBuilder(Dataset[Batch]):
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
-        self.extras = dict(extras or {})
+        given = dict(extras or {})
+        self.extras = {name: extra for name, extra in given.items() if not isinstance(extra, InputExtra)}
+        self.input_extras = {name: extra for name, extra in given.items() if isinstance(extra, InputExtra)}
         self.texts = texts or TextChoice()
         self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
         check_more_views(self.more_views, self.view_specs)
@@ -162,6 +181,13 @@ class BatchBuilder(Dataset[Batch]):
     @property
     def source(self) -> Source:
         return self.samples.source
+
+    def bytes_of(self, size: int) -> int:
+        """About the bytes of a batch of `size` samples: its pixels, without those that a cache lacks."""
+        views = 1 + sum(self.more_views.values())
+        dot = Image.new("RGB", (1, 1))
+        distinct = {self.readers[role].preprocess for role in self._live}
+        return size * views * sum(preprocess(dot).nbytes for preprocess in distinct)
 
     def __getitem__(self, plan: Plan) -> Batch:
         made = _Rows(self.readers, self.more_views, self.stored, self.extras)
@@ -183,13 +209,15 @@ class BatchBuilder(Dataset[Batch]):
                     sample_id, f"{reason}; and no readable sample was found to take its place at step {plan.step}"
                 )
         captions, more_texts = self.texts.columns(made.texts)
+        inputs = self._inputs(made, captions, more_texts)
+        extra = {name: self.extras[name].join(items) for name, items in made.extras.items()}
         return Batch(
             tuple(made.ids),
-            self._inputs(made, captions, more_texts),
+            inputs,
             captions,
             view=self.views.view_number(plan.epoch),
             bad=tuple(made.bad),
-            extra={name: self.extras[name].join(items) for name, items in made.extras.items()},
+            extra=extra | {name: each.make(inputs) for name, each in self.input_extras.items()},
             stored=self._answers(made),
             streams=plan.streams,
             views=tuple(made.views) if plan.epochs else (),
@@ -269,20 +297,23 @@ class BatchBuilder(Dataset[Batch]):
     def _inputs(
         self, made: _Rows, captions: Sequence[str], more_texts: Mapping[str, Sequence[str]]
     ) -> dict[str, ModelInput]:
+        """By role. Models that agree on the preprocessing share the pixels, those of one tokenizer the tokens."""
         inputs: dict[str, ModelInput] = {}
         for role, reader in self.readers.items():
             if role in self.stored:
-                if made.pixels[role] or self.stored[role].needs_texts:
-                    images = torch.stack(made.pixels[role]) if made.pixels[role] else torch.empty(0)
-                    inputs[role] = reader.input(images, captions, more_texts)
-                continue
-            like = next((other for other in inputs if self._same_pixels(role, other)), None)
-            images, more_images = (
-                (torch.stack(made.pixels[role]), {n: torch.stack(p[role]) for n, p in made.more_pixels.items()})
-                if like is None
-                else (inputs[like].images, inputs[like].more_images)
-            )
-            inputs[role] = reader.input(images, captions, more_texts, more_images)
+                if not (made.pixels[role] or self.stored[role].needs_texts):
+                    continue
+                images, more_images = torch.stack(made.pixels[role]) if made.pixels[role] else torch.empty(0), {}
+            elif (like := next((other for other in inputs if self._same_pixels(role, other)), None)) is not None:
+                images, more_images = inputs[like].images, inputs[like].more_images
+            else:
+                images = torch.stack(made.pixels[role])
+                more_images = {name: torch.stack(pixels[role]) for name, pixels in made.more_pixels.items()}
+            like = next((other for other in inputs if self.readers[other].tokenize == reader.tokenize), None)
+            if like is None:
+                inputs[role] = reader.input(images, captions, more_texts, more_images)
+            else:
+                inputs[role] = ModelInput(images, inputs[like].texts, inputs[like].more_texts, more_images)
         return inputs
 
     def _same_pixels(self, role: str, other: str) -> bool:
@@ -320,21 +351,29 @@ def make_loader(
         samples = ", ".join(map(str, plan.mine[:8])) + ", ..." * (len(plan.mine) > 8)
         return f"the batch of step {plan.step + 1}, samples {samples}"
 
-    ahead = ReadAhead(_Carrying(builder), sampler, workers=workers, pin_memory=pin_memory, timeout=timeout, name=name)
+    ahead = ReadAhead(
+        _Carrying(builder),
+        sampler,
+        workers=workers,
+        pin_memory=pin_memory,
+        timeout=timeout,
+        item_bytes=builder.bytes_of(sampler.batch_size // sampler.world_size) if workers else 0,
+        name=name,
+    )
     for made in ahead:
-        if isinstance(made, BadSampleError):
+        if isinstance(made, ValueError):
             raise made
         yield made
 
 
-class _Carrying(Dataset["Batch | BadSampleError"]):
-    """Hands an unusable sample over as a value: raised in a worker, torch would make another error of it."""
+class _Carrying(Dataset["Batch | ValueError"]):
+    """Hands an error about the data over as a value: raised in a worker, torch would make another error of it."""
 
     def __init__(self, builder: Batches) -> None:
         self.builder = builder
 
-    def __getitem__(self, plan: Plan) -> Batch | BadSampleError:
+    def __getitem__(self, plan: Plan) -> Batch | ValueError:
         try:
             return self.builder[plan]
-        except BadSampleError as error:
+        except (BadSampleError, ConfigError) as error:
             return error

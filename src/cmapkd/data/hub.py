@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, nearest
@@ -105,12 +106,32 @@ class HubSource(StoredSource):
             return captioned
         if self._captions is None or self._texts is None:
             return ~captioned
-        for row in range(length):
+        for row in np.flatnonzero(~self._surely_captioned(length)).tolist():
             try:
                 captioned[row] = bool(self._record(row).captions)
             except Unusable:
                 continue  # bad, which its reading will say
         return captioned
+
+    def _surely_captioned(self, length: int) -> NDArray[np.bool_]:
+        """Where a row's captions, one text or a list of them, have a letter or another visible character."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        surely = np.zeros(length, dtype=np.bool_)
+        start = 0
+        for chunk in self._texts.data.column(self._captions).chunks if self._texts is not None else ():
+            kind = chunk.type
+            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            values = pc.list_flatten(chunk) if lists else chunk
+            if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+                return np.zeros(length, dtype=np.bool_)
+            visible = pc.fill_null(pc.match_substring_regex(values, r"[^\s\p{Z}\p{C}]"), False)
+            visible = visible.to_numpy(zero_copy_only=False)
+            rows = pc.list_parent_indices(chunk).to_numpy(zero_copy_only=False) if lists else np.arange(len(chunk))
+            surely[start + rows[visible]] = True
+            start += len(chunk)
+        return surely if start == length else np.zeros(length, dtype=np.bool_)
 
     def _record(self, entry: int) -> Record:
         if self._texts is None:

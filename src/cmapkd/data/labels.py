@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cmapkd.config import ConfigError
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import Sample
 from cmapkd.data.views import View
@@ -21,10 +22,9 @@ class LabelReader:
     """One number for each sample, -1 where it has no label, or where its label is hidden.
 
     Attributes:
-        share: of the samples whose label is shown; which ones is decided by their ids alone, so it is the same in every
-            epoch, run and process, and a larger share shows all that a smaller one does.
-        num_classes: a label must be smaller than this; None: any will do. Labels are checked here, where they are read,
-            because looking at them on a GPU would wait for all that was launched there.
+        share: fraction of the samples whose label is shown. Their ids alone decide which ones, so they are the same in
+            every epoch, run and process, and a larger share shows all that a smaller one does.
+        num_classes: how many classes the labels are numbers of; None: not checked.
     """
 
     share: float = 1.0
@@ -34,7 +34,7 @@ class LabelReader:
         if sample.label is None or (self.share < 1 and uniforms(1, "label", sample.id)[0] >= self.share):
             return NO_LABEL
         if self.num_classes is not None and sample.label >= self.num_classes:
-            raise ValueError(
+            raise ConfigError(
                 f"sample {sample.id!r} has label {sample.label}, but there are only {self.num_classes} classes: give "
                 "the class names that the labels were numbered by"
             )

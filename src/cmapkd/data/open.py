@@ -186,7 +186,7 @@ def _open_shards(spec: Spec) -> Source:
 
     pattern = spec.need_rest("webdataset:folder/train-*.tar or webdataset:folder/train-{000000..000012}.tar")
     classes, texts = spec.take("classes"), spec.take_texts()
-    spec.refuse_leftovers(("classes", TEXTS, "limit"))
+    spec.refuse_leftovers(("classes", "limit", TEXTS))
     names = read_classes(classes).names if classes else None
     return ShardSource(pattern, keep=spec.keep, classes=names, texts=texts)
 
@@ -197,7 +197,7 @@ def _open_folder(spec: Spec) -> Source:
 
     name = spec.need_rest("folder:train or folder:train.zip")
     classes, texts = spec.take("classes"), spec.take_texts()
-    spec.refuse_leftovers(("classes", TEXTS, "limit"))
+    spec.refuse_leftovers(("classes", "limit", TEXTS))
     images = open_images(name, "folder:")
     metadata = images.path / METADATA_FILE
     if images.path.is_dir() and metadata.is_file():
@@ -217,7 +217,7 @@ def _open_csv(spec: Spec) -> Source:
     image, caption = spec.take("csv_img_key"), spec.take("csv_caption_key")
     separator, quotes, images, classes = (spec.take(name) for name in ("separator", "quotes", "images", "classes"))
     texts = spec.take_texts()
-    known = ("csv_img_key", "csv_caption_key", "separator", "quotes", "images", "classes", TEXTS, "limit")
+    known = ("csv_img_key", "csv_caption_key", "separator", "quotes", "images", "classes", "limit", TEXTS)
     spec.refuse_leftovers(known)
     separator = SEPARATORS.get(separator, separator) if separator else None
     if separator is not None and len(separator) != 1:
@@ -246,7 +246,7 @@ def _open_jsonl(spec: Spec) -> Source:
 
     path = existing_file(spec.need_rest("jsonl:train.jsonl"), "jsonl")
     columns, images, classes = _columns(spec), spec.take("images"), spec.take("classes")
-    spec.refuse_leftovers((*COLUMN_OPTIONS, TEXTS, "images", "classes", "limit"))
+    spec.refuse_leftovers((*COLUMN_OPTIONS, "images", "classes", "limit", TEXTS))
     folder = Folder(existing_folder(images, "images"), strict=False) if images else None
     named = read_classes(classes) if classes else None
     return open_jsonl(path, keep=spec.keep, columns=columns, images=folder, classes=named)
@@ -302,7 +302,7 @@ def _open_parquet(spec: Spec) -> Source:
     from cmapkd.data.hub import open_parquet
 
     pattern, columns = spec.need_rest("parquet:train-*.parquet"), _columns(spec)
-    spec.refuse_leftovers((*COLUMN_OPTIONS, TEXTS, "limit"))
+    spec.refuse_leftovers((*COLUMN_OPTIONS, "limit", TEXTS))
     return open_parquet(pattern, columns=columns, keep=spec.keep)
 
 
@@ -311,7 +311,7 @@ def _open_hub(spec: Spec) -> Source:
 
     name, columns = spec.need_rest("hf:user/name, hf:user/name:train or hf:FOLDER@train"), _columns(spec)
     config, revision = spec.take("config"), spec.take("revision")
-    spec.refuse_leftovers((*COLUMN_OPTIONS, TEXTS, "config", "revision", "limit"))
+    spec.refuse_leftovers((*COLUMN_OPTIONS, "config", "revision", "limit", TEXTS))
     split = spec.split
     if split is None and ":" in name:
         name, _, split = name.rpartition(":")

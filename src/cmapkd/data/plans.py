@@ -81,7 +81,7 @@ class PlanSampler(Sampler[Plan]):
             )
         if batch_size % world_size:
             raise ValueError(
-                f"batch size {batch_size} does not divide among {world_size} processes, whose shares must be equal: "
+                f"batch size {batch_size} does not divide among {world_size} processes, whose parts must be equal: "
                 "set training.batch_size to a multiple, or start another number of processes"
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -192,7 +192,11 @@ class PlanSampler(Sampler[Plan]):
         return _Phase(first, only, sizes, tuple(cursors))
 
     def __iter__(self) -> Iterator[Plan]:
-        return (self.plan(step) for step in range(self.start, self.stop))
+        return self.skip(0)
+
+    def skip(self, count: int) -> Iterator[Plan]:
+        """All plans but the first `count`, which are not made."""
+        return (self.plan(step) for step in range(self.start + count, self.stop))
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cmapkd.data.extras import move_extra, part_of_extra, pin_extra
+
+T = TypeVar("T")
 
 MAIN_VIEW = "main"
 
@@ -188,13 +190,13 @@ class ModelInput:
         return self.more_images[view]
 
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> ModelInput:
-        def moved(pixels: Tensor) -> Tensor:
-            return pixels.to(device, non_blocking=non_blocking) if images else pixels
-
-        return self._map(moved, lambda texts: texts.to(device, non_blocking))
+        return self.changed(
+            (lambda pixels: pixels.to(device, non_blocking=non_blocking)) if images else _same,
+            lambda texts: texts.to(device, non_blocking),
+        )
 
     def pin_memory(self) -> ModelInput:
-        return self._map(torch.Tensor.pin_memory, TokenBatch.pin_memory)
+        return self.changed(torch.Tensor.pin_memory, TokenBatch.pin_memory)
 
     def part(self, start: int, stop: int, images: tuple[int, int] | None = None) -> ModelInput:
         """The pairs from `start` to before `stop`; `images` says where their pixels stand, if elsewhere."""
@@ -207,7 +209,10 @@ class ModelInput:
             {view: self.more_images[view][start * count : stop * count] for view, count in counts.items()},
         )
 
-    def _map(self, change: Callable[[Tensor], Tensor], change_texts: Callable[[TokenBatch], TokenBatch]) -> ModelInput:
+    def changed(
+        self, change: Callable[[Tensor], Tensor], change_texts: Callable[[TokenBatch], TokenBatch]
+    ) -> ModelInput:
+        """With `change` of the pixels of every view, and `change_texts` of the texts of every pool."""
         return ModelInput(
             change(self.images),
             change_texts(self.texts),
@@ -273,18 +278,21 @@ class Batch:
         return self.views or (self.view,) * len(self)
 
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> Batch:
-        """The batch on a device; without `images` its pixels stay where they are."""
+        """The batch on a device; without `images` its pixels stay where they are. What roles share is moved once."""
+        pixels = _once(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if images else _same
+        texts = _once(lambda tokens: tokens.to(device, non_blocking))
         return replace(
             self,
-            inputs={role: each.to(device, non_blocking, images=images) for role, each in self.inputs.items()},
+            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
             extra={name: move_extra(value, device, non_blocking) for name, value in self.extra.items()},
             stored={role: rows.to(device, non_blocking) for role, rows in self.stored.items()},
         )
 
     def pin_memory(self) -> Batch:
+        pixels, texts = _once(torch.Tensor.pin_memory), _once(TokenBatch.pin_memory)
         return replace(
             self,
-            inputs={role: each.pin_memory() for role, each in self.inputs.items()},
+            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
             extra={name: pin_extra(value) for name, value in self.extra.items()},
             stored={role: rows.pin_memory() for role, rows in self.stored.items()},
         )
@@ -317,3 +325,19 @@ class Batch:
             streams=self.streams[start:stop],
             views=self.views[start:stop],
         )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _once(change: Callable[[T], T]) -> Callable[[T], T]:
+    """`change`, made once of each object, however often it is asked for."""
+    made: dict[int, T] = {}
+
+    def changed(value: T) -> T:
+        if id(value) not in made:
+            made[id(value)] = change(value)
+        return made[id(value)]
+
+    return changed

@@ -46,12 +46,17 @@ class Method(MethodContract):
         return {**super().extras, **(self.auxiliary.extras if self.auxiliary is not None else {})}
 
     @torch.no_grad()
-    def after_step(self, step: StepInfo) -> None:
-        """Called after every optimizer step: puts back what must stay in a range, and moves momentum teachers."""
+    def after_step(self, step: StepInfo | None = None) -> None:
+        """Called after every optimizer step: puts back what must stay in a range, and moves momentum teachers.
+
+        Args:
+            step: as `forward` got it; none: as its last call said.
+        """
+        done = step or self.step
         self.student.after_step()
         for teacher in self.teachers.values():
             if isinstance(teacher, MomentumTeacher):
-                teacher.update(self.student, step.step, step.total)
+                teacher.update(self.student, done.step, done.total)
 
     def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
         """Why every process must hold this method whole (`training.sharding: none`); None: it can be shared out."""

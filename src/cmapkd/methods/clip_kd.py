@@ -219,7 +219,7 @@ class ClipKD(DualEncoderMethod):
         return self.wants(name, self.weights.get(name, 0.0))
 
     @torch.no_grad()
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
         for scale in (self.interactive_scale, self.fusion_scale):
             if scale is not None and self.config.interactive_scale == "exp":

@@ -114,7 +114,7 @@ class PromptKD(DualEncoderMethod):
         self.prompted.image.eval()
         return self
 
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         """Nothing: the logit scale is the student's own, and frozen."""
 
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:

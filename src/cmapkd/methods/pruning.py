@@ -192,7 +192,7 @@ class PruningMethod(DualEncoderMethod):
         return terms
 
     @torch.no_grad()
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
         if isinstance(self.student, MaskedEncoder):
             self.student.after_step()

@@ -99,7 +99,7 @@ class TinyCLIP(PruningMethod):
         return terms
 
     @torch.no_grad()
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
         self._fix_scale()
 

@@ -113,6 +113,7 @@ class DualEncoder(Model):
         image_spec: the model's own resize and normalisation.
         tokenizer: the model's own tokenizer.
         image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
+        assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
     """
 
     embed_dim: int
@@ -120,6 +121,7 @@ class DualEncoder(Model):
     tokenizer: Tokenizer
     image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
+    assumed_activation: Literal["gelu", "quick_gelu"] | None = None
 
     @property
     @abstractmethod
@@ -161,6 +163,10 @@ class DualEncoder(Model):
     @abstractmethod
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Text embedding [batch, embed_dim], not normalised, and the named levels."""
+
+    def activation_twin(self) -> DualEncoder | None:
+        """The same weights with the other activation, on the same device; None where none is assumed."""
+        return None
 
     def with_tokenizer_of(self, other: DualEncoder) -> DualEncoder:  # noqa: ARG002  for models that can take another's
         """This model, or an untrained one like it, that reads texts as `other` does, if the family can."""

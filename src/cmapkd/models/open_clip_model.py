@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.open_clip_build import image_spec, load_native_weights
+from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec, load_native_weights
 from cmapkd.models.open_clip_levels import (
     has_transformers_text,
     image_levels,
@@ -37,7 +37,8 @@ TEXT_CONFIG = "text_tower"  # a transformers text tower's own config, inside a m
 class OpenClipModel(DualEncoder):
     """Wraps `open_clip.CLIP` or `open_clip.CustomTextCLIP`; `config` is open_clip's `model_cfg` of it.
 
-    `sizes` are those of towers that were cut to smaller ones than a `model_cfg` can describe.
+    `sizes` are those of towers that were cut to smaller ones than a `model_cfg` can describe. `either_activation` says
+    that weights of this architecture come with GELU and with QuickGELU, and nobody has said which.
 
     Levels come from open_clip's `forward_intermediates`. A ViT's are `blocks.N` with its class and register tokens at
     the front; a convolutional or windowed tower's are `stages.N` maps, the stem not counted. Texts have `blocks.N`.
@@ -55,10 +56,11 @@ class OpenClipModel(DualEncoder):
         name: str,
         family: str = "open_clip",
         sizes: Mapping[Tower, TowerSizes] | None = None,
+        either_activation: bool = False,
     ) -> None:
         super().__init__()
         self.model: Any = model
-        self.sizes = sizes
+        self.sizes, self.either_activation = sizes, either_activation
         self.config, self.preprocess = deepcopy(dict(config)), dict(preprocess)
         self.name, self.family, self.tokenizer = name, family, tokenizer
         self.embed_dim = int(config["embed_dim"])
@@ -178,6 +180,25 @@ class OpenClipModel(DualEncoder):
             load_weights(self, weights, where=path)
         else:
             load_native_weights(self.model, weights, where=path)
+        if self.either_activation:
+            self.assumed_activation = "quick_gelu" if self.config.get("quick_gelu") else "gelu"
+
+    def activation_twin(self) -> OpenClipModel | None:
+        if self.assumed_activation is None:
+            return None
+        config = {**self.config, "quick_gelu": self.assumed_activation == "gelu"}
+        model: Any = construct(config, self.preprocess, where=self.name)
+        fit_image_size(model, where=self.name)
+        model.load_state_dict(self.model.state_dict())
+        twin = type(self)(
+            model,
+            config=config,
+            preprocess=self.preprocess,
+            tokenizer=self.tokenizer,
+            name=self.name,
+            family=self.family,
+        )
+        return twin.to(self.device).train(self.training)
 
     def save(self, folder: Path) -> None:
         """Ours, and open_clip's: `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads it too.

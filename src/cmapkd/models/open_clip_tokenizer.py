@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -12,7 +13,20 @@ from torch import Tensor
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.errors import first_line
+from cmapkd.models.hf_tokenizer import as_siglip_was_trained
+from cmapkd.models.hub import cached_folder, hub_answers
 from cmapkd.models.spans import span_finder
+
+# What transformers' tokenizers are read from.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 class OpenClipTokenizer:
@@ -48,30 +62,69 @@ class OpenClipTokenizer:
         return (ends.cumsum(1) - ends) == 0
 
 
-def make_tokenizer(text_config: Mapping[str, Any], *, source: str | None = None) -> OpenClipTokenizer:
-    """The tokenizer of an open_clip `text_cfg`, as `open_clip.get_tokenizer` chooses it; `source` replaces its place.
+def make_tokenizer(text_config: Mapping[str, Any], *, folder: Path | None = None) -> OpenClipTokenizer:
+    """The tokenizer of an open_clip `text_cfg`, as `open_clip.get_tokenizer` chooses it.
 
+    A SigLIP model's pads on the right, and ends texts with the end token, whatever its files leave out.
+
+    Args:
+        folder: of a model. Tokenizer files in it stand in place of those that `hf_tokenizer_name` names.
     Raises:
         ValueError: its files are not there.
     """
-    from open_clip.tokenizer import HFTokenizer
-
     length = int(text_config.get("context_length", 77))
     settings = dict(text_config.get("tokenizer_kwargs") or {})
     if not (named := text_config.get("hf_tokenizer_name")):
         return OpenClipTokenizer(_clip_tokenizer(**settings), context_length=length)
-    mode = text_config.get("tokenizer_mode")
+    settings |= {"context_length": length, "tokenizer_mode": text_config.get("tokenizer_mode")}
+    if folder is not None and any((folder / file).is_file() for file in _FILES):
+        native = _transformers_tokenizer(str(folder), settings)
+    else:
+        native = _named_tokenizer(str(named), settings, folder)
+    if is_siglip(text_config):
+        as_siglip_was_trained(native.tokenizer, name=str(folder or named))
+    return OpenClipTokenizer(native, context_length=length)
+
+
+def is_siglip(text_config: Mapping[str, Any]) -> bool:
+    """Whether a `text_cfg` is of the kind of SigLIP 1 and 2: it pools the last place of a text that is padded."""
+    pooled = text_config.get("pool_type") == "last" and bool(text_config.get("no_causal_mask"))
+    return pooled and bool(text_config.get("hf_tokenizer_name"))
+
+
+def _named_tokenizer(named: str, settings: dict[str, Any], folder: Path | None) -> Any:
+    """From a local folder, else from the hub's cache, else from the hub."""
+    if (found := Path(named) if Path(named).is_dir() else cached_folder(named, _FILES)) is not None:
+        return _transformers_tokenizer(str(found), settings)
+    if hub_answers():
+        return _transformers_tokenizer(named, settings)
+    lacking = f"{folder} has no tokenizer files, and " if folder is not None else ""
+    raise ValueError(
+        f"{lacking}the tokenizer {named!r} that text_cfg.hf_tokenizer_name names is no local folder, is not in the "
+        "Hugging Face cache of this machine, and the hub cannot be reached. Put its files (tokenizer.json and "
+        f"tokenizer_config.json) into {folder or 'a folder, and name that as text_cfg.hf_tokenizer_name'}, or connect "
+        "once."
+    )
+
+
+def _transformers_tokenizer(source: str, settings: dict[str, Any]) -> Any:
+    """open_clip's wrapper of a transformers tokenizer.
+
+    Raises:
+        ValueError: there is none at `source`.
+    """
+    from open_clip.tokenizer import HFTokenizer
+
     try:
-        native = HFTokenizer(source or named, context_length=length, tokenizer_mode=mode, **settings)
+        native = HFTokenizer(source, **settings)
         if len(native.tokenizer) <= len(set(native.tokenizer.all_special_ids)):
             raise ValueError("it knows no words")  # what transformers 5 makes up where there are no files
     except Exception as error:
         raise ValueError(
-            f"there is no tokenizer in {source or named!r} ({type(error).__name__}: {first_line(error)}). Put its "
-            "files (tokenizer.json and tokenizer_config.json) into a folder and name it as text_cfg.hf_tokenizer_name, "
-            "or connect to the Hugging Face hub once."
+            f"there is no tokenizer in {source!r} ({type(error).__name__}: {first_line(error)}). Put its files "
+            "(tokenizer.json and tokenizer_config.json) into a folder and name it as text_cfg.hf_tokenizer_name."
         ) from None
-    return OpenClipTokenizer(native, context_length=length)
+    return native
 
 
 @cache

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -86,7 +86,7 @@ class Agreement:
         return bool(flag)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _host_group() -> Any:
     return dist.new_group(backend="gloo")
 

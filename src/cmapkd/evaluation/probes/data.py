@@ -97,6 +97,10 @@ class ProbeBatches(Dataset[Batch]):
         ids = tuple(self.ids[row] for row in rows.tolist())
         return Batch(ids, inputs, ("",) * len(ids), extra=extra)
 
+    def bytes_of(self, size: int) -> int:
+        """About the bytes of a batch of `size` examples; those of features are small, and already in memory."""
+        return 0 if self.spec is None else size * 3 * self.spec.size**2 * 4
+
     def _live(self, rows: list[int], places: Tensor) -> ModelInput:
         assert self.pictures is not None
         assert self.spec is not None

@@ -74,7 +74,7 @@ class Probe(DualEncoderMethod):
         seen = self._encode(batch) if batch.inputs else _stored(targets)
         return {"task": Term(self.head.loss(seen, targets))}
 
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         """Nothing: no logit scale is learned here."""
 
     @property

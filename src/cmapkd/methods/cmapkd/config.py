@@ -5,6 +5,7 @@ The measurement behind every default: docs/methods/cmapkd.md.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -86,6 +87,10 @@ class AblationsConfig(Config):
         return value
 
 
+class MovedSettingWarning(UserWarning):
+    """A recipe gives a setting under its old name. Says the new one."""
+
+
 _MOVED = {f"bank_{name.replace('source', 'from')}": f"bank.{name}" for name in BankConfig.model_fields} | {
     name: f"ablations.{name}" for name in AblationsConfig.model_fields
 }
@@ -121,11 +126,22 @@ class CMAPKDConfig(MethodConfig):
     @model_validator(mode="before")
     @classmethod
     def _settings_that_moved(cls, values: Any) -> Any:
+        """Puts settings under their old names, of recipes and run folders from before they moved, where they belong."""
         moved = [name for name in values if name in _MOVED] if isinstance(values, dict) else []
-        if moved:
-            places = ", ".join(f"{_MOVED[name]} in place of {name}" for name in moved)
-            raise ValueError(f"settings of cmapkd have moved: write {places}")
-        return values
+        if not moved:
+            return values
+        kept = {name: value for name, value in values.items() if name not in _MOVED}
+        for name in moved:
+            section, _, setting = _MOVED[name].partition(".")
+            inside = kept.get(section) or {}
+            if not isinstance(inside, dict):
+                return values  # no section of settings: refused for what it is
+            if setting in inside:
+                raise ValueError(f"{name} and {_MOVED[name]} are one setting, and both are given: keep {_MOVED[name]}")
+            kept[section] = {**inside, setting: values[name]}
+        places = ", ".join(f"{_MOVED[name]} in place of {name}" for name in moved)
+        warnings.warn(f"settings of cmapkd have moved: write {places}", MovedSettingWarning, stacklevel=2)
+        return kept
 
     @field_validator("weighting", mode="before")
     @classmethod

@@ -373,7 +373,7 @@ class CMAPKD(DualEncoderMethod):
                 weighting.observe(held_out)
 
     @torch.no_grad()
-    def after_step(self, step: StepInfo) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("_scale"):

@@ -44,7 +44,7 @@ class MasksConfig(Config):
     rate: float = Field(0.02, gt=0, description="Learning rate of masks and multipliers, whatever the schedule says.")
     strength: float = Field(10.0, ge=0, description="What both multipliers begin with.")
     choice: Literal["learned", "random"] = Field(
-        "learned", description="random: units are drawn by lot when the stage begins, for comparison."
+        "learned", description="random: units are drawn at random when the stage begins, for comparison."
     )
 
     @field_validator("sparsity")

@@ -94,8 +94,8 @@ class Fusion(nn.Module):
     def forward(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
         """Fused image and text embeddings, not normalised."""
         image, text = (
-            torch.cat([unit(ours.embedding), unit(theirs.embedding)], dim=-1)
-            for ours, theirs in ((student.image, teacher.image), (student.text, teacher.text))
+            torch.cat([unit(of_student.embedding), unit(of_teacher.embedding)], dim=-1)
+            for of_student, of_teacher in ((student.image, teacher.image), (student.text, teacher.text))
         )
         return self.image(image), self.text(text)
 
@@ -182,25 +182,31 @@ class ClipKD(DualEncoderMethod):
     ) -> dict[str, Tensor]:
         """The terms that compare the student with the teacher at the teacher's width."""
         projected = project(student)
-        ours, theirs = embeddings_of(projected), embeddings_of(teacher)
+        of_student, of_teacher = embeddings_of(projected), embeddings_of(teacher)
         values: dict[str, Tensor] = {}
         if self._wants("feature"):
-            values["feature"] = feature_distance(ours[0], theirs[0]) + feature_distance(ours[1], theirs[1])
+            values["feature"] = feature_distance(of_student[0], of_teacher[0]) + feature_distance(
+                of_student[1], of_teacher[1]
+            )
         if self._wants("masked_feature"):
             masked = project.image(self.encode_changed_images(batch, self._hide))
-            values["masked_feature"] = feature_distance(masked, theirs[0]) + feature_distance(ours[1], theirs[1])
+            values["masked_feature"] = feature_distance(masked, of_teacher[0]) + feature_distance(
+                of_student[1], of_teacher[1]
+            )
         if self._wants("gradient"):
             scales = student.logit_scale, teacher.logit_scale
             if self.config.gradient_convention == "official":
                 scales = scales[0].reciprocal(), scales[1].reciprocal()
-            values["gradient"] = gradient_distance(*ours, *theirs, student_scale=scales[0], teacher_scale=scales[1])
+            values["gradient"] = gradient_distance(
+                *of_student, *of_teacher, student_scale=scales[0], teacher_scale=scales[1]
+            )
         if self.interactive_scale is not None:
             scale = self._scale(self.interactive_scale)
             if self._wants("interactive"):
-                values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=scale)
+                values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=scale)
             if self._wants("cross"):
                 values["cross"] = interactive_divergence(
-                    *ours, *theirs, student_scale=scale, teacher_scale=teacher.logit_scale
+                    *of_student, *of_teacher, student_scale=scale, teacher_scale=teacher.logit_scale
                 )
         if self.fusion is not None and self.fusion_scale is not None and self._wants("augmented"):
             fused = self.fusion(projected, teacher)

@@ -205,12 +205,12 @@ class FitNet(DualEncoderMethod):
         if not self._wants("hint"):
             return {}
         distance = level_distance if self.config.standardise else hint_distance
-        ours, theirs = (
+        guided_level, hint_level = (
             features.image.levels[levels["image"].name]
             for features, levels in ((student, self.guided), (teacher, self.hints))
         )
-        mapped = self.regress["image"](level_grid(ours))
-        rows = {"image": distance(mapped, level_grid(theirs, grid_of(ours)))}
+        mapped = self.regress["image"](level_grid(guided_level))
+        rows = {"image": distance(mapped, level_grid(hint_level, grid_of(guided_level)))}
         if "text" in self.guided:
             words = self.align_words(part.inputs["student"].texts, part.inputs["teacher"].texts)
             texts: list[tuple[Role, Features, Mapping[Tower, LevelInfo]]] = [

@@ -254,6 +254,6 @@ def sampled(model: DualEncoder, num_weights: float, generator: torch.Generator) 
 
     for step in range(999, 0, -1):
         chosen = kept(step / 1000)
-        if _num_weights(towers, {tower: kept_sizes(each) for tower, each in chosen.items()}) <= num_weights:
+        if _num_weights(towers, {tower: kept_sizes(units) for tower, units in chosen.items()}) <= num_weights:
             break
     return cut(model, chosen)

@@ -95,8 +95,10 @@ class CMAPKD(DualEncoderMethod):
         self.interactive_scale = _log_scale() if config.interactive_weight else None
         self.bank = self._make_bank(teacher) if has_bank else None
         banked = config.levels_against_bank()
-        ours, theirs = self._widths("student", banked), self._widths("teacher", banked)
-        self.project_levels = nn.ModuleDict({level: nn.Linear(ours[level], theirs[level]) for level in banked})
+        student_widths, teacher_widths = self._widths("student", banked), self._widths("teacher", banked)
+        self.project_levels = nn.ModuleDict(
+            {level: nn.Linear(student_widths[level], teacher_widths[level]) for level in banked}
+        )
         if config.bridged():
             self.bridge, self.teacher_bridge = self._make_bridge("student"), self._make_bridge("teacher")
             self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
@@ -218,29 +220,29 @@ class CMAPKD(DualEncoderMethod):
     ) -> dict[str, Tensor]:
         """The student's projected embeddings against the teacher's: of this batch, and of the bank, with its levels."""
         values: dict[str, Tensor] = {}
-        ours, theirs = embeddings_of(projected), embeddings_of(teacher)
+        of_student, of_teacher = embeddings_of(projected), embeddings_of(teacher)
         if self.interactive_scale is not None and self._wants("interactive"):
-            values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
+            values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=self.interactive_scale.exp())
         if self.bank is None:
             return values
-        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(theirs[0].device, non_blocking=True))
+        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(of_teacher[0].device, non_blocking=True))
         settings = self.config.bank
         references = self.bank.references(
             keys,
             num=settings.sample,
             generator=self.step.generator("bank"),
-            images=theirs[0],
+            images=of_teacher[0],
             duplicates_above=settings.duplicates,
         )
         for term in ("bank", "bank_within"):
             if self._wants(term):
                 values[term] = embeddings_against_bank(
-                    ours, theirs, references, scale=teacher.logit_scale, same_modality=term == "bank_within"
+                    of_student, of_teacher, references, scale=teacher.logit_scale, same_modality=term == "bank_within"
                 )
         values |= self._bank_level_terms(references, rows)
         if self.training and not self.bank.fixed:  # after they were compared with the bank, not before
             known = {level: rows.teacher[level] for level in self.bank.levels if level in rows.teacher}
-            self.bank.push(*theirs, keys, known)
+            self.bank.push(*of_teacher, keys, known)
         return values
 
     def _bank_level_terms(self, references: References, rows: LevelRows) -> dict[str, Tensor]:
@@ -300,15 +302,17 @@ class CMAPKD(DualEncoderMethod):
         if not self.plan.pools():
             return values
         levels = self.plan.of_stage()
-        ours, theirs = rows.vectors("student", levels), rows.vectors("teacher", levels)
+        of_student, of_teacher = rows.vectors("student", levels), rows.vectors("teacher", levels)
         if self._wants("relation"):
-            values["relation"] = torch.stack([relation_distance(ours[n], theirs[n]).mean() for n in ours]).mean()
+            values["relation"] = torch.stack(
+                [relation_distance(of_student[n], of_teacher[n]).mean() for n in of_student]
+            ).mean()
         pairs = [pair for pair in self.config.coupled() if {*pair.split("-")} <= {*levels}]
         inner = [pair for pair in pairs if pair != JOINT]
         divergences: dict[str, Tensor] = {}
         bridges = self.bridges
         if bridges is not None:
-            mapped, targets = bridges.of_student(ours), bridges.of_teacher(theirs)
+            mapped, targets = bridges.of_student(of_student), bridges.of_teacher(of_teacher)
             if inner and self._wants("alignment"):
                 values["alignment"] = bridges.contrast(inner, mapped, bridges.student_scale)
             if inner and self._wants("bridge"):
@@ -366,7 +370,9 @@ class CMAPKD(DualEncoderMethod):
     @torch.no_grad()
     def _observe(self, student: Features, teacher: Features) -> None:
         """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
-        listening = [each for each in self.weighting.values() if isinstance(each, Weighting) and each.listens]
+        listening = [
+            weighting for weighting in self.weighting.values() if isinstance(weighting, Weighting) and weighting.listens
+        ]
         if listening:
             held_out = joint_divergence(student, teacher).mean()
             for weighting in listening:

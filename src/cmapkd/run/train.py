@@ -14,6 +14,7 @@ from cmapkd.config import writing
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.models import DualEncoder, MomentumTeacher
+from cmapkd.models.activation import assumption
 from cmapkd.run.build import (
     build_student,
     classes_of,
@@ -40,6 +41,10 @@ def train(
     teachers = load_teachers(config)
     torch.manual_seed(config.seed)
     student = build_student(config, source, teachers)
+    if console is not None and PartialState().is_main_process:
+        for model in (student, *(teacher.model for teacher in teachers.values())):
+            if (assumed := assumption(model)) is not None:
+                console.print(f"{title}: {assumed}", markup=False, highlight=False, soft_wrap=True)
     classes = classes_of(config, source)
     if classes is not None and "teacher" in teachers:
         teachers["teacher"].to(PartialState().device)  # a method embeds the classes with it when it is built

@@ -60,7 +60,7 @@ class Agreement:
 
     def __init__(self) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if several else None
+        self.group: Any = dist.new_group(backend="gloo") if several else None
         self._asked: tuple[Any, Tensor] | None = None
 
     def stop(self, asked: bool) -> bool:

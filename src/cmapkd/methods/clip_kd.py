@@ -17,6 +17,7 @@ from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import embeddings_of, similarity_loss
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher
@@ -26,7 +27,6 @@ from cmapkd.objectives import (
     gradient_distance,
     interactive_divergence,
     interactive_loss,
-    similarity_divergence,
 )
 from cmapkd.objectives.common import unit
 
@@ -172,12 +172,7 @@ class ClipKD(DualEncoderMethod):
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
         if self._wants("relational"):
-            values["relational"] = similarity_divergence(
-                *_pair(student),
-                *_pair(teacher),
-                student_scale=student.logit_scale,
-                teacher_scale=teacher.logit_scale,
-            )
+            values["relational"] = similarity_loss(student, teacher)
         if self.project is not None:
             values |= self._projected_terms(batch, self.project, student, teacher)
         return {name: Term(value, self.weights[name]) for name, value in values.items()}
@@ -187,7 +182,7 @@ class ClipKD(DualEncoderMethod):
     ) -> dict[str, Tensor]:
         """The terms that compare the student with the teacher at the teacher's width."""
         projected = project(student)
-        ours, theirs = _pair(projected), _pair(teacher)
+        ours, theirs = embeddings_of(projected), embeddings_of(teacher)
         values: dict[str, Tensor] = {}
         if self._wants("feature"):
             values["feature"] = feature_distance(ours[0], theirs[0]) + feature_distance(ours[1], theirs[1])
@@ -232,10 +227,6 @@ class ClipKD(DualEncoderMethod):
 
     def _scale(self, parameter: Tensor) -> Tensor:
         return parameter if self.config.interactive_scale == "official" else parameter.exp()
-
-
-def _pair(features: Features) -> tuple[Tensor, Tensor]:
-    return features.image.embedding, features.text.embedding
 
 
 def _log_scale() -> nn.Parameter:

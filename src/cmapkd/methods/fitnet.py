@@ -19,11 +19,12 @@ from cmapkd.features.taps import level_at
 from cmapkd.features.words import Role, WordAligner
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, Needs
 from cmapkd.models.reach import Tower, example_output, parameters_behind
-from cmapkd.objectives import hint_distance, level_distance, similarity_divergence
+from cmapkd.objectives import hint_distance, level_distance
 
 PUBLISHED_LAMBDA = (4 / 9, 1 / 9)  # 4 to 1 on the divergence at temperature 3 without the factor of 3² that ours has
 
@@ -194,15 +195,7 @@ class FitNet(DualEncoderMethod):
         if self._wants("contrastive"):
             terms["contrastive"] = Term(task_loss(student), config.task_weight)
         if self._wants("similarity"):
-            similarity = similarity_divergence(
-                student.image.embedding,
-                student.text.embedding,
-                teacher.image.embedding,
-                teacher.text.embedding,
-                student_scale=student.logit_scale,
-                teacher_scale=teacher.logit_scale,
-                temperature=config.temperature,
-            )
+            similarity = similarity_loss(student, teacher, temperature=config.temperature)
             start, end = config.distilled()
             terms["similarity"] = Term(similarity, start + (end - start) * self.step.progress)
         return terms

@@ -16,6 +16,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import embeddings_of
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import ensemble_divergence
@@ -128,9 +129,8 @@ class MobileCLIP(DualEncoderMethod):
         else:
             of_teachers = [*scales] if isinstance(scales, tuple) else [scales] * len(teachers)
         return ensemble_divergence(
-            student.image.embedding,
-            student.text.embedding,
-            [(each.image.embedding, each.text.embedding) for each in teachers.values()],
+            *embeddings_of(student),
+            [embeddings_of(teacher) for teacher in teachers.values()],
             student_scale=student.logit_scale,
             teacher_scales=of_teachers,
         )

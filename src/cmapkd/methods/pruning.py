@@ -44,7 +44,7 @@ class MasksConfig(Config):
     rate: float = Field(0.02, gt=0, description="Learning rate of masks and multipliers, whatever the schedule says.")
     strength: float = Field(10.0, ge=0, description="What both multipliers begin with.")
     choice: Literal["learned", "random"] = Field(
-        "learned", description="random: units are drawn by lot when the stage begins, for comparison."
+        "learned", description="random: units are drawn at random when the stage begins, for comparison."
     )
 
     @field_validator("sparsity")
@@ -174,7 +174,7 @@ class PruningMethod(DualEncoderMethod):
         if not isinstance(student, MaskedEncoder):
             return super().forward(batch, step)
         if self.training:
-            student.draw()
+            student.draw((step or self.step).generator("gates"))
         terms = super().forward(batch, step)
         assert self.constraint is not None
         assert self.stage.sparsity is not None
@@ -214,8 +214,7 @@ class PruningMethod(DualEncoderMethod):
             )
 
     def _mask(self) -> None:
-        seed = int(torch.randint(2**31, (), generator=self.step.generator("masks")))
-        self.student = MaskedEncoder(self.student, seed=seed)
+        self.student = MaskedEncoder(self.student)
         self.constraint = _Multipliers(self.masks_config.strength).to(self.device)
 
 

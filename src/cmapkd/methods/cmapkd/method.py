@@ -30,6 +30,7 @@ from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_r
 from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LEVELS, LevelRows
 from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
 from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.in_batch import embeddings_of
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
@@ -198,7 +199,8 @@ class CMAPKD(DualEncoderMethod):
         if projected is not None:
             values |= self._embedding_terms(batch, projected, teacher, rows)
         models = {"teacher": teacher, "student": student}
-        context = {role: _directions(models[role]) for role in self.config.ablations.selection_reads if role in models}
+        read = [role for role in self.config.ablations.selection_reads if role in models]
+        context: dict[str, Tensor] = {role: _directions(models[role]) for role in read}
         values |= self._intra_modal_terms(projected, teacher, rows, context)
         values |= self._cross_modal_terms(student, teacher, rows, context)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
@@ -216,7 +218,7 @@ class CMAPKD(DualEncoderMethod):
     ) -> dict[str, Tensor]:
         """The student's projected embeddings against the teacher's: of this batch, and of the bank, with its levels."""
         values: dict[str, Tensor] = {}
-        ours, theirs = ((each.image.embedding, each.text.embedding) for each in (projected, teacher))
+        ours, theirs = embeddings_of(projected), embeddings_of(teacher)
         if self.interactive_scale is not None and self._wants("interactive"):
             values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
         if self.bank is None:

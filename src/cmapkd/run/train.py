@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from cmapkd.config import writing
+from cmapkd.config import ConfigError, writing
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.models import DualEncoder, MomentumTeacher
@@ -41,6 +41,8 @@ def train(
     teachers = load_teachers(config)
     torch.manual_seed(config.seed)
     student = build_student(config, source, teachers)
+    if config.baseline == "scratch":
+        _check_parts_of_baseline(config, student)
     if console is not None and PartialState().is_main_process:
         for model in (student, *(teacher.model for teacher in teachers.values())):
             if (assumed := assumption(model)) is not None:
@@ -98,3 +100,18 @@ def train(
             with writing(out):
                 method.auxiliary.save(out / "heads")
     return student, trained, extra
+
+
+def _check_parts_of_baseline(config: RunConfig, student: DualEncoder) -> None:
+    """Refuses parts that only the run's method knows, before the student is trained and not after.
+
+    Raises:
+        ConfigError: the baseline could not train the same parts.
+    """
+    unknown = [part for part in config.training.train_parts or () if part not in student.parts]
+    if unknown:
+        raise ConfigError(
+            f"baseline scratch trains the same parts of the student, but {', '.join(unknown)} of training.train_parts "
+            f"belongs to method {config.method.name} alone: name parts of {', '.join(student.parts)}, or set "
+            "baseline=none"
+        )

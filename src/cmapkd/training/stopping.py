@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -109,11 +109,11 @@ class FiniteWatch:
         self._waiting = finite, step, {name: value.detach() for name, value in terms.items()}, norm.detach(), ids
         return finite
 
-    def check(self, kept: Sequence[Path]) -> None:
+    def check(self, checkpoints: Callable[[], Sequence[Path]]) -> None:
         """Waits for the step that was last noted.
 
         Args:
-            kept: checkpoints, oldest first, for the message.
+            checkpoints: lists them, oldest first; asked for the message alone.
         Raises:
             NonFiniteLossError: its loss or gradient is not finite.
         """
@@ -121,6 +121,7 @@ class FiniteWatch:
         if waiting is None or bool(waiting[0]):
             return
         _, step, terms, norm, ids = waiting
+        kept = checkpoints()
         values = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
         shown = ", ".join(ids[:8]) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
         raise NonFiniteLossError(

@@ -14,6 +14,7 @@ import csv
 import gc
 import io
 import json
+import os
 import resource
 import sys
 import tarfile
@@ -71,10 +72,16 @@ def read_jsonl(path: Path) -> None:
 
 
 def make_csv(path: Path, rows: int) -> None:
+    shown = path.parent / "shown.png"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(("filepath", "title"))
-        writer.writerows((f"{number:08d}.png", caption(number)) for number in range(rows))
+        for number in range(rows):
+            if number % 50_000 == 0:  # a file system bounds how many names a file may have
+                shown = path.parent / f"shown-{number}.png"
+                shown.write_bytes(picture())
+            os.link(shown, path.parent / f"{number:08d}.png")
+            writer.writerow((f"{number:08d}.png", caption(number)))
 
 
 def read_csv(path: Path) -> None:

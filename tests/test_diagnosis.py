@@ -160,3 +160,18 @@ def test_the_doctor_and_the_training_look_at_every_model(monkeypatch: pytest.Mon
     assert text.count("is assumed to use GELU") == 2
     assert f"student: {TEACHER} is assumed" in text
     assert f"student: {DEBUG} is assumed" in text
+
+
+def test_parts_and_stages_are_checked_as_a_run_checks_them() -> None:
+    def problems(**training: Any) -> list[str]:
+        values = {"teacher": "tiny:debug", "student": "tiny:debug", "method": "clip_kd"}
+        values |= {"data": {"train": "scenes?length=40&size=32"}, "training": {"batch_size": 8, **training}}
+        found = diagnose(RunConfig.from_mapping(values))
+        return [finding.detail for finding in found if finding.level == "problem"]
+
+    for expected, training in (
+        ("train_parts has 'imge' (did you mean 'image'?)", {"steps": 2, "train_parts": ["imge"]}),
+        ("no stream 'b'", {"stages": [{"steps": 2, "data": "b"}]}),
+        ("no term 'nope'", {"stages": [{"steps": 2, "terms": ["nope"]}]}),
+    ):
+        assert any(expected in text for text in problems(**training))

@@ -1,7 +1,7 @@
 """Opening many rows: CPU time beside a bare reading of the same bytes, memory that stays, and what workers are sent.
 
 Measured with 20,000 and 200,000 rows on one core of an AMD EPYC, as multiples of the bare reading: tar 1.4, JSONL 15 to
-21, CSV 76 (Python's own reader takes half a microsecond a row), parquet 12 to 45. The limits leave a factor of three for
+21, CSV 76 (whose bare reading is half a microsecond a row), parquet 12 to 45. The limits leave a factor of three for
 other machines and for noise.
 """
 

@@ -9,18 +9,16 @@ from typing import TypeVar
 import torch
 
 from cmapkd.data.open import open_source
-from cmapkd.data.plans import PlanSampler
-from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Source
 from cmapkd.diagnosis.cost import measure_steps, predict_cache
 from cmapkd.diagnosis.data import check_source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.diagnosis.models import check_activation, check_model, check_sanity, compare_sizes
-from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.run import (
     RunConfig,
     build_student,
+    check_training,
     classes_of,
     heads_of,
     method_of,
@@ -79,31 +77,15 @@ def diagnose(config: RunConfig) -> list[Finding]:
         return findings
     method = _attempt(findings, "method", partial(method_of, config, student, frozen, heads, classes))
     texts = None if method is None else _attempt(findings, "texts", partial(texts_of, config, method, train))
-    prepared = _attempt(findings, "stages and parts", partial(_prepare, method, config, train)) if method else None
-    if method is not None and texts is not None and prepared is not None:
-        if len(train) >= config.training.batch_size:
-            for role in (role for role in config.teachers if role in method.teachers):
-                findings += predict_cache(role, method, train, config)
-        findings += measure_steps(method, train, config, texts)
+    if method is None or texts is None:
+        return findings
+    if len(train) >= config.training.batch_size:
+        if _attempt(findings, "stages and parts", partial(check_training, config, method, train)) is None:
+            return findings
+        for role in (role for role in config.teachers if role in method.teachers):
+            findings += predict_cache(role, method, train, config)
+    findings += measure_steps(method, train, config, texts)
     return findings
-
-
-def _prepare(method: Method, config: RunConfig, train: Source) -> Method:
-    """The method with the parts frozen that do not learn, its stages and teachers checked as a run checks them."""
-    training = config.training
-    if training.train_parts is not None:
-        method.train_only(training.train_parts)
-    method.check_teachers()
-    method.check_stages(training.stages or method.default_stages)
-    if len(train) >= training.batch_size:
-        streams = streams_of(train)
-        sampler = PlanSampler(
-            len(train), batch_size=training.batch_size, seed=config.seed, start=0, stop=0, streams=streams
-        )
-        for stage in training.stages:
-            if stage.data is not None:
-                sampler.check_stream(stage.data)
-    return method
 
 
 def _named(role: str) -> str:

@@ -17,6 +17,7 @@ from cmapkd.models import DualEncoder, MomentumTeacher
 from cmapkd.models.activation import assumption
 from cmapkd.run.build import (
     build_student,
+    check_training,
     classes_of,
     heads_of,
     load_teachers,
@@ -55,6 +56,7 @@ def train(
     method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
     texts = texts_of(config, method, source)
     assert config.data.views is not None
+    check_training(config, method, source)
     stored = answer_from_cache(config, method, source, console) if config.cache else {}
     teachers.clear()  # a cached one has no weights, and this would keep them
     builder = BatchBuilder(

@@ -164,7 +164,7 @@ def test_the_doctor_and_the_training_look_at_every_model(monkeypatch: pytest.Mon
 
 def test_parts_and_stages_are_checked_as_a_run_checks_them() -> None:
     def problems(**training: Any) -> list[str]:
-        values = {"teacher": "tiny:debug", "student": "tiny:debug", "method": "clip_kd"}
+        values = {"student": "tiny:debug", "method": "contrastive"}
         values |= {"data": {"train": "scenes?length=40&size=32"}, "training": {"batch_size": 8, **training}}
         found = diagnose(RunConfig.from_mapping(values))
         return [finding.detail for finding in found if finding.level == "problem"]

@@ -157,8 +157,8 @@ class FitNet(DualEncoderMethod):
 
     @property
     def student_parts(self) -> Mapping[str, frozenset[str]]:
-        """`guided`: the layers up to the guided ones."""
-        return {"guided": self._guided_part}
+        """The student's own parts, and `guided`: the layers up to the guided ones."""
+        return {**super().student_parts, "guided": self._guided_part}
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:

@@ -151,7 +151,10 @@ class PruningMethod(DualEncoderMethod):
             return
         sizes = {tower: TowerSizes.read(values) for tower, values in structure["sizes"].items()}
         if sizes != {tower: parts.sizes for tower, parts in self.student.prunable.items()}:
+            learning = {name: parameter.requires_grad for name, parameter in self.student.named_parameters()}
             self.student = self.student.resized(sizes).to(self.device)
+            for name, parameter in self.student.named_parameters():  # `train_parts` has frozen some for the whole run
+                parameter.requires_grad_(learning[name])
         if structure["masked"]:
             self._mask()
         self._start = structure["start"]

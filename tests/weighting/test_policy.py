@@ -142,7 +142,7 @@ def test_warm_up_measures_the_context() -> None:
         weigh(policy, batch()[0], context)
     seen = torch.cat(contexts)  # the fourth step still belongs to the window that warm-up ended in
     torch.testing.assert_close(policy.context_mean, seen.mean(0))
-    torch.testing.assert_close(policy.context_squares / policy.clock.seen, seen.var(0, correction=0))
+    torch.testing.assert_close(policy.context_squares / policy.clock.samples, seen.var(0, correction=0))
 
 
 def test_a_change_of_active_items_breaks_the_window_off() -> None:

@@ -103,7 +103,7 @@ def measure(size: int, sample: int, arguments: argparse.Namespace) -> dict[str, 
     seconds = []
     for _ in range(1 + arguments.steps):
         start = clock()
-        found = bank.references(torch.arange(batch), num=sample or None)
+        found = bank.references(torch.arange(batch), num=sample or None, generator=draws)
         losses = [
             bank_divergence(
                 ours, theirs, entries, student_scale=20.0, teacher_scale=20.0, exclude=found.exclude, frozen=True

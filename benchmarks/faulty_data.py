@@ -109,8 +109,9 @@ def spoil(picture: bytes, text: bytes, kind: str) -> tuple[bytes | None, bytes]:
 
 def measure(folder: Path, arguments: argparse.Namespace, *, epoch: int) -> dict[str, Any]:
     """Pairs a second of one round."""
-    from cmapkd.data.batches import BatchBuilder, PlanSampler, Reader, make_loader
+    from cmapkd.data.batches import BatchBuilder, Reader, make_loader
     from cmapkd.data.open import open_source
+    from cmapkd.data.plans import PlanSampler
     from cmapkd.data.views import ViewSpec
     from cmapkd.models import build_model
 

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cmapkd.run
+import cmapkd.run.build
+import cmapkd.run.measure
 from cmapkd.cache import CacheConfig
 from cmapkd.config import load_mapping, merge_mappings
 from cmapkd.data.open import open_source
@@ -31,7 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "global": TOP,
     "global int8": TOP,
     "pooled": {"places": "pooled"},
-    "global, 1024 of the bank": {**TOP, "bank_sample": 1024},
+    "global, 1024 of the bank": {**TOP, "bank": {"sample": 1024}},
     **{f"{k} key tokens": {"places": "key_tokens", "key_tokens": k} for k in (4, 8, 16, 32)},
     "dense": {},
 }
@@ -54,7 +55,7 @@ def main() -> None:
     result["bytes_per_row"] = {arm: bytes_of(arm, arguments) for arm in ARMS}
     done = {(each["arm"], each["seed"]) for each in result["runs"]}
     teacher: dict[str, Any] | None = None
-    cmapkd.run.open_source = kept
+    cmapkd.run.build.open_source = cmapkd.run.measure.open_source = kept
     for seed in arguments.seeds:
         for arm in arguments.arms:
             if (arm, seed) in done:

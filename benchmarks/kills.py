@@ -142,7 +142,7 @@ def write_recipe(work: Path) -> None:
         "method": {
             "name": "cmapkd",
             "weighting": {"name": "policy", "warmup_steps": 4, "window": 3, "edge": 1},
-            "bank_size": 96,
+            "bank": {"size": 96},
         },
         "data": {
             "train": f"webdataset:{work}/shards/*.tar",

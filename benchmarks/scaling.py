@@ -90,7 +90,7 @@ def measure(samples: int, levels: int, batch: int, width: int, steps: int) -> di
     settings = {
         "name": "cmapkd",
         "places": "pooled",
-        "bank_sample": 1024,
+        "bank": {"sample": 1024},
         "visual_levels": {level: 0.1 for level in chosen if level[0] == "P"},
         "language_levels": {level: 0.1 for level in chosen if level[0] == "L"},
     }

@@ -57,11 +57,11 @@ PAIRS = {
 }
 EVERY = {"visual_levels": {"P2": 16.0, "P3": 16.0, "P4": 16.0, "P5": 1.0}}  # by default P3 and P4 are not read
 # all eight levels, from rows of kind `pooled`; compared with 2,048 pairs of a bank of 8,192 at each step, or with all
-CACHED = {"name": "cmapkd", "places": "pooled", "relation_weight": 3.0, **EVERY}
+CACHED = {"name": "cmapkd", "places": "pooled", "ablations": {"relation_weight": 3.0}, **EVERY}
 ARMS: dict[str, dict[str, Any]] = {
     "student_only": {"name": "contrastive"},
     "cached_cmapkd": CACHED,
-    "cached_cmapkd_whole_bank": {**CACHED, "bank_sample": None},
+    "cached_cmapkd_whole_bank": {**CACHED, "bank": {"sample": None}},
     "student_only_whole_batch": {"name": "contrastive"},
     "cached_cmapkd_whole_batch": CACHED,  # differs where the pair has a micro_batch: same losses and gradients
     "online_cmapkd": {"name": "cmapkd", **EVERY},
@@ -285,7 +285,8 @@ def _name(name: str, role: str, folder: Path) -> str:
 
 def _batch(pair: Pair, student: Any, teacher: Any = None, reader: Any = None) -> Any:
     """The one batch of all arms; with the rows of a cache in place of the teacher's input, where there is one."""
-    from cmapkd.data.batches import BatchBuilder, PlanSampler, Reader
+    from cmapkd.data.batches import BatchBuilder, Reader
+    from cmapkd.data.plans import PlanSampler
     from cmapkd.data.views import WHOLE
 
     source = Noise(pair.batch_size, student.image_spec.size)
@@ -342,7 +343,7 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
     )
     builder = SimpleNamespace(source=source)
     trainer = Trainer(method, builder, training, OptimConfig(), out=folder / "run", seed=0)  # type: ignore[arg-type]
-    trainer.wrapped.train()
+    trainer.engine.wrapped.train()
     indices = [int(name) for name in batch.ids]
 
     def read() -> Any:

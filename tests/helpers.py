@@ -20,7 +20,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
-from cmapkd.methods.base import LABELS
+from cmapkd.methods.dual import LABELS
 from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
@@ -45,16 +45,17 @@ GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
     "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
     "language_levels": {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0},
-    "bank_within_weight": 0.5,
-    "bank_level_weight": 0.3,
-    "bank_pair_weight": 0.4,
-    "pyramid_weight": 0.7,
-    "alignment_weight": 0.1,
-    "relation_weight": 3.0,
-    "layer_relation_weight": 0.2,
-    "bank_size": 12,
-    "bank_store": "fp32",  # exactness is tested: fp16 rounds what differs in the last digit apart
-    "bridge_dim": 8,
+    "bank": {"size": 12, "store": "fp32"},  # exactness is tested: fp16 rounds what differs in the last digit apart
+    "ablations": {
+        "bank_within_weight": 0.5,
+        "bank_level_weight": 0.3,
+        "bank_pair_weight": 0.4,
+        "pyramid_weight": 0.7,
+        "alignment_weight": 0.1,
+        "relation_weight": 3.0,
+        "layer_relation_weight": 0.2,
+        "bridge_dim": 8,
+    },
 }
 
 
@@ -149,18 +150,20 @@ def second_teacher() -> FrozenTeacher:
 
 
 def make_method(
-    name: str,
+    name: str | type[Method],
     *,
     student: DualEncoder | None = None,
     teacher: FrozenTeacher | None = None,
     settings: dict[str, Any] | None = None,
     more_teachers: Sequence[FrozenTeacher] = (),
 ) -> Method:
-    kind = METHODS[name]
+    kind = METHODS[name] if isinstance(name, str) else name
     student = student or make_model()
     teacher = (teacher or make_teacher()) if kind.uses_teacher else None
     torch.manual_seed(3)
-    config = kind.Config.from_mapping({"name": name, **(settings or {})})
+    config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **(settings or {})})
+    if not isinstance(name, str):
+        return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
     return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
 
 
@@ -173,7 +176,9 @@ def into_first_stage(method: Method) -> Method:
 
 
 def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBuilder:
-    models = {"student": method.student} | {role: teacher.model for role, teacher in method.teachers.items()}
+    models = {"student": method.student} | {
+        role: teacher.model for role, teacher in method.teachers.items() if teacher.reads == role
+    }
     readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
     options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
     options = {"texts": TextChoice(method.text_pools), **options}

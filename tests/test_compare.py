@@ -30,7 +30,7 @@ from cmapkd.compare.config import parse_arm, parse_axis
 from cmapkd.compare.write import rich_table
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, vocabulary_captions
 from cmapkd.training import Interrupted, NonFiniteLossError
@@ -66,6 +66,7 @@ class FakeRun:
         self.calls: list[tuple[str, int, bool]] = []
         self.known_teachers: list[dict[str, Any] | None] = []
         self.before: Callable[[RunConfig, Path], None] = lambda config, out: None
+        self.sizes: tuple[int, int] | None = None
 
     def __call__(
         self,
@@ -85,7 +86,7 @@ class FakeRun:
         score = 30.0 + BONUS[config.method.name] + steps / 100 + 2 * config.seed
         lines = [{"step": step, "validation/mean_r@1": score * step / steps} for step in (1, steps)]
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        metrics = {
+        metrics: dict[str, Any] = {
             "teacher": None if config.teacher is None else scores(TEACHER_SCORE, params=100),
             "student": scores(score, params=10),
             "method": config.method.name,
@@ -97,6 +98,8 @@ class FakeRun:
             "extra_params": 70000,
             "evaluated_on": "fake",
         }
+        if self.sizes is not None:
+            metrics["student"]["retrieval"] |= dict(zip(("num_images", "num_texts"), self.sizes, strict=True))
         (out / "metrics.json").write_text(json.dumps(metrics))
         return RunResult(out, metrics)
 
@@ -107,6 +110,23 @@ def scores(mean: float, *, params: int) -> dict[str, Any]:
         "zero_shot": {"top1": mean / 2},
         "params": params,
     }
+
+
+def test_recall_stands_beside_the_images_and_captions_that_it_is_of(
+    recipe: Path, fake: FakeRun, tmp_path: Path
+) -> None:
+    def sized(config: RunConfig, out: Path) -> None:
+        fake.sizes = (1000 if config.method.name == "clip_kd" else 900, 4500)
+
+    fake.before = sized
+    result = compare(comparison(recipe), out=tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    one, other = "900 images, 4,500 captions", "1,000 images, 4,500 captions"
+    assert f"Retrieval is over {one} in some runs, and over {other} in others." in text
+    head, *lines = list(csv.reader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    place = head.index("retrieval.num_images")
+    assert {line[place] for line in lines} == {"1000.0", "900.0"}
+    assert not result.failed
 
 
 @pytest.fixture

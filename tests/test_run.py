@@ -15,14 +15,25 @@ import yaml
 import cmapkd
 from cmapkd.config import ConfigError, load_config
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
 from cmapkd.data.types import BadSampleError
 from cmapkd.evaluation.run import evaluate
-from cmapkd.models import load_model
-from cmapkd.models.registry import build_model
+from cmapkd.methods import StageConfig
+from cmapkd.models import build_model, load_model
 from cmapkd.provenance import git_commit
 from cmapkd.results import RunResult, gap_closed
-from cmapkd.run import RunConfig, vocabulary_captions
-from cmapkd.training import Interrupted
+from cmapkd.run import (
+    RunConfig,
+    build_student,
+    load_teachers,
+    method_of,
+    open_training,
+    plan_cache,
+    vocabulary_captions,
+)
+from cmapkd.training import Interrupted, TrainConfig
+from cmapkd.training.memory import OutOfMemory
 from helpers import MemorySource, make_model, random_batch
 
 VAL = "scenes@val?length=40&size=32"
@@ -181,7 +192,7 @@ def test_best_student_is_the_one_saved(teacher: Path, tmp_path: Path, monkeypatc
         seen.append({key: value.clone() for key, value in student.state_dict().items()})
         return {"zero_shot": {"top1": next(scores, 0.0)}, "params": 1}
 
-    monkeypatch.setattr("cmapkd.run.evaluate", score)
+    monkeypatch.setattr("cmapkd.run.measure.evaluate", score)
     training = {"steps": 2, "batch_size": 16, "evaluate_every": 1, "student": "best", "device": "cpu"}
     result = cmapkd.distill(**settings(teacher, training=training), out=tmp_path / "a")
     assert result.metrics["best_step"] == 1
@@ -297,7 +308,7 @@ def test_interrupted_run_is_resumed_by_the_same_call(
 
     values = settings(teacher, baseline="scratch", seed=4)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_signals", asked_at_once)
+        patch.setattr(trainer, "signals", asked_at_once)
         for resume in (False, True):  # steps 1 and 2 of the student
             with pytest.raises(Interrupted, match="saved step-00000000"):
                 cmapkd.distill(**values, out=tmp_path / "a", resume=resume)
@@ -363,7 +374,7 @@ def test_vocabulary_is_learned_from_what_can_be_read() -> None:
 
 
 def test_vocabulary_is_spread_over_large_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmapkd.run.VOCABULARY_CAPTIONS", 3)
+    monkeypatch.setattr("cmapkd.run.build.VOCABULARY_CAPTIONS", 3)
 
     class Counting(MemorySource):
         def captions(self, index: int) -> tuple[str, ...]:
@@ -381,6 +392,37 @@ def test_saved_models_answer_alike(tmp_path: Path) -> None:
     assert torch.equal(one.image.embedding, other.image.embedding)
     assert torch.equal(one.text.embedding, other.text.embedding)
     assert math.isclose(one.logit_scale.item(), other.logit_scale.item())
+
+
+def test_a_cache_is_planned_for_what_the_stages_read(teacher: Path, tmp_path: Path) -> None:
+    values = settings(teacher, cache={"mode": "auto", "folder": str(tmp_path / "cache")})
+    values["data"] = {"train": "scenes?length=40&size=32", "more": {"ref": {"source": "scenes:hard?length=30&size=32"}}}
+    values["data"]["more"]["ref"]["share"] = 0.25
+    values["training"] = {"batch_size": 8, "device": "cpu", "stages": [{"steps": 2}, {"steps": 3, "data": "ref"}]}
+    del values["quiet"]
+    config = RunConfig.from_mapping(values)
+    source, teachers = open_training(config), load_teachers(config)
+    method = method_of(config, build_student(config, source, teachers), teachers)
+    planned = {int(key) % len(source) for key in plan_cache(config, method, source).keys}
+    sampler = PlanSampler(len(source), batch_size=8, seed=0, start=0, stop=5, streams=streams_of(source))
+    sampler.only = lambda step: "ref" if step >= 2 else None
+    read = {index for plan in sampler for index in plan.everyone}
+    assert sum(index >= 40 for index in read) > 20  # more than the first stage's shares
+    assert read <= planned
+
+
+def test_a_baseline_reads_the_streams_that_the_stages_read() -> None:
+    stages = (StageConfig(steps=2, terms=("a",)), StageConfig(steps=3, data="ref", train=("modules",)))
+    alone = TrainConfig(stages=stages).without_stages()
+    assert [(stage.steps, stage.data, stage.terms) for stage in alone.stages] == [(2, None, None), (3, "ref", None)]
+    assert alone.num_steps(10) == 5
+
+
+def test_parts_that_a_baseline_could_not_train_are_refused_before_the_training(teacher: Path, tmp_path: Path) -> None:
+    values = settings(teacher, baseline="scratch")
+    values["training"] = {**values["training"], "train_parts": ["guided"]}
+    with pytest.raises(ConfigError, match=r"but guided of training\.train_parts belongs to method clip_kd alone"):
+        cmapkd.distill(**values, out=tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ several teachers
@@ -452,3 +494,18 @@ def test_only_a_student_with_a_teacher_inherits_from_it(teacher: Path) -> None:
         RunConfig.from_mapping(values | {"teacher": heir})
     with pytest.raises(ConfigError, match=r"student\.inherit is teacher, and method contrastive has none here"):
         RunConfig.from_mapping(values | {"teacher": None, "method": "contrastive", "student": heir})
+
+
+def test_memory_that_ends_while_scoring_leaves_a_run_that_can_be_finished(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large(model: Any, source: Any, config: Any, **more: Any) -> Any:
+        if config.batch_size > 100:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        return evaluate(model, source, config, **more)
+
+    monkeypatch.setattr("cmapkd.run.measure.evaluate", large)
+    with pytest.raises(OutOfMemory, match=r"--resume and evaluation\.batch_size=64 \(now 256\)"):
+        cmapkd.distill(**settings(teacher), out=tmp_path / "a")
+    done = cmapkd.distill(**settings(teacher), out=tmp_path / "a", resume=True, overrides=["evaluation.batch_size=64"])
+    assert done.metrics["student"]["retrieval"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import cmapkd
-from cmapkd import run as runs
+import cmapkd.run.execute as runs
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
 from cmapkd.data.scenes.source import ScenesSource
 from cmapkd.data.types import Sample
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model
 from cmapkd.run import RunConfig, vocabulary_captions
 
 
@@ -48,8 +48,8 @@ def test_training_and_selection_never_read_the_test_split(
 
     monkeypatch.setattr(ScenesSource, "__getitem__", picture)
     monkeypatch.setattr(ScenesSource, "captions", captions)
-    monkeypatch.setattr(runs, "_train", named("training", runs._train))
-    monkeypatch.setattr(runs, "_measure", named("measuring", runs._measure))
+    monkeypatch.setattr(runs, "train", named("training", runs.train))
+    monkeypatch.setattr(runs, "measure", named("measuring", runs.measure))
     distils = method != "contrastive"
     cmapkd.distill(
         student={"name": "tiny:debug", "options": {"embed_dim": 16}},

@@ -11,9 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cmapkd.config import printable
+from cmapkd.evaluation.headline import headlines, number_at, remark_on_retrieval
 from cmapkd.evaluation.table import shown_parameters
+from cmapkd.evaluation.tasks import Headline
 
 Scores = dict[str, Any]
+_ROLES = ("teacher", "student", "baseline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,7 @@ class RunResult:
             raise ValueError(
                 f"{path} is damaged ({error}): remove it and resume the run, which measures again"
             ) from None
-        models = (
-            [metrics.get(role) for role in ("teacher", "student", "baseline")] if isinstance(metrics, dict) else [0]
-        )
+        models = [metrics.get(role) for role in _ROLES] if isinstance(metrics, dict) else [0]
         if not all(each is None or (isinstance(each, dict) and isinstance(each.get("params"), int)) for each in models):
             raise ValueError(f"{path} holds no scores of teacher, student and baseline: cmapkd did not write it")
         if not isinstance(metrics.get("gap_closed"), int | float | None):
@@ -55,43 +56,64 @@ class RunResult:
 
     def table(self) -> Table:
         """Teacher, baseline and student side by side."""
-        baseline = self.metrics.get("baseline_name", "baseline")
-        rows = {"teacher": "teacher", "baseline": baseline, "student": self.metrics.get("method")}
+        baseline = str(self.metrics.get("baseline_name", "baseline"))
+        rows = {"teacher": "teacher", "baseline": baseline, "student": str(self.metrics.get("method"))}
         present = [(rows[role], self.metrics[role]) for role in rows if self.metrics.get(role)]
         table = score_table(present, title=f"Scores on {self.metrics.get('evaluated_on')}")
+        lines = []
         if self.gap_closed is not None:
-            share = 100 * self.gap_closed
-            table.caption = Text(
-                f"gap closed: {share:.0f} % of the way from {printable(str(baseline))} to teacher (R@1)"
-            )
+            share, on = 100 * self.gap_closed, gap_measure(*(self.metrics.get(role) for role in _ROLES))
+            lines.append(f"gap closed: {share:.0f} % of the way from {baseline} to teacher ({on})")
+        lines += dict.fromkeys(remark for _, scores in present if (remark := remark_on_retrieval(scores)) is not None)
+        if lines:
+            table.caption = Text(printable("\n".join(lines)))
         return table
 
 
 def gap_closed(teacher: Scores | None, student: Scores | None, baseline: Scores | None) -> float | None:
-    """(student - baseline) / (teacher - baseline) on mean R@1: 0 is the baseline, 1 the teacher.
+    """(student - baseline) / (teacher - baseline) on the first headline of all three: 0 is the baseline, 1 the teacher.
 
-    None where a model is missing, has no retrieval score, or the baseline is no worse than the teacher, so that there
-    is no gap to close.
+    The headline is mean R@1 where there is retrieval, then zero-shot top-1; see `evaluation.headline`. None where a
+    model is missing, they share no headline, or the baseline is no worse than the teacher, so that there is no gap.
     """
-    scores = [
-        model["retrieval"]["mean_r@1"] for model in (teacher, student, baseline) if model and model.get("retrieval")
-    ]
-    if len(scores) < 3 or scores[0] <= scores[2]:
+    shared = _shared_headline(teacher, student, baseline)
+    if shared is None:
         return None
-    return float((scores[1] - scores[2]) / (scores[0] - scores[2]))
+    top, own, start = shared[1]
+    return None if top <= start else (own - start) / (top - start)
+
+
+def gap_measure(*models: Scores | None) -> str:
+    """The head of the headline that a gap between these models is closed on; empty where they share none."""
+    shared = _shared_headline(*models)
+    return "" if shared is None else shared[0].head
+
+
+def _shared_headline(*models: Scores | None) -> tuple[Headline, tuple[float, ...]] | None:
+    """The first headline that all models have, with the numbers."""
+    first, *others = [headlines(scores) for scores in models]
+    for task, (headline, number) in first.items():
+        if all(task in other for other in others):
+            return headline, (number, *(other[task][1] for other in others))
+    return None
 
 
 def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
-    """One row for each model: recall both ways and its mean, zero-shot accuracy, parameters; percentages."""
+    """One row for each model: recall both ways and its mean, what they are of, other headlines, parameters."""
     columns: dict[str, tuple[tuple[str, ...], ...]] = {  # the mean of the paths is shown
         "i2t R@1": (("retrieval", "i2t", "r@1"),),
         "t2i R@1": (("retrieval", "t2i", "r@1"),),
         "R@1": (("retrieval", "i2t", "r@1"), ("retrieval", "t2i", "r@1")),
         "R@5": (("retrieval", "i2t", "r@5"), ("retrieval", "t2i", "r@5")),
-        "zero-shot": (("zero_shot", "top1"),),
     }
     values = {name: [_mean(scores, paths) for _, scores in rows] for name, paths in columns.items()}
-    shown = {name: column for name, column in values.items() if any(value is not None for value in column)}
+    cells = {name: [_shown(value) for value in column] for name, column in values.items()}
+    cells["of"] = [_set(scores) for _, scores in rows]
+    heads = [headlines(scores) for _, scores in rows]
+    for task in dict.fromkeys(task for each in heads for task in each if task != "retrieval"):
+        name = next(each[task][0].head for each in heads if task in each)
+        cells[name] = [_shown(each[task][1] if task in each else None) for each in heads]
+    shown = {name: column for name, column in cells.items() if any(cell != "-" for cell in column)}
     table = Table(title=Text(printable(title)))
     for name in ("model", *shown, "parameters"):
         if name == "model":  # a long path is folded; no number gives way to it
@@ -99,18 +121,21 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
         else:
             table.add_column(name, justify="right", no_wrap=True)
     for place, (name, scores) in enumerate(rows):
-        cells = ["-" if column[place] is None else f"{column[place]:.1f}" for column in shown.values()]
-        table.add_row(Text(printable(str(name))), *cells, shown_parameters(scores))
+        row = [column[place] for column in shown.values()]
+        table.add_row(Text(printable(str(name))), *row, shown_parameters(scores))
     return table
 
 
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _set(scores: Scores) -> str:
+    """How many images and captions retrieval is of, in as little room as there is."""
+    images, texts = (number_at(scores, ("retrieval", key)) for key in ("num_images", "num_texts"))
+    return "-" if images is None or texts is None else f"{images:,.0f} x {texts:,.0f}"
+
+
 def _mean(scores: Scores, paths: tuple[tuple[str, ...], ...]) -> float | None:
-    values = [_dig(scores, path) for path in paths]
-    return None if None in values else sum(values) / len(values)
-
-
-def _dig(scores: Scores, path: tuple[str, ...]) -> Any:
-    value: Any = scores
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, int | float) else None
+    values = [number_at(scores, path) for path in paths]
+    return None if None in values else sum(value for value in values if value is not None) / len(values)

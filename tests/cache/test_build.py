@@ -19,7 +19,7 @@ from cache_support import LENGTH, VIEWS, built, cache_plan, contents
 
 from cmapkd.cache import CacheError, all_keys, describe, keys_of_run, verify
 from cmapkd.cache.parts import CacheFolder
-from cmapkd.data.batches import PlanSampler
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Sample
 from cmapkd.data.views import ViewSpec
 from helpers import MemorySource, make_builder, make_method

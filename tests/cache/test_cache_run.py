@@ -69,7 +69,7 @@ def test_while_a_cached_run_trains_its_teacher_is_gone(
         return trained(self, **options)
 
     trained = Trainer.run
-    monkeypatch.setattr("cmapkd.run.build_model", noting)
+    monkeypatch.setattr("cmapkd.run.build.build_model", noting)
     monkeypatch.setattr(Trainer, "run", run)
     cmapkd.distill(**settings(teacher, cache="auto"), out=tmp_path / "run", quiet=True)
     assert alive == ["tiny:debug"]  # the student alone

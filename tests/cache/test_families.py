@@ -11,7 +11,8 @@ import torch
 from cache_support import LENGTH, VIEWS
 
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
-from cmapkd.data.batches import BatchBuilder, PlanSampler, Reader
+from cmapkd.data.batches import BatchBuilder, Reader
+from cmapkd.data.plans import PlanSampler
 from cmapkd.features import KeyTokens
 from cmapkd.features.pyramid import grid_of, pooled
 from cmapkd.models import FrozenTeacher, Needs, build_model

@@ -10,7 +10,7 @@ import torch
 from cache_support import VIEWS, cache_plan, train
 
 from cmapkd.cache import CachedTeacher, CacheError, CacheReader, CacheWarning
-from cmapkd.data.batches import PlanSampler
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import BadSampleError, Sample
 from cmapkd.data.views import draw_view
 from cmapkd.features import EmbeddingBank
@@ -22,20 +22,15 @@ TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "int8": 3e-2}  # of a loss of about 2 t
 POOLED = {
     "visual_levels": {"P5": 1.0},
     "language_levels": {"L3": 0.1, "L4": 1.0},
-    "pyramid_weight": 0.7,
-    "alignment_weight": 0.1,
-    "relation_weight": 3.0,
-    "bank_size": 12,
-    "bank_store": "fp32",
-    "bridge_dim": 8,
+    "bank": {"size": 12, "store": "fp32"},
+    "ablations": {"pyramid_weight": 0.7, "alignment_weight": 0.1, "relation_weight": 3.0, "bridge_dim": 8},
 }
 DENSE = {**POOLED, "visual_levels": {"P3": 0.1, "P5": 1.0}, "language_levels": {"L1": 0.1, "L2": 0.1, "L4": 1.0}}
 ALL_LEVELS = {
     "visual_levels": {"P2": 0.3, "P3": 0.1, "P4": 0.1, "P5": 1.0},
     "language_levels": {"L1": 0.3, "L2": 0.1, "L3": 0.1, "L4": 1.0},
-    "relation_weight": 3.0,
-    "bank_size": 12,
-    "bank_store": "fp32",
+    "bank": {"size": 12, "store": "fp32"},
+    "ablations": {"relation_weight": 3.0},
 }
 DENSE_ALL, POOLED_ALL = ALL_LEVELS, {**ALL_LEVELS, "places": "pooled"}
 KEY_TOKENS = {**ALL_LEVELS, "places": "key_tokens", "key_tokens": 3}
@@ -48,7 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "cmapkd, key tokens": ("cmapkd", KEY_TOKENS, "key_tokens"),
     "cmapkd, more key tokens than words": (
         "cmapkd",
-        {**KEY_TOKENS, "key_tokens": 40, "key_tokens_by": "norm"},
+        {**KEY_TOKENS, "key_tokens": 40, "ablations": {"key_tokens_by": "norm"}},
         "key_tokens",
     ),
 }
@@ -64,7 +59,7 @@ def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tol
 
 
 def test_a_bank_in_fp16_may_round_the_last_digit_apart(tmp_path: Path) -> None:
-    settings = {**POOLED, "bank_store": "fp16"}
+    settings = {**POOLED, "bank": {"size": 12, "store": "fp16"}}
     live, _ = train(tmp_path / "live", "cmapkd", settings)
     cached, _ = train(tmp_path / "cached", "cmapkd", settings, cache={"store": "fp32"})
     assert_close(cached, live, 1e-4)
@@ -159,7 +154,8 @@ def test_richer_rows_serve_a_method_that_reads_less(tmp_path: Path) -> None:
 
 
 def test_a_bank_drawn_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"bank_from": "cache", "bank_size": 30, "visual_levels": {"P5": 1.0}, "language_levels": {"L4": 1.0}}
+    of_cache = {"source": "cache", "size": 30}
+    settings = {"bank": of_cache, "visual_levels": {"P5": 1.0}, "language_levels": {"L4": 1.0}}
     cached, method = train(tmp_path / "a", "cmapkd", settings, cache={"store": "fp16"})
     assert isinstance(method, CMAPKD)
     bank, teacher = method.bank, method.teacher
@@ -197,7 +193,7 @@ def test_a_bank_drawn_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_sample_is_not_compared_with_its_own_views_in_the_cache(tmp_path: Path) -> None:
     """With a bank of all views: each sample excludes exactly its two."""
-    method = make_method("cmapkd", settings={"bank_from": "cache", "bank_size": 48})
+    method = make_method("cmapkd", settings={"bank": {"source": "cache", "size": 48}})
     assert isinstance(method, CMAPKD)
     plan = cache_plan(tmp_path / "c", method)
     plan.build(device="cpu")
@@ -220,7 +216,7 @@ def test_a_sample_is_not_compared_with_its_own_views_in_the_cache(tmp_path: Path
 
 def test_other_key_tokens_are_refused(tmp_path: Path) -> None:
     cache_plan(tmp_path / "c", make_method("cmapkd", settings=KEY_TOKENS)).build(device="cpu")
-    for changes in ({"key_tokens": 4}, {"key_tokens_by": "norm"}):
+    for changes in ({"key_tokens": 4}, {"ablations": {"key_tokens_by": "norm"}}):
         plan = cache_plan(tmp_path / "c", make_method("cmapkd", settings={**KEY_TOKENS, **changes}))
         with pytest.raises(CacheError, match=r"it holds key tokens 3 by class, and the method reads (4|3) by"):
             plan.open()

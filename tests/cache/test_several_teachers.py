@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from cmapkd.cache import (
     CacheWarning,
     all_keys,
 )
+from cmapkd.data.plans import Plan
 from cmapkd.data.texts import TextChoice
 from cmapkd.methods import Method
-from helpers import MemorySource, make_method, make_teacher, make_trainer, second_teacher
+from helpers import MemorySource, make_builder, make_method, make_teacher, make_trainer, second_teacher
 
 
 def two_teachers(**settings: Any) -> Method:
@@ -116,3 +118,40 @@ def test_a_run_with_two_teachers_resumes_bit_for_bit(tmp_path: Path) -> None:
     )
     trainer.run(resume=True)
     assert losses(tmp_path / "again") == whole[3:]
+
+
+@pytest.mark.parametrize("keys", [None, all_keys(LENGTH, 1)[:7]])
+@pytest.mark.parametrize("store", ["fp32", "int8"])
+def test_several_texts_of_a_pool_are_stored_for_each_sample(tmp_path: Path, store: Any, keys: Any) -> None:
+    texts, source, live = TextChoice({"captions": 2, "synthetic": 3}), MemorySource(LENGTH), make_teacher()
+    method = make_method("hinton")
+    plan = CachePlan.of_method(
+        CacheConfig(folder=tmp_path / "c", batch_size=4, store=store),
+        method,
+        source=source,
+        views=VIEWS,
+        keys=all_keys(LENGTH, 2) if keys is None else keys,
+        precision="fp32",
+        texts=texts,
+    )
+    assert plan.identity["texts"] == "captions*2,synthetic*3 mixed 0"
+    plan.build(device="cpu")
+    reader = CacheReader(CacheFolder.open(plan.folder))
+    teacher = plan.cached_teacher(reader, lambda: make_teacher().model)
+    places = (5, 1, 9, 3)
+    whole, stored = (
+        make_builder(method, source, views=VIEWS, texts=texts, stored=answers)[Plan(0, 0, places, places)]
+        for answers in ({}, {"teacher": reader})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CacheWarning)
+        for batch, other in ((stored, whole), (stored.part(1, 3), whole.part(1, 3))):
+            found, expected = teacher(batch), live(other)
+            for pool, count in texts.counts.items():
+                assert len(found.more_texts[pool].embedding) == count * len(batch)
+                torch.testing.assert_close(
+                    found.more_texts[pool].embedding,
+                    expected.more_texts[pool].embedding,
+                    rtol=1e-4,
+                    atol=1e-5 if store == "fp32" else 2e-2,
+                )

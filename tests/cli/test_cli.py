@@ -19,7 +19,7 @@ import cmapkd
 from cmapkd.cli import main
 from cmapkd.data.open import open_source
 from cmapkd.methods import METHODS
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model
 from cmapkd.run import vocabulary_captions
 from cmapkd.training import Interrupted
 

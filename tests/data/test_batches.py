@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cmapkd.data.batches import BatchBuilder, Plan, PlanSampler, make_loader
+from cmapkd.data.batches import BatchBuilder, make_loader
+from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.types import BadSampleError, Batch
 from cmapkd.data.views import WHOLE, ViewSpec, draw_view
 from helpers import MemorySource, make_builder, make_method, make_model, make_teacher

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cmapkd.data.check import SampleLedger, TooManyBadSamples
+from cmapkd.data.check import MOST_KINDS, MOST_LISTED, OTHER_KINDS, SampleLedger, TooManyBadSamples
 
 
 def test_counts_by_kind_and_lists_a_sample_once() -> None:
@@ -70,3 +70,34 @@ def test_write(tmp_path: Path) -> None:
     assert path.name == "bad_samples.jsonl"
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["é\n", "b"]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_million_bad_samples_stay_small() -> None:
+    ledger, other = SampleLedger(), SampleLedger()
+    for start in range(0, 1_000_000, 1000):
+        ledger.add(0, [(f"{i:07d}", f"image is truncated: {i} bytes") for i in range(start, start + 1000)])
+    assert ledger.num_bad == ledger.kinds["image is truncated"] == 1_000_000
+    assert [sample_id for sample_id, _ in ledger.bad] == [f"{i:07d}" for i in range(MOST_LISTED)]
+    assert len(json.dumps(ledger.state_dict())) < 100_000
+    other.add(0, [(f"x{i}", "image is empty") for i in range(5000)])
+    other.merge(ledger.state_dict())
+    assert other.num_bad == 1_005_000
+    assert len(other.bad) == MOST_LISTED
+    other.load_state_dict(ledger.state_dict())
+    assert other.state_dict() == ledger.state_dict()
+
+
+def test_kinds_and_reasons_stay_small() -> None:
+    ledger = SampleLedger()
+    ledger.add(0, [("a" * 9999, f"kind {i}: {'x' * 9999}") for i in range(1000)])
+    assert len(ledger.kinds) == MOST_KINDS + 1
+    assert ledger.kinds[OTHER_KINDS] == 1000 - MOST_KINDS
+    assert sum(ledger.kinds.values()) == ledger.num_bad == 1000
+    assert len(json.dumps(ledger.state_dict())) < 10_000
+
+
+def test_an_older_and_longer_ledger_is_cut_when_it_is_loaded() -> None:
+    state = SampleLedger().state_dict() | {"num_bad": 3000, "bad": [[str(i), "x"] for i in range(3000)]}
+    ledger = SampleLedger()
+    ledger.load_state_dict(state)
+    assert (ledger.num_bad, len(ledger.bad)) == (3000, MOST_LISTED)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
-from cmapkd.data.batches import PlanSampler
 from cmapkd.data.memory import MIB, SampleMemory, size_of
+from cmapkd.data.plans import PlanSampler
 from helpers import MemorySource, make_builder, make_method
 
 

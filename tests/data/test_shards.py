@@ -358,3 +358,23 @@ def test_nlvr_false_sentences_are_no_captions(shared: Path) -> None:
 def test_coco_mini(shared: Path) -> None:
     source = open_source(f"webdataset:{shared}/coco_mini/dev-000000.tar")
     assert (len(source), source[0].id, len(source[0].captions)) == (39, "139", 5)
+
+
+# ------------------------------------------------------------------------------------------------ dots in names
+
+
+def test_names_with_more_dots_are_one_sentence_when_the_data_is_opened(tmp_path: Path) -> None:
+    members = [(f"S_{i}.wav.{kind}", data) for i in range(3) for kind, data in (("jpg", picture()), ("txt", b"a"))]
+    with pytest.raises(
+        ConfigError,
+        match=r"3 of 3 samples have no image, because the key of a sample ends at the first dot of a name: "
+        r"'S_0\.wav\.jpg' is the field 'wav\.jpg' of 'S_0'\. Name the files with one dot, such as 'S_0_wav\.jpg'",
+    ):
+        open_source(f"webdataset:{write_tar(tmp_path / 'a.tar', members)}")
+    mixed = write_tar(tmp_path / "b.tar", members + pairs(2))
+    with pytest.warns(SourceWarning, match="3 of 5 samples have no image"):
+        source = open_source(f"webdataset:{mixed}")
+    assert len(reasons(source)) == 3
+    assert open_source(f"webdataset:{write_tar(tmp_path / 'c.tar', [*pairs(2), ('000000.seg.png', picture())])}")[0]
+    folders = [(f"train.v1/{name}", data) for name, data in pairs(2)]
+    assert open_source(f"webdataset:{write_tar(tmp_path / 'd.tar', folders)}")[1].id == "d/train.v1/000001"

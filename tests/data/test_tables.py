@@ -5,15 +5,20 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet
 import pytest
+import torch
 from making import as_json, picture, write_lines
 
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
 from cmapkd.data.records import iter_captions
+from cmapkd.data.stored import Texts
 from cmapkd.data.types import BadSampleError, Source
 
 
@@ -295,3 +300,30 @@ def test_local_hub_folder_with_splits(tmp_path: Path, write_parquet: Callable[..
 def test_hub_set_that_is_not_there(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_source(f"hf:{name}:train")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_rows_without_a_caption_are_found_as_reading_each_finds_them(tmp_path: Path, as_list: bool) -> None:
+    """Arrow looks at all texts at once; where it sees nothing the row is read."""
+    texts = ["a", "", "  ", None, "\x1c\u200b", "\u3000\u00a0", "猫", "\t\n", " é ", "\x1c", "!"]
+    rows = [[text, " "] if as_list else text for text in texts]
+    rows += [[], None] if as_list else [None]
+    table = pyarrow.table({"image": [{"bytes": picture(), "path": None}] * len(rows), "caption": rows})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=3)
+    everything = open_source(f"parquet:{tmp_path / 't.parquet'}")
+    kept = open_source(f"parquet:{tmp_path / 't.parquet'}", require_captions=True)
+    expected = [everything[row].id for row in range(len(rows)) if everything[row].captions]
+    assert [sample.id for sample in kept] == expected
+    assert {"row-0", "row-6", "row-8", "row-10"} <= {*expected}
+    assert not {"row-1", "row-2", "row-3", "row-5", "row-7", "row-9"} & {*expected}
+
+
+def test_texts_are_read_alike_before_and_after_they_are_sent() -> None:
+    texts = Texts(["one", "", "zwei ü", "\ud800"])
+    for each in (texts, pickle.loads(pickle.dumps(texts)), texts):  # noqa: S301
+        assert [*each] == ["one", "", "zwei ü", "\ud800"]
+        assert each[1:3] == ["", "zwei ü"]
+        assert [*each.encoded(torch.tensor([2, 0]))] == ["zwei ü".encode(), b"one"]
+        ForkingPickler.dumps(each)  # moves its memory
+        assert each[2] == "zwei ü"
+    assert [*Texts([])] == []

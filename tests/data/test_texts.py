@@ -11,8 +11,8 @@ import pytest
 from making import as_json, picture, write_tar
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import PlanSampler
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.records import Unusable, parse_texts
 from cmapkd.data.scenes.source import ScenesSource
 from cmapkd.data.texts import TextChoice, joined

@@ -26,20 +26,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from making import encode, write_tar
 
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
-from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.shards import ShardSource
 from cmapkd.data.types import Batch, Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import build_heads
-from cmapkd.features import gather_features
-from cmapkd.methods import METHODS, Method, build_method
+from cmapkd.features import gather_features, gather_rows
+from cmapkd.methods import METHODS, Method, Term, build_method
+from cmapkd.methods.terms import divided
 from cmapkd.models import DualEncoder, Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
 from cmapkd.training.processes import prepare_to_wait, wait_for_all
 from cmapkd.training.sharding import ShardedMethod, whole_tensors
+from cmapkd.training.stopping import Agreement
+from contracted import Contracted, NormedStudent
 from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_IN_FULL,
@@ -71,12 +75,16 @@ TRAINED = (
     f"clip_kd{CACHED}",
     "tinyclip, with masks",
     "tinyclip, units by lot",
+    "contracted",
     f"cmapkd{MICRO}",
     f"clip_kd{MICRO}{CACHED}",
     *(f"{name}{SHARDED}" for name in SHARDED_METHODS),
+    f"contracted{SHARDED}",
 )
 POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
+CASES: dict[
+    str, tuple[str | type[Method], dict[str, Any]]
+] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
     "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
     "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
@@ -96,9 +104,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "tinyclip, with masks": ("tinyclip", MASKED),
     "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
+    "contracted": (Contracted, {}),
+    "contracted, in micro-batches": (Contracted, {}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "attention"}),
 }
-SHARDED_CASES = (*SHARDED_METHODS, *(f"{name}{MICRO}" for name in SHARDED_METHODS), "cmapkd, everything")
+SHARDED_CASES = (
+    "contracted",
+    *SHARDED_METHODS,
+    *(f"{name}{MICRO}" for name in SHARDED_METHODS),
+    "cmapkd, everything",
+)
 
 
 def world_size() -> int:
@@ -107,8 +122,7 @@ def world_size() -> int:
 
 def part_of(batch: Batch, rank: int) -> Batch:
     start, stop = rank * len(batch) // world_size(), (rank + 1) * len(batch) // world_size()
-    extra = {name: values[start:stop] for name, values in batch.extra.items()}
-    return replace(batch.part(start, stop), extra=extra)
+    return batch.part(start, stop)
 
 
 def rows(seed: int) -> Tensor:
@@ -175,7 +189,7 @@ def with_heads(rank: int | None) -> dict[str, Tensor]:
             METHODS["contrastive"].Config(name="contrastive"),
             student=student,
             teacher=None,
-            beside=lambda model, heads=heads: heads(student=model),
+            auxiliary=lambda model, heads=heads: heads(student=model),
         )
         partly = Partly(source, lacking)
         builder = BatchBuilder(partly, ViewSpec(), readers(student, None), seed=0, extras=method.extras)
@@ -344,7 +358,44 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
         found |= losses_and_gradients(name, torch.float64, rank, SHARDED)
     for name in SHARDED_METHODS[1:]:
         found |= losses_and_gradients(name, torch.float64, rank, SHARED_TEACHER)
-    return found | gathered_gradient(rank) | with_heads(rank)
+    return (
+        found
+        | gathered_gradient(rank)
+        | with_heads(rank)
+        | agreed(rank)
+        | counted(rank)
+        | statistics(out / "statistics")
+    )
+
+
+def counted(rank: int) -> dict[str, Tensor]:
+    """A term of which one process has nothing, and no graph either: the others must not wait for it."""
+    weights = torch.ones(3, requires_grad=True)
+    own = Term((weights * 2).sum(), 1.0, torch.tensor(3)) if rank == 0 else Term(torch.zeros(()), 1.0, torch.tensor(0))
+    value = divided({"counted": own})["counted"].value
+    value.backward()
+    gradient = torch.zeros(3) if weights.grad is None else weights.grad
+    return {"counted/value": value.detach(), "counted/gradient": gradient}
+
+
+def agreed(rank: int) -> dict[str, Tensor]:
+    """What each of four steps answers when the first process is asked to stop in the second."""
+    agreement = Agreement()
+    answers = [agreement.stop(rank == 0 and step == 1) for step in range(4)]
+    agreement.close()
+    return {"agreed": torch.tensor(answers)}
+
+
+def statistics(out: Path) -> dict[str, Tensor]:
+    """Every buffer of a method with batch norms, a bank and a momentum teacher after some steps."""
+    student = make_model(kind=NormedStudent)
+    found: dict[str, Tensor] = {}
+    for kind in ("cmapkd", Contracted):
+        done = make_trainer(out, make_method(kind, student=student), source=MemorySource(40), steps=3)
+        done.run()
+        name = kind if isinstance(kind, str) else "contracted"
+        found |= {f"buffers/{name}/{key}": value.clone() for key, value in done.method.named_buffers()}
+    return found
 
 
 def patience(rank: int, out: Path) -> dict[str, Tensor]:
@@ -365,8 +416,16 @@ def patience(rank: int, out: Path) -> dict[str, Tensor]:
     return {"patience/barrier failed": torch.zeros(1)}
 
 
+def rounded_gradient(rank: int) -> dict[str, Tensor]:
+    """Of a bf16 row to which one process gives a gradient of 256 and three give 1: in bf16, 256 + 1 is 256."""
+    row = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    (gather_rows(row).sum() * (1.0 if rank else 256.0)).backward()
+    assert row.grad is not None
+    return {"gather/bf16": row.grad}
+
+
 def of_four(_out: Path, rank: int) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    found = rounded_gradient(rank)
     for name in CASES:
         found |= losses_and_gradients(name, torch.float64, rank)
     return found

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from cmapkd.config import ConfigError
 from cmapkd.training import processes
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
+from cmapkd.training.engine import WholeEngine
 from helpers import make_trainer, read_lines
 
 RECIPE = {
@@ -127,7 +128,7 @@ def test_accelerates_own_sharding_is_refused(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_one_process_has_nothing_to_share_out(tmp_path: Path) -> None:
     alone, plain = make_trainer(tmp_path / "a", sharding="fsdp2"), make_trainer(tmp_path / "b")
-    assert alone.sharded is None
+    assert isinstance(alone.engine, WholeEngine)
     alone.run()
     plain.run()
     assert all(torch.equal(value, plain.method.state_dict()[key]) for key, value in alone.method.state_dict().items())

@@ -213,3 +213,30 @@ def test_what_shards_write_is_whole(out: Path) -> None:
     for group in ("method", "optimizer"):
         shapes = {key: value.shape for key, value in plain[group].items()}
         assert {key: value.shape for key, value in sharded[group].items()} == shapes
+
+
+def test_a_request_to_stop_is_known_everywhere_one_step_later(out: Path) -> None:
+    for found in found_by(out, TWO):
+        assert found["agreed"].tolist() == [False, False, True, False]
+
+
+def test_buffers_are_the_same_everywhere_without_being_sent(out: Path) -> None:
+    first, second = found_by(out, TWO)
+    buffers = [key for key in first if key.startswith("buffers/")]
+    assert any("bank" in key for key in buffers)
+    assert sum("running_mean" in key for key in buffers) == 3  # of both students and the momentum teacher
+    for key in buffers:
+        assert torch.equal(first[key], second[key]), key
+    assert all(first[key].any() for key in buffers if "running_mean" in key)
+
+
+def test_gradients_of_bf16_rows_are_rounded_once(out: Path) -> None:
+    for found in found_by(out, FOUR):
+        assert found["gather/bf16"].item() == 260  # 259 to the nearest bf16; summed in bf16 it would be 256
+
+
+def test_a_process_with_nothing_to_count_keeps_nobody_waiting(out: Path) -> None:
+    first, second = found_by(out, TWO)
+    assert first["counted/value"].item() == second["counted/value"].item() == 2.0
+    assert first["counted/gradient"].tolist() == pytest.approx([2 * 2 / 3] * 3)  # the wrapper takes a mean of two
+    assert not second["counted/gradient"].any()

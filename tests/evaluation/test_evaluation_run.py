@@ -104,7 +104,6 @@ def test_tasks_in_every_spelling(given: Any, tasks: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tasks": ["retreival"]}, "unknown task 'retreival' .did you mean 'retrieval'"),
         ({"tasks": []}, "must be auto, or one or more"),
         ({"tasks": 3}, "must be auto, or one or more"),
         ({"bach_size": 3}, "did you mean 'batch_size'"),

@@ -19,7 +19,7 @@ from cmapkd.data.types import Sample
 from cmapkd.evaluation import EvaluationConfig, SuiteConfig, evaluate_models
 from cmapkd.evaluation.suite import training_source
 from cmapkd.evaluation.table import score_table
-from cmapkd.evaluation.tasks import TASKS
+from cmapkd.evaluation.tasks import TASKS, check_tasks
 from cmapkd.evaluation.tools import MissingToolError
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
@@ -116,14 +116,14 @@ def test_what_a_task_needs_is_said_before_anything_is_embedded(model: TinyDualEn
 
 def test_unknown_tasks_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"unknown task 'detecton' .did you mean 'detection'"):
-        SuiteConfig.from_mapping({"tasks": ["detecton"]})
+        check_tasks(SuiteConfig(tasks=("detecton",)))
     with pytest.raises(ConfigError, match="task 'vqa' needs more than one model and its test data: measure it with"):
-        EvaluationConfig.from_mapping({"tasks": ["vqa"]})
+        check_tasks(EvaluationConfig(tasks=("vqa",)))
     with pytest.raises(ConfigError, match=r"vqa.stpes: unknown key .did you mean 'steps'"):
         SuiteConfig.from_mapping({"vqa": {"stpes": 3}})
     assert SuiteConfig.from_mapping({"tasks": "all"}).tasks == "all"
     with pytest.raises(ConfigError, match="unknown task 'all'"):
-        EvaluationConfig.from_mapping({"tasks": "all"})
+        check_tasks(EvaluationConfig.from_mapping({"tasks": "all"}))
     config = SuiteConfig.from_mapping(QUICK)
     assert SuiteConfig.from_mapping(config.model_dump(mode="json")) == config
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from cmapkd.config import RunStopped
-from cmapkd.data.batches import PlanSampler, make_loader
+from cmapkd.data.batches import make_loader
 from cmapkd.data.check import TooManyBadSamples
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.workers import MAX_DEATHS, ReadAhead, ReadTimeout, WorkerDied, WorkerWarning
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.run import evaluate

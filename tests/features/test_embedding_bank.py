@@ -77,9 +77,9 @@ def test_duplicates_are_told_apart_under_autocast() -> None:
 def test_a_draw_takes_each_pair_equally_often_and_none_twice() -> None:
     bank = filled(50, 30)
     counts = torch.zeros(30)
-    torch.manual_seed(0)
+    draws = torch.Generator().manual_seed(0)
     for _ in range(2000):
-        found = bank.references(torch.tensor([99]), num=6)
+        found = bank.references(torch.tensor([99]), num=6, generator=draws)
         entries = (found.image[:, None] == bank.image[None, :30]).all(-1).float().argmax(1)
         assert len({*entries.tolist()}) == 6
         assert torch.equal(found.text, bank.text[entries])  # pairs stay pairs
@@ -87,13 +87,12 @@ def test_a_draw_takes_each_pair_equally_often_and_none_twice() -> None:
     assert float((counts / 400 - 1).abs().max()) < 0.2  # each is expected 400 times, give or take 18
 
 
-def test_a_draw_follows_the_random_state_and_excludes_the_sample_itself() -> None:
+def test_a_draw_follows_its_generator_alone_and_excludes_the_sample_itself() -> None:
     bank, keys = filled(20, 20), torch.tensor([3, 50, 7])
-    torch.manual_seed(4)
-    one = bank.references(keys, num=12)
-    torch.manual_seed(4)
-    other = bank.references(keys, num=12)
+    one, other = (bank.references(keys, num=12, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(one.image, other.image)
+    with pytest.raises(ValueError, match="12 entries are to be drawn, but from what"):
+        bank.references(keys, num=12)
     whole = bank.references(keys)
     assert whole.exclude.sum(1).tolist() == [1, 0, 1]
     assert whole.exclude[0, 3]
@@ -107,10 +106,10 @@ def test_a_draw_follows_the_random_state_and_excludes_the_sample_itself() -> Non
 def test_what_is_empty_is_not_drawn() -> None:
     bank = filled(100, 5)
     for num in (None, 5, 50):
-        found = bank.references(torch.tensor([99]), num=num)
+        found = bank.references(torch.tensor([99]), num=num, generator=torch.Generator())
         assert torch.equal(found.image, bank.image[:5])
         assert not found.exclude.any()
-    empty = EmbeddingBank(8, 4).references(torch.tensor([1, 2]), num=4)
+    empty = EmbeddingBank(8, 4).references(torch.tensor([1, 2]), num=4, generator=torch.Generator())
     assert empty.exclude.tolist() == [[True], [True]]
 
 
@@ -129,8 +128,8 @@ def test_the_same_image_under_another_name_is_excluded() -> None:
     cosines = F.normalize(images, dim=-1) @ bank.image.float().T
     for limit in (0.999, 0.5):
         for num in (None, 10):
-            torch.manual_seed(0)
-            found = bank.references(torch.tensor([97, 98, 99]), num=num, images=images, duplicates_above=limit)
+            draws, names = torch.Generator().manual_seed(0), torch.tensor([97, 98, 99])
+            found = bank.references(names, num=num, generator=draws, images=images, duplicates_above=limit)
             near = F.normalize(images, dim=-1) @ found.image.float().T > limit
             assert torch.equal(found.exclude, near)
     assert bool((cosines[1] > 0.999).any())
@@ -163,7 +162,7 @@ def test_levels_stand_beside_the_pairs_they_belong_to() -> None:
     assert torch.equal(entries[:4], vectors)
     assert exclude[0].tolist() == [False] * 4 + [True, False]
     assert bool(entries.isfinite().all())  # beyond the range of half precision, and kept within it
-    one = bank.references(torch.tensor([int(keys[1])]), num=3)
+    one = bank.references(torch.tensor([int(keys[1])]), num=3, generator=torch.Generator())
     row = {tuple(image.tolist()): level for image, level in zip(bank.image.float(), bank.level_P2, strict=True)}
     for place, image in enumerate(one.image.float()):
         assert torch.equal(one.levels["P2"][place], row[tuple(image.tolist())])

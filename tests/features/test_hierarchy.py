@@ -15,12 +15,11 @@ from torch import Tensor
 from cmapkd.data.types import TokenBatch
 from cmapkd.features.hierarchy import (
     LanguageProjectors,
-    aligned_words,
     phrases,
-    pool_words,
     sentence_level,
     token_level,
 )
+from cmapkd.features.words import WordAligner, Words, aligned_words, pool_words
 from cmapkd.models.types import Level, LevelInfo
 from cmapkd.models.vocabulary import TrainedTokenizer
 
@@ -43,6 +42,10 @@ MASKS = torch.tensor(
     dtype=torch.bool,
 )
 Spans = list[tuple[int, int]]
+
+
+def numbers_of(words: Words) -> tuple[Tensor, Tensor, int]:
+    return words.student, words.teacher, words.count
 
 
 def level(mask: Tensor | None = MASKS, *, seed: int = 0) -> Level:
@@ -156,7 +159,7 @@ def spans(draw: st.DrawFn) -> Spans:
 @given(st.lists(st.tuples(spans(), spans()), min_size=1, max_size=3))
 def test_words_are_what_merging_overlaps_gives(texts: list[tuple[Spans, Spans]]) -> None:
     student, teacher = batch(*(text[0] for text in texts)), batch(*(text[1] for text in texts))
-    of_student, of_teacher, num_words = aligned_words(student, teacher)
+    of_student, of_teacher, num_words = numbers_of(aligned_words(student, teacher))
     expected = [words_in_loops(*text) for text in texts]
     assert num_words == max(count for _, _, count in expected)
     for row, numbers in enumerate(expected):
@@ -169,13 +172,13 @@ def test_words_of_a_text() -> None:
     #        "a red triangle": start a red tri angle end
     student = batch([(0, 0), (0, 1), (2, 5), (6, 9), (9, 14), (0, 0)])
     teacher = batch([(0, 1), (1, 4), (4, 5), (5, 14)])  # a, " re", "d", " triangle"
-    of_student, of_teacher, num_words = aligned_words(student, teacher)
+    of_student, of_teacher, num_words = numbers_of(aligned_words(student, teacher))
     assert of_student.tolist() == [[-1, 0, 1, 2, 2, -1]]
     assert of_teacher.tolist() == [[0, 1, 1, 2]]
     assert num_words == 3
     cut = batch([(0, 1), (1, 4)])  # a shorter context
-    assert aligned_words(student, cut)[0].tolist() == [[-1, 0, 1, -1, -1, -1]]
-    assert aligned_words(batch([(0, 0)]), teacher)[2] == 0
+    assert aligned_words(student, cut).student.tolist() == [[-1, 0, 1, -1, -1, -1]]
+    assert aligned_words(batch([(0, 0)]), teacher).count == 0
 
 
 def test_vocabularies_of_different_captions_meet_at_words() -> None:
@@ -186,7 +189,7 @@ def test_vocabularies_of_different_captions_meet_at_words() -> None:
         tokenizer._tokenizer.pre_tokenizer = coarse._tokenizer.pre_tokenizer
     student, teacher = fine(texts), coarse(texts)
     assert student.ids.shape != teacher.ids.shape
-    numbers = aligned_words(student, teacher)
+    numbers = numbers_of(aligned_words(student, teacher))
     assert student.spans is not None
     assert teacher.spans is not None
     for row, text in enumerate(texts):
@@ -205,12 +208,53 @@ def test_vocabularies_of_different_captions_meet_at_words() -> None:
 def test_the_same_tokens_match_position_by_position() -> None:
     ids, mask = torch.arange(12).view(2, 6), torch.arange(6)[None] < torch.tensor([[6], [3]])
     tokens = TokenBatch(ids, mask)
-    of_student, of_teacher, num_words = aligned_words(tokens, TokenBatch(ids.clone(), mask.clone()))
+    words = aligned_words(tokens, TokenBatch(ids.clone(), mask.clone()))
+    of_student, of_teacher, num_words = numbers_of(words)
+    assert words.are_tokens
     assert of_student.tolist() == of_teacher.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, -1, -1, -1]]
     values = torch.randn(2, 6, WIDTH)
     pooled, found = pool_words(values, of_student, num_words)
     torch.testing.assert_close(pooled, values * mask[..., None])
     assert torch.equal(found, mask)
+    as_tokens, found = words.pool("teacher", values)
+    assert torch.equal(as_tokens, pooled)  # bit for bit: a mean of one token is the token
+    assert torch.equal(found, mask)
+
+
+def test_words_found_without_looking_are_the_same_words() -> None:
+    """As on a GPU, where looking waits: more numbers than there are words, and the same words and phrases."""
+    ids, mask = torch.arange(12).view(2, 6), torch.arange(6)[None] < torch.tensor([[5], [3]])
+    spans = torch.arange(6)[None, :, None] * 3 + torch.tensor([0, 2])
+    one = TokenBatch(ids, mask, spans * mask[..., None])
+    other = TokenBatch(ids + 1, mask, one.spans)
+    short = TokenBatch(ids[:, :4], mask[:, :4], one.spans[:, :4])  # type: ignore[index]
+    values = torch.randn(2, 6, WIDTH)
+    for student, teacher in ((one, one), (one, other), (one, short), (short, one)):
+        looked, blind = (aligned_words(student, teacher, look=look) for look in (True, False))
+        assert looked.count <= blind.count == min(student.ids.shape[1], teacher.ids.shape[1])
+        for role, tokens in (("student", student), ("teacher", teacher)):
+            own = values[:, : tokens.ids.shape[1]]
+            (words, found), (padded, found_too) = (each.pool(role, own) for each in (looked, blind))
+            torch.testing.assert_close(padded[:, : looked.count], words)
+            assert torch.equal(found_too[:, : looked.count], found)
+            assert not found_too[:, looked.count :].any()
+            assert not padded[:, looked.count :].any()
+
+
+def test_tokens_without_spans_are_looked_at_once() -> None:
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    tokens, others = TokenBatch(ids, mask), TokenBatch(ids + 1, mask)
+    align = WordAligner()
+    with pytest.raises(ValueError, match="leave levels L1 and L2 out"):
+        align(tokens, others)
+    assert not align._agreed
+    assert align(tokens, tokens).are_tokens
+    assert align._agreed
+    blind = aligned_words(tokens, others, look=False)  # what a GPU does after that
+    assert blind.are_tokens
+    assert blind.count == 6
+    with pytest.raises(ValueError, match="leave levels L1 and L2 out"):
+        aligned_words(tokens, TokenBatch(ids[:, :4], mask[:, :4]), look=False)
 
 
 def test_words_pool_the_mean_of_their_tokens() -> None:

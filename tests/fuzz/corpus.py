@@ -41,7 +41,7 @@ from cmapkd.data.images import decode_image
 from cmapkd.data.open import open_source
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.models import build_model, load_model
-from cmapkd.models.registry import packaged_models
+from cmapkd.models.tiny_family import packaged_models
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.training.checkpoint import Progress, checkpoint_path, read_checkpoint, write_checkpoint
@@ -131,7 +131,7 @@ def tokenized(texts: list[str]) -> None:
 
 @cache
 def _tokenizers() -> list[Any]:
-    from cmapkd.models.open_clip_model import make_tokenizer
+    from cmapkd.models.open_clip_tokenizer import make_tokenizer
 
     return [load_model(next(iter(packaged_models().values()))).tokenizer, make_tokenizer({})]
 
@@ -797,7 +797,7 @@ def _stored(folder: CacheFolder) -> Iterator[tuple[int, bytes]]:
         for index in range(folder.length):
             if reader.has(view, index):
                 number, shard, row = reader._find(view, index) or (0, 0, 0)
-                yield view * folder.length + index, reader._map(number, shard)[row].tobytes()
+                yield view * folder.length + index, reader._rows(number, shard, (row,))[0].tobytes()
 
 
 def _reads_cache() -> tuple[int, int]:

@@ -15,8 +15,8 @@ from torch import Tensor
 import cmapkd
 from cmapkd.cache.files import CacheError
 from cmapkd.features.pyramid import pooled
-from cmapkd.methods.base import LABELS
 from cmapkd.methods.c2kd import C2KD, Proxy
+from cmapkd.methods.dual import LABELS
 from cmapkd.models.texts import class_vectors
 from helpers import CLASSES, make_method, random_batch
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.data.masks import hidden_squares, hide
 from cmapkd.features import PairProjector
+from cmapkd.methods import StepInfo
 from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig, Fusion
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.objectives import (
@@ -212,7 +213,7 @@ def test_interactive_scale_is_trained_and_kept_in_range() -> None:
     assert method.interactive_scale.grad.item() != 0
     for start, end in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
         nn.init.constant_(method.interactive_scale, start)
-        method.after_step()
+        method.after_step(StepInfo())
         assert method.interactive_scale.item() == pytest.approx(end)
 
 
@@ -221,7 +222,7 @@ def test_the_published_raw_scale_is_not_clamped() -> None:
     assert isinstance(method, ClipKD)
     assert method.interactive_scale is not None
     nn.init.constant_(method.interactive_scale, 9.0)
-    method.after_step()
+    method.after_step(StepInfo())
     assert method.interactive_scale.item() == 9.0
 
 
@@ -231,7 +232,7 @@ def test_the_learned_scale_of_the_fused_embeddings_is_kept_in_range_too() -> Non
         assert isinstance(method, ClipKD)
         assert method.fusion_scale is not None
         nn.init.constant_(method.fusion_scale, 9.0)
-        method.after_step()
+        method.after_step(StepInfo())
         assert method.fusion_scale.item() == pytest.approx(end)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch, TokenBatch
 from cmapkd.features.pyramid import cells_at, standardise
-from cmapkd.methods import Method, StageConfig, build_method
-from cmapkd.methods.cmapkd import CMAPKD, CMAPKDConfig
+from cmapkd.methods import Method, StageConfig, StepInfo, build_method
+from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig
+from cmapkd.methods.cmapkd.config import MovedSettingWarning
 from cmapkd.models import FrozenTeacher
 from cmapkd.objectives import interactive_loss, similarity_divergence
 from helpers import CMAPKD_IN_FULL, make_method, make_model, make_trainer, random_batch
@@ -53,14 +54,14 @@ def test_every_term_of_the_design_is_there_with_its_weight() -> None:
 
 def test_a_weight_of_zero_removes_a_term_and_what_only_it_needs() -> None:
     off = {name: 0.0 for name in CMAPKDConfig.model_fields if name.endswith("_weight") and name != "task_weight"}
-    method = cmapkd(**off)
+    method = cmapkd(**off, ablations={name: 0.0 for name in AblationsConfig.model_fields if name.endswith("_weight")})
     assert set(method(random_batch(4))) == {"contrastive"}
     assert method.student_needs.image_levels == method.teacher_needs.text_levels == ()
     assert not any(name for name, _ in method.named_parameters() if not name.startswith("student."))
 
 
 def test_embedding_terms_are_the_objectives_of_the_projected_embeddings() -> None:
-    method, batch = cmapkd(pyramid_weight=1.0, coupling={"P5-L4": 2.0}), random_batch(5)
+    method, batch = cmapkd(ablations={"pyramid_weight": 1.0, "coupling": {"P5-L4": 2.0}}), random_batch(5)
     terms = method(batch)
     student, teacher = method.encode_student(batch), method.encode_teacher(batch)
     assert method.project is not None
@@ -98,7 +99,7 @@ def test_visual_term_is_the_weighted_distance_written_out() -> None:
 
 def test_levels_as_means_of_their_depth_groups() -> None:
     student, teacher = make_model(depth=4), FrozenTeacher(make_model(dim=24, image_size=24, depth=6, seed=7))
-    settings = {"visual_levels": {"P3": 1.0}, "language_levels": {}, "depths": "mean"}
+    settings = {"visual_levels": {"P3": 1.0}, "language_levels": {}, "ablations": {"depths": "mean"}}
     method = make_method("cmapkd", student=student, teacher=teacher, settings=settings).train()
     assert isinstance(method, CMAPKD)
     assert method.student_needs.image_levels == ("blocks.1", "blocks.2")  # 4 and 6 blocks by 3 : 5 : 4
@@ -115,11 +116,11 @@ def test_levels_as_means_of_their_depth_groups() -> None:
 
 def test_means_have_no_key_tokens() -> None:
     with pytest.raises(ConfigError, match="depths: last"):
-        CMAPKDConfig.from_mapping({"name": "cmapkd", "places": "key_tokens", "depths": "mean"})
+        CMAPKDConfig.from_mapping({"name": "cmapkd", "places": "key_tokens", "ablations": {"depths": "mean"}})
 
 
 def test_the_bank_holds_what_was_seen_and_never_the_sample_itself() -> None:
-    method, batch = cmapkd(bank_size=6), random_batch(4)
+    method, batch = cmapkd(bank={"size": 6}), random_batch(4)
     assert method.bank is not None
     assert method(batch)["bank"].value.item() == 0  # nothing to compare with yet
     teacher = method.encode_teacher(batch)
@@ -141,11 +142,15 @@ def softmax_divergence(ours: Tensor, theirs: Tensor, entries: Tensor, scales: tu
     return (p * (p / q).log()).sum(-1)
 
 
-BANKED = {"visual_levels": {"P2": 1.0, "P5": 1.0}, "language_levels": {"L4": 1.0}, "bank_store": "fp32"}
+BANKED = {
+    "visual_levels": {"P2": 1.0, "P5": 1.0},
+    "language_levels": {"L4": 1.0},
+    "bank": {"size": 8, "store": "fp32"},
+}
 
 
 def test_a_level_against_the_bank_of_itself_written_out() -> None:
-    method = cmapkd(bank_level_weight=1.0, bank_level_scale=5.0, bank_size=8, **BANKED)
+    method = cmapkd(ablations={"bank_level_weight": 1.0, "bank_level_scale": 5.0}, **BANKED)
     assert method.term_weights["bank_level"] == 1.0
     seen, batch = random_batch(4), replace(random_batch(4, seed=1), ids=tuple("abcd"))
     assert method(seen)["bank_level"].value.item() == 0  # nothing to compare with yet
@@ -164,8 +169,8 @@ def test_a_level_against_the_bank_of_itself_written_out() -> None:
 
 
 def test_pairs_of_levels_against_the_bank_of_the_other_modality_written_out() -> None:
-    settings = {"bank_pair_weight": 1.0, "coupling": {"P2-L1": 1.0, "P3-L2": 0.5}, "bridge_dim": 8, "bank_size": 8}
-    method = cmapkd(**settings, **BANKED)
+    ablations = {"bank_pair_weight": 1.0, "coupling": {"P2-L1": 1.0, "P3-L2": 0.5}, "bridge_dim": 8}
+    method = cmapkd(ablations=ablations, **BANKED)
     assert {"bank_pair", "bridge"} <= {*method.term_names}
     assert "pyramid" not in method.term_names
     seen, batch = random_batch(4), replace(random_batch(4, seed=1), ids=tuple("abcd"))
@@ -193,7 +198,7 @@ def test_pairs_of_levels_against_the_bank_of_the_other_modality_written_out() ->
 
 
 def test_what_a_stage_did_not_read_is_no_reference_later() -> None:
-    method = cmapkd(bank_level_weight=1.0, bank_size=8, **BANKED)
+    method = cmapkd(ablations={"bank_level_weight": 1.0}, **BANKED)
     method.enter(StageConfig(share=1.0, levels=("P5", "L4")))
     assert "bank_level" not in method(random_batch(4))
     method.enter(StageConfig(share=1.0))
@@ -202,8 +207,8 @@ def test_what_a_stage_did_not_read_is_no_reference_later() -> None:
     assert terms["bank"].value.item() > 0  # the embeddings of the first stage are there
     assert terms["bank_level"].value.item() == 0  # but of the level nothing is known yet
     assert method(replace(batch, ids=tuple("efgh")))["bank_level"].value.item() > 0
-    with pytest.raises(ConfigError, match="bank_from: run"):
-        CMAPKDConfig.from_mapping({"bank_from": "cache", "bank_level_weight": 1.0})
+    with pytest.raises(ConfigError, match=r"bank\.source: run"):
+        CMAPKDConfig.from_mapping({"bank": {"source": "cache"}, "ablations": {"bank_level_weight": 1.0}})
 
 
 def test_only_the_bridge_term_trains_the_teachers_bridge_and_it_trains_nothing_else() -> None:
@@ -283,7 +288,8 @@ def test_attention_sees_nothing_of_what_a_stage_leaves_out() -> None:
 
 
 def test_what_a_gate_sees_of_a_sample() -> None:
-    settings = {"weighting": "gate", "selection_reads": ("losses", "student", "teacher"), "visual_levels": EVERY}
+    reads = {"selection_reads": ("losses", "student", "teacher")}
+    settings = {"weighting": "gate", "ablations": reads, "visual_levels": EVERY}
     method, batch = cmapkd(**settings), random_batch(4)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     for term, weighting in method.weighting.items():
@@ -294,22 +300,36 @@ def test_what_a_gate_sees_of_a_sample() -> None:
     embeddings = [F.normalize(x.embedding, dim=-1) for each in models for x in (each.image, each.text)]
     torch.testing.assert_close(context, torch.cat([losses, *embeddings], dim=-1))
     with pytest.raises(ConfigError, match="uniform does not"):
-        CMAPKDConfig.from_mapping({"selection_reads": ["student"]})
+        CMAPKDConfig.from_mapping({"ablations": {"selection_reads": ["student"]}})
     with pytest.raises(ConfigError, match="attention does not"):
-        CMAPKDConfig.from_mapping({"selection_reads": ["student"], "weighting": "attention"})
+        CMAPKDConfig.from_mapping({"ablations": {"selection_reads": ["student"]}, "weighting": "attention"})
     with pytest.raises(ConfigError, match="twice"):
-        CMAPKDConfig.from_mapping({"selection_reads": ["student", "student"], "weighting": "gate"})
+        CMAPKDConfig.from_mapping({"ablations": {"selection_reads": ["student", "student"]}, "weighting": "gate"})
 
 
 def test_names_of_levels_and_pairs_are_checked() -> None:
     with pytest.raises(ConfigError, match="visual_levels: unknown 'P6'"):
         CMAPKDConfig.from_mapping({"visual_levels": {"P6": 1}})
-    with pytest.raises(ConfigError, match="coupling: unknown 'L1-P2'"):
-        CMAPKDConfig.from_mapping({"coupling": {"L1-P2": 1}})
+    with pytest.raises(ConfigError, match=r"ablations\.coupling: unknown 'L1-P2'"):
+        CMAPKDConfig.from_mapping({"ablations": {"coupling": {"L1-P2": 1}}})
     with pytest.raises(ConfigError, match="P2 is -1"):
         CMAPKDConfig.from_mapping({"visual_levels": {"P2": -1}})
     with pytest.raises(ConfigError, match=r"'gats' \(did you mean 'gate'\?\)"):
         CMAPKDConfig.from_mapping({"weighting": "gats"})
+
+
+def test_a_setting_under_its_old_name_goes_where_it_belongs() -> None:
+    with pytest.warns(
+        MovedSettingWarning, match=r"write bank\.size in place of bank_size, bank\.source in place of bank_from$"
+    ):
+        old = CMAPKDConfig.from_mapping({"bank_size": 12, "bank_from": "cache", "bank": {"sample": 4}})
+    assert old == CMAPKDConfig.from_mapping({"bank": {"size": 12, "source": "cache", "sample": 4}})
+    for name, field in AblationsConfig.model_fields.items():
+        value = field.get_default(call_default_factory=True)
+        with pytest.warns(MovedSettingWarning, match=rf"write ablations\.{name} in place of {name}$"):
+            assert CMAPKDConfig.from_mapping({name: value}) == CMAPKDConfig()
+    with pytest.raises(ConfigError, match=r"bank_size and bank\.size are one setting, and both are given"):
+        CMAPKDConfig.from_mapping({"bank_size": 12, "bank": {"size": 13}})
 
 
 def test_a_stage_reads_only_its_levels() -> None:
@@ -395,7 +415,8 @@ def test_pooled_levels_are_compared_as_one_vector() -> None:
 
 @pytest.mark.parametrize("by", ["class", "norm"])
 def test_key_tokens_are_compared_where_the_teacher_has_them(by: str) -> None:
-    method, batch = cmapkd(places="key_tokens", key_tokens=2, key_tokens_by=by, visual_levels=EVERY), random_batch(4)
+    settings = {"places": "key_tokens", "key_tokens": 2, "ablations": {"key_tokens_by": by}}
+    method, batch = cmapkd(**settings, visual_levels=EVERY), random_batch(4)
     student, teacher = features_of(method, batch)
     assert method.key_tokens is not None
     chosen = method.key_tokens.of(teacher)
@@ -424,17 +445,17 @@ def test_key_tokens_are_compared_where_the_teacher_has_them(by: str) -> None:
 def test_places_without_grids_refuse_what_needs_them() -> None:
     for changes in ({"top_down": True}, {"grids": {"P2": 2.0}}):
         with pytest.raises(ConfigError, match="has no grids to resample"):
-            cmapkd(places="pooled", **changes)
+            cmapkd(places="pooled", ablations=changes)
 
 
-def test_a_sample_of_the_bank_learns_and_follows_the_random_state() -> None:
+def test_a_sample_of_the_bank_learns_and_follows_the_step_alone() -> None:
     values = []
-    for sample in (None, 4, 4, 12):
-        method = cmapkd(bank_size=12, bank_sample=sample)
+    for number, sample in enumerate((None, 4, 4, 12)):
+        method = cmapkd(bank={"size": 12, "sample": sample})
         with torch.no_grad():
             method(replace(random_batch(12, seed=1), ids=tuple(f"other{i}" for i in range(12))))
-        torch.manual_seed(2)
-        values.append(method(random_batch(5))["bank"].value)
+        torch.manual_seed(number)  # of no account
+        values.append(method(random_batch(5), StepInfo(step=3, seed=7))["bank"].value)
     assert values[1] == values[2] != values[0]
     assert values[3] == values[0]
     values[1].backward()
@@ -442,4 +463,4 @@ def test_a_sample_of_the_bank_learns_and_follows_the_random_state() -> None:
 
 def test_a_bank_of_the_cache_needs_one() -> None:
     with pytest.raises(ValueError, match=r"12 reference embeddings are to be drawn .* set cache: auto"):
-        cmapkd(bank_from="cache", bank_size=12)(random_batch(4))
+        cmapkd(bank={"source": "cache", "size": 12})(random_batch(4))

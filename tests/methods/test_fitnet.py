@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.methods import StageConfig
+from cmapkd.methods import StageConfig, StepInfo
 from cmapkd.methods.fitnet import FitNet, FitNetConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.storage import read_weights
@@ -130,7 +130,7 @@ def test_lambda_goes_down_over_its_stage_alone(tmp_path: Path) -> None:
     trainer.run()
     assert weights == [None, None, *(pytest.approx(4 - 3 * step / 8) for step in range(8))]
     constant = fitnet(distill_weight=2)
-    constant.progress = 0.7
+    constant.step = StepInfo(progress=0.7)
     assert constant.terms(random_batch(4))["similarity"].weight == 2
 
 

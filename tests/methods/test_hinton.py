@@ -18,8 +18,12 @@ import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.open import open_source
+from cmapkd.data.types import Sample
+from cmapkd.data.views import View
 from cmapkd.diagnosis import diagnose
-from cmapkd.methods.base import LABELS
+from cmapkd.methods import StepInfo
+from cmapkd.methods.dual import LABELS
+from cmapkd.methods.hinton import Hinton
 from cmapkd.models import load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
@@ -58,6 +62,29 @@ def test_terms_are_those_of_the_two_classifiers(whose: str) -> None:
     torch.testing.assert_close(terms["classes"].value, divergence, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [{}, CLASSES_FORM])
+def test_a_weight_of_zero_removes_its_term_and_asks_no_teacher(
+    form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = make_method("hinton", settings={**form, "prompts_at_once": None, "distill_weight": 0.0})
+    monkeypatch.setattr(Hinton, "_encode_teacher", lambda *_: pytest.fail("the teacher was asked"))
+    hard = "labels" if form else "contrastive"
+    assert alone.term_names == (hard,)
+    assert set(alone(random_batch(4))) == {hard}
+    monkeypatch.undo()
+    soft = make_method("hinton", settings={**form, "task_weight": 0.0})
+    assert soft.term_names == ("classes" if form else "similarity",)
+    assert set(soft(random_batch(4))) == {*soft.term_names}
+
+
+def test_labels_without_a_class_are_refused_where_they_are_read() -> None:
+    reader = make_method("hinton", settings=CLASSES_FORM).extras[LABELS]
+    sample = Sample("x", Image.new("RGB", (8, 8)), label=4)
+    assert reader.read(sample, View(), 0) == 4
+    with pytest.raises(ValueError, match=r"has label 5, but there are only 5 classes: give the class names"):
+        reader.read(replace(sample, label=5), View(), 0)
+
+
 def test_captions_are_not_read() -> None:
     method = make_method("hinton", settings={**CLASSES_FORM, "prompts_at_once": None})
     batch = random_batch(4)
@@ -67,28 +94,27 @@ def test_captions_are_not_read() -> None:
     assert all(torch.equal(before[name].value, after[name].value) for name in before)
 
 
-def test_prompts_are_drawn_from_the_random_state() -> None:
+def test_prompts_are_drawn_from_the_generator_of_the_step() -> None:
     student = make_model()
     draw = LearnedClassVectors(CLASSES, student, at_once=1)
     every = LearnedClassVectors(CLASSES, student)(student)
     assert torch.allclose(every, class_vectors(student, CLASSES.names, CLASSES.templates, device="cpu"), atol=1e-6)
-    torch.manual_seed(0)
-    first = [draw(student) for _ in range(6)]
-    torch.manual_seed(0)
-    again = [draw(student) for _ in range(6)]
+    first, again = ([draw(student, StepInfo(step).generator("prompts")) for step in range(6)] for _ in range(2))
     assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
     different = {tuple(one[0].tolist()) for one in first}
     assert len(different) == 2  # as many as there are templates
+    with pytest.raises(ValueError, match="1 of 2 templates are to be drawn, but from what"):
+        draw(student)
 
 
 def test_a_share_of_the_labels_is_the_same_samples_every_time() -> None:
     source = open_source("scenes:easy?length=400")
     few, more = LabelReader(0.1), LabelReader(0.3)
-    shown = [index for index in range(400) if few.read(source[index], 0) >= 0]
+    shown = [index for index in range(400) if few.read(source[index], View(), 0) >= 0]
     assert 20 < len(shown) < 65
-    assert shown == [index for index in range(400) if few.read(source[index], 7) >= 0]
-    assert set(shown) < {index for index in range(400) if more.read(source[index], 0) >= 0}
-    assert LabelReader().join([few.read(source[shown[0]], 0), -1]).tolist() == [source[shown[0]].label, -1]
+    assert shown == [index for index in range(400) if few.read(source[index], View(), 7) >= 0]
+    assert set(shown) < {index for index in range(400) if more.read(source[index], View(), 0) >= 0}
+    assert LabelReader().join([few.read(source[shown[0]], View(), 0), -1]).tolist() == [source[shown[0]].label, -1]
 
 
 def run_settings(**changes: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmapkd.methods import METHODS, Method, StageConfig, micro_batches
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
 from helpers import (
@@ -35,7 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
     "cmapkd, key tokens": ("cmapkd", {**CMAPKD_IN_FULL, "places": "key_tokens", "key_tokens": 2}),
     "cmapkd, pooled": ("cmapkd", {**CMAPKD_IN_FULL, "places": "pooled"}),
-    "cmapkd, top down and gated": ("cmapkd", {**CMAPKD_IN_FULL, "top_down": True, "weighting": "gate"}),
+    "cmapkd, top down and gated": (
+        "cmapkd",
+        {**CMAPKD_IN_FULL, "ablations": {**CMAPKD_IN_FULL["ablations"], "top_down": True}, "weighting": "gate"},
+    ),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
     "hinton, classes": ("hinton", {"form": "classes"}),
@@ -159,7 +163,7 @@ def test_bf16_sums_the_gradients_of_its_parts_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("keeps", [False, True])
 def test_one_part_at_a_time(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Method, "_keeps_answers", keeps)  # as with a live teacher on a GPU
+    monkeypatch.setattr(DualEncoderMethod, "_keeps_answers", keeps)  # as with a live teacher on a GPU
     method = built("cmapkd")
     assert method.teacher is not None
     method.micro_batch = MICRO_BATCH
@@ -182,7 +186,7 @@ def test_one_part_at_a_time(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_kept_answers_are_answers_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for keeps in (False, True):
-        monkeypatch.setattr(Method, "_keeps_answers", keeps)
+        monkeypatch.setattr(DualEncoderMethod, "_keeps_answers", keeps)
         found.append(results(built("cmapkd, key tokens", torch.float64), MICRO_BATCH))
     assert_close(*found, 1e-14)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cmapkd.config import ConfigError
-from cmapkd.methods import METHODS, StageConfig, TermsBeside
-from cmapkd.methods.pruning import MasksConfig, PruningMethod, by_lot
+from cmapkd.methods import METHODS, AuxiliaryTerms, StageConfig, StepInfo
+from cmapkd.methods.pruning import MasksConfig, PruningMethod, sampled
 from cmapkd.methods.tinyclip import TinyCLIPConfig
 from cmapkd.models import load_model
 from cmapkd.models.masked import MaskedEncoder
@@ -75,8 +75,8 @@ def test_a_student_becomes_smaller_in_stages(whole: Trainer) -> None:
     assert whole.progress.structure["masked"] is False
     for name, parameter in whole.method.named_parameters():
         assert parameter.requires_grad, name
-    assert any(parameter in whole.optimizer.state for parameter in left.parameters())
-    assert len(whole.optimizer.state) == len([*whole.method.parameters()])
+    assert any(parameter in whole.engine.optimizer.state for parameter in left.parameters())
+    assert len(whole.engine.optimizer.state) == len([*whole.method.parameters()])
 
 
 def test_the_average_and_the_best_are_of_the_smaller_student(whole: Trainer, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_stages_freeze_stays_out_of_the_masks_way(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, method, steps=8, stages=stages, precision="bf16")
     with pytest.warns(UserWarning, match=r"the masks of stage '' took out \d+ % of the student's weights and not 30 %"):
         trainer.run()  # two steps are too few
-    assert len(trainer.optimizer.state) == len([*method.parameters()])
+    assert len(trainer.engine.optimizer.state) == len([*method.parameters()])
 
 
 def test_masks_and_multipliers_have_a_rate_of_their_own() -> None:
@@ -171,7 +171,7 @@ def test_multipliers_rise_while_something_is_missing_and_masks_fall() -> None:
     before = [mask.detach().clone() for mask in method.student.masks.values()]
     torch.stack([term.weight * term.value for term in method(random_batch(4)).values()]).sum().backward()
     optimizer.step()
-    method.after_step()
+    method.after_step(StepInfo())
     assert float(method.constraint.linear.detach()) == pytest.approx(41.43, abs=1e-3)  # torch's first step is the rate
     assert float(method.constraint.quadratic.detach()) == pytest.approx(41.43, abs=1e-3)
     fell = [float((new.detach() - old).mean()) for new, old in zip(method.student.masks.values(), before, strict=True)]
@@ -195,13 +195,13 @@ def test_masks_reach_the_sparsity_that_is_asked_for(target: float) -> None:
         method.constraint(expected, target).backward()
         optimizer.step()
         optimizer.zero_grad()
-        method.after_step()
+        method.after_step(StepInfo())
     assert float(expected.detach()) == pytest.approx(target, abs=0.05)
     left = method.student.shrunk()
     assert 1 - num_weights(left) / num_weights(student()) == pytest.approx(target, abs=0.05)
 
 
-def test_a_stage_of_masks_by_lot_needs_none(tmp_path: Path) -> None:
+def test_a_stage_of_sampled_units_needs_no_masks(tmp_path: Path) -> None:
     trainer = pruning(tmp_path, {**TWICE, "choice": "random"}, checkpoint_every=1)
     trainer.run()
     left = trainer.method.student
@@ -210,17 +210,17 @@ def test_a_stage_of_masks_by_lot_needs_none(tmp_path: Path) -> None:
     assert 0.5 <= share < 0.52
 
 
-def test_units_by_lot_are_an_equal_share_of_every_group() -> None:
+def test_sampled_units_are_an_equal_share_of_every_group() -> None:
     model = student()
-    torch.manual_seed(1)
-    left = by_lot(model, 0.5 * num_weights(model))
+    draws = torch.Generator().manual_seed(1)
+    left = sampled(model, 0.5 * num_weights(model), draws)
     assert 0.48 < num_weights(left) / num_weights(model) <= 0.5
     sizes = left.prunable["image"].sizes
     assert len({*sizes.units}) == 1
     assert sizes.units[0] / 256 == pytest.approx(sizes.width / 64, abs=0.02)
     kept = left.state_dict()["vision.class_token"].flatten()
     assert set(kept.tolist()) <= set(model.state_dict()["vision.class_token"].flatten().tolist())
-    tiniest = by_lot(model, 0)  # one of each remains
+    tiniest = sampled(model, 0, draws)  # one of each remains
     assert tiniest.prunable["text"].sizes.width == 1
 
 
@@ -246,7 +246,7 @@ def test_stages_that_make_no_sense_are_refused_before_the_first_step(tmp_path: P
     refused("stage 'go' has masks, which are modules: add modules to train", tmp_path, stages=frozen)
 
 
-class Beside(TermsBeside):
+class Beside(AuxiliaryTerms):
     """Terms of a run's own, which know the student's widths."""
 
     term_names = ()
@@ -257,7 +257,7 @@ class Beside(TermsBeside):
 
 def test_heads_that_learn_with_the_student_are_refused(tmp_path: Path) -> None:
     method = make_method("tinyclip", student=student(), settings={"masks": TWICE})
-    method.beside = Beside()
+    method.auxiliary = Beside()
     with pytest.raises(ConfigError, match="heads read the student's levels, whose width changes under masks"):
         make_trainer(tmp_path, method)
 

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from cmapkd.config import ConfigError
-from cmapkd.models import build_model, load_model
+from cmapkd.models import ModelConfig, build_model, load_model
 from cmapkd.models.inherit import chosen_layers, inherit_weights, inherited
-from cmapkd.models.registry import ModelConfig
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from helpers import make_model, tokenizer
 

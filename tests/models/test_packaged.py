@@ -10,7 +10,7 @@ import torch
 from cmapkd import load
 from cmapkd.data.open import open_source
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
-from cmapkd.models.registry import packaged_models
+from cmapkd.models.tiny_family import packaged_models
 
 MAX_BYTES = 10_000_000
 

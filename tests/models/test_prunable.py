@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.evaluation.efficiency import count_macs
 from cmapkd.models import DualEncoder, build_model, load_model
+from cmapkd.models.cut import cut
 from cmapkd.models.gates import fixed_gates
 from cmapkd.models.masked import MaskedEncoder
 from cmapkd.models.open_clip_pruning import SlimAttention
-from cmapkd.models.prunable import Place, TowerSizes, cut
+from cmapkd.models.prunable import Place, TowerSizes
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from helpers import tokenizer
 
@@ -126,17 +127,18 @@ def test_gates_act_where_the_published_model_has_them() -> None:
     torch.testing.assert_close(found, by_hand(student.model, gates, pixels), rtol=1e-4, atol=1e-5)
 
 
-def test_draws_are_numbered_and_hold_for_a_whole_step() -> None:
+def test_draws_come_from_their_generator_and_hold_for_a_whole_step() -> None:
     one = masked(tiny()).train()
     other = copy.deepcopy(one)
     batch = inputs(one)
     found = []
     for student in (one, other):
-        student.draw()
+        draws = torch.Generator().manual_seed(1)
+        student.draw(draws)
         torch.rand(7)  # what else draws does not matter
         first = student(batch).image.embedding
         torch.testing.assert_close(first[:1], student.encode_image(batch.images[:1]).embedding)
-        student.draw()
+        student.draw(draws)
         found.append([first, student(batch).image.embedding])
     assert all(torch.equal(mine, its) for mine, its in zip(*found, strict=True))
     assert not torch.allclose(*found[0], atol=1e-3)
@@ -144,7 +146,7 @@ def test_draws_are_numbered_and_hold_for_a_whole_step() -> None:
 
 def test_every_mask_and_weight_gets_a_gradient_in_a_step() -> None:
     student = masked(tiny()).train()
-    student.draw()
+    student.draw(torch.Generator())
     output = student(inputs(student))
     (output.image.embedding.square().sum() + output.text.embedding.square().sum() + output.logit_scale).backward()
     missing = [name for name, parameter in student.named_parameters() if parameter.grad is None]

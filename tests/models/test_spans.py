@@ -12,7 +12,7 @@ from model_support import TEXTS, save_word_tokenizer
 
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models.hf_model import HfTokenizer
-from cmapkd.models.open_clip_model import OpenClipTokenizer, make_tokenizer
+from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer, make_tokenizer
 from cmapkd.models.vocabulary import TrainedTokenizer
 
 CAPTIONS = (
@@ -98,8 +98,10 @@ def test_tokenizers_that_drop_tokens_at_random_tell_nothing() -> None:
     assert tokens.ids.shape == (1, 24)
 
 
-def test_canonical_cleaning_leaves_the_words_without_punctuation() -> None:
-    assert spelled(clip(clean="canonicalize")(["A dog, running"]), ("A dog, running",)) == [["A", "running"]]
+def test_words_keep_their_places_where_cleaning_takes_out_punctuation() -> None:
+    texts = ("A dog, running", "a red_square - (two) blue!", "-- ?!", "can't")
+    expected = [["A", "dog", "running"], ["a", "red", "square", "two", "blue"], [], ["can't"]]
+    assert spelled(clip(clean="canonicalize")(texts), texts) == expected
 
 
 def test_transformers_tokenizer_of_open_clip(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 
 from cmapkd.methods import METHODS
 from cmapkd.models import DualEncoder
-from cmapkd.training import Interrupted, Trainer, checkpoint, trainer
+from cmapkd.training import Interrupted, Trainer, checkpoint, stopping, trainer
 from cmapkd.training.checkpoint import list_checkpoints, optimizer_tensors, read_checkpoint, write_checkpoint
+from contracted import Contracted
 from helpers import DropoutStudent, MemorySource, make_method, make_model, make_trainer, read_lines
 
 STEPS = 7  # of three steps an epoch, so that epochs end on the way
@@ -40,7 +41,7 @@ def interrupt(running: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> P
         yield StopAfter(running, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_signals", signals)
+        patch.setattr(trainer, "signals", signals)
         with pytest.raises(Interrupted, match=f"stopped after step {step}") as stopped:
             running.run()
     return stopped.value.checkpoint
@@ -55,7 +56,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 def everything(done: Trainer) -> dict[str, torch.Tensor]:
     tensors = {f"method.{key}": value for key, value in done.method.state_dict().items()}
-    tensors |= {f"optimizer.{key}": value for key, value in optimizer_tensors(done.optimizer).items()}
+    tensors |= {f"optimizer.{key}": value for key, value in optimizer_tensors(done.engine.optimizer).items()}
     tensors |= {f"student.{key}": value for key, value in done.student.state_dict().items()}
     return {key: value.clone() for key, value in tensors.items()}
 
@@ -75,7 +76,7 @@ def score(student: DualEncoder) -> dict[str, float]:
 
 
 # name: (method, student class, options of the trainer, steps after which it is interrupted)
-CASES: dict[str, tuple[str, Any, dict[str, Any], tuple[int, ...]]] = {
+CASES: dict[str, tuple[Any, Any, dict[str, Any], tuple[int, ...]]] = {
     "contrastive": ("contrastive", None, {}, (1, 2, 3, 4, 5, 6)),
     "averaged": ("contrastive", None, {"ema": 0.8}, (1, 4)),
     "dropout": ("contrastive", DropoutStudent, {}, (2, 5)),
@@ -87,6 +88,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], tuple[int, ...]]] = {
     "distilled": ("clip_kd", None, {}, (1, 3, 5)),
     "micro-batches": ("clip_kd", DropoutStudent, {"micro_batch": 3}, (1, 4)),
     "levels in micro-batches": ("cmapkd", DropoutStudent, {"micro_batch": 3, "precision": "bf16", "ema": 0.5}, (3,)),
+    "contracted": (Contracted, DropoutStudent, {"ema": 0.5, "micro_batch": 3}, (2, 4)),
     "everything": ("clip_kd", DropoutStudent, {"ema": 0.5, "workers": 1, "precision": "bf16"}, (4,)),
     **{f"method {name}": (name, None, {}, (4,)) for name in METHODS},
 }
@@ -178,6 +180,24 @@ def test_checkpoint_beyond_the_end_is_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("name", ["clip_kd", "c2kd"])
+def test_no_tensor_of_a_teacher_is_in_a_checkpoint(name: str, tmp_path: Path) -> None:
+    done = make_trainer(tmp_path, name, steps=3, checkpoint_every=3, ema=0.9)
+    done.run()
+    assert done.method.teacher is not None
+    of_teacher = [
+        value for value in done.method.teacher.model.state_dict().values() if value.numel() > 1 and value.std() > 0
+    ]
+    tensors, _ = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    stored = {f"{part}/{key}": value for part, values in tensors.items() for key, value in values.items()}
+    found = [
+        key
+        for key, value in stored.items()
+        if any(value.shape == other.shape and torch.equal(value.float(), other.float()) for other in of_teacher)
+    ]
+    assert not found
 
 
 def test_checkpoint_holds_tensors_and_json_and_no_teacher(tmp_path: Path) -> None:
@@ -287,7 +307,7 @@ def test_random_state_is_restored_whole() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_and_a_second_one_does_not(number: int) -> None:
     before = signal.getsignal(number)
-    with trainer._signals() as asked:
+    with stopping.signals() as asked:
         signal.raise_signal(number)
         assert asked.is_set()
         with pytest.raises(KeyboardInterrupt):
@@ -299,7 +319,7 @@ def test_outside_the_main_thread_no_handler_is_installed() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work() -> None:
-        with trainer._signals() as asked:
+        with stopping.signals() as asked:
             seen.append((asked.is_set(), signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=work)

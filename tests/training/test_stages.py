@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from cmapkd.config import ConfigError
+from cmapkd.data.streams import JoinedSource
 from cmapkd.methods import StageConfig
 from cmapkd.methods.stages import stage_ends
-from cmapkd.models import TowerFeatures
-from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.training import TrainConfig, Trainer
-from helpers import make_method, make_model, make_trainer, read_lines
+from contracted import NormedStudent
+from helpers import MemorySource, make_method, make_model, make_trainer, read_lines
 from training.test_resume import assert_same_end, interrupt
 
 STAGES: list[dict[str, Any]] = [
@@ -119,18 +117,6 @@ def test_a_run_interrupted_in_any_stage_ends_the_same(
     assert_same_end(whole, again)
 
 
-class NormedStudent(TinyDualEncoder):
-    """Has a batch norm."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.norm = nn.BatchNorm1d(self.embed_dim)
-
-    def encode_image(self, images: Any, levels: Any = ()) -> TowerFeatures:
-        tower = super().encode_image(images, levels)
-        return replace(tower, embedding=self.norm(tower.embedding))
-
-
 def test_batch_norms_that_do_not_learn_keep_their_statistics(tmp_path: Path) -> None:
     stages = [StageConfig(share=0.5, train=("modules",)), StageConfig(share=0.5)]
     student = make_model(kind=NormedStudent)
@@ -163,3 +149,31 @@ def test_names_that_the_method_lacks_are_refused_at_once(tmp_path: Path) -> None
     method = make_method("clip_kd", settings={"relational_weight": 0})
     with pytest.raises(ConfigError, match="no term 'relational'"):  # switched off by its weight
         make_trainer(tmp_path, method, stages=[StageConfig(share=1.0, terms=("relational",))])
+
+
+def test_a_stage_may_read_one_stream_alone(tmp_path: Path) -> None:
+    source = JoinedSource({"train": MemorySource(24), "extra": MemorySource(16)}, {"extra": 0.25})
+    stages = [{"steps": 2}, {"steps": 2, "data": "extra"}, {"steps": 1, "data": "train"}]
+    trainer = make_trainer(tmp_path, "contrastive", source=source, steps=None, stages=stages)
+    read: list[dict[str, int]] = []
+    step = trainer._step
+
+    def watched(batch: Any) -> Any:
+        read.append({name: batch.streams.count(name) for name in dict.fromkeys(batch.streams)})
+        assert all(
+            identity.startswith("extra/") == (name == "extra")
+            for identity, name in zip(batch.ids, batch.streams, strict=True)
+        )
+        return step(batch)
+
+    trainer._step = watched  # type: ignore[method-assign]
+    trainer.run()
+    assert read == [{"train": 6, "extra": 2}] * 2 + [{"extra": 8}] * 2 + [{"train": 8}]
+
+
+def test_a_stage_that_names_no_stream_of_the_data_is_refused(tmp_path: Path) -> None:
+    source = JoinedSource({"train": MemorySource(24), "extra": MemorySource(4)}, {"extra": 0.25})
+    with pytest.raises(ConfigError, match=r"no stream 'extar' \(did you mean 'extra'\?\)"):
+        make_trainer(tmp_path, source=source, stages=[StageConfig(share=1.0, data="extar")])
+    with pytest.raises(ConfigError, match="stream 'extra' has 4 samples, fewer than one batch of 8"):
+        make_trainer(tmp_path, source=source, stages=[StageConfig(share=1.0, data="extra")])

@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from cmapkd.data.check import TooManyBadSamples
-from cmapkd.methods import METHODS, Method
-from cmapkd.methods.base import Term
+from cmapkd.methods import METHODS, DualEncoderMethod, Method
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder
 from cmapkd.training import NonFiniteLossError, OptimConfig, TrainConfig
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
@@ -254,7 +254,7 @@ def test_lines_after_the_checkpoint_and_broken_ones_are_dropped(tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------ stopping
 
 
-class Exploding(Method):
+class Exploding(DualEncoderMethod):
     """Its loss, or only its gradient, stops being finite."""
 
     Config: Any = make_method("contrastive").Config

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from weighting_support import DIM, ITEMS, batch, make, step
+from weighting_support import DIM, ITEMS, batch, make, step, weigh
 
 from cmapkd.config import ConfigError
 from cmapkd.weighting import PolicyWeighting
@@ -27,7 +27,7 @@ def play(policy: PolicyWeighting, progress: Any, *, windows: int = 160, noise: f
         policy.observe(level + noise * torch.randn(()))
         level = level - 0.01 * progress(step(policy, losses, context, optimizer))
     policy.eval()
-    return policy(losses, context).weights
+    return weigh(policy, losses, context).weights
 
 
 def make_policy(**settings: Any) -> PolicyWeighting:
@@ -72,7 +72,7 @@ def run(policy: PolicyWeighting, observations: list[float]) -> list[Tensor]:
     used = []
     for value in observations:
         policy.observe(torch.tensor(value))
-        used.append(policy(*batch()).weights)
+        used.append(weigh(policy, *batch()).weights)
     return used
 
 
@@ -120,7 +120,7 @@ def test_the_gradient_is_the_score_of_the_action_tried_times_its_advantage() -> 
     assert advantage != 0
     assert bool(tried.any())
     policy.observe(torch.tensor(0.9))
-    policy(*batch()).loss.backward()
+    weigh(policy, *batch()).loss.backward()
     density = torch.distributions.Normal(policy.mean.detach().clone().requires_grad_(), 0.7)
     (score,) = torch.autograd.grad(density.log_prob(tried).sum(), density.loc)
     torch.testing.assert_close(policy.mean.grad, -advantage * 0.7**2 * score / 2)
@@ -139,7 +139,7 @@ def test_warm_up_measures_the_context() -> None:
     contexts = [batch(seed=seed)[1] * 3 + 7 for seed in range(4)]
     for context in contexts:
         policy.observe(torch.tensor(1.0))
-        policy(batch()[0], context)
+        weigh(policy, batch()[0], context)
     seen = torch.cat(contexts)  # the fourth step still belongs to the window that warm-up ended in
     torch.testing.assert_close(policy.context_mean, seen.mean(0))
     torch.testing.assert_close(policy.context_squares / policy.clock.seen, seen.var(0, correction=0))
@@ -150,27 +150,38 @@ def test_a_change_of_active_items_breaks_the_window_off() -> None:
     run(policy, [1.0] * 8)
     closed, before = policy.clock.closed, policy.action.clone()
     policy.observe(torch.tensor(50.0))
-    policy(*batch(), torch.tensor([True, True, False, True]))
+    weigh(policy, *batch(), torch.tensor([True, True, False, True]))
     assert policy.clock.closed == closed
     assert (policy.clock.observations, policy.clock.learning, policy.clock.weighed) == (1, 0, 1)
     assert not torch.equal(policy.action, before)
 
 
-def test_several_processes_try_the_first_ones_action(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_tried_comes_from_the_generator_alone() -> None:
+    actions = []
+    for number in range(2):  # two processes, whose own generators differ
+        torch.manual_seed(number)
+        policy = make_policy(warmup_steps=1, window=2, edge=1)
+        for seed in range(4):
+            policy.observe(torch.tensor(1.0))
+            policy(*batch(), generator=torch.Generator().manual_seed(seed))
+        actions.append(policy.action)
+    assert bool(actions[0].any())
+    assert torch.equal(*actions)
     policy = make_policy(warmup_steps=1, window=2, edge=1)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda noise, source: noise.fill_(2.0 + source))
-    run(policy, [1.0, 1.0, 1.0])
-    torch.testing.assert_close(policy.action, torch.full((4, 9), 0.5 * 2.0))
+    for _ in range(2):  # nothing is tried in the first window
+        policy.observe(torch.tensor(1.0))
+        policy(*batch())
+    policy.observe(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="a policy draws what it tries: give forward a generator"):
+        policy(*batch())
 
 
 def test_a_policy_that_is_told_nothing_says_so() -> None:
     policy = make_policy(warmup_steps=3)
     for _ in range(3):
-        policy(*batch())
+        weigh(policy, *batch())
     with pytest.raises(RuntimeError, match="told no held-out loss in its 3 steps"):
-        policy(*batch())
+        weigh(policy, *batch())
     with pytest.raises(ValueError, match="give one number"):
         policy.observe(torch.rand(3))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,10 +15,19 @@ from jaxtyping import jaxtyped
 from pydantic import SerializeAsAny, field_validator
 from safetensors.torch import load, save
 from torch import Tensor
-from weighting_support import DIM, ITEMS, SETTINGS, batch, make, settled, step
+from weighting_support import DIM, ITEMS, SETTINGS, batch, make, settled, step, weigh
 
 from cmapkd.config import Config, ConfigError
-from cmapkd.weighting import WEIGHTINGS, Weighting, WeightingConfig, make_weighting, weighting_config
+from cmapkd.weighting import (
+    WEIGHTINGS,
+    AttentionConfig,
+    AttentionWeighting,
+    Weighting,
+    WeightingConfig,
+    make_weighting,
+    weighting_config,
+)
+from helpers import make_method
 
 PER_SAMPLE = ["gate", "attention", "policy"]
 LEARNING = ["uncertainty", "gate", "attention", "policy"]
@@ -66,7 +77,7 @@ def test_weights_differ_between_samples_and_whose_they_are_matters(name: str) ->
 def test_only_the_losses_and_its_own_parameters_get_a_gradient(name: str) -> None:
     source, context = torch.rand(5, 4, requires_grad=True), batch()[1].requires_grad_()
     weighting = settled(name)
-    weighted = weighting(source * 2, context)
+    weighted = weigh(weighting, source * 2, context)
     weighted.loss.backward()
     assert context.grad is None
     torch.testing.assert_close(source.grad, weighted.weights * 2 / 5)
@@ -102,7 +113,7 @@ def test_inactive_items_count_nothing_and_the_others_have_mean_one(name: str, pl
     losses, context = batch()
     losses[:, 1] = torch.nan  # never read
     losses.requires_grad_()
-    weighted = weighting(losses, context, torch.tensor([True, False, True, True]))
+    weighted = weigh(weighting, losses, context, torch.tensor([True, False, True, True]))
     weighted.loss.backward()
     assert bool(weighted.loss.isfinite())
     assert losses.grad is not None
@@ -116,7 +127,7 @@ def test_inactive_items_count_nothing_and_the_others_have_mean_one(name: str, pl
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_one_active_item_has_weight_one(name: str) -> None:
     weighting = settled(name)
-    weighted = weighting(*batch(), torch.tensor([False, False, False, True]))
+    weighted = weigh(weighting, *batch(), torch.tensor([False, False, False, True]))
     weighted.loss.backward() if name in LEARNING else None
     torch.testing.assert_close(weighted.weights, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(5, 4))
     assert all(bool(p.grad.isfinite().all()) for p in weighting.parameters() if p.grad is not None)
@@ -131,8 +142,8 @@ def test_half_precision_and_autocast_do_not_coarsen(name: str) -> None:
     losses, context = losses.bfloat16(), context.bfloat16()
     weighting = settled(name).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = weighting(losses, context)
-    expected = weighting(losses.float(), context.float())
+        inside = weigh(weighting, losses, context)
+    expected = weigh(weighting, losses.float(), context.float())
     assert inside.loss.dtype == inside.weights.dtype == torch.float32
     torch.testing.assert_close(inside.loss, expected.loss, rtol=0, atol=0)
     torch.testing.assert_close(inside.weights, expected.weights, rtol=0, atol=0)
@@ -161,7 +172,7 @@ def test_a_run_goes_on_from_its_state_bit_identically(name: str) -> None:
             if optimizer is not None:
                 used.append(step(weighting, losses, context, optimizer))
             else:
-                used.append(weighting(losses, context).weights)
+                used.append(weigh(weighting, losses, context).weights)
         return used
 
     expected = go_on(first, optimizer)
@@ -179,7 +190,7 @@ def test_evaluating_changes_nothing(name: str) -> None:
     weighting = settled(name).eval()
     before, random = copy.deepcopy(weighting.state_dict()), torch.get_rng_state()
     weighting.observe(torch.tensor(3.0))
-    weighting(*batch(), torch.tensor([True, False, True, True]))
+    weigh(weighting, *batch(), torch.tensor([True, False, True, True]))
     after = weighting.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(torch.get_rng_state(), random)
@@ -238,7 +249,7 @@ def test_uncertainty_gradient_is_the_papers() -> None:
     with torch.no_grad():
         weighting.scaled.mul_(0.01)
     losses, context = batch()
-    weighting(losses, context).loss.backward()
+    weigh(weighting, losses, context).loss.backward()
     s = weighting.log_variance.detach().clone().requires_grad_()
     ((-s).exp() * losses.mean(0) / 2 + s / 2).sum().backward()
     torch.testing.assert_close(weighting.scaled.grad, 50 * s.grad)
@@ -316,3 +327,35 @@ def test_signatures_hold_the_shapes_that_are_passed(name: str) -> None:
     losses, context = batch()
     assert checked(weighting, losses, context, torch.ones(4).bool()).loss.shape == ()
     jaxtyped(typechecker=beartype)(type(weighting).observe)(weighting, losses.mean())
+
+
+# ------------------------------------------------------------------------------------------------ of other packages
+
+
+class TheirsConfig(WeightingConfig):
+    name: Literal["theirs"] = "theirs"
+
+
+class TheirWeighting(AttentionWeighting):
+    """A weighting of another package that looks at levels."""
+
+    Config = TheirsConfig
+
+    def __init__(self, _config: TheirsConfig, *, items: Sequence[str], widths: Sequence[int]) -> None:
+        super().__init__(AttentionConfig(), items=items, widths=widths)
+
+
+def test_a_weighting_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("theirs", f"{__name__}:TheirWeighting", "cmapkd.weightings")
+    strange = EntryPoint("strange", "json:dumps", "cmapkd.weightings")
+    monkeypatch.setitem(WEIGHTINGS.__dict__, "_offered", {"theirs": point, "strange": strange})
+    monkeypatch.setattr(WEIGHTINGS, "_loaded", {})
+    assert [*WEIGHTINGS][-2:] == ["theirs", "strange"]
+    config = weighting_config("theirs")
+    weighting = make_weighting(config, items=("P2", "P5"), context_dim=3, level_widths=(4, 8))
+    assert isinstance(weighting, TheirWeighting)
+    assert weighting(torch.rand(2, 2), torch.randn(2, 12)).weights.shape == (2, 2)
+    method = make_method("cmapkd", settings={"weighting": {"name": "theirs"}})
+    assert type(method.get_submodule("weighting.visual")) is TheirWeighting
+    with pytest.raises(ConfigError, match=r"which is no subclass of cmapkd\.weighting\.base\.Weighting"):
+        weighting_config("strange")

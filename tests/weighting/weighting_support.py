@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmapkd.weighting import WEIGHTINGS, Weighting, make_weighting, weighting_config
+from cmapkd.weighting import WEIGHTINGS, Weighted, Weighting, make_weighting, weighting_config
 
 ITEMS = ("P2", "P3", "P4", "P5")
 DIM = 12
@@ -31,9 +31,14 @@ def batch(size: int = 5, *, seed: int = 1) -> tuple[Tensor, Tensor]:
     return torch.rand(size, len(ITEMS), generator=draws), torch.randn(size, DIM, generator=draws)
 
 
+def weigh(weighting: Weighting, losses: Tensor, context: Tensor, active: Tensor | None = None) -> Weighted:
+    """One forward; what a strategy draws comes from the process's own generator, which the tests set."""
+    return weighting(losses, context, active, generator=torch.default_generator)
+
+
 def step(weighting: Weighting, losses: Tensor, context: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     """One step of training; the weights it used."""
-    weighted = weighting(losses, context)
+    weighted = weigh(weighting, losses, context)
     optimizer.zero_grad()
     weighted.loss.backward()
     optimizer.step()
@@ -49,7 +54,7 @@ def settled(name: str, **settings: Any) -> Weighting:
             parameter += 0.5 * torch.randn(parameter.shape, generator=draws)
     for _ in range(14 if name == "policy" else 0):  # beyond its warm-up, in the middle of a window
         weighting.observe(torch.rand((), generator=draws))
-        weighting(*batch(seed=3))
+        weigh(weighting, *batch(seed=3))
     return weighting
 
 

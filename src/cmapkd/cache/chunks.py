@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -75,8 +76,7 @@ class Chunks(Dataset[Chunk]):
             checks[row] = row_check(sample.id, number, joined(texts))
         inputs = None
         if pixels:
-            captions, *more = zip(*chosen, strict=True)
-            inputs = self.reader.input(torch.stack(pixels), captions, dict(zip(self.texts.pools, more, strict=True)))
+            inputs = self.reader.input(torch.stack(pixels), *self.texts.columns(chosen))
         return Chunk(place, inputs, checks, tuple(ids), tuple(bad))
 
 
@@ -97,4 +97,13 @@ def load_chunks(
     def name(place: Place) -> str:
         return f"rows {place.first} to {place.last} of the cache's part {place.part}"
 
-    return ReadAhead(chunks, places, workers=workers, pin_memory=pin_memory, timeout=timeout, name=name)
+    rows = max((place.last - place.first for place in places), default=0)
+    return ReadAhead(
+        chunks,
+        places,
+        workers=workers,
+        pin_memory=pin_memory,
+        timeout=timeout,
+        item_bytes=rows * chunks.reader.preprocess(Image.new("RGB", (1, 1))).nbytes,
+        name=name,
+    )

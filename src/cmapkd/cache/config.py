@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cmapkd.config import Config
+from cmapkd.config import RESUMABLE, Config
 
 Store = Literal["fp16", "fp32", "int8"]
 Check = Literal["first_use", "open", "sizes"]
@@ -19,19 +19,36 @@ class CacheConfig(Config):
     """Where the teacher's answers are kept, how, and what a run does about those that are missing."""
 
     mode: Literal["auto", "require"] = Field(
-        "auto", description="auto: build before training what is missing; require: refuse to start if anything is."
+        "auto",
+        description="auto: build before training what is missing; require: refuse to start if anything is.",
+        json_schema_extra=RESUMABLE,
     )
-    folder: Path | None = Field(None, description="Where; none: one folder for each teacher and data set, found again.")
+    folder: Path | None = Field(
+        None,
+        description="Where; none: one folder for each teacher and data set, found again.",
+        json_schema_extra=RESUMABLE,
+    )
     store: Store = Field("fp16", description="Of stored numbers; int8 has a scale for each vector.")
     kind: Literal["auto", "global", "pooled", "key_tokens", "dense"] = Field(
         "auto", description="auto: what the method reads; or more than that, for other methods to read as well."
     )
     check: Check = Field(
-        "first_use", description="Checksums are compared when a shard is first read, on opening, or never (sizes are)."
+        "first_use",
+        description="When checksums are compared: of rows when first read, of all on opening, or never (sizes are).",
+        json_schema_extra=RESUMABLE,
     )
-    max_gib: float = Field(20.0, gt=0, description="Refuse to build more than this many GiB.")
-    batch_size: int = Field(128, ge=1, description="Pairs that the teacher answers at once while building.")
-    shard_mib: float = Field(64.0, gt=0, description="About the size of a shard in MiB: what a killed build can lose.")
+    max_gib: float = Field(
+        20.0, gt=0, description="Refuse to build more than this many GiB.", json_schema_extra=RESUMABLE
+    )
+    batch_size: int = Field(
+        128, ge=1, description="Pairs that the teacher answers at once while building.", json_schema_extra=RESUMABLE
+    )
+    shard_mib: float = Field(
+        64.0,
+        gt=0,
+        description="About the size of a shard in MiB: what a killed build can lose.",
+        json_schema_extra=RESUMABLE,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -72,9 +72,7 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
             chosen.append(texts)
         if not ids:
             raise CacheError(f"none of the first samples of {plan.source.name} can be read")
-        captions, *more = zip(*chosen, strict=True)
-        pools = dict(zip(plan.texts.pools, more, strict=True))
-        inputs = forms.input(torch.stack(images), captions, pools).to(device)
+        inputs = forms.input(torch.stack(images), *plan.texts.columns(chosen)).to(device)
         answered = [joined(texts) for texts in chosen]
         with _timed(cost, "answer"):
             found = live_features(plan.teacher, inputs, plan.needs, plan.precision)

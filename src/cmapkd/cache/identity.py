@@ -33,7 +33,7 @@ _REASONS = {
     "tokenizer": "the teacher's tokenizer differs",
     "views": "it holds other views of the samples (data.views)",
     "data": "it was made from other data",
-    "texts": "it answers other texts of the samples (synthetic captions)",
+    "texts": "it answers other texts of the samples (pools of further texts)",
     "precision": "the teacher answered in another precision (training.precision)",
 }
 

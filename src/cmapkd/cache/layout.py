@@ -18,12 +18,12 @@ from cmapkd.cache.files import CacheError
 from cmapkd.data.types import TokenBatch
 from cmapkd.features import KeyTokens
 from cmapkd.features.pyramid import cells_of, pooled
-from cmapkd.methods.base import Detail
+from cmapkd.methods.dual import TeacherDetail
 from cmapkd.models import Features, Level, Needs, TowerFeatures
 
 Tower = str  # image, text, or text/POOL for the texts of a further pool
 CHECK = "check"  # a row's own number: which sample, view and caption it answers; 0: no answer
-DETAILS: tuple[Detail, ...] = ("global", "pooled", "key_tokens", "dense")
+DETAILS: tuple[TeacherDetail, ...] = ("global", "pooled", "key_tokens", "dense")
 _NUMPY = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
 _PLACES = "<i2"  # of key tokens
 _MORE = "text/"
@@ -62,7 +62,7 @@ class Field:
 class Layout:
     """Fixed-width rows of named arrays, packed without gaps."""
 
-    kind: Detail
+    kind: TeacherDetail
     store: Store
     fields: tuple[Field, ...]
     key_tokens: KeyTokens | None = None
@@ -72,7 +72,7 @@ class Layout:
         cls,
         features: Features,
         *,
-        kind: Detail,
+        kind: TeacherDetail,
         store: Store,
         context_length: int,
         key_tokens: KeyTokens | None = None,
@@ -144,7 +144,7 @@ class Layout:
     def row_bytes(self) -> int:
         return int(self.dtype.itemsize)
 
-    def lacks(self, needs: Needs, kind: Detail, key_tokens: KeyTokens | None = None) -> str | None:
+    def lacks(self, needs: Needs, kind: TeacherDetail, key_tokens: KeyTokens | None = None) -> str | None:
         """Why rows like these cannot answer a method, or None if they can."""
         held = {(each.tower, each.level) for each in self.fields}
         asked = [("image", name) for name in needs.image_levels]
@@ -253,7 +253,7 @@ class Layout:
             }
             towers[tower] = TowerFeatures(arrays[tower], {name: levels[name] for name in names})
         more = {
-            each.tower.removeprefix(_MORE): TowerFeatures(arrays[each.name])
+            each.tower.removeprefix(_MORE): TowerFeatures(arrays[each.name].reshape(-1, each.shape[-1]))
             for each in self.fields
             if each.tower.startswith(_MORE)
         }
@@ -315,5 +315,12 @@ def _scale(name: str) -> str:
 
 
 def _towers(features: Features) -> dict[Tower, TowerFeatures]:
-    more = {f"{_MORE}{pool}": tower for pool, tower in features.more_texts.items()}
+    size = len(features.text.embedding)
+    more = {f"{_MORE}{pool}": _by_sample(tower, size) for pool, tower in features.more_texts.items()}
     return {"image": features.image, "text": features.text, **more}
+
+
+def _by_sample(tower: TowerFeatures, size: int) -> TowerFeatures:
+    """Embeddings [size*count dim] of `count` texts of each sample as [size count dim]; one text of each as they are."""
+    count = len(tower.embedding) // max(1, size)
+    return tower if count <= 1 else TowerFeatures(tower.embedding.unflatten(0, (size, count)))

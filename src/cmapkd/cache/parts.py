@@ -26,6 +26,8 @@ from cmapkd.cache.files import (
 from cmapkd.cache.layout import Layout
 from cmapkd.config.disk import flush
 
+GROUP_BYTES = 2**18
+"""About the bytes of rows that have a checksum of their own: what reading one row of a shuffled run may cost."""
 CACHE_FILE, PART_FILE, KEYS_FILE = "cache.json", "part.json", "keys.bin"
 Keys = NDArray[np.int64]  # view number x samples of the source + index, ascending
 
@@ -74,6 +76,16 @@ class Part:
     @property
     def num_shards(self) -> int:
         return -(-self.rows // self.shard_rows)
+
+    @property
+    def group_rows(self) -> int:
+        """Rows that have a checksum of their own."""
+        return max(1, GROUP_BYTES // self.row_bytes)
+
+    @property
+    def groups_in_shard(self) -> int:
+        """Of a shard that is not the last."""
+        return -(-self.shard_rows // self.group_rows)
 
     def keys(self, first: int, last: int) -> Keys:
         """Of rows `first` to `last`."""

@@ -15,7 +15,7 @@ import torch
 
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
-from cmapkd.cache.identity import differences, identity_of
+from cmapkd.cache.identity import differences, identity_of, weight_hash
 from cmapkd.cache.layout import DETAILS, Layout
 from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
@@ -27,7 +27,7 @@ from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.features import KeyTokens
 from cmapkd.methods import Method
-from cmapkd.methods.base import Detail
+from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail
 from cmapkd.models import DualEncoder, FrozenTeacher, Needs
 from cmapkd.models.types import BOTH
 
@@ -41,7 +41,7 @@ class CachePlan:
     config: CacheConfig
     teacher: FrozenTeacher  # live
     needs: Needs
-    detail: Detail
+    detail: TeacherDetail
     source: Source
     views: ViewSpec
     keys: Keys  # what the run will read
@@ -74,7 +74,9 @@ class CachePlan:
         if method.not_cached is not None:
             raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
         teacher, texts = method.teachers[role], texts or TextChoice(method.text_pools)
-        detail: Detail
+        if not isinstance(method, DualEncoderMethod) or not isinstance(teacher, FrozenTeacher):
+            raise CacheError(f"teacher {role} of {type(method).__name__} has no answers to keep: set cache: off")
+        detail: TeacherDetail
         if role == "teacher":
             detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens
         else:
@@ -85,7 +87,7 @@ class CachePlan:
         return cls(config, teacher, needs, detail, source, views, keys, precision, key_tokens, texts)
 
     @property
-    def kind(self) -> Detail:
+    def kind(self) -> TeacherDetail:
         """What is stored where no cache is there yet.
 
         Raises:
@@ -121,7 +123,7 @@ class CachePlan:
 
     def _one_sample(self) -> ModelInput:
         model = self.teacher.model
-        device = next(model.parameters()).device
+        device = model.device
         for index in range(min(len(self.source), 1000)):
             try:
                 sample = self.source[index]
@@ -130,7 +132,7 @@ class CachePlan:
             if sample.captions or not self.texts.required:
                 captions = sample.captions[:1] or ("",)
                 reader = Reader(model.image_spec, model.tokenizer)
-                more = dict.fromkeys(self.texts.pools, captions)
+                more = {pool: captions * count for pool, count in self.texts.counts.items()}
                 return reader.input(model.image_spec(sample.image)[None], captions, more).to(device)
         raise CacheError(f"none of the first samples of {self.source.name} can be read")
 
@@ -283,8 +285,6 @@ class CachePlan:
         identity = self.identity["teacher"]
 
         def checked() -> DualEncoder:
-            from cmapkd.cache.identity import weight_hash
-
             model = reload()
             if weight_hash(model) != identity:
                 raise CacheError(f"the teacher {model.name} has other weights than when this run began")

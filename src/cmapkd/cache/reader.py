@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cmapkd.cache.checks import Checks
 from cmapkd.cache.config import Check
 from cmapkd.cache.files import CacheError
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import CHECK
-from cmapkd.cache.parts import CacheFolder, Keys, Part
+from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.data.types import StoredRows
 
 _WINDOW = 2**21  # bytes of a shard that are mapped at once where embeddings are drawn
@@ -38,14 +39,8 @@ class CacheReader:
         )
         self.parts = cache.parts()
         self._there = [np.array([part.is_there(n) for n in range(part.num_shards)], bool) for part in self.parts]
-        # shared, so that what one data worker has checked is known to the others
-        self._checked = [torch.zeros(part.num_shards, dtype=torch.uint8).share_memory_() for part in self.parts]
+        self._checks = Checks(self.parts, self._there, check)
         self._maps: dict[tuple[int, int], NDArray[Any]] = {}
-        if check == "open":
-            for number, part in enumerate(self.parts):
-                for shard in np.flatnonzero(self._there[number]).tolist():
-                    check_shard(part, shard)
-                    self._checked[number][shard] = 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
@@ -60,35 +55,44 @@ class CacheReader:
 
     def has(self, view: int, index: int) -> bool:
         found = self._find(view, index)
-        return found is not None and bool(self._map(found[0], found[1])[CHECK][found[2]])
+        if found is None:
+            return False
+        number, shard, row = found
+        return bool(self._rows(number, shard, (row,))[CHECK][0])
 
     def read(
-        self, view: int, indices: Sequence[int], ids: Sequence[str], captions: Sequence[str], missing: Sequence[int]
+        self,
+        view: int | Sequence[int],
+        indices: Sequence[int],
+        ids: Sequence[str],
+        captions: Sequence[str],
+        missing: Sequence[int],
     ) -> StoredRows:
         rows = np.zeros(len(indices), self.cache.layout.dtype)
         expected = np.zeros(len(indices), np.uint64)
         lacking = set(missing)
+        views = [view] * len(indices) if isinstance(view, int) else view
         places: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for place, index in enumerate(indices):
             if place in lacking:
                 continue
-            found = self._find(view, index)
+            found = self._find(views[place], index)
             if found is None:
                 raise CacheError(
-                    f"{self.cache.path} has no view {view} of sample {ids[place]!r}: build what is missing"
+                    f"{self.cache.path} has no view {views[place]} of sample {ids[place]!r}: build what is missing"
                 )
             places.setdefault(found[:2], []).append((place, found[2]))
-            expected[place] = row_check(ids[place], view, captions[place])
+            expected[place] = row_check(ids[place], views[place], captions[place])
         for (part, shard), pairs in places.items():
             to, at = zip(*pairs, strict=True)
-            rows[[*to]] = self._map(part, shard)[[*at]]
+            rows[[*to]] = self._rows(part, shard, at)
         wrong = np.flatnonzero(rows[CHECK] != expected)
         if len(wrong):
             place = int(wrong[0])
             raise CacheError(
-                f"{self.cache.path} answers another sample, view or caption than view {view} of {ids[place]!r} with "
-                f"{captions[place]!r}: the data changed in a way that its fingerprint does not show. Remove the cache "
-                "and build it again."
+                f"{self.cache.path} answers another sample, view or caption than view {views[place]} of "
+                f"{ids[place]!r} with {captions[place]!r}: the data changed in a way that its fingerprint does not "
+                "show. Remove the cache and build it again."
             )
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))
@@ -116,7 +120,7 @@ class CacheReader:
             for begin in np.unique(in_shard // window).tolist():
                 rows = slice(begin * window, min((begin + 1) * window, last - first))
                 at = _between(in_shard, rows.start, rows.stop) - rows.start
-                self._check(number, shard)
+                self._checks(number, shard, at + rows.start)
                 mapped = np.memmap(
                     part.data(shard),
                     self.cache.layout.dtype,
@@ -143,35 +147,17 @@ class CacheReader:
                     return number, shard, place
         return None
 
-    def _map(self, number: int, shard: int) -> NDArray[Any]:
+    def _rows(self, number: int, shard: int, rows: Sequence[int]) -> NDArray[Any]:
+        """Some rows of a shard, compared with their checksums when they are first read."""
+        self._checks(number, shard, rows)
         mapped = self._maps.get((number, shard))
         if mapped is None:
-            self._check(number, shard)
-            mapped = np.memmap(self.parts[number].data(shard), self.cache.layout.dtype, mode="r")
-            self._maps[number, shard] = mapped.view(np.ndarray)  # a plain array: half the cost of an access
-        return self._maps[number, shard]
-
-    def _check(self, number: int, shard: int) -> None:
-        """Compares a shard's checksum before it is read for the first time, if that is asked for."""
-        if self.check == "first_use" and not self._checked[number][shard]:
-            check_shard(self.parts[number], shard)
-            self._checked[number][shard] = 1
+            opened = np.memmap(self.parts[number].data(shard), self.cache.layout.dtype, mode="r")
+            mapped = self._maps[number, shard] = opened.view(np.ndarray)  # a plain array: half the cost of an access
+        return mapped[[*rows]]
 
 
 def _between(ordered: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
     """The numbers from `start` to before `stop` among some in order."""
     first, last = np.searchsorted(ordered, (start, stop))
     return ordered[first:last]
-
-
-def check_shard(part: Part, shard: int) -> None:
-    """Compares a shard's bytes with its record.
-
-    Raises:
-        CacheError: a bit differs.
-    """
-    if part.checksum(shard) != part.read_record(shard)["checksum"]:
-        raise CacheError(
-            f"{part.data(shard)} is damaged (its checksum does not fit): cmapkd cache verify --remove-damaged "
-            f"{part.folder.parent}, then build again"
-        )

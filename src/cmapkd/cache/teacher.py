@@ -13,7 +13,7 @@ from cmapkd.cache.config import Check
 from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.writer import live_features
-from cmapkd.data.types import Batch, ModelInput, StoredRows, TokenBatch
+from cmapkd.data.types import Batch, ModelInput, StoredRows
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.models.types import BOTH
 
@@ -99,10 +99,9 @@ class CachedTeacher(FrozenTeacher):
             )
             self.live = FrozenTeacher(self.reload()).to(inputs.images.device)
         places = stored.missing.to(inputs.images.device)
-        texts, *more = (
-            TokenBatch(each.ids[places], each.mask[places]) for each in (inputs.texts, *inputs.more_texts.values())
-        )
-        lacking = ModelInput(inputs.images, texts, dict(zip(inputs.more_texts, more, strict=True)))
+        texts = inputs.texts.rows(places)
+        more = {pool: each.rows(places) for pool, each in inputs.more_texts.items()}
+        lacking = ModelInput(inputs.images, texts, more)
         layout = self.cache.layout
         levels = [each for each in layout.fields if each.level is not None]
         of_image, of_text = (

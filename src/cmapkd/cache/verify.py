@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cmapkd.cache.checks import check_shard
 from cmapkd.cache.fidelity import summary
 from cmapkd.cache.files import CacheError
 from cmapkd.cache.parts import CacheFolder
-from cmapkd.cache.reader import check_shard
 
 
 def describe(cache: CacheFolder) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, places_of
 from cmapkd.cache.fidelity import Fidelity
-from cmapkd.cache.files import CacheError, explained, leftovers, new_file, write_json
+from cmapkd.cache.files import CacheError, digest_of_rows, explained, leftovers, new_file, write_json
 from cmapkd.cache.parts import CacheFolder, Keys, Part
 from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice
@@ -107,7 +107,7 @@ def build(
     places = [place for number, each in enumerate(mine) for place in places_of(each.part, number, each.shards)]
     total = sum(each.rows for each in mine)
     built = Built()
-    device = next(teacher.model.parameters()).device
+    device = teacher.model.device
     loader = load_chunks(chunks, places, workers=workers, pin_memory=device.type == "cuda", timeout=timeout)
     answer = _Answerer(cache, teacher, device, precision)
     with ExitStack() as stack:
@@ -182,6 +182,8 @@ class _Shard:
     def __init__(self, part: Part, number: int) -> None:
         self.part, self.number, self.fidelity = part, number, Fidelity()
         self._digest = hashlib.blake2b(digest_size=16)
+        self._groups: list[int] = []
+        self._group = b""  # rows of a group that is not full
         self._num_bad = 0
         self._stack = ExitStack()
         self._file: BinaryIO | None = None
@@ -200,14 +202,22 @@ class _Shard:
         with explained(self.part.folder):
             self._file.write(data)
         self._digest.update(data)
+        self._group += data
+        size = self.part.group_rows * self.part.row_bytes
+        full = len(self._group) // size * size
+        self._groups += [digest_of_rows(self._group[at : at + size]) for at in range(0, full, size)]
+        self._group = self._group[full:]
         self._num_bad += num_bad
 
     def finish(self) -> None:
         first, last = self.part.extent(self.number)
+        groups = [*self._groups, *([digest_of_rows(self._group)] if self._group else [])]
         record = {
             "rows": last - first,
             "bad": self._num_bad,
             "checksum": self._digest.hexdigest(),
+            "group_rows": self.part.group_rows,
+            "groups": np.array(groups, "<u8").tobytes().hex(),
             "fidelity": self.fidelity.plain(),
         }
         write_json(self.part.record(self.number), record)

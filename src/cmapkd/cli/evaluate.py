@@ -49,26 +49,21 @@ def evaluate(
     """Score models: retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
-    from cmapkd.config import ConfigError, apply_overrides
-
-    named = _named(models)
-    values: dict[str, Any] = {"tasks": tasks if tasks in ("auto", "all") else [t.strip() for t in tasks.split(",")]}
-    for setting in settings or []:
-        if not setting.partition("=")[1]:
-            raise ConfigError(f"--set {setting!r} is not key=value")
-    values = apply_overrides(values, settings or [], where="evaluation settings")
+    named, values = _named(models), _settings(tasks, settings or [])
 
     import torch
 
     from cmapkd.api import load
     from cmapkd.data.open import open_source
     from cmapkd.evaluation.config import SuiteConfig
+    from cmapkd.evaluation.headline import remark_on_retrieval
     from cmapkd.evaluation.suite import evaluate_models, training_source
     from cmapkd.evaluation.table import score_table
-    from cmapkd.provenance import describe_environment
+    from cmapkd.evaluation.tasks import check_tasks
     from cmapkd.training import Interrupted
 
     config = SuiteConfig.from_mapping(values, where="evaluation settings")
+    check_tasks(config)  # before any model is loaded
     source = open_source(data, split=split) if data is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
@@ -88,15 +83,29 @@ def evaluate(
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
+    for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, scores.values()))):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "data": source.name if source is not None else None,
-            "models": scores,
-            "settings": config.model_dump(mode="json"),
-            "environment": describe_environment(),
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write(json_file, source.name if source is not None else None, scores, config.model_dump(mode="json"))
+
+
+def _write(path: Path, data: str | None, scores: dict[str, Any], settings: dict[str, Any]) -> None:
+    from cmapkd.provenance import describe_environment
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"data": data, "models": scores, "settings": settings, "environment": describe_environment()}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(tasks: str, settings: list[str]) -> dict[str, Any]:
+    """The settings of the evaluation, as `--tasks` and `--set` state them."""
+    from cmapkd.config import ConfigError, apply_overrides
+
+    values: dict[str, Any] = {"tasks": tasks if tasks in ("auto", "all") else [t.strip() for t in tasks.split(",")]}
+    for setting in settings:
+        if not setting.partition("=")[1]:
+            raise ConfigError(f"--set {setting!r} is not key=value")
+    return apply_overrides(values, settings, where="evaluation settings")
 
 
 def _named(models: list[str]) -> dict[str, str]:

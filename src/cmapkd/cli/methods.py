@@ -17,30 +17,40 @@ def methods(
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from cmapkd.config import ConfigError, closest
+    from cmapkd.config import ConfigError, closest, printable
     from cmapkd.methods import METHODS
 
     console = Console()
     if name is not None and name not in METHODS:
         raise ConfigError(f"there is no method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}")
-    chosen = METHODS if name is None else {name: METHODS[name]}
-    cards: dict[str, dict[str, Any]] = {
-        key: {**asdict(method.card), "settings": _settings(method.Config)} for key, method in chosen.items()
-    }
+
+    def card_of(key: str) -> dict[str, Any]:
+        method = METHODS[key]
+        return {**asdict(method.card), "package": METHODS.origin(key), "settings": _settings(method.Config)}
+
+    cards: dict[str, dict[str, Any]] = {}
+    for key in METHODS if name is None else (name,):
+        try:
+            cards[key] = card_of(key)
+        except ConfigError as error:  # a package that cannot be imported hides no other method
+            if name is not None:
+                raise
+            cards[key] = {"title": str(error), "paper": "", "package": METHODS.origin(key), "problem": str(error)}
     if as_json:
         typer.echo(json.dumps(cards if name is None else cards[name], indent=2, ensure_ascii=False))
         return
     if name is None:
         table = Table()
-        for column in ("method", "title", "paper"):
+        for column in ("method", "title", "paper", "package"):
             table.add_column(column)
         for key, card in cards.items():
-            table.add_row(key, card["title"], card["paper"])
+            table.add_row(*(Text(printable(each)) for each in (key, card["title"], card["paper"], card["package"])))
         console.print(table)
         return
     card = cards[name]
-    lines = [card["title"], f"paper: {card['paper']}", "equations:"]
+    lines = [card["title"], f"paper: {card['paper']}", f"package: {card['package']}", "equations:"]
     lines += [f"  {equation}" for equation in card["equations"]]
     lines += [
         f"needs: {card['needs']}",
@@ -57,9 +67,12 @@ def methods(
 
 
 def _settings(config: Any) -> dict[str, dict[str, Any]]:
-    defaults = config().model_dump(mode="json")
+    try:
+        defaults = config().model_dump(mode="json")
+    except ValueError:  # a setting without default
+        defaults = config.model_construct().model_dump(mode="json", warnings=False)
     return {
-        key: {"default": defaults.get(key), "description": field.description}
+        key: {"default": "required" if field.is_required() else defaults.get(key), "description": field.description}
         for key, field in config.model_fields.items()
         if key != "name"
     }

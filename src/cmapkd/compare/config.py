@@ -12,9 +12,10 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
+from cmapkd.evaluation.tasks import TASKS
 
 Arm = dict[str, Any] | tuple[str, ...]  # settings over the base, as a mapping or as key=value
-_SCORES = ("retrieval", "zero_shot", "params", "bad_samples")  # names that a student's scores have already
+_SCORES = ("params", "params_borrowed", "bad_samples")  # names that a student's scores have already, besides tasks
 
 
 class _ArmsAndAxes(Config):
@@ -82,10 +83,11 @@ class ComparisonConfig(_ArmsAndAxes):
     @classmethod
     def _names_of_their_own(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if "." in name or name in _SCORES:
+            if "." in name or name in TASKS or name in _SCORES:
                 raise ValueError(
-                    f"{name!r} cannot name a test set: metrics are found by dotted paths, where {', '.join(_SCORES)} "
-                    "are the student's own scores. Choose another name, without a dot"
+                    f"{name!r} cannot name a test set: metrics are found by dotted paths, where tasks "
+                    f"({', '.join(TASKS)}) and {', '.join(_SCORES)} are the student's own scores. Choose another name, "
+                    "without a dot"
                 )
         return value
 

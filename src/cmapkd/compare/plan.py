@@ -17,7 +17,6 @@ from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
 
 _OURS = {"seed": "list the seeds in `seeds`", "baseline": "make scratch training an arm (method: contrastive)"}
-_SCRATCH = "contrastive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +276,7 @@ def _scratch(rows: list[Row]) -> tuple[str, str] | None:
     found = []
     for key, value in dict.fromkeys(pair for row in rows for pair in row.coordinates.items()):
         there = [row for row in rows if row.coordinates[key] == value]
-        if len(there) < len(rows) and all(row.config.method.name == _SCRATCH for row in there):
+        if len(there) < len(rows) and not any(METHODS[row.config.method.name].uses_teacher for row in there):
             found.append((key, value))
     return found[0] if len(found) == 1 else None
 

@@ -9,10 +9,10 @@ from typing import Any
 from cmapkd.compare.plan import Plan, PlannedTable, Row, config_digest
 from cmapkd.compare.statistics import PairedDifference, Summary, paired_difference, summarize
 from cmapkd.config import closest
+from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
 from cmapkd.results import Scores
 from cmapkd.run import RunConfig
 
-DEFAULT_METRICS = ("retrieval.mean_r@1", "zero_shot.top1")
 _LOWER = ("median_rank", "mean_rank", "params", "bad_samples")
 
 
@@ -156,7 +156,7 @@ def _summarize(
         gap_name=table.gap_name,
         teachers=tuple(_teacher_row(name, scores, chosen) for name, scores in taught.values()),
         rows=tuple(rows),
-        notes=(*notes, *_notes(plan, table, rows, done)),
+        notes=(*notes, *_sets(chosen, done), *_notes(plan, table, rows, done)),
     )
 
 
@@ -166,10 +166,23 @@ def _choose_metrics(
     """The metrics of a table; a named one that no run has is kept, empty, and noted."""
     known = dict.fromkeys(path for runs in done for run in runs.values() for path in _paths(run["student"]))
     if table.metrics is None:
-        names = [*DEFAULT_METRICS, *(f"{name}.{path}" for name in plan.comparison.evaluate for path in DEFAULT_METRICS)]
+        sets = ("", *(f"{name}." for name in plan.comparison.evaluate))
+        names = dict.fromkeys(
+            before + path
+            for before in sets
+            for runs in done
+            for run in runs.values()
+            for path in _headlines(run, before)
+        )
         return tuple(name for name in names if name in known), []
     missing = [path for path in table.metrics if path not in known] if known else []
     return table.metrics, [f"No run has the metric {path}{closest(path, known)}." for path in missing]
+
+
+def _headlines(run: Mapping[str, Any], before: str) -> list[str]:
+    """Paths of the headlines of a run's student, on its final data or on further test data (`before` is `NAME.`)."""
+    scores = run["student"].get(before.rstrip("."), {}) if before else run["student"]
+    return [".".join((task, *headline.path)) for task, (headline, _) in headlines(scores).items()]
 
 
 def _paths(scores: Any, prefix: str = "") -> Iterator[str]:
@@ -262,6 +275,20 @@ def _notes(
             )
 
 
+def _sets(chosen: tuple[str, ...], done: list[dict[int, dict[str, Any]]]) -> Iterator[str]:
+    """What every retrieval score of the table is of; several lines where rows differ."""
+    for before in dict.fromkeys(path.partition("retrieval.")[0] for path in chosen if "retrieval." in path):
+        students = [run["student"] for runs in done for run in runs.values()]
+        of = [student.get(before.rstrip("."), {}) if before else student for student in students]
+        where = f" of {before.rstrip('.')}" if before else ""
+        sizes = dict.fromkeys(filter(None, map(retrieval_set, of)))
+        if sizes:
+            yield f"Retrieval{where} is over {' in some runs, and over '.join(sizes)}{' in others' * (len(sizes) > 1)}."
+        yield from (
+            f"{remark[0].upper()}{remark[1:]}." for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, of)))
+        )
+
+
 def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
@@ -270,7 +297,7 @@ def _different_start(one: RunConfig, other: RunConfig) -> list[str]:
     """What makes two runs of one seed begin with other weights or see other batches."""
     parts = {
         "student": (one.student, other.student),
-        "training data": ((one.data.train, one.data.views), (other.data.train, other.data.views)),
+        "training data": tuple((run.data.train, run.data.views, run.data.more) for run in (one, other)),
         "batch size": (one.training.batch_size, other.training.batch_size),
     }
     return [name for name, (first, second) in parts.items() if first != second]

@@ -53,6 +53,8 @@ def write_outputs(
     }
     write_json(out / "results.json", results)
     paths = list(dict.fromkeys(path for table in tables for path in table.metrics))
+    sets = dict.fromkeys(path.partition("retrieval.")[0] + "retrieval" for path in paths if "retrieval." in path)
+    paths += [f"{each}.{count}" for each in sets for count in ("num_images", "num_texts")]  # recall is of so many
     _write(out / "results.csv", _csv(records, paths))
     _write(out / "table.md", "\n".join(markdown(table) for table in tables))
     try:

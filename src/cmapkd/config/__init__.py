@@ -5,9 +5,11 @@ from cmapkd.config.disk import DiskError, writing
 from cmapkd.config.load import apply_overrides, list_recipes, load_config, load_mapping, merge_mappings
 from cmapkd.config.plugins import PluginWarning, Registry
 from cmapkd.config.printing import in_markdown, printable
+from cmapkd.config.resumable import RESUMABLE, fixed_differences, resumable_keys
 from cmapkd.config.secrets import redact, refuse_secrets
 
 __all__ = [
+    "RESUMABLE",
     "Config",
     "ConfigError",
     "DiskError",
@@ -16,6 +18,7 @@ __all__ = [
     "RunStopped",
     "apply_overrides",
     "closest",
+    "fixed_differences",
     "in_markdown",
     "list_recipes",
     "load_config",
@@ -24,5 +27,6 @@ __all__ = [
     "printable",
     "redact",
     "refuse_secrets",
+    "resumable_keys",
     "writing",
 ]

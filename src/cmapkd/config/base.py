@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from typing import Any, Self, get_args
+from collections.abc import Iterable
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cmapkd.config.resumable import models_in
 
 
 class ConfigError(ValueError):
@@ -80,12 +82,5 @@ def _model_at(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
     for key in path:
         fields = [model.model_fields[key].annotation for model in candidates if key in model.model_fields]
         if fields:  # otherwise `key` is a list position or a union's tag: the same candidates go on
-            candidates = [model for annotation in fields for model in _models_in(annotation)]
+            candidates = [model for annotation in fields for model in models_in(annotation)]
     return candidates[0] if candidates else None
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)

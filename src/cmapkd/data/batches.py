@@ -1,23 +1,26 @@
-"""Batches as pure functions of the step: which samples, which views, which captions, for which model."""
+"""Batches as pure functions of a plan: which views and texts of its samples, for which model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
-from typing import Any, Protocol
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
+from cmapkd.config import ConfigError
 from cmapkd.data.memory import SampleMemory
+from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.random import permuted
+from cmapkd.data.streams import MAIN_STREAM, Stream, streams_of
 from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source, StoredRows, TokenBatch
-from cmapkd.data.views import CropBox, View, ViewSpec, draw_view
+from cmapkd.data.views import CropBox, View, ViewSpec, check_more_views, draw_more_view, draw_view
 from cmapkd.data.workers import ReadAhead
 
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
@@ -37,12 +40,25 @@ class Reader:
     tokenize: Callable[[Sequence[str]], TokenBatch]
 
     def input(
-        self, images: Tensor, captions: Sequence[str], more: Mapping[str, Sequence[str]] | None = None
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        more: Mapping[str, Sequence[str]] | None = None,
+        more_images: Mapping[str, Tensor] | None = None,
     ) -> ModelInput:
-        """The model's input: its own pixels, and the texts by its own tokenizer, further ones by pool."""
-        return ModelInput(
-            images, self.tokenize([*captions]), {pool: self.tokenize([*texts]) for pool, texts in (more or {}).items()}
-        )
+        """The model's input.
+
+        Args:
+            images: its own pixels of the main views, Float[batch 3 height width].
+            captions: one text of each sample.
+            more: by pool one or more texts of each sample, those of a sample together (`TextChoice.columns`).
+            more_images: its own pixels of further views by name, those of a sample together.
+        """
+        texts = {
+            pool: replace(self.tokenize([*texts]), per_sample=len(texts) // len(captions))
+            for pool, texts in (more or {}).items()
+        }
+        return ModelInput(images, self.tokenize([*captions]), texts, dict(more_images or {}))
 
 
 class Answers(Protocol):
@@ -55,10 +71,17 @@ class Answers(Protocol):
         ...
 
     def read(
-        self, view: int, indices: Sequence[int], ids: Sequence[str], captions: Sequence[str], missing: Sequence[int]
+        self,
+        view: int | Sequence[int],
+        indices: Sequence[int],
+        ids: Sequence[str],
+        captions: Sequence[str],
+        missing: Sequence[int],
     ) -> StoredRows:
         """The answers to one view of these samples with these texts (`texts.joined`), except in the `missing` places.
 
+        Args:
+            view: the view's number, one for all samples or one for each.
         Raises:
             ValueError: an answer is to another sample, view or caption, or damaged.
         """
@@ -68,64 +91,32 @@ class Answers(Protocol):
 class Extra(Protocol):
     """Something else that a batch brings of its samples, made where these are read. Picklable."""
 
-    def read(self, sample: Sample, epoch: int) -> Any:
-        """Of one sample, what is kept when its picture is gone."""
+    def read(self, sample: Sample, view: View, epoch: int) -> Any:
+        """Of one sample, what is kept when its picture is gone.
+
+        Args:
+            view: what the batch shows of the picture: its crop, in pixels of the original, its flip and its colours.
+            epoch: the sample's own, from 0.
+        Raises:
+            BadSampleError: the sample cannot be used; another takes its place.
+        """
         ...
 
     def join(self, items: Sequence[Any]) -> Any:
-        """Of the batch."""
+        """Of the batch: one row for each item, or an object with `part(start, stop)`; see `Batch.extra`."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The samples of one step: every process knows the whole batch and makes its own part."""
+@runtime_checkable
+class InputExtra(Protocol):
+    """Something that a batch brings of its models' inputs, made where these are made. Picklable.
 
-    step: int
-    epoch: int
-    everyone: tuple[int, ...]  # indices of the global batch
-    mine: tuple[int, ...]  # the part of this process
-
-
-class PlanSampler(Sampler[Plan]):
-    """Plans for steps `start` to `stop`: every epoch is a new permutation; what does not fill a batch is left out.
-
-    Random access by step, so resume inside an epoch costs nothing and needs no state but the step.
+    What two tokenizers make of one text can be set side by side here, on the host, so that no step waits for it.
     """
 
-    def __init__(
-        self, length: int, *, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        if length < batch_size:
-            raise ValueError(
-                f"the training data has {length} samples, fewer than one batch of {batch_size}: lower "
-                "training.batch_size"
-            )
-        if batch_size % world_size:
-            raise ValueError(
-                f"batch size {batch_size} does not divide among {world_size} processes, whose shares must be equal: "
-                "set training.batch_size to a multiple, or start another number of processes"
-            )
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
-        self.steps_per_epoch = length // batch_size
-
-    def plan(self, step: int) -> Plan:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        everyone = tuple(self.order(epoch, position, position + 1).tolist())
-        share = self.batch_size // self.world_size
-        return Plan(step, epoch, everyone, everyone[self.rank * share : (self.rank + 1) * share])
-
-    def order(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
-        """The samples of an epoch's batches `first` to `last`, one after the other."""
-        positions = np.arange(first * self.batch_size, last * self.batch_size)
-        return permuted(positions, self.length, "order", self.seed, epoch)
-
-    def __iter__(self) -> Iterator[Plan]:
-        return (self.plan(step) for step in range(self.start, self.stop))
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+    def make(self, inputs: Mapping[str, ModelInput]) -> Any:
+        """Of the inputs by role: one row for each sample, or an object with `part(start, stop)`; see `Batch.extra`."""
+        ...
 
 
 class Batches(Protocol):
@@ -135,6 +126,10 @@ class Batches(Protocol):
     def source(self) -> Sized: ...
 
     def __getitem__(self, plan: Plan) -> Batch: ...
+
+    def bytes_of(self, size: int) -> int:
+        """About the bytes of a batch of `size` samples, to bound how many are made ahead."""
+        ...
 
 
 class BatchBuilder(Dataset[Batch]):
@@ -146,6 +141,13 @@ class BatchBuilder(Dataset[Batch]):
     A role with `stored` answers gets these, and images only of the samples that they lack. What `extras` make of the
     samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of each sample. Up to `memory`
     MiB of decoded samples are kept for later epochs.
+
+    Args:
+        more_views: by name, how many further views a method reads of each sample. A role with stored answers gets none
+            of them: nobody is there to encode them.
+        view_specs: what the further views may be, by name (`data.more_views`).
+    Raises:
+        ConfigError: a further view is asked for that no spec describes.
     """
 
     def __init__(
@@ -157,106 +159,185 @@ class BatchBuilder(Dataset[Batch]):
         seed: int,
         on_bad_sample: str = "skip",
         stored: Mapping[str, Answers] | None = None,
-        extras: Mapping[str, Extra] | None = None,
+        extras: Mapping[str, Extra | InputExtra] | None = None,
         texts: TextChoice | None = None,
         memory: int = 0,
+        more_views: Mapping[str, int] | None = None,
+        view_specs: Mapping[str, ViewSpec] | None = None,
     ) -> None:
         self.samples = SampleMemory(source, memory)
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
-        self.extras = dict(extras or {})
+        given = dict(extras or {})
+        self.extras = {name: extra for name, extra in given.items() if not isinstance(extra, InputExtra)}
+        self.input_extras = {name: extra for name, extra in given.items() if isinstance(extra, InputExtra)}
         self.texts = texts or TextChoice()
+        self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
+        check_more_views(self.more_views, self.view_specs)
+        self._live = [role for role in readers if role not in self.stored]
+        self._streams = streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
 
     @property
     def source(self) -> Source:
         return self.samples.source
 
+    def bytes_of(self, size: int) -> int:
+        """About the bytes of a batch of `size` samples: its pixels, without those that a cache lacks."""
+        views = 1 + sum(self.more_views.values())
+        dot = Image.new("RGB", (1, 1))
+        distinct = {self.readers[role].preprocess for role in self._live}
+        return size * views * sum(preprocess(dot).nbytes for preprocess in distinct)
+
     def __getitem__(self, plan: Plan) -> Batch:
-        number = self.views.view_number(plan.epoch)
-        ids: list[str] = []
-        indices: list[int] = []
-        chosen: list[tuple[str, ...]] = []
-        missing: dict[str, list[int]] = {role: [] for role in self.stored}
-        pixels: dict[str, list[Tensor]] = {role: [] for role in self.readers}
-        extras: dict[str, list[Any]] = {name: [] for name in self.extras}
-        bad: list[tuple[str, str]] = []
+        made = _Rows(self.readers, self.more_views, self.stored, self.extras)
         taken = set(plan.everyone)
-        for planned in plan.mine:
+        for row, planned in enumerate(plan.mine):
+            epoch = plan.epochs[row] if plan.epochs else plan.epoch
             for index in self._candidates(plan, planned, taken):
                 try:
-                    sample = self.samples[index]
-                    view = draw_view(sample.id, number, self.views, sample.image.size)
-                    texts = self.texts.choose(sample, view, number)
-                    lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
-                    images = self._read(sample.image, view, lacking)
-                    more = {name: extra.read(sample, plan.epoch) for name, extra in self.extras.items()}
+                    self._add(made, index, epoch)
                 except BadSampleError as error:
                     if not self.skip_bad:
                         raise
-                    bad.append((error.sample_id, error.reason))
+                    made.bad.append((error.sample_id, error.reason))
                     continue
-                for role in lacking:
-                    missing[role].append(len(ids))
-                ids.append(sample.id)
-                indices.append(index)
-                chosen.append(texts)
-                for role, image in images.items():
-                    pixels[role].append(image)
-                for name, item in more.items():
-                    extras[name].append(item)
                 break
             else:
+                sample_id, reason = made.bad[-1]
                 raise BadSampleError(
-                    bad[-1][0], f"{bad[-1][1]}; and no readable sample was found to take its place at step {plan.step}"
+                    sample_id, f"{reason}; and no readable sample was found to take its place at step {plan.step}"
                 )
-        answered = [joined(texts) for texts in chosen]
-        stored = {
-            role: answers.read(number, indices, ids, answered, missing[role]) for role, answers in self.stored.items()
+        captions, more_texts = self.texts.columns(made.texts)
+        inputs = self._inputs(made, captions, more_texts)
+        extra = {name: self.extras[name].join(items) for name, items in made.extras.items()}
+        return Batch(
+            tuple(made.ids),
+            inputs,
+            captions,
+            view=self.views.view_number(plan.epoch),
+            bad=tuple(made.bad),
+            extra=extra | {name: each.make(inputs) for name, each in self.input_extras.items()},
+            stored=self._answers(made),
+            streams=plan.streams,
+            views=tuple(made.views) if plan.epochs else (),
+        )
+
+    def _add(self, made: _Rows, index: int, epoch: int) -> None:
+        """Reads one sample into the rows of a batch, all of it or nothing.
+
+        Raises:
+            BadSampleError: it cannot be used.
+        """
+        number = self.views.view_number(epoch)
+        sample = self.samples[index]
+        view = draw_view(sample.id, number, self.views, sample.image.size)
+        texts = self.texts.choose(sample, view, number)
+        lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
+        images = self._read(sample.image, view, [*self._live, *lacking])
+        further = {
+            name: [
+                self._read(
+                    sample.image,
+                    draw_more_view(sample.id, number, name, place, self.view_specs[name], sample.image.size),
+                    self._live,
+                )
+                for place in range(count)
+            ]
+            for name, count in self.more_views.items()
         }
-        captions, *further = zip(*chosen, strict=True)
-        inputs = self._inputs(pixels, captions, dict(zip(self.texts.pools, further, strict=True)))
-        extra = {name: self.extras[name].join(items) for name, items in extras.items()}
-        return Batch(tuple(ids), inputs, captions, view=number, bad=tuple(bad), extra=extra, stored=stored)
+        items = {name: extra.read(sample, view, epoch) for name, extra in self.extras.items()}
+        for role in lacking:
+            made.missing[role].append(len(made.ids))
+        made.ids.append(sample.id)
+        made.indices.append(index)
+        made.views.append(number)
+        made.texts.append(texts)
+        for role, image in images.items():
+            made.pixels[role].append(image)
+        for name, shown in further.items():
+            for each in shown:
+                for role, image in each.items():
+                    made.more_pixels[name][role].append(image)
+        for name, item in items.items():
+            made.extras[name].append(item)
+
+    def _answers(self, made: _Rows) -> dict[str, StoredRows]:
+        answered = [joined(texts) for texts in made.texts]
+        views: int | list[int] = made.views[0] if len(set(made.views)) == 1 else made.views
+        return {
+            role: answers.read(views, made.indices, made.ids, answered, made.missing[role])
+            for role, answers in self.stored.items()
+        }
 
     def _candidates(self, plan: Plan, planned: int, taken: set[int]) -> Iterator[int]:
+        """The planned sample, then others of its stream that are not in the batch."""
         yield planned
-        length = len(self.source)
+        stream = self._streams[bisect_right(self._streams, planned, key=lambda each: each.first) - 1]
         for attempt in range(MAX_REPLACEMENTS):
-            start = np.array([attempt % length])
-            index = int(permuted(start, length, "replacement", self.seed, plan.step, planned)[0])
+            start = np.array([attempt % stream.length])
+            drawn = permuted(start, stream.length, "replacement", self.seed, plan.step, planned)
+            index = stream.first + int(drawn[0])
             if index not in taken:
                 taken.add(index)
                 yield index
 
-    def _read(self, image: Image.Image, view: View, lacking: Sequence[str]) -> dict[str, Tensor]:
-        """The view once per distinct preprocessing: models that agree on it share the tensor."""
+    def _read(self, image: Image.Image, view: View, roles: Iterable[str]) -> dict[str, Tensor]:
+        """The view for each of `roles`, once per distinct preprocessing: models that agree on it share the tensor."""
         picture, box = view.prepare(image)
         done: dict[Preprocessing, Tensor] = {}
         images: dict[str, Tensor] = {}
-        for role, reader in self.readers.items():
-            if role in self.stored and role not in lacking:
-                continue
-            if reader.preprocess not in done:
-                done[reader.preprocess] = reader.preprocess(picture, box)
-            images[role] = done[reader.preprocess]
+        for role in roles:
+            preprocess = self.readers[role].preprocess
+            if preprocess not in done:
+                done[preprocess] = preprocess(picture, box)
+            images[role] = done[preprocess]
         return images
 
     def _inputs(
-        self, pixels: dict[str, list[Tensor]], captions: Sequence[str], more: Mapping[str, Sequence[str]]
+        self, made: _Rows, captions: Sequence[str], more_texts: Mapping[str, Sequence[str]]
     ) -> dict[str, ModelInput]:
-        stacked: dict[Preprocessing, Tensor] = {}
+        """By role. Models that agree on the preprocessing share the pixels, those of one tokenizer the tokens."""
         inputs: dict[str, ModelInput] = {}
         for role, reader in self.readers.items():
             if role in self.stored:
-                if pixels[role] or self.stored[role].needs_texts:
-                    images = torch.stack(pixels[role]) if pixels[role] else torch.empty(0)
-                    inputs[role] = reader.input(images, captions, more)
-                continue
-            if reader.preprocess not in stacked:
-                stacked[reader.preprocess] = torch.stack(pixels[role])
-            inputs[role] = reader.input(stacked[reader.preprocess], captions, more)
+                if not (made.pixels[role] or self.stored[role].needs_texts):
+                    continue
+                images, more_images = torch.stack(made.pixels[role]) if made.pixels[role] else torch.empty(0), {}
+            elif (like := next((other for other in inputs if self._same_pixels(role, other)), None)) is not None:
+                images, more_images = inputs[like].images, inputs[like].more_images
+            else:
+                images = torch.stack(made.pixels[role])
+                more_images = {name: torch.stack(pixels[role]) for name, pixels in made.more_pixels.items()}
+            like = next((other for other in inputs if self.readers[other].tokenize == reader.tokenize), None)
+            if like is None:
+                inputs[role] = reader.input(images, captions, more_texts, more_images)
+            else:
+                inputs[role] = ModelInput(images, inputs[like].texts, inputs[like].more_texts, more_images)
         return inputs
+
+    def _same_pixels(self, role: str, other: str) -> bool:
+        return other not in self.stored and self.readers[role].preprocess == self.readers[other].preprocess
+
+
+class _Rows:
+    """What is read of the samples of a batch, row by row."""
+
+    def __init__(
+        self, roles: Iterable[str], more_views: Iterable[str], stored: Iterable[str], extras: Iterable[str]
+    ) -> None:
+        roles = tuple(roles)
+        self.ids: list[str] = []
+        self.indices: list[int] = []
+        self.views: list[int] = []
+        self.texts: list[tuple[str, ...]] = []
+        self.missing: dict[str, list[int]] = {role: [] for role in stored}
+        self.pixels: dict[str, list[Tensor]] = {role: [] for role in roles}
+        self.more_pixels: dict[str, dict[str, list[Tensor]]] = {
+            name: {role: [] for role in roles} for name in more_views
+        }
+        self.extras: dict[str, list[Any]] = {name: [] for name in extras}
+        self.bad: list[tuple[str, str]] = []
 
 
 def make_loader(
@@ -270,21 +351,29 @@ def make_loader(
         samples = ", ".join(map(str, plan.mine[:8])) + ", ..." * (len(plan.mine) > 8)
         return f"the batch of step {plan.step + 1}, samples {samples}"
 
-    ahead = ReadAhead(_Carrying(builder), sampler, workers=workers, pin_memory=pin_memory, timeout=timeout, name=name)
+    ahead = ReadAhead(
+        _Carrying(builder),
+        sampler,
+        workers=workers,
+        pin_memory=pin_memory,
+        timeout=timeout,
+        item_bytes=builder.bytes_of(sampler.batch_size // sampler.world_size) if workers else 0,
+        name=name,
+    )
     for made in ahead:
-        if isinstance(made, BadSampleError):
+        if isinstance(made, ValueError):
             raise made
         yield made
 
 
-class _Carrying(Dataset["Batch | BadSampleError"]):
-    """Hands an unusable sample over as a value: raised in a worker, torch would make another error of it."""
+class _Carrying(Dataset["Batch | ValueError"]):
+    """Hands an error about the data over as a value: raised in a worker, torch would make another error of it."""
 
     def __init__(self, builder: Batches) -> None:
         self.builder = builder
 
-    def __getitem__(self, plan: Plan) -> Batch | BadSampleError:
+    def __getitem__(self, plan: Plan) -> Batch | ValueError:
         try:
             return self.builder[plan]
-        except BadSampleError as error:
+        except (BadSampleError, ConfigError) as error:
             return error

@@ -14,6 +14,10 @@ from cmapkd.config import RunStopped
 
 NO_CAPTION = "no caption"
 FILE_NAME = "bad_samples.jsonl"
+MOST_LISTED = 1000  # bad samples that are listed by id; the others are counted
+MOST_KINDS = 100  # kinds of reasons that are told apart
+OTHER_KINDS = "other reasons"
+_MOST_CHARACTERS = 500  # of a listed id or reason
 
 
 class TooManyBadSamples(RunStopped):
@@ -23,8 +27,9 @@ class TooManyBadSamples(RunStopped):
 class SampleLedger:
     """Counts readings of samples, by kind of reason: the part of a reason before its first colon.
 
-    A sample read again in a later epoch counts again, so that the share does not depend on the number of epochs; the
-    list holds it once. A sample without caption says nothing and is not bad: it has a count of its own.
+    A sample read again in a later epoch counts again, so that the share does not depend on the number of epochs. The
+    list holds it once, and no more than the first `MOST_LISTED` of them: a ledger stays small whatever the data. A
+    sample without caption says nothing and is not bad: it has a count of its own.
     """
 
     def __init__(self) -> None:
@@ -36,7 +41,7 @@ class SampleLedger:
 
     @property
     def bad(self) -> tuple[tuple[str, str], ...]:
-        """(id, reason) of every bad sample, in the order they were met."""
+        """(id, reason) of the first `MOST_LISTED` bad samples, in the order they were met."""
         return tuple(self._bad.items())
 
     def add(self, num_good: int, bad: Iterable[tuple[str, str]] = ()) -> None:
@@ -47,8 +52,16 @@ class SampleLedger:
                 self.num_without_caption += 1
                 continue
             self.num_bad += 1
-            self.kinds[reason.partition(":")[0]] += 1
-            self._bad.setdefault(sample_id, reason)
+            self._count_kind(reason.partition(":")[0])
+            self._list(sample_id, reason)
+
+    def _count_kind(self, kind: str, count: int = 1) -> None:
+        kind = kind[:_MOST_CHARACTERS]
+        self.kinds[kind if kind in self.kinds or len(self.kinds) < MOST_KINDS else OTHER_KINDS] += count
+
+    def _list(self, sample_id: str, reason: str) -> None:
+        if len(self._bad) < MOST_LISTED:
+            self._bad.setdefault(sample_id[:_MOST_CHARACTERS], reason[:_MOST_CHARACTERS])
 
     def share(self) -> float:
         """Bad readings over all, in [0, 1]."""
@@ -79,7 +92,7 @@ class SampleLedger:
         return line + (f", {self.num_without_caption} without caption" if self.num_without_caption else "")
 
     def write(self, folder: Path) -> Path:
-        """Writes `bad_samples.jsonl`, one `{"id": ..., "reason": ...}` a line, whole or not at all."""
+        """Writes `bad` to `bad_samples.jsonl`, one `{"id": ..., "reason": ...}` a line, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
         try:
@@ -107,7 +120,7 @@ class SampleLedger:
             self.num_good, self.num_bad = int(state["num_good"]), int(state["num_bad"])
             self.num_without_caption = int(state["num_without_caption"])
             self.kinds = Counter({str(kind): int(count) for kind, count in state["kinds"].items()})
-            self._bad = {str(sample_id): str(reason) for sample_id, reason in state["bad"]}
+            self._bad = {str(sample_id): str(reason) for sample_id, reason in state["bad"][:MOST_LISTED]}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"the counts of samples in a checkpoint are malformed ({type(error).__name__}: {error})"
@@ -118,6 +131,7 @@ class SampleLedger:
         self.num_good += int(state["num_good"])
         self.num_bad += int(state["num_bad"])
         self.num_without_caption += int(state["num_without_caption"])
-        self.kinds.update(state["kinds"])
+        for kind, count in state["kinds"].items():
+            self._count_kind(str(kind), int(count))
         for sample_id, reason in state["bad"]:
-            self._bad.setdefault(str(sample_id), str(reason))
+            self._list(str(sample_id), str(reason))

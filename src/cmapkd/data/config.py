@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cmapkd.config import Config
+from cmapkd.config import RESUMABLE, Config
+from cmapkd.data.streams import MAIN_STREAM
+from cmapkd.data.types import MAIN_VIEW
 from cmapkd.data.views import WHOLE, ViewSpec
 
 DEFAULT_TIMEOUT = 900.0
+
+
+class StreamConfig(Config):
+    """A further source that is read beside `data.train`."""
+
+    source: str = Field(description="Source of the samples, as for data.train.")
+    share: float = Field(gt=0, lt=1, description="Fraction of every batch that are its samples.")
 
 
 class DataConfig(Config):
@@ -21,26 +30,81 @@ class DataConfig(Config):
     views: ViewSpec | None = Field(
         None, description="Crops and flips of the training pictures; none: 90-100 % crops, whole pictures for scenes."
     )
+    more_views: dict[str, ViewSpec] = Field(
+        default_factory=dict,
+        description="Further views by name, for methods that read several of a sample; num_views stays none.",
+    )
+    more: dict[str, StreamConfig] = Field(
+        default_factory=dict,
+        description="Further sources by name, each with its share of every batch; data.train has the rest.",
+    )
     mix_synthetic: float = Field(
         0.0, ge=0, le=1, description="Share of the views that show a synthetic caption in place of the sample's own."
     )
-    workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the training process itself.")
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that read and decode; 0: the training process itself.",
+        json_schema_extra=RESUMABLE,
+    )
     memory: int = Field(
-        64, ge=0, description="MiB of decoded samples that each reading process keeps for later epochs; 0: none."
+        64,
+        ge=0,
+        description="MiB of decoded samples that each reading process keeps for later epochs; 0: none.",
+        json_schema_extra=RESUMABLE,
     )
     timeout: float = Field(
-        DEFAULT_TIMEOUT, ge=0, description="Seconds that a batch may take to be read before the run stops; 0: any time."
+        DEFAULT_TIMEOUT,
+        ge=0,
+        description="Seconds that a batch may take to be read before the run stops; 0: any time.",
+        json_schema_extra=RESUMABLE,
     )
-    on_bad_sample: Literal["skip", "error"] = Field("skip", description="What a sample that cannot be read does.")
+    on_bad_sample: Literal["skip", "error"] = Field(
+        "skip", description="What a sample that cannot be read does.", json_schema_extra=RESUMABLE
+    )
     max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="Share of unreadable samples above which the run stops (from 100 samples on)."
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of unreadable samples above which the run stops (from 100 samples on).",
+        json_schema_extra=RESUMABLE,
     )
+
+    @field_validator("more", "more_views", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _names_of_their_own(self) -> Self:
+        for where, names, taken in (("more", self.more, MAIN_STREAM), ("more_views", self.more_views, MAIN_VIEW)):
+            for name in names:
+                if name == taken or not name.isidentifier():
+                    raise ValueError(
+                        f"{name!r} cannot be a name in data.{where}: use a word of letters, digits and underscores "
+                        f"that is not {taken}"
+                    )
+        for name, spec in self.more_views.items():
+            if spec.num_views is not None:
+                raise ValueError(
+                    f"data.more_views.{name} sets num_views, but further views are as many as the main ones: set "
+                    "data.views.num_views instead"
+                )
+        total = sum(stream.share for stream in self.more.values())
+        if total >= 1:
+            raise ValueError(
+                f"the shares of data.more add up to {total:g}, which leaves nothing of a batch to data.train: together "
+                "they must be below 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _default_views(self) -> Self:
         if self.views is None:
             # a crop of a built scene could cut off an object that its captions count
-            views = WHOLE if self.train.partition(":")[0].startswith("scenes") else ViewSpec()
+            sources = (self.train, *(stream.source for stream in self.more.values()))
+            scenes = any(source.partition(":")[0].startswith("scenes") for source in sources)
+            views = WHOLE if scenes else ViewSpec()
             object.__setattr__(self, "views", views)
         return self
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cmapkd.config import ConfigError
 from cmapkd.data.classes import Classes, parse_classes, read_classes
 from cmapkd.data.places import nearest, refuse_url
 from cmapkd.data.reading import Folder, ZipReader, is_image_name
 from cmapkd.data.records import Record, Unusable
-from cmapkd.data.stored import Keep, StoredSource
+from cmapkd.data.stored import Keep, StoredSource, Texts
 from cmapkd.data.tar_index import read_record
 
 CLASSES_FILE = "classes.json"
@@ -46,6 +47,7 @@ class FolderSource(StoredSource):
         classes: a classes JSON, the classes themselves, "none", or None for a `classes.json` inside or beside the
             folder or zip.
         shown: the source's name, where it is not `folder:`.
+        texts: keys of an image's JSON that hold further pools of text.
     Raises:
         ConfigError: no images, images both in and beside class folders, or class folders that `classes` does not name.
     """
@@ -57,16 +59,19 @@ class FolderSource(StoredSource):
         keep: Keep | None = None,
         classes: Classes | str | None = None,
         shown: str | None = None,
+        texts: Sequence[str] = (),
     ) -> None:
-        keep = keep or Keep()
+        keep, self._pools = keep or Keep(), tuple(texts)
         shown = shown or f"folder:{name}"
         self._images = open_images(name, f"{shown.partition(':')[0]}:")
         files = sorted(list_files(self._images.path) if isinstance(self._images, Folder) else self._images.members)
         images = [file for file in files if is_image_name(file)]
-        self._files = images
-        self._texts = {file for file in files if file.endswith((".txt", ".json"))} & {
-            stem + suffix for stem in map(_stem, images) for suffix in (".txt", ".json")
-        }
+        self._files = Texts(images)
+        beside = {file for file in files if file.endswith((".txt", ".json"))}
+        del files
+        stems = [*map(_stem, images)]
+        self._has = {kind: torch.tensor([f"{stem}.{kind}" in beside for stem in stems]) for kind in ("txt", "json")}
+        del beside, stems
         labels = _class_folders(shown, images)
         table = _find_classes(self._images, classes) if labels is not None else None
         names: tuple[str, ...] | None = None
@@ -88,7 +93,7 @@ class FolderSource(StoredSource):
             skipped = self._images.skipped
             warnings.append(f"{self._images.path.name}: {len(skipped)} unsafe members left out, first {skipped[0]!r}")
         captioned = np.array([self._says_something(i, keep) for i in range(len(images))], dtype=np.bool_)
-        super().__init__(shown, images, keep=keep, captioned=captioned, class_names=names, warnings=warnings)
+        super().__init__(shown, self._files, keep=keep, captioned=captioned, class_names=names, warnings=warnings)
 
     def _says_something(self, entry: int, keep: Keep) -> bool:
         if not keep.require_captions or not self._text_files(entry):
@@ -100,11 +105,11 @@ class FolderSource(StoredSource):
 
     def _text_files(self, entry: int) -> dict[str, str]:
         stem = _stem(self._files[entry])
-        return {kind: f"{stem}.{kind}" for kind in ("txt", "json") if f"{stem}.{kind}" in self._texts}
+        return {kind: f"{stem}.{kind}" for kind, has in self._has.items() if has.numpy()[entry]}
 
     def _record(self, entry: int) -> Record:
         texts = {kind: self._images.read(file) for kind, file in self._text_files(entry).items()}
-        record = read_record(texts)[0]
+        record = read_record(texts, pools=self._pools)[0]
         label = record.label if self._labels is None else int(self._labels[entry])
         return Record(record.captions, label, record.questions, record.boxes, record.texts)
 
@@ -113,7 +118,12 @@ class FolderSource(StoredSource):
 
     def _contents(self) -> Iterable[str]:
         """Of every file its size; in a zip its checksum too."""
-        for file in (*self._files, *sorted(self._texts)):
+        texts = {
+            f"{_stem(self._files[i])}.{kind}"
+            for kind, has in self._has.items()
+            for i in has.nonzero().flatten().tolist()
+        }
+        for file in (*self._files, *sorted(texts)):
             if isinstance(self._images, ZipReader):
                 yield f"{file}\0{self._images.members[file]}\0{self._images.checksums[file]}"
             else:

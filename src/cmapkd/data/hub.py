@@ -8,16 +8,17 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, nearest
 from cmapkd.data.reading import Folder, check_size
-from cmapkd.data.records import TEXT_POOLS, Record, Unusable, parse_captions, parse_id, parse_record
+from cmapkd.data.records import TEXT_KEYS, Record, Unusable, parse_captions, parse_id, parse_record
 from cmapkd.data.splits import pick_split
 from cmapkd.data.stored import Keep, StoredSource, Texts
 from cmapkd.data.tables import Columns
 
-FURTHER_COLUMNS = ("question", "answer", "answers", "qa", *(key for keys in TEXT_POOLS.values() for key in keys))
+FURTHER_COLUMNS = ("question", "answer", "answers", "qa", *(key for keys in TEXT_KEYS.values() for key in keys))
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -56,13 +57,18 @@ class HubSource(StoredSource):
         self._captions = _first(columns.caption, table.features)
         id_column, label = _first(columns.id, table.features), _first(columns.label, table.features)
         columns.check(name, table.features)
-        self._label = label
+        self._label, self._pools = label, tuple(columns.texts)
         feature = table.features[label] if label else None
         names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         images = table.select_columns([self._column])
         self._is_path = getattr(table.features[self._column], "dtype", None) == "string"
         self._pictures = images if self._is_path else images.cast_column(self._column, datasets.Image(decode=False))
-        texts = [self._captions, id_column, label, *(q for q in FURTHER_COLUMNS if q in table.features)]
+        texts = [
+            self._captions,
+            id_column,
+            label,
+            *(q for q in (*FURTHER_COLUMNS, *self._pools) if q in table.features),
+        ]
         chosen = list(dict.fromkeys(text for text in texts if text is not None and text != self._column))
         self._texts = table.select_columns(chosen) if chosen else None
         ids, bad = self._find_ids(id_column, len(table))
@@ -100,12 +106,32 @@ class HubSource(StoredSource):
             return captioned
         if self._captions is None or self._texts is None:
             return ~captioned
-        for row in range(length):
+        for row in np.flatnonzero(~self._surely_captioned(length)).tolist():
             try:
                 captioned[row] = bool(self._record(row).captions)
             except Unusable:
                 continue  # bad, which its reading will say
         return captioned
+
+    def _surely_captioned(self, length: int) -> NDArray[np.bool_]:
+        """Where a row's captions, one text or a list of them, have a letter or another visible character."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        surely = np.zeros(length, dtype=np.bool_)
+        start = 0
+        for chunk in self._texts.data.column(self._captions).chunks if self._texts is not None else ():
+            kind = chunk.type
+            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            values = pc.list_flatten(chunk) if lists else chunk
+            if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+                return np.zeros(length, dtype=np.bool_)
+            visible = pc.fill_null(pc.match_substring_regex(values, r"[^\s\p{Z}\p{C}]"), False)
+            visible = visible.to_numpy(zero_copy_only=False)
+            rows = pc.list_parent_indices(chunk).to_numpy(zero_copy_only=False) if lists else np.arange(len(chunk))
+            surely[start + rows[visible]] = True
+            start += len(chunk)
+        return surely if start == length else np.zeros(length, dtype=np.bool_)
 
     def _record(self, entry: int) -> Record:
         if self._texts is None:
@@ -117,8 +143,8 @@ class HubSource(StoredSource):
         captions = None if self._captions is None else parse_captions(values[self._captions])
         label = values.get(self._label) if self._label else None
         unlabelled = {} if label is None or label == -1 else {"label": label}  # -1: a hub test split without labels
-        asked = {name: values[name] for name in FURTHER_COLUMNS if name in values}
-        record = parse_record({**asked, **unlabelled}, caption_keys=())
+        asked = {name: values[name] for name in (*FURTHER_COLUMNS, *self._pools) if name in values}
+        record = parse_record({**asked, **unlabelled}, caption_keys=(), texts=self._pools)
         return Record(captions, record.label, record.questions, texts=record.texts)
 
     def _image(self, entry: int) -> bytes:

@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cmapkd.config import ConfigError
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import Sample
+from cmapkd.data.views import View
 
 NO_LABEL = -1
 
@@ -20,15 +22,22 @@ class LabelReader:
     """One number for each sample, -1 where it has no label, or where its label is hidden.
 
     Attributes:
-        share: of the samples whose label is shown; which ones is decided by their ids alone, so it is the same in every
-            epoch, run and process, and a larger share shows all that a smaller one does.
+        share: fraction of the samples whose label is shown. Their ids alone decide which ones, so they are the same in
+            every epoch, run and process, and a larger share shows all that a smaller one does.
+        num_classes: how many classes the labels are numbers of; None: not checked.
     """
 
     share: float = 1.0
+    num_classes: int | None = None
 
-    def read(self, sample: Sample, epoch: int) -> int:  # noqa: ARG002  the same in every epoch
+    def read(self, sample: Sample, view: View, epoch: int) -> int:  # noqa: ARG002  the same in every view and epoch
         if sample.label is None or (self.share < 1 and uniforms(1, "label", sample.id)[0] >= self.share):
             return NO_LABEL
+        if self.num_classes is not None and sample.label >= self.num_classes:
+            raise ConfigError(
+                f"sample {sample.id!r} has label {sample.label}, but there are only {self.num_classes} classes: give "
+                "the class names that the labels were numbered by"
+            )
         return sample.label
 
     def join(self, items: Sequence[int]) -> Int[Tensor, " batch"]:

@@ -27,11 +27,12 @@ def check_mask(image_size: int, *, patch: int, ratio: float) -> None:
 
 
 def hidden_squares(
-    ids: Sequence[str], *, view: int, image_size: int, patch: int, ratio: float
+    ids: Sequence[str], *, view: int | Sequence[int], image_size: int, patch: int, ratio: float
 ) -> Bool[Tensor, "batch side side"]:
     """Which squares of each sample's picture are hidden: the same number in all, drawn for each sample and view.
 
     Args:
+        view: view number, one for all or one for each sample.
         patch: side of a square in pixels; where it does not divide the picture's, the last row and column are cut.
         ratio: share of the squares that is hidden, in (0, 1); the number seen is rounded down, as MAE rounds it.
     Raises:
@@ -39,7 +40,10 @@ def hidden_squares(
     """
     check_mask(image_size, patch=patch, ratio=ratio)
     side = _per_side(image_size, patch)
-    draws = torch.stack([torch.from_numpy(uniforms(side**2, "mask", view, sample)) for sample in ids])
+    views = [view] * len(ids) if isinstance(view, int) else view
+    draws = torch.stack(
+        [torch.from_numpy(uniforms(side**2, "mask", number, sample)) for number, sample in zip(views, ids, strict=True)]
+    )
     order = draws.argsort(dim=-1)
     hidden = torch.zeros(draws.shape, dtype=torch.bool)
     hidden.scatter_(1, order[:, : _num_hidden(side**2, ratio)], True)
@@ -51,7 +55,7 @@ def hide(
     images: Float[Tensor, "batch 3 height width"], squares: Bool[Tensor, "batch rows columns"], *, patch: int
 ) -> Float[Tensor, "batch 3 height width"]:
     """The pictures with zeros, a model's mean colour after its normalisation, in the hidden squares."""
-    pixels = squares.to(images.device).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    pixels = squares.to(images.device, non_blocking=True).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     return images.masked_fill(pixels[:, None, : images.shape[-2], : images.shape[-1]], 0.0)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmapkd.config import ConfigError, closest
+from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.data.classes import read_classes
+from cmapkd.data.config import StreamConfig
 from cmapkd.data.places import existing_file, existing_folder
 from cmapkd.data.stored import Keep, StoredSource
+from cmapkd.data.streams import MAIN_STREAM, JoinedSource
+from cmapkd.data.texts import CAPTIONS
 from cmapkd.data.types import Source
 
 if TYPE_CHECKING:
@@ -55,6 +58,31 @@ class Spec:
         except ValueError:
             raise ConfigError(f"data {self.text!r}: {name} must be a number, got {text!r}") from None
 
+    def take_texts(self) -> tuple[str, ...]:
+        """The keys or columns of further texts that the user names."""
+        text = self.options.pop(TEXTS, None)
+        names = () if text is None else tuple(name.strip() for name in text.split(","))
+        for name in names:
+            if not name or name == CAPTIONS:
+                raise ConfigError(
+                    f"data {self.text!r}: {TEXTS} names keys of further texts with commas between, such as "
+                    f"{TEXTS}=negatives,paraphrases, but not {name!r}"
+                    + (", which is the pool of a sample's own captions" if name else "")
+                )
+        return names
+
+    def refuse_leftovers(self, known: tuple[str, ...]) -> None:
+        """Called by every opener once it has taken its options and before it reads anything.
+
+        Raises:
+            ConfigError: an option is left that the kind does not have.
+        """
+        for name in self.options:
+            offered = ", ".join(known) or "none"
+            raise ConfigError(
+                f"data {self.text!r}: unknown option {name!r}{closest(name, known)}. Known for {self.kind}: {offered}."
+            )
+
     def need_rest(self, example: str) -> str:
         if not self.rest:
             raise ConfigError(f"data {self.text!r} does not say what to read: write {example}")
@@ -83,10 +111,41 @@ def open_source(
             f"data {spec!r}: there is no kind of data {parsed.kind!r}{closest(parsed.kind, KINDS)}. Known: "
             f"{', '.join(KINDS)}."
         )
-    source = KINDS[parsed.kind](parsed)
+    source = _made(parsed)
     for message in source.warnings if isinstance(source, StoredSource) else ():
         warnings.warn(message, SourceWarning, stacklevel=2)
     return source
+
+
+def _made(spec: Spec) -> Source:
+    """What the kind's function makes of the spec.
+
+    Raises:
+        ConfigError: a package's kind is no function, or makes no source.
+    """
+    make: Any = KINDS[spec.kind]
+    source: Source = make(spec) if callable(make) else make
+    if not all(hasattr(type(source), name) for name in ("__len__", "__getitem__", "captions", "fingerprint")):
+        raise ConfigError(
+            f"data kind {spec.kind!r} of {KINDS.origin(spec.kind)} gives {type(source).__name__}, which is no "
+            "cmapkd.data.types.Source: repair or uninstall that package"
+        )
+    return source
+
+
+def open_streams(train: str, more: Mapping[str, StreamConfig], *, require_captions: bool = False) -> Source:
+    """What a run learns from: the training split of `train`, joined with the further sources where there are any.
+
+    Raises:
+        ConfigError: a source cannot be opened, or they do not go together; see `JoinedSource`.
+    """
+    main = open_source(train, split="train", require_captions=require_captions)
+    if not more:
+        return main
+    sources = {MAIN_STREAM: main}
+    for name, stream in more.items():
+        sources[name] = open_source(stream.source, split="train", require_captions=require_captions)
+    return JoinedSource(sources, {name: stream.share for name, stream in more.items()})
 
 
 def _parse(text: str, split: str | None, require_captions: bool, limit: int | None) -> Spec:
@@ -101,7 +160,7 @@ def _parse(text: str, split: str | None, require_captions: bool, limit: int | No
             options[key] = value
     kind, _, rest = name.partition(":")
     own_split = None
-    if kind.partition("@")[0] in SPLIT_KINDS and (at := _SPLIT.search(name)):
+    if _may_have_splits(kind.partition("@")[0]) and (at := _SPLIT.search(name)):
         kind, _, rest = name[: at.start()].partition(":")
         own_split = at[1]
         if not own_split:
@@ -113,13 +172,8 @@ def _parse(text: str, split: str | None, require_captions: bool, limit: int | No
     return spec
 
 
-def _refuse_leftovers(spec: Spec, known: tuple[str, ...]) -> None:
-    """Called by every opener once it has taken its options and before it reads anything."""
-    for name in spec.options:
-        offered = ", ".join(known) or "none"
-        raise ConfigError(
-            f"data {spec.text!r}: unknown option {name!r}{closest(name, known)}. Known for {spec.kind}: {offered}."
-        )
+def _may_have_splits(kind: str) -> bool:
+    return kind in SPLIT_KINDS or (kind in KINDS and kind not in KINDS.own)
 
 
 def _open_scenes(spec: Spec) -> Source:
@@ -136,7 +190,7 @@ def _open_scenes(spec: Spec) -> Source:
         options["language"] = language
     if (wrong := spec.take_float("wrong")) is not None:
         options["wrong"] = wrong
-    _refuse_leftovers(spec, ("size", "length", "limit", "language", "wrong"))
+    spec.refuse_leftovers(("size", "length", "limit", "language", "wrong"))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:
@@ -147,24 +201,28 @@ def _open_shards(spec: Spec) -> Source:
     from cmapkd.data.shards import ShardSource
 
     pattern = spec.need_rest("webdataset:folder/train-*.tar or webdataset:folder/train-{000000..000012}.tar")
-    classes = spec.take("classes")
-    _refuse_leftovers(spec, ("classes", "limit"))
-    return ShardSource(pattern, keep=spec.keep, classes=read_classes(classes).names if classes else None)
+    classes, texts = spec.take("classes"), spec.take_texts()
+    spec.refuse_leftovers(("classes", "limit", TEXTS))
+    names = read_classes(classes).names if classes else None
+    return ShardSource(pattern, keep=spec.keep, classes=names, texts=texts)
 
 
 def _open_folder(spec: Spec) -> Source:
     from cmapkd.data.folders import METADATA_FILE, FolderSource, open_images
-    from cmapkd.data.tables import open_jsonl
+    from cmapkd.data.tables import Columns, open_jsonl
 
     name = spec.need_rest("folder:train or folder:train.zip")
-    classes = spec.take("classes")
-    _refuse_leftovers(spec, ("classes", "limit"))
+    classes, texts = spec.take("classes"), spec.take_texts()
+    spec.refuse_leftovers(("classes", "limit", TEXTS))
     images = open_images(name, "folder:")
     metadata = images.path / METADATA_FILE
     if images.path.is_dir() and metadata.is_file():
         named = read_classes(classes) if classes not in (None, "none") else None
-        return open_jsonl(metadata, keep=spec.keep, images=images, classes=named, name=f"folder:{name}")
-    return FolderSource(name, keep=spec.keep, classes=classes)
+        columns = Columns(texts=texts)
+        return open_jsonl(
+            metadata, keep=spec.keep, columns=columns, images=images, classes=named, name=f"folder:{name}"
+        )
+    return FolderSource(name, keep=spec.keep, classes=classes, texts=texts)
 
 
 def _open_csv(spec: Spec) -> Source:
@@ -174,7 +232,9 @@ def _open_csv(spec: Spec) -> Source:
     path = existing_file(spec.need_rest("csv:train.csv"), "csv")
     image, caption = spec.take("csv_img_key"), spec.take("csv_caption_key")
     separator, quotes, images, classes = (spec.take(name) for name in ("separator", "quotes", "images", "classes"))
-    _refuse_leftovers(spec, ("csv_img_key", "csv_caption_key", "separator", "quotes", "images", "classes", "limit"))
+    texts = spec.take_texts()
+    known = ("csv_img_key", "csv_caption_key", "separator", "quotes", "images", "classes", "limit", TEXTS)
+    spec.refuse_leftovers(known)
     separator = SEPARATORS.get(separator, separator) if separator else None
     if separator is not None and len(separator) != 1:
         raise ConfigError(f"data {spec.text!r}: separator must be one character, or one of {', '.join(SEPARATORS)}")
@@ -187,7 +247,8 @@ def _open_csv(spec: Spec) -> Source:
         columns=Columns(
             (image,) if image else ("filepath", *IMAGE_KEYS),
             (caption,) if caption else ("title", *CAPTION_KEYS),
-            required=tuple(name for name in (image, caption) if name),
+            required=tuple(name for name in (image, caption, *texts) if name),
+            texts=texts,
         ),
         quotes=quotes != "no",
         images=existing_folder(images, "images") if images else None,
@@ -201,7 +262,7 @@ def _open_jsonl(spec: Spec) -> Source:
 
     path = existing_file(spec.need_rest("jsonl:train.jsonl"), "jsonl")
     columns, images, classes = _columns(spec), spec.take("images"), spec.take("classes")
-    _refuse_leftovers(spec, (*COLUMN_OPTIONS, "images", "classes", "limit"))
+    spec.refuse_leftovers((*COLUMN_OPTIONS, "images", "classes", "limit", TEXTS))
     folder = Folder(existing_folder(images, "images"), strict=False) if images else None
     named = read_classes(classes) if classes else None
     return open_jsonl(path, keep=spec.keep, columns=columns, images=folder, classes=named)
@@ -211,7 +272,7 @@ def _open_coco(spec: Spec) -> Source:
     from cmapkd.data.coco import open_coco
 
     rest = spec.need_rest("coco:captions.json,images or coco:dataset_coco.json,images@test")
-    _refuse_leftovers(spec, ("limit",))
+    spec.refuse_leftovers(("limit",))
     split = spec.split or spec.default_split
     return open_coco(rest, split=split, keep=spec.keep, split_is_own=spec.split is not None)
 
@@ -220,7 +281,7 @@ def _open_vqa(spec: Spec) -> Source:
     from cmapkd.data.vqa import EXAMPLE, open_vqa
 
     rest = spec.need_rest(EXAMPLE)
-    _refuse_leftovers(spec, ("limit",))
+    spec.refuse_leftovers(("limit",))
     return open_vqa(rest, keep=spec.keep)
 
 
@@ -228,7 +289,7 @@ def _open_flickr(spec: Spec) -> Source:
     from cmapkd.data.flickr import open_flickr
 
     rest, split_file = spec.need_rest("flickr30k:dataset_flickr30k.json,images@test"), spec.take("split_file")
-    _refuse_leftovers(spec, ("split_file", "limit"))
+    spec.refuse_leftovers(("split_file", "limit"))
     split = spec.split or spec.default_split
     return open_flickr(rest, split=split, split_is_own=spec.split is not None, split_file=split_file, keep=spec.keep)
 
@@ -237,7 +298,7 @@ def _open_visual_genome(spec: Spec) -> Source:
     from cmapkd.data.visual_genome import EXAMPLE, open_visual_genome
 
     rest = spec.need_rest(EXAMPLE)
-    _refuse_leftovers(spec, ("limit",))
+    spec.refuse_leftovers(("limit",))
     return open_visual_genome(rest, keep=spec.keep)
 
 
@@ -245,7 +306,7 @@ def _open_imagenet(spec: Spec) -> Source:
     from cmapkd.data.imagenet import open_imagenet
 
     rest, classes = spec.need_rest("imagenet:FOLDER@val or imagenet:FOLDER/val"), spec.take("classes") or "all"
-    _refuse_leftovers(spec, ("classes", "limit"))
+    spec.refuse_leftovers(("classes", "limit"))
     if classes not in ("all", "present"):
         raise ConfigError(f"data {spec.text!r}: classes must be all (1,000 of them) or present, got {classes!r}")
     which: Literal["all", "present"] = "present" if classes == "present" else "all"
@@ -257,7 +318,7 @@ def _open_parquet(spec: Spec) -> Source:
     from cmapkd.data.hub import open_parquet
 
     pattern, columns = spec.need_rest("parquet:train-*.parquet"), _columns(spec)
-    _refuse_leftovers(spec, (*COLUMN_OPTIONS, "limit"))
+    spec.refuse_leftovers((*COLUMN_OPTIONS, "limit", TEXTS))
     return open_parquet(pattern, columns=columns, keep=spec.keep)
 
 
@@ -266,7 +327,7 @@ def _open_hub(spec: Spec) -> Source:
 
     name, columns = spec.need_rest("hf:user/name, hf:user/name:train or hf:FOLDER@train"), _columns(spec)
     config, revision = spec.take("config"), spec.take("revision")
-    _refuse_leftovers(spec, (*COLUMN_OPTIONS, "config", "revision", "limit"))
+    spec.refuse_leftovers((*COLUMN_OPTIONS, "config", "revision", "limit", TEXTS))
     split = spec.split
     if split is None and ":" in name:
         name, _, split = name.rpartition(":")
@@ -279,24 +340,33 @@ def _columns(spec: Spec) -> Columns:
     from cmapkd.data.tables import Columns
 
     named = {role: (name,) for role in COLUMN_OPTIONS if (name := spec.take(role))}
-    return Columns(**named, required=tuple(name for names in named.values() for name in names))
+    texts = spec.take_texts()
+    required = (*(name for names in named.values() for name in names), *texts)
+    return Columns(**named, required=required, texts=texts)
 
 
-KINDS: dict[str, Callable[[Spec], Source]] = {
-    "scenes": _open_scenes,
-    "webdataset": _open_shards,
-    "folder": _open_folder,
-    "csv": _open_csv,
-    "jsonl": _open_jsonl,
-    "parquet": _open_parquet,
-    "coco": _open_coco,
-    "flickr30k": _open_flickr,
-    "vqa": _open_vqa,
-    "visual_genome": _open_visual_genome,
-    "imagenet": _open_imagenet,
-    "hf": _open_hub,
-}
+Opener = Callable[[Spec], Source]
+"""Takes the options it knows off the spec (`Spec.take`), refuses others (`Spec.refuse_leftovers`), opens the source."""
 
-SPLIT_KINDS = ("scenes", "coco", "flickr30k", "imagenet", "hf")
+KINDS: Registry[Opener] = Registry(
+    "cmapkd.sources",
+    {
+        "scenes": _open_scenes,
+        "webdataset": _open_shards,
+        "folder": _open_folder,
+        "csv": _open_csv,
+        "jsonl": _open_jsonl,
+        "parquet": _open_parquet,
+        "coco": _open_coco,
+        "flickr30k": _open_flickr,
+        "vqa": _open_vqa,
+        "visual_genome": _open_visual_genome,
+        "imagenet": _open_imagenet,
+        "hf": _open_hub,
+    },
+)
+
+SPLIT_KINDS = ("scenes", "coco", "flickr30k", "imagenet", "hf")  # those of other packages may have splits too
+TEXTS = "texts"  # the option that names keys or columns of further texts
 COLUMN_OPTIONS = ("image", "caption", "id", "label")
 SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "\\t": "\t"}

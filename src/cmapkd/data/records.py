@@ -14,7 +14,7 @@ CAPTION_KEYS = ("captions", "caption", "texts", "text", "title", "sentences", "s
 IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png")
 ID_KEYS = ("id", "key", "image_id", "sample_id")
 LABEL_KEYS = ("label", "labels", "cls", "class")
-TEXT_POOLS = {"synthetic": ("synthetic", "syn_text")}  # further texts, by pool: the keys that hold them
+TEXT_KEYS = {"synthetic": ("synthetic", "syn_text")}  # further texts that are always read, by pool: keys that hold them
 QUESTION_KINDS = ("yes/no", "number", "other")
 
 MAX_TEXT_BYTES = 16 * 2**20
@@ -88,28 +88,30 @@ def parse_record(
     caption_keys: Sequence[str] = CAPTION_KEYS,
     label_keys: Sequence[str] = LABEL_KEYS,
     labels: Mapping[str, int] | None = None,
+    texts: Sequence[str] = (),
 ) -> Record:
     """Reads captions (the first of `caption_keys` that is there), label, questions, boxes and further texts.
 
     Args:
         labels: numbers of class names, for labels given as text.
+        texts: keys of further pools of text beside `TEXT_KEYS`, which are the pools' names.
     Raises:
         Unusable: a key is there with a value that cannot be what it says.
     """
     captions = next((parse_captions(values[key]) for key in caption_keys if values.get(key) is not None), None)
     label = next((parse_label(values[key], labels) for key in label_keys if values.get(key) is not None), None)
-    return Record(captions, label, tuple(_questions(values)), tuple(_boxes(values)), parse_texts(values))
+    return Record(captions, label, tuple(_questions(values)), tuple(_boxes(values)), parse_texts(values, texts))
 
 
-def parse_texts(values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Texts of the pools that a record has, each from the first of its keys that is there.
+def parse_texts(values: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Texts of the pools that a record has, each from the first of its keys that is there; `more` are pools by key.
 
     Raises:
         Unusable: a key holds something else than text.
     """
     found = {
         pool: next((parse_captions(values[key]) for key in keys if values.get(key) is not None), ())
-        for pool, keys in TEXT_POOLS.items()
+        for pool, keys in (TEXT_KEYS | {pool: (pool,) for pool in more}).items()
     }
     return {pool: texts for pool, texts in found.items() if texts}
 

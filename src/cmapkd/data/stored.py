@@ -5,31 +5,50 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.images import decode_image
 from cmapkd.data.records import Record, Unusable
 from cmapkd.data.types import BadSampleError, Sample
 
+_AT_ONCE = 65_536  # texts whose places are looked up together
+
 
 class Texts(Sequence[str]):
-    """Many short texts in one block of bytes: a tenth of a list's objects, and not copied when a process forks."""
+    """Many short texts in one block of bytes: a tenth of a list's objects, and not copied when a process forks.
+
+    Block and ends are tensors, which a worker process that does not fork gets as shared memory, not as a copy.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         block = bytearray()
-        ends = [0]
+        ends = array("q", [0])
         for text in texts:
             block += text.encode("utf-8", "surrogatepass")
             ends.append(len(block))
-        self._block = bytes(block)
-        self._ends = np.array(ends, dtype=np.int64)
+        self._block = torch.frombuffer(block or bytearray(1), dtype=torch.uint8)
+        self._ends = torch.frombuffer(ends, dtype=torch.int64)
+        self._views: tuple[memoryview, memoryview] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._views = None  # sending the tensors to another process moves them to shared memory
+        return self.__dict__
+
+    def _look(self) -> tuple[memoryview, memoryview]:
+        """Block and ends, for quick access."""
+        if self._views is None:
+            self._views = self._block.numpy().data, self._ends.numpy().data
+        return self._views
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -43,7 +62,15 @@ class Texts(Sequence[str]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._block[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
+        block, ends = self._look()
+        return bytes(block[ends[index] : ends[index + 1]]).decode("utf-8", "surrogatepass")
+
+    def encoded(self, places: Tensor) -> Iterator[bytes]:
+        """The texts at `places`, Int[number], as UTF-8, for passes over many of them."""
+        block, _ = self._look()
+        for part in places.split(_AT_ONCE):
+            for start, end in zip(self._ends[part].tolist(), self._ends[part + 1].tolist(), strict=True):
+                yield bytes(block[start:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +126,7 @@ class StoredSource(ABC):
             kept = captioned.copy()
             kept[list(known_bad)] = True  # it may have had a caption: count it as bad, not as silent
         self.num_without_caption = int(len(kept) - kept.sum())
-        self._entries: NDArray[np.int64] = np.flatnonzero(kept)[: keep.limit]
+        self._entries = torch.from_numpy(np.flatnonzero(kept)[: keep.limit].astype(np.int64))
         if not len(self._entries):
             raise ConfigError(self._why_empty())
         self._bad = {**known_bad, **self._duplicates()}
@@ -116,9 +143,7 @@ class StoredSource(ABC):
 
     def _duplicates(self) -> dict[int, str]:
         """Later entries of an id that came before, found by hash first: 12 million ids need no set of strings."""
-        hashes = np.fromiter(
-            (hash(self._ids[entry]) for entry in self._entries), dtype=np.int64, count=len(self._entries)
-        )
+        hashes = np.fromiter(map(hash, self._ids.encoded(self._entries)), dtype=np.int64, count=len(self._entries))
         _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         first: dict[str, int] = {}
         duplicates = {}
@@ -191,8 +216,7 @@ class StoredSource(ABC):
         digest = hashlib.blake2b(digest_size=16)
         for part in (type(self).__name__, *(self._class_names or ()), *self._contents()):
             digest.update(b"%d:" % len(part.encode()) + part.encode())
-        for entry in self._entries:
-            text = self._ids[int(entry)].encode("utf-8", "surrogatepass")
+        for text in self._ids.encoded(self._entries):
             digest.update(b"%d:" % len(text) + text)
         return digest.hexdigest()
 

@@ -37,13 +37,17 @@ FIRST_IMAGES = 8  # looked for when a table is opened
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column is what; of several names the first that a row has. `required` ones must be there."""
+    """Which column is what; of several names the first that a row has. `required` ones must be there.
+
+    `texts` are columns of further pools of text, called as the columns are.
+    """
 
     image: Sequence[str] = IMAGE_KEYS
     caption: Sequence[str] = CAPTION_KEYS
     id: Sequence[str] = ID_KEYS
     label: Sequence[str] = LABEL_KEYS
     required: Sequence[str] = ()
+    texts: Sequence[str] = ()
 
     def check(self, name: str, found: Iterable[str]) -> None:
         """Refuses a table without a required column.
@@ -171,7 +175,7 @@ def _group(
             continue
         group = groups.setdefault((identity, image), _Group(identity or image, image))
         try:
-            record = parse_record(values, caption_keys=columns.caption, label_keys=())
+            record = parse_record(values, caption_keys=columns.caption, label_keys=(), texts=columns.texts)
         except Unusable as error:
             group.bad = group.bad or f"{error} (row {number})"
             continue
@@ -267,7 +271,7 @@ def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
             "?csv_img_key=...&csv_caption_key=..., and the separator with separator=tab or comma."
         )
     id_columns = tuple(name for name in present["id"] if name not in present["image"])
-    return Columns(present["image"], present["caption"], id_columns, present["label"])
+    return Columns(present["image"], present["caption"], id_columns, present["label"], texts=columns.texts)
 
 
 def _csv_rows(

@@ -9,6 +9,7 @@ import re
 import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,10 +79,13 @@ def cache_file(path: Path, stamp: tuple[int, int]) -> Path:
     return folder / "cmapkd" / "index" / f"{name.hexdigest()}.json"
 
 
-def read_record(texts: dict[str, bytes], labels: dict[str, int] | None = None) -> tuple[Record, str | None]:
+def read_record(
+    texts: dict[str, bytes], labels: dict[str, int] | None = None, pools: Sequence[str] = ()
+) -> tuple[Record, str | None]:
     """What the text members of a sample say, and the id that they give it.
 
-    Captions of the json go before those of a text file (image downloaders write the same caption into both).
+    Captions of the json go before those of a text file (image downloaders write the same caption into both). `pools`
+    are keys of the json that hold further texts.
 
     Raises:
         Unusable: one of them is damaged.
@@ -90,7 +94,9 @@ def read_record(texts: dict[str, bytes], labels: dict[str, int] | None = None) -
     if "json" in texts:
         values = parse_json(texts["json"])
         identity = parse_id(values, ("id",))
-        record = parse_record(values, caption_keys=CAPTION_KEYS, label_keys=("label", "cls"), labels=labels)
+        record = parse_record(
+            values, caption_keys=CAPTION_KEYS, label_keys=("label", "cls"), labels=labels, texts=pools
+        )
     captions, label = record.captions, record.label
     if captions is None:
         text = next((name for name in TEXT_EXTENSIONS if name in texts), None)
@@ -98,7 +104,9 @@ def read_record(texts: dict[str, bytes], labels: dict[str, int] | None = None) -
     if label is None and "cls" in texts:
         values = {"label": decode_text(texts["cls"], "label").strip()}
         label = parse_record(values, caption_keys=(), labels=labels).label
-    further = record.texts if SYNTHETIC not in texts else {**record.texts, **parse_texts(parse_json(texts[SYNTHETIC]))}
+    further = record.texts
+    if SYNTHETIC in texts:
+        further = {**further, **parse_texts(parse_json(texts[SYNTHETIC]), pools)}
     return Record(captions, label, record.questions, record.boxes, further), identity
 
 

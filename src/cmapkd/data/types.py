@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from cmapkd.data.extras import move_extra, part_of_extra, pin_extra
+
+T = TypeVar("T")
+
+MAIN_VIEW = "main"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Sample:
 
     `id` is stable: the same sample has the same id in every process, run and order of reading; views and caches are
     keyed by it. `image` is RGB, upright (EXIF applied) and of any size. `texts` are further texts by pool: `synthetic`
-    are captions that a model wrote.
+    are captions that a model wrote, other pools what the user named.
     """
 
     id: str
@@ -57,6 +63,10 @@ class Sample:
     questions: tuple[QuestionAnswer, ...] = ()
     boxes: tuple[Box, ...] = ()
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def renamed(self, sample_id: str) -> Sample:
+        """The same sample under another id."""
+        return replace(self, id=sample_id)
 
 
 class BadSampleError(ValueError):
@@ -114,12 +124,18 @@ class TokenBatch:
 
     A span is the first character of a token and the one after its last, in the text as it was given, before any
     cleaning. It is 0 0 for special tokens, padding, and tokens whose characters cleaning has changed beyond matching.
-    `spans` is None where the tokenizer cannot tell.
+
+    Attributes:
+        ids: Int[batch*per_sample length]: all texts of the first sample, then all of the second.
+        mask: Bool[batch*per_sample length], True where a real token stands (special tokens included).
+        spans: Int[batch*per_sample length 2]; None where the tokenizer cannot tell.
+        per_sample: texts of each sample.
     """
 
-    ids: Tensor  # Int[batch length]
-    mask: Tensor  # Bool[batch length], True where a real token stands (special tokens included)
-    spans: Tensor | None = None  # Int[batch length 2]
+    ids: Tensor
+    mask: Tensor
+    spans: Tensor | None = None
+    per_sample: int = 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -128,37 +144,81 @@ class TokenBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def part(self, start: int, stop: int) -> TokenBatch:
-        return self._map(lambda tensor: tensor[start:stop])
+        """The texts of the samples from `start` to before `stop`."""
+        rows = slice(start * self.per_sample, stop * self.per_sample)
+        return self._map(lambda tensor: tensor[rows])
 
     def rows(self, places: Tensor) -> TokenBatch:
-        """The texts at `places`, in that order."""
+        """The texts of the samples at `places`, in that order."""
+        if self.per_sample > 1:
+            places = (places[:, None] * self.per_sample + torch.arange(self.per_sample, device=places.device)).flatten()
         return self._map(lambda tensor: tensor[places])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
-        return TokenBatch(change(self.ids), change(self.mask), None if self.spans is None else change(self.spans))
+        spans = None if self.spans is None else change(self.spans)
+        return TokenBatch(change(self.ids), change(self.mask), spans, self.per_sample)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:
-    """One model's own form of the batch: pixels after its resize and normalisation, ids of its tokenizer."""
+    """One model's own form of the batch: pixels after its resize and normalisation, ids of its tokenizer.
 
-    images: Tensor  # Float[batch 3 height width]
+    Attributes:
+        images: Float[batch 3 height width], the main view.
+        texts: the caption of each sample.
+        more_texts: by pool, one or more further texts of each sample.
+        more_images: by name of the view, Float[batch*count 3 height width]: all `count` views of the first sample, then
+            all of the second.
+    """
+
+    images: Tensor
     texts: TokenBatch
-    more_texts: dict[str, TokenBatch] = field(default_factory=dict)  # by pool: one further text of each sample
+    more_texts: dict[str, TokenBatch] = field(default_factory=dict)
+    more_images: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, view: str) -> Tensor:
+        """The pixels of a view; `main` is `images`.
+
+        Raises:
+            KeyError: the batch does not bring this view.
+        """
+        if view == MAIN_VIEW:
+            return self.images
+        if view not in self.more_images:
+            known = ", ".join((MAIN_VIEW, *self.more_images))
+            raise KeyError(f"the batch brings no view {view!r}, only {known}: a method asks for it in `more_views`")
+        return self.more_images[view]
 
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> ModelInput:
-        pixels = self.images.to(device, non_blocking=non_blocking) if images else self.images
-        return self._map(pixels, lambda texts: texts.to(device, non_blocking))
+        return self.changed(
+            (lambda pixels: pixels.to(device, non_blocking=non_blocking)) if images else _same,
+            lambda texts: texts.to(device, non_blocking),
+        )
 
     def pin_memory(self) -> ModelInput:
-        return self._map(self.images.pin_memory(), TokenBatch.pin_memory)
+        return self.changed(torch.Tensor.pin_memory, TokenBatch.pin_memory)
 
     def part(self, start: int, stop: int, images: tuple[int, int] | None = None) -> ModelInput:
         """The pairs from `start` to before `stop`; `images` says where their pixels stand, if elsewhere."""
-        return self._map(self.images[slice(*(images or (start, stop)))], lambda texts: texts.part(start, stop))
+        size = max(1, len(self.texts.ids) // self.texts.per_sample)
+        counts = {view: len(pixels) // size for view, pixels in self.more_images.items()}
+        return ModelInput(
+            self.images[slice(*(images or (start, stop)))],
+            self.texts.part(start, stop),
+            {pool: texts.part(start, stop) for pool, texts in self.more_texts.items()},
+            {view: self.more_images[view][start * count : stop * count] for view, count in counts.items()},
+        )
 
-    def _map(self, images: Tensor, change: Callable[[TokenBatch], TokenBatch]) -> ModelInput:
-        return ModelInput(images, change(self.texts), {pool: change(texts) for pool, texts in self.more_texts.items()})
+    def changed(
+        self, change: Callable[[Tensor], Tensor], change_texts: Callable[[TokenBatch], TokenBatch]
+    ) -> ModelInput:
+        """With `change` of the pixels of every view, and `change_texts` of the texts of every pool."""
+        return ModelInput(
+            change(self.images),
+            change_texts(self.texts),
+            {pool: change_texts(texts) for pool, texts in self.more_texts.items()},
+            {view: change(pixels) for view, pixels in self.more_images.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,38 +246,98 @@ class StoredRows:
 class Batch:
     """The same views of the same samples, once for each model (`student`, `teacher`, ...), in the same order.
 
-    `captions` are the texts that were tokenised; `view` is the view number of every sample in the batch. `stored` holds
-    what a cache has of a model's answers, by role; such a model's input may lack images, or be left out.
+    Attributes:
+        ids: of the samples.
+        inputs: by role. A role with `stored` answers may lack images, or be left out.
+        captions: the texts that were tokenised.
+        view: the view number of the samples; where streams are mixed, of those of the main stream.
+        bad: (id, reason) of samples skipped while making this batch.
+        extra: what `Extra`s made of the samples, by name. Each value has one row for each sample, or a method
+            `part(start, stop)`; see `extras.part_of_extra`.
+        stored: what a cache has of a model's answers, by role.
+        streams: the stream that each sample is of; empty where there is one.
+        views: the view number of each sample; empty where it is `view` for all.
     """
 
     ids: tuple[str, ...]
     inputs: dict[str, ModelInput]
     captions: tuple[str, ...]
     view: int = 0
-    bad: tuple[tuple[str, str], ...] = field(default=())  # (id, reason) of samples skipped while making this batch
+    bad: tuple[tuple[str, str], ...] = field(default=())
     extra: dict[str, Any] = field(default_factory=dict)
     stored: dict[str, StoredRows] = field(default_factory=dict)
+    streams: tuple[str, ...] = ()
+    views: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def view_of_each(self) -> tuple[int, ...]:
+        """The view number of each sample."""
+        return self.views or (self.view,) * len(self)
+
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> Batch:
-        """The batch on a device; without `images` its pixels stay where they are."""
-        inputs = {role: each.to(device, non_blocking, images=images) for role, each in self.inputs.items()}
-        stored = {role: rows.to(device, non_blocking) for role, rows in self.stored.items()}
-        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra, stored)
+        """The batch on a device; without `images` its pixels stay where they are. What roles share is moved once."""
+        pixels = _once(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if images else _same
+        texts = _once(lambda tokens: tokens.to(device, non_blocking))
+        return replace(
+            self,
+            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
+            extra={name: move_extra(value, device, non_blocking) for name, value in self.extra.items()},
+            stored={role: rows.to(device, non_blocking) for role, rows in self.stored.items()},
+        )
 
     def pin_memory(self) -> Batch:
-        inputs = {role: model_input.pin_memory() for role, model_input in self.inputs.items()}
-        stored = {role: rows.pin_memory() for role, rows in self.stored.items()}
-        return Batch(self.ids, inputs, self.captions, self.view, self.bad, self.extra, stored)
+        pixels, texts = _once(torch.Tensor.pin_memory), _once(TokenBatch.pin_memory)
+        return replace(
+            self,
+            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
+            extra={name: pin_extra(value) for name, value in self.extra.items()},
+            stored={role: rows.pin_memory() for role, rows in self.stored.items()},
+        )
+
+    def only(self, role: str) -> Batch:
+        """The batch with what one role reads, so that nothing else is moved for it."""
+        inputs = {role: self.inputs[role]} if role in self.inputs else {}
+        stored = {role: self.stored[role]} if role in self.stored else {}
+        return replace(self, inputs=inputs, stored=stored, extra={})
 
     def part(self, start: int, stop: int) -> Batch:
-        """The pairs from `start` to before `stop`, as slices of the same tensors."""
+        """The pairs from `start` to before `stop`, as slices of the same tensors. `bad` stays as it is.
+
+        Raises:
+            TypeError, ValueError: a value of `extra` cannot be cut to a part of the samples.
+        """
         inputs = {role: each.part(start, stop) for role, each in self.inputs.items() if role not in self.stored}
         for role, rows in self.stored.items():
             if role in self.inputs:  # it holds images of the missing places only
                 first, last = (int((rows.missing < place).sum()) for place in (start, stop))
                 inputs[role] = self.inputs[role].part(start, stop, images=(first, last))
-        stored = {role: rows.part(start, stop) for role, rows in self.stored.items()}
-        return Batch(self.ids[start:stop], inputs, self.captions[start:stop], self.view, self.bad, self.extra, stored)
+        size = len(self)
+        return replace(
+            self,
+            ids=self.ids[start:stop],
+            inputs=inputs,
+            captions=self.captions[start:stop],
+            extra={name: part_of_extra(value, start, stop, size=size, name=name) for name, value in self.extra.items()},
+            stored={role: rows.part(start, stop) for role, rows in self.stored.items()},
+            streams=self.streams[start:stop],
+            views=self.views[start:stop],
+        )
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _once(change: Callable[[T], T]) -> Callable[[T], T]:
+    """`change`, made once of each object, however often it is asked for."""
+    made: dict[int, T] = {}
+
+    def changed(value: T) -> T:
+        if id(value) not in made:
+            made[id(value)] = change(value)
+        return made[id(value)]
+
+    return changed

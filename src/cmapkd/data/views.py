@@ -7,14 +7,16 @@ augmentation parameters, and resume needs no augmentation state.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from PIL import Image, ImageEnhance
 from pydantic import Field, model_validator
 
-from cmapkd.config import Config
+from cmapkd.config import Config, ConfigError, closest
 from cmapkd.data.random import uniforms
+from cmapkd.data.types import MAIN_VIEW
 
 CropBox = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -101,9 +103,40 @@ def draw_view(sample_id: str, number: int, spec: ViewSpec, size: tuple[int, int]
     The crop follows the usual random-resized crop: a random area and aspect ratio at a random place; if the shape does
     not fit into the picture, its sides are clipped to it.
     """
-    area, ratio, left, top, flip, brightness, contrast, saturation, caption = uniforms(
-        9, "view", sample_id, number, spec.fingerprint()
-    ).tolist()
+    return _view_of(uniforms(9, "view", sample_id, number, spec.fingerprint()).tolist(), spec, size)
+
+
+def draw_more_view(sample_id: str, number: int, name: str, place: int, spec: ViewSpec, size: tuple[int, int]) -> View:
+    """Further view `place` (0, 1, ...) of the kind `name`, shown beside view `number` of a sample; see `draw_view`."""
+    return _view_of(uniforms(9, "view", sample_id, number, spec.fingerprint(), name, place).tolist(), spec, size)
+
+
+def check_more_views(asked: Mapping[str, int], specs: Mapping[str, ViewSpec]) -> None:
+    """Refuses further views that the recipe does not describe.
+
+    Args:
+        asked: by a method, how many views of each name of a sample.
+        specs: the recipe's `data.more_views`.
+    Raises:
+        ConfigError: a name has no spec.
+        ValueError: a number is below 1, or the name is that of the main view.
+    """
+    for name, count in asked.items():
+        if name == MAIN_VIEW or count < 1:
+            raise ValueError(
+                f"more_views asks for {count} views {name!r}: ask for at least 1, of another name than main"
+            )
+        if name not in specs:
+            known = ", ".join(specs) or "none"
+            raise ConfigError(
+                f"this run reads {count} further views {name!r} of each sample, which data.more_views does not describe"
+                f"{closest(name, specs)} (described: {known}): add for example "
+                f"data.more_views: {{{name}: {{crop_scale: [0.3, 1.0]}}}}"
+            )
+
+
+def _view_of(drawn: Sequence[float], spec: ViewSpec, size: tuple[int, int]) -> View:
+    area, ratio, left, top, flip, brightness, contrast, saturation, caption = drawn
     box: CropBox | None = None
     if spec.crop_scale != (1.0, 1.0):
         width, height = size

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +23,11 @@ from cmapkd.config import RunStopped
 
 T = TypeVar("T")
 P = TypeVar("P")
+P_co = TypeVar("P_co", covariant=True)
 
+MOST_AHEAD = 4  # items that each worker makes ahead
+AHEAD_BYTES = 8 * 2**30  # that all workers together hold ahead
+SHARED_MEMORY = "/dev/shm"  # where items wait until they are taken
 MAX_DEATHS = 3  # of workers in one pass over the data, before the run stops
 _GRACE = 2.0  # seconds in which the system tells of a death that a broken connection spoke of
 
@@ -47,6 +52,7 @@ class ReadAhead(Generic[P, T]):
 
     Args:
         timeout: seconds that one place may take before the pass ends; 0: any time.
+        item_bytes: about the size of what is made of a place, to bound how much is made ahead; 0: small.
         name: what is read at a place, for messages.
     Raises (on the way):
         WorkerDied: more than `MAX_DEATHS` workers were killed.
@@ -56,14 +62,16 @@ class ReadAhead(Generic[P, T]):
     def __init__(
         self,
         dataset: Dataset[T],
-        places: Iterable[P],
+        places: Iterable[P] | SkipsPlaces[P],
         *,
         workers: int,
         pin_memory: bool = False,
         timeout: float = 0.0,
+        item_bytes: int = 0,
         name: Callable[[P], str] = str,
     ) -> None:
-        self.dataset, self.places, self.workers, self.pin_memory = dataset, places, workers, pin_memory
+        self.workers, self.prefetch = made_ahead(workers, item_bytes)
+        self.dataset, self.places, self.pin_memory = dataset, places, pin_memory
         self.timeout, self.name = timeout, name
         if workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
@@ -100,11 +108,11 @@ class ReadAhead(Generic[P, T]):
     def _start(self, done: int) -> tuple[Iterator[T], list[BaseProcess]]:
         loader: DataLoader[T] = DataLoader(
             self.dataset,
-            sampler=_Rest(self.places, done),
+            sampler=RemainingPlaces(self.places, done),
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=self.prefetch if self.workers else None,
             worker_init_fn=_leave_signals,
             collate_fn=_as_it_is,
             timeout=self.timeout if self.workers else 0,
@@ -139,17 +147,53 @@ class ReadAhead(Generic[P, T]):
         )
 
     def _place(self, done: int) -> str:
-        return next((self.name(place) for place in islice(self.places, done, None)), "the end")
+        return next((self.name(place) for place in RemainingPlaces(self.places, done)), "the end")
 
 
-class _Rest(Generic[P]):
-    """The places from number `start` on."""
+def made_ahead(workers: int, item_bytes: int) -> tuple[int, int]:
+    """How many workers there are room for, and how many items each of them may make ahead, in [1, `MOST_AHEAD`].
 
-    def __init__(self, places: Iterable[P], start: int) -> None:
+    All together they hold no more than `AHEAD_BYTES`, and no more than half of the shared memory that is free; one item
+    is always made. Fewer workers than asked for are warned of.
+    """
+    if not workers or not item_bytes:
+        return workers, MOST_AHEAD
+    room = AHEAD_BYTES
+    with suppress(OSError):
+        room = min(room, shutil.disk_usage(SHARED_MEMORY).free // 2)
+    fitting = max(1, min(workers, room // item_bytes))
+    if fitting < workers:
+        warnings.warn(
+            f"a batch takes {item_bytes / 2**30:.2f} GiB and there is room for {room / 2**30:.2f} GiB of them to wait: "
+            f"{fitting} of {workers} data workers are started. Lower training.batch_size, or give {SHARED_MEMORY} more "
+            "room",
+            WorkerWarning,
+            stacklevel=3,
+        )
+    return fitting, max(1, min(MOST_AHEAD, room // (fitting * item_bytes)))
+
+
+class SkipsPlaces(Protocol[P_co]):
+    """Places that begin anywhere without counting up to there, as `PlanSampler` does."""
+
+    def skip(self, count: int) -> Iterator[P_co]:
+        """All but the first `count`."""
+        ...
+
+
+class RemainingPlaces(Generic[P]):
+    """The places from number `start` on. Those that are a sequence, or can `skip`, are not made before that."""
+
+    def __init__(self, places: Iterable[P] | SkipsPlaces[P], start: int) -> None:
         self.places, self.start = places, start
 
     def __iter__(self) -> Iterator[P]:
-        return islice(iter(self.places), self.start, None)
+        places: Any = self.places
+        if hasattr(places, "skip"):
+            return iter(places.skip(self.start))
+        if isinstance(places, Sequence):
+            return iter(places[self.start :])
+        return islice(iter(places), self.start, None)
 
 
 class _Alarm(BaseException):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_serializer
 
-from cmapkd.config import Config, closest
+from cmapkd.config import RESUMABLE, Config
 from cmapkd.data.config import DEFAULT_TIMEOUT
 from cmapkd.evaluation.efficiency import EfficiencyConfig
 from cmapkd.evaluation.probes.config import CaptioningConfig, DetectionConfig, ProbeDataConfig, VQAConfig
+
+C = TypeVar("C", bound=Config)
 
 
 class EvaluationConfig(Config):
@@ -30,37 +32,61 @@ class EvaluationConfig(Config):
     class_names: str | None = Field(
         None, description="Names of the labels: imagenet, or a text or JSON file; none: the source's own."
     )
-    batch_size: int = Field(256, ge=1, description="Images, and texts, encoded at once; no influence on the scores.")
-    workers: int = Field(0, ge=0, description="Processes that read and decode; 0: the evaluating process itself.")
+    batch_size: int = Field(
+        256,
+        ge=1,
+        description="Images, and texts, encoded at once; no influence on the scores.",
+        json_schema_extra=RESUMABLE,
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that read and decode; 0: the evaluating process itself.",
+        json_schema_extra=RESUMABLE,
+    )
     timeout: float = Field(
-        DEFAULT_TIMEOUT, ge=0, description="Seconds that a batch may take to be read before it stops; 0: any time."
+        DEFAULT_TIMEOUT,
+        ge=0,
+        description="Seconds that a batch may take to be read before it stops; 0: any time.",
+        json_schema_extra=RESUMABLE,
     )
     limit: int | None = Field(None, ge=1, description="Only the first so many samples; none: all.")
     shared_captions: bool = Field(
         False, description="Whether identical captions of other images count as right; no in the standard protocol."
     )
 
+    settings: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Settings of tasks that installed packages add, by the task's name."
+    )
+
     @field_validator("tasks", mode="before")
     @classmethod
-    def _known_tasks(cls, value: Any) -> Any:
-        from cmapkd.evaluation.tasks import TASKS  # they read this config
-
+    def _one_or_several(cls, value: Any) -> Any:
+        """Shape only: `tasks.check_tasks` knows the names."""
         if isinstance(value, str) and value in cls.words:
             return value
-        known = [name for name, task in TASKS.items() if task.alone or not cls.alone]
-        offered = f"{', '.join(known)}, or {' or '.join(cls.words)}"
-        tasks = [value] if isinstance(value, str) else value
-        if not isinstance(tasks, Sequence) or not tasks:
-            raise ValueError(f"must be {' or '.join(cls.words)}, or one or more of {', '.join(known)}; got {value!r}")
-        for task in tasks:
-            if task in TASKS and task not in known:
-                raise ValueError(
-                    f"task {task!r} needs more than one model and its test data: measure it with cmapkd evaluate when "
-                    f"the run is done. Known here: {offered}"
-                )
-            if task not in known:
-                raise ValueError(f"unknown task {task!r}{closest(str(task), known)}; known: {offered}")
-        return tuple(dict.fromkeys(tasks))
+        if isinstance(value, str):
+            return (value,)
+        if not isinstance(value, Sequence) or not value:
+            raise ValueError(f"must be {' or '.join(cls.words)}, or one or more tasks; got {value!r}")
+        return tuple(dict.fromkeys(value))
+
+    @model_serializer(mode="wrap")
+    def _without_empty_settings(self, handler: Any) -> dict[str, Any]:
+        """An evaluation by cmapkd's own tasks is written as it was before packages could add any."""
+        values: dict[str, Any] = handler(self)
+        return values if self.settings else {key: value for key, value in values.items() if key != "settings"}
+
+    def of_task(self, name: str, kind: type[C]) -> C:
+        """The settings of a task: the section of its name, or what `settings` holds for it.
+
+        Raises:
+            ConfigError: they do not fit.
+        """
+        section = getattr(self, name, None)
+        if isinstance(section, kind) and name in type(self).model_fields:
+            return section
+        return kind.from_mapping(self.settings.get(name, {}), where=f"settings of task {name}")
 
 
 class SuiteConfig(EvaluationConfig):

@@ -92,7 +92,9 @@ def embed(
     with evaluating(model, device, autocast):
         length = len(source) if limit is None else min(limit, len(source))
         chunks = _Whole(source, model.image_spec, batch_size=batch_size, length=length)
-        for chunk in ReadAhead(chunks, range(len(chunks)), workers=workers, timeout=timeout, name=chunks.name):
+        size = batch_size * 3 * model.image_spec.size**2 * 4
+        places = range(len(chunks))
+        for chunk in ReadAhead(chunks, places, workers=workers, timeout=timeout, item_bytes=size, name=chunks.name):
             for failure in chunk.bad:
                 if on_bad_sample == "error":
                     raise BadSampleError(*failure)

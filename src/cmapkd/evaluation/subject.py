@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -16,12 +15,10 @@ from cmapkd.data.templates import get_class_names, get_templates
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
 from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
-from cmapkd.models.base import DualEncoder
+from cmapkd.evaluation.probes.data import Annotations, read_annotations
+from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
+from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.texts import class_vectors
-
-if TYPE_CHECKING:
-    from cmapkd.evaluation.probes.data import Annotations
-    from cmapkd.evaluation.probes.features import ImageFeatures
 
 _LOOKED_AT = 32  # samples that tell whether a source has questions or boxes
 
@@ -68,15 +65,11 @@ class Bench:
 
     @cached_property
     def train_annotations(self) -> Annotations:
-        from cmapkd.evaluation.probes.data import read_annotations
-
         assert self.train is not None
         return read_annotations(self.train, limit=self.suite.probes.samples)
 
     @cached_property
     def annotations(self) -> Annotations:
-        from cmapkd.evaluation.probes.data import read_annotations
-
         return read_annotations(self.scored, limit=self.config.limit)
 
 
@@ -85,9 +78,15 @@ class Subject:
     """A model under evaluation. What several tasks need of it is computed when first asked for, and kept."""
 
     name: str
-    model: DualEncoder
+    model: Model
     bench: Bench
     _features: dict[str, ImageFeatures] = field(default_factory=dict)
+
+    @property
+    def dual(self) -> DualEncoder:
+        """The model, for what embeds images and texts: tasks whose `reads` is `DualEncoder`."""
+        assert isinstance(self.model, DualEncoder)  # the suite refused others
+        return self.model
 
     @cached_property
     def embedded(self) -> Embedded:
@@ -103,7 +102,7 @@ class Subject:
         bench = self.bench
         bench.say(f"{self.name}: embedding {source.name}")
         return embed(
-            self.model,
+            self.dual,
             source,
             batch_size=bench.config.batch_size,
             device=bench.device,
@@ -134,7 +133,7 @@ class Subject:
     def name_weights(self, names: tuple[str, ...]) -> Float[Tensor, "names dim"]:
         """One unit vector for each name, from the text tower and the templates."""
         return class_vectors(
-            self.model,
+            self.dual,
             names,
             get_templates(self.bench.config.templates, self.bench.source),
             batch_size=self.bench.config.batch_size,
@@ -144,8 +143,6 @@ class Subject:
 
     def image_features(self, which: str) -> ImageFeatures:
         """Patch features of the `train` or `scored` images under the frozen encoder, once for all probes."""
-        from cmapkd.evaluation.probes.features import encode_images
-
         if which not in self._features:
             bench = self.bench
             source = bench.train if which == "train" else bench.scored
@@ -153,7 +150,7 @@ class Subject:
             annotations = bench.train_annotations if which == "train" else bench.annotations
             bench.say(f"{self.name}: features of {len(annotations)} images of {source.name}")
             self._features[which] = encode_images(
-                self.model,
+                self.dual,
                 source,
                 annotations.indices,
                 batch_size=bench.config.batch_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from cmapkd.data.types import Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
 from cmapkd.evaluation.subject import Bench, Subject
-from cmapkd.evaluation.tasks import TASKS, Task
-from cmapkd.models.base import DualEncoder
+from cmapkd.evaluation.tasks import TASKS, Task, check_tasks, make_task
+from cmapkd.models.base import Model
 
 
 def evaluate_models(
-    models: Mapping[str, DualEncoder],
+    models: Mapping[str, Model],
     source: Source | None,
     config: EvaluationConfig | None = None,
     *,
@@ -53,7 +53,8 @@ def evaluate_models(
         raise ConfigError(
             f"probes would learn from {train.name}, which is what is scored: name another split to train on"
         )
-    wanted = _wanted(config)
+    check_tasks(config)
+    wanted = _wanted(config, models)
     bench = Bench(
         config,
         torch.device(device),
@@ -78,7 +79,7 @@ def evaluate_models(
     return scores
 
 
-def count_parameters(model: DualEncoder) -> dict[str, int]:
+def count_parameters(model: Model) -> dict[str, int]:
     """`params`, the number of parameters of both towers; `params_borrowed`, how many of them are another model's."""
     borrowed = model.num_borrowed_parameters()
     return {"params": model.num_parameters()} | ({"params_borrowed": borrowed} if borrowed else {})
@@ -103,17 +104,28 @@ def training_source(train: str | None, data: str | None) -> Source | None:
     return open_source(train, split="train")
 
 
-def _wanted(config: EvaluationConfig) -> dict[str, Task]:
-    if config.tasks == "auto":
-        return {name: task for name, task in TASKS.items() if task.automatic}
-    return {name: TASKS[name] for name in (TASKS if config.tasks == "all" else config.tasks)}
+def _wanted(config: EvaluationConfig, models: Mapping[str, Model]) -> dict[str, Task]:
+    """`auto` takes cmapkd's own tasks alone, so that an installed package changes no run that does not name it."""
+    names: Iterable[str] = config.tasks
+    if config.tasks == "all":
+        names = TASKS
+    elif config.tasks == "auto":
+        names = [name for name, kind in TASKS.own.items() if kind.automatic and _readable(kind, models)]
+    return {name: make_task(name, config) for name in names}
+
+
+def _readable(kind: type[Task], models: Mapping[str, Model]) -> bool:
+    return all(isinstance(model, kind.reads) for model in models.values())
 
 
 def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Bench) -> dict[str, Task]:
     """The tasks that can be measured; refuses those that were named and cannot, before any takes long."""
     refused: dict[str, str] = {}
     for name, task in wanted.items():
-        if task.needs_source and bench.source is None:
+        if not _readable(type(task), {subject.name: subject.model for subject in subjects}):
+            other = next(each.model for each in subjects if not isinstance(each.model, task.reads))
+            refused[name] = f"it reads a {task.reads.__name__}, and {other.name} is none"
+        elif task.needs_source and bench.source is None:
             refused[name] = "it needs data: name them with --data"
         elif task.needs_reference and len(subjects) < 2:
             refused[name] = "it compares models with the first: name the teacher and then the student"

@@ -23,9 +23,9 @@ def score_table(scores: Mapping[str, Mapping[str, Any]], *, title: str) -> Table
     table.add_column("measure", overflow="fold")
     for model in scores:
         table.add_column(Text(printable(model)), justify="right", overflow="fold")
-    for name, task in TASKS.items():
+    for name in (name for name in TASKS if any(name in of_model for of_model in scores.values())):
         first = True
-        for column in task.columns:
+        for column in TASKS[name].columns:
             numbers = [_dig(of_model.get(name), column.path) for of_model in scores.values()]
             if any(number is not None for number in numbers):
                 cells = ["-" if number is None else f"{number:.{column.digits}f}" for number in numbers]

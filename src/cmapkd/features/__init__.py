@@ -4,10 +4,11 @@ from cmapkd.features.bank import BankStore, EmbeddingBank, References, sample_ke
 from cmapkd.features.bridge import AlignmentBridge
 from cmapkd.features.gather import gather_features, gather_rows, mean_over_processes, own_place
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
-from cmapkd.features.matching import LevelMatcher, Matched, Places, Role
+from cmapkd.features.matching import LevelMatcher, Matched, Places
 from cmapkd.features.projector import PairProjector
 from cmapkd.features.pyramid import standardise
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, language_taps, visual_taps
+from cmapkd.features.words import Role, WordAligner, Words
 
 __all__ = [
     "LANGUAGE_LEVELS",
@@ -24,6 +25,8 @@ __all__ = [
     "Places",
     "References",
     "Role",
+    "WordAligner",
+    "Words",
     "gather_features",
     "gather_rows",
     "language_taps",

@@ -108,7 +108,7 @@ class EmbeddingBank(nn.Module):
         image, text, keys = image[-self.size :], text[-self.size :], keys[-self.size :]
         places = (self.cursor + torch.arange(len(keys), device=self.cursor.device)) % self.size
         self.image[places], self.text[places] = self._stored(image), self._stored(text)
-        self.keys[places] = keys.to(self.keys.device)
+        self.keys[places] = keys.to(self.keys.device, non_blocking=True)
         for name in self.levels:
             stored = self._level(name)
             vectors = (levels or {}).get(name)
@@ -149,20 +149,28 @@ class EmbeddingBank(nn.Module):
         keys: Int[Tensor, " batch"],
         *,
         num: int | None = None,
+        generator: torch.Generator | None = None,
         images: Float[Tensor, "batch dim"] | None = None,
         duplicates_above: float | None = None,
     ) -> References:
-        """What samples are compared with: all entries, or `num` of them, drawn anew from the process's random state.
+        """What samples are compared with: all entries, or `num` of them, drawn anew.
 
         Nothing writes into what is returned: a bank that goes on being filled gives copies.
 
         Args:
             keys: of the samples; entries of the same sample (another view or caption of it) are excluded.
             num: each pair is equally likely; fewer where the bank does not hold so many.
+            generator: what the draw comes from, on the CPU, the same in every process; needed with `num`.
             images: the teacher's embeddings of the samples' images.
             duplicates_above: an entry whose image has a larger cosine with a sample's is the same image under another
                 name, and excluded; None looks at names only.
+        Raises:
+            ValueError: `num` without a generator.
         """
+        if num is not None and generator is None:
+            raise ValueError(
+                f"{num} entries are to be drawn, but from what? Give a generator, as `StepInfo` makes them"
+            )
         if num is None or num >= self.filled:
             held = slice(max(1, self.filled))  # one empty entry, excluded, where there is nothing yet
             image, text = self.image[held], self.text[held]
@@ -171,7 +179,8 @@ class EmbeddingBank(nn.Module):
             levels = {name: self._level(name)[held].clone() for name in self.levels}
             references = References(image, text, self._excluded(keys, self.keys[held]), levels)
         else:
-            chosen = torch.randperm(self.filled)[:num].to(self.keys.device)
+            drawn = torch.randperm(self.filled, generator=generator)[:num]
+            chosen = drawn.to(self.keys.device, non_blocking=True)
             levels = {name: self._level(name)[chosen] for name in self.levels}
             excluded = self._excluded(keys, self.keys[chosen])
             references = References(self.image[chosen], self.text[chosen], excluded, levels)

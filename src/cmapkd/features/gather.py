@@ -70,8 +70,11 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # a copy: where gathered rows are added to others, theirs is the same tensor
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        # A copy: where gathered rows are added to others, their gradient is the same tensor. The sum over processes is
+        # taken in float32 at least, because in bf16 its rounding would grow with the number of processes.
+        given = gradients[0]
+        wide = torch.promote_types(given.dtype, torch.float32)
+        total = given.to(wide, memory_format=torch.contiguous_format, copy=True)
         dist.all_reduce(total)
         start = dist.get_rank() * ctx.num_rows
-        return total[start : start + ctx.num_rows]
+        return total[start : start + ctx.num_rows].to(given.dtype)

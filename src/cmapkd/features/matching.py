@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from cmapkd.data.types import Batch
 from cmapkd.features.hierarchy import (
     LanguageProjectors,
-    aligned_words,
     phrases,
-    pool_words,
     sentence_level,
     token_level,
 )
@@ -28,9 +26,9 @@ from cmapkd.features.taps import (
     tapped_groups,
     visual_groups,
 )
+from cmapkd.features.words import Role, WordAligner, Words
 from cmapkd.models import DualEncoder, Features, Level, LevelInfo, Needs
 
-Role = Literal["student", "teacher"]
 Places = Literal["dense", "key_tokens", "pooled"]
 """Where the inner levels are compared: everywhere, at the teacher's key tokens, or as one vector a level."""
 
@@ -94,6 +92,7 @@ class LevelMatcher(nn.Module):
         language = [_ends(_only(groups, levels)) for groups in self.language.values()]
         self.project_visual = VisualProjectors(*visual, top_down=top_down)
         self.project_language = LanguageProjectors(*language)
+        self.align_words = WordAligner()
 
     def needs(self, role: Role, levels: Collection[str]) -> Needs:
         """What the model must expose for these levels."""
@@ -117,7 +116,7 @@ class LevelMatcher(nn.Module):
         ours, theirs = self._taken("student", student, levels)[0], self._taken("teacher", teacher, levels)[0]
         if self.places != "dense":
             taken = {name: self._at(level, theirs[name]) for name, level in ours.items()}
-            mapped = self.project_visual.map_cells({name: mine for name, (mine, _) in taken.items()})
+            mapped = self.project_visual.map_cells({name: cells for name, (cells, _) in taken.items()})
             return {name: Matched(mapped[name], target, None) for name, (_, target) in taken.items()}
         grids = target_grids(ours, self.grids)
         projected, targets = self.project_visual(ours, grids), teacher_grids(theirs, grids)
@@ -134,27 +133,23 @@ class LevelMatcher(nn.Module):
         if self.places == "key_tokens":
             teacher = self.key_tokens.of(teacher)
         ours, theirs = self._taken("student", student, levels)[1], self._taken("teacher", teacher, levels)[1]
-        words: dict[Role, Tensor] = {}
-        num_words = 0
+        words: Words | None = None
         if {"L1", "L2"} & ours.keys() and self.places != "pooled":
-            words["student"], words["teacher"], num_words = aligned_words(
-                batch.inputs["student"].texts, batch.inputs["teacher"].texts
-            )
+            words = self.align_words(batch.inputs["student"].texts, batch.inputs["teacher"].texts)
 
         def places(role: Role, name: str, level: Level) -> tuple[Tensor, Tensor | None]:
-            if name == "L3" or self.places == "pooled":
+            if words is None or name == "L3":
                 return sentence_level(level)[:, None], None
             if self.places == "key_tokens":
-                numbers = _words_at(words["teacher"], theirs[name])
+                numbers = _words_at(words.teacher, theirs[name])
                 if role == "teacher":
                     return level.values, numbers >= 0
-                of_words = pool_words(token_level(level)[0], words[role], num_words)[0]
-                return take_tokens(of_words, numbers.clamp_min(0)), None
-            values, mask = pool_words(token_level(level)[0], words[role], num_words)
+                return take_tokens(words.pool(role, token_level(level)[0])[0], numbers.clamp_min(0)), None
+            values, mask = words.pool(role, token_level(level)[0])
             return (values, mask) if name == "L1" else phrases(values, mask, window=self.phrase_window)
 
-        mine = {name: places("student", name, level) for name, level in ours.items()}
-        projected = self.project_language({name: values for name, (values, _) in mine.items()})
+        student_places = {name: places("student", name, level) for name, level in ours.items()}
+        projected = self.project_language({name: values for name, (values, _) in student_places.items()})
         return {name: Matched(projected[name], *places("teacher", name, theirs[name])) for name in ours}
 
     def _at(self, student: Level, teacher: Level) -> tuple[Tensor, Tensor]:

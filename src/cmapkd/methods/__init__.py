@@ -1,25 +1,29 @@
-"""One published method = one file. `METHODS` is the list: adding a method adds one line here."""
+"""One published method = one file. `METHODS` is the list: adding a method adds one line here, or an entry point."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, TermsBeside
+from cmapkd.methods.base import Method
 from cmapkd.methods.c2kd import C2KD
+from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
+from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.stages import StageConfig
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.models import DualEncoder, FrozenTeacher
 
-METHODS: dict[str, type[Method]] = {
+_OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
     "hinton": Hinton,
     "promptkd": PromptKD,
@@ -32,6 +36,9 @@ METHODS: dict[str, type[Method]] = {
     "tinyclip": TinyCLIP,
 }
 
+METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)
+"""Every method by name: cmapkd's own, and those of installed packages."""
+
 
 def build_method(
     config: MethodConfig,
@@ -39,14 +46,14 @@ def build_method(
     student: DualEncoder,
     teacher: FrozenTeacher | None,
     more_teachers: Sequence[FrozenTeacher] = (),
-    beside: Callable[[DualEncoder], TermsBeside | None] | None = None,
+    auxiliary: Callable[[DualEncoder], AuxiliaryTerms | None] | None = None,
     classes: ClassPrompts | None = None,
 ) -> Method:
     """The method that `config` names; teachers it does not use are left out.
 
     Args:
         more_teachers: besides the first, each with a role of its own.
-        beside: makes the terms that the run adds to the method's own, for the student as the method trains it.
+        auxiliary: makes the terms that the run adds to the method's own, for the student as the method trains it.
         classes: of the training source; read where `config.reads_classes`, and left out elsewhere.
 
     Raises:
@@ -59,7 +66,7 @@ def build_method(
         check_teachers(config.name, [each.role for each in more_teachers])
         told["more_teachers"] = more_teachers
     method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None, **told)
-    method.beside = beside(method.student) if beside is not None else None
+    method.auxiliary = auxiliary(method.student) if auxiliary is not None else None
     if config.term_weighting is not None:
         method.weigh_terms(config.term_weighting)
     return method
@@ -81,13 +88,17 @@ def check_teachers(name: str, more: Iterable[str]) -> None:
 
 
 __all__ = [
+    "LABELS",
     "METHODS",
+    "AuxiliaryTerms",
+    "DualEncoderMethod",
     "Method",
     "MethodCard",
     "MethodConfig",
     "StageConfig",
+    "StepInfo",
     "Term",
-    "TermsBeside",
     "build_method",
     "check_teachers",
+    "task_loss",
 ]

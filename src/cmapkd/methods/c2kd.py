@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -22,8 +24,10 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows
 from cmapkd.features.pyramid import pooled
-from cmapkd.methods.base import LABELS, Method, MethodCard, MethodConfig, Term
-from cmapkd.methods.micro_batches import Rows, encode_again, join_rows, micro_batches
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.micro_batches import encode_checkpointed, join_rows, map_rows, micro_batches
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, LevelInfo, Needs
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.texts import LearnedClassVectors
@@ -65,6 +69,21 @@ class C2KDConfig(MethodConfig):
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class TowerRows:
+    """What the terms read of both towers, one row for each sample.
+
+    Attributes:
+        image, text: embeddings.
+        image_level, text_level: the levels that the proxies read, as one vector each.
+    """
+
+    image: Float[Tensor, "batch student_dim"]
+    image_level: Float[Tensor, "batch image_width"]
+    text: Float[Tensor, "batch teacher_dim"]
+    text_level: Float[Tensor, "batch text_width"]
+
+
 class Proxy(nn.Module):
     """Logits of an inner level's pooled vector: linear, batch norm, leaky ReLU, linear, as published."""
 
@@ -74,12 +93,12 @@ class Proxy(nn.Module):
             nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.LeakyReLU(0.1), nn.Linear(width, num_classes)
         )
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
         logits: Tensor = self.layers(values)
         return logits
 
 
-class C2KD(Method):
+class C2KD(DualEncoderMethod):
     """An image and a text tower learn the classes, and from each other where they rank a sample's classes alike."""
 
     Config: ClassVar[type[MethodConfig]] = C2KDConfig
@@ -124,7 +143,7 @@ class C2KD(Method):
         self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
         self.image_level = _level(student.image_levels, student, "image")
         self.text_level = _level(teacher.model.text_levels, teacher.model, "text")
-        self.text_model = _trainable_copy(teacher.model)
+        self.text_model = trainable_text_tower(teacher.model)
         self.text_classifier = nn.Linear(teacher.embed_dim, num_classes)
         self.image_proxy = Proxy(self.image_level.width, num_classes)
         self.text_proxy = Proxy(self.text_level.width, num_classes)
@@ -149,7 +168,7 @@ class C2KD(Method):
 
     @property
     def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader()}
+        return {**super().extras, LABELS: LabelReader(num_classes=self.text_classifier.out_features)}
 
     @property
     def student_needs(self) -> Needs:
@@ -159,38 +178,38 @@ class C2KD(Method):
     def teacher_needs(self) -> Needs:
         return Needs(text_levels=(self.text_level.name,), towers=("text",))
 
-    def _encode(self, part: Batch, _number: int = 0) -> Rows:
-        """Both towers on a part of the batch: embeddings, and the levels that the proxies read as one vector each."""
-        pixels = part.inputs["student"].images.to(self._device, non_blocking=True)
+    def _encode(self, part: Batch, _number: int = 0) -> TowerRows:
+        """Both towers on a part of the batch."""
+        pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
         image = self.student.encode_image(pixels, self.student_needs.image_levels)
-        texts = part.inputs["teacher"].texts.to(self._device, non_blocking=True)
+        texts = part.inputs["teacher"].texts.to(self.device, non_blocking=True)
         text = self.text_model.encode_text(texts, self.teacher_needs.text_levels)
-        return {
-            "image": image.embedding,
-            "image_level": pooled(image.levels[self.image_level.name]),
-            "text": text.embedding,
-            "text_level": pooled(text.levels[self.text_level.name]),
-        }
+        return TowerRows(
+            image.embedding,
+            pooled(image.levels[self.image_level.name]),
+            text.embedding,
+            pooled(text.levels[self.text_level.name]),
+        )
 
     def terms(self, batch: Batch) -> dict[str, Term]:
+        """The terms of the stage; every row is of all processes' samples, so the proxies' batch norms see them all."""
         parts = micro_batches(batch, self.micro_batch)
-        found = join_rows(encode_again(self._encode, parts, model=self))
-        rows = {name: gather_rows(values) for name, values in found.items()}  # batch norms see the whole batch, too
+        rows = map_rows(gather_rows, join_rows(encode_checkpointed(self._encode, parts, model=self)))
         labels = self.labels(batch)
         scale = self.student.log_logit_scale.exp().reshape(())
-        student = similarities(rows["image"], self.own_vectors(self.student), scale)
-        teacher = self.text_classifier(rows["text"])
-        student_proxy, teacher_proxy = self.image_proxy(rows["image_level"]), self.text_proxy(rows["text_level"])
-        alike = (kendall_tau(teacher_proxy, student_proxy) > self.config.agreement).to(student.dtype)
-        self.measurements = {"kept": alike.mean()}
+        vectors = self.own_vectors(self.student, self.step.generator("prompts"))
+        student, teacher = similarities(rows.image, vectors, scale), self.text_classifier(rows.text)
+        student_proxy, teacher_proxy = self.image_proxy(rows.image_level), self.text_proxy(rows.text_level)
+        agreeing = (kendall_tau(teacher_proxy, student_proxy) > self.config.agreement).to(student.dtype)
+        self.measurements = {"kept": agreeing.mean()}
         left_out = labels if self.config.target == "left_out" else torch.full_like(labels, NO_LABEL)
         values: dict[str, Callable[[], Tensor]] = {
             "student_labels": lambda: labelled_cross_entropy(student, labels),
             "teacher_labels": lambda: labelled_cross_entropy(teacher, labels),
             "student_proxy": lambda: kl_divergence(student_proxy, student) + kl_divergence(student, student_proxy),
             "teacher_proxy": lambda: kl_divergence(teacher_proxy, teacher) + kl_divergence(teacher, teacher_proxy),
-            "to_student": lambda: non_target_divergence(student_proxy, teacher_proxy, left_out, alike),
-            "to_teacher": lambda: non_target_divergence(teacher_proxy, student_proxy, left_out, alike),
+            "to_student": lambda: non_target_divergence(student_proxy, teacher_proxy, left_out, agreeing),
+            "to_teacher": lambda: non_target_divergence(teacher_proxy, student_proxy, left_out, agreeing),
             "direct": lambda: kl_divergence(student, teacher),
         }
         weights = self.term_weights
@@ -208,10 +227,29 @@ def _level(levels: Sequence[LevelInfo], model: DualEncoder, tower: str) -> Level
     return levels[max(0, round(PROXY_DEPTH * len(levels)) - 1)]
 
 
-def _trainable_copy(model: DualEncoder) -> DualEncoder:
-    """A copy of which the text tower learns; the rest of it is not used."""
+def trainable_text_tower(model: DualEncoder) -> DualEncoder:
+    """A copy of a model whose text tower learns, without its image tower: `encode_text` works, `encode_image` does not.
+
+    So no frozen weight of a teacher is written to checkpoints, counted as the method's, or held on the device.
+    """
     copied = copy.deepcopy(model)
     reached = parameters_behind(copied, partial(example_output, copied, "text"))
+    of_images = {*copied.parts["image"], *copied.parts["projections"]} - reached
+    _remove_parameters(copied, frozenset(of_images))
     for name, parameter in copied.named_parameters():
         parameter.requires_grad_(name in reached)
     return copied
+
+
+def _remove_parameters(module: nn.Module, names: frozenset[str], prefix: str = "") -> None:
+    """Takes out parameters by name, and modules all of whose parameters are among them, with their buffers."""
+    for child_name, child in [*module.named_children()]:
+        inner = f"{prefix}{child_name}."
+        own = {inner + name for name, _ in child.named_parameters()}
+        if own and own <= names:
+            setattr(module, child_name, None)
+        else:
+            _remove_parameters(child, names, inner)
+    for name in [name for name, _ in module.named_parameters(recurse=False)]:
+        if prefix + name in names:
+            module.register_parameter(name, None)

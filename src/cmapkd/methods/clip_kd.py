@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from cmapkd.data.masks import check_mask, hidden_squares, hide
 from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import embeddings_of, similarity_loss
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import (
     contrastive_loss,
@@ -23,7 +27,6 @@ from cmapkd.objectives import (
     gradient_distance,
     interactive_divergence,
     interactive_loss,
-    similarity_divergence,
 )
 from cmapkd.objectives.common import unit
 
@@ -97,7 +100,7 @@ class Fusion(nn.Module):
         return self.image(image), self.text(text)
 
 
-class ClipKD(Method):
+class ClipKD(DualEncoderMethod):
     """The student imitates the teacher's embeddings and similarities, and is contrasted with its other modality."""
 
     Config: ClassVar[type[MethodConfig]] = ClipKDConfig
@@ -169,12 +172,7 @@ class ClipKD(Method):
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
         if self._wants("relational"):
-            values["relational"] = similarity_divergence(
-                *_pair(student),
-                *_pair(teacher),
-                student_scale=student.logit_scale,
-                teacher_scale=teacher.logit_scale,
-            )
+            values["relational"] = similarity_loss(student, teacher)
         if self.project is not None:
             values |= self._projected_terms(batch, self.project, student, teacher)
         return {name: Term(value, self.weights[name]) for name, value in values.items()}
@@ -184,7 +182,7 @@ class ClipKD(Method):
     ) -> dict[str, Tensor]:
         """The terms that compare the student with the teacher at the teacher's width."""
         projected = project(student)
-        ours, theirs = _pair(projected), _pair(teacher)
+        ours, theirs = embeddings_of(projected), embeddings_of(teacher)
         values: dict[str, Tensor] = {}
         if self._wants("feature"):
             values["feature"] = feature_distance(ours[0], theirs[0]) + feature_distance(ours[1], theirs[1])
@@ -213,7 +211,7 @@ class ClipKD(Method):
         """Other squares for each sample and view, so the same however a batch is shared out."""
         patch = self.config.mask_patch
         squares = hidden_squares(
-            part.ids, view=part.view, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
+            part.ids, view=part.view_of_each, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
         )
         return hide(pixels, squares, patch=patch)
 
@@ -221,18 +219,14 @@ class ClipKD(Method):
         return self.wants(name, self.weights.get(name, 0.0))
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, step: StepInfo | None = None) -> None:
+        super().after_step(step)
         for scale in (self.interactive_scale, self.fusion_scale):
             if scale is not None and self.config.interactive_scale == "exp":
                 scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
 
     def _scale(self, parameter: Tensor) -> Tensor:
         return parameter if self.config.interactive_scale == "official" else parameter.exp()
-
-
-def _pair(features: Features) -> tuple[Tensor, Tensor]:
-    return features.image.embedding, features.text.embedding
 
 
 def _log_scale() -> nn.Parameter:

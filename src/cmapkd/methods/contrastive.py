@@ -8,14 +8,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.terms import Term
 
 
 class ContrastiveConfig(MethodConfig):
     """No settings: the student decides between softmax (CLIP) and sigmoid (SigLIP, which has a logit bias)."""
 
 
-class Contrastive(Method):
+class Contrastive(DualEncoderMethod):
     """Each image finds its text in the batch, and each text its image."""
 
     Config: ClassVar[type[MethodConfig]] = ContrastiveConfig

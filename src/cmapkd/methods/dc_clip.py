@@ -13,7 +13,9 @@ from pydantic import Field
 
 from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.objectives import smooth_distance
 
@@ -29,7 +31,7 @@ class DCClipConfig(MethodConfig):
     )
 
 
-class DCClip(Method):
+class DCClip(DualEncoderMethod):
     """Image and text tower are distilled by themselves, then meet in a contrastive loss."""
 
     Config: ClassVar[type[MethodConfig]] = DCClipConfig

@@ -13,14 +13,18 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
-from cmapkd.features.hierarchy import aligned_words, pool_words, token_level
+from cmapkd.features.hierarchy import token_level
 from cmapkd.features.pyramid import grid_of, level_grid
 from cmapkd.features.taps import level_at
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.features.words import Role, WordAligner
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.stages import StageConfig
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, Needs
 from cmapkd.models.reach import Tower, example_output, parameters_behind
-from cmapkd.objectives import hint_distance, level_distance, similarity_divergence
+from cmapkd.objectives import hint_distance, level_distance
 
 PUBLISHED_LAMBDA = (4 / 9, 1 / 9)  # 4 to 1 on the divergence at temperature 3 without the factor of 3² that ours has
 
@@ -91,7 +95,7 @@ class FitNetConfig(MethodConfig):
         return weight if isinstance(weight, tuple) else (weight, weight)
 
 
-class FitNet(Method):
+class FitNet(DualEncoderMethod):
     """The teacher's middle layer teaches the student's to begin with, through a regressor that is thrown away."""
 
     Config: ClassVar[type[MethodConfig]] = FitNetConfig
@@ -133,6 +137,7 @@ class FitNet(Method):
             guided["text"] = level_at(student.text_levels, config.text_guided_layer, tower="text")
             hints["text"] = level_at(teacher.model.text_levels, config.text_hint_layer, tower="text")
         self.guided, self.hints = guided, hints
+        self.align_words = WordAligner()
         self.regress = nn.ModuleDict({tower: nn.Linear(guided[tower].width, hints[tower].width) for tower in guided})
         behind = [
             parameters_behind(student, partial(example_output, student, tower, level.name))
@@ -152,8 +157,8 @@ class FitNet(Method):
 
     @property
     def student_parts(self) -> Mapping[str, frozenset[str]]:
-        """`guided`: the layers up to the guided ones."""
-        return {"guided": self._guided_part}
+        """The student's own parts, and `guided`: the layers up to the guided ones."""
+        return {**super().student_parts, "guided": self._guided_part}
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:
@@ -190,17 +195,9 @@ class FitNet(Method):
         if self._wants("contrastive"):
             terms["contrastive"] = Term(task_loss(student), config.task_weight)
         if self._wants("similarity"):
-            similarity = similarity_divergence(
-                student.image.embedding,
-                student.text.embedding,
-                teacher.image.embedding,
-                teacher.text.embedding,
-                student_scale=student.logit_scale,
-                teacher_scale=teacher.logit_scale,
-                temperature=config.temperature,
-            )
+            similarity = similarity_loss(student, teacher, temperature=config.temperature)
             start, end = config.distilled()
-            terms["similarity"] = Term(similarity, start + (end - start) * self.progress)
+            terms["similarity"] = Term(similarity, start + (end - start) * self.step.progress)
         return terms
 
     def _distances(self, part: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
@@ -215,13 +212,16 @@ class FitNet(Method):
         mapped = self.regress["image"](level_grid(ours))
         rows = {"image": distance(mapped, level_grid(theirs, grid_of(ours)))}
         if "text" in self.guided:
-            texts = part.inputs["student"].texts, part.inputs["teacher"].texts
-            *words, num_words = aligned_words(*texts)
-            (mine, mask), (targets, _) = (
-                pool_words(token_level(features.text.levels[levels["text"].name])[0], numbers, num_words)
-                for features, levels, numbers in zip((student, teacher), (self.guided, self.hints), words, strict=True)
+            words = self.align_words(part.inputs["student"].texts, part.inputs["teacher"].texts)
+            texts: list[tuple[Role, Features, Mapping[Tower, LevelInfo]]] = [
+                ("student", student, self.guided),
+                ("teacher", teacher, self.hints),
+            ]
+            (guided, mask), (hints, _) = (
+                words.pool(role, token_level(features.text.levels[levels["text"].name])[0])
+                for role, features, levels in texts
             )
-            rows["text"] = distance(self.regress["text"](mine), targets, mask)
+            rows["text"] = distance(self.regress["text"](guided), hints, mask)
         return rows
 
     def _wants(self, name: str) -> bool:

@@ -8,11 +8,11 @@ one backward pass, in which every parameter gets its gradient once, as processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from cmapkd.data.types import Batch
 from cmapkd.models import Features, Level, TowerFeatures
 
-Rows = dict[str, Tensor]  # by name: one row for each sample
+Rows = TypeVar("Rows")  # a tree of tensors with one row for each sample, see `map_rows`
 Encoded = TypeVar("Encoded")
 
 
@@ -33,7 +33,9 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     return [batch.part(start, start + size) for start in range(0, len(batch), size)]
 
 
-def encode_again(encode: Callable[[Batch, int], Encoded], parts: Sequence[Batch], *, model: nn.Module) -> list[Encoded]:
+def encode_checkpointed(
+    encode: Callable[[Batch, int], Encoded], parts: Sequence[Batch], *, model: nn.Module
+) -> list[Encoded]:
     """`encode(part, its number)` of each part; of several, nothing inside is kept and the backward pass repeats it.
 
     Args:
@@ -65,9 +67,26 @@ def join_features(parts: Sequence[Features]) -> Features:
     return replace(parts[0], image=image, text=text, more_texts=more)
 
 
+def map_rows(function: Callable[..., Tensor], *trees: Rows) -> Rows:
+    """`function` of the tensors that stand in the same place of each tree, as a tree of the same shape.
+
+    Args:
+        trees: alike: tensors, mappings of trees by name, or dataclasses whose fields are trees.
+    """
+    first: Any = trees[0]
+    if isinstance(first, Tensor):
+        return cast(Rows, function(*trees))
+    if isinstance(first, Mapping):
+        return cast(Rows, {name: map_rows(function, *(cast(Any, tree)[name] for tree in trees)) for name in first})
+    if is_dataclass(first) and not isinstance(first, type):
+        named = {each.name: map_rows(function, *(getattr(tree, each.name) for tree in trees)) for each in fields(first)}
+        return cast(Rows, replace(first, **named))
+    raise TypeError(f"rows are tensors, or mappings or dataclasses of tensors, not {type(first).__name__}")
+
+
 def join_rows(parts: Sequence[Rows]) -> Rows:
     """Rows of successive parts as those of the whole."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return map_rows(lambda *rows: torch.cat(rows), *parts)
 
 
 def without_levels(features: Features) -> Features:
@@ -77,14 +96,21 @@ def without_levels(features: Features) -> Features:
 
 
 def with_levels_on(features: Features, device: torch.device | str) -> Features:
-    """The features with their levels on another device; embeddings stay."""
+    """The features with their levels on another device; embeddings stay.
 
-    def there(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
+    On their way from a GPU to the host and back nothing waits for them: the host's copy lies in pinned memory, which
+    only the GPU's own stream writes and reads, in that order. Nothing on the host may look at it.
+    """
+    there = torch.device(device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        if there.type == "cpu" and tensor.device.type == "cuda":
+            return torch.empty_like(tensor, device=there, pin_memory=True).copy_(tensor, non_blocking=True)
+        return tensor.to(there, non_blocking=there.type != "cpu")
 
     def moved(level: Level) -> Level:
-        values = level.values.to(device)
-        return replace(level, values=values, mask=there(level.mask), places=there(level.places), mean=there(level.mean))
+        mask, places, mean = (None if t is None else copied(t) for t in (level.mask, level.places, level.mean))
+        return replace(level, values=copied(level.values), mask=mask, places=places, mean=mean)
 
     image, text = (
         replace(tower, levels={name: moved(level) for name, level in tower.levels.items()})

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term, task_loss
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import embeddings_of
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import ensemble_divergence
 
@@ -42,7 +45,7 @@ class MobileCLIPConfig(MethodConfig):
         return value
 
 
-class MobileCLIP(Method):
+class MobileCLIP(DualEncoderMethod):
     """The student imitates the mean of several teachers' softmaxes over the batch, with real and synthetic captions."""
 
     Config: ClassVar[type[MethodConfig]] = MobileCLIPConfig
@@ -88,8 +91,8 @@ class MobileCLIP(Method):
             )
 
     @property
-    def text_pools(self) -> tuple[str, ...]:
-        return (SYNTHETIC,) if self.config.synthetic else ()
+    def text_pools(self) -> Mapping[str, int]:
+        return {SYNTHETIC: 1} if self.config.synthetic else {}
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -126,9 +129,8 @@ class MobileCLIP(Method):
         else:
             of_teachers = [*scales] if isinstance(scales, tuple) else [scales] * len(teachers)
         return ensemble_divergence(
-            student.image.embedding,
-            student.text.embedding,
-            [(each.image.embedding, each.text.embedding) for each in teachers.values()],
+            *embeddings_of(student),
+            [embeddings_of(teacher) for teacher in teachers.values()],
             student_scale=student.logit_scale,
             teacher_scales=of_teachers,
         )

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.prompts import make_prompts
@@ -42,7 +45,7 @@ class PromptKDConfig(MethodConfig):
         return False
 
 
-class PromptKD(Method):
+class PromptKD(DualEncoderMethod):
     """The frozen student's prompts and projector learn the teacher's class probabilities from pictures alone."""
 
     Config: ClassVar[type[MethodConfig]] = PromptKDConfig
@@ -111,12 +114,12 @@ class PromptKD(Method):
         self.prompted.image.eval()
         return self
 
-    def after_step(self) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         """Nothing: the logit scale is the student's own, and frozen."""
 
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
         """The student's embedding before its projector, whose batch norm wants the whole batch."""
-        images = part.inputs["student"].images.to(self._device, non_blocking=True)
+        images = part.inputs["student"].images.to(self.device, non_blocking=True)
         scale = self.prompted.log_logit_scale.exp().reshape(())
         nothing = TowerFeatures(scale.new_empty(len(images), 0))
         return Features(self.prompted.before_projector(images), nothing, scale)

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import Batch
-from cmapkd.methods.base import Method, MethodConfig, Term
+from cmapkd.methods.card import MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.stages import Part, StageConfig
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models.cut import cut
 from cmapkd.models.masked import MaskedEncoder, check_prunable
-from cmapkd.models.prunable import Kept, PrunableTower, TowerSizes, cut, kept_sizes
+from cmapkd.models.prunable import Kept, PrunableTower, TowerSizes, kept_sizes
 from cmapkd.models.types import Tower
 from cmapkd.objectives import sparsity_constraint, target_sparsity
 
@@ -40,7 +44,7 @@ class MasksConfig(Config):
     rate: float = Field(0.02, gt=0, description="Learning rate of masks and multipliers, whatever the schedule says.")
     strength: float = Field(10.0, ge=0, description="What both multipliers begin with.")
     choice: Literal["learned", "random"] = Field(
-        "learned", description="random: units are drawn by lot when the stage begins, for comparison."
+        "learned", description="random: units are drawn at random when the stage begins, for comparison."
     )
 
     @field_validator("sparsity")
@@ -63,7 +67,7 @@ class PruningConfig(MethodConfig):
         return values if self.masks is not None else {key: value for key, value in values.items() if key != "masks"}
 
 
-class PruningMethod(Method):
+class PruningMethod(DualEncoderMethod):
     """A method whose terms need nothing of the student but its embeddings, so that it may become smaller meanwhile.
 
     A stage that states a `sparsity` trains a `MaskedEncoder`, with the constraint as one more term; the next one begins
@@ -85,7 +89,7 @@ class PruningMethod(Method):
 
     @staticmethod
     def part_of(name: str) -> Part:
-        return "modules" if name.startswith("student.masks.") else Method.part_of(name)
+        return "modules" if name.startswith("student.masks.") else DualEncoderMethod.part_of(name)
 
     def own_rate(self, name: str) -> float | None:
         return self.masks_config.rate if name.startswith(("student.masks.", "constraint.")) else None
@@ -120,7 +124,7 @@ class PruningMethod(Method):
                 f"stage {stages[-1].name!r} is the last and has masks: add one without sparsity, in which the smaller "
                 "student learns to do without what is gone"
             )
-        if self.beside is not None:
+        if self.auxiliary is not None:
             raise ConfigError("heads read the student's levels, whose width changes under masks: leave heads out")
 
     def check_stage(self, stage: StageConfig) -> None:
@@ -147,35 +151,38 @@ class PruningMethod(Method):
             return
         sizes = {tower: TowerSizes.read(values) for tower, values in structure["sizes"].items()}
         if sizes != {tower: parts.sizes for tower, parts in self.student.prunable.items()}:
-            self.student = self.student.resized(sizes).to(self._device)
+            learning = {name: parameter.requires_grad for name, parameter in self.student.named_parameters()}
+            self.student = self.student.resized(sizes).to(self.device)
+            for name, parameter in self.student.named_parameters():  # `train_parts` has frozen some for the whole run
+                parameter.requires_grad_(learning[name])
         if structure["masked"]:
             self._mask()
         self._start = structure["start"]
 
     def reshape(self, stage: StageConfig) -> None:
         if self.constraint is not None and stage.sparsity is None:
-            self._let_all_learn()
+            self.let_all_learn()
             self._shrink()
         elif self.constraint is None and stage.sparsity is not None:
-            self._let_all_learn()
+            self.let_all_learn()
             present, allowed = _num_weights(self.student.prunable), self.num_weights * (1 - stage.sparsity)
             if self.masks_config.choice == "learned":
                 self._start = 1 - present / self.num_weights
                 self._mask()
             elif present > allowed:  # else this stage was interrupted, and has done it
-                self.student = by_lot(self.student, allowed)
+                self.student = sampled(self.student, allowed, self.step.generator("units"))
 
-    def forward(self, batch: Batch) -> dict[str, Term]:
+    def forward(self, batch: Batch, step: StepInfo | None = None) -> dict[str, Term]:
         student = self.student
         if not isinstance(student, MaskedEncoder):
-            return super().forward(batch)
+            return super().forward(batch, step)
         if self.training:
-            student.draw()
-        terms = super().forward(batch)
+            student.draw((step or self.step).generator("gates"))
+        terms = super().forward(batch, step)
         assert self.constraint is not None
         assert self.stage.sparsity is not None
         target = target_sparsity(
-            self._start, self.stage.sparsity, progress=self.progress, warmup=self.masks_config.warmup
+            self._start, self.stage.sparsity, progress=self.step.progress, warmup=self.masks_config.warmup
         )
         expected = 1 - student.expected_weights() / self.num_weights
         terms[TERM] = Term(self.constraint(expected, target))
@@ -188,8 +195,8 @@ class PruningMethod(Method):
         return terms
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
+    def after_step(self, step: StepInfo | None = None) -> None:
+        super().after_step(step)
         if isinstance(self.student, MaskedEncoder):
             self.student.after_step()
 
@@ -211,7 +218,7 @@ class PruningMethod(Method):
 
     def _mask(self) -> None:
         self.student = MaskedEncoder(self.student)
-        self.constraint = _Multipliers(self.masks_config.strength).to(self._device)
+        self.constraint = _Multipliers(self.masks_config.strength).to(self.device)
 
 
 class _Multipliers(nn.Module):
@@ -229,11 +236,17 @@ def _num_weights(towers: Mapping[Tower, PrunableTower], sizes: Mapping[Tower, To
     return sum(parts.num_weights(None if sizes is None else sizes[tower]) for tower, parts in towers.items())
 
 
-def by_lot(model: DualEncoder, num_weights: float) -> DualEncoder:
-    """A smaller model of units drawn by lot, the same share of every group: the largest of at most so many weights."""
+def sampled(model: DualEncoder, num_weights: float, generator: torch.Generator) -> DualEncoder:
+    """A smaller model of units drawn at random, the same share of every group.
+
+    Args:
+        num_weights: what the smaller model may have; it is the largest that has no more.
+        generator: what the units are drawn from, on the CPU, the same in every process.
+    """
     towers = model.prunable
     orders = {
-        tower: {name: torch.randperm(g.size) for name, g in parts.groups.items()} for tower, parts in towers.items()
+        tower: {name: torch.randperm(group.size, generator=generator) for name, group in parts.groups.items()}
+        for tower, parts in towers.items()
     }
 
     def kept(share: float) -> dict[Tower, Kept]:

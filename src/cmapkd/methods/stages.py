@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_serializer, model_validator
@@ -28,17 +29,18 @@ class StageConfig(Config):
         description="What learns: student, modules, weighting; or a part of the student that the method names.",
     )
     learning_rate: float | None = Field(None, gt=0, description="Peak rate here; none: optim.learning_rate.")
+    data: str | None = Field(
+        None, description="The stream of data.more that this stage reads alone; none: all, each by its share."
+    )
     sparsity: float | None = Field(
         None, gt=0, lt=1, description="Share of the student's first weights that masks shall have taken out at its end."
     )
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: Any) -> dict[str, Any]:
-        """A stage without masks is written as it was before there were any."""
+        """A stage without masks, and one that reads all data, is written as it was before there were any."""
         values: dict[str, Any] = handler(self)
-        return (
-            values if self.sparsity is not None else {key: value for key, value in values.items() if key != "sparsity"}
-        )
+        return {key: value for key, value in values.items() if value is not None or key not in ("sparsity", "data")}
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -110,3 +112,14 @@ def stage_ends(stages: Iterable[StageConfig], *, total: int, steps_per_epoch: in
     if ends and ends[-1] > total:
         raise ConfigError(f"{total} steps are too few for {len(ends)} stages: raise training.steps")
     return ends
+
+
+def stream_by_step(stages: Sequence[StageConfig], ends: Sequence[int]) -> Callable[[int], str | None] | None:
+    """The stream that each step reads alone, None for all streams; None in place of the function if no stage says.
+
+    Args:
+        ends: steps done when each stage ends, see `stage_ends`.
+    """
+    if all(stage.data is None for stage in stages):
+        return None
+    return lambda step: stages[bisect_right(ends, step)].data

@@ -1,9 +1,11 @@
 """Image-text models behind one contract, `DualEncoder`; one adapter for each library, imported when it is needed."""
 
-from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Tokenizer
+from cmapkd.models.average import MovingAverage
+from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Model, Tokenizer
+from cmapkd.models.config import FAMILIES, ModelConfig
 from cmapkd.models.images import ImageSpec
-from cmapkd.models.registry import FAMILIES, ModelConfig, build_model, load_model
-from cmapkd.models.teacher import FrozenTeacher
+from cmapkd.models.load import build_model, load_model
+from cmapkd.models.teacher import FrozenTeacher, MomentumTeacher, Teacher
 from cmapkd.models.types import Features, Level, LevelInfo, Needs, TowerFeatures
 
 __all__ = [
@@ -15,8 +17,12 @@ __all__ = [
     "ImageSpec",
     "Level",
     "LevelInfo",
+    "Model",
     "ModelConfig",
+    "MomentumTeacher",
+    "MovingAverage",
     "Needs",
+    "Teacher",
     "Tokenizer",
     "TowerFeatures",
     "build_model",

@@ -1,4 +1,4 @@
-"""`DualEncoder`: what every image-text model looks like to the rest of cmapkd, whichever library it comes from."""
+"""`Model` and `DualEncoder`: what a model looks like to the rest of cmapkd, whichever library it comes from."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from cmapkd.config import closest
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.types import Features, LevelInfo, Needs, Tower, TowerFeatures
 
-__all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Tokenizer", "eval_mode"]
+__all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv:2103.00020, section 2.5: clipped to keep training stable
 
@@ -48,23 +49,79 @@ class Tokenizer(Protocol):
         ...
 
 
-class DualEncoder(nn.Module, ABC):
-    """An image tower and a text tower that meet in one embedding space.
+class Model(nn.Module, ABC):
+    """What the trainer, averages, checkpoints and reports ask of any model, whatever it computes.
 
     Attributes:
         name: how the model is named in recipes, for messages and reports.
+    """
+
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are. A model has one device."""
+        return next(self.parameters()).device
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        """Names of parameters by part. Every parameter is in exactly one part; a part may be empty."""
+
+    def no_weight_decay(self) -> frozenset[str]:
+        """Names of parameters that are never decayed: positions, class and register tokens, logit scale and bias, and
+        those that the model's own library lists. Vectors need not be listed, since optimizers leave them out."""
+        return undecayed(self)
+
+    def after_step(self) -> None:
+        """Called after each optimizer step, on every process: keeps parameters in the range that the model allows."""
+
+    def measurements(self) -> dict[str, Tensor]:
+        """Scalars worth logging, detached, on the model's device: reading them is left to who logs them."""
+        return {}
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes weights (safetensors), architecture and tokenizer so that `load_model(folder)` reads them back."""
+
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        """Loads a weight file over this model; adapters also take their library's own names.
+
+        Args:
+            averaged: the moving average that a training script kept beside the weights, in place of the weights.
+        Raises:
+            ValueError: the file is missing or unsafe, or any name or shape does not fit.
+        """
+        load_weights(self, read_weights(path, averaged=averaged), where=path)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_borrowed_parameters(self) -> int:
+        """How many of `num_parameters` are another model's, as the teacher's text tower that a student is read with."""
+        return 0
+
+
+class DualEncoder(Model):
+    """An image tower and a text tower that meet in one embedding space.
+
+    Its parts are `image`, `text`, `projections` and `scale`. A model that something was added to names that as a
+    further part.
+
+    Attributes:
         embed_dim: width of the joint space.
         image_spec: the model's own resize and normalisation.
         tokenizer: the model's own tokenizer.
         image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
+        assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
     """
 
-    name: str
     embed_dim: int
     image_spec: ImageSpec
     tokenizer: Tokenizer
     image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
+    assumed_activation: Literal["gelu", "quick_gelu"] | None = None
 
     @property
     @abstractmethod
@@ -107,21 +164,13 @@ class DualEncoder(nn.Module, ABC):
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Text embedding [batch, embed_dim], not normalised, and the named levels."""
 
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes weights (safetensors), architecture and tokenizer so that `load_model(folder)` reads them back."""
+    def activation_twin(self) -> DualEncoder | None:
+        """The same weights with the other activation, on the same device; None where none is assumed."""
+        return None
 
     def with_tokenizer_of(self, other: DualEncoder) -> DualEncoder:  # noqa: ARG002  for models that can take another's
         """This model, or an untrained one like it, that reads texts as `other` does, if the family can."""
         return self
-
-    def load_checkpoint(self, path: Path) -> None:
-        """Loads a weight file over this model; adapters also take their library's own names.
-
-        Raises:
-            ValueError: the file is missing or unsafe, or any name or shape does not fit.
-        """
-        load_weights(self, read_weights(path), where=path)
 
     def forward(self, inputs: ModelInput, needs: Needs | None = None) -> Features:
         needs = needs or Needs()
@@ -133,6 +182,13 @@ class DualEncoder(nn.Module, ABC):
             logit_bias=self.logit_bias,
             more_texts={pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()},
         )
+
+    def after_step(self) -> None:
+        if self.log_logit_scale.requires_grad:  # a frozen one stays as it is
+            self.clamp_logit_scale()
+
+    def measurements(self) -> dict[str, Tensor]:
+        return {"logit_scale": self.log_logit_scale.detach().exp().reshape(())}
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -148,10 +204,3 @@ class DualEncoder(nn.Module, ABC):
                     f"{self.name} has no {tower} level {name!r}{closest(name, known)}. "
                     f"It has: {', '.join(known) or 'none'}."
                 )
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def num_borrowed_parameters(self) -> int:
-        """How many of `num_parameters` are another model's, as the teacher's text tower that a student is read with."""
-        return 0

@@ -12,8 +12,12 @@ from pydantic import Field
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.hf_model import HfModel, HfTokenizer
-from cmapkd.models.registry import ModelConfig
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.errors import first_line
+from cmapkd.models.families import Loader
+from cmapkd.models.hf_model import HfModel
+from cmapkd.models.hf_tokenizer import HfTokenizer, as_siglip_was_trained, check_end_token
+from cmapkd.models.hub import hub_options
 from cmapkd.models.storage import check_sizes
 
 SUPPORTED = {"clip": "CLIPModel", "siglip": "SiglipModel"}
@@ -39,19 +43,20 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     if not local and (rest.startswith((".", "/", "~")) or rest.count("/") > 1):
         raise ConfigError(f"{config.name}: there is no folder {source}")
     revision = {} if local or options.revision is None else {"revision": options.revision}
+    fetching = revision if local else {**revision, **hub_options()}
     if local and options.revision is not None:
         raise ConfigError(f"{config.name} is a local folder: option revision is for hub repositories only")
-    model_config = _config(source, local, revision, config.name)
+    model_config = _config(source, local, fetching, config.name)
     if config.init == "scratch":
         model = _scratch(model_config)
     else:
         if local:
             _check_weight_files(Path(source))
-        model = _pretrained(source, model_config, revision, config.name)
-    return _assemble(source, model, options, revision, config.name, scratch=config.init == "scratch")
+        model = _pretrained(source, model_config, fetching, config.name)
+    return _assemble(source, model, options, fetching, config.name, scratch=config.init == "scratch")
 
 
-def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001
     """A folder that `HfModel.save` wrote; needs no network."""
     name = str(description["name"])
     options = HfOptions(context_length=description["options"]["context_length"])
@@ -60,7 +65,7 @@ def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
     return _assemble(str(folder), model, options, {}, name, scratch=False)
 
 
-def _config(source: str, local: bool, revision: dict[str, str], where: str) -> Any:
+def _config(source: str, local: bool, fetching: dict[str, Any], where: str) -> Any:
     """The model's config, refused unless it is of a kind we support. Code in a repository is never run."""
     from transformers import AutoConfig
 
@@ -68,16 +73,16 @@ def _config(source: str, local: bool, revision: dict[str, str], where: str) -> A
     if local and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is no transformers model folder: it has no config.json")
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **fetching)
     except (OSError, ConnectionError) as error:
         raise ValueError(
             f"there is no model {where}: {source!r} is no local folder, and the Hugging Face hub gave no config.json "
-            f"({_first_line(error)}). Check the name; without a network, "
+            f"({first_line(error)}). Check the name; without a network, "
             "download the repository elsewhere and give its folder."
         ) from None
     except Exception as error:  # of a damaged config, anything
         raise ConfigError(
-            f"{where}: transformers cannot read its config ({_first_line(error)}). Supported: {supported}."
+            f"{where}: transformers cannot read its config ({first_line(error)}). Supported: {supported}."
         ) from None
     if config.model_type == "siglip2":
         raise ConfigError(
@@ -107,7 +112,7 @@ def _scratch(config: Any) -> Any:
     return model
 
 
-def _pretrained(source: str, config: Any, revision: dict[str, str], where: str) -> Any:
+def _pretrained(source: str, config: Any, fetching: dict[str, Any], where: str) -> Any:
     """Weights as float32, from safetensors or from a file that loads without unpickling objects.
 
     Raises:
@@ -115,11 +120,11 @@ def _pretrained(source: str, config: Any, revision: dict[str, str], where: str) 
     """
     try:
         model, report = _class(config).from_pretrained(
-            source, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True, **revision
+            source, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True, **fetching
         )
     except Exception as error:
         raise ValueError(
-            f"the weights of {where} could not be loaded ({type(error).__name__}: {_first_line(error)}). They must be "
+            f"the weights of {where} could not be loaded ({type(error).__name__}: {first_line(error)}). They must be "
             "model.safetensors, or a torch file of tensors only, of exactly this config's shapes. To convert a file "
             "whose origin you trust, where it was made: model.save_pretrained(folder, safe_serialization=True)."
         ) from None
@@ -142,7 +147,7 @@ def _check_weight_files(folder: Path) -> None:
 
 
 def _assemble(
-    source: str, model: Any, options: HfOptions, revision: dict[str, str], name: str, *, scratch: bool
+    source: str, model: Any, options: HfOptions, fetching: dict[str, Any], name: str, *, scratch: bool
 ) -> HfModel:
     config = model.config
     longest = int(config.text_config.max_position_embeddings)
@@ -153,43 +158,51 @@ def _assemble(
         raise ConfigError(
             f"{name} pools the last position, so every text must be padded to {longest} tokens, not {length}"
         )
-    native = _tokenizer(options.tokenizer or source, {} if options.tokenizer else revision, name)
+    if options.tokenizer is None:
+        native = _tokenizer(source, fetching, name)
+    else:
+        native = _tokenizer(options.tokenizer, {} if Path(options.tokenizer).is_dir() else hub_options(), name)
     if len(native) > config.text_config.vocab_size:
         raise ConfigError(
             f"the tokenizer of {name} has {len(native)} tokens, but the model embeds {config.text_config.vocab_size}: "
             "give the tokenizer that it was trained with."
         )
-    tokenizer = HfTokenizer(native, context_length=length, to_full_length=config.model_type == "siglip")
-    processor = _processor(source, revision, config, name, scratch=scratch)
+    siglip = config.model_type == "siglip"
+    if siglip:
+        as_siglip_was_trained(native, name=name)
+    else:  # also for transformers, which reads the saved folder by its config alone
+        config.text_config.eos_token_id = model.text_model.eos_token_id = check_end_token(native, name=name)
+    tokenizer = HfTokenizer(native, context_length=length, to_full_length=siglip, canonical=siglip)
+    processor = _processor(source, fetching, config, name, scratch=scratch)
     return HfModel(model, tokenizer=tokenizer, processor=processor, name=name)
 
 
-def _tokenizer(source: str, revision: dict[str, str], name: str) -> Any:
+def _tokenizer(source: str, fetching: dict[str, Any], name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetching)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise ValueError("it knows no words")  # what transformers 5 makes up where there are no files
         return tokenizer
     except Exception as error:
         raise ValueError(
-            f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {_first_line(error)}). "
+            f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). "
             "Copy tokenizer.json and tokenizer_config.json there, or name another place with the option `tokenizer`. A "
             "tokenizer that is only a sentencepiece model needs `pip install sentencepiece protobuf`."
         ) from None
 
 
-def _processor(source: str, revision: dict[str, str], config: Any, name: str, *, scratch: bool) -> Any:
+def _processor(source: str, fetching: dict[str, Any], config: Any, name: str, *, scratch: bool) -> Any:
     """The repository's image processor; an untrained model without one gets its family's, at the config's size."""
     from transformers import AutoImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **revision)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **fetching)
     except Exception as error:
         if not scratch:
             raise ValueError(
-                f"{name} has weights but no readable preprocessor_config.json in {source!r} ({_first_line(error)}), so "
+                f"{name} has weights but no readable preprocessor_config.json in {source!r} ({first_line(error)}), so "
                 "the pixels it was trained on are unknown: copy that file there."
             ) from None
     size = config.vision_config.image_size
@@ -203,7 +216,3 @@ def _class(config: Any) -> Any:
     import transformers
 
     return getattr(transformers, SUPPORTED[config.model_type])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__

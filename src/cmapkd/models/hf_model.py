@@ -6,47 +6,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.hf_tokenizer import HfTokenizer
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as processor configs store them
 
 
-class HfTokenizer:
-    """A transformers tokenizer; `to_full_length` pads to `context_length`, otherwise to the longest of the batch.
-
-    Only the library's fast tokenizers know where their tokens stand in the text.
-    """
-
-    def __init__(self, tokenizer: Any, *, context_length: int, to_full_length: bool) -> None:
-        self.native, self.context_length, self.to_full_length = tokenizer, context_length, to_full_length
-        self.vocab_size: int = len(tokenizer)
-
-    def __call__(self, texts: Sequence[str]) -> TokenBatch:
-        encoded = self.native(
-            list(texts),
-            padding="max_length" if self.to_full_length else "longest",
-            truncation=True,
-            max_length=self.context_length,
-            return_attention_mask=True,
-            return_offsets_mapping=bool(self.native.is_fast),
-            return_tensors="pt",
-        )
-        return TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), encoded.get("offset_mapping"))
-
-
 class HfModel(DualEncoder):
     """Wraps `CLIPModel` or `SiglipModel`. Levels are `blocks.N`, the output of block N of either tower.
 
-    CLIP attends to the tokenizer's mask. SigLIP was trained on texts padded to full length without a mask, and is run
-    that way, as transformers documents; the levels' mask still marks the real tokens.
+    CLIP attends to the tokenizer's mask and pools at the tokenizer's end token. SigLIP was trained on texts padded to
+    full length without a mask, and is run that way, as transformers documents; the levels' mask still marks the real
+    tokens.
     """
 
     tokenizer: HfTokenizer
@@ -57,6 +38,7 @@ class HfModel(DualEncoder):
         self.name, self.tokenizer, self.processor = name, tokenizer, processor
         config = self.model.config
         self.model_type: str = config.model_type
+        self._end_id: int = tokenizer.native.eos_token_id  # CLIP pools there: `hf_family` checks that there is one
         vision, text = config.vision_config, config.text_config
         self.embed_dim = int(config.projection_dim if self.model_type == "clip" else text.projection_size)
         self.image_spec = image_spec(processor.to_dict(), vision.image_size)
@@ -79,6 +61,18 @@ class HfModel(DualEncoder):
             super().clamp_logit_scale()
 
     @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        """SigLIP's image tower ends in attention pooling and has no projection; its text tower's head is one."""
+        projections = ("visual_projection", "text_projection", "text_model.head")
+        prefixes = {
+            "image": ("model.vision_model",),
+            "text": ("model.text_model",),
+            "projections": [f"model.{name}" for name in projections],
+            "scale": ("model.logit_scale", "model.logit_bias"),
+        }
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
+
+    @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self.model.vision_model.encoder.layers)
 
@@ -98,13 +92,17 @@ class HfModel(DualEncoder):
         self.check_levels("text", levels)
         mask = texts.mask.long() if self.model_type == "clip" else None
         output = self.model.text_model(input_ids=texts.ids, attention_mask=mask, output_hidden_states=bool(levels))
-        pooled = output.pooler_output
-        embedding = self.model.text_projection(pooled) if self.model_type == "clip" else pooled
+        embedding = output.pooler_output
+        if self.model_type == "clip":
+            # Not the library's pooling: with the `eos_token_id: 2` of old configs it takes the highest id of a text.
+            end = torch.eq(texts.ids, self._end_id).int().argmax(-1)
+            rows = torch.arange(len(end), device=end.device)
+            embedding = self.model.text_projection(output.last_hidden_state[rows, end])
         kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in _take(output, levels).items()}
         return TowerFeatures(embedding, kept)
 
-    def load_checkpoint(self, path: Path) -> None:
-        weights = read_weights(path)
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        weights = read_weights(path, averaged=averaged)
         ours = all(key.startswith("model.") for key in weights)
         load_weights(self if ours else self.model, _without_positions(weights), where=path)
 

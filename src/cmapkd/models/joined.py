@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.families import Loader
+from cmapkd.models.parts import joined_parts, split_by_name, within
 from cmapkd.models.prompts import DeepPrompts
 from cmapkd.models.reach import example_output, parameters_behind
-from cmapkd.models.registry import load_model
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
 from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import TowerFeatures
@@ -87,6 +88,18 @@ class JoinedEncoder(DualEncoder):
         return self.image.logit_bias
 
     @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        """Those of the student, with the projector among its projections; `prompts` where there are any.
+
+        A text model that this one owns, as a loaded folder does, is in them part by part.
+        """
+        prefixes = {"projections": ("project",), "prompts": ("prompts",)}
+        names = [name for name, _ in self.named_parameters() if not name.startswith(_MODELS)]
+        own = {part: found for part, found in split_by_name(names, prefixes).items() if found or part != "prompts"}
+        text = {} if self.text is None else within("text", self.text.parts)
+        return joined_parts(within("image", self.image.parts), text, own)
+
+    @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return self.image.image_blocks
 
@@ -135,7 +148,7 @@ class JoinedEncoder(DualEncoder):
         self.text_model.save(folder / "text")
 
 
-def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:
     """A folder that `JoinedEncoder.save` wrote."""
     options = description["options"]
     shape = options["prompts"]

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.cut import cut
 from cmapkd.models.gates import LOG_ALPHA_RANGE, drawn_gates, expected_weights, fixed_gates
-from cmapkd.models.prunable import PrunableTower, cut
+from cmapkd.models.parts import within
+from cmapkd.models.prunable import PrunableTower
 from cmapkd.models.types import BOTH, Tower, TowerFeatures
 
 
 @dataclass(frozen=True, slots=True)
 class _Folded:
-    """A tower with gates: the weights that they multiply, and the channels that are not 0."""
+    """A tower with gates: the weights that they multiply, and whether each channel's gate is not 0."""
 
     weights: dict[str, Tensor]
-    channels: Int[Tensor, " kept"]
+    kept: Bool[Tensor, " channels"]
 
 
 class MaskedEncoder(DualEncoder):
@@ -37,11 +38,12 @@ class MaskedEncoder(DualEncoder):
     after taking out the units with gate 0 computes the same, and that is what `shrunk` returns and `save` writes.
 
     In training mode gates are drawn anew by each `draw`, for all samples of the batch alike; in eval mode, and before
-    the first draw, they are fixed. Draws are numbered: they need no random state and are the same on every process.
+    the first draw, they are fixed.
 
     Attributes:
         model: the full model.
         masks: log alpha of each group of units, by tower and group.
+
     Raises:
         ValueError: the model's family cannot be taken apart.
     """
@@ -57,8 +59,6 @@ class MaskedEncoder(DualEncoder):
                 for name, group in parts.groups.items()
             }
         )
-        self.random_state: Tensor
-        self.register_buffer("random_state", torch.tensor([int(torch.randint(2**31, ())), 0]))  # seed, draws so far
         self._drawn: dict[Tower, _Folded] = {}
         self.name, self.embed_dim, self.tokenizer = model.name, model.embed_dim, model.tokenizer
         self.image_spec, self.image_levels, self.text_levels = model.image_spec, model.image_levels, model.text_levels
@@ -71,31 +71,38 @@ class MaskedEncoder(DualEncoder):
     def logit_bias(self) -> Tensor | None:
         return self.model.logit_bias
 
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        """Those of the full model, and `masks`."""
+        masks = frozenset(f"masks.{name}" for name in self.masks)
+        return {**within("model", self.model.parts), "masks": masks}
+
     def clamp_logit_scale(self) -> None:
         self.model.clamp_logit_scale()
 
     def compile(self, *_arguments: Any, **_options: Any) -> None:
         """Does nothing: its weights are made anew in every step, which a compiled model would not see."""
 
-    def draw(self) -> None:
-        """New gates, until the next draw."""
-        seed, number = self.random_state.tolist()
-        draws = torch.Generator().manual_seed(seed + number)
-        self.random_state[1] += 1
+    def draw(self, generator: torch.Generator) -> None:
+        """New gates, until the next draw.
+
+        Args:
+            generator: what they are drawn from, on the CPU, the same in every process.
+        """
+
+        def drawn(log_alpha: Tensor) -> Tensor:
+            uniform = torch.rand(len(log_alpha), generator=generator).to(log_alpha.device, non_blocking=True)
+            return drawn_gates(log_alpha, uniform)
+
         self._drawn = {
-            tower: self._folded(
-                tower,
-                {
-                    name: drawn_gates(log_alpha, torch.rand(len(log_alpha), generator=draws).to(log_alpha.device))
-                    for name, log_alpha in self._log_alphas(tower).items()
-                },
-            )
+            tower: self._folded(tower, {name: drawn(alpha) for name, alpha in self._log_alphas(tower).items()})
             for tower in self.towers
         }
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keeps every log alpha in its range, and lets go of the last draw."""
+        """Keeps every log alpha and the logit scale in their ranges, and lets go of the last draw."""
+        super().after_step()
         for log_alpha in self.masks.values():
             log_alpha.clamp_(*LOG_ALPHA_RANGE)
         self._drawn = {}
@@ -133,7 +140,7 @@ class MaskedEncoder(DualEncoder):
         drawn = self._drawn.get(tower) if self.training else None
         folded = drawn or self._folded(tower, self._fixed(tower))
         weights = {f"model.{name}": weight for name, weight in folded.weights.items()}
-        with self._norms_over(folded.channels, tower):
+        with self._norms_over(folded.kept, tower):
             output: TowerFeatures = functional_call(_Call(self.model), weights, (f"encode_{tower}", inputs, levels))
         return output
 
@@ -151,20 +158,15 @@ class MaskedEncoder(DualEncoder):
                     weight = weights.get(place.weight)
                     weight = self.model.get_parameter(place.weight) if weight is None else weight
                     weights[place.weight] = place.scale(weight, gates[name])
-        return _Folded(weights, gates["channels"].nonzero()[:, 0])
+        return _Folded(weights, gates["channels"] != 0)
 
     @contextmanager
-    def _norms_over(self, channels: Int[Tensor, " kept"], tower: Tower) -> Iterator[None]:
+    def _norms_over(self, kept: Bool[Tensor, " channels"], tower: Tower) -> Iterator[None]:
         """While the context is open, the tower's norms see these channels alone."""
 
         def normalised(norm: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
-            x, weight, bias = inputs[0], norm.weight, norm.bias
-            assert isinstance(norm.eps, float)
-            assert isinstance(weight, Tensor)
-            assert isinstance(bias, Tensor)
-            own = x.index_select(-1, channels)
-            y = F.layer_norm(own, own.shape[-1:], weight[channels], bias[channels], norm.eps)
-            return y.new_zeros(x.shape).index_copy(-1, channels, y)
+            assert isinstance(norm, nn.LayerNorm)
+            return _norm_over(kept, inputs[0], norm)
 
         handles = [self.model.get_submodule(n).register_forward_hook(normalised) for n in self.towers[tower].norms]
         try:
@@ -172,6 +174,20 @@ class MaskedEncoder(DualEncoder):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _norm_over(
+    kept: Bool[Tensor, " channels"], x: Float[Tensor, "*batch channels"], norm: nn.LayerNorm
+) -> Float[Tensor, "*batch channels"]:
+    """A layer norm over the kept channels, 0 in the others; float32 or wider.
+
+    Written out over all channels: to pick the kept ones, the host would wait for a GPU to say how many there are.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = kept.sum()
+    centred = torch.where(kept, wide - torch.where(kept, wide, 0.0).sum(-1, keepdim=True) / count, 0.0)
+    variance = centred.square().sum(-1, keepdim=True) / count
+    return torch.where(kept, centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias, 0.0)
 
 
 class _Call(nn.Module):

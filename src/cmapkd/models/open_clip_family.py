@@ -12,19 +12,13 @@ from pydantic import Field
 
 from cmapkd.config import Config, ConfigError, closest
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.open_clip_model import (
-    NATIVE_CONFIG,
-    NATIVE_WEIGHTS,
-    TEXT_CONFIG,
-    OpenClipModel,
-    construct,
-    fit_image_size,
-    load_native_weights,
-    make_tokenizer,
-)
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.families import Loader
+from cmapkd.models.open_clip_build import construct, fit_image_size, load_native_weights
+from cmapkd.models.open_clip_model import NATIVE_CONFIG, NATIVE_WEIGHTS, TEXT_CONFIG, OpenClipModel
 from cmapkd.models.open_clip_pruning import resize
+from cmapkd.models.open_clip_tokenizer import is_siglip, make_tokenizer
 from cmapkd.models.prunable import TowerSizes
-from cmapkd.models.registry import ModelConfig
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.types import Tower
 
@@ -36,6 +30,7 @@ _WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )
+_QUICK = "-quickgelu"  # ends the name of the same architecture with the other activation
 _PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 
 
@@ -61,7 +56,9 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     name, _, tag = rest.partition("/")
     zoo = open_clip.list_models()
     if rest in zoo:
-        return _assemble(config.name, open_clip.get_model_config(rest), _preprocess({}), options)
+        either = options.quick_gelu is None and f"{rest}{_QUICK}" in zoo
+        model_config = open_clip.get_model_config(rest)
+        return _assemble(config.name, model_config, _preprocess({}), options, either_activation=either)
     if name in zoo:
         return _pretrained(name, tag, config, options)
     path = Path(rest).expanduser()
@@ -78,7 +75,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     )
 
 
-def load(folder: Path, description: dict[str, Any]) -> OpenClipModel:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> OpenClipModel:  # noqa: ARG001
     """A folder that `OpenClipModel.save` wrote; needs no network."""
     model_config, preprocess = description["options"]["config"], description["options"]["preprocess"]
     building = deepcopy(model_config)
@@ -95,7 +92,7 @@ def load(folder: Path, description: dict[str, Any]) -> OpenClipModel:
         model,
         config=model_config,
         preprocess=preprocess,
-        tokenizer=make_tokenizer(model_config["text_cfg"], source=str(folder)),
+        tokenizer=make_tokenizer(model_config["text_cfg"], folder=folder),
         name=str(description["name"]),
         family=str(description["family"]),
         sizes=sizes,
@@ -132,7 +129,6 @@ def _folder(folder: Path, config: ModelConfig, options: OpenClipOptions) -> Open
     if not (folder / NATIVE_CONFIG).is_file():
         raise ConfigError(f"{folder} is no open_clip model folder: it has no {NATIVE_CONFIG}")
     model_config, preprocess = _read_config(folder / NATIVE_CONFIG)
-    source = str(folder) if model_config["text_cfg"].get("hf_tokenizer_name") else None
     if (folder / TEXT_CONFIG).is_dir():
         model_config["text_cfg"]["hf_model_name"] = str(folder / TEXT_CONFIG)
     weights = None
@@ -143,7 +139,7 @@ def _folder(folder: Path, config: ModelConfig, options: OpenClipOptions) -> Open
                 f"{folder} has no weights: looked for {', '.join(_WEIGHT_FILES)}. Copy them there, or set `init: "
                 "scratch` for the untrained architecture."
             )
-    return _assemble(config.name, model_config, preprocess, options, weights=weights, tokenizer=source)
+    return _assemble(config.name, model_config, preprocess, options, weights=weights, folder=folder)
 
 
 def _assemble(
@@ -153,7 +149,8 @@ def _assemble(
     options: OpenClipOptions,
     *,
     weights: Path | None = None,
-    tokenizer: str | None = None,
+    folder: Path | None = None,
+    either_activation: bool = False,
 ) -> OpenClipModel:
     """Applies the options, builds, and loads `weights` if there are any."""
     config = deepcopy(dict(model_config))
@@ -172,12 +169,21 @@ def _assemble(
         text["context_length"] = options.context_length
     if options.quick_gelu is not None:
         config["quick_gelu"] = options.quick_gelu
+    if is_siglip(text):  # as every SigLIP config of open_clip says; a folder may leave it out
+        text["tokenizer_kwargs"] = {"clean": "canonicalize", **(text.get("tokenizer_kwargs") or {})}
     model = construct(config, preprocess, where=name)
     if weights is not None:
-        load_native_weights(model, weights)
+        load_native_weights(model, read_weights(weights), where=weights)
     fit_image_size(model, where=name)
-    ready = make_tokenizer(text, source=tokenizer)
-    return OpenClipModel(model, config=config, preprocess=preprocess, tokenizer=ready, name=name)
+    ready = make_tokenizer(text, folder=folder)
+    return OpenClipModel(
+        model,
+        config=config,
+        preprocess=preprocess,
+        tokenizer=ready,
+        name=name,
+        either_activation=either_activation,
+    )
 
 
 def _preprocess(overrides: Mapping[str, Any]) -> dict[str, Any]:

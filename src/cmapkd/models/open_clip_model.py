@@ -2,70 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import copy, deepcopy
-from functools import cache
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.images import ImageSpec
+from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec, load_native_weights
+from cmapkd.models.open_clip_levels import (
+    has_transformers_text,
+    image_levels,
+    outputs_of,
+    projections,
+    text_blocks,
+    text_width,
+    with_prefix,
+)
 from cmapkd.models.open_clip_pruning import prunable_towers, resize
+from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer
+from cmapkd.models.parts import split_by_name
 from cmapkd.models.prunable import PrunableTower, TowerSizes
-from cmapkd.models.spans import span_finder
-from cmapkd.models.storage import check_sizes, load_weights, read_weights, write_model_folder
+from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.types import Level, LevelInfo, Tower, TowerFeatures
 
 NATIVE_CONFIG, NATIVE_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TEXT_CONFIG = "text_tower"  # a transformers text tower's own config, inside a model folder
-_STEMS = ("act1", "bn1", "conv_stem", "features.norm0")  # what timm calls the output before the first stage
-
-
-class OpenClipTokenizer:
-    """open_clip's own tokenizer, with the mask and the spans that it does not return."""
-
-    def __init__(self, tokenizer: Any, *, context_length: int) -> None:
-        self.context_length = context_length
-        self.native = tokenizer
-        self.vocab_size: int = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
-        self._spans = span_finder(tokenizer)
-        self._of_cleaned = copy(tokenizer)  # spans need the cleaned text, so it is made here, once
-        self._of_cleaned.clean_fn = str
-
-    def __call__(self, texts: Sequence[str]) -> TokenBatch:
-        if self._spans is None:
-            ids = self.native(list(texts), context_length=self.context_length).long()
-            return TokenBatch(ids, self._real(ids))
-        cleaned = [self.native.clean_fn(text) for text in texts]
-        ids = self._of_cleaned(cleaned, context_length=self.context_length).long()
-        return TokenBatch(ids, self._real(ids), self._spans(texts, cleaned, self.context_length))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipTokenizer:
-        return self  # nothing in it changes, and CLIP's vocabulary is large
-
-    def _real(self, ids: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch length"]:
-        """CLIP's own vocabulary pads with 0, which is also "!": there the text ends with its end token."""
-        inner = getattr(self.native, "tokenizer", None)
-        if inner is None:
-            return (ids == int(self.native.eot_token_id)).flip(1).cumsum(1).flip(1) > 0
-        if inner.pad_token_id != inner.eos_token_id:
-            return ids != int(inner.pad_token_id)
-        ends = (ids == int(inner.eos_token_id)).long()  # padded with the end token: its first one is the text's own
-        return (ends.cumsum(1) - ends) == 0
 
 
 class OpenClipModel(DualEncoder):
     """Wraps `open_clip.CLIP` or `open_clip.CustomTextCLIP`; `config` is open_clip's `model_cfg` of it.
 
-    `sizes` are those of towers that were cut to smaller ones than a `model_cfg` can describe.
+    `sizes` are those of towers that were cut to smaller ones than a `model_cfg` can describe. `either_activation` says
+    that weights of this architecture come with GELU and with QuickGELU, and nobody has said which.
 
     Levels come from open_clip's `forward_intermediates`. A ViT's are `blocks.N` with its class and register tokens at
     the front; a convolutional or windowed tower's are `stages.N` maps, the stem not counted. Texts have `blocks.N`.
@@ -83,18 +56,19 @@ class OpenClipModel(DualEncoder):
         name: str,
         family: str = "open_clip",
         sizes: Mapping[Tower, TowerSizes] | None = None,
+        either_activation: bool = False,
     ) -> None:
         super().__init__()
         self.model: Any = model
-        self.sizes = sizes
+        self.sizes, self.either_activation = sizes, either_activation
         self.config, self.preprocess = deepcopy(dict(config)), dict(preprocess)
         self.name, self.family, self.tokenizer = name, family, tokenizer
         self.embed_dim = int(config["embed_dim"])
-        self.image_spec = _image_spec(self.model.visual, preprocess)
-        self._indices = _image_levels(self.model.visual)
+        self.image_spec = image_spec(self.model.visual, preprocess)
+        self._indices = image_levels(self.model.visual)
         self.image_levels = tuple(self._indices)
-        blocks = _text_blocks(self.model)
-        width = _text_width(self.model)
+        blocks = text_blocks(self.model)
+        width = text_width(self.model)
         self.text_levels = tuple(LevelInfo(f"blocks.{number}", width, "tokens") for number in range(len(blocks)))
 
     @property
@@ -111,6 +85,16 @@ class OpenClipModel(DualEncoder):
         """CLIP's clamp; not where there is a bias, as SigLIP (arXiv:2303.15343) has none and ends above 100."""
         if self.model.logit_bias is None:
             super().clamp_logit_scale()
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        prefixes = {
+            "image": ("model.visual",),
+            "text": ("model",),  # open_clip.CLIP keeps its text tower's weights beside the image tower
+            "projections": [f"model.{name}" for name in projections(self.model)],
+            "scale": ("model.logit_scale", "model.logit_bias"),
+        }
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
@@ -160,7 +144,7 @@ class OpenClipModel(DualEncoder):
         for name in levels:
             index = next(self._indices[info] for info in asked if info.name == name)
             if tokens:
-                kept[name] = _tokens(values[index], prefixes.get(index), self._grid(images), self.name)
+                kept[name] = with_prefix(values[index], prefixes.get(index), self._grid(images), self.name)
             else:
                 kept[name] = Level(values[index], "map", grid=tuple(values[index].shape[-2:]))
         return TowerFeatures(output["image_features"], kept)
@@ -170,8 +154,8 @@ class OpenClipModel(DualEncoder):
         if not levels:
             return TowerFeatures(self.model.encode_text(texts.ids))
         wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
-        if _has_transformers_text(self.model):
-            with _outputs_of(_text_blocks(self.model), wanted) as values:
+        if has_transformers_text(self.model):
+            with outputs_of(text_blocks(self.model), wanted) as values:
                 embedding = self.model.encode_text(texts.ids)
         else:
             output = self.model.forward_intermediates(text=texts.ids, text_indices=wanted, normalize=False)
@@ -190,12 +174,31 @@ class OpenClipModel(DualEncoder):
             return int(rows), int(columns)
         return height // visual.patch_size[0], width // visual.patch_size[1]
 
-    def load_checkpoint(self, path: Path) -> None:
-        weights = read_weights(path)
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        weights = read_weights(path, averaged=averaged)
         if all(key.startswith("model.") for key in weights):  # our own names
             load_weights(self, weights, where=path)
         else:
-            load_native_weights(self.model, path)
+            load_native_weights(self.model, weights, where=path)
+        if self.either_activation:
+            self.assumed_activation = "quick_gelu" if self.config.get("quick_gelu") else "gelu"
+
+    def activation_twin(self) -> OpenClipModel | None:
+        if self.assumed_activation is None:
+            return None
+        config = {**self.config, "quick_gelu": self.assumed_activation == "gelu"}
+        model: Any = construct(config, self.preprocess, where=self.name)
+        fit_image_size(model, where=self.name)
+        model.load_state_dict(self.model.state_dict())
+        twin = type(self)(
+            model,
+            config=config,
+            preprocess=self.preprocess,
+            tokenizer=self.tokenizer,
+            name=self.name,
+            family=self.family,
+        )
+        return twin.to(self.device).train(self.training)
 
     def save(self, folder: Path) -> None:
         """Ours, and open_clip's: `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads it too.
@@ -215,221 +218,5 @@ class OpenClipModel(DualEncoder):
         save_file(tensors, folder / NATIVE_WEIGHTS)
         if hasattr(self.tokenizer.native, "save_pretrained"):
             self.tokenizer.native.save_pretrained(folder)
-        if _has_transformers_text(self.model):
+        if has_transformers_text(self.model):
             self.model.text.config.save_pretrained(folder / TEXT_CONFIG)
-
-
-def construct(config: Mapping[str, Any], preprocess: Mapping[str, Any], *, where: str) -> nn.Module:
-    """The untrained architecture of an open_clip `model_cfg`, chosen and built as `open_clip.create_model` does.
-
-    Raises:
-        ConfigError: open_clip cannot build it, or it is of a kind we do not support.
-    """
-    import open_clip
-
-    check_sizes(config, where=where)
-    arguments = deepcopy(dict(config))
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - arguments.keys()
-    if missing:
-        raise ConfigError(f"{where} is no open_clip model config: it lacks {', '.join(sorted(missing))}")
-    if "multimodal_cfg" in arguments:
-        raise ConfigError(f"{where} is a CoCa model (it has a multimodal_cfg): only CLIP and SigLIP are supported")
-    for part in ("vision_cfg", "text_cfg"):
-        if not isinstance(arguments[part], dict):
-            raise ConfigError(f"{where} is no open_clip model config: its {part} is no object")
-    custom = arguments.pop("custom_text", False) or bool(arguments["text_cfg"].get("hf_model_name"))
-    try:
-        model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**arguments)
-    except (
-        TypeError,
-        ValueError,
-        AssertionError,
-        RuntimeError,
-        LookupError,
-        OSError,
-        ArithmeticError,
-        AttributeError,
-    ) as error:
-        raise ConfigError(f"open_clip cannot build {where}: {_first_line(error)}") from None
-    size = model.visual.image_size
-    size = size if isinstance(size, Sequence) else (size, size)
-    open_clip.set_model_preprocess_cfg(model, {**preprocess, "size": tuple(size)})
-    return model.float()  # type: ignore[no-any-return]
-
-
-def fit_image_size(model: Any, *, where: str) -> None:
-    """Makes a timm tower take the size that its config names: timm itself resamples the position embedding.
-
-    Raises:
-        ConfigError: the tower has one fixed size.
-    """
-    trunk = getattr(model.visual, "trunk", None)
-    if trunk is None:
-        return
-    size, own = tuple(model.visual.image_size), tuple(trunk.pretrained_cfg.get("input_size", (3, 0, 0))[-2:])
-    if size == own:
-        return
-    if hasattr(trunk, "set_input_size"):
-        try:
-            model.visual.set_input_size(size)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{where} cannot be built for images of {size[0]} pixels: {_first_line(error)}") from None
-    elif trunk.pretrained_cfg.get("fixed_input_size"):
-        raise ConfigError(f"{where} takes images of {own[0]} pixels only, image_size is {size[0]}")
-
-
-def load_native_weights(model: Any, path: Path) -> None:
-    """open_clip's own loader, which converts other names and resizes position embeddings, without unpickling objects.
-
-    Raises:
-        ValueError: the file is missing, unreadable or unsafe, or does not fit; says which, and what to do.
-    """
-    import open_clip
-
-    try:
-        open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except Exception as error:
-        read_weights(path)  # says what is wrong with the file, if it is the file
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(
-            f"the weights in {path} do not fit {type(model).__name__}: {' '.join(lines[:4])[:600]}. "
-            "Name the architecture that they were trained with."
-        ) from None
-
-
-def make_tokenizer(text_config: Mapping[str, Any], *, source: str | None = None) -> OpenClipTokenizer:
-    """The tokenizer of an open_clip `text_cfg`, as `open_clip.get_tokenizer` chooses it; `source` replaces its place.
-
-    Raises:
-        ValueError: its files are not there.
-    """
-    from open_clip.tokenizer import HFTokenizer
-
-    length = int(text_config.get("context_length", 77))
-    settings = dict(text_config.get("tokenizer_kwargs") or {})
-    if not (named := text_config.get("hf_tokenizer_name")):
-        return OpenClipTokenizer(_clip_tokenizer(**settings), context_length=length)
-    mode = text_config.get("tokenizer_mode")
-    try:
-        native = HFTokenizer(source or named, context_length=length, tokenizer_mode=mode, **settings)
-        if len(native.tokenizer) <= len(set(native.tokenizer.all_special_ids)):
-            raise ValueError("it knows no words")  # what transformers 5 makes up where there are no files
-    except Exception as error:
-        raise ValueError(
-            f"there is no tokenizer in {source or named!r} ({type(error).__name__}: {_first_line(error)}). Put its "
-            "files (tokenizer.json and tokenizer_config.json) into a folder and name it as text_cfg.hf_tokenizer_name, "
-            "or connect to the Hugging Face hub once."
-        ) from None
-    return OpenClipTokenizer(native, context_length=length)
-
-
-@cache
-def _clip_tokenizer(**settings: Any) -> Any:
-    """Made once: it parses 49,000 merges. The context length is given with each call."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer(**settings)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
-
-
-def _image_spec(visual: Any, preprocess: Mapping[str, Any]) -> ImageSpec:
-    """open_clip's evaluation transform in our terms."""
-    size = visual.image_size
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    if height != width:
-        raise ConfigError(f"image_size {tuple(size)} is not square: only square inputs are supported")
-    mode = preprocess.get("resize_mode", "shortest")
-    if mode not in ("shortest", "squash"):
-        raise ConfigError(f"resize_mode {mode!r} (padding to a square) is not supported, only 'shortest' and 'squash'")
-    mean, std = (tuple(float(v) for v in preprocess[key]) for key in ("mean", "std"))
-    interpolation = "bilinear" if preprocess.get("interpolation") == "bilinear" else "bicubic"  # as open_clip decides
-    return ImageSpec(
-        int(height),
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        interpolation=interpolation,  # type: ignore[arg-type]
-        fit="crop" if mode == "shortest" else "squash",
-    )
-
-
-def _image_levels(visual: Any) -> dict[LevelInfo, int]:
-    """Each level of an image tower, and its index in `forward_intermediates`."""
-    if hasattr(visual, "trunk"):
-        return _timm_levels(visual.trunk)
-    if hasattr(visual, "attnpool"):  # ModifiedResNet: the stem is index 0
-        stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
-        return {LevelInfo(f"stages.{n}", stage[-1].conv3.out_channels, "map"): n + 1 for n, stage in enumerate(stages)}
-    width, depth = visual.transformer.width, len(visual.transformer.resblocks)
-    return {LevelInfo(f"blocks.{number}", width, "tokens"): number for number in range(depth)}
-
-
-def _timm_levels(trunk: Any) -> dict[LevelInfo, int]:
-    """timm lists what `forward_intermediates` returns in `feature_info`; only token towers know prefix tokens."""
-    import inspect
-
-    listed = list(getattr(trunk, "feature_info", None) or ())
-    if not listed or not hasattr(trunk, "forward_intermediates"):
-        return {}
-    parameters = inspect.signature(trunk.forward_intermediates).parameters
-    tokens = "return_prefix_tokens" in parameters and hasattr(getattr(trunk, "patch_embed", None), "dynamic_feat_size")
-    if tokens or all(entry["module"] == f"blocks.{number}" for number, entry in enumerate(listed)):
-        layout = "tokens" if tokens else "map"
-        return {LevelInfo(f"blocks.{n}", e["num_chs"], layout): n for n, e in enumerate(listed)}  # type: ignore[arg-type]
-    stem = int(listed[0]["module"].startswith("stem") or listed[0]["module"] in _STEMS)
-    return {LevelInfo(f"stages.{n - stem}", e["num_chs"], "map"): n for n, e in enumerate(listed) if n >= stem}
-
-
-def _tokens(patches: Tensor, prefix: Tensor | None, grid: tuple[int, int], name: str) -> Level:
-    if patches.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"{name} returned {patches.shape[1]} patch tokens for a grid of {grid[0]} x {grid[1]}: patch dropout is "
-            "on, so its levels have no places. Set patch_dropout to 0, or use a method without image levels."
-        )
-    if prefix is None:
-        return Level(patches, "tokens", grid=grid)
-    return Level(torch.cat([prefix, patches], dim=1), "tokens", num_prefix=prefix.shape[1], grid=grid)
-
-
-def _has_transformers_text(model: Any) -> bool:
-    return hasattr(model, "text") and hasattr(model.text, "pooler")
-
-
-def _text_blocks(model: Any) -> Sequence[nn.Module]:
-    if not _has_transformers_text(model):
-        blocks: Sequence[nn.Module] = getattr(model, "text", model).transformer.resblocks
-        return blocks
-    inner = model.text.transformer
-    inner = getattr(inner, "encoder", inner)
-    for attribute in ("layer", "layers", "block"):  # BERT and its kin; M2M-100; T5
-        if hasattr(inner, attribute):
-            found: Sequence[nn.Module] = getattr(inner, attribute)
-            return found
-    return ()
-
-
-def _text_width(model: Any) -> int:
-    if _has_transformers_text(model):
-        return int(model.text.config.hidden_size)
-    return int(getattr(model, "text", model).transformer.width)
-
-
-@contextmanager
-def _outputs_of(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """What the numbered blocks return while the context is open. Only for towers without `forward_intermediates`."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            kept[number] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [blocks[number].register_forward_hook(keep(number)) for number in numbers]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -30,6 +30,10 @@ class DeepPrompts(nn.Module):
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(depth, count, width) * 0.02)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are never decayed, as timm's modules list theirs."""
+        return {"tokens"}
+
     @contextmanager
     def inside(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """While the context is open, the blocks work with the prompts."""

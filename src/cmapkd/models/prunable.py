@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from cmapkd.models.storage import load_weights
-from cmapkd.models.types import Tower
-
-if TYPE_CHECKING:
-    from cmapkd.models.base import DualEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,23 +171,3 @@ def kept_sizes(kept: Kept) -> TowerSizes:
         tuple(len(kept[f"{kind}_{layer}"]) for layer in range(len(kept) // 2)) for kind in ("heads", "units")
     )
     return TowerSizes(len(kept["channels"]), heads, units)
-
-
-def cut(model: DualEncoder, kept: Mapping[Tower, Kept], weights: Mapping[str, Tensor] | None = None) -> DualEncoder:
-    """The smaller model that has the kept units alone, on the same device.
-
-    Args:
-        weights: in place of the model's own, by name.
-    """
-    towers = model.prunable
-    smaller = model.resized({tower: kept_sizes(kept[tower]) for tower in towers})
-    state = model.state_dict() | dict(weights or {})
-    for tower, parts in towers.items():
-        for name, group in parts.groups.items():
-            for place in group.places:
-                state[place.weight] = place.take(state[place.weight], kept[tower][name], group.size)
-    load_weights(smaller, state, where=f"{model.name}, cut")
-    learning = dict(model.named_parameters())
-    for name, parameter in smaller.named_parameters():
-        parameter.requires_grad_(learning[name].requires_grad)
-    return smaller.to(model.log_logit_scale).train(model.training)

@@ -1,14 +1,15 @@
 """Where open_clip's tokens stand in the text as it was given: its tokenizers clean texts first and keep no offsets.
 
-Cleaning (ftfy, entities, white space, case) is undone word by word. A word that it left as long as it was stands where
-it stood; the tokens of a word that grew or shrank have no span, nor has any of a text that gained or lost a word.
+Cleaning (ftfy, entities, white space, case, and for SigLIP punctuation) is undone word by word. A word that it left as
+long as it was, its punctuation not counted, stands where it stood. The tokens of a word that grew or shrank have no
+span, nor has any of a text that gained or lost a word.
 """
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 
 Span = tuple[int, int]
 _WORD = re.compile(r"\S+")
+_APART = re.compile(r"[^\s_]+")  # words where `_` is a space
+_PUNCTUATION = frozenset(string.punctuation)
 _NO_SPAN: Span = (0, 0)
 _MOST_KNOWN = 100_000  # words remembered, some 30 MB
 
@@ -32,6 +35,20 @@ class SpanFinder(Protocol):
         ...
 
 
+def moved_spans(
+    spans: Sequence[Sequence[Sequence[int]]], texts: Sequence[str], cleaned: Sequence[str], *, canonical: bool
+) -> Int[Tensor, "batch length 2"]:
+    """Spans in cleaned texts as spans in the texts as they were given.
+
+    Args:
+        canonical: whether cleaning took out punctuation, and made `_` a space.
+    """
+    moved = [
+        _moved(row, text, clean, canonical=canonical) for row, text, clean in zip(spans, texts, cleaned, strict=True)
+    ]
+    return torch.from_numpy(np.array(moved, dtype=np.int64).reshape(len(texts), -1, 2))
+
+
 def span_finder(tokenizer: Any) -> SpanFinder | None:
     """What finds the spans of one of open_clip's tokenizers.
 
@@ -41,7 +58,7 @@ def span_finder(tokenizer: Any) -> SpanFinder | None:
         return None
     if hasattr(tokenizer, "tokenizer"):
         known = tokenizer.tokenizer.is_fast and not tokenizer.tokenizer_mode
-        return TransformersSpans(tokenizer.tokenizer) if known else None
+        return TransformersSpans(tokenizer.tokenizer, canonical=_is_canonical(tokenizer)) if known else None
     return None if tokenizer.reduction_fn is not None else BytePairSpans(tokenizer)
 
 
@@ -49,7 +66,7 @@ class BytePairSpans:
     """For open_clip's `SimpleTokenizer`: CLIP's byte-pair encoding of lower-cased words."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._canonical = tokenizer, _is_canonical(tokenizer)
         self._known: dict[str, tuple[Span, ...]] = {}  # the tokenizer itself remembers all it has seen
 
     def __call__(
@@ -63,14 +80,14 @@ class BytePairSpans:
         return torch.from_numpy(spans)
 
     def _text(self, text: str, cleaned: str) -> list[Span]:
-        words, places = cleaned.split(), [match.span() for match in _WORD.finditer(text)]
+        words, places = cleaned.split(), _words(text, canonical=self._canonical)
         if len(words) != len(places):
             return []
         found: list[Span] = []
-        for word, (start, end) in zip(words, places, strict=True):
+        for word, characters in zip(words, places, strict=True):
             pieces = self._known.get(word) or self._pieces(word)
-            if len(word) == end - start:
-                found.extend([(start + first, start + last) for first, last in pieces])
+            if len(word) == len(characters):
+                found.extend([(characters[first], characters[last - 1] + 1) for first, last in pieces])
             else:
                 found.extend([_NO_SPAN] * len(pieces))
         return found
@@ -95,8 +112,8 @@ class BytePairSpans:
 class TransformersSpans:
     """For open_clip's `HFTokenizer` over a fast transformers tokenizer, which tells its spans in the cleaned text."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, *, canonical: bool) -> None:
+        self._tokenizer, self._canonical = tokenizer, canonical
 
     def __call__(
         self, texts: Sequence[str], cleaned: Sequence[str], context_length: int
@@ -104,26 +121,33 @@ class TransformersSpans:
         encoded = self._tokenizer(
             list(cleaned), max_length=context_length, padding="max_length", truncation=True, return_offsets_mapping=True
         )
-        moved = [
-            _moved(spans, text, clean)
-            for spans, text, clean in zip(encoded["offset_mapping"], texts, cleaned, strict=True)
-        ]
-        return torch.from_numpy(np.array(moved, dtype=np.int64).reshape(len(texts), context_length, 2))
+        return moved_spans(encoded["offset_mapping"], texts, cleaned, canonical=self._canonical)
 
 
-def _moved(spans: Sequence[Span], text: str, cleaned: str) -> list[Span]:
+def _is_canonical(tokenizer: Any) -> bool:
+    """Whether one of open_clip's tokenizers takes out punctuation before it splits texts."""
+    return bool(tokenizer.clean_fn("_a!") == "a")
+
+
+def _words(text: str, *, canonical: bool) -> list[list[int]]:
+    """Of each word that cleaning leaves of a text, where its characters stand."""
+    if not canonical:
+        return [[*range(*match.span())] for match in _WORD.finditer(text)]
+    words = ([n for n in range(*match.span()) if text[n] not in _PUNCTUATION] for match in _APART.finditer(text))
+    return [word for word in words if word]
+
+
+def _moved(spans: Sequence[Sequence[int]], text: str, cleaned: str, *, canonical: bool) -> list[Span]:
     """Spans in `cleaned` as spans in `text`, without the white space that some tokens begin with."""
-    before, after = ([match.span() for match in _WORD.finditer(string)] for string in (cleaned, text))
+    before = [[*range(*match.span())] for match in _WORD.finditer(cleaned)]
+    after = _words(text, canonical=canonical)
     place: dict[int, int] = {}
     if len(before) == len(after):
-        pairs = zip(before, after, strict=True)
-        place.update(chain.from_iterable(zip(range(*b), range(*a), strict=True) for b, a in pairs if _same(b, a)))
+        for ours, theirs in zip(before, after, strict=True):
+            if len(ours) == len(theirs):
+                place.update(zip(ours, theirs, strict=True))
     moved: list[Span] = []
     for start, end in spans:
         characters = [place[n] for n in range(start, end) if n in place]
         moved.append((characters[0], characters[-1] + 1) if characters else _NO_SPAN)
     return moved
-
-
-def _same(left: Span, right: Span) -> bool:
-    return left[1] - left[0] == right[1] - right[0]

@@ -1,4 +1,4 @@
-"""Model folders and weight files: safetensors for tensors, JSON for the architecture, nothing that runs code."""
+"""Model folders: safetensors for tensors, JSON for the architecture, nothing that runs code."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmapkd.config.leaves import leaves
+from cmapkd.models.weight_files import read_weights
+
+__all__ = [
+    "DESCRIPTION",
+    "WEIGHTS",
+    "check_sizes",
+    "load_weights",
+    "read_description",
+    "read_weights",
+    "write_model_folder",
+]
 
 DESCRIPTION = "cmapkd.json"  # family, name and options of the model in a folder
 WEIGHTS = "model.safetensors"
-
 
 MAX_LAYERS = 1000
 MAX_WIDTH = 65_536
@@ -72,37 +80,6 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable model description: it lacks family, name or options")
     check_sizes(description["options"], where=path)
     return dict(description)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file: `.safetensors`, or a torch file that loads with `weights_only=True`.
-
-    Raises:
-        ValueError: missing, truncated, or it holds objects other than tensors; says how to convert.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no weight file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}): copy or export it again.") from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be loaded safely ({type(error).__name__}): it may hold Python objects, which can run code. "
-            "If you trust its origin, convert it once where it was made: "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
-        ) from None
-    for key in ("state_dict", "model"):  # what training scripts wrap the weights in
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
-    ):
-        raise ValueError(f"{path} holds no plain state dict: save model.state_dict() as safetensors.")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str | Path) -> None:

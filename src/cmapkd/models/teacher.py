@@ -1,16 +1,54 @@
-"""`FrozenTeacher`: a model that only answers. Eval mode, no gradient, and outside every checkpoint."""
+"""Teachers: models that only answer. Frozen ones stand outside every checkpoint; a momentum one follows the student."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, NoReturn
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cmapkd.config import closest
 from cmapkd.data.types import Batch
+from cmapkd.models.average import follow
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.types import Features, Needs
+
+
+class Teacher(Protocol):
+    """What a method asks of a teacher: `FrozenTeacher`, `cache.CachedTeacher` or `MomentumTeacher`.
+
+    Attributes:
+        role: the teacher's name in a run: `teacher`, or one of its own.
+        reads: the role whose input in a batch the teacher is given; its own, or the student's.
+        model: what the teacher is: levels, preprocessing, tokenizer. A cached one has no weights.
+        from_disk: whether asking costs a look into a file, and not a pass of a model.
+    """
+
+    role: str
+    model: DualEncoder
+    from_disk: ClassVar[bool]
+
+    @property
+    def reads(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def embed_dim(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+    def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
+        """Features of the teacher's own form of the batch, detached."""
+        ...
+
+    def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Embeddings of `num` samples that a method compares others with, see `FrozenTeacher`."""
+        ...
 
 
 class FrozenTeacher:
@@ -24,7 +62,11 @@ class FrozenTeacher:
 
     def __init__(self, model: DualEncoder, role: str = "teacher") -> None:
         self.model = model.eval().requires_grad_(False)
-        self.role = role  # by which batches name what is made for this teacher
+        self.role = role
+
+    @property
+    def reads(self) -> str:
+        return self.role
 
     @property
     def name(self) -> str:
@@ -60,3 +102,80 @@ class FrozenTeacher:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self  # frozen, so a copy of the method may share it
+
+
+class MomentumTeacher(nn.Module):
+    """A teacher whose weights are a moving average of the student's (mean teacher, arXiv:1703.01780; MoCo, 1911.05722).
+
+    A method makes it in its `__init__` and keeps it as a submodule and among its teachers:
+    `self.momentum = MomentumTeacher(student)`, `self.teachers[self.momentum.role] = self.momentum`. It reads the
+    student's inputs, stays in eval mode, and moves after every optimizer step. Its weights are in the method's
+    checkpoints, once, and never in the saved student. No optimizer sees them.
+
+    Args:
+        student: copied; every parameter of the copy is frozen.
+        decay: weight of the past in the first step, in [0, 1).
+        parts: names in the student's `parts` that are averaged (`projections`, ...); the rest is the student as it is.
+            None: everything is averaged.
+        schedule: constant; or cosine, where the decay rises to 1 at the end of the run (BYOL, arXiv:2006.07733).
+    """
+
+    from_disk: ClassVar[bool] = False
+    reads = "student"
+
+    def __init__(
+        self,
+        student: DualEncoder,
+        *,
+        decay: float = 0.999,
+        schedule: Literal["constant", "cosine"] = "constant",
+        parts: Sequence[str] | None = None,
+        role: str = "momentum",
+    ) -> None:
+        super().__init__()
+        known = student.parts
+        for part in parts or ():
+            if part not in known:
+                raise ValueError(
+                    f"{student.name} has no part {part!r}{closest(part, known)}; it has: {', '.join(known)}"
+                )
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of a momentum teacher is {decay:g}: give a number from 0 to below 1")
+        self.model = copy.deepcopy(student).eval().requires_grad_(False)
+        self.decay, self.schedule, self.role = decay, schedule, role
+        self.averaged = None if parts is None else frozenset().union(*(known[part] for part in parts))
+
+    @property
+    def name(self) -> str:
+        return f"momentum of {self.model.name}"
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.embed_dim
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, needs: Needs | None = None) -> Features:
+        """Features of the student's form of the batch, detached."""
+        output: Features = self.model(batch.inputs[self.reads], needs)
+        return output
+
+    def update(self, student: nn.Module, step: int, total: int) -> None:
+        """Moves towards the student.
+
+        Args:
+            step: optimizer steps done before the one that just ended.
+            total: of the whole run.
+        """
+        follow(self.model, student, self.decay_at(step, total), averaged=self.averaged)
+
+    def decay_at(self, step: int, total: int) -> float:
+        """Weight of the past at a step, in [0, 1)."""
+        if self.schedule == "constant":
+            return self.decay
+        return 1 - (1 - self.decay) * (1 + math.cos(math.pi * step / total)) / 2
+
+    def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        raise ValueError(f"{num} reference embeddings are asked of a momentum teacher, which changes with every step")
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002  a momentum teacher answers in eval mode only
+        return super().train(False)

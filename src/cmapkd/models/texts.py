@@ -110,7 +110,6 @@ class LearnedClassVectors:
 
     Args:
         at_once: templates in each call, drawn anew and the same for all classes; None, or as many as there are: all.
-            Drawn from torch's random state, which is the same in every process and part of a checkpoint.
     """
 
     def __init__(self, classes: ClassPrompts, model: DualEncoder, *, at_once: int | None = None) -> None:
@@ -118,13 +117,24 @@ class LearnedClassVectors:
         self.at_once = min(at_once or self.num_templates, self.num_templates)
         self.tokens = model.tokenizer(classes.texts)  # class by class
 
-    def __call__(self, model: DualEncoder) -> Float[Tensor, "classes dim"]:
-        """One unit vector for each class, float32 or wider."""
+    def __call__(self, model: DualEncoder, generator: torch.Generator | None = None) -> Float[Tensor, "classes dim"]:
+        """One unit vector for each class, float32 or wider.
+
+        Args:
+            generator: what the templates are drawn from, on the CPU, the same in every process. None: only where all
+                templates are read.
+        Raises:
+            ValueError: templates are to be drawn and there is no generator.
+        """
         tokens = self.tokens
         if self.at_once < self.num_templates:
-            drawn = torch.randperm(self.num_templates)[: self.at_once]
+            if generator is None:
+                raise ValueError(
+                    f"{self.at_once} of {self.num_templates} templates are to be drawn, but from what? Give a generator"
+                )
+            drawn = torch.randperm(self.num_templates, generator=generator)[: self.at_once]
             tokens = tokens.rows((torch.arange(self.num_classes)[:, None] * self.num_templates + drawn).flatten())
-        embedding = model.encode_text(tokens.to(model.log_logit_scale.device)).embedding
+        embedding = model.encode_text(tokens.to(model.log_logit_scale.device, non_blocking=True)).embedding
         wide = embedding.float() if embedding.dtype in (torch.bfloat16, torch.float16) else embedding
         units = F.normalize(wide, dim=-1).view(self.num_classes, self.at_once, -1)
         return F.normalize(units.mean(1), dim=-1)

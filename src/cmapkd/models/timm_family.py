@@ -11,8 +11,11 @@ from pydantic import Field, model_validator
 from cmapkd.config import Config, ConfigError, closest
 from cmapkd.models import open_clip_family
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.open_clip_model import OpenClipModel, construct, fit_image_size, make_tokenizer
-from cmapkd.models.registry import ModelConfig
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.families import Loader
+from cmapkd.models.open_clip_build import construct, fit_image_size
+from cmapkd.models.open_clip_model import OpenClipModel
+from cmapkd.models.open_clip_tokenizer import make_tokenizer
 
 
 class TimmOptions(Config):
@@ -107,9 +110,9 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     )
 
 
-def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:
     """A folder that was saved from a `timm:` model: open_clip's format."""
-    return open_clip_family.load(folder, description)
+    return open_clip_family.load(folder, description, load_model)
 
 
 def _known(name: str) -> Any:

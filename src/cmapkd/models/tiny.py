@@ -23,6 +23,7 @@ from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.parts import split_by_name
 from cmapkd.models.prunable import BlockNames, PrunableTower, TowerSizes
 from cmapkd.models.storage import MAX_LAYERS, MAX_WIDTH, write_model_folder
 from cmapkd.models.types import BOTH, Level, LevelInfo, Tower, TowerFeatures
@@ -246,6 +247,16 @@ class TinyDualEncoder(DualEncoder):
     @property
     def log_logit_scale(self) -> nn.Parameter:
         return self._log_logit_scale
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        prefixes = {
+            "image": ("vision",),
+            "text": ("text",),
+            "projections": ("vision.project", "text.project"),
+            "scale": ("_log_logit_scale",),
+        }
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cmapkd.config import ConfigError, closest
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.registry import ModelConfig, load_model, packaged_models
-from cmapkd.models.storage import WEIGHTS, load_weights, read_weights
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.families import Loader
+from cmapkd.models.storage import DESCRIPTION, WEIGHTS, load_weights, read_description, read_weights
 from cmapkd.models.tiny import PRESETS, TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
 
@@ -22,7 +24,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
             raise ConfigError(
                 f"tiny:{rest} is trained: its sizes are fixed, options {sorted(config.options)} do not apply"
             )
-        return load_model(packaged[rest])
+        return _read(packaged[rest], read_description(packaged[rest]))
     if rest not in PRESETS:
         known = [*PRESETS, *packaged]
         raise ConfigError(f"there is no model tiny:{rest}{closest(rest, known)}; known: {', '.join(known)}")
@@ -38,8 +40,20 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     return TinyDualEncoder(options, tokenizer, name=config.name)
 
 
-def load(folder: Path, description: dict[str, Any]) -> DualEncoder:
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001
     """A folder that `TinyDualEncoder.save` wrote."""
+    return _read(folder, description)
+
+
+def packaged_models() -> dict[str, Path]:
+    """Trained models that ship with cmapkd, by the name they have after `tiny:`."""
+    root = Path(str(resources.files("cmapkd"))) / "weights"
+    if not root.is_dir():
+        return {}
+    return {entry.name: entry for entry in sorted(root.iterdir()) if (entry / DESCRIPTION).exists()}
+
+
+def _read(folder: Path, description: dict[str, Any]) -> DualEncoder:
     options = TinyOptions.from_mapping(description["options"], where=f"model folder {folder}")
     tokenizer = TrainedTokenizer.load(folder, context_length=options.context_length)
     model = TinyDualEncoder(options, tokenizer, name=str(description["name"]))

@@ -1,7 +1,7 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
-from cmapkd.objectives.classes import labelled_cross_entropy, non_target_divergence
+from cmapkd.objectives.classes import check_classes, labelled_cross_entropy, non_target_divergence
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
@@ -19,6 +19,7 @@ from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
 __all__ = [
     "bank_divergence",
     "bank_relation_distance",
+    "check_classes",
     "contrastive_gradients",
     "contrastive_loss",
     "embedding_distance",

@@ -19,7 +19,7 @@ def labelled_cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[T
     Returns:
         Mean over the labelled samples in nats, >= 0; zero, with a gradient of zero, where there are none.
     Raises:
-        ValueError: the shapes do not fit, or a label has no class.
+        ValueError: the shapes do not fit, or a label on the CPU has no class.
     """
     check_labels(logits, labels)
     known = labels >= 0
@@ -44,7 +44,7 @@ def non_target_divergence(
     Returns:
         Sum over the samples that count, divided by the size of the whole batch; nats, >= 0.
     Raises:
-        ValueError: the shapes do not fit, or a label has no class.
+        ValueError: the shapes do not fit, or a label on the CPU has no class.
     Source: Huo et al. 2024, C2KD, CVPR 2024 pp. 16006-16015 (its released code; there the logit is multiplied by zero).
     """
     check_labels(student_logits, labels)
@@ -60,8 +60,11 @@ def non_target_divergence(
     return (rows if counts is None else rows * counts).mean()
 
 
-def check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Refuses labels that are not one for each row, or have no class.
+def check_labels(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> None:
+    """Refuses labels that are not one for each row, and on the CPU those that have no class.
+
+    To look at labels on a GPU would wait for everything that was launched there. Who brings labels to a GPU checks them
+    before, with `check_classes`.
 
     Raises:
         ValueError: with the shapes, or the label.
@@ -71,8 +74,18 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
             f"logits has shape {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [batch, classes] and "
             "one label for each row"
         )
-    if len(labels) and int(labels.max()) >= logits.shape[1]:
+    if labels.device.type == "cpu":
+        check_classes(labels, logits.shape[1])
+
+
+def check_classes(labels: Int[Tensor, " batch"], num_classes: int) -> None:
+    """Refuses labels that have no class.
+
+    Raises:
+        ValueError: with the largest label.
+    """
+    if len(labels) and int(labels.max()) >= num_classes:
         raise ValueError(
-            f"there is a label {int(labels.max())}, but only {logits.shape[1]} classes: give the class names that the "
+            f"there is a label {int(labels.max())}, but only {num_classes} classes: give the class names that the "
             "labels were numbered by"
         )

@@ -61,7 +61,10 @@ def pyramid_divergence(
     """
     _check(student_visual, student_language, teacher_visual, teacher_language)
     _check_of_pairs(student_visual, student_language, coupling, student_scale, teacher_scale)
-    pairs = coupling.nonzero(as_tuple=True)
+    device = student_visual.device
+    visual, language = coupling.nonzero(as_tuple=True)
+    counts = coupling[visual, language].to(device, non_blocking=True)
+    pairs = visual.to(device, non_blocking=True), language.to(device, non_blocking=True)
     num_samples = student_visual.shape[1]
     size = chunk_rows(num_samples, num_samples * max(1, len(pairs[0])), chunk)
     student = _pair_vectors(student_visual, student_language, pairs)
@@ -76,7 +79,7 @@ def pyramid_divergence(
             _divergences(student[::-1], teacher[::-1], scales, size=size),
         )
     divergences = (both[0] + both[1]) / 2
-    weighted = coupling[pairs].to(divergences)[:, None] * divergences
+    weighted = counts.to(divergences)[:, None] * divergences
     return weighted.new_zeros(*coupling.shape, weighted.shape[1]).index_put(pairs, weighted).permute(2, 0, 1)
 
 

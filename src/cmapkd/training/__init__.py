@@ -2,6 +2,7 @@
 
 from cmapkd.training.config import OptimConfig, TrainConfig
 from cmapkd.training.memory import OutOfMemory
-from cmapkd.training.trainer import Interrupted, NonFiniteLossError, Trainer, TrainResult
+from cmapkd.training.stopping import Interrupted, NonFiniteLossError
+from cmapkd.training.trainer import Trainer, TrainResult
 
 __all__ = ["Interrupted", "NonFiniteLossError", "OptimConfig", "OutOfMemory", "TrainConfig", "TrainResult", "Trainer"]

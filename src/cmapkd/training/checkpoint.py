@@ -79,10 +79,9 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
                 flush(file)
             flush(temporary)
             before = path.with_name(f".{path.name}{_REPLACED}")
-            if (
-                path.exists()
-            ):  # from before the interruption that led here; a kill between the two renames loses nothing
-                path.rename(before)
+            if path.exists():  # from before the interruption that led here
+                shutil.rmtree(before, ignore_errors=True)  # of a kill during an earlier replacement
+                path.rename(before)  # a kill between the two renames loses nothing
             temporary.rename(path)
             flush(path.parent)
             shutil.rmtree(before, ignore_errors=True)
@@ -144,7 +143,8 @@ def put_in_order(folder: Path, progress: Progress) -> None:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-    for end in (_WRITING, _REMOVED):
+    # `restore_replaced` ran before: what still has a replaced name stands in its new form under the old one
+    for end in (_WRITING, _REMOVED, _REPLACED):
         for path in folder.glob(f".*{end}"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -199,17 +199,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
+    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, entry in state.items():
+        shapes = {value.shape for value in entry.values() if value.ndim}
+        if place >= len(numbered) or not shapes <= {numbered[place].shape}:
+            raise ValueError(
+                f"the checkpoint's optimizer state of parameter {place} does not fit this run, in which other "
+                "parameters learn: resume with the settings that the run was started with"
+            )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def random_tensors() -> dict[str, Tensor]:
-    """This process's random state: torch on the CPU and on every GPU, and Python's own."""
+    """This process's random state: torch on the CPU and on the process's own GPU, and Python's own."""
     version, numbers, gauss = random.getstate()
     tensors = {"torch": torch.get_rng_state(), "python": torch.tensor([version, *numbers], dtype=torch.int64)}
     if gauss is not None:
         tensors["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
     if torch.cuda.is_available():
-        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors["cuda"] = torch.cuda.get_rng_state()
     return tensors
 
 
@@ -219,7 +227,5 @@ def load_random(tensors: Mapping[str, Tensor]) -> None:
     version, *numbers = tensors["python"].tolist()
     gauss = tensors["python_gauss"].item() if "python_gauss" in tensors else None
     random.setstate((version, tuple(numbers), gauss))
-    if torch.cuda.is_available():
-        states = [tensors[key] for key in sorted(tensors) if key.startswith("cuda")]
-        if len(states) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(states)
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from cmapkd.config import Config
+from cmapkd.config import RESUMABLE, Config
 from cmapkd.methods.stages import StageConfig, length_of_stages, stage_ends
 
 
@@ -39,33 +39,59 @@ class TrainConfig(Config):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or epochs.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training data; give this or steps.")
     stages: tuple[StageConfig, ...] = Field((), description="Stretches with terms, levels and parts of their own.")
+    train_parts: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Parts of the student that learn, by the names in its `parts` (image, text, projections, scale); "
+        "none: all. A method's own modules learn in any case.",
+    )
     batch_size: int = Field(256, ge=2, description="Pairs in a step, over all processes.")
     micro_batch: int | None = Field(
-        None, ge=1, description="Pairs that a process encodes at once, for batches that do not fit; none: all of its."
+        None,
+        ge=1,
+        description="Pairs that a process encodes at once, for batches that do not fit; none: all of its.",
+        json_schema_extra=RESUMABLE,
     )
     local_loss: bool = Field(
         False,
         description="With several processes each computes its own rows of the in-batch losses instead of all: the same "
         "loss and gradient, a share of the work and memory, one more exchange of a number a row.",
+        json_schema_extra=RESUMABLE,
     )
     sharding: Literal["none", "fsdp2"] = Field(
-        "none", description="fsdp2: student and modules are shared out among the processes; none: each has them whole."
+        "none",
+        description="fsdp2: student and modules are shared out among the processes; none: each has them whole.",
+        json_schema_extra=RESUMABLE,
     )
-    shard_teacher: bool = Field(False, description="With fsdp2, live teachers are shared out, too.")
+    shard_teacher: bool = Field(
+        False, description="With fsdp2, live teachers are shared out, too.", json_schema_extra=RESUMABLE
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
-    compile: bool = Field(False, description="torch.compile the student: docs/results/speed.md says when it pays.")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one.")
+    compile: bool = Field(
+        False,
+        description="torch.compile the student: docs/results/speed.md says when it pays.",
+        json_schema_extra=RESUMABLE,
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="auto: the accelerator if there is one.", json_schema_extra=RESUMABLE
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="Decay of an averaged student, which is then the one saved."
     )
-    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.", json_schema_extra=RESUMABLE)
     evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; none: only at the end.")
-    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; none: ten in a run.")
-    keep_checkpoints: int = Field(2, ge=1, description="Latest checkpoints kept, besides the best.")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; none: ten in a run.", json_schema_extra=RESUMABLE
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Latest checkpoints kept, besides the best.", json_schema_extra=RESUMABLE
+    )
     student: Literal["last", "best"] = Field(
         "last", description="Which weights are saved: of the end, or best validated."
     )
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Written besides metrics.jsonl.")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="Written besides metrics.jsonl.", json_schema_extra=RESUMABLE
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -90,12 +116,19 @@ class TrainConfig(Config):
         return self.device == "cpu" or not torch.accelerator.is_available()
 
     def without_stages(self) -> TrainConfig:
-        """The same length in one piece, for a method that lacks the stages' terms and levels."""
+        """The same length, for a method that lacks the stages' terms and levels.
+
+        In one piece; or in stages of the same lengths that read the same streams, where a stage reads one alone.
+        """
+        if any(stage.data is not None for stage in self.stages):
+            lengths = ("name", "share", "steps", "epochs", "data")
+            alike = tuple(StageConfig(**{key: getattr(stage, key) for key in lengths}) for stage in self.stages)
+            return self.model_copy(update={"stages": alike})
         given: dict[str, Any] = {"stages": ()}
         for unit in ("steps", "epochs"):
-            lengths = [getattr(stage, unit) for stage in self.stages]
-            if lengths and None not in lengths:
-                given[unit] = sum(lengths)
+            stated = [getattr(stage, unit) for stage in self.stages]
+            if stated and None not in stated:
+                given[unit] = sum(stated)
         return self.model_copy(update=given)
 
     def num_steps(self, steps_per_epoch: int) -> int:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from cmapkd.config import RunStopped
+from cmapkd.config import RunStopped, resumable_keys
+from cmapkd.data.config import DataConfig
 from cmapkd.training.config import TrainConfig
 
+_RESUMABLE = {
+    f"{section}.{key}"
+    for section, cls in (("training", TrainConfig), ("data", DataConfig))
+    for key in resumable_keys(cls)
+}
 _SAID = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -22,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(config: TrainConfig, *, on_device: str, live_teacher: bool, workers: int) -> str:
-    """What this run has not yet done to take less, the most effective first.
+    """What this run has not yet done to take less: first what --resume takes, then what makes it another run.
 
     Args:
         on_device: the error's words, which tell a GPU's memory from the machine's.
@@ -31,15 +37,23 @@ def memory_advice(config: TrainConfig, *, on_device: str, live_teacher: bool, wo
     """
     size = config.micro_batch or config.batch_size
     smaller = max(1, size // 4)
-    advice = [f"training.micro_batch={smaller} (now {config.micro_batch or 'none'}): the same losses and gradients"]
-    if live_teacher:
-        advice.append("cache=auto: the teacher answers from disk")
-    if config.precision == "fp32":
-        advice.append("training.precision=bf16")
+    advice = {
+        "training.micro_batch": f"={smaller} (now {config.micro_batch or 'none'}): the same losses and gradients",
+    }
     if "cuda" not in on_device.lower() and workers:
-        advice.append(f"fewer data.workers (now {workers}), or a smaller data.memory")
-    advice.append(f"a smaller training.batch_size (now {config.batch_size}), which is another run")
-    return f"What takes less: {'; '.join(advice)}. Settings are part of a run: begin anew in another folder"
+        advice["data.workers"] = f" smaller (now {workers})"
+        advice["data.memory"] = " smaller"
+    if live_teacher:
+        advice["cache"] = "=auto: the teacher answers from disk"
+    if config.precision == "fp32":
+        advice["training.precision"] = "=bf16"
+    advice["training.batch_size"] = f" smaller (now {config.batch_size})"
+    kept = "; ".join(key + how for key, how in advice.items() if key in _RESUMABLE)
+    anew = "; ".join(key + how for key, how in advice.items() if key not in _RESUMABLE)
+    return (
+        f"What takes less, and may change while the run goes on with --resume: {kept}. What makes it another run, in a "
+        f"new folder: {anew}"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from cmapkd.methods import Method
 from cmapkd.methods.stages import Part
+from cmapkd.models.parts import undecayed
 from cmapkd.training.config import OptimConfig
 
 _OWN_EPS = 1e-8  # torch's own
-_UNDECAYED = ("position", "class_embedding", "class_token", "cls_token", "logit_scale", "logit_bias")
 
 
 Group = tuple[Part, bool, float | None]
@@ -23,10 +23,11 @@ Group = tuple[Part, bool, float | None]
 def parameter_groups(method: Method) -> dict[Group, list[nn.Parameter]]:
     """What learns, by group, in the order in which checkpoints number it."""
     groups: dict[Group, list[nn.Parameter]] = {}
+    left_alone = undecayed(method)
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             own = method.own_rate(name)
-            decayed = own is None and parameter.ndim >= 2 and not any(word in name for word in _UNDECAYED)
+            decayed = own is None and parameter.ndim >= 2 and name not in left_alone
             groups.setdefault((method.part_of(name), decayed, own), []).append(parameter)
     return groups
 

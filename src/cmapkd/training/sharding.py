@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from cmapkd.data.types import Batch
-from cmapkd.methods import Method, Term
-from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.methods import Method, StepInfo, Term
+from cmapkd.models import Model, MomentumTeacher, MovingAverage, Teacher
 from cmapkd.models.joined import JoinedEncoder
 
 
@@ -50,14 +49,14 @@ class ShardedMethod:
                 self._shard_teacher(teacher)
         method.to(device)
         _broadcast(method)
-        self.average: AveragedModel | None = None
-        if ema is not None:  # number by number: a list may not mix what is shared out with what is not
-            self.average = AveragedModel(method.student, avg_fn=get_ema_avg_fn(ema), use_buffers=True)
+        self.average: MovingAverage | None = None
+        if ema is not None:
+            self.average = MovingAverage(method.student, ema)
             shard(self.average.module, self.mesh)
         shard(method, self.mesh)
 
-    def __call__(self, batch: Batch) -> dict[str, Term]:
-        terms: dict[str, Term] = self.method(batch)
+    def __call__(self, batch: Batch, step: StepInfo | None = None) -> dict[str, Term]:
+        terms: dict[str, Term] = self.method(batch, step)
         return terms
 
     def average_gradients(self) -> None:
@@ -81,7 +80,7 @@ class ShardedMethod:
             gradient.mul_(factor)
         return norm
 
-    def student(self) -> DualEncoder:
+    def student(self) -> Model:
         """The student as it would be saved now, whole, on the first process's CPU; every process must ask for it."""
         source = self.method.student if self.average is None else self.average.module
         tensors = whole_tensors(source.state_dict())
@@ -106,15 +105,17 @@ class ShardedMethod:
         assert self.average is not None
         self.average.load_state_dict(shared_like(tensors, self.average.state_dict()))
 
-    def _shard_teacher(self, teacher: FrozenTeacher) -> None:
+    def _shard_teacher(self, teacher: Teacher) -> None:
+        # a momentum teacher is shared out as the method is, so that it can follow the student share by share
+        if teacher.from_disk or isinstance(teacher, MomentumTeacher):
+            return
         if isinstance(self.method.student, JoinedEncoder):
             raise ValueError(
                 "training.shard_teacher is set, but this student's text tower is the teacher's, and is saved and "
                 "evaluated whole: leave it off"
             )
-        if not teacher.from_disk:
-            teacher.to(self.mesh.device_type)
-            shard(teacher.model, self.mesh, keep_root=False)
+        teacher.to(self.mesh.device_type)
+        shard(teacher.model, self.mesh, keep_root=False)
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, *, keep_root: bool = True) -> None:

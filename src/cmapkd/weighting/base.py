@@ -72,7 +72,9 @@ class Weighting(nn.Module, ABC):
     reads_context: ClassVar[bool] = False
     """Whether the weights depend on what describes a sample, whatever that is."""
     reads_levels: ClassVar[bool] = False
-    """Whether a sample's context is its items' own vectors, one after the other, which only levels have."""
+    """Whether a sample's context is its items' own vectors, one after the other, which only levels have.
+
+    Such a weighting is made with `widths`, of these vectors, in place of `context_dim`."""
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class Weighting(nn.Module, ABC):
             )
         self.items = tuple(items)
         self.context_dim = context_dim
+        self.generator: torch.Generator | None = None  # of the step, during `forward`
 
     @abstractmethod
     def choose(
@@ -110,6 +113,8 @@ class Weighting(nn.Module, ABC):
         losses: Float[Tensor, "batch items"],
         context: Float[Tensor, "batch context_dim"],
         active: Bool[Tensor, " items"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> Weighted:
         """Weighs the losses of a batch; in training mode, once for each step.
 
@@ -118,16 +123,20 @@ class Weighting(nn.Module, ABC):
             context: describes each sample, the teacher's global features for example; no gradient reaches it.
             active: items that count at all, for stages that switch levels off; best kept on the CPU, where looking at
                 it does not wait for the device. None: all. The losses of the others are not read.
+            generator: where a strategy that draws takes its numbers from, on the CPU, the same in every process. It is
+                `self.generator` for `switch` and `choose`.
         Raises:
             ValueError: a shape does not fit, or nothing is active.
         """
         self._check(losses, context, active)
         everything = torch.ones(len(self.items), dtype=torch.bool, device=losses.device)
-        mask = everything if active is None else active.to(losses.device)
-        self.switch([True] * len(self.items) if active is None else active.tolist())
+        mask = everything if active is None else active.to(losses.device, non_blocking=True)
         losses = at_least_float32(losses).masked_fill(~mask, 0.0)
+        self.generator = generator
+        self.switch([True] * len(self.items) if active is None else active.tolist())
         with torch.autocast(losses.device.type, enabled=False):
             choice = self.choose(losses.detach(), at_least_float32(context.detach()), mask)
+        self.generator = None
         weights = choice.weights.detach()
         loss = (weights * losses).sum(-1).mean()
         if choice.objective is not None:

@@ -42,7 +42,12 @@ class GradNormConfig(WeightingConfig):
 
 
 def gradnorm_targets(
-    norms: Float[Tensor, " items"], weights: Float[Tensor, " items"], ratios: Float[Tensor, " items"], *, alpha: float
+    norms: Float[Tensor, " items"],
+    weights: Float[Tensor, " items"],
+    ratios: Float[Tensor, " items"],
+    *,
+    alpha: float,
+    measured: Bool[Tensor, " items"] | None = None,
 ) -> Float[Tensor, " items"]:
     """What each weighted norm should be: the mean of all weighted norms, times its relative loss to the power alpha.
 
@@ -51,9 +56,17 @@ def gradnorm_targets(
         weights: of the terms.
         ratios: each loss as a share of its initial value; > 0.
         alpha: >= 0; 0 asks for equal norms.
+        measured: which terms the means are of; None: all.
     Source: arXiv:1711.02257, equations 1 and 2; constants there, so detached here.
     """
-    return ((weights * norms).mean() * (ratios / ratios.mean()) ** alpha).detach()
+    if measured is None:
+        measured = torch.ones_like(norms, dtype=torch.bool)
+    return (_mean(weights * norms, measured) * (ratios / _mean(ratios, measured)) ** alpha).detach()
+
+
+def _mean(values: Float[Tensor, " items"], measured: Bool[Tensor, " items"]) -> Float[Tensor, ""]:
+    """Of the measured terms; 0 where there are none. Without looking at which they are, which would wait for a GPU."""
+    return torch.where(measured, values, 0.0).sum() / measured.sum().clamp_min(1)
 
 
 def gradnorm_gradient(
@@ -87,6 +100,7 @@ class GradNormWeighting(Weighting):
     reads_gradients: ClassVar[bool] = True
     weight: Tensor
     initial: Tensor
+    given: Tensor
     seen: Tensor
     norms: Tensor
     spread: Tensor
@@ -101,6 +115,8 @@ class GradNormWeighting(Weighting):
         self.config, self.steps = config, 0
         self.register_buffer("weight", torch.ones(len(items)))
         self.register_buffer("initial", torch.tensor([config.initial_losses.get(item, 0.0) for item in items]))
+        given = torch.tensor([item in config.initial_losses for item in items])
+        self.register_buffer("given", given, persistent=False)  # whose L(0) is a setting
         self.register_buffer("seen", torch.zeros(len(items)))  # steps whose losses are in `initial`
         self.register_buffer("norms", torch.zeros(len(items)))  # weighted, when they were last measured
         self.register_buffer("spread", torch.zeros(()))
@@ -113,23 +129,25 @@ class GradNormWeighting(Weighting):
     def observe_gradients(
         self, losses: Float[Tensor, " items"], norms: Float[Tensor, " items"], active: Bool[Tensor, " items"]
     ) -> None:
-        at = active & (norms > 0) & norms.isfinite()  # a term that is zero, and has no gradient, keeps its weight
-        norms, weights = norms[at].to(self.weight), self.weight[at]
-        if len(norms) < 2:
-            return
-        known = self.initial[at] > 0
-        ratios = torch.where(known, losses[at].to(self.weight) / self.initial[at].clamp_min(1e-12), 1.0)
-        ratios = ratios.clamp(1e-6, _FASTEST)
-        targets = gradnorm_targets(norms, weights, ratios, alpha=self.config.alpha)
-        balanced = weights * norms / (ratios / ratios.mean()) ** self.config.alpha
-        self.spread.copy_(balanced.std() / balanced.mean())
-        self.norms[at] = weights * norms
+        measured = active & (norms > 0) & norms.isfinite()  # a term that is zero, and has no gradient, keeps its weight
+        norms = torch.where(measured, norms.to(self.weight), 1.0)  # where nothing is measured any number will do
+        known = self.initial > 0
+        ratios = torch.where(known, losses.to(self.weight) / self.initial.clamp_min(1e-12), 1.0)
+        ratios = torch.where(measured, ratios.clamp(1e-6, _FASTEST), 1.0)
+        targets = gradnorm_targets(norms, self.weight, ratios, alpha=self.config.alpha, measured=measured)
+        balanced = self.weight * norms / (ratios / _mean(ratios, measured)) ** self.config.alpha
         if self.config.update == "solve":
-            weights = weights * (targets / (weights * norms)) ** self.config.rate
+            weights = self.weight * (targets / (self.weight * norms)) ** self.config.rate
         else:
-            weights = weights - self.config.rate * gradnorm_gradient(norms, weights, targets)
+            weights = self.weight - self.config.rate * gradnorm_gradient(norms, self.weight, targets)
         weights = weights.clamp_min(self.config.floor)
-        self.weight[at] = weights * (self.weight[at].mean() / weights.mean())
+        weights = weights * (_mean(self.weight, measured) / _mean(weights, measured))
+        moved = measured & (measured.sum() >= 2)  # of one gradient there is nothing to balance
+        middle, count = _mean(balanced, measured), measured.sum()
+        variance = _mean((balanced - middle).square(), measured) * count / (count - 1).clamp_min(1)
+        self.spread.copy_(torch.where(moved.any(), variance.sqrt() / middle, self.spread))
+        self.norms.copy_(torch.where(moved, self.weight * norms, self.norms))
+        self.weight.copy_(torch.where(moved, weights, self.weight))
 
     def choose(
         self,
@@ -148,8 +166,7 @@ class GradNormWeighting(Weighting):
     def _note(self, losses: Tensor, active: Tensor) -> None:
         """One step more; during a term's first ones its loss goes into L(0)."""
         self.steps += 1
-        given = torch.tensor([item in self.config.initial_losses for item in self.items], device=active.device)
-        taken = active & ~given & (self.seen < self.config.warmup_steps)
+        taken = active & ~self.given & (self.seen < self.config.warmup_steps)
         self.seen += taken
         step = (losses.to(self.initial) - self.initial) / self.seen.clamp_min(1)
         self.initial += torch.where(taken, step, 0.0)

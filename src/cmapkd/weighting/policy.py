@@ -7,7 +7,6 @@ from dataclasses import astuple, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from pydantic import Field, NonNegativeFloat, model_validator
@@ -85,13 +84,13 @@ class PolicyWeighting(Weighting):
     baseline and scale. A change of the active items breaks the window off, without reward. In eval mode the mean policy
     answers, nothing is drawn or counted.
 
-    All state is in `state_dict`; with the global random state restored a run goes on bit-identically, also from the
-    middle of a window. Noise comes from torch's global CPU generator, and where there are several processes from the
-    first one's.
+    All state is in `state_dict`, so a run goes on bit-identically, also from the middle of a window. Noise comes from
+    the generator that `forward` is given in the step in which a window begins.
 
     Raises:
         ConfigError: `costs` does not name exactly the items, or is missing where cost_weight is not 0.
         RuntimeError: in `forward`, when nothing was observed during the whole warm-up.
+        ValueError: in `forward`, when a window begins and no generator is given.
     Source: Williams 1992, REINFORCE; those above for the exploration. The joining of the parts is ours.
     """
 
@@ -227,9 +226,9 @@ class PolicyWeighting(Weighting):
         self.spent.zero_()
         self.clock.acting = int(self.clock.steps >= self.config.warmup_steps)
         if self.clock.acting:
-            noise = torch.randn(self.mean.shape).to(self.mean.device)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                dist.broadcast(noise, 0)
+            if self.generator is None:
+                raise ValueError("a policy draws what it tries: give forward a generator, as `StepInfo` makes them")
+            noise = torch.randn(self.mean.shape, generator=self.generator).to(self.mean.device, non_blocking=True)
             self.action.copy_(self.mean + self.config.std * noise)
 
     def _collect(self, context: Tensor) -> None:

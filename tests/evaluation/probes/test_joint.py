@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 
 import cmapkd
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, PlanSampler
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Batch, Sample, Source
 from cmapkd.data.views import WHOLE
 from cmapkd.diagnosis import diagnose
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import METHODS, Method, build_method
-from cmapkd.models import load_model
-from cmapkd.models.registry import build_model
+from cmapkd.models import build_model, load_model
 from cmapkd.run import RunConfig, readers, vocabulary_captions
 from cmapkd.training import Interrupted, Trainer
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
@@ -69,7 +69,7 @@ def heads_and_method(source: Source, config: dict[str, Any] | None = None) -> tu
     )
     assert heads is not None
     kind = METHODS["contrastive"]
-    method = build_method(kind.Config(name="contrastive"), student=student, teacher=None, beside=lambda _: heads)
+    method = build_method(kind.Config(name="contrastive"), student=student, teacher=None, auxiliary=lambda _: heads)
     builder = BatchBuilder(source, WHOLE, readers(student, None), seed=0, extras=method.extras)
     return method, heads, builder
 

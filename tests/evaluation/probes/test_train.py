@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import PlanSampler
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.scenes.source import ScenesSource
 from cmapkd.data.types import Source
 from cmapkd.evaluation.config import SuiteConfig
@@ -23,7 +23,7 @@ from cmapkd.evaluation.probes.fusion import FusionHead
 from cmapkd.evaluation.probes.probe import Probe
 from cmapkd.evaluation.probes.train import train_probe, weights_digest
 from cmapkd.evaluation.subject import Bench, Subject
-from cmapkd.evaluation.tasks import TASKS
+from cmapkd.evaluation.tasks import make_task
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
@@ -56,6 +56,10 @@ def subject(encoder: DualEncoder, work: Path | None, **settings: Any) -> Subject
     return Subject("m", encoder, Bench(config, torch.device("cpu"), scored, train, work))
 
 
+def scored(task: str, of: Subject) -> dict[str, Any]:
+    return make_task(task, of.bench.config).score(of)
+
+
 def digest(folder: Path) -> dict[str, str]:
     """Of every file of the latest checkpoint but the clock's."""
     last = sorted((folder / "checkpoints").glob("step-*"))[-1]
@@ -69,7 +73,7 @@ def test_an_interrupted_probe_ends_bit_identical(
 ) -> None:
     settings = {task: {**SMALL, "fine_tune": fine_tune}}
     before = weights_digest(encoder)
-    whole = TASKS[task].score(subject(encoder, tmp_path / "whole", **settings))
+    whole = scored(task, subject(encoder, tmp_path / "whole", **settings))
     made = ProbeBatches.__getitem__
 
     def broken(self: ProbeBatches, plan: Any) -> Any:
@@ -79,7 +83,7 @@ def test_an_interrupted_probe_ends_bit_identical(
 
     monkeypatch.setattr(ProbeBatches, "__getitem__", broken)
     with pytest.raises(KeyboardInterrupt):
-        TASKS[task].score(subject(encoder, tmp_path / "cut", **settings))
+        scored(task, subject(encoder, tmp_path / "cut", **settings))
     monkeypatch.setattr(ProbeBatches, "__getitem__", made)
     steps: list[int] = []
 
@@ -88,41 +92,41 @@ def test_an_interrupted_probe_ends_bit_identical(
         return made(self, plan)
 
     monkeypatch.setattr(ProbeBatches, "__getitem__", counted)
-    resumed = TASKS[task].score(subject(encoder, tmp_path / "cut", **settings))
+    resumed = scored(task, subject(encoder, tmp_path / "cut", **settings))
     assert steps == [4, 5]  # and not from the beginning
     assert digest(tmp_path / "whole" / "m" / task) == digest(tmp_path / "cut" / "m" / task)
     assert resumed == whole
     steps.clear()
-    assert TASKS[task].score(subject(encoder, tmp_path / "cut", **settings)) == whole
+    assert scored(task, subject(encoder, tmp_path / "cut", **settings)) == whole
     assert not steps  # a finished probe is reused
     assert weights_digest(encoder) == before  # a fine-tuned encoder is a copy
     assert not any(module.training for module in encoder.modules())
 
 
 def test_a_checkpoint_holds_the_head_and_not_the_frozen_encoder(encoder: TinyDualEncoder, tmp_path: Path) -> None:
-    TASKS["vqa"].score(subject(encoder, tmp_path / "a"))
-    TASKS["vqa"].score(subject(encoder, tmp_path / "b", vqa={**SMALL, "fine_tune": True}))
+    scored("vqa", subject(encoder, tmp_path / "a"))
+    scored("vqa", subject(encoder, tmp_path / "b", vqa={**SMALL, "fine_tune": True}))
     for folder, expected in (("a", {"head"}), ("b", {"head", "student"})):
         last = sorted((tmp_path / folder / "m/vqa/checkpoints").glob("step-*"))[-1]
         assert {name.partition(".")[0] for name in load_file(last / "method.safetensors")} == expected
 
 
 def test_a_folder_of_another_probe_is_refused(encoder: TinyDualEncoder, tmp_path: Path) -> None:
-    TASKS["vqa"].score(subject(encoder, tmp_path))
+    scored("vqa", subject(encoder, tmp_path))
     with pytest.raises(ConfigError, match=r"with other settings: samples .was 12, now 11"):
-        TASKS["vqa"].score(subject(encoder, tmp_path, probes={"samples": 11}))
+        scored("vqa", subject(encoder, tmp_path, probes={"samples": 11}))
     other = TinyDualEncoder(encoder.options, encoder.tokenizer).eval()
     with pytest.raises(ConfigError, match="with other settings: model"):
-        TASKS["vqa"].score(subject(other, tmp_path))
+        scored("vqa", subject(other, tmp_path))
 
 
 def test_training_leaves_the_random_state_and_nothing_on_disk(encoder: TinyDualEncoder, tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = TASKS["vqa"].score(subject(encoder, None))
+    first = scored("vqa", subject(encoder, None))
     assert torch.equal(torch.rand(3), expected)
-    assert TASKS["vqa"].score(subject(encoder, None)) == first  # the seed decides, not what came before
+    assert scored("vqa", subject(encoder, None)) == first  # the seed decides, not what came before
     assert not list(tmp_path.iterdir())
 
 
@@ -152,7 +156,7 @@ def test_features_above_the_memory_are_refused(encoder: TinyDualEncoder) -> None
 
 def test_too_few_examples_for_a_batch(encoder: TinyDualEncoder) -> None:
     with pytest.raises(ValueError, match="detection probe has 12 training examples, fewer than a batch: set detection"):
-        TASKS["detection"].score(subject(encoder, None, detection={**SMALL, "batch_size": 13}))
+        scored("detection", subject(encoder, None, detection={**SMALL, "batch_size": 13}))
 
 
 def test_nothing_is_cropped_away(encoder: TinyDualEncoder) -> None:

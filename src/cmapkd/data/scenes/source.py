@@ -53,6 +53,11 @@ class SceneSample(Sample):
         return made
 
     @property
+    def scene(self) -> Scene:
+        """What the picture shows."""
+        return self._scene
+
+    @property
     def captions(self) -> tuple[str, ...]:
         return self._make("captions", lambda: _captions(self._scene, self._language, self._wrong))
 
@@ -68,6 +73,10 @@ class SceneSample(Sample):
     @property
     def boxes(self) -> tuple[Box, ...]:
         return self._make("boxes", lambda: boxes_of(self._scene, self._size))
+
+    def renamed(self, sample_id: str) -> SceneSample:
+        """The same sample under another id; nothing is made by it."""
+        return SceneSample(sample_id, self.image, self._size, self._scene, self._language, self._wrong)
 
     def __reduce__(self) -> tuple[type[Sample], tuple[Any, ...]]:
         """Crosses a process as a plain sample, with everything made."""

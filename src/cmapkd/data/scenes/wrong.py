@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cmapkd.data.scenes.draws import Draws, key_of
 from cmapkd.data.scenes.spec import COLOURS, SHAPES
 from cmapkd.data.scenes.words import SYNONYMS, plural
 from cmapkd.data.scenes.world import Scene
 
-_KINDS = {"colour": tuple(COLOURS), "shape": SHAPES}
+KINDS = {"colour": tuple(COLOURS), "shape": SHAPES}
 # every word for a colour or a shape: its kind, its place among them, whether it is a plural
 _WORDS = {
     form: (kind, place, form != word)
-    for kind, names in _KINDS.items()
+    for kind, names in KINDS.items()
     for place, name in enumerate(names)
     for word in SYNONYMS.get(name, (name,))
     for form in ((word,) if kind == "colour" else (word, plural(word)))
@@ -31,16 +31,28 @@ def with_wrong(scene: Scene, captions: Sequence[str], share: float) -> tuple[str
     draws = Draws(key_of(scene.key, "wrong"))
     changed = []
     for caption in captions:
-        wrong, shifts = draws.chance(share), {kind: draws.between(1, len(names) - 1) for kind, names in _KINDS.items()}
+        wrong, shifts = draws.chance(share), {kind: draws.between(1, len(names) - 1) for kind, names in KINDS.items()}
         changed.append(_shifted(caption, shifts) if wrong else caption)
     return tuple(changed)
 
 
-def _shifted(caption: str, shifts: dict[str, int]) -> str:
+def renamed(text: str, new_name: Callable[[str, str], str]) -> str:
+    """`text` with other words for its colours and shapes: `new_name(kind, name)`, where kind is `colour` or `shape`."""
+
     def other(found: re.Match[str]) -> str:
         kind, place, several = _WORDS[found[0]]
-        name = _KINDS[kind][(place + shifts[kind]) % len(_KINDS[kind])]
+        name = new_name(kind, KINDS[kind][place])
+        if name == KINDS[kind][place]:
+            return found[0]
         return plural(name) if several else name
 
-    text = _ANY_WORD.sub(other, caption)
-    return _ARTICLE.sub(lambda found: "an " if found[1] in "aeiou" else "a ", text)
+    changed = _ANY_WORD.sub(other, text)
+    return _ARTICLE.sub(lambda found: "an " if found[1] in "aeiou" else "a ", changed)
+
+
+def _shifted(caption: str, shifts: dict[str, int]) -> str:
+    def new_name(kind: str, name: str) -> str:
+        names = KINDS[kind]
+        return names[(names.index(name) + shifts[kind]) % len(names)]
+
+    return renamed(caption, new_name)

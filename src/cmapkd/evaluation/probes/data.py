@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cmapkd.data.batches import Plan
+from cmapkd.data.plans import Plan
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Source, TokenBatch
 from cmapkd.evaluation.probes.features import ImageFeatures, TextFeatures, whole_picture
 from cmapkd.models.base import DualEncoder
@@ -96,6 +96,10 @@ class ProbeBatches(Dataset[Batch]):
             inputs["student"] = self._live(rows.tolist(), places)
         ids = tuple(self.ids[row] for row in rows.tolist())
         return Batch(ids, inputs, ("",) * len(ids), extra=extra)
+
+    def bytes_of(self, size: int) -> int:
+        """About the bytes of a batch of `size` examples; those of features are small, and already in memory."""
+        return 0 if self.spec is None else size * 3 * self.spec.size**2 * 4
 
     def _live(self, rows: list[int], places: Tensor) -> ModelInput:
         assert self.pictures is not None

@@ -40,15 +40,15 @@ from cmapkd.evaluation.probes.probe import Head, Seen
 from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.features import gather_rows
 from cmapkd.features.pyramid import Grid
-from cmapkd.methods import Term, TermsBeside
-from cmapkd.methods.micro_batches import encode_again, micro_batches
+from cmapkd.methods import AuxiliaryTerms, Term
+from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.models.base import DualEncoder, ImageSpec
 from cmapkd.models.texts import evaluating
 
 _EXTRA = "heads"  # under which a batch carries a `LessonBatch`
 
 
-class JointHeads(TermsBeside):
+class JointHeads(AuxiliaryTerms):
     """One term `task_<name>` for each head: the mean of its loss over what the whole batch has for it to learn.
 
     The student encodes the heads' pictures by themselves, for they are whole and unchanged: a view may crop away what a
@@ -79,7 +79,7 @@ class JointHeads(TermsBeside):
         self.measurements = {}
         if not heads:
             return {}
-        device = student.log_logit_scale.device
+        device = student.device
         names = self._names_now(student, heads, device)
         size = micro_batch or max(1, len(told.pictures))
 
@@ -102,18 +102,17 @@ class JointHeads(TermsBeside):
             return sums
 
         parts = micro_batches(_pictures_alone(told.pictures, device), size) if len(told.pictures) else []
-        sums = encode_again(part_sums, parts, model=student) if parts else []
+        sums = encode_checkpointed(part_sums, parts, model=student) if parts else []
         own = [
             _nothing(student, head) + sum(part[name] for part in sums if name in part) for name, head in heads.items()
         ]
-        masked = [float(told.num_samples - len(told.taught[name].rows)) for name in heads]
-        # all in one: processes that have different things to learn still meet in the same order in the backward pass
-        rows = torch.cat([torch.stack(own), torch.tensor(masked, device=device)[:, None]], dim=1)
-        terms = {}
-        for name, (total, count, left_out) in zip(heads, gather_rows(rows[None]).sum(0), strict=True):
-            terms[_term(name)] = Term(total / count.detach().clamp_min(1), self.configs[name].weight)
-            self.measurements[f"heads/{name}_masked"] = left_out.detach()
-        return terms
+        masked = torch.tensor([[float(told.num_samples - len(told.taught[name].rows)) for name in heads]])
+        left_out = gather_rows(masked.to(device, non_blocking=True)).sum(0)
+        self.measurements = {f"heads/{name}_masked": number for name, number in zip(heads, left_out, strict=True)}
+        return {
+            _term(name): Term(total, self.configs[name].weight, count.detach())
+            for name, (total, count) in zip(heads, own, strict=True)
+        }
 
     def _names_now(self, student: DualEncoder, heads: dict[str, Head], device: torch.device) -> Tensor | None:
         """The classes' unit embeddings by the text tower as it is; the heads note their mean."""
@@ -217,7 +216,7 @@ def _need(found: Sequence[Any], name: str, what: str, source: Source, samples: S
 def _shape(student: DualEncoder) -> tuple[int, Grid]:
     """How many cells the student's patches have, and their rows and columns."""
     size = student.image_spec.size
-    device = student.log_logit_scale.device
+    device = student.device
     with evaluating(student, device, None):
         tower = student.encode_image(torch.zeros(1, 3, size, size, device=device), (patch_level(student).name,))
         patches, grid = patches_of(student, tower)

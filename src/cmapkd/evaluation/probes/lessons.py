@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import BadSampleError, Sample, Source, TokenBatch
+from cmapkd.data.views import View
 from cmapkd.evaluation.probes.decoder import Words
 from cmapkd.evaluation.probes.detector import box_targets
 from cmapkd.evaluation.probes.features import whole_picture
@@ -100,6 +101,14 @@ class Taught:
         texts = self.texts.part(first, last) if self.texts is not None else None
         return Taught(self.rows[first:last] - start, targets, texts)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Taught:
+        targets = {name: values.to(device, non_blocking=non_blocking) for name, values in self.targets.items()}
+        return Taught(self.rows, targets, None if self.texts is None else self.texts.to(device, non_blocking))
+
+    def pin_memory(self) -> Taught:
+        targets = {name: values.pin_memory() for name, values in self.targets.items()}
+        return Taught(self.rows, targets, None if self.texts is None else self.texts.pin_memory())
+
 
 @dataclass(frozen=True, slots=True)
 class LessonBatch:
@@ -108,6 +117,23 @@ class LessonBatch:
     pictures: Tensor  # Float[pictures 3 size size]
     taught: dict[str, Taught]
     num_samples: int  # of the batch: those that are no head's rows are masked
+    samples: Tensor  # Int[pictures], ascending: whose picture of the batch each is
+
+    def part(self, start: int, stop: int) -> LessonBatch:
+        """What is taught by the samples from `start` to before `stop`."""
+        first, last = (int((self.samples < place).sum()) for place in (start, stop))
+        taught = {name: each.among(first, last) for name, each in self.taught.items()}
+        size = min(stop, self.num_samples) - start
+        return LessonBatch(self.pictures[first:last], taught, size, self.samples[first:last] - start)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LessonBatch:
+        """With what the losses read on a device. Pictures go there a micro-batch at a time; places stay here."""
+        taught = {name: each.to(device, non_blocking) for name, each in self.taught.items()}
+        return LessonBatch(self.pictures, taught, self.num_samples, self.samples)
+
+    def pin_memory(self) -> LessonBatch:
+        taught = {name: each.pin_memory() for name, each in self.taught.items()}
+        return LessonBatch(self.pictures.pin_memory(), taught, self.num_samples, self.samples)
 
 
 class LessonReader:
@@ -116,13 +142,14 @@ class LessonReader:
     def __init__(self, spec: ImageSpec, lessons: dict[str, Lesson]) -> None:
         self.spec, self.lessons = spec, lessons
 
-    def read(self, sample: Sample, epoch: int) -> tuple[Tensor | None, dict[str, Any]]:
+    def read(self, sample: Sample, view: View, epoch: int) -> tuple[Tensor | None, dict[str, Any]]:  # noqa: ARG002
         items = {name: lesson.read(sample, epoch) for name, lesson in self.lessons.items()}
         wanted = any(item is not None for item in items.values())
         return whole_picture(self.spec, sample.image) if wanted else None, items
 
     def join(self, items: Sequence[tuple[Tensor | None, dict[str, Any]]]) -> LessonBatch:
         shown = [(picture, each) for picture, each in items if picture is not None]
+        samples = torch.tensor([row for row, (picture, _) in enumerate(items) if picture is not None], dtype=torch.long)
         taught = {}
         for name, lesson in self.lessons.items():
             rows = [row for row, (_, each) in enumerate(shown) if each[name] is not None]
@@ -130,7 +157,7 @@ class LessonReader:
             taught[name] = Taught(torch.tensor(rows, dtype=torch.long), *parts)
         size = self.spec.size
         pictures = torch.stack([picture for picture, _ in shown]) if shown else torch.zeros(0, 3, size, size)
-        return LessonBatch(pictures, taught, len(items))
+        return LessonBatch(pictures, taught, len(items), samples)
 
 
 def survey(source: Source, *, most: int) -> list[Sample]:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
 from cmapkd.evaluation.probes.features import patch_level, patches_of, text_level
-from cmapkd.methods.base import Method, MethodCard, MethodConfig, Term
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
 from cmapkd.models.base import DualEncoder
 
 
@@ -39,7 +42,7 @@ class Head(nn.Module):
         """Of how many things `loss` is the mean, so that parts of a batch can be put together."""
 
 
-class Probe(Method):
+class Probe(DualEncoderMethod):
     """Trains a head by its loss. A frozen encoder is no submodule: no checkpoint holds it, no optimiser sees it."""
 
     uses_teacher = False
@@ -71,7 +74,7 @@ class Probe(Method):
         seen = self._encode(batch) if batch.inputs else _stored(targets)
         return {"task": Term(self.head.loss(seen, targets))}
 
-    def after_step(self) -> None:
+    def after_step(self, step: StepInfo | None = None) -> None:
         """Nothing: no logit scale is learned here."""
 
     @property

@@ -6,7 +6,9 @@ from abc import ABC
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from cmapkd.config import Config
 from cmapkd.evaluation.subject import Bench, Subject
+from cmapkd.models.base import DualEncoder, Model
 
 
 class Column(NamedTuple):
@@ -17,10 +19,25 @@ class Column(NamedTuple):
     digits: int = 1
 
 
+class Headline(NamedTuple):
+    """The one number that stands for a task. Steps are chosen by it, and gaps are closed on it. Higher is better."""
+
+    label: str  # in metrics.jsonl
+    path: tuple[str, ...]  # in the task's scores
+    head: str  # in tables
+
+
 class Task(ABC):
-    """One way to measure models. A new one is a file with a subclass, and its line in `TASKS`."""
+    """One way to measure models. A new one is a file with a subclass, and its line in `TASKS`; see docs/extending.md.
+
+    Args:
+        settings: of `Settings`; none: its defaults.
+    """
 
     title: ClassVar[str]
+    Settings: ClassVar[type[Config]] = Config  # which knows no key
+    reads: ClassVar[type[Model]] = DualEncoder  # type: ignore[type-abstract]  # the contract that a model must keep
+    headline: ClassVar[Headline | None] = None
     columns: ClassVar[tuple[Column, ...]] = ()
     alone: ClassVar[bool] = False  # needs one model and the source, nothing else: a run can end with it
     automatic: ClassVar[bool] = False  # part of tasks=auto
@@ -28,6 +45,9 @@ class Task(ABC):
     needs_levels: ClassVar[bool] = False  # reads the pooled levels of the towers
     needs_reference: ClassVar[bool] = False  # compares with the first of several models
     trains: ClassVar[bool] = False  # fits a head on another split
+
+    def __init__(self, settings: Config | None = None) -> None:
+        self.settings: Any = settings or self.Settings()
 
     def prepare(self, subject: Subject) -> None:  # noqa: B027
         """Refuses wrong names before the long part."""

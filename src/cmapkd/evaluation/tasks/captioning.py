@@ -9,6 +9,7 @@ import torch
 from cmapkd.data.random import uniforms
 from cmapkd.evaluation import caption_tools
 from cmapkd.evaluation.captioning import caption_scores
+from cmapkd.evaluation.probes.config import CaptioningConfig
 from cmapkd.evaluation.probes.data import ProbeBatches
 from cmapkd.evaluation.probes.decoder import DecoderHead, Words
 from cmapkd.evaluation.probes.features import patch_level
@@ -22,6 +23,8 @@ from cmapkd.models.base import DualEncoder
 
 class Captioning(Task):
     title = "Captioning by a probe, times 100"
+    Settings = CaptioningConfig
+    settings: CaptioningConfig
     trains = True
     columns = (
         Column("BLEU-1", ("shown", "bleu_1")),
@@ -42,7 +45,7 @@ class Captioning(Task):
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:
-        bench, config = subject.bench, subject.bench.suite.captioning
+        bench, config = subject.bench, self.settings
         train, scored = bench.train_annotations, bench.annotations
         captioned = [row for row, captions in enumerate(train.captions) if captions]
         asked = [row for row, captions in enumerate(scored.captions) if captions]
@@ -72,8 +75,8 @@ class Captioning(Task):
 
         def make_head() -> DecoderHead:
             return DecoderHead(
-                patch_width=patch_level(subject.model).width,
-                embed_dim=subject.model.embed_dim,
+                patch_width=patch_level(subject.dual).width,
+                embed_dim=subject.dual.embed_dim,
                 cells=features.patches.shape[1],
                 words=len(words),
                 length=config.length,

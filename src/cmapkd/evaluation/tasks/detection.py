@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmapkd.evaluation.detection import Detection as Predicted
 from cmapkd.evaluation.detection import detection_scores
+from cmapkd.evaluation.probes.config import DetectionConfig
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
 from cmapkd.evaluation.probes.detector import DetectorHead, Found, box_targets
 from cmapkd.evaluation.probes.features import patch_level
@@ -25,6 +26,8 @@ _SHOWN = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 class Detection(Task):
     title = "Detection by a probe named by the text tower, AP in percent"
+    Settings = DetectionConfig
+    settings: DetectionConfig
     trains = True
     columns = (
         Column("AP", ("shown", "ap")),
@@ -45,7 +48,7 @@ class Detection(Task):
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:
-        bench, config = subject.bench, subject.bench.suite.detection
+        bench, config = subject.bench, self.settings
         train, scored = bench.train_annotations, bench.annotations
         boxed = [row for row, boxes in enumerate(train.boxes) if boxes]
         if not boxed or not any(scored.boxes):
@@ -70,8 +73,8 @@ class Detection(Task):
 
         def make_head() -> DetectorHead:
             return DetectorHead(
-                patch_width=patch_level(subject.model).width,
-                embed_dim=subject.model.embed_dim,
+                patch_width=patch_level(subject.dual).width,
+                embed_dim=subject.dual.embed_dim,
                 grid=features.grid,
                 names=base_weights,
                 scales=config.scales,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cmapkd.evaluation.efficiency import efficiency
+from cmapkd.evaluation.efficiency import EfficiencyConfig, efficiency
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 
 
 class Efficiency(Task):
     title = "Cost (M = million; GMACs and ms a sample)"
+    Settings = EfficiencyConfig
+    settings: EfficiencyConfig
     needs_source = False
     columns = (
         Column("params M", ("shown", "params"), 2),
@@ -26,8 +28,8 @@ class Efficiency(Task):
     )
 
     def measure(self, subjects: Sequence[Subject], bench: Bench) -> list[dict[str, Any]]:
-        models = {subject.name: subject.model for subject in subjects}
-        measured = efficiency(models, bench.suite.efficiency, device=bench.device)
+        models = {subject.name: subject.dual for subject in subjects}
+        measured = efficiency(models, self.settings, device=bench.device)
         return [result | {"shown": _shown(result)} for result in measured.values()]
 
 

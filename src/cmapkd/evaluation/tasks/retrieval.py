@@ -6,12 +6,14 @@ from typing import Any
 
 from cmapkd.evaluation.retrieval import retrieval, shared_captions
 from cmapkd.evaluation.subject import Subject
-from cmapkd.evaluation.tasks.base import Column, Task
+from cmapkd.evaluation.tasks.base import Column, Headline, Task
+from cmapkd.evaluation.usual_sets import remark_on
 
 
 class Retrieval(Task):
     title = "Retrieval, recall in percent"
     alone = automatic = True
+    headline = Headline("mean_r@1", ("mean_r@1",), "R@1")
     columns = (
         Column("i2t R@1", ("i2t", "r@1")),
         Column("i2t R@5", ("i2t", "r@5")),
@@ -20,6 +22,8 @@ class Retrieval(Task):
         Column("t2i R@5", ("t2i", "r@5")),
         Column("t2i R@10", ("t2i", "r@10")),
         Column("mean R@1", ("mean_r@1",)),
+        Column("of images", ("num_images",), 0),
+        Column("of captions", ("num_texts",), 0),
     )
 
     def missing(self, subject: Subject) -> str | None:
@@ -30,4 +34,6 @@ class Retrieval(Task):
         embedded = subject.embedded
         shared = subject.bench.config.shared_captions
         extra = shared_captions(embedded.captions, embedded.image_of_text) if shared else None
-        return retrieval(embedded.images, embedded.texts, embedded.image_of_text, also_positive=extra)
+        scores = retrieval(embedded.images, embedded.texts, embedded.image_of_text, also_positive=extra)
+        remark = remark_on(subject.bench.scored.name, num_images=scores["num_images"], num_texts=scores["num_texts"])
+        return scores | ({"remark": remark} if remark is not None else {})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmapkd.data.types import QuestionAnswer
+from cmapkd.evaluation.probes.config import VQAConfig
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
 from cmapkd.evaluation.probes.features import encode_texts, patch_level, text_level
 from cmapkd.evaluation.probes.fusion import FusionHead, answer_shares, frequent_answers
@@ -22,6 +23,8 @@ from cmapkd.models.base import DualEncoder
 
 class VQA(Task):
     title = "Question answering by a probe, accuracy in percent"
+    Settings = VQAConfig
+    settings: VQAConfig
     trains = True
     columns = (
         Column("overall", ("overall",)),
@@ -34,11 +37,11 @@ class VQA(Task):
     def missing(self, subject: Subject) -> str | None:
         if not any(sample.questions for sample in subject.bench.first_samples):
             return f"none of its first {len(subject.bench.first_samples)} samples has a question"
-        text_level(subject.model)
+        text_level(subject.dual)
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:
-        bench, config = subject.bench, subject.bench.suite.vqa
+        bench, config = subject.bench, self.settings
         train, scored = _Questions(bench.train_annotations), _Questions(bench.annotations)
         if not train.all or not scored.all:
             where = bench.train if not train.all else bench.source
@@ -69,17 +72,17 @@ class VQA(Task):
 
         def head() -> FusionHead:
             return FusionHead(
-                patch_width=patch_level(subject.model).width,
-                embed_dim=subject.model.embed_dim,
+                patch_width=patch_level(subject.dual).width,
+                embed_dim=subject.dual.embed_dim,
                 cells=features.patches.shape[1],
-                text_width=text_level(subject.model).width,
+                text_width=text_level(subject.dual).width,
                 answers=len(answers),
                 width=config.width,
                 depth=config.depth,
             )
 
         probe = train_probe("vqa", subject, config, head, batches)
-        predicted = [answers[number] for number in _answer(probe, subject, scored).tolist()]
+        predicted = [answers[number] for number in _answer(probe, subject, scored, config).tolist()]
         commonest = answers[0]
         result = _accuracies(predicted, scored.all)
         return result | {
@@ -105,9 +108,9 @@ class _Questions:
 
 
 @torch.no_grad()
-def _answer(probe: Probe, subject: Subject, questions: _Questions) -> Tensor:
+def _answer(probe: Probe, subject: Subject, questions: _Questions, config: VQAConfig) -> Tensor:
     """The most probable answer of every question."""
-    bench, config = subject.bench, subject.bench.suite.vqa
+    bench = subject.bench
     images = scored_images(probe, subject, config)
     texts = encode_texts(probe.student, questions.texts, batch_size=bench.config.batch_size, device=bench.device)
     chosen = []

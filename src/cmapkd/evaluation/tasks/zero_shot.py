@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 from cmapkd.data.templates import get_templates
 from cmapkd.evaluation.calibration import zero_shot_calibration
 from cmapkd.evaluation.subject import Subject
-from cmapkd.evaluation.tasks.base import Column, Task
+from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.zero_shot import zero_shot
 
 
 class ZeroShot(Task):
     title = "Zero-shot classification, percent"
     alone = automatic = True
+    headline: ClassVar[Headline | None] = Headline("zero_shot", ("top1",), "zero-shot")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("top-1", ("top1",)),
         Column("top-5", ("top5",)),
@@ -38,6 +39,7 @@ class ZeroShot(Task):
 class Calibration(ZeroShot):
     title = "Calibration of zero-shot probabilities, the model's own logit scale"
     automatic = False
+    headline = None
     columns = (
         Column("ECE %", ("ece",)),
         Column("confidence %", ("confidence",)),
@@ -48,5 +50,5 @@ class Calibration(ZeroShot):
 
     def score(self, subject: Subject) -> dict[str, Any]:
         embedded = subject.embedded
-        scale = float(subject.model.log_logit_scale.detach().exp())
+        scale = float(subject.dual.log_logit_scale.detach().exp())
         return zero_shot_calibration(embedded.images, embedded.labels, subject.class_weights, logit_scale=scale)

@@ -1,0 +1,111 @@
+"""Which rows of a cache were compared with their checksums, so that each is compared once, when it is first read.
+
+A shard's record holds a checksum of every group of rows (`Part.group_rows`, about 256 KiB) besides the one of the whole
+shard. A row that is read costs its group. So shuffled reading does not wait for whole shards of 64 MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cmapkd.cache.config import Check
+from cmapkd.cache.files import CacheError, digest_of_rows
+from cmapkd.cache.parts import Part
+
+Groups = NDArray[np.uint64]
+
+
+class Checks:
+    """What was compared already, in memory that the data workers of a run share.
+
+    Args:
+        check: `first_use` compares what is read, when it is read; `open` compares everything now; `sizes` nothing.
+        there: of each part, which shards are finished.
+    Raises:
+        CacheError: with `open`, a bit differs.
+    """
+
+    def __init__(self, parts: Sequence[Part], there: Sequence[NDArray[np.bool_]], check: Check) -> None:
+        self.parts, self.check = parts, check
+        self._done: list[torch.Tensor] = []
+        self._expected: dict[tuple[int, int], Groups | None] = {}
+        if check == "first_use":
+            sizes = [part.num_shards * part.groups_in_shard for part in parts]
+            self._done = [torch.zeros(size, dtype=torch.uint8).share_memory_() for size in sizes]
+        elif check == "open":
+            for part, finished in zip(parts, there, strict=True):
+                for shard in np.flatnonzero(finished).tolist():
+                    check_shard(part, shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_expected": {}}
+
+    def __call__(self, number: int, shard: int, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        """Compares the groups of these rows that nobody has compared yet.
+
+        Args:
+            number: of the part. rows: within the shard.
+        Raises:
+            CacheError: a bit differs.
+        """
+        if self.check != "first_use" or not len(rows):
+            return
+        part = self.parts[number]
+        groups = np.unique(np.asarray(rows) // part.group_rows)
+        start = shard * part.groups_in_shard
+        done = self._done[number].numpy()
+        todo = groups[done[start + groups] == 0]
+        if not len(todo):
+            return
+        expected = self._of_shard(number, shard)
+        if expected is None:  # written before groups had checksums
+            check_shard(part, shard)
+            done[start : start + part.groups_in_shard] = 1
+            return
+        with part.data(shard).open("rb") as file:
+            for group in todo.tolist():
+                file.seek(group * part.group_rows * part.row_bytes)
+                if digest_of_rows(file.read(part.group_rows * part.row_bytes)) != expected[group]:
+                    raise _damaged(part, shard)
+                done[start + group] = 1
+
+    def _of_shard(self, number: int, shard: int) -> Groups | None:
+        key = (number, shard)
+        if key not in self._expected:
+            part = self.parts[number]
+            self._expected[key] = groups_of(part, part.read_record(shard), shard)
+        return self._expected[key]
+
+
+def groups_of(part: Part, record: dict[str, Any], shard: int) -> Groups | None:
+    """The checksums of a shard's groups of rows; None where its record has none, or of groups of another size."""
+    text, first_last = record.get("groups"), part.extent(shard)
+    if not isinstance(text, str) or record.get("group_rows") != part.group_rows:
+        return None
+    try:
+        found = np.frombuffer(bytes.fromhex(text), np.dtype("<u8")).astype(np.uint64)
+    except ValueError:
+        return None
+    return found if len(found) == -(-(first_last[1] - first_last[0]) // part.group_rows) else None
+
+
+def check_shard(part: Part, shard: int) -> None:
+    """Compares a whole shard's bytes with its record.
+
+    Raises:
+        CacheError: a bit differs.
+    """
+    if part.checksum(shard) != part.read_record(shard)["checksum"]:
+        raise _damaged(part, shard)
+
+
+def _damaged(part: Part, shard: int) -> CacheError:
+    return CacheError(
+        f"{part.data(shard)} is damaged (its checksum does not fit): cmapkd cache verify --remove-damaged "
+        f"{part.folder.parent}, then build again"
+    )

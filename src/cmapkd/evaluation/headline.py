@@ -1,0 +1,44 @@
+"""The numbers that stand for an evaluation: of each task one, by which steps are chosen and gaps are closed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cmapkd.evaluation.tasks import TASKS, Headline
+
+
+def headlines(scores: Mapping[str, Any] | None) -> dict[str, tuple[Headline, float]]:
+    """By task, in the order of `TASKS`, of the tasks that have a headline and were measured."""
+    found = {}
+    for name in TASKS if scores else ():
+        headline = TASKS[name].headline if scores and scores.get(name) else None
+        number = None if headline is None else number_at(scores, (name, *headline.path))
+        if headline is not None and number is not None:
+            found[name] = (headline, number)
+    return found
+
+
+def number_at(scores: Any, path: tuple[str, ...]) -> float | None:
+    """The number at a path of nested scores; None where there is none."""
+    for key in path:
+        scores = scores.get(key) if isinstance(scores, Mapping) else None
+    return float(scores) if isinstance(scores, int | float) and not isinstance(scores, bool) else None
+
+
+def retrieval_set(scores: Mapping[str, Any] | None) -> str | None:
+    """What a retrieval score is of, as `1,000 images, 5,000 captions`; None where there is none.
+
+    Args:
+        scores: of one model, or its `retrieval` alone.
+    """
+    of = scores.get("retrieval", scores) if isinstance(scores, Mapping) else {}
+    images, texts = number_at(of, ("num_images",)), number_at(of, ("num_texts",))
+    return None if images is None or texts is None else f"{images:,.0f} images, {texts:,.0f} captions"
+
+
+def remark_on_retrieval(scores: Mapping[str, Any] | None) -> str | None:
+    """What `retrieval` found unusual about its set; None where nothing is."""
+    of = scores.get("retrieval") if isinstance(scores, Mapping) else None
+    remark = of.get("remark") if isinstance(of, Mapping) else None
+    return remark if isinstance(remark, str) else None

@@ -1,0 +1,48 @@
+"""What a reader must know of a method, and the base of every method's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from cmapkd.config import Config
+from cmapkd.weighting import WeightingConfig, weighting_config
+
+
+@dataclass(frozen=True, slots=True)
+class MethodCard:
+    """What a reader must know before trusting a method."""
+
+    title: str
+    paper: str
+    equations: tuple[str, ...]
+    needs: str
+    trainable: str
+    departures: tuple[str, ...]
+    checked_against: str
+
+
+class MethodConfig(Config):
+    """Base of every method's settings. In a recipe they stand beside the method's name."""
+
+    name: str = Field("", description="The method's name in METHODS.")
+    term_weighting: SerializeAsAny[WeightingConfig] | None = Field(
+        None, description="A weighting of the method's terms, on top of their weights; none: these alone."
+    )
+
+    @property
+    def reads_classes(self) -> bool:
+        """Whether the method, with these settings, needs the classes of the training source: names and prompts."""
+        return False
+
+    @property
+    def reads_captions(self) -> bool:
+        """Whether the method, with these settings, reads captions. If not, pictures without captions will do."""
+        return True
+
+    @field_validator("term_weighting", mode="before")
+    @classmethod
+    def _weighting_by_name(cls, value: Any) -> Any:
+        return None if value is None else weighting_config(value)

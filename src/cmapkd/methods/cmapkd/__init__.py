@@ -1,0 +1,10 @@
+"""CMAPKD: a pyramid of levels in both modalities, aligned across them, weighted for each sample by a learned selection.
+
+Read in this order: `config` (what can be set), `levels` (what is read of each level), `method` (the terms), `bank` and
+`cross_modal` (terms against the bank, and between the modalities). Equations: docs/methods/cmapkd.md.
+"""
+
+from cmapkd.methods.cmapkd.config import AblationsConfig, BankConfig, CMAPKDConfig
+from cmapkd.methods.cmapkd.method import CMAPKD
+
+__all__ = ["CMAPKD", "AblationsConfig", "BankConfig", "CMAPKDConfig"]

@@ -1,0 +1,389 @@
+"""CMAPKD itself: what is trained, and the terms of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cmapkd.data.types import Batch
+from cmapkd.features import (
+    AlignmentBridge,
+    EmbeddingBank,
+    KeyTokens,
+    LevelMatcher,
+    PairProjector,
+    References,
+    Role,
+    gather_rows,
+    sample_keys,
+)
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.cmapkd.bank import embeddings_against_bank, level_against_bank, pairs_against_bank
+from cmapkd.methods.cmapkd.config import CMAPKDConfig
+from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_relation
+from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LEVELS, LevelRows
+from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
+from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.in_batch import embeddings_of
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
+from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
+from cmapkd.weighting import Weighting, for_items, make_weighting
+
+BANK_TERMS = ("bank", "bank_within", "bank_level", "bank_pair")
+
+
+class CMAPKD(DualEncoderMethod):
+    """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
+
+    Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
+    card: ClassVar[MethodCard] = MethodCard(
+        title="CMAPKD: cross-modal adaptive pyramid knowledge distillation",
+        paper="this project's own (docs/methods/cmapkd.md), on the embedding terms of CLIP-KD, arXiv:2307.12732",
+        equations=(
+            "L_v = mean_b Σ_i w_v[b,i] λ_i d_i[b], d_i = mean |LN(proj_i(S_i)) - LN(T_i)|² for P2 to P4, "
+            "d_P5 = |N(s) - N(t)|²; L_l the same over L1 to L4",
+            "L_pyr = mean_b Σ_ij w_c[b,ij] α_ij KL(P_T(v_i, l_j) ‖ P_S(v_i, l_j)), both directions, P the in-batch "
+            "softmax of the bridged levels; (P5, L4) in the joint space",
+            "L_int = 1/2 [CE(c v̂ t_Tᵀ, diag) + CE(c t̂ v_Tᵀ, diag)]",
+            "L_bank = 1/2 mean_b [KL(σ(s_T v_T Bᵀ) ‖ σ(s_T v̂ Bᵀ)) + the same for texts], B a bank of the teacher's "
+            "embeddings of the other modality; by level B the teacher's vectors of that level, or bridged of the other "
+            "modality's",
+            "L_rel = |G_T - G_S|²_F / B² by level; L_lrel = |R_T - R_S|² / 16, R the cosines between a sample's levels",
+            "L = λ_task L_contrastive + λ_int L_int + λ_bank L_bank + λ_v L_v + λ_l L_l + λ_pyr L_pyr + λ_rel L_rel + "
+            "λ_lrel L_lrel",
+        ),
+        needs="embeddings, logit scales and the tapped levels of both towers of both models",
+        trainable="the student, projectors of its levels, both bridges and their scales, the selection network",
+        departures=(
+            "The teacher's side of the pyramid has no parameters; a shared trainable pyramid is a moving target.",
+            "Losses are kept by sample until they are weighted; per-sample weights on an averaged loss do nothing.",
+            "Interactive and bank terms are added: they carry most of the gain.",
+            "Levels meet on the student's own grid; enlarging a grid adds cost and no information.",
+        ),
+        checked_against="every objective written out in loops, gradcheck; no published code exists",
+    )
+
+    def __init__(self, config: CMAPKDConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        assert teacher is not None
+        self.config, self.term_weights = config, config.term_weights()
+        ablations = config.ablations
+        self.match = LevelMatcher(
+            student,
+            teacher.model,
+            levels=config.compared(),
+            grids=ablations.grids,
+            top_down=ablations.top_down,
+            phrase_window=ablations.phrase_window,
+            places=config.places,
+            key_tokens=KeyTokens(config.key_tokens, ablations.key_tokens_by),
+            depths=ablations.depths,
+        )
+        has_bank = {*BANK_TERMS} & {*self.term_weights}
+        self.project: PairProjector | None = None
+        if {"P5", "L4"} & {*config.compared()} or config.interactive_weight or has_bank:
+            shared = ablations.projector == "shared"
+            self.project = PairProjector(student.embed_dim, teacher.embed_dim, shared=shared)
+        self.interactive_scale = _log_scale() if config.interactive_weight else None
+        self.bank = self._make_bank(teacher) if has_bank else None
+        banked = config.levels_against_bank()
+        ours, theirs = self._widths("student", banked), self._widths("teacher", banked)
+        self.project_levels = nn.ModuleDict({level: nn.Linear(ours[level], theirs[level]) for level in banked})
+        if config.bridged():
+            self.bridge, self.teacher_bridge = self._make_bridge("student"), self._make_bridge("teacher")
+            self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
+        self.items = config.weighed_items()
+        self.weighting = self._make_weightings()
+
+    def _make_bank(self, teacher: FrozenTeacher) -> EmbeddingBank:
+        settings = self.config.bank
+        return EmbeddingBank(
+            settings.size,
+            teacher.embed_dim,
+            store=settings.store,
+            fixed=settings.source == "cache",
+            levels=self._widths("teacher", self.config.levels_in_bank()),
+        )
+
+    def _make_bridge(self, role: Role) -> AlignmentBridge:
+        widths = self._widths(role, self.config.bridged())
+        visual, language = ({n: widths[n] for n in levels if n in widths} for levels in INTRA.values())
+        return AlignmentBridge(visual, language, dim=self.config.ablations.bridge_dim)
+
+    def _make_weightings(self) -> nn.ModuleDict:
+        """One weighting for each term that has several levels or pairs."""
+        assert self.teacher is not None
+        weighed = {term: items for term, items in self.items.items() if term in self.term_weights}
+        configs = for_items(self.config.weighting, weighed)
+        of_teacher = self._widths("teacher", LEVELS)
+        made = {}
+        for term, items in weighed.items():
+            widths = {
+                "teacher": 2 * self.teacher.embed_dim,
+                "student": 2 * self.student.embed_dim,
+                "losses": len(items),
+            }
+            made[term] = make_weighting(
+                configs[term],
+                items=items,
+                context_dim=sum(widths[read] for read in self.config.ablations.selection_reads),
+                level_widths=[sum(of_teacher[level] for level in item.split("-")) for item in items],
+            )
+        return nn.ModuleDict(made)
+
+    def _widths(self, role: Role, levels: Sequence[str]) -> dict[str, int]:
+        """Of the vector that stands for each level of a model."""
+        model = self.student if role == "student" else self.teacher
+        assert model is not None
+        visual, language = self.match.widths(role, levels)
+        widths = visual | language | {"P5": model.embed_dim, "L4": model.embed_dim}
+        return {level: widths[level] for level in levels}
+
+    @property
+    def plan(self) -> LevelPlan:
+        """What the terms of the current stage read of the levels."""
+        return LevelPlan(self.config, self.stage)
+
+    @property
+    def bridges(self) -> Bridges | None:
+        """Both models' bridges; None where no term has any."""
+        if not self.config.bridged():
+            return None
+        scales = self.bridge_scale, self.teacher_bridge_scale
+        return Bridges(self.bridge, self.teacher_bridge, *scales, self.config.ablations.coupling)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(self.term_weights)
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """Every level that some term reads."""
+        return self.config.level_names()
+
+    @property
+    def student_needs(self) -> Needs:
+        return self.match.needs("student", self.plan.read())
+
+    @property
+    def teacher_needs(self) -> Needs:
+        return self.match.needs("teacher", self.plan.read())
+
+    @property
+    def teacher_detail(self) -> TeacherDetail:
+        needs = self.teacher_needs
+        return self.plan.detail(has_inner_levels=bool(needs.image_levels or needs.text_levels))
+
+    @property
+    def key_tokens(self) -> KeyTokens | None:
+        return self.match.key_tokens if self.config.places == "key_tokens" else None
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """The terms of the stage. Embeddings and `LevelRows` are of all processes' samples, levels of this one's."""
+        student, teacher, rows = self.encode_both(batch, self._read_levels)
+        self.measurements = {}
+        if self.training:
+            self._observe(student, teacher)
+        projected = None if self.project is None else self.project(student)
+        values: dict[str, Tensor] = {}
+        if self._wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        if projected is not None:
+            values |= self._embedding_terms(batch, projected, teacher, rows)
+        models = {"teacher": teacher, "student": student}
+        read = [role for role in self.config.ablations.selection_reads if role in models]
+        context: dict[str, Tensor] = {role: _directions(models[role]) for role in read}
+        values |= self._intra_modal_terms(projected, teacher, rows, context)
+        values |= self._cross_modal_terms(student, teacher, rows, context)
+        return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
+
+    def _wants(self, term: str) -> bool:
+        return term in self.term_weights and self.stage.wants_term(term)
+
+    def _read_levels(self, part: Batch, student: Features, teacher: Features) -> LevelRows:
+        return read_levels(self.match, self.plan, part, student, teacher)
+
+    # ------------------------------------------------------------------------------------- embeddings, and the bank
+
+    def _embedding_terms(
+        self, batch: Batch, projected: Features, teacher: Features, rows: LevelRows
+    ) -> dict[str, Tensor]:
+        """The student's projected embeddings against the teacher's: of this batch, and of the bank, with its levels."""
+        values: dict[str, Tensor] = {}
+        ours, theirs = embeddings_of(projected), embeddings_of(teacher)
+        if self.interactive_scale is not None and self._wants("interactive"):
+            values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
+        if self.bank is None:
+            return values
+        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(theirs[0].device, non_blocking=True))
+        settings = self.config.bank
+        references = self.bank.references(
+            keys,
+            num=settings.sample,
+            generator=self.step.generator("bank"),
+            images=theirs[0],
+            duplicates_above=settings.duplicates,
+        )
+        for term in ("bank", "bank_within"):
+            if self._wants(term):
+                values[term] = embeddings_against_bank(
+                    ours, theirs, references, scale=teacher.logit_scale, same_modality=term == "bank_within"
+                )
+        values |= self._bank_level_terms(references, rows)
+        if self.training and not self.bank.fixed:  # after they were compared with the bank, not before
+            known = {level: rows.teacher[level] for level in self.bank.levels if level in rows.teacher}
+            self.bank.push(*theirs, keys, known)
+        return values
+
+    def _bank_level_terms(self, references: References, rows: LevelRows) -> dict[str, Tensor]:
+        """Inner levels against a bank of the teacher's: of the same level, and by the bridges of the other modality."""
+        values: dict[str, Tensor] = {}
+        levels = [level for level in self.project_levels if self.stage.wants_level(level)]
+        if levels and self._wants("bank_level"):
+            scale = self.config.ablations.bank_level_scale
+            of_levels = [
+                level_against_bank(
+                    self.project_levels[level](rows.student[level]), rows.teacher[level], references, level, scale=scale
+                )
+                for level in levels
+            ]
+            values["bank_level"] = torch.stack(of_levels).mean()
+        pairs = [pair for pair in self.config.inner_pairs() if all(map(self.stage.wants_level, pair.split("-")))]
+        if pairs and self.bridges is not None and self._wants("bank_pair"):
+            values["bank_pair"] = pairs_against_bank(self.bridges, pairs, references, rows)
+        return values
+
+    def _keys_in_bank(self, bank: EmbeddingBank, batch: Batch) -> Int[Tensor, " batch"]:
+        """What names this process's samples in the bank; fills a fixed one when it is first asked for."""
+        if not bank.fixed:
+            return sample_keys(batch.ids)
+        assert self.teacher is not None
+        if not bank.filled:
+            bank.fill(self.teacher.reference_embeddings(bank.size))
+        return batch.stored["teacher"].samples
+
+    # ----------------------------------------------------------------------------------------------------- the levels
+
+    def _intra_modal_terms(
+        self, projected: Features | None, teacher: Features, rows: LevelRows, context: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Each level against the teacher's same level, weighted for each sample."""
+        values: dict[str, Tensor] = {}
+        for term in INTRA:
+            levels = self.plan.compared(term)
+            if not levels:
+                continue
+            distances = {level: rows.distance[level] for level in levels if level in rows.distance}
+            if projected is not None and levels[-1] == "P5":
+                distances["P5"] = embedding_distance(projected.image.embedding, teacher.image.embedding)
+            if projected is not None and levels[-1] == "L4":
+                distances["L4"] = embedding_distance(projected.text.embedding, teacher.text.embedding)
+            self.measurements |= {f"distance/{level}": value.detach().mean() for level, value in distances.items()}
+            counts = self.config.visual_levels if term == "visual" else self.config.language_levels
+            counted = {level: counts[level] * distance for level, distance in distances.items()}
+            values[term] = self._weigh(term, counted, context, rows)
+        return values
+
+    def _cross_modal_terms(
+        self, student: Features, teacher: Features, rows: LevelRows, context: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Levels of one modality against those of the other, and relations; each level as one vector a sample."""
+        values: dict[str, Tensor] = {}
+        if not self.plan.pools():
+            return values
+        levels = self.plan.of_stage()
+        ours, theirs = rows.vectors("student", levels), rows.vectors("teacher", levels)
+        if self._wants("relation"):
+            values["relation"] = torch.stack([relation_distance(ours[n], theirs[n]).mean() for n in ours]).mean()
+        pairs = [pair for pair in self.config.coupled() if {*pair.split("-")} <= {*levels}]
+        inner = [pair for pair in pairs if pair != JOINT]
+        divergences: dict[str, Tensor] = {}
+        bridges = self.bridges
+        if bridges is not None:
+            mapped, targets = bridges.of_student(ours), bridges.of_teacher(theirs)
+            if inner and self._wants("alignment"):
+                values["alignment"] = bridges.contrast(inner, mapped, bridges.student_scale)
+            if inner and self._wants("bridge"):
+                values["bridge"] = bridges.contrast(inner, targets, bridges.teacher_scale)
+            if self._wants("layer_relation"):
+                values["layer_relation"] = layer_relation(mapped, targets)
+            if self._wants("pyramid"):
+                divergences = bridges.divergences(inner, mapped, targets)
+        if pairs and self._wants("pyramid"):
+            if JOINT in pairs:
+                divergences[JOINT] = joint_divergence(student, teacher)
+            coupling = self.config.ablations.coupling
+            counted = {pair: coupling[pair] * divergences[pair] for pair in pairs}
+            values["pyramid"] = self._weigh("pyramid", counted, context, rows)
+        return values
+
+    # -------------------------------------------------------------------------------------------------- the selection
+
+    def _weigh(
+        self,
+        term: str,
+        losses: Mapping[str, Float[Tensor, " batch"]],
+        context: Mapping[str, Float[Tensor, "batch width"]],
+        rows: LevelRows,
+    ) -> Float[Tensor, ""]:
+        """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
+        weighting, items = self.weighting[term], self.items[term]
+        assert isinstance(weighting, Weighting)
+        none = torch.zeros_like(next(iter(losses.values())))
+        columns = torch.stack([losses.get(item, none) for item in items], dim=-1)
+        if weighting.reads_levels:
+            parts = self._vectors_of(items, rows, none)
+        else:
+            parts = [columns if read == "losses" else context[read] for read in self.config.ablations.selection_reads]
+        active = torch.tensor([item in losses for item in items])
+        weighted = weighting(
+            columns,
+            torch.cat(parts, dim=-1),
+            None if len(losses) == len(items) else active,
+            generator=self.step.generator(f"weighting of {term}"),
+        )
+        self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
+        loss: Tensor = weighted.loss
+        return loss
+
+    def _vectors_of(self, items: Sequence[str], rows: LevelRows, like: Tensor) -> list[Float[Tensor, "batch width"]]:
+        """The teacher's vectors of the items' levels; zeros for a level that the stage does not read."""
+        widths = self._widths("teacher", LEVELS)
+        return [
+            rows.teacher.get(level, like.new_zeros(len(like), widths[level]))
+            for item in items
+            for level in item.split("-")
+        ]
+
+    @torch.no_grad()
+    def _observe(self, student: Features, teacher: Features) -> None:
+        """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
+        listening = [each for each in self.weighting.values() if isinstance(each, Weighting) and each.listens]
+        if listening:
+            held_out = joint_divergence(student, teacher).mean()
+            for weighting in listening:
+                weighting.observe(held_out)
+
+    @torch.no_grad()
+    def after_step(self, step: StepInfo | None = None) -> None:
+        super().after_step(step)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_scale"):
+                parameter.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+
+
+def _directions(features: Features) -> Float[Tensor, "batch both"]:
+    """Image and text embedding of each sample, at length one, one after the other."""
+    return torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (features.image, features.text)], dim=-1)
+
+
+def _log_scale() -> nn.Parameter:
+    return nn.Parameter(torch.tensor(math.log(1 / 0.07)))

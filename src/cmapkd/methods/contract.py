@@ -1,0 +1,116 @@
+"""The contract: what the author of a method states. `base.py` adds what the trainer calls.
+
+A method over image-text models subclasses `DualEncoderMethod` (dual.py), which encodes for it. docs/extending.md shows
+one. Neighbours: terms.py (`Term`), step.py (`StepInfo`), card.py (settings), learning.py (what a stage freezes).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from cmapkd.data.batches import Extra
+from cmapkd.data.types import Batch
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.learning import Learning
+from cmapkd.methods.stages import StageConfig
+from cmapkd.methods.step import StepInfo
+from cmapkd.methods.terms import Term
+from cmapkd.models import DualEncoder, FrozenTeacher, Teacher
+
+
+class MethodContract(Learning, ABC):
+    """A student, its teachers, and the terms that tie them.
+
+    The student and a method's own modules are submodules: trained, checkpointed and wrapped for distributed training.
+    A frozen teacher is no submodule. A momentum teacher is one: its weights are checkpointed and never optimised.
+    """
+
+    card: ClassVar[MethodCard]
+    Config: ClassVar[type[MethodConfig]]
+    uses_teacher: ClassVar[bool] = True
+    not_cached: ClassVar[str | None] = None
+    """Why the teacher cannot answer from a cache; None where it can."""
+    several_teachers: ClassVar[bool] = False
+    """Whether it takes more than one: `more_teachers` is then an argument of its `__init__`."""
+    prunes: ClassVar[bool] = False
+    """Whether stages may state a `sparsity`."""
+    measurements: dict[str, Tensor]
+    """What the last step is worth logging besides its terms: learned weights, their entropy."""
+    step: StepInfo
+    """Where the run stands; its `generator` is the only source of random numbers for terms."""
+
+    def __init__(
+        self,
+        config: MethodConfig,  # noqa: ARG002  kept by the methods, each with its own type
+        *,
+        student: DualEncoder,
+        teacher: FrozenTeacher | None = None,
+        more_teachers: Sequence[FrozenTeacher] = (),
+    ) -> None:
+        super().__init__()
+        if self.uses_teacher and teacher is None:
+            raise ValueError(f"method {type(self).__name__} distils from a teacher: name one with teacher=...")
+        self.student = student
+        given = (teacher, *more_teachers)
+        self.teachers: dict[str, Teacher] = {frozen.role: frozen for frozen in given if frozen is not None}
+        self.step = StepInfo()
+        self.measurements = {}
+
+    @property
+    @abstractmethod
+    def term_names(self) -> tuple[str, ...]:
+        """The terms that `terms` returns in a run without stages."""
+
+    @abstractmethod
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """The loss terms of the batch, by name. Terms that the stage leaves out may be computed, but need not.
+
+        Random numbers come from `self.step.generator(name)`, never from the process's own generator.
+        """
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """The levels that the terms read, by the names that stages and weightings use; embeddings are no level."""
+        return ()
+
+    @property
+    def text_pools(self) -> Mapping[str, int]:
+        """Further texts that batches must bring: how many of each sample, by pool (`synthetic` captions, ...)."""
+        return {}
+
+    @property
+    def more_views(self) -> Mapping[str, int]:
+        """Further views that batches must bring: how many of each sample, by a name in `data.more_views`."""
+        return {}
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        """What batches must bring besides views and captions, by name. Add to `super().extras`."""
+        return {}
+
+    @property
+    def default_stages(self) -> tuple[StageConfig, ...]:
+        """The stages of a run whose recipe names none, by shares of its steps; none: the run is one piece."""
+        return ()
+
+    def own_rate(self, name: str) -> float | None:  # noqa: ARG002  for methods with parameters that are no weights
+        """The rate at which a parameter learns whatever the schedule says, without momentum; None: like its part."""
+        return None
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """What the run has made of its modules' sizes, as plain data: with it a checkpoint's tensors fit again."""
+        return {}
+
+    def restructure(self, structure: Mapping[str, Any]) -> None:
+        """Gives a new method the structure that `structure` returned."""
+
+    def reshape(self, stage: StageConfig) -> None:
+        """Called before a stage is entered: a method may put other modules in place of its own, a smaller student.
+
+        If the method has other parameters afterwards, the trainer makes a new wrapper, optimizer and average.
+        """

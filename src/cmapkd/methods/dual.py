@@ -1,0 +1,185 @@
+"""Methods over image-text models: how student and teachers are encoded, in micro-batches and over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from cmapkd.data.types import Batch
+from cmapkd.features import KeyTokens, gather_features, gather_rows
+from cmapkd.methods.base import Method
+from cmapkd.methods.micro_batches import (
+    encode_checkpointed,
+    join_features,
+    join_rows,
+    map_rows,
+    micro_batches,
+    with_levels_on,
+    without_levels,
+)
+from cmapkd.models import Features, Needs, TowerFeatures
+from cmapkd.models.reach import Tower, example_output, last_matrix_behind
+from cmapkd.objectives import contrastive_loss, sigmoid_loss
+
+TeacherDetail = Literal["global", "pooled", "key_tokens", "dense"]
+"""How finely a teacher is read: its embeddings; also one vector for each level; also a few key tokens of each; also
+levels place by place. Each can be had from those after it."""
+
+LABELS = "labels"
+"""Under which a batch brings its samples' labels, see `data.labels.LabelReader`."""
+
+_TOWERS: tuple[Tower, Tower] = ("image", "text")
+Rows = TypeVar("Rows")
+
+
+class DualEncoderMethod(Method):
+    """A method whose student and teachers are `DualEncoder`s."""
+
+    _shared: tuple[Needs, tuple[str, ...]] | None = None  # the needs for which layers were found, and their names
+
+    @property
+    def student_needs(self) -> Needs:
+        """Levels of the student that the terms read."""
+        return Needs()
+
+    @property
+    def teacher_needs(self) -> Needs:
+        """Levels of the first teacher that the terms read; it computes and a cache stores no others."""
+        return Needs()
+
+    @property
+    def teacher_detail(self) -> TeacherDetail:
+        """How finely the terms read the teacher, which is what a cache must hold."""
+        needs = self.teacher_needs
+        return "dense" if needs.image_levels or needs.text_levels else "global"
+
+    @property
+    def key_tokens(self) -> KeyTokens | None:
+        """Which tokens the terms read where the detail is `key_tokens`."""
+        return None
+
+    def labels(self, batch: Batch) -> Int[Tensor, " batch"]:
+        """The labels of all processes' samples, -1 where there is none; for a method with `LABELS` in its extras."""
+        labels: Tensor = batch.extra[LABELS]
+        return gather_rows(labels.to(self.device, non_blocking=True))
+
+    def encode_student(self, batch: Batch) -> Features:
+        """The student's features; embeddings are those of the whole batch, over all processes."""
+        parts = micro_batches(batch, self.micro_batch)
+        return gather_features(join_features(encode_checkpointed(self._encode_student, parts, model=self)))
+
+    def encode_teacher(self, batch: Batch) -> Features:
+        """The teacher's features, likewise, without gradient."""
+        parts = micro_batches(batch, self.micro_batch)
+        return gather_features(join_features([self._encode_teacher(part) for part in parts]))
+
+    def encode_teachers(self, batch: Batch) -> dict[str, Features]:
+        """Every teacher's embeddings by role, likewise; the first teacher's levels, too."""
+        parts = micro_batches(batch, self.micro_batch)
+        return {
+            role: gather_features(join_features([self._encode_teacher(part, role) for part in parts]))
+            for role in self.teachers
+        }
+
+    def encode_changed_images(self, batch: Batch, change: Callable[[Batch, Tensor], Tensor]) -> Tensor:
+        """The student's embeddings [batch dim] of its pictures as the method changes them, over all processes.
+
+        Args:
+            change: of a part of the batch and its pixels [batch 3 height width], as the student's model reads them, to
+                the pixels that the student shall see. A pure function of the part's samples: the backward pass may
+                repeat it.
+        """
+
+        def encode(part: Batch, _number: int) -> Tensor:
+            pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
+            tower: TowerFeatures = self.student.encode_image(change(part, pixels))
+            return tower.embedding
+
+        parts = micro_batches(batch, self.micro_batch)
+        return gather_rows(torch.cat(encode_checkpointed(encode, parts, model=self)))
+
+    def encode_both(
+        self, batch: Batch, read: Callable[[Batch, Features, Features], Rows]
+    ) -> tuple[Features, Features, Rows]:
+        """Student's and teacher's embeddings, and what the terms need of their levels; of all processes' samples.
+
+        With micro-batches no level of the student outlives its micro-batch. The teacher's levels wait on the host of a
+        GPU, where they take none of its memory. On a CPU, and from a cache, the backward pass asks the teacher again.
+
+        Args:
+            read: of a part of the batch and both models' features of it, tensors with one row for each sample, none of
+                which depends on another sample: a tensor, or a mapping or a dataclass of such trees.
+        """
+        parts = micro_batches(batch, self.micro_batch)
+        answers: list[Features] = []
+        if len(parts) > 1 and self._keeps_answers:
+            answers = [with_levels_on(self._encode_teacher(part), "cpu") for part in parts]
+
+        def encode(part: Batch, number: int) -> tuple[Features, Features, Rows]:
+            teacher = with_levels_on(answers[number], self.device) if answers else self._encode_teacher(part)
+            student = self._encode_student(part)
+            return without_levels(student), without_levels(teacher), read(part, student, teacher)
+
+        encoded = encode_checkpointed(encode, parts, model=self)
+        student = gather_features(join_features([features for features, _, _ in encoded]))
+        teacher = gather_features(join_features([features for _, features, _ in encoded]))
+        rows = join_rows([rows for _, _, rows in encoded])
+        return student, teacher, map_rows(gather_rows, rows)
+
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """One layer of each tower, by name: the last one below everything that the terms of this stage read.
+
+        This is the last layer below the tower's embedding, or below the first of its levels that the terms read.
+        """
+        needs = self.student_needs
+        if self._shared is None or self._shared[0] != needs:
+            read = [partial(example_output, self.student, tower, self._first(tower, needs)) for tower in _TOWERS]
+            self._shared = needs, tuple(last_matrix_behind(self.student, output) for output in read)
+        parameters = dict(self.student.named_parameters())
+        return {name: parameters[name] for name in self._shared[1]}
+
+    def let_all_learn(self) -> None:
+        super().let_all_learn()
+        self._shared = None
+
+    def _first(self, tower: Tower, needs: Needs) -> str | None:
+        """The shallowest level of those needed."""
+        known, needed = (
+            (self.student.image_levels, needs.image_levels)
+            if tower == "image"
+            else (self.student.text_levels, needs.text_levels)
+        )
+        return next((level.name for level in known if level.name in needed), None)
+
+    @property
+    def _keeps_answers(self) -> bool:
+        """Whether a micro-batch's teacher levels wait for the backward pass: asking again costs more than keeping."""
+        return self.device.type != "cpu" and self.teacher is not None and not self.teacher.from_disk
+
+    def _encode_student(self, part: Batch, _number: int = 0) -> Features:
+        features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
+        return features
+
+    def _encode_teacher(self, part: Batch, role: str | None = None) -> Features:
+        """A teacher's features of a part of the batch; only what this teacher reads is moved to the device.
+
+        Args:
+            role: of the teacher; None: the first.
+        """
+        first = next(iter(self.teachers))
+        teacher = self.teachers[role or first]
+        needs = self.teacher_needs if teacher.role == first else None
+        return teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
+
+
+def task_loss(student: Features) -> Tensor:
+    """The loss the student would be trained with alone: SigLIP's where it has a logit bias, else CLIP's."""
+    image, text, scale = student.image.embedding, student.text.embedding, student.logit_scale
+    if student.logit_bias is not None:
+        return sigmoid_loss(image, text, logit_scale=scale, logit_bias=student.logit_bias)
+    return contrastive_loss(image, text, logit_scale=scale)

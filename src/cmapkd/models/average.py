@@ -1,0 +1,76 @@
+"""A moving average of a model: of its weights and running statistics. Every other buffer is copied."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, decay: float, *, averaged: frozenset[str] | None = None) -> None:
+    """average <- decay * average + (1 - decay) * model, for parameters and for running statistics of batch norms.
+
+    Buffers that are no statistics are copied as they are. They are constants or counters: a causal mask holds -inf,
+    whose average with itself is not a number, and position ids are integers.
+
+    Args:
+        average: a copy of `model`, on the same device and, if shared out among processes, in the same way.
+        decay: in [0, 1]; 0 copies the model.
+        averaged: names of the parameters to average; the others, and all statistics, are copied. None: all.
+    """
+    mine, theirs = _floating(average), _floating(model)
+    followed = [name for name in mine if decay and (averaged is None or name in averaged)]
+    copied = [name for name in mine if name not in {*followed}]
+    if followed:
+        ours, new = ([_local(tensors[name]) for name in followed] for tensors in (mine, theirs))
+        torch._foreach_lerp_(ours, new, 1 - decay)
+    if copied:
+        ours, new = ([_local(tensors[name]) for name in copied] for tensors in (mine, theirs))
+        torch._foreach_copy_(ours, new)
+    known = {id(tensor) for tensor in mine.values()}
+    for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        if id(kept) not in known:
+            kept.copy_(buffer)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor that is shared out; a view of the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics, by names that only depend on the model's structure."""
+    statistics = {
+        f"{path}.{name}": statistic
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for name, statistic in (("running_mean", module.running_mean), ("running_var", module.running_var))
+        if statistic is not None
+    }
+    return {name: parameter.detach() for name, parameter in model.named_parameters()} | statistics
+
+
+class MovingAverage(nn.Module):
+    """The average of a model over a run (`training.ema`). The first update copies the model.
+
+    Args:
+        model: what is averaged; copied.
+        decay: weight of the past, in (0, 1).
+    """
+
+    n_averaged: Tensor
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long))  # on the CPU: read at every update
+
+    def update(self, model: nn.Module) -> None:
+        """Takes note of the model after an optimizer step."""
+        follow(self.module, model, self.decay if int(self.n_averaged) else 0.0)
+        self.n_averaged += 1

@@ -1,0 +1,99 @@
+"""transformers' tokenizers as the models were trained with them, whatever their folders say or leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cmapkd.config import ConfigError
+from cmapkd.data.types import TokenBatch
+from cmapkd.models.spans import moved_spans
+
+
+class HfTokenizer:
+    """A transformers tokenizer; `to_full_length` pads to `context_length`, otherwise to the longest of the batch.
+
+    Only the library's fast tokenizers know where their tokens stand in the text.
+
+    Args:
+        canonical: cleans texts first as SigLIP's were: lower case, without ASCII punctuation, single spaces.
+    """
+
+    def __init__(self, tokenizer: Any, *, context_length: int, to_full_length: bool, canonical: bool = False) -> None:
+        self.native, self.context_length, self.to_full_length = tokenizer, context_length, to_full_length
+        self.vocab_size: int = len(tokenizer)
+        self._clean = canonicalizer() if canonical else None
+
+    def __call__(self, texts: Sequence[str]) -> TokenBatch:
+        cleaned = list(texts) if self._clean is None else [self._clean(text) for text in texts]
+        encoded = self.native(
+            cleaned,
+            padding="max_length" if self.to_full_length else "longest",
+            truncation=True,
+            max_length=self.context_length,
+            return_attention_mask=True,
+            return_offsets_mapping=bool(self.native.is_fast),
+            return_tensors="pt",
+        )
+        spans = encoded.get("offset_mapping")
+        if spans is not None and self._clean is not None:
+            spans = moved_spans(spans.tolist(), texts, cleaned, canonical=True)
+        return TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), spans)
+
+
+def canonicalizer() -> Callable[[str], str]:
+    """open_clip's cleaning of texts for SigLIP models, which is big_vision's; a function that can be pickled."""
+    from open_clip.tokenizer import get_clean_fn
+
+    clean: Callable[[str], str] = get_clean_fn("canonicalize")
+    return clean
+
+
+def pad_on_the_right(tokenizer: Any) -> None:
+    """Makes a transformers tokenizer pad and cut texts at their end, here and where it is saved.
+
+    Gemma's tokenizer pads on the left where its folder says nothing. A SigLIP model pools the last position, and was
+    trained on texts that begin at the first.
+    """
+    for side in ("padding_side", "truncation_side"):
+        setattr(tokenizer, side, "right")
+        tokenizer.init_kwargs[side] = "right"
+
+
+def as_siglip_was_trained(tokenizer: Any, *, name: str) -> None:
+    """Makes a tokenizer frame texts as SigLIP 1 and 2 were trained: no start token, an end token, padding behind it.
+
+    Raises:
+        ConfigError: its texts cannot be made to end with its end token.
+    """
+    pad_on_the_right(tokenizer)
+    if not _ends_texts(tokenizer) and hasattr(tokenizer, "add_eos_token"):
+        tokenizer.add_bos_token, tokenizer.add_eos_token = False, True
+        tokenizer.init_kwargs.update(add_bos_token=False, add_eos_token=True)
+    if not _ends_texts(tokenizer):
+        raise ConfigError(
+            f"the tokenizer of {name} puts no end token behind a text, or a start token in front, which SigLIP models "
+            "were not trained with: give its own with the option `tokenizer`"
+        )
+
+
+def check_end_token(tokenizer: Any, *, name: str) -> int:
+    """The id of the token that ends each text, at which a CLIP model pools.
+
+    Raises:
+        ConfigError: texts do not end with one.
+    """
+    end: int | None = tokenizer.eos_token_id
+    if end is None or end not in tokenizer("a")["input_ids"]:
+        raise ConfigError(
+            f"the tokenizer of {name} puts no end token behind a text, but a CLIP model pools there: give the "
+            "tokenizer that it was trained with, by the option `tokenizer`"
+        )
+    return end
+
+
+def _ends_texts(tokenizer: Any) -> bool:
+    ids: list[int] = tokenizer("a")["input_ids"]
+    start = tokenizer.bos_token_id
+    started = start is not None and start != tokenizer.eos_token_id and ids[0] == start
+    return ids[-1] == tokenizer.eos_token_id and not started

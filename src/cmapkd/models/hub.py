@@ -1,0 +1,40 @@
+"""The Hugging Face hub, asked only where it can answer: without a network its client tries for most of a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 0.9  # seconds to connect, and again to answer
+
+
+def hub_options() -> dict[str, Any]:
+    """Options of transformers' `from_pretrained`: only what is on this machine, where the hub cannot be reached."""
+    return {} if hub_answers() else {"local_files_only": True}
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached, by the proxies that its client uses; at once no where it is set offline."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # of two HTTP libraries, by the client's version
+        return False
+    return True
+
+
+def cached_folder(repository: str, files: Iterable[str]) -> Path | None:
+    """Where the hub's cache on this machine keeps a repository that has one of these files; None where it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with suppress(ValueError):  # no name that a repository can have
+        for file in files:
+            found = try_to_load_from_cache(repository, file)
+            if isinstance(found, str):
+                return Path(found).parent
+    return None

@@ -1,0 +1,91 @@
+"""Models by name or folder: `family:rest`, the same everywhere, each built by its family's adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+from cmapkd.config import ConfigError
+from cmapkd.models.base import DualEncoder
+from cmapkd.models.config import FAMILIES, InheritConfig, ModelConfig
+from cmapkd.models.errors import explained
+from cmapkd.models.families import family as family_of
+from cmapkd.models.inherit import inherit_weights
+from cmapkd.models.storage import DESCRIPTION, read_description
+
+
+def build_model(
+    config: ModelConfig | str, *, captions: Iterable[str] | None = None, teacher: DualEncoder | None = None
+) -> DualEncoder:
+    """The model that `config` names, in eval mode, float32, on the CPU.
+
+    Args:
+        captions: training texts, read only by an untrained `tiny` model to learn its vocabulary.
+        teacher: what `inherit: teacher` takes the weights from.
+    Raises:
+        ConfigError: the name or an option is unknown, or there is nothing to inherit from.
+        ValueError: weights are missing or do not fit.
+    """
+    config = ModelConfig.from_mapping(config, where="model") if isinstance(config, str) else config
+    folder = Path(config.name)
+    family, colon, rest = config.name.partition(":")
+    if family in FAMILIES and colon:
+        with explained(config.name) if Path(rest).exists() else nullcontext():
+            model = _checked(family_of(family).build(rest, config, captions), family)
+    elif folder.is_dir():
+        if config.options:
+            raise ConfigError(
+                f"model folder {folder} fixes its architecture: options {sorted(config.options)} do not apply"
+            )
+        model = load_model(folder)
+        if config.init == "scratch":
+            raise ConfigError(f"init: scratch needs a family name; {folder} is a trained model's folder")
+        if config.inherit is not None:
+            raise ConfigError(f"inherit would replace every weight of the trained model in {folder}: name a family's")
+    else:
+        raise ConfigError(
+            f"there is no model {config.name!r}: it is no folder, and names no family "
+            f"({', '.join(name + ':' for name in FAMILIES)})"
+        )
+    if config.inherit is not None:
+        model = _inherited(model, config.inherit, teacher)
+    if config.checkpoint is not None:
+        model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
+    return model.eval()
+
+
+def _inherited(model: DualEncoder, config: InheritConfig, teacher: DualEncoder | None) -> DualEncoder:
+    if config.name == "teacher" and teacher is None:
+        raise ConfigError("inherit: teacher, but there is no teacher here: name a model or a folder")
+    source = teacher if config.name == "teacher" and teacher is not None else build_model(config.name)
+    model = model.with_tokenizer_of(source)
+    inherit_weights(model, source, depth=config.depth)
+    return model
+
+
+def load_model(folder: str | Path) -> DualEncoder:
+    """A model that cmapkd saved: a `student/` folder, or the run folder around it.
+
+    Raises:
+        ValueError: no model is there, or its files do not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no model folder {folder}")
+    if not (folder / DESCRIPTION).exists() and (folder / "student" / DESCRIPTION).exists():
+        folder = folder / "student"
+    description = read_description(folder)
+    with explained(f"model folder {folder}"):
+        name = str(description["family"])
+        return _checked(family_of(name).load(folder, description, load_model), name).eval()
+
+
+def _checked(model: object, family: str) -> DualEncoder:
+    """What a family of whatever package gave, if it is a model."""
+    if not isinstance(model, DualEncoder):
+        raise ConfigError(
+            f"model family {family!r} of {FAMILIES.origin(family)} gave a {type(model).__name__}, which is no "
+            "cmapkd.models.DualEncoder"
+        )
+    return model

@@ -1,0 +1,104 @@
+"""Where the levels, blocks and projections of an open_clip model are, whichever library its towers come from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmapkd.models.types import Level, LevelInfo
+
+_STEMS = ("act1", "bn1", "conv_stem", "features.norm0")  # what timm calls the output before the first stage
+
+
+def image_levels(visual: Any) -> dict[LevelInfo, int]:
+    """Each level of an image tower, and its index in `forward_intermediates`."""
+    if hasattr(visual, "trunk"):
+        return _timm_levels(visual.trunk)
+    if hasattr(visual, "attnpool"):  # ModifiedResNet: the stem is index 0
+        stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+        return {LevelInfo(f"stages.{n}", stage[-1].conv3.out_channels, "map"): n + 1 for n, stage in enumerate(stages)}
+    width, depth = visual.transformer.width, len(visual.transformer.resblocks)
+    return {LevelInfo(f"blocks.{number}", width, "tokens"): number for number in range(depth)}
+
+
+def _timm_levels(trunk: Any) -> dict[LevelInfo, int]:
+    """timm lists what `forward_intermediates` returns in `feature_info`; only token towers know prefix tokens."""
+    listed = list(getattr(trunk, "feature_info", None) or ())
+    if not listed or not hasattr(trunk, "forward_intermediates"):
+        return {}
+    parameters = inspect.signature(trunk.forward_intermediates).parameters
+    tokens = "return_prefix_tokens" in parameters and hasattr(getattr(trunk, "patch_embed", None), "dynamic_feat_size")
+    if tokens or all(entry["module"] == f"blocks.{number}" for number, entry in enumerate(listed)):
+        layout = "tokens" if tokens else "map"
+        return {LevelInfo(f"blocks.{n}", e["num_chs"], layout): n for n, e in enumerate(listed)}  # type: ignore[arg-type]
+    stem = int(listed[0]["module"].startswith("stem") or listed[0]["module"] in _STEMS)
+    return {LevelInfo(f"stages.{n - stem}", e["num_chs"], "map"): n for n, e in enumerate(listed) if n >= stem}
+
+
+def with_prefix(patches: Tensor, prefix: Tensor | None, grid: tuple[int, int], name: str) -> Level:
+    if patches.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{name} returned {patches.shape[1]} patch tokens for a grid of {grid[0]} x {grid[1]}: patch dropout is "
+            "on, so its levels have no places. Set patch_dropout to 0, or use a method without image levels."
+        )
+    if prefix is None:
+        return Level(patches, "tokens", grid=grid)
+    return Level(torch.cat([prefix, patches], dim=1), "tokens", num_prefix=prefix.shape[1], grid=grid)
+
+
+def projections(model: Any) -> Iterator[str]:
+    """Names of the weights or modules that lead from the towers to the joint space, where a tower has one."""
+    yield from ("visual.proj", "visual.attnpool.c_proj", "visual.head")  # ViT, ResNet, open_clip's head behind timm
+    yield from ("text_projection", "text.text_projection", "text.proj")  # CLIP, CustomTextCLIP, a transformers tower
+    trunk = getattr(model.visual, "trunk", None)
+    if trunk is not None and trunk.num_classes > 0:  # timm's own classifier projects
+        found = trunk.get_classifier()  # two of a distilled one
+        owners = {id(module) for module in (found if isinstance(found, tuple) else (found,))}
+        yield from (f"visual.trunk.{name}" for name, module in trunk.named_modules() if id(module) in owners)
+
+
+def has_transformers_text(model: Any) -> bool:
+    return hasattr(model, "text") and hasattr(model.text, "pooler")
+
+
+def text_blocks(model: Any) -> Sequence[nn.Module]:
+    if not has_transformers_text(model):
+        blocks: Sequence[nn.Module] = getattr(model, "text", model).transformer.resblocks
+        return blocks
+    inner = model.text.transformer
+    inner = getattr(inner, "encoder", inner)
+    for attribute in ("layer", "layers", "block"):  # BERT and its kin; M2M-100; T5
+        if hasattr(inner, attribute):
+            found: Sequence[nn.Module] = getattr(inner, attribute)
+            return found
+    return ()
+
+
+def text_width(model: Any) -> int:
+    if has_transformers_text(model):
+        return int(model.text.config.hidden_size)
+    return int(getattr(model, "text", model).transformer.width)
+
+
+@contextmanager
+def outputs_of(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """What the numbered blocks return while the context is open. Only for towers without `forward_intermediates`."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            kept[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks[number].register_forward_hook(keep(number)) for number in numbers]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

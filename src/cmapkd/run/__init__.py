@@ -1,0 +1,34 @@
+"""One run, from config to evidence: the only place that joins data, models, method, training and evaluation."""
+
+from cmapkd.run.build import (
+    build_student,
+    check_training,
+    classes_of,
+    heads_of,
+    load_teachers,
+    method_of,
+    open_training,
+    readers,
+    texts_of,
+    vocabulary_captions,
+)
+from cmapkd.run.cached import answer_from_cache, plan_cache
+from cmapkd.run.config import RunConfig
+from cmapkd.run.execute import run
+
+__all__ = [
+    "RunConfig",
+    "answer_from_cache",
+    "build_student",
+    "check_training",
+    "classes_of",
+    "heads_of",
+    "load_teachers",
+    "method_of",
+    "open_training",
+    "plan_cache",
+    "readers",
+    "run",
+    "texts_of",
+    "vocabulary_captions",
+]

@@ -1,0 +1,144 @@
+"""What a run is made of, from its config: data, models, heads, classes, texts and the method over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from cmapkd.config import ConfigError
+from cmapkd.data.batches import Reader
+from cmapkd.data.open import open_streams
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
+from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
+from cmapkd.data.texts import TextChoice
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.evaluation.probes.joint import JointHeads, build_heads
+from cmapkd.methods import AuxiliaryTerms, Method, build_method
+from cmapkd.models import DualEncoder, FrozenTeacher, Teacher, build_model
+from cmapkd.run.config import RunConfig
+
+VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
+
+
+def open_training(config: RunConfig) -> Source:
+    """What the run learns from: samples with captions, or all where the method reads none."""
+    return open_streams(config.data.train, config.data.more, require_captions=config.method.reads_captions)
+
+
+def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
+    """The run's teachers by role, the first one first; none where it has none."""
+    return {role: FrozenTeacher(build_model(model), role) for role, model in config.teachers.items()}
+
+
+def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> DualEncoder:
+    """The student before its first step."""
+    teacher = teachers["teacher"].model if "teacher" in teachers else None
+    captions = vocabulary_captions(source)
+    if not config.method.reads_captions:
+        captions = _or_prompts(captions, config, source)
+    return build_model(config.student, captions=captions, teacher=teacher)
+
+
+def _or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> Iterator[str]:
+    """The captions, or the prompts of the classes where there are none to learn a vocabulary from; lazily."""
+    first = next(captions, None)
+    if first is not None:
+        yield first
+        yield from captions
+    elif (classes := classes_of(config, source)) is not None:
+        yield from classes.texts
+
+
+def method_of(
+    config: RunConfig,
+    student: DualEncoder,
+    teachers: Mapping[str, FrozenTeacher],
+    heads: Callable[[DualEncoder], AuxiliaryTerms | None] | None = None,
+    classes: ClassPrompts | None = None,
+) -> Method:
+    """The run's method over these models."""
+    first, *more = teachers.values() or (None,)
+    further = [each for each in more if each is not None]
+    return build_method(
+        config.method, student=student, teacher=first, more_teachers=further, auxiliary=heads, classes=classes
+    )
+
+
+def check_training(config: RunConfig, method: Method, source: Source) -> Method:
+    """The method with the parts frozen that do not learn; refuses what the trainer would, before a cache is built.
+
+    Raises:
+        ConfigError: a part, stage, term or stream that is not there, or streams that a batch has no room for.
+        ValueError: fewer samples than a batch has.
+    """
+    training, streams = config.training, streams_of(source)
+    sampler = PlanSampler(
+        len(source), batch_size=training.batch_size, seed=config.seed, start=0, stop=0, streams=streams
+    )
+    if training.train_parts is not None:
+        method.train_only(training.train_parts)
+    method.check_teachers()
+    stages = training.stages or method.default_stages
+    method.check_stages(stages)
+    for stage in stages:
+        if stage.data is not None:
+            sampler.check_stream(stage.data)
+    return method
+
+
+def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:
+    """Which texts of a sample the run reads.
+
+    Raises:
+        ConfigError: the training data do not have them.
+    """
+    choice = text_choice(config, method)
+    choice.check(source)
+    return choice
+
+
+def text_choice(config: RunConfig, method: Method) -> TextChoice:
+    return TextChoice(method.text_pools, config.data.mix_synthetic, required=config.method.reads_captions)
+
+
+def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHeads | None:
+    """The heads that learn with the student; None where the config asks for none."""
+    if config.heads is None:
+        return None
+    template = get_templates(config.evaluation.templates, source)[0]
+    return build_heads(config.heads, student=student, source=source, template=template, seed=config.seed)
+
+
+def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
+    """The classes of the training source, in the evaluation's words; None where the method does not read them.
+
+    Raises:
+        ConfigError: it reads them, and nobody names them.
+    """
+    if not config.method.reads_classes:
+        return None
+    names = get_class_names(config.evaluation.class_names, source)
+    if not names:
+        raise ConfigError(
+            f"method {config.method.name}, as it is set, reads the names of the classes, and {source.name} names none: "
+            "give evaluation.class_names a file with a name on each line, or take a data.train with labels"
+        )
+    return ClassPrompts(names, get_templates(config.evaluation.templates, source))
+
+
+def readers(student: DualEncoder, *teachers: Teacher | None) -> dict[str, Reader]:
+    """How each model of a run reads a batch; a momentum teacher reads what the student reads."""
+    given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
+    models = {"student": student} | {teacher.role: teacher.model for teacher in given}
+    return {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+
+
+def vocabulary_captions(source: Source) -> Iterator[str]:
+    """Captions of up to `VOCABULARY_CAPTIONS` samples spread evenly over the source; lazily, few models read them."""
+    stride = max(1, len(source) // VOCABULARY_CAPTIONS)
+    for index in range(0, min(len(source), stride * VOCABULARY_CAPTIONS), stride):
+        try:
+            captions = source.captions(index)
+        except BadSampleError:  # the training meets it again, and counts it or stops
+            continue
+        yield from captions

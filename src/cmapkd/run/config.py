@@ -1,0 +1,170 @@
+"""Everything a run depends on, as one config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
+from cmapkd.config import Config, closest
+from cmapkd.data.config import DEFAULT_TIMEOUT, DataConfig
+from cmapkd.evaluation.probes.config import HeadsConfig
+from cmapkd.evaluation.run import EvaluationConfig
+from cmapkd.evaluation.tasks import TASKS, check_tasks
+from cmapkd.methods import METHODS, MethodConfig, check_teachers
+from cmapkd.models import ModelConfig
+from cmapkd.training import OptimConfig, TrainConfig
+
+
+class RunConfig(Config):
+    """Everything a run depends on. The run folder holds it resolved, so that it can be repeated."""
+
+    teacher: ModelConfig | None = Field(None, description="The model that teaches; none for method contrastive.")
+    more_teachers: dict[str, ModelConfig] = Field(
+        default_factory=dict, description="Further teachers by names of their own, for methods that take several."
+    )
+    student: ModelConfig = Field(description="The model that learns.")
+    data: DataConfig = Field(description="What it learns from and is measured on.")
+    method: SerializeAsAny[MethodConfig] = Field(description="How it learns: a name, or a name with its settings.")
+    heads: HeadsConfig | None = Field(
+        None, description="Small heads that learn with the student: vqa, captioning, detection, each with its weight."
+    )
+    training: TrainConfig = Field(description="How long and in what precision.")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimiser and learning rate.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="What is measured at the end.")
+    baseline: Literal["none", "scratch"] | Path = Field(
+        "none", description="Compared with: none; scratch, the same student trained here without teacher; a run folder."
+    )
+    seed: int = Field(0, ge=0, description="Of initialisation, data order and replacements.")
+    cache: CacheConfig | None = Field(
+        None, description="off, auto or require: the teacher answers from disk; or with settings."
+    )
+
+    @field_validator("more_teachers", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @field_validator("more_teachers")
+    @classmethod
+    def _names_of_their_own(cls, value: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        for name in value:
+            if name in ("student", "teacher") or not name.isidentifier():
+                raise ValueError(
+                    f"{name!r} cannot name a further teacher: use a word of letters, digits and underscores that is "
+                    "not student or teacher"
+                )
+        return value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _cache_may_be_off(cls, value: Any) -> Any:
+        mode = value.get("mode", value.get("name")) if isinstance(value, dict) else value
+        return None if mode in ("off", False) else value  # YAML reads `off` as false
+
+    @field_validator("evaluation")
+    @classmethod
+    def _known_tasks(cls, value: EvaluationConfig) -> EvaluationConfig:
+        check_tasks(value)
+        return value
+
+    @model_validator(mode="after")
+    def _views_cycle_with_a_cache(self) -> Self:
+        """A new view in every epoch would be stored and read once: with a cache they cycle, unless the recipe says."""
+        views = self.data.views
+        if self.cache is not None and views is not None and views.num_views is None:
+            cycled = views.model_copy(update={"num_views": DEFAULT_VIEWS})
+            object.__setattr__(self, "data", self.data.model_copy(update={"views": cycled}))
+        return self
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        values = {"name": value} if isinstance(value, str) else value
+        if not isinstance(values, dict):
+            return value
+        name = str(values.get("name"))
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}")
+        return METHODS[name].Config.from_mapping(values, where=f"method {name}")
+
+    @model_validator(mode="after")
+    def _teacher_fits_method(self) -> Self:
+        uses_teacher = METHODS[self.method.name].uses_teacher
+        if uses_teacher and self.teacher is None:
+            raise ValueError(f"method {self.method.name} distils from a teacher: add teacher: MODEL")
+        if uses_teacher:
+            check_teachers(self.method.name, self.more_teachers)
+        if not uses_teacher and self.baseline == "scratch":
+            raise ValueError(
+                f"method {self.method.name} has no teacher: it is the scratch baseline itself, drop baseline"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_to_inherit(self) -> Self:
+        for role, model in self.teachers.items():
+            if model.inherit is not None:
+                raise ValueError(f"teacher {role} would inherit weights: only the student does")
+        inherit = self.student.inherit
+        if inherit is not None and inherit.name == "teacher" and self.teacher is None:
+            raise ValueError(
+                f"student.inherit is teacher, and method {self.method.name} has none here: add teacher: MODEL, or name "
+                "the model to inherit from"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _validation_has_data(self) -> Self:
+        if self.training.evaluate_every is not None and self.data.val is None:
+            raise ValueError("training.evaluate_every is set, but there is nothing to validate on: add data.val")
+        tasks = self.evaluation.tasks
+        if self.training.evaluate_every is None or not isinstance(tasks, tuple):
+            return self
+        if not any(TASKS[name].headline for name in tasks):
+            able = " or ".join(name for name, task in TASKS.own.items() if task.alone and task.headline)
+            raise ValueError(
+                f"training.evaluate_every is set, and the best step is chosen by {able}, but evaluation.tasks is "
+                f"{', '.join(tasks)}: add one of them"
+            )
+        return self
+
+    def scratch(self) -> RunConfig:
+        """The baseline of this run: same student, data, steps and seed; nothing of a teacher, and so no stages."""
+        contrastive = METHODS["contrastive"].Config(name="contrastive")
+        training = self.training.without_stages()
+        alone = {"method": contrastive, "training": training, "baseline": "none", "cache": None}
+        student = self.student.model_copy(update={"inherit": None})
+        return self.without_teachers().model_copy(update={**alone, "student": student})
+
+    def without_teachers(self) -> RunConfig:
+        """The same for a method that uses none."""
+        return self.model_copy(update={"teacher": None, "more_teachers": {}})
+
+    @property
+    def teachers(self) -> dict[str, ModelConfig]:
+        """All teachers by role: `teacher`, then the further ones by name."""
+        return {} if self.teacher is None else {"teacher": self.teacher, **self.more_teachers}
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, every default written out."""
+        values = self.model_dump(mode="json")
+        if self.cache is None:  # a run without cache is the run that it was before there were caches
+            del values["cache"]
+        if self.heads is None:  # and likewise for heads, further teachers and synthetic captions
+            del values["heads"]
+        if not self.more_teachers:
+            del values["more_teachers"]
+        for name in ("mix_synthetic", "more", "more_views"):
+            if not values["data"][name]:
+                del values["data"][name]
+        if self.data.timeout == DEFAULT_TIMEOUT:
+            del values["data"]["timeout"]
+        if self.evaluation.timeout == DEFAULT_TIMEOUT:
+            del values["evaluation"]["timeout"]
+        for name in ("local_loss", "sharding", "shard_teacher"):  # and for how the processes share the work
+            if values["training"][name] == TrainConfig.model_fields[name].default:
+                del values["training"][name]
+        return values

@@ -1,0 +1,111 @@
+"""What a run measures: on the way, at its end, and of its own cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmapkd.data.open import open_source
+from cmapkd.data.types import Source
+from cmapkd.evaluation.headline import headlines
+from cmapkd.evaluation.run import evaluate
+from cmapkd.evaluation.suite import count_parameters
+from cmapkd.models import Model, build_model, load_model
+from cmapkd.results import Scores, gap_closed
+from cmapkd.run.config import RunConfig
+from cmapkd.training import TrainResult
+from cmapkd.training.memory import OutOfMemory, first_line, is_out_of_memory
+
+
+def validator_of(config: RunConfig) -> Any:
+    """Measures a student on the validation source; None where there is none."""
+    if config.data.val is None or config.training.evaluate_every is None:
+        return None
+    source = open_source(config.data.val, split="val")
+
+    def validate(student: Model) -> dict[str, float]:
+        scores = _evaluate(student, source, config, device=student.device)
+        numbers: dict[str, float] = {headline.label: number for headline, number in headlines(scores).values()}
+        first = next(iter(numbers.values()))
+        if "retrieval" in scores:  # recall says nothing without what it is of
+            numbers |= {key: scores["retrieval"][key] for key in ("num_images", "num_texts")}
+        return numbers | {"score": first}
+
+    return validate
+
+
+def _evaluate(model: Model, source: Source, config: RunConfig, *, device: torch.device) -> Scores:
+    """Scores of a model.
+
+    Raises:
+        OutOfMemory: says which settings take less, all of which may change at a resume.
+    """
+    settings = config.evaluation
+    try:
+        return evaluate(model.to(device), source, settings, device=device, on_bad_sample=config.data.on_bad_sample)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
+        raise OutOfMemory(
+            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). Go on with --resume "
+            f"and evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
+            "scores stay the same, and what was trained is kept"
+        ) from error
+
+
+def open_final(config: RunConfig) -> Source | None:
+    """The source of the final numbers; None where none is named."""
+    if config.data.final is None:
+        return None
+    return open_source(config.data.final, split="test" if config.data.test else "val")
+
+
+def measure(
+    config: RunConfig,
+    source: Source | None,
+    student: Model,
+    baseline: Path | None,
+    teacher_scores: Scores | None,
+    *,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Scores on the final source of student, baseline and the first teacher, to which the gap is taken."""
+
+    def scores(model: Model | None) -> Scores | None:
+        if model is None:
+            return None
+        if source is None:
+            return count_parameters(model)
+        return _evaluate(model, source, config, device=device)
+
+    teacher = teacher_scores
+    if teacher is None and config.teacher is not None:
+        teacher = scores(build_model(config.teacher))
+    student_scores = scores(student)
+    baseline_scores = scores(load_model(baseline)) if baseline is not None else None
+    return {
+        "teacher": teacher,
+        "student": student_scores,
+        "baseline": baseline_scores,
+        "baseline_name": None if baseline is None else "scratch" if config.baseline == "scratch" else baseline.name,
+        "gap_closed": gap_closed(teacher, student_scores, baseline_scores),
+    }
+
+
+def account(config: RunConfig, trained: TrainResult, extra_params: int, source: Source | None) -> dict[str, Any]:
+    """How the run went and what it took."""
+    return {
+        "method": config.method.name,
+        "evaluated_on": source.name if source is not None else None,
+        "seed": config.seed,
+        "steps": trained.steps,
+        "batch_size": config.training.batch_size,
+        "train_seconds": round(trained.seconds, 1),
+        "extra_params": extra_params,  # trained beside the student's
+        "peak_memory_bytes": trained.peak_memory,
+        "best_step": trained.best_step,
+        "bad_samples": trained.ledger.state_dict(),
+    }

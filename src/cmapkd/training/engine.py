@@ -1,0 +1,160 @@
+"""What steps a method: its wrapper, optimizer and average, whole on every process or shared out among them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cmapkd.data.types import Batch
+from cmapkd.methods import Method, StepInfo, Term
+from cmapkd.models import Model, MovingAverage
+from cmapkd.training import checkpoint as checkpoints
+from cmapkd.training.config import OptimConfig, TrainConfig
+from cmapkd.training.optim import make_optimizer, parameter_groups
+from cmapkd.training.sharding import ShardedMethod, load_sharded_optimizer, whole_optimizer
+from cmapkd.training.statistics import SharedStatistics
+
+
+class Engine(ABC):
+    """A method ready to learn. Made anew when the method exchanges its modules.
+
+    Attributes:
+        wrapped: the terms of this process's part of a batch; its backward pass takes means over all processes.
+        optimizer: of what learns.
+        average: of the student, if the run keeps one.
+    """
+
+    wrapped: Callable[[Batch, StepInfo], dict[str, Term]]
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | None
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def update(self, step: StepInfo, finite: Tensor) -> None:
+        """The optimizer's step, and everything that follows the weights.
+
+        Args:
+            finite: Bool scalar on the device: whether loss and gradient are numbers. Nobody waits for it here.
+        """
+        self._optimize(finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.statistics.average()
+        self.method.after_step(step)
+        if self.average is not None:
+            self.average.update(self.method.student)
+
+    def _optimize(self, finite: Tensor) -> None:  # noqa: ARG002  the run stops at the next look in any case
+        self.optimizer.step()
+
+    @abstractmethod
+    def clip(self, max_norm: float) -> Tensor:
+        """The norm of the whole gradient, which is scaled down to `max_norm`; a scalar, read by nobody here."""
+
+    @property
+    @abstractmethod
+    def student(self) -> Model:
+        """The student as it would be saved now; every process must ask for it, and the first has it whole."""
+
+    def release(self, student: Model) -> None:  # noqa: B027  nothing to do is a right answer
+        """Called when `student` has been measured."""
+
+    @abstractmethod
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Method, optimizer and average as a checkpoint holds them, whole; every process must ask for it."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """Puts back what either kind of engine gave."""
+
+    @property
+    def statistics(self) -> SharedStatistics:
+        """Of the batch norms, over all processes."""
+        if self._statistics is None:
+            self._statistics = SharedStatistics(self.method)
+        return self._statistics
+
+    _statistics: SharedStatistics | None = None
+
+
+class WholeEngine(Engine):
+    """Every process has all weights."""
+
+    def __init__(self, method: Method, config: TrainConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
+        super().__init__(method)
+        self.wrapped = accelerator.prepare(method)
+        self.optimizer = make_optimizer(method, optim)
+        self.average = MovingAverage(method.student, config.ema) if config.ema is not None else None
+
+    def _optimize(self, finite: Tensor) -> None:
+        # the fused kernel leaves the weights as they are where this flag of gradient scalers is 1, on the device
+        self.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+
+    def clip(self, max_norm: float) -> Tensor:
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(self.method.parameters(), max_norm)
+        return norm
+
+    @property
+    def student(self) -> Model:
+        student = self.method.student if self.average is None else self.average.module
+        assert isinstance(student, Model)
+        return student
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        tensors = {"method": self.method.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
+        return tensors | ({"average": self.average.state_dict()} if self.average is not None else {})
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        self.method.load_state_dict(tensors["method"])
+        checkpoints.load_optimizer(self.optimizer, tensors["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(tensors["average"])
+
+
+class SharedEngine(Engine):
+    """Every process has a share of the weights (`training.sharding: fsdp2`)."""
+
+    def __init__(self, method: Method, config: TrainConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
+        super().__init__(method)
+        self.shares = ShardedMethod(method, device=accelerator.device, teachers=config.shard_teacher, ema=config.ema)
+        self.wrapped, self.average = self.shares, self.shares.average
+        self.optimizer = make_optimizer(method, optim)
+        # before a stage freezes any: in the order in which checkpoints number what an optimizer knows of them
+        self._numbered = [parameter for group in parameter_groups(method).values() for parameter in group]
+
+    def clip(self, max_norm: float) -> Tensor:
+        self.shares.average_gradients()
+        return self.shares.clip(max_norm)
+
+    @property
+    def student(self) -> Model:
+        return self.shares.student()
+
+    def release(self, student: Model) -> None:
+        student.cpu()  # the device has no room for a whole copy beside the shares
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        optimizer = whole_optimizer(self.optimizer, self._numbered)
+        tensors: dict[str, Any] = {"method": self.shares.state(), "optimizer": optimizer}
+        return tensors | ({"average": self.shares.average_state()} if self.average is not None else {})
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        self.shares.load(tensors["method"])
+        load_sharded_optimizer(self.optimizer, self._numbered, tensors["optimizer"])
+        if self.average is not None:
+            self.shares.load_average(tensors["average"])
+
+
+def make_engine(method: Method, config: TrainConfig, optim: OptimConfig, accelerator: Accelerator) -> Engine:
+    """The engine that the config asks for; one process alone has everything whole."""
+    if config.compile:
+        method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
+    shared = config.sharding == "fsdp2" and accelerator.num_processes > 1
+    kind = SharedEngine if shared else WholeEngine
+    return kind(method, config, optim, accelerator)

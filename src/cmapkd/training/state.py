@@ -1,0 +1,99 @@
+"""A run's state on disk: what every process brings to a checkpoint, and how each gets it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from cmapkd.config import writing
+from cmapkd.data.check import SampleLedger
+from cmapkd.data.random import key_of
+from cmapkd.training import checkpoint as checkpoints
+from cmapkd.training.checkpoint import Progress
+from cmapkd.training.processes import wait_for_all
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+class RunState:
+    """Saves and restores one run's checkpoints, in one process or several.
+
+    Args:
+        folder: of the checkpoints.
+        keep: how many of the newest stay.
+        seed: of the run.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, seed: int) -> None:
+        self.folder, self.accelerator, self.keep, self.seed = folder, accelerator, keep, seed
+
+    def save(self, learned: Tensors, progress: Progress) -> None:
+        """Writes a checkpoint; every process must call it, since each has random state of its own (dropout)."""
+        states = gather_object([checkpoints.random_tensors()])
+        if self.accelerator.is_main_process:
+            tensors = learned | {f"random-{rank}": state for rank, state in enumerate(states)}
+            path = checkpoints.checkpoint_path(self.folder, progress.step)
+            checkpoints.write_checkpoint(path, tensors, progress)
+            checkpoints.remove_old(self.folder, keep=self.keep)
+        wait_for_all()
+
+    def save_best(self, student: dict[str, Tensor], progress: Progress) -> None:
+        """Writes the student that validated best; for the first process alone."""
+        path = checkpoints.checkpoint_path(self.folder, progress.step, "best")
+        checkpoints.write_checkpoint(path, {"student": student}, progress)
+        checkpoints.remove_old(self.folder, keep=1, kind="best")
+
+    def load(self, total: int, put_back: Callable[[Tensors, Progress], None]) -> Progress | None:
+        """Restores the newest checkpoint that is whole; None where there is none.
+
+        The random state is not set here, see `continue_random`: what is built later must not draw from it.
+
+        Args:
+            total: steps of the run, beyond which no checkpoint may be.
+            put_back: gives method, optimizer and average their tensors.
+        """
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process:
+                checkpoints.restore_replaced(self.folder)
+            found = checkpoints.read_latest(self.folder)
+            if found is None:
+                return None
+            tensors, progress = found
+            if progress.step > total:
+                newest = checkpoints.checkpoint_path(self.folder, progress.step)
+                raise ValueError(f"{newest} is at step {progress.step}, beyond this run's {total}")
+            if self.accelerator.is_main_process:
+                with writing(self.folder):
+                    checkpoints.put_in_order(self.folder, progress)
+        checkpoints.find_best(self.folder, progress)
+        put_back(tensors, progress)
+        self._random = tensors.get(f"random-{self.accelerator.process_index}")
+        return progress
+
+    _random: dict[str, Tensor] | None = None
+
+    def continue_random(self, start: int) -> None:
+        """Sets this process's own random state, from which dropout alone draws; losses draw by the step.
+
+        Each process but the first has masks of its own, a pure function of (seed, rank, first step). A process that the
+        checkpoint knows goes on where it stopped.
+        """
+        rank = self.accelerator.process_index
+        if self._random is not None:
+            checkpoints.load_random(self._random)
+        elif rank:
+            torch.manual_seed(key_of("process", self.seed, rank, start) % 2**63)
+
+    def ledger_of_all(self, own: SampleLedger) -> SampleLedger:
+        """The counts of all processes together; every process must ask for it."""
+        if self.accelerator.num_processes == 1:
+            return own
+        total = SampleLedger()
+        for state in gather_object([own.state_dict()]):
+            total.merge(state)
+        return total

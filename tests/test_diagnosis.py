@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from cmapkd.cache.cost import Cost
+from cmapkd.data.open import open_source
 from cmapkd.diagnosis import Finding, diagnose
-from cmapkd.models import build_model
+from cmapkd.diagnosis.models import check_activation
+from cmapkd.models import DualEncoder, build_model
 from cmapkd.models.tiny import TinyDualEncoder
-from cmapkd.run import RunConfig
+from cmapkd.run import RunConfig, run
+from helpers import MemorySource
 
 DEBUG = "tiny:debug"
 TEACHER = "tiny:scenes-teacher"
@@ -89,7 +94,7 @@ def test_each_of_several_teachers_is_looked_at() -> None:
 def test_a_cache_pays_from_the_epoch_on_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the sums of whole trainings of so many epochs, with and without the cache."""
     cost = Cost(fetch=0.001, prepare=0.0, answer=0.010, build=0.0125, read=0.0007)
-    monkeypatch.setattr("cmapkd.diagnosis.measure", lambda *_, **__: cost)
+    monkeypatch.setattr("cmapkd.diagnosis.cost.measure", lambda *_, **__: cost)
     data = {"train": "scenes?length=64", "views": {"num_views": 3}}
     findings = diagnose(_config(teacher=TEACHER, method="clip_kd", cache="auto", data=data))
     detail = " ".join(finding.detail for finding in findings if finding.what == "cache")
@@ -106,6 +111,67 @@ def test_a_cache_pays_from_the_epoch_on_that_it_says(monkeypatch: pytest.MonkeyP
 
 
 def test_a_cache_of_a_fast_teacher_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmapkd.diagnosis.measure", lambda *_, **__: Cost(answer=0.0005, build=0.001, read=0.0007))
+    monkeypatch.setattr("cmapkd.diagnosis.cost.measure", lambda *_, **__: Cost(answer=0.0005, build=0.001, read=0.0007))
     findings = diagnose(_config(teacher=TEACHER, method="clip_kd", cache="auto"))
     assert "it does not pay" in _by_what(findings, "note")["cache"]
+
+
+def _assuming(model: DualEncoder, twin: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> DualEncoder:
+    """A model that was loaded as one of GELU, and its like with QuickGELU."""
+    monkeypatch.setattr(model, "assumed_activation", "gelu", raising=False)
+    monkeypatch.setattr(model, "activation_twin", lambda: twin, raising=False)
+    return model
+
+
+def test_weights_that_want_the_other_activation_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source("scenes?length=64")
+    good = build_model(TEACHER)
+    broken = build_model(TEACHER)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    found = [*check_activation("student", _assuming(broken, good, monkeypatch), source)]
+    assert [(finding.level, finding.what) for finding in found] == [("problem", "student activation")]
+    assert "set options.quick_gelu: true" in found[0].detail
+    assert "over 32 pairs" in found[0].detail
+    right = [*check_activation("teacher", _assuming(build_model(TEACHER), broken, monkeypatch), source)]
+    assert [finding.level for finding in right] == ["ok"]
+    equal = [*check_activation("teacher", _assuming(build_model(TEACHER), good, monkeypatch), source)]
+    assert [finding.level for finding in equal] == ["ok"]
+    assert not [*check_activation("teacher", build_model(TEACHER), source)]
+
+
+def test_without_captions_the_assumption_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _assuming(build_model(TEACHER), build_model(TEACHER), monkeypatch)
+    found = [*check_activation("teacher", model, MemorySource(8, without_caption=range(8)))]
+    assert [finding.level for finding in found] == ["note"]
+    assert "assumed to use GELU" in found[0].detail
+
+
+def test_the_doctor_and_the_training_look_at_every_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(TinyDualEncoder, "assumed_activation", "gelu")
+    monkeypatch.setattr(TinyDualEncoder, "activation_twin", lambda self: self)
+    settings = {"teacher": TEACHER, "method": "clip_kd", "training": {"steps": 1, "batch_size": 8, "device": "cpu"}}
+    findings = diagnose(_config(**settings))
+    assert {"student activation", "teacher activation"} <= {finding.what for finding in findings}
+    console = Console(width=300, file=io.StringIO(), record=True)
+    run(_config(**settings), out=tmp_path / "run", console=console)
+    text = console.export_text()
+    assert text.count("is assumed to use GELU") == 2
+    assert f"student: {TEACHER} is assumed" in text
+    assert f"student: {DEBUG} is assumed" in text
+
+
+def test_parts_and_stages_are_checked_as_a_run_checks_them() -> None:
+    def problems(**training: Any) -> list[str]:
+        values = {"student": "tiny:debug", "method": "contrastive"}
+        values |= {"data": {"train": "scenes?length=40&size=32"}, "training": {"batch_size": 8, **training}}
+        found = diagnose(RunConfig.from_mapping(values))
+        return [finding.detail for finding in found if finding.level == "problem"]
+
+    for expected, training in (
+        ("train_parts has 'imge' (did you mean 'image'?)", {"steps": 2, "train_parts": ["imge"]}),
+        ("no stream 'b'", {"stages": [{"steps": 2, "data": "b"}]}),
+        ("no term 'nope'", {"stages": [{"steps": 2, "terms": ["nope"]}]}),
+    ):
+        assert any(expected in text for text in problems(**training))

@@ -15,13 +15,24 @@ import yaml
 import cmapkd
 from cmapkd.config import ConfigError, load_config
 from cmapkd.data.open import open_source
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
 from cmapkd.data.types import BadSampleError
 from cmapkd.evaluation.run import evaluate
+from cmapkd.methods import StageConfig
 from cmapkd.models import build_model, load_model
 from cmapkd.provenance import git_commit
 from cmapkd.results import RunResult, gap_closed
-from cmapkd.run import RunConfig, vocabulary_captions
-from cmapkd.training import Interrupted
+from cmapkd.run import (
+    RunConfig,
+    build_student,
+    load_teachers,
+    method_of,
+    open_training,
+    plan_cache,
+    vocabulary_captions,
+)
+from cmapkd.training import Interrupted, TrainConfig
 from cmapkd.training.memory import OutOfMemory
 from helpers import MemorySource, make_model, random_batch
 
@@ -381,6 +392,37 @@ def test_saved_models_answer_alike(tmp_path: Path) -> None:
     assert torch.equal(one.image.embedding, other.image.embedding)
     assert torch.equal(one.text.embedding, other.text.embedding)
     assert math.isclose(one.logit_scale.item(), other.logit_scale.item())
+
+
+def test_a_cache_is_planned_for_what_the_stages_read(teacher: Path, tmp_path: Path) -> None:
+    values = settings(teacher, cache={"mode": "auto", "folder": str(tmp_path / "cache")})
+    values["data"] = {"train": "scenes?length=40&size=32", "more": {"ref": {"source": "scenes:hard?length=30&size=32"}}}
+    values["data"]["more"]["ref"]["share"] = 0.25
+    values["training"] = {"batch_size": 8, "device": "cpu", "stages": [{"steps": 2}, {"steps": 3, "data": "ref"}]}
+    del values["quiet"]
+    config = RunConfig.from_mapping(values)
+    source, teachers = open_training(config), load_teachers(config)
+    method = method_of(config, build_student(config, source, teachers), teachers)
+    planned = {int(key) % len(source) for key in plan_cache(config, method, source).keys}
+    sampler = PlanSampler(len(source), batch_size=8, seed=0, start=0, stop=5, streams=streams_of(source))
+    sampler.only = lambda step: "ref" if step >= 2 else None
+    read = {index for plan in sampler for index in plan.everyone}
+    assert sum(index >= 40 for index in read) > 20  # more than the first stage's shares
+    assert read <= planned
+
+
+def test_a_baseline_reads_the_streams_that_the_stages_read() -> None:
+    stages = (StageConfig(steps=2, terms=("a",)), StageConfig(steps=3, data="ref", train=("modules",)))
+    alone = TrainConfig(stages=stages).without_stages()
+    assert [(stage.steps, stage.data, stage.terms) for stage in alone.stages] == [(2, None, None), (3, "ref", None)]
+    assert alone.num_steps(10) == 5
+
+
+def test_parts_that_a_baseline_could_not_train_are_refused_before_the_training(teacher: Path, tmp_path: Path) -> None:
+    values = settings(teacher, baseline="scratch")
+    values["training"] = {**values["training"], "train_parts": ["guided"]}
+    with pytest.raises(ConfigError, match=r"but guided of training\.train_parts belongs to method clip_kd alone"):
+        cmapkd.distill(**values, out=tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ several teachers

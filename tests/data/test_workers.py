@@ -149,7 +149,7 @@ def test_a_label_without_a_class_is_found_where_it_is_read(workers: int) -> None
     assert LabelReader(num_classes=5).join([4, -1]).tolist() == [4, -1]
     builder = make_builder(make_method("contrastive"), extras={"labels": LabelReader(num_classes=4)})
     sampler = PlanSampler(24, batch_size=8, seed=0, start=0, stop=3)
-    with pytest.raises(ConfigError, match=r"^sample 'm\d+' has label 4, but there are only 4 classes: give the class names"):
+    with pytest.raises(ConfigError, match=r"^sample 'm\d+' has label 4, but there are only 4 classes"):
         list(make_loader(builder, sampler, workers=workers, pin_memory=False))
 
 

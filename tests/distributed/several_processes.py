@@ -35,7 +35,8 @@ from cmapkd.data.views import ViewSpec
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import build_heads
 from cmapkd.features import gather_features, gather_rows
-from cmapkd.methods import METHODS, Method, build_method
+from cmapkd.methods import METHODS, Method, Term, build_method
+from cmapkd.methods.terms import divided
 from cmapkd.models import DualEncoder, Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
@@ -357,7 +358,24 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
         found |= losses_and_gradients(name, torch.float64, rank, SHARDED)
     for name in SHARDED_METHODS[1:]:
         found |= losses_and_gradients(name, torch.float64, rank, SHARED_TEACHER)
-    return found | gathered_gradient(rank) | with_heads(rank) | agreed(rank) | statistics(out / "statistics")
+    return (
+        found
+        | gathered_gradient(rank)
+        | with_heads(rank)
+        | agreed(rank)
+        | counted(rank)
+        | statistics(out / "statistics")
+    )
+
+
+def counted(rank: int) -> dict[str, Tensor]:
+    """A term of which one process has nothing, and no graph either: the others must not wait for it."""
+    weights = torch.ones(3, requires_grad=True)
+    own = Term((weights * 2).sum(), 1.0, torch.tensor(3)) if rank == 0 else Term(torch.zeros(()), 1.0, torch.tensor(0))
+    value = divided({"counted": own})["counted"].value
+    value.backward()
+    gradient = torch.zeros(3) if weights.grad is None else weights.grad
+    return {"counted/value": value.detach(), "counted/gradient": gradient}
 
 
 def agreed(rank: int) -> dict[str, Tensor]:

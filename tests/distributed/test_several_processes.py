@@ -233,3 +233,10 @@ def test_buffers_are_the_same_everywhere_without_being_sent(out: Path) -> None:
 def test_gradients_of_bf16_rows_are_rounded_once(out: Path) -> None:
     for found in found_by(out, FOUR):
         assert found["gather/bf16"].item() == 260  # 259 to the nearest bf16; summed in bf16 it would be 256
+
+
+def test_a_process_with_nothing_to_count_keeps_nobody_waiting(out: Path) -> None:
+    first, second = found_by(out, TWO)
+    assert first["counted/value"].item() == second["counted/value"].item() == 2.0
+    assert first["counted/gradient"].tolist() == pytest.approx([2 * 2 / 3] * 3)  # the wrapper takes a mean of two
+    assert not second["counted/gradient"].any()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from torch import nn
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.evaluation import EvaluationConfig, SuiteConfig, evaluate_models
@@ -17,6 +16,7 @@ from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks import TASKS, Headline, Task, check_tasks, make_task
 from cmapkd.evaluation.usual_sets import remark_on
+from cmapkd.models.masked import MaskedEncoder
 from cmapkd.results import RunResult, gap_closed, gap_measure, score_table
 from cmapkd.run import RunConfig
 from helpers import MemorySource, make_model
@@ -47,7 +47,7 @@ class Count(Task):
 
 
 class ReadsNothing(Count):
-    reads = nn.Conv2d
+    reads = MaskedEncoder
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_packages_task_is_measured_with_its_settings_where_it_is_named_and_onl
 
 @pytest.mark.usefixtures("plugged")
 def test_a_task_says_which_models_it_reads() -> None:
-    with pytest.raises(ValueError, match=r"nothing: it reads a Conv2d, and .* is none"):
+    with pytest.raises(ValueError, match=r"nothing: it reads a MaskedEncoder, and .* is none"):
         evaluate_models({"m": make_model()}, MemorySource(4), EvaluationConfig(tasks=("nothing",)), device="cpu")
 
 

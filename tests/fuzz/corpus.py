@@ -797,7 +797,7 @@ def _stored(folder: CacheFolder) -> Iterator[tuple[int, bytes]]:
         for index in range(folder.length):
             if reader.has(view, index):
                 number, shard, row = reader._find(view, index) or (0, 0, 0)
-                yield view * folder.length + index, reader._map(number, shard)[row].tobytes()
+                yield view * folder.length + index, reader._rows(number, shard, (row,))[0].tobytes()
 
 
 def _reads_cache() -> tuple[int, int]:

@@ -162,3 +162,72 @@ def test_parts_that_a_student_lacks_are_refused(tmp_path: Path) -> None:
     method.student.requires_grad_(False)
     with pytest.raises(ConfigError, match="has nothing that learns"):
         make_trainer(tmp_path, method, train_parts=("text",))
+
+
+def test_a_momentum_teacher_may_average_some_parts_alone() -> None:
+    student = make_model()
+    teacher = MomentumTeacher(student, decay=0.5, parts=("projections",))
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    teacher.update(student, 0, 10)
+    for name, value in teacher.model.named_parameters():
+        kept = 0.5 if name in student.parts["projections"] else 1.0
+        torch.testing.assert_close(value, before[name] + kept)
+    with pytest.raises(ValueError, match=r"has no part 'projection' \(did you mean 'projections'\?\)"):
+        MomentumTeacher(student, parts=("projection",))
+
+
+class Forgotten(Contracted):
+    """Its momentum teacher is a submodule that nobody moves."""
+
+    def __init__(self, config: Any, **models: Any) -> None:
+        super().__init__(config, **models)
+        del self.teachers[self.momentum.role]
+
+
+def test_a_momentum_teacher_that_would_never_move_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Forgotten has 1 momentum teachers as submodules and 0 in `teachers`"):
+        make_trainer(tmp_path, make_method(Forgotten))
+
+
+def test_a_frozen_logit_scale_stays_as_it_is(tmp_path: Path) -> None:
+    student = make_model()
+    with torch.no_grad():
+        student.log_logit_scale.fill_(4.77)  # above the range to which a learning one is held
+    make_trainer(tmp_path, make_method("contrastive", student=student), steps=2, train_parts=("image",)).run()
+    assert float(student.log_logit_scale) == pytest.approx(4.77)
+
+
+def test_a_method_of_momentum_alone_encodes_with_its_first_teacher() -> None:
+    method, batch = make_method(Contracted), random_batch(4)
+    expected = method.encode_teachers(batch)["momentum"].image.embedding
+    assert torch.equal(method.encode_teacher(batch).image.embedding, expected)
+    student, teacher, rows = method.encode_both(batch, lambda _part, ours, theirs: {"sum": ours.image.embedding.sum(1)})
+    assert torch.equal(teacher.image.embedding, expected)
+    torch.testing.assert_close(rows["sum"], student.image.embedding.sum(1))
+
+
+def test_frozen_parts_stay_frozen_when_a_smaller_student_is_resumed(tmp_path: Path) -> None:
+    def trainer(out: Path) -> Any:
+        settings = {"masks": {"sparsity": [0.3], "choice": "random"}}
+        return make_trainer(out, make_method("tinyclip", settings=settings), steps=8, train_parts=("image",))
+
+    whole, cut = trainer(tmp_path / "whole"), trainer(tmp_path / "cut")
+    whole.run()
+    step = cut._step
+
+    def until(batch: Any) -> Any:
+        if cut.progress.step == 6:
+            cut._save()
+            raise KeyboardInterrupt
+        return step(batch)
+
+    cut._step = until
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    again = trainer(tmp_path / "cut")
+    again.run(resume=True)
+    for name, value in whole.method.state_dict().items():
+        assert torch.equal(again.method.state_dict()[name], value), name

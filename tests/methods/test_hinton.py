@@ -18,10 +18,12 @@ import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.open import open_source
+from cmapkd.data.types import Sample
 from cmapkd.data.views import View
 from cmapkd.diagnosis import diagnose
 from cmapkd.methods import StepInfo
 from cmapkd.methods.dual import LABELS
+from cmapkd.methods.hinton import Hinton
 from cmapkd.models import load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
@@ -58,6 +60,29 @@ def test_terms_are_those_of_the_two_classifiers(whose: str) -> None:
     torch.testing.assert_close(terms["labels"].value, expected, rtol=1e-4, atol=1e-5)
     divergence = kl_divergence(mine, soft, temperature=2.0)
     torch.testing.assert_close(terms["classes"].value, divergence, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, CLASSES_FORM])
+def test_a_weight_of_zero_removes_its_term_and_asks_no_teacher(
+    form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = make_method("hinton", settings={**form, "prompts_at_once": None, "distill_weight": 0.0})
+    monkeypatch.setattr(Hinton, "_encode_teacher", lambda *_: pytest.fail("the teacher was asked"))
+    hard = "labels" if form else "contrastive"
+    assert alone.term_names == (hard,)
+    assert set(alone(random_batch(4))) == {hard}
+    monkeypatch.undo()
+    soft = make_method("hinton", settings={**form, "task_weight": 0.0})
+    assert soft.term_names == ("classes" if form else "similarity",)
+    assert set(soft(random_batch(4))) == {*soft.term_names}
+
+
+def test_labels_without_a_class_are_refused_where_they_are_read() -> None:
+    reader = make_method("hinton", settings=CLASSES_FORM).extras[LABELS]
+    sample = Sample("x", Image.new("RGB", (8, 8)), label=4)
+    assert reader.read(sample, View(), 0) == 4
+    with pytest.raises(ValueError, match=r"has label 5, but there are only 5 classes: give the class names"):
+        reader.read(replace(sample, label=5), View(), 0)
 
 
 def test_captions_are_not_read() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cmapkd.methods import METHODS, MethodConfig
+from cmapkd.methods import METHODS, MethodConfig, StepInfo
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.objectives import contrastive_loss, sigmoid_loss, similarity_divergence
-from helpers import make_method, make_model, make_teacher, random_batch
+from helpers import MASKED, into_first_stage, make_method, make_model, make_teacher, random_batch
 
+POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
 DISTILLING = [name for name, kind in METHODS.items() if kind.uses_teacher]
 
 
@@ -49,6 +52,39 @@ def test_terms_are_scalars_that_train_the_student(name: str) -> None:
     assert any(key.startswith("student.") for key, _ in learning)
     assert not [key for key, parameter in learning if parameter.grad is None]
     assert all(bool(parameter.grad.isfinite().all()) for parameter in method.parameters() if parameter.grad is not None)
+
+
+DRAWING: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "bank": ("cmapkd", {"bank": {"size": 24, "sample": 4}}),
+    "policy of levels": ("cmapkd", {"weighting": POLICY}),
+    "policy of terms": ("clip_kd", {"term_weighting": POLICY}),
+    "prompts": ("hinton", {"form": "classes"}),
+    "masks": ("tinyclip", MASKED),
+}
+"""Every method as it is, and what else draws in a step."""
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_terms_are_the_same_whatever_the_process_draws_itself(name: str) -> None:
+    """Several processes, at any resume, must compute one loss: what they draw is a function of seed, step and name."""
+    kind, settings = DRAWING[name]
+    values = []
+    for own_seed, seed in ((0, 5), (1, 5), (0, 6)):
+        method = make_method(kind, settings=settings).train()
+        if name == "masks":
+            into_first_stage(method)
+        torch.manual_seed(own_seed)
+        before = torch.get_rng_state()
+        for step in range(6):
+            terms = method(replace(random_batch(8, seed=step), ids=tuple(f"{step}-{i}" for i in range(8))),
+                           StepInfo(step, 6, method.stage, step / 6, seed))  # fmt: skip
+        assert torch.equal(torch.get_rng_state(), before)
+        values.append({key: term.value.detach() for key, term in terms.items()})
+    first, again, other = values
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    draws = name in ("bank", "policy of levels", "policy of terms", "prompts", "masks", "c2kd")
+    assert draws == any(not torch.equal(first[key], other[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", DISTILLING)

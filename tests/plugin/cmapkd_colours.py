@@ -1,5 +1,6 @@
 """A method, a source and a task for cmapkd, from outside of it."""
 
+import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
 
@@ -11,6 +12,11 @@ from cmapkd.evaluation.tasks import Column, Headline, Task
 from cmapkd.methods import DualEncoderMethod, MethodCard, MethodConfig, Term, task_loss
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+
+def cosines(features):
+    image, text = (F.normalize(tower.embedding, dim=-1) for tower in (features.image, features.text))
+    return image @ text.T  # of every image with every text
 
 
 class SimilarityConfig(MethodConfig):
@@ -36,7 +42,7 @@ class SimilarityKD(DualEncoderMethod):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, teacher = self.encode_student(batch), self.encode_teacher(batch)
-        own, their = (each.image.embedding @ each.text.embedding.T for each in (student, teacher))
+        own, their = (cosines(features) for features in (student, teacher))
         similarity = Term((own - their).square().mean(), self.config.similarity_weight)
         return {"contrastive": Term(task_loss(student)), "similarity": similarity}
 

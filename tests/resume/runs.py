@@ -32,7 +32,7 @@ SITTINGS = (1, 2, 1)  # processes
 FAILED = "failed"
 PATIENCE, GRACE = 300.0, 20.0  # seconds for all cases, and for a process whose partner has ended
 POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
-SMALL_BANK: dict[str, Any] = {"bank_size": 24, "bank_sample": 4}
+SMALL_BANK: dict[str, Any] = {"bank": {**CMAPKD_IN_FULL["bank"], "size": 24, "sample": 4}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name: (method, settings, training)
     "cmapkd, a bank larger than its sample": ("cmapkd", {**CMAPKD_IN_FULL, **SMALL_BANK}, {}),
     "cmapkd, such a bank in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, **SMALL_BANK}, {"micro_batch": 3}),

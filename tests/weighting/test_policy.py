@@ -142,7 +142,7 @@ def test_warm_up_measures_the_context() -> None:
         weigh(policy, batch()[0], context)
     seen = torch.cat(contexts)  # the fourth step still belongs to the window that warm-up ended in
     torch.testing.assert_close(policy.context_mean, seen.mean(0))
-    torch.testing.assert_close(policy.context_squares / policy.clock.seen, seen.var(0, correction=0))
+    torch.testing.assert_close(policy.context_squares / policy.clock.samples, seen.var(0, correction=0))
 
 
 def test_a_change_of_active_items_breaks_the_window_off() -> None:
@@ -161,17 +161,19 @@ def test_what_is_tried_comes_from_the_generator_alone() -> None:
     for number in range(2):  # two processes, whose own generators differ
         torch.manual_seed(number)
         policy = make_policy(warmup_steps=1, window=2, edge=1)
-        for step in range(4):
+        for seed in range(4):
             policy.observe(torch.tensor(1.0))
-            policy(*batch(), generator=torch.Generator().manual_seed(step))
+            policy(*batch(), generator=torch.Generator().manual_seed(seed))
         actions.append(policy.action)
     assert bool(actions[0].any())
     assert torch.equal(*actions)
     policy = make_policy(warmup_steps=1, window=2, edge=1)
+    for _ in range(2):  # nothing is tried in the first window
+        policy.observe(torch.tensor(1.0))
+        policy(*batch())
+    policy.observe(torch.tensor(1.0))
     with pytest.raises(ValueError, match="a policy draws what it tries: give forward a generator"):
-        for _ in range(4):
-            policy.observe(torch.tensor(1.0))
-            policy(*batch())
+        policy(*batch())
 
 
 def test_a_policy_that_is_told_nothing_says_so() -> None:

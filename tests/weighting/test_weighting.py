@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +18,16 @@ from torch import Tensor
 from weighting_support import DIM, ITEMS, SETTINGS, batch, make, settled, step, weigh
 
 from cmapkd.config import Config, ConfigError
-from cmapkd.weighting import WEIGHTINGS, Weighting, WeightingConfig, make_weighting, weighting_config
+from cmapkd.weighting import (
+    WEIGHTINGS,
+    AttentionConfig,
+    AttentionWeighting,
+    Weighting,
+    WeightingConfig,
+    make_weighting,
+    weighting_config,
+)
+from helpers import make_method
 
 PER_SAMPLE = ["gate", "attention", "policy"]
 LEARNING = ["uncertainty", "gate", "attention", "policy"]
@@ -316,3 +327,35 @@ def test_signatures_hold_the_shapes_that_are_passed(name: str) -> None:
     losses, context = batch()
     assert checked(weighting, losses, context, torch.ones(4).bool()).loss.shape == ()
     jaxtyped(typechecker=beartype)(type(weighting).observe)(weighting, losses.mean())
+
+
+# ------------------------------------------------------------------------------------------------ of other packages
+
+
+class TheirsConfig(WeightingConfig):
+    name: Literal["theirs"] = "theirs"
+
+
+class TheirWeighting(AttentionWeighting):
+    """A weighting of another package that looks at levels."""
+
+    Config = TheirsConfig
+
+    def __init__(self, _config: TheirsConfig, *, items: Sequence[str], widths: Sequence[int]) -> None:
+        super().__init__(AttentionConfig(), items=items, widths=widths)
+
+
+def test_a_weighting_of_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("theirs", f"{__name__}:TheirWeighting", "cmapkd.weightings")
+    strange = EntryPoint("strange", "json:dumps", "cmapkd.weightings")
+    monkeypatch.setitem(WEIGHTINGS.__dict__, "_offered", {"theirs": point, "strange": strange})
+    monkeypatch.setattr(WEIGHTINGS, "_loaded", {})
+    assert [*WEIGHTINGS][-2:] == ["theirs", "strange"]
+    config = weighting_config("theirs")
+    weighting = make_weighting(config, items=("P2", "P5"), context_dim=3, level_widths=(4, 8))
+    assert isinstance(weighting, TheirWeighting)
+    assert weighting(torch.rand(2, 2), torch.randn(2, 12)).weights.shape == (2, 2)
+    method = make_method("cmapkd", settings={"weighting": {"name": "theirs"}})
+    assert type(method.get_submodule("weighting.visual")) is TheirWeighting
+    with pytest.raises(ConfigError, match=r"which is no subclass of cmapkd\.weighting\.base\.Weighting"):
+        weighting_config("strange")

@@ -15,7 +15,7 @@ import torch
 
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
-from cmapkd.cache.identity import differences, identity_of
+from cmapkd.cache.identity import differences, identity_of, weight_hash
 from cmapkd.cache.layout import DETAILS, Layout
 from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
@@ -123,7 +123,7 @@ class CachePlan:
 
     def _one_sample(self) -> ModelInput:
         model = self.teacher.model
-        device = next(model.parameters()).device
+        device = model.device
         for index in range(min(len(self.source), 1000)):
             try:
                 sample = self.source[index]
@@ -285,8 +285,6 @@ class CachePlan:
         identity = self.identity["teacher"]
 
         def checked() -> DualEncoder:
-            from cmapkd.cache.identity import weight_hash
-
             model = reload()
             if weight_hash(model) != identity:
                 raise CacheError(f"the teacher {model.name} has other weights than when this run began")

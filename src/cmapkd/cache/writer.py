@@ -107,7 +107,7 @@ def build(
     places = [place for number, each in enumerate(mine) for place in places_of(each.part, number, each.shards)]
     total = sum(each.rows for each in mine)
     built = Built()
-    device = next(teacher.model.parameters()).device
+    device = teacher.model.device
     loader = load_chunks(chunks, places, workers=workers, pin_memory=device.type == "cuda", timeout=timeout)
     answer = _Answerer(cache, teacher, device, precision)
     with ExitStack() as stack:

@@ -48,13 +48,14 @@ def build(
     teachers = load_teachers(config)
     student = build_student(config, source, teachers)
     method = method_of(config, student, teachers, classes=classes_of(config, source))
-    if method.teacher is None:
-        raise CacheError(f"method {config.method.name} asks no teacher")
+    roles = [role for role in config.teachers if role in method.teachers]
+    if not roles:
+        raise CacheError(f"method {config.method.name} asks no teacher of the recipe")
     texts_of(config, method, source)
     console = Console()
     cuda = torch.cuda.is_available() and not config.training.on_cpu
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
-    for role in method.teachers:
+    for role in roles:
         plan = plan_cache(config, method, source, whole=whole, role=role)
         size = (
             f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {plan.bytes_missing() / 2**20:,.0f} MiB "

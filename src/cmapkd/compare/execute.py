@@ -24,7 +24,7 @@ from cmapkd.config.disk import write_text
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.evaluation.run import evaluate
-from cmapkd.models import DualEncoder, build_model, load_model
+from cmapkd.models import Model, build_model, load_model
 from cmapkd.results import RunResult, Scores
 from cmapkd.run import RunConfig, run
 from cmapkd.training import Interrupted
@@ -173,7 +173,7 @@ def _further_scores(
     """The student's scores on the further test data, kept in the run folder."""
     path = folder / EVALUATIONS
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    student: DualEncoder | None = None
+    student: Model | None = None
     for name, spec in evaluate_on.items():
         if known.get(name, {}).get("source") != spec:
             student = student or load_model(folder)
@@ -194,7 +194,7 @@ def _score_teachers(
             continue
         assert config.teacher is not None
         scores[key] = {}
-        teacher: DualEncoder | None = None
+        teacher: Model | None = None
         for name, source in sources.items():
             place = f"{key}-{config_digest(plan.comparison.evaluate[name])}"
             if place not in known:
@@ -206,7 +206,7 @@ def _score_teachers(
     return scores
 
 
-def _score(model: DualEncoder, source: Source, config: RunConfig) -> Scores:
+def _score(model: Model, source: Source, config: RunConfig) -> Scores:
     accelerator = None if config.training.on_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
     on_bad_sample = config.data.on_bad_sample

@@ -85,7 +85,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if self.base is not None and not (isinstance(entry, type) and issubclass(entry, self.base)):
             raise ConfigError(
                 f"{self.group} {point.name!r} of {_package(point)} is {point.value}, which is no subclass of "
-                f"{self.base.__module__}.{self.base.__qualname__}"
+                f"{self.base.__module__}.{self.base.__qualname__}: repair or uninstall that package"
             )
         return entry
 

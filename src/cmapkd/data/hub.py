@@ -115,7 +115,7 @@ class HubSource(StoredSource):
 
     def _surely_captioned(self, length: int) -> NDArray[np.bool_]:
         """Where a row's captions, one text or a list of them, have a letter or another visible character."""
-        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         surely = np.zeros(length, dtype=np.bool_)

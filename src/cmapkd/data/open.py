@@ -111,9 +111,25 @@ def open_source(
             f"data {spec!r}: there is no kind of data {parsed.kind!r}{closest(parsed.kind, KINDS)}. Known: "
             f"{', '.join(KINDS)}."
         )
-    source = KINDS[parsed.kind](parsed)
+    source = _made(parsed)
     for message in source.warnings if isinstance(source, StoredSource) else ():
         warnings.warn(message, SourceWarning, stacklevel=2)
+    return source
+
+
+def _made(spec: Spec) -> Source:
+    """What the kind's function makes of the spec.
+
+    Raises:
+        ConfigError: a package's kind is no function, or makes no source.
+    """
+    make: Any = KINDS[spec.kind]
+    source: Source = make(spec) if callable(make) else make
+    if not all(hasattr(type(source), name) for name in ("__len__", "__getitem__", "captions", "fingerprint")):
+        raise ConfigError(
+            f"data kind {spec.kind!r} of {KINDS.origin(spec.kind)} gives {type(source).__name__}, which is no "
+            "cmapkd.data.types.Source: repair or uninstall that package"
+        )
     return source
 
 

@@ -47,7 +47,7 @@ class Texts(Sequence[str]):
     def _look(self) -> tuple[memoryview, memoryview]:
         """Block and ends, for quick access."""
         if self._views is None:
-            self._views = memoryview(self._block.numpy()), memoryview(self._ends.numpy())
+            self._views = self._block.numpy().data, self._ends.numpy().data
         return self._views
 
     def __len__(self) -> int:

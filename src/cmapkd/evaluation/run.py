@@ -10,13 +10,13 @@ from cmapkd.data.types import Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
 from cmapkd.evaluation.suite import evaluate_models
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import Model
 
 __all__ = ["EvaluationConfig", "evaluate"]
 
 
 def evaluate(
-    model: DualEncoder,
+    model: Model,
     source: Source,
     config: EvaluationConfig | None = None,
     *,

@@ -17,7 +17,7 @@ from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
 from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
 from cmapkd.evaluation.probes.data import Annotations, read_annotations
 from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.texts import class_vectors
 
 _LOOKED_AT = 32  # samples that tell whether a source has questions or boxes
@@ -78,9 +78,15 @@ class Subject:
     """A model under evaluation. What several tasks need of it is computed when first asked for, and kept."""
 
     name: str
-    model: DualEncoder
+    model: Model
     bench: Bench
     _features: dict[str, ImageFeatures] = field(default_factory=dict)
+
+    @property
+    def dual(self) -> DualEncoder:
+        """The model, for what embeds images and texts: tasks whose `reads` is `DualEncoder`."""
+        assert isinstance(self.model, DualEncoder)  # the suite refused others
+        return self.model
 
     @cached_property
     def embedded(self) -> Embedded:
@@ -96,7 +102,7 @@ class Subject:
         bench = self.bench
         bench.say(f"{self.name}: embedding {source.name}")
         return embed(
-            self.model,
+            self.dual,
             source,
             batch_size=bench.config.batch_size,
             device=bench.device,
@@ -127,7 +133,7 @@ class Subject:
     def name_weights(self, names: tuple[str, ...]) -> Float[Tensor, "names dim"]:
         """One unit vector for each name, from the text tower and the templates."""
         return class_vectors(
-            self.model,
+            self.dual,
             names,
             get_templates(self.bench.config.templates, self.bench.source),
             batch_size=self.bench.config.batch_size,
@@ -144,7 +150,7 @@ class Subject:
             annotations = bench.train_annotations if which == "train" else bench.annotations
             bench.say(f"{self.name}: features of {len(annotations)} images of {source.name}")
             self._features[which] = encode_images(
-                self.model,
+                self.dual,
                 source,
                 annotations.indices,
                 batch_size=bench.config.batch_size,

@@ -17,11 +17,11 @@ from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks import TASKS, Task, check_tasks, make_task
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import Model
 
 
 def evaluate_models(
-    models: Mapping[str, DualEncoder],
+    models: Mapping[str, Model],
     source: Source | None,
     config: EvaluationConfig | None = None,
     *,
@@ -79,7 +79,7 @@ def evaluate_models(
     return scores
 
 
-def count_parameters(model: DualEncoder) -> dict[str, int]:
+def count_parameters(model: Model) -> dict[str, int]:
     """`params`, the number of parameters of both towers; `params_borrowed`, how many of them are another model's."""
     borrowed = model.num_borrowed_parameters()
     return {"params": model.num_parameters()} | ({"params_borrowed": borrowed} if borrowed else {})
@@ -104,7 +104,7 @@ def training_source(train: str | None, data: str | None) -> Source | None:
     return open_source(train, split="train")
 
 
-def _wanted(config: EvaluationConfig, models: Mapping[str, DualEncoder]) -> dict[str, Task]:
+def _wanted(config: EvaluationConfig, models: Mapping[str, Model]) -> dict[str, Task]:
     """`auto` takes cmapkd's own tasks alone, so that an installed package changes no run that does not name it."""
     names: Iterable[str] = config.tasks
     if config.tasks == "all":
@@ -114,7 +114,7 @@ def _wanted(config: EvaluationConfig, models: Mapping[str, DualEncoder]) -> dict
     return {name: make_task(name, config) for name in names}
 
 
-def _readable(kind: type[Task], models: Mapping[str, DualEncoder]) -> bool:
+def _readable(kind: type[Task], models: Mapping[str, Model]) -> bool:
     return all(isinstance(model, kind.reads) for model in models.values())
 
 

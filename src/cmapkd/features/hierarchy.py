@@ -56,10 +56,10 @@ def phrases(
     sums = real.unfold(1, window, 1).sum(-1, dtype=dtype)
     num_tokens = mask.sum(1, keepdim=True)
     starts = torch.arange(sums.shape[1], device=mask.device)
-    found = starts <= (num_tokens - window).clamp_min(0)
-    found = found & (num_tokens > 0)
+    exists = starts <= (num_tokens - window).clamp_min(0)
+    exists = exists & (num_tokens > 0)
     means = sums / num_tokens.clamp(1, window)[..., None]
-    return means.masked_fill(~found[..., None], 0), found
+    return means.masked_fill(~exists[..., None], 0), exists
 
 
 class LanguageProjectors(nn.Module):

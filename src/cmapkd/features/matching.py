@@ -113,14 +113,17 @@ class LevelMatcher(nn.Module):
         """P2, P3, P4 as far as asked for, on common grids; this process's samples only."""
         if self.places == "key_tokens":
             teacher = self.key_tokens.of(teacher)
-        ours, theirs = self._taken("student", student, levels)[0], self._taken("teacher", teacher, levels)[0]
+        student_levels, teacher_levels = (
+            self._taken("student", student, levels)[0],
+            self._taken("teacher", teacher, levels)[0],
+        )
         if self.places != "dense":
-            taken = {name: self._at(level, theirs[name]) for name, level in ours.items()}
+            taken = {name: self._at(level, teacher_levels[name]) for name, level in student_levels.items()}
             mapped = self.project_visual.map_cells({name: cells for name, (cells, _) in taken.items()})
             return {name: Matched(mapped[name], target, None) for name, (_, target) in taken.items()}
-        grids = target_grids(ours, self.grids)
-        projected, targets = self.project_visual(ours, grids), teacher_grids(theirs, grids)
-        return {name: Matched(projected[name], targets[name], None) for name in ours}
+        grids = target_grids(student_levels, self.grids)
+        projected, targets = self.project_visual(student_levels, grids), teacher_grids(teacher_levels, grids)
+        return {name: Matched(projected[name], targets[name], None) for name in student_levels}
 
     def match_language(
         self, batch: Batch, student: Features, teacher: Features, levels: Collection[str]
@@ -132,25 +135,30 @@ class LevelMatcher(nn.Module):
         """
         if self.places == "key_tokens":
             teacher = self.key_tokens.of(teacher)
-        ours, theirs = self._taken("student", student, levels)[1], self._taken("teacher", teacher, levels)[1]
+        student_levels, teacher_levels = (
+            self._taken("student", student, levels)[1],
+            self._taken("teacher", teacher, levels)[1],
+        )
         words: Words | None = None
-        if {"L1", "L2"} & ours.keys() and self.places != "pooled":
+        if {"L1", "L2"} & student_levels.keys() and self.places != "pooled":
             words = self.align_words(batch.inputs["student"].texts, batch.inputs["teacher"].texts)
 
         def places(role: Role, name: str, level: Level) -> tuple[Tensor, Tensor | None]:
             if words is None or name == "L3":
                 return sentence_level(level)[:, None], None
             if self.places == "key_tokens":
-                numbers = _words_at(words.teacher, theirs[name])
+                numbers = _words_at(words.teacher, teacher_levels[name])
                 if role == "teacher":
                     return level.values, numbers >= 0
                 return take_tokens(words.pool(role, token_level(level)[0])[0], numbers.clamp_min(0)), None
             values, mask = words.pool(role, token_level(level)[0])
             return (values, mask) if name == "L1" else phrases(values, mask, window=self.phrase_window)
 
-        student_places = {name: places("student", name, level) for name, level in ours.items()}
+        student_places = {name: places("student", name, level) for name, level in student_levels.items()}
         projected = self.project_language({name: values for name, (values, _) in student_places.items()})
-        return {name: Matched(projected[name], *places("teacher", name, theirs[name])) for name in ours}
+        return {
+            name: Matched(projected[name], *places("teacher", name, teacher_levels[name])) for name in student_levels
+        }
 
     def _at(self, student: Level, teacher: Level) -> tuple[Tensor, Tensor]:
         """The student's level at the teacher's key tokens, or both as one place, the mean."""
@@ -174,7 +182,7 @@ class LevelMatcher(nn.Module):
         self, role: Role, features: Features, levels: Iterable[str]
     ) -> tuple[dict[str, Level], dict[str, Level]]:
         towers = (self.visual[role], features.image.levels), (self.language[role], features.text.levels)
-        visual, language = (tapped_groups(_only(groups, levels), found) for groups, found in towers)
+        visual, language = (tapped_groups(_only(groups, levels), levels_of_tower) for groups, levels_of_tower in towers)
         return visual, language
 
 

@@ -80,8 +80,8 @@ def aligned_words(student: TokenBatch, teacher: TokenBatch, *, look: bool = True
 
     Args:
         look: whether the host may read from the device. Free on the CPU; on a GPU it waits for all that was launched.
-            Without, there are as many numbers as the shorter model has tokens, and the device compares the tokens. Where
-            a tokenizer gives no spans, tokens of equal shape are then taken to be the same.
+            Without, there are as many numbers as the model with fewer tokens has, and the device compares the tokens.
+            If a tokenizer gives no spans, tokens of equal shape are then taken to be the same.
     Returns:
         The words. With `look` there are no more numbers than the longest text has words.
     Raises:

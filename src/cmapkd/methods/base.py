@@ -104,6 +104,26 @@ class Method(MethodContract):
         self.teachers[teacher.role] = teacher  # a cached one in place of the live one
 
     @property
+    def could_read_answers(self) -> bool:
+        """Whether a teacher answers live although a run could store its answers."""
+        live = (isinstance(teacher, FrozenTeacher) and not teacher.from_disk for teacher in self.teachers.values())
+        return self.not_cached is None and any(live)
+
+    def check_teachers(self) -> None:
+        """Refuses a momentum teacher that would never move, or never be checkpointed.
+
+        Raises:
+            ValueError: it is a submodule and not among `teachers`, or the other way round.
+        """
+        modules = {id(module) for module in self.modules() if isinstance(module, MomentumTeacher)}
+        known = {id(teacher) for teacher in self.teachers.values() if isinstance(teacher, MomentumTeacher)}
+        if modules != known:
+            raise ValueError(
+                f"{type(self).__name__} has {len(modules)} momentum teachers as submodules and {len(known)} in "
+                "`teachers`: each must be both, or it would not move, or not be in checkpoints"
+            )
+
+    @property
     def all_term_names(self) -> tuple[str, ...]:
         """The method's own terms and those that the run adds."""
         return self.term_names + (self.auxiliary.term_names if self.auxiliary is not None else ())

@@ -17,6 +17,7 @@ from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import embeddings_of, similarity_loss
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher
@@ -26,7 +27,6 @@ from cmapkd.objectives import (
     gradient_distance,
     interactive_divergence,
     interactive_loss,
-    similarity_divergence,
 )
 from cmapkd.objectives.common import unit
 
@@ -94,8 +94,8 @@ class Fusion(nn.Module):
     def forward(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
         """Fused image and text embeddings, not normalised."""
         image, text = (
-            torch.cat([unit(ours.embedding), unit(theirs.embedding)], dim=-1)
-            for ours, theirs in ((student.image, teacher.image), (student.text, teacher.text))
+            torch.cat([unit(of_student.embedding), unit(of_teacher.embedding)], dim=-1)
+            for of_student, of_teacher in ((student.image, teacher.image), (student.text, teacher.text))
         )
         return self.image(image), self.text(text)
 
@@ -172,12 +172,7 @@ class ClipKD(DualEncoderMethod):
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
         if self._wants("relational"):
-            values["relational"] = similarity_divergence(
-                *_pair(student),
-                *_pair(teacher),
-                student_scale=student.logit_scale,
-                teacher_scale=teacher.logit_scale,
-            )
+            values["relational"] = similarity_loss(student, teacher)
         if self.project is not None:
             values |= self._projected_terms(batch, self.project, student, teacher)
         return {name: Term(value, self.weights[name]) for name, value in values.items()}
@@ -187,25 +182,31 @@ class ClipKD(DualEncoderMethod):
     ) -> dict[str, Tensor]:
         """The terms that compare the student with the teacher at the teacher's width."""
         projected = project(student)
-        ours, theirs = _pair(projected), _pair(teacher)
+        of_student, of_teacher = embeddings_of(projected), embeddings_of(teacher)
         values: dict[str, Tensor] = {}
         if self._wants("feature"):
-            values["feature"] = feature_distance(ours[0], theirs[0]) + feature_distance(ours[1], theirs[1])
+            values["feature"] = feature_distance(of_student[0], of_teacher[0]) + feature_distance(
+                of_student[1], of_teacher[1]
+            )
         if self._wants("masked_feature"):
             masked = project.image(self.encode_changed_images(batch, self._hide))
-            values["masked_feature"] = feature_distance(masked, theirs[0]) + feature_distance(ours[1], theirs[1])
+            values["masked_feature"] = feature_distance(masked, of_teacher[0]) + feature_distance(
+                of_student[1], of_teacher[1]
+            )
         if self._wants("gradient"):
             scales = student.logit_scale, teacher.logit_scale
             if self.config.gradient_convention == "official":
                 scales = scales[0].reciprocal(), scales[1].reciprocal()
-            values["gradient"] = gradient_distance(*ours, *theirs, student_scale=scales[0], teacher_scale=scales[1])
+            values["gradient"] = gradient_distance(
+                *of_student, *of_teacher, student_scale=scales[0], teacher_scale=scales[1]
+            )
         if self.interactive_scale is not None:
             scale = self._scale(self.interactive_scale)
             if self._wants("interactive"):
-                values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=scale)
+                values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=scale)
             if self._wants("cross"):
                 values["cross"] = interactive_divergence(
-                    *ours, *theirs, student_scale=scale, teacher_scale=teacher.logit_scale
+                    *of_student, *of_teacher, student_scale=scale, teacher_scale=teacher.logit_scale
                 )
         if self.fusion is not None and self.fusion_scale is not None and self._wants("augmented"):
             fused = self.fusion(projected, teacher)
@@ -232,10 +233,6 @@ class ClipKD(DualEncoderMethod):
 
     def _scale(self, parameter: Tensor) -> Tensor:
         return parameter if self.config.interactive_scale == "official" else parameter.exp()
-
-
-def _pair(features: Features) -> tuple[Tensor, Tensor]:
-    return features.image.embedding, features.text.embedding
 
 
 def _log_scale() -> nn.Parameter:

@@ -75,10 +75,15 @@ class DCClip(DualEncoderMethod):
         terms: dict[str, Term] = {}
         towers = [tower for tower in ("image", "text") if self.wants(f"{tower}_feature", config.feature_weight)]
         if towers:
-            ours, theirs = self.adapt(student), self.encode_teacher(batch)
+            adapted, teacher = self.adapt(student), self.encode_teacher(batch)
             for tower in towers:
-                one, other = getattr(ours, tower).embedding, getattr(theirs, tower).embedding
-                terms[f"{tower}_feature"] = Term(smooth_distance(one, other, beta=config.beta), config.feature_weight)
+                student_embedding, teacher_embedding = (
+                    getattr(adapted, tower).embedding,
+                    getattr(teacher, tower).embedding,
+                )
+                terms[f"{tower}_feature"] = Term(
+                    smooth_distance(student_embedding, teacher_embedding, beta=config.beta), config.feature_weight
+                )
         if self.wants("contrastive", config.task_weight):
             terms["contrastive"] = Term(task_loss(student), config.task_weight)
         return terms

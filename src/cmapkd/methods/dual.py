@@ -80,7 +80,7 @@ class DualEncoderMethod(Method):
         return gather_features(join_features([self._encode_teacher(part) for part in parts]))
 
     def encode_teachers(self, batch: Batch) -> dict[str, Features]:
-        """Every teacher's embeddings by role, likewise; levels are those of the first alone."""
+        """Every teacher's embeddings by role, likewise; the first teacher's levels, too."""
         parts = micro_batches(batch, self.micro_batch)
         return {
             role: gather_features(join_features([self._encode_teacher(part, role) for part in parts]))
@@ -166,10 +166,15 @@ class DualEncoderMethod(Method):
         features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
         return features
 
-    def _encode_teacher(self, part: Batch, role: str = "teacher") -> Features:
-        """A teacher's features of a part of the batch; only what this teacher reads is moved to the device."""
-        needs = self.teacher_needs if role == "teacher" else None
-        teacher = self.teachers[role]
+    def _encode_teacher(self, part: Batch, role: str | None = None) -> Features:
+        """A teacher's features of a part of the batch; only what this teacher reads is moved to the device.
+
+        Args:
+            role: of the teacher; None: the first.
+        """
+        first = next(iter(self.teachers))
+        teacher = self.teachers[role or first]
+        needs = self.teacher_needs if teacher.role == first else None
         return teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
 
 

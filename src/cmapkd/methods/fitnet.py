@@ -19,12 +19,13 @@ from cmapkd.features.taps import level_at
 from cmapkd.features.words import Role, WordAligner
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, Needs
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.types import Tower
-from cmapkd.objectives import hint_distance, level_distance, similarity_divergence
+from cmapkd.objectives import hint_distance, level_distance
 
 PUBLISHED_LAMBDA = (4 / 9, 1 / 9)  # 4 to 1 on the divergence at temperature 3 without the factor of 3² that ours has
 
@@ -157,8 +158,8 @@ class FitNet(DualEncoderMethod):
 
     @property
     def student_parts(self) -> Mapping[str, frozenset[str]]:
-        """`guided`: the layers up to the guided ones."""
-        return {"guided": self._guided_part}
+        """The student's own parts, and `guided`: the layers up to the guided ones."""
+        return {**super().student_parts, "guided": self._guided_part}
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:
@@ -195,15 +196,7 @@ class FitNet(DualEncoderMethod):
         if self._wants("contrastive"):
             terms["contrastive"] = Term(task_loss(student), config.task_weight)
         if self._wants("similarity"):
-            similarity = similarity_divergence(
-                student.image.embedding,
-                student.text.embedding,
-                teacher.image.embedding,
-                teacher.text.embedding,
-                student_scale=student.logit_scale,
-                teacher_scale=teacher.logit_scale,
-                temperature=config.temperature,
-            )
+            similarity = similarity_loss(student, teacher, temperature=config.temperature)
             start, end = config.distilled()
             terms["similarity"] = Term(similarity, start + (end - start) * self.step.progress)
         return terms
@@ -213,12 +206,12 @@ class FitNet(DualEncoderMethod):
         if not self._wants("hint"):
             return {}
         distance = level_distance if self.config.standardise else hint_distance
-        ours, theirs = (
+        guided_level, hint_level = (
             features.image.levels[levels["image"].name]
             for features, levels in ((student, self.guided), (teacher, self.hints))
         )
-        mapped = self.regress["image"](level_grid(ours))
-        rows = {"image": distance(mapped, level_grid(theirs, grid_of(ours)))}
+        mapped = self.regress["image"](level_grid(guided_level))
+        rows = {"image": distance(mapped, level_grid(hint_level, grid_of(guided_level)))}
         if "text" in self.guided:
             words = self.align_words(part.inputs["student"].texts, part.inputs["teacher"].texts)
             texts: list[tuple[Role, Features, Mapping[Tower, LevelInfo]]] = [

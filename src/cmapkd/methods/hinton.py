@@ -19,11 +19,12 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, Needs
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, frozen_class_vectors
-from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities, similarity_divergence
+from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 
 
 class HintonConfig(MethodConfig):
@@ -110,7 +111,9 @@ class Hinton(DualEncoderMethod):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        return ("contrastive", "similarity") if self.config.form == "in_batch" else ("labels", "classes")
+        hard, soft = ("contrastive", "similarity") if self.config.form == "in_batch" else ("labels", "classes")
+        weights = {hard: self.config.task_weight, soft: self.config.distill_weight}
+        return tuple(name for name, weight in weights.items() if weight)
 
     @property
     def extras(self) -> Mapping[str, Extra]:
@@ -130,22 +133,14 @@ class Hinton(DualEncoderMethod):
         return self._of_texts(batch) if self.config.form == "in_batch" else self._of_classes(batch)
 
     def _of_texts(self, batch: Batch) -> dict[str, Term]:
-        student, teacher = self.encode_student(batch), self.encode_teacher(batch)
-        return {
-            "contrastive": Term(task_loss(student), self.config.task_weight),
-            "similarity": Term(
-                similarity_divergence(
-                    student.image.embedding,
-                    student.text.embedding,
-                    teacher.image.embedding,
-                    teacher.text.embedding,
-                    student_scale=student.logit_scale,
-                    teacher_scale=teacher.logit_scale,
-                    temperature=self.config.temperature,
-                ),
-                self.config.distill_weight,
-            ),
-        }
+        config, student = self.config, self.encode_student(batch)
+        terms: dict[str, Term] = {}
+        if self.wants("contrastive", config.task_weight):
+            terms["contrastive"] = Term(task_loss(student), config.task_weight)
+        if self.wants("similarity", config.distill_weight):
+            similarity = similarity_loss(student, self.encode_teacher(batch), temperature=config.temperature)
+            terms["similarity"] = Term(similarity, config.distill_weight)
+        return terms
 
     def _of_classes(self, batch: Batch) -> dict[str, Term]:
         config, student = self.config, self.encode_student(batch)

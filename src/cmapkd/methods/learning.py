@@ -13,7 +13,7 @@ from cmapkd.models import DualEncoder
 
 
 class Learning(nn.Module):
-    """The half of a `Method` that freezes. Frozen parameters get no gradient, no decay and no graph.
+    """What a `Method` knows of freezing. Frozen parameters get no gradient, no decay and no graph.
 
     The statistics of a batch norm whose weights are frozen stay as they are.
     """
@@ -58,7 +58,7 @@ class Learning(nn.Module):
                 f"training.train_parts is {', '.join(parts)}, where {self.student.name} has nothing that learns: name "
                 f"other parts of {', '.join(known)}"
             )
-        self._fix_statistics()
+        self._freeze_statistics()
 
     def check_stages(self, stages: Sequence[StageConfig]) -> None:
         """Refuses stages that this method cannot train in, before the first step.
@@ -107,7 +107,7 @@ class Learning(nn.Module):
                 norm.momentum = self._momenta[name]
         self._learning = None
 
-    def _fix_statistics(self) -> None:
+    def _freeze_statistics(self) -> None:
         """Batch norms of the student whose weights do not learn keep their running statistics."""
         for norm in self.student.modules():
             if isinstance(norm, _BatchNorm) and norm.weight is not None and not norm.weight.requires_grad:

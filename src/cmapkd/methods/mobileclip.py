@@ -16,6 +16,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import embeddings_of
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import ensemble_divergence
@@ -103,12 +104,14 @@ class MobileCLIP(DualEncoderMethod):
         teachers = self.encode_teachers(batch) if any(name.startswith("similarity") for _, name, _ in wanted) else {}
         terms: dict[str, Term] = {}
         for pool, name, weight in wanted:
-            ours = student.with_texts(pool) if pool else student
+            of_student = student.with_texts(pool) if pool else student
             if name.startswith("contrastive"):
-                terms[name] = Term(task_loss(ours), weight)
+                terms[name] = Term(task_loss(of_student), weight)
             else:
-                theirs = {role: each.with_texts(pool) if pool else each for role, each in teachers.items()}
-                terms[name] = Term(self._similarity(ours, theirs), weight)
+                of_teachers = {
+                    role: features.with_texts(pool) if pool else features for role, features in teachers.items()
+                }
+                terms[name] = Term(self._similarity(of_student, of_teachers), weight)
         return terms
 
     def _planned(self) -> list[tuple[str, str, float]]:
@@ -124,13 +127,12 @@ class MobileCLIP(DualEncoderMethod):
     def _similarity(self, student: Features, teachers: Mapping[str, Features]) -> Tensor:
         scales = self.config.teacher_scales
         if scales is None:
-            of_teachers: list[Tensor | float] = [each.logit_scale for each in teachers.values()]
+            of_teachers: list[Tensor | float] = [features.logit_scale for features in teachers.values()]
         else:
             of_teachers = [*scales] if isinstance(scales, tuple) else [scales] * len(teachers)
         return ensemble_divergence(
-            student.image.embedding,
-            student.text.embedding,
-            [(each.image.embedding, each.text.embedding) for each in teachers.values()],
+            *embeddings_of(student),
+            [embeddings_of(teacher) for teacher in teachers.values()],
             student_scale=student.logit_scale,
             teacher_scales=of_teachers,
         )

@@ -44,7 +44,7 @@ class MasksConfig(Config):
     rate: float = Field(0.02, gt=0, description="Learning rate of masks and multipliers, whatever the schedule says.")
     strength: float = Field(10.0, ge=0, description="What both multipliers begin with.")
     choice: Literal["learned", "random"] = Field(
-        "learned", description="random: units are drawn by lot when the stage begins, for comparison."
+        "learned", description="random: units are drawn at random when the stage begins, for comparison."
     )
 
     @field_validator("sparsity")
@@ -151,7 +151,10 @@ class PruningMethod(DualEncoderMethod):
             return
         sizes = {tower: TowerSizes.read(values) for tower, values in structure["sizes"].items()}
         if sizes != {tower: parts.sizes for tower, parts in self.student.prunable.items()}:
+            learning = {name: parameter.requires_grad for name, parameter in self.student.named_parameters()}
             self.student = self.student.resized(sizes).to(self.device)
+            for name, parameter in self.student.named_parameters():  # `train_parts` has frozen some for the whole run
+                parameter.requires_grad_(learning[name])
         if structure["masked"]:
             self._mask()
         self._start = structure["start"]
@@ -174,7 +177,7 @@ class PruningMethod(DualEncoderMethod):
         if not isinstance(student, MaskedEncoder):
             return super().forward(batch, step)
         if self.training:
-            student.draw(self.step.generator("masks"))
+            student.draw((step or self.step).generator("gates"))
         terms = super().forward(batch, step)
         assert self.constraint is not None
         assert self.stage.sparsity is not None
@@ -254,6 +257,6 @@ def sampled(model: DualEncoder, num_weights: float, generator: torch.Generator) 
 
     for step in range(999, 0, -1):
         chosen = kept(step / 1000)
-        if _num_weights(towers, {tower: kept_sizes(each) for tower, each in chosen.items()}) <= num_weights:
+        if _num_weights(towers, {tower: kept_sizes(units) for tower, units in chosen.items()}) <= num_weights:
             break
     return cut(model, chosen)

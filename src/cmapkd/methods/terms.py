@@ -13,6 +13,7 @@ from cmapkd.data.batches import Extra
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows
 from cmapkd.models import DualEncoder
+from cmapkd.objectives.common import at_least_float32
 
 
 class Term(NamedTuple):
@@ -43,18 +44,24 @@ def divided(terms: Mapping[str, Term]) -> dict[str, Term]:
     counted = [name for name, term in terms.items() if term.count is not None]
     if not counted:
         return dict(terms)
-    rows = torch.stack([torch.stack([terms[n].value.float(), _number(terms[n])]) for n in counted])
+    pairs = [torch.stack(_widest(terms[name])) for name in counted]
+    wide = max((pair.dtype for pair in pairs), key=lambda dtype: dtype.itemsize)
+    rows = torch.stack([pair.to(wide) for pair in pairs])
+    if torch.is_grad_enabled() and not rows.requires_grad:
+        rows.requires_grad_()  # a process with nothing to sum must meet the others in the backward pass, too
     totals = gather_rows(rows[None]).sum(0)  # [terms, 2]
     means = {
-        name: Term(total / number.detach().clamp_min(1), terms[name].weight)
+        name: Term(total / torch.where(number > 0, number, 1.0).detach(), terms[name].weight)
         for name, (total, number) in zip(counted, totals, strict=True)
     }
     return {name: means.get(name, term) for name, term in terms.items()}
 
 
-def _number(term: Term) -> Tensor:
+def _widest(term: Term) -> tuple[Tensor, Tensor]:
+    """A term's sum and count in one type, float32 at least."""
     assert term.count is not None
-    return term.count.detach().to(device=term.value.device, dtype=torch.float32, non_blocking=True)
+    total = at_least_float32(term.value)
+    return total, term.count.detach().to(device=total.device, dtype=total.dtype, non_blocking=True)
 
 
 class AuxiliaryTerms(nn.Module, ABC):

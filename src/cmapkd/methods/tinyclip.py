@@ -15,11 +15,11 @@ from pydantic import Field
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import task_loss
+from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.pruning import PruningConfig, PruningMethod
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, FrozenTeacher
-from cmapkd.objectives import similarity_divergence
 
 
 class TinyCLIPConfig(PruningConfig):
@@ -92,15 +92,7 @@ class TinyCLIP(PruningMethod):
         config, student = self.config, self.encode_student(batch)
         terms: dict[str, Term] = {}
         if self.wants("affinity", config.alpha):
-            teacher = self.encode_teacher(batch)
-            affinity = similarity_divergence(
-                student.image.embedding,
-                student.text.embedding,
-                teacher.image.embedding,
-                teacher.text.embedding,
-                student_scale=student.logit_scale,
-                teacher_scale=teacher.logit_scale if config.logit_scale is None else config.logit_scale,
-            )
+            affinity = similarity_loss(student, self.encode_teacher(batch), teacher_scale=config.logit_scale)
             terms["affinity"] = Term(affinity, config.alpha)
         if self.wants("contrastive", 1 - config.alpha):
             terms["contrastive"] = Term(task_loss(student), 1 - config.alpha)

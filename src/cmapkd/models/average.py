@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+def follow(average: nn.Module, model: nn.Module, decay: float, *, averaged: frozenset[str] | None = None) -> None:
     """average <- decay * average + (1 - decay) * model, for parameters and for running statistics of batch norms.
 
     Buffers that are no statistics are copied as they are. They are constants or counters: a causal mask holds -inf,
@@ -20,14 +20,18 @@ def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     Args:
         average: a copy of `model`, on the same device and, if shared out among processes, in the same way.
         decay: in [0, 1]; 0 copies the model.
+        averaged: names of the parameters to average; the others, and all statistics, are copied. None: all.
     """
-    averaged = _averaged(average)
-    ours, new = ([_local(tensor) for tensor in tensors] for tensors in (averaged, _averaged(model)))
-    if decay == 0:
-        torch._foreach_copy_(ours, new)
-    else:
+    mine, theirs = _floating(average), _floating(model)
+    followed = [name for name in mine if decay and (averaged is None or name in averaged)]
+    copied = [name for name in mine if name not in {*followed}]
+    if followed:
+        ours, new = ([_local(tensors[name]) for name in followed] for tensors in (mine, theirs))
         torch._foreach_lerp_(ours, new, 1 - decay)
-    known = {id(tensor) for tensor in averaged}
+    if copied:
+        ours, new = ([_local(tensors[name]) for name in copied] for tensors in (mine, theirs))
+        torch._foreach_copy_(ours, new)
+    known = {id(tensor) for tensor in mine.values()}
     for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
         if id(kept) not in known:
             kept.copy_(buffer)
@@ -38,16 +42,16 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _averaged(model: nn.Module) -> list[Tensor]:
-    """Parameters and running statistics, in an order that only depends on the model's structure."""
-    statistics = [
-        statistic
-        for module in model.modules()
+def _floating(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and running statistics, by names that only depend on the model's structure."""
+    statistics = {
+        f"{path}.{name}": statistic
+        for path, module in model.named_modules()
         if isinstance(module, _BatchNorm)
-        for statistic in (module.running_mean, module.running_var)
+        for name, statistic in (("running_mean", module.running_mean), ("running_var", module.running_var))
         if statistic is not None
-    ]
-    return [parameter.detach() for parameter in model.parameters()] + statistics
+    }
+    return {name: parameter.detach() for name, parameter in model.named_parameters()} | statistics
 
 
 class MovingAverage(nn.Module):

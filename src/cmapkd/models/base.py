@@ -184,7 +184,8 @@ class DualEncoder(Model):
         )
 
     def after_step(self) -> None:
-        self.clamp_logit_scale()
+        if self.log_logit_scale.requires_grad:  # a frozen one stays as it is
+            self.clamp_logit_scale()
 
     def measurements(self) -> dict[str, Tensor]:
         return {"logit_scale": self.log_logit_scale.detach().exp().reshape(())}

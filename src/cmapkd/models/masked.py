@@ -24,10 +24,10 @@ from cmapkd.models.types import BOTH, Tower, TowerFeatures
 
 @dataclass(frozen=True, slots=True)
 class _Folded:
-    """A tower with gates: the weights that they multiply, and the channels that are not 0."""
+    """A tower with gates: the weights that they multiply, and whether each channel's gate is not 0."""
 
     weights: dict[str, Tensor]
-    channels: Bool[Tensor, " channels"]
+    kept: Bool[Tensor, " channels"]
 
 
 class MaskedEncoder(DualEncoder):
@@ -38,11 +38,12 @@ class MaskedEncoder(DualEncoder):
     after taking out the units with gate 0 computes the same, and that is what `shrunk` returns and `save` writes.
 
     In training mode gates are drawn anew by each `draw`, for all samples of the batch alike; in eval mode, and before
-    the first draw, they are fixed. Nothing of a step waits for the device.
+    the first draw, they are fixed.
 
     Attributes:
         model: the full model.
         masks: log alpha of each group of units, by tower and group.
+
     Raises:
         ValueError: the model's family cannot be taken apart.
     """
@@ -86,16 +87,16 @@ class MaskedEncoder(DualEncoder):
         """New gates, until the next draw.
 
         Args:
-            generator: on the CPU, the same in every process: all of them then train the same masks.
+            generator: what they are drawn from, on the CPU, the same in every process.
         """
-        sizes = [len(log_alpha) for log_alpha in self.masks.values()]
-        uniforms = torch.rand(sum(sizes), generator=generator).to(self.device, non_blocking=True).split(sizes)
-        gates = {
-            name: drawn_gates(self.masks[name], uniform) for name, uniform in zip(self.masks, uniforms, strict=True)
-        }
+
+        def drawn(log_alpha: Tensor) -> Tensor:
+            uniform = torch.rand(len(log_alpha), generator=generator).to(log_alpha.device, non_blocking=True)
+            return drawn_gates(log_alpha, uniform)
+
         self._drawn = {
-            tower: self._folded(tower, {name: gates[f"{tower}_{name}"] for name in parts.groups})
-            for tower, parts in self.towers.items()
+            tower: self._folded(tower, {name: drawn(alpha) for name, alpha in self._log_alphas(tower).items()})
+            for tower in self.towers
         }
 
     @torch.no_grad()
@@ -139,7 +140,7 @@ class MaskedEncoder(DualEncoder):
         drawn = self._drawn.get(tower) if self.training else None
         folded = drawn or self._folded(tower, self._fixed(tower))
         weights = {f"model.{name}": weight for name, weight in folded.weights.items()}
-        with self._norms_over(folded.channels, tower):
+        with self._norms_over(folded.kept, tower):
             output: TowerFeatures = functional_call(_Call(self.model), weights, (f"encode_{tower}", inputs, levels))
         return output
 
@@ -160,14 +161,12 @@ class MaskedEncoder(DualEncoder):
         return _Folded(weights, gates["channels"] != 0)
 
     @contextmanager
-    def _norms_over(self, channels: Bool[Tensor, " channels"], tower: Tower) -> Iterator[None]:
+    def _norms_over(self, kept: Bool[Tensor, " channels"], tower: Tower) -> Iterator[None]:
         """While the context is open, the tower's norms see these channels alone."""
 
-        def normalised(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            assert isinstance(norm.eps, float)
-            assert isinstance(norm.weight, Tensor)
-            assert isinstance(norm.bias, Tensor)
-            return _norm_of_some(inputs[0], norm.weight, norm.bias, channels, norm.eps).to(output.dtype)
+        def normalised(norm: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+            assert isinstance(norm, nn.LayerNorm)
+            return _norm_over(kept, inputs[0], norm)
 
         handles = [self.model.get_submodule(n).register_forward_hook(normalised) for n in self.towers[tower].norms]
         try:
@@ -177,23 +176,18 @@ class MaskedEncoder(DualEncoder):
                 handle.remove()
 
 
-def _norm_of_some(
-    x: Float[Tensor, "*batch channels"],
-    weight: Float[Tensor, " channels"],
-    bias: Float[Tensor, " channels"],
-    channels: Bool[Tensor, " channels"],
-    eps: float,
+def _norm_over(
+    kept: Bool[Tensor, " channels"], x: Float[Tensor, "*batch channels"], norm: nn.LayerNorm
 ) -> Float[Tensor, "*batch channels"]:
-    """Layer norm over some of the channels; 0 in the others. Float32 or wider.
+    """A layer norm over the kept channels, 0 in the others; float32 or wider.
 
-    How many they are stays on the device: to select them would make the host wait for their number.
+    Written out over all channels: to pick the kept ones, the host would wait for a GPU to say how many there are.
     """
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    kept = channels.to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count = kept.sum()
-    centred = (x - (x * kept).sum(-1, keepdim=True) / count) * kept
+    centred = torch.where(kept, wide - torch.where(kept, wide, 0.0).sum(-1, keepdim=True) / count, 0.0)
     variance = centred.square().sum(-1, keepdim=True) / count
-    return (centred * (variance + eps).rsqrt() * weight + bias) * kept
+    return torch.where(kept, centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias, 0.0)
 
 
 class _Call(nn.Module):

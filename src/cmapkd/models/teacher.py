@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from cmapkd.config import closest
 from cmapkd.data.types import Batch
 from cmapkd.models.average import follow
 from cmapkd.models.base import DualEncoder
@@ -114,6 +115,8 @@ class MomentumTeacher(nn.Module):
     Args:
         student: copied; every parameter of the copy is frozen.
         decay: weight of the past in the first step, in [0, 1).
+        parts: names in the student's `parts` that are averaged (`projections`, ...); the rest is the student as it is.
+            None: everything is averaged.
         schedule: constant; or cosine, where the decay rises to 1 at the end of the run (BYOL, arXiv:2006.07733).
     """
 
@@ -126,13 +129,21 @@ class MomentumTeacher(nn.Module):
         *,
         decay: float = 0.999,
         schedule: Literal["constant", "cosine"] = "constant",
+        parts: Sequence[str] | None = None,
         role: str = "momentum",
     ) -> None:
         super().__init__()
+        known = student.parts
+        for part in parts or ():
+            if part not in known:
+                raise ValueError(
+                    f"{student.name} has no part {part!r}{closest(part, known)}; it has: {', '.join(known)}"
+                )
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of a momentum teacher is {decay:g}: give a number from 0 to below 1")
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
         self.decay, self.schedule, self.role = decay, schedule, role
+        self.averaged = None if parts is None else frozenset().union(*(known[part] for part in parts))
 
     @property
     def name(self) -> str:
@@ -155,7 +166,7 @@ class MomentumTeacher(nn.Module):
             step: optimizer steps done before the one that just ended.
             total: of the whole run.
         """
-        follow(self.model, student, self.decay_at(step, total))
+        follow(self.model, student, self.decay_at(step, total), averaged=self.averaged)
 
     def decay_at(self, step: int, total: int) -> float:
         """Weight of the past at a step, in [0, 1)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,12 @@ def _read_torch(path: Path, *, averaged: bool) -> Any:
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if not begins.startswith((b"PK", b"\x80")) or not _whole(path, begins):  # no archive and no pickle
+            raise ValueError(
+                f"{path} is damaged, or no weight file ({type(error).__name__}): copy or download it again."
+            ) from None
         objects = _other_objects(path)
         holds = f"holds Python objects ({_shown(objects)})" if objects else "is damaged, or holds Python objects"
         raise ValueError(
@@ -75,6 +82,11 @@ def _read_torch(path: Path, *, averaged: bool) -> Any:
             "its origin, convert it once where it was made, and name the new file as `checkpoint`: "
             f"{_conversion(path, objects, averaged=averaged)}"
         ) from None
+
+
+def _whole(path: Path, begins: bytes) -> bool:
+    """Whether an archive has its end, where its table of contents stands."""
+    return begins != b"PK" or zipfile.is_zipfile(path)
 
 
 def _numpy_scalars() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

@@ -28,8 +28,8 @@ def kendall_tau(
             f"two rankings of the same candidates are compared, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
     rows = max(1, _CELLS // max(1, first.shape[1] ** 2))
-    found = [_tau(one, other) for one, other in zip(first.split(rows), second.split(rows), strict=True)]
-    return torch.cat(found) if found else first.new_zeros(0)
+    taus = [_tau(one, other) for one, other in zip(first.split(rows), second.split(rows), strict=True)]
+    return torch.cat(taus) if taus else first.new_zeros(0)
 
 
 def _tau(first: Tensor, second: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from cmapkd.run.build import (
     build_student,
+    check_training,
     classes_of,
     heads_of,
     load_teachers,
@@ -19,6 +20,7 @@ __all__ = [
     "RunConfig",
     "answer_from_cache",
     "build_student",
+    "check_training",
     "classes_of",
     "heads_of",
     "load_teachers",

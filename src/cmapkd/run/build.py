@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Reader
 from cmapkd.data.open import open_streams
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
@@ -60,6 +62,28 @@ def method_of(
     return build_method(
         config.method, student=student, teacher=first, more_teachers=further, auxiliary=heads, classes=classes
     )
+
+
+def check_training(config: RunConfig, method: Method, source: Source) -> Method:
+    """The method with the parts frozen that do not learn; refuses what the trainer would, before a cache is built.
+
+    Raises:
+        ConfigError: a part, stage, term or stream that is not there, or streams that a batch has no room for.
+        ValueError: fewer samples than a batch has.
+    """
+    training, streams = config.training, streams_of(source)
+    sampler = PlanSampler(
+        len(source), batch_size=training.batch_size, seed=config.seed, start=0, stop=0, streams=streams
+    )
+    if training.train_parts is not None:
+        method.train_only(training.train_parts)
+    method.check_teachers()
+    stages = training.stages or method.default_stages
+    method.check_stages(stages)
+    for stage in stages:
+        if stage.data is not None:
+            sampler.check_stream(stage.data)
+    return method
 
 
 def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:

@@ -13,6 +13,7 @@ from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Source
 from cmapkd.methods import Method
+from cmapkd.methods.stages import stage_ends, stream_by_step
 from cmapkd.models import build_model
 from cmapkd.run.build import text_choice
 from cmapkd.run.config import RunConfig
@@ -31,7 +32,12 @@ def plan_cache(
         streams, seed = streams_of(source), config.seed
         sampler = PlanSampler(length, batch_size=batch_size, seed=seed, start=0, stop=0, streams=streams)
         steps = config.training.num_steps(sampler.steps_per_epoch)
-        keys = keys_of_run(length, batch_size=batch_size, seed=seed, steps=steps, views=views, streams=streams)
+        stages = config.training.stages or method.default_stages
+        ends = stage_ends(stages, total=steps, steps_per_epoch=sampler.steps_per_epoch)
+        only = stream_by_step(stages, ends)
+        keys = keys_of_run(
+            length, batch_size=batch_size, seed=seed, steps=steps, views=views, streams=streams, only=only
+        )
     return CachePlan.of_method(
         config.cache or CacheConfig(),
         method,

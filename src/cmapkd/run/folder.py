@@ -12,7 +12,7 @@ import yaml
 
 from cmapkd.config import ConfigError, fixed_differences, refuse_secrets, writing
 from cmapkd.config.disk import flush, write_text
-from cmapkd.models import DualEncoder
+from cmapkd.models import Model
 from cmapkd.provenance import describe_environment
 from cmapkd.run.config import RunConfig
 
@@ -68,7 +68,7 @@ def changed_settings(before: Any, config: RunConfig) -> dict[str, str]:
     return fixed_differences(config, before, config.plain())
 
 
-def save_student(student: DualEncoder, folder: Path) -> None:
+def save_student(student: Model, folder: Path) -> None:
     """Writes the model folder whole: under another name first."""
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,7 @@ from cmapkd.data.types import Source
 from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import evaluate
 from cmapkd.evaluation.suite import count_parameters
-from cmapkd.models import DualEncoder, build_model, load_model
+from cmapkd.models import Model, build_model, load_model
 from cmapkd.results import Scores, gap_closed
 from cmapkd.run.config import RunConfig
 from cmapkd.training import TrainResult
@@ -25,8 +25,8 @@ def validator_of(config: RunConfig) -> Any:
         return None
     source = open_source(config.data.val, split="val")
 
-    def validate(student: DualEncoder) -> dict[str, float]:
-        scores = _evaluate(student, source, config, device=next(student.parameters()).device)
+    def validate(student: Model) -> dict[str, float]:
+        scores = _evaluate(student, source, config, device=student.device)
         numbers: dict[str, float] = {headline.label: number for headline, number in headlines(scores).values()}
         first = next(iter(numbers.values()))
         if "retrieval" in scores:  # recall says nothing without what it is of
@@ -36,7 +36,7 @@ def validator_of(config: RunConfig) -> Any:
     return validate
 
 
-def _evaluate(model: DualEncoder, source: Source, config: RunConfig, *, device: torch.device) -> Scores:
+def _evaluate(model: Model, source: Source, config: RunConfig, *, device: torch.device) -> Scores:
     """Scores of a model.
 
     Raises:
@@ -66,7 +66,7 @@ def open_final(config: RunConfig) -> Source | None:
 def measure(
     config: RunConfig,
     source: Source | None,
-    student: DualEncoder,
+    student: Model,
     baseline: Path | None,
     teacher_scores: Scores | None,
     *,
@@ -74,7 +74,7 @@ def measure(
 ) -> dict[str, Any]:
     """Scores on the final source of student, baseline and the first teacher, to which the gap is taken."""
 
-    def scores(model: DualEncoder | None) -> Scores | None:
+    def scores(model: Model | None) -> Scores | None:
         if model is None:
             return None
         if source is None:

@@ -10,12 +10,14 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from cmapkd.config import writing
+from cmapkd.config import ConfigError, writing
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.models import DualEncoder, MomentumTeacher
+from cmapkd.models.activation import assumption
 from cmapkd.run.build import (
     build_student,
+    check_training,
     classes_of,
     heads_of,
     load_teachers,
@@ -40,6 +42,12 @@ def train(
     teachers = load_teachers(config)
     torch.manual_seed(config.seed)
     student = build_student(config, source, teachers)
+    if config.baseline == "scratch":
+        _check_parts_of_baseline(config, student)
+    if console is not None and PartialState().is_main_process:
+        for model in (student, *(teacher.model for teacher in teachers.values())):
+            if (assumed := assumption(model)) is not None:
+                console.print(f"{title}: {assumed}", markup=False, highlight=False, soft_wrap=True)
     classes = classes_of(config, source)
     if classes is not None and "teacher" in teachers:
         teachers["teacher"].to(PartialState().device)  # a method embeds the classes with it when it is built
@@ -48,6 +56,7 @@ def train(
     method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
     texts = texts_of(config, method, source)
     assert config.data.views is not None
+    check_training(config, method, source)
     stored = answer_from_cache(config, method, source, console) if config.cache else {}
     teachers.clear()  # a cached one has no weights, and this would keep them
     builder = BatchBuilder(
@@ -93,3 +102,18 @@ def train(
             with writing(out):
                 method.auxiliary.save(out / "heads")
     return student, trained, extra
+
+
+def _check_parts_of_baseline(config: RunConfig, student: DualEncoder) -> None:
+    """Refuses parts that only the run's method knows, before the student is trained and not after.
+
+    Raises:
+        ConfigError: the baseline could not train the same parts.
+    """
+    unknown = [part for part in config.training.train_parts or () if part not in student.parts]
+    if unknown:
+        raise ConfigError(
+            f"baseline scratch trains the same parts of the student, but {', '.join(unknown)} of training.train_parts "
+            f"belongs to method {config.method.name} alone: name parts of {', '.join(student.parts)}, or set "
+            "baseline=none"
+        )

@@ -199,6 +199,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
+    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, entry in state.items():
+        shapes = {value.shape for value in entry.values() if value.ndim}
+        if place >= len(numbered) or not shapes <= {numbered[place].shape}:
+            raise ValueError(
+                f"the checkpoint's optimizer state of parameter {place} does not fit this run, in which other "
+                "parameters learn: resume with the settings that the run was started with"
+            )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

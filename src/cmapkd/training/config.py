@@ -116,12 +116,19 @@ class TrainConfig(Config):
         return self.device == "cpu" or not torch.accelerator.is_available()
 
     def without_stages(self) -> TrainConfig:
-        """The same length in one piece, for a method that lacks the stages' terms and levels."""
+        """The same length, for a method that lacks the stages' terms and levels.
+
+        In one piece; or in stages of the same lengths that read the same streams, where a stage reads one alone.
+        """
+        if any(stage.data is not None for stage in self.stages):
+            lengths = ("name", "share", "steps", "epochs", "data")
+            alike = tuple(StageConfig(**{key: getattr(stage, key) for key in lengths}) for stage in self.stages)
+            return self.model_copy(update={"stages": alike})
         given: dict[str, Any] = {"stages": ()}
         for unit in ("steps", "epochs"):
-            lengths = [getattr(stage, unit) for stage in self.stages]
-            if lengths and None not in lengths:
-                given[unit] = sum(lengths)
+            stated = [getattr(stage, unit) for stage in self.stages]
+            if stated and None not in stated:
+                given[unit] = sum(stated)
         return self.model_copy(update=given)
 
     def num_steps(self, steps_per_epoch: int) -> int:

@@ -106,15 +106,16 @@ class ShardedMethod:
         self.average.load_state_dict(shared_like(tensors, self.average.state_dict()))
 
     def _shard_teacher(self, teacher: Teacher) -> None:
+        # a momentum teacher is shared out as the method is, so that it can follow the student share by share
+        if teacher.from_disk or isinstance(teacher, MomentumTeacher):
+            return
         if isinstance(self.method.student, JoinedEncoder):
             raise ValueError(
                 "training.shard_teacher is set, but this student's text tower is the teacher's, and is saved and "
                 "evaluated whole: leave it off"
             )
-        # a momentum teacher is shared out as the method is, so that it can follow the student share by share
-        if not teacher.from_disk and not isinstance(teacher, MomentumTeacher):
-            teacher.to(self.mesh.device_type)
-            shard(teacher.model, self.mesh, keep_root=False)
+        teacher.to(self.mesh.device_type)
+        shard(teacher.model, self.mesh, keep_root=False)
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, *, keep_root: bool = True) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from cmapkd.models import MomentumTeacher
 
 
 class SharedStatistics:
@@ -15,28 +17,34 @@ class SharedStatistics:
 
     The wrapper of whole methods could send the first process's buffers to all others before every forward pass. That
     costs a broadcast of every buffer, most of which are the same everywhere, and throws the other processes' statistics
-    away. This exchanges the statistics alone, in one piece.
+    away. This exchanges the statistics alone, in one piece. Those that no process changes are left alone: of frozen
+    norms, and of a momentum teacher, which follows its student.
 
     Args:
         method: whose batch norms are looked at, now.
     """
 
     def __init__(self, method: nn.Module) -> None:
-        self.tensors = list(_running(method)) if dist.is_available() and dist.is_initialized() else []
+        self.norms = [*_norms(method)] if dist.is_available() and dist.is_initialized() else []
 
     @torch.no_grad()
     def average(self) -> None:
         """After an optimizer step; every process must call it. Without batch norms, or alone, it does nothing."""
-        if not self.tensors or dist.get_world_size() == 1:
+        moving = [norm for norm in self.norms if norm.momentum != 0]
+        tensors = [each for norm in moving for each in (norm.running_mean, norm.running_var) if each is not None]
+        if not tensors or dist.get_world_size() == 1:
             return
-        whole = torch.cat([tensor.flatten() for tensor in self.tensors])
+        whole = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(whole)
         whole /= dist.get_world_size()
-        for tensor, mean in zip(self.tensors, whole.split([tensor.numel() for tensor in self.tensors]), strict=True):
+        for tensor, mean in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
 
-def _running(method: nn.Module) -> Iterator[Tensor]:
-    for module in method.modules():
-        if isinstance(module, _BatchNorm):
-            yield from (each for each in (module.running_mean, module.running_var) if each is not None)
+def _norms(module: nn.Module) -> Iterator[_BatchNorm]:
+    if isinstance(module, MomentumTeacher):
+        return
+    if isinstance(module, _BatchNorm):
+        yield module
+    for child in module.children():
+        yield from _norms(child)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,12 +55,12 @@ class Agreement:
     """Whether any process was asked to stop, so that all stop after the same step.
 
     Several processes know of a request one step after it came. The exchange runs on the hosts while the step computes,
-    so no process waits for its device.
+    so no process waits for its device. Every process must make one, and call it in every step.
     """
 
     def __init__(self) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = _host_group() if several else None
+        self.group: Any = dist.new_group(backend="gloo") if several else None
         self._asked: tuple[Any, Tensor] | None = None
 
     def stop(self, asked: bool) -> bool:
@@ -84,11 +83,6 @@ class Agreement:
         self._asked = None
         exchange.wait()
         return bool(flag)
-
-
-@lru_cache(maxsize=1)
-def _host_group() -> Any:
-    return dist.new_group(backend="gloo")
 
 
 class FiniteWatch:
@@ -115,11 +109,11 @@ class FiniteWatch:
         self._waiting = finite, step, {name: value.detach() for name, value in terms.items()}, norm.detach(), ids
         return finite
 
-    def check(self, kept: Sequence[Path]) -> None:
+    def check(self, checkpoints: Callable[[], Sequence[Path]]) -> None:
         """Waits for the step that was last noted.
 
         Args:
-            kept: checkpoints, oldest first, for the message.
+            checkpoints: lists them, oldest first; asked for the message alone.
         Raises:
             NonFiniteLossError: its loss or gradient is not finite.
         """
@@ -127,6 +121,7 @@ class FiniteWatch:
         if waiting is None or bool(waiting[0]):
             return
         _, step, terms, norm, ids = waiting
+        kept = checkpoints()
         values = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
         shown = ", ".join(ids[:8]) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
         raise NonFiniteLossError(

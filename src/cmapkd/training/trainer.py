@@ -139,6 +139,7 @@ class Trainer:
         method.micro_batch, method.local_loss = config.micro_batch, config.local_loss
         if config.train_parts is not None:
             method.train_only(config.train_parts)
+        method.check_teachers()
         method.check_stages(self.stages)  # a wrong name shows now, not when its stage begins
         whole = method.why_whole(self.stages)
         if config.sharding != "none" and self.accelerator.num_processes > 1 and whole is not None:
@@ -225,7 +226,7 @@ class Trainer:
             last = step == self.total
             logged, saved = self._logged(step), step % self.checkpoint_every == 0 or last or stopping
             if logged or saved or self._validates(step):
-                self.finite.check(checkpoints.list_checkpoints(self.checkpoint_folder))
+                self.finite.check(self._kept)
             elapsed, clock = time.perf_counter() - clock, time.perf_counter()
             seconds, pairs = seconds + elapsed, pairs + self.config.batch_size
             self.progress.seconds += elapsed
@@ -267,14 +268,13 @@ class Trainer:
         self.ledger.add(len(batch), batch.bad)
         self.ledger.check_share(self.max_bad_share)
         device = self.accelerator.device
-        kept = partial(checkpoints.list_checkpoints, self.checkpoint_folder)
         try:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
                 # micro-batches bring their pixels to the device themselves, each when it is encoded
                 moved = batch.to(device, non_blocking=True, images=self.config.micro_batch is None)
                 terms = self.engine.wrapped(moved, info)
         except Exception:
-            self.finite.check(kept())  # weights that are no numbers explain what a method then refuses
+            self.finite.check(self._kept)  # weights that are no numbers explain what a method then refuses
             raise
         if not terms:
             where = f" in stage {self.stage.name!r}" if len(self.stages) > 1 else ""
@@ -284,7 +284,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, rate)
         self.accelerator.backward(loss)
         norm = self.engine.clip(self.optim.max_gradient_norm or float("inf"))
-        self.finite.check(kept())  # of the step before, which the device has done by now
+        self.finite.check(self._kept)  # of the step before: the device has computed it
         raw = {name: term.value for name, term in terms.items()}
         finite = self.finite.watch(loss, norm, step=info.step + 1, terms=raw, ids=batch.ids)
         self.engine.update(info, finite)
@@ -293,6 +293,9 @@ class Trainer:
         values |= {f"terms/{name}": value.detach() for name, value in raw.items()}
         values |= self.method.measurements | self.method.student.measurements()
         return values | {"learning_rate": rate, "gradient_norm": norm.detach()}
+
+    def _kept(self) -> list[Path]:
+        return checkpoints.list_checkpoints(self.checkpoint_folder)
 
     def _agreed(self, stop: bool) -> bool:
         return self.agreement.stop(stop)
@@ -356,7 +359,6 @@ class Trainer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            live = any(not teacher.from_disk for teacher in self.method.teachers.values())
-            step = self.progress.step + 1
+            step, live = self.progress.step + 1, self.method.could_read_answers
             advice = memory_advice(self.config, on_device=str(error), live_teacher=live, workers=self.workers)
             raise OutOfMemory(f"memory ran out at step {step} ({first_line(error)}). {advice}") from error

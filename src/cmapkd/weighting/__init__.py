@@ -1,4 +1,4 @@
-"""How much each level or term counts, for each sample. `WEIGHTINGS` lists the strategies; a new one adds one line."""
+"""How much each level or term counts, for each sample. `WEIGHTINGS` lists the strategies."""
 
 from cmapkd.weighting.attention import AttentionConfig, AttentionWeighting
 from cmapkd.weighting.base import Weighted, Weighting, WeightingConfig

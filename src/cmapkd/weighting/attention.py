@@ -52,5 +52,5 @@ class AttentionWeighting(BoundedGate):
     def logits(self, context: Float[Tensor, "batch context_dim"]) -> Float[Tensor, "batch items"]:
         vectors = zip(self.keys, context.split(self.widths, dim=-1), strict=True)
         keys = torch.stack([key(F.layer_norm(vector, vector.shape[-1:])) for key, vector in vectors], dim=1)
-        found: Tensor = keys @ self.query / len(self.query) ** 0.5
-        return found
+        logits: Tensor = keys @ self.query / len(self.query) ** 0.5
+        return logits

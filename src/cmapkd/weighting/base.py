@@ -72,7 +72,9 @@ class Weighting(nn.Module, ABC):
     reads_context: ClassVar[bool] = False
     """Whether the weights depend on what describes a sample, whatever that is."""
     reads_levels: ClassVar[bool] = False
-    """Whether a sample's context is its items' own vectors, one after the other, which only levels have."""
+    """Whether a sample's context is its items' own vectors, one after the other, which only levels have.
+
+    Such a weighting is made with `widths`, of these vectors, in place of `context_dim`."""
 
     def __init__(
         self,

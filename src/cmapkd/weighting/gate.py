@@ -138,8 +138,8 @@ class GateWeighting(BoundedGate):
         nn.init.zeros_(self.output.bias)
 
     def logits(self, context: Float[Tensor, "batch context_dim"]) -> Float[Tensor, "batch items"]:
-        found: Tensor = self.output(F.gelu(self.hidden(F.layer_norm(context, (self.context_dim,)))))
-        return found
+        logits: Tensor = self.output(F.gelu(self.hidden(F.layer_norm(context, (self.context_dim,)))))
+        return logits
 
 
 def entropy_floor(num_items: int, strength: float) -> float:

@@ -57,7 +57,7 @@ class _Clock:
     closed: int = 0  # windows that earned a reward
     acting: int = 0  # 1: this window tries an action
     learning: int = 0  # 1: the window before tried one, and its advantage is known
-    seen: int = 0  # samples in the statistics of the context
+    samples: int = 0  # samples in the statistics of the context
 
 
 class PolicyWeighting(Weighting):
@@ -233,16 +233,16 @@ class PolicyWeighting(Weighting):
 
     def _collect(self, context: Tensor) -> None:
         """Adds a batch to the mean and the squared distances of the context."""
-        seen, new = self.clock.seen, len(context)
+        seen, new = self.clock.samples, len(context)
         mean = context.mean(0)
         step = mean - self.context_mean
         self.context_squares += (context - mean).square().sum(0) + step.square() * (seen * new / (seen + new))
         self.context_mean += step * (new / (seen + new))
-        self.clock.seen += new
+        self.clock.samples += new
 
     def _features(self, context: Tensor) -> Float[Tensor, "batch features"]:
         """Rows of length one: a constant, and as much again that depends on the context."""
-        std = (self.context_squares / max(1, self.clock.seen)).sqrt()
+        std = (self.context_squares / max(1, self.clock.samples)).sqrt()
         standard = (context - self.context_mean) / torch.where(std > 1e-6, std, 1.0)
         features = F.normalize((standard @ self.projection.T).tanh(), dim=-1)
         return torch.cat([torch.ones_like(features[:, :1]), features], dim=-1) / 2**0.5

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from cmapkd.config import ConfigError, closest
-from cmapkd.weighting.attention import AttentionConfig, AttentionWeighting
+from cmapkd.config import ConfigError, Registry, closest
+from cmapkd.weighting.attention import AttentionWeighting
 from cmapkd.weighting.base import Weighting, WeightingConfig
 from cmapkd.weighting.gate import GateWeighting
 from cmapkd.weighting.gradnorm import GradNormWeighting
@@ -15,15 +15,20 @@ from cmapkd.weighting.policy import PolicyWeighting
 from cmapkd.weighting.uncertainty import UncertaintyWeighting
 from cmapkd.weighting.uniform import UniformWeighting
 
-WEIGHTINGS: dict[str, type[Weighting]] = {
-    "uniform": UniformWeighting,
-    "manual": ManualWeighting,
-    "uncertainty": UncertaintyWeighting,
-    "gradnorm": GradNormWeighting,
-    "gate": GateWeighting,
-    "attention": AttentionWeighting,
-    "policy": PolicyWeighting,
-}
+WEIGHTINGS: Registry[type[Weighting]] = Registry(
+    "cmapkd.weightings",
+    {
+        "uniform": UniformWeighting,
+        "manual": ManualWeighting,
+        "uncertainty": UncertaintyWeighting,
+        "gradnorm": GradNormWeighting,
+        "gate": GateWeighting,
+        "attention": AttentionWeighting,
+        "policy": PolicyWeighting,
+    },
+    base=Weighting,
+)
+"""The weightings by name: those here, and those that installed packages offer in the group `cmapkd.weightings`."""
 
 
 def weighting_config(value: Any) -> WeightingConfig:
@@ -88,15 +93,15 @@ def make_weighting(
             f"weighting {config.name} balances the gradients of whole terms, so it cannot weigh levels: use it as "
             "method.term_weighting, or choose another weighting of levels"
         )
+    make: Any = kind
     if not kind.reads_levels:
-        return kind(config, items=items, context_dim=context_dim)
+        return cast(Weighting, make(config, items=items, context_dim=context_dim))
     if level_widths is None:
         raise ConfigError(
             f"weighting {config.name} looks at the vectors of levels, which whole terms have none of: use it as "
             "method.weighting of cmapkd, or choose another weighting of terms"
         )
-    assert isinstance(config, AttentionConfig)
-    return AttentionWeighting(config, items=items, widths=level_widths)
+    return cast(Weighting, make(config, items=items, widths=level_widths))
 
 
 def _of_names(value: Mapping[Any, Any] | tuple[Any, ...]) -> bool:

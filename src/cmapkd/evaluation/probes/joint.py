@@ -216,7 +216,7 @@ def _need(found: Sequence[Any], name: str, what: str, source: Source, samples: S
 def _shape(student: DualEncoder) -> tuple[int, Grid]:
     """How many cells the student's patches have, and their rows and columns."""
     size = student.image_spec.size
-    device = student.log_logit_scale.device
+    device = student.device
     with evaluating(student, device, None):
         tower = student.encode_image(torch.zeros(1, 3, size, size, device=device), (patch_level(student).name,))
         patches, grid = patches_of(student, tower)

@@ -46,7 +46,7 @@ def train_probe(
         Interrupted, NonFiniteLossError: see `Trainer.run`.
     """
     bench, seed = subject.bench, subject.bench.suite.probes.seed
-    encoder = copy.deepcopy(subject.model) if config.fine_tune else subject.model
+    encoder = copy.deepcopy(subject.dual) if config.fine_tune else subject.dual
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = make_head()
@@ -104,7 +104,7 @@ def _identity(task: str, subject: Subject, config: ProbeConfig) -> dict[str, Any
     assert bench.train is not None
     return {
         "task": task,
-        "model": weights_digest(subject.model),
+        "model": weights_digest(subject.dual),
         "train": bench.train.name,
         "train_fingerprint": bench.train.fingerprint(),
         "templates": bench.config.templates,

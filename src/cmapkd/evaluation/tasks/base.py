@@ -6,11 +6,9 @@ from abc import ABC
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
-
 from cmapkd.config import Config
 from cmapkd.evaluation.subject import Bench, Subject
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, Model
 
 
 class Column(NamedTuple):
@@ -38,7 +36,7 @@ class Task(ABC):
 
     title: ClassVar[str]
     Settings: ClassVar[type[Config]] = Config  # which knows no key
-    reads: ClassVar[type[nn.Module]] = DualEncoder  # the contract that a model must keep
+    reads: ClassVar[type[Model]] = DualEncoder  # type: ignore[type-abstract]  # the contract that a model must keep
     headline: ClassVar[Headline | None] = None
     columns: ClassVar[tuple[Column, ...]] = ()
     alone: ClassVar[bool] = False  # needs one model and the source, nothing else: a run can end with it

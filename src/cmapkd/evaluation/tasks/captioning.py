@@ -75,8 +75,8 @@ class Captioning(Task):
 
         def make_head() -> DecoderHead:
             return DecoderHead(
-                patch_width=patch_level(subject.model).width,
-                embed_dim=subject.model.embed_dim,
+                patch_width=patch_level(subject.dual).width,
+                embed_dim=subject.dual.embed_dim,
                 cells=features.patches.shape[1],
                 words=len(words),
                 length=config.length,

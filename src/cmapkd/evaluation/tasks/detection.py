@@ -73,8 +73,8 @@ class Detection(Task):
 
         def make_head() -> DetectorHead:
             return DetectorHead(
-                patch_width=patch_level(subject.model).width,
-                embed_dim=subject.model.embed_dim,
+                patch_width=patch_level(subject.dual).width,
+                embed_dim=subject.dual.embed_dim,
                 grid=features.grid,
                 names=base_weights,
                 scales=config.scales,

@@ -28,7 +28,7 @@ class Efficiency(Task):
     )
 
     def measure(self, subjects: Sequence[Subject], bench: Bench) -> list[dict[str, Any]]:
-        models = {subject.name: subject.model for subject in subjects}
+        models = {subject.name: subject.dual for subject in subjects}
         measured = efficiency(models, self.settings, device=bench.device)
         return [result | {"shown": _shown(result)} for result in measured.values()]
 

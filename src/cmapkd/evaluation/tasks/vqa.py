@@ -37,7 +37,7 @@ class VQA(Task):
     def missing(self, subject: Subject) -> str | None:
         if not any(sample.questions for sample in subject.bench.first_samples):
             return f"none of its first {len(subject.bench.first_samples)} samples has a question"
-        text_level(subject.model)
+        text_level(subject.dual)
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:
@@ -72,10 +72,10 @@ class VQA(Task):
 
         def head() -> FusionHead:
             return FusionHead(
-                patch_width=patch_level(subject.model).width,
-                embed_dim=subject.model.embed_dim,
+                patch_width=patch_level(subject.dual).width,
+                embed_dim=subject.dual.embed_dim,
                 cells=features.patches.shape[1],
-                text_width=text_level(subject.model).width,
+                text_width=text_level(subject.dual).width,
                 answers=len(answers),
                 width=config.width,
                 depth=config.depth,

@@ -50,5 +50,5 @@ class Calibration(ZeroShot):
 
     def score(self, subject: Subject) -> dict[str, Any]:
         embedded = subject.embedded
-        scale = float(subject.model.log_logit_scale.detach().exp())
+        scale = float(subject.dual.log_logit_scale.detach().exp())
         return zero_shot_calibration(embedded.images, embedded.labels, subject.class_weights, logit_scale=scale)

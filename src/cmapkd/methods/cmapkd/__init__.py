@@ -1,7 +1,8 @@
 """CMAPKD: a pyramid of levels in both modalities, aligned across them, weighted for each sample by a learned selection.
 
-Read in this order: `config` (what can be set), `levels` (what is read of each level), `method` (the terms), `bank` and
-`cross_modal` (terms against the bank, and between the modalities). Equations: docs/methods/cmapkd.md.
+Read in this order: `card` (the equations), `config` (what can be set), `levels` and `reading` (what is read of each
+level), `method` (the terms), `bank` and `cross_modal` (terms against the bank, and between the modalities). More:
+docs/methods/cmapkd.md.
 """
 
 from cmapkd.methods.cmapkd.config import AblationsConfig, BankConfig, CMAPKDConfig

@@ -94,6 +94,6 @@ def layer_relation(student: Bridged, teacher: Bridged) -> Float[Tensor, ""]:
     values = []
     for levels in INTRA.values():
         names = [name for name in levels if name in student]
-        ours, theirs = (torch.stack([side[name] for name in names], dim=1) for side in (student, teacher))
-        values.append(layer_relation_distance(ours, theirs).mean())
+        of_student, of_teacher = (torch.stack([side[name] for name in names], dim=1) for side in (student, teacher))
+        values.append(layer_relation_distance(of_student, of_teacher).mean())
     return torch.stack(values).mean()

@@ -25,11 +25,13 @@ from cmapkd.features import (
 )
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.cmapkd.bank import embeddings_against_bank, level_against_bank, pairs_against_bank
+from cmapkd.methods.cmapkd.card import CARD
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_relation
 from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LEVELS, LevelRows
 from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
 from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.in_batch import embeddings_of
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
@@ -43,32 +45,7 @@ class CMAPKD(DualEncoderMethod):
     """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
 
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
-    card: ClassVar[MethodCard] = MethodCard(
-        title="CMAPKD: cross-modal adaptive pyramid knowledge distillation",
-        paper="this project's own (docs/methods/cmapkd.md), on the embedding terms of CLIP-KD, arXiv:2307.12732",
-        equations=(
-            "L_v = mean_b Σ_i w_v[b,i] λ_i d_i[b], d_i = mean |LN(proj_i(S_i)) - LN(T_i)|² for P2 to P4, "
-            "d_P5 = |N(s) - N(t)|²; L_l the same over L1 to L4",
-            "L_pyr = mean_b Σ_ij w_c[b,ij] α_ij KL(P_T(v_i, l_j) ‖ P_S(v_i, l_j)), both directions, P the in-batch "
-            "softmax of the bridged levels; (P5, L4) in the joint space",
-            "L_int = 1/2 [CE(c v̂ t_Tᵀ, diag) + CE(c t̂ v_Tᵀ, diag)]",
-            "L_bank = 1/2 mean_b [KL(σ(s_T v_T Bᵀ) ‖ σ(s_T v̂ Bᵀ)) + the same for texts], B a bank of the teacher's "
-            "embeddings of the other modality; by level B the teacher's vectors of that level, or bridged of the other "
-            "modality's",
-            "L_rel = |G_T - G_S|²_F / B² by level; L_lrel = |R_T - R_S|² / 16, R the cosines between a sample's levels",
-            "L = λ_task L_contrastive + λ_int L_int + λ_bank L_bank + λ_v L_v + λ_l L_l + λ_pyr L_pyr + λ_rel L_rel + "
-            "λ_lrel L_lrel",
-        ),
-        needs="embeddings, logit scales and the tapped levels of both towers of both models",
-        trainable="the student, projectors of its levels, both bridges and their scales, the selection network",
-        departures=(
-            "The teacher's side of the pyramid has no parameters; a shared trainable pyramid is a moving target.",
-            "Losses are kept by sample until they are weighted; per-sample weights on an averaged loss do nothing.",
-            "Interactive and bank terms are added: they carry most of the gain.",
-            "Levels meet on the student's own grid; enlarging a grid adds cost and no information.",
-        ),
-        checked_against="every objective written out in loops, gradcheck; no published code exists",
-    )
+    card: ClassVar[MethodCard] = CARD
 
     def __init__(self, config: CMAPKDConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
@@ -94,8 +71,10 @@ class CMAPKD(DualEncoderMethod):
         self.interactive_scale = _log_scale() if config.interactive_weight else None
         self.bank = self._make_bank(teacher) if has_bank else None
         banked = config.levels_against_bank()
-        ours, theirs = self._widths("student", banked), self._widths("teacher", banked)
-        self.project_levels = nn.ModuleDict({level: nn.Linear(ours[level], theirs[level]) for level in banked})
+        student_widths, teacher_widths = self._widths("student", banked), self._widths("teacher", banked)
+        self.project_levels = nn.ModuleDict(
+            {level: nn.Linear(student_widths[level], teacher_widths[level]) for level in banked}
+        )
         if config.bridged():
             self.bridge, self.teacher_bridge = self._make_bridge("student"), self._make_bridge("teacher")
             self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
@@ -198,7 +177,8 @@ class CMAPKD(DualEncoderMethod):
         if projected is not None:
             values |= self._embedding_terms(batch, projected, teacher, rows)
         models = {"teacher": teacher, "student": student}
-        context = {role: _directions(models[role]) for role in self.config.ablations.selection_reads if role in models}
+        read = [role for role in self.config.ablations.selection_reads if role in models]
+        context: dict[str, Tensor] = {role: _directions(models[role]) for role in read}
         values |= self._intra_modal_terms(projected, teacher, rows, context)
         values |= self._cross_modal_terms(student, teacher, rows, context)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
@@ -216,29 +196,29 @@ class CMAPKD(DualEncoderMethod):
     ) -> dict[str, Tensor]:
         """The student's projected embeddings against the teacher's: of this batch, and of the bank, with its levels."""
         values: dict[str, Tensor] = {}
-        ours, theirs = ((each.image.embedding, each.text.embedding) for each in (projected, teacher))
+        of_student, of_teacher = embeddings_of(projected), embeddings_of(teacher)
         if self.interactive_scale is not None and self._wants("interactive"):
-            values["interactive"] = interactive_loss(*ours, *theirs, logit_scale=self.interactive_scale.exp())
+            values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=self.interactive_scale.exp())
         if self.bank is None:
             return values
-        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(theirs[0].device, non_blocking=True))
+        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(of_teacher[0].device, non_blocking=True))
         settings = self.config.bank
         references = self.bank.references(
             keys,
             num=settings.sample,
             generator=self.step.generator("bank"),
-            images=theirs[0],
+            images=of_teacher[0],
             duplicates_above=settings.duplicates,
         )
         for term in ("bank", "bank_within"):
             if self._wants(term):
                 values[term] = embeddings_against_bank(
-                    ours, theirs, references, scale=teacher.logit_scale, same_modality=term == "bank_within"
+                    of_student, of_teacher, references, scale=teacher.logit_scale, same_modality=term == "bank_within"
                 )
         values |= self._bank_level_terms(references, rows)
         if self.training and not self.bank.fixed:  # after they were compared with the bank, not before
             known = {level: rows.teacher[level] for level in self.bank.levels if level in rows.teacher}
-            self.bank.push(*theirs, keys, known)
+            self.bank.push(*of_teacher, keys, known)
         return values
 
     def _bank_level_terms(self, references: References, rows: LevelRows) -> dict[str, Tensor]:
@@ -298,15 +278,17 @@ class CMAPKD(DualEncoderMethod):
         if not self.plan.pools():
             return values
         levels = self.plan.of_stage()
-        ours, theirs = rows.vectors("student", levels), rows.vectors("teacher", levels)
+        of_student, of_teacher = rows.vectors("student", levels), rows.vectors("teacher", levels)
         if self._wants("relation"):
-            values["relation"] = torch.stack([relation_distance(ours[n], theirs[n]).mean() for n in ours]).mean()
+            values["relation"] = torch.stack(
+                [relation_distance(of_student[n], of_teacher[n]).mean() for n in of_student]
+            ).mean()
         pairs = [pair for pair in self.config.coupled() if {*pair.split("-")} <= {*levels}]
         inner = [pair for pair in pairs if pair != JOINT]
         divergences: dict[str, Tensor] = {}
         bridges = self.bridges
         if bridges is not None:
-            mapped, targets = bridges.of_student(ours), bridges.of_teacher(theirs)
+            mapped, targets = bridges.of_student(of_student), bridges.of_teacher(of_teacher)
             if inner and self._wants("alignment"):
                 values["alignment"] = bridges.contrast(inner, mapped, bridges.student_scale)
             if inner and self._wants("bridge"):
@@ -364,7 +346,9 @@ class CMAPKD(DualEncoderMethod):
     @torch.no_grad()
     def _observe(self, student: Features, teacher: Features) -> None:
         """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
-        listening = [each for each in self.weighting.values() if isinstance(each, Weighting) and each.listens]
+        listening = [
+            weighting for weighting in self.weighting.values() if isinstance(weighting, Weighting) and weighting.listens
+        ]
         if listening:
             held_out = joint_divergence(student, teacher).mean()
             for weighting in listening:

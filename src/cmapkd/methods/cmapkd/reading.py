@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from cmapkd.data.types import Batch
 from cmapkd.features import LevelMatcher
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
@@ -67,7 +69,7 @@ class LevelPlan:
 
 def read_levels(match: LevelMatcher, plan: LevelPlan, batch: Batch, student: Features, teacher: Features) -> LevelRows:
     """The rows of a part of the batch, of this process's samples alone."""
-    distance = {}
+    distance: dict[str, Tensor] = {}
     visual, language = plan.compared("visual"), plan.compared("language")
     if visual:
         matched = match.match_visual(student, teacher, visual)

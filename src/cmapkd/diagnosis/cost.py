@@ -1,0 +1,155 @@
+"""What a run will cost: time and memory of a few real steps, size and gain of a cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
+from cmapkd.cache.cost import measure
+from cmapkd.data.batches import BatchBuilder
+from cmapkd.data.plans import PlanSampler
+from cmapkd.data.streams import streams_of
+from cmapkd.data.texts import TextChoice
+from cmapkd.data.types import BadSampleError, Batch, Source
+from cmapkd.diagnosis.finding import Finding
+from cmapkd.methods import Method
+from cmapkd.run import (
+    RunConfig,
+    plan_cache,
+    readers,
+)
+from cmapkd.training.optim import make_optimizer
+from cmapkd.training.peak_memory import peak_bytes
+
+WARM_STEPS, MEASURED_STEPS = 1, 4
+
+
+def measure_steps(method: Method, source: Source, config: RunConfig, texts: TextChoice) -> Iterator[Finding]:
+    """Time and memory of a few real steps, and what they predict for the whole run."""
+    assert config.data.views is not None
+    device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
+    method.to(device)
+    method.micro_batch = config.training.micro_batch
+    for teacher in method.teachers.values():
+        teacher.to(device)
+    try:
+        sampler = PlanSampler(
+            len(source),
+            batch_size=config.training.batch_size,
+            seed=config.seed,
+            start=0,
+            stop=WARM_STEPS + MEASURED_STEPS,
+            streams=streams_of(source),
+        )
+    except ValueError as error:
+        yield Finding("problem", "steps", str(error))
+        return
+    models = readers(method.student, *method.teachers.values())
+    builder = BatchBuilder(
+        source,
+        config.data.views,
+        models,
+        seed=config.seed,
+        extras=method.extras,
+        texts=texts,
+        more_views=method.more_views,
+        view_specs=config.data.more_views,
+    )
+    optimizer = make_optimizer(method, config.optim)
+    loading: list[float] = []
+    computing: list[float] = []
+    loss = float("nan")
+    try:
+        for plan in sampler:
+            start = time.perf_counter()
+            batch = builder[plan]
+            loaded = time.perf_counter()
+            batch = batch.to(device, images=method.micro_batch is None)
+            loss = _step(method, optimizer, batch, bf16=config.training.precision == "bf16")
+            loading.append(loaded - start)
+            computing.append(time.perf_counter() - loaded)
+    except (BadSampleError, torch.OutOfMemoryError, RuntimeError) as error:
+        yield Finding("problem", "steps", f"{type(error).__name__}: {error}")
+        return
+    total = config.training.num_steps(sampler.steps_per_epoch)
+    read, compute = statistics.median(loading[WARM_STEPS:]), statistics.median(computing[WARM_STEPS:])
+    step = max(compute, read / config.data.workers) if config.data.workers else compute + read
+    rate = config.training.batch_size / step
+    yield Finding(
+        "ok" if loss == loss else "problem",
+        "steps",
+        f"{1000 * compute:.0f} ms to compute and {1000 * read:.0f} ms to read a batch of {config.training.batch_size} "
+        f"here: about {rate:,.0f} pairs/s, {_duration(step * total)} for {total:,} steps; loss {loss:.3f} after "
+        f"{WARM_STEPS + MEASURED_STEPS}",
+    )
+    if read > compute * max(1, config.data.workers):
+        needed = min(32, round(read / compute) + 1)
+        yield Finding("note", "steps", f"reading is slower than computing: data.workers={needed} would hide it")
+    peak = peak_bytes(device)
+    kind = "GPU" if device.type == "cuda" else "process"
+    yield Finding("ok", "memory", f"{kind} peak {peak / 2**30:.2f} GiB")
+
+
+def predict_cache(role: str, method: Method, source: Source, config: RunConfig) -> Iterator[Finding]:
+    """Size of a teacher's cache, and from how many epochs on it pays."""
+    what = "cache" if role == "teacher" else f"cache of {role}"
+    settings = config.cache
+    if settings is None:  # what it would be
+        values = {**config.plain(), "cache": CacheConfig().model_dump(mode="json")}
+        config = RunConfig.from_mapping(values)
+    assert config.data.views is not None
+    device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
+    try:
+        plan = plan_cache(config, method, source, role=role)
+        size = len(plan.keys) * plan.layout.row_bytes
+        cost = measure(plan, device=device)
+    except (ValueError, RuntimeError, OSError) as error:
+        yield Finding("problem" if settings is not None else "note", what, str(error))
+        return
+    per_epoch = len(source) // config.training.batch_size
+    epochs = config.training.num_steps(per_epoch) / per_epoch
+    views = config.data.views.num_views or DEFAULT_VIEWS
+    prepared = plan.teacher.model.image_spec != method.student.image_spec
+    live = cost.answer + (cost.prepare if prepared else 0.0)
+    detail = (
+        f"{'cache: auto would store' if settings is None else 'it stores'} {size / 2**30:.3f} GiB ({len(plan.keys):,} "
+        f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.kind} in {plan.layout.store}); here a pair takes the "
+        f"teacher {1000 * live:.2f} ms live, {1000 * cost.build:.2f} ms to store and {1000 * cost.read:.3f} ms to read"
+    )
+    if settings is not None and size > settings.max_gib * 2**30:
+        yield Finding("problem", what, f"{detail}. That is more than cache.max_gib {settings.max_gib:g}")
+        return
+    if live <= cost.read:
+        yield Finding("ok" if settings is None else "note", what, f"{detail}: it does not pay")
+        return
+    pays = views * cost.build / (live - cost.read)
+    detail += (
+        f". With {views} view{'s'[: views > 1]} it pays from {pays:.1f} epochs on, over all runs that share it; this "
+        f"run has {epochs:.3g}"
+    )
+    yield Finding("note" if settings is not None and epochs < pays else "ok", what, detail)
+
+
+def _step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch, *, bf16: bool) -> float:
+    method.train()
+    device = method.student.device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        terms = method(batch)
+    loss = sum(
+        (term.weight * term.value for term in terms.values()),
+        start=torch.zeros((), device=device),
+    )
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -107,18 +107,6 @@ class Extra(Protocol):
         ...
 
 
-@runtime_checkable
-class InputExtra(Protocol):
-    """Something that a batch brings of its models' inputs, made where these are made. Picklable.
-
-    What two tokenizers make of one text can be set side by side here, on the host, so that no step waits for it.
-    """
-
-    def make(self, inputs: Mapping[str, ModelInput]) -> Any:
-        """Of the inputs by role: one row for each sample, or an object with `part(start, stop)`; see `Batch.extra`."""
-        ...
-
-
 class Batches(Protocol):
     """What a trainer steps through: the batch of a plan, and as many items in an epoch as `source` has."""
 
@@ -159,7 +147,7 @@ class BatchBuilder(Dataset[Batch]):
         seed: int,
         on_bad_sample: str = "skip",
         stored: Mapping[str, Answers] | None = None,
-        extras: Mapping[str, Extra | InputExtra] | None = None,
+        extras: Mapping[str, Extra] | None = None,
         texts: TextChoice | None = None,
         memory: int = 0,
         more_views: Mapping[str, int] | None = None,
@@ -169,9 +157,7 @@ class BatchBuilder(Dataset[Batch]):
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
-        given = dict(extras or {})
-        self.extras = {name: extra for name, extra in given.items() if not isinstance(extra, InputExtra)}
-        self.input_extras = {name: extra for name, extra in given.items() if isinstance(extra, InputExtra)}
+        self.extras = dict(extras or {})
         self.texts = texts or TextChoice()
         self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
         check_more_views(self.more_views, self.view_specs)
@@ -217,7 +203,7 @@ class BatchBuilder(Dataset[Batch]):
             captions,
             view=self.views.view_number(plan.epoch),
             bad=tuple(made.bad),
-            extra=extra | {name: each.make(inputs) for name, each in self.input_extras.items()},
+            extra=extra,
             stored=self._answers(made),
             streams=plan.streams,
             views=tuple(made.views) if plan.epochs else (),

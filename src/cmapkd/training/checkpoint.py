@@ -80,7 +80,8 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
             flush(temporary)
             before = path.with_name(f".{path.name}{_REPLACED}")
             if path.exists():  # from before the interruption that led here
-                shutil.rmtree(before, ignore_errors=True)  # of a kill during an earlier replacement
+                if before.exists():  # of a kill during an earlier replacement
+                    shutil.rmtree(before)
                 path.rename(before)  # a kill between the two renames loses nothing
             temporary.rename(path)
             flush(path.parent)

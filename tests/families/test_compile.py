@@ -35,6 +35,7 @@ def numbers(model: DualEncoder, output: Features) -> dict[str, Tensor]:
     return values | {f"gradient/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at every tensor
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_compiled_model_computes_what_it_did(name: str, tmp_path: Path) -> None:

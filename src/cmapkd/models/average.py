@@ -23,8 +23,8 @@ def follow(average: nn.Module, model: nn.Module, decay: float, *, averaged: froz
         averaged: names of the parameters to average; the others, and all statistics, are copied. None: all.
     """
     mine, theirs = _floating(average), _floating(model)
-    followed = [name for name in mine if decay and (averaged is None or name in averaged)]
-    copied = [name for name in mine if name not in {*followed}]
+    chosen = frozenset(name for name in mine if decay and (averaged is None or name in averaged))
+    followed, copied = [name for name in mine if name in chosen], [name for name in mine if name not in chosen]
     if followed:
         ours, new = ([_local(tensors[name]) for name in followed] for tensors in (mine, theirs))
         torch._foreach_lerp_(ours, new, 1 - decay)

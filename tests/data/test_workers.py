@@ -22,7 +22,7 @@ from cmapkd.data.labels import LabelReader
 from cmapkd.data.open import open_source
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.streams import JoinedSource
-from cmapkd.data.types import ModelInput, TokenBatch
+from cmapkd.data.types import TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.data.workers import AHEAD_BYTES, MOST_AHEAD, RemainingPlaces, WorkerWarning, made_ahead
 from helpers import MemorySource, make_builder, make_method, make_teacher, second_teacher
@@ -128,19 +128,6 @@ def test_what_models_share_is_moved_once() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ found in the worker
-
-
-def test_what_two_tokenizers_make_of_a_text_can_be_compared_in_the_worker() -> None:
-    class Longer:
-        def make(self, inputs: dict[str, ModelInput]) -> list[int]:
-            return [int(n) for n in inputs["student"].texts.mask.sum(1) - inputs["teacher"].texts.mask.sum(1)]
-
-    batch = make_builder(make_method("hinton"), extras={"longer": Longer(), "labels": LabelReader()})[
-        Plan(0, 0, (1, 2, 4), (1, 2, 4))
-    ]
-    assert batch.extra["longer"] == [0, 0, 0]
-    assert batch.part(1, 3).extra["longer"] == [0, 0]
-    assert batch.extra["labels"].shape == (3,)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:.*fork.*:DeprecationWarning")

@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -141,12 +142,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Listed:
-    """The numbers of all seeds, in their order: "2.9 / 0.7"."""
+    """Numbers in their order, such as those of all seeds: "2.9 / 0.7"."""
 
     numbers: tuple[float, ...]
+    between: str = " / "
 
     def __format__(self, spec: str) -> str:
-        return " / ".join(_signed(number, spec or ".1f") for number in self.numbers)
+        return self.between.join(_signed(number, spec or ".1f") for number in self.numbers)
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,12 @@ class Asker:
             raise UnknownNumberError(f"no row holds {wanted}")
         return Scores(found)
 
-    def number(self, *path: str | int, file: str | None = None) -> Any:
-        """What a JSON file holds at a path of keys and places."""
+    def number(self, *path: str | int, file: str | None = None, otherwise: Any = None) -> Any:
+        """What a JSON file holds at a path of keys and places; `otherwise`, if given, where it holds nothing."""
         value = _json(file or self.file)
         for key in path:
+            if otherwise is not None and isinstance(value, dict) and key not in value:
+                return otherwise
             value = value[key]
         return value
 
@@ -244,6 +248,8 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "gap": Asker.gap,
     "listed": lambda _, scores: Listed(tuple(scores.by_seed[seed] for seed in sorted(scores.by_seed))),
     "seeds": lambda _, numbers: Scores(dict(enumerate(numbers))),
+    "all": lambda _, numbers: Listed(tuple(numbers), ", "),
+    "gains": lambda _, curve: Listed(tuple(after - before for before, after in list(pairwise(curve.values()))[-3:]), ", "),
     "spread": lambda _, pair: Spread(*pair),
     "total": lambda _, numbers: sum(numbers),
     "length": lambda _, numbers: len(numbers),

@@ -139,13 +139,14 @@ def _compare(table: Table) -> Iterator[tuple[int, int, str]]:
 
 def _expected(mark: Mapping[str, Any], cells: Sequence[str]) -> Iterator[tuple[int, str]]:
     """The place and text of every cell of a row that a tie speaks of; empty cells are nobody's."""
-    label = _plain(cells[0])
+    label = _plain(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cells[0]))
     row = mark.get("rows", {}).get(label, label)
     if row is None:
         return
     columns = row if isinstance(row, list) else mark["columns"]
-    where = row if isinstance(row, dict) else {"arm": row if isinstance(row, str) else label}
-    asker = Asker(mark["table"], {**mark.get("where", {}), **where}, {"row": where.get("arm", label)})
+    where = row if isinstance(row, dict) else {"arm": label if isinstance(row, list) else row}
+    names = {**where, "row": where.get("arm", label)}
+    asker = Asker(mark["table"], {**mark.get("where", {}), **where}, names)
     if len(columns) != len(cells) - 1:
         raise UnknownNumberError(f"row {label!r} has {len(cells) - 1} cells after the first, its tie {len(columns)}")
     for place, column in enumerate(columns, start=1):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import math
 import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -241,6 +242,11 @@ class Asker:
             {seed: 100 * (scores.by_seed[seed] - (low := start.by_seed[seed])) / (teacher - low) for seed in seeds}
         )
 
+    def along(self, short: Scores, long: Scores, share: float) -> Scores:
+        """Between a short and a long run of each seed: short + share x (long - short)."""
+        seeds = short.by_seed.keys() & long.by_seed.keys()
+        return Scores({seed: (1 - share) * short.by_seed[seed] + share * long.by_seed[seed] for seed in seeds})
+
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "of": Asker.of,
@@ -249,10 +255,10 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "listed": lambda _, scores: Listed(tuple(scores.by_seed[seed] for seed in sorted(scores.by_seed))),
     "seeds": lambda _, numbers: Scores(dict(enumerate(numbers))),
     "all": lambda _, numbers: Listed(tuple(numbers), ", "),
-    "gains": lambda _, curve: Listed(tuple(after - before for before, after in list(pairwise(curve.values()))[-3:]), ", "),
+    "gains": lambda _, curve: Listed(tuple(after - before for before, after in pairwise(curve.values()))[-3:], ", "),
     "spread": lambda _, pair: Spread(*pair),
-    "total": lambda _, numbers: sum(numbers),
-    "length": lambda _, numbers: len(numbers),
+    "log": lambda _, number: math.log(number),
+    "along": Asker.along,
 }
 
 

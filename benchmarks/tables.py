@@ -18,7 +18,7 @@ tables with digits are marked `<!-- facts -->` (settings, sizes, published numbe
 `<!-- machine: FILE.json; reason -->` (times and sizes of one machine, to be read there).
 
 A **claim** (docs/results/claims.yaml) is a stretch of a sentence with expressions in place of its numbers. Decimals,
-per cents and points in the prose of README, docs/methods and docs/results belong to a claim or to a `facts` entry there.
+per cents and points in the prose of README, docs/methods and docs/results belong to a claim, or to `facts` there.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from measured import ROOT, Asker, UnknownNumberError
 
 CLAIMS = ROOT / "docs" / "results" / "claims.yaml"

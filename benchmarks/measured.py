@@ -78,8 +78,13 @@ class Scores:
         return max(self.by_seed.values())
 
     @property
-    def count(self) -> int:
-        return len(self.by_seed)
+    def deviation(self) -> float:
+        return statistics.stdev(self.by_seed.values())
+
+    @property
+    def interval(self) -> Difference:
+        """Of the mean, over seeds."""
+        return self - Scores(dict.fromkeys(self.by_seed, 0.0))
 
     def __sub__(self, other: Scores) -> Difference:
         found = paired_difference(self.by_seed, other.by_seed)
@@ -117,6 +122,14 @@ class Difference:
     @property
     def high(self) -> float:
         return self._interval[1]
+
+    @property
+    def least(self) -> float:
+        return min(self.paired.differences)
+
+    @property
+    def most(self) -> float:
+        return max(self.paired.differences)
 
     @property
     def wins(self) -> int:
@@ -256,6 +269,10 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "seeds": lambda _, numbers: Scores(dict(enumerate(numbers))),
     "all": lambda _, numbers: Listed(tuple(numbers), ", "),
     "gains": lambda _, curve: Listed(tuple(after - before for before, after in pairwise(curve.values()))[-3:], ", "),
+    "before": lambda _, curve, value: max(int(place) for place, score in curve.items() if score < value),
+    "after": lambda _, curve, value: min(int(place) for place, score in curve.items() if score >= value),
+    "column": lambda _, rows, name, start=0: Scores(dict(enumerate(row[name] for row in rows[start:]))),
+    "mean": lambda _, scores: scores.mean,
     "spread": lambda _, pair: Spread(*pair),
     "log": lambda _, number: math.log(number),
     "along": Asker.along,

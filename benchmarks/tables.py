@@ -18,7 +18,8 @@ tables with digits are marked `<!-- facts -->` (settings, sizes, published numbe
 `<!-- machine: FILE.json; reason -->` (times and sizes of one machine, to be read there).
 
 A **claim** (docs/results/claims.yaml) is a stretch of a sentence with expressions in place of its numbers. Decimals,
-per cents and points in the prose of README, docs/methods and docs/results belong to a claim, or to `facts` there.
+per cents and points in the prose of README, docs/methods and docs/results belong to a claim, or to `facts` there:
+settings, sizes, numbers that a test holds or that others published.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from measured import ROOT, Asker, UnknownNumberError
 CLAIMS = ROOT / "docs" / "results" / "claims.yaml"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RULE = re.compile(r"\|[ :|-]+\|$")
-NOT_PROSE = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+|\[?(?:arXiv:)?\d{4}\.\d{5}\]?")
+NOT_PROSE = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+|\[?(?:arXiv:)?\d{4}\.\d{4,5}\]?")
 MEASURED = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)|\d+ %|\d+ points")
 
 
@@ -159,28 +160,35 @@ def _expected(mark: Mapping[str, Any], cells: Sequence[str]) -> Iterator[tuple[i
 def check_prose() -> list[str]:
     """Claims that the documents do not hold, and measured numbers of their prose that no claim carries."""
     entries = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
-    complaints = []
-    for document, found in entries.items():
-        path = ROOT / document
-        text = prose(path.read_text(encoding="utf-8"))
-        carried = []
-        for claim in found.get("claims", []):
-            try:
-                expected = _claimed(claim)
-            except UnknownNumberError as error:
-                complaints.append(f"{document}: {error}")
-                continue
-            place = _minus(text).find(_minus(expected))
-            if place < 0:
-                complaints.append(f"{document}: its files say {expected!r}, and the document has no such words")
-            carried.append((place, place + len(expected)))
-        for fact in found.get("facts", []):
-            spans = [(each.start(), each.end()) for each in re.finditer(re.escape(fact), text)]
-            if not spans:
-                complaints.append(f"{document}: the fact {fact!r} of {CLAIMS.name} is not in it")
-            carried += spans
-        complaints += [f"{document}: {stretch!r} has no claim" for stretch in _uncarried(text, carried)]
-    return complaints + [f"{_shown(path)} is not in {CLAIMS.name}" for path in _spoken() if _shown(path) not in entries]
+    everywhere = entries.pop("everywhere", [])
+    complaints = [f"{_shown(path)} is not in {CLAIMS.name}" for path in _spoken() if _shown(path) not in entries]
+    for document, entry in entries.items():
+        text = prose((ROOT / document).read_text(encoding="utf-8"))
+        complaints += [f"{document}: {complaint}" for complaint in _check_claims(text, entry or {}, everywhere)]
+    return complaints
+
+
+def _check_claims(text: str, entry: Mapping[str, Any], everywhere: Sequence[str]) -> Iterator[str]:
+    carried = [_spans(fact, text) for fact in everywhere]
+    for fact in entry.get("facts", []):
+        carried.append(_spans(fact, text))
+        if not carried[-1]:
+            yield f"the fact {fact!r} of {CLAIMS.name} is not in it"
+    for claim in entry.get("claims", []):
+        try:
+            expected = _claimed(claim, entry)
+        except UnknownNumberError as error:
+            yield str(error)
+            continue
+        carried.append(_spans(expected, text))
+        if not carried[-1]:
+            yield f"its files say {expected!r}, and the document has no such words"
+    yield from (f"{stretch!r} has no claim" for stretch in _uncarried(text, sum(carried, [])))
+
+
+def _spans(words: str, text: str) -> list[tuple[int, int]]:
+    """Where words stand in a text, whatever their minus signs look like."""
+    return [match.span() for match in re.finditer(re.escape(_minus(words)), _minus(text))]
 
 
 def prose(text: str) -> str:
@@ -196,12 +204,15 @@ def _uncarried(text: str, carried: Sequence[tuple[int, int]]) -> Iterator[str]:
             yield text[max(0, match.start() - 40) : match.end() + 20]
 
 
-def _claimed(claim: Mapping[str, Any]) -> str:
-    file = claim.get("from", "")
+def _claimed(claim: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     names: dict[str, Any] = {}
+    document = Asker(entry.get("from", ""), {}, names)
+    for name, expression in entry.get("let", {}).items():
+        names[name] = document.ask(expression)
+    asker = Asker(claim.get("from", document.file), claim.get("where", {}), names)
     for name, expression in claim.get("let", {}).items():
-        names[name] = Asker(file, claim.get("where", {}), names).ask(expression)
-    return Asker(file, claim.get("where", {}), names).fill(claim["says"])
+        names[name] = asker.ask(expression)
+    return asker.fill(claim["says"])
 
 
 def _spoken() -> list[Path]:

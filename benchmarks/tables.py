@@ -15,7 +15,8 @@ but the first holds; a row's first cell names its arm, or `rows` does:
 
 `rows` may give an arm, several filters, or a list with one template a column; null leaves cells to the author. Other
 tables with digits are marked `<!-- facts -->` (settings, sizes, published numbers) or
-`<!-- machine: FILE.json; reason -->` (times and sizes of one machine, to be read there).
+`<!-- machine: FILE.json; reason -->` (times and sizes of one machine, to be read there). Where intervals cover fewer
+than five seeds, the words above the table must say "exploratory, uncorrected".
 
 A **claim** (docs/results/claims.yaml) is a stretch of a sentence with expressions in place of its numbers. Decimals,
 per cents and points in the prose of README, docs/methods and docs/results belong to a claim, or to `facts` there:
@@ -41,6 +42,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RULE = re.compile(r"\|[ :|-]+\|$")
 NOT_PROSE = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+|\[?(?:arXiv:)?\d{4}\.\d{4,5}\]?")
 MEASURED = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.]*\d)|\d+ %|\d+ points")
+CAUTION = "exploratory, uncorrected"
+FEW_SEEDS = re.compile(r"\], \d/[1-4]$")
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Table:
     """Of one document: its tie or mark, and its rows of cells."""
 
     line: int  # of the header, from 1
+    above: str  # the words since the heading, table or code before it
     mark: dict[str, Any]
     rows: list[list[str]]
 
@@ -104,7 +108,13 @@ def tables(lines: Sequence[str]) -> Iterator[Table]:
             if not body.startswith("|"):
                 break
             rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", body)[1:-1]])
-        yield Table(number, _mark(lines[: number - 1]), rows)
+        yield Table(number, _words(lines[: number - 1]), _mark(lines[: number - 1]), rows)
+
+
+def _words(above: Sequence[str]) -> str:
+    """The prose that ends the lines above a table, back to a heading, another table or code."""
+    text = re.sub(r"<!--.*?-->", "", "\n".join(above), flags=re.DOTALL)
+    return " ".join(re.split(r"^(?:#.*|\|.*|```)$", text, flags=re.MULTILINE)[-1].split())
 
 
 def _mark(above: Sequence[str]) -> dict[str, Any]:
@@ -125,6 +135,10 @@ def _compare(table: Table) -> Iterator[tuple[int, int, str]]:
     if "table" in mark:
         for number, cells in enumerate(table.rows):
             for place, expected in _expected(mark, cells):
+                if FEW_SEEDS.search(expected) and CAUTION not in table.above:
+                    raise UnknownNumberError(
+                        f"intervals over fewer than five seeds: the words above must say: {CAUTION}"
+                    )
                 if _plain(cells[place]) != _plain(expected):
                     yield number, place, expected
     elif "machine" in mark:
@@ -183,7 +197,9 @@ def _check_claims(text: str, entry: Mapping[str, Any], everywhere: Sequence[str]
         carried.append(_spans(expected, text))
         if not carried[-1]:
             yield f"its files say {expected!r}, and the document has no such words"
-    yield from (f"{stretch!r} has no claim" for stretch in _uncarried(text, sum(carried, [])))
+    yield from (
+        f"{stretch!r} has no claim" for stretch in _uncarried(text, [span for spans in carried for span in spans])
+    )
 
 
 def _spans(words: str, text: str) -> list[tuple[int, int]]:
@@ -230,7 +246,7 @@ def _minus(text: str) -> str:
 
 
 def _shown(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ tables with digits are marked `<!-- facts -->` (settings, sizes, published numbe
 than five seeds, the words above the table must say "exploratory, uncorrected".
 
 A **claim** (docs/results/claims.yaml) is a stretch of a sentence with expressions in place of its numbers. Decimals,
-per cents and points in the prose of README, docs/methods and docs/results belong to a claim, or to `facts` there:
+per cents and points in the prose of README, methods and results belong to a claim, or to `facts` there:
 settings, sizes, numbers that a test holds or that others published.
 """
 
@@ -234,7 +234,10 @@ def _claimed(claim: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
 def _spoken() -> list[Path]:
     """The documents whose prose is covered."""
     folders = (ROOT / "docs" / "methods", ROOT / "docs" / "results")
-    return [ROOT / "README.md", *(path for folder in folders for path in sorted(folder.glob("*.md")))]
+    return [
+        *(ROOT / name for name in ("README.md", "docs/methods.md", "docs/scenes.md")),
+        *(path for folder in folders for path in sorted(folder.glob("*.md"))),
+    ]
 
 
 def _plain(cell: str) -> str:

@@ -19,8 +19,8 @@ tables with digits are marked `<!-- facts -->` (settings, sizes, published numbe
 than five seeds, the words above the table must say "exploratory, uncorrected".
 
 A **claim** (docs/results/claims.yaml) is a stretch of a sentence with expressions in place of its numbers. Decimals,
-per cents and points in the prose of README, methods and results belong to a claim, or to `facts` there:
-settings, sizes, numbers that a test holds or that others published.
+per cents and points in prose belong to a claim, or to `facts` there: settings, sizes, versions, numbers that a test
+holds or that others published.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def check_prose() -> list[str]:
     """Claims that the documents do not hold, and measured numbers of their prose that no claim carries."""
     entries = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
     everywhere = entries.pop("everywhere", [])
-    complaints = [f"{_shown(path)} is not in {CLAIMS.name}" for path in _spoken() if _shown(path) not in entries]
+    complaints = [f"{_shown(path)} is not in {CLAIMS.name}" for path in DOCUMENTS if _shown(path) not in entries]
     for document, entry in entries.items():
         text = prose((ROOT / document).read_text(encoding="utf-8"))
         complaints += [f"{document}: {complaint}" for complaint in _check_claims(text, entry or {}, everywhere)]
@@ -229,15 +229,6 @@ def _claimed(claim: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     for name, expression in claim.get("let", {}).items():
         names[name] = asker.ask(expression)
     return asker.fill(claim["says"])
-
-
-def _spoken() -> list[Path]:
-    """The documents whose prose is covered."""
-    folders = (ROOT / "docs" / "methods", ROOT / "docs" / "results")
-    return [
-        *(ROOT / name for name in ("README.md", "docs/methods.md", "docs/scenes.md")),
-        *(path for folder in folders for path in sorted(folder.glob("*.md"))),
-    ]
 
 
 def _plain(cell: str) -> str:

@@ -1,7 +1,8 @@
 """Many runs, one table: arms, axes and seeds in one resumable comparison with paired statistics."""
 
 from cmapkd.compare.config import ComparisonConfig, TableConfig, list_comparisons, load_comparison
-from cmapkd.compare.execute import ComparisonResult, Outcome, compare
+from cmapkd.compare.execute import ComparisonResult, compare, tune
+from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.plan import Plan, make_plan
 from cmapkd.compare.statistics import PairedDifference, Summary, paired_difference, summarize, t_critical
 
@@ -20,4 +21,5 @@ __all__ = [
     "paired_difference",
     "summarize",
     "t_critical",
+    "tune",
 ]

@@ -117,6 +117,15 @@ def open_source(
     return source
 
 
+def split_of(spec: str, *, default: str | None = None) -> str | None:
+    """The split that `spec` names, else `default`; None where its kind has none."""
+    parsed = _parse(spec, default, False, None)
+    kind, _, named = parsed.rest.rpartition(":") if parsed.kind == "hf" else ("", "", "")
+    if parsed.split is None and kind:  # hf:NAME:SPLIT
+        return named
+    return (parsed.split or default) if _may_have_splits(parsed.kind) else None
+
+
 def _made(spec: Spec) -> Source:
     """What the kind's function makes of the spec.
 

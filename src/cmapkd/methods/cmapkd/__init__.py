@@ -5,7 +5,8 @@ level), `method` (the terms), `bank` and `cross_modal` (terms against the bank, 
 docs/methods/cmapkd.md.
 """
 
-from cmapkd.methods.cmapkd.config import AblationsConfig, BankConfig, CMAPKDConfig
+from cmapkd.methods.banked import BankConfig
+from cmapkd.methods.cmapkd.config import AblationsConfig, CMAPKDConfig
 from cmapkd.methods.cmapkd.method import CMAPKD
 
 __all__ = ["CMAPKD", "AblationsConfig", "BankConfig", "CMAPKDConfig"]

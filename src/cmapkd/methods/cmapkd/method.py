@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
@@ -20,11 +20,10 @@ from cmapkd.features import (
     PairProjector,
     References,
     Role,
-    gather_rows,
-    sample_keys,
 )
+from cmapkd.methods.banked import draw_references, embeddings_against_bank, keys_in_bank, make_bank
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.cmapkd.bank import embeddings_against_bank, level_against_bank, pairs_against_bank
+from cmapkd.methods.cmapkd.bank import level_against_bank, pairs_against_bank
 from cmapkd.methods.cmapkd.card import CARD
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_relation
@@ -69,7 +68,9 @@ class CMAPKD(DualEncoderMethod):
             shared = ablations.projector == "shared"
             self.project = PairProjector(student.embed_dim, teacher.embed_dim, shared=shared)
         self.interactive_scale = _log_scale() if config.interactive_weight else None
-        self.bank = self._make_bank(teacher) if has_bank else None
+        self.bank: EmbeddingBank | None = None
+        if has_bank:
+            self.bank = make_bank(config.bank, teacher, self._widths("teacher", config.levels_in_bank()))
         banked = config.levels_against_bank()
         student_widths, teacher_widths = self._widths("student", banked), self._widths("teacher", banked)
         self.project_levels = nn.ModuleDict(
@@ -80,16 +81,6 @@ class CMAPKD(DualEncoderMethod):
             self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
         self.items = config.weighed_items()
         self.weighting = self._make_weightings()
-
-    def _make_bank(self, teacher: FrozenTeacher) -> EmbeddingBank:
-        settings = self.config.bank
-        return EmbeddingBank(
-            settings.size,
-            teacher.embed_dim,
-            store=settings.store,
-            fixed=settings.source == "cache",
-            levels=self._widths("teacher", self.config.levels_in_bank()),
-        )
 
     def _make_bridge(self, role: Role) -> AlignmentBridge:
         widths = self._widths(role, self.config.bridged())
@@ -201,15 +192,10 @@ class CMAPKD(DualEncoderMethod):
             values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=self.interactive_scale.exp())
         if self.bank is None:
             return values
-        keys = gather_rows(self._keys_in_bank(self.bank, batch).to(of_teacher[0].device, non_blocking=True))
-        settings = self.config.bank
-        references = self.bank.references(
-            keys,
-            num=settings.sample,
-            generator=self.step.generator("bank"),
-            images=of_teacher[0],
-            duplicates_above=settings.duplicates,
-        )
+        assert self.teacher is not None
+        keys = keys_in_bank(self.bank, batch, self.teacher, of_teacher[0].device)
+        generator = self.step.generator("bank")
+        references = draw_references(self.bank, self.config.bank, keys, of_teacher[0], generator)
         for term in ("bank", "bank_within"):
             if self._wants(term):
                 values[term] = embeddings_against_bank(
@@ -238,15 +224,6 @@ class CMAPKD(DualEncoderMethod):
         if pairs and self.bridges is not None and self._wants("bank_pair"):
             values["bank_pair"] = pairs_against_bank(self.bridges, pairs, references, rows)
         return values
-
-    def _keys_in_bank(self, bank: EmbeddingBank, batch: Batch) -> Int[Tensor, " batch"]:
-        """What names this process's samples in the bank; fills a fixed one when it is first asked for."""
-        if not bank.fixed:
-            return sample_keys(batch.ids)
-        assert self.teacher is not None
-        if not bank.filled:
-            bank.fill(self.teacher.reference_embeddings(bank.size))
-        return batch.stored["teacher"].samples
 
     # ----------------------------------------------------------------------------------------------------- the levels
 

@@ -1,4 +1,4 @@
-"""CMAPKD: a pyramid of levels in both modalities, aligned across them, weighted for each sample by a learned selection.
+"""CMAPKD: levels of both modalities and a bank of the teacher's embeddings; selection and alignment can be switched on.
 
 Read in this order: `card` (the equations), `config` (what can be set), `levels` and `reading` (what is read of each
 level), `method` (the terms), `bank` and `cross_modal` (terms against the bank, and between the modalities). More:

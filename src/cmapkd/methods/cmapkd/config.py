@@ -1,6 +1,6 @@
 """Settings of CMAPKD: those that matter, those of the bank, and those that measured useless and are off.
 
-The measurement behind every default: docs/methods/cmapkd.md.
+What was measured of the defaults: docs/results/cmapkd_parts.md.
 """
 
 from __future__ import annotations

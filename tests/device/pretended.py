@@ -45,7 +45,7 @@ from cmapkd.data.types import Batch
 from cmapkd.methods import METHODS, Method
 from helpers import (
     CLIP_KD_IN_FULL,
-    CMAPKD_IN_FULL,
+    CMAPKD_EXACT,
     GRADNORM,
     MASKED,
     MemorySource,
@@ -69,13 +69,13 @@ VISUAL = {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0}
 OTHER_TOKENS = "other tokens"  # student and teacher cut the texts differently
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
-    "cmapkd, everything, gate": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
+    "cmapkd, everything, gate": ("cmapkd", {**CMAPKD_EXACT, "weighting": "gate"}),
     "cmapkd, everything, policy": (
         "cmapkd",
-        {**CMAPKD_IN_FULL, "weighting": {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}},
+        {**CMAPKD_EXACT, "weighting": {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}},
     ),
-    "cmapkd, everything, attention": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "attention"}),
-    "cmapkd, everything, uncertainty": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "uncertainty"}),
+    "cmapkd, everything, attention": ("cmapkd", {**CMAPKD_EXACT, "weighting": "attention"}),
+    "cmapkd, everything, uncertainty": ("cmapkd", {**CMAPKD_EXACT, "weighting": "uncertainty"}),
     "cmapkd, key tokens": ("cmapkd", {"places": "key_tokens", "key_tokens": 2, "visual_levels": VISUAL}),
     "cmapkd, pooled": ("cmapkd", {"places": "pooled", "depths": "mean"}),
     "cmapkd, top down": ("cmapkd", {"top_down": True, "grids": {"P2": 2.0}}),

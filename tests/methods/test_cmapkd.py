@@ -19,7 +19,7 @@ from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig
 from cmapkd.methods.cmapkd.config import MovedSettingWarning
 from cmapkd.models import FrozenTeacher
 from cmapkd.objectives import interactive_loss, similarity_divergence
-from helpers import CMAPKD_IN_FULL, make_method, make_model, make_trainer, random_batch
+from helpers import CMAPKD_EXACT, make_method, make_model, make_trainer, random_batch
 from training.test_resume import assert_same_end, interrupt
 
 TERMS = {
@@ -42,7 +42,7 @@ def loss_of(method: Method, batch: Batch) -> Tensor:
 
 
 def test_every_term_of_the_design_is_there_with_its_weight() -> None:
-    method = cmapkd(**CMAPKD_IN_FULL)
+    method = cmapkd(**CMAPKD_EXACT)
     terms = method(random_batch(6))
     assert set(terms) == TERMS == set(method.term_names)
     assert terms["pyramid"].weight == 0.7
@@ -212,7 +212,7 @@ def test_what_a_stage_did_not_read_is_no_reference_later() -> None:
 
 
 def test_only_the_bridge_term_trains_the_teachers_bridge_and_it_trains_nothing_else() -> None:
-    method, batch = cmapkd(**CMAPKD_IN_FULL), random_batch(6)
+    method, batch = cmapkd(**CMAPKD_EXACT), random_batch(6)
     method(replace(batch, ids=tuple("abcdef")))  # something for the bank
     terms = method(batch)
     theirs = {name for name, _ in method.named_parameters() if name.startswith("teacher_bridge")}
@@ -263,7 +263,7 @@ def test_manual_weights_count_by_level() -> None:
 
 
 def test_attention_looks_at_the_teachers_own_levels() -> None:
-    method, batch = cmapkd(weighting="attention", **CMAPKD_IN_FULL), random_batch(4)
+    method, batch = cmapkd(weighting="attention", **CMAPKD_EXACT), random_batch(4)
     teacher = method.encode_teacher(batch)
     pooled = method.match.pooled("teacher", teacher, method.level_names)
     seen: dict[str, Tensor] = {}
@@ -333,7 +333,7 @@ def test_a_setting_under_its_old_name_goes_where_it_belongs() -> None:
 
 
 def test_a_stage_reads_only_its_levels() -> None:
-    method = cmapkd(**CMAPKD_IN_FULL)
+    method = cmapkd(**CMAPKD_EXACT)
     method.enter(StageConfig(share=1.0, levels=("P5", "L4")))
     assert method.teacher_needs.image_levels == method.student_needs.text_levels == ()
     terms = method(random_batch(4))
@@ -361,7 +361,7 @@ def test_staged_run_resumes_bit_identically(
     tmp_path: Path, step: int, weighting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trainer(out: Path) -> Any:
-        return make_trainer(out, cmapkd(weighting=weighting, **CMAPKD_IN_FULL), steps=8, stages=STAGES)
+        return make_trainer(out, cmapkd(weighting=weighting, **CMAPKD_EXACT), steps=8, stages=STAGES)
 
     whole = trainer(tmp_path / "whole")
     whole.run()

@@ -33,7 +33,7 @@ Keys = NDArray[np.int64]  # view number x samples of the source + index, ascendi
 
 
 @dataclass(frozen=True)
-class Part:
+class CachePart:
     """Rows that were asked for at once: a range of keys, or a list of them in `keys.bin`."""
 
     folder: Path
@@ -121,7 +121,7 @@ class Part:
         """The shard's checksum and fidelity; written last."""
         return self.folder / f"shard-{shard:05d}.json"
 
-    def is_there(self, shard: int) -> bool:
+    def is_finished(self, shard: int) -> bool:
         """Whether a shard was finished, and is as long as it must be.
 
         Raises:
@@ -134,8 +134,10 @@ class Part:
         data = self.data(shard)
         size = data.stat().st_size if data.is_file() else None
         if size != expected:
-            found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
-            raise CacheError(f"{self.data(shard)} {found}: remove {self.record(shard).name} beside it and build again")
+            problem = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+            raise CacheError(
+                f"{self.data(shard)} {problem}: remove {self.record(shard).name} next to it and build again"
+            )
         return True
 
     def read_record(self, shard: int) -> dict[str, Any]:
@@ -214,14 +216,14 @@ class CacheFolder:
     def exists(path: Path) -> bool:
         return (path / CACHE_FILE).exists()
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[CachePart]:
         """In the order in which they were begun.
 
         Raises:
             CacheError: one is damaged.
         """
         folders = (folder for folder in sorted(self.path.glob("part-*")) if folder.is_dir())
-        return [Part.open(folder, self.layout) for folder in folders]
+        return [CachePart.open(folder, self.layout) for folder in folders]
 
     def next_part(self) -> int:
         """The number after the last part's."""

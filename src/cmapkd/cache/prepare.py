@@ -20,7 +20,7 @@ from cmapkd.cache.layout import DETAILS, Layout
 from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.teacher import CachedTeacher
-from cmapkd.cache.writer import Built, Progress, build, live_features, missing_shards
+from cmapkd.cache.writer import BuildResult, OnProgress, build, live_features, missing_shards
 from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, ModelInput, Source
@@ -179,7 +179,7 @@ class CachePlan:
         if cache is None:
             return len(self.keys) * self.layout.row_bytes
         missing, unknown = missing_shards(cache, self.keys)
-        return (len(unknown) + sum(each.rows for each in missing)) * cache.layout.row_bytes
+        return (len(unknown) + sum(shards.rows for shards in missing)) * cache.layout.row_bytes
 
     def check_size(self) -> None:
         """Refuses what is larger than the config or the disk allows.
@@ -213,9 +213,9 @@ class CachePlan:
         rank: int = 0,
         world_size: int = 1,
         skip_bad: bool = True,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         timeout: float = 0.0,
-    ) -> Built:
+    ) -> BuildResult:
         """Adds what is missing; this process's part of it. The teacher is moved to `device`.
 
         Raises:
@@ -225,7 +225,7 @@ class CachePlan:
         cache = self.existing() or self._create()
         missing, unknown = missing_shards(cache, self.keys)
         if not missing and not len(unknown):
-            return Built()
+            return BuildResult()
         self.teacher.to(device)
         return build(
             cache,

@@ -199,7 +199,9 @@ def _open_scenes(spec: Spec) -> Source:
         options["language"] = language
     if (wrong := spec.take_float("wrong")) is not None:
         options["wrong"] = wrong
-    spec.refuse_leftovers(("size", "length", "limit", "language", "wrong"))
+    if (start := spec.take_int("start")) is not None:
+        options["start"] = start
+    spec.refuse_leftovers(("size", "length", "start", "limit", "language", "wrong"))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:

@@ -52,8 +52,8 @@ def retrieval(
     counts = image_of_text.cpu().long().bincount(minlength=len(images))
     if min_texts_per_image is not None:
         _check_counts(counts, min_texts_per_image)
-    own = torch.stack([torch.arange(len(texts)), image_of_text.cpu().long()], dim=1)
-    pairs = own if also_positive is None else torch.cat([own, also_positive.cpu().long()])
+    described = torch.stack([torch.arange(len(texts)), image_of_text.cpu().long()], dim=1)
+    pairs = described if also_positive is None else torch.cat([described, also_positive.cpu().long()])
     t2i = _summary(rank_positives(texts, images, pairs, queries_per_block=queries_per_block))
     i2t = _summary(rank_positives(images, texts, pairs.flip(1), queries_per_block=queries_per_block))
     return {

@@ -13,7 +13,7 @@ from cmapkd.evaluation.probes.config import CaptioningConfig
 from cmapkd.evaluation.probes.data import ProbeBatches
 from cmapkd.evaluation.probes.decoder import DecoderHead, Words
 from cmapkd.evaluation.probes.features import patch_level
-from cmapkd.evaluation.probes.probe import Seen
+from cmapkd.evaluation.probes.probe import HeadInput
 from cmapkd.evaluation.probes.train import scored_images, train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
@@ -91,8 +91,8 @@ class Captioning(Task):
         predictions: dict[str, str] = {}
         for first in range(0, len(asked), bench.config.batch_size):
             rows = asked[first : first + bench.config.batch_size]
-            seen = Seen(images.patches[rows].float().to(bench.device), images.embeddings[rows].to(bench.device))
-            for row, ids in zip(rows, head.write(seen, length=config.length), strict=True):
+            inputs = HeadInput(images.patches[rows].float().to(bench.device), images.embeddings[rows].to(bench.device))
+            for row, ids in zip(rows, head.write(inputs, length=config.length), strict=True):
                 predictions[scored.ids[row]] = words.text(ids)
         references = {scored.ids[row]: list(scored.captions[row]) for row in asked}
         return _scores(predictions, references) | {

@@ -1,4 +1,4 @@
-"""What a head that learns with the student is taught by a training sample, made where the run reads its samples."""
+"""What heads that learn with the student read of training samples; made where the run reads its samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmapkd.data.random import uniforms
@@ -21,19 +22,19 @@ from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.models.base import ImageSpec, Tokenizer
 
 
-class Lesson(ABC):
-    """How one head reads samples. Picklable: it works inside data workers."""
+class HeadTargets(ABC):
+    """Makes the targets of one head from samples. Picklable: it works inside data workers."""
 
     @abstractmethod
     def read(self, sample: Sample, epoch: int) -> Any:
-        """What the head is taught by the sample in this epoch; None where it has nothing to teach."""
+        """What the head learns from the sample in this epoch; None where the sample has nothing for it."""
 
     @abstractmethod
     def join(self, items: Sequence[Any]) -> tuple[dict[str, Tensor], TokenBatch | None]:
-        """One row for each item: what the loss compares with, and the texts that the head reads, if any."""
+        """Targets of the loss by name, [items ...], and the texts that the head reads, if any, one for each item."""
 
 
-class QuestionLesson(Lesson):
+class QuestionTargets(HeadTargets):
     """In each epoch the image's next question that one of `answers` answers."""
 
     def __init__(self, answers: Sequence[str], tokenizer: Tokenizer) -> None:
@@ -49,7 +50,7 @@ class QuestionLesson(Lesson):
         return {"answers": numbers, "shares": shares}, self.tokenizer([item.question for item in items])
 
 
-class CaptionLesson(Lesson):
+class CaptionTargets(HeadTargets):
     """In each epoch the image's next caption."""
 
     def __init__(self, words: Words) -> None:
@@ -62,7 +63,7 @@ class CaptionLesson(Lesson):
         return {"words": self.words(items)}, None
 
 
-class BoxLesson(Lesson):
+class BoxTargets(HeadTargets):
     """The image's boxes of the classes `names`; an image without one is taken as not annotated."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -87,77 +88,90 @@ def _turn(sample_id: str, what: str, epoch: int, number: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
-    """One head's part of a batch: which of its pictures, what the loss compares with, and texts."""
+class HeadBatch:
+    """One head's part of a batch.
 
-    rows: Tensor  # Int[items], ascending
+    Attributes:
+        rows: the pictures of the batch that the head learns from, ascending; on the CPU.
+        targets: of the head's loss by name, [items ...], row i of picture `rows[i]`.
+        texts: that the head reads, one for each item; None: it reads none.
+    """
+
+    rows: Int[Tensor, " items"]
     targets: dict[str, Tensor] = field(default_factory=dict)
     texts: TokenBatch | None = None
 
-    def among(self, start: int, stop: int) -> Taught:
-        """What is taught by the pictures from `start` to before `stop`, these counted from 0."""
+    def part(self, start: int, stop: int) -> HeadBatch:
+        """The part of the pictures from `start` to before `stop`, which are then counted from 0."""
         first, last = (int((self.rows < place).sum()) for place in (start, stop))
         targets = {name: values[first:last] for name, values in self.targets.items()}
         texts = self.texts.part(first, last) if self.texts is not None else None
-        return Taught(self.rows[first:last] - start, targets, texts)
+        return HeadBatch(self.rows[first:last] - start, targets, texts)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Taught:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> HeadBatch:
         targets = {name: values.to(device, non_blocking=non_blocking) for name, values in self.targets.items()}
-        return Taught(self.rows, targets, None if self.texts is None else self.texts.to(device, non_blocking))
+        return HeadBatch(self.rows, targets, None if self.texts is None else self.texts.to(device, non_blocking))
 
-    def pin_memory(self) -> Taught:
+    def pin_memory(self) -> HeadBatch:
         targets = {name: values.pin_memory() for name, values in self.targets.items()}
-        return Taught(self.rows, targets, None if self.texts is None else self.texts.pin_memory())
+        return HeadBatch(self.rows, targets, None if self.texts is None else self.texts.pin_memory())
 
 
 @dataclass(frozen=True, slots=True)
-class LessonBatch:
-    """What all heads are taught by a batch: whole pictures of the samples that teach any, and each head's part."""
+class JointBatch:
+    """What all heads learn from a batch: whole pictures of the samples that some head learns from.
 
-    pictures: Tensor  # Float[pictures 3 size size]
-    taught: dict[str, Taught]
-    num_samples: int  # of the batch: those that are no head's rows are masked
-    samples: Tensor  # Int[pictures], ascending: whose picture of the batch each is
+    Attributes:
+        pictures: as the student reads them.
+        by_head: each head's part, by the head's name.
+        num_samples: of the batch; samples that are in no row of a head are masked there.
+        samples: the sample of the batch that each picture belongs to, ascending.
+    """
 
-    def part(self, start: int, stop: int) -> LessonBatch:
-        """What is taught by the samples from `start` to before `stop`."""
+    pictures: Float[Tensor, "pictures 3 size size"]
+    by_head: dict[str, HeadBatch]
+    num_samples: int
+    samples: Int[Tensor, " pictures"]
+
+    def part(self, start: int, stop: int) -> JointBatch:
+        """The part of the samples from `start` to before `stop`."""
         first, last = (int((self.samples < place).sum()) for place in (start, stop))
-        taught = {name: each.among(first, last) for name, each in self.taught.items()}
+        by_head = {name: part.part(first, last) for name, part in self.by_head.items()}
         size = min(stop, self.num_samples) - start
-        return LessonBatch(self.pictures[first:last], taught, size, self.samples[first:last] - start)
+        return JointBatch(self.pictures[first:last], by_head, size, self.samples[first:last] - start)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> LessonBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> JointBatch:
         """With what the losses read on a device. Pictures go there a micro-batch at a time; places stay here."""
-        taught = {name: each.to(device, non_blocking) for name, each in self.taught.items()}
-        return LessonBatch(self.pictures, taught, self.num_samples, self.samples)
+        by_head = {name: part.to(device, non_blocking) for name, part in self.by_head.items()}
+        return JointBatch(self.pictures, by_head, self.num_samples, self.samples)
 
-    def pin_memory(self) -> LessonBatch:
-        taught = {name: each.pin_memory() for name, each in self.taught.items()}
-        return LessonBatch(self.pictures.pin_memory(), taught, self.num_samples, self.samples)
+    def pin_memory(self) -> JointBatch:
+        by_head = {name: part.pin_memory() for name, part in self.by_head.items()}
+        return JointBatch(self.pictures.pin_memory(), by_head, self.num_samples, self.samples)
 
 
-class LessonReader:
-    """Reads for every head, each picture once."""
+class JointExtra:
+    """Reads samples for every head, each picture once; an `Extra` of the run's batches."""
 
-    def __init__(self, spec: ImageSpec, lessons: dict[str, Lesson]) -> None:
-        self.spec, self.lessons = spec, lessons
+    def __init__(self, spec: ImageSpec, targets: dict[str, HeadTargets]) -> None:
+        self.spec, self.targets = spec, targets
 
     def read(self, sample: Sample, view: View, epoch: int) -> tuple[Tensor | None, dict[str, Any]]:  # noqa: ARG002
-        items = {name: lesson.read(sample, epoch) for name, lesson in self.lessons.items()}
+        items = {name: maker.read(sample, epoch) for name, maker in self.targets.items()}
         wanted = any(item is not None for item in items.values())
         return whole_picture(self.spec, sample.image) if wanted else None, items
 
-    def join(self, items: Sequence[tuple[Tensor | None, dict[str, Any]]]) -> LessonBatch:
-        shown = [(picture, each) for picture, each in items if picture is not None]
+    def join(self, items: Sequence[tuple[Tensor | None, dict[str, Any]]]) -> JointBatch:
+        shown = [(picture, of_heads) for picture, of_heads in items if picture is not None]
         samples = torch.tensor([row for row, (picture, _) in enumerate(items) if picture is not None], dtype=torch.long)
-        taught = {}
-        for name, lesson in self.lessons.items():
-            rows = [row for row, (_, each) in enumerate(shown) if each[name] is not None]
-            parts = lesson.join([shown[row][1][name] for row in rows]) if rows else ({}, None)
-            taught[name] = Taught(torch.tensor(rows, dtype=torch.long), *parts)
+        by_head = {}
+        for name, maker in self.targets.items():
+            rows = [row for row, (_, of_heads) in enumerate(shown) if of_heads[name] is not None]
+            parts = maker.join([shown[row][1][name] for row in rows]) if rows else ({}, None)
+            by_head[name] = HeadBatch(torch.tensor(rows, dtype=torch.long), *parts)
         size = self.spec.size
         pictures = torch.stack([picture for picture, _ in shown]) if shown else torch.zeros(0, 3, size, size)
-        return LessonBatch(pictures, taught, len(items), samples)
+        return JointBatch(pictures, by_head, len(items), samples)
 
 
 def survey(source: Source, *, most: int) -> list[Sample]:
@@ -166,7 +180,7 @@ def survey(source: Source, *, most: int) -> list[Sample]:
     Raises:
         ValueError: none can be read.
     """
-    found: list[Sample] = []
+    samples: list[Sample] = []
     stride = max(1, -(-len(source) // most))
     for index in range(0, len(source), stride):
         try:
@@ -174,7 +188,7 @@ def survey(source: Source, *, most: int) -> list[Sample]:
         except BadSampleError:  # the training meets it again, and counts it or stops
             continue
         thumb = sample.image.resize((1, 1))
-        found.append(Sample(sample.id, thumb, sample.captions, sample.label, sample.questions, sample.boxes))
-    if not found:
+        samples.append(Sample(sample.id, thumb, sample.captions, sample.label, sample.questions, sample.boxes))
+    if not samples:
         raise ValueError(f"no sample of {source.name} could be read")
-    return found
+    return samples

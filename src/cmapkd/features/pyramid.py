@@ -46,22 +46,22 @@ def cells_at(level: Level, places: Int[Tensor, "batch places"], grid: Grid) -> F
 
     Bilinear, without aligned corners; the cells themselves where the grids are the same.
     """
-    cells, own = cells_of(level), grid_of(level)
+    cells, level_size = cells_of(level), grid_of(level)
 
-    def at(numbers: Tensor) -> Tensor:
+    def at(numbers: Int[Tensor, "batch places"]) -> Float[Tensor, "batch places width"]:
         return cells.gather(1, numbers[..., None].expand(-1, -1, cells.shape[-1]))
 
-    if own == grid:
+    if level_size == grid:
         return at(places)
-    axes: list[tuple[Tensor, Tensor, Tensor]] = []  # for rows and columns: the one before, the one after, its share
+    axes: list[tuple[Tensor, Tensor, Tensor]] = []  # for rows and columns: index before, index after, weight of after
     for numbers, axis in ((places // grid[1], 0), (places % grid[1], 1)):
-        centres = ((numbers + 0.5) * (own[axis] / grid[axis]) - 0.5).clamp(0, own[axis] - 1)
+        centres = ((numbers + 0.5) * (level_size[axis] / grid[axis]) - 0.5).clamp(0, level_size[axis] - 1)
         before = centres.floor()
-        after = (before + 1).clamp_max(own[axis] - 1)
+        after = (before + 1).clamp_max(level_size[axis] - 1)
         axes.append((before.long(), after.long(), (centres - before)[..., None].to(cells.dtype)))
     (top, bottom, down), (left, right, across) = axes
-    upper = torch.lerp(at(top * own[1] + left), at(top * own[1] + right), across)
-    lower = torch.lerp(at(bottom * own[1] + left), at(bottom * own[1] + right), across)
+    upper = torch.lerp(at(top * level_size[1] + left), at(top * level_size[1] + right), across)
+    lower = torch.lerp(at(bottom * level_size[1] + left), at(bottom * level_size[1] + right), across)
     return torch.lerp(upper, lower, down)
 
 
@@ -257,8 +257,8 @@ def check_known(levels: Iterable[str], known: Iterable[str], what: str) -> None:
         raise ValueError(f"no {what} for level {', '.join(unknown)}; there is one for {', '.join(known) or 'none'}")
 
 
-def cells_of(level: Level) -> Tensor:
-    """[batch, cells, width] without prefix tokens."""
+def cells_of(level: Level) -> Float[Tensor, "batch cells width"]:
+    """Patches or map cells row by row, without prefix tokens."""
     if level.layout == "map":
         return level.values.flatten(2).transpose(1, 2)
     return level.values[:, level.num_prefix :]

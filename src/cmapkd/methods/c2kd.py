@@ -245,8 +245,8 @@ def _remove_parameters(module: nn.Module, names: frozenset[str], prefix: str = "
     """Takes out parameters by name, and modules all of whose parameters are among them, with their buffers."""
     for child_name, child in [*module.named_children()]:
         inner = f"{prefix}{child_name}."
-        own = {inner + name for name, _ in child.named_parameters()}
-        if own and own <= names:
+        inside = {inner + name for name, _ in child.named_parameters()}
+        if inside and inside <= names:
             setattr(module, child_name, None)
         else:
             _remove_parameters(child, names, inner)

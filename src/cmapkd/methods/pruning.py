@@ -15,7 +15,7 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod
-from cmapkd.methods.stages import Part, StageConfig
+from cmapkd.methods.stages import ParameterPart, StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
@@ -88,7 +88,7 @@ class PruningMethod(DualEncoderMethod):
         self._start = 0.0  # sparsity as the stage begins
 
     @staticmethod
-    def part_of(name: str) -> Part:
+    def part_of(name: str) -> ParameterPart:
         return "modules" if name.startswith("student.masks.") else DualEncoderMethod.part_of(name)
 
     def own_rate(self, name: str) -> float | None:

@@ -36,7 +36,7 @@ def weighted_terms(
     total = torch.stack([*columns.values()]).sum()
     if shared is not None:
         weighting.observe(total.detach())
-        if torch.is_grad_enabled() and weighting.due:
+        if torch.is_grad_enabled() and weighting.wants_gradients:
             measure_gradients(weighting, columns, names, shared())
     losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in names])[None]
     present = torch.tensor([name in columns for name in names])  # on the CPU, where the question below costs nothing

@@ -122,7 +122,7 @@ class GradNormWeighting(Weighting):
         self.register_buffer("spread", torch.zeros(()))
 
     @property
-    def due(self) -> bool:
+    def wants_gradients(self) -> bool:
         return self.steps >= self.config.warmup_steps and self.steps % self.config.every == 0
 
     @torch.no_grad()

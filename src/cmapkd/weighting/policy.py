@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, by_item, shares, with_floor
+from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, by_item, softmax_over_active, with_floor
 
 
 class PolicyConfig(WeightingConfig):
@@ -95,7 +95,7 @@ class PolicyWeighting(Weighting):
     """
 
     Config: ClassVar[type[WeightingConfig]] = PolicyConfig
-    listens: ClassVar[bool] = True
+    reads_held_out: ClassVar[bool] = True
     reads_context: ClassVar[bool] = True
     costs: Tensor
     projection: Tensor
@@ -148,8 +148,8 @@ class PolicyWeighting(Weighting):
             self.clock.observed += 1
 
     @torch.no_grad()
-    def switch(self, on: Sequence[bool]) -> None:
-        flags = [int(is_on) for is_on in on]
+    def set_active(self, active: Sequence[bool]) -> None:
+        flags = [int(is_active) for is_active in active]
         if self.training and flags != self.active:  # what was observed of this window and the last no longer compares
             self.active = flags
             self.clock.observations = self.clock.learning = 0
@@ -165,8 +165,8 @@ class PolicyWeighting(Weighting):
         if self.training:
             self._advance(context)
         features = self._features(context)
-        mean_shares, divergence = shares(features @ self.mean.T, active)
-        p = shares(features @ self.action.T, active)[0] if self.training else mean_shares
+        mean_p, divergence = softmax_over_active(features @ self.mean.T, active)
+        p = softmax_over_active(features @ self.action.T, active)[0] if self.training else mean_p
         weights = with_floor(p, active, self.config.floor)
         cost = weights.detach().mean(0) @ self.costs / active.sum()
         if self.training:

@@ -346,12 +346,10 @@ class CMAPKD(DualEncoderMethod):
     @torch.no_grad()
     def _observe(self, student: Features, teacher: Features) -> None:
         """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
-        listening = [
-            weighting for weighting in self.weighting.values() if isinstance(weighting, Weighting) and weighting.listens
-        ]
-        if listening:
+        learning = [w for w in self.weighting.values() if isinstance(w, Weighting) and w.reads_held_out]
+        if learning:
             held_out = joint_divergence(student, teacher).mean()
-            for weighting in listening:
+            for weighting in learning:
                 weighting.observe(held_out)
 
     @torch.no_grad()

@@ -73,10 +73,10 @@ def read_levels(match: LevelMatcher, plan: LevelPlan, batch: Batch, student: Fea
     visual, language = plan.compared("visual"), plan.compared("language")
     if visual:
         matched = match.match_visual(student, teacher, visual)
-        distance |= {name: level_distance(it.student, it.teacher, it.mask) for name, it in matched.items()}
+        distance |= {name: level_distance(level.student, level.teacher, level.mask) for name, level in matched.items()}
     if language:
         matched = match.match_language(batch, student, teacher, language)
-        distance |= {name: level_distance(it.student, it.teacher, it.mask) for name, it in matched.items()}
+        distance |= {name: level_distance(level.student, level.teacher, level.mask) for name, level in matched.items()}
     levels = plan.of_stage()
     of_student = match.pooled("student", student, levels) if plan.pools() else {}
     of_teacher = {}

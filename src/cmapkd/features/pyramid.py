@@ -6,6 +6,7 @@ The teacher's side has no parameters: it is deterministic, can be cached, and ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.features.taps import VISUAL_LEVELS
-from cmapkd.models.types import Level, LevelInfo
+from cmapkd.models.types import Features, Level, LevelInfo, TowerFeatures
 
 Grid = tuple[int, int]  # rows, columns
 
@@ -93,7 +94,7 @@ def standardise(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width
 def pooled(level: Level) -> Float[Tensor, "batch width"]:
     """Mean over patches, map cells or real tokens; prefix tokens and padding do not count. float32 or wider.
 
-    A text without a single real token gives zeros. Of key tokens: the mean of all tokens, which they carry.
+    A text without a single real token gives zeros. A level that carries its mean (`Level.mean`) gives that one.
     """
     if level.mean is not None:
         return level.mean
@@ -101,6 +102,16 @@ def pooled(level: Level) -> Float[Tensor, "batch width"]:
     if level.mask is None:
         return cells.mean(1, dtype=_wide_dtype(cells))
     return masked_mean(cells, level.mask[:, level.num_prefix :])
+
+
+def with_means(features: Features) -> Features:
+    """The same features, each level with its mean: `pooled` then takes no time, however many terms ask for it."""
+
+    def pooled_once(tower: TowerFeatures) -> TowerFeatures:
+        levels = {name: replace(level, mean=pooled(level)) for name, level in tower.levels.items()}
+        return replace(tower, levels=levels)
+
+    return replace(features, image=pooled_once(features.image), text=pooled_once(features.text))
 
 
 def masked_mean(

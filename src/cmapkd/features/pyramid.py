@@ -222,7 +222,7 @@ class VisualProjectors(nn.Module):
         """Cells taken from the student's levels, by pyramid name, to the teacher's width; without a top-down path."""
         return {name: self.lateral[name](values) for name, values in cells.items()}
 
-    def _lateral(self, name: str, level: Level, size: Grid) -> Tensor:
+    def _lateral(self, name: str, level: Level, size: Grid) -> Float[Tensor, "batch cells teacher_width"]:
         """Linear map and resampling commute: the map comes where there are fewer cells."""
         grid = grid_of(level)
         if size[0] * size[1] > grid[0] * grid[1]:

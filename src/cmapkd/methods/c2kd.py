@@ -192,7 +192,7 @@ class C2KD(DualEncoderMethod):
         )
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        """The terms of the stage; every row is of all processes' samples, so the proxies' batch norms see them all."""
+        """The terms of the stage. Rows are of all processes' samples, so the proxies' batch norms see all of them."""
         parts = micro_batches(batch, self.micro_batch)
         rows = map_rows(gather_rows, join_rows(encode_checkpointed(self._encode, parts, model=self)))
         labels = self.labels(batch)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
@@ -96,7 +96,7 @@ class DualEncoderMethod(Method):
                 repeat it.
         """
 
-        def encode(part: Batch, _number: int) -> Tensor:
+        def encode(part: Batch, _number: int) -> Float[Tensor, "batch dim"]:
             pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
             tower: TowerFeatures = self.student.encode_image(change(part, pixels))
             return tower.embedding
@@ -178,7 +178,7 @@ class DualEncoderMethod(Method):
         return teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
 
 
-def task_loss(student: Features) -> Tensor:
+def task_loss(student: Features) -> Float[Tensor, ""]:
     """The loss the student would be trained with alone: SigLIP's where it has a logit bias, else CLIP's."""
     image, text, scale = student.image.embedding, student.text.embedding, student.logit_scale
     if student.logit_bias is not None:

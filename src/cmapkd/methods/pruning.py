@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, field_validator, model_serializer
 from torch import Tensor, nn
 
@@ -228,7 +229,7 @@ class _Multipliers(nn.Module):
         super().__init__()
         self.linear, self.quadratic = (nn.Parameter(torch.tensor(start)) for _ in range(2))
 
-    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+    def forward(self, sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
         return sparsity_constraint(sparsity, target, linear=self.linear, quadratic=self.quadratic)
 
 

@@ -181,7 +181,7 @@ class PolicyWeighting(Weighting):
         return Choice(weights, objective / self.config.window, {name: value.clone() for name, value in log.items()})
 
     @torch.no_grad()
-    def _advance(self, context: Tensor) -> None:
+    def _advance(self, context: Float[Tensor, "batch context_dim"]) -> None:
         """One step of the clock: the observation that waits, the end of a window, the next action."""
         clock = self.clock
         if clock.steps >= self.config.warmup_steps and not clock.observed:

@@ -35,7 +35,10 @@ class HeadTargets(ABC):
 
 
 class QuestionTargets(HeadTargets):
-    """In each epoch the image's next question that one of `answers` answers."""
+    """In each epoch the image's next question that one of `answers` answers.
+
+    Targets: `answers` Int[items most] and `shares` Float[items most], see `answer_shares`.
+    """
 
     def __init__(self, answers: Sequence[str], tokenizer: Tokenizer) -> None:
         self.answers, self.tokenizer = tuple(answers), tokenizer
@@ -51,7 +54,7 @@ class QuestionTargets(HeadTargets):
 
 
 class CaptionTargets(HeadTargets):
-    """In each epoch the image's next caption."""
+    """In each epoch the image's next caption. Targets: `words` Int[items length], see `Words`."""
 
     def __init__(self, words: Words) -> None:
         self.words = words
@@ -64,7 +67,10 @@ class CaptionTargets(HeadTargets):
 
 
 class BoxTargets(HeadTargets):
-    """The image's boxes of the classes `names`; an image without one is taken as not annotated."""
+    """The image's boxes of the classes `names`; an image without one is taken as not annotated.
+
+    Targets: `boxes` Float[items most 4] as fractions of the sides, and `labels` Int[items most], -1 in unused rows.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -156,7 +162,13 @@ class JointExtra:
     def __init__(self, spec: ImageSpec, targets: dict[str, HeadTargets]) -> None:
         self.spec, self.targets = spec, targets
 
-    def read(self, sample: Sample, view: View, epoch: int) -> tuple[Tensor | None, dict[str, Any]]:  # noqa: ARG002
+    def read(
+        self,
+        sample: Sample,
+        view: View,  # noqa: ARG002  heads see whole pictures
+        epoch: int,
+    ) -> tuple[Float[Tensor, "3 size size"] | None, dict[str, Any]]:
+        """The whole picture, where a head learns from the sample, and each head's item."""
         items = {name: maker.read(sample, epoch) for name, maker in self.targets.items()}
         wanted = any(item is not None for item in items.values())
         return whole_picture(self.spec, sample.image) if wanted else None, items

@@ -64,7 +64,7 @@ class CachePlan:
     ) -> CachePlan:
         """Before any stage has been entered: what all stages together read of the teacher with this role.
 
-        Where the config names a folder, each further teacher has one of its own beside it.
+        Where the config names a folder, each further teacher has a folder of its own next to it.
 
         Args:
             texts: that the run reads; none: a caption, and what the method asks for.

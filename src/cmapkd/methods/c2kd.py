@@ -1,8 +1,8 @@
 """C2KD (Huo et al., CVPR 2024, pp. 16006-16015): cross-modal distillation between two networks that both learn.
 
-Here the student is an image tower and the teacher a text tower that reads the caption; the class is to be told from
-either. They meet through small proxies, in both directions, and only on samples that both rank alike. Departures: the
-card below and docs/methods/c2kd.md.
+Here the student is an image tower and the teacher a text tower that reads the caption. Both learn to tell the class.
+They meet through small proxies, in both directions, and only on samples whose classes both rank similarly.
+Departures: the card below and docs/methods/c2kd.md.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Proxy(nn.Module):
 
 
 class C2KD(DualEncoderMethod):
-    """An image and a text tower learn the classes, and from each other where they rank a sample's classes alike."""
+    """An image and a text tower learn the classes, and from each other where they rank a sample's classes similarly."""
 
     Config: ClassVar[type[MethodConfig]] = C2KDConfig
     not_cached: ClassVar[str | None] = "its teacher learns too, so its answers change with every step"

@@ -1,6 +1,6 @@
 """MobileCLIP's multi-modal reinforced training (Vasu et al., CVPR 2024, arXiv:2311.17049; MobileCLIP2, 2508.20691).
 
-Several teachers, whose in-batch probabilities are averaged, and a synthetic caption beside each real one. What the
+Several teachers, whose in-batch probabilities are averaged, and a synthetic caption for each real one. What the
 published data set stores is here a cache: docs/methods/mobileclip.md.
 """
 

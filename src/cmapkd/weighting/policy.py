@@ -50,8 +50,8 @@ class _Clock:
     """Where the policy stands: whole numbers on the CPU, so that no step waits for the device."""
 
     steps: int = 0  # forwards in training
-    observed: int = 0  # held-out losses ever told
-    waiting: int = 0  # 1: one of them was told since the last forward
+    observed: int = 0  # held-out losses ever observed
+    waiting: int = 0  # 1: one of them was observed since the last forward
     observations: int = 0  # of this window
     weighed: int = 0  # forwards in this window
     closed: int = 0  # windows that earned a reward
@@ -186,7 +186,7 @@ class PolicyWeighting(Weighting):
         clock = self.clock
         if clock.steps >= self.config.warmup_steps and not clock.observed:
             raise RuntimeError(
-                f"the policy was told no held-out loss in its {clock.steps} steps, so it has nothing to learn from: "
+                f"the policy observed no held-out loss in its {clock.steps} steps, so it has nothing to learn from: "
                 "call observe(held_out) before forward in every step, or choose another weighting"
             )
         if not clock.acting:

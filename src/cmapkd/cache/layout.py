@@ -59,7 +59,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RowLayout:
     """Fixed-width rows of named arrays, packed without gaps."""
 
     kind: TeacherDetail
@@ -136,9 +136,9 @@ class Layout:
                 parts.append((_scale(field.name), "<f2", field.shape[:-1]))
         return np.dtype(parts)
 
-    def embeddings(self) -> Layout:
+    def embeddings(self) -> RowLayout:
         """Of the two embeddings alone."""
-        return Layout("global", self.store, tuple(field for field in self.fields if field.name in ("image", "text")))
+        return RowLayout("global", self.store, tuple(field for field in self.fields if field.name in ("image", "text")))
 
     @property
     def row_bytes(self) -> int:

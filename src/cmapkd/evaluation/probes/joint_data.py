@@ -14,7 +14,7 @@ from torch import Tensor
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import BadSampleError, Sample, Source, TokenBatch
 from cmapkd.data.views import View
-from cmapkd.evaluation.probes.decoder import Words
+from cmapkd.evaluation.probes.decoder import WordTokenizer
 from cmapkd.evaluation.probes.detector import box_targets
 from cmapkd.evaluation.probes.features import whole_picture
 from cmapkd.evaluation.probes.fusion import answer_shares
@@ -54,9 +54,9 @@ class QuestionTargets(HeadTargets):
 
 
 class CaptionTargets(HeadTargets):
-    """In each epoch the image's next caption. Targets: `words` Int[items length], see `Words`."""
+    """In each epoch the image's next caption. Targets: `words` Int[items length], see `WordTokenizer`."""
 
-    def __init__(self, words: Words) -> None:
+    def __init__(self, words: WordTokenizer) -> None:
         self.words = words
 
     def read(self, sample: Sample, epoch: int) -> Any:

@@ -2,8 +2,9 @@
 
 Tensors are fake: they have shapes and devices, and no numbers. Each says `cuda` to Python and to the dispatcher, which
 therefore runs the code of a GPU: autocast to bf16, the fused optimizer, checks that all tensors are on one device. To
-C++ that asks a tensor for its device it says `meta`. So autograd's engine asks no driver, and its backward pass stays
-in the calling thread. A backend in Python, torch's other way, has an engine of its own threads, which abort the process.
+C++ that asks a tensor for its device it says `meta`. So autograd's engine asks no driver, and the backward pass stays
+in the calling thread. With a backend in Python, torch's other way, the engine's own threads end the process now and
+then.
 
 Each read of a number from the device counts as a synchronisation, by the line of this package that asked for it.
 """
@@ -14,7 +15,7 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ import torch.utils.checkpoint
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmapkd
 from cmapkd.data.types import Batch
 from cmapkd.methods import METHODS, Method
-from cmapkd.methods.stages import StageConfig
 from cmapkd.training import trainer as training_loop
 from helpers import (
     CLIP_KD_IN_FULL,
@@ -49,20 +50,19 @@ aten, prim = torch.ops.aten, torch.ops.prim
 PACKAGE = Path(cmapkd.__file__).parent
 CUDA, CPU, META = "cuda", "cpu", "meta"
 BATCH, MICRO_BATCH = 8, 3
-STEPS = 5  # of each stage: in the last of them banks are filled, windows closed, buffers made
+STEPS = 3  # of each stage: in the last of them banks are filled and buffers made
+MORE_STEPS = {"cmapkd, policy": 7}  # two windows end, and the policy acts
 SIZES: dict[str, int | None] = {"whole": None, "micro-batches": MICRO_BATCH}
 MANUAL = {"contrastive": 1, "relational": 1, "feature": 1, "interactive": 1}
 VISUAL = {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0}
+POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
 OTHER_TOKENS = "other tokens"  # student and teacher cut the texts differently
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
-    "cmapkd, everything, gate": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
-    "cmapkd, everything, policy": (
-        "cmapkd",
-        {**CMAPKD_IN_FULL, "weighting": {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}},
-    ),
-    "cmapkd, everything, attention": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "attention"}),
-    "cmapkd, everything, uncertainty": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "uncertainty"}),
+    "cmapkd, everything": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
+    "cmapkd, policy": ("cmapkd", {"visual_levels": VISUAL, "weighting": POLICY}),
+    "cmapkd, attention": ("cmapkd", {"visual_levels": VISUAL, "weighting": "attention"}),
+    "cmapkd, uncertainty": ("cmapkd", {"visual_levels": VISUAL, "weighting": "uncertainty"}),
     "cmapkd, key tokens": ("cmapkd", {"places": "key_tokens", "key_tokens": 2, "visual_levels": VISUAL}),
     "cmapkd, pooled": ("cmapkd", {"places": "pooled", "depths": "mean"}),
     "cmapkd, top down": ("cmapkd", {"top_down": True, "grids": {"P2": 2.0}}),
@@ -80,6 +80,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "c2kd, all at once": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0, "prompts_at_once": None}),
     "fitnet, texts": ("fitnet", {"text_guided_layer": 0.5, "text_hint_layer": 0.5}),
 }
+OFTEN = (*METHODS, "cmapkd, everything")  # the others differ in a setting, and are slow tests
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Watched(TorchDispatchMode):
 
     def __init__(self, *, equal: bool) -> None:
         super().__init__()
-        self.equal, self.step = equal, 0
+        self.equal, self.step = equal, -1  # before the first
         self.waits: dict[int, list[Wait]] = defaultdict(list)  # by step
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,6 +189,7 @@ def pretending(*, equal: bool = True) -> Iterator[Watched]:
             (Tensor, "__deepcopy__", _copied),
             (nn.Parameter, "__deepcopy__", _copied),
             (nn.Module, "_apply", _exchanged),
+            (BackwardCFunction, "apply", _backward),
             (FakeTensor, "is_cuda", property(lambda tensor: tensor.device.type == CUDA)),
             (FakeTensor, "is_meta", property(lambda tensor: tensor.device.type == META)),
             (torch.utils.checkpoint, "_infer_device_type", lambda *_: CPU),  # whose random state is kept
@@ -226,6 +228,20 @@ def _exchanged(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: boo
             if buffer is not None:
                 module._buffers[name] = change(buffer)
     return self
+
+
+def _backward(self: Any, *gradients: Any) -> Any:
+    """The backward pass of a function of one's own, with the engine's check, which it spares tensors that are fake."""
+    found = _apply_backward(self, *gradients)
+    nodes = [each for each in self.next_functions if each[0] is not None]
+    there = {node._input_metadata[number].device.type.replace(META, CUDA) for node, number in nodes}
+    for gradient in found if isinstance(found, tuple) else (found,):
+        if isinstance(gradient, Tensor) and gradient.device.type not in there:
+            raise RuntimeError(f"a gradient is on {gradient.device}, the device of its tensor is another: {there}")
+    return found
+
+
+_apply_backward = BackwardCFunction.apply
 
 
 @contextmanager
@@ -283,37 +299,51 @@ class Given:
 
 
 def waits_of(
-    folder: Path, method: Callable[[], Method], given: list[Batch], *, micro_batch: int | None, equal: bool = True
+    folder: Path,
+    method: Callable[[], Method],
+    given: list[Batch],
+    *,
+    micro_batch: int | None,
+    steps: int = STEPS,
+    equal: bool = True,
 ) -> list[list[Wait]]:
-    """What the host waits for in the last of the trainer's steps of each stage, with gradients and all that follows.
+    """What the host waits for in each of the trainer's steps, from one batch to the next, with all that belongs to it.
 
     Args:
         method: makes it; called where tensors are fake.
         given: its batches, over and over.
+        steps: of each of the method's stages.
         equal: what `torch.equal` finds, of tensors of one shape.
+    Returns:
+        One list for each step, of all stages.
     """
     with pretending(equal=equal) as watched:
         learner = method()
-        stages = tuple(_of_steps(stage) for stage in learner.default_stages)
-        stop = STEPS * max(1, len(stages))
-        length = {"stages": (*stages[:-1], stages[-1].model_copy(update={"steps": STEPS + 1}))} if stages else {}
+        stages = [stage.model_copy(update={"share": None, "steps": steps}) for stage in learner.default_stages]
+        stop = steps * max(1, len(stages))
+        if stages:
+            stages[-1] = stages[-1].model_copy(update={"steps": steps + 1})  # the last step of a run writes it down
         trainer = make_trainer(
-            folder, learner, steps=None if stages else stop + 1, log_every=1000, checkpoint_every=1000, ema=0.9,
-            precision="bf16", micro_batch=micro_batch, **length
+            folder,
+            learner,
+            steps=None if stages else stop + 1,
+            stages=tuple(stages),
+            micro_batch=micro_batch,
+            precision="bf16",
+            ema=0.9,
+            log_every=1000,
+            checkpoint_every=1000,
         )
         trainer.builder = Given(given, watched, stop)  # type: ignore[assignment]
-        try:
+        with suppress(_Enough):
             trainer.run()
-        except _Enough:
-            assert {p.device.type for p in trainer.method.parameters()} == {CUDA}
-            return [watched.waits[last - 1] for last in range(STEPS, stop + 1, STEPS)]
-    raise AssertionError("the trainer came to an end of its own")
-
-
-def _of_steps(stage: StageConfig) -> StageConfig:
-    return stage.model_copy(update={"share": None, "steps": STEPS})
+        assert {parameter.device.type for parameter in trainer.method.parameters()} == {CUDA}
+        assert trainer.progress.step == stop
+    return [watched.waits[step] for step in range(stop)]
 
 
 def waits_of_case(folder: Path, case: str, micro_batch: int | None) -> list[list[Wait]]:
-    equal = not case.endswith(OTHER_TOKENS)
-    return waits_of(folder, lambda: made(case), batches(case), micro_batch=micro_batch, equal=equal)
+    """Of the steps that are not the first of a stage, in which modules are new."""
+    steps, equal = MORE_STEPS.get(case, STEPS), not case.endswith(OTHER_TOKENS)
+    waits = waits_of(folder, lambda: made(case), batches(case), micro_batch=micro_batch, steps=steps, equal=equal)
+    return [of_step for step, of_step in enumerate(waits) if step % steps]

@@ -136,7 +136,7 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
         f"{len(plan.runs)} different runs, {todo} to do"
     )
     if races and tuned is None:
-        arms = ", ".join(arm for each in races for arm in each.family.arms)
+        arms = "; ".join(arm for each in races for arm in each.family.arms)
         say(f"{arms}: runs as declared are listed, with the winners' settings they are others")
     for remark in plan.remarks():
         say(remark)

@@ -112,6 +112,7 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
     """Prints every run and what is there of it; of a tuning, its budgets and the runs that are known by now."""
     from cmapkd.compare import make_plan
     from cmapkd.compare.search import read_tuning
+    from cmapkd.compare.seconds import read_seconds
     from cmapkd.compare.tune import budget_in_words
 
     def say(line: str) -> None:
@@ -126,6 +127,11 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
                     settings = " ".join(f"{key}={value}" for key, value in score.trial.settings.items())
                     say(f"{score.status:8}  {run.name}  {settings or 'as declared'}")
     plan = make_plan(comparison, tuned)
+    missing: dict[str, Any] = {}
+    if comparison.equal_time is not None:
+        seconds, missing = read_seconds(plan, comparison.equal_time, out)
+        if not missing:
+            plan = make_plan(comparison, tuned, seconds)
     for run in plan.runs:
         state = plan.state(run, out) if out is not None else "new"
         say(f"{state:8}  {run.name}")
@@ -138,5 +144,7 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
     if races and tuned is None:
         arms = "; ".join(arm for each in races for arm in each.family.arms)
         say(f"{arms}: runs as declared are listed, with the winners' settings they are others")
-    for remark in plan.remarks():
+    if missing:
+        say(f"{'; '.join(missing)}: to be measured; runs at equal time are listed with equal steps until then")
+    for remark in plan.remarks() if not missing else ():
         say(remark)

@@ -15,11 +15,15 @@ import torch
 import yaml
 from rich.console import Console
 
+from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.config import ComparisonConfig
+from cmapkd.compare.equal_time import Seconds
 from cmapkd.compare.outcome import Outcome
-from cmapkd.compare.plan import Plan, PlannedRun, config_digest, make_plan
+from cmapkd.compare.plan import Plan, make_plan
 from cmapkd.compare.resolve import Resolver
+from cmapkd.compare.rows import PlannedRun, config_digest
 from cmapkd.compare.search import Trials, check_winners, search
+from cmapkd.compare.seconds import FILE, measure_all, read_seconds, write_seconds
 from cmapkd.compare.summary import TableSummary, summarize_tables, teacher_key
 from cmapkd.compare.trials import plan_trials
 from cmapkd.compare.tuning import TuningConfig
@@ -75,6 +79,9 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
     if comparison.tuning is not None:
         comparison, tuned = _tuned(comparison, comparison.tuning, out, console)
         plan = make_plan(comparison, tuned)
+    if comparison.equal_time is not None:
+        comparison, seconds = _timed(comparison, comparison.equal_time, plan, out, console)
+        plan = make_plan(comparison, tuned, seconds)
     if console is not None:
         for remark in plan.remarks():
             console.print(remark, markup=False, highlight=False)
@@ -136,6 +143,19 @@ def _tuned(
     tuned = read_tuned(Path(tuning.winners), asked=tuning)
     check_winners(tuned, comparison)
     return comparison.model_copy(update={"tuning": tuning.model_copy(update={"winners": "tuned.yaml"})}), tuned
+
+
+def _timed(
+    comparison: ComparisonConfig, equal_time: EqualTimeConfig, plan: Plan, out: Path, console: Console | None
+) -> tuple[ComparisonConfig, Seconds]:
+    """The seconds a step, given or measured now; and the comparison, which names a given file by its copy."""
+    if not isinstance(equal_time.seconds, str):
+        _prepare(comparison, out)
+        return comparison, measure_all(plan, equal_time, out, console)
+    seconds, _ = read_seconds(plan, equal_time, out)
+    _prepare(comparison, out)
+    write_seconds(out, seconds.measured or {})
+    return comparison.model_copy(update={"equal_time": equal_time.model_copy(update={"seconds": FILE})}), seconds
 
 
 def tune(

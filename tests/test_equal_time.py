@@ -269,7 +269,7 @@ def test_dry_run(
     recipe: Path, fake: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(comparison(recipe).plain()))
+    file.write_text(yaml.safe_dump(comparison(recipe).plain(), sort_keys=False))
     monkeypatch.setattr(sys, "argv", ["cmapkd", "compare", str(file), "--dry-run", "--out", str(tmp_path / "c")])
     with pytest.raises(SystemExit):
         main()

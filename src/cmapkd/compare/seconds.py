@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from rich.console import Console
 from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.equal_time import BUDGET, EQUAL_STEPS, WINDOW, Seconds, key_of, measuring_config
 from cmapkd.compare.plan import Plan
+from cmapkd.compare.rows import Row
 from cmapkd.config import ConfigError, printable
 from cmapkd.config.disk import write_text
 from cmapkd.provenance import describe_environment
@@ -37,7 +38,9 @@ def read_seconds(plan: Plan, equal_time: EqualTimeConfig, out: Path | None) -> t
     path = Path(given) if given is not None else None if out is None else out / FILE
     known = _read(path) if path is not None and (given is not None or path.is_file()) else {}
     rows = [row for table in plan.tables for row in table.rows if row.coordinates[BUDGET] == EQUAL_STEPS]
-    needed = {key_of(row.config, equal_time): row for row in reversed(rows)}
+    needed: dict[str, Row] = {}
+    for row in rows:
+        needed.setdefault(key_of(row.config, equal_time), row)
     missing = {
         row.label.removesuffix(f", {EQUAL_STEPS}"): row.config for key, row in needed.items() if key not in known
     }
@@ -49,13 +52,9 @@ def read_seconds(plan: Plan, equal_time: EqualTimeConfig, out: Path | None) -> t
     return Seconds(equal_time, {key: known[key] for key in needed if key in known}), missing
 
 
-def measure_all(
-    plan: Plan, equal_time: EqualTimeConfig, out: Path, console: Console | None, carry_out: Callable[..., Any] = run
-) -> Seconds:
+def measure_all(plan: Plan, equal_time: EqualTimeConfig, out: Path, console: Console | None) -> Seconds:
     """Measures what is not yet known, one short run after the other, and keeps it in seconds.json.
 
-    Args:
-        carry_out: makes a run.
     Raises:
         ConfigError, RunStopped, Interrupted: as a run does.
     """
@@ -66,7 +65,7 @@ def measure_all(
     for label, config in missing.items():
         entry: dict[str, Any] = {}
         for _ in range(TRIES):
-            tried = {"row": label, **_measured(config, equal_time, out / "seconds", carry_out)}
+            tried = {"row": label, **_measured(config, equal_time, out / "seconds")}
             if not entry or (tried["waited"] or 0) < (entry["waited"] or 0):
                 entry = tried
             if not entry["busy"]:
@@ -84,9 +83,7 @@ def write_seconds(out: Path, measured: Mapping[str, Mapping[str, Any]]) -> None:
     write_text(out / FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _measured(
-    config: RunConfig, equal_time: EqualTimeConfig, folder: Path, carry_out: Callable[..., Any]
-) -> dict[str, Any]:
+def _measured(config: RunConfig, equal_time: EqualTimeConfig, folder: Path) -> dict[str, Any]:
     """One short run: seconds a step, and the share of its time that it waited for a processor (None: not known)."""
     warmup = equal_time.warmup_steps
     if warmup is None:
@@ -96,7 +93,7 @@ def _measured(
     steps = warmup + equal_time.measure_steps
     shutil.rmtree(folder, ignore_errors=True)
     before = waiting_clock()
-    carry_out(measuring_config(config, steps=steps), out=folder)
+    run(measuring_config(config, steps=steps), out=folder)
     waited = waited_share(before, waiting_clock())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from cmapkd.cli import main
-from cmapkd.compare import ComparisonConfig, compare, load_comparison, make_plan
+from cmapkd.compare import ComparisonConfig, compare, load_comparison, make_plan, prepare
 from cmapkd.compare.equal_time import WINDOW, Seconds, key_of, measuring_config
 from cmapkd.compare.seconds import BUSY, measure_all, read_seconds, seconds_a_step, waited_share, waiting_clock
 from cmapkd.config import ConfigError
@@ -281,6 +281,23 @@ def test_dry_run(
     printed = capsys.readouterr().out
     assert "to be measured" not in printed
     assert printed.count("finished  hinton-equal_time-seed") == 2
+
+
+def test_tune_only_measures_what_tuning_chose(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+    families = {"kd": {"space": {"method.task_weight": [0.5, 2.0]}}}
+    tuning = {"trials": 2, "seeds": [9], "families": families}
+    config = comparison(recipe, tuning=tuning, overrides=["data.test=scenes@test?length=20&size=32"])
+    plan = prepare(config, out=tmp_path / "c")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {
+        "comparison.yaml", "runs", "tuning.csv", "tuning.json", "tuned.yaml", "seconds.json",
+    }  # fmt: skip
+    short = [config for config in fake.calls if config.data.val is None]
+    assert len(short) == 3
+    assert len(fake.calls) == 3 + 2
+    assert {row.config.training.steps for row in plan.tables[0].rows} == {40, 80, 120}
+    notes = "\n".join(plan.remarks())
+    assert "kd: 2 trials of 40 steps; best:" in notes
+    assert "kd 0.3 s/step, 40 steps" in notes
 
 
 def test_a_real_measurement(recipe: Path, tmp_path: Path) -> None:

@@ -522,10 +522,10 @@ def test_the_command(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> N
     code, printed, errors = cli(str(file), "--tune-only", "--family", "hinton", "--out", str(out))
     assert code == 0, errors
     assert {config.method.name for config in fake.calls} == {"hinton"}
-    assert f"{out}: tuning.csv, tuning.json, runs/" in printed
+    assert printed.endswith(f"{out}: tuning.csv, tuning.json\n")
     code, printed, _ = cli(str(file), "--tune-only", "--out", str(out))
     assert code == 0
-    assert f"{out}: tuning.csv, tuning.json, tuned.yaml, runs/" in printed
+    assert printed.endswith(f"{out}: tuning.csv, tuning.json, tuned.yaml\n")
     assert {config.seed for config in fake.calls} == {100}
     code, printed, _ = cli(str(file), "--dry-run", "--out", str(out))
     assert printed.count("finished  tuning-kd-trial") == 6 + 3
@@ -540,7 +540,22 @@ def test_the_command(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> N
         assert message in errors
 
 
-def test_tuning_of_a_comparison_without_it(recipe: Path, tmp_path: Path) -> None:
+def test_a_stopped_tuning_says_how_to_go_on(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+    def stop(config: RunConfig, out: Path) -> None:
+        raise Interrupted(1, out / "step-00000001")
+
+    fake.before = stop
+    file, out = tmp_path / "mine.yaml", tmp_path / "c"
+    file.write_text(yaml.safe_dump(comparison(recipe).plain()))
+    code, printed, _ = cli(str(file), "--tune-only", "--family", "kd", "--out", str(out))
+    assert code == 130
+    assert f"cmapkd compare {out / 'comparison.yaml'} --out {out} --tune-only --family kd" in printed
+
+
+def test_tuning_of_a_comparison_without_it(cli: Any, recipe: Path, tmp_path: Path) -> None:
+    code, _, errors = cli(str(recipe), "--axis", "training.steps=2,4", "--tune-only", "--out", str(tmp_path / "c"))
+    assert code == 2
+    assert "there is nothing to tune or to measure: add tuning or equal_time" in errors
     with pytest.raises(ConfigError, match="this comparison tunes nothing: add tuning to it"):
         tune(comparison(recipe).model_copy(update={"tuning": None}), out=tmp_path / "c")
 

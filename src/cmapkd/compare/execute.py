@@ -73,21 +73,11 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         ConfigError: something in the comparison is wrong; nothing was run.
         Interrupted, KeyboardInterrupt: asked to stop. The run under way was saved, the outputs hold what is finished.
     """
-    plan = make_plan(comparison)
     sources = {name: open_source(spec, split="test") for name, spec in comparison.evaluate.items()}
-    tuned: Tuned | None = None
-    if comparison.tuning is not None:
-        comparison, tuned = _tuned(comparison, comparison.tuning, out, console)
-        plan = make_plan(comparison, tuned)
-    if comparison.equal_time is not None:
-        comparison, seconds = _timed(comparison, comparison.equal_time, plan, out, console)
-        plan = make_plan(comparison, tuned, seconds)
+    plan = prepare(comparison, out=out, console=console)
     if console is not None:
         for remark in plan.remarks():
             console.print(remark, markup=False, highlight=False)
-    _prepare(comparison, out)
-    if tuned is not None:
-        write_tuned(out / "tuned.yaml", tuned)
     outcomes = {planned.digest: Outcome(plan.folder(planned, out)) for planned in plan.runs}
     try:
         for number, planned in enumerate(plan.runs, 1):
@@ -110,7 +100,30 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
     return _finish(plan, outcomes, teachers, out)
 
 
-def _prepare(comparison: ComparisonConfig, out: Path) -> None:
+def prepare(comparison: ComparisonConfig, *, out: Path, console: Console | None = None) -> Plan:
+    """Chooses the settings of tuned arms and measures seconds a step, where the comparison asks for them.
+
+    Args:
+        out: folder of the comparison, where tuned.yaml and seconds.json are left and read back.
+    Returns:
+        The runs of the comparison. It names files that it was given by their copies in `out`.
+    Raises:
+        ConfigError, RunStopped, Interrupted, KeyboardInterrupt: as `tune` and a run do.
+    """
+    make_plan(comparison)
+    tuned: Tuned | None = None
+    if comparison.tuning is not None:
+        comparison, tuned = _tuned(comparison, comparison.tuning, out, console)
+    plan, seconds = make_plan(comparison, tuned), None
+    if comparison.equal_time is not None:
+        comparison, seconds = _timed(comparison, comparison.equal_time, plan, out, console)
+    _make_folder(comparison, out)
+    if tuned is not None:
+        write_tuned(out / "tuned.yaml", tuned)
+    return make_plan(comparison, tuned, seconds)
+
+
+def _make_folder(comparison: ComparisonConfig, out: Path) -> None:
     """Makes the folder, with the comparison in it.
 
     Raises:
@@ -150,10 +163,10 @@ def _timed(
 ) -> tuple[ComparisonConfig, Seconds]:
     """The seconds a step, given or measured now; and the comparison, which names a given file by its copy."""
     if not isinstance(equal_time.seconds, str):
-        _prepare(comparison, out)
+        _make_folder(comparison, out)
         return comparison, measure_all(plan, equal_time, out, console)
     seconds, _ = read_seconds(plan, equal_time, out)
-    _prepare(comparison, out)
+    _make_folder(comparison, out)
     write_seconds(out, seconds.measured or {})
     return comparison.model_copy(update={"equal_time": equal_time.model_copy(update={"seconds": FILE})}), seconds
 
@@ -184,7 +197,7 @@ def tune(
             raise ConfigError(f"there is no family {name!r}{closest(name, tuning.families)}; known: {known}")
     make_plan(comparison)
     planned = plan_trials(comparison, Resolver.of(comparison))
-    _prepare(comparison, out)
+    _make_folder(comparison, out)
 
     def carry_out(planned: PlannedRun, runs: Iterable[PlannedRun], outcomes: Mapping[str, Outcome]) -> Outcome:
         known = _known_teacher(planned, runs, outcomes)

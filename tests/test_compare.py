@@ -367,10 +367,11 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     assert rows[0]["training.steps"] == "2"
     assert float(rows[0]["retrieval.mean_r@1"]) == pytest.approx(30.02)
     text = (out / "table.md").read_text().splitlines()
-    assert text[0].startswith("| arm | mean R@1 | − contrastive [95 %], wins | zero-shot top1 |")
+    assert text[0] == "## Exploratory, uncorrected: 2 seeds"
+    assert text[2].startswith("| arm | mean R@1 | − contrastive [95 %], wins | zero-shot top1 |")
     assert "| clip_kd, steps=4 | 43.0 ± 1.4 | +12.0 [+12.0, +12.0], 2/2 |" in "\n".join(text)
     assert len({line.count("|") for line in text if line.startswith("|")}) == 1
-    assert text[0].endswith("| s/step | peak MiB | extra parameters |")
+    assert text[2].endswith("| s/step | peak MiB | extra parameters |")
     assert any(line.endswith("| 1,500 | 70,000 |") for line in text)
     # the stored comparison is one that finds the same runs
     again = make_plan(load_comparison(out / "comparison.yaml"))

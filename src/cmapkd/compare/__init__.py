@@ -1,19 +1,30 @@
 """Many runs, one table: arms, axes and seeds in one resumable comparison with paired statistics."""
 
-from cmapkd.compare.config import ComparisonConfig, TableConfig, list_comparisons, load_comparison
+from cmapkd.compare.config import ComparisonConfig, ContrastConfig, TableConfig, list_comparisons, load_comparison
 from cmapkd.compare.execute import ComparisonResult, Outcome, compare
 from cmapkd.compare.plan import Plan, make_plan
-from cmapkd.compare.statistics import PairedDifference, Summary, paired_difference, summarize, t_critical
+from cmapkd.compare.statistics import (
+    Estimate,
+    PairedDifference,
+    Summary,
+    holm,
+    paired_difference,
+    summarize,
+    t_critical,
+)
 
 __all__ = [
     "ComparisonConfig",
     "ComparisonResult",
+    "ContrastConfig",
+    "Estimate",
     "Outcome",
     "PairedDifference",
     "Plan",
     "Summary",
     "TableConfig",
     "compare",
+    "holm",
     "list_comparisons",
     "load_comparison",
     "make_plan",

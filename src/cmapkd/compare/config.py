@@ -32,6 +32,17 @@ class _ArmsAndAxes(Config):
         return _axes(value)
 
 
+class ContrastConfig(Config):
+    """A difference that is declared before the runs. Declared differences alone are tested and get a verdict."""
+
+    arm: str = Field(description="The arm, axis value or whole row whose score is tested.")
+    against: str = Field(description="What it is tested against, named in the same way.")
+    metric: str | None = Field(None, description="Dotted path in the student's scores; none: the table's first metric.")
+    smallest: float | None = Field(
+        None, gt=0, description="The smallest difference that matters, in units of the metric; none: never `equal`."
+    )
+
+
 class TableConfig(_ArmsAndAxes):
     """One table of several that share runs. What it leaves out, it takes from the comparison."""
 
@@ -44,6 +55,9 @@ class TableConfig(_ArmsAndAxes):
     reference: str | None = Field(None, description="Differences are taken to this arm or axis value.")
     gap_from: str | None = Field(None, description="Where the gap to the teacher begins: an arm or axis value.")
     metrics: tuple[str, ...] | None = Field(None, description="Dotted paths in the student's scores.")
+    contrasts: tuple[ContrastConfig, ...] | None = Field(
+        None, description="Differences that are tested; none: those of the comparison whose rows the table has."
+    )
 
 
 class ComparisonConfig(_ArmsAndAxes):
@@ -67,6 +81,9 @@ class ComparisonConfig(_ArmsAndAxes):
     )
     metrics: tuple[str, ...] | None = Field(
         None, description="Dotted paths in the student's scores; none: mean R@1 and zero-shot, wherever measured."
+    )
+    contrasts: tuple[ContrastConfig, ...] = Field(
+        (), description="Differences that are tested, with Holm's correction over all contrasts of the file."
     )
     evaluate: dict[str, str] = Field(
         default_factory=dict, description="Name -> source of further test data; metrics there are NAME.path."

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.compare.config import Arm, ComparisonConfig
+from cmapkd.compare.contrasts import PlannedContrast, plan_contrasts, refuse_unplaced
+from cmapkd.compare.coordinates import counterparts, find_coordinate
 from cmapkd.config import ConfigError, apply_overrides, closest, load_mapping, merge_mappings
 from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
@@ -54,6 +56,7 @@ class PlannedTable:
     gap_from: tuple[int | None, ...]
     metrics: tuple[str, ...] | None
     foreign: dict[str, list[str]]  # setting of all arms -> labels of the rows whose method does not have it
+    contrasts: tuple[PlannedContrast, ...] = ()
 
     def remarks(self) -> Iterable[str]:
         """What was probably not meant: settings that do not reach an arm, and arms that come to the same runs."""
@@ -126,6 +129,7 @@ def make_plan(comparison: ComparisonConfig) -> Plan:
         lines = [_where(labels) + what for what, labels in problems.items()]
         head = f"{len(lines)} problem{'s'[: len(lines) != 1]} in the arms of this comparison:\n  "
         raise ConfigError(head + "\n  ".join(lines), tuple(lines))
+    refuse_unplaced(comparison, [(table.title, table.rows, table.contrasts) for table in tables])
     place = {seed: number for number, seed in enumerate(comparison.seeds)}
     return Plan(comparison, tuple(tables), tuple(sorted(unique.values(), key=lambda run: place[run.config.seed])))
 
@@ -263,11 +267,14 @@ def _table(comparison: ComparisonConfig, title: str, rows: list[Row], foreign: d
         title=title,
         rows=tuple(rows),
         reference_name=reference or (scratch and scratch[1]),
-        reference=_counterparts(rows, _named(rows, reference, f"reference of {where}") if reference else scratch),
+        reference=counterparts(
+            rows, find_coordinate(rows, reference, f"reference of {where}") if reference else scratch
+        ),
         gap_name=gap_from or (scratch and scratch[1]),
-        gap_from=_counterparts(rows, _named(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
+        gap_from=counterparts(rows, find_coordinate(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
         metrics=(own and own.metrics) or comparison.metrics,
         foreign=foreign,
+        contrasts=plan_contrasts(comparison, title, rows),
     )
 
 
@@ -279,31 +286,6 @@ def _scratch(rows: list[Row]) -> tuple[str, str] | None:
         if len(there) < len(rows) and not any(METHODS[row.config.method.name].uses_teacher for row in there):
             found.append((key, value))
     return found[0] if len(found) == 1 else None
-
-
-def _named(rows: list[Row], name: str, what: str) -> tuple[str, str]:
-    """The coordinate that `name` means: an arm, a value of an axis, `axis=value`, or a whole row."""
-    pairs = dict.fromkeys(pair for row in rows for pair in row.coordinates.items())
-    found = [pair for pair in pairs if name in (pair[1], "=".join(pair))]
-    found = found or [("", row.label) for row in rows if row.label == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        choices = " or ".join("=".join(pair) for pair in found)
-        raise ConfigError(f"{what}: {name!r} could be {choices}: write one of them")
-    known = list(dict.fromkeys([value for _, value in pairs] + [row.label for row in rows]))
-    raise ConfigError(f"{what}: there is no {name!r}{closest(name, known)}; known: {', '.join(known)}")
-
-
-def _counterparts(rows: list[Row], named: tuple[str, str] | None) -> tuple[int | None, ...]:
-    """For each row the place of the one that differs from it in the named coordinate alone."""
-    if named is None:
-        return (None,) * len(rows)
-    key, value = named
-    if not key:
-        return (next(place for place, row in enumerate(rows) if row.label == value),) * len(rows)
-    places = {tuple(row.coordinates.items()): place for place, row in enumerate(rows)}
-    return tuple(places[tuple((row.coordinates | {key: value}).items())] for row in rows)
 
 
 def config_digest(values: Any) -> str:

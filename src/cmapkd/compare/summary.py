@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cmapkd.compare.plan import Plan, PlannedTable, Row, config_digest
 from cmapkd.compare.statistics import PairedDifference, Summary, paired_difference, summarize
+from cmapkd.compare.verdicts import EXPLORATORY_SEEDS, Contrast, TestedContrast, judge
 from cmapkd.config import closest
 from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
 from cmapkd.results import Scores
@@ -50,6 +51,16 @@ class TableSummary:
     teachers: tuple[RowSummary, ...]
     rows: tuple[RowSummary, ...]
     notes: tuple[str, ...]
+    num_seeds: int = 0  # the most that any row has finished
+    contrasts: tuple[TestedContrast, ...] = ()
+
+    @property
+    def heading(self) -> str:
+        """The title, which says where the seeds are too few for more than exploring."""
+        if self.num_seeds > EXPLORATORY_SEEDS:
+            return self.title
+        few = f"exploratory, uncorrected: {self.num_seeds} seed{'s'[: self.num_seeds != 1]}"
+        return f"{self.title} ({few})" if self.title else few.capitalize()
 
 
 def lookup(scores: Any, path: str) -> float | None:
@@ -109,7 +120,42 @@ def summarize_tables(
         metrics: digest -> content of metrics.json of each finished run; errors: digest -> message of each failed one.
         teachers: `teacher_key` -> the teacher's scores on further test data, by the name of the data.
     """
-    return tuple(_summarize(plan, table, metrics, errors, teachers) for table in plan.tables)
+    tables = [_summarize(plan, table, metrics, errors, teachers) for table in plan.tables]
+    contrasts = [_contrasts(planned, summary, metrics) for planned, summary in zip(plan.tables, tables, strict=True)]
+    tested = iter(judge([contrast for each in contrasts for contrast in each]))  # one family: all of the file
+    return tuple(
+        replace(summary, contrasts=tuple(next(tested) for _ in each))
+        for summary, each in zip(tables, contrasts, strict=True)
+    )
+
+
+def _contrasts(table: PlannedTable, summary: TableSummary, metrics: Mapping[str, dict[str, Any]]) -> list[Contrast]:
+    """The declared contrasts of a table with their data, not yet tested."""
+    contrasts = []
+    for planned in table.contrasts:
+        arm, against = table.rows[planned.arm], table.rows[planned.against]
+        metric = planned.declared.metric or next(iter(summary.metrics), "")
+        values, others = (_row_values(row, metrics, metric) for row in (arm, against))
+        difference = paired_difference(values, others, lower_is_better=lower_is_better(metric))
+        runs = frozenset(tuple(run.digest for run in row.runs.values()) for row in (arm, against))
+        contrasts.append(
+            Contrast(
+                arm.label,
+                against.label,
+                metric,
+                planned.declared.smallest,
+                difference,
+                None if difference is None else difference.estimate,
+                family_key=(runs, metric, planned.declared.smallest),
+            )
+        )
+    return contrasts
+
+
+def _row_values(row: Row, metrics: Mapping[str, dict[str, Any]], path: str) -> dict[int, float]:
+    """A metric of a row's finished runs, by seed."""
+    students = {seed: metrics[run.digest]["student"] for seed, run in row.runs.items() if run.digest in metrics}
+    return _numbers(students, path)
 
 
 def _summarize(
@@ -157,6 +203,7 @@ def _summarize(
         teachers=tuple(_teacher_row(name, scores, chosen) for name, scores in taught.values()),
         rows=tuple(rows),
         notes=(*notes, *_sets(chosen, done), *_notes(plan, table, rows, done)),
+        num_seeds=max(map(len, done), default=0),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cmapkd.compare.contrast_table import HEAD, contrast_notes, contrast_rows, contrasts_csv, plain_contrast
 from cmapkd.compare.plan import Plan
 from cmapkd.compare.statistics import PairedDifference, Summary, summarize
 from cmapkd.compare.summary import (
@@ -37,7 +38,7 @@ def write_outputs(
     folders: Mapping[str, Path],
     out: Path,
 ) -> tuple[tuple[Path, ...], str | None]:
-    """Writes results.json, results.csv, table.md and plots/ into `out`.
+    """Writes results.json, results.csv, contrasts.csv (where contrasts are declared), table.md and plots/ into `out`.
 
     Args:
         metrics, errors, folders: by digest, of the finished runs, the failed ones and all.
@@ -57,6 +58,8 @@ def write_outputs(
     paths += [f"{each}.{count}" for each in sets for count in ("num_images", "num_texts")]  # recall is of so many
     _write(out / "results.csv", _csv(records, paths))
     _write(out / "table.md", "\n".join(markdown(table) for table in tables))
+    if any(table.contrasts for table in tables):
+        _write(out / "contrasts.csv", contrasts_csv([(table.title, table.contrasts) for table in tables]))
     try:
         from cmapkd.compare.plots import draw_plots
     except ImportError as error:
@@ -137,6 +140,7 @@ def _csv(records: list[dict[str, Any]], metrics: list[str]) -> str:
 def _plain_table(table: TableSummary) -> dict[str, Any]:
     return {
         "title": table.title,
+        "heading": table.heading,
         "reference": table.reference_name,
         "gap_from": table.gap_name,
         "metrics": list(table.metrics),
@@ -145,6 +149,7 @@ def _plain_table(table: TableSummary) -> dict[str, Any]:
             for row in table.teachers
         },
         "rows": [_plain_row(row) for row in table.rows],
+        "contrasts": [plain_contrast(tested) for tested in table.contrasts],
         "notes": list(table.notes),
     }
 
@@ -162,7 +167,7 @@ def _plain_row(row: RowSummary) -> dict[str, Any]:
             path: {
                 "values": cell.values,
                 "summary": _plain(cell.summary),
-                "difference": _plain(cell.difference),
+                "difference": _plain_difference(cell.difference),
                 "gap_closed": {"values": cell.gap, "summary": _plain(summarize(cell.gap.values()))},
             }
             for path, cell in row.cells.items()
@@ -170,8 +175,12 @@ def _plain_row(row: RowSummary) -> dict[str, Any]:
     }
 
 
-def _plain(value: Summary | PairedDifference | None) -> dict[str, Any] | None:
+def _plain(value: Summary | None) -> dict[str, Any] | None:
     return None if value is None else asdict(value)
+
+
+def _plain_difference(value: PairedDifference | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value) | {"interval": value.interval}
 
 
 # ------------------------------------------------------------------------------------------------ for reading
@@ -179,17 +188,43 @@ def _plain(value: Summary | PairedDifference | None) -> dict[str, Any] | None:
 
 def markdown(table: TableSummary) -> str:
     """The table in Markdown, its notes below."""
-    head, rows = _columns(table)
-    lines = [f"## {in_markdown(table.title)}", ""] if table.title else []
-    lines += ["| " + " | ".join(map(in_markdown, head)) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    lines += ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {in_markdown(note)}" for note in table.notes), ""])
+    lines = [f"## {in_markdown(table.heading)}", ""] if table.heading else []
+    lines += [*_markdown_table(*_columns(table)), ""]
+    if table.contrasts:
+        lines += [*_markdown_table(list(HEAD), _contrast_rows(table)), ""]
+    return "\n".join([*lines, *(f"- {in_markdown(note)}" for note in _all_notes(table)), ""])
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(map(in_markdown, head)) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return lines + ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
+
+
+def _contrast_rows(table: TableSummary) -> list[list[str]]:
+    digits = _digits(table)
+    metrics = [tested.contrast.metric for tested in table.contrasts]
+    return contrast_rows(table.contrasts, list(map(metric_label, metrics)), [digits.get(each, 2) for each in metrics])
+
+
+def _all_notes(table: TableSummary) -> list[str]:
+    return [*table.notes, *contrast_notes(table.contrasts)]
+
+
+def rich_contrasts(table: TableSummary) -> Table:
+    """The declared contrasts for a terminal, without the columns that a terminal is too narrow for."""
+    shown = Table(title=Text("declared contrasts"))
+    kept = [place for place, name in enumerate(HEAD) if name not in ("covers", "p", "smallest")]
+    for place in kept:
+        shown.add_column(HEAD[place], justify="left" if not place else "right", no_wrap=bool(place))
+    for row in _contrast_rows(table):
+        shown.add_row(*(Text(printable(row[place])) for place in kept))
+    return shown
 
 
 def rich_table(table: TableSummary) -> Table:
     """The table for a terminal: differences stand under their values."""
     shown = Table(
-        title=Text(printable(table.title)) if table.title else None,
+        title=Text(printable(table.heading)) if table.heading else None,
         show_lines=any(row.row and not row.is_reference for row in table.rows),
     )
     shown.add_column("arm")
@@ -288,4 +323,6 @@ def shown_tables(tables: Iterable[TableSummary]) -> Iterable[Table | str]:
     """What is printed: each table, then its notes."""
     for table in tables:
         yield rich_table(table)
-        yield printable("\n".join(table.notes))
+        if table.contrasts:
+            yield rich_contrasts(table)
+        yield printable("\n".join(_all_notes(table)))

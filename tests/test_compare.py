@@ -27,6 +27,7 @@ from cmapkd.compare import (
     t_critical,
 )
 from cmapkd.compare.config import parse_arm, parse_axis
+from cmapkd.compare.picture_table import PictureTable
 from cmapkd.compare.write import rich_table
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
@@ -512,6 +513,16 @@ def test_a_real_comparison(recipe: Path, tmp_path: Path) -> None:
     assert lines["clip_kd", 0]["terms/contrastive"] != lines["clip_kd", 1]["terms/contrastive"]
     found = cell(result, "clip_kd", "other.retrieval.mean_r@1")
     assert set(found.values) == set(found.difference.seeds) == {0, 1}
+    for path in ("retrieval.mean_r@1", "other.retrieval.mean_r@1"):  # the ranks that the runs kept give their scores
+        two_way = cell(result, "clip_kd", path).two_way
+        assert two_way.mean == pytest.approx(cell(result, "clip_kd", path).difference.mean)
+    table = PictureTable(tmp_path / "c" / "pictures.csv")
+    for run in result.plan.runs:
+        for data, student in (("", "retrieval"), ("other", "other")):
+            kept = [table.scores(run.name, data, measure)[1].mean for measure in ("i2t.r@1", "t2i.r@1")]
+            scores = result.outcomes[run.digest].metrics["student"][student]
+            scores = scores.get("retrieval", scores)
+            assert kept == pytest.approx([scores["i2t"]["r@1"], scores["t2i"]["r@1"]], abs=0.02)
     (teacher,) = result.tables[0].teachers
     assert set(teacher.cells["other.retrieval.mean_r@1"].values) == {-1}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "runs").rglob("*")}

@@ -2,6 +2,8 @@
 
 from cmapkd.compare.config import ComparisonConfig, ContrastConfig, TableConfig, list_comparisons, load_comparison
 from cmapkd.compare.execute import ComparisonResult, Outcome, compare
+from cmapkd.compare.picture_table import PictureTable
+from cmapkd.compare.pictures import NoPictures, resampled_difference
 from cmapkd.compare.plan import Plan, make_plan
 from cmapkd.compare.statistics import (
     Estimate,
@@ -19,7 +21,9 @@ __all__ = [
     "ContrastConfig",
     "Estimate",
     "Outcome",
+    "NoPictures",
     "PairedDifference",
+    "PictureTable",
     "Plan",
     "Summary",
     "TableConfig",
@@ -29,6 +33,7 @@ __all__ = [
     "load_comparison",
     "make_plan",
     "paired_difference",
+    "resampled_difference",
     "summarize",
     "t_critical",
 ]

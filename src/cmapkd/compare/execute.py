@@ -16,8 +16,10 @@ import yaml
 from rich.console import Console
 
 from cmapkd.compare.config import ComparisonConfig
+from cmapkd.compare.pictures import ranks_name
 from cmapkd.compare.plan import Plan, PlannedRun, config_digest, make_plan
-from cmapkd.compare.summary import TableSummary, summarize_tables, teacher_key
+from cmapkd.compare.summary import summarize_tables, teacher_key
+from cmapkd.compare.tables import TableSummary
 from cmapkd.compare.write import write_json, write_outputs
 from cmapkd.config import ConfigError, RunStopped, printable, refuse_secrets, writing
 from cmapkd.config.disk import write_text
@@ -114,8 +116,8 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
 def _finish(plan: Plan, outcomes: dict[str, Outcome], teachers: Mapping[str, Scores], out: Path) -> ComparisonResult:
     metrics = {digest: outcome.metrics for digest, outcome in outcomes.items() if outcome.status == "finished"}
     errors = {digest: outcome.error for digest, outcome in outcomes.items() if outcome.error is not None}
-    tables = summarize_tables(plan, metrics, errors, teachers)
     folders = {digest: outcome.folder for digest, outcome in outcomes.items()}
+    tables = summarize_tables(plan, metrics, errors, teachers, folders)
     plots, notice = write_outputs(plan, tables, metrics, errors, folders, out)
     return ComparisonResult(out, plan, outcomes, tables, plots, notice)
 
@@ -177,7 +179,8 @@ def _further_scores(
     for name, spec in evaluate_on.items():
         if known.get(name, {}).get("source") != spec:
             student = student or load_model(folder)
-            known[name] = {"source": spec, "scores": _score(student, sources[name], config)}
+            ranks_file = folder / ranks_name(name, spec)
+            known[name] = {"source": spec, "scores": _score(student, sources[name], config, ranks_file)}
             write_json(path, known)
     return {name: known[name]["scores"] for name in evaluate_on}
 
@@ -206,8 +209,14 @@ def _score_teachers(
     return scores
 
 
-def _score(model: Model, source: Source, config: RunConfig) -> Scores:
+def _score(model: Model, source: Source, config: RunConfig, ranks_file: Path | None = None) -> Scores:
     accelerator = None if config.training.on_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
-    on_bad_sample = config.data.on_bad_sample
-    return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=on_bad_sample)
+    return evaluate(
+        model.to(device),
+        source,
+        config.evaluation,
+        device=device,
+        on_bad_sample=config.data.on_bad_sample,
+        ranks_file=ranks_file,
+    )

@@ -12,7 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cmapkd.compare.plan import Plan, PlannedTable, Row
-from cmapkd.compare.summary import TableSummary, metric_label
+from cmapkd.compare.summary import metric_label
+from cmapkd.compare.tables import TableSummary
 
 REFERENCE = "#b3541e"
 COLOURS = ("#1f6f5c", "#3a6ea5", "#8b5fbf", "#c48a12", "#5fa88f", "#7a7a7a", "#a83f6f", "#4a4e8f")

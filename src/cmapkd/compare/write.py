@@ -14,17 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cmapkd.compare.contrast_table import HEAD, contrast_notes, contrast_rows, contrasts_csv, plain_contrast
+from cmapkd.compare.picture_table import pictures_csv
+from cmapkd.compare.pictures import KeptRanks
 from cmapkd.compare.plan import Plan
-from cmapkd.compare.statistics import PairedDifference, Summary, summarize
-from cmapkd.compare.summary import (
-    COSTS,
-    RowSummary,
-    TableSummary,
-    extra_parameters,
-    lookup,
-    metric_label,
-    seconds_per_step,
-)
+from cmapkd.compare.statistics import Estimate, PairedDifference, Summary, summarize
+from cmapkd.compare.summary import COSTS, extra_parameters, lookup, metric_label, seconds_per_step
+from cmapkd.compare.tables import Cell, RowSummary, TableSummary
 from cmapkd.config import in_markdown, printable
 from cmapkd.config.disk import write_text
 from cmapkd.provenance import describe_environment
@@ -38,7 +33,9 @@ def write_outputs(
     folders: Mapping[str, Path],
     out: Path,
 ) -> tuple[tuple[Path, ...], str | None]:
-    """Writes results.json, results.csv, contrasts.csv (where contrasts are declared), table.md and plots/ into `out`.
+    """Writes results.json, results.csv, table.md and plots/ into `out`.
+
+    Also contrasts.csv where contrasts are declared, and pictures.csv where runs keep ranks of pictures.
 
     Args:
         metrics, errors, folders: by digest, of the finished runs, the failed ones and all.
@@ -53,10 +50,16 @@ def write_outputs(
         "environment": describe_environment(),
     }
     write_json(out / "results.json", results)
-    paths = list(dict.fromkeys(path for table in tables for path in table.metrics))
+    shown = [path for table in tables for path in table.metrics]
+    tested = [each.contrast.metric for table in tables for each in table.contrasts]
+    paths = list(dict.fromkeys(filter(None, shown + tested)))
     sets = dict.fromkeys(path.partition("retrieval.")[0] + "retrieval" for path in paths if "retrieval." in path)
     paths += [f"{each}.{count}" for each in sets for count in ("num_images", "num_texts")]  # recall is of so many
     _write(out / "results.csv", _csv(records, paths))
+    finished = [(run.name, run.digest) for run in plan.runs if run.digest in metrics]
+    data = plan.comparison.evaluate
+    if (pictures := pictures_csv(KeptRanks(folders, data), finished, paths, data)) is not None:
+        _write(out / "pictures.csv", pictures)
     _write(out / "table.md", "\n".join(markdown(table) for table in tables))
     if any(table.contrasts for table in tables):
         _write(out / "contrasts.csv", contrasts_csv([(table.title, table.contrasts) for table in tables]))
@@ -168,6 +171,7 @@ def _plain_row(row: RowSummary) -> dict[str, Any]:
                 "values": cell.values,
                 "summary": _plain(cell.summary),
                 "difference": _plain_difference(cell.difference),
+                "two_way": _plain_estimate(cell.two_way),
                 "gap_closed": {"values": cell.gap, "summary": _plain(summarize(cell.gap.values()))},
             }
             for path, cell in row.cells.items()
@@ -180,6 +184,10 @@ def _plain(value: Summary | None) -> dict[str, Any] | None:
 
 
 def _plain_difference(value: PairedDifference | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value) | {"interval": value.interval}
+
+
+def _plain_estimate(value: Estimate | None) -> dict[str, Any] | None:
     return None if value is None else asdict(value) | {"interval": value.interval}
 
 
@@ -238,9 +246,7 @@ def rich_table(table: TableSummary) -> Table:
         for path, digits in _digits(table).items():
             cell = row.cells[path]
             lines = [_value(cell.summary, digits)]
-            if cell.difference is not None:
-                lines += [_difference(cell.difference, digits), _wins(cell.difference)]
-            cells.append("\n".join(lines))
+            cells.append("\n".join([*lines, *_difference(cell, digits)]))
         cells += ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs]
         shown.add_row(*(Text(printable(cell)) for cell in cells))
     return shown
@@ -251,7 +257,8 @@ def _columns(table: TableSummary) -> tuple[list[str], list[list[str]]]:
     gap, costs = _has_gap(table), _costs(table)
     head = ["arm"]
     for path in table.metrics:
-        head += [metric_label(path)] + [f"− {table.reference_name} [95 %], wins"] * compared[path]
+        intervals = "[95 %]" + ", and pictures [95 %]" * any(row.cells[path].two_way for row in table.rows)
+        head += [metric_label(path)] + [f"− {table.reference_name} {intervals}, wins"] * compared[path]
     head += ([f"gap closed ({metric_label(table.metrics[0])})"] if gap else []) + costs
     rows = []
     for row in (*table.teachers, *table.rows):
@@ -260,8 +267,7 @@ def _columns(table: TableSummary) -> tuple[list[str], list[list[str]]]:
             cell = row.cells[path]
             cells.append(_value(cell.summary, digits))
             if compared[path]:
-                both = (_difference(cell.difference, digits), _wins(cell.difference)) if cell.difference else ()
-                cells.append(", ".join(both))
+                cells.append(", ".join(_difference(cell, digits)))
         rows.append(cells + ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs])
     return head, rows
 
@@ -286,15 +292,22 @@ def _value(summary: Summary | None, digits: int) -> str:
     return f"{summary.mean:.{digits}f}{deviation}"
 
 
-def _difference(difference: PairedDifference, digits: int) -> str:
-    if difference.interval is None:
-        return f"{difference.mean:+.{digits}f}"
-    low, high = difference.interval
-    return f"{difference.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def _difference(cell: Cell, digits: int) -> list[str]:
+    """The difference with its interval over seeds, that over seeds and pictures, and the seeds won."""
+    difference = cell.difference
+    if difference is None:
+        return []
+    shown = [f"{difference.mean:+.{digits}f}"]
+    if difference.interval is not None:
+        shown[0] += f" {_interval(difference.interval, digits)}"
+    if cell.two_way is not None:
+        shown.append(_interval(cell.two_way.interval, digits))
+    return [*shown, f"{difference.wins}/{len(difference.seeds)}"]
 
 
-def _wins(difference: PairedDifference) -> str:
-    return f"{difference.wins}/{len(difference.seeds)}"
+def _interval(interval: tuple[float, float], digits: int) -> str:
+    low, high = interval
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _has_gap(table: TableSummary) -> bool:

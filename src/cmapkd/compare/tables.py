@@ -1,0 +1,56 @@
+"""What a table of a comparison holds, ready to be written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cmapkd.compare.plan import Row
+from cmapkd.compare.statistics import Estimate, PairedDifference, Summary
+from cmapkd.compare.verdicts import EXPLORATORY_SEEDS, TestedContrast
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One metric of one row."""
+
+    values: dict[int, float]  # by seed
+    summary: Summary | None
+    difference: PairedDifference | None  # to the row's reference; None for the reference itself
+    gap: dict[int, float]  # by seed, share of the way from `gap_from` to the teacher: 0 is none of it, 1 all
+    two_way: Estimate | None = None  # the difference with the chance of pictures in its interval, where it is known
+
+
+@dataclass(frozen=True, slots=True)
+class RowSummary:
+    """One row of a table; the row of a teacher has no `row` and one value, under seed -1."""
+
+    label: str
+    row: Row | None
+    is_reference: bool
+    starts_gap: bool
+    cells: dict[str, Cell]
+    costs: dict[str, Summary]  # by `summary.COSTS`, where the runs recorded them
+    errors: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TableSummary:
+    """A table, ready to be written."""
+
+    title: str
+    metrics: tuple[str, ...]
+    reference_name: str | None
+    gap_name: str | None
+    teachers: tuple[RowSummary, ...]
+    rows: tuple[RowSummary, ...]
+    notes: tuple[str, ...]
+    num_seeds: int = 0  # the most that any row has finished
+    contrasts: tuple[TestedContrast, ...] = ()
+
+    @property
+    def heading(self) -> str:
+        """The title, which says where the seeds are too few for more than exploring."""
+        if self.num_seeds > EXPLORATORY_SEEDS:
+            return self.title
+        few = f"exploratory, uncorrected: {self.num_seeds} seed{'s'[: self.num_seeds != 1]}"
+        return f"{self.title} ({few})" if self.title else few.capitalize()

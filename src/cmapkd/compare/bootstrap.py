@@ -32,7 +32,7 @@ def two_way_estimate(parts: Sequence[Part], *, resamples: int = RESAMPLES, seed:
 
     Each resample draws seeds and, independently, pictures with replacement. A picture takes its captions with it, and a
     pair (seed, picture) its paired difference. This is the pigeonhole bootstrap of Owen 2007 (Annals of Applied
-    Statistics 1, 386-411, arXiv:0712.1111). Two things are corrected, because five seeds are few:
+    Statistics 1, 386-411, doi:10.1214/07-AOAS122). Two things are corrected, because five seeds are few:
 
     - n - 1 of n seeds are drawn, so that the variance over seeds is s²/n and not s²(n - 1)/n².
     - With d = mean + seed + picture + rest, the pigeonhole variance holds the variance of the rest three times. The two

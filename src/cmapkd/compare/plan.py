@@ -62,10 +62,10 @@ class PlannedTable:
         """What was probably not meant: settings that do not reach an arm, and arms that come to the same runs."""
         for setting, labels in self.foreign.items():
             yield f"{setting} does not reach {' and '.join(labels)}: the method there has no such setting."
-        alike: dict[tuple[str, ...], list[Row]] = {}
+        by_runs: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
-            alike.setdefault(tuple(run.digest for run in row.runs.values()), []).append(row)
-        for rows in alike.values():
+            by_runs.setdefault(tuple(run.digest for run in row.runs.values()), []).append(row)
+        for rows in by_runs.values():
             if len({row.coordinates.get("arm") for row in rows}) > 1:
                 yield f"{' and '.join(row.label for row in rows)} are the same: their settings come to one config."
 
@@ -258,9 +258,9 @@ def _refuse_ours(settings: dict[str, Any], where: str) -> None:
 
 
 def _table(comparison: ComparisonConfig, title: str, rows: list[Row], foreign: dict[str, list[str]]) -> PlannedTable:
-    own = comparison.tables.get(title)
-    reference = (own and own.reference) or comparison.reference
-    gap_from = (own and own.gap_from) or comparison.gap_from
+    table = comparison.tables.get(title)
+    reference = (table and table.reference) or comparison.reference
+    gap_from = (table and table.gap_from) or comparison.gap_from
     scratch = _scratch(rows)
     where = f"table {title!r}" if title else "this comparison"
     return PlannedTable(
@@ -272,7 +272,7 @@ def _table(comparison: ComparisonConfig, title: str, rows: list[Row], foreign: d
         ),
         gap_name=gap_from or (scratch and scratch[1]),
         gap_from=counterparts(rows, find_coordinate(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
-        metrics=(own and own.metrics) or comparison.metrics,
+        metrics=(table and table.metrics) or comparison.metrics,
         foreign=foreign,
         contrasts=plan_contrasts(comparison, title, rows),
     )
@@ -280,12 +280,12 @@ def _table(comparison: ComparisonConfig, title: str, rows: list[Row], foreign: d
 
 def _scratch(rows: list[Row]) -> tuple[str, str] | None:
     """The one arm or axis value whose rows, and only some of all, train without a teacher."""
-    found = []
+    matches = []
     for key, value in dict.fromkeys(pair for row in rows for pair in row.coordinates.items()):
         there = [row for row in rows if row.coordinates[key] == value]
         if len(there) < len(rows) and not any(METHODS[row.config.method.name].uses_teacher for row in there):
-            found.append((key, value))
-    return found[0] if len(found) == 1 else None
+            matches.append((key, value))
+    return matches[0] if len(matches) == 1 else None
 
 
 def config_digest(values: Any) -> str:
@@ -299,8 +299,8 @@ def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
     if re.match(r"[A-Za-z]", label) and label not in ("true", "false", "none") and label not in others:
         return label
     last = key.rpartition(".")[2]
-    alike = sum(name.rpartition(".")[2] == last for name in axes) > 1
-    return f"{key if alike else last}={label}"
+    ambiguous = sum(name.rpartition(".")[2] == last for name in axes) > 1
+    return f"{key if ambiguous else last}={label}"
 
 
 def _slug(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ class Summary:
     count: int
     mean: float
     deviation: float | None  # of the sample (n - 1); None for a single value
+    median: float
+    bimodal: bool  # whether the values fall into two groups, see `is_bimodal`
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,30 @@ class PairedDifference:
 
 
 def summarize(values: Iterable[float]) -> Summary | None:
-    """Count, mean and sample deviation; None for no values."""
+    """Count, mean, sample deviation and median; None for no values."""
     numbers = list(values)
     if not numbers:
         return None
-    return Summary(len(numbers), statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
+    return Summary(
+        count=len(numbers),
+        mean=statistics.fmean(numbers),
+        deviation=statistics.stdev(numbers) if len(numbers) > 1 else None,
+        median=statistics.median(numbers),
+        bimodal=is_bimodal(numbers),
+    )
+
+
+def is_bimodal(values: Sequence[float]) -> bool:
+    """Whether values fall into two groups, as scores do where some seeds stay on a plateau.
+
+    The rule: at least three values, whose widest gap between neighbours is at least 2/3 of their range and at least a
+    quarter of the largest size among them. The second condition keeps seeds that merely scatter out.
+    """
+    ordered = sorted(values)
+    if len(ordered) < 3:
+        return False
+    widest = max(after - before for before, after in itertools.pairwise(ordered))
+    return widest > 0 and widest >= 2 / 3 * (ordered[-1] - ordered[0]) and widest >= max(map(abs, ordered)) / 4
 
 
 def paired_difference(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cmapkd.compare.gap import GapStart, check_start, share_of_gap
+from cmapkd.compare.metric import lookup, lower_is_better
 from cmapkd.compare.notes import retrieval_notes, table_notes
 from cmapkd.compare.pictures import KeptRanks, NoPictures, resampled_difference, split_metric
 from cmapkd.compare.plan import Plan, PlannedTable, Row, config_digest
@@ -17,25 +19,6 @@ from cmapkd.config import closest
 from cmapkd.evaluation.headline import headlines
 from cmapkd.results import Scores
 from cmapkd.run import RunConfig
-
-_LOWER = ("median_rank", "mean_rank", "params", "bad_samples")
-
-
-def lookup(scores: Any, path: str) -> float | None:
-    """The number at a dotted path of nested scores; None where there is none."""
-    for key in path.split("."):
-        scores = scores.get(key) if isinstance(scores, dict) else None
-    return float(scores) if isinstance(scores, int | float) and not isinstance(scores, bool) else None
-
-
-def metric_label(path: str) -> str:
-    """`retrieval.i2t.r@5` as `i2t R@5`."""
-    parts = [part for part in path.split(".") if part != "retrieval"]
-    return " ".join(parts).replace("zero_shot", "zero-shot").replace("r@", "R@").replace("_", " ")
-
-
-def lower_is_better(path: str) -> bool:
-    return path.rpartition(".")[2] in _LOWER
 
 
 def teacher_key(config: RunConfig) -> str | None:
@@ -73,8 +56,10 @@ class _Evidence:
     metrics: Mapping[str, dict[str, Any]]  # content of metrics.json of each finished run
     errors: Mapping[str, str]  # message of each failed run
     teachers: Mapping[str, Scores]  # `teacher_key` -> scores on further test data, by the name of the data
+    folders: Mapping[str, Path]
     ranks: KeptRanks
     data: Mapping[str, str]  # the comparison's further test data: name -> source
+    gap_rising: float | None
 
     def finished(self, row: Row) -> dict[int, dict[str, Any]]:
         """The metrics of a row's finished runs, by seed."""
@@ -99,6 +84,17 @@ class _Evidence:
             return _Difference(paired, None, str(error))
         return _Difference(paired, two_way, "")
 
+    def gap_start(self, row: Row, path: str) -> GapStart:
+        """Whether a gap may begin at a row."""
+        steps = {seed: int(run["steps"]) for seed, run in self.finished(row).items() if run.get("steps")}
+        return check_start(row, split_metric(path, self.data)[1], steps, self.folders, self.gap_rising)
+
+
+def off_plateau(values: Mapping[int, float], path: str, plateau: float) -> tuple[int, int]:
+    """How many seeds have left the plateau, of how many: those with a score beyond it."""
+    sign = -1 if lower_is_better(path) else 1
+    return sum(sign * value > sign * plateau for value in values.values()), len(values)
+
 
 class _Difference(NamedTuple):
     paired: PairedDifference | None
@@ -121,7 +117,7 @@ def summarize_tables(
         folders: digest -> folder of each run.
     """
     data = plan.comparison.evaluate
-    evidence = _Evidence(metrics, errors, teachers, KeptRanks(folders, data), data)
+    evidence = _Evidence(metrics, errors, teachers, folders, KeptRanks(folders, data), data, plan.comparison.gap_rising)
     tables = [_summarize(plan, table, evidence) for table in plan.tables]
     contrasts = [
         _contrasts(planned, table.metrics, evidence) for planned, table in zip(plan.tables, tables, strict=True)
@@ -159,15 +155,16 @@ def _contrasts(table: PlannedTable, metrics: tuple[str, ...], evidence: _Evidenc
 def _summarize(plan: Plan, table: PlannedTable, evidence: _Evidence) -> TableSummary:
     done = [evidence.finished(row) for row in table.rows]
     metrics, notes = _choose_metrics(plan, table, done)
+    plateau = plan.comparison.plateau_of(table.title)
     teachers = _teachers(table, done, evidence.teachers)
-    reasons: dict[str, dict[str, None]] = {}  # why pictures are not resampled -> metrics
     rows = []
     for place, row in enumerate(table.rows):
         teacher = _teacher_of(row, teachers)
-        cells = {path: _cell(table, place, path, teacher, evidence, reasons) for path in metrics}
+        cells = {path: _cell(table, place, path, teacher, evidence) for path in metrics}
         failed = {seed: evidence.errors[run.digest] for seed, run in row.runs.items() if run.digest in evidence.errors}
         is_reference, starts_gap = table.reference[place] == place, table.gap_from[place] == place
-        rows.append(RowSummary(row.label, row, is_reference, starts_gap, cells, _costs(done[place]), failed))
+        off = off_plateau(cells[metrics[0]].values, metrics[0], plateau) if metrics and plateau is not None else None
+        rows.append(RowSummary(row.label, row, is_reference, starts_gap, cells, _costs(done[place]), failed, off))
     return TableSummary(
         title=table.title,
         metrics=metrics,
@@ -175,38 +172,29 @@ def _summarize(plan: Plan, table: PlannedTable, evidence: _Evidence) -> TableSum
         gap_name=table.gap_name,
         teachers=tuple(_teacher_row(name, scores, metrics) for name, scores in teachers.values()),
         rows=tuple(rows),
-        notes=(
-            *notes,
-            *retrieval_notes(metrics, done),
-            *table_notes(plan, table, rows, done),
-            *(
-                f"Intervals of {', '.join(map(metric_label, paths))} are over seeds alone, because {reason}."
-                for reason, paths in reasons.items()
-            ),
-        ),
+        notes=(*notes, *retrieval_notes(metrics, done), *table_notes(plan, table, rows, done, metrics, plateau)),
+        plateau=plateau,
         num_seeds=max(map(len, done), default=0),
     )
 
 
-def _cell(
-    table: PlannedTable,
-    place: int,
-    path: str,
-    teacher: Scores,
-    evidence: _Evidence,
-    reasons: dict[str, dict[str, None]],
-) -> Cell:
-    """One metric of a row. Why pictures are not resampled is added to `reasons`."""
+def _cell(table: PlannedTable, place: int, path: str, teacher: Scores, evidence: _Evidence) -> Cell:
+    """One metric of a row."""
     row, reference, start = table.rows[place], table.reference[place], table.gap_from[place]
     values = evidence.values(row, path)
-    paired: PairedDifference | None = None
-    two_way: Estimate | None = None
+    cell = Cell(values, summarize(values.values()), None, {})
     if reference is not None and reference != place:
         paired, two_way, reason = evidence.difference(row, table.rows[reference], path)
-        if reason:
-            reasons.setdefault(reason, {})[path] = None
-    gap = {} if start is None else _gap(path, values, evidence.values(table.rows[start], path), lookup(teacher, path))
-    return Cell(values, summarize(values.values()), paired, gap, two_way)
+        cell = replace(cell, difference=paired, two_way=two_way, seeds_alone=reason)
+    if start is None:
+        return cell
+    start_row = table.rows[start]
+    start_values = evidence.values(start_row, path)
+    gap = share_of_gap(values, start_values, lookup(teacher, path), lower_is_better=lower_is_better(path))
+    if not gap:
+        return cell
+    checked = evidence.gap_start(start_row, path)
+    return replace(cell, gap={} if checked.withheld else gap, gap_start=checked)
 
 
 def _costs(runs: Mapping[int, dict[str, Any]]) -> dict[str, Summary]:
@@ -249,16 +237,6 @@ def _paths(scores: Any, prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(scores, int | float):
         yield prefix
-
-
-def _gap(path: str, values: dict[int, float], start: dict[int, float], teacher: float | None) -> dict[int, float]:
-    """Share of the way from `start` to the teacher, of the seeds where there is a way."""
-    sign = -1 if lower_is_better(path) else 1
-    return {
-        seed: (values[seed] - start[seed]) / (teacher - start[seed])
-        for seed in values
-        if teacher is not None and seed in start and sign * (teacher - start[seed]) > 0
-    }
 
 
 def _teachers(

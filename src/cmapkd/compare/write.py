@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cmapkd.compare.contrast_table import HEAD, contrast_notes, contrast_rows, contrasts_csv, plain_contrast
+from cmapkd.compare.metric import lookup, metric_label
 from cmapkd.compare.picture_table import pictures_csv
 from cmapkd.compare.pictures import KeptRanks
 from cmapkd.compare.plan import Plan
 from cmapkd.compare.statistics import Estimate, PairedDifference, Summary, summarize
-from cmapkd.compare.summary import COSTS, extra_parameters, lookup, metric_label, seconds_per_step
+from cmapkd.compare.summary import COSTS, extra_parameters, seconds_per_step
 from cmapkd.compare.tables import Cell, RowSummary, TableSummary
 from cmapkd.config import in_markdown, printable
 from cmapkd.config.disk import write_text
@@ -146,6 +147,7 @@ def _plain_table(table: TableSummary) -> dict[str, Any]:
         "heading": table.heading,
         "reference": table.reference_name,
         "gap_from": table.gap_name,
+        "plateau": table.plateau,
         "metrics": list(table.metrics),
         "teachers": {
             row.label: {path: next(iter(cell.values.values()), None) for path, cell in row.cells.items()}
@@ -165,6 +167,7 @@ def _plain_row(row: RowSummary) -> dict[str, Any]:
         "is_reference": row.is_reference,
         "runs": {seed: run.name for seed, run in row.row.runs.items()},
         "errors": row.errors,
+        "off_plateau": row.off_plateau,
         "costs": {name: _plain(cost) for name, cost in row.costs.items()},
         "metrics": {
             path: {
@@ -172,7 +175,11 @@ def _plain_row(row: RowSummary) -> dict[str, Any]:
                 "summary": _plain(cell.summary),
                 "difference": _plain_difference(cell.difference),
                 "two_way": _plain_estimate(cell.two_way),
-                "gap_closed": {"values": cell.gap, "summary": _plain(summarize(cell.gap.values()))},
+                "gap_closed": {
+                    "values": cell.gap,
+                    "summary": _plain(summarize(cell.gap.values())),
+                    "remark": (cell.gap_start and cell.gap_start.note) or None,
+                },
             }
             for path, cell in row.cells.items()
         },
@@ -238,37 +245,40 @@ def rich_table(table: TableSummary) -> Table:
     shown.add_column("arm")
     for path in table.metrics:
         shown.add_column(metric_label(path), justify="right", no_wrap=True)
-    gap, costs = _has_gap(table), _costs(table)[:1]  # a terminal is narrow
-    for name in [*["gap closed"] * gap, *costs]:
+    gap, plateau, costs = _has_gap(table), table.plateau is not None, _costs(table)[:1]  # a terminal is narrow
+    for name in [*["off plateau"] * plateau, *["gap closed"] * gap, *costs]:
         shown.add_column(name, justify="right", no_wrap=True)
     for row in (*table.teachers, *table.rows):
         cells = [_marked(row)]
         for path, digits in _digits(table).items():
             cell = row.cells[path]
-            lines = [_value(cell.summary, digits)]
+            lines = [_value(cell.summary, digits, median=row.median_shown(path))]
             cells.append("\n".join([*lines, *_difference(cell, digits)]))
-        cells += ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs]
+        cells += [_off_plateau(row)] * plateau + ([_gap(row, table)] if gap else [])
+        cells += [_cost(row, name) for name in costs]
         shown.add_row(*(Text(printable(cell)) for cell in cells))
     return shown
 
 
 def _columns(table: TableSummary) -> tuple[list[str], list[list[str]]]:
     compared = {path: any(row.cells[path].difference for row in table.rows) for path in table.metrics}
-    gap, costs = _has_gap(table), _costs(table)
+    gap, plateau, costs = _has_gap(table), table.plateau is not None, _costs(table)
     head = ["arm"]
     for path in table.metrics:
         intervals = "[95 %]" + ", and pictures [95 %]" * any(row.cells[path].two_way for row in table.rows)
         head += [metric_label(path)] + [f"− {table.reference_name} {intervals}, wins"] * compared[path]
-    head += ([f"gap closed ({metric_label(table.metrics[0])})"] if gap else []) + costs
+    head += ["off plateau"] * plateau
+    head += ([f"gap closed from {table.gap_name} ({metric_label(table.metrics[0])})"] if gap else []) + costs
     rows = []
     for row in (*table.teachers, *table.rows):
         cells = [_marked(row)]
         for path, digits in _digits(table).items():
             cell = row.cells[path]
-            cells.append(_value(cell.summary, digits))
+            cells.append(_value(cell.summary, digits, median=row.median_shown(path)))
             if compared[path]:
                 cells.append(", ".join(_difference(cell, digits)))
-        rows.append(cells + ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs])
+        cells += [_off_plateau(row)] * plateau + ([_gap(row, table)] if gap else [])
+        rows.append(cells + [_cost(row, name) for name in costs])
     return head, rows
 
 
@@ -278,18 +288,18 @@ def _marked(row: RowSummary) -> str:
 
 def _digits(table: TableSummary) -> dict[str, int]:
     """Decimals of each metric: three figures or so."""
-    found = {}
+    digits = {}
     for path in table.metrics:
         largest = max((abs(value) for row in table.rows for value in row.cells[path].values.values()), default=0.0)
-        found[path] = 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 4
-    return found
+        digits[path] = 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 4
+    return digits
 
 
-def _value(summary: Summary | None, digits: int) -> str:
+def _value(summary: Summary | None, digits: int, *, median: bool = False) -> str:
     if summary is None:
         return "-"
     deviation = "" if summary.deviation is None else f" ± {summary.deviation:.{digits}f}"
-    return f"{summary.mean:.{digits}f}{deviation}"
+    return f"{summary.mean:.{digits}f}{deviation}" + (f" (median {summary.median:.{digits}f})" if median else "")
 
 
 def _difference(cell: Cell, digits: int) -> list[str]:
@@ -310,14 +320,22 @@ def _interval(interval: tuple[float, float], digits: int) -> str:
     return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
+def _off_plateau(row: RowSummary) -> str:
+    return "" if row.off_plateau is None else "{}/{}".format(*row.off_plateau)
+
+
 def _has_gap(table: TableSummary) -> bool:
-    return bool(table.metrics) and any(row.cells[table.metrics[0]].gap for row in table.rows)
+    """Whether a gap is shown, or withheld."""
+    return bool(table.metrics) and any(row.cells[table.metrics[0]].gap_start for row in table.rows)
 
 
 def _gap(row: RowSummary, table: TableSummary) -> str:
     if row.row is None or row.starts_gap:
         return ""
-    summary = summarize(100 * share for share in row.cells[table.metrics[0]].gap.values())
+    cell = row.cells[table.metrics[0]]
+    if cell.gap_start is not None and cell.gap_start.withheld:
+        return "withheld"
+    summary = summarize(100 * share for share in cell.gap.values())
     return "" if summary is None else _value(summary, 0) + " %"
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from cmapkd.compare.pictures import measures_of, score_pictures
@@ -115,6 +117,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (b"", b"no tensors", whole[:-5], whole.replace(b'"digest"', b'"digset"')):
         path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="holds no ranks of pictures"):
+            PictureRanks.load(path)
+    for columns in (
+        {"captions": np.ones(3, np.uint8), "labelled": np.ones(2, np.uint8)},
+        {"captions": np.ones((2, 2), np.uint8), "labelled": np.ones((2, 2), np.uint8)},
+        {"captions": np.full(2, np.nan), "labelled": np.ones(2, np.uint8)},
+    ):
+        path.write_bytes(safetensors.numpy.save(columns, metadata={"digest": "digest"}))
         with pytest.raises(ValueError, match="holds no ranks of pictures"):
             PictureRanks.load(path)
     wrong = PictureRanks("digest", torch.tensor([1, 1]), torch.tensor([True, True]), {"i2t": counts(3, 2)})

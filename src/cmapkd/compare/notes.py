@@ -91,7 +91,7 @@ def _plateau_notes(rows: Sequence[RowSummary], metrics: tuple[str, ...], plateau
             "A median stands beside a mean where the seeds fall into two groups: the widest gap between neighbours is "
             "at least 2/3 of their range and a quarter of the largest score"
             + ", or the plateau divides the seeds" * (plateau is not None)
-            + "."
+            + ". Mean, deviation and t intervals of such a row describe a mixture."
         )
     if plateau is not None and metrics:
         side = "below" if lower_is_better(metrics[0]) else "above"

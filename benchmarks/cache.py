@@ -23,11 +23,11 @@ import torch
 from PIL import Image
 
 from cmapkd.cache import CacheConfig, CachePlan, CacheReader, all_keys, describe
-from cmapkd.cache.chunks import Chunks, places_of
+from cmapkd.cache.chunks import Chunks, spans_of
 from cmapkd.cache.files import write_json
 from cmapkd.cache.identity import row_check
-from cmapkd.cache.layout import CHECK, DETAILS, Field, Layout
-from cmapkd.cache.parts import CacheFolder, Part
+from cmapkd.cache.layout import CHECK, DETAILS, Field, RowLayout
+from cmapkd.cache.parts import CacheFolder, CachePart
 from cmapkd.cache.writer import live_features
 from cmapkd.data.batches import Reader
 from cmapkd.data.types import ModelInput, Sample
@@ -134,7 +134,7 @@ def measure(
     part = CacheFolder.open(folder).parts()[0]
     chunks = Chunks(source, WHOLE, Reader(model.image_spec, model.tokenizer), [part])
     start = clock()
-    for place in places_of(part, 0, range(part.num_shards)):  # what data workers do beside the teacher; here none do
+    for place in spans_of(part, 0, range(part.num_shards)):  # what data workers do beside the teacher; here none do
         chunks[place]
     data = (clock() - start) / len(source)
     fidelity = describe(CacheFolder.open(folder))["fidelity"]
@@ -157,12 +157,12 @@ def vit_l14(kind: Any, store: Any, folder: Path, rows: int = 20_000) -> dict[str
     image, text = Field("image", None, (768,)), Field("text", None, (768,))
     levels = [Field("image", f"blocks.{n}", (1024,)) for n in (5, 15, 23)]
     levels += [Field("text", f"blocks.{n}", (768,)) for n in (3, 7, 11)]
-    layout = Layout(kind, store, (image, text, *(levels if kind == "pooled" else ())))
+    layout = RowLayout(kind, store, (image, text, *(levels if kind == "pooled" else ())))
     cache = CacheFolder.create(
         folder, identity={}, layout=layout, about={}, logit_scale=1.0, logit_bias=None, length=rows
     )
     cache.add_part(all_keys(rows, 1), batch_size=128, shard_bytes=64 * 2**20)
-    part: Part = cache.parts()[0]
+    part: CachePart = cache.parts()[0]
     captions = [f"a photo of {index} dogs on a beach" for index in range(rows)]
     for shard in range(part.num_shards):
         first, last = part.extent(shard)
@@ -190,7 +190,7 @@ def reading(plan: CachePlan, rows: int) -> float:
         length=rows,
     )
     large.add_part(all_keys(rows, 1), batch_size=plan.config.batch_size, shard_bytes=64 * 2**20)
-    part: Part = large.parts()[0]
+    part: CachePart = large.parts()[0]
     captions = [f"a photo of {index} dogs on a beach" for index in range(rows)]
     for shard in range(part.num_shards):
         first, last = part.extent(shard)

@@ -1,10 +1,10 @@
-"""The scores of the final comparison, which takes longer than one sitting: kept in two tables of runs, and summed up.
+"""The scores of the final comparison, which takes longer than one sitting: kept in two files of runs.
 
     uv run cmapkd compare examples/cmapkd_final.yaml --seeds 3 --out runs/final
     uv run python benchmarks/final.py add runs/final      # into docs/results/cmapkd_final_{early,long}.csv
-    uv run python benchmarks/final.py show                # the tables of docs/methods/cmapkd.md
+    uv run python benchmarks/tables.py --write            # the tables of docs/results/cmapkd.md
 
-A run that the tables have already is not added twice. Its scores must then be the same, within what another machine's
+A run that the files have already is not added twice. Its scores must then be the same, within what another machine's
 arithmetic makes of them (`--tolerance` points of R@1).
 """
 
@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-
-from cmapkd.compare.statistics import paired_difference
 
 FOLDER = Path("docs/results")
 FILES = {400: FOLDER / "cmapkd_final_early.csv", 2400: FOLDER / "cmapkd_final_long.csv"}
@@ -27,7 +24,6 @@ FIELDS = (
     "batch_size", "train_seconds",
 )  # fmt: skip
 KEY = ("arm", "student", "seed")
-TEACHER = 68.78  # its R@1: src/cmapkd/weights/scenes-teacher/scores.json
 
 Rows = list[dict[str, str]]
 
@@ -38,14 +34,9 @@ def main() -> None:
     add = commands.add_parser("add")
     add.add_argument("folder", type=Path, help="of a comparison")
     add.add_argument("--tolerance", type=float, default=1.0)
-    commands.add_parser("show")
     arguments = parser.parse_args()
-    if arguments.command == "add":
-        for line in add_runs(arguments.folder, arguments.tolerance):
-            print(line)
-        return
-    for steps, path in FILES.items():
-        print(f"{steps} steps\n\n{table(read(path))}\n")
+    for line in add_runs(arguments.folder, arguments.tolerance):
+        print(line)
 
 
 def read(path: Path) -> Rows:
@@ -56,7 +47,7 @@ def read(path: Path) -> Rows:
 
 
 def add_runs(folder: Path, tolerance: float) -> list[str]:
-    """Puts a comparison's finished runs into the tables; says what it did."""
+    """Puts a comparison's finished runs into the files; says what it did."""
     runs = json.loads((folder / "results.json").read_text(encoding="utf-8"))["runs"]
     told = []
     for steps, path in FILES.items():
@@ -96,52 +87,6 @@ def _row(run: Mapping[str, object]) -> dict[str, str]:
         **{key: run[key] for key in ("method", "seed", "extra_params", "steps", "batch_size", "train_seconds")},
     }
     return {field: str(found[field]) for field in FIELDS}
-
-
-def table(rows: Rows) -> str:
-    """For each student: mean and deviation, CMAPKD's paired difference with its interval, gap closed, other scores."""
-    students = list(dict.fromkeys(row["student"] for row in rows))
-    arms = sorted(
-        dict.fromkeys(row["arm"] for row in rows),
-        key=lambda arm: statistics.mean(_scores(rows, arm, students[0]).values()),
-    )
-    heads = [
-        text.format(student)
-        for student in students
-        for text in ("R@1, {}", "cmapkd − it", "seeds", "gap closed", "zero-shot", "unseen pairs")
-    ]
-    lines = ["| arm | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
-    for arm in arms:
-        cells: list[str] = []
-        for student in students:
-            cells += _cells(rows, arm, student)
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cells(rows: Rows, arm: str, student: str) -> list[str]:
-    values = _scores(rows, arm, student)
-    if not values:
-        return [""] * 6
-    start = _scores(rows, "scratch", student)
-    closed = [100 * (value - start[seed]) / (TEACHER - start[seed]) for seed, value in values.items() if seed in start]
-    ours = paired_difference(_scores(rows, "cmapkd", student), values)
-    versus = ""
-    if arm != "cmapkd" and ours is not None:
-        versus = f"{ours.mean:+.1f}"
-        if ours.interval is not None:
-            versus += f" [{ours.interval[0]:.1f}, {ours.interval[1]:.1f}], {ours.wins}/{len(ours.seeds)}"
-    others = [f"{statistics.mean(_scores(rows, arm, student, name).values()):.1f}" for name in (ZERO_SHOT, OOD)]
-    gap = f"{statistics.mean(closed):.0f} %" if closed and arm != "scratch" else ""
-    return [_spread(list(values.values())), versus, str(len(values)), gap, *others]
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def _scores(rows: Rows, arm: str, student: str, metric: str = R1) -> dict[int, float]:
-    return {int(row["seed"]): float(row[metric]) for row in rows if (row["arm"], row["student"]) == (arm, student)}
 
 
 if __name__ == "__main__":

@@ -39,13 +39,15 @@ CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
     "gradient_weight": 0.001,
     "cross_weight": 0.5,
     "augmented_weight": 0.7,
+    "hints": {"P2": 2.0, "P4": 1.0, "L1": 0.5, "L3": 1.0},
+    "bank_weight": 0.6,
+    "bank": {"size": 12, "store": "fp32"},
 }
 MASKED = {"alpha": 0.7, "masks": {"sparsity": [0.5], "warmup": 0.0}}  # of tinyclip
 GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
     "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
     "language_levels": {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0},
-    "bank": {"size": 12, "store": "fp32"},  # exactness is tested: fp16 rounds what differs in the last digit apart
     "ablations": {
         "bank_within_weight": 0.5,
         "bank_level_weight": 0.3,
@@ -56,6 +58,10 @@ CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
         "layer_relation_weight": 0.2,
         "bridge_dim": 8,
     },
+}
+CMAPKD_EXACT: dict[str, Any] = {  # the same with a bank that is soon full; fp16 would round the last digits apart
+    **CMAPKD_IN_FULL,
+    "bank": {"size": 12, "store": "fp32"},
 }
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source
 from cmapkd.data.scenes import DIFFICULTIES, ScenesSource
 from cmapkd.data.scenes.claims import Description, Extreme, Ground, Number, Share, There, holds
 from cmapkd.data.scenes.draws import Draws, key_of
@@ -368,3 +370,18 @@ def test_objects_overlap_where_said_and_stay_visible() -> None:
     assert shares
     assert min(shares) > 0.5
     assert float(np.mean(shares)) > 0.7
+
+
+def test_a_view_can_start_anywhere_and_shows_the_same_samples() -> None:
+    whole, late = open_source("scenes@test?length=40"), open_source("scenes@test?start=30&length=10")
+    assert len(late) == 10
+    assert [late[i].id for i in range(10)] == [whole[30 + i].id for i in range(10)]
+    assert late.captions(3) == whole.captions(33)
+    assert late[9].image.tobytes() == whole[39].image.tobytes()
+    assert late.fingerprint() != open_source("scenes@test?length=10").fingerprint()
+    with pytest.raises(IndexError):
+        late[10]
+    with pytest.raises(ValueError, match=r"start is -1: give the number of the first sample"):
+        ScenesSource("test", start=-1)
+    with pytest.raises(ConfigError, match=r"start must be a whole number, got '-1'"):
+        open_source("scenes@test?start=-1")

@@ -46,7 +46,7 @@ from cmapkd.training.stopping import Agreement
 from contracted import Contracted, NormedStudent
 from helpers import (
     CLIP_KD_IN_FULL,
-    CMAPKD_IN_FULL,
+    CMAPKD_EXACT,
     GRADNORM,
     MASKED,
     MemorySource,
@@ -88,8 +88,8 @@ CASES: dict[
     **{name: (name, {}) for name in METHODS},
     "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
     "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
-    "cmapkd, everything": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "gate"}),
-    "cmapkd, selected by a policy": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": POLICY}),
+    "cmapkd, everything": ("cmapkd", {**CMAPKD_EXACT, "weighting": "gate"}),
+    "cmapkd, selected by a policy": ("cmapkd", {**CMAPKD_EXACT, "weighting": POLICY}),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, everything in micro-batches": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
@@ -106,7 +106,7 @@ CASES: dict[
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
     "contracted": (Contracted, {}),
     "contracted, in micro-batches": (Contracted, {}),
-    "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": "attention"}),
+    "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_EXACT, "weighting": "attention"}),
 }
 SHARDED_CASES = (
     "contracted",
@@ -286,7 +286,7 @@ def write_shards(folder: Path) -> Source:
 
 def changing(out: Path, source: Source, sharding: str = "none") -> Trainer:
     """A run with everything that has a state: stages, a policy, a bank, an average, workers, shards, a best score."""
-    method = make_method("cmapkd", settings={**CMAPKD_IN_FULL, "weighting": POLICY})
+    method = make_method("cmapkd", settings={**CMAPKD_EXACT, "weighting": POLICY})
     optim = {"schedule": "constant", "eps": 1e-2}
     options: dict[str, Any] = {"stages": STAGES, "workers": 2, "ema": 0.8, "evaluate_every": 3, "validate": score}
     trainer: Trainer = make_trainer(

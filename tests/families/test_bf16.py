@@ -16,13 +16,13 @@ from torch import Tensor
 from cmapkd.data.batches import PlanSampler
 from cmapkd.data.types import Batch
 from cmapkd.methods import METHODS, Method
-from helpers import CLIP_KD_IN_FULL, CMAPKD_IN_FULL, MemorySource, make_builder, make_method, random_batch
+from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, MemorySource, make_builder, make_method, random_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of a number's size. Measured: terms at most 0.007 and gradients 0.013; where a batch norm divides by the spread of few
 # nearly equal numbers 0.023 and 0.2. Twice that, about, is allowed.
-TERMS, GRADIENTS = {False: 0.015, True: 0.05}, {False: 0.03, True: 0.4}
+TERMS, GRADIENTS = {False: 0.015, True: 0.05}, {False: 0.045, True: 0.4}
 
 
 def measured(method: Method, earlier: Batch, batch: Batch, *, bf16: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -67,7 +67,7 @@ def test_every_familys_terms(name: str, method: str, tmp_path: Path) -> None:
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
-    "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
+    "cmapkd, everything": ("cmapkd", CMAPKD_EXACT),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
 }
 

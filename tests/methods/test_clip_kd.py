@@ -16,13 +16,14 @@ from cmapkd.data.masks import hidden_squares, hide
 from cmapkd.features import PairProjector
 from cmapkd.methods import StepInfo
 from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig, Fusion
-from cmapkd.models import Features, TowerFeatures
+from cmapkd.models import Features, Needs, TowerFeatures
 from cmapkd.objectives import (
     contrastive_loss,
     feature_distance,
     gradient_distance,
     interactive_divergence,
     interactive_loss,
+    level_distance,
     similarity_divergence,
 )
 from helpers import CLIP_KD_IN_FULL, make_method, make_model, make_teacher, random_batch
@@ -138,13 +139,19 @@ WEIGHTS = {
     "interactive_weight": "interactive",
     "cross_weight": "cross",
     "augmented_weight": "augmented",
+    "bank_weight": "bank",
+    "hints": "hints",
 }
 
 
 @pytest.mark.parametrize(("weight", "term"), WEIGHTS.items())
 def test_a_weight_of_zero_switches_a_term_off_and_changes_no_other(weight: str, term: str) -> None:
-    everything = make_method("clip_kd", settings=CLIP_KD_IN_FULL).terms(random_batch(4))
-    rest = make_method("clip_kd", settings={**CLIP_KD_IN_FULL, weight: 0}).terms(random_batch(4))
+    off: Any = {} if weight == "hints" else 0
+    full = make_method("clip_kd", settings=CLIP_KD_IN_FULL)
+    less = make_method("clip_kd", settings={**CLIP_KD_IN_FULL, weight: off})
+    weights = full.state_dict()
+    less.load_state_dict({name: weights[name] for name in less.state_dict()})  # fewer parts begin with other draws
+    everything, rest = full.terms(random_batch(4)), less.terms(random_batch(4))
     assert everything.keys() == set(WEIGHTS.values())
     assert rest.keys() == everything.keys() - {term}
     for name in rest:
@@ -278,3 +285,83 @@ def test_a_mask_that_hides_all_or_nothing_is_refused() -> None:
 def test_negative_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"relational_weight: .*greater than or equal to 0"):
         ClipKDConfig.from_mapping({"name": "clip_kd", "relational_weight": -1})
+
+
+# ------------------------------------------------------------------------------------------- given what cmapkd has
+
+
+HINTS = {"P2": 16.0, "L1": 4.0, "L2": 2.0, "L3": 1.0}
+
+
+def test_hints_are_the_weighted_distances_of_the_levels() -> None:
+    method, batch = make_method("clip_kd", settings={"hints": HINTS}), random_batch(4)
+    assert isinstance(method, ClipKD)
+    assert method.hints is not None
+    inputs = {role: batch.inputs[role] for role in ("student", "teacher")}
+    teacher = method.teachers["teacher"](batch, method.teacher_needs)
+    student = method.student(inputs["student"], method.student_needs)
+    matched = method.hints.match.match_visual(student, teacher, HINTS)
+    matched |= method.hints.match.match_language(batch, student, teacher, HINTS)
+    assert matched.keys() == HINTS.keys()
+    expected = sum(HINTS[name] * level_distance(it.student, it.teacher, it.mask).mean() for name, it in matched.items())
+    torch.testing.assert_close(method.terms(batch)["hints"].value, expected)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_clip_kd_that_is_given_everything_is_cmapkd(micro_batch: int | None) -> None:
+    bank = {"size": 8, "sample": 4, "store": "fp32"}
+    given = make_method(
+        "clip_kd",
+        settings={
+            "feature_weight": 1.0,
+            "relational_weight": 0.0,
+            "hints": HINTS,
+            "bank_weight": 1.0,
+            "bank": bank,
+            "projector": "shared",
+        },
+    )
+    levels = {
+        "visual_levels": {"P2": HINTS["P2"], "P5": 1.0},
+        "language_levels": {name: HINTS[name] for name in ("L1", "L2", "L3")} | {"L4": 1.0},
+    }
+    cmapkd = make_method("cmapkd", settings={**levels, "bank": bank})
+    own = cmapkd.state_dict()
+    given.load_state_dict({name: own[name.removeprefix("hints.")] for name in given.state_dict()})
+    totals, gradients = [], []
+    for method in (given, cmapkd):
+        method.micro_batch = micro_batch
+        for step in range(4):  # the bank fills, and is larger than its sample
+            method.zero_grad()
+            method.step = StepInfo(step=step, total=4)
+            loss = sum(term.weight * term.value for term in method.terms(random_batch(6, seed=step)).values())
+            assert isinstance(loss, Tensor)
+            loss.backward()
+            totals.append(loss.item())
+        gradients.append({name: p.grad for name, p in method.student.named_parameters() if p.grad is not None})
+    assert totals[:4] == pytest.approx(totals[4:], rel=1e-6)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_without_hints_no_levels_are_read_and_with_them_as_finely_as_they_need() -> None:
+    read = make_method("clip_kd")
+    assert (read.student_needs, read.teacher_needs, read.teacher_detail) == (Needs(), Needs(), "global")
+    read = make_method("clip_kd", settings={"hints": {"L3": 1.0, "P2": 0.0}})
+    assert (read.student_needs.image_levels, read.teacher_detail) == ((), "pooled")
+    assert read.student_needs.text_levels
+    assert make_method("clip_kd", settings={"hints": {"P2": 1.0}}).teacher_detail == "dense"
+
+
+@pytest.mark.parametrize(
+    ("hints", "words"),
+    [
+        ({"P6": 1}, r"hints: .*unknown level 'P6'; known: P2, P3, P4, L1, L2, L3|unknown level 'P6', did you mean"),
+        ({"P5": 1}, "unknown level 'P5'"),
+        ({"P2": -1}, "P2 is -1, weights are not negative"),
+    ],
+)
+def test_hints_that_are_no_levels_are_refused(hints: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ClipKDConfig.from_mapping({"name": "clip_kd", "hints": hints})

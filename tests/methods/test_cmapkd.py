@@ -13,13 +13,14 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch, TokenBatch
-from cmapkd.features.pyramid import cells_at, standardise
+from cmapkd.features import pyramid
+from cmapkd.features.pyramid import cells_at, cells_of, standardise
 from cmapkd.methods import Method, StageConfig, StepInfo, build_method
-from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig
+from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig, reading
 from cmapkd.methods.cmapkd.config import MovedSettingWarning
-from cmapkd.models import FrozenTeacher
+from cmapkd.models import FrozenTeacher, Level
 from cmapkd.objectives import interactive_loss, similarity_divergence
-from helpers import CMAPKD_IN_FULL, make_method, make_model, make_trainer, random_batch
+from helpers import CMAPKD_EXACT, make_method, make_model, make_trainer, random_batch
 from training.test_resume import assert_same_end, interrupt
 
 TERMS = {
@@ -42,7 +43,7 @@ def loss_of(method: Method, batch: Batch) -> Tensor:
 
 
 def test_every_term_of_the_design_is_there_with_its_weight() -> None:
-    method = cmapkd(**CMAPKD_IN_FULL)
+    method = cmapkd(**CMAPKD_EXACT)
     terms = method(random_batch(6))
     assert set(terms) == TERMS == set(method.term_names)
     assert terms["pyramid"].weight == 0.7
@@ -212,7 +213,7 @@ def test_what_a_stage_did_not_read_is_no_reference_later() -> None:
 
 
 def test_only_the_bridge_term_trains_the_teachers_bridge_and_it_trains_nothing_else() -> None:
-    method, batch = cmapkd(**CMAPKD_IN_FULL), random_batch(6)
+    method, batch = cmapkd(**CMAPKD_EXACT), random_batch(6)
     method(replace(batch, ids=tuple("abcdef")))  # something for the bank
     terms = method(batch)
     theirs = {name for name, _ in method.named_parameters() if name.startswith("teacher_bridge")}
@@ -263,7 +264,7 @@ def test_manual_weights_count_by_level() -> None:
 
 
 def test_attention_looks_at_the_teachers_own_levels() -> None:
-    method, batch = cmapkd(weighting="attention", **CMAPKD_IN_FULL), random_batch(4)
+    method, batch = cmapkd(weighting="attention", **CMAPKD_EXACT), random_batch(4)
     teacher = method.encode_teacher(batch)
     pooled = method.match.pooled("teacher", teacher, method.level_names)
     seen: dict[str, Tensor] = {}
@@ -333,7 +334,7 @@ def test_a_setting_under_its_old_name_goes_where_it_belongs() -> None:
 
 
 def test_a_stage_reads_only_its_levels() -> None:
-    method = cmapkd(**CMAPKD_IN_FULL)
+    method = cmapkd(**CMAPKD_EXACT)
     method.enter(StageConfig(share=1.0, levels=("P5", "L4")))
     assert method.teacher_needs.image_levels == method.student_needs.text_levels == ()
     terms = method(random_batch(4))
@@ -361,7 +362,7 @@ def test_staged_run_resumes_bit_identically(
     tmp_path: Path, step: int, weighting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trainer(out: Path) -> Any:
-        return make_trainer(out, cmapkd(weighting=weighting, **CMAPKD_IN_FULL), steps=8, stages=STAGES)
+        return make_trainer(out, cmapkd(weighting=weighting, **CMAPKD_EXACT), steps=8, stages=STAGES)
 
     whole = trainer(tmp_path / "whole")
     whole.run()
@@ -411,6 +412,40 @@ def test_pooled_levels_are_compared_as_one_vector() -> None:
                 expected = standard_distance(layers[level](ours[level]), theirs[level]).mean()
                 torch.testing.assert_close(method.measurements[f"distance/{level}"], expected, rtol=1e-4, atol=1e-5)
     assert method.teacher_detail == "pooled"
+
+
+def test_a_level_that_several_terms_read_as_one_vector_is_pooled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"places": "pooled", "visual_levels": EVERY, "ablations": {"relation_weight": 3.0}}
+    batch = random_batch(5)
+
+    def results() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        method = cmapkd(**settings)
+        terms = method(batch)
+        torch.stack([term.weight * term.value for term in terms.values()]).sum().backward()
+        gradients = {name: p.grad for name, p in method.student.named_parameters() if p.grad is not None}
+        return {name: term.value.detach() for name, term in terms.items()}, gradients
+
+    pooled_levels: list[Level] = []
+
+    def counted(level: Level) -> Tensor:
+        pooled_levels.append(level)
+        return cells_of(level)
+
+    monkeypatch.setattr(pyramid, "cells_of", counted)
+    values, gradients = results()
+    method = cmapkd(**settings)
+    needs = method.student_needs, method.teacher_needs
+    exposed = sum(len(need.image_levels) + len(need.text_levels) for need in needs)
+    assert len(pooled_levels) == exposed
+    pooled_levels.clear()
+    monkeypatch.setattr(reading, "with_means", lambda features: features)
+    expected_values, expected_gradients = results()
+    inner = [level for level in method.level_names if level not in ("P5", "L4")]
+    assert len(pooled_levels) == 4 * len(inner)  # of both models, for the distance and for the relation
+    torch.testing.assert_close(values, expected_values, rtol=0, atol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():  # two sums of the same numbers in another order
+        assert float((gradients[name] - expected).norm()) <= 1e-6 * float(expected.norm()), name
 
 
 @pytest.mark.parametrize("by", ["class", "norm"])

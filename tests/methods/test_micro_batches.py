@@ -17,7 +17,7 @@ from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
 from helpers import (
     CLIP_KD_IN_FULL,
-    CMAPKD_IN_FULL,
+    CMAPKD_EXACT,
     GRADNORM,
     MASKED,
     ROUNDING,
@@ -33,12 +33,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     **{name: (name, {}) for name in METHODS},
     "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
     "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
-    "cmapkd, everything": ("cmapkd", CMAPKD_IN_FULL),
-    "cmapkd, key tokens": ("cmapkd", {**CMAPKD_IN_FULL, "places": "key_tokens", "key_tokens": 2}),
-    "cmapkd, pooled": ("cmapkd", {**CMAPKD_IN_FULL, "places": "pooled"}),
+    "cmapkd, everything": ("cmapkd", CMAPKD_EXACT),
+    "cmapkd, key tokens": ("cmapkd", {**CMAPKD_EXACT, "places": "key_tokens", "key_tokens": 2}),
+    "cmapkd, pooled": ("cmapkd", {**CMAPKD_EXACT, "places": "pooled"}),
     "cmapkd, top down and gated": (
         "cmapkd",
-        {**CMAPKD_IN_FULL, "ablations": {**CMAPKD_IN_FULL["ablations"], "top_down": True}, "weighting": "gate"},
+        {**CMAPKD_EXACT, "ablations": {**CMAPKD_EXACT["ablations"], "top_down": True}, "weighting": "gate"},
     ),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),

@@ -41,6 +41,8 @@ def test_transformers_clip_at_224_pixels() -> None:
     class Numbers:
         """In place of CLIP's vocabulary, which is not ours to ship."""
 
+        eos_token_id = 49407
+
         def __len__(self) -> int:
             return 49408
 

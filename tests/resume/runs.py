@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cmapkd.data.batches import Batches
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method
-from helpers import CLIP_KD_IN_FULL, CMAPKD_IN_FULL, MASKED, MemorySource, make_method, make_trainer
+from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, MASKED, MemorySource, make_method, make_trainer
 
 STEPS, EVERY = 9, 3  # a checkpoint every third step, and each sitting but the last ends one step after one
 SITTINGS = (1, 2, 1)  # processes
 FAILED = "failed"
 PATIENCE, GRACE = 300.0, 20.0  # seconds for all cases, and for a process whose partner has ended
 POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
-SMALL_BANK: dict[str, Any] = {"bank": {**CMAPKD_IN_FULL["bank"], "size": 24, "sample": 4}}
+SMALL_BANK: dict[str, Any] = {"bank": {**CMAPKD_EXACT["bank"], "size": 24, "sample": 4}}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name: (method, settings, training)
-    "cmapkd, a bank larger than its sample": ("cmapkd", {**CMAPKD_IN_FULL, **SMALL_BANK}, {}),
-    "cmapkd, such a bank in micro-batches": ("cmapkd", {**CMAPKD_IN_FULL, **SMALL_BANK}, {"micro_batch": 3}),
-    "cmapkd, weighted by a policy": ("cmapkd", {**CMAPKD_IN_FULL, "weighting": POLICY}, {}),
+    "cmapkd, a bank larger than its sample": ("cmapkd", {**CMAPKD_EXACT, **SMALL_BANK}, {}),
+    "cmapkd, such a bank in micro-batches": ("cmapkd", {**CMAPKD_EXACT, **SMALL_BANK}, {"micro_batch": 3}),
+    "cmapkd, weighted by a policy": ("cmapkd", {**CMAPKD_EXACT, "weighting": POLICY}, {}),
     "c2kd, one prompt at once": ("c2kd", {"prompts_at_once": 1, "agreement": -1.0}, {}),
     "hinton, one prompt at once": ("hinton", {"form": "classes", "prompts_at_once": 1}, {}),
     "promptkd": ("promptkd", {"distill_weight": 5.0}, {}),

@@ -108,11 +108,74 @@ def read_parquet(path: Path) -> None:
         pq.read_table(path, columns=[column]).column(column).to_pylist()
 
 
+def link_pictures(folder: Path, rows: int, name: str) -> None:
+    """Many names of few files: a file system bounds how many names a file may have."""
+    folder.mkdir(exist_ok=True)
+    shown = folder.with_suffix(".png")
+    for number in range(rows):
+        if number % 50_000 == 0:
+            shown = folder.with_name(f"{folder.name}-{number}.png")
+            shown.write_bytes(picture())
+        os.link(shown, folder / name.format(number))
+
+
+def make_folder(path: Path, rows: int) -> None:
+    link_pictures(path, rows, "{:08d}.png")
+    for number in range(rows):
+        (path / f"{number:08d}.txt").write_text(caption(number), encoding="utf-8")
+
+
+def read_folder(path: Path) -> None:
+    for entry in os.scandir(path):
+        if entry.name.endswith(".txt"):
+            Path(entry.path).read_text(encoding="utf-8")
+
+
+def make_classes(path: Path, rows: int) -> None:
+    path.mkdir()
+    for number in range(100):
+        link_pictures(path / f"class {number:02d}", rows // 100, "{:08d}.png")
+        for shown in path.glob("*.png"):
+            shown.unlink()
+
+
+def read_classes(path: Path) -> None:
+    for folder in os.scandir(path):
+        for _ in os.scandir(folder.path):
+            pass
+
+
+def make_flickr(path: Path, rows: int) -> None:
+    link_pictures(path.parent / "images", rows, "{:08d}.jpg")
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{number:08d}.jpg#0\t{caption(number)}\n" for number in range(rows))
+
+
+def read_flickr(path: Path) -> None:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        line.split("\t")
+
+
+def make_coco(path: Path, rows: int) -> None:
+    link_pictures(path.parent / "images", rows, "{:012d}.jpg")
+    images = [{"id": number, "file_name": f"{number:012d}.jpg", "width": 8, "height": 8} for number in range(rows)]
+    captions = [{"id": number, "image_id": number, "caption": caption(number)} for number in range(rows)]
+    path.write_text(json.dumps({"images": images, "annotations": captions}), encoding="utf-8")
+
+
+def read_coco(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8"))
+
+
 KINDS: dict[str, tuple[str, str, Callable[[Path, int], None], Callable[[Path], None]]] = {
     "tar": ("webdataset:{}", "rows.tar", make_tar, read_tar),
     "jsonl": ("jsonl:{}", "rows.jsonl", make_jsonl, read_jsonl),
     "csv": ("csv:{}", "rows.csv", make_csv, read_csv),
     "parquet": ("parquet:{}", "rows.parquet", make_parquet, read_parquet),
+    "folder": ("folder:{}", "rows", make_folder, read_folder),
+    "classes": ("folder:{}", "rows", make_classes, read_classes),
+    "flickr30k": ("flickr30k:{},{}/images", "rows.token", make_flickr, read_flickr),
+    "coco": ("coco:{},{}/images", "rows.json", make_coco, read_coco),
 }
 
 
@@ -131,11 +194,14 @@ def main(kind: str, rows: int, folder: Path) -> None:
     bare = time.process_time() - start
     small = folder / "small"
     small.mkdir()
-    make(small / name, 20)
-    len(open_source(spec.format(small / name), require_captions=True))  # imports and first calls are not counted
+    make(small / name, 200)
+    captioned = kind != "classes"
+    len(
+        open_source(spec.format(small / name, small), require_captions=captioned)
+    )  # imports and first calls are not counted
     gc.collect()
     before, start = resident(), time.process_time()
-    source = open_source(spec.format(path), require_captions=True)
+    source = open_source(spec.format(path, folder), require_captions=captioned)
     opened = time.process_time() - start
     gc.collect()
     kept = resident() - before

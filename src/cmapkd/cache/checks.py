@@ -1,7 +1,7 @@
 """Which rows of a cache were compared with their checksums, so that each is compared once, when it is first read.
 
-A shard's record holds a checksum of every group of rows (`Part.group_rows`, about 256 KiB) besides the one of the whole
-shard. A row that is read costs its group. So shuffled reading does not wait for whole shards of 64 MiB.
+A shard's record holds a checksum of the whole shard, and one of every group of rows (`CachePart.group_rows`, about
+256 KiB). A row that is read costs its group. So shuffled reading does not wait for whole shards of 64 MiB.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from cmapkd.cache.config import Check
 from cmapkd.cache.files import CacheError, digest_of_rows
-from cmapkd.cache.parts import Part
+from cmapkd.cache.parts import CachePart
 
-Groups = NDArray[np.uint64]
+Checksums = NDArray[np.uint64]
 
 
 class Checks:
@@ -25,21 +25,21 @@ class Checks:
 
     Args:
         check: `first_use` compares what is read, when it is read; `open` compares everything now; `sizes` nothing.
-        there: of each part, which shards are finished.
+        finished: of each part, which shards are finished.
     Raises:
         CacheError: with `open`, a bit differs.
     """
 
-    def __init__(self, parts: Sequence[Part], there: Sequence[NDArray[np.bool_]], check: Check) -> None:
+    def __init__(self, parts: Sequence[CachePart], finished: Sequence[NDArray[np.bool_]], check: Check) -> None:
         self.parts, self.check = parts, check
         self._done: list[torch.Tensor] = []
-        self._expected: dict[tuple[int, int], Groups | None] = {}
+        self._expected: dict[tuple[int, int], Checksums | None] = {}
         if check == "first_use":
             sizes = [part.num_shards * part.groups_in_shard for part in parts]
             self._done = [torch.zeros(size, dtype=torch.uint8).share_memory_() for size in sizes]
         elif check == "open":
-            for part, finished in zip(parts, there, strict=True):
-                for shard in np.flatnonzero(finished).tolist():
+            for part, done in zip(parts, finished, strict=True):
+                for shard in np.flatnonzero(done).tolist():
                     check_shard(part, shard)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Checks:
                     raise _damaged(part, shard)
                 done[start + group] = 1
 
-    def _of_shard(self, number: int, shard: int) -> Groups | None:
+    def _of_shard(self, number: int, shard: int) -> Checksums | None:
         key = (number, shard)
         if key not in self._expected:
             part = self.parts[number]
@@ -82,19 +82,19 @@ class Checks:
         return self._expected[key]
 
 
-def groups_of(part: Part, record: dict[str, Any], shard: int) -> Groups | None:
+def groups_of(part: CachePart, record: dict[str, Any], shard: int) -> Checksums | None:
     """The checksums of a shard's groups of rows; None where its record has none, or of groups of another size."""
     text, first_last = record.get("groups"), part.extent(shard)
     if not isinstance(text, str) or record.get("group_rows") != part.group_rows:
         return None
     try:
-        found = np.frombuffer(bytes.fromhex(text), np.dtype("<u8")).astype(np.uint64)
+        checksums = np.frombuffer(bytes.fromhex(text), np.dtype("<u8")).astype(np.uint64)
     except ValueError:
         return None
-    return found if len(found) == -(-(first_last[1] - first_last[0]) // part.group_rows) else None
+    return checksums if len(checksums) == -(-(first_last[1] - first_last[0]) // part.group_rows) else None
 
 
-def check_shard(part: Part, shard: int) -> None:
+def check_shard(part: CachePart, shard: int) -> None:
     """Compares a whole shard's bytes with its record.
 
     Raises:
@@ -104,7 +104,7 @@ def check_shard(part: Part, shard: int) -> None:
         raise _damaged(part, shard)
 
 
-def _damaged(part: Part, shard: int) -> CacheError:
+def _damaged(part: CachePart, shard: int) -> CacheError:
     return CacheError(
         f"{part.data(shard)} is damaged (its checksum does not fit): cmapkd cache verify --remove-damaged "
         f"{part.folder.parent}, then build again"

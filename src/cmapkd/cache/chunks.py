@@ -1,4 +1,4 @@
-"""Views for the teacher to answer, in chunks that depend on nothing but their place: made by data workers."""
+"""Views for the teacher to answer, in chunks that depend on nothing but their span: made by data workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmapkd.cache.identity import row_check
-from cmapkd.cache.parts import Part
+from cmapkd.cache.parts import CachePart
 from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import BadSampleError, ModelInput, Source
@@ -22,7 +22,7 @@ from cmapkd.data.workers import ReadAhead
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RowSpan:
     """Rows `first` to `last` of a shard."""
 
     part: int  # in the list of parts that are built
@@ -33,9 +33,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The readable views of a place, and where in it they stand."""
+    """The readable views of a span, and where in it they stand."""
 
-    place: Place
+    span: RowSpan
     inputs: ModelInput | None  # none: nothing in it could be read
     checks: NDArray[np.uint64]  # of every row; 0 where the sample cannot be read
     ids: tuple[str, ...]  # of the readable ones
@@ -43,19 +43,19 @@ class Chunk:
 
     def pin_memory(self) -> Chunk:
         inputs = None if self.inputs is None else self.inputs.pin_memory()
-        return Chunk(self.place, inputs, self.checks, self.ids, self.bad)
+        return Chunk(self.span, inputs, self.checks, self.ids, self.bad)
 
 
 class Chunks(Dataset[Chunk]):
     """Reads, shows and tokenises exactly as `BatchBuilder` does for the same view of the same sample."""
 
     def __init__(
-        self, source: Source, views: ViewSpec, reader: Reader, parts: Sequence[Part], texts: TextChoice
+        self, source: Source, views: ViewSpec, reader: Reader, parts: Sequence[CachePart], texts: TextChoice
     ) -> None:
         self.source, self.views, self.reader, self.parts, self.texts = source, views, reader, parts, texts
 
-    def __getitem__(self, place: Place) -> Chunk:
-        keys = self.parts[place.part].keys(place.first, place.last)
+    def __getitem__(self, span: RowSpan) -> Chunk:
+        keys = self.parts[span.part].keys(span.first, span.last)
         checks = np.zeros(len(keys), np.uint64)
         pixels: list[Tensor] = []
         ids: list[str] = []
@@ -77,30 +77,30 @@ class Chunks(Dataset[Chunk]):
         inputs = None
         if pixels:
             inputs = self.reader.input(torch.stack(pixels), *self.texts.columns(chosen))
-        return Chunk(place, inputs, checks, tuple(ids), tuple(bad))
+        return Chunk(span, inputs, checks, tuple(ids), tuple(bad))
 
 
-def places_of(part: Part, number: int, shards: Sequence[int]) -> list[Place]:
+def spans_of(part: CachePart, number: int, shards: Sequence[int]) -> list[RowSpan]:
     """The chunks of these shards, in order; a chunk does not cross the end of a shard."""
     return [
-        Place(number, shard, first, min(first + part.batch_size, part.extent(shard)[1]))
+        RowSpan(number, shard, first, min(first + part.batch_size, part.extent(shard)[1]))
         for shard in shards
         for first in range(*part.extent(shard), part.batch_size)
     ]
 
 
 def load_chunks(
-    chunks: Chunks, places: list[Place], *, workers: int, pin_memory: bool, timeout: float = 0.0
-) -> ReadAhead[Place, Chunk]:
-    """The chunks in the order of `places`."""
+    chunks: Chunks, spans: list[RowSpan], *, workers: int, pin_memory: bool, timeout: float = 0.0
+) -> ReadAhead[RowSpan, Chunk]:
+    """The chunks in the order of `spans`."""
 
-    def name(place: Place) -> str:
-        return f"rows {place.first} to {place.last} of the cache's part {place.part}"
+    def name(span: RowSpan) -> str:
+        return f"rows {span.first} to {span.last} of the cache's part {span.part}"
 
-    rows = max((place.last - place.first for place in places), default=0)
+    rows = max((span.last - span.first for span in spans), default=0)
     return ReadAhead(
         chunks,
-        places,
+        spans,
         workers=workers,
         pin_memory=pin_memory,
         timeout=timeout,

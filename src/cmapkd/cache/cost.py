@@ -75,8 +75,8 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
         inputs = forms.input(torch.stack(images), *plan.texts.columns(chosen)).to(device)
         answered = [joined(texts) for texts in chosen]
         with _timed(cost, "answer"):
-            found = live_features(plan.teacher, inputs, plan.needs, plan.precision)
-            found.image.embedding.sum().item()  # a GPU has finished only now
+            features = live_features(plan.teacher, inputs, plan.needs, plan.precision)
+            features.image.embedding.sum().item()  # a GPU has finished only now
         reader.read(view, indices, ids, answered, [])
         with _timed(cost, "read"):
             reader.read(view, indices, ids, answered, [])

@@ -77,7 +77,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         CacheError: the disk is full or read-only.
     """
-    temporary = path.with_name(f".{path.name}.{_me()}.writing")
+    temporary = path.with_name(f".{path.name}.{_process_tag()}.writing")
     try:
         with explained(path.parent):
             yield temporary
@@ -110,7 +110,7 @@ def explained(folder: Path) -> Iterator[None]:
 
 def temporary_folder(path: Path) -> Path:
     """Where this process prepares a folder that will be renamed to `path`."""
-    return path.with_name(f".{path.name}.{_me()}.writing")
+    return path.with_name(f".{path.name}.{_process_tag()}.writing")
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
@@ -129,7 +129,7 @@ def _host() -> str:
     return socket.gethostname().replace(".", "_")
 
 
-def _me() -> str:
+def _process_tag() -> str:
     return f"{_host()}-{os.getpid()}"
 
 

@@ -21,7 +21,7 @@ from cmapkd.features.pyramid import cells_of, pooled
 from cmapkd.methods.dual import TeacherDetail
 from cmapkd.models import Features, Level, Needs, TowerFeatures
 
-Tower = str  # image, text, or text/POOL for the texts of a further pool
+TowerName = str  # image, text, or text/POOL for the texts of a further pool
 CHECK = "check"  # a row's own number: which sample, view and caption it answers; 0: no answer
 DETAILS: tuple[TeacherDetail, ...] = ("global", "pooled", "key_tokens", "dense")
 _NUMPY = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
@@ -34,7 +34,7 @@ _TINY = 2.0**-14  # smallest normal number of float16: scales below would lose d
 class Field:
     """One array of a row: an embedding, or a level with what its values do not say themselves."""
 
-    tower: Tower
+    tower: TowerName
     level: str | None  # none: the embedding
     shape: tuple[int, ...]
     layout: Literal["tokens", "map"] = "tokens"
@@ -59,7 +59,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RowLayout:
     """Fixed-width rows of named arrays, packed without gaps."""
 
     kind: TeacherDetail
@@ -105,17 +105,17 @@ class Layout:
         fields = [
             Field(
                 **{
-                    **each,
-                    "shape": tuple(each["shape"]),
-                    "grid": None if each["grid"] is None else tuple(each["grid"]),
+                    **field,
+                    "shape": tuple(field["shape"]),
+                    "grid": None if field["grid"] is None else tuple(field["grid"]),
                 }
             )
-            for each in values["fields"]
+            for field in values["fields"]
         ]
         key_tokens = KeyTokens(**values["key_tokens"]) if "key_tokens" in values else None
         if values["kind"] not in DETAILS or values["store"] not in _NUMPY:
             raise ValueError(f"rows of kind {values['kind']!r} in {values['store']!r}")
-        if not {"image", "text"} <= {each.name for each in fields if each.shape}:
+        if not {"image", "text"} <= {field.name for field in fields if field.shape}:
             raise ValueError("rows without the embeddings of image and text")
         layout = cls(values["kind"], values["store"], tuple(fields), key_tokens)
         if not 0 < layout.row_bytes < 2**31:
@@ -123,22 +123,22 @@ class Layout:
         return layout
 
     def plain(self) -> dict[str, Any]:
-        values = {"kind": self.kind, "store": self.store, "fields": [each.plain() for each in self.fields]}
+        values = {"kind": self.kind, "store": self.store, "fields": [field.plain() for field in self.fields]}
         return values | ({} if self.key_tokens is None else {"key_tokens": asdict(self.key_tokens)})
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """A row as numpy reads it."""
         parts: list[tuple[str, str, tuple[int, ...]]] = [(CHECK, "<u8", ())]
-        for each in self.fields:
-            parts.append((each.name, _NUMPY[self.store] if each.is_number else _PLACES, each.shape))
-            if self.store == "int8" and each.is_number:
-                parts.append((_scale(each.name), "<f2", each.shape[:-1]))
+        for field in self.fields:
+            parts.append((field.name, _NUMPY[self.store] if field.is_number else _PLACES, field.shape))
+            if self.store == "int8" and field.is_number:
+                parts.append((_scale(field.name), "<f2", field.shape[:-1]))
         return np.dtype(parts)
 
-    def embeddings(self) -> Layout:
+    def embeddings(self) -> RowLayout:
         """Of the two embeddings alone."""
-        return Layout("global", self.store, tuple(each for each in self.fields if each.name in ("image", "text")))
+        return RowLayout("global", self.store, tuple(field for field in self.fields if field.name in ("image", "text")))
 
     @property
     def row_bytes(self) -> int:
@@ -146,7 +146,7 @@ class Layout:
 
     def lacks(self, needs: Needs, kind: TeacherDetail, key_tokens: KeyTokens | None = None) -> str | None:
         """Why rows like these cannot answer a method, or None if they can."""
-        held = {(each.tower, each.level) for each in self.fields}
+        held = {(field.tower, field.level) for field in self.fields}
         asked = [("image", name) for name in needs.image_levels]
         asked += [("text", name) for name in needs.text_levels]
         missing = [f"{tower} level {name}" for tower, name in asked if (tower, name) not in held]
@@ -158,40 +158,50 @@ class Layout:
                 f"compares them place by place, which needs {kind}"
             )
         if asked and self.kind == kind == "key_tokens" and self.key_tokens != key_tokens:
-            held_tokens, wanted = (each and f"{each.count} by {each.by}" for each in (self.key_tokens, key_tokens))
+            held_tokens, wanted = (
+                tokens and f"{tokens.count} by {tokens.by}" for tokens in (self.key_tokens, key_tokens)
+            )
             return f"it holds key tokens {held_tokens}, and the method reads {wanted}"
         return None
 
     def arrays(self, features: Features, texts: TokenBatch | None = None) -> dict[str, Tensor]:
-        """A batch of answers as float32 arrays by field; `texts` are checked to have the levels' masks."""
-        found: dict[str, Tensor] = {}
+        """A batch of answers by field, float32 [batch ...] of the field's shape (places of key tokens: integers).
+
+        Args:
+            features: of the teacher, with the levels of the layout.
+            texts: checked to have the masks of the levels; None: not checked.
+        """
+        arrays: dict[str, Tensor] = {}
         if self.key_tokens is not None:
             features = self.key_tokens.of(features)
-        for each in self.fields:
-            tower = _towers(features)[each.tower]
-            if each.level is None:
-                found[each.name] = tower.embedding.float()
+        for field in self.fields:
+            tower = _towers(features)[field.tower]
+            if field.level is None:
+                arrays[field.name] = tower.embedding.float()
                 continue
-            level = tower.levels[each.level]
+            level = tower.levels[field.level]
             if self.kind == "pooled":
-                found[each.name] = pooled(level).float()
+                arrays[field.name] = pooled(level).float()
                 continue
             if self.kind == "key_tokens":
-                found[each.name] = _key_array(each, level)
+                arrays[field.name] = _key_array(field, level)
                 continue
             values = level.values.float()
-            if each.tower == "text":
+            if field.tower == "text":
                 if texts is not None and level.mask is not None and not torch.equal(level.mask, texts.mask):
                     raise CacheError(
-                        f"text level {each.level} marks other tokens as real than its tokenizer, so that dense text "
+                        f"text level {field.level} marks other tokens as real than its tokenizer, so that dense text "
                         "levels of this teacher cannot be stored: use a live teacher, or kind pooled"
                     )
-                values = F.pad(values, (0, 0, 0, each.shape[0] - values.shape[1]))
-            found[each.name] = values
-        return found
+                values = F.pad(values, (0, 0, 0, field.shape[0] - values.shape[1]))
+            arrays[field.name] = values
+        return arrays
 
     def encode(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In the numbers that are stored. What does not fit them becomes infinite."""
+        """Arrays of `arrays` in the numbers that are stored; with int8 also a scale [...] for each vector [... width].
+
+        A number that does not fit becomes infinite.
+        """
         if self.store == "fp32":
             return dict(arrays)
         if self.store == "fp16":
@@ -207,18 +217,20 @@ class Layout:
         return encoded
 
     def decode(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Back to float32; exact for fp32."""
+        """Stored arrays back to float32 [batch ...] by field; exact for fp32. Places of key tokens become int64."""
         decoded: dict[str, Tensor] = {}
-        for each in self.fields:
-            if not each.is_number:
-                decoded[each.name] = arrays[each.name].long()
+        for field in self.fields:
+            if not field.is_number:
+                decoded[field.name] = arrays[field.name].long()
                 continue
-            array = arrays[each.name].float()
-            decoded[each.name] = array * arrays[_scale(each.name)].float()[..., None] if self.store == "int8" else array
+            array = arrays[field.name].float()
+            decoded[field.name] = (
+                array * arrays[_scale(field.name)].float()[..., None] if self.store == "int8" else array
+            )
         return decoded
 
     def rows(self, encoded: Mapping[str, Tensor], checks: NDArray[np.uint64]) -> NDArray[Any]:
-        """Rows with these arrays, in their order."""
+        """Rows as numpy records, one for each of `checks`, from arrays [rows ...] of `encode`."""
         rows = np.zeros(len(checks), self.dtype)
         rows[CHECK] = checks
         for name, array in encoded.items():
@@ -226,7 +238,7 @@ class Layout:
         return rows
 
     def tensors(self, rows: NDArray[Any]) -> dict[str, Tensor]:
-        """The arrays of rows as they are stored."""
+        """The arrays [rows ...] of numpy records, in the numbers that are stored."""
         return {
             name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in self.dtype.names or () if name != CHECK
         }
@@ -240,26 +252,27 @@ class Layout:
         logit_scale: Tensor,
         logit_bias: Tensor | None,
     ) -> Features:
-        """Decoded arrays as a model would have returned them.
+        """Decoded arrays [batch ...] as a model would have returned them.
 
         A pooled level is one token without a grid, so that nothing takes it for places of the picture.
         """
-        towers: dict[Tower, TowerFeatures] = {}
+        towers: dict[TowerName, TowerFeatures] = {}
         for tower, names in (("image", needs.image_levels), ("text", needs.text_levels)):
             levels = {
-                each.level: self._level(each, arrays, texts)
-                for each in self.fields
-                if each.tower == tower and each.level in names and each.level is not None and each.part == "values"
+                field.level: self._level(field, arrays, texts)
+                for field in self.fields
+                if field.tower == tower and field.level in names and field.level is not None and field.part == "values"
             }
             towers[tower] = TowerFeatures(arrays[tower], {name: levels[name] for name in names})
         more = {
-            each.tower.removeprefix(_MORE): TowerFeatures(arrays[each.name].reshape(-1, each.shape[-1]))
-            for each in self.fields
-            if each.tower.startswith(_MORE)
+            field.tower.removeprefix(_MORE): TowerFeatures(arrays[field.name].reshape(-1, field.shape[-1]))
+            for field in self.fields
+            if field.tower.startswith(_MORE)
         }
         return Features(towers["image"], towers["text"], logit_scale, logit_bias, more)
 
     def _level(self, field: Field, arrays: Mapping[str, Tensor], texts: TokenBatch | None) -> Level:
+        """A level of a batch from decoded arrays [batch ...]; of texts cut to the longest one of the batch."""
         values = arrays[field.name]
         if self.kind == "key_tokens":
             places, mean = arrays[f"{field.name}/places"], arrays[f"{field.name}/mean"]
@@ -274,13 +287,13 @@ class Layout:
 
     def describe(self) -> str:
         """One line for people."""
-        levels = [each.name for each in self.fields if each.level is not None and each.part == "values"]
-        widths = ", ".join(f"{each.name} {math.prod(each.shape):,}" for each in self.fields if each.level is None)
+        levels = [field.name for field in self.fields if field.level is not None and field.part == "values"]
+        widths = ", ".join(f"{field.name} {math.prod(field.shape):,}" for field in self.fields if field.level is None)
         kind = self.kind if self.key_tokens is None else f"{self.key_tokens.count} key tokens by {self.key_tokens.by}"
         return f"{kind} in {self.store}: {widths}" + (f"; levels {', '.join(levels)}" if levels else "")
 
 
-def _key_fields(tower: Tower, name: str, level: Level, count: int, context_length: int) -> list[Field]:
+def _key_fields(tower: TowerName, name: str, level: Level, count: int, context_length: int) -> list[Field]:
     """The key tokens of a level, where they stand, and the mean of all."""
     cells = cells_of(level)
     num_places, width = context_length if tower == "text" else cells.shape[1], cells.shape[2]
@@ -299,7 +312,7 @@ def _key_fields(tower: Tower, name: str, level: Level, count: int, context_lengt
 
 
 def _key_array(field: Field, level: Level) -> Tensor:
-    """One of the three, with as many places as the row has."""
+    """One of the three, [batch *field.shape]: with as many places as the row has."""
     assert level.places is not None
     assert level.mean is not None
     if field.part == "mean":
@@ -314,7 +327,7 @@ def _scale(name: str) -> str:
     return f"{name}/scale"
 
 
-def _towers(features: Features) -> dict[Tower, TowerFeatures]:
+def _towers(features: Features) -> dict[TowerName, TowerFeatures]:
     size = len(features.text.embedding)
     more = {f"{_MORE}{pool}": _by_sample(tower, size) for pool, tower in features.more_texts.items()}
     return {"image": features.image, "text": features.text, **more}

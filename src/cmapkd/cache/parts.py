@@ -23,7 +23,7 @@ from cmapkd.cache.files import (
     temporary_folder,
     write_json,
 )
-from cmapkd.cache.layout import Layout
+from cmapkd.cache.layout import RowLayout
 from cmapkd.config.disk import flush
 
 GROUP_BYTES = 2**18
@@ -33,7 +33,7 @@ Keys = NDArray[np.int64]  # view number x samples of the source + index, ascendi
 
 
 @dataclass(frozen=True)
-class Part:
+class CachePart:
     """Rows that were asked for at once: a range of keys, or a list of them in `keys.bin`."""
 
     folder: Path
@@ -44,7 +44,7 @@ class Part:
     start: int | None  # first key of a range; none: the keys are listed
 
     @classmethod
-    def open(cls, folder: Path, layout: Layout) -> Self:
+    def open(cls, folder: Path, layout: RowLayout) -> Self:
         """Reads `part.json` and checks the list of keys.
 
         Raises:
@@ -121,7 +121,7 @@ class Part:
         """The shard's checksum and fidelity; written last."""
         return self.folder / f"shard-{shard:05d}.json"
 
-    def is_there(self, shard: int) -> bool:
+    def is_finished(self, shard: int) -> bool:
         """Whether a shard was finished, and is as long as it must be.
 
         Raises:
@@ -134,8 +134,10 @@ class Part:
         data = self.data(shard)
         size = data.stat().st_size if data.is_file() else None
         if size != expected:
-            found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
-            raise CacheError(f"{self.data(shard)} {found}: remove {self.record(shard).name} beside it and build again")
+            problem = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+            raise CacheError(
+                f"{self.data(shard)} {problem}: remove {self.record(shard).name} next to it and build again"
+            )
         return True
 
     def read_record(self, shard: int) -> dict[str, Any]:
@@ -164,7 +166,7 @@ class CacheFolder:
 
     path: Path
     identity: Mapping[str, Any]
-    layout: Layout
+    layout: RowLayout
     about: Mapping[str, Any]  # names of teacher and data, for people
     logit_scale: float
     logit_bias: float | None
@@ -203,7 +205,7 @@ class CacheFolder:
             length=int,
         )
         try:
-            return cls(path, **{**values, "layout": Layout.from_plain(values["layout"])})
+            return cls(path, **{**values, "layout": RowLayout.from_plain(values["layout"])})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CacheError(
                 f"{path / CACHE_FILE} was written by another version of cmapkd, or is damaged ({error}): remove the "
@@ -214,14 +216,14 @@ class CacheFolder:
     def exists(path: Path) -> bool:
         return (path / CACHE_FILE).exists()
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[CachePart]:
         """In the order in which they were begun.
 
         Raises:
             CacheError: one is damaged.
         """
         folders = (folder for folder in sorted(self.path.glob("part-*")) if folder.is_dir())
-        return [Part.open(folder, self.layout) for folder in folders]
+        return [CachePart.open(folder, self.layout) for folder in folders]
 
     def next_part(self) -> int:
         """The number after the last part's."""

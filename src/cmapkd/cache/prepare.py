@@ -16,11 +16,11 @@ import torch
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
 from cmapkd.cache.identity import differences, identity_of, weight_hash
-from cmapkd.cache.layout import DETAILS, Layout
+from cmapkd.cache.layout import DETAILS, RowLayout
 from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.teacher import CachedTeacher
-from cmapkd.cache.writer import Built, Progress, build, live_features, missing_shards
+from cmapkd.cache.writer import BuildResult, OnProgress, build, live_features, missing_shards
 from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, ModelInput, Source
@@ -64,7 +64,7 @@ class CachePlan:
     ) -> CachePlan:
         """Before any stage has been entered: what all stages together read of the teacher with this role.
 
-        Where the config names a folder, each further teacher has one of its own beside it.
+        Where the config names a folder, each further teacher has a folder of its own next to it.
 
         Args:
             texts: that the run reads; none: a caption, and what the method asks for.
@@ -103,7 +103,7 @@ class CachePlan:
         return self.config.kind
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """Found by asking the teacher about one sample, where it is now.
 
         Raises:
@@ -119,7 +119,9 @@ class CachePlan:
         features = live_features(self.teacher, self._one_sample(), needs, self.precision)
         context = model.tokenizer.context_length
         chosen = (self.key_tokens or KeyTokens()) if self.kind == "key_tokens" else None
-        return Layout.of(features, kind=self.kind, store=self.config.store, context_length=context, key_tokens=chosen)
+        return RowLayout.of(
+            features, kind=self.kind, store=self.config.store, context_length=context, key_tokens=chosen
+        )
 
     def _one_sample(self) -> ModelInput:
         model = self.teacher.model
@@ -179,7 +181,7 @@ class CachePlan:
         if cache is None:
             return len(self.keys) * self.layout.row_bytes
         missing, unknown = missing_shards(cache, self.keys)
-        return (len(unknown) + sum(each.rows for each in missing)) * cache.layout.row_bytes
+        return (len(unknown) + sum(shards.rows for shards in missing)) * cache.layout.row_bytes
 
     def check_size(self) -> None:
         """Refuses what is larger than the config or the disk allows.
@@ -213,9 +215,9 @@ class CachePlan:
         rank: int = 0,
         world_size: int = 1,
         skip_bad: bool = True,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         timeout: float = 0.0,
-    ) -> Built:
+    ) -> BuildResult:
         """Adds what is missing; this process's part of it. The teacher is moved to `device`.
 
         Raises:
@@ -225,7 +227,7 @@ class CachePlan:
         cache = self.existing() or self._create()
         missing, unknown = missing_shards(cache, self.keys)
         if not missing and not len(unknown):
-            return Built()
+            return BuildResult()
         self.teacher.to(device)
         return build(
             cache,

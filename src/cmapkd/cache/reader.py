@@ -35,11 +35,11 @@ class CacheReader:
         """
         self.cache, self.check = cache, check
         self.needs_texts = cache.layout.kind in ("key_tokens", "dense") and any(
-            each.tower == "text" and each.level is not None for each in cache.layout.fields
+            field.tower == "text" and field.level is not None for field in cache.layout.fields
         )
         self.parts = cache.parts()
-        self._there = [np.array([part.is_there(n) for n in range(part.num_shards)], bool) for part in self.parts]
-        self._checks = Checks(self.parts, self._there, check)
+        self._finished = [np.array([part.is_finished(n) for n in range(part.num_shards)], bool) for part in self.parts]
+        self._checks = Checks(self.parts, self._finished, check)
         self._maps: dict[tuple[int, int], NDArray[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -47,17 +47,17 @@ class CacheReader:
 
     def held(self, keys: Keys) -> NDArray[np.bool_]:
         """Which rows are in finished shards, whether or not their sample could be read."""
-        found = np.zeros(len(keys), bool)
-        for part, there in zip(self.parts, self._there, strict=True):
+        held = np.zeros(len(keys), bool)
+        for part, finished in zip(self.parts, self._finished, strict=True):
             rows = part.locate(keys)
-            found |= (rows >= 0) & there[np.maximum(rows, 0) // part.shard_rows]
-        return found
+            held |= (rows >= 0) & finished[np.maximum(rows, 0) // part.shard_rows]
+        return held
 
     def has(self, view: int, index: int) -> bool:
-        found = self._find(view, index)
-        if found is None:
+        location = self._find(view, index)
+        if location is None:
             return False
-        number, shard, row = found
+        number, shard, row = location
         return bool(self._rows(number, shard, (row,))[CHECK][0])
 
     def read(
@@ -72,27 +72,28 @@ class CacheReader:
         expected = np.zeros(len(indices), np.uint64)
         lacking = set(missing)
         views = [view] * len(indices) if isinstance(view, int) else view
-        places: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for place, index in enumerate(indices):
-            if place in lacking:
+        by_shard: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for position, index in enumerate(indices):
+            if position in lacking:
                 continue
-            found = self._find(views[place], index)
-            if found is None:
+            location = self._find(views[position], index)
+            if location is None:
                 raise CacheError(
-                    f"{self.cache.path} has no view {views[place]} of sample {ids[place]!r}: build what is missing"
+                    f"{self.cache.path} has no view {views[position]} of sample {ids[position]!r}: build what is "
+                    "missing"
                 )
-            places.setdefault(found[:2], []).append((place, found[2]))
-            expected[place] = row_check(ids[place], views[place], captions[place])
-        for (part, shard), pairs in places.items():
+            by_shard.setdefault(location[:2], []).append((position, location[2]))
+            expected[position] = row_check(ids[position], views[position], captions[position])
+        for (part, shard), pairs in by_shard.items():
             to, at = zip(*pairs, strict=True)
             rows[[*to]] = self._rows(part, shard, at)
         wrong = np.flatnonzero(rows[CHECK] != expected)
         if len(wrong):
-            place = int(wrong[0])
+            position = int(wrong[0])
             raise CacheError(
-                f"{self.cache.path} answers another sample, view or caption than view {views[place]} of "
-                f"{ids[place]!r} with {captions[place]!r}: the data changed in a way that its fingerprint does not "
-                "show. Remove the cache and build it again."
+                f"{self.cache.path} answers another sample, view or caption than view {views[position]} of "
+                f"{ids[position]!r} with {captions[position]!r}: the data changed in a way that its fingerprint does "
+                "not show. Remove the cache and build it again."
             )
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))
@@ -107,7 +108,7 @@ class CacheReader:
         extents = [
             (number, shard, *part.extent(shard))
             for number, part in enumerate(self.parts)
-            for shard in np.flatnonzero(self._there[number]).tolist()
+            for shard in np.flatnonzero(self._finished[number]).tolist()
         ]
         starts = np.cumsum([0, *(last - first for _, _, first, last in extents)])
         total = int(starts[-1])
@@ -130,11 +131,11 @@ class CacheReader:
                 )
                 at = at[mapped[CHECK][at] != 0]  # the others have no answer
                 samples = part.keys(first + rows.start, first + rows.stop)[at] % self.cache.length
-                found = layout.decode(
+                decoded = layout.decode(
                     {name: torch.from_numpy(mapped[name][at]) for name in layout.dtype.names or () if name != CHECK}
                 )
                 del mapped
-                yield found["image"], found["text"], torch.from_numpy(samples)
+                yield decoded["image"], decoded["text"], torch.from_numpy(samples)
 
     def _find(self, view: int, index: int) -> tuple[int, int, int] | None:
         """Part, shard, and row within it."""
@@ -142,9 +143,9 @@ class CacheReader:
         for number, part in enumerate(self.parts):
             row = part.row_of(key)
             if row >= 0:
-                shard, place = divmod(row, part.shard_rows)
-                if self._there[number][shard]:
-                    return number, shard, place
+                shard, position = divmod(row, part.shard_rows)
+                if self._finished[number][shard]:
+                    return number, shard, position
         return None
 
     def _rows(self, number: int, shard: int, rows: Sequence[int]) -> NDArray[Any]:

@@ -23,9 +23,10 @@ REFERENCE_SEED = 0  # the same reference set in every process, and after a resum
 def _description(model: DualEncoder) -> DualEncoder:
     """A copy without weights. Whoever else holds the model keeps them: a student whose texts it embeds."""
     empty: dict[int, Tensor] = {
-        id(each): nn.Parameter(each.detach().to("meta"), requires_grad=False) for each in model.parameters()
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for parameter in model.parameters()
     }
-    empty |= {id(each): each.to("meta") for each in model.buffers()}
+    empty |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     return copy.deepcopy(model, empty)
 
 
@@ -67,6 +68,7 @@ class CachedTeacher(FrozenTeacher):
         return self
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See `CacheReader.embeddings`: Float[part dim] of images and of texts, Int[part] of their samples."""
         return CacheReader(self.cache, check=self.check).embeddings(num, seed=REFERENCE_SEED)
 
     @torch.no_grad()
@@ -89,7 +91,7 @@ class CachedTeacher(FrozenTeacher):
         )
 
     def _answer(self, arrays: dict[str, Tensor], stored: StoredRows, inputs: ModelInput) -> None:
-        """Fills the places without an answer."""
+        """Fills in the rows of `arrays` ([batch ...] each) that have no answer, from the live teacher."""
         if self.live is None:
             warnings.warn(
                 f"the cache {self.cache.path} lacks {len(stored.missing)} samples of a batch (not foreseen, or not "
@@ -100,12 +102,12 @@ class CachedTeacher(FrozenTeacher):
             self.live = FrozenTeacher(self.reload()).to(inputs.images.device)
         places = stored.missing.to(inputs.images.device)
         texts = inputs.texts.rows(places)
-        more = {pool: each.rows(places) for pool, each in inputs.more_texts.items()}
+        more = {pool: tokens.rows(places) for pool, tokens in inputs.more_texts.items()}
         lacking = ModelInput(inputs.images, texts, more)
         layout = self.cache.layout
-        levels = [each for each in layout.fields if each.level is not None]
+        levels = [field for field in layout.fields if field.level is not None]
         of_image, of_text = (
-            tuple(dict.fromkeys(str(each.level) for each in levels if each.tower == tower)) for tower in BOTH
+            tuple(dict.fromkeys(str(field.level) for field in levels if field.tower == tower)) for tower in BOTH
         )
         needs = Needs(of_image, of_text)
         features = live_features(self.live, lacking, needs, self.precision)

@@ -21,7 +21,7 @@ def describe(cache: CacheFolder) -> dict[str, Any]:
         for shard in range(part.num_shards):
             shards += 1
             try:
-                if not part.is_there(shard):
+                if not part.is_finished(shard):
                     missing += 1
                     continue
                 record = part.read_record(shard)
@@ -59,7 +59,7 @@ def verify(cache: CacheFolder, *, remove_damaged: bool = False) -> Iterator[tupl
         for shard in range(part.num_shards):
             name = f"{part.folder.name}/{part.data(shard).name}"
             try:
-                if not part.is_there(shard):
+                if not part.is_finished(shard):
                     yield name, "not built yet"
                     continue
                 check_shard(part, shard)

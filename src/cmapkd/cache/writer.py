@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, places_of
+from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, spans_of
 from cmapkd.cache.fidelity import Fidelity
 from cmapkd.cache.files import CacheError, digest_of_rows, explained, leftovers, new_file, write_json
-from cmapkd.cache.parts import CacheFolder, Keys, Part
+from cmapkd.cache.parts import CacheFolder, CachePart, Keys
 from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import ModelInput, Source
@@ -25,11 +25,11 @@ from cmapkd.data.views import ViewSpec
 from cmapkd.models import FrozenTeacher, Needs
 from cmapkd.models.types import BOTH
 
-Progress = Callable[[int, int], None]  # rows done, rows to do, of this process
+OnProgress = Callable[[int, int], None]  # rows done, rows to do, of this process
 
 
 @dataclass
-class Built:
+class BuildResult:
     """What one process did."""
 
     rows: int = 0
@@ -37,10 +37,10 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingShards:
     """Shards of a part that have to be built for what was asked."""
 
-    part: Part
+    part: CachePart
     shards: tuple[int, ...]
 
     @property
@@ -49,10 +49,10 @@ class Missing:
         return sum(last - first for first, last in extents)
 
 
-def missing_shards(cache: CacheFolder, keys: Keys) -> tuple[list[Missing], Keys]:
+def missing_shards(cache: CacheFolder, keys: Keys) -> tuple[list[MissingShards], Keys]:
     """What of `keys` is in shards that are not finished, and which keys no part has yet."""
     unknown = np.ones(len(keys), bool)
-    found: list[Missing] = []
+    missing: list[MissingShards] = []
     for part in cache.parts():
         rows = part.locate(keys)
         held = rows >= 0
@@ -60,8 +60,8 @@ def missing_shards(cache: CacheFolder, keys: Keys) -> tuple[list[Missing], Keys]
         unknown &= ~held
         shards = tuple(shard for shard in wanted if not _finished(part, shard))
         if shards:
-            found.append(Missing(part, shards))
-    return found, keys[unknown]
+            missing.append(MissingShards(part, shards))
+    return missing, keys[unknown]
 
 
 def build(
@@ -78,10 +78,10 @@ def build(
     rank: int = 0,
     world_size: int = 1,
     skip_bad: bool = True,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     texts: TextChoice | None = None,
     timeout: float = 0.0,
-) -> Built:
+) -> BuildResult:
     """Adds the answers to `keys` that the cache lacks; of several processes each takes every `world_size`-th shard.
 
     Args:
@@ -94,22 +94,25 @@ def build(
         CacheError: the disk is full or read-only, or an answer does not fit the stored numbers.
         BadSampleError: with `skip_bad=False`.
     """
-    for path in [*leftovers(cache.path), *(each for part in cache.parts() for each in leftovers(part.folder))]:
+    for path in [*leftovers(cache.path), *(path for part in cache.parts() for path in leftovers(part.folder))]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     number = cache.next_part()
     while len(unknown := missing_shards(cache, keys)[1]):  # again, if another builder began a part for other keys
         cache.add_part(unknown, number=number, batch_size=batch_size, shard_bytes=shard_bytes)
         number = cache.next_part()
     missing = missing_shards(cache, keys)[0]
-    mine = [Missing(each.part, tuple(shard for shard in each.shards if shard % world_size == rank)) for each in missing]
+    assigned = [
+        MissingShards(shards.part, tuple(shard for shard in shards.shards if shard % world_size == rank))
+        for shards in missing
+    ]
     reader = Reader(teacher.model.image_spec, teacher.model.tokenizer)
-    chunks = Chunks(source, views, reader, [each.part for each in mine], texts or TextChoice())
-    places = [place for number, each in enumerate(mine) for place in places_of(each.part, number, each.shards)]
-    total = sum(each.rows for each in mine)
-    built = Built()
+    chunks = Chunks(source, views, reader, [shards.part for shards in assigned], texts or TextChoice())
+    spans = [span for number, shards in enumerate(assigned) for span in spans_of(shards.part, number, shards.shards)]
+    total = sum(shards.rows for shards in assigned)
+    built = BuildResult()
     device = teacher.model.device
-    loader = load_chunks(chunks, places, workers=workers, pin_memory=device.type == "cuda", timeout=timeout)
-    answer = _Answerer(cache, teacher, device, precision)
+    loader = load_chunks(chunks, spans, workers=workers, pin_memory=device.type == "cuda", timeout=timeout)
+    answer = _RowMaker(cache, teacher, device, precision)
     with ExitStack() as stack:
         shard: _Shard | None = None
         for chunk in loader:
@@ -117,13 +120,13 @@ def build(
                 if not skip_bad:
                     raise error
                 built.bad.append((error.sample_id, error.reason))
-            place = chunk.place
-            part = mine[place.part].part
+            span = chunk.span
+            part = assigned[span.part].part
             if shard is None:
-                shard = stack.enter_context(_Shard(part, place.shard))
+                shard = stack.enter_context(_Shard(part, span.shard))
             shard.write(answer(chunk, shard.fidelity), num_bad=len(chunk.bad))
-            built.rows += place.last - place.first
-            if place.last == part.extent(place.shard)[1]:
+            built.rows += span.last - span.first
+            if span.last == part.extent(span.shard)[1]:
                 stack.close()  # renames the data into place
                 shard.finish()
                 shard = None
@@ -132,14 +135,14 @@ def build(
     return built
 
 
-class _Answerer:
+class _RowMaker:
     """A chunk to rows as they are stored."""
 
     def __init__(self, cache: CacheFolder, teacher: FrozenTeacher, device: torch.device, precision: str) -> None:
         self.layout, self.teacher, self.device, self.precision = cache.layout, teacher, device, precision
-        levels = [each for each in cache.layout.fields if each.level is not None]
+        levels = [level for level in cache.layout.fields if level.level is not None]
         image, text = (
-            tuple(dict.fromkeys(str(each.level) for each in levels if each.tower == tower)) for tower in BOTH
+            tuple(dict.fromkeys(str(level.level) for level in levels if level.tower == tower)) for tower in BOTH
         )
         self.needs = Needs(image, text)
 
@@ -159,6 +162,11 @@ class _Answerer:
         return rows
 
     def _check(self, live: dict[str, Tensor], stored: dict[str, Tensor], ids: tuple[str, ...]) -> None:
+        """Refuses answers that are not finite, in arrays [batch ...] by field.
+
+        Raises:
+            CacheError: names the field and the sample.
+        """
         for name, array in live.items():
             for values, why in ((array, "the teacher's answer"), (stored[name], f"its copy in {self.layout.store}")):
                 finite = values.flatten(1).isfinite().all(1)
@@ -179,7 +187,7 @@ def live_features(teacher: FrozenTeacher, inputs: ModelInput, needs: Needs, prec
 class _Shard:
     """One shard under way: under another name until its last row is written; gone if it is not finished."""
 
-    def __init__(self, part: Part, number: int) -> None:
+    def __init__(self, part: CachePart, number: int) -> None:
         self.part, self.number, self.fidelity = part, number, Fidelity()
         self._digest = hashlib.blake2b(digest_size=16)
         self._groups: list[int] = []
@@ -223,10 +231,10 @@ class _Shard:
         write_json(self.part.record(self.number), record)
 
 
-def _finished(part: Part, shard: int) -> bool:
+def _finished(part: CachePart, shard: int) -> bool:
     """What is damaged is built anew."""
     try:
-        return part.is_there(shard)
+        return part.is_finished(shard)
     except CacheError:
         with explained(part.folder):
             part.record(shard).unlink(missing_ok=True)

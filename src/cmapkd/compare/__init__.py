@@ -1,7 +1,8 @@
 """Many runs, one table: arms, axes and seeds in one resumable comparison with paired statistics."""
 
 from cmapkd.compare.config import ComparisonConfig, ContrastConfig, TableConfig, list_comparisons, load_comparison
-from cmapkd.compare.execute import ComparisonResult, Outcome, compare
+from cmapkd.compare.execute import ComparisonResult, compare, prepare, tune
+from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.picture_table import PictureTable
 from cmapkd.compare.pictures import NoPictures, resampled_difference
 from cmapkd.compare.plan import Plan, make_plan
@@ -33,7 +34,9 @@ __all__ = [
     "load_comparison",
     "make_plan",
     "paired_difference",
+    "prepare",
     "resampled_difference",
     "summarize",
     "t_critical",
+    "tune",
 ]

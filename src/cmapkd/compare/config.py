@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cmapkd.compare.clock import EqualTimeConfig
+from cmapkd.compare.tuning import TuningConfig
 from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
 from cmapkd.evaluation.tasks import TASKS
 
@@ -98,6 +100,12 @@ class ComparisonConfig(_ArmsAndAxes):
     evaluate: dict[str, str] = Field(
         default_factory=dict, description="Name -> source of further test data; metrics there are NAME.path."
     )
+    tuning: TuningConfig | None = Field(
+        None, description="How settings are chosen before the arms are compared: equal trials for every family."
+    )
+    equal_time: EqualTimeConfig | None = Field(
+        None, description="Each arm stands beside itself with the steps that fit into the time of one of them."
+    )
 
     @field_validator("seeds")
     @classmethod
@@ -133,6 +141,47 @@ class ComparisonConfig(_ArmsAndAxes):
             if not (self.table_arms(title) or self.table_axes(title)):
                 raise ValueError(f"table {title!r}: there is nothing to compare, give arms or axes")
         return self
+
+    @model_validator(mode="after")
+    def _tuning_of_what_is_there(self) -> Self:
+        tuning = self.tuning
+        if tuning is None:
+            return self
+        shared = sorted({*tuning.seeds} & {*self.seeds})
+        if shared:
+            raise ValueError(
+                f"tuning.seeds {', '.join(map(str, shared))} are seeds of the comparison too: what was chosen with a "
+                "seed looks better with it. Give the trials seeds of their own"
+            )
+        for family in tuning.families:
+            for arm in tuning.arms_of(family):
+                if arm not in self.arms:
+                    raise ValueError(
+                        f"tuning.families.{family}: there is no arm {arm!r}{closest(arm, self.arms)}; the comparison's "
+                        f"arms: {', '.join(self.arms) or 'none'}"
+                    )
+        if tuning.families:
+            self._check_point_of_tuning(tuning)
+        return self
+
+    def _check_point_of_tuning(self, tuning: TuningConfig) -> None:
+        """Where trials are run must be said for every axis, and be there."""
+        for axis, label in tuning.at.items():
+            if axis not in self.axes:
+                raise ValueError(f"tuning.at: there is no axis {axis!r}{closest(axis, self.axes)}")
+            if label not in self.axes[axis]:
+                known = ", ".join(self.axes[axis])
+                raise ValueError(f"tuning.at: axis {axis} has no value {label!r}; known: {known}")
+        in_steps = not isinstance(tuning.halving, int) and tuning.halving[0].steps is not None
+        for axis, values in self.axes.items():
+            if axis not in tuning.at and not (in_steps and axis == "training.steps"):
+                raise ValueError(
+                    f"tuning is done at one value of each axis: name it, at: {{{axis}: {next(iter(values))}}}"
+                )
+            for family in tuning.families:
+                for key in tuning.space_of(family):
+                    if key == axis or key.startswith(f"{axis}.") or axis.startswith(f"{key}."):
+                        raise ValueError(f"tuning.families.{family} searches {key}, which axis {axis} sets: drop one")
 
     def table_arms(self, title: str) -> dict[str, Arm]:
         """The arms of a table, with their settings."""
@@ -348,4 +397,8 @@ def _read(path: Path) -> dict[str, Any]:
     base = read.get("base")
     if isinstance(base, str) and Path(base).suffix and (beside := path.parent / base).is_file():
         read["base"] = str(beside.resolve())
+    for section, key in (("tuning", "winners"), ("equal_time", "seconds")):
+        values_of = read.get(section)
+        if isinstance(values_of, dict) and isinstance(file := values_of.get(key), str):
+            read[section] = {**values_of, key: str((path.parent / file).resolve())}
     return read

@@ -6,22 +6,32 @@ import gc
 import json
 import os
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 from rich.console import Console
 
+from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.config import ComparisonConfig
+from cmapkd.compare.equal_time import Seconds
+from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.pictures import ranks_name
-from cmapkd.compare.plan import Plan, PlannedRun, config_digest, make_plan
+from cmapkd.compare.plan import Plan, make_plan
+from cmapkd.compare.resolve import Resolver
+from cmapkd.compare.rows import PlannedRun, config_digest
+from cmapkd.compare.search import Trials, check_winners, search
+from cmapkd.compare.seconds import FILE, measure_all, read_seconds, write_seconds
 from cmapkd.compare.summary import summarize_tables, teacher_key
 from cmapkd.compare.tables import TableSummary
+from cmapkd.compare.trials import plan_trials
+from cmapkd.compare.tuning import TuningConfig
+from cmapkd.compare.winners import Tuned, read_tuned, write_tuned
 from cmapkd.compare.write import write_json, write_outputs
-from cmapkd.config import ConfigError, RunStopped, printable, refuse_secrets, writing
+from cmapkd.config import ConfigError, RunStopped, closest, printable, refuse_secrets, writing
 from cmapkd.config.disk import write_text
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
@@ -29,19 +39,9 @@ from cmapkd.evaluation.run import evaluate
 from cmapkd.models import Model, build_model, load_model
 from cmapkd.results import RunResult, Scores
 from cmapkd.run import RunConfig, run
-from cmapkd.training import Interrupted
+from cmapkd.training import Interrupted, NonFiniteLossError
 
 EVALUATIONS = "evaluations.json"  # in a run folder: scores on the comparison's further test data
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one run ended."""
-
-    folder: Path
-    status: Literal["finished", "failed", "missing"] = "missing"
-    metrics: dict[str, Any] = field(default_factory=dict)  # of metrics.json; the student's with further test data
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class ComparisonResult:
 
 
 def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None = None) -> ComparisonResult:
-    """Runs what is not yet finished, and leaves in `out` the tables of everything that is.
+    """Tunes arms where the comparison says so, runs what is not yet finished, and leaves tables of all that is.
 
     Args:
         out: folder of the comparison. Finished runs in it are read back, begun ones go on, failed ones are tried
@@ -75,22 +75,11 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         ConfigError: something in the comparison is wrong; nothing was run.
         Interrupted, KeyboardInterrupt: asked to stop. The run under way was saved, the outputs hold what is finished.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "a comparison is one process that starts one run after the other. For runs of several processes, start "
-            "each with torchrun -m cmapkd distill, its arm's settings, seed=K baseline=none and --out DIR/runs/NAME, "
-            "by the names that compare --dry-run lists; compare then reads them back"
-        )
-    plan = make_plan(comparison)
+    sources = {name: open_source(spec, split="test") for name, spec in comparison.evaluate.items()}
+    plan = prepare(comparison, out=out, console=console)
     if console is not None:
         for remark in plan.remarks():
             console.print(remark, markup=False, highlight=False)
-    sources = {name: open_source(spec, split="test") for name, spec in comparison.evaluate.items()}
-    refuse_secrets(comparison.plain(), where="comparison")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(comparison.plain(), sort_keys=False, allow_unicode=True)
-    write_text(out / "comparison.yaml", text)
     outcomes = {planned.digest: Outcome(plan.folder(planned, out)) for planned in plan.runs}
     try:
         for number, planned in enumerate(plan.runs, 1):
@@ -99,7 +88,7 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
                 doing = {"finished": "read back", "begun": "going on", "new": "starting"}[state]
                 head = f"[{number}/{len(plan.runs)}] {planned.name}: {doing}"
                 console.print(head, markup=False, highlight=False, soft_wrap=True)
-            known = _known_teacher(planned, plan, outcomes)
+            known = _known_teacher(planned, plan.runs, outcomes)
             outcome = _carry_out(planned, plan.folder(planned, out), comparison.evaluate, sources, console, known)
             outcomes[planned.digest] = outcome
             if state != "finished":
@@ -111,6 +100,117 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         _finish(plan, outcomes, {}, out)
         raise
     return _finish(plan, outcomes, teachers, out)
+
+
+def prepare(comparison: ComparisonConfig, *, out: Path, console: Console | None = None) -> Plan:
+    """Chooses the settings of tuned arms and measures seconds a step, where the comparison asks for them.
+
+    Args:
+        out: folder of the comparison, where tuned.yaml and seconds.json are left and read back.
+    Returns:
+        The runs of the comparison. It names files that it was given by their copies in `out`.
+    Raises:
+        ConfigError, RunStopped, Interrupted, KeyboardInterrupt: as `tune` and a run do.
+    """
+    make_plan(comparison)
+    tuned: Tuned | None = None
+    if comparison.tuning is not None:
+        comparison, tuned = _tuned(comparison, comparison.tuning, out, console)
+    plan, seconds = make_plan(comparison, tuned), None
+    if comparison.equal_time is not None:
+        comparison, seconds = _timed(comparison, comparison.equal_time, plan, out, console)
+    _make_folder(comparison, out)
+    if tuned is not None:
+        write_tuned(out / "tuned.yaml", tuned)
+    return make_plan(comparison, tuned, seconds)
+
+
+def _make_folder(comparison: ComparisonConfig, out: Path) -> None:
+    """Makes the folder, with the comparison in it.
+
+    Raises:
+        ConfigError: a secret in the comparison, or one of several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "a comparison is one process that starts one run after the other. For runs of several processes, start "
+            "each with torchrun -m cmapkd distill, its arm's settings, seed=K baseline=none and --out DIR/runs/NAME, "
+            "by the names that compare --dry-run lists; compare then reads them back"
+        )
+    refuse_secrets(comparison.plain(), where="comparison")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(comparison.plain(), sort_keys=False, allow_unicode=True)
+    write_text(out / "comparison.yaml", text)
+
+
+# ------------------------------------------------------------------------------------------------ tuning
+
+
+def _tuned(
+    comparison: ComparisonConfig, tuning: TuningConfig, out: Path, console: Console | None
+) -> tuple[ComparisonConfig, Tuned]:
+    """The winners, given or found now; and the comparison, which names a given file by the copy in its folder."""
+    if tuning.winners is None:
+        found = tune(comparison, out=out, console=console)
+        assert found is not None  # every family was tuned
+        return comparison, found
+    tuned = read_tuned(Path(tuning.winners), asked=tuning)
+    check_winners(tuned, comparison)
+    return comparison.model_copy(update={"tuning": tuning.model_copy(update={"winners": "tuned.yaml"})}), tuned
+
+
+def _timed(
+    comparison: ComparisonConfig, equal_time: EqualTimeConfig, plan: Plan, out: Path, console: Console | None
+) -> tuple[ComparisonConfig, Seconds]:
+    """The seconds a step, given or measured now; and the comparison, which names a given file by its copy."""
+    if not isinstance(equal_time.seconds, str):
+        _make_folder(comparison, out)
+        return comparison, measure_all(plan, equal_time, out, console)
+    seconds, _ = read_seconds(plan, equal_time, out)
+    _make_folder(comparison, out)
+    write_seconds(out, seconds.measured or {})
+    return comparison.model_copy(update={"equal_time": equal_time.model_copy(update={"seconds": FILE})}), seconds
+
+
+def tune(
+    comparison: ComparisonConfig, *, out: Path, console: Console | None = None, families: Sequence[str] = ()
+) -> Tuned | None:
+    """Runs the trials of a comparison's tuning, reading back those that are finished, and chooses the winners.
+
+    Args:
+        out: folder of the comparison, where tuning.json, tuning.csv and, when every family has a winner, tuned.yaml
+            are left.
+        families: these alone; none: all.
+    Returns:
+        The winners; None while other families have none.
+    Raises:
+        ConfigError: something in the comparison is wrong; nothing was run.
+        RunStopped: all trials of a family were lost.
+        Interrupted, KeyboardInterrupt: asked to stop; the same call goes on.
+    """
+    tuning = comparison.tuning
+    if tuning is None or tuning.winners is not None:
+        given = "nothing: add tuning to it" if tuning is None else f"nothing: its winners are given, {tuning.winners}"
+        raise ConfigError(f"this comparison tunes {given}")
+    for name in families:
+        if name not in tuning.families:
+            known = ", ".join(tuning.families)
+            raise ConfigError(f"there is no family {name!r}{closest(name, tuning.families)}; known: {known}")
+    make_plan(comparison)
+    planned = plan_trials(comparison, Resolver.of(comparison))
+    _make_folder(comparison, out)
+
+    def carry_out(planned: PlannedRun, runs: Iterable[PlannedRun], outcomes: Mapping[str, Outcome]) -> Outcome:
+        known = _known_teacher(planned, runs, outcomes)
+        outcome = _carry_out(planned, Plan.folder(planned, out), {}, {}, console, known)
+        gc.collect()
+        return outcome
+
+    return search(tuning, planned, Trials(out, console, carry_out), families)
+
+
+# ------------------------------------------------------------------------------------------------ runs
 
 
 def _finish(plan: Plan, outcomes: dict[str, Outcome], teachers: Mapping[str, Scores], out: Path) -> ComparisonResult:
@@ -138,19 +238,19 @@ def _carry_out(
     except Interrupted:
         raise
     except Exception as error:  # of whatever kind: hours of other runs must not hang on one arm
-        trace.parent.mkdir(exist_ok=True)
+        trace.parent.mkdir(parents=True, exist_ok=True)
         trace.write_text(traceback.format_exc(), encoding="utf-8")
         expected = isinstance(error, ValueError | RunStopped)
         message = str(error) if expected else f"{type(error).__name__}: {error} (trace in {trace})"
-        return Outcome(folder, "failed", error=message)
+        return Outcome(folder, "failed", error=message, diverged=isinstance(error, NonFiniteLossError))
     trace.unlink(missing_ok=True)
     return Outcome(folder, "finished", metrics | {"student": metrics["student"] | further})
 
 
-def _known_teacher(planned: PlannedRun, plan: Plan, outcomes: Mapping[str, Outcome]) -> Scores | None:
+def _known_teacher(planned: PlannedRun, runs: Iterable[PlannedRun], outcomes: Mapping[str, Outcome]) -> Scores | None:
     """The scores of a run's teacher from a finished run that has the same one and the same final data."""
     key = teacher_key(planned.config)
-    for other in plan.runs:
+    for other in runs:
         if key is not None and outcomes[other.digest].status == "finished" and teacher_key(other.config) == key:
             scores: Scores = outcomes[other.digest].metrics["teacher"]
             return scores

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmapkd.compare.curves import late_rise, read_validations
-from cmapkd.compare.plan import Row
+from cmapkd.compare.rows import Row
 from cmapkd.evaluation.tasks import TASKS
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from cmapkd.compare.bootstrap import Floats, Part, two_way_estimate
-from cmapkd.compare.plan import config_digest
+from cmapkd.compare.rows import config_digest
 from cmapkd.compare.statistics import Estimate, PairedDifference
 from cmapkd.evaluation.picture_ranks import PictureRanks
 from cmapkd.run.measure import RANKS

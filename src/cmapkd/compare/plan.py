@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,34 +12,13 @@ from typing import Any
 from cmapkd.compare.config import Arm, ComparisonConfig
 from cmapkd.compare.contrasts import PlannedContrast, plan_contrasts, refuse_unplaced
 from cmapkd.compare.coordinates import counterparts, find_coordinate
-from cmapkd.config import ConfigError, apply_overrides, closest, load_mapping, merge_mappings
+from cmapkd.compare.equal_time import Seconds, with_equal_time
+from cmapkd.compare.resolve import Resolver, layers_of, settings_of
+from cmapkd.compare.rows import PlannedRun, Row, planned_run
+from cmapkd.compare.winners import Tuned
+from cmapkd.config import ConfigError, closest
 from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
-
-_OURS = {"seed": "list the seeds in `seeds`", "baseline": "make scratch training an arm (method: contrastive)"}
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRun:
-    """One run folder."""
-
-    config: RunConfig
-    digest: str  # of the resolved config: equal configs are one run
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a table: an arm at one value of every axis, with a run for each seed."""
-
-    coordinates: dict[str, str]  # `arm` (where there are arms) and the axes -> name or label
-    label: str
-    runs: dict[int, PlannedRun]
-
-    @property
-    def config(self) -> RunConfig:
-        """The config of the first seed; the others differ in the seed alone."""
-        return next(iter(self.runs.values())).config
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +34,11 @@ class PlannedTable:
     metrics: tuple[str, ...] | None
     foreign: dict[str, list[str]]  # setting of all arms -> labels of the rows whose method does not have it
     contrasts: tuple[PlannedContrast, ...] = ()
+    budgets: tuple[str, ...] = ()  # of tuning and of time: what was given to each arm
 
     def remarks(self) -> Iterable[str]:
-        """What was probably not meant: settings that do not reach an arm, and arms that come to the same runs."""
+        """What tuning and time each arm had; settings that do not reach an arm, and arms that come to the same runs."""
+        yield from self.budgets
         for setting, labels in self.foreign.items():
             yield f"{setting} does not reach {' and '.join(labels)}: the method there has no such setting."
         by_runs: dict[tuple[str, ...], list[Row]] = {}
@@ -98,18 +77,20 @@ class Plan:
         return next(iter(sorted((out / "runs").glob(f"*-{run.digest}"))), named)
 
 
-def make_plan(comparison: ComparisonConfig) -> Plan:
+def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None, seconds: Seconds | None = None) -> Plan:
     """Resolves every run before the first one starts, so that a mistake shows at once.
 
     Every run has `baseline: none` and its seed from `seeds`; a method that uses no teacher has none in its config, so
     that it is one run whatever teacher the others have.
 
+    Args:
+        tuned: settings that tuning gave the comparison's arms, over their own; axes go over both.
+        seconds: what a step of each arm takes, for rows at equal time; none: given seconds, or equal ones for now.
     Raises:
         ConfigError: lists the problems of all arms.
     """
-    _refuse_ours(apply_overrides({}, comparison.overrides, where="overrides"), "overrides")
-    base = load_mapping(comparison.base, comparison.overrides) | {"baseline": "none"}
-    shared = _Shared.of(comparison.overrides, base)
+    resolver = Resolver.of(comparison)
+    shared = resolver.shared
     problems: dict[str, list[str]] = {}  # what is wrong -> labels of the rows where it is
     unique: dict[str, PlannedRun] = {}
     tables = []
@@ -117,9 +98,15 @@ def make_plan(comparison: ComparisonConfig) -> Plan:
         arms = comparison.table_arms(title) if title else comparison.arms
         axes = comparison.table_axes(title) if title else comparison.axes
         foreign: dict[str, list[str]] = {}
-        rows = list(_rows(base, shared, arms, axes, comparison.seeds, unique, problems, foreign))
+        own = title and isinstance(comparison.tables[title].arms, dict)  # arms of the table, which none has tuned
+        chosen = {} if own or tuned is None else {arm: tuned.settings_of(arm) for arm in arms}
+        rows = list(_rows(resolver, arms, chosen, axes, comparison.seeds, unique, problems, foreign))
         if not problems:
-            tables.append(_table(comparison, title, rows, foreign))
+            notes = [] if own or tuned is None else list(tuned.notes(_by_arm(rows)))
+            if comparison.equal_time is not None:
+                rows, more = with_equal_time(rows, unique, seconds or Seconds(comparison.equal_time, None))
+                notes += more
+            tables.append(_table(comparison, title, rows, foreign, tuple(notes)))
     for setting in shared.settings:
         if not problems and all(len(table.foreign.get(setting, ())) == len(table.rows) for table in tables):
             known = {field for row in tables[0].rows for field in type(row.config.method).model_fields}
@@ -142,56 +129,10 @@ def _where(labels: Sequence[str], shown: int = 3) -> str:
     return "; ".join(labels[:shown]) + rest + ": " if labels else ""
 
 
-class _Shared:
-    """Settings of all arms, which an arm that names a section anew (`method: hinton`, `student: tiny:small`) keeps."""
-
-    def __init__(self, settings: dict[str, dict[str, Any]]) -> None:
-        self.settings = settings  # as written -> nested
-
-    @classmethod
-    def of(cls, overrides: Sequence[str], base: dict[str, Any]) -> _Shared:
-        nested = {each: apply_overrides({}, [each], where="overrides") for each in overrides}
-        # a later override may have named the section anew itself
-        return cls({each: layer for each, layer in nested.items() if not _below_a_name(layer, base)})
-
-    def over(self, values: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """`settings` over `values`, where a section that they only name keeps what all arms share.
-
-        Returns:
-            the values, and the shared settings that the method named does not have.
-        """
-        values = merge_mappings(values, settings)
-        lost = {each: layer for each, layer in self.settings.items() if _below_a_name(layer, values)}
-        foreign = [each for each, layer in lost.items() if _is_foreign(layer, values)]
-        for each, layer in lost.items():
-            if each not in foreign:
-                values = merge_mappings(values, layer)
-        return values, foreign
-
-
-def _is_foreign(layer: dict[str, Any], values: dict[str, Any]) -> bool:
-    """Whether `layer` sets what the method that `values` name does not have."""
-    name = values.get("method")
-    if "method" not in layer or not isinstance(name, str) or name not in METHODS:
-        return False  # a name that is wrong is refused later
-    return not layer["method"].keys() <= METHODS[name].Config.model_fields.keys()
-
-
-def _below_a_name(layer: Any, values: Any) -> bool:
-    """Whether `layer` sets something in a section of which `values` hold the name alone."""
-    if isinstance(values, str):
-        return isinstance(layer, dict)
-    return (
-        isinstance(layer, dict)
-        and isinstance(values, dict)
-        and any(key in values and _below_a_name(below, values[key]) for key, below in layer.items())
-    )
-
-
 def _rows(
-    base: dict[str, Any],
-    shared: _Shared,
+    resolver: Resolver,
     arms: dict[str, Arm],
+    chosen: Mapping[str, dict[str, Any]],
     axes: dict[str, dict[str, Any]],
     seeds: Sequence[int],
     unique: dict[str, PlannedRun],
@@ -204,60 +145,36 @@ def _rows(
         parts = ([arm] if arms else []) + [_axis_part(key, axes, label) for key, label in at.items()]
         label = ", ".join(parts)
         try:
-            settings = _settings(arms[arm], f"arm {arm!r}") if arms else {}
-            values, without = shared.over(base, settings)
-            for key in sorted(axes, key=lambda key: key.count(".")):  # method before method.temperature
-                values, more = shared.over(values, _settings({key: axes[key][at[key]]}, f"axis {key!r}"))
-                without += more
-            for setting in dict.fromkeys(without):
-                foreign.setdefault(setting, []).append(label)
-            config = RunConfig.from_mapping(values | {"seed": seeds[0]}, where=label)
+            layers = [settings_of(arms[arm], f"arm {arm!r}")] if arms else []
+            layers += layers_of(chosen.get(arm, {}), f"arm {arm!r}, tuned")
+            layers += layers_of({key: axes[key][at[key]] for key in axes}, "axes")
+            config, without = resolver.resolve(layers, seed=seeds[0], where=label)
         except ConfigError as error:
             for line in error.problems:
                 problems.setdefault(line, []).append(label)
             if not error.problems:
                 problems.setdefault(str(error), [])
             continue
-        if not METHODS[config.method.name].uses_teacher:
-            if config.student.inherit is not None and config.student.inherit.name == "teacher":
-                assert config.teacher is not None  # else the config had been refused
-                what = (
-                    f"method {config.method.name} is compared without a teacher, so student.inherit cannot be teacher: "
-                    f"name the model itself, inherit: {config.teacher.name}"
-                )
-                problems.setdefault(what, []).append(label)
-                continue
-            config = config.without_teachers()
+        for setting in dict.fromkeys(without):
+            foreign.setdefault(setting, []).append(label)
         runs = {}
         for seed in seeds:
-            seeded = config.model_copy(update={"seed": seed})
-            digest = config_digest(seeded.plain())
-            name = "-".join(_slug(part) for part in parts)[:80] + f"-seed{seed}-{digest}"
-            runs[seed] = unique.setdefault(digest, PlannedRun(seeded, digest, name))
+            run = planned_run(config, seed, parts)
+            runs[seed] = unique.setdefault(run.digest, run)
         yield Row(coordinates, label, runs)
 
 
-def _settings(arm: Arm, where: str) -> dict[str, Any]:
-    """An arm's settings as one nested mapping; keys may be dotted."""
-    settings: dict[str, Any] = {}
-    if isinstance(arm, dict):
-        for key, value in arm.items():
-            for part in reversed(str(key).split(".")):
-                value = {part: value}
-            settings = merge_mappings(settings, value)
-    else:
-        settings = apply_overrides({}, arm, where=where)
-    _refuse_ours(settings, where)
-    return settings
+def _by_arm(rows: Iterable[Row]) -> dict[str, list[RunConfig]]:
+    configs: dict[str, list[RunConfig]] = {}
+    for row in rows:
+        if "arm" in row.coordinates:
+            configs.setdefault(row.coordinates["arm"], []).append(row.config)
+    return configs
 
 
-def _refuse_ours(settings: dict[str, Any], where: str) -> None:
-    for key, instead in _OURS.items():
-        if key in settings:
-            raise ConfigError(f"{where}: a comparison sets {key} itself: {instead}")
-
-
-def _table(comparison: ComparisonConfig, title: str, rows: list[Row], foreign: dict[str, list[str]]) -> PlannedTable:
+def _table(
+    comparison: ComparisonConfig, title: str, rows: list[Row], foreign: dict[str, list[str]], budgets: tuple[str, ...]
+) -> PlannedTable:
     table = comparison.tables.get(title)
     reference = (table and table.reference) or comparison.reference
     gap_from = (table and table.gap_from) or comparison.gap_from
@@ -275,6 +192,7 @@ def _table(comparison: ComparisonConfig, title: str, rows: list[Row], foreign: d
         metrics=(table and table.metrics) or comparison.metrics,
         foreign=foreign,
         contrasts=plan_contrasts(comparison, title, rows),
+        budgets=budgets,
     )
 
 
@@ -288,11 +206,6 @@ def _scratch(rows: list[Row]) -> tuple[str, str] | None:
     return matches[0] if len(matches) == 1 else None
 
 
-def config_digest(values: Any) -> str:
-    """Eight hex digits of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
     """A value's part of the row's label: alone where it is a name that no other axis has, else with its key."""
     others = [other for name in axes if name != key for other in axes[name]]
@@ -301,7 +214,3 @@ def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
     last = key.rpartition(".")[2]
     ambiguous = sum(name.rpartition(".")[2] == last for name in axes) > 1
     return f"{key if ambiguous else last}={label}"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text.replace("=", "")).strip("_.") or "arm"

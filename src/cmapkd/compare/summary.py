@@ -11,7 +11,8 @@ from cmapkd.compare.gap import GapStart, check_start, share_of_gap
 from cmapkd.compare.metric import lookup, lower_is_better
 from cmapkd.compare.notes import retrieval_notes, table_notes
 from cmapkd.compare.pictures import KeptRanks, NoPictures, resampled_difference, split_metric
-from cmapkd.compare.plan import Plan, PlannedTable, Row, config_digest
+from cmapkd.compare.plan import Plan, PlannedTable
+from cmapkd.compare.rows import Row, config_digest
 from cmapkd.compare.statistics import Estimate, PairedDifference, Summary, paired_difference, summarize
 from cmapkd.compare.tables import Cell, RowSummary, TableSummary
 from cmapkd.compare.verdicts import Contrast, judge

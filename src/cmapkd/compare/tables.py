@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cmapkd.compare.gap import GapStart
-from cmapkd.compare.plan import Row
+from cmapkd.compare.rows import Row
 from cmapkd.compare.statistics import Estimate, PairedDifference, Summary
 from cmapkd.compare.verdicts import EXPLORATORY_SEEDS, TestedContrast
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.classes import Classes, parse_classes, read_classes
@@ -75,7 +76,7 @@ class FolderSource(StoredSource):
         labels = _class_folders(shown, images)
         table = _find_classes(self._images, classes) if labels is not None else None
         names: tuple[str, ...] | None = None
-        self._labels: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
+        self._labels: Tensor | None = None  # Int[files]; a tensor is sent to a worker as shared memory
         if labels is not None:
             table = table or _number(sorted(set(labels)))
             names = table.names
@@ -87,7 +88,7 @@ class FolderSource(StoredSource):
                     f"{shown} has {len(unknown)} class folders that its classes file does not name, such as "
                     f"{unknown[0]!r}: {repair}"
                 )
-            self._labels = np.array([table.numbers[label] for label in labels], dtype=np.int64)
+            self._labels = torch.tensor([table.numbers[label] for label in labels], dtype=torch.int64)
         warnings = []
         if isinstance(self._images, ZipReader) and self._images.skipped:
             skipped = self._images.skipped

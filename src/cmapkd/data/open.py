@@ -117,6 +117,15 @@ def open_source(
     return source
 
 
+def split_of(spec: str, *, default: str | None = None) -> str | None:
+    """The split that `spec` names, else `default`; None where its kind has none."""
+    parsed = _parse(spec, default, False, None)
+    kind, _, named = parsed.rest.rpartition(":") if parsed.kind == "hf" else ("", "", "")
+    if parsed.split is None and kind:  # hf:NAME:SPLIT
+        return named
+    return (parsed.split or default) if _may_have_splits(parsed.kind) else None
+
+
 def _made(spec: Spec) -> Source:
     """What the kind's function makes of the spec.
 
@@ -190,7 +199,9 @@ def _open_scenes(spec: Spec) -> Source:
         options["language"] = language
     if (wrong := spec.take_float("wrong")) is not None:
         options["wrong"] = wrong
-    spec.refuse_leftovers(("size", "length", "limit", "language", "wrong"))
+    if (start := spec.take_int("start")) is not None:
+        options["start"] = start
+    spec.refuse_leftovers(("size", "length", "start", "limit", "language", "wrong"))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:

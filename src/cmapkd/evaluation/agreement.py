@@ -25,7 +25,7 @@ def spearman(
     Returns:
         -1 to 1, float64.
     """
-    a, b = (each - each.mean(dim=-1, keepdim=True) for each in (ranks(first), ranks(second)))
+    a, b = (rows - rows.mean(dim=-1, keepdim=True) for rows in (ranks(first), ranks(second)))
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
 
@@ -35,7 +35,7 @@ def rank_agreement(
     teacher_queries: Float[Tensor, "queries teacher_dim"],
     teacher_candidates: Float[Tensor, "candidates teacher_dim"],
 ) -> dict[str, float]:
-    """How alike two models order the same candidates for the same queries, by inner product.
+    """How similarly two models order the same candidates for the same queries, by inner product.
 
     Returns:
         `rank_correlation`: Spearman's over all candidates, the mean over queries (those where a model gives every
@@ -54,10 +54,10 @@ def rank_agreement(
     correlations: list[Tensor] = []
     same = 0
     for first in range(0, len(queries), size):
-        mine = queries[first : first + size] @ candidates.T
-        theirs = teacher_queries[first : first + size] @ teacher_candidates.T
-        correlations.append(spearman(mine, theirs))
-        same += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
+        scores = queries[first : first + size] @ candidates.T
+        teacher_scores = teacher_queries[first : first + size] @ teacher_candidates.T
+        correlations.append(spearman(scores, teacher_scores))
+        same += int((scores.argmax(-1) == teacher_scores.argmax(-1)).sum())
     return {"rank_correlation": float(torch.cat(correlations).nanmean()), "top1": 100 * same / len(queries)}
 
 
@@ -74,7 +74,7 @@ def linear_cka(first: Float[Tensor, "samples width"], second: Float[Tensor, "sam
     """
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(f"CKA compares two or more of the same samples, got {len(first)} and {len(second)}")
-    x, y = (each.double() - each.double().mean(0) for each in (first, second))
+    x, y = (values.double() - values.double().mean(0) for values in (first, second))
     together = (y.T @ x).square().sum()
     return float(together / ((x.T @ x).norm() * (y.T @ y).norm()))
 
@@ -92,7 +92,8 @@ def prediction_agreement(
         `top1` and `top1_where_teacher_errs` (NaN where it never does), in percent of the images; of equal classes the
         first counts.
     """
-    mine, theirs = (images @ weights.T).argmax(-1), (teacher_images @ teacher_weights.T).argmax(-1)
-    same = (mine == theirs).double()
-    wrong = (theirs != labels) & (labels >= 0)
+    predicted = (images @ weights.T).argmax(-1)
+    teacher_predicted = (teacher_images @ teacher_weights.T).argmax(-1)
+    same = (predicted == teacher_predicted).double()
+    wrong = (teacher_predicted != labels) & (labels >= 0)
     return {"top1": 100 * float(same.mean()), "top1_where_teacher_errs": 100 * float(same[wrong].mean())}

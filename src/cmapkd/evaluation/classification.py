@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cmapkd.evaluation.ranking import check_finite
@@ -62,8 +62,8 @@ def score_classes(scores: Float[Tensor, "images classes"], labels: Int[Tensor, "
             f"there are labels up to {int(labels.max())}, but scores of only {scores.shape[1]} classes, for labels 0 "
             f"to {scores.shape[1] - 1}."
         )
-    own = scores.gather(1, labels[:, None])
-    better, tied = (scores > own).sum(1), (scores == own).sum(1)  # the class itself is one of the tied
+    of_label = scores.gather(1, labels[:, None])
+    better, tied = (scores > of_label).sum(1), (scores == of_label).sum(1)  # the class itself is one of the tied
     first, fifth = (((k - better) / tied.double()).clamp(0, 1) for k in (1, 5))
     per_class = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device).index_add_(0, labels, first)
     counts = labels.bincount(minlength=scores.shape[1])
@@ -181,15 +181,22 @@ def knn_probe(
     )
 
 
-Linear = tuple[Tensor, Tensor]  # weights [classes dim], biases [classes]
+class _LinearClassifier(NamedTuple):
+    weight: Float[Tensor, "classes dim"]
+    bias: Float[Tensor, " classes"]
 
 
 def _fit(
-    features: Tensor, labels: Tensor, num_classes: int, strength: float, max_steps: int, start: Linear | None
-) -> tuple[Linear, bool]:
+    features: Float[Tensor, "train dim"],
+    labels: Int[Tensor, " train"],
+    num_classes: int,
+    strength: float,
+    max_steps: int,
+    start: _LinearClassifier | None,
+) -> tuple[_LinearClassifier, bool]:
     """The minimum, and whether the gradient vanished there (below 1e-6) within `max_steps`."""
-    weight = features.new_zeros(num_classes, features.shape[1]) if start is None else start[0].clone()
-    bias = features.new_zeros(num_classes) if start is None else start[1].clone()
+    weight = features.new_zeros(num_classes, features.shape[1]) if start is None else start.weight.clone()
+    bias = features.new_zeros(num_classes) if start is None else start.bias.clone()
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=max_steps, tolerance_grad=1e-7, tolerance_change=1e-14, line_search_fn="strong_wolfe"
@@ -204,28 +211,31 @@ def _fit(
     with torch.enable_grad():
         optimizer.step(closure)
         closure()
-    steepest = max(float(each.grad.abs().max()) for each in parameters if each.grad is not None)
-    return (weight.detach(), bias.detach()), steepest < 1e-6
+    steepest = max(float(tensor.grad.abs().max()) for tensor in parameters if tensor.grad is not None)
+    return _LinearClassifier(weight.detach(), bias.detach()), steepest < 1e-6
 
 
-def _apply(model: Linear, features: Tensor) -> Tensor:
-    return F.linear(features, *model)
+def _apply(model: _LinearClassifier, features: Float[Tensor, "images dim"]) -> Float[Tensor, "images classes"]:
+    return F.linear(features, model.weight, model.bias)
 
 
-def _hold_out(labels: Int[Tensor, " train"], share: float, seed: int) -> Tensor:
-    """Which images are held out: of every class the same share, rounded, but never all of it."""
+def _hold_out(labels: Int[Tensor, " train"], fraction: float, seed: int) -> Bool[Tensor, " train"]:
+    """Which images are held out: of every class the same fraction, rounded, but never all of it."""
     draws = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     held_out = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         if len(members) > _NO_VALIDATION:
-            number = min(max(1, round(share * len(members))), len(members) - 1)
+            number = min(max(1, round(fraction * len(members))), len(members) - 1)
             held_out[members[draws[members].argsort()[:number]]] = True
     return held_out
 
 
 def _training(
-    train: Tensor, labels: Tensor, test: Tensor, num_classes: int | None
+    train: Float[Tensor, "train dim"],
+    labels: Int[Tensor, " train"],
+    test: Float[Tensor, "test dim"],
+    num_classes: int | None,
 ) -> tuple[Float[Tensor, "train dim"], Int[Tensor, " train"], int]:
     """The labelled training images, float64, and the number of classes."""
     if train.ndim != 2 or train.shape[1:] != test.shape[1:] or labels.shape != train.shape[:1]:
@@ -241,7 +251,7 @@ def _training(
         raise ValueError(
             f"the {len(labels)} labelled training images are of {len(labels.unique())} classes, not of two"
         )
-    found = int(labels.max()) + 1
-    if num_classes is not None and num_classes < found:
-        raise ValueError(f"there are labels up to {found - 1}, but num_classes is {num_classes}")
-    return train, labels, num_classes or found
+    occurring = int(labels.max()) + 1
+    if num_classes is not None and num_classes < occurring:
+        raise ValueError(f"there are labels up to {occurring - 1}, but num_classes is {num_classes}")
+    return train, labels, num_classes or occurring

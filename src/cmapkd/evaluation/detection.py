@@ -122,8 +122,8 @@ def detection_scores(
     ap50 = {name: _known_mean(precision[0, :, numbers[name] - 1]) for name in names}
     split = None if novel is None else ([name for name in names if name not in novel], list(dict.fromkeys(novel)))
     objects = [box for boxes in truth.values() for box in boxes]
-    found = [detection for detections in predictions.values() for detection in detections]
-    sides = [(box.width, box.height) for box in objects] + [(one.width, one.height) for one in found]
+    all_detections = [detection for detections in predictions.values() for detection in detections]
+    sides = [(box.width, box.height) for box in objects] + [(one.width, one.height) for one in all_detections]
     return DetectionScores(
         coco=figures,
         per_class={name: value for name, value in ap.items() if value is not None},
@@ -132,7 +132,7 @@ def detection_scores(
         num_images=len(truth),
         num_objects=sum(not box.crowd for box in objects),
         num_crowds=sum(box.crowd for box in objects),
-        num_detections=len(found),
+        num_detections=len(all_detections),
         num_outside=None if image_sizes is None else _count_outside(predictions, truth, image_sizes),
         num_empty=sum(not (width and height) for width, height in sides),
     )
@@ -153,7 +153,7 @@ def _evaluate(
             "box AP needs the package faster-coco-eval: install the extra, pip install 'cmapkd[detection]'."
         ) from None
     objects: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for place, image in enumerate(images, start=1):
         for box in truth[image]:
             area = box.width * box.height if box.area is None else box.area
@@ -162,8 +162,8 @@ def _evaluate(
                 "bbox": [box.x, box.y, box.width, box.height], "area": area, "iscrowd": int(box.crowd),
             })  # fmt: skip
         for one in predictions.get(image, ()):
-            found.append({
-                "id": len(found) + 1, "image_id": place, "category_id": numbers[one.name],
+            results.append({
+                "id": len(results) + 1, "image_id": place, "category_id": numbers[one.name],
                 "bbox": [one.x, one.y, one.width, one.height], "area": one.width * one.height, "iscrowd": 0,
                 "score": one.score,
             })  # fmt: skip
@@ -171,7 +171,9 @@ def _evaluate(
         "images": [{"id": place} for place in range(1, len(images) + 1)],
         "categories": [{"id": number, "name": name} for name, number in numbers.items()],
     }
-    evaluation = COCOeval_faster(COCO(common | {"annotations": objects}), COCO(common | {"annotations": found}), "bbox")
+    evaluation = COCOeval_faster(
+        COCO(common | {"annotations": objects}), COCO(common | {"annotations": results}), "bbox"
+    )
     evaluation.run()
     twelve = [None if value < 0 else float(value) for value in evaluation.stats[:12]]
     precision: NDArray[np.float64] = evaluation.eval["precision"][:, :, :, 0, -1]
@@ -195,12 +197,12 @@ def _in_order(truth: Mapping[str, Sequence[Box]]) -> list[str]:
 
 
 def _class_names(truth: Mapping[str, Sequence[Box]], given: Collection[str] | None) -> list[str]:
-    found = {box.name for boxes in truth.values() for box in boxes}
+    occurring = {box.name for boxes in truth.values() for box in boxes}
     if given is None:
-        return sorted(found)
+        return sorted(occurring)
     if isinstance(given, str) or len(set(given)) < len(given):
         raise ValueError(f"class_names must be a list of different names, got {str(given)[:80]!r}")
-    if unknown := sorted(found - set(given)):
+    if unknown := sorted(occurring - set(given)):
         raise ValueError(f"there are objects of {len(unknown)} classes that class_names lacks, such as {unknown[0]!r}")
     return list(given)
 
@@ -294,7 +296,12 @@ def voc_scores(
     if not 0 < iou <= 1 or points not in ("every", 11):
         raise ValueError(f"iou must be above 0 and at most 1, and points 'every' or 11; got {iou} and {points!r}")
     names = {box.name for boxes in truth.values() for box in boxes if not box.crowd}
-    _check(predictions, truth, sorted(names | {one.name for found in predictions.values() for one in found}), None)
+    _check(
+        predictions,
+        truth,
+        sorted(names | {one.name for detections in predictions.values() for one in detections}),
+        None,
+    )
     right = _voc_matches(predictions, truth, iou, float(inclusive))
     num_objects: defaultdict[str, int] = defaultdict(int)
     for boxes in truth.values():
@@ -308,10 +315,10 @@ def _voc_matches(
     predictions: Mapping[str, Sequence[Detection]], truth: Mapping[str, Sequence[Box]], iou: float, extra: float
 ) -> defaultdict[str, list[bool]]:
     """For each class whether its detections are right, best score first; those of difficult objects are left out."""
-    found = [(image, one) for image in _in_order(truth) for one in predictions.get(image, ())]
+    ranked = [(image, one) for image in _in_order(truth) for one in predictions.get(image, ())]
     taken: set[tuple[str, int]] = set()
     right: defaultdict[str, list[bool]] = defaultdict(list)
-    for image, one in sorted(found, key=lambda pair: -pair[1].score):
+    for image, one in sorted(ranked, key=lambda pair: -pair[1].score):
         overlaps = [_iou(one, box, extra) if box.name == one.name else 0.0 for box in truth[image]]
         best = max(range(len(overlaps)), key=overlaps.__getitem__, default=-1)
         hit = best >= 0 and overlaps[best] >= iou

@@ -258,20 +258,22 @@ def _summary(seconds: Sequence[float], batch: int) -> dict[str, float]:
 def _ratios(
     result: Mapping[str, Any],
     reference: Mapping[str, Any],
-    mine: Mapping[str, Mapping[int, Sequence[float]]],
-    theirs: Mapping[str, Mapping[int, Sequence[float]]],
+    seconds: Mapping[str, Mapping[int, Sequence[float]]],
+    reference_seconds: Mapping[str, Mapping[int, Sequence[float]]],
 ) -> dict[str, Any]:
+    """Sizes as fractions of the reference's, speeds as multiples; seconds by tower, batch size and round."""
+
     def speed(tower: str, batch: int) -> float:
-        pairs = zip(theirs[tower][batch], mine[tower][batch], strict=True)
+        pairs = zip(reference_seconds[tower][batch], seconds[tower][batch], strict=True)
         return float(torch.tensor([a / b for a, b in pairs], dtype=torch.float64).median())
 
-    def share(value: float, of: float) -> float:
+    def ratio(value: float, of: float) -> float:
         return value / of if of else math.nan
 
     return {
-        "parameters": share(result["parameters"]["total"], reference["parameters"]["total"]),
-        "image_macs": share(result["image"]["macs"], reference["image"]["macs"]),
-        "text_macs": share(result["text"]["macs"], reference["text"]["macs"]),
-        "image_speed": {str(batch): speed("image", batch) for batch in mine["image"]},
-        "text_speed": {str(batch): speed("text", batch) for batch in mine["text"]},
+        "parameters": ratio(result["parameters"]["total"], reference["parameters"]["total"]),
+        "image_macs": ratio(result["image"]["macs"], reference["image"]["macs"]),
+        "text_macs": ratio(result["text"]["macs"], reference["text"]["macs"]),
+        "image_speed": {str(batch): speed("image", batch) for batch in seconds["image"]},
+        "text_speed": {str(batch): speed("text", batch) for batch in seconds["text"]},
     }

@@ -10,13 +10,13 @@ from cmapkd.evaluation.tasks import TASKS, Headline
 
 def headlines(scores: Mapping[str, Any] | None) -> dict[str, tuple[Headline, float]]:
     """By task, in the order of `TASKS`, of the tasks that have a headline and were measured."""
-    found = {}
+    by_task: dict[str, tuple[Headline, float]] = {}
     for name in TASKS if scores else ():
         headline = TASKS[name].headline if scores and scores.get(name) else None
         number = None if headline is None else number_at(scores, (name, *headline.path))
         if headline is not None and number is not None:
-            found[name] = (headline, number)
-    return found
+            by_task[name] = (headline, number)
+    return by_task
 
 
 def number_at(scores: Any, path: tuple[str, ...]) -> float | None:

@@ -66,12 +66,12 @@ class Ranks(RankCounts):
     average_precision: Float[Tensor, " queries"]
 
 
-class _Group(NamedTuple):
+class _DistinctCandidates(NamedTuple):
     """Candidates without repetition: identical ones would tie exactly only if the matrix product saw to it."""
 
-    vectors: Tensor  # Float[groups dim]
-    of_candidate: Tensor  # Int[candidates]
-    sizes: Tensor  # Float[groups]
+    vectors: Float[Tensor, "distinct dim"]
+    of_candidate: Int[Tensor, " candidates"]
+    sizes: Float[Tensor, " distinct"]
 
 
 def rank_positives(
@@ -96,47 +96,63 @@ def rank_positives(
     _check(queries, candidates, positives)
     pairs = positives.to(queries.device, torch.long)
     pairs = torch.unique(pairs, dim=0) if len(pairs) else pairs  # sorted by query
-    group = _group(candidates.float())
+    distinct = _distinct(candidates.float())
     asked, count = torch.unique_consecutive(pairs[:, 0], return_counts=True)
     start = torch.cat([count.new_zeros(1), count.cumsum(0)])
-    columns = group.of_candidate[pairs[:, 1]]
+    columns = distinct.of_candidate[pairs[:, 1]]
     rows = torch.repeat_interleave(torch.arange(len(asked), device=pairs.device), count)
 
-    size = queries_per_block or max(1, _BLOCK_SCORES // len(group.vectors))
-    own = torch.empty(len(pairs), device=pairs.device)  # the score of each pair
+    size = queries_per_block or max(1, _BLOCK_SCORES // len(distinct.vectors))
+    score = torch.empty(len(pairs), device=pairs.device)  # of each pair
     above, equal = (torch.zeros(len(pairs), dtype=torch.long, device=pairs.device) for _ in range(2))
     for first in range(0, len(asked), size):
         last = min(first + size, len(asked))
-        scores = queries[asked[first:last]].float() @ group.vectors.T
+        scores = queries[asked[first:last]].float() @ distinct.vectors.T
         block = slice(int(start[first]), int(start[last]))
-        own[block] = scores[rows[block] - first, columns[block]]
+        score[block] = scores[rows[block] - first, columns[block]]
         for place in range(int(count[first:last].max())):  # every query's first positive, then its second, ...
             having = (count[first:last] > place).nonzero().flatten()
             pair = start[first:last][having] + place
             of_these = scores if len(having) == last - first else scores[having]
-            above[pair] = ((of_these > own[pair, None]).float() @ group.sizes).long()  # exact below 2**24 candidates
-            equal[pair] = ((of_these == own[pair, None]).float() @ group.sizes).long()
-    return _summarise(asked, count, rows, own, above, equal)
+            above[pair] = (
+                (of_these > score[pair, None]).float() @ distinct.sizes
+            ).long()  # exact below 2**24 candidates
+            equal[pair] = ((of_these == score[pair, None]).float() @ distinct.sizes).long()
+    return _summarise(asked, count, rows, score, above, equal)
 
 
-def _summarise(asked: Tensor, count: Tensor, rows: Tensor, own: Tensor, above: Tensor, equal: Tensor) -> Ranks:
+def _summarise(
+    asked: Int[Tensor, " queries"],
+    count: Int[Tensor, " queries"],
+    rows: Int[Tensor, " pairs"],
+    score: Float[Tensor, " pairs"],
+    above: Int[Tensor, " pairs"],
+    equal: Int[Tensor, " pairs"],
+) -> Ranks:
     """From each pair's score, and the candidates above and equal to it, to the counts of each query."""
-    order = own.argsort(descending=True, stable=True)
+    order = score.argsort(descending=True, stable=True)
     order = order[rows[order].argsort(stable=True)]  # by query, best first
-    rows, own, above, equal = rows[order], own[order], above[order], equal[order]
+    rows, score, above, equal = rows[order], score[order], above[order], equal[order]
     start = count.cumsum(0) - count
-    fresh = torch.ones(len(own), dtype=torch.bool, device=own.device)  # whether a pair begins a group of equal scores
-    fresh[1:] = (rows[1:] != rows[:-1]) | (own[1:] != own[:-1])
+    fresh = torch.ones(
+        len(score), dtype=torch.bool, device=score.device
+    )  # whether a pair begins a group of equal scores
+    fresh[1:] = (rows[1:] != rows[:-1]) | (score[1:] != score[:-1])
     group = fresh.cumsum(0) - 1
     first = fresh.nonzero().flatten()[group]
     equal_positives = group.bincount()[group]
     precision = _expected_precision(above, equal, first - start[rows], equal_positives)
-    average = torch.zeros(len(asked), dtype=torch.float64, device=own.device).index_add_(0, rows, precision) / count
+    average = torch.zeros(len(asked), dtype=torch.float64, device=score.device).index_add_(0, rows, precision) / count
     best = equal_positives[start]
     return Ranks(above[start], equal[start] - best, best, query=asked, average_precision=average)
 
 
-def _expected_precision(above: Tensor, equal: Tensor, positives_above: Tensor, equal_positives: Tensor) -> Tensor:
+def _expected_precision(
+    above: Int[Tensor, " pairs"],
+    equal: Int[Tensor, " pairs"],
+    positives_above: Int[Tensor, " pairs"],
+    equal_positives: Int[Tensor, " pairs"],
+) -> Float[Tensor, " pairs"]:
     """Expected share of positives down to a positive, when the candidates of its score stand in random order; float64.
 
     Averages (positives above + 1 + (i - 1) (equal positives - 1) / (equal - 1)) / (above + i) over its places i.
@@ -150,7 +166,11 @@ def _expected_precision(above: Tensor, equal: Tensor, positives_above: Tensor, e
     return torch.where(equal == 1, positives / (above + 1), tied)
 
 
-def _check(queries: Tensor, candidates: Tensor, positives: Tensor) -> None:
+def _check(
+    queries: Float[Tensor, "queries dim"],
+    candidates: Float[Tensor, "candidates dim"],
+    positives: Int[Tensor, "pairs 2"],
+) -> None:
     if queries.shape[1] != candidates.shape[1]:
         raise ValueError(
             f"queries are {queries.shape[1]} wide and candidates {candidates.shape[1]}: they must be embeddings of one "
@@ -180,9 +200,9 @@ def check_finite(name: str, values: Float[Tensor, "count dim"]) -> None:
         )
 
 
-def _group(candidates: Float[Tensor, "candidates dim"]) -> _Group:
+def _distinct(candidates: Float[Tensor, "candidates dim"]) -> _DistinctCandidates:
     vectors, of_candidate, sizes = torch.unique(candidates, dim=0, return_inverse=True, return_counts=True)
     if len(vectors) == len(candidates):  # the usual case: keep the order, free the copy
         everyone = torch.arange(len(candidates), device=candidates.device)
-        return _Group(candidates, everyone, torch.ones(len(candidates), device=candidates.device))
-    return _Group(vectors, of_candidate, sizes.float())
+        return _DistinctCandidates(candidates, everyone, torch.ones(len(candidates), device=candidates.device))
+    return _DistinctCandidates(vectors, of_candidate, sizes.float())

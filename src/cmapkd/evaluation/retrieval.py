@@ -79,8 +79,8 @@ def rank_both_ways(
     check_finite("text embeddings", texts)
     if min_texts_per_image is not None:
         _check_counts(_texts_per_image(image_of_text, len(images)), min_texts_per_image)
-    own = torch.stack([torch.arange(len(texts)), image_of_text.cpu().long()], dim=1)
-    pairs = own if also_positive is None else torch.cat([own, also_positive.cpu().long()])
+    described = torch.stack([torch.arange(len(texts)), image_of_text.cpu().long()], dim=1)
+    pairs = described if also_positive is None else torch.cat([described, also_positive.cpu().long()])
     return RanksBothWays(
         i2t=rank_positives(images, texts, pairs.flip(1), queries_per_block=queries_per_block),
         t2i=rank_positives(texts, images, pairs, queries_per_block=queries_per_block),

@@ -21,7 +21,7 @@ from cmapkd.evaluation.ranking import RankCounts
 from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.texts import class_vectors
 
-_LOOKED_AT = 32  # samples that tell whether a source has questions or boxes
+_NUM_FIRST_SAMPLES = 32  # samples that tell whether a source has questions or boxes
 
 
 @dataclass
@@ -56,13 +56,13 @@ class Bench:
     @cached_property
     def first_samples(self) -> tuple[Sample, ...]:
         """A few readable samples of the scored source, to see what it has."""
-        found = []
-        for index in range(min(_LOOKED_AT, len(self.scored))):
+        samples = []
+        for index in range(min(_NUM_FIRST_SAMPLES, len(self.scored))):
             try:
-                found.append(self.scored[index])
+                samples.append(self.scored[index])
             except BadSampleError:  # counted when it is embedded
                 continue
-        return tuple(found)
+        return tuple(samples)
 
     @cached_property
     def train_annotations(self) -> Annotations:
@@ -120,7 +120,7 @@ class Subject:
     def num_classes(self) -> int:
         """Of the labels of both splits: as many as are named, or occur."""
         named = len(self.bench.scored.class_names or ())
-        return max(named, 1 + max(int(each.labels.max()) for each in (self.embedded, self.embedded_train)))
+        return max(named, 1 + max(int(split.labels.max()) for split in (self.embedded, self.embedded_train)))
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:

@@ -9,18 +9,28 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from jaxtyping import Float
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from cmapkd.data.masks import check_mask, hidden_squares, hide
 from cmapkd.data.types import Batch
-from cmapkd.features import PairProjector
+from cmapkd.features import EmbeddingBank, PairProjector
+from cmapkd.methods.banked import (
+    BankConfig,
+    Pair,
+    draw_references,
+    embeddings_against_bank,
+    keys_in_bank,
+    make_bank,
+)
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.hints import Hints, checked_hints
 from cmapkd.methods.in_batch import embeddings_of, similarity_loss
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher
+from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import (
     contrastive_loss,
     feature_distance,
@@ -80,6 +90,23 @@ class ClipKDConfig(MethodConfig):
         description="exp: the learned scales of the interactive, cross and augmented terms are exponentiated and "
         "clamped as CLIP's; official: used raw, as in the published code (they start at 2.66 instead of 14.3).",
     )
+    hints: dict[str, float] = Field(
+        default_factory=dict,
+        description="What each inner level (P2 to P4, L1 to L3) counts against the teacher's same level. No part of "
+        "CLIP-KD: with it a comparison gives CLIP-KD what cmapkd has.",
+    )
+    bank_weight: float = Field(
+        0.0, ge=0, description="Weight of the KL over a bank of the teacher's other modality, cmapkd's. Likewise."
+    )
+    bank: BankConfig = Field(default_factory=BankConfig, description="The bank of teacher embeddings.")
+    projector: Literal["own", "shared"] = Field(
+        "own", description="To the teacher's width: one map for each modality, as published, or cmapkd's one for both."
+    )
+
+    @field_validator("hints")
+    @classmethod
+    def _hints_are_known(cls, value: dict[str, float]) -> dict[str, float]:
+        return checked_hints(value)
 
 
 class Fusion(nn.Module):
@@ -131,6 +158,8 @@ class ClipKD(DualEncoderMethod):
             "it saves no time. Only this term sees them, in a pass of its own. The released code computes the masked "
             "pass and overwrites it, so that its L_MFD is L_FD.",
             "U_v and U_t map 2 × the teacher's width to the student's; the published ones fail where widths differ.",
+            "hints, bank_weight and projector: shared are no part of CLIP-KD and are off. They are cmapkd's, so that a "
+            "comparison can give CLIP-KD each of them.",
         ),
         checked_against="the published loss class run on random embeddings: values and gradients of every term, "
         "tests/methods/fixtures/clip_kd.json",
@@ -151,14 +180,21 @@ class ClipKD(DualEncoderMethod):
                 ("interactive", config.interactive_weight),
                 ("cross", config.cross_weight),
                 ("augmented", config.augmented_weight),
+                ("bank", config.bank_weight),
+                ("hints", 1.0 if any(config.hints.values()) else 0.0),
             )
             if weight
         }
-        projected = self.weights.keys() - {"contrastive", "relational"}
-        self.project = PairProjector(student.embed_dim, teacher.embed_dim) if projected else None
+        self.project: PairProjector | None = None
+        if self.weights.keys() - {"contrastive", "relational", "hints"}:
+            shared = config.projector == "shared"
+            self.project = PairProjector(student.embed_dim, teacher.embed_dim, shared=shared)
+        self.bank = make_bank(config.bank, teacher) if config.bank_weight else None
         self.interactive_scale = _log_scale() if self.weights.keys() & {"interactive", "cross"} else None
         self.fusion = Fusion(student.embed_dim, teacher.embed_dim) if config.augmented_weight else None
         self.fusion_scale = _log_scale() if config.augmented_weight else None
+        # last, so that the other parts begin with the same draws with hints and without
+        self.hints = Hints(config.hints, student, teacher.model) if "hints" in self.weights else None
         if config.masked_weight:
             check_mask(student.image_spec.size, patch=config.mask_patch, ratio=config.mask_ratio)
 
@@ -166,9 +202,28 @@ class ClipKD(DualEncoderMethod):
     def term_names(self) -> tuple[str, ...]:
         return tuple(self.weights)
 
+    @property
+    def student_needs(self) -> Needs:
+        return self.hints.needs("student") if self.hints is not None and self._wants("hints") else Needs()
+
+    @property
+    def teacher_needs(self) -> Needs:
+        return self.hints.needs("teacher") if self.hints is not None and self._wants("hints") else Needs()
+
+    @property
+    def teacher_detail(self) -> TeacherDetail:
+        if self.hints is None or not self._wants("hints"):
+            return "global"
+        return "dense" if self.hints.reads_places else "pooled"
+
     def terms(self, batch: Batch) -> dict[str, Term]:
-        student, teacher = self.encode_student(batch), self.encode_teacher(batch)
+        """The terms of the stage; embeddings and hints' distances are of all processes' samples."""
         values: dict[str, Tensor] = {}
+        if self.hints is not None and self._wants("hints"):
+            student, teacher, distances = self.encode_both(batch, self.hints.distances)
+            values["hints"] = self.hints.loss(distances)
+        else:
+            student, teacher = self.encode_student(batch), self.encode_teacher(batch)
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
         if self._wants("relational"):
@@ -211,7 +266,21 @@ class ClipKD(DualEncoderMethod):
         if self.fusion is not None and self.fusion_scale is not None and self._wants("augmented"):
             fused = self.fusion(projected, teacher)
             values["augmented"] = contrastive_loss(*fused, logit_scale=self._scale(self.fusion_scale))
+        if self.bank is not None and self._wants("bank"):
+            values["bank"] = self._against_bank(self.bank, batch, of_student, of_teacher, teacher.logit_scale)
         return values
+
+    def _against_bank(
+        self, bank: EmbeddingBank, batch: Batch, student: Pair, teacher: Pair, scale: Tensor
+    ) -> Float[Tensor, ""]:
+        """The KL over the bank, which then takes the batch's pairs in: after they were compared, not before."""
+        assert self.teacher is not None
+        keys = keys_in_bank(bank, batch, self.teacher, teacher[0].device)
+        references = draw_references(bank, self.config.bank, keys, teacher[0], self.step.generator("bank"))
+        loss = embeddings_against_bank(student, teacher, references, scale=scale)
+        if self.training and not bank.fixed:
+            bank.push(*teacher, keys)
+        return loss
 
     def _hide(self, part: Batch, pixels: Tensor) -> Tensor:
         """Other squares for each sample and view, so the same however a batch is shared out."""

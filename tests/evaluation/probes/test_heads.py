@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from cmapkd.data.types import QuestionAnswer
-from cmapkd.evaluation.probes.decoder import END, PAD, START, UNKNOWN, DecoderHead, Words
-from cmapkd.evaluation.probes.detector import DetectorHead, Places, assign, centredness
+from cmapkd.evaluation.probes.decoder import END, PAD, START, UNKNOWN, DecoderHead, WordTokenizer
+from cmapkd.evaluation.probes.detector import CellPositions, DetectorHead, assign, centredness
 from cmapkd.evaluation.probes.fusion import FusionHead, answer_shares, frequent_answers
-from cmapkd.evaluation.probes.probe import Seen
+from cmapkd.evaluation.probes.probe import HeadInput
 
 
-def seen(batch: int = 3, *, cells: int = 4, width: int = 10, dim: int = 6, tokens: int = 5) -> Seen:
+def head_input(batch: int = 3, *, cells: int = 4, width: int = 10, dim: int = 6, tokens: int = 5) -> HeadInput:
     draws = torch.Generator().manual_seed(batch)
     mask = torch.arange(tokens)[None] < torch.tensor([tokens, 2, 3])[:batch, None]
-    return Seen(
+    return HeadInput(
         torch.randn(batch, cells, width, generator=draws),
         torch.randn(batch, dim, generator=draws),
         torch.randn(batch, tokens, 8, generator=draws),
@@ -45,7 +45,7 @@ def detector(names: torch.Tensor, *, scales: tuple[float, ...] = (2.0, 1.0, 0.5)
 
 
 def test_padding_of_a_question_changes_no_answer() -> None:
-    head, given = fusion(), seen()
+    head, given = fusion(), head_input()
     padded = F.pad(given.tokens, (0, 0, 0, 4), value=9.0), F.pad(given.mask, (0, 4))
     longer = replace(given, tokens=padded[0], mask=padded[1])
     torch.testing.assert_close(head(longer), head(given))
@@ -55,7 +55,7 @@ def test_padding_of_a_question_changes_no_answer() -> None:
 
 
 def test_fusion_loss_is_soft_cross_entropy_written_out() -> None:
-    head, given = fusion(), seen()
+    head, given = fusion(), head_input()
     targets = {
         "answers": torch.tensor([[0, 2], [1, 0], [2, 0]]),
         "shares": torch.tensor([[0.7, 0.3], [1, 0], [1.0, 0]]),
@@ -90,7 +90,7 @@ def test_answers_by_frequency_and_their_shares() -> None:
 
 
 def test_words_are_lower_case_without_punctuation_and_cut() -> None:
-    words = Words(["A cat, the dog's cat.", "a CAT!"], most=50, length=3)
+    words = WordTokenizer(["A cat, the dog's cat.", "a CAT!"], most=50, length=3)
     ids = words(["A cat, a cat and more", "cat", "zebra"])
     assert ids.shape == (3, 5)
     assert [words.text(row) for row in ids.tolist()] == ["a cat a", "cat", ""]
@@ -99,24 +99,24 @@ def test_words_are_lower_case_without_punctuation_and_cut() -> None:
     assert ids[1].tolist()[2:] == [END, PAD, PAD]
     assert ids[2, 1] == UNKNOWN
     assert words.text(words(["the dog's"])[0].tolist()) == "the dog's"
-    assert len(Words(["a b c d e f"], most=6, length=3)) == 6
+    assert len(WordTokenizer(["a b c d e f"], most=6, length=3)) == 6
     with pytest.raises(ValueError, match="no words"):
-        Words(["...", "!"], most=50, length=3)
+        WordTokenizer(["...", "!"], most=50, length=3)
 
 
 def test_a_word_does_not_see_the_words_after_it() -> None:
-    head, given = decoder(), seen()
+    head, given = decoder(), head_input()
     ids = torch.tensor([[START, 5, 6, 7]] * 3)
     later = ids.clone()
     later[:, 3] = 9
     torch.testing.assert_close(head(given, ids)[:, :3], head(given, later)[:, :3])
     assert not torch.allclose(head(given, ids)[:, 3], head(given, later)[:, 3], atol=1e-4)
-    other = Seen(given.patches + 1 * torch.randn(3, 4, 10), given.embedding)
+    other = HeadInput(given.patches + 1 * torch.randn(3, 4, 10), given.embedding)
     assert not torch.allclose(head(given, ids)[:, 0], head(other, ids)[:, 0], atol=1e-4)
 
 
 def test_decoder_loss_leaves_padding_out() -> None:
-    head, given = decoder(), seen(2)
+    head, given = decoder(), head_input(2)
     words = torch.tensor([[START, 5, 6, END, PAD, PAD], [START, 7, END, PAD, PAD, PAD]])
     log_p = head(given, words).log_softmax(-1)
     expected = -(log_p[0, 0, 5] + log_p[0, 1, 6] + log_p[0, 2, END] + log_p[1, 0, 7] + log_p[1, 1, END]) / 5
@@ -124,7 +124,7 @@ def test_decoder_loss_leaves_padding_out() -> None:
 
 
 def test_a_decoder_learns_to_say_what_it_sees() -> None:
-    head, given = decoder(), seen()
+    head, given = decoder(), head_input()
     words = torch.tensor([[START, 5, 6, END, PAD], [START, 7, END, PAD, PAD], [START, 8, 5, 9, END]])
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     for _ in range(60):
@@ -135,7 +135,7 @@ def test_a_decoder_learns_to_say_what_it_sees() -> None:
     assert [row[: row.index(END)] for row in written] == [[5, 6], [7], [8, 5, 9]]
 
 
-def places() -> Places:
+def positions() -> CellPositions:
     """A level of 4 x 4 cells and one of 2 x 2."""
     parts = []
     for level, side in enumerate((4, 2)):
@@ -144,24 +144,24 @@ def places() -> Places:
         parts.append(
             (torch.stack([x, y], -1).flatten(0, 1), torch.full((side**2, 2), 1 / side), torch.full((side**2,), level))
         )
-    return Places(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return CellPositions(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def test_boxes_go_to_their_level_and_to_the_cells_around_their_centre() -> None:
     small, large = [0.26, 0.26, 0.49, 0.49], [0.1, 0.1, 1.0, 1.0]
     boxes = torch.tensor([[small, large, [0.0, 0.0, 1.0, 1.0]]])
-    owner = assign(places(), boxes, torch.tensor([[True, True, False]]))[0]
+    owner = assign(positions(), boxes, torch.tensor([[True, True, False]]))[0]
     assert (owner == 0).nonzero().flatten().tolist() == [5]  # the cell that holds the small one's centre
-    level_of_large = {int(places().level[cell]) for cell in (owner == 1).nonzero().flatten()}
+    level_of_large = {int(positions().level[cell]) for cell in (owner == 1).nonzero().flatten()}
     assert level_of_large == {1}
     assert not (owner == 2).any()  # padding
 
 
 def test_a_box_between_cells_is_not_lost_and_the_smaller_one_wins() -> None:
     tiny = [0.24, 0.24, 0.27, 0.27]  # holds no cell's centre
-    assert (assign(places(), torch.tensor([[tiny]]), torch.tensor([[True]])) == 0).sum() == 1
+    assert (assign(positions(), torch.tensor([[tiny]]), torch.tensor([[True]])) == 0).sum() == 1
     wide, narrow = [0.05, 0.05, 0.70, 0.70], [0.2, 0.2, 0.55, 0.55]
-    owner = assign(places(), torch.tensor([[wide, narrow]]), torch.tensor([[True, True]]))[0]
+    owner = assign(positions(), torch.tensor([[wide, narrow]]), torch.tensor([[True, True]]))[0]
     assert owner[5] == 1
 
 
@@ -174,7 +174,7 @@ def test_centredness_is_one_in_the_middle_and_zero_at_the_edge() -> None:
 def test_a_detector_finds_what_it_learned_and_names_it_by_any_text() -> None:
     """Two pictures with one box each; afterwards the classes are found by name, in any order and among others."""
     names = torch.eye(6)
-    head, given = detector(names[:4]), seen(2)
+    head, given = detector(names[:4]), head_input(2)
     targets = {
         "boxes": torch.tensor([[[0.1, 0.1, 0.5, 0.6], [0.0, 0, 0, 0]], [[0.4, 0.3, 0.9, 0.9], [0, 0, 0, 0]]]),
         "labels": torch.tensor([[0, -1], [1, -1]]),
@@ -195,7 +195,7 @@ def test_a_detector_finds_what_it_learned_and_names_it_by_any_text() -> None:
 
 def test_a_picture_without_boxes_gives_a_finite_loss_with_gradient() -> None:
     names = F.normalize(torch.randn(2, 6), dim=-1)
-    head, given = detector(names), seen(2)
+    head, given = detector(names), head_input(2)
     loss = head.loss(given, {"boxes": torch.zeros(2, 1, 4), "labels": torch.full((2, 1), -1)})
     loss.backward()
     assert bool(loss.isfinite())
@@ -205,9 +205,9 @@ def test_a_picture_without_boxes_gives_a_finite_loss_with_gradient() -> None:
 @pytest.mark.parametrize("scales", [(4.0, 2.0, 1.0, 0.5, 0.25), (1.0,)])
 def test_every_cell_of_every_level_has_its_place(scales: tuple[float, ...]) -> None:
     head = detector(F.normalize(torch.randn(2, 6), dim=-1), scales=scales)
-    cells = head(seen(2), head.names)
+    cells = head(head_input(2), head.names)
     sides = [max(1, int(2 * scale)) for scale in scales]
-    assert cells.boxes.shape[1] == sum(side**2 for side in sides) == len(head.places(torch.device("cpu")).centres)
+    assert cells.boxes.shape[1] == sum(side**2 for side in sides) == len(head.positions(torch.device("cpu")).centres)
 
 
 def test_one_class_has_a_name_too() -> None:

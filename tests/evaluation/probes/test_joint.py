@@ -34,7 +34,7 @@ TERMS = ("task_vqa", "task_captioning", "task_detection")
 
 
 @pytest.fixture(scope="session")
-def taught_by(tmp_path_factory: pytest.TempPathFactory) -> str:
+def trained_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("joint") / "teacher"
     torch.manual_seed(1)
     build_model("tiny:debug", captions=vocabulary_captions(open_source("scenes?length=50"))).save(folder)
@@ -80,8 +80,10 @@ def batch_of(builder: BatchBuilder, size: int = 16) -> Batch:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cache", ["off", "auto"])
-def test_every_method_takes_heads_and_logs_their_terms(taught_by: str, tmp_path: Path, method: str, cache: str) -> None:
-    teacher = taught_by if METHODS[method].uses_teacher else None
+def test_every_method_takes_heads_and_logs_their_terms(
+    trained_teacher: str, tmp_path: Path, method: str, cache: str
+) -> None:
+    teacher = trained_teacher if METHODS[method].uses_teacher else None
     if teacher is None and cache == "auto":
         pytest.skip("no teacher, no cache")
     if METHODS[method].not_cached and cache == "auto":
@@ -105,14 +107,14 @@ def test_every_method_takes_heads_and_logs_their_terms(taught_by: str, tmp_path:
 
 
 def test_a_resumed_run_ends_bit_for_bit_the_same(
-    taught_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cmapkd.distill(**settings(taught_by), out=tmp_path / "whole")
+    cmapkd.distill(**settings(trained_teacher), out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_agreed", lambda self, _stop: self.progress.step == 2)
         with pytest.raises(Interrupted):
-            cmapkd.distill(**settings(taught_by), out=tmp_path / "parts")
-    cmapkd.distill(**settings(taught_by), out=tmp_path / "parts", resume=True)
+            cmapkd.distill(**settings(trained_teacher), out=tmp_path / "parts")
+    cmapkd.distill(**settings(trained_teacher), out=tmp_path / "parts", resume=True)
     ends = [read_checkpoint(list_checkpoints(tmp_path / name / "checkpoints")[-1])[0] for name in ("whole", "parts")]
     assert any(".heads." in key for key in ends[0]["method"])
     for group in ("method", "optimizer"):
@@ -124,9 +126,9 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
-def test_weights_of_zero_change_nothing(taught_by: str, tmp_path: Path) -> None:
-    cmapkd.distill(**settings(taught_by, heads=None), out=tmp_path / "none")
-    cmapkd.distill(**settings(taught_by, heads={"vqa": 0, "detection": 0.0}), out=tmp_path / "zero")
+def test_weights_of_zero_change_nothing(trained_teacher: str, tmp_path: Path) -> None:
+    cmapkd.distill(**settings(trained_teacher, heads=None), out=tmp_path / "none")
+    cmapkd.distill(**settings(trained_teacher, heads={"vqa": 0, "detection": 0.0}), out=tmp_path / "zero")
     assert lines(tmp_path / "none") == lines(tmp_path / "zero")
     assert not (tmp_path / "zero" / "heads").exists()
     assert "heads" not in (tmp_path / "none" / "config.yaml").read_text()
@@ -175,12 +177,12 @@ def test_samples_without_a_known_answer_or_box_are_left_out_and_counted() -> Non
     kept = order[:9]
     builder.samples.source = Partly(whole, lacking=[index for index in range(32) if index not in kept])
     partly = batch_of(builder)
-    told = partly.extra["heads"]
-    assert len(told.pictures) <= 9
-    assert told.taught["detection"].rows.tolist() == list(range(len(told.pictures)))
+    joint = partly.extra["heads"]
+    assert len(joint.pictures) <= 9
+    assert joint.by_head["detection"].rows.tolist() == list(range(len(joint.pictures)))
     terms = method(partly)
-    assert float(method.measurements["heads/detection_masked"]) == 16 - len(told.taught["detection"].rows)
-    answered = len(told.taught["vqa"].rows)
+    assert float(method.measurements["heads/detection_masked"]) == 16 - len(joint.by_head["detection"].rows)
+    answered = len(joint.by_head["vqa"].rows)
     assert float(method.measurements["heads/vqa_masked"]) == 16 - answered >= 7
     builder.samples.source = whole
     with torch.no_grad():  # the same as of a batch of the kept ones alone
@@ -200,14 +202,14 @@ def test_a_batch_that_teaches_nothing_is_a_zero() -> None:
     assert not any(p.grad.any() for p in heads.parameters() if p.grad is not None)
 
 
-def test_wrong_names_weights_and_sources_are_refused(taught_by: str, tmp_path: Path) -> None:
+def test_wrong_names_weights_and_sources_are_refused(trained_teacher: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"heads\.vqaa: unknown key \(did you mean 'vqa'\?\)"):
-        cmapkd.distill(**settings(taught_by, heads={"vqaa": 1.0}), out=tmp_path / "a")
+        cmapkd.distill(**settings(trained_teacher, heads={"vqaa": 1.0}), out=tmp_path / "a")
     with pytest.raises(ConfigError, match=r"heads\.vqa\.weight.*greater than or equal to 0"):
-        cmapkd.distill(**settings(taught_by, heads={"vqa": -1.0}), out=tmp_path / "b")
+        cmapkd.distill(**settings(trained_teacher, heads={"vqa": -1.0}), out=tmp_path / "b")
     stages = settings(None)["training"] | {"stages": [{"terms": ["task_vqaa"], "share": 1.0}]}
     with pytest.raises(ConfigError, match="did you mean 'task_vqa'"):
-        cmapkd.distill(**settings(taught_by, training=stages), out=tmp_path / "c")
+        cmapkd.distill(**settings(trained_teacher, training=stages), out=tmp_path / "c")
 
 
 @pytest.mark.parametrize(("name", "what"), [("vqa", "question with an answer"), ("detection", "box")])
@@ -221,9 +223,9 @@ def test_a_source_without_what_a_head_learns_from_is_refused(name: str, what: st
         heads_and_method(Captions(open_source(DATA), range(0)), {name: 1.0})
 
 
-def test_a_term_weighting_weighs_the_heads_too(taught_by: str, tmp_path: Path) -> None:
+def test_a_term_weighting_weighs_the_heads_too(trained_teacher: str, tmp_path: Path) -> None:
     method = {"name": "clip_kd", "term_weighting": "uncertainty"}
-    cmapkd.distill(**settings(taught_by, method=method), out=tmp_path / "run")
+    cmapkd.distill(**settings(trained_teacher, method=method), out=tmp_path / "run")
     assert any("task_vqa" in key and not key.startswith("terms/task") for key in lines(tmp_path / "run")[-1])
 
 

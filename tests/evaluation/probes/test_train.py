@@ -143,9 +143,9 @@ def test_stored_and_live_features_are_the_same(encoder: TinyDualEncoder) -> None
     plan = PlanSampler(8, batch_size=5, seed=0, start=0, stop=1).plan(0)
     a, b = stored[plan], live[plan]
     assert a.ids == b.ids
-    seen = probe._encode(b)
-    torch.testing.assert_close(seen.patches, a.extra["patches"].float(), atol=2e-3, rtol=2e-3)  # half precision
-    torch.testing.assert_close(seen.embedding, a.extra["embedding"], atol=1e-5, rtol=1e-5)
+    inputs = probe._encode(b)
+    torch.testing.assert_close(inputs.patches, a.extra["patches"].float(), atol=2e-3, rtol=2e-3)  # half precision
+    torch.testing.assert_close(inputs.embedding, a.extra["embedding"], atol=1e-5, rtol=1e-5)
 
 
 def test_features_above_the_memory_are_refused(encoder: TinyDualEncoder) -> None:

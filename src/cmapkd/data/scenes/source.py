@@ -101,6 +101,7 @@ class ScenesSource:
         length: int | None = None,
         language: str = "first",
         wrong: float = 0.0,
+        start: int = 0,
     ) -> None:
         """A view of the world; two of the same arguments are the same.
 
@@ -111,6 +112,7 @@ class ScenesSource:
             length: number of samples; by default 10 million for `train` and 1000 for the others.
             language: of the captions: `first` (English), `second` (see `second_language`), or `both`, five of each.
             wrong: share of captions whose colours and shapes are wrong; a sample's synthetic captions stay true.
+            start: the world's sample that stands first; `start=1000` shows samples that no run with 1,000 has seen.
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
@@ -126,7 +128,10 @@ class ScenesSource:
             raise ValueError(f"length is {length}: give a number of samples >= 1, or none for the split's own.")
         if not 0 <= wrong <= 1:
             raise ValueError(f"wrong is {wrong:g}, but it is a share of the captions: give a number from 0 to 1.")
+        if start < 0:
+            raise ValueError(f"start is {start}: give the number of the first sample, >= 0.")
         self.split = split
+        self.start = start
         self.wrong = wrong
         self.size = size
         self.difficulty = difficulty
@@ -145,13 +150,13 @@ class ScenesSource:
         """
         scene = self.scene(index)
         image = render(scene, self.size)
-        return SceneSample(f"{self.name}/{index:09d}", image, self.size, scene, self.language, self.wrong)
+        return SceneSample(f"{self.name}/{self.start + index:09d}", image, self.size, scene, self.language, self.wrong)
 
     def scene(self, index: int) -> Scene:
         """What the sample at `index` shows, without drawing it."""
         if not 0 <= index < self.length:
             raise IndexError(f"index {index} of {self.name}, which has the samples 0 to {self.length - 1}")
-        return scene_at(self.difficulty, self.split, index)
+        return scene_at(self.difficulty, self.split, self.start + index)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`, without drawing it."""
@@ -168,6 +173,7 @@ class ScenesSource:
         parts: tuple[object, ...] = (WORLD_VERSION, WORLD_SEED, self.name, self.size, self.length, spec)
         parts += () if self.language == "first" else (self.language,)
         parts += (("wrong", self.wrong),) if self.wrong else ()
+        parts += (("start", self.start),) if self.start else ()
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

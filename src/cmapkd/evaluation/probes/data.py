@@ -40,16 +40,16 @@ def read_annotations(source: Source, *, limit: int | None = None) -> Annotations
     Raises:
         ValueError: none can.
     """
-    found: list[tuple[int, str, tuple[int, int], tuple[str, ...], tuple[QuestionAnswer, ...], tuple[Box, ...]]] = []
+    rows: list[tuple[int, str, tuple[int, int], tuple[str, ...], tuple[QuestionAnswer, ...], tuple[Box, ...]]] = []
     for index in range(len(source) if limit is None else min(limit, len(source))):
         try:
             sample = source[index]
         except BadSampleError:  # counted by the embedding pass, which reads the same samples
             continue
-        found.append((index, sample.id, sample.image.size, sample.captions, sample.questions, sample.boxes))
-    if not found:
+        rows.append((index, sample.id, sample.image.size, sample.captions, sample.questions, sample.boxes))
+    if not rows:
         raise ValueError(f"no sample of {source.name} could be read")
-    return Annotations(*(tuple(column) for column in zip(*found, strict=True)))
+    return Annotations(*(tuple(column) for column in zip(*rows, strict=True)))
 
 
 class ProbeBatches(Dataset[Batch]):

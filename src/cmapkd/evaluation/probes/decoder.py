@@ -6,18 +6,18 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from cmapkd.evaluation.probes.probe import Head, ImageTokens, Seen
+from cmapkd.evaluation.probes.probe import Head, HeadInput, ImageTokens
 from cmapkd.models.tiny import Block
 
 PAD, UNKNOWN, START, END = range(4)
 _SPECIAL = ["[PAD]", "[UNK]", "[START]", "[END]"]
 
 
-class Words:
+class WordTokenizer:
     """Lower-cased words without punctuation (caption metrics drop it too): the training captions' most frequent."""
 
     def __init__(self, captions: Iterable[str], *, most: int, length: int) -> None:
@@ -78,9 +78,9 @@ class DecoderHead(Head):
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, seen: Seen, ids: Int[Tensor, "batch words"]) -> Tensor:
-        """Logits of the word after each of `ids`: batch x words x vocabulary."""
-        prefix = self.image(seen)
+    def forward(self, inputs: HeadInput, ids: Int[Tensor, "batch words"]) -> Float[Tensor, "batch words vocabulary"]:
+        """Logits of the word after each of `ids`."""
+        prefix = self.image(inputs)
         x = torch.cat([prefix, self.words(ids) + self.positions[:, : ids.shape[1]]], dim=1)
         mask = _prefix_mask(prefix.shape[1], ids.shape[1], x.device)
         for block in self.blocks:
@@ -88,23 +88,23 @@ class DecoderHead(Head):
         logits: Tensor = self.norm(x[:, prefix.shape[1] :]) @ self.words.weight.T
         return logits
 
-    def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy of the words of the batch, the end included."""
+    def loss(self, inputs: HeadInput, targets: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """Mean cross-entropy of the words of the batch, the end included. Reads `words` (Int[batch length])."""
         ids = targets["words"]
         ids = ids[:, : int((ids != PAD).sum(1).max())]
-        logits = self(seen, ids[:, :-1]).float()
+        logits = self(inputs, ids[:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD)
 
     def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
         return (targets["words"][:, 1:] != PAD).sum()
 
     @torch.no_grad()
-    def write(self, seen: Seen, *, length: int) -> list[list[int]]:
+    def write(self, inputs: HeadInput, *, length: int) -> list[list[int]]:
         """The most probable next word, again and again, to the end or `length` words (greedy). No unknown words."""
-        ids = torch.full((len(seen.patches), 1), START, device=seen.patches.device)
+        ids = torch.full((len(inputs.patches), 1), START, device=inputs.patches.device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(length):
-            logits = self(seen, ids)[:, -1]
+            logits = self(inputs, ids)[:, -1]
             logits[:, [PAD, UNKNOWN, START]] = -torch.inf
             following = logits.argmax(-1).masked_fill(ended, END)
             ids = torch.cat([ids, following[:, None]], dim=1)

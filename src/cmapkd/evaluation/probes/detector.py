@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.types import Box
-from cmapkd.evaluation.probes.probe import Head, Seen
+from cmapkd.evaluation.probes.probe import Head, HeadInput
 from cmapkd.features.pyramid import Grid
 
 _SIZE = 2.5  # sides of a level's cell in the boxes that it is for, and that it predicts to begin with
@@ -30,7 +30,7 @@ class Cells(NamedTuple):
     centred: Float[Tensor, "batch cells"]  # logit of how well the cell lies in the middle of its box
 
 
-class Places(NamedTuple):
+class CellPositions(NamedTuple):
     """Where the cells are, as shares of the picture's sides."""
 
     centres: Float[Tensor, "cells 2"]
@@ -39,12 +39,12 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Detections:
     """Detections of one picture, best first: boxes as shares of its sides (left, top, right, bottom), class numbers."""
 
-    boxes: Float[Tensor, "found 4"]
-    scores: Float[Tensor, " found"]
-    classes: Int[Tensor, " found"]
+    boxes: Float[Tensor, "detections 4"]
+    scores: Float[Tensor, " detections"]
+    classes: Int[Tensor, " detections"]
 
 
 class DetectorHead(Head):
@@ -82,23 +82,25 @@ class DetectorHead(Head):
         self.mean: Tensor
         self.register_buffer("mean", names.mean(0))
         self.register_buffer("names", self.centred_names(names), persistent=False)
-        self._places: Places | None = None
+        self._positions: CellPositions | None = None
 
     def centred_names(self, names: Float[Tensor, "classes dim"]) -> Float[Tensor, "classes dim"]:
         """Unit embeddings without what all training names share; a single name stays as it is."""
         centred = names - self.mean
         return F.normalize(torch.where(centred.norm(dim=-1, keepdim=True) > 1e-4, centred, names), dim=-1)
 
-    def places(self, device: torch.device) -> Places:
-        """The cells' places, the same for every picture."""
-        if self._places is None or self._places.centres.device != device:
-            parts = [_grid_places(grid, number, device) for number, grid in enumerate(_grids(self.grid, self.scales))]
-            self._places = Places(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        return self._places
+    def positions(self, device: torch.device) -> CellPositions:
+        """The cells' positions, the same for every picture."""
+        if self._positions is None or self._positions.centres.device != device:
+            parts = [
+                _grid_positions(grid, number, device) for number, grid in enumerate(_grids(self.grid, self.scales))
+            ]
+            self._positions = CellPositions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return self._positions
 
-    def forward(self, seen: Seen, names: Float[Tensor, "classes dim"]) -> Cells:
+    def forward(self, inputs: HeadInput, names: Float[Tensor, "classes dim"]) -> Cells:
         """`names` are centred unit embeddings, see `centred_names`."""
-        cells = self.shrink(self.normalise(seen.patches)) + self.whole(seen.embedding)[:, None]
+        cells = self.shrink(self.normalise(inputs.patches)) + self.whole(inputs.embedding)[:, None]
         maps = cells.transpose(1, 2).unflatten(2, self.grid)
         classes, boxes = [], []
         for level in self.levels:
@@ -110,21 +112,23 @@ class DetectorHead(Head):
         return Cells(torch.cat(classes, dim=1).float(), self._decode(raw), raw[..., 4])
 
     def _decode(self, raw: Float[Tensor, "batch cells 5"]) -> Float[Tensor, "batch cells 4"]:
-        places = self.places(raw.device)
-        centres = places.centres + raw[..., :2] * places.strides
-        half = raw[..., 2:4].clamp(-4, 4).exp() * places.strides * _SIZE / 2
+        positions = self.positions(raw.device)
+        centres = positions.centres + raw[..., :2] * positions.strides
+        half = raw[..., 2:4].clamp(-4, 4).exp() * positions.strides * _SIZE / 2
         return torch.cat([centres - half, centres + half], dim=-1)
 
-    def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
+    def loss(self, inputs: HeadInput, targets: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Focal loss of classes, GIoU of boxes and cross-entropy of centredness, over the number of boxed cells.
+
+        Reads `boxes` (Float[batch boxes 4]) and `labels` (Int[batch boxes], -1 where there is none) of the targets.
 
         The targets may bring `names`, the classes' embeddings as they are now: their text tower learns too.
         """
         from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-        cells = self(seen, self.centred_names(targets["names"]) if "names" in targets else self.names)
+        cells = self(inputs, self.centred_names(targets["names"]) if "names" in targets else self.names)
         boxes, labels = targets["boxes"], targets["labels"]
-        owner = assign(self.places(boxes.device), boxes, labels >= 0)
+        owner = assign(self.positions(boxes.device), boxes, labels >= 0)
         picture, cell = (owner >= 0).nonzero(as_tuple=True)
         box = owner[picture, cell]
         wanted = torch.zeros_like(cells.classes)
@@ -136,30 +140,32 @@ class DetectorHead(Head):
             return nothing
         truth = boxes[picture, box]
         overlap = generalized_box_iou_loss(cells.boxes[picture, cell], truth, reduction="sum") / count
-        middle = centredness(self.places(boxes.device).centres[cell], truth)
+        middle = centredness(self.positions(boxes.device).centres[cell], truth)
         centred = F.binary_cross_entropy_with_logits(cells.centred[picture, cell], middle, reduction="sum") / count
         total: Tensor = classes + 2 * overlap + centred
         return total
 
     def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
         boxes = targets["boxes"]
-        return (assign(self.places(boxes.device), boxes, targets["labels"] >= 0) >= 0).sum()
+        return (assign(self.positions(boxes.device), boxes, targets["labels"] >= 0) >= 0).sum()
 
     @torch.no_grad()
-    def find(self, seen: Seen, names: Float[Tensor, "classes dim"], *, nms_iou: float, max_boxes: int) -> list[Found]:
+    def find(
+        self, inputs: HeadInput, names: Float[Tensor, "classes dim"], *, nms_iou: float, max_boxes: int
+    ) -> list[Detections]:
         """Detections of each picture among the classes of `names`, which need not be the training's."""
         from torchvision.ops import batched_nms
 
-        cells = self(seen, self.centred_names(names))
+        cells = self(inputs, self.centred_names(names))
         scores = (cells.classes.sigmoid() * cells.centred.sigmoid()[..., None]).sqrt()
-        found = []
+        detections = []
         for score, boxes in zip(scores, cells.boxes.clamp(0, 1), strict=True):
             best, place = score.flatten().topk(min(_CANDIDATES, score.numel()))
             place, best = place[best > _LEAST_SCORE], best[best > _LEAST_SCORE]
             cell, kind = place // score.shape[1], place % score.shape[1]
             kept = batched_nms(boxes[cell], best, kind, nms_iou)[:max_boxes]
-            found.append(Found(boxes[cell[kept]], best[kept], kind[kept]))
-        return found
+            detections.append(Detections(boxes[cell[kept]], best[kept], kind[kept]))
+        return detections
 
 
 def box_targets(
@@ -180,7 +186,7 @@ def box_targets(
 
 
 def assign(
-    places: Places, boxes: Float[Tensor, "batch boxes 4"], real: Bool[Tensor, "batch boxes"]
+    positions: CellPositions, boxes: Float[Tensor, "batch boxes 4"], real: Bool[Tensor, "batch boxes"]
 ) -> Int[Tensor, "batch cells"]:
     """The box that each cell predicts, -1 where it is background.
 
@@ -188,16 +194,16 @@ def assign(
     lie within 1.5 cells of its own and inside it, and to the cell that holds its centre. Of several boxes the smallest.
     """
     centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, (boxes[..., 2:] - boxes[..., :2]).clamp_min(1e-6)
-    num_levels = int(places.level.max()) + 1
-    strides = torch.stack([places.strides[places.level == level][0] for level in range(num_levels)])
+    num_levels = int(positions.level.max()) + 1
+    strides = torch.stack([positions.strides[positions.level == level][0] for level in range(num_levels)])
     distance = ((size[:, :, None] / strides / _SIZE).log2().mean(-1)).abs()  # batch boxes levels
     level = distance.argmin(-1)
-    offset = places.centres[None, :, None] - centre[:, None]  # batch cells boxes 2
-    stride = places.strides[None, :, None]
+    offset = positions.centres[None, :, None] - centre[:, None]  # batch cells boxes 2
+    stride = positions.strides[None, :, None]
     inside = (offset.abs() <= size[:, None] / 2).all(-1) & (offset.abs() <= _RADIUS * stride).all(-1)
     holds = ((offset > -stride / 2) & (offset <= stride / 2)).all(-1)
-    mine = (inside | holds) & (places.level[None, :, None] == level[:, None]) & real[:, None]
-    area = torch.where(mine, size.prod(-1)[:, None], torch.inf)
+    candidate = (inside | holds) & (positions.level[None, :, None] == level[:, None]) & real[:, None]
+    area = torch.where(candidate, size.prod(-1)[:, None], torch.inf)
     smallest, owner = area.min(-1)
     return torch.where(smallest.isfinite(), owner, -1)
 
@@ -213,7 +219,7 @@ def _grids(grid: Grid, scales: Sequence[float]) -> list[Grid]:
     return [(max(1, int(grid[0] * scale)), max(1, int(grid[1] * scale))) for scale in scales]
 
 
-def _grid_places(grid: Grid, level: int, device: torch.device) -> Places:
+def _grid_positions(grid: Grid, level: int, device: torch.device) -> CellPositions:
     rows, columns = grid
     y, x = torch.meshgrid(
         (torch.arange(rows, device=device) + 0.5) / rows,
@@ -222,7 +228,7 @@ def _grid_places(grid: Grid, level: int, device: torch.device) -> Places:
     )
     centres = torch.stack([x, y], dim=-1).flatten(0, 1)
     strides = torch.tensor([1 / columns, 1 / rows], device=device).expand_as(centres)
-    return Places(centres, strides, torch.full((rows * columns,), level, device=device))
+    return CellPositions(centres, strides, torch.full((rows * columns,), level, device=device))
 
 
 def _level(scale: float, width: int) -> nn.Module:

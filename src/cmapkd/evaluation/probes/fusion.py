@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.types import QuestionAnswer
-from cmapkd.evaluation.probes.probe import Head, ImageTokens, Seen
+from cmapkd.evaluation.probes.probe import Head, HeadInput, ImageTokens
 from cmapkd.models.tiny import Block
 
 
@@ -34,23 +34,26 @@ class FusionHead(Head):
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, answers))
 
-    def forward(self, seen: Seen) -> Float[Tensor, "batch answers"]:
-        assert seen.tokens is not None
-        assert seen.mask is not None
-        assert seen.text_embedding is not None
-        images, questions = self.image(seen), self.question(seen.tokens) + self.kind
-        product = F.normalize(seen.embedding, dim=-1) * F.normalize(seen.text_embedding, dim=-1)
+    def forward(self, inputs: HeadInput) -> Float[Tensor, "batch answers"]:
+        assert inputs.tokens is not None
+        assert inputs.mask is not None
+        assert inputs.text_embedding is not None
+        images, questions = self.image(inputs), self.question(inputs.tokens) + self.kind
+        product = F.normalize(inputs.embedding, dim=-1) * F.normalize(inputs.text_embedding, dim=-1)
         product = self.product(product * product.shape[-1])[:, None]  # channels of about 1
         x = torch.cat([self.answer.expand(len(images), -1, -1), product, images, questions], dim=1)
-        real = torch.cat([seen.mask.new_ones(len(x), 2 + images.shape[1]), seen.mask], dim=1)
+        real = torch.cat([inputs.mask.new_ones(len(x), 2 + images.shape[1]), inputs.mask], dim=1)
         for block in self.blocks:
             x = block(x, real[:, None, None, :])
         logits: Tensor = self.classify(x[:, 0])
         return logits
 
-    def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy with the answers' shares: of several accepted ones, as often as each was given."""
-        log_p = self(seen).float().log_softmax(-1)
+    def loss(self, inputs: HeadInput, targets: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """Cross-entropy with the answers' shares: of several accepted ones, as often as each was given.
+
+        Reads `answers` (Int[batch most], class numbers) and `shares` (Float[batch most]) of the targets.
+        """
+        log_p = self(inputs).float().log_softmax(-1)
         loss: Tensor = -(log_p.gather(1, targets["answers"]) * targets["shares"]).sum(1).mean()
         return loss
 

@@ -1,4 +1,4 @@
-"""Heads that learn with a student: small heads whose losses are terms of a run, beside those of its method."""
+"""Heads that learn with a student: small heads whose losses are terms of a run, besides those of its method."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,21 +23,21 @@ from cmapkd.evaluation.probes.config import (
     JointHeadConfig,
     JointVQAConfig,
 )
-from cmapkd.evaluation.probes.decoder import DecoderHead, Words
+from cmapkd.evaluation.probes.decoder import DecoderHead, WordTokenizer
 from cmapkd.evaluation.probes.detector import DetectorHead
 from cmapkd.evaluation.probes.features import patch_level, patches_of, text_level
 from cmapkd.evaluation.probes.fusion import FusionHead, frequent_answers
-from cmapkd.evaluation.probes.lessons import (
-    BoxLesson,
-    CaptionLesson,
-    Lesson,
-    LessonBatch,
-    LessonReader,
-    QuestionLesson,
-    Taught,
+from cmapkd.evaluation.probes.joint_data import (
+    BoxTargets,
+    CaptionTargets,
+    HeadBatch,
+    HeadTargets,
+    JointBatch,
+    JointExtra,
+    QuestionTargets,
     survey,
 )
-from cmapkd.evaluation.probes.probe import Head, Seen
+from cmapkd.evaluation.probes.probe import Head, HeadInput
 from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.features import gather_rows
 from cmapkd.features.pyramid import Grid
@@ -45,7 +46,7 @@ from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.models.base import DualEncoder, ImageSpec
 from cmapkd.models.texts import evaluating
 
-_EXTRA = "heads"  # under which a batch carries a `LessonBatch`
+_EXTRA = "heads"  # under which a batch carries a `JointBatch`
 
 
 class JointHeads(AuxiliaryTerms):
@@ -58,7 +59,7 @@ class JointHeads(AuxiliaryTerms):
     def __init__(
         self,
         heads: dict[str, Head],
-        lessons: dict[str, Lesson],
+        targets: dict[str, HeadTargets],
         configs: dict[str, JointHeadConfig],
         *,
         spec: ImageSpec,
@@ -66,7 +67,7 @@ class JointHeads(AuxiliaryTerms):
     ) -> None:
         """`spec` is the student's; `class_names` are prompts, for a head that is given the classes' embeddings."""
         super().__init__()
-        self.heads, self.lessons, self.configs = nn.ModuleDict(heads), lessons, configs
+        self.heads, self.targets, self.configs = nn.ModuleDict(heads), targets, configs
         self.spec, self.class_names = spec, class_names
         self.term_names = tuple(_term(name) for name in heads)
         self.measurements = {}
@@ -74,47 +75,50 @@ class JointHeads(AuxiliaryTerms):
     def forward(
         self, student: DualEncoder, batch: Batch, *, micro_batch: int | None, wants: Callable[[str], bool]
     ) -> dict[str, Term]:
-        told: LessonBatch = batch.extra[_EXTRA]
+        joint: JointBatch = batch.extra[_EXTRA]
         heads: dict[str, Head] = {name: head for name, head in self.heads.items() if wants(_term(name))}  # type: ignore[misc]
         self.measurements = {}
         if not heads:
             return {}
         device = student.device
         names = self._names_now(student, heads, device)
-        size = micro_batch or max(1, len(told.pictures))
+        size = micro_batch or max(1, len(joint.pictures))
 
-        def part_sums(part: Batch, number: int) -> dict[str, Tensor]:
+        def part_sums(part: Batch, number: int) -> dict[str, Float[Tensor, 2]]:
+            """Sum and count of each head's loss over a micro-batch; heads that learn nothing from it are left out."""
             pictures = part.inputs["student"].images.to(device, non_blocking=True)
             tower = student.encode_image(pictures, (patch_level(student).name,))
             patches, _ = patches_of(student, tower)
             sums = {}
             for name, head in heads.items():
-                taught = told.taught[name].among(number * size, number * size + len(pictures))
-                if len(taught.rows):
-                    targets = {key: values.to(device, non_blocking=True) for key, values in taught.targets.items()}
-                    rows = taught.rows.to(device)
-                    seen = _seen(student, patches[rows], tower.embedding[rows], taught, device)
+                learned = joint.by_head[name].part(number * size, number * size + len(pictures))
+                if len(learned.rows):
+                    targets = {key: values.to(device, non_blocking=True) for key, values in learned.targets.items()}
+                    rows = learned.rows.to(device)
+                    inputs = _head_input(student, patches[rows], tower.embedding[rows], learned, device)
                     count = head.size(targets)
                     if names is not None and isinstance(head, DetectorHead):
                         targets["names"] = names
-                    loss = head.loss(seen, targets)
+                    loss = head.loss(inputs, targets)
                     sums[name] = torch.stack([loss.float() * count.clamp_min(1), count.float()])
             return sums
 
-        parts = micro_batches(_pictures_alone(told.pictures, device), size) if len(told.pictures) else []
+        parts = micro_batches(_pictures_alone(joint.pictures, device), size) if len(joint.pictures) else []
         sums = encode_checkpointed(part_sums, parts, model=student) if parts else []
-        own = [
+        totals = [
             _nothing(student, head) + sum(part[name] for part in sums if name in part) for name, head in heads.items()
         ]
-        masked = torch.tensor([[float(told.num_samples - len(told.taught[name].rows)) for name in heads]])
+        masked = torch.tensor([[float(joint.num_samples - len(joint.by_head[name].rows)) for name in heads]])
         left_out = gather_rows(masked.to(device, non_blocking=True)).sum(0)
         self.measurements = {f"heads/{name}_masked": number for name, number in zip(heads, left_out, strict=True)}
         return {
             _term(name): Term(total, self.configs[name].weight, count.detach())
-            for name, (total, count) in zip(heads, own, strict=True)
+            for name, (total, count) in zip(heads, totals, strict=True)
         }
 
-    def _names_now(self, student: DualEncoder, heads: dict[str, Head], device: torch.device) -> Tensor | None:
+    def _names_now(
+        self, student: DualEncoder, heads: dict[str, Head], device: torch.device
+    ) -> Float[Tensor, "classes dim"] | None:
         """The classes' unit embeddings by the text tower as it is; the heads note their mean."""
         detectors = [head for head in heads.values() if isinstance(head, DetectorHead)]
         if not detectors or self.class_names is None:
@@ -126,20 +130,20 @@ class JointHeads(AuxiliaryTerms):
 
     @property
     def extras(self) -> Mapping[str, Extra]:
-        return {_EXTRA: LessonReader(self.spec, self.lessons)}
+        return {_EXTRA: JointExtra(self.spec, self.targets)}
 
     def save(self, folder: Path) -> None:
         """Writes each head's weights (`<name>.safetensors`), and its settings and vocabulary (`<name>.json`)."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, head in self.heads.items():
             about: dict[str, Any] = {"settings": self.configs[name].model_dump(mode="json")}
-            lesson = self.lessons[name]
-            if isinstance(lesson, QuestionLesson):
-                about["answers"] = lesson.answers
-            elif isinstance(lesson, CaptionLesson):
-                about["words"] = lesson.words.vocabulary
-            elif isinstance(lesson, BoxLesson):
-                about["names"] = lesson.names
+            maker = self.targets[name]
+            if isinstance(maker, QuestionTargets):
+                about["answers"] = maker.answers
+            elif isinstance(maker, CaptionTargets):
+                about["words"] = maker.words.vocabulary
+            elif isinstance(maker, BoxTargets):
+                about["names"] = maker.names
             weights = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
             save_file(weights, folder / f"{name}.safetensors")
             text = json.dumps(about, indent=1, ensure_ascii=False)
@@ -161,52 +165,57 @@ def build_heads(
         return None
     samples = survey(source, most=config.samples)
     heads: dict[str, Head] = {}
-    lessons: dict[str, Lesson] = {}
+    targets: dict[str, HeadTargets] = {}
     names: TokenBatch | None = None
     with torch.random.fork_rng(devices=[]):
         cells, grid = _shape(student)
-        for name, each in config.wanted.items():
+        for name, settings in config.wanted.items():
             torch.manual_seed(seed)  # so a head starts the same whichever others there are
             sizes = {"patch_width": patch_level(student).width, "embed_dim": student.embed_dim}
-            if isinstance(each, JointVQAConfig):
+            if isinstance(settings, JointVQAConfig):
                 asked = [q for sample in samples for q in sample.questions if q.answers]
                 _need(asked, name, "question with an answer", source, samples)
-                answers = frequent_answers(asked, most=each.answers, normalise=normalise_answer)
-                lessons[name] = QuestionLesson(answers, student.tokenizer)
+                answers = frequent_answers(asked, most=settings.answers, normalise=normalise_answer)
+                targets[name] = QuestionTargets(answers, student.tokenizer)
                 heads[name] = FusionHead(
                     **sizes,
                     cells=cells,
                     text_width=text_level(student).width,
                     answers=len(answers),
-                    width=each.width,
-                    depth=each.depth,
+                    width=settings.width,
+                    depth=settings.depth,
                 )
-            elif isinstance(each, JointCaptioningConfig):
+            elif isinstance(settings, JointCaptioningConfig):
                 captions = [caption for sample in samples for caption in sample.captions]
                 _need(captions, name, "caption", source, samples)
-                words = Words(captions, most=each.words, length=each.length)
-                lessons[name] = CaptionLesson(words)
+                words = WordTokenizer(captions, most=settings.words, length=settings.length)
+                targets[name] = CaptionTargets(words)
                 heads[name] = DecoderHead(
-                    **sizes, cells=cells, words=len(words), length=each.length, width=each.width, depth=each.depth
+                    **sizes,
+                    cells=cells,
+                    words=len(words),
+                    length=settings.length,
+                    width=settings.width,
+                    depth=settings.depth,
                 )
-            elif isinstance(each, JointDetectionConfig):
+            elif isinstance(settings, JointDetectionConfig):
                 classes = sorted({box.name for sample in samples for box in sample.boxes if not box.crowd})
                 _need(classes, name, "box", source, samples)
-                lessons[name] = BoxLesson(classes)
+                targets[name] = BoxTargets(classes)
                 names = student.tokenizer([fill(template, kind) for kind in classes])
                 heads[name] = DetectorHead(
                     **sizes,
                     grid=grid,
                     names=torch.zeros(len(classes), student.embed_dim),  # given anew in every step
-                    scales=each.scales,
-                    width=each.width,
-                    depth=each.depth,
+                    scales=settings.scales,
+                    width=settings.width,
+                    depth=settings.depth,
                 )
-    return JointHeads(heads, lessons, config.wanted, spec=student.image_spec, class_names=names)
+    return JointHeads(heads, targets, config.wanted, spec=student.image_spec, class_names=names)
 
 
-def _need(found: Sequence[Any], name: str, what: str, source: Source, samples: Sequence[Sample]) -> None:
-    if not found:
+def _need(examples: Sequence[Any], name: str, what: str, source: Source, samples: Sequence[Sample]) -> None:
+    if not examples:
         raise ConfigError(
             f"heads.{name} learns from the training data, but of the {len(samples)} samples of {source.name} that were "
             f"read beforehand none has a {what}. Drop the head, take another data.train, or raise heads.samples."
@@ -223,23 +232,30 @@ def _shape(student: DualEncoder) -> tuple[int, Grid]:
     return patches.shape[1], grid
 
 
-def _seen(student: DualEncoder, patches: Tensor, embedding: Tensor, taught: Taught, device: torch.device) -> Seen:
-    if taught.texts is None:
-        return Seen(patches, embedding)
-    level, texts = text_level(student).name, taught.texts.to(device, True)
+def _head_input(
+    student: DualEncoder,
+    patches: Float[Tensor, "items cells width"],
+    embedding: Float[Tensor, "items dim"],
+    learned: HeadBatch,
+    device: torch.device,
+) -> HeadInput:
+    """The head's input, with the student's features of the texts where the head reads any."""
+    if learned.texts is None:
+        return HeadInput(patches, embedding)
+    level, texts = text_level(student).name, learned.texts.to(device, True)
     tower = student.encode_text(texts, (level,))
-    return Seen(patches, embedding, tower.levels[level].values, texts.mask, tower.embedding)
+    return HeadInput(patches, embedding, tower.levels[level].values, texts.mask, tower.embedding)
 
 
-def _pictures_alone(pictures: Tensor, device: torch.device) -> Batch:
+def _pictures_alone(pictures: Float[Tensor, "pictures 3 size size"], device: torch.device) -> Batch:
     """As a batch, which is what is cut into micro-batches; no texts."""
     number = len(pictures)
     none = TokenBatch(torch.zeros(number, 0, dtype=torch.long, device=device), torch.zeros(number, 0, device=device))
     return Batch(("",) * number, {"student": ModelInput(pictures, none)}, ("",) * number)
 
 
-def _nothing(student: DualEncoder, head: Head) -> Tensor:
-    """A zero loss over zero things. Whatever learns has a gradient to it, so that no process waits for another."""
+def _nothing(student: DualEncoder, head: Head) -> Float[Tensor, 2]:
+    """Sum and count of a loss over nothing. It has a gradient of 0 to whatever learns, so that no process waits."""
     learning = (student.log_logit_scale, *head.parameters())
     # each times zero by itself: behind one sum, autograd would let small gradients share their memory
     zero = torch.stack([(parameter.float() * 0).sum() for parameter in learning]).sum()

@@ -20,8 +20,8 @@ from cmapkd.models.base import DualEncoder
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a head is given of a batch: patches and embedding of images; tokens and embedding of texts, if any."""
+class HeadInput:
+    """What a head reads of a batch: patches and embedding of images; tokens and embedding of texts, if any."""
 
     patches: Float[Tensor, "batch cells width"]
     embedding: Float[Tensor, "batch dim"]
@@ -34,12 +34,17 @@ class Head(nn.Module):
     """A small module on top of an encoder."""
 
     @abstractmethod
-    def loss(self, seen: Seen, targets: dict[str, Tensor]) -> Tensor:
-        """Mean loss of the batch, float32."""
+    def loss(self, inputs: HeadInput, targets: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """Mean loss of the batch, a float32 scalar.
+
+        Args:
+            inputs: features of the samples.
+            targets: by name, [batch ...]; each head says which it reads.
+        """
 
     @abstractmethod
     def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
-        """Of how many things `loss` is the mean, so that parts of a batch can be put together."""
+        """Of how many things `loss` is the mean of these targets, so that parts of a batch can be put together."""
 
 
 class Probe(DualEncoderMethod):
@@ -70,9 +75,10 @@ class Probe(DualEncoderMethod):
         return ("task",)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
+        """The head's loss; a mean over this process's samples alone, as a probe is trained by one process."""
         targets = {name: value.to(self._head_device, non_blocking=True) for name, value in batch.extra.items()}
-        seen = self._encode(batch) if batch.inputs else _stored(targets)
-        return {"task": Term(self.head.loss(seen, targets))}
+        inputs = self._encode(batch) if batch.inputs else _stored(targets)
+        return {"task": Term(self.head.loss(inputs, targets))}
 
     def after_step(self, step: StepInfo | None = None) -> None:
         """Nothing: no logit scale is learned here."""
@@ -81,22 +87,23 @@ class Probe(DualEncoderMethod):
     def _head_device(self) -> torch.device:
         return next(self.head.parameters()).device
 
-    def _encode(self, batch: Batch) -> Seen:
+    def _encode(self, batch: Batch) -> HeadInput:
         image, text = self._names
         inputs = batch.inputs["student"].to(self._head_device, True)
         tower = self.student.encode_image(inputs.images, (image,))
         patches, _ = patches_of(self.student, tower)
         if not len(inputs.texts.ids):
-            return Seen(patches, tower.embedding)
+            return HeadInput(patches, tower.embedding)
         assert text is not None
         texts = self.student.encode_text(inputs.texts, (text,))
-        return Seen(patches, tower.embedding, texts.levels[text].values, inputs.texts.mask, texts.embedding)
+        return HeadInput(patches, tower.embedding, texts.levels[text].values, inputs.texts.mask, texts.embedding)
 
 
-def _stored(values: dict[str, Tensor]) -> Seen:
+def _stored(values: dict[str, Tensor]) -> HeadInput:
+    """Features that `ProbeBatches` took from memory, [batch ...] each, in float32."""
     tokens = values["tokens"].float() if "tokens" in values else None
     texts = tokens, values.get("mask"), values.get("text_embedding")
-    return Seen(values["patches"].float(), values["embedding"], *texts)
+    return HeadInput(values["patches"].float(), values["embedding"], *texts)
 
 
 class ImageTokens(nn.Module):
@@ -108,7 +115,7 @@ class ImageTokens(nn.Module):
         self.of_embedding = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
         self.positions = nn.Parameter(torch.randn(1, cells + 1, width) * 0.02)
 
-    def forward(self, seen: Seen) -> Float[Tensor, "batch tokens width"]:
-        tokens = torch.cat([self.of_embedding(seen.embedding)[:, None], self.of_patches(seen.patches)], dim=1)
+    def forward(self, inputs: HeadInput) -> Float[Tensor, "batch tokens width"]:
+        tokens = torch.cat([self.of_embedding(inputs.embedding)[:, None], self.of_patches(inputs.patches)], dim=1)
         out: Tensor = tokens + self.positions
         return out

@@ -1,4 +1,4 @@
-"""Task `agreement`: each model beside the first, its teacher: rankings, choices, and representations by level."""
+"""Task `agreement`: each model against the first, its teacher: rankings, choices, and representations by level."""
 
 from __future__ import annotations
 
@@ -38,48 +38,50 @@ class Agreement(Task):
 
 
 def _compare(subject: Subject, teacher: Subject) -> dict[str, Any]:
-    mine, theirs = subject.embedded, teacher.embedded
-    if mine.ids != theirs.ids or mine.captions != theirs.captions:
+    student, reference = subject.embedded, teacher.embedded
+    if student.ids != reference.ids or student.captions != reference.captions:
         raise ValueError(
             f"{subject.name} and {teacher.name} could read different samples of the source, so their answers cannot be "
-            f"compared one by one: {len(mine.ids)} and {len(theirs.ids)} images. Remove the unreadable ones."
+            f"compared one by one: {len(student.ids)} and {len(reference.ids)} images. Remove the unreadable ones."
         )
-    result: dict[str, Any] = {"teacher": teacher.name, "num_images": len(mine.ids)}
-    if mine.captions:
-        texts = _first_of_each(mine.captions)
-        images = _spread(len(mine.ids))
+    result: dict[str, Any] = {"teacher": teacher.name, "num_images": len(student.ids)}
+    if student.captions:
+        texts = _first_of_each(student.captions)
+        images = _spread(len(student.ids))
         queries = texts[_spread(len(texts))]
         result["i2t"] = rank_agreement(
-            mine.images[images], mine.texts[texts], theirs.images[images], theirs.texts[texts]
+            student.images[images], student.texts[texts], reference.images[images], reference.texts[texts]
         )
-        result["t2i"] = rank_agreement(mine.texts[queries], mine.images, theirs.texts[queries], theirs.images)
+        result["t2i"] = rank_agreement(
+            student.texts[queries], student.images, reference.texts[queries], reference.images
+        )
         result["num_texts"] = len(texts)
-    if bool((mine.labels >= 0).any()) and subject.class_names is not None:
+    if bool((student.labels >= 0).any()) and subject.class_names is not None:
         result["zero_shot"] = prediction_agreement(
-            mine.images, subject.class_weights, theirs.images, teacher.class_weights, mine.labels
+            student.images, subject.class_weights, reference.images, teacher.class_weights, student.labels
         )
-    result["cka"] = _cka(mine, theirs)
+    result["cka"] = _cka(student, reference)
     return {name: _known(value) for name, value in result.items()}
 
 
 def _known(value: Any) -> Any:
     """JSON has no NaN: what could not be computed (a constant representation, no errors to share) is None."""
     if isinstance(value, dict):
-        return {name: _known(each) for name, each in value.items()}
+        return {name: _known(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _cka(mine: Embedded, theirs: Embedded) -> dict[str, float]:
+def _cka(student: Embedded, reference: Embedded) -> dict[str, float]:
     """By level, P2 to P5 and L1 to L4; P5 and L4 are the embeddings, which are unit vectors here."""
-    texts = _first_of_each(mine.captions) if mine.captions else None
+    texts = _first_of_each(student.captions) if student.captions else None
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, values in mine.image_levels.items():
-        pairs[name] = values, theirs.image_levels[name]
-    pairs["P5"] = mine.images, theirs.images
+    for name, values in student.image_levels.items():
+        pairs[name] = values, reference.image_levels[name]
+    pairs["P5"] = student.images, reference.images
     if texts is not None and len(texts) > 1:
-        for name, values in mine.text_levels.items():
-            pairs[name] = values[texts], theirs.text_levels[name][texts]
-        pairs["L4"] = mine.texts[texts], theirs.texts[texts]
+        for name, values in student.text_levels.items():
+            pairs[name] = values[texts], reference.text_levels[name][texts]
+        pairs["L4"] = student.texts[texts], reference.texts[texts]
     return {name: linear_cka(*pair) for name, pair in pairs.items() if len(pair[0]) > 1}
 
 

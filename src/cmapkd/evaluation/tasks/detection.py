@@ -13,9 +13,9 @@ from cmapkd.evaluation.detection import Detection as Predicted
 from cmapkd.evaluation.detection import detection_scores
 from cmapkd.evaluation.probes.config import DetectionConfig
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
-from cmapkd.evaluation.probes.detector import DetectorHead, Found, box_targets
+from cmapkd.evaluation.probes.detector import Detections, DetectorHead, box_targets
 from cmapkd.evaluation.probes.features import patch_level
-from cmapkd.evaluation.probes.probe import Seen
+from cmapkd.evaluation.probes.probe import HeadInput
 from cmapkd.evaluation.probes.train import scored_images, train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
@@ -87,12 +87,12 @@ class Detection(Task):
         assert isinstance(head, DetectorHead)
         images = scored_images(probe, subject, config)
         weights = subject.name_weights(names).to(bench.device)
-        found = []
+        detections = []
         for first in range(0, len(scored), 64):
             rows = slice(first, min(first + 64, len(scored)))
-            seen = Seen(images.patches[rows].float().to(bench.device), images.embeddings[rows].to(bench.device))
-            found += head.find(seen, weights, nms_iou=config.nms_iou, max_boxes=config.max_boxes)
-        return _scores(found, scored, names, base) | {
+            inputs = HeadInput(images.patches[rows].float().to(bench.device), images.embeddings[rows].to(bench.device))
+            detections += head.find(inputs, weights, nms_iou=config.nms_iou, max_boxes=config.max_boxes)
+        return _scores(detections, scored, names, base) | {
             "num_images": len(scored),
             "num_boxes": sum(map(len, scored.boxes)),
             "num_classes": len(names),
@@ -117,17 +117,17 @@ def _targets(annotations: Annotations, rows: list[int], names: tuple[str, ...]) 
 
 
 def _scores(
-    found: Sequence[Found], scored: Annotations, names: tuple[str, ...], base: tuple[str, ...]
+    detections: Sequence[Detections], scored: Annotations, names: tuple[str, ...], base: tuple[str, ...]
 ) -> dict[str, Any]:
     """COCO's figures in pixels of the original pictures; base classes are those that have a box in training."""
     predictions: dict[str, list[Predicted]] = {}
-    for identity, (width, height), each in zip(scored.ids, scored.sizes, found, strict=True):
+    for identity, (width, height), of_image in zip(scored.ids, scored.sizes, detections, strict=True):
         sides = torch.tensor([width, height, width, height], dtype=torch.float32)
-        corners = (each.boxes.cpu() * sides).tolist()
+        corners = (of_image.boxes.cpu() * sides).tolist()
         predictions[identity] = [
             Predicted(left, top, right - left, bottom - top, names[kind], score)
             for (left, top, right, bottom), kind, score in zip(
-                corners, each.classes.tolist(), each.scores.tolist(), strict=True
+                corners, of_image.classes.tolist(), of_image.scores.tolist(), strict=True
             )
         ]
     truth = dict(zip(scored.ids, scored.boxes, strict=True))

@@ -13,7 +13,7 @@ from cmapkd.evaluation.probes.config import VQAConfig
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
 from cmapkd.evaluation.probes.features import encode_texts, patch_level, text_level
 from cmapkd.evaluation.probes.fusion import FusionHead, answer_shares, frequent_answers
-from cmapkd.evaluation.probes.probe import Probe, Seen
+from cmapkd.evaluation.probes.probe import HeadInput, Probe
 from cmapkd.evaluation.probes.train import scored_images, train_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
@@ -117,14 +117,14 @@ def _answer(probe: Probe, subject: Subject, questions: _Questions, config: VQACo
     for first in range(0, len(questions.all), bench.config.batch_size):
         rows = questions.image_of[first : first + bench.config.batch_size]
         asked = questions.text_of[first : first + bench.config.batch_size]
-        seen = Seen(
+        inputs = HeadInput(
             images.patches[rows].float().to(bench.device),
             images.embeddings[rows].to(bench.device),
             texts.tokens[asked].float().to(bench.device),
             texts.mask[asked].to(bench.device),
             texts.embeddings[asked].to(bench.device),
         )
-        chosen.append(probe.head(seen).argmax(-1).cpu())
+        chosen.append(probe.head(inputs).argmax(-1).cpu())
     return torch.cat(chosen)
 
 

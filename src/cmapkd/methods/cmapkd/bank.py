@@ -1,4 +1,4 @@
-"""The student against a bank of the teacher's: of embeddings, of one inner level, of the other modality's levels.
+"""The student against a bank of the teacher's inner levels: of the same level, of the other modality's levels.
 
 Everything here is of all processes' samples.
 """
@@ -15,34 +15,6 @@ from cmapkd.features import References, standardise
 from cmapkd.methods.cmapkd.cross_modal import Bridges
 from cmapkd.methods.cmapkd.levels import LevelRows, levels_of
 from cmapkd.objectives import bank_divergence
-
-Pair = tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]  # of images and of texts
-
-
-def embeddings_against_bank(
-    student: Pair, teacher: Pair, references: References, *, scale: Float[Tensor, ""], same_modality: bool
-) -> Float[Tensor, ""]:
-    """Mean over both modalities of the KL over the bank's embeddings.
-
-    Args:
-        student: embeddings at the teacher's width.
-        scale: the teacher's logit scale, of both models.
-        same_modality: images are compared with the bank's images, and not with its texts; texts likewise.
-    """
-    banks = (references.image, references.text) if same_modality else (references.text, references.image)
-    divergences = [
-        bank_divergence(
-            anchors,
-            targets,
-            entries,
-            student_scale=scale,
-            teacher_scale=scale,
-            exclude=references.exclude,
-            frozen=True,
-        ).mean()
-        for anchors, targets, entries in zip(student, teacher, banks, strict=True)
-    ]
-    return torch.stack(divergences).mean()
 
 
 def level_against_bank(

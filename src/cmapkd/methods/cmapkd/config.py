@@ -1,6 +1,6 @@
 """Settings of CMAPKD: those that matter, those of the bank, and those that measured useless and are off.
 
-The measurement behind every default: docs/methods/cmapkd.md.
+What was measured of the defaults: docs/results/cmapkd_parts.md.
 """
 
 from __future__ import annotations
@@ -11,28 +11,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from cmapkd.config import Config, closest
-from cmapkd.features import LANGUAGE_LEVELS, VISUAL_LEVELS, BankStore, Depths, KeyTokensBy, Places
+from cmapkd.features import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, KeyTokensBy, Places
+from cmapkd.methods.banked import BankConfig
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.cmapkd.levels import INNER, INTRA, JOINT, LEVELS, PAIRS, prior_by_pair
 from cmapkd.weighting import WEIGHTINGS, WeightingConfig, weighting_config
 
 Reading = Literal["teacher", "student", "losses"]
-
-
-class BankConfig(Config):
-    """The pairs of teacher embeddings that a sample is compared with."""
-
-    size: int = Field(8192, ge=1, description="Pairs of teacher embeddings in the bank.")
-    source: Literal["run", "cache"] = Field(
-        "run", description="run: the pairs that the run has seen last; cache: a fixed draw from the teacher's cache."
-    )
-    store: BankStore = Field("fp16", description="Type of the bank's numbers; fp16 is off by one part in 2048.")
-    sample: int | None = Field(
-        2048, ge=2, description="Pairs drawn from the bank at each step to compare with; none: all of it."
-    )
-    duplicates: float | None = Field(
-        None, gt=0, lt=1, description="Cosine of two images above which they count as the same; none: by name only."
-    )
 
 
 class AblationsConfig(Config):

@@ -1,0 +1,154 @@
+"""The docs: every measured number is its file's, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+with pytest.MonkeyPatch.context() as patched:
+    patched.syspath_prepend(ROOT / "benchmarks")
+    measured = importlib.import_module("measured")
+    tables = importlib.import_module("tables")
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_every_measured_number_of_the_docs_is_its_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables.main([]) == 0, capsys.readouterr().err
+
+
+TIED = """Three seeds: exploratory, uncorrected.
+
+<!-- table: fitnet.csv
+rows: {KD: no hint}
+columns:
+- of(R1)
+- of(R1) - of(R1, arm="no hint")
+-->
+| arm | R@1 | difference |
+| --- | ---: | ---: |
+| KD | 3.6 ± 1.7 | |
+| **hint, then KD** | **4.9 ± 0.3** | +1.3 [−2.6, 5.2], 2/3 |
+"""
+
+
+def complaints(tmp_path: Path, text: str, *, write: bool = False) -> list[str]:
+    path = tmp_path / "page.md"
+    path.write_text(text, encoding="utf-8")
+    return tables.check_tables(path, write=write)
+
+
+def test_a_tied_table_with_its_files_numbers_passes(tmp_path: Path) -> None:
+    assert complaints(tmp_path, TIED) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ("4.9 ± 0.3", "4.9 ± 0.4", "'**4.9 ± 0.4**' should be '4.9 ± 0.3'"),
+        ("2/3 |", "3/3 |", "should be '+1.3 [−2.6, 5.2], 2/3'"),
+        ("KD: no hint", "KD: no such arm", "no row holds {'arm': 'no such arm'}"),
+        ("fitnet.csv", "fitnet_2.csv", "docs/results has no fitnet_2.csv"),
+        ("- of(R1)\n-", "-", "2 cells after the first, its tie 1"),
+        ("exploratory, ", "", "must say: exploratory, uncorrected"),
+        ("of(R1)\n", "open('x')\n", "is not allowed"),
+        ("of(R1)\n", "of(R1).__class__\n", "is not allowed"),
+    ],
+)
+def test_what_a_table_must_not_say(tmp_path: Path, right: str, wrong: str, told: str) -> None:
+    [found] = complaints(tmp_path, TIED.replace(right, wrong, 1))
+    assert told in found
+    assert found.startswith("page.md:")
+
+
+def test_writing_puts_numbers_right_and_keeps_what_is_bold(tmp_path: Path) -> None:
+    assert complaints(tmp_path, TIED.replace("4.9 ± 0.3", "1").replace("2/3 |", "3/3 |"), write=True) == []
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == TIED
+
+
+@pytest.mark.parametrize(
+    ("above", "told"),
+    [
+        ("", "a table with numbers and no tie"),
+        ("<!-- facts -->", None),
+        ("<!-- machine: soak.json; one long run -->", None),
+        ("<!-- machine: soak.json -->", "says why"),
+        ("<!-- machine: none.json; one long run -->", "docs/results has no none.json"),
+    ],
+)
+def test_a_table_with_numbers_has_a_tie_or_a_mark(tmp_path: Path, above: str, told: str | None) -> None:
+    found = complaints(tmp_path, f"{above}\n| a | b |\n| --- | --- |\n| x | 3 |\n")
+    assert (told in found[0]) if told else not found
+
+
+def test_tables_of_words_and_tables_in_code_need_no_mark(tmp_path: Path) -> None:
+    table = "| a | b |\n| --- | --- |\n| 1 | {} |\n"
+    assert complaints(tmp_path, table.format("`3` of [one](https://example.org/2.0)")) == []
+    assert complaints(tmp_path, f"```\n{table.format('3')}```\n") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "entry", "told"),
+    [
+        ("It has 3.6 of R@1.", {}, "has no claim"),
+        ("It has 36 % of it.", {}, "has no claim"),
+        ("Of `a.b=3.6`, [it](x3.6), 3 steps.", {}, None),
+        ("It has 3.6 of R@1.", {"facts": ["3.6 of R@1"]}, None),
+        ("It has 3.6.", {"facts": ["3.7"]}, "the fact '3.7'"),
+        ("It has 3.6 of R@1.", {"claims": [{"says": "has {of(R1, arm='no hint').mean} of"}]}, None),
+        ("It has 3.7 of R@1.", {"claims": [{"says": "has {of(R1, arm='no hint').mean} of"}]}, "say 'has 3.6 of'"),
+        ("It has 3.6.", {"claims": [{"says": "has {of(R1, arm='nobody').mean}"}]}, "no row holds"),
+    ],
+)
+def test_measured_numbers_of_prose_belong_to_a_claim(text: str, entry: dict[str, object], told: str | None) -> None:
+    found = list(tables._check_claims(tables.prose(text), {"from": "fitnet.csv", **entry}, []))
+    assert (told in found[0]) if told else not found
+
+
+def test_scores_and_differences_are_written_as_the_docs_do() -> None:
+    one, other = measured.Scores({0: 1.0, 1: 2.0, 2: 4.5}), measured.Scores({0: 1.0, 1: 1.0, 2: 1.0})
+    assert f"{one}" == "2.5 ± 1.8"
+    assert f"{one - other}" == "+1.5 [−3.0, 6.0], 2/3"  # 4.303 x 1.803 / sqrt(3) = 4.48
+    assert f"{other - other:+.2f}" == "+0.00 [0.00, 0.00], 0/3"
+    assert f"{measured.Scores({0: 1.0}) - measured.Scores({0: 2.0})}" == "−1.0"
+    with pytest.raises(measured.UnknownNumberError, match="no seed in common"):
+        one - measured.Scores({7: 1.0})
+
+
+def test_a_selection_with_two_rows_of_a_seed_is_refused() -> None:
+    with pytest.raises(measured.UnknownNumberError, match="more than one row of seed 0"):
+        measured.Asker("cmapkd_final_early.csv").ask('of(R1, arm="cmapkd")')
+
+
+# ------------------------------------------------------------------------------------------------ links
+
+
+def links(path: Path) -> Iterator[str]:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(path: Path) -> set[str]:
+    """GitHub's names of a document's headings."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        assert there.exists(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(there), f"{target}: {there.name} has no such heading"

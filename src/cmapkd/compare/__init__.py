@@ -1,6 +1,7 @@
 """Many runs, one table: arms, axes and seeds in one resumable comparison with paired statistics."""
 
-from cmapkd.compare.config import ComparisonConfig, ContrastConfig, TableConfig, list_comparisons, load_comparison
+from cmapkd.compare.config import ComparisonConfig, TableConfig, list_comparisons, load_comparison
+from cmapkd.compare.declared import ContrastConfig
 from cmapkd.compare.execute import ComparisonResult, compare, prepare, tune
 from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.picture_table import PictureTable

@@ -12,6 +12,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from cmapkd.compare.clock import EqualTimeConfig
+from cmapkd.compare.declared import ContrastConfig
 from cmapkd.compare.tuning import TuningConfig
 from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
 from cmapkd.evaluation.tasks import TASKS
@@ -32,17 +33,6 @@ class _ArmsAndAxes(Config):
     @classmethod
     def _labelled_axes(cls, value: Any) -> Any:
         return _axes(value)
-
-
-class ContrastConfig(Config):
-    """A difference that is declared before the runs. Declared differences alone are tested and get a verdict."""
-
-    arm: str = Field(description="The arm, axis value or whole row whose score is tested.")
-    against: str = Field(description="What it is tested against, named in the same way.")
-    metric: str | None = Field(None, description="Dotted path in the student's scores; none: the table's first metric.")
-    smallest: float | None = Field(
-        None, gt=0, description="The smallest difference that matters, in units of the metric; none: never `equal`."
-    )
 
 
 class TableConfig(_ArmsAndAxes):

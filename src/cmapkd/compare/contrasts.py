@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cmapkd.compare.config import ComparisonConfig, ContrastConfig
+from cmapkd.compare.config import ComparisonConfig
 from cmapkd.compare.coordinates import Placed, counterparts, find_coordinate, rows_at
+from cmapkd.compare.declared import ContrastConfig
 from cmapkd.config import ConfigError
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 
 from cmapkd.config import ConfigError, closest, printable, writing
+from cmapkd.data.types import Source
 from cmapkd.results import RunResult, Scores
 from cmapkd.run.build import open_training
 from cmapkd.run.config import RunConfig
 from cmapkd.run.folder import prepare_folder, write_json, write_yaml
+from cmapkd.run.lock import locked
 from cmapkd.run.measure import account, measure, open_final
 from cmapkd.run.train import train
 from cmapkd.training.processes import start_processes, wait_for_all, was_restarted
@@ -34,7 +38,7 @@ def run(
     Returns:
         What `metrics.json` holds. In processes other than the first, an empty result.
     Raises:
-        ConfigError: a name in the config is unknown, or `out` holds another run.
+        ConfigError: a name in the config is unknown, or `out` holds another run, or is being written by one.
         Interrupted, NonFiniteLossError, ValueError: see `Trainer.run`.
     """
     if isinstance(config.baseline, Path) and not config.baseline.is_dir():
@@ -50,6 +54,21 @@ def run(
             raise ConfigError(f"baseline scratch, which learns from captions: {error} Or set baseline=none.") from None
     final = open_final(config)  # first, so that a wrong name shows before the training and not after it
     state = start_processes(on_cpu=config.training.on_cpu)
+    with locked(out) if state.is_main_process else nullcontext():
+        return _run(config, final, state, out=out, resume=resume, console=console, teacher_scores=teacher_scores)
+
+
+def _run(
+    config: RunConfig,
+    final: Source | None,
+    state: PartialState,
+    *,
+    out: Path,
+    resume: bool,
+    console: Console | None,
+    teacher_scores: Scores | None,
+) -> RunResult:
+    """The run in its folder, which is this process's or its main process's alone."""
     with state.main_process_first():
         resume = resume or (was_restarted() and (out / "config.yaml").exists())
         prepare_folder(out, config, resume=resume, write=state.is_main_process)

@@ -15,8 +15,9 @@ from cmapkd.config.disk import flush, write_text
 from cmapkd.models import Model
 from cmapkd.provenance import describe_environment
 from cmapkd.run.config import RunConfig
+from cmapkd.run.lock import LOCK
 
-_FIRST_FILES = ("config.yaml", "environment.json", ".config.yaml.writing", ".environment.json.writing")
+_FIRST_FILES = (LOCK, "config.yaml", "environment.json", ".config.yaml.writing", ".environment.json.writing")
 
 
 def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from cmapkd.cache import CacheReader
 from cmapkd.cache.files import write_json
-from cmapkd.cache.layout import CHECK, Field, Layout
+from cmapkd.cache.layout import CHECK, Field, RowLayout
 from cmapkd.cache.parts import CacheFolder
 from cmapkd.features import EmbeddingBank
 from cmapkd.objectives import bank_divergence
@@ -126,7 +126,7 @@ def measure(size: int, sample: int, arguments: argparse.Namespace) -> dict[str, 
 
 def stored(folder: Path, size: int, width: int) -> CacheFolder:
     """A cache of `global` rows of noise, without a teacher."""
-    layout = Layout("global", "fp16", (Field("image", None, (width,)), Field("text", None, (width,))))
+    layout = RowLayout("global", "fp16", (Field("image", None, (width,)), Field("text", None, (width,))))
     cache = CacheFolder.create(
         folder / "c", identity={}, layout=layout, about={}, logit_scale=20.0, logit_bias=None, length=size
     )

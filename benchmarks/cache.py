@@ -26,7 +26,7 @@ from cmapkd.cache import CacheConfig, CachePlan, CacheReader, all_keys, describe
 from cmapkd.cache.chunks import Chunks, spans_of
 from cmapkd.cache.files import write_json
 from cmapkd.cache.identity import row_check
-from cmapkd.cache.layout import CHECK, DETAILS, Field, Layout
+from cmapkd.cache.layout import CHECK, DETAILS, Field, RowLayout
 from cmapkd.cache.parts import CacheFolder, CachePart
 from cmapkd.cache.writer import live_features
 from cmapkd.data.batches import Reader
@@ -157,7 +157,7 @@ def vit_l14(kind: Any, store: Any, folder: Path, rows: int = 20_000) -> dict[str
     image, text = Field("image", None, (768,)), Field("text", None, (768,))
     levels = [Field("image", f"blocks.{n}", (1024,)) for n in (5, 15, 23)]
     levels += [Field("text", f"blocks.{n}", (768,)) for n in (3, 7, 11)]
-    layout = Layout(kind, store, (image, text, *(levels if kind == "pooled" else ())))
+    layout = RowLayout(kind, store, (image, text, *(levels if kind == "pooled" else ())))
     cache = CacheFolder.create(
         folder, identity={}, layout=layout, about={}, logit_scale=1.0, logit_bias=None, length=rows
     )

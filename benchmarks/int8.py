@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cmapkd.cache.layout import Field, Layout
+from cmapkd.cache.layout import Field, RowLayout
 from cmapkd.data.open import open_source
 from cmapkd.evaluation.embed import embed
 from cmapkd.evaluation.retrieval import retrieval
@@ -79,7 +79,7 @@ def scores(model: Any, source: Any) -> dict[str, float]:
     for store in STORES:
         sides = []
         for values in (embedded.images, embedded.texts):
-            layout = Layout("global", store, (Field("image", None, (values.shape[1],)),))  # type: ignore[arg-type]
+            layout = RowLayout("global", store, (Field("image", None, (values.shape[1],)),))  # type: ignore[arg-type]
             # a row holds embeddings as the tower gives them; their length does not matter to a scale for each row
             decoded = layout.decode(layout.encode({"image": values.float()}))["image"]
             sides.append(torch.nn.functional.normalize(decoded, dim=-1))

@@ -25,7 +25,7 @@ import torch
 from cmapkd.cache import CacheReader
 from cmapkd.cache.files import write_json
 from cmapkd.cache.identity import row_check
-from cmapkd.cache.layout import CHECK, Layout
+from cmapkd.cache.layout import CHECK, RowLayout
 from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.data.types import Batch, ModelInput
@@ -134,7 +134,7 @@ def stored(folder: Path, method: Any, inputs: ModelInput, samples: int) -> Cache
     """Rows of noise in the layout that the method reads."""
     with torch.no_grad():
         answers = method.teacher.model(inputs, method.teacher_needs)
-    layout = Layout.of(answers, kind=method.teacher_detail, store="fp16", context_length=1)
+    layout = RowLayout.of(answers, kind=method.teacher_detail, store="fp16", context_length=1)
     about = {"identity": {}, "about": {}, "logit_scale": 20.0, "logit_bias": None}
     cache = CacheFolder.create(folder / "c", layout=layout, length=samples, **about)
     cache.add_part(np.arange(samples, dtype=np.int64), batch_size=128, shard_bytes=64 * 2**20)

@@ -1,81 +1,68 @@
-"""Every method on a GPU that is not there: devices that do not fit and reads that the host waits for, found on a CPU.
+"""The trainer's steps on a GPU that is not there: devices that do not fit and reads that the host waits for.
 
-A script for `test_pretended.py`: what it does to torch holds for a whole process. Tensors are fake: they have shapes
-and devices, and no numbers. `forward` pretends CUDA with the trainer's autocast to bf16. It has no backward pass:
-autograd's engine asks the CUDA driver about its devices. `learning` pretends the device type that torch leaves to
-backends written in Python, which need no driver: forward, backward and the steps of the real `Trainer`.
+Tensors are fake: they have shapes and devices, and no numbers. Each says `cuda` to Python and to the dispatcher, which
+therefore runs the code of a GPU: autocast to bf16, the fused optimizer, checks that all tensors are on one device. To
+C++ that asks a tensor for its device it says `meta`. So autograd's engine asks no driver, and the backward pass stays
+in the calling thread. With a backend in Python, torch's other way, the engine's own threads end the process now and
+then.
 
 Each read of a number from the device counts as a synchronisation, by the line of this package that asked for it.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import traceback
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils.checkpoint
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.backend_registration import (
-    _DummyBackendModule,
-    _DummyDeviceGuard,
-    _DummyPrivateUse1Hook,
-    _setup_privateuseone_for_python_backend,
-)
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from accelerate.state import AcceleratorState, PartialState
 
 import cmapkd
 from cmapkd.data.types import Batch
 from cmapkd.methods import METHODS, Method
+from cmapkd.training import trainer as training_loop
 from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
     GRADNORM,
     MASKED,
     MemorySource,
-    into_first_stage,
     make_method,
     make_trainer,
     random_batch,
     second_teacher,
 )
 
-aten = torch.ops.aten
+aten, prim = torch.ops.aten, torch.ops.prim
 PACKAGE = Path(cmapkd.__file__).parent
+CUDA, CPU, META = "cuda", "cpu", "meta"
 BATCH, MICRO_BATCH = 8, 3
-PRETENDED = "pretended"  # a device type
-STEPS = 4  # of these the last is counted: by then banks are filled, windows closed, buffers made
-HOW = ("forward", "learning")
-NEEDS_GRADIENTS = ("clip_kd, balanced terms",)  # in their forward pass
+STEPS = 3  # of each stage: in the last of them banks are filled and buffers made
+MORE_STEPS = {"cmapkd, policy": 7}  # two windows end, and the policy acts
 SIZES: dict[str, int | None] = {"whole": None, "micro-batches": MICRO_BATCH}
 MANUAL = {"contrastive": 1, "relational": 1, "feature": 1, "interactive": 1}
 VISUAL = {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0}
+POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
 OTHER_TOKENS = "other tokens"  # student and teacher cut the texts differently
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
     **{name: (name, {}) for name in METHODS},
-    "cmapkd, everything, gate": ("cmapkd", {**CMAPKD_EXACT, "weighting": "gate"}),
-    "cmapkd, everything, policy": (
-        "cmapkd",
-        {**CMAPKD_EXACT, "weighting": {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}},
-    ),
-    "cmapkd, everything, attention": ("cmapkd", {**CMAPKD_EXACT, "weighting": "attention"}),
-    "cmapkd, everything, uncertainty": ("cmapkd", {**CMAPKD_EXACT, "weighting": "uncertainty"}),
+    "cmapkd, everything": ("cmapkd", {**CMAPKD_EXACT, "weighting": "gate"}),
+    "cmapkd, policy": ("cmapkd", {"visual_levels": VISUAL, "weighting": POLICY}),
+    "cmapkd, attention": ("cmapkd", {"visual_levels": VISUAL, "weighting": "attention"}),
+    "cmapkd, uncertainty": ("cmapkd", {"visual_levels": VISUAL, "weighting": "uncertainty"}),
     "cmapkd, key tokens": ("cmapkd", {"places": "key_tokens", "key_tokens": 2, "visual_levels": VISUAL}),
     "cmapkd, pooled": ("cmapkd", {"places": "pooled", "depths": "mean"}),
     "cmapkd, top down": ("cmapkd", {"top_down": True, "grids": {"P2": 2.0}}),
@@ -93,10 +80,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "c2kd, all at once": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0, "prompts_at_once": None}),
     "fitnet, texts": ("fitnet", {"text_guided_layer": 0.5, "text_hint_layer": 0.5}),
 }
+OFTEN = (*METHODS, "cmapkd, everything")  # the others differ in a setting, and are slow tests
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Once the host waits for the device.
+
+    Attributes:
+        what: a read, a copy.
+        where: the line of the package that asked.
+        age: of a single number that is read: how many steps ago the device was told to compute it.
+    """
+
+    what: str
+    where: str
+    age: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.what} at {self.where}" + ("" if self.age is None else f" (computed {self.age} steps before)")
 
 
 class Watched(TorchDispatchMode):
-    """Answers what fake tensors have no number for, and counts each time the host would wait for the device.
+    """Answers what fake tensors have no number for, and notes each time the host would wait for the device.
 
     Args:
         equal: what `torch.equal` finds, of tensors of one shape.
@@ -104,41 +110,64 @@ class Watched(TorchDispatchMode):
 
     def __init__(self, *, equal: bool) -> None:
         super().__init__()
-        self.equal, self.waits = equal, Counter[str]()
+        self.equal, self.step = equal, -1  # before the first
+        self.waits: dict[int, list[Wait]] = defaultdict(list)  # by step
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        there = [leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_device = any(kind != "cpu" for kind in there)
+        if func is prim.device.default:  # C++ asks
+            device = args[0].fake_device
+            return torch.device(META) if device.type == CUDA else device
+        kwargs = dict(kwargs or {})
+        if (asked := kwargs.get("device")) is not None and torch.device(asked).type == META:  # C++ said as it was told
+            kwargs["device"] = torch.device(CUDA, 0)
+        found = self._answer(func, args, kwargs)
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, FakeTensor) and leaf.ndim == 0:
+                leaf.computed_in = self.step
+        return found
+
+    def _answer(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        there = [tensor.device.type for tensor in tensors]
         if func in (aten._local_scalar_dense.default, aten.is_nonzero.default):
             return self._number(args[0])
         if func is aten.equal.default:
             if len(set(there)) > 1:
                 raise RuntimeError("tensors on two devices are compared")
-            self._note(on_device, "equal")
+            self._note(CUDA in there, "equal")
             return args[0].shape == args[1].shape and self.equal
         if func is aten.nonzero.default:
-            self._note(on_device, "nonzero")
+            self._note(CUDA in there, "nonzero")
             return torch.empty((min(2, args[0].numel()), args[0].ndim), dtype=torch.long, device=args[0].device)
+        if func is aten._linalg_check_errors.default:
+            self._note(CUDA in there, "check of a decomposition")
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            self._note(there[0] == CUDA and CPU in there, "copy of an index from the host")
+        if func is aten.copy_.default and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+            self._copied_between(there[1], there[0])
         if func is aten._to_copy.default and kwargs.get("device") is not None and len(there) == 1:
-            away, to = there[0], torch.device(kwargs["device"]).type
+            to = torch.device(kwargs["device"]).type
             if not kwargs.get("non_blocking"):  # of one that is, torch pins the host's side, and streams keep the order
-                self._note(away != "cpu" and to == "cpu", "copy to the host")
-                self._note(away == "cpu" and to != "cpu", "copy from the host")
-            if to != "cpu":  # a number that is known on the host would be copied in earnest
+                self._copied_between(there[0], to)
+            if to != CPU:  # a number that is known on the host would be copied in earnest
                 dtype = kwargs.get("dtype") or args[0].dtype
                 return torch.empty_strided(args[0].shape, args[0].stride(), dtype=dtype, device=kwargs["device"])
         return func(*args, **kwargs)
 
+    def _copied_between(self, away: str, to: str) -> None:
+        self._note(away == CUDA and to == CPU, "copy to the host")
+        self._note(away == CPU and to == CUDA, "copy from the host")
+
     def _number(self, tensor: Tensor) -> Any:
-        self._note(tensor.device.type != "cpu", "read")
+        computed = getattr(tensor, "computed_in", None)
+        self._note(tensor.device.type == CUDA, "read", None if computed is None else self.step - computed)
         if tensor.dtype == torch.bool:
             return True
         return 1.0 if tensor.dtype.is_floating_point else 3
 
-    def _note(self, waits: bool, what: str) -> None:
+    def _note(self, waits: bool, what: str, age: int | None = None) -> None:
         if waits:
-            self.waits[f"{what} at {asked_by()}"] += 1
+            self.waits[self.step].append(Wait(what, asked_by(), age))
 
 
 def asked_by() -> str:
@@ -146,30 +175,31 @@ def asked_by() -> str:
     for frame in reversed(traceback.extract_stack()):
         if (path := Path(frame.filename)).is_relative_to(PACKAGE):
             return f"{path.relative_to(PACKAGE)}:{frame.lineno} {frame.line}"
-    return "torch's own backward pass"
+    return "no line of the package"
 
 
-class Backend(_DummyBackendModule):  # type: ignore[misc]
-    """`torch.pretended`."""
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
-
-
-PARTS: list[Any] = []  # kept here: torch holds them by their address
-
-
-def prepare_torch(how: str) -> None:
-    """What fake tensors and a device without a driver need, once in the process."""
-    torch.set_num_threads(1)
-    torch.autograd.set_multithreading_enabled(False)  # no thread of the engine for a device that is not there
-    warnings.simplefilter("ignore")
-    if how == "learning":  # with it torch no longer pretends CUDA
-        PARTS.extend((Backend(), _DummyPrivateUse1Hook(), _DummyDeviceGuard()))
-        _setup_privateuseone_for_python_backend(PRETENDED, *PARTS)
-    Tensor.__deepcopy__ = nn.Parameter.__deepcopy__ = _copied  # type: ignore[method-assign, assignment]
-    nn.Module._apply = _exchanged  # type: ignore[method-assign, assignment]
-    torch.utils.checkpoint._infer_device_type = lambda *_: "cpu"  # type: ignore[attr-defined]
+@contextmanager
+def pretending(*, equal: bool = True) -> Iterator[Watched]:
+    """A GPU, as far as torch, Accelerate and the trainer look; within it tensors have no numbers."""
+    watched = Watched(equal=equal)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch's, of a GPU that it does not find
+        for owner, name, new in (
+            (Tensor, "__deepcopy__", _copied),
+            (nn.Parameter, "__deepcopy__", _copied),
+            (nn.Module, "_apply", _exchanged),
+            (BackwardCFunction, "apply", _backward),
+            (FakeTensor, "is_cuda", property(lambda tensor: tensor.device.type == CUDA)),
+            (FakeTensor, "is_meta", property(lambda tensor: tensor.device.type == META)),
+            (torch.utils.checkpoint, "_infer_device_type", lambda *_: CPU),  # whose random state is kept
+            (training_loop, "forget_peak", lambda _device: None),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, new, create=True))
+        stack.enter_context(_on_device(torch.device(CUDA, 0)))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(watched)
+        yield watched
 
 
 def _copied(self: Tensor, memo: dict[int, Any]) -> Tensor:
@@ -200,17 +230,45 @@ def _exchanged(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: boo
     return self
 
 
+def _backward(self: Any, *gradients: Any) -> Any:
+    """The backward pass of a function of one's own, with the engine's check, which it spares tensors that are fake."""
+    found = _apply_backward(self, *gradients)
+    nodes = [each for each in self.next_functions if each[0] is not None]
+    there = {node._input_metadata[number].device.type.replace(META, CUDA) for node, number in nodes}
+    for gradient in found if isinstance(found, tuple) else (found,):
+        if isinstance(gradient, Tensor) and gradient.device.type not in there:
+            raise RuntimeError(f"a gradient is on {gradient.device}, the device of its tensor is another: {there}")
+    return found
+
+
+_apply_backward = BackwardCFunction.apply
+
+
+@contextmanager
+def _on_device(device: torch.device) -> Iterator[None]:
+    """Accelerate takes this device for the one that the process has."""
+    PartialState(cpu=True)
+    shared = PartialState._shared_state
+    before = shared["device"]
+    AcceleratorState._reset_state()
+    shared["device"] = device
+    try:
+        yield
+    finally:
+        shared["device"] = before
+        AcceleratorState._reset_state()
+
+
 def made(case: str) -> Method:
     kind, settings = CASES[case]
     more = [second_teacher()] if kind == "mobileclip" else []
-    method = make_method(kind, settings=settings, more_teachers=more).train()
-    return into_first_stage(method) if "masks" in case else method
+    return make_method(kind, settings=settings, more_teachers=more)
 
 
 def batches(case: str) -> list[Batch]:
     """With numbers in them: what is on the host is there."""
     found = []
-    for seed in range(STEPS + 1):
+    for seed in range(STEPS):
         batch = random_batch(BATCH, seed=seed, rich=CASES[case][0] == "mobileclip")
         if case.endswith(OTHER_TOKENS):
             spans = torch.arange(8).unfold(0, 2, 1).expand(BATCH, 7, 2).contiguous()
@@ -223,114 +281,69 @@ def batches(case: str) -> list[Batch]:
     return found
 
 
-@contextmanager
-def pretending(case: str) -> Iterator[Watched]:
-    watched = Watched(equal=not case.endswith(OTHER_TOKENS))
-    with FakeTensorMode(allow_non_fake_inputs=True), watched:
-        yield watched
-
-
-def forward(case: str, micro_batch: int | None) -> Counter[str]:
-    """Terms under autocast, on CUDA; what waits in the last step."""
-    given = batches(case)
-    with pretending(case) as watched:
-        method = made(case).to("cuda")
-        for teacher in method.teachers.values():
-            teacher.to("cuda")
-        method.micro_batch = micro_batch
-        for batch in given[:STEPS]:
-            watched.waits.clear()
-            moved = batch.to("cuda", non_blocking=True, images=micro_batch is None)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                terms = method(moved)
-            torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
-    return watched.waits
-
-
 class _Enough(Exception):
     pass
 
 
 class Given:
-    """Batches that are there already, for the trainer."""
+    """Batches that are there already, for the trainer; a step begins when its batch is asked for."""
 
-    def __init__(self, case: str) -> None:
-        self.source, self.batches = MemorySource(BATCH * (STEPS + 2)), batches(case)
+    def __init__(self, given: list[Batch], watched: Watched, stop: int) -> None:
+        self.source, self.given, self.watched, self.stop = MemorySource(2 * BATCH), given, watched, stop
 
     def __getitem__(self, plan: Any) -> Batch:
-        return self.batches[plan.step % len(self.batches)]
+        if plan.step == self.stop:
+            raise _Enough
+        self.watched.step = plan.step
+        return self.given[plan.step % len(self.given)]
 
 
-def learning(case: str, micro_batch: int | None) -> Counter[str]:
-    """Steps of the trainer with gradients; what waits in the last one that is whole.
+def waits_of(
+    folder: Path,
+    method: Callable[[], Method],
+    given: list[Batch],
+    *,
+    micro_batch: int | None,
+    steps: int = STEPS,
+    equal: bool = True,
+) -> list[list[Wait]]:
+    """What the host waits for in each of the trainer's steps, from one batch to the next, with all that belongs to it.
 
-    From one step of the optimizer to the next: backward pass, average, checks, the next batch, its forward pass.
+    Args:
+        method: makes it; called where tensors are fake.
+        given: its batches, over and over.
+        steps: of each of the method's stages.
+        equal: what `torch.equal` finds, of tensors of one shape.
+    Returns:
+        One list for each step, of all stages.
     """
-    given = Given(case)
-    with pretending(case) as watched, on_device(PRETENDED):
-        folder = Path(os.environ["CMAPKD_PRETENDED"]) / f"{case} {micro_batch}"
+    with pretending(equal=equal) as watched:
+        learner = method()
+        stages = [stage.model_copy(update={"share": None, "steps": steps}) for stage in learner.default_stages]
+        stop = steps * max(1, len(stages))
+        if stages:
+            stages[-1] = stages[-1].model_copy(update={"steps": steps + 1})  # the last step of a run writes it down
         trainer = make_trainer(
-            folder, made(case), steps=100, log_every=100, checkpoint_every=100, ema=0.9, micro_batch=micro_batch
+            folder,
+            learner,
+            steps=None if stages else stop + 1,
+            stages=tuple(stages),
+            micro_batch=micro_batch,
+            precision="bf16",
+            ema=0.9,
+            log_every=1000,
+            checkpoint_every=1000,
         )
-        trainer.builder = given  # type: ignore[assignment]
-        steps = 0
-
-        def count(*_arguments: Any) -> None:
-            nonlocal steps
-            steps += 1
-            gradients = [p.grad for p in trainer.method.student.parameters() if p.grad is not None]
-            assert gradients
-            assert {gradient.device.type for gradient in gradients} == {PRETENDED}
-            if steps == STEPS:
-                raise _Enough
-            watched.waits.clear()
-
-        handle = register_optimizer_step_pre_hook(count)
-        try:
+        trainer.builder = Given(given, watched, stop)  # type: ignore[assignment]
+        with suppress(_Enough):
             trainer.run()
-        except _Enough:
-            return watched.waits
-        finally:
-            handle.remove()
-    raise AssertionError("the trainer never stepped")
+        assert {parameter.device.type for parameter in trainer.method.parameters()} == {CUDA}
+        assert trainer.progress.step == stop
+    return [watched.waits[step] for step in range(stop)]
 
 
-@contextmanager
-def on_device(kind: str) -> Iterator[None]:
-    """Accelerate takes this device for the one that the process has."""
-    PartialState(cpu=True)
-    shared = PartialState._shared_state
-    before = shared["device"]
-    AcceleratorState._reset_state()
-    shared["device"] = torch.device(kind, 0)
-    try:
-        yield
-    finally:
-        shared["device"] = before
-        AcceleratorState._reset_state()
-
-
-def cases_of(how: str) -> list[str]:
-    return [case for case in CASES if how == "learning" or case not in NEEDS_GRADIENTS]
-
-
-def main(out: Path, how: str) -> None:
-    prepare_torch(how)
-    os.environ["CMAPKD_PRETENDED"] = str(out)
-    found: dict[str, Any] = {}
-    for case in sys.argv[3:] or cases_of(how):
-        for size, micro_batch in SIZES.items():
-            try:
-                waits = {"forward": forward, "learning": learning}[how](case, micro_batch)
-                found[f"{case}, {size}"] = {"waits": dict(waits)}
-            except Exception as error:
-                found[f"{case}, {size}"] = {
-                    "error": f"{error!s:.2000}\n{''.join(traceback.format_tb(error.__traceback__))}"
-                }
-    (out / f"{how}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    sys.stdout.flush()
-    os._exit(0)  # threads of an engine without a driver do not end by themselves
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+def waits_of_case(folder: Path, case: str, micro_batch: int | None) -> list[list[Wait]]:
+    """Of the steps that are not the first of a stage, in which modules are new."""
+    steps, equal = MORE_STEPS.get(case, STEPS), not case.endswith(OTHER_TOKENS)
+    waits = waits_of(folder, lambda: made(case), batches(case), micro_batch=micro_batch, steps=steps, equal=equal)
+    return [of_step for step, of_step in enumerate(waits) if step % steps]

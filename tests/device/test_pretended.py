@@ -1,60 +1,213 @@
 """Every method on a pretended GPU, whole and in micro-batches: one device for all, and how often the host waits for it.
 
-A wait is a number that is read from the device, or a copy that the host does not go on beside. A forward pass has none.
-A step of the trainer has at most one, its own, whatever the method and however many micro-batches. Steps with their
-backward pass run on a device of torch's experimental kind, which takes minutes: these are slow tests.
+A wait is a number that is read from the device, or a copy that the host does not go on beside. A step of the trainer,
+with its backward pass and its update, has exactly one, whatever the method and however many micro-batches: whether the
+step before was finite. Only the first step of a run or a stage may have more.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pretended import HOW, SIZES, cases_of
+import torch
+from accelerate.state import PartialState
+from pretended import CASES, CUDA, MICRO_BATCH, OFTEN, SIZES, Wait, batches, pretending, waits_of, waits_of_case
+from torch import Tensor
 
-FAILED = "failed"
-BUDGET = {"forward": 0, "learning": 1}
-SLOW = {"forward": (), "learning": (pytest.mark.slow,)}
+from cmapkd.data.types import Batch, TokenBatch
+from cmapkd.features.words import WordAligner
+from cmapkd.methods import METHODS, Term
+from cmapkd.training.engine import WholeEngine
+from cmapkd.training.stopping import FiniteWatch
+from helpers import make_method
+
+Contrastive: Any = METHODS["contrastive"]
+FLAG = "read at training/stopping.py"  # whether a step was finite
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pretended")
-
-
-@cache
-def found_by(out: Path, how: str) -> dict[str, Any]:
-    """What a process that pretends found, in one of the ways."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("pretended.py")), str(out), how],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    if done.returncode:
-        return {FAILED: done.stderr[-4000:]}
-    found: dict[str, Any] = json.loads((out / f"{how}.json").read_text(encoding="utf-8"))
-    return found
+def check(waits: list[list[Wait]]) -> None:
+    """Each step has one wait, for the flag of the step before."""
+    for step, of_step in enumerate(waits):
+        listed = "\n".join(map(str, of_step))
+        assert len(of_step) == 1, f"{len(of_step)} waits in step {step} of those counted, 1 allowed:\n{listed}"
+        assert listed.startswith(FLAG), f"another wait than the trainer's own: {listed}"
+        assert of_step[0].age == 1, f"the flag of this very step is waited for: {listed}"
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("how", "case"), [pytest.param(how, case, marks=SLOW[how]) for how in HOW for case in cases_of(how)]
-)
-def test_a_step_runs_where_the_student_is_and_nobody_waits(out: Path, how: str, case: str, size: str) -> None:
-    every = found_by(out, how)
-    assert FAILED not in every, every[FAILED]
-    found = every[f"{case}, {size}"]
-    assert "error" not in found, found["error"]
-    waits: dict[str, int] = found["waits"]
-    count = sum(waits.values())
-    listed = "\n".join(f"{number} x {what}" for what, number in sorted(waits.items()))
-    assert count <= BUDGET[how], f"the host waits {count} times in a step, {BUDGET[how]} allowed:\n{listed}"
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in OFTEN)) for case in CASES])
+def test_a_step_runs_where_the_student_is_and_waits_once(tmp_path: Path, case: str, size: str) -> None:
+    check(waits_of_case(tmp_path, case, SIZES[size]))
+
+
+class Planted(Contrastive):  # type: ignore[misc]
+    """A method with a fault in its forward or its backward pass."""
+
+    fault: Callable[[Tensor], Any]
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        terms: dict[str, Term] = super().terms(batch)
+        name, term = next(iter(terms.items()))
+        value = self.fault(term.value)
+        return {**terms, name: Term(value if isinstance(value, Tensor) else term.value, term.weight)}
+
+
+def waits_with(folder: Path, fault: Callable[[Tensor], Any], micro_batch: int | None = None) -> list[list[Wait]]:
+    kind = type("Planted", (Planted,), {"fault": staticmethod(fault)})
+    return waits_of(folder, lambda: make_method(kind), batches("contrastive"), micro_batch=micro_batch)[1:]
+
+
+class Backwards(torch.autograd.Function):
+    """The identity, with a fault in its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, fault: Callable[[Tensor], Any]) -> Tensor:
+        ctx.fault = fault
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        changed = ctx.fault(gradients[0])
+        return (changed if isinstance(changed, Tensor) else gradients[0]), None
+
+
+def backwards(fault: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    return lambda value: Backwards.apply(value, fault)  # type: ignore[no-untyped-call, no-any-return]
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda value: value.item(),
+    "float": float,
+    "branch": lambda value: 1 if value > 0 else 2,
+    "tolist": lambda value: value.expand(2).tolist(),
+    "cpu": lambda value: value.cpu(),
+    "nonzero": lambda value: value.expand(2).nonzero(),
+    "equal": lambda value: torch.equal(value, value),
+    "copy to the host": lambda value: torch.zeros(()).copy_(value),
+    "constant": lambda value: value * torch.tensor([1.0], device=value.device),
+    "index of the host": lambda value: value.expand(2)[torch.tensor([0, 1])],
+    "inverse": lambda value: torch.linalg.inv(value.float().expand(2, 2)),
+}
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("read", READS)
+def test_a_planted_read_is_found(tmp_path: Path, read: str, way: str) -> None:
+    def fault(value: Tensor) -> None:
+        READS[read](value.detach())
+
+    with pytest.raises(AssertionError, match=r"[2-9] waits in step 0"):
+        check(waits_with(tmp_path, fault if way == "forward" else backwards(fault)))
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_planted_shape_that_depends_on_numbers_is_found(tmp_path: Path, way: str) -> None:
+    def fault(value: Tensor) -> None:
+        many = value.detach().expand(2)
+        many[many > 0].sum()
+
+    with pytest.raises(Exception, match=r"aten\.(nonzero|index)"):
+        waits_with(tmp_path, fault if way == "forward" else backwards(fault))
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_planted_tensor_on_the_host_is_found(tmp_path: Path, way: str) -> None:
+    def fault(value: Tensor) -> Tensor:
+        return value + torch.zeros(2).to(value.dtype)
+
+    with pytest.raises(RuntimeError, match=r"same device.*cuda:0 and cpu"):
+        waits_with(tmp_path, fault if way == "forward" else backwards(fault))
+
+
+def test_a_planted_gradient_on_the_host_is_found(tmp_path: Path) -> None:
+    backward = backwards(lambda gradient: torch.ones(2))
+    with pytest.raises(RuntimeError, match="gradient is on cpu"):
+        waits_with(tmp_path, lambda value: backward(value.expand(2)).mean())
+
+
+@pytest.mark.parametrize("micro_batch", [None, MICRO_BATCH])
+def test_a_planted_read_in_the_student_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int | None
+) -> None:
+    """In micro-batches the backward pass encodes again: each of them reads twice."""
+
+    def encoded(method: Any, part: Batch, number: int = 0) -> Any:
+        method.student.log_logit_scale.sum().item()
+        return encode(method, part, number)
+
+    encode = Contrastive._encode_student
+    monkeypatch.setattr(Contrastive, "_encode_student", encoded)
+    reads = 1 if micro_batch is None else 6
+    with pytest.raises(AssertionError, match=f"{1 + reads} waits in step 0"):
+        check(waits_with(tmp_path, lambda value: None, micro_batch))
+
+
+def test_a_planted_read_in_the_trainers_step_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def clip(engine: WholeEngine, max_norm: float) -> Tensor:
+        norm = clipped(engine, max_norm)
+        assert float(norm) >= 0
+        return norm
+
+    clipped = WholeEngine.clip
+    monkeypatch.setattr(WholeEngine, "clip", clip)
+    with pytest.raises(AssertionError, match="2 waits in step 0"):
+        check(waits_with(tmp_path, lambda value: None))
+
+
+def test_a_flag_read_at_once_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wait a step, and the host waits for all that the step has launched."""
+
+    def watch(self: FiniteWatch, *arguments: Any, **settings: Any) -> Tensor:
+        finite = watched(self, *arguments, **settings)
+        self.check(list)
+        return finite
+
+    watched = FiniteWatch.watch
+    monkeypatch.setattr(FiniteWatch, "watch", watch)
+    with pytest.raises(AssertionError, match="of this very step"):
+        check(waits_with(tmp_path, lambda value: None))
+
+
+def tokens_on_device() -> TokenBatch:
+    return TokenBatch(torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)).to(CUDA)
+
+
+def test_tokens_without_spans_are_looked_at_once() -> None:
+    """And that they were is nothing to see in the words: a micro-batch that is encoded again must have as many."""
+    with pretending() as watched:
+        align, tokens = WordAligner(), tokens_on_device()
+        watched.waits.clear()
+        first = align(tokens, tokens)
+        assert len(watched.waits[watched.step]) == 2  # identifiers and masks
+        watched.waits.clear()
+        second = align(tokens, tokens)
+        assert not watched.waits[watched.step]
+    assert first.are_tokens
+    assert second.are_tokens
+    assert first.count == second.count == 6
+
+
+def test_other_tokens_without_spans_are_refused_as_often_as_they_come() -> None:
+    with pretending(equal=False):
+        align, tokens = WordAligner(), tokens_on_device()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="leave levels L1 and L2 out"):
+                align(tokens, tokens)
+
+
+def test_nothing_of_the_pretending_stays() -> None:
+    def patched() -> list[Any]:
+        places = ((torch.nn.Module, "_apply"), (Tensor, "__deepcopy__"), (torch.nn.Parameter, "__deepcopy__"))
+        return [vars(owner).get(name) for owner, name in places] + [PartialState._shared_state["device"]]
+
+    PartialState(cpu=True)
+    before, method = patched(), make_method("contrastive")
+    with pretending():
+        assert make_method("contrastive").to(CUDA).device.type == CUDA
+        assert all(now is not then for now, then in zip(patched(), before, strict=True))
+    assert patched() == before
+    assert method.device.type == "cpu"
+    assert torch.ones(2).sum().item() == 2

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of a number's size. Measured: terms at most 0.007 and gradients 0.013; where a batch norm divides by the spread of few
 # nearly equal numbers 0.023 and 0.2. Twice that, about, is allowed.
-TERMS, GRADIENTS = {False: 0.015, True: 0.05}, {False: 0.03, True: 0.4}
+TERMS, GRADIENTS = {False: 0.015, True: 0.05}, {False: 0.045, True: 0.4}
 
 
 def measured(method: Method, earlier: Batch, batch: Batch, *, bf16: bool) -> tuple[dict[str, Tensor], Tensor]:

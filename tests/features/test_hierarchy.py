@@ -241,16 +241,14 @@ def test_words_found_without_looking_are_the_same_words() -> None:
             assert not padded[:, looked.count :].any()
 
 
-def test_tokens_without_spans_are_looked_at_once() -> None:
+def test_tokens_without_spans_are_the_same_or_refused() -> None:
     ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
     tokens, others = TokenBatch(ids, mask), TokenBatch(ids + 1, mask)
     align = WordAligner()
     with pytest.raises(ValueError, match="leave levels L1 and L2 out"):
         align(tokens, others)
-    assert not align._agreed
     assert align(tokens, tokens).are_tokens
-    assert align._agreed
-    blind = aligned_words(tokens, others, look=False)  # what a GPU does after that
+    blind = aligned_words(tokens, others, look=False)  # a GPU, which has looked at the first batch
     assert blind.are_tokens
     assert blind.count == 6
     with pytest.raises(ValueError, match="leave levels L1 and L2 out"):

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch, TokenBatch
-from cmapkd.features.pyramid import cells_at, standardise
+from cmapkd.features import pyramid
+from cmapkd.features.pyramid import cells_at, cells_of, standardise
 from cmapkd.methods import Method, StageConfig, StepInfo, build_method
-from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig
+from cmapkd.methods.cmapkd import CMAPKD, AblationsConfig, CMAPKDConfig, reading
 from cmapkd.methods.cmapkd.config import MovedSettingWarning
-from cmapkd.models import FrozenTeacher
+from cmapkd.models import FrozenTeacher, Level
 from cmapkd.objectives import interactive_loss, similarity_divergence
 from helpers import CMAPKD_EXACT, make_method, make_model, make_trainer, random_batch
 from training.test_resume import assert_same_end, interrupt
@@ -411,6 +412,40 @@ def test_pooled_levels_are_compared_as_one_vector() -> None:
                 expected = standard_distance(layers[level](ours[level]), theirs[level]).mean()
                 torch.testing.assert_close(method.measurements[f"distance/{level}"], expected, rtol=1e-4, atol=1e-5)
     assert method.teacher_detail == "pooled"
+
+
+def test_a_level_that_several_terms_read_as_one_vector_is_pooled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"places": "pooled", "visual_levels": EVERY, "ablations": {"relation_weight": 3.0}}
+    batch = random_batch(5)
+
+    def results() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        method = cmapkd(**settings)
+        terms = method(batch)
+        torch.stack([term.weight * term.value for term in terms.values()]).sum().backward()
+        gradients = {name: p.grad for name, p in method.student.named_parameters() if p.grad is not None}
+        return {name: term.value.detach() for name, term in terms.items()}, gradients
+
+    pooled_levels: list[Level] = []
+
+    def counted(level: Level) -> Tensor:
+        pooled_levels.append(level)
+        return cells_of(level)
+
+    monkeypatch.setattr(pyramid, "cells_of", counted)
+    values, gradients = results()
+    method = cmapkd(**settings)
+    needs = method.student_needs, method.teacher_needs
+    exposed = sum(len(need.image_levels) + len(need.text_levels) for need in needs)
+    assert len(pooled_levels) == exposed
+    pooled_levels.clear()
+    monkeypatch.setattr(reading, "with_means", lambda features: features)
+    expected_values, expected_gradients = results()
+    inner = [level for level in method.level_names if level not in ("P5", "L4")]
+    assert len(pooled_levels) == 4 * len(inner)  # of both models, for the distance and for the relation
+    torch.testing.assert_close(values, expected_values, rtol=0, atol=0)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, expected in expected_gradients.items():  # two sums of the same numbers in another order
+        assert float((gradients[name] - expected).norm()) <= 1e-6 * float(expected.norm()), name
 
 
 @pytest.mark.parametrize("by", ["class", "norm"])

@@ -120,7 +120,7 @@ def test_shares_of_the_rows_are_all_rows(dim: int) -> None:
         return (each[0] * each[1]).cumsum(1 - dim)  # along what is no row
 
     for number in range(3):
-        with chunks.rows_shared(number, 3, gather):
+        with chunks.split_rows(number, 3, gather):
             assert chunks.chunk_rows(6, 6, None) == 2
             assert chunks.columns_at_once(6, 6, None) == 6
             chunks.by_rows(function, rows, columns, size=1, dim=dim)
@@ -132,7 +132,7 @@ def test_rows_that_do_not_divide_are_computed_whole() -> None:
         raise AssertionError("nothing was shared")
 
     rows = torch.randn(7, 3)
-    with chunks.rows_shared(1, 2, gather):
+    with chunks.split_rows(1, 2, gather):
         assert chunks.chunk_rows(7, 3, None) == 7
-        assert torch.equal(chunks.share_rows(torch.exp, rows), rows.exp())
-    assert torch.equal(chunks.share_rows(torch.exp, rows), rows.exp())
+        assert torch.equal(chunks.map_split_rows(torch.exp, rows), rows.exp())
+    assert torch.equal(chunks.map_split_rows(torch.exp, rows), rows.exp())

@@ -32,7 +32,7 @@ def told(weighting: GradNormWeighting, norms: Tensor, losses: Tensor, steps: int
     """The weights after so many steps with the same losses and norms."""
     weights = torch.ones(len(losses))
     for _ in range(steps):
-        if weighting.due:
+        if weighting.wants_gradients:
             weighting.observe_gradients(losses, norms, torch.ones(len(losses), dtype=torch.bool))
         weights = weighting(losses[None], torch.zeros(1, DIM)).weights[0]
     return weights
@@ -105,13 +105,13 @@ def test_descent_goes_where_a_published_implementation_goes(case: dict[str, Any]
 def test_initial_losses_are_means_of_the_first_steps_or_given() -> None:
     weighting = gradnorm(warmup_steps=4, initial_losses={"P3": 9.0})
     for number in range(10):
-        assert weighting.due == (number >= 4)
+        assert weighting.wants_gradients == (number >= 4)
         weighting(torch.full((1, 4), float(number)), torch.zeros(1, DIM))
     torch.testing.assert_close(weighting.initial, torch.tensor([1.5, 9.0, 1.5, 1.5]))
     every = gradnorm(warmup_steps=3, every=5)
     due = []
     for _ in range(16):
-        due.append(every.due)
+        due.append(every.wants_gradients)
         every(torch.ones(1, 4), torch.zeros(1, DIM))
     assert [number for number, is_due in enumerate(due) if is_due] == [5, 10, 15]
 
@@ -175,7 +175,7 @@ def left_of_the_papers_toy(weighting: Weighting, *, seed: int, scales: tuple[flo
 
     for _ in range(400):
         each = losses(64)
-        if isinstance(weighting, GradNormWeighting) and weighting.due:
+        if isinstance(weighting, GradNormWeighting) and weighting.wants_gradients:
             norms = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in each]
             weighting.observe_gradients(each.detach(), torch.stack(norms), torch.ones(len(scales), dtype=torch.bool))
         optimizer.zero_grad()

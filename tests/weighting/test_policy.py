@@ -180,7 +180,7 @@ def test_a_policy_that_is_told_nothing_says_so() -> None:
     policy = make_policy(warmup_steps=3)
     for _ in range(3):
         weigh(policy, *batch())
-    with pytest.raises(RuntimeError, match="told no held-out loss in its 3 steps"):
+    with pytest.raises(RuntimeError, match="observed no held-out loss in its 3 steps"):
         weigh(policy, *batch())
     with pytest.raises(ValueError, match="give one number"):
         policy.observe(torch.rand(3))

@@ -25,7 +25,7 @@ class Fidelity:
 
     @torch.no_grad()
     def add(self, live: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-        """Compares a batch of arrays by field; ranks images and texts against each other within it, both ways."""
+        """Compares arrays [batch ...] by field; ranks the batch's images and texts against each other, both ways."""
         self.rows += len(live["image"])
         for name, array in live.items():
             if not array.is_floating_point():

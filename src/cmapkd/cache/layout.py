@@ -59,7 +59,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RowLayout:
     """Fixed-width rows of named arrays, packed without gaps."""
 
     kind: TeacherDetail
@@ -136,9 +136,9 @@ class Layout:
                 parts.append((_scale(field.name), "<f2", field.shape[:-1]))
         return np.dtype(parts)
 
-    def embeddings(self) -> Layout:
+    def embeddings(self) -> RowLayout:
         """Of the two embeddings alone."""
-        return Layout("global", self.store, tuple(field for field in self.fields if field.name in ("image", "text")))
+        return RowLayout("global", self.store, tuple(field for field in self.fields if field.name in ("image", "text")))
 
     @property
     def row_bytes(self) -> int:
@@ -165,7 +165,12 @@ class Layout:
         return None
 
     def arrays(self, features: Features, texts: TokenBatch | None = None) -> dict[str, Tensor]:
-        """A batch of answers as float32 arrays by field; `texts` are checked to have the levels' masks."""
+        """A batch of answers by field, float32 [batch ...] of the field's shape (places of key tokens: integers).
+
+        Args:
+            features: of the teacher, with the levels of the layout.
+            texts: checked to have the masks of the levels; None: not checked.
+        """
         arrays: dict[str, Tensor] = {}
         if self.key_tokens is not None:
             features = self.key_tokens.of(features)
@@ -193,7 +198,10 @@ class Layout:
         return arrays
 
     def encode(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In the numbers that are stored. What does not fit them becomes infinite."""
+        """Arrays of `arrays` in the numbers that are stored; with int8 also a scale [...] for each vector [... width].
+
+        A number that does not fit becomes infinite.
+        """
         if self.store == "fp32":
             return dict(arrays)
         if self.store == "fp16":
@@ -209,7 +217,7 @@ class Layout:
         return encoded
 
     def decode(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Back to float32; exact for fp32."""
+        """Stored arrays back to float32 [batch ...] by field; exact for fp32. Places of key tokens become int64."""
         decoded: dict[str, Tensor] = {}
         for field in self.fields:
             if not field.is_number:
@@ -222,7 +230,7 @@ class Layout:
         return decoded
 
     def rows(self, encoded: Mapping[str, Tensor], checks: NDArray[np.uint64]) -> NDArray[Any]:
-        """Rows with these arrays, in their order."""
+        """Rows as numpy records, one for each of `checks`, from arrays [rows ...] of `encode`."""
         rows = np.zeros(len(checks), self.dtype)
         rows[CHECK] = checks
         for name, array in encoded.items():
@@ -230,7 +238,7 @@ class Layout:
         return rows
 
     def tensors(self, rows: NDArray[Any]) -> dict[str, Tensor]:
-        """The arrays of rows as they are stored."""
+        """The arrays [rows ...] of numpy records, in the numbers that are stored."""
         return {
             name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in self.dtype.names or () if name != CHECK
         }
@@ -244,7 +252,7 @@ class Layout:
         logit_scale: Tensor,
         logit_bias: Tensor | None,
     ) -> Features:
-        """Decoded arrays as a model would have returned them.
+        """Decoded arrays [batch ...] as a model would have returned them.
 
         A pooled level is one token without a grid, so that nothing takes it for places of the picture.
         """
@@ -264,6 +272,7 @@ class Layout:
         return Features(towers["image"], towers["text"], logit_scale, logit_bias, more)
 
     def _level(self, field: Field, arrays: Mapping[str, Tensor], texts: TokenBatch | None) -> Level:
+        """A level of a batch from decoded arrays [batch ...]; of texts cut to the longest one of the batch."""
         values = arrays[field.name]
         if self.kind == "key_tokens":
             places, mean = arrays[f"{field.name}/places"], arrays[f"{field.name}/mean"]
@@ -303,7 +312,7 @@ def _key_fields(tower: TowerName, name: str, level: Level, count: int, context_l
 
 
 def _key_array(field: Field, level: Level) -> Tensor:
-    """One of the three, with as many places as the row has."""
+    """One of the three, [batch *field.shape]: with as many places as the row has."""
     assert level.places is not None
     assert level.mean is not None
     if field.part == "mean":

@@ -23,7 +23,7 @@ from cmapkd.cache.files import (
     temporary_folder,
     write_json,
 )
-from cmapkd.cache.layout import Layout
+from cmapkd.cache.layout import RowLayout
 from cmapkd.config.disk import flush
 
 GROUP_BYTES = 2**18
@@ -44,7 +44,7 @@ class CachePart:
     start: int | None  # first key of a range; none: the keys are listed
 
     @classmethod
-    def open(cls, folder: Path, layout: Layout) -> Self:
+    def open(cls, folder: Path, layout: RowLayout) -> Self:
         """Reads `part.json` and checks the list of keys.
 
         Raises:
@@ -166,7 +166,7 @@ class CacheFolder:
 
     path: Path
     identity: Mapping[str, Any]
-    layout: Layout
+    layout: RowLayout
     about: Mapping[str, Any]  # names of teacher and data, for people
     logit_scale: float
     logit_bias: float | None
@@ -205,7 +205,7 @@ class CacheFolder:
             length=int,
         )
         try:
-            return cls(path, **{**values, "layout": Layout.from_plain(values["layout"])})
+            return cls(path, **{**values, "layout": RowLayout.from_plain(values["layout"])})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CacheError(
                 f"{path / CACHE_FILE} was written by another version of cmapkd, or is damaged ({error}): remove the "

@@ -16,7 +16,7 @@ import torch
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
 from cmapkd.cache.identity import differences, identity_of, weight_hash
-from cmapkd.cache.layout import DETAILS, Layout
+from cmapkd.cache.layout import DETAILS, RowLayout
 from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.teacher import CachedTeacher
@@ -64,7 +64,7 @@ class CachePlan:
     ) -> CachePlan:
         """Before any stage has been entered: what all stages together read of the teacher with this role.
 
-        Where the config names a folder, each further teacher has one of its own beside it.
+        Where the config names a folder, each further teacher has a folder of its own next to it.
 
         Args:
             texts: that the run reads; none: a caption, and what the method asks for.
@@ -103,7 +103,7 @@ class CachePlan:
         return self.config.kind
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """Found by asking the teacher about one sample, where it is now.
 
         Raises:
@@ -119,7 +119,9 @@ class CachePlan:
         features = live_features(self.teacher, self._one_sample(), needs, self.precision)
         context = model.tokenizer.context_length
         chosen = (self.key_tokens or KeyTokens()) if self.kind == "key_tokens" else None
-        return Layout.of(features, kind=self.kind, store=self.config.store, context_length=context, key_tokens=chosen)
+        return RowLayout.of(
+            features, kind=self.kind, store=self.config.store, context_length=context, key_tokens=chosen
+        )
 
     def _one_sample(self) -> ModelInput:
         model = self.teacher.model

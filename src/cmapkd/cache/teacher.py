@@ -68,6 +68,7 @@ class CachedTeacher(FrozenTeacher):
         return self
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See `CacheReader.embeddings`: Float[part dim] of images and of texts, Int[part] of their samples."""
         return CacheReader(self.cache, check=self.check).embeddings(num, seed=REFERENCE_SEED)
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class CachedTeacher(FrozenTeacher):
         )
 
     def _answer(self, arrays: dict[str, Tensor], stored: StoredRows, inputs: ModelInput) -> None:
-        """Fills the places without an answer."""
+        """Fills in the rows of `arrays` ([batch ...] each) that have no answer, from the live teacher."""
         if self.live is None:
             warnings.warn(
                 f"the cache {self.cache.path} lacks {len(stored.missing)} samples of a batch (not foreseen, or not "

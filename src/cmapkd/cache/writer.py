@@ -162,6 +162,11 @@ class _RowMaker:
         return rows
 
     def _check(self, live: dict[str, Tensor], stored: dict[str, Tensor], ids: tuple[str, ...]) -> None:
+        """Refuses answers that are not finite, in arrays [batch ...] by field.
+
+        Raises:
+            CacheError: names the field and the sample.
+        """
         for name, array in live.items():
             for values, why in ((array, "the teacher's answer"), (stored[name], f"its copy in {self.layout.store}")):
                 finite = values.flatten(1).isfinite().all(1)

@@ -46,7 +46,7 @@ def compare(
     reference: Annotated[str | None, typer.Option(help="Arm or axis value that the others are compared with.")] = None,
     ablation: Annotated[str | None, typer.Option(help="A packaged comparison; RECIPE replaces its base.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
-    tune_only: Annotated[bool, typer.Option("--tune-only", help="Tune, leave tuned.yaml, and stop.")] = False,
+    tune_only: Annotated[bool, typer.Option("--tune-only", help="Tune and measure seconds a step, and stop.")] = False,
     family: Annotated[list[str] | None, typer.Option(help="With --tune-only, these families alone.")] = None,
 ) -> None:
     """Run arms x axes x seeds, resumably, and compare them with paired intervals."""
@@ -62,7 +62,7 @@ def compare(
         raise ConfigError("--family chooses what --tune-only tunes: add --tune-only")
 
     from cmapkd.compare import compare as carry_out
-    from cmapkd.compare import load_comparison, tune
+    from cmapkd.compare import load_comparison, prepare, tune
     from cmapkd.compare.write import shown_tables
     from cmapkd.training import Interrupted
 
@@ -82,13 +82,20 @@ def compare(
     assert out is not None
     try:
         if tune_only:
-            tuned = tune(comparison, out=out, console=console, families=family or ())
-            files = "tuning.csv, tuning.json, " + "tuned.yaml, " * (tuned is not None) + "runs/"
+            if comparison.tuning is None and comparison.equal_time is None:
+                raise ConfigError("--tune-only: there is nothing to tune or to measure: add tuning or equal_time")
+            if family:
+                tune(comparison, out=out, console=console, families=family)
+            else:
+                prepare(comparison, out=out, console=console)
+            kept = ("tuning.csv", "tuning.json", "tuned.yaml", "seconds.json")
+            files = ", ".join(name for name in kept if (out / name).is_file())
             console.print(f"{out}: {files}", markup=False, highlight=False, soft_wrap=True)
             return
         result = carry_out(comparison, out=out, console=console)
     except (Interrupted, KeyboardInterrupt) as stopped:
         command = shlex.join(["cmapkd", "compare", str(out / "comparison.yaml"), "--out", str(out)])
+        command += " --tune-only" * tune_only + "".join(f" --family {shlex.quote(name)}" for name in family or ())
         why = str(stopped) or "stopped"
         console.print(
             f"{why}. What is finished is in {out}. Go on with:\n  {command}",
@@ -112,6 +119,7 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
     """Prints every run and what is there of it; of a tuning, its budgets and the runs that are known by now."""
     from cmapkd.compare import make_plan
     from cmapkd.compare.search import read_tuning
+    from cmapkd.compare.seconds import read_seconds
     from cmapkd.compare.tune import budget_in_words
 
     def say(line: str) -> None:
@@ -126,6 +134,11 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
                     settings = " ".join(f"{key}={value}" for key, value in score.trial.settings.items())
                     say(f"{score.status:8}  {run.name}  {settings or 'as declared'}")
     plan = make_plan(comparison, tuned)
+    missing: dict[str, Any] = {}
+    if comparison.equal_time is not None:
+        seconds, missing = read_seconds(plan, comparison.equal_time, out)
+        if not missing:
+            plan = make_plan(comparison, tuned, seconds)
     for run in plan.runs:
         state = plan.state(run, out) if out is not None else "new"
         say(f"{state:8}  {run.name}")
@@ -136,7 +149,9 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
         f"{len(plan.runs)} different runs, {todo} to do"
     )
     if races and tuned is None:
-        arms = ", ".join(arm for each in races for arm in each.family.arms)
+        arms = "; ".join(arm for each in races for arm in each.family.arms)
         say(f"{arms}: runs as declared are listed, with the winners' settings they are others")
-    for remark in plan.remarks():
+    if missing:
+        say(f"{'; '.join(missing)}: to be measured; runs at equal time are listed with equal steps until then")
+    for remark in plan.remarks() if not missing else ():
         say(remark)

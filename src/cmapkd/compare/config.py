@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.tuning import TuningConfig
 from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
 from cmapkd.evaluation.tasks import TASKS
@@ -74,6 +75,9 @@ class ComparisonConfig(_ArmsAndAxes):
     )
     tuning: TuningConfig | None = Field(
         None, description="How settings are chosen before the arms are compared: equal trials for every family."
+    )
+    equal_time: EqualTimeConfig | None = Field(
+        None, description="Each arm stands beside itself with the steps that fit into the time of one of them."
     )
 
     @field_validator("seeds")
@@ -361,7 +365,8 @@ def _read(path: Path) -> dict[str, Any]:
     base = read.get("base")
     if isinstance(base, str) and Path(base).suffix and (beside := path.parent / base).is_file():
         read["base"] = str(beside.resolve())
-    tuning = read.get("tuning")
-    if isinstance(tuning, dict) and isinstance(winners := tuning.get("winners"), str):
-        read["tuning"] = {**tuning, "winners": str((path.parent / winners).resolve())}
+    for section, key in (("tuning", "winners"), ("equal_time", "seconds")):
+        values_of = read.get(section)
+        if isinstance(values_of, dict) and isinstance(file := values_of.get(key), str):
+            read[section] = {**values_of, key: str((path.parent / file).resolve())}
     return read

@@ -15,11 +15,15 @@ import torch
 import yaml
 from rich.console import Console
 
+from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.config import ComparisonConfig
+from cmapkd.compare.equal_time import Seconds
 from cmapkd.compare.outcome import Outcome
-from cmapkd.compare.plan import Plan, PlannedRun, config_digest, make_plan
+from cmapkd.compare.plan import Plan, make_plan
 from cmapkd.compare.resolve import Resolver
+from cmapkd.compare.rows import PlannedRun, config_digest
 from cmapkd.compare.search import Trials, check_winners, search
+from cmapkd.compare.seconds import FILE, measure_all, read_seconds, write_seconds
 from cmapkd.compare.summary import TableSummary, summarize_tables, teacher_key
 from cmapkd.compare.trials import plan_trials
 from cmapkd.compare.tuning import TuningConfig
@@ -69,18 +73,11 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         ConfigError: something in the comparison is wrong; nothing was run.
         Interrupted, KeyboardInterrupt: asked to stop. The run under way was saved, the outputs hold what is finished.
     """
-    plan = make_plan(comparison)
     sources = {name: open_source(spec, split="test") for name, spec in comparison.evaluate.items()}
-    tuned: Tuned | None = None
-    if comparison.tuning is not None:
-        comparison, tuned = _tuned(comparison, comparison.tuning, out, console)
-        plan = make_plan(comparison, tuned)
+    plan = prepare(comparison, out=out, console=console)
     if console is not None:
         for remark in plan.remarks():
             console.print(remark, markup=False, highlight=False)
-    _prepare(comparison, out)
-    if tuned is not None:
-        write_tuned(out / "tuned.yaml", tuned)
     outcomes = {planned.digest: Outcome(plan.folder(planned, out)) for planned in plan.runs}
     try:
         for number, planned in enumerate(plan.runs, 1):
@@ -103,7 +100,30 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
     return _finish(plan, outcomes, teachers, out)
 
 
-def _prepare(comparison: ComparisonConfig, out: Path) -> None:
+def prepare(comparison: ComparisonConfig, *, out: Path, console: Console | None = None) -> Plan:
+    """Chooses the settings of tuned arms and measures seconds a step, where the comparison asks for them.
+
+    Args:
+        out: folder of the comparison, where tuned.yaml and seconds.json are left and read back.
+    Returns:
+        The runs of the comparison. It names files that it was given by their copies in `out`.
+    Raises:
+        ConfigError, RunStopped, Interrupted, KeyboardInterrupt: as `tune` and a run do.
+    """
+    make_plan(comparison)
+    tuned: Tuned | None = None
+    if comparison.tuning is not None:
+        comparison, tuned = _tuned(comparison, comparison.tuning, out, console)
+    plan, seconds = make_plan(comparison, tuned), None
+    if comparison.equal_time is not None:
+        comparison, seconds = _timed(comparison, comparison.equal_time, plan, out, console)
+    _make_folder(comparison, out)
+    if tuned is not None:
+        write_tuned(out / "tuned.yaml", tuned)
+    return make_plan(comparison, tuned, seconds)
+
+
+def _make_folder(comparison: ComparisonConfig, out: Path) -> None:
     """Makes the folder, with the comparison in it.
 
     Raises:
@@ -138,6 +158,19 @@ def _tuned(
     return comparison.model_copy(update={"tuning": tuning.model_copy(update={"winners": "tuned.yaml"})}), tuned
 
 
+def _timed(
+    comparison: ComparisonConfig, equal_time: EqualTimeConfig, plan: Plan, out: Path, console: Console | None
+) -> tuple[ComparisonConfig, Seconds]:
+    """The seconds a step, given or measured now; and the comparison, which names a given file by its copy."""
+    if not isinstance(equal_time.seconds, str):
+        _make_folder(comparison, out)
+        return comparison, measure_all(plan, equal_time, out, console)
+    seconds, _ = read_seconds(plan, equal_time, out)
+    _make_folder(comparison, out)
+    write_seconds(out, seconds.measured or {})
+    return comparison.model_copy(update={"equal_time": equal_time.model_copy(update={"seconds": FILE})}), seconds
+
+
 def tune(
     comparison: ComparisonConfig, *, out: Path, console: Console | None = None, families: Sequence[str] = ()
 ) -> Tuned | None:
@@ -164,7 +197,7 @@ def tune(
             raise ConfigError(f"there is no family {name!r}{closest(name, tuning.families)}; known: {known}")
     make_plan(comparison)
     planned = plan_trials(comparison, Resolver.of(comparison))
-    _prepare(comparison, out)
+    _make_folder(comparison, out)
 
     def carry_out(planned: PlannedRun, runs: Iterable[PlannedRun], outcomes: Mapping[str, Outcome]) -> Outcome:
         known = _known_teacher(planned, runs, outcomes)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,34 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.compare.config import Arm, ComparisonConfig
+from cmapkd.compare.equal_time import Seconds, with_equal_time
 from cmapkd.compare.resolve import Resolver, layers_of, settings_of
+from cmapkd.compare.rows import PlannedRun, Row, planned_run
 from cmapkd.compare.winners import Tuned
 from cmapkd.config import ConfigError, closest
 from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRun:
-    """One run folder."""
-
-    config: RunConfig
-    digest: str  # of the resolved config: equal configs are one run
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a table: an arm at one value of every axis, with a run for each seed."""
-
-    coordinates: dict[str, str]  # `arm` (where there are arms) and the axes -> name or label
-    label: str
-    runs: dict[int, PlannedRun]
-
-    @property
-    def config(self) -> RunConfig:
-        """The config of the first seed; the others differ in the seed alone."""
-        return next(iter(self.runs.values())).config
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +31,11 @@ class PlannedTable:
     gap_from: tuple[int | None, ...]
     metrics: tuple[str, ...] | None
     foreign: dict[str, list[str]]  # setting of all arms -> labels of the rows whose method does not have it
-    tuning: tuple[str, ...] = ()  # budgets of tuning and what they gave
+    budgets: tuple[str, ...] = ()  # of tuning and of time: what was given to each arm
 
     def remarks(self) -> Iterable[str]:
-        """How arms were tuned; settings that do not reach an arm, and arms that come to the same runs."""
-        yield from self.tuning
+        """What tuning and time each arm had; settings that do not reach an arm, and arms that come to the same runs."""
+        yield from self.budgets
         for setting, labels in self.foreign.items():
             yield f"{setting} does not reach {' and '.join(labels)}: the method there has no such setting."
         alike: dict[tuple[str, ...], list[Row]] = {}
@@ -97,7 +74,7 @@ class Plan:
         return next(iter(sorted((out / "runs").glob(f"*-{run.digest}"))), named)
 
 
-def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None) -> Plan:
+def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None, seconds: Seconds | None = None) -> Plan:
     """Resolves every run before the first one starts, so that a mistake shows at once.
 
     Every run has `baseline: none` and its seed from `seeds`; a method that uses no teacher has none in its config, so
@@ -105,6 +82,7 @@ def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None) -> Plan:
 
     Args:
         tuned: settings that tuning gave the comparison's arms, over their own; axes go over both.
+        seconds: what a step of each arm takes, for rows at equal time; none: given seconds, or equal ones for now.
     Raises:
         ConfigError: lists the problems of all arms.
     """
@@ -121,7 +99,10 @@ def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None) -> Plan:
         chosen = {} if own or tuned is None else {arm: tuned.settings_of(arm) for arm in arms}
         rows = list(_rows(resolver, arms, chosen, axes, comparison.seeds, unique, problems, foreign))
         if not problems:
-            notes = () if own or tuned is None else tuned.notes(_by_arm(rows))
+            notes = [] if own or tuned is None else list(tuned.notes(_by_arm(rows)))
+            if comparison.equal_time is not None:
+                rows, more = with_equal_time(rows, unique, seconds or Seconds(comparison.equal_time, None))
+                notes += more
             tables.append(_table(comparison, title, rows, foreign, tuple(notes)))
     for setting in shared.settings:
         if not problems and all(len(table.foreign.get(setting, ())) == len(table.rows) for table in tables):
@@ -142,13 +123,6 @@ def _where(labels: Sequence[str], shown: int = 3) -> str:
     more = len(labels) - shown
     rest = f" and {more} more row{'s'[: more != 1]}" if more > 0 else ""
     return "; ".join(labels[:shown]) + rest + ": " if labels else ""
-
-
-def planned_run(config: RunConfig, seed: int, parts: Iterable[str]) -> PlannedRun:
-    """The run of a config with a seed; `parts` begin its name."""
-    seeded = config.model_copy(update={"seed": seed})
-    digest = config_digest(seeded.plain())
-    return PlannedRun(seeded, digest, "-".join(_slug(part) for part in parts)[:80] + f"-seed{seed}-{digest}")
 
 
 def _rows(
@@ -195,7 +169,7 @@ def _by_arm(rows: Iterable[Row]) -> dict[str, list[RunConfig]]:
 
 
 def _table(
-    comparison: ComparisonConfig, title: str, rows: list[Row], foreign: dict[str, list[str]], tuning: tuple[str, ...]
+    comparison: ComparisonConfig, title: str, rows: list[Row], foreign: dict[str, list[str]], budgets: tuple[str, ...]
 ) -> PlannedTable:
     own = comparison.tables.get(title)
     reference = (own and own.reference) or comparison.reference
@@ -211,7 +185,7 @@ def _table(
         gap_from=_counterparts(rows, _named(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
         metrics=(own and own.metrics) or comparison.metrics,
         foreign=foreign,
-        tuning=tuning,
+        budgets=budgets,
     )
 
 
@@ -250,11 +224,6 @@ def _counterparts(rows: list[Row], named: tuple[str, str] | None) -> tuple[int |
     return tuple(places[tuple((row.coordinates | {key: value}).items())] for row in rows)
 
 
-def config_digest(values: Any) -> str:
-    """Eight hex digits of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
     """A value's part of the row's label: alone where it is a name that no other axis has, else with its key."""
     others = [other for name in axes if name != key for other in axes[name]]
@@ -263,7 +232,3 @@ def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
     last = key.rpartition(".")[2]
     alike = sum(name.rpartition(".")[2] == last for name in axes) > 1
     return f"{key if alike else last}={label}"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "_", text.replace("=", "")).strip("_.") or "arm"

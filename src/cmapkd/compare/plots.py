@@ -11,7 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cmapkd.compare.plan import Plan, PlannedTable, Row
+from cmapkd.compare.plan import Plan, PlannedTable
+from cmapkd.compare.rows import Row
 from cmapkd.compare.summary import TableSummary, metric_label
 
 REFERENCE = "#b3541e"

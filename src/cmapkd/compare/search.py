@@ -11,8 +11,9 @@ from rich.console import Console
 
 from cmapkd.compare.config import ComparisonConfig
 from cmapkd.compare.outcome import Outcome
-from cmapkd.compare.plan import Plan, PlannedRun, make_plan
+from cmapkd.compare.plan import Plan, make_plan
 from cmapkd.compare.resolve import Resolver
+from cmapkd.compare.rows import PlannedRun
 from cmapkd.compare.trials import Family, plan_trials
 from cmapkd.compare.tune import Race, race, winners_of, write_tuning
 from cmapkd.compare.tuning import TuningConfig

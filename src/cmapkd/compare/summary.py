@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cmapkd.compare.plan import Plan, PlannedTable, Row, config_digest
+from cmapkd.compare.plan import Plan, PlannedTable
+from cmapkd.compare.rows import Row, config_digest
 from cmapkd.compare.statistics import PairedDifference, Summary, paired_difference, summarize
 from cmapkd.config import closest
 from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cmapkd.compare.config import ComparisonConfig
-from cmapkd.compare.plan import PlannedRun, planned_run
 from cmapkd.compare.resolve import Resolver, layers_of, settings_of
+from cmapkd.compare.rows import PlannedRun, planned_run
 from cmapkd.compare.space import Space, draw
 from cmapkd.compare.tuning import RungConfig, TuningConfig
 from cmapkd.config import ConfigError, closest

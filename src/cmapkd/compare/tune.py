@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from cmapkd.compare.outcome import Outcome
-from cmapkd.compare.plan import PlannedRun
+from cmapkd.compare.rows import PlannedRun
 from cmapkd.compare.space import edges
 from cmapkd.compare.summary import lookup, lower_is_better
 from cmapkd.compare.trials import Family, Trial

@@ -91,9 +91,7 @@ class TuningConfig(Config):
     def _rounds_that_choose(self) -> Self:
         if isinstance(self.halving, int):
             if self.halving < 1:
-                raise ValueError(
-                    f"halving is 1 (one round at the full length), a larger number or rounds; got {self.halving}"
-                )
+                raise ValueError(f"halving is 1 for one round at the full length, or more; got {self.halving}")
             return self
         rounds = self.halving
         keeps = [each.keep for each in rounds]

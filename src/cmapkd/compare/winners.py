@@ -80,7 +80,7 @@ class Tuned(Config):
             yield f"The budgets of tuning are not equal: {told}."
         untuned = [arm for arm in rows if not any(arm in family.arms for family in here.values())]
         if untuned:
-            yield f"Not tuned, with settings as declared: {', '.join(untuned)}."
+            yield f"Not tuned, with settings as declared: {'; '.join(untuned)}."
         yield from _elsewhere(here, rows)
 
 

@@ -30,7 +30,7 @@ from cmapkd.data.records import (
 
 INDEX_VERSION = 1  # raised with any change of what an index says of the same tar
 
-CAPTION_KEYS = ("captions", "caption")
+JSON_CAPTION_KEYS = ("captions", "caption")
 TEXT_EXTENSIONS = ("txt", "text", "caption")
 SYNTHETIC = "syn.json"  # synthetic captions in a member of their own, as DataCompDR has them
 
@@ -95,7 +95,7 @@ def read_record(
         values = parse_json(texts["json"])
         identity = parse_id(values, ("id",))
         record = parse_record(
-            values, caption_keys=CAPTION_KEYS, label_keys=("label", "cls"), labels=labels, texts=pools
+            values, caption_keys=JSON_CAPTION_KEYS, label_keys=("label", "cls"), labels=labels, texts=pools
         )
     captions, label = record.captions, record.label
     if captions is None:

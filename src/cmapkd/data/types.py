@@ -165,8 +165,8 @@ class ModelInput:
 
     Attributes:
         images: Float[batch 3 height width], the main view.
-        texts: the caption of each sample.
-        more_texts: by pool, one or more further texts of each sample.
+        texts: the caption of each sample, Int[batch length].
+        more_texts: by pool, `per_sample` further texts of each sample, Int[batch*per_sample length].
         more_images: by name of the view, Float[batch*count 3 height width]: all `count` views of the first sample, then
             all of the second.
     """
@@ -223,11 +223,17 @@ class ModelInput:
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """A model's stored answers to a batch, as they lie on disk, and which places of the batch have none."""
+    """A model's stored answers to a batch, as they lie on disk, and the samples of the batch without an answer.
 
-    arrays: dict[str, Tensor]  # [batch ...] each; zeros in places without an answer
-    missing: Tensor  # Int[places], ascending: `ModelInput.images` holds exactly these
-    samples: Tensor  # Int[batch], where each sample stands in the source
+    Attributes:
+        arrays: [batch ...] by the name of the field, in the numbers that are stored; zeros where there is no answer.
+        missing: Int[missing], rows of the batch without an answer, ascending: `ModelInput.images` holds exactly these.
+        samples: Int[batch], where each sample stands in the source.
+    """
+
+    arrays: dict[str, Tensor]
+    missing: Tensor
+    samples: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StoredRows:
         arrays = {name: array.to(device, non_blocking=non_blocking) for name, array in self.arrays.items()}

@@ -118,7 +118,7 @@ def meteor(
                 ask(" ||| ".join(("SCORE", *map(_field, given), _field(predictions[image][0]))))
                 statistics.append(answer())
             ask(" ||| ".join(("EVAL", *statistics)))
-            each = [float(answer()) for _ in references]
+            by_image = [float(answer()) for _ in references]
             total = float(answer())
         except BrokenPipeError:
             answer()  # says why
@@ -127,7 +127,7 @@ def meteor(
             with contextlib.suppress(BrokenPipeError):  # what it did not take
                 asked.close()
             process.kill()
-    return {"meteor": (total, each)}
+    return {"meteor": (total, by_image)}
 
 
 def _field(text: str) -> str:

@@ -79,9 +79,9 @@ def caption_scores(
     corpus: dict[str, float] = {}
     per_image: dict[str, dict[str, float]] = {}
     for scorer in scorers.values():
-        for name, (total, each) in scorer(given, said).items():
+        for name, (total, by_image) in scorer(given, said).items():
             corpus[name] = total
-            per_image[name] = dict(zip(given, each, strict=True))
+            per_image[name] = dict(zip(given, by_image, strict=True))
     return CaptionScores(
         corpus,
         per_image,
@@ -92,8 +92,8 @@ def caption_scores(
 
 
 def _bleu(references: Tokens, predictions: Tokens) -> dict[str, tuple[float, list[float]]]:
-    totals, each = _library("bleu.bleu", "Bleu")(4).compute_score(references, predictions, verbose=0)
-    return {f"bleu_{n}": (float(totals[n - 1]), [float(score) for score in each[n - 1]]) for n in (1, 2, 3, 4)}
+    totals, by_image = _library("bleu.bleu", "Bleu")(4).compute_score(references, predictions, verbose=0)
+    return {f"bleu_{n}": (float(totals[n - 1]), [float(score) for score in by_image[n - 1]]) for n in (1, 2, 3, 4)}
 
 
 def _rouge(references: Tokens, predictions: Tokens) -> dict[str, tuple[float, list[float]]]:
@@ -111,13 +111,13 @@ def _cider(references: Tokens, predictions: Tokens) -> dict[str, tuple[float, li
 
 def _spice(references: Tokens, predictions: Tokens) -> dict[str, tuple[float, list[float]]]:
     order = sorted(references)  # the library returns the images sorted
-    total, found = _library("spice.spice", "Spice")().compute_score(references, predictions)
-    by_image = {image: float(parts["All"]["f"]) for image, parts in zip(order, found, strict=True)}
+    total, scores = _library("spice.spice", "Spice")().compute_score(references, predictions)
+    by_image = {image: float(parts["All"]["f"]) for image, parts in zip(order, scores, strict=True)}
     return {"spice": (float(total), [by_image[image] for image in references])}
 
 
-def _plain(total: Any, each: Any) -> tuple[float, list[float]]:
-    return float(total), [float(score) for score in each]
+def _plain(total: Any, by_image: Any) -> tuple[float, list[float]]:
+    return float(total), [float(score) for score in by_image]
 
 
 def _library(module: str, name: str) -> Any:

@@ -187,7 +187,12 @@ class _LinearClassifier(NamedTuple):
 
 
 def _fit(
-    features: Tensor, labels: Tensor, num_classes: int, strength: float, max_steps: int, start: _LinearClassifier | None
+    features: Float[Tensor, "train dim"],
+    labels: Int[Tensor, " train"],
+    num_classes: int,
+    strength: float,
+    max_steps: int,
+    start: _LinearClassifier | None,
 ) -> tuple[_LinearClassifier, bool]:
     """The minimum, and whether the gradient vanished there (below 1e-6) within `max_steps`."""
     weight = features.new_zeros(num_classes, features.shape[1]) if start is None else start.weight.clone()
@@ -227,7 +232,10 @@ def _hold_out(labels: Int[Tensor, " train"], fraction: float, seed: int) -> Bool
 
 
 def _training(
-    train: Tensor, labels: Tensor, test: Tensor, num_classes: int | None
+    train: Float[Tensor, "train dim"],
+    labels: Int[Tensor, " train"],
+    test: Float[Tensor, "test dim"],
+    num_classes: int | None,
 ) -> tuple[Float[Tensor, "train dim"], Int[Tensor, " train"], int]:
     """The labelled training images, float64, and the number of classes."""
     if train.ndim != 2 or train.shape[1:] != test.shape[1:] or labels.shape != train.shape[:1]:

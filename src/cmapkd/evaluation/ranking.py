@@ -157,7 +157,11 @@ def _expected_precision(
     return torch.where(equal == 1, positives / (above + 1), tied)
 
 
-def _check(queries: Tensor, candidates: Tensor, positives: Tensor) -> None:
+def _check(
+    queries: Float[Tensor, "queries dim"],
+    candidates: Float[Tensor, "candidates dim"],
+    positives: Int[Tensor, "pairs 2"],
+) -> None:
     if queries.shape[1] != candidates.shape[1]:
         raise ValueError(
             f"queries are {queries.shape[1]} wide and candidates {candidates.shape[1]}: they must be embeddings of one "

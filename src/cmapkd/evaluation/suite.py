@@ -123,7 +123,7 @@ def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Benc
     refused: dict[str, str] = {}
     for name, task in wanted.items():
         if not _readable(type(task), {subject.name: subject.model for subject in subjects}):
-            other = next(each.model for each in subjects if not isinstance(each.model, task.reads))
+            other = next(subject.model for subject in subjects if not isinstance(subject.model, task.reads))
             refused[name] = f"it reads a {task.reads.__name__}, and {other.name} is none"
         elif task.needs_source and bench.source is None:
             refused[name] = "it needs data: name them with --data"

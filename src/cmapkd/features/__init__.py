@@ -6,7 +6,7 @@ from cmapkd.features.gather import gather_features, gather_rows, mean_over_proce
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
 from cmapkd.features.matching import LevelMatcher, Matched, Places
 from cmapkd.features.projector import PairProjector
-from cmapkd.features.pyramid import standardise
+from cmapkd.features.pyramid import standardise, with_means
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, language_taps, visual_taps
 from cmapkd.features.words import Role, WordAligner, Words
 
@@ -35,4 +35,5 @@ __all__ = [
     "sample_keys",
     "standardise",
     "visual_taps",
+    "with_means",
 ]

@@ -53,7 +53,7 @@ class EmbeddingBank(nn.Module):
         size: pairs at most.
         store: fp16 is off by at most one part in 2048 of a number; whoever compares with the entries widens them.
         fixed: filled once by `fill`, from the teacher's cache, and not by `push`; no part of a checkpoint.
-        levels: widths of further vectors that stand beside each pair, by name; size x width more numbers each.
+        levels: widths of further vectors that are stored with each pair, by name; size x width more numbers each.
     """
 
     image: Float[Tensor, "size dim"]
@@ -103,7 +103,7 @@ class EmbeddingBank(nn.Module):
     ) -> None:
         """Stores the pairs over the oldest entries, normalised; of more than `size` pairs the last ones.
 
-        The vectors of `levels` stand beside them as they are; a level that is not given is not known of these pairs.
+        The vectors of `levels` are stored with them as they are; a level that is not given is not known of these pairs.
         """
         image, text, keys = image[-self.size :], text[-self.size :], keys[-self.size :]
         places = (self.cursor + torch.arange(len(keys), device=self.cursor.device)) % self.size
@@ -129,7 +129,7 @@ class EmbeddingBank(nn.Module):
             parts: of images and texts Float[entries dim] and their keys Int[entries]; up to `size` entries in all. One
                 is stored before the next is asked for, so that they are never held twice.
         """
-        self.image, self.text = (own.new_empty(self.size, own.shape[1]) for own in (self.image, self.text))
+        self.image, self.text = (rows.new_empty(self.size, rows.shape[1]) for rows in (self.image, self.text))
         self.keys, self._filled = self.keys.new_full((self.size,), _EMPTY), 0
         for image, text, keys in parts:
             here = slice(self._filled, self._filled + len(keys))

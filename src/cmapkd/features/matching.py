@@ -160,7 +160,9 @@ class LevelMatcher(nn.Module):
             name: Matched(projected[name], *places("teacher", name, teacher_levels[name])) for name in student_levels
         }
 
-    def _at(self, student: Level, teacher: Level) -> tuple[Tensor, Tensor]:
+    def _at(
+        self, student: Level, teacher: Level
+    ) -> tuple[Float[Tensor, "batch places width"], Float[Tensor, "batch places teacher_width"]]:
         """The student's level at the teacher's key tokens, or both as one place, the mean."""
         if self.places == "pooled":
             return pooled(student)[:, None], pooled(teacher)[:, None]

@@ -6,6 +6,7 @@ The teacher's side has no parameters: it is deterministic, can be cached, and ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.features.taps import VISUAL_LEVELS
-from cmapkd.models.types import Level, LevelInfo
+from cmapkd.models.types import Features, Level, LevelInfo, TowerFeatures
 
 Grid = tuple[int, int]  # rows, columns
 
@@ -46,22 +47,22 @@ def cells_at(level: Level, places: Int[Tensor, "batch places"], grid: Grid) -> F
 
     Bilinear, without aligned corners; the cells themselves where the grids are the same.
     """
-    cells, own = cells_of(level), grid_of(level)
+    cells, level_size = cells_of(level), grid_of(level)
 
-    def at(numbers: Tensor) -> Tensor:
+    def at(numbers: Int[Tensor, "batch places"]) -> Float[Tensor, "batch places width"]:
         return cells.gather(1, numbers[..., None].expand(-1, -1, cells.shape[-1]))
 
-    if own == grid:
+    if level_size == grid:
         return at(places)
-    axes: list[tuple[Tensor, Tensor, Tensor]] = []  # for rows and columns: the one before, the one after, its share
+    axes: list[tuple[Tensor, Tensor, Tensor]] = []  # for rows and columns: index before, index after, weight of after
     for numbers, axis in ((places // grid[1], 0), (places % grid[1], 1)):
-        centres = ((numbers + 0.5) * (own[axis] / grid[axis]) - 0.5).clamp(0, own[axis] - 1)
+        centres = ((numbers + 0.5) * (level_size[axis] / grid[axis]) - 0.5).clamp(0, level_size[axis] - 1)
         before = centres.floor()
-        after = (before + 1).clamp_max(own[axis] - 1)
+        after = (before + 1).clamp_max(level_size[axis] - 1)
         axes.append((before.long(), after.long(), (centres - before)[..., None].to(cells.dtype)))
     (top, bottom, down), (left, right, across) = axes
-    upper = torch.lerp(at(top * own[1] + left), at(top * own[1] + right), across)
-    lower = torch.lerp(at(bottom * own[1] + left), at(bottom * own[1] + right), across)
+    upper = torch.lerp(at(top * level_size[1] + left), at(top * level_size[1] + right), across)
+    lower = torch.lerp(at(bottom * level_size[1] + left), at(bottom * level_size[1] + right), across)
     return torch.lerp(upper, lower, down)
 
 
@@ -93,7 +94,7 @@ def standardise(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width
 def pooled(level: Level) -> Float[Tensor, "batch width"]:
     """Mean over patches, map cells or real tokens; prefix tokens and padding do not count. float32 or wider.
 
-    A text without a single real token gives zeros. Of key tokens: the mean of all tokens, which they carry.
+    A text without a single real token gives zeros. A level that carries its mean (`Level.mean`) gives that one.
     """
     if level.mean is not None:
         return level.mean
@@ -101,6 +102,16 @@ def pooled(level: Level) -> Float[Tensor, "batch width"]:
     if level.mask is None:
         return cells.mean(1, dtype=_wide_dtype(cells))
     return masked_mean(cells, level.mask[:, level.num_prefix :])
+
+
+def with_means(features: Features) -> Features:
+    """The same features, each level with its mean: `pooled` then takes no time, however many terms ask for it."""
+
+    def pooled_once(tower: TowerFeatures) -> TowerFeatures:
+        levels = {name: replace(level, mean=pooled(level)) for name, level in tower.levels.items()}
+        return replace(tower, levels=levels)
+
+    return replace(features, image=pooled_once(features.image), text=pooled_once(features.text))
 
 
 def masked_mean(
@@ -211,7 +222,7 @@ class VisualProjectors(nn.Module):
         """Cells taken from the student's levels, by pyramid name, to the teacher's width; without a top-down path."""
         return {name: self.lateral[name](values) for name, values in cells.items()}
 
-    def _lateral(self, name: str, level: Level, size: Grid) -> Tensor:
+    def _lateral(self, name: str, level: Level, size: Grid) -> Float[Tensor, "batch cells teacher_width"]:
         """Linear map and resampling commute: the map comes where there are fewer cells."""
         grid = grid_of(level)
         if size[0] * size[1] > grid[0] * grid[1]:
@@ -257,8 +268,8 @@ def check_known(levels: Iterable[str], known: Iterable[str], what: str) -> None:
         raise ValueError(f"no {what} for level {', '.join(unknown)}; there is one for {', '.join(known) or 'none'}")
 
 
-def cells_of(level: Level) -> Tensor:
-    """[batch, cells, width] without prefix tokens."""
+def cells_of(level: Level) -> Float[Tensor, "batch cells width"]:
+    """Patches or map cells row by row, without prefix tokens."""
     if level.layout == "map":
         return level.values.flatten(2).transpose(1, 2)
     return level.values[:, level.num_prefix :]

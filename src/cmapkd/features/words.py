@@ -52,7 +52,8 @@ class WordAligner:
     """`aligned_words` of one pair of models, step after step, without waiting for a GPU.
 
     A pair of tokenizers that do not say where their tokens stand can be compared token by token alone. A GPU is then
-    asked once, at the first batch, whether the tokens are the same: tokenizers do not change.
+    asked once, at the first batch, whether the tokens are the same: tokenizers do not change. Nothing else depends on
+    whether it was asked: a micro-batch that the backward pass encodes again must have as many words as before.
     """
 
     def __init__(self) -> None:
@@ -64,11 +65,12 @@ class WordAligner:
         Raises:
             ValueError: as `aligned_words` does.
         """
-        no_spans = student.spans is None or teacher.spans is None
-        look = student.ids.device.type == "cpu" or (no_spans and not self._agreed)
-        words = aligned_words(student, teacher, look=look)
-        self._agreed = self._agreed or words.are_tokens
-        return words
+        on_host = student.ids.device.type == "cpu"
+        if not on_host and not self._agreed and (student.spans is None or teacher.spans is None):
+            if not _are_same(student, teacher):
+                raise _cannot_be_matched(student, teacher)
+            self._agreed = True
+        return aligned_words(student, teacher, look=on_host)
 
 
 def aligned_words(student: TokenBatch, teacher: TokenBatch, *, look: bool = True) -> Words:
@@ -92,7 +94,7 @@ def aligned_words(student: TokenBatch, teacher: TokenBatch, *, look: bool = True
             f"the student has {len(student.ids)} texts, the teacher {len(teacher.ids)}: row i of both must be the same"
         )
     equal_shapes = student.ids.shape == teacher.ids.shape
-    if look and equal_shapes and torch.equal(student.ids, teacher.ids) and torch.equal(student.mask, teacher.mask):
+    if look and _are_same(student, teacher):
         numbers = _places(student)
         return Words(numbers, numbers, int(numbers.max()) + 1 if numbers.numel() else 0, are_tokens=True)
     if student.spans is None or teacher.spans is None:
@@ -135,6 +137,12 @@ def _places(tokens: TokenBatch) -> Int[Tensor, "batch tokens"]:
     """Each real token as a word of its own, numbered by its place."""
     places = torch.arange(tokens.ids.shape[1], device=tokens.mask.device).expand_as(tokens.ids)
     return places.masked_fill(~tokens.mask, -1)
+
+
+def _are_same(student: TokenBatch, teacher: TokenBatch) -> bool:
+    """Whether both have the same tokens; on a GPU the host waits for the answer."""
+    same_ids = student.ids.shape == teacher.ids.shape and torch.equal(student.ids, teacher.ids)
+    return same_ids and torch.equal(student.mask, teacher.mask)
 
 
 def _cannot_be_matched(student: TokenBatch, teacher: TokenBatch) -> ValueError:

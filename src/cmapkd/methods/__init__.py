@@ -61,11 +61,11 @@ def build_method(
         ValueError: the method needs a teacher and there is none, or the models lack what it reads.
     """
     kind = METHODS[config.name]
-    told: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
+    options: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
     if more_teachers and kind.uses_teacher:
-        check_teachers(config.name, [each.role for each in more_teachers])
-        told["more_teachers"] = more_teachers
-    method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None, **told)
+        check_teachers(config.name, [further.role for further in more_teachers])
+        options["more_teachers"] = more_teachers
+    method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None, **options)
     method.auxiliary = auxiliary(method.student) if auxiliary is not None else None
     if config.term_weighting is not None:
         method.weigh_terms(config.term_weighting)

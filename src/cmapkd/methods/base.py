@@ -19,7 +19,7 @@ from cmapkd.methods.step import StepInfo
 from cmapkd.methods.term_weights import weighted_terms
 from cmapkd.methods.terms import AuxiliaryTerms, Term, divided
 from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, Teacher
-from cmapkd.objectives.chunks import rows_shared
+from cmapkd.objectives.chunks import split_rows
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting
 
 
@@ -140,7 +140,7 @@ class Method(MethodContract):
         return weight != 0 and self.stage.wants_term(name)
 
     def weigh_terms(self, config: WeightingConfig) -> None:
-        """Puts a learned or fixed weighting on top of the terms' own weights, for every method alike."""
+        """Puts a learned or fixed weighting on top of the terms' own weights, whichever the method."""
         self.weighting_of_terms = make_weighting(config, items=self.all_term_names, context_dim=1)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
@@ -155,4 +155,4 @@ class Method(MethodContract):
     def _losses_by_rows(self) -> AbstractContextManager[None]:
         """In-batch losses row by row, each process its own, with the values and gradients of all rows on each."""
         rank, world_size = own_place()
-        return rows_shared(rank, world_size, gather_rows) if self.local_loss and world_size > 1 else nullcontext()
+        return split_rows(rank, world_size, gather_rows) if self.local_loss and world_size > 1 else nullcontext()

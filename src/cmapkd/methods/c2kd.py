@@ -1,8 +1,8 @@
 """C2KD (Huo et al., CVPR 2024, pp. 16006-16015): cross-modal distillation between two networks that both learn.
 
-Here the student is an image tower and the teacher a text tower that reads the caption; the class is to be told from
-either. They meet through small proxies, in both directions, and only on samples that both rank alike. Departures: the
-card below and docs/methods/c2kd.md.
+Here the student is an image tower and the teacher a text tower that reads the caption. Both learn to tell the class.
+They meet through small proxies, in both directions, and only on samples whose classes both rank similarly.
+Departures: the card below and docs/methods/c2kd.md.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Proxy(nn.Module):
 
 
 class C2KD(DualEncoderMethod):
-    """An image and a text tower learn the classes, and from each other where they rank a sample's classes alike."""
+    """An image and a text tower learn the classes, and from each other where they rank a sample's classes similarly."""
 
     Config: ClassVar[type[MethodConfig]] = C2KDConfig
     not_cached: ClassVar[str | None] = "its teacher learns too, so its answers change with every step"
@@ -192,7 +192,7 @@ class C2KD(DualEncoderMethod):
         )
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        """The terms of the stage; every row is of all processes' samples, so the proxies' batch norms see them all."""
+        """The terms of the stage. Rows are of all processes' samples, so the proxies' batch norms see all of them."""
         parts = micro_batches(batch, self.micro_batch)
         rows = map_rows(gather_rows, join_rows(encode_checkpointed(self._encode, parts, model=self)))
         labels = self.labels(batch)
@@ -245,8 +245,8 @@ def _remove_parameters(module: nn.Module, names: frozenset[str], prefix: str = "
     """Takes out parameters by name, and modules all of whose parameters are among them, with their buffers."""
     for child_name, child in [*module.named_children()]:
         inner = f"{prefix}{child_name}."
-        own = {inner + name for name, _ in child.named_parameters()}
-        if own and own <= names:
+        inside = {inner + name for name, _ in child.named_parameters()}
+        if inside and inside <= names:
             setattr(module, child_name, None)
         else:
             _remove_parameters(child, names, inner)

@@ -69,6 +69,10 @@ class MethodContract(Learning, ABC):
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The loss terms of the batch, by name. Terms that the stage leaves out may be computed, but need not.
 
+        `batch` holds this process's samples. What `DualEncoderMethod` makes of it (`encode_student`, `encode_teacher`,
+        `encode_both`, `labels`) has the rows of all processes' samples, in the order of the processes. So a term is
+        a mean over all of them, and the same number on each process. A method whose terms read other rows says so.
+
         Random numbers come from `self.step.generator(name)`, never from the process's own generator.
         """
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
@@ -41,7 +41,7 @@ Rows = TypeVar("Rows")
 class DualEncoderMethod(Method):
     """A method whose student and teachers are `DualEncoder`s."""
 
-    _shared: tuple[Needs, tuple[str, ...]] | None = None  # the needs for which layers were found, and their names
+    _last_shared_layers: tuple[Needs, tuple[str, ...]] | None = None  # names, and the needs that they were found for
 
     @property
     def student_needs(self) -> Needs:
@@ -96,7 +96,7 @@ class DualEncoderMethod(Method):
                 repeat it.
         """
 
-        def encode(part: Batch, _number: int) -> Tensor:
+        def encode(part: Batch, _number: int) -> Float[Tensor, "batch dim"]:
             pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
             tower: TowerFeatures = self.student.encode_image(change(part, pixels))
             return tower.embedding
@@ -138,15 +138,15 @@ class DualEncoderMethod(Method):
         This is the last layer below the tower's embedding, or below the first of its levels that the terms read.
         """
         needs = self.student_needs
-        if self._shared is None or self._shared[0] != needs:
+        if self._last_shared_layers is None or self._last_shared_layers[0] != needs:
             read = [partial(example_output, self.student, tower, self._first(tower, needs)) for tower in _TOWERS]
-            self._shared = needs, tuple(last_matrix_behind(self.student, output) for output in read)
+            self._last_shared_layers = needs, tuple(last_matrix_behind(self.student, output) for output in read)
         parameters = dict(self.student.named_parameters())
-        return {name: parameters[name] for name in self._shared[1]}
+        return {name: parameters[name] for name in self._last_shared_layers[1]}
 
     def let_all_learn(self) -> None:
         super().let_all_learn()
-        self._shared = None
+        self._last_shared_layers = None
 
     def _first(self, tower: Tower, needs: Needs) -> str | None:
         """The shallowest level of those needed."""
@@ -178,7 +178,7 @@ class DualEncoderMethod(Method):
         return teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
 
 
-def task_loss(student: Features) -> Tensor:
+def task_loss(student: Features) -> Float[Tensor, ""]:
     """The loss the student would be trained with alone: SigLIP's where it has a logit bias, else CLIP's."""
     image, text, scale = student.image.embedding, student.text.embedding, student.logit_scale
     if student.logit_bias is not None:

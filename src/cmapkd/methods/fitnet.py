@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
+from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -201,8 +202,8 @@ class FitNet(DualEncoderMethod):
             terms["similarity"] = Term(similarity, start + (end - start) * self.step.progress)
         return terms
 
-    def _distances(self, part: Batch, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """How far each sample's guided levels are from their hints, by tower."""
+    def _distances(self, part: Batch, student: Features, teacher: Features) -> dict[str, Float[Tensor, " batch"]]:
+        """How far each sample's guided levels are from their hints, by tower; of this process's samples alone."""
         if not self._wants("hint"):
             return {}
         distance = level_distance if self.config.standardise else hint_distance

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cmapkd.config import ConfigError, closest
-from cmapkd.methods.stages import PARTS, WHOLE, Part, StageConfig
+from cmapkd.methods.stages import PARTS, WHOLE_RUN, ParameterPart, StageConfig
 from cmapkd.models import DualEncoder
 
 
@@ -23,7 +23,7 @@ class Learning(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage = WHOLE
+        self.stage = WHOLE_RUN
         self._learning: frozenset[str] | None = None  # names of what learns when no stage freezes anything
         self._momenta: dict[str, float | None] = {}  # of the batch norms, before any stage
 
@@ -33,7 +33,7 @@ class Learning(nn.Module):
         return self.student.parts
 
     @staticmethod
-    def part_of(name: str) -> Part:
+    def part_of(name: str) -> ParameterPart:
         """Which part a parameter belongs to: parts have learning rates of their own, and stages say which learn."""
         return "student" if name.startswith("student.") else "weighting" if name.startswith("weighting") else "modules"
 

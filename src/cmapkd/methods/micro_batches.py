@@ -71,7 +71,7 @@ def map_rows(function: Callable[..., Tensor], *trees: Rows) -> Rows:
     """`function` of the tensors that stand in the same place of each tree, as a tree of the same shape.
 
     Args:
-        trees: alike: tensors, mappings of trees by name, or dataclasses whose fields are trees.
+        trees: all of one structure: tensors, mappings of trees by name, or dataclasses whose fields are trees.
     """
     first: Any = trees[0]
     if isinstance(first, Tensor):
@@ -79,7 +79,9 @@ def map_rows(function: Callable[..., Tensor], *trees: Rows) -> Rows:
     if isinstance(first, Mapping):
         return cast(Rows, {name: map_rows(function, *(cast(Any, tree)[name] for tree in trees)) for name in first})
     if is_dataclass(first) and not isinstance(first, type):
-        named = {each.name: map_rows(function, *(getattr(tree, each.name) for tree in trees)) for each in fields(first)}
+        named = {
+            field.name: map_rows(function, *(getattr(tree, field.name) for tree in trees)) for field in fields(first)
+        }
         return cast(Rows, replace(first, **named))
     raise TypeError(f"rows are tensors, or mappings or dataclasses of tensors, not {type(first).__name__}")
 
@@ -126,8 +128,8 @@ def _join_towers(parts: Sequence[TowerFeatures]) -> TowerFeatures:
 
 def _join_levels(parts: Sequence[Level]) -> Level:
     def joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
-        found = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(found) if found else None
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
 
     return replace(
         parts[0],

@@ -1,6 +1,6 @@
 """MobileCLIP's multi-modal reinforced training (Vasu et al., CVPR 2024, arXiv:2311.17049; MobileCLIP2, 2508.20691).
 
-Several teachers, whose in-batch probabilities are averaged, and a synthetic caption beside each real one. What the
+Several teachers, whose in-batch probabilities are averaged, and a synthetic caption for each real one. What the
 published data set stores is here a cache: docs/methods/mobileclip.md.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from jaxtyping import Float
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -124,7 +125,7 @@ class MobileCLIP(DualEncoderMethod):
             if weight
         ]
 
-    def _similarity(self, student: Features, teachers: Mapping[str, Features]) -> Tensor:
+    def _similarity(self, student: Features, teachers: Mapping[str, Features]) -> Float[Tensor, ""]:
         scales = self.config.teacher_scales
         if scales is None:
             of_teachers: list[Tensor | float] = [features.logit_scale for features in teachers.values()]

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, field_validator, model_serializer
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod
-from cmapkd.methods.stages import Part, StageConfig
+from cmapkd.methods.stages import ParameterPart, StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
@@ -88,7 +89,7 @@ class PruningMethod(DualEncoderMethod):
         self._start = 0.0  # sparsity as the stage begins
 
     @staticmethod
-    def part_of(name: str) -> Part:
+    def part_of(name: str) -> ParameterPart:
         return "modules" if name.startswith("student.masks.") else DualEncoderMethod.part_of(name)
 
     def own_rate(self, name: str) -> float | None:
@@ -228,7 +229,7 @@ class _Multipliers(nn.Module):
         super().__init__()
         self.linear, self.quadratic = (nn.Parameter(torch.tensor(start)) for _ in range(2))
 
-    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+    def forward(self, sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
         return sparsity_constraint(sparsity, target, linear=self.linear, quadratic=self.quadratic)
 
 

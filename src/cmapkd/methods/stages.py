@@ -10,8 +10,8 @@ from pydantic import Field, model_serializer, model_validator
 
 from cmapkd.config import Config, ConfigError, closest
 
-Part = Literal["student", "modules", "weighting"]
-PARTS: tuple[Part, ...] = ("student", "modules", "weighting")
+ParameterPart = Literal["student", "modules", "weighting"]
+PARTS: tuple[ParameterPart, ...] = ("student", "modules", "weighting")
 
 
 class StageConfig(Config):
@@ -69,7 +69,7 @@ class StageConfig(Config):
                     )
 
 
-WHOLE = StageConfig(name="whole", share=1.0)
+WHOLE_RUN = StageConfig(name="whole", share=1.0)
 """A run without stages: everything counts, everything learns."""
 
 

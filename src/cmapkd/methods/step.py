@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cmapkd.data.random import key_of
-from cmapkd.methods.stages import WHOLE, StageConfig
+from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class StepInfo:
 
     step: int = 0
     total: int = 1
-    stage: StageConfig = WHOLE
+    stage: StageConfig = WHOLE_RUN
     progress: float = 0.0
     seed: int = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.features import mean_over_processes
@@ -20,7 +21,7 @@ def weighted_terms(
     *,
     shared: Callable[[], Mapping[str, nn.Parameter]] | None,
     generator: torch.Generator,
-) -> tuple[dict[str, Term], dict[str, Tensor]]:
+) -> tuple[dict[str, Term], dict[str, Float[Tensor, ""]]]:
     """One term that counts, the weighted sum named `weighted`, and the others with weight 0 for the log.
 
     Args:
@@ -36,7 +37,7 @@ def weighted_terms(
     total = torch.stack([*columns.values()]).sum()
     if shared is not None:
         weighting.observe(total.detach())
-        if torch.is_grad_enabled() and weighting.due:
+        if torch.is_grad_enabled() and weighting.wants_gradients:
             measure_gradients(weighting, columns, names, shared())
     losses = torch.stack([columns.get(name, torch.zeros_like(total)) for name in names])[None]
     present = torch.tensor([name in columns for name in names])  # on the CPU, where the question below costs nothing
@@ -48,7 +49,10 @@ def weighted_terms(
 
 
 def measure_gradients(
-    weighting: Weighting, columns: Mapping[str, Tensor], names: tuple[str, ...], shared: Mapping[str, nn.Parameter]
+    weighting: Weighting,
+    columns: Mapping[str, Float[Tensor, ""]],
+    names: tuple[str, ...],
+    shared: Mapping[str, nn.Parameter],
 ) -> None:
     """Tells the weighting the norm of each term's gradient at the layers that the terms share.
 
@@ -68,7 +72,7 @@ def measure_gradients(
     weighting.observe_gradients(losses, torch.stack([norm_of.get(name, none) for name in names]), active)
 
 
-def gradient_of(name: str, value: Tensor, shared: Mapping[str, nn.Parameter]) -> Tensor:
+def gradient_of(name: str, value: Float[Tensor, ""], shared: Mapping[str, nn.Parameter]) -> Float[Tensor, " numbers"]:
     """A term's gradient at the shared layers as one vector [numbers]; the graph stays whole.
 
     Raises:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.data.batches import Extra
@@ -57,7 +58,7 @@ def divided(terms: Mapping[str, Term]) -> dict[str, Term]:
     return {name: means.get(name, term) for name, term in terms.items()}
 
 
-def _widest(term: Term) -> tuple[Tensor, Tensor]:
+def _widest(term: Term) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """A term's sum and count in one type, float32 at least."""
     assert term.count is not None
     total = at_least_float32(term.value)

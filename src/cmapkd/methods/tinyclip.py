@@ -34,7 +34,7 @@ class TinyCLIPConfig(PruningConfig):
 
 
 class TinyCLIP(PruningMethod):
-    """The student imitates which texts and images of the batch the teacher finds alike, in both directions."""
+    """The student imitates which texts and images of the batch the teacher finds similar, in both directions."""
 
     Config: ClassVar[type[MethodConfig]] = TinyCLIPConfig
     card: ClassVar[MethodCard] = MethodCard(

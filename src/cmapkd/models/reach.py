@@ -82,5 +82,5 @@ def example_output(model: DualEncoder, tower: Tower, level: str | None = None) -
             side = model.image_spec.size
             features = model.encode_image(scale.new_zeros(1, 3, side, side), levels)
         else:
-            features = model.encode_text(model.tokenizer(["a"]).to(scale.device), levels)
+            features = model.encode_text(model.tokenizer(["a"]).to(scale.device, non_blocking=True), levels)
     return features.embedding if level is None else features.levels[level].values

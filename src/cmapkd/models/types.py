@@ -34,7 +34,7 @@ class Level:
         grid: (rows, columns) of the patch tokens or of the map; None for texts. Need not be square.
         mask: True where a token is real; None where all are.
         places: of key tokens only: where in the grid, or in the text, each of `values` stands; -1 where there is none.
-        mean: of key tokens only: the level pooled over all its tokens.
+        mean: the level pooled over all its tokens; None where nobody has computed it. Key tokens always bring it.
     """
 
     values: Tensor

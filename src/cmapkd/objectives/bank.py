@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cmapkd.objectives.chunks import columns_at_once, share_rows
+from cmapkd.objectives.chunks import columns_at_once, map_split_rows
 from cmapkd.objectives.common import check_pairs, check_same_width, unit
 
 # A logit whose probability underflows to zero beside any other, yet finite: from -inf less -inf would come NaN. In a
@@ -60,13 +60,15 @@ def bank_divergence(
     if not frozen:
         entries = unit(entries)  # a copy, else refilling it would change the gradient
 
-    def of_rows(ours: Tensor, theirs: Tensor, *excluded: Tensor) -> Tensor:
-        values: Tensor = _Divergence.apply(ours, theirs, entries, excluded[0] if excluded else None, size)
+    def of_rows(
+        anchors: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows dim"], *excluded: Tensor
+    ) -> Float[Tensor, " rows"]:
+        values: Tensor = _Divergence.apply(anchors, targets, entries, excluded[0] if excluded else None, size)
         return values
 
     excluded = () if exclude is None else (exclude,)
     with torch.autocast(student.device.type, enabled=False):
-        return share_rows(of_rows, student_scale * anchors, teacher_scale * targets, *excluded)
+        return map_split_rows(of_rows, student_scale * anchors, teacher_scale * targets, *excluded)
 
 
 def bank_relation_distance(
@@ -111,29 +113,29 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, anchors: Tensor, targets: Tensor, entries: Tensor, exclude: Tensor | None, size: int
     ) -> Tensor:
         sums, difference = [], None
-        for _, ours, theirs in _logits(anchors, targets, entries, exclude, size):
-            gaps = theirs - ours
-            log_ours, log_theirs = _to_softmax(ours), _to_softmax(theirs)
-            sums.append((log_ours, log_theirs, gaps.mul_(theirs).sum(-1)))
-            difference = ours.sub_(theirs) if size >= len(entries) else None
-        of_chunks, log_of_chunks, gaps_of_chunks = (torch.stack(each) for each in zip(*sums, strict=True))
-        log_ours, log_theirs = of_chunks.logsumexp(0), log_of_chunks.logsumexp(0)
+        for _, student_logits, teacher_logits in _logits(anchors, targets, entries, exclude, size):
+            gaps = teacher_logits - student_logits
+            log_z_student, log_z_teacher = _to_softmax(student_logits), _to_softmax(teacher_logits)
+            sums.append((log_z_student, log_z_teacher, gaps.mul_(teacher_logits).sum(-1)))
+            difference = student_logits.sub_(teacher_logits) if size >= len(entries) else None
+        of_chunks, log_of_chunks, gaps_of_chunks = (torch.stack(column) for column in zip(*sums, strict=True))
+        log_z_student, log_z_teacher = of_chunks.logsumexp(0), log_of_chunks.logsumexp(0)
         ctx.size = size
-        ctx.save_for_backward(anchors, targets, entries, exclude, log_ours, log_theirs, difference)
-        return (log_of_chunks.softmax(0) * gaps_of_chunks).sum(0) - log_theirs + log_ours
+        ctx.save_for_backward(anchors, targets, entries, exclude, log_z_student, log_z_teacher, difference)
+        return (log_of_chunks.softmax(0) * gaps_of_chunks).sum(0) - log_z_teacher + log_z_student
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_values: Tensor) -> Any:
-        anchors, targets, entries, exclude, log_ours, log_theirs, difference = ctx.saved_tensors
+        anchors, targets, entries, exclude, log_z_student, log_z_teacher, difference = ctx.saved_tensors
         of_anchors = torch.zeros_like(anchors)
         if difference is not None:
             _add_product(of_anchors, of_values[:, None] * difference, entries)
         else:
-            for here, ours, theirs in _logits(anchors, targets, entries, exclude, ctx.size):
-                ours.sub_(log_ours[:, None]).exp_()
-                theirs.sub_(log_theirs[:, None]).exp_()
-                _add_product(of_anchors, ours.sub_(theirs).mul_(of_values[:, None]), entries[here])
+            for here, student_logits, teacher_logits in _logits(anchors, targets, entries, exclude, ctx.size):
+                student_logits.sub_(log_z_student[:, None]).exp_()
+                teacher_logits.sub_(log_z_teacher[:, None]).exp_()
+                _add_product(of_anchors, student_logits.sub_(teacher_logits).mul_(of_values[:, None]), entries[here])
         return of_anchors, None, None, None, None
 
 
@@ -148,17 +150,21 @@ def _logits(
     memory = anchors.new_empty(2, len(anchors) * min(size, len(entries)))
     for start in range(0, len(entries), size):
         here = slice(start, min(start + size, len(entries)))
-        ours, theirs = (one[: len(anchors) * (here.stop - start)].view(len(anchors), -1) for one in memory)
+        student_logits, teacher_logits = (
+            one[: len(anchors) * (here.stop - start)].view(len(anchors), -1) for one in memory
+        )
         for columns, some in _widened(entries[here], anchors.dtype):
-            torch.mm(anchors, some.T, out=ours[:, columns])
-            torch.mm(targets, some.T, out=theirs[:, columns])
+            torch.mm(anchors, some.T, out=student_logits[:, columns])
+            torch.mm(targets, some.T, out=teacher_logits[:, columns])
         if exclude is not None:
-            ours.masked_fill_(exclude[:, here], _EXCLUDED)
-            theirs.masked_fill_(exclude[:, here], _EXCLUDED)
-        yield here, ours, theirs
+            student_logits.masked_fill_(exclude[:, here], _EXCLUDED)
+            teacher_logits.masked_fill_(exclude[:, here], _EXCLUDED)
+        yield here, student_logits, teacher_logits
 
 
-def _add_product(total: Float[Tensor, "batch dim"], of_logits: Tensor, entries: Float[Tensor, "chunk dim"]) -> None:
+def _add_product(
+    total: Float[Tensor, "batch dim"], of_logits: Float[Tensor, "batch chunk"], entries: Float[Tensor, "chunk dim"]
+) -> None:
     """Adds to the gradient by the anchors what comes through the logits of some entries."""
     for columns, some in _widened(entries, total.dtype):
         total.addmm_(of_logits[:, columns], some)

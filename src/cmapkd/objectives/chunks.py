@@ -1,6 +1,6 @@
 """Losses over all pairs of samples, some rows at a time: memory grows with batch x chunk and not with batch squared.
 
-Where several processes hold the same samples, each may take its own share of the rows (`rows_shared`).
+Where several processes hold the same samples, each may compute a part of the rows (`split_rows`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK_LOGITS, CHUNK_ROWS = 2**20, 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Shares:
+class _RowSplit:
     """Who computes which rows."""
 
     number: int
@@ -33,56 +33,57 @@ class _Shares:
         return num_rows % self.of == 0
 
 
-_shares: ContextVar[_Shares | None] = ContextVar("shares", default=None)
+_row_split: ContextVar[_RowSplit | None] = ContextVar("row_split", default=None)
 
 
 @contextmanager
-def rows_shared(number: int, of: int, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, `share_rows` computes share `number` of the rows, and has the others' from `gather`.
+def split_rows(number: int, of: int, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, `map_split_rows` computes part `number` of `of` equal parts of the rows; `gather` brings the others.
 
     Args:
-        gather: a share's rows [rows, ...] to all shares' in their order. It passes the gradient on summed over all that
-            compute, so whoever averages parameters' gradients over them has the gradient of all rows at once.
+        gather: the rows [rows, ...] of one part to the rows of all parts, in their order. It sums the gradient over
+            all processes that compute. The average of parameters' gradients over these processes is then the gradient
+            of all rows at once.
     """
-    token = _shares.set(_Shares(number, of, gather))
+    token = _row_split.set(_RowSplit(number, of, gather))
     try:
         yield
     finally:
-        _shares.reset(token)
+        _row_split.reset(token)
 
 
-def share_rows(function: Callable[..., Tensor], *rows: Tensor, dim: int = 0) -> Tensor:
-    """`function` of the rows: of all here, or within `rows_shared` of one share, and the others' from where they are.
+def map_split_rows(function: Callable[..., Tensor], *rows: Tensor, dim: int = 0) -> Tensor:
+    """`function` of the rows: of all of them, or within `split_rows` of one part, with the others from their processes.
 
     Args:
         function: of as many tensors as `rows`, to one whose rows each depend on the same row of the arguments alone.
-        rows: have equal numbers of rows. A number that does not divide into the shares is computed whole.
+        rows: have equal numbers of rows. A number that does not divide into the parts is computed whole.
         dim: where the rows stand, in the arguments and in the result.
     """
-    shares, num_rows = _shares.get(), rows[0].shape[dim]
-    if shares is None or not shares.fit(num_rows):
+    split, num_rows = _row_split.get(), rows[0].shape[dim]
+    if split is None or not split.fit(num_rows):
         return function(*rows)
-    count = num_rows // shares.of
-    own = function(*(tensor.narrow(dim, shares.number * count, count) for tensor in rows))
-    return shares.gather(own.movedim(dim, 0)).movedim(0, dim)
+    count = num_rows // split.of
+    computed = function(*(tensor.narrow(dim, split.number * count, count) for tensor in rows))
+    return split.gather(computed.movedim(dim, 0)).movedim(0, dim)
 
 
 def chunk_rows(num_rows: int, num_columns: int, chunk: int | None) -> int:
     """Rows to take at a time: `chunk`, or for None all of them up to 2^22 logits, then 2^20 logits or 256 rows.
 
-    Within `rows_shared` no more than one share, of which the same is said: then fewer than all.
+    Within `split_rows` the same holds for the rows of one part.
 
     Raises:
         ValueError: the chunk is not positive.
     """
-    shares = _shares.get()
-    if shares is not None and shares.fit(num_rows):
-        num_rows //= shares.of
+    split = _row_split.get()
+    if split is not None and split.fit(num_rows):
+        num_rows //= split.of
     return columns_at_once(num_rows, num_columns, chunk)
 
 
 def columns_at_once(num_rows: int, num_columns: int, chunk: int | None) -> int:
-    """`chunk_rows` of what is never shared: the columns of a loss, such as the entries of a bank."""
+    """`chunk_rows` of what is never split: the columns of a loss, such as the entries of a bank."""
     if chunk is None:
         whole = num_rows * num_columns <= WHOLE_UP_TO
         return num_rows if whole else min(num_rows, max(CHUNK_ROWS, CHUNK_LOGITS // num_columns))
@@ -92,7 +93,7 @@ def columns_at_once(num_rows: int, num_columns: int, chunk: int | None) -> int:
 
 
 def by_rows(function: Callable[..., Tensor], *rows: Tensor, size: int, dim: int = 0) -> Tensor:
-    """`function` of chunks of the rows, joined: the values and gradients of all at once, as `share_rows` shares them.
+    """`function` of chunks of the rows, joined: the values and gradients of all at once, split as by `map_split_rows`.
 
     Each chunk is computed again in the backward pass, so that between the passes nothing of it is kept.
 
@@ -103,11 +104,11 @@ def by_rows(function: Callable[..., Tensor], *rows: Tensor, size: int, dim: int 
         dim: where the rows stand, in the arguments and in the result.
     """
 
-    def of_share(*own: Tensor) -> Tensor:
-        if size >= own[0].shape[dim]:
-            return function(*own)
+    def of_split(*split: Tensor) -> Tensor:
+        if size >= split[0].shape[dim]:
+            return function(*split)
         run = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-        chunks = zip(*(tensor.split(size, dim) for tensor in own), strict=True)
+        chunks = zip(*(tensor.split(size, dim) for tensor in split), strict=True)
         return torch.cat([run(*chunk) for chunk in chunks], dim)
 
-    return share_rows(of_share, *rows, dim=dim)
+    return map_split_rows(of_split, *rows, dim=dim)

@@ -54,8 +54,10 @@ def non_target_divergence(
             "they are compared class by class"
         )
     target = torch.arange(student_logits.shape[1], device=labels.device) == labels[:, None]
-    ours, theirs = (at_least_float32(logits).masked_fill(target, 0.0) for logits in (student_logits, teacher_logits))
-    log_p_student, log_p_teacher = F.log_softmax(ours, dim=1), F.log_softmax(theirs.detach(), dim=1)
+    student_others, teacher_others = (
+        at_least_float32(logits).masked_fill(target, 0.0) for logits in (student_logits, teacher_logits)
+    )
+    log_p_student, log_p_teacher = F.log_softmax(student_others, dim=1), F.log_softmax(teacher_others.detach(), dim=1)
     rows = F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(1)
     return (rows if counts is None else rows * counts).mean()
 

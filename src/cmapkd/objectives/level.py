@@ -63,7 +63,10 @@ def hint_distance(
 
 
 def _mean_over_tokens(
-    distances: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, mask: Tensor | None
+    distances: Callable[[Tensor, Tensor], Tensor],  # of tokens, [batch tokens width] twice to [batch tokens]
+    student: Float[Tensor, "batch tokens width"],
+    teacher: Float[Tensor, "batch tokens width"],
+    mask: Bool[Tensor, "batch tokens"] | None,
 ) -> Float[Tensor, " batch"]:
     check_same_width(student, teacher, "level")
     if student.ndim != 3:

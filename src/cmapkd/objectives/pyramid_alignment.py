@@ -112,10 +112,10 @@ def _divergences(
 ) -> Float[Tensor, "pairs batch"]:
     """KL over the second of each model's vectors, for each of the first; `size` samples at a time."""
 
-    def of_rows(ours: Tensor, theirs: Tensor) -> Tensor:
+    def of_rows(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
         with torch.no_grad():
-            targets = _pair_logits(theirs, teacher[1], scales[1])
-        return row_divergences(_pair_logits(ours, student[1], scales[0]), targets)
+            targets = _pair_logits(teacher_rows, teacher[1], scales[1])
+        return row_divergences(_pair_logits(student_rows, student[1], scales[0]), targets)
 
     return by_rows(of_rows, student[0], teacher[0], size=size, dim=1)
 

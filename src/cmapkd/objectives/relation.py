@@ -35,8 +35,10 @@ def relation_distance(
     check_pairs(student=student, teacher=teacher)
     teacher = teacher.detach()
 
-    def distances(ours: Tensor, theirs: Tensor) -> Tensor:
-        return (similarities(ours, student, 1.0) - similarities(theirs, teacher, 1.0)).square().mean(-1)
+    def distances(
+        student_rows: Float[Tensor, "rows dim"], teacher_rows: Float[Tensor, "rows teacher_dim"]
+    ) -> Float[Tensor, " rows"]:
+        return (similarities(student_rows, student, 1.0) - similarities(teacher_rows, teacher, 1.0)).square().mean(-1)
 
     return by_rows(distances, student, teacher, size=chunk_rows(len(student), len(student), chunk))
 

@@ -9,14 +9,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from cmapkd.methods import Method
-from cmapkd.methods.stages import Part
+from cmapkd.methods.stages import ParameterPart
 from cmapkd.models.parts import undecayed
 from cmapkd.training.config import OptimConfig
 
 _OWN_EPS = 1e-8  # torch's own
 
 
-Group = tuple[Part, bool, float | None]
+Group = tuple[ParameterPart, bool, float | None]
 """Of a parameter: its part, whether it is decayed, and its own rate."""
 
 

@@ -25,7 +25,7 @@ from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo
-from cmapkd.methods.stages import WHOLE, StageConfig, stage_ends, stream_by_step
+from cmapkd.methods.stages import WHOLE_RUN, StageConfig, stage_ends, stream_by_step
 from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
@@ -106,7 +106,7 @@ class Trainer:
         )
         per_epoch = self.sampler.steps_per_epoch
         self.total = config.num_steps(per_epoch)
-        self.stages: tuple[StageConfig, ...] = config.stages or method.default_stages or (WHOLE,)
+        self.stages: tuple[StageConfig, ...] = config.stages or method.default_stages or (WHOLE_RUN,)
         self.ends = stage_ends(self.stages, total=self.total, steps_per_epoch=per_epoch)
         self.sampler.only = stream_by_step(self.stages, self.ends)
         for stage in self.stages:
@@ -114,7 +114,7 @@ class Trainer:
                 self.sampler.check_stream(stage.data)
         self.method = self._prepared(method)
         self.engine: Engine = make_engine(method, config, optim, self.accelerator)
-        self.stage, self.info = WHOLE, StepInfo()
+        self.stage, self.info = WHOLE_RUN, StepInfo()
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress()
         self.ledger = SampleLedger()

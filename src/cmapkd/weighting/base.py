@@ -65,10 +65,10 @@ class Weighting(nn.Module, ABC):
     """
 
     Config: ClassVar[type[WeightingConfig]]
-    listens: ClassVar[bool] = False
-    """Whether it learns from what `observe` is told; a held-out loss need not be computed for the others."""
+    reads_held_out: ClassVar[bool] = False
+    """Whether it learns from the held-out losses of `observe`; for other strategies none need be computed."""
     reads_gradients: ClassVar[bool] = False
-    """Whether it learns from what `observe_gradients` is told, which only whole terms of a loss have."""
+    """Whether it learns from the norms of `observe_gradients`, which only whole terms of a loss have."""
     reads_context: ClassVar[bool] = False
     """Whether the weights depend on what describes a sample, whatever that is."""
     reads_levels: ClassVar[bool] = False
@@ -105,8 +105,8 @@ class Weighting(nn.Module, ABC):
         Losses of items that are not active are 0; such an item must get weight 0, the others mean 1.
         """
 
-    def switch(self, on: Sequence[bool]) -> None:
-        """Told before `choose` which items are active, on the host, where looking at them waits for no device."""
+    def set_active(self, active: Sequence[bool]) -> None:
+        """Called before `choose` with the items that are active, on the host: looking at them waits for no device."""
 
     def forward(
         self,
@@ -124,7 +124,7 @@ class Weighting(nn.Module, ABC):
             active: items that count at all, for stages that switch levels off; best kept on the CPU, where looking at
                 it does not wait for the device. None: all. The losses of the others are not read.
             generator: where a strategy that draws takes its numbers from, on the CPU, the same in every process. It is
-                `self.generator` for `switch` and `choose`.
+                `self.generator` for `set_active` and `choose`.
         Raises:
             ValueError: a shape does not fit, or nothing is active.
         """
@@ -133,7 +133,7 @@ class Weighting(nn.Module, ABC):
         mask = everything if active is None else active.to(losses.device, non_blocking=True)
         losses = at_least_float32(losses).masked_fill(~mask, 0.0)
         self.generator = generator
-        self.switch([True] * len(self.items) if active is None else active.tolist())
+        self.set_active([True] * len(self.items) if active is None else active.tolist())
         with torch.autocast(losses.device.type, enabled=False):
             choice = self.choose(losses.detach(), at_least_float32(context.detach()), mask)
         self.generator = None
@@ -146,23 +146,23 @@ class Weighting(nn.Module, ABC):
         return Weighted(loss, weights, log | {name: value.detach() for name, value in choice.log.items()})
 
     def observe(self, held_out: Float[Tensor, ""]) -> None:
-        """Told once for each training step, before its `forward`: a loss on samples not yet trained on.
+        """Called once for each training step, before its `forward`, with a loss on samples not yet trained on.
 
         The loss of the step's own fresh batch serves, as it is measured before the step that uses it; it must not
-        depend on the weights. Only strategies that learn from it listen.
+        depend on the weights. Only strategies with `reads_held_out` use it.
         """
 
     @property
-    def due(self) -> bool:
-        """Whether `observe_gradients` is to be told of this step."""
+    def wants_gradients(self) -> bool:
+        """Whether `observe_gradients` is to be called in this step."""
         return False
 
     def observe_gradients(
         self, losses: Float[Tensor, " items"], norms: Float[Tensor, " items"], active: Bool[Tensor, " items"]
     ) -> None:
-        """Told before `forward` where it is `due`: each item's loss, and the norm of its gradient at a shared layer.
+        """Called before `forward` if `wants_gradients`, with each item's loss and gradient norm at a shared layer.
 
-        Both of the whole batch over all processes; 0 for items that are not active.
+        Both are of the whole batch over all processes; 0 for items that are not active.
         """
 
     def _check(self, losses: Tensor, context: Tensor, active: Tensor | None) -> None:
@@ -188,7 +188,7 @@ class Weighting(nn.Module, ABC):
             raise ValueError("active switches every item off: leave out the term instead, or keep one item")
 
 
-def shares(
+def softmax_over_active(
     logits: Float[Tensor, "batch items"], active: Bool[Tensor, " items"]
 ) -> tuple[Float[Tensor, "batch items"], Float[Tensor, " batch"]]:
     """Softmax over the active items, and its KL divergence from uniform over them, in nats, >= 0."""
@@ -200,7 +200,7 @@ def shares(
 def with_floor(
     p: Float[Tensor, "batch items"], active: Bool[Tensor, " items"], floor: float
 ) -> Float[Tensor, "batch items"]:
-    """Shares as weights of mean 1 over the active items, none of which falls below `floor`."""
+    """Probabilities as weights of mean 1 over the active items, none of which falls below `floor`."""
     return (1 - floor) * p * active.sum() + floor * active
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, shares, with_floor
+from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, softmax_over_active, with_floor
 
 _LEAST_SPREAD = 1e-3  # of losses whose running mean is 1: differences below a thousandth count as none
 
@@ -95,7 +95,7 @@ class BoundedGate(Weighting):
         active: Bool[Tensor, " items"],
     ) -> Choice:
         temperature = self.temperature
-        p, divergence = shares(self.logits(context.to(temperature.dtype)) / temperature, active)
+        p, divergence = softmax_over_active(self.logits(context.to(temperature.dtype)) / temperature, active)
         weights = with_floor(p, active, self.bounds.floor)
         log = {"gate/temperature": temperature, "gate/divergence": divergence.mean()}
         if self.bounds.plain:

@@ -122,7 +122,7 @@ class GradNormWeighting(Weighting):
         self.register_buffer("spread", torch.zeros(()))
 
     @property
-    def due(self) -> bool:
+    def wants_gradients(self) -> bool:
         return self.steps >= self.config.warmup_steps and self.steps % self.config.every == 0
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class GradNormWeighting(Weighting):
         return Choice(weights.expand_as(losses), None, {**log, "gradnorm/spread": self.spread.clone()})
 
     @torch.no_grad()
-    def _note(self, losses: Tensor, active: Tensor) -> None:
+    def _note(self, losses: Float[Tensor, " items"], active: Bool[Tensor, " items"]) -> None:
         """One step more; during a term's first ones its loss goes into L(0)."""
         self.steps += 1
         taken = active & ~self.given & (self.seen < self.config.warmup_steps)

@@ -45,11 +45,11 @@ class ManualWeighting(Weighting):
         self.register_buffer("numbers", torch.tensor(by_item(config.weights, items, what="weights")), persistent=False)
         self.config = config
 
-    def switch(self, on: Sequence[bool]) -> None:
-        active = [item for item, is_on in zip(self.items, on, strict=True) if is_on]
-        if not any(self.config.weights[item] for item in active):
+    def set_active(self, active: Sequence[bool]) -> None:
+        names = [item for item, is_active in zip(self.items, active, strict=True) if is_active]
+        if not any(self.config.weights[item] for item in names):
             raise ValueError(
-                f"weights gives 0 to every active item ({', '.join(active)}), so the loss would vanish: raise one of "
+                f"weights gives 0 to every active item ({', '.join(names)}), so the loss would vanish: raise one of "
                 "them, or switch on an item that has a weight"
             )
 

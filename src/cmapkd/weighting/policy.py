@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, by_item, shares, with_floor
+from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, by_item, softmax_over_active, with_floor
 
 
 class PolicyConfig(WeightingConfig):
@@ -50,8 +50,8 @@ class _Clock:
     """Where the policy stands: whole numbers on the CPU, so that no step waits for the device."""
 
     steps: int = 0  # forwards in training
-    observed: int = 0  # held-out losses ever told
-    waiting: int = 0  # 1: one of them was told since the last forward
+    observed: int = 0  # held-out losses ever observed
+    waiting: int = 0  # 1: one of them was observed since the last forward
     observations: int = 0  # of this window
     weighed: int = 0  # forwards in this window
     closed: int = 0  # windows that earned a reward
@@ -95,7 +95,7 @@ class PolicyWeighting(Weighting):
     """
 
     Config: ClassVar[type[WeightingConfig]] = PolicyConfig
-    listens: ClassVar[bool] = True
+    reads_held_out: ClassVar[bool] = True
     reads_context: ClassVar[bool] = True
     costs: Tensor
     projection: Tensor
@@ -148,8 +148,8 @@ class PolicyWeighting(Weighting):
             self.clock.observed += 1
 
     @torch.no_grad()
-    def switch(self, on: Sequence[bool]) -> None:
-        flags = [int(is_on) for is_on in on]
+    def set_active(self, active: Sequence[bool]) -> None:
+        flags = [int(is_active) for is_active in active]
         if self.training and flags != self.active:  # what was observed of this window and the last no longer compares
             self.active = flags
             self.clock.observations = self.clock.learning = 0
@@ -165,8 +165,8 @@ class PolicyWeighting(Weighting):
         if self.training:
             self._advance(context)
         features = self._features(context)
-        mean_shares, divergence = shares(features @ self.mean.T, active)
-        p = shares(features @ self.action.T, active)[0] if self.training else mean_shares
+        mean_p, divergence = softmax_over_active(features @ self.mean.T, active)
+        p = softmax_over_active(features @ self.action.T, active)[0] if self.training else mean_p
         weights = with_floor(p, active, self.config.floor)
         cost = weights.detach().mean(0) @ self.costs / active.sum()
         if self.training:
@@ -181,12 +181,12 @@ class PolicyWeighting(Weighting):
         return Choice(weights, objective / self.config.window, {name: value.clone() for name, value in log.items()})
 
     @torch.no_grad()
-    def _advance(self, context: Tensor) -> None:
+    def _advance(self, context: Float[Tensor, "batch context_dim"]) -> None:
         """One step of the clock: the observation that waits, the end of a window, the next action."""
         clock = self.clock
         if clock.steps >= self.config.warmup_steps and not clock.observed:
             raise RuntimeError(
-                f"the policy was told no held-out loss in its {clock.steps} steps, so it has nothing to learn from: "
+                f"the policy observed no held-out loss in its {clock.steps} steps, so it has nothing to learn from: "
                 "call observe(held_out) before forward in every step, or choose another weighting"
             )
         if not clock.acting:

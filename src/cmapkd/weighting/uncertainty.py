@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError, closest
-from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, shares
+from cmapkd.weighting.base import Choice, Weighting, WeightingConfig, softmax_over_active
 
 
 class UncertaintyConfig(WeightingConfig):
@@ -72,8 +72,8 @@ class UncertaintyWeighting(Weighting):
     def log_variance(self) -> Float[Tensor, " items"]:
         return self.config.speed * self.scaled
 
-    def switch(self, on: Sequence[bool]) -> None:
-        self.any_learned = any(is_on and learns for is_on, learns in zip(on, self.learns, strict=True))
+    def set_active(self, active: Sequence[bool]) -> None:
+        self.any_learned = any(is_active and learns for is_active, learns in zip(active, self.learns, strict=True))
 
     def choose(
         self,
@@ -89,7 +89,7 @@ class UncertaintyWeighting(Weighting):
         objective = (slope * s).masked_fill(~free, 0.0).sum()  # of which only the gradient is used
         weights = (active & ~self.learned).to(losses.dtype)[None]
         if self.any_learned:
-            p, _ = shares(-s[None], free)
+            p, _ = softmax_over_active(-s[None], free)
             weights = weights + p * free.sum()
         log = {f"log_variance/{item}": value for item, value in zip(self.items, s, strict=True)}
         return Choice(weights.expand_as(losses), objective, log)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cmapkd.data.types import QuestionAnswer
-from cmapkd.evaluation.probes.decoder import END, PAD, START, UNKNOWN, DecoderHead, Words
+from cmapkd.evaluation.probes.decoder import END, PAD, START, UNKNOWN, DecoderHead, WordTokenizer
 from cmapkd.evaluation.probes.detector import CellPositions, DetectorHead, assign, centredness
 from cmapkd.evaluation.probes.fusion import FusionHead, answer_shares, frequent_answers
 from cmapkd.evaluation.probes.probe import HeadInput
@@ -90,7 +90,7 @@ def test_answers_by_frequency_and_their_shares() -> None:
 
 
 def test_words_are_lower_case_without_punctuation_and_cut() -> None:
-    words = Words(["A cat, the dog's cat.", "a CAT!"], most=50, length=3)
+    words = WordTokenizer(["A cat, the dog's cat.", "a CAT!"], most=50, length=3)
     ids = words(["A cat, a cat and more", "cat", "zebra"])
     assert ids.shape == (3, 5)
     assert [words.text(row) for row in ids.tolist()] == ["a cat a", "cat", ""]
@@ -99,9 +99,9 @@ def test_words_are_lower_case_without_punctuation_and_cut() -> None:
     assert ids[1].tolist()[2:] == [END, PAD, PAD]
     assert ids[2, 1] == UNKNOWN
     assert words.text(words(["the dog's"])[0].tolist()) == "the dog's"
-    assert len(Words(["a b c d e f"], most=6, length=3)) == 6
+    assert len(WordTokenizer(["a b c d e f"], most=6, length=3)) == 6
     with pytest.raises(ValueError, match="no words"):
-        Words(["...", "!"], most=50, length=3)
+        WordTokenizer(["...", "!"], most=50, length=3)
 
 
 def test_a_word_does_not_see_the_words_after_it() -> None:

@@ -17,7 +17,7 @@ PAD, UNKNOWN, START, END = range(4)
 _SPECIAL = ["[PAD]", "[UNK]", "[START]", "[END]"]
 
 
-class Words:
+class WordTokenizer:
     """Lower-cased words without punctuation (caption metrics drop it too): the training captions' most frequent."""
 
     def __init__(self, captions: Iterable[str], *, most: int, length: int) -> None:

@@ -23,7 +23,7 @@ from cmapkd.evaluation.probes.config import (
     JointHeadConfig,
     JointVQAConfig,
 )
-from cmapkd.evaluation.probes.decoder import DecoderHead, Words
+from cmapkd.evaluation.probes.decoder import DecoderHead, WordTokenizer
 from cmapkd.evaluation.probes.detector import DetectorHead
 from cmapkd.evaluation.probes.features import patch_level, patches_of, text_level
 from cmapkd.evaluation.probes.fusion import FusionHead, frequent_answers
@@ -188,7 +188,7 @@ def build_heads(
             elif isinstance(settings, JointCaptioningConfig):
                 captions = [caption for sample in samples for caption in sample.captions]
                 _need(captions, name, "caption", source, samples)
-                words = Words(captions, most=settings.words, length=settings.length)
+                words = WordTokenizer(captions, most=settings.words, length=settings.length)
                 targets[name] = CaptionTargets(words)
                 heads[name] = DecoderHead(
                     **sizes,

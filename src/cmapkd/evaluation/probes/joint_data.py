@@ -14,7 +14,7 @@ from torch import Tensor
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import BadSampleError, Sample, Source, TokenBatch
 from cmapkd.data.views import View
-from cmapkd.evaluation.probes.decoder import Words
+from cmapkd.evaluation.probes.decoder import WordTokenizer
 from cmapkd.evaluation.probes.detector import box_targets
 from cmapkd.evaluation.probes.features import whole_picture
 from cmapkd.evaluation.probes.fusion import answer_shares
@@ -35,7 +35,10 @@ class HeadTargets(ABC):
 
 
 class QuestionTargets(HeadTargets):
-    """In each epoch the image's next question that one of `answers` answers."""
+    """In each epoch the image's next question that one of `answers` answers.
+
+    Targets: `answers` Int[items most] and `shares` Float[items most], see `answer_shares`.
+    """
 
     def __init__(self, answers: Sequence[str], tokenizer: Tokenizer) -> None:
         self.answers, self.tokenizer = tuple(answers), tokenizer
@@ -51,9 +54,9 @@ class QuestionTargets(HeadTargets):
 
 
 class CaptionTargets(HeadTargets):
-    """In each epoch the image's next caption."""
+    """In each epoch the image's next caption. Targets: `words` Int[items length], see `WordTokenizer`."""
 
-    def __init__(self, words: Words) -> None:
+    def __init__(self, words: WordTokenizer) -> None:
         self.words = words
 
     def read(self, sample: Sample, epoch: int) -> Any:
@@ -64,7 +67,10 @@ class CaptionTargets(HeadTargets):
 
 
 class BoxTargets(HeadTargets):
-    """The image's boxes of the classes `names`; an image without one is taken as not annotated."""
+    """The image's boxes of the classes `names`; an image without one is taken as not annotated.
+
+    Targets: `boxes` Float[items most 4] as fractions of the sides, and `labels` Int[items most], -1 in unused rows.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -156,7 +162,13 @@ class JointExtra:
     def __init__(self, spec: ImageSpec, targets: dict[str, HeadTargets]) -> None:
         self.spec, self.targets = spec, targets
 
-    def read(self, sample: Sample, view: View, epoch: int) -> tuple[Tensor | None, dict[str, Any]]:  # noqa: ARG002
+    def read(
+        self,
+        sample: Sample,
+        view: View,  # noqa: ARG002  heads see whole pictures
+        epoch: int,
+    ) -> tuple[Float[Tensor, "3 size size"] | None, dict[str, Any]]:
+        """The whole picture, where a head learns from the sample, and each head's item."""
         items = {name: maker.read(sample, epoch) for name, maker in self.targets.items()}
         wanted = any(item is not None for item in items.values())
         return whole_picture(self.spec, sample.image) if wanted else None, items

@@ -44,7 +44,7 @@ class Head(nn.Module):
 
     @abstractmethod
     def size(self, targets: dict[str, Tensor]) -> Int[Tensor, ""]:
-        """Of how many things `loss` is the mean, so that parts of a batch can be put together."""
+        """Of how many things `loss` is the mean of these targets, so that parts of a batch can be put together."""
 
 
 class Probe(DualEncoderMethod):

@@ -11,7 +11,7 @@ from cmapkd.evaluation import caption_tools
 from cmapkd.evaluation.captioning import caption_scores
 from cmapkd.evaluation.probes.config import CaptioningConfig
 from cmapkd.evaluation.probes.data import ProbeBatches
-from cmapkd.evaluation.probes.decoder import DecoderHead, Words
+from cmapkd.evaluation.probes.decoder import DecoderHead, WordTokenizer
 from cmapkd.evaluation.probes.features import patch_level
 from cmapkd.evaluation.probes.probe import HeadInput
 from cmapkd.evaluation.probes.train import scored_images, train_probe
@@ -52,7 +52,9 @@ class Captioning(Task):
         if not captioned or not asked:
             where = bench.train if not captioned else bench.source
             raise ValueError(f"{where.name if where else 'the source'} has no captions")
-        words = Words((c for captions in train.captions for c in captions), most=config.words, length=config.length)
+        words = WordTokenizer(
+            (c for captions in train.captions for c in captions), most=config.words, length=config.length
+        )
         written = [words(train.captions[row]) for row in captioned]
         starts = [uniforms(1, "caption", train.ids[row])[0] for row in captioned]
         features = subject.image_features("train")

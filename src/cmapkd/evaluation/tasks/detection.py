@@ -121,13 +121,13 @@ def _scores(
 ) -> dict[str, Any]:
     """COCO's figures in pixels of the original pictures; base classes are those that have a box in training."""
     predictions: dict[str, list[Predicted]] = {}
-    for identity, (width, height), each in zip(scored.ids, scored.sizes, detections, strict=True):
+    for identity, (width, height), of_image in zip(scored.ids, scored.sizes, detections, strict=True):
         sides = torch.tensor([width, height, width, height], dtype=torch.float32)
-        corners = (each.boxes.cpu() * sides).tolist()
+        corners = (of_image.boxes.cpu() * sides).tolist()
         predictions[identity] = [
             Predicted(left, top, right - left, bottom - top, names[kind], score)
             for (left, top, right, bottom), kind, score in zip(
-                corners, each.classes.tolist(), each.scores.tolist(), strict=True
+                corners, of_image.classes.tolist(), of_image.scores.tolist(), strict=True
             )
         ]
     truth = dict(zip(scored.ids, scored.boxes, strict=True))

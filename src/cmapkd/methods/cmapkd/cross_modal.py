@@ -40,7 +40,7 @@ class Bridges:
         """The teacher's levels, likewise, in a space of its own. No gradient reaches a model through them."""
         return _through(self.teacher, vectors)
 
-    def contrast(self, pairs: Sequence[str], vectors: Bridged, log_scale: Tensor) -> Float[Tensor, ""]:
+    def contrast(self, pairs: Sequence[str], vectors: Bridged, log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """InfoNCE at the coupled pairs, each counting what its coupling says."""
         total = torch.zeros((), device=log_scale.device)
         for pair in pairs:

@@ -37,6 +37,9 @@ from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher,
 from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
 from cmapkd.weighting import Weighting, for_items, make_weighting
 
+Values = dict[str, Float[Tensor, ""]]  # of terms, by name; each a mean over all processes' samples
+Context = Mapping[str, Float[Tensor, "batch width"]]  # what describes each of all samples, by what it is read from
+
 BANK_TERMS = ("bank", "bank_within", "bank_level", "bank_pair")
 
 
@@ -162,14 +165,14 @@ class CMAPKD(DualEncoderMethod):
         if self.training:
             self._observe(student, teacher)
         projected = None if self.project is None else self.project(student)
-        values: dict[str, Tensor] = {}
+        values: Values = {}
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
         if projected is not None:
             values |= self._embedding_terms(batch, projected, teacher, rows)
         models = {"teacher": teacher, "student": student}
         read = [role for role in self.config.ablations.selection_reads if role in models]
-        context: dict[str, Tensor] = {role: _directions(models[role]) for role in read}
+        context: Context = {role: _directions(models[role]) for role in read}
         values |= self._intra_modal_terms(projected, teacher, rows, context)
         values |= self._cross_modal_terms(student, teacher, rows, context)
         return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
@@ -182,11 +185,9 @@ class CMAPKD(DualEncoderMethod):
 
     # ------------------------------------------------------------------------------------- embeddings, and the bank
 
-    def _embedding_terms(
-        self, batch: Batch, projected: Features, teacher: Features, rows: LevelRows
-    ) -> dict[str, Tensor]:
+    def _embedding_terms(self, batch: Batch, projected: Features, teacher: Features, rows: LevelRows) -> Values:
         """The student's projected embeddings against the teacher's: of this batch, and of the bank, with its levels."""
-        values: dict[str, Tensor] = {}
+        values: Values = {}
         of_student, of_teacher = embeddings_of(projected), embeddings_of(teacher)
         if self.interactive_scale is not None and self._wants("interactive"):
             values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=self.interactive_scale.exp())
@@ -207,9 +208,9 @@ class CMAPKD(DualEncoderMethod):
             self.bank.push(*of_teacher, keys, known)
         return values
 
-    def _bank_level_terms(self, references: References, rows: LevelRows) -> dict[str, Tensor]:
+    def _bank_level_terms(self, references: References, rows: LevelRows) -> Values:
         """Inner levels against a bank of the teacher's: of the same level, and by the bridges of the other modality."""
-        values: dict[str, Tensor] = {}
+        values: Values = {}
         levels = [level for level in self.project_levels if self.stage.wants_level(level)]
         if levels and self._wants("bank_level"):
             scale = self.config.ablations.bank_level_scale
@@ -228,10 +229,10 @@ class CMAPKD(DualEncoderMethod):
     # ----------------------------------------------------------------------------------------------------- the levels
 
     def _intra_modal_terms(
-        self, projected: Features | None, teacher: Features, rows: LevelRows, context: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+        self, projected: Features | None, teacher: Features, rows: LevelRows, context: Context
+    ) -> Values:
         """Each level against the teacher's same level, weighted for each sample."""
-        values: dict[str, Tensor] = {}
+        values: Values = {}
         for term in INTRA:
             levels = self.plan.compared(term)
             if not levels:
@@ -247,11 +248,9 @@ class CMAPKD(DualEncoderMethod):
             values[term] = self._weigh(term, counted, context, rows)
         return values
 
-    def _cross_modal_terms(
-        self, student: Features, teacher: Features, rows: LevelRows, context: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _cross_modal_terms(self, student: Features, teacher: Features, rows: LevelRows, context: Context) -> Values:
         """Levels of one modality against those of the other, and relations; each level as one vector a sample."""
-        values: dict[str, Tensor] = {}
+        values: Values = {}
         if not self.plan.pools():
             return values
         levels = self.plan.of_stage()
@@ -262,7 +261,7 @@ class CMAPKD(DualEncoderMethod):
             ).mean()
         pairs = [pair for pair in self.config.coupled() if {*pair.split("-")} <= {*levels}]
         inner = [pair for pair in pairs if pair != JOINT]
-        divergences: dict[str, Tensor] = {}
+        divergences: dict[str, Float[Tensor, " batch"]] = {}
         bridges = self.bridges
         if bridges is not None:
             mapped, targets = bridges.of_student(of_student), bridges.of_teacher(of_teacher)
@@ -288,7 +287,7 @@ class CMAPKD(DualEncoderMethod):
         self,
         term: str,
         losses: Mapping[str, Float[Tensor, " batch"]],
-        context: Mapping[str, Float[Tensor, "batch width"]],
+        context: Context,
         rows: LevelRows,
     ) -> Float[Tensor, ""]:
         """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
@@ -311,7 +310,9 @@ class CMAPKD(DualEncoderMethod):
         loss: Tensor = weighted.loss
         return loss
 
-    def _vectors_of(self, items: Sequence[str], rows: LevelRows, like: Tensor) -> list[Float[Tensor, "batch width"]]:
+    def _vectors_of(
+        self, items: Sequence[str], rows: LevelRows, like: Float[Tensor, " batch"]
+    ) -> list[Float[Tensor, "batch width"]]:
         """The teacher's vectors of the items' levels; zeros for a level that the stage does not read."""
         widths = self._widths("teacher", LEVELS)
         return [
@@ -323,12 +324,10 @@ class CMAPKD(DualEncoderMethod):
     @torch.no_grad()
     def _observe(self, student: Features, teacher: Features) -> None:
         """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
-        listening = [
-            weighting for weighting in self.weighting.values() if isinstance(weighting, Weighting) and weighting.listens
-        ]
-        if listening:
+        learning = [w for w in self.weighting.values() if isinstance(w, Weighting) and w.reads_held_out]
+        if learning:
             held_out = joint_divergence(student, teacher).mean()
-            for weighting in listening:
+            for weighting in learning:
                 weighting.observe(held_out)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cmapkd.data.types import Batch
-from cmapkd.features import LevelMatcher
+from cmapkd.features import LevelMatcher, with_means
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.levels import INTRA, LevelRows
 from cmapkd.methods.dual import TeacherDetail
@@ -68,15 +68,22 @@ class LevelPlan:
 
 
 def read_levels(match: LevelMatcher, plan: LevelPlan, batch: Batch, student: Features, teacher: Features) -> LevelRows:
-    """The rows of a part of the batch, of this process's samples alone."""
+    """The rows of a part of the batch, of this process's samples alone.
+
+    Args:
+        batch: the part, for its texts.
+        student, teacher: both models' features of it, with the levels that the plan reads.
+    """
+    if plan.pools() and plan.config.ablations.depths == "last":  # a mean over blocks is cheaper to pool after it
+        student, teacher = with_means(student), with_means(teacher)
     distance: dict[str, Tensor] = {}
     visual, language = plan.compared("visual"), plan.compared("language")
     if visual:
         matched = match.match_visual(student, teacher, visual)
-        distance |= {name: level_distance(it.student, it.teacher, it.mask) for name, it in matched.items()}
+        distance |= {name: level_distance(level.student, level.teacher, level.mask) for name, level in matched.items()}
     if language:
         matched = match.match_language(batch, student, teacher, language)
-        distance |= {name: level_distance(it.student, it.teacher, it.mask) for name, it in matched.items()}
+        distance |= {name: level_distance(level.student, level.teacher, level.mask) for name, level in matched.items()}
     levels = plan.of_stage()
     of_student = match.pooled("student", student, levels) if plan.pools() else {}
     of_teacher = {}

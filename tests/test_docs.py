@@ -128,6 +128,32 @@ def test_a_selection_with_two_rows_of_a_seed_is_refused() -> None:
         measured.Asker("cmapkd_final_early.csv").ask('of(R1, arm="cmapkd")')
 
 
+# ------------------------------------------------------------------------------------------------ lines
+
+LONGEST_LINE = 120
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers, from 1, of the prose lines above `LONGEST_LINE` characters: no code, no table, no tie of a table."""
+    prose = re.sub(
+        r"^```.*?^```|<!--.*?-->", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
+    )
+    lines = enumerate(prose.split("\n"), start=1)
+    return [number for number, line in lines if len(line) > LONGEST_LINE and not line.startswith("|")]
+
+
+def test_only_long_lines_of_prose_are_found() -> None:
+    long = "x" * (LONGEST_LINE + 1)
+    text = f"{long[1:]}\n{long}\n| {long} |\n\n```bash\n{long}\n```\n<!-- table: a.csv\n{long}\n-->\n- {long[1:]}\n"
+    assert long_lines(text) == [2, 11]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_prose_line_of_a_page_is_long(path: Path) -> None:
+    assert long_lines(path.read_text(encoding="utf-8")) == []
+
+
 # ------------------------------------------------------------------------------------------------ links
 
 

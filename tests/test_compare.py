@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -310,7 +311,11 @@ def test_numbers_of_a_comparison_by_hand(recipe: Path, fake: FakeRun, tmp_path: 
 
 def test_named_metrics_and_their_direction(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     metrics = ["retrieval.i2t.median_rank", "retrieval.i2t.r@6"]
-    result = compare(comparison(recipe, metrics=metrics), out=tmp_path / "c")
+    shown = io.StringIO()
+    result = compare(comparison(recipe, metrics=metrics), out=tmp_path / "c", console=Console(file=shown, width=200))
+    remark = "The first finished run has no metric retrieval.i2t.r@6 (did you mean 'retrieval.i2t.r@5'?)."
+    assert shown.getvalue().count(remark) == 1  # said once, and before the second run
+    assert shown.getvalue().index(remark) < shown.getvalue().index("[2/")
     ranks = cell(result, "clip_kd", "retrieval.i2t.median_rank")
     assert (ranks.difference.mean, ranks.difference.wins) == (pytest.approx(-12.0), 2)
     assert ranks.gap[0] == pytest.approx(12 / 49.98)

@@ -53,10 +53,10 @@ def slow(
     table = (texts.double() @ images.double().T).tolist()
     t2i = direction(len(texts), len(images), lambda t, i: table[t][i], lambda t, i: (t, i) in positives)
     i2t = direction(len(images), len(texts), lambda i, t: table[t][i], lambda i, t: (t, i) in positives)
-    mean = (i2t["r@1"] + t2i["r@1"]) / 2
+    means = {f"mean_r@{k}": (i2t[f"r@{k}"] + t2i[f"r@{k}"]) / 2 for k in (1, 5, 10)}
     least = min(sum(i == image for _, i in own) for image in {i for _, i in own})
     counts = {"num_images": len(images), "num_texts": len(texts), "min_texts_per_image": least}
-    return {"i2t": i2t, "t2i": t2i, "mean_r@1": mean} | counts
+    return {"i2t": i2t, "t2i": t2i} | means | counts
 
 
 def own_pairs(image_of_text: Tensor) -> set[tuple[int, int]]:

@@ -25,7 +25,7 @@ from cmapkd.compare.resolve import Resolver
 from cmapkd.compare.rows import PlannedRun, config_digest
 from cmapkd.compare.search import Trials, check_winners, search
 from cmapkd.compare.seconds import FILE, measure_all, read_seconds, write_seconds
-from cmapkd.compare.summary import summarize_tables, teacher_key
+from cmapkd.compare.summary import summarize_tables, teacher_key, unknown_metrics
 from cmapkd.compare.tables import TableSummary
 from cmapkd.compare.trials import plan_trials
 from cmapkd.compare.tuning import TuningConfig
@@ -81,6 +81,7 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         for remark in plan.remarks():
             console.print(remark, markup=False, highlight=False)
     outcomes = {planned.digest: Outcome(plan.folder(planned, out)) for planned in plan.runs}
+    looked = False  # whether a finished run was looked through for the metrics that the tables name
     try:
         for number, planned in enumerate(plan.runs, 1):
             state = plan.state(planned, out)
@@ -95,6 +96,10 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
                 gc.collect()  # a trainer is full of circles: its memory would otherwise last into the next run
             if console is not None and outcome.error is not None:
                 console.print(printable(f"failed: {outcome.error}"), markup=False, highlight=False, soft_wrap=True)
+            if console is not None and outcome.status == "finished" and not looked:
+                looked = True
+                for remark in unknown_metrics(plan, outcome.metrics):
+                    console.print(printable(remark), markup=False, highlight=False, soft_wrap=True)
         teachers = _score_teachers(plan, outcomes, sources, out / "teachers.json")
     except BaseException:
         _finish(plan, outcomes, {}, out)

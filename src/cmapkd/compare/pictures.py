@@ -15,6 +15,7 @@ from cmapkd.compare.statistics import Estimate, PairedDifference
 from cmapkd.evaluation.picture_ranks import PictureRanks
 from cmapkd.run.measure import RANKS
 
+_BOTH_WAYS = re.compile(r"retrieval\.mean_(r@\d+)")
 _RETRIEVAL = re.compile(r"retrieval\.((?:i2t|t2i)\.(?:r@\d+|mean_rank))")
 _TOLERANCE = 0.02  # between a score and its pictures, in units of the metric; a committed table is rounded
 
@@ -57,8 +58,8 @@ def measures_of(path: str) -> tuple[str, ...]:
     Raises:
         NoPictures: the metric is no mean over pictures.
     """
-    if path == "retrieval.mean_r@1":
-        return "i2t.r@1", "t2i.r@1"
+    if match := _BOTH_WAYS.fullmatch(path):
+        return f"i2t.{match[1]}", f"t2i.{match[1]}"
     if match := _RETRIEVAL.fullmatch(path):
         return (match[1],)
     if path in ("zero_shot.top1", "zero_shot.top5"):

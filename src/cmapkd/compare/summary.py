@@ -226,6 +226,19 @@ def _choose_metrics(
     return table.metrics, [f"No run has the metric {path}{closest(path, known)}." for path in missing]
 
 
+def unknown_metrics(plan: Plan, run: Mapping[str, Any]) -> list[str]:
+    """A remark on each metric that the comparison names and a finished run lacks, as the others then hardly have it.
+
+    Args:
+        run: of its `metrics.json`, the student's with further test data.
+    """
+    known = [*_paths(run["student"])]
+    tables = [path for table in plan.tables for path in table.metrics or ()]
+    contrasts = [each.declared.metric for table in plan.tables for each in table.contrasts]
+    lacking = [path for path in dict.fromkeys((*tables, *contrasts)) if path is not None and path not in known]
+    return [f"The first finished run has no metric {path}{closest(path, known)}." for path in lacking]
+
+
 def _headlines(run: Mapping[str, Any], before: str) -> list[str]:
     """Paths of the headlines of a run's student, on its final data or on further test data (`before` is `NAME.`)."""
     scores = run["student"].get(before.rstrip("."), {}) if before else run["student"]

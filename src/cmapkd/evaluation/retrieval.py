@@ -39,9 +39,9 @@ def retrieval(
         min_texts_per_image: captions that every image must have, 5 for COCO and Flickr30k; None: whatever there is.
         queries_per_block: bounds memory, see `rank_positives`; no influence on the result.
     Returns:
-        `{"i2t": {...}, "t2i": {...}, "mean_r@1", "num_images", "num_texts", "min_texts_per_image"}`; each direction
-        holds `r@1`, `r@5`, `r@10` and `map` in percent and `median_rank`, `mean_rank` of the best positive, from 1. The
-        minimum is over the images that have a caption.
+        `{"i2t": {...}, "t2i": {...}, "mean_r@1", "mean_r@5", "mean_r@10", "num_images", "num_texts",
+        "min_texts_per_image"}`; each direction holds `r@1`, `r@5`, `r@10` and `map` in percent and `median_rank`,
+        `mean_rank` of the best positive, from 1. The minimum is over the images that have a caption.
     Raises:
         ValueError: there is no image or no caption, the shapes do not fit, an embedding is not finite, or an image has
             too few captions.
@@ -94,7 +94,7 @@ def retrieval_scores(ranks: RanksBothWays, image_of_text: Int[Tensor, " texts"],
     return {
         "i2t": i2t,
         "t2i": t2i,
-        "mean_r@1": (i2t["r@1"] + t2i["r@1"]) / 2,
+        **{f"mean_r@{k}": (i2t[f"r@{k}"] + t2i[f"r@{k}"]) / 2 for k in RECALL_AT},
         "num_images": num_images,
         "num_texts": len(image_of_text),
         "min_texts_per_image": int(counts[counts > 0].min()),

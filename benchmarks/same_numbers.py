@@ -47,6 +47,7 @@ RECIPES = (
     "dc_clip_scenes",
     "fitnet_scenes",
     "clip_kd_scenes",
+    "clip_rd_scenes",
     "cmapkd_scenes",
     "mobileclip_scenes",
     "tinyclip_scenes",

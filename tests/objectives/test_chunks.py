@@ -11,6 +11,7 @@ from torch import Tensor
 from cmapkd.objectives import (
     chunks,
     contrastive_loss,
+    crosswise_divergence,
     ensemble_divergence,
     gradient_distance,
     interactive_divergence,
@@ -19,6 +20,7 @@ from cmapkd.objectives import (
     relation_distance,
     sigmoid_loss,
     similarity_divergence,
+    vertical_divergence,
 )
 
 BATCH = 7
@@ -27,6 +29,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {  # of four [batch, dim] tensors and
     "sigmoid": lambda a, b, c, d, s, **x: sigmoid_loss(a, b, logit_scale=s, logit_bias=-s / 3, **x),
     "interactive": lambda a, b, c, d, s, **x: interactive_loss(a, b, c, d, logit_scale=s, **x),
     "cross": lambda a, b, c, d, s, **x: interactive_divergence(a, b, c, d, student_scale=s, teacher_scale=4.0, **x),
+    "vertical": lambda a, b, c, d, s, **x: vertical_divergence(a, b, c, d, image_scale=s, text_scale=4.0, **x),
+    "crosswise": lambda a, b, c, d, s, **x: crosswise_divergence(a, b, c, d, logit_scale=s, **x),
     "gradient": lambda a, b, c, d, s, **x: gradient_distance(a, b, c, d, student_scale=s / 3, teacher_scale=3.0, **x),
     "similarity": lambda a, b, c, d, s, **x: similarity_divergence(
         a, b, c, d, student_scale=s, teacher_scale=4.0, temperature=2.0, **x

@@ -9,6 +9,7 @@ from cmapkd.methods.base import Method
 from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.clip_kd import ClipKD
+from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
@@ -31,6 +32,7 @@ _OWN: dict[str, type[Method]] = {
     "dc_clip": DCClip,
     "fitnet": FitNet,
     "clip_kd": ClipKD,
+    "clip_rd": ClipRD,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,

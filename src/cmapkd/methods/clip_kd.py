@@ -5,7 +5,6 @@ Departures and how they were checked: the card below and docs/methods/clip_kd.md
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal
 
 import torch
@@ -28,9 +27,10 @@ from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
 from cmapkd.methods.hints import Hints, checked_hints
 from cmapkd.methods.in_batch import embeddings_of, similarity_loss
+from cmapkd.methods.own_scales import ScaleForm, factor, keep_in_range, new_scale
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import (
     contrastive_loss,
     feature_distance,
@@ -85,7 +85,7 @@ class ClipKDConfig(MethodConfig):
         ge=0,
         description="Weight of InfoNCE between embeddings that are fused with the teacher's. Published: none.",
     )
-    interactive_scale: Literal["exp", "official"] = Field(
+    interactive_scale: ScaleForm = Field(
         "exp",
         description="exp: the learned scales of the interactive, cross and augmented terms are exponentiated and "
         "clamped as CLIP's; official: used raw, as in the published code (they start at 2.66 instead of 14.3).",
@@ -190,9 +190,9 @@ class ClipKD(DualEncoderMethod):
             shared = config.projector == "shared"
             self.project = PairProjector(student.embed_dim, teacher.embed_dim, shared=shared)
         self.bank = make_bank(config.bank, teacher) if config.bank_weight else None
-        self.interactive_scale = _log_scale() if self.weights.keys() & {"interactive", "cross"} else None
+        self.interactive_scale = new_scale() if self.weights.keys() & {"interactive", "cross"} else None
         self.fusion = Fusion(student.embed_dim, teacher.embed_dim) if config.augmented_weight else None
-        self.fusion_scale = _log_scale() if config.augmented_weight else None
+        self.fusion_scale = new_scale() if config.augmented_weight else None
         # last, so that the other parts begin with the same draws with hints and without
         self.hints = Hints(config.hints, student, teacher.model) if "hints" in self.weights else None
         if config.masked_weight:
@@ -256,7 +256,7 @@ class ClipKD(DualEncoderMethod):
                 *of_student, *of_teacher, student_scale=scales[0], teacher_scale=scales[1]
             )
         if self.interactive_scale is not None:
-            scale = self._scale(self.interactive_scale)
+            scale = factor(self.interactive_scale, self.config.interactive_scale)
             if self._wants("interactive"):
                 values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=scale)
             if self._wants("cross"):
@@ -265,7 +265,8 @@ class ClipKD(DualEncoderMethod):
                 )
         if self.fusion is not None and self.fusion_scale is not None and self._wants("augmented"):
             fused = self.fusion(projected, teacher)
-            values["augmented"] = contrastive_loss(*fused, logit_scale=self._scale(self.fusion_scale))
+            scale = factor(self.fusion_scale, self.config.interactive_scale)
+            values["augmented"] = contrastive_loss(*fused, logit_scale=scale)
         if self.bank is not None and self._wants("bank"):
             values["bank"] = self._against_bank(self.bank, batch, of_student, of_teacher, teacher.logit_scale)
         return values
@@ -296,13 +297,4 @@ class ClipKD(DualEncoderMethod):
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
-        for scale in (self.interactive_scale, self.fusion_scale):
-            if scale is not None and self.config.interactive_scale == "exp":
-                scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
-
-    def _scale(self, parameter: Tensor) -> Tensor:
-        return parameter if self.config.interactive_scale == "official" else parameter.exp()
-
-
-def _log_scale() -> nn.Parameter:
-    return nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        keep_in_range((self.interactive_scale, self.fusion_scale), self.config.interactive_scale)

@@ -1,6 +1,7 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
+from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
 from cmapkd.objectives.classes import check_classes, labelled_cross_entropy, non_target_divergence
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
@@ -22,6 +23,7 @@ __all__ = [
     "check_classes",
     "contrastive_gradients",
     "contrastive_loss",
+    "crosswise_divergence",
     "embedding_distance",
     "ensemble_divergence",
     "feature_distance",
@@ -44,4 +46,5 @@ __all__ = [
     "smooth_distance",
     "sparsity_constraint",
     "target_sparsity",
+    "vertical_divergence",
 ]

@@ -1,0 +1,266 @@
+"""`export`: a model as files for other tools, compared with the model before the folder gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cmapkd
+from cmapkd.cache.identity import weight_hash
+from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source, split_of
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.export.card import write_card
+from cmapkd.export.extras import need_onnx
+from cmapkd.export.folder import refuse_existing, whole_folder, write_json, write_manifest
+from cmapkd.export.layout import (
+    metadata_of,
+    tokenizer_differences,
+    write_config,
+    write_preprocessor,
+    write_tokenizer,
+)
+from cmapkd.export.licence import Licence, licence_of
+from cmapkd.export.origin import Origin
+from cmapkd.export.parity import (
+    LIMITS,
+    ParityChecker,
+    judge,
+    judge_scores,
+    score_losses,
+    scores_of,
+)
+from cmapkd.export.precision import PRECISIONS, Calibration, check_precisions, convert
+from cmapkd.export.probes import draw_probes
+from cmapkd.export.program import OPSET, graphs_of, write_graph
+from cmapkd.export.runtime import GraphEncoder
+from cmapkd.export.towers import text_rules
+from cmapkd.models import DualEncoder
+
+TOWERS = ("vision_model", "text_model")
+MIN_CALIBRATION = 32
+_CALIBRATION_BATCH = 8
+
+
+def export_onnx(
+    model: DualEncoder,
+    out: Path,
+    *,
+    origin: Origin,
+    licence: Licence | None = None,
+    precisions: Sequence[str] = ("fp32",),
+    data: Source | None = None,
+    calibration: Source | None = None,
+    accept_loss: float | None = None,
+) -> dict[str, Any]:
+    """Writes both towers as ONNX files in transformers.js' layout, and compares every file with the model.
+
+    Args:
+        model: on the CPU; it is left as it was.
+        out: a new folder.
+        precisions: of `PRECISIONS`; fp32 is always written.
+        data: a validation source, on which retrieval and zero-shot of the files are measured beside the model's;
+            None: embeddings alone are compared, on pictures of the built-in world.
+        calibration: training data for int8-calibrated.
+        accept_loss: percent of a cosine, and points of a score, that a file may lose; None: see `LIMITS`.
+    Returns:
+        What `parity.json` holds.
+    Raises:
+        ConfigError: a wrong setting, or `out` is there already.
+        ValueError: a tower cannot be captured, or a file is too far from the model; nothing is left then.
+    """
+    need_onnx()
+    refuse_existing(out)
+    names = check_precisions(precisions)
+    if accept_loss is not None and not 0 < accept_loss < 100:
+        raise ConfigError(f"--accept-loss {accept_loss:g}: a loss is in percent, above 0 and below 100")
+    if calibration is not None and "int8-calibrated" not in names:
+        raise ConfigError("a calibration set is read by int8-calibrated only: name that precision too")
+    if calibration is None and "int8-calibrated" in names:
+        raise ConfigError("int8-calibrated measures the ranges of activations: name training data with --calibrate")
+    licence = licence or licence_of(origin.teachers, None)
+    probes = draw_probes(data if data is not None else open_source("scenes", split="val"))
+    checker = ParityChecker(model.eval(), probes)
+    with whole_folder(out) as folder:
+        (folder / "onnx").mkdir()
+        write_tokenizer(model, folder)
+        write_preprocessor(model.image_spec, folder)
+        write_config(model, folder)
+        captions = [text for _, text in probes.texts]
+        odd = tokenizer_differences(model, folder, captions)
+        _write_fp32(model, folder, origin, licence)
+        measured = None if calibration is None else calibrate(model, calibration)
+        if measured is not None:
+            write_json(folder / "calibration.json", measured.plain())
+        files = _compare_files(folder, names, checker, measured, accept_loss)
+        scores = _compare_scores(model, folder, names, data, accept_loss)
+        parity = {
+            "files": files,
+            "scores": scores,
+            "scored_on": None if data is None else data.name,
+            "compared_on": {"pictures": len(probes.pictures), "texts": len(probes.texts)},
+            "accepted_loss": accept_loss,
+            "limits": {name: [LIMITS[name].cosine, LIMITS[name].points] for name in names},
+            "texts_with_other_ids": odd,
+        }
+        write_json(folder / "parity.json", parity)
+        write_card(
+            model,
+            folder,
+            form="onnx",
+            origin=origin,
+            licence=licence,
+            scores=scores,
+            scored_on=None if data is None else data.name,
+            files=files,
+            accepted=accept_loss,
+        )
+        write_manifest(folder, _facts(model, origin, names))
+    return parity
+
+
+def _write_fp32(model: DualEncoder, folder: Path, origin: Origin, licence: Licence) -> None:
+    rules = text_rules(model)
+    more = {
+        "version": cmapkd.__version__,
+        "license": licence.front_matter,
+        "weights": weight_hash(model),
+        "tokenizer_sha256": sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+        "text_length": "2 to context_length" if rules.any_length else "context_length",
+        "end_token_id": str(rules.end_id),
+    }
+    for tower, graph in graphs_of(model).items():
+        metadata = metadata_of(model, tower=tower, teachers=origin.teachers, more=more)
+        path = folder / "onnx" / f"{tower}.onnx"
+        write_graph(graph, path, longest=model.tokenizer.context_length, metadata=metadata)
+
+
+def _compare_files(
+    folder: Path,
+    names: Sequence[str],
+    checker: ParityChecker,
+    calibration: Calibration | None,
+    accept_loss: float | None,
+) -> list[dict[str, Any]]:
+    """Writes the further precisions, and judges each file; a row for each."""
+    rows = []
+    for name in names:
+        for tower in TOWERS:
+            whole = folder / "onnx" / f"{tower}.onnx"
+            path = whole.with_name(f"{tower}{PRECISIONS[name]}.onnx")
+            if path != whole:
+                convert(name, whole, path, calibration)
+            parity = checker.compare(tower, path)
+            judge(path.name, name, parity, LIMITS[name].loosened(accept_loss))
+            described = {"file": f"onnx/{path.name}", "tower": tower, "precision": name, "bytes": path.stat().st_size}
+            rows.append(described | parity.plain())
+    return rows
+
+
+def _compare_scores(
+    model: DualEncoder, folder: Path, names: Sequence[str], data: Source | None, accept_loss: float | None
+) -> dict[str, dict[str, Any]] | None:
+    """Scores of the model (`torch`) and of each precision; None without data."""
+    if data is None:
+        return None
+    scores = {"torch": scores_of(model, data)}
+    for name in names:
+        vision, text = (folder / "onnx" / f"{tower}{PRECISIONS[name]}.onnx" for tower in TOWERS)
+        scores[name] = scores_of(GraphEncoder(model, vision, text), data)
+        losses = score_losses(scores["torch"], scores[name])
+        judge_scores(name, losses, LIMITS[name].loosened(accept_loss), data.name)
+    return scores
+
+
+def _facts(model: DualEncoder, origin: Origin, names: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says besides the files."""
+    import onnx
+    import onnxruntime
+
+    rules = text_rules(model)
+    return {
+        "exporter": {
+            "cmapkd": cmapkd.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "opset": OPSET,
+        },
+        "model": origin.name,
+        "teachers": list(origin.teachers),
+        "precisions": list(names),
+        "image_size": model.image_spec.size,
+        "context_length": model.tokenizer.context_length,
+        "text_length": "any up to context_length" if rules.any_length else "always context_length",
+        "normalized": False,
+    }
+
+
+def open_calibration(spec: str) -> Source:
+    """Training data that ranges are measured on.
+
+    Raises:
+        ConfigError: it is another split: what is measured there later must not have been seen.
+    """
+    split = split_of(spec, default="train")
+    if split is not None and split != "train":
+        raise ConfigError(f"--calibrate {spec!r} reads split {split!r}: ranges are measured on training data")
+    return open_source(spec, split="train")
+
+
+def open_validation(spec: str, split: str) -> Source:
+    """The source that files are scored on.
+
+    Raises:
+        ConfigError: it is a test split, which is read by nobody who chooses; a precision is chosen here.
+    """
+    named = split_of(spec, default=split)
+    if named is not None and named.startswith("test"):
+        raise ConfigError(f"--data {spec!r} reads the split {named!r}: precisions are chosen on validation data")
+    return open_source(spec, split=split)
+
+
+def calibrate(model: DualEncoder, source: Source, *, num: int = 64) -> Calibration:
+    """The first readable samples of a source, through the model's own preprocessing and tokenizer.
+
+    Args:
+        num: samples; more add memory and little else.
+    Raises:
+        ConfigError: there are fewer than 32.
+    """
+    ids: list[str] = []
+    pixels: list[torch.Tensor] = []
+    texts: list[str] = []
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+        except BadSampleError:
+            continue
+        ids.append(sample.id)
+        pixels.append(model.image_spec(sample.image))
+        texts.extend(sample.captions[:1])
+        if len(ids) == num:
+            break
+    if len(ids) < MIN_CALIBRATION or len(texts) < MIN_CALIBRATION:
+        raise ConfigError(
+            f"{source.name} has {len(ids)} readable samples and {len(texts)} captions; int8-calibrated needs "
+            f"{MIN_CALIBRATION} of each"
+        )
+    tokens, rules = model.tokenizer(texts), text_rules(model)
+    longest = int(tokens.mask.sum(1).max()) if rules.any_length else tokens.ids.shape[1]
+    feed = {"input_ids": tokens.ids[:, :longest]} | (
+        {"attention_mask": tokens.mask[:, :longest].long()} if rules.reads_mask else {}
+    )
+    feeds = {"vision_model": _batches({"pixel_values": torch.stack(pixels)}), "text_model": _batches(feed)}
+    return Calibration(source.name, source.fingerprint(), tuple(ids), feeds)
+
+
+def _batches(inputs: dict[str, torch.Tensor]) -> list[dict[str, np.ndarray]]:
+    total = len(next(iter(inputs.values())))
+    places = [slice(first, first + _CALIBRATION_BATCH) for first in range(0, total, _CALIBRATION_BATCH)]
+    return [{name: np.ascontiguousarray(rows[place].numpy()) for name, rows in inputs.items()} for place in places]

@@ -1,4 +1,4 @@
-"""Every family as ONNX files in every precision: the same embeddings as the model, whatever the batch and the length."""
+"""Every family as ONNX files in every precision: the model's embeddings, whatever the batch and the length."""
 
 from __future__ import annotations
 

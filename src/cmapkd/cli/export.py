@@ -11,7 +11,10 @@ import typer
 def export(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a name such as tiny:scenes-teacher.")],
     out: Annotated[Path, typer.Option(help="A new folder.")],
-    to: Annotated[str, typer.Option(help="onnx: two graphs in transformers.js' layout.")] = "onnx",
+    to: Annotated[
+        str,
+        typer.Option(help="onnx: two graphs in transformers.js' layout; transformers, open_clip: a folder of each."),
+    ] = "onnx",
     precision: Annotated[
         str, typer.Option(help="Comma-separated: fp32, fp16, int8-weights, int8-calibrated. fp32 is always written.")
     ] = "fp32",
@@ -34,45 +37,43 @@ def export(
 
     if to not in _FORMS:
         raise ConfigError(f"there is no form {to!r} to export to: {', '.join(_FORMS)}")
+    if to != "onnx" and (precision != "fp32" or calibrate is not None or accept_loss is not None):
+        raise ConfigError("--precision, --calibrate or --accept-loss is for --to onnx: libraries get the weights as is")
 
     from cmapkd.api import load
     from cmapkd.export.extras import need_onnx
     from cmapkd.export.folder import refuse_existing
+    from cmapkd.export.library import export_library
     from cmapkd.export.licence import licence_of
     from cmapkd.export.origin import origin_of, teachers_of
     from cmapkd.export.write import export_onnx, open_calibration, open_validation
 
     refuse_existing(out)
-    need_onnx()
+    if to == "onnx":
+        need_onnx()
     terms = licence_of(teachers_of(model), licence)
-    parity = export_onnx(
-        load(model),
-        out,
-        origin=origin_of(model),
-        licence=terms,
-        precisions=[name.strip() for name in precision.split(",")],
-        data=None if data is None else open_validation(data, split),
-        calibration=None if calibrate is None else open_calibration(calibrate),
-        accept_loss=accept_loss,
-    )
-    console = Console()
-    for row in parity["files"]:
-        console.print(_line(row), markup=False, highlight=False, soft_wrap=True)
-    for line in _score_lines(parity):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if terms.warning:
-        console.print(f"licence: {terms.warning}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"files and their hashes: {out}", highlight=False, soft_wrap=True)
+    source = None if data is None else open_validation(data, split)
+    known: dict[str, Any] = {"origin": origin_of(model), "licence": terms, "data": source}
+    if to == "onnx":
+        names = [name.strip() for name in precision.split(",")]
+        ranges = None if calibrate is None else open_calibration(calibrate)
+        parity = export_onnx(load(model), out, precisions=names, calibration=ranges, accept_loss=accept_loss, **known)
+    else:
+        parity = export_library(load(model), out, form="open_clip" if to == "open_clip" else "transformers", **known)
+    told = [*map(_line, parity["files"]), *_score_lines(parity)]
+    told += [f"licence: {terms.warning}"] if terms.warning else []
+    for line in (*told, f"files and their hashes: {out}"):
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-_FORMS = ("onnx",)
+_FORMS = ("onnx", "transformers", "open_clip")
 
 
 def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['file']}: {row['bytes'] / 1e6:.2f} MB, lowest cosine {row['cosine_min']:.6f}, largest error "
-        f"{row['largest_error']:.1e}, {row['milliseconds']:.2f} ms"
-    )
+    close = f"lowest cosine {row['cosine_min']:.6f}, largest error {row['largest_error']:.1e}"
+    if "file" not in row:
+        return f"{row['tower']} tower as the library loads it: {close}"
+    return f"{row['file']}: {row['bytes'] / 1e6:.2f} MB, {close}, {row['milliseconds']:.2f} ms"
 
 
 def _score_lines(parity: dict[str, Any]) -> list[str]:

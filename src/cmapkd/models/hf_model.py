@@ -110,6 +110,9 @@ class HfModel(DualEncoder):
         """Ours, and transformers' own: the Auto classes read model, tokenizer and image processor from the folder."""
         options = {"model_type": self.model_type, "context_length": self.tokenizer.context_length}
         write_model_folder(folder, family="hf", name=self.name, options=options)
+        if self.model_type == "clip":  # one tower alone is built by its own config
+            for part in (self.model.config.text_config, self.model.config.vision_config):
+                part.projection_dim = self.embed_dim
         self.model.save_pretrained(folder)
         self.tokenizer.native.save_pretrained(folder)
         self.processor.save_pretrained(folder)

@@ -101,7 +101,7 @@ def test_the_converted_model_is_read_back_by_our_own_family(tmp_path: Path) -> N
     export_library(model, tmp_path / "out", form="transformers", origin=ORIGIN, licence=FREE)
     back = build_model(f"hf:{tmp_path / 'out'}")
     assert back.image_spec == model.image_spec
-    assert float(back.log_logit_scale) == pytest.approx(float(model.log_logit_scale))
+    assert back.log_logit_scale.item() == pytest.approx(model.log_logit_scale.item())
     assert torch.equal(back.tokenizer(["a red dog"]).ids[0], model.tokenizer(["a red dog"]).ids[0, :5])
 
 

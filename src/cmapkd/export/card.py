@@ -95,8 +95,8 @@ def _about(model: DualEncoder, origin: Origin) -> list[str]:
         f"Images: {spec.size} x {spec.size} pixels ({fit}, {spec.interpolation}), mean {list(spec.mean)}, standard "
         f"deviation {list(spec.std)} of pixels in [0, 1]. Texts: up to {model.tokenizer.context_length} tokens."
     )
-    scale = float(model.log_logit_scale.exp())
-    bias = "" if model.logit_bias is None else f", bias {float(model.logit_bias):.4f}"
+    scale = model.log_logit_scale.exp().item()
+    bias = "" if model.logit_bias is None else f", bias {model.logit_bias.item():.4f}"
     told.append(f"Logit scale {scale:.4f}{bias}.")
     return ["\n".join(told), ""]
 

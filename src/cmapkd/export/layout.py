@@ -121,7 +121,7 @@ def write_config(model: DualEncoder, folder: Path) -> None:
             "architectures": [name],
             "model_type": kind,
             "projection_dim": model.embed_dim,
-            "logit_scale_init_value": float(model.log_logit_scale),
+            "logit_scale_init_value": model.log_logit_scale.item(),
             "text_config": {"model_type": f"{kind}_text_model", **text},
             "vision_config": {"model_type": f"{kind}_vision_model", **vision},
             "transformers.js_config": {"dtype": {"vision_model": "fp32", "text_model": "fp32"}},
@@ -145,8 +145,8 @@ def metadata_of(model: DualEncoder, *, tower: str, teachers: Sequence[str], more
         "context_length": model.tokenizer.context_length,
         "embed_dim": model.embed_dim,
         "normalized": False,
-        "logit_scale": float(model.log_logit_scale.exp()),
-        "logit_bias": None if model.logit_bias is None else float(model.logit_bias),
+        "logit_scale": model.log_logit_scale.exp().item(),
+        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
     }
     told = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     return {f"cmapkd.{key}": value for key, value in {**told, **more}.items()}

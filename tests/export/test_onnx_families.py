@@ -65,6 +65,8 @@ def test_names_and_free_dimensions(exported: Any) -> None:
     text = onnxruntime.InferenceSession(out / "onnx" / "text_model.onnx")
     [image] = vision.get_inputs()
     assert (image.name, image.shape) == ("pixel_values", ["batch_size", 3, size, size])
+    with pytest.raises(Exception, match=r"(?i)dimension"):
+        vision.run(None, {"pixel_values": np.zeros((1, 3, size + 8, size + 8), np.float32)})
     [embeds] = vision.get_outputs()
     assert (embeds.name, embeds.shape) == ("image_embeds", ["batch_size", model.embed_dim])
     length = model.tokenizer.context_length if name in FIXED else "sequence_length"

@@ -16,6 +16,7 @@ from export_support import FREE, ORIGIN, model_of
 from PIL import Image
 
 from cmapkd.export.library import export_library
+from cmapkd.export.parity import Limits
 from cmapkd.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,7 +134,7 @@ def test_a_wrong_conversion_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
     convert = library.to_clip_model
     monkeypatch.setattr(library, "to_clip_model", gelu_exchanged)
-    monkeypatch.setitem(library.LIMITS, "fp32", library.LIMITS["fp32"].__class__(1 - 1e-7, 0.5))
+    monkeypatch.setitem(library.LIMITS, "fp32", Limits(1 - 1e-7, 1e-4, 0.5))
     with pytest.raises(ValueError, match=r"the .* tower in transformers gives other embeddings"):
         export_library(model_of("open_clip", tmp_path), tmp_path / "out", form="transformers", origin=ORIGIN)
     assert not (tmp_path / "out").exists()

@@ -65,7 +65,7 @@ def units(rows: Any) -> np.ndarray:
 def test_node_gives_the_models_embeddings(node: Path, family: str, tmp_path: Path) -> None:
     model = load("tiny:scenes-teacher") if family == "tiny" else model_of(family, tmp_path)
     out = tmp_path / "out"
-    write(model, out, precisions=["fp16", "int8-weights"])
+    write(model, out, precisions=["fp16", "int8-weights"], accept_loss=10.0)
     size = model.image_spec.size
     pictures = [scenes()[index].image.convert("RGB").resize((size, size)) for index in range(6)]
     for number, picture in enumerate(pictures):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from cmapkd.data.types import Source
 from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
+from cmapkd.export.check import ROUNDS
 from cmapkd.export.probes import Case, Probes, picture_cases, text_cases
 from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
@@ -27,21 +29,30 @@ _WORST = 3  # samples that a message names
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest loss that is accepted: the lowest cosine of any sample, and points of a score."""
+    """The largest loss that is accepted.
+
+    Attributes:
+        cosine: the lowest of any sample.
+        noise: the largest `Parity.noise_to_spread`. It stands for the scores where none are measured.
+        points: of a score.
+    """
 
     cosine: float
+    noise: float
     points: float
 
     def loosened(self, loss: float | None) -> Limits:
-        """With `--accept-loss`: in percent of a cosine, and in points."""
-        return self if loss is None else Limits(min(self.cosine, 1 - loss / 100), max(self.points, loss))
+        """With `--accept-loss`: in percent of a cosine, and in points; the noise is stated and not limited."""
+        if loss is None:
+            return self
+        return Limits(min(self.cosine, 1 - loss / 100), float("inf"), max(self.points, loss))
 
 
 LIMITS = {
-    "fp32": Limits(0.9999, 0.5),
-    "fp16": Limits(0.999, 0.5),
-    "int8-weights": Limits(0.95, 1.0),
-    "int8-calibrated": Limits(0.95, 1.0),
+    "fp32": Limits(0.9999, 1e-4, 0.5),
+    "fp16": Limits(0.999, 1e-2, 0.5),
+    "int8-weights": Limits(0.95, 0.05, 1.0),
+    "int8-calibrated": Limits(0.95, 0.05, 1.0),
 }
 
 
@@ -57,6 +68,7 @@ class Parity:
         between_batches: 1 - cosine of a sample alone and among others, at most.
         worst: names of the samples with the lowest cosines, and those.
         milliseconds: median of a batch of one, onnxruntime on one thread.
+        model_milliseconds: of the model in torch, on as many threads as torch has.
     """
 
     cosine_min: float
@@ -66,6 +78,7 @@ class Parity:
     between_batches: float
     worst: tuple[tuple[str, float], ...]
     milliseconds: float
+    model_milliseconds: float | None = None
 
     def plain(self) -> dict[str, Any]:
         return asdict(self) | {"worst": [list(pair) for pair in self.worst]}
@@ -85,6 +98,11 @@ class ParityChecker:
         with torch.no_grad():
             image = model.encode_image(pixels).embedding
             text = torch.cat([model.encode_text(model.tokenizer([each])).embedding for each in texts])
+            first = model.tokenizer(texts[:1])
+            self._milliseconds = {
+                "vision_model": median_milliseconds(lambda: model.encode_image(pixels[:1])),
+                "text_model": median_milliseconds(lambda: model.encode_text(first)),
+            }
         self._reference = {"vision_model": image.numpy(), "text_model": text.numpy()}
         self._cases = {"vision_model": pictures, "text_model": text_cases(model, text_rules(model), probes)}
         self._names = {
@@ -99,7 +117,9 @@ class ParityChecker:
             ValueError: onnxruntime refuses the file or ends on it, or an embedding is not finite.
         """
         answers, milliseconds = run_apart(path, self._cases[tower])
-        return compare(self._reference[tower], self._cases[tower], answers, self._names[tower], path.name, milliseconds)
+        names, cases = self._names[tower], self._cases[tower]
+        found = compare(self._reference[tower], cases, answers, names, path.name, milliseconds)
+        return replace(found, model_milliseconds=self._milliseconds[tower])
 
 
 def compare(
@@ -173,20 +193,37 @@ def run_apart(path: Path, cases: Sequence[Case]) -> tuple[dict[str, np.ndarray],
             return {case.name: found[case.name] for case in cases}, float(found["ms"])
 
 
-def judge(file: str, precision: str, parity: Parity, limits: Limits) -> None:
+def judge(file: str, precision: str, parity: Parity, limits: Limits, *, scored: bool = False) -> None:
     """Refuses a file whose embeddings are too far from the model's.
 
+    Args:
+        scored: whether retrieval or zero-shot will be measured; the noise need not stand for them then.
     Raises:
         ValueError: names the worst samples, and what to do.
     """
+    worst = "; ".join(f"{name} {cosine:.6f}" for name, cosine in parity.worst)
+    way_out = f"Leave {precision} out, or state the loss: --accept-loss {max(0.01, 100 * (1 - parity.cosine_min)):.2g}"
     if not parity.cosine_min >= limits.cosine:  # NaN as well
-        worst = "; ".join(f"{name} {cosine:.6f}" for name, cosine in parity.worst)
-        loss = 100 * (1 - parity.cosine_min)
         raise ValueError(
             f"{file} gives other embeddings than the model: cosine {parity.cosine_min:.6f} at worst, {precision} must "
-            f"reach {limits.cosine:g}. The worst: {worst}. Leave {precision} out, or state the loss: "
-            f"--accept-loss {loss:.2g}"
+            f"reach {limits.cosine:g}. The worst: {worst}. {way_out}"
         )
+    if not scored and not parity.noise_to_spread <= limits.noise:
+        raise ValueError(
+            f"{file} may rank otherwise than the model: its errors are {parity.noise_to_spread:.2g} of the variance of "
+            f"the embeddings, {precision} may have {limits.noise:g}. The worst: {worst}. Measure it with --data. "
+            f"{way_out}"
+        )
+
+
+def median_milliseconds(run: Callable[[], object]) -> float:
+    """Of a few calls."""
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - started))
+    return round(float(np.median(times)), 3)
 
 
 def scores_of(model: DualEncoder, source: Source, *, batch_size: int = 64) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def export_onnx(
         measured = None if calibration is None else calibrate(model, calibration)
         if measured is not None:
             write_json(folder / "calibration.json", measured.plain())
-        files = _compare_files(folder, names, checker, measured, accept_loss)
+        files = _compare_files(folder, names, checker, measured, accept_loss, scored=data is not None)
         scores = _compare_scores(model, folder, names, data, accept_loss)
         parity = {
             "files": files,
@@ -105,7 +106,7 @@ def export_onnx(
             "scored_on": None if data is None else data.name,
             "compared_on": {"pictures": len(probes.pictures), "texts": len(probes.texts)},
             "accepted_loss": accept_loss,
-            "limits": {name: [LIMITS[name].cosine, LIMITS[name].points] for name in names},
+            "limits": {name: asdict(LIMITS[name]) for name in names},
             "texts_with_other_ids": odd,
         }
         write_json(folder / "parity.json", parity)
@@ -146,6 +147,8 @@ def _compare_files(
     checker: ParityChecker,
     calibration: Calibration | None,
     accept_loss: float | None,
+    *,
+    scored: bool,
 ) -> list[dict[str, Any]]:
     """Writes the further precisions, and judges each file; a row for each."""
     rows = []
@@ -156,7 +159,7 @@ def _compare_files(
             if path != whole:
                 convert(name, whole, path, calibration)
             parity = checker.compare(tower, path)
-            judge(path.name, name, parity, LIMITS[name].loosened(accept_loss))
+            judge(path.name, name, parity, LIMITS[name].loosened(accept_loss), scored=scored)
             described = {"file": f"onnx/{path.name}", "tower": tower, "precision": name, "bytes": path.stat().st_size}
             rows.append(described | parity.plain())
     return rows

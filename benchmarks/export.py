@@ -1,6 +1,9 @@
 """What ONNX files keep: the packaged teacher in every precision, and small random models of every family.
 
     uv run python benchmarks/export.py --json docs/results/export.json
+    uv run cmapkd distill student.yaml --out runs/photo          # the recipe is in docs/export.md
+    uv run python benchmarks/export.py --json docs/results/export.json --photographs runs/photo \\
+      'webdataset:../shared/data/flickr8k/dev-*.tar' 'webdataset:../shared/data/flickr8k/train-*.tar'
 
 The teacher's files are scored on the validation split of `scenes`, and calibrated on its training split. The families'
 models are those of the tests (tests/families/family_support.py); random weights say whether a file computes the same,
@@ -20,6 +23,7 @@ import torch
 
 from cmapkd.api import load
 from cmapkd.data.open import open_source
+from cmapkd.data.types import Source
 from cmapkd.evaluation.headline import headlines
 from cmapkd.export.origin import Origin
 from cmapkd.export.precision import PRECISIONS
@@ -31,13 +35,24 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "families"))
 from family_support import FAMILIES, make
 
 
-def measured(model: DualEncoder, out: Path, **options: Any) -> dict[str, Any]:
+def add_photographs(model: str, val: str, train: str, path: Path) -> None:
+    """Rows of a model of photographs, into a file that is there."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    calibration = open_source(train, split="train")
+    with tempfile.TemporaryDirectory() as place:
+        data = open_source(val, split="val")
+        results["photographs"] = measured(load(model), Path(place, "out"), data=data, calibration=calibration)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def measured(
+    model: DualEncoder, out: Path, *, calibration: Source | None = None, data: Source | None = None
+) -> dict[str, Any]:
     """By precision: lowest cosine and largest noise of both towers, bytes, milliseconds, scores."""
-    calibration = open_source("scenes?length=64", split="train")
+    calibration = calibration or open_source("scenes?length=64", split="train")
     every = tuple(PRECISIONS)
-    parity = export_onnx(
-        model, out, origin=Origin(model.name), precisions=every, calibration=calibration, accept_loss=60, **options
-    )
+    settings: dict[str, Any] = {"precisions": every, "calibration": calibration, "data": data, "accept_loss": 60}
+    parity = export_onnx(model, out, origin=Origin(model.name), **settings)
     found: dict[str, Any] = {}
     for name in every:
         rows = {row["tower"].removesuffix("_model"): row for row in parity["files"] if row["precision"] == name}
@@ -59,8 +74,12 @@ def measured(model: DualEncoder, out: Path, **options: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--photographs", nargs=3, metavar=("MODEL", "VAL", "TRAIN"), help="Adds one model's rows.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.photographs is not None:
+        add_photographs(*arguments.photographs, arguments.json)
+        return
     with tempfile.TemporaryDirectory() as place:
         base = Path(place)
         val = open_source("scenes", split="val")

@@ -26,7 +26,7 @@ session = onnxruntime.InferenceSession("onnx/vision_model.onnx")
 ```
 """
 _OF_FILES = """Cosine and error are between embeddings by the file and by the model. Noise is the mean squared
-distance of unit embeddings, spread their variance. Milliseconds are of a batch of one, onnxruntime on one CPU thread."""
+distance of unit embeddings, spread their variance. Milliseconds are of a batch of one; onnxruntime has one thread."""
 _TRANSFORMERS_USE = """```python
 from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

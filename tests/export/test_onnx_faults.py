@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from export_support import FREE, ORIGIN, model_of, scenes, write
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError, DiskError
 from cmapkd.export import extras, folder, parity, towers
+from cmapkd.export.overflow import write_watched
 from cmapkd.export.parity import LIMITS, Limits, ParityChecker, compare, judge, judge_scores, run_apart
 from cmapkd.export.precision import check_precisions, convert, quantise, round_channels
 from cmapkd.export.probes import Case, draw_probes
@@ -104,9 +106,28 @@ def test_fp16_that_overflows_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.vision.norm.weight.mul_(1e3)  # each number fits, and their sums of products do not
         model.vision.project.weight.mul_(1e3)
-    with pytest.raises(ValueError, match=r"vision_model_fp16.onnx gives numbers that are not finite for picture"):
+    with pytest.raises(ValueError, match=r"vision_model_fp16.onnx would overflow: numbers inside reach .*e\+0"):
         write(model, tmp_path / "out", precisions=["fp16"])
     assert nothing_left(tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_are_refused_with_their_samples() -> None:
+    reference, answers = np.ones((2, 2)), {"all": np.array([[1.0, 1.0], [np.nan, 1.0]])}
+    with pytest.raises(ValueError, match=r"file gives numbers that are not finite for the cat \(all\)"):
+        compare(reference, [Case("all", {}, [0, 1])], answers, ["the dog", "the cat"], "file", 1.0)
+
+
+def test_the_largest_number_inside_a_graph(tmp_path: Path) -> None:
+    """Between two operations, where no output shows it; what stands for minus infinity does not count."""
+    values = onnx.numpy_helper.from_array(np.array([3.0, -np.inf, -3e38], np.float32), "w")
+    nodes = [onnx.helper.make_node("Mul", ["x", "x"], ["y"]), onnx.helper.make_node("Div", ["y", "x"], ["z"])]
+    row = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 2]) for name in "xz"]
+    graph = onnx.helper.make_graph(nodes, "g", row[:1], row[1:], [values])
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), str(tmp_path / "g.onnx"))
+    assert write_watched(tmp_path / "g.onnx", tmp_path / "watched.onnx") == 3.0
+    found, _ = run_apart(tmp_path / "watched.onnx", [Case("one", {"x": np.array([[-5.0, 2.0]], np.float32)}, [0])])
+    assert float(found["one"]) == 25.0
 
 
 def test_a_file_that_ends_its_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

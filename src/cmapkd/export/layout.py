@@ -10,6 +10,7 @@ from typing import Any
 
 from cmapkd.export.folder import write_json
 from cmapkd.export.origin import without_folders
+from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.images import ImageSpec
@@ -114,6 +115,7 @@ def write_config(model: DualEncoder, folder: Path) -> None:
     name = "CLIPModel" if kind == "clip" else "SiglipModel"
     text: dict[str, Any] = {"max_position_embeddings": model.tokenizer.context_length}
     text |= {"vocab_size": model.tokenizer.vocab_size, "projection_dim": model.embed_dim}
+    text |= {"bos_token_id": None, "eos_token_id": text_rules(model).end_id, "pad_token_id": None}  # not CLIP's own
     vision = {"image_size": model.image_spec.size, "projection_dim": model.embed_dim}
     write_json(
         folder / "config.json",

@@ -19,6 +19,7 @@ from cmapkd.data.types import Source
 from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
 from cmapkd.export.check import ROUNDS
+from cmapkd.export.overflow import write_watched
 from cmapkd.export.probes import Case, Probes, picture_cases, text_cases
 from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
@@ -120,6 +121,14 @@ class ParityChecker:
         names, cases = self._names[tower], self._cases[tower]
         found = compare(self._reference[tower], cases, answers, names, path.name, milliseconds)
         return replace(found, model_milliseconds=self._milliseconds[tower])
+
+    def largest_inside(self, tower: str, path: Path) -> float:
+        """The largest absolute number that any operation of an fp32 file gives on all cases, or among its weights."""
+        with tempfile.TemporaryDirectory(prefix="cmapkd-watched-") as folder:
+            watched = Path(folder, path.name)
+            weights = write_watched(path, watched)
+            answers, _ = run_apart(watched, self._cases[tower])
+        return max(weights, *(float(each) for each in answers.values()))
 
 
 def compare(

@@ -28,6 +28,7 @@ from cmapkd.export.layout import (
 )
 from cmapkd.export.licence import Licence, licence_of
 from cmapkd.export.origin import Origin
+from cmapkd.export.overflow import check_fp16
 from cmapkd.export.parity import (
     LIMITS,
     ParityChecker,
@@ -156,12 +157,16 @@ def _compare_files(
         for tower in TOWERS:
             whole = folder / "onnx" / f"{tower}.onnx"
             path = whole.with_name(f"{tower}{PRECISIONS[name]}.onnx")
+            inside = {}
+            if name == "fp16":
+                inside["largest_inside"] = checker.largest_inside(tower, whole)
+                check_fp16(tower, inside["largest_inside"])
             if path != whole:
                 convert(name, whole, path, calibration)
             parity = checker.compare(tower, path)
             judge(path.name, name, parity, LIMITS[name].loosened(accept_loss), scored=scored)
             described = {"file": f"onnx/{path.name}", "tower": tower, "precision": name, "bytes": path.stat().st_size}
-            rows.append(described | parity.plain())
+            rows.append(described | inside | parity.plain())
     return rows
 
 

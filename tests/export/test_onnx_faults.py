@@ -19,7 +19,7 @@ from export_support import FREE, ORIGIN, model_of, scenes, write
 from torch import Tensor
 
 from cmapkd.config import ConfigError, DiskError
-from cmapkd.export import extras, folder, parity, towers
+from cmapkd.export import extras, folder, layout, parity, towers
 from cmapkd.export.overflow import write_watched
 from cmapkd.export.parity import LIMITS, Limits, ParityChecker, compare, judge, judge_scores, run_apart
 from cmapkd.export.precision import check_precisions, convert, quantise, round_channels
@@ -174,6 +174,19 @@ def test_int8_of_every_operation_of_a_text_tower_fails_the_limit(tmp_path: Path)
     assert bad.noise_to_spread > 5 * good.noise_to_spread
     with pytest.raises(ValueError, match=r"theirs (gives other embeddings|may rank otherwise)"):
         judge("theirs", "int8-calibrated", bad, LIMITS["int8-calibrated"])
+
+
+def test_a_wrong_tokenizer_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = layout._clip_tokenizer
+
+    def shifted(native: Any, longest: int) -> Any:
+        moved = {piece: number ^ 1 for piece, number in native.encoder.items()}
+        return right(SimpleNamespace(encoder=moved, bpe_ranks=native.bpe_ranks), longest)
+
+    monkeypatch.setattr(layout, "_clip_tokenizer", shifted)
+    with pytest.raises(ValueError, match=r"the written tokenizer gives other ids than the model's, for example for"):
+        write(model_of("open_clip", base), tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------ the comparison

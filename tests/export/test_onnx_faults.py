@@ -20,12 +20,13 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError, DiskError
 from cmapkd.export import extras, folder, layout, parity, towers
+from cmapkd.export.calibration import calibrate, open_calibration
 from cmapkd.export.overflow import write_watched
 from cmapkd.export.parity import LIMITS, Limits, ParityChecker, compare, judge, judge_scores, run_apart
 from cmapkd.export.precision import check_precisions, convert, quantise, round_channels
 from cmapkd.export.probes import Case, draw_probes
 from cmapkd.export.program import graphs_of, write_graph
-from cmapkd.export.write import calibrate, export_onnx, open_calibration, open_validation
+from cmapkd.export.write import export_onnx, open_validation
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.models.types import TowerFeatures
 from helpers import make_model

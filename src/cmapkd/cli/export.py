@@ -41,12 +41,13 @@ def export(
         raise ConfigError("--precision, --calibrate or --accept-loss is for --to onnx: libraries get the weights as is")
 
     from cmapkd.api import load
+    from cmapkd.export.calibration import open_calibration
     from cmapkd.export.extras import need_onnx
     from cmapkd.export.folder import refuse_existing
     from cmapkd.export.library import export_library
     from cmapkd.export.licence import licence_of
     from cmapkd.export.origin import origin_of, teachers_of
-    from cmapkd.export.write import export_onnx, open_calibration, open_validation
+    from cmapkd.export.write import export_onnx, open_validation
 
     refuse_existing(out)
     if to == "onnx":

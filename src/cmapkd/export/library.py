@@ -23,6 +23,7 @@ from cmapkd.export.origin import Origin
 from cmapkd.export.parity import LIMITS, Parity, compare, judge
 from cmapkd.export.probes import Case, Probes, draw_probes
 from cmapkd.models import DualEncoder
+from cmapkd.models.base import eval_mode
 from cmapkd.models.errors import first_line
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.open_clip_model import TEXT_CONFIG, OpenClipModel
@@ -59,8 +60,8 @@ def export_library(
     refuse_existing(out)
     licence = licence or licence_of(origin.teachers, None)
     probes = draw_probes(data if data is not None else open_source("scenes", split="val"))
-    with whole_folder(out) as folder:
-        (_write_transformers if form == "transformers" else _write_open_clip)(model.eval(), folder)
+    with eval_mode(model), whole_folder(out) as folder:
+        (_write_transformers if form == "transformers" else _write_open_clip)(model, folder)
         encoders = (_load_transformers if form == "transformers" else _load_open_clip)(folder)
         rows = [{"tower": tower, **parity.plain()} for tower, parity in _compare(model, probes, encoders, form).items()]
         parity = {"files": rows, "scores": None, "library": form}

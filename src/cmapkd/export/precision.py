@@ -7,13 +7,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cmapkd.config import ConfigError, closest
+from cmapkd.export.calibration import Calibration
 
 PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8-weights": "_int8", "int8-calibrated": "_uint8"}
 """Suffix of the files. It is the name that transformers.js has for a file of that kind: fp16, int8, uint8."""
@@ -21,25 +21,6 @@ PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8-weights": "_int8", "int8-calibr
 MIN_WEIGHTS = 4_096  # a smaller array is not worth the scale beside it
 _MATRICES = ("MatMul", "Gemm")
 _ROUNDED = (*_MATRICES, "Conv", "Gather")  # Gather: the token table is half of a CLIP text tower
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Inputs that the ranges of activations are measured on.
-
-    Attributes:
-        source, fingerprint: of the data.
-        ids: of the samples.
-        feeds: by tower, what the graph is given.
-    """
-
-    source: str
-    fingerprint: str
-    ids: tuple[str, ...]
-    feeds: dict[str, list[dict[str, np.ndarray]]]
-
-    def plain(self) -> dict[str, Any]:
-        return {"source": self.source, "fingerprint": self.fingerprint, "samples": list(self.ids)}
 
 
 def check_precisions(names: Sequence[str]) -> tuple[str, ...]:

@@ -8,14 +8,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import cmapkd
 from cmapkd.cache.identity import weight_hash
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source, split_of
-from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.types import Source
+from cmapkd.export.calibration import Calibration, calibrate
 from cmapkd.export.card import write_card
 from cmapkd.export.extras import need_onnx
 from cmapkd.export.folder import refuse_existing, whole_folder, write_json, write_manifest
@@ -37,16 +37,15 @@ from cmapkd.export.parity import (
     score_losses,
     scores_of,
 )
-from cmapkd.export.precision import PRECISIONS, Calibration, check_precisions, convert
+from cmapkd.export.precision import PRECISIONS, check_precisions, convert
 from cmapkd.export.probes import draw_probes
 from cmapkd.export.program import OPSET, graphs_of, write_graph
 from cmapkd.export.runtime import GraphEncoder
 from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
+from cmapkd.models.base import eval_mode
 
 TOWERS = ("vision_model", "text_model")
-MIN_CALIBRATION = 32
-_CALIBRATION_BATCH = 8
 
 
 def export_onnx(
@@ -78,6 +77,41 @@ def export_onnx(
     """
     need_onnx()
     refuse_existing(out)
+    names = _checked(precisions, calibration, accept_loss)
+    licence = licence or licence_of(origin.teachers, None)
+    with eval_mode(model):
+        probes = draw_probes(data if data is not None else open_source("scenes", split="val"))
+        checker = ParityChecker(model, probes)
+        ranges = None if calibration is None else calibrate(model, calibration)
+        with whole_folder(out) as folder:
+            odd = _write_beside(model, folder, [text for _, text in probes.texts])
+            if ranges is not None:
+                write_json(folder / "calibration.json", ranges.plain())
+            _write_fp32(model, folder, origin, licence)
+            files = _compare_files(folder, names, checker, ranges, accept_loss, scored=data is not None)
+            scores = _compare_scores(model, folder, names, data, accept_loss)
+            parity = {
+                "files": files,
+                "scores": scores,
+                "scored_on": None if data is None else data.name,
+                "compared_on": {"pictures": len(probes.pictures), "texts": len(probes.texts)},
+                "accepted_loss": accept_loss,
+                "limits": {name: asdict(LIMITS[name]) for name in names},
+                "texts_with_other_ids": odd,
+            }
+            write_json(folder / "parity.json", parity)
+            told: dict[str, Any] = {"scores": scores, "scored_on": parity["scored_on"], "files": files}
+            write_card(model, folder, form="onnx", origin=origin, licence=licence, accepted=accept_loss, **told)
+            write_manifest(folder, _facts(model, origin, names))
+    return parity
+
+
+def _checked(precisions: Sequence[str], calibration: Source | None, accept_loss: float | None) -> tuple[str, ...]:
+    """The precisions to write.
+
+    Raises:
+        ConfigError: a setting is wrong, or would be ignored.
+    """
     names = check_precisions(precisions)
     if accept_loss is not None and not 0 < accept_loss < 100:
         raise ConfigError(f"--accept-loss {accept_loss:g}: a loss is in percent, above 0 and below 100")
@@ -85,47 +119,23 @@ def export_onnx(
         raise ConfigError("a calibration set is read by int8-calibrated only: name that precision too")
     if calibration is None and "int8-calibrated" in names:
         raise ConfigError("int8-calibrated measures the ranges of activations: name training data with --calibrate")
-    licence = licence or licence_of(origin.teachers, None)
-    probes = draw_probes(data if data is not None else open_source("scenes", split="val"))
-    checker = ParityChecker(model.eval(), probes)
-    with whole_folder(out) as folder:
-        (folder / "onnx").mkdir()
-        write_tokenizer(model, folder)
-        write_preprocessor(model.image_spec, folder)
-        write_config(model, folder)
-        captions = [text for _, text in probes.texts]
-        odd = tokenizer_differences(model, folder, captions)
-        if 2 * len(odd) > len(captions):  # a few odd texts may differ: not every cleaning has a form in the file
-            raise ValueError(f"the written tokenizer gives other ids than the model's, for example for {odd[0]!r}")
-        _write_fp32(model, folder, origin, licence)
-        measured = None if calibration is None else calibrate(model, calibration)
-        if measured is not None:
-            write_json(folder / "calibration.json", measured.plain())
-        files = _compare_files(folder, names, checker, measured, accept_loss, scored=data is not None)
-        scores = _compare_scores(model, folder, names, data, accept_loss)
-        parity = {
-            "files": files,
-            "scores": scores,
-            "scored_on": None if data is None else data.name,
-            "compared_on": {"pictures": len(probes.pictures), "texts": len(probes.texts)},
-            "accepted_loss": accept_loss,
-            "limits": {name: asdict(LIMITS[name]) for name in names},
-            "texts_with_other_ids": odd,
-        }
-        write_json(folder / "parity.json", parity)
-        write_card(
-            model,
-            folder,
-            form="onnx",
-            origin=origin,
-            licence=licence,
-            scores=scores,
-            scored_on=None if data is None else data.name,
-            files=files,
-            accepted=accept_loss,
-        )
-        write_manifest(folder, _facts(model, origin, names))
-    return parity
+    return names
+
+
+def _write_beside(model: DualEncoder, folder: Path, texts: Sequence[str]) -> list[str]:
+    """Tokenizer, preprocessor and config. Returns those of `texts` that other tools turn into other ids.
+
+    Raises:
+        ValueError: most of them are.
+    """
+    (folder / "onnx").mkdir()
+    write_tokenizer(model, folder)
+    write_preprocessor(model.image_spec, folder)
+    write_config(model, folder)
+    odd = tokenizer_differences(model, folder, texts)
+    if 2 * len(odd) > len(texts):  # a few odd texts may differ: not every cleaning has a form in the file
+        raise ValueError(f"the written tokenizer gives other ids than the model's, for example for {odd[0]!r}")
+    return odd
 
 
 def _write_fp32(model: DualEncoder, folder: Path, origin: Origin, licence: Licence) -> None:
@@ -211,18 +221,6 @@ def _facts(model: DualEncoder, origin: Origin, names: Sequence[str]) -> dict[str
     }
 
 
-def open_calibration(spec: str) -> Source:
-    """Training data that ranges are measured on.
-
-    Raises:
-        ConfigError: it is another split: what is measured there later must not have been seen.
-    """
-    split = split_of(spec, default="train")
-    if split is not None and split != "train":
-        raise ConfigError(f"--calibrate {spec!r} reads split {split!r}: ranges are measured on training data")
-    return open_source(spec, split="train")
-
-
 def open_validation(spec: str, split: str) -> Source:
     """The source that files are scored on.
 
@@ -233,44 +231,3 @@ def open_validation(spec: str, split: str) -> Source:
     if named is not None and named.startswith("test"):
         raise ConfigError(f"--data {spec!r} reads the split {named!r}: precisions are chosen on validation data")
     return open_source(spec, split=split)
-
-
-def calibrate(model: DualEncoder, source: Source, *, num: int = 64) -> Calibration:
-    """The first readable samples of a source, through the model's own preprocessing and tokenizer.
-
-    Args:
-        num: samples; more add memory and little else.
-    Raises:
-        ConfigError: there are fewer than 32.
-    """
-    ids: list[str] = []
-    pixels: list[torch.Tensor] = []
-    texts: list[str] = []
-    for index in range(len(source)):
-        try:
-            sample = source[index]
-        except BadSampleError:
-            continue
-        ids.append(sample.id)
-        pixels.append(model.image_spec(sample.image))
-        texts.extend(sample.captions[:1])
-        if len(ids) == num:
-            break
-    if len(ids) < MIN_CALIBRATION or len(texts) < MIN_CALIBRATION:
-        raise ConfigError(
-            f"{source.name} has {len(ids)} readable samples and {len(texts)} captions; int8-calibrated needs "
-            f"{MIN_CALIBRATION} of each"
-        )
-    tokens, rules = model.tokenizer(texts), text_rules(model)
-    longest = int(tokens.mask.sum(1).max()) if rules.any_length else tokens.ids.shape[1]
-    feed = {"input_ids": tokens.ids[:, :longest]} | (
-        {"attention_mask": tokens.mask[:, :longest].long()} if rules.reads_mask else {}
-    )
-    feeds = {"vision_model": _batches({"pixel_values": torch.stack(pixels)}), "text_model": _batches(feed)}
-    return Calibration(source.name, source.fingerprint(), tuple(ids), feeds)
-
-
-def _batches(inputs: dict[str, torch.Tensor]) -> list[dict[str, np.ndarray]]:
-    total = len(next(iter(inputs.values())))
-    places = [slice(first, first + _CALIBRATION_BATCH) for first in range(0, total, _CALIBRATION_BATCH)]
-    return [{name: np.ascontiguousarray(rows[place].numpy()) for name, rows in inputs.items()} for place in places]

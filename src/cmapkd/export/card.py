@@ -25,6 +25,7 @@ session = onnxruntime.InferenceSession("onnx/vision_model.onnx")
 [image_embeds] = session.run(None, {{"pixel_values": pixels}})  # float32 [batch, 3, {size}, {size}]
 ```
 """
+_PROTOCOL = "Every caption queries; equal scores count as the expectation over their orders."
 _OF_FILES = """Cosine and error are between embeddings by the file and by the model. Noise is the mean squared
 distance of unit embeddings, spread their variance. Milliseconds are of a batch of one; onnxruntime has one thread."""
 _TRANSFORMERS_USE = """```python
@@ -112,7 +113,7 @@ def _score_table(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     table = _table(["", *heads], rows)
     first = next(iter(scores.values()))
     of = retrieval_set(first)
-    return [*table, "", *([f"Retrieval in both directions, of {of}.", ""] if of else [])]
+    return [*table, "", *([f"Retrieval in both directions, of {of}. {_PROTOCOL}", ""] if of else [])]
 
 
 def _file_table(files: Sequence[Mapping[str, Any]]) -> list[str]:

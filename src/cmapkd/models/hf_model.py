@@ -96,7 +96,7 @@ class HfModel(DualEncoder):
         if self.model_type == "clip":
             # Not the library's pooling: with the `eos_token_id: 2` of old configs it takes the highest id of a text.
             end = torch.eq(texts.ids, self._end_id).int().argmax(-1)
-            rows = torch.arange(len(end), device=end.device)
+            rows = torch.arange(end.shape[0], device=end.device)  # a graph of any batch knows no len()
             embedding = self.model.text_projection(output.last_hidden_state[rows, end])
         kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in _take(output, levels).items()}
         return TowerFeatures(embedding, kept)
@@ -110,6 +110,9 @@ class HfModel(DualEncoder):
         """Ours, and transformers' own: the Auto classes read model, tokenizer and image processor from the folder."""
         options = {"model_type": self.model_type, "context_length": self.tokenizer.context_length}
         write_model_folder(folder, family="hf", name=self.name, options=options)
+        if self.model_type == "clip":  # one tower alone is built by its own config
+            for part in (self.model.config.text_config, self.model.config.vision_config):
+                part.projection_dim = self.embed_dim
         self.model.save_pretrained(folder)
         self.tokenizer.native.save_pretrained(folder)
         self.processor.save_pretrained(folder)

@@ -50,6 +50,15 @@ class OpenClipTokenizer:
         ids = self._of_cleaned(cleaned, context_length=self.context_length).long()
         return TokenBatch(ids, self._real(ids), self._spans(texts, cleaned, self.context_length))
 
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends each text; None where a transformers tokenizer has none."""
+        inner = getattr(self.native, "tokenizer", None)
+        if inner is None:
+            return int(self.native.eot_token_id)
+        end: int | None = inner.eos_token_id if inner.sep_token_id is None else inner.sep_token_id
+        return end
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipTokenizer:
         return self  # nothing in it changes, and CLIP's vocabulary is large
 

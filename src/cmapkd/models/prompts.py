@@ -43,7 +43,7 @@ class DeepPrompts(nn.Module):
         def join(number: int) -> Any:
             def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
                 x: Float[Tensor, "batch tokens width"] = inputs[0]
-                prompts = self.tokens[number].expand(len(x), -1, -1) if number < depth else carried[0]
+                prompts = self.tokens[number].expand(x.shape[0], -1, -1) if number < depth else carried[0]
                 return (torch.cat([x, prompts.to(x.dtype)], dim=1), *inputs[1:])
 
             return hook

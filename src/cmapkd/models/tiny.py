@@ -183,7 +183,7 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         patches = self.to_width(self.stem(images)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        x = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.positions
         kept: dict[str, Level] = {}
         for number, block in enumerate(self.blocks):
             x = block(x)

@@ -26,6 +26,7 @@ class TrainedTokenizer:
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.enable_padding(pad_id=0, pad_token=_SPECIAL[0])
         self.vocab_size: int = tokenizer.get_vocab_size()
+        self.end_id: int | None = tokenizer.token_to_id(_SPECIAL[3])
 
     @classmethod
     def train(cls, captions: Iterable[str], *, vocab_size: int, context_length: int) -> TrainedTokenizer:

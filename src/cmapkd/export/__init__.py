@@ -1,0 +1,1 @@
+"""Models in the formats of other tools, each compared with the model before it is kept."""

@@ -1,0 +1,196 @@
+"""`cmapkd export` from the command line, scores of the files beside the model's, origins and licences."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+
+from cmapkd.api import load
+from cmapkd.cli import main
+from cmapkd.export.licence import is_free, licence_of, teacher_licence
+from cmapkd.export.origin import origin_of, without_folders
+from helpers import make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cmapkd", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as `distill` leaves it, with the packaged teacher as its student."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    load("tiny:scenes-teacher").save(folder / "student")
+    config = {
+        "teacher": {"name": "tiny:scenes-teacher"},
+        "method": {"name": "clip_kd"},
+        "data": {"train": "scenes"},
+        "seed": 3,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = {"retrieval": {"i2t": {"r@1": 70.0}, "t2i": {"r@1": 60.0}, "mean_r@1": 65.0}, "params": 2_000_000}
+    metrics = {"student": scores, "evaluated_on": "scenes@test"}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "first"
+    command = [sys.executable, "-m", "cmapkd", "export", str(run), "--out", str(out), "--data", "scenes?length=200"]
+    command += ["--precision", "fp32,fp16,int8-weights,int8-calibrated", "--calibrate", "scenes?length=64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "onnx/vision_model_fp16.onnx: " in done.stdout
+    assert "int8-calibrated: R@1 " in done.stdout
+    return out
+
+
+def test_the_files_keep_retrieval_and_zero_shot(exported: Path) -> None:
+    parity = json.loads((exported / "parity.json").read_text())
+    scores = parity["scores"]
+    assert parity["scored_on"].startswith("scenes")
+    own = scores["torch"]["retrieval"]["mean_r@1"], scores["torch"]["zero_shot"]["top1"]
+    assert own[0] > 60
+    for precision, most in (("fp32", 0.05), ("fp16", 0.5), ("int8-weights", 1.0), ("int8-calibrated", 1.0)):
+        theirs = scores[precision]["retrieval"]["mean_r@1"], scores[precision]["zero_shot"]["top1"]
+        assert own[0] - theirs[0] <= most, precision
+        assert own[1] - theirs[1] <= most, precision
+        assert scores[precision]["retrieval"]["num_texts"] == scores["torch"]["retrieval"]["num_texts"]
+    sizes = {row["precision"]: row["bytes"] for row in parity["files"] if row["tower"] == "vision_model"}
+    assert sizes["fp16"] < 0.6 * sizes["fp32"]
+    assert sizes["int8-weights"] < 0.35 * sizes["fp32"]
+    assert sizes["int8-calibrated"] < 0.35 * sizes["fp32"]
+
+
+def test_the_file_alone_ranks_captions(exported: Path) -> None:
+    """With onnxruntime and nothing of ours but the preprocessing that the file itself states."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from cmapkd.data.open import open_source
+
+    source = open_source("scenes?length=20", split="val")
+    processor, tokenizer = AutoImageProcessor.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    vision = onnxruntime.InferenceSession(exported / "onnx" / "vision_model.onnx")
+    text = onnxruntime.InferenceSession(exported / "onnx" / "text_model.onnx")
+    samples = [source[index] for index in range(len(source))]
+    pixels = processor([sample.image for sample in samples], return_tensors="np")["pixel_values"]
+    [image] = vision.run(None, {"pixel_values": pixels})
+    tokens = tokenizer([sample.captions[0] for sample in samples], padding=True, return_tensors="np")
+    [words] = text.run(None, {name: tokens[name] for name in ("input_ids", "attention_mask")})
+    scores = (image / np.linalg.norm(image, axis=1, keepdims=True)) @ (words / np.linalg.norm(words, axis=1)[:, None]).T
+    assert (scores.argmax(1) == np.arange(len(samples))).mean() > 0.6
+
+
+def test_the_card_states_split_teacher_and_licence(exported: Path) -> None:
+    text = (exported / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "apache-2.0"
+    assert front["library_name"] == "transformers.js"
+    metrics = front["model-index"][0]["results"][0]
+    assert metrics["dataset"]["name"].startswith("scenes")
+    assert "Distilled from tiny:scenes-teacher by `clip_kd`." in text
+    assert "200 images" in text
+    assert "onnx/text_model_int8.onnx" in text
+    assert "tiny:scenes-teacher: terms" not in text
+
+
+def test_a_loss_that_was_accepted_is_in_the_card(cli: Any, tmp_path: Path) -> None:
+    make_model().save(tmp_path / "model")
+    code, out, err = cli("export", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--accept-loss", "2.5")
+    assert code == 0, err
+    assert "allowed to lose 2.5 % of a cosine and 2.5 points" in (tmp_path / "out" / "README.md").read_text()
+    assert "licence: no licence is stated: give one with --license" in out
+    assert "license: unknown" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{empty}"], "is not a cmapkd model folder"),
+        (["{model}", "--to", "onyx"], "there is no form 'onyx' to export to"),
+        (["{model}", "--precision", "int8"], "there is no precision 'int8'"),
+        (["{model}", "--precision", "int8-calibrated"], "name training data with --calibrate"),
+        (["{model}", "--data", "scenes@test"], "reads the split 'test'"),
+        (["{model}", "--to", "transformers"], "which transformers has no form for"),
+        (["{model}", "--to", "open_clip", "--precision", "fp16"], "is for --to onnx"),
+    ],
+)
+def test_wrong_use_is_one_message(cli: Any, arguments: list[str], told: str, tmp_path: Path) -> None:
+    make_model().save(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    places = {"model": str(tmp_path / "model"), "empty": str(tmp_path / "empty")}
+    code, _, err = cli("export", *(each.format(**places) for each in arguments), "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert told in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from cmapkd.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "export", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--accept-loss" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ origins, licences
+
+
+def test_a_run_tells_its_origin(run: Path) -> None:
+    for model in (run, run / "student"):
+        origin = origin_of(str(model))
+        assert (origin.name, origin.teachers, origin.method) == ("first", ("tiny:scenes-teacher",), "clip_kd")
+        assert (origin.data, origin.seed, origin.scored_on) == ("scenes", 3, "scenes@test")
+    assert origin_of("tiny:scenes-teacher").teachers == ()
+
+
+def test_names_lose_their_folders(tmp_path: Path) -> None:
+    assert without_folders(f"hf:{tmp_path}/clip") == "hf:clip"
+    assert without_folders(str(tmp_path / "a" / "b")) == "b"
+    assert without_folders("open_clip:ViT-B-32/openai") == "open_clip:ViT-B-32/openai"
+
+
+def test_a_teachers_licence_comes_first_in_the_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# teacher\n")
+    assert teacher_licence(f"hf:{tmp_path}") == "cc-by-nc-4.0"
+    restricted = licence_of([f"hf:{tmp_path}"], None)
+    assert restricted.front_matter == "other"
+    assert "may forbid a use" in restricted.sentence
+    assert str(tmp_path.parent) not in restricted.sentence
+    given = licence_of([f"hf:{tmp_path}"], "mit")
+    assert given.front_matter == "mit"
+    assert "cc-by-nc-4.0" in given.sentence
+    assert licence_of(["hf:nobody/knows"], None).front_matter == "unknown"
+    assert licence_of(["tiny:scenes-teacher"], None).warning is None
+    assert not is_free("apple-amlr")
+
+
+def test_timm_states_the_licence_of_its_weights() -> None:
+    assert teacher_licence("timm:resnet18.a1_in1k/pretrained") == "apache-2.0"
+    assert licence_of(["timm:resnet18.fb_swsl_ig1b_ft_in1k/pretrained"], None).front_matter == "other"
+    torch.manual_seed(0)

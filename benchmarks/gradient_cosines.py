@@ -90,9 +90,7 @@ def table(measured: Sequence[Mapping[str, Any]]) -> str:
     names = measured[-1]["names"]
     measured = [each for each in measured if {*names} <= {*each["names"]}]  # at the first step the bank is empty
     places = [[each["names"].index(name) for name in names] for each in measured]
-    stacked = torch.stack(
-        [torch.tensor(each["cosines"])[at][:, at] for each, at in zip(measured, places, strict=True)]
-    )
+    stacked = torch.stack([torch.tensor(each["cosines"])[at][:, at] for each, at in zip(measured, places, strict=True)])
     negative = 100 * (stacked < 0).double().mean(0)
     return "\n\n".join((_matrix(names, stacked.mean(0), "{:.2f}"), _matrix(names, negative, "{:.0f} %")))
 

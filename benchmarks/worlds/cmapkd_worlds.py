@@ -157,7 +157,9 @@ class WorldCMAPKD(CMAPKD):
             ConfigError: a live teacher, whose answers are all true, in a world with wrong ones.
         """
         if self.world.kind != "clean" and (self.teacher is None or not self.teacher.from_disk):
-            raise ConfigError(f"world.kind {self.world.kind} changes stored answers, and there are none: set cache=auto")
+            raise ConfigError(
+                f"world.kind {self.world.kind} changes stored answers, and there are none: set cache=auto"
+            )
         self.truth = self.true_weights(batch)
         return super().terms(batch)
 

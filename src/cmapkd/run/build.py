@@ -53,7 +53,12 @@ def with_held_out(
     assert data.views is not None
     source = open_held_out(data.train, data.held_out, require_captions=config.method.reads_captions)
     beside = BatchBuilder(
-        source, data.views, readers(method.student), seed=config.seed, on_bad_sample=data.on_bad_sample, memory=data.memory
+        source,
+        data.views,
+        readers(method.student),
+        seed=config.seed,
+        on_bad_sample=data.on_bad_sample,
+        memory=data.memory,
     )
     size = config.training.batch_size
     return WithHeldOut(

@@ -51,9 +51,7 @@ def plan_cache(
     )
 
 
-def answer_from_cache(
-    config: RunConfig, method: Method, source: Source, console: Console | None
-) -> dict[str, Answers]:
+def answer_from_cache(config: RunConfig, method: Method, source: Source, console: Console | None) -> dict[str, Answers]:
     """Builds what is missing, if the config lets it, and puts cached teachers into the method; each one's answers."""
     roles = [role for role in config.teachers if role in method.teachers]
     return {role: _answer_from_cache(role, config, method, source, console) for role in roles}

@@ -72,7 +72,7 @@ class WithHeldOut(Dataset[Batch]):
         trained = self._known.intersection(batch.ids)
         if trained:
             raise ConfigError(
-                f"sample {min(trained)!r} is among data.held_out and is trained on at step {plan.step + 1}, so a loss on "
-                "it is fitted: name other pairs, or give data.held_out a number of pairs of data.train"
+                f"sample {min(trained)!r} is among data.held_out and is trained on at step {plan.step + 1}, so a loss "
+                "on it is fitted: name other pairs, or give data.held_out a number of pairs of data.train"
             )
         return batch

@@ -129,11 +129,11 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_values: Tensor) -> Any:
-        return _by_anchors(of_values, *ctx.saved_tensors, ctx.size), None, None, None, None
+        return _by_anchors(of_values, *ctx.saved_tensors, size=ctx.size), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, along: Tensor, *_: object) -> Tensor:
-        slopes = _by_anchors(along.new_ones(len(along)), *ctx.saved_tensors, ctx.size)
+        slopes = _by_anchors(along.new_ones(len(along)), *ctx.saved_tensors, size=ctx.size)
         return (slopes * along).sum(-1)
 
 
@@ -146,6 +146,7 @@ def _by_anchors(
     log_z_student: Float[Tensor, " batch"],
     log_z_teacher: Float[Tensor, " batch"],
     difference: Float[Tensor, "batch entries"] | None,
+    *,
     size: int,
 ) -> Float[Tensor, "batch dim"]:
     """The gradient by the anchors, for a gradient by each divergence."""

@@ -50,7 +50,7 @@ class DWAConfig(WeightingConfig):
 
 
 class DWAWeighting(Weighting):
-    """Weights n softmax(r / T), r_i the ratio of a loss's means over the last two windows: what falls slowly counts more.
+    """Weights n softmax(r / T), r_i the ratio of a loss's last two windows' means: what falls slowly counts more.
 
     Uniform during the first two windows. Source: dynamic weight average, Liu et al. 2019, arXiv:1803.10704.
     """

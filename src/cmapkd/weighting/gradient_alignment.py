@@ -61,8 +61,6 @@ class GradientAlignmentWeighting(Weighting):
     Departures from the audit's design: the exponent is a benefit for a unit of gradient and not the bare slope, which
     grows with an item's own scale. Items without a gradient keep weight 1.
 
-    `slopes`, `norms` and the weights stay where the state is; a measurement waits once for the device.
-
     Raises:
         ConfigError: `fixed` names an item that is not weighed.
     Source: Ren et al. 2018, arXiv:1803.09050; Du et al. 2018, arXiv:1812.02224. The joining of the parts is ours.
@@ -82,6 +80,7 @@ class GradientAlignmentWeighting(Weighting):
                 raise ConfigError(f"fixed: unknown item {item!r}{closest(item, items)}; weighed: {', '.join(items)}")
         self.config = config
         self.measured = 0
+        self._read: tuple[object, list[float], list[float]] | None = None
         self.by_sample: dict[str, Float[Tensor, " batch"]] = {}  # factors of this step
         self.register_buffer("weight", torch.ones(len(items)))  # before budget and floor
         self.register_buffer("slopes", torch.zeros(len(items)))
@@ -94,8 +93,8 @@ class GradientAlignmentWeighting(Weighting):
 
     @property
     def wants_norms(self) -> bool:
-        """Whether `observe_norms` is to be called before the next `observe_slopes`."""
-        return self.measured % self.config.norms_every == 0
+        """Whether `observe_norms` is to be called before the next `observe_slopes`; at the first, a bank was empty."""
+        return self.measured == 1 or self.measured % self.config.norms_every == 0
 
     @torch.no_grad()
     def observe_norms(self, norms: Mapping[str, float]) -> None:
@@ -105,7 +104,7 @@ class GradientAlignmentWeighting(Weighting):
 
     @torch.no_grad()
     def observe_slopes(self, slopes: Mapping[str, Float[Tensor, "halves batch"] | Float[Tensor, "halves one"]]) -> None:
-        """Takes the slopes of each active item along one direction, or along those of two halves, and moves the weights.
+        """Takes each active item's slopes along one direction, or along those of two halves; moves the weights.
 
         Args:
             slopes: of every sample for a level, one number for another term, by item.
@@ -142,7 +141,7 @@ class GradientAlignmentWeighting(Weighting):
 
     def weights_of(self, active: Collection[str]) -> dict[str, float]:
         """What each active item counts: a budget of gradient shared out, floor mixed in; fixed items count 1."""
-        norms, raw = self.norms.tolist(), self.weight.tolist()
+        raw, norms = self._on_host()
         free = {
             item: (raw[number], norms[number])
             for number, item in enumerate(self.items)
@@ -152,6 +151,13 @@ class GradientAlignmentWeighting(Weighting):
         scale = budget / spent if spent else 1.0
         floor = self.config.floor
         return {item: floor + (1 - floor) * scale * free[item][0] if item in free else 1.0 for item in active}
+
+    def _on_host(self) -> tuple[list[float], list[float]]:
+        """Weights and norms, read from the device once after each change."""
+        versions = tuple((id(each), each._version) for each in (self.weight, self.norms))
+        if self._read is None or self._read[0] != versions:
+            self._read = versions, self.weight.tolist(), self.norms.tolist()
+        return self._read[1:]
 
     def choose(
         self,

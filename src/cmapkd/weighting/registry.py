@@ -8,8 +8,8 @@ from typing import Any, cast
 from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.weighting.attention import AttentionWeighting
 from cmapkd.weighting.base import Weighting, WeightingConfig
-from cmapkd.weighting.gate import GateWeighting
 from cmapkd.weighting.controls import DWAWeighting, FAMOWeighting, RLWWeighting, SmallLossWeighting
+from cmapkd.weighting.gate import GateWeighting
 from cmapkd.weighting.gradient_alignment import GradientAlignmentWeighting
 from cmapkd.weighting.gradnorm import GradNormWeighting
 from cmapkd.weighting.manual import ManualWeighting

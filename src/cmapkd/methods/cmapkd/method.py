@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -27,28 +27,22 @@ from cmapkd.methods.cmapkd.bank import level_against_bank, pairs_against_bank
 from cmapkd.methods.cmapkd.card import CARD
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_relation
-from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LEVELS, LevelRows
+from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LevelRows
 from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
-from cmapkd.methods.cmapkd.selection import measure_slopes
-from cmapkd.methods.cmapkd.slopes import Columns, evaluating
-from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.cmapkd.selection import Context, Selecting
+from cmapkd.methods.dual import TeacherDetail, task_loss
 from cmapkd.methods.in_batch import embeddings_of
-from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
-from cmapkd.weighting import WEIGHTINGS, GradientAlignmentWeighting, Weighting, for_items, make_weighting
 
 Values = dict[str, Float[Tensor, ""]]  # of terms, by name; each a mean over all processes' samples
-Context = Mapping[str, Float[Tensor, "batch width"]]  # what describes each of all samples, by what it is read from
 
-JOINTLY = "jointly"
-"""The name of a weighting of all levels and terms together."""
 BANK_TERMS = ("bank", "bank_within", "bank_level", "bank_pair")
 
 
-class CMAPKD(DualEncoderMethod):
+class CMAPKD(Selecting):
     """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
 
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
@@ -89,43 +83,11 @@ class CMAPKD(DualEncoderMethod):
             self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
         self.items = config.weighed_items()
         self.weighting = self._make_weightings()
-        self._counted: Columns | None = None  # where `columns` collects the levels' losses
 
     def _make_bridge(self, role: Role) -> AlignmentBridge:
         widths = self._widths(role, self.config.bridged())
         visual, language = ({n: widths[n] for n in levels if n in widths} for levels in INTRA.values())
         return AlignmentBridge(visual, language, dim=self.config.ablations.bridge_dim)
-
-    def _make_weightings(self) -> nn.ModuleDict:
-        """One weighting for each term that has several levels or pairs; or one for all of them and the other terms."""
-        assert self.teacher is not None
-        weighed = {term: items for term, items in self.items.items() if term in self.term_weights}
-        if WEIGHTINGS[self.config.weighting.name].joint:
-            others = [term for term in self.term_weights if term not in weighed and term != "bridge"]
-            everything = [*(item for items in weighed.values() for item in items), *others]
-            return nn.ModuleDict(
-                {
-                    JOINTLY: make_weighting(
-                        self.config.weighting, items=everything, context_dim=1, level_widths=[1] * len(everything)
-                    )
-                }
-            )
-        configs = for_items(self.config.weighting, weighed)
-        of_teacher = self._widths("teacher", LEVELS)
-        made = {}
-        for term, items in weighed.items():
-            widths = {
-                "teacher": 2 * self.teacher.embed_dim,
-                "student": 2 * self.student.embed_dim,
-                "losses": len(items),
-            }
-            made[term] = make_weighting(
-                configs[term],
-                items=items,
-                context_dim=sum(widths[read] for read in self.config.ablations.selection_reads),
-                level_widths=[sum(of_teacher[level] for level in item.split("-")) for item in items],
-            )
-        return nn.ModuleDict(made)
 
     def _widths(self, role: Role, levels: Sequence[str]) -> dict[str, int]:
         """Of the vector that stands for each level of a model."""
@@ -176,8 +138,7 @@ class CMAPKD(DualEncoderMethod):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage. Embeddings and `LevelRows` are of all processes' samples, levels of this one's."""
-        if self.training and self.joint is not None and self.step.step % self.joint.config.every == 0:
-            measure_slopes(self, self.joint, batch)
+        self._measure(batch)
         student, teacher, rows = self.encode_both(batch, self._read_levels)
         self.measurements = {}
         if self.training:
@@ -193,60 +154,8 @@ class CMAPKD(DualEncoderMethod):
         context: Context = {role: _directions(models[role]) for role in read}
         values |= self._intra_modal_terms(projected, teacher, rows, context)
         values |= self._cross_modal_terms(student, teacher, rows, context)
-        counts = {} if self.joint is None else self.joint.weights_of(self._weighed_together())
-        self.measurements |= {f"selection/weight/{item}": torch.tensor(value) for item, value in counts.items()}
+        counts = self._weights_of_terms()
         return {term: Term(value, self.term_weights[term] * counts.get(term, 1.0)) for term, value in values.items()}
-
-    # ---------------------------------------------------------------------------------------- selection by slopes
-
-    @property
-    def joint(self) -> GradientAlignmentWeighting | None:
-        """The weighting of all levels and terms together, where it is such a one."""
-        found = self.weighting[JOINTLY] if JOINTLY in self.weighting else None
-        assert found is None or isinstance(found, GradientAlignmentWeighting)
-        return found
-
-    @property
-    def held_out_every(self) -> int | None:
-        found = [each.held_out_every for each in self.weighting.values() if isinstance(each, Weighting)]
-        return min((every for every in found if every is not None), default=None)
-
-    @property
-    def needs_held_out(self) -> bool:
-        return self.joint is not None
-
-    def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
-        if self.joint is not None:
-            return (
-                f"weighting {self.config.weighting.name} exchanges the student's weights for derivatives, of which "
-                "every process has a share only: choose another weighting"
-            )
-        return super().why_whole(stages)
-
-    def _weighed_together(self) -> list[str]:
-        """The levels and terms of this stage that the joint weighting weighs."""
-        assert self.joint is not None
-        levels = [level for term in self.items for level in self.plan.compared(term) if term in INTRA]
-        pairs = [pair for pair in self.items["pyramid"] if self._wants("pyramid") and self._has_levels(pair)]
-        present = {*levels, *pairs, *(term for term in self.term_weights if self._wants(term))}
-        return [item for item in self.joint.items if item in present]
-
-    def _has_levels(self, pair: str) -> bool:
-        return all(map(self.stage.wants_level, pair.split("-")))
-
-    def columns(self, batch: Batch) -> Columns:
-        """The losses of the levels and other terms as they count before the selection, in eval mode.
-
-        Returns:
-            Float[batch] of all processes' samples for each level, one number for each other term.
-        """
-        self._counted = {}
-        try:
-            terms = self.terms(batch)
-            others = {name: each.weight * each.value for name, each in terms.items() if name not in self.items}
-            return self._counted | {name: value for name, value in others.items() if name != "bridge"}
-        finally:
-            self._counted = None
 
     def _wants(self, term: str) -> bool:
         return term in self.term_weights and self.stage.wants_term(term)
@@ -351,74 +260,6 @@ class CMAPKD(DualEncoderMethod):
             counted = {pair: coupling[pair] * divergences[pair] for pair in pairs}
             values["pyramid"] = self._weigh("pyramid", counted, context, rows)
         return values
-
-    # -------------------------------------------------------------------------------------------------- the selection
-
-    def _weigh(
-        self,
-        term: str,
-        losses: Mapping[str, Float[Tensor, " batch"]],
-        context: Context,
-        rows: LevelRows,
-    ) -> Float[Tensor, ""]:
-        """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
-        if self.joint is not None:
-            return self._weigh_together(term, losses)
-        weighting, items = self.weighting[term], self.items[term]
-        assert isinstance(weighting, Weighting)
-        none = torch.zeros_like(next(iter(losses.values())))
-        columns = torch.stack([losses.get(item, none) for item in items], dim=-1)
-        if weighting.reads_levels:
-            parts = self._vectors_of(items, rows, none)
-        else:
-            parts = [columns if read == "losses" else context[read] for read in self.config.ablations.selection_reads]
-        active = torch.tensor([item in losses for item in items])
-        weighted = weighting(
-            columns,
-            torch.cat(parts, dim=-1),
-            None if len(losses) == len(items) else active,
-            generator=self.step.generator(f"weighting of {term}"),
-        )
-        self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
-        loss: Tensor = weighted.loss
-        return loss
-
-    def _weigh_together(self, term: str, losses: Mapping[str, Float[Tensor, " batch"]]) -> Float[Tensor, ""]:
-        """The same by the joint weighting, whose weights are known before the losses."""
-        assert self.joint is not None
-        if self._counted is not None:
-            self._counted |= {item: self.term_weights[term] * column for item, column in losses.items()}
-        known, by_sample = self.joint.weights_of(self._weighed_together()), self.joint.by_sample
-        weighed = [known[item] * by_sample.get(item, 1.0) * column for item, column in losses.items()]
-        return torch.stack(weighed).sum(0).mean()
-
-    def _vectors_of(
-        self, items: Sequence[str], rows: LevelRows, like: Float[Tensor, " batch"]
-    ) -> list[Float[Tensor, "batch width"]]:
-        """The teacher's vectors of the items' levels; zeros for a level that the stage does not read."""
-        widths = self._widths("teacher", LEVELS)
-        return [
-            rows.teacher.get(level, like.new_zeros(len(like), widths[level]))
-            for item in items
-            for level in item.split("-")
-        ]
-
-    @torch.no_grad()
-    def _observe(self, batch: Batch, student: Features, teacher: Features) -> None:
-        """Tells the selection the student's own loss on held-out pairs.
-
-        Where the data name none, it is told how far the student is from the teacher on this batch, which is unseen
-        only in the first pass over the data.
-        """
-        learning = [w for w in self.weighting.values() if isinstance(w, Weighting) and w.reads_held_out]
-        if learning:
-            if batch.held_out is None:
-                held_out = joint_divergence(student, teacher).mean()
-            else:
-                with evaluating(self.student):
-                    held_out = task_loss(self.encode_student(batch.held_out))
-            for weighting in learning:
-                weighting.observe(held_out)
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

@@ -118,7 +118,8 @@ def slopes_by_difference(student: nn.Module, columns: Callable[[], Columns], dir
             f"student.{name}": parameters[name].detach() + move * along.to(parameters[name])
             for name, along in direction.items()
         }
-        return functional_call(Counted(student, columns), moved, ())
+        found: Columns = functional_call(Counted(student, columns), moved, ())
+        return found
 
     ahead, behind = at(step), at(-step)
     return {name: (ahead[name] - behind[name]) / (2 * step) for name in ahead}

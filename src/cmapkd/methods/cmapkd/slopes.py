@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmapkd.features import mean_over_processes
+from cmapkd.objectives.common import at_least_float32
 
 Direction = Mapping[str, Tensor]  # by the name of the student's parameter, of its shape
 Columns = dict[str, Tensor]  # losses as they count, by level or term: Float[batch], or one number
@@ -66,7 +67,7 @@ def gradient(loss: Float[Tensor, ""], student: nn.Module, *, keep: bool = False)
     if loss.requires_grad:
         parts = torch.autograd.grad(loss, [*parameters.values()], retain_graph=keep, allow_unused=True)
     found = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, parameters.values(), strict=True)]
-    flat = mean_over_processes(torch.cat([each.flatten().float() for each in found]))  # as the wrapper takes it
+    flat = mean_over_processes(torch.cat([at_least_float32(each.flatten()) for each in found]))
     pieces = flat.split([each.numel() for each in found])
     return {name: piece.view_as(p) for piece, (name, p) in zip(pieces, parameters.items(), strict=True)}
 

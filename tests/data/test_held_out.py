@@ -108,7 +108,7 @@ def test_a_part_of_a_source_is_that_part() -> None:
     assert part.fingerprint() not in (source.fingerprint(), PartOfSource(source, 4, 8).fingerprint())
     with pytest.raises(IndexError, match="no sample 5"):
         part[5]
-    with pytest.raises(ConfigError, match="lower data.held_out"):
+    with pytest.raises(ConfigError, match=r"lower data\.held_out"):
         PartOfSource(source, -2, 10)
 
 
@@ -119,7 +119,7 @@ def test_a_number_takes_the_last_pairs_of_the_training_data() -> None:
     assert training[0].id == open_source(spec, split="train")[0].id
     assert held_out[0].id == open_source(spec, split="train")[15].id
     assert open_held_out(spec, "scenes:hard?length=3")[2].id == "scenes/hard/train/000000002"
-    with pytest.raises(ConfigError, match="lower data.held_out"):
+    with pytest.raises(ConfigError, match=r"lower data\.held_out"):
         open_streams(spec, {}, held_out=20)
 
 

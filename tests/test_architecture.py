@@ -32,6 +32,7 @@ JOINING = (
     "provenance",
     "run",
     "compare",
+    "own_loop",
     "api",
     "diagnosis",
     "cli",

@@ -27,6 +27,7 @@ from cmapkd.compare import (
     t_critical,
 )
 from cmapkd.compare.config import parse_arm, parse_axis
+from cmapkd.compare.picture_table import PictureTable
 from cmapkd.compare.write import rich_table
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
@@ -84,7 +85,7 @@ class FakeRun:
         self.before(config, out)
         steps = config.training.steps or 0
         score = 30.0 + BONUS[config.method.name] + steps / 100 + 2 * config.seed
-        lines = [{"step": step, "validation/mean_r@1": score * step / steps} for step in (1, steps)]
+        lines = [{"step": step, "validation/mean_r@1": score} for step in (1, steps)]
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         metrics: dict[str, Any] = {
             "teacher": None if config.teacher is None else scores(TEACHER_SCORE, params=100),
@@ -367,10 +368,11 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     assert rows[0]["training.steps"] == "2"
     assert float(rows[0]["retrieval.mean_r@1"]) == pytest.approx(30.02)
     text = (out / "table.md").read_text().splitlines()
-    assert text[0].startswith("| arm | mean R@1 | − contrastive [95 %], wins | zero-shot top1 |")
+    assert text[0] == "## Exploratory, uncorrected: 2 seeds"
+    assert text[2].startswith("| arm | mean R@1 | − contrastive [95 %], wins | zero-shot top1 |")
     assert "| clip_kd, steps=4 | 43.0 ± 1.4 | +12.0 [+12.0, +12.0], 2/2 |" in "\n".join(text)
     assert len({line.count("|") for line in text if line.startswith("|")}) == 1
-    assert text[0].endswith("| s/step | peak MiB | extra parameters |")
+    assert text[2].endswith("| s/step | peak MiB | extra parameters |")
     assert any(line.endswith("| 1,500 | 70,000 |") for line in text)
     # the stored comparison is one that finds the same runs
     again = make_plan(load_comparison(out / "comparison.yaml"))
@@ -511,6 +513,16 @@ def test_a_real_comparison(recipe: Path, tmp_path: Path) -> None:
     assert lines["clip_kd", 0]["terms/contrastive"] != lines["clip_kd", 1]["terms/contrastive"]
     found = cell(result, "clip_kd", "other.retrieval.mean_r@1")
     assert set(found.values) == set(found.difference.seeds) == {0, 1}
+    for path in ("retrieval.mean_r@1", "other.retrieval.mean_r@1"):  # the ranks that the runs kept give their scores
+        two_way = cell(result, "clip_kd", path).two_way
+        assert two_way.mean == pytest.approx(cell(result, "clip_kd", path).difference.mean)
+    table = PictureTable(tmp_path / "c" / "pictures.csv")
+    for run in result.plan.runs:
+        for data, student in (("", "retrieval"), ("other", "other")):
+            kept = [table.scores(run.name, data, measure)[1].mean for measure in ("i2t.r@1", "t2i.r@1")]
+            scores = result.outcomes[run.digest].metrics["student"][student]
+            scores = scores.get("retrieval", scores)
+            assert kept == pytest.approx([scores["i2t"]["r@1"], scores["t2i"]["r@1"]], abs=0.02)
     (teacher,) = result.tables[0].teachers
     assert set(teacher.cells["other.retrieval.mean_r@1"].values) == {-1}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "runs").rglob("*")}

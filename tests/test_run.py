@@ -161,6 +161,7 @@ def test_run_folder_holds_no_temporary_files(finished: RunResult) -> None:
         "environment.json",
         "metrics.json",
         "metrics.jsonl",
+        "ranks.safetensors",
         "student",
     }
     assert not [path for path in finished.folder.rglob("*") if path.name.startswith(".")]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cmapkd.api import distill, load
+    from cmapkd.api import distill, load, method
 
-__all__ = ["__version__", "distill", "load"]
+__all__ = ["__version__", "distill", "load", "method"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`cmapkd.distill` and `cmapkd.load`, imported when first used: torch takes seconds and `--help` must not wait."""
-    if name in ("distill", "load"):
+    """The Python interface, imported when first used: torch takes seconds and `--help` must not wait."""
+    if name in ("distill", "load", "method"):
         from cmapkd import api
 
         return getattr(api, name)

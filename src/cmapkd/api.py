@@ -1,4 +1,4 @@
-"""The Python interface: distil in one call, load what came out."""
+"""The Python interface: distil in one call, load what came out, or take a method into a loop of one's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from rich.console import Console
 
 from cmapkd.config import apply_overrides, load_mapping, merge_mappings
 from cmapkd.models import DualEncoder, load_model
+from cmapkd.own_loop import method
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, run
+
+__all__ = ["distill", "load", "method"]
 
 
 def distill(

@@ -22,7 +22,7 @@ import cmapkd
 from cmapkd.cache.prepare import CachePlan
 from cmapkd.cli import main
 from cmapkd.compare import ComparisonConfig, make_plan
-from cmapkd.compare.summary import Cell, RowSummary, TableSummary
+from cmapkd.compare.tables import Cell, RowSummary, TableSummary
 from cmapkd.compare.write import markdown, rich_table
 from cmapkd.config import ConfigError, redact, refuse_secrets
 from cmapkd.data.check import SampleLedger, TooManyBadSamples

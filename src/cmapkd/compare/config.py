@@ -12,6 +12,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from cmapkd.compare.clock import EqualTimeConfig
+from cmapkd.compare.declared import ContrastConfig
 from cmapkd.compare.tuning import TuningConfig
 from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
 from cmapkd.evaluation.tasks import TASKS
@@ -46,6 +47,10 @@ class TableConfig(_ArmsAndAxes):
     reference: str | None = Field(None, description="Differences are taken to this arm or axis value.")
     gap_from: str | None = Field(None, description="Where the gap to the teacher begins: an arm or axis value.")
     metrics: tuple[str, ...] | None = Field(None, description="Dotted paths in the student's scores.")
+    plateau: float | None = Field(None, description="As in the comparison, for this table's first metric.")
+    contrasts: tuple[ContrastConfig, ...] | None = Field(
+        None, description="Differences that are tested; none: those of the comparison whose rows the table has."
+    )
 
 
 class ComparisonConfig(_ArmsAndAxes):
@@ -69,6 +74,18 @@ class ComparisonConfig(_ArmsAndAxes):
     )
     metrics: tuple[str, ...] | None = Field(
         None, description="Dotted paths in the student's scores; none: mean R@1 and zero-shot, wherever measured."
+    )
+    gap_rising: float | None = Field(
+        1.0,
+        ge=0,
+        description="Points by which the row where the gap begins may still rise in validation over the last quarter "
+        "of its steps; beyond, the share of the gap is withheld. none: not checked.",
+    )
+    plateau: float | None = Field(
+        None, description="A seed is off the plateau where its score on a table's first metric is above this."
+    )
+    contrasts: tuple[ContrastConfig, ...] = Field(
+        (), description="Differences that are tested, with Holm's correction over all contrasts of the file."
     )
     evaluate: dict[str, str] = Field(
         default_factory=dict, description="Name -> source of further test data; metrics there are NAME.path."
@@ -158,15 +175,20 @@ class ComparisonConfig(_ArmsAndAxes):
 
     def table_arms(self, title: str) -> dict[str, Arm]:
         """The arms of a table, with their settings."""
-        own = self.tables[title].arms
-        if own is None:
+        arms = self.tables[title].arms
+        if arms is None:
             return self.arms
-        return own if isinstance(own, dict) else {name: self.arms[name] for name in own}
+        return arms if isinstance(arms, dict) else {name: self.arms[name] for name in arms}
 
     def table_axes(self, title: str) -> dict[str, dict[str, Any]]:
         """The axes of a table: key -> label -> value."""
-        own = self.tables[title].axes
-        return self.axes if own is None else own
+        axes = self.tables[title].axes
+        return self.axes if axes is None else axes
+
+    def plateau_of(self, title: str) -> float | None:
+        """The plateau of a table."""
+        table = self.tables.get(title)
+        return self.plateau if table is None or table.plateau is None else table.plateau
 
     def plain(self) -> dict[str, Any]:
         """As plain data: a comparison file that gives the same runs."""

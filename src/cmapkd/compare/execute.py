@@ -19,12 +19,14 @@ from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.config import ComparisonConfig
 from cmapkd.compare.equal_time import Seconds
 from cmapkd.compare.outcome import Outcome
+from cmapkd.compare.pictures import ranks_name
 from cmapkd.compare.plan import Plan, make_plan
 from cmapkd.compare.resolve import Resolver
 from cmapkd.compare.rows import PlannedRun, config_digest
 from cmapkd.compare.search import Trials, check_winners, search
 from cmapkd.compare.seconds import FILE, measure_all, read_seconds, write_seconds
-from cmapkd.compare.summary import TableSummary, summarize_tables, teacher_key
+from cmapkd.compare.summary import summarize_tables, teacher_key
+from cmapkd.compare.tables import TableSummary
 from cmapkd.compare.trials import plan_trials
 from cmapkd.compare.tuning import TuningConfig
 from cmapkd.compare.winners import Tuned, read_tuned, write_tuned
@@ -214,8 +216,8 @@ def tune(
 def _finish(plan: Plan, outcomes: dict[str, Outcome], teachers: Mapping[str, Scores], out: Path) -> ComparisonResult:
     metrics = {digest: outcome.metrics for digest, outcome in outcomes.items() if outcome.status == "finished"}
     errors = {digest: outcome.error for digest, outcome in outcomes.items() if outcome.error is not None}
-    tables = summarize_tables(plan, metrics, errors, teachers)
     folders = {digest: outcome.folder for digest, outcome in outcomes.items()}
+    tables = summarize_tables(plan, metrics, errors, teachers, folders)
     plots, notice = write_outputs(plan, tables, metrics, errors, folders, out)
     return ComparisonResult(out, plan, outcomes, tables, plots, notice)
 
@@ -277,7 +279,8 @@ def _further_scores(
     for name, spec in evaluate_on.items():
         if known.get(name, {}).get("source") != spec:
             student = student or load_model(folder)
-            known[name] = {"source": spec, "scores": _score(student, sources[name], config)}
+            ranks_file = folder / ranks_name(name, spec)
+            known[name] = {"source": spec, "scores": _score(student, sources[name], config, ranks_file)}
             write_json(path, known)
     return {name: known[name]["scores"] for name in evaluate_on}
 
@@ -306,8 +309,14 @@ def _score_teachers(
     return scores
 
 
-def _score(model: Model, source: Source, config: RunConfig) -> Scores:
+def _score(model: Model, source: Source, config: RunConfig, ranks_file: Path | None = None) -> Scores:
     accelerator = None if config.training.on_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
-    on_bad_sample = config.data.on_bad_sample
-    return evaluate(model.to(device), source, config.evaluation, device=device, on_bad_sample=on_bad_sample)
+    return evaluate(
+        model.to(device),
+        source,
+        config.evaluation,
+        device=device,
+        on_bad_sample=config.data.on_bad_sample,
+        ranks_file=ranks_file,
+    )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.compare.config import Arm, ComparisonConfig
+from cmapkd.compare.contrasts import PlannedContrast, plan_contrasts, refuse_unplaced
+from cmapkd.compare.coordinates import counterparts, find_coordinate
 from cmapkd.compare.equal_time import Seconds, with_equal_time
 from cmapkd.compare.resolve import Resolver, layers_of, settings_of
 from cmapkd.compare.rows import PlannedRun, Row, planned_run
@@ -31,6 +33,7 @@ class PlannedTable:
     gap_from: tuple[int | None, ...]
     metrics: tuple[str, ...] | None
     foreign: dict[str, list[str]]  # setting of all arms -> labels of the rows whose method does not have it
+    contrasts: tuple[PlannedContrast, ...] = ()
     budgets: tuple[str, ...] = ()  # of tuning and of time: what was given to each arm
 
     def remarks(self) -> Iterable[str]:
@@ -38,10 +41,10 @@ class PlannedTable:
         yield from self.budgets
         for setting, labels in self.foreign.items():
             yield f"{setting} does not reach {' and '.join(labels)}: the method there has no such setting."
-        alike: dict[tuple[str, ...], list[Row]] = {}
+        by_runs: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
-            alike.setdefault(tuple(run.digest for run in row.runs.values()), []).append(row)
-        for rows in alike.values():
+            by_runs.setdefault(tuple(run.digest for run in row.runs.values()), []).append(row)
+        for rows in by_runs.values():
             if len({row.coordinates.get("arm") for row in rows}) > 1:
                 yield f"{' and '.join(row.label for row in rows)} are the same: their settings come to one config."
 
@@ -113,6 +116,7 @@ def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None, seconds:
         lines = [_where(labels) + what for what, labels in problems.items()]
         head = f"{len(lines)} problem{'s'[: len(lines) != 1]} in the arms of this comparison:\n  "
         raise ConfigError(head + "\n  ".join(lines), tuple(lines))
+    refuse_unplaced(comparison, [(table.title, table.rows, table.contrasts) for table in tables])
     place = {seed: number for number, seed in enumerate(comparison.seeds)}
     return Plan(comparison, tuple(tables), tuple(sorted(unique.values(), key=lambda run: place[run.config.seed])))
 
@@ -171,57 +175,35 @@ def _by_arm(rows: Iterable[Row]) -> dict[str, list[RunConfig]]:
 def _table(
     comparison: ComparisonConfig, title: str, rows: list[Row], foreign: dict[str, list[str]], budgets: tuple[str, ...]
 ) -> PlannedTable:
-    own = comparison.tables.get(title)
-    reference = (own and own.reference) or comparison.reference
-    gap_from = (own and own.gap_from) or comparison.gap_from
+    table = comparison.tables.get(title)
+    reference = (table and table.reference) or comparison.reference
+    gap_from = (table and table.gap_from) or comparison.gap_from
     scratch = _scratch(rows)
     where = f"table {title!r}" if title else "this comparison"
     return PlannedTable(
         title=title,
         rows=tuple(rows),
         reference_name=reference or (scratch and scratch[1]),
-        reference=_counterparts(rows, _named(rows, reference, f"reference of {where}") if reference else scratch),
+        reference=counterparts(
+            rows, find_coordinate(rows, reference, f"reference of {where}") if reference else scratch
+        ),
         gap_name=gap_from or (scratch and scratch[1]),
-        gap_from=_counterparts(rows, _named(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
-        metrics=(own and own.metrics) or comparison.metrics,
+        gap_from=counterparts(rows, find_coordinate(rows, gap_from, f"gap_from of {where}") if gap_from else scratch),
+        metrics=(table and table.metrics) or comparison.metrics,
         foreign=foreign,
+        contrasts=plan_contrasts(comparison, title, rows),
         budgets=budgets,
     )
 
 
 def _scratch(rows: list[Row]) -> tuple[str, str] | None:
     """The one arm or axis value whose rows, and only some of all, train without a teacher."""
-    found = []
+    matches = []
     for key, value in dict.fromkeys(pair for row in rows for pair in row.coordinates.items()):
         there = [row for row in rows if row.coordinates[key] == value]
         if len(there) < len(rows) and not any(METHODS[row.config.method.name].uses_teacher for row in there):
-            found.append((key, value))
-    return found[0] if len(found) == 1 else None
-
-
-def _named(rows: list[Row], name: str, what: str) -> tuple[str, str]:
-    """The coordinate that `name` means: an arm, a value of an axis, `axis=value`, or a whole row."""
-    pairs = dict.fromkeys(pair for row in rows for pair in row.coordinates.items())
-    found = [pair for pair in pairs if name in (pair[1], "=".join(pair))]
-    found = found or [("", row.label) for row in rows if row.label == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        choices = " or ".join("=".join(pair) for pair in found)
-        raise ConfigError(f"{what}: {name!r} could be {choices}: write one of them")
-    known = list(dict.fromkeys([value for _, value in pairs] + [row.label for row in rows]))
-    raise ConfigError(f"{what}: there is no {name!r}{closest(name, known)}; known: {', '.join(known)}")
-
-
-def _counterparts(rows: list[Row], named: tuple[str, str] | None) -> tuple[int | None, ...]:
-    """For each row the place of the one that differs from it in the named coordinate alone."""
-    if named is None:
-        return (None,) * len(rows)
-    key, value = named
-    if not key:
-        return (next(place for place, row in enumerate(rows) if row.label == value),) * len(rows)
-    places = {tuple(row.coordinates.items()): place for place, row in enumerate(rows)}
-    return tuple(places[tuple((row.coordinates | {key: value}).items())] for row in rows)
+            matches.append((key, value))
+    return matches[0] if len(matches) == 1 else None
 
 
 def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
@@ -230,5 +212,5 @@ def _axis_part(key: str, axes: dict[str, dict[str, Any]], label: str) -> str:
     if re.match(r"[A-Za-z]", label) and label not in ("true", "false", "none") and label not in others:
         return label
     last = key.rpartition(".")[2]
-    alike = sum(name.rpartition(".")[2] == last for name in axes) > 1
-    return f"{key if alike else last}={label}"
+    ambiguous = sum(name.rpartition(".")[2] == last for name in axes) > 1
+    return f"{key if ambiguous else last}={label}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping
@@ -11,9 +10,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from cmapkd.compare.curves import read_validations
+from cmapkd.compare.metric import metric_label
 from cmapkd.compare.plan import Plan, PlannedTable
-from cmapkd.compare.rows import Row
-from cmapkd.compare.summary import TableSummary, metric_label
+from cmapkd.compare.tables import TableSummary
 
 REFERENCE = "#b3541e"
 COLOURS = ("#1f6f5c", "#3a6ea5", "#8b5fbf", "#c48a12", "#5fa88f", "#7a7a7a", "#a83f6f", "#4a4e8f")
@@ -114,29 +114,11 @@ def _read_curves(table: PlannedTable, folders: Mapping[str, Path]) -> dict[str, 
     """Validation number -> place of the row -> step -> value of each run that logged it."""
     curves: dict[str, dict[int, list[dict[int, float]]]] = {}
     for place, row in enumerate(table.rows):
-        for values in _logged(row, folders):
-            for name, curve in values.items():
+        for run in row.runs.values():
+            for name, curve in read_validations(folders[run.digest]).items():
                 if name != "score":  # one of the others again: what picks the best checkpoint
                     curves.setdefault(name, {}).setdefault(place, []).append(curve)
     return curves
-
-
-def _logged(row: Row, folders: Mapping[str, Path]) -> Iterator[dict[str, dict[int, float]]]:
-    """Validation numbers of each finished run of a row: name -> step -> value."""
-    for run in row.runs.values():
-        if not (folders[run.digest] / "metrics.json").is_file():  # it would cut the mean short
-            continue
-        path = folders[run.digest] / "metrics.jsonl"
-        found: dict[str, dict[int, float]] = {}
-        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:  # cut short by a kill
-                continue
-            for key, value in line.items():
-                if key.startswith("validation/"):
-                    found.setdefault(key.removeprefix("validation/"), {})[int(line["step"])] = float(value)
-        yield found
 
 
 def _save(figure: Figure, folder: Path, name: str) -> Iterator[Path]:

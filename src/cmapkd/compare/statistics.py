@@ -1,10 +1,11 @@
-"""Means, deviations and paired differences over seeds, with exact t intervals."""
+"""Means, deviations and paired differences over seeds; exact t intervals and tests; Holm's correction."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +19,39 @@ class Summary:
     count: int
     mean: float
     deviation: float | None  # of the sample (n - 1); None for a single value
+    median: float
+    bimodal: bool  # whether the values fall into two groups, see `is_bimodal`
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean difference with its standard error: (mean - truth) / error follows Student's t."""
+
+    mean: float
+    error: float  # standard error of the mean, >= 0
+    degrees: int  # of freedom, >= 1
+    covers: str  # what another experiment would draw anew: `seeds`, or `seeds and pictures`
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % t interval."""
+        half = t_critical(self.degrees) * self.error
+        return self.mean - half, self.mean + half
+
+    def p_different(self) -> float:
+        """Two-sided p of the hypothesis that the true difference is 0."""
+        if self.error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return 2 * t_tail(abs(self.mean) / self.error, self.degrees)
+
+    def p_within(self, smallest: float) -> float:
+        """p of the hypothesis that the true difference is at least `smallest` in size: small means equivalence.
+
+        Source: the two one-sided tests of Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15, 657-680.
+        """
+        if self.error == 0:
+            return 0.0 if abs(self.mean) < smallest else 1.0
+        return t_tail((smallest - abs(self.mean)) / self.error, self.degrees)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +63,47 @@ class PairedDifference:
     differences: tuple[float, ...]
     mean: float
     deviation: float | None
-    interval: tuple[float, float] | None  # 95 % t interval of the mean; None with one seed
     wins: int  # seeds in which the arm is strictly better
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % t interval of the mean over seeds; None with one seed."""
+        return None if self.estimate is None else self.estimate.interval
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The mean with its standard error over seeds; None with one seed."""
+        if self.deviation is None:
+            return None
+        count = len(self.seeds)
+        return Estimate(self.mean, self.deviation / math.sqrt(count), count - 1, "seeds")
 
 
 def summarize(values: Iterable[float]) -> Summary | None:
-    """Count, mean and sample deviation; None for no values."""
+    """Count, mean, sample deviation and median; None for no values."""
     numbers = list(values)
     if not numbers:
         return None
-    return Summary(len(numbers), statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
+    return Summary(
+        count=len(numbers),
+        mean=statistics.fmean(numbers),
+        deviation=statistics.stdev(numbers) if len(numbers) > 1 else None,
+        median=statistics.median(numbers),
+        bimodal=is_bimodal(numbers),
+    )
+
+
+def is_bimodal(values: Sequence[float]) -> bool:
+    """Whether values fall into two groups, as scores do where some seeds stay on a plateau.
+
+    The rule: at least three values, whose widest gap between neighbours is at least 2/3 of their range and at least a
+    quarter of the largest size among them. The second condition keeps seeds that merely scatter out.
+    """
+    ordered = sorted(values)
+    if len(ordered) < 3:
+        return False
+    widest = max(after - before for before, after in itertools.pairwise(ordered))
+    return widest > 0 and widest >= 2 / 3 * (ordered[-1] - ordered[0]) and widest >= max(map(abs, ordered)) / 4
 
 
 def paired_difference(
@@ -58,17 +123,12 @@ def paired_difference(
     differences = tuple(values[seed] - reference[seed] for seed in seeds)
     summary = summarize(differences)
     assert summary is not None
-    interval = None
-    if summary.deviation is not None:
-        half = t_critical(summary.count - 1) * summary.deviation / math.sqrt(summary.count)
-        interval = (summary.mean - half, summary.mean + half)
     return PairedDifference(
         seeds=seeds,
         left_out=tuple(sorted(values.keys() ^ reference.keys())),
         differences=differences,
         mean=summary.mean,
         deviation=summary.deviation,
-        interval=interval,
         wins=sum(difference < 0 if lower_is_better else difference > 0 for difference in differences),
     )
 
@@ -94,6 +154,26 @@ def t_critical(degrees: int, confidence: float = CONFIDENCE) -> float:
         else:
             high = middle
     return math.sqrt(degrees) * math.tan(high)
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """P(T >= t) for Student's distribution with `degrees` of freedom, at least 1."""
+    central = _central_probability(math.atan(abs(t) / math.sqrt(degrees)), degrees)
+    tail = max(0.0, (1 - central) / 2)
+    return tail if t >= 0 else 1 - tail
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """The p values corrected for their number, in the given order: below alpha where Holm's procedure rejects.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6, 65-70.
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return tuple(adjusted)
 
 
 def _central_probability(angle: float, degrees: int) -> float:

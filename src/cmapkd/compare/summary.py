@@ -3,71 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from cmapkd.compare.gap import GapStart, check_start, share_of_gap
+from cmapkd.compare.metric import lookup, lower_is_better
+from cmapkd.compare.notes import retrieval_notes, table_notes
+from cmapkd.compare.pictures import KeptRanks, NoPictures, resampled_difference, split_metric
 from cmapkd.compare.plan import Plan, PlannedTable
 from cmapkd.compare.rows import Row, config_digest
-from cmapkd.compare.statistics import PairedDifference, Summary, paired_difference, summarize
+from cmapkd.compare.statistics import Estimate, PairedDifference, Summary, paired_difference, summarize
+from cmapkd.compare.tables import Cell, RowSummary, TableSummary
+from cmapkd.compare.verdicts import Contrast, judge
 from cmapkd.config import closest
-from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
+from cmapkd.evaluation.headline import headlines
 from cmapkd.results import Scores
 from cmapkd.run import RunConfig
-
-_LOWER = ("median_rank", "mean_rank", "params", "bad_samples")
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One metric of one row."""
-
-    values: dict[int, float]  # by seed
-    summary: Summary | None
-    difference: PairedDifference | None  # to the row's reference; None for the reference itself
-    gap: dict[int, float]  # by seed, share of the way from `gap_from` to the teacher: 0 is none of it, 1 all
-
-
-@dataclass(frozen=True, slots=True)
-class RowSummary:
-    """One row of a table; the row of a teacher has no `row` and one value, under seed -1."""
-
-    label: str
-    row: Row | None
-    is_reference: bool
-    starts_gap: bool
-    cells: dict[str, Cell]
-    costs: dict[str, Summary]  # by COSTS, where the runs recorded them
-    errors: dict[int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class TableSummary:
-    """A table, ready to be written."""
-
-    title: str
-    metrics: tuple[str, ...]
-    reference_name: str | None
-    gap_name: str | None
-    teachers: tuple[RowSummary, ...]
-    rows: tuple[RowSummary, ...]
-    notes: tuple[str, ...]
-
-
-def lookup(scores: Any, path: str) -> float | None:
-    """The number at a dotted path of nested scores; None where there is none."""
-    for key in path.split("."):
-        scores = scores.get(key) if isinstance(scores, dict) else None
-    return float(scores) if isinstance(scores, int | float) and not isinstance(scores, bool) else None
-
-
-def metric_label(path: str) -> str:
-    """`retrieval.i2t.r@5` as `i2t R@5`."""
-    parts = [part for part in path.split(".") if part != "retrieval"]
-    return " ".join(parts).replace("zero_shot", "zero-shot").replace("r@", "R@").replace("_", " ")
-
-
-def lower_is_better(path: str) -> bool:
-    return path.rpartition(".")[2] in _LOWER
 
 
 def teacher_key(config: RunConfig) -> str | None:
@@ -98,67 +50,161 @@ COSTS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 """What a run took: the heads of the columns, and where a run's metrics say it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What a comparison's runs left: by digest of the run."""
+
+    metrics: Mapping[str, dict[str, Any]]  # content of metrics.json of each finished run
+    errors: Mapping[str, str]  # message of each failed run
+    teachers: Mapping[str, Scores]  # `teacher_key` -> scores on further test data, by the name of the data
+    folders: Mapping[str, Path]
+    ranks: KeptRanks
+    data: Mapping[str, str]  # the comparison's further test data: name -> source
+    gap_rising: float | None
+
+    def finished(self, row: Row) -> dict[int, dict[str, Any]]:
+        """The metrics of a row's finished runs, by seed."""
+        return {seed: self.metrics[run.digest] for seed, run in row.runs.items() if run.digest in self.metrics}
+
+    def values(self, row: Row, path: str) -> dict[int, float]:
+        """One metric of a row's finished runs, by seed."""
+        values = {seed: lookup(run["student"], path) for seed, run in self.finished(row).items()}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def difference(self, row: Row, reference: Row, path: str) -> _Difference:
+        """A paired difference of two rows, with the chance of pictures where the runs keep their ranks."""
+        paired = paired_difference(
+            self.values(row, path), self.values(reference, path), lower_is_better=lower_is_better(path)
+        )
+        if paired is None:
+            return _Difference(None, None, "")
+        runs, others = ({seed: run.digest for seed, run in each.runs.items()} for each in (row, reference))
+        try:
+            two_way = resampled_difference(self.ranks, runs, others, *split_metric(path, self.data), paired)
+        except NoPictures as error:
+            return _Difference(paired, None, str(error))
+        return _Difference(paired, two_way, "")
+
+    def gap_start(self, row: Row, path: str) -> GapStart:
+        """Whether a gap may begin at a row."""
+        steps = {seed: int(run["steps"]) for seed, run in self.finished(row).items() if run.get("steps")}
+        return check_start(row, split_metric(path, self.data)[1], steps, self.folders, self.gap_rising)
+
+
+def off_plateau(values: Mapping[int, float], path: str, plateau: float) -> tuple[int, int]:
+    """How many seeds have left the plateau, of how many: those with a score beyond it."""
+    sign = -1 if lower_is_better(path) else 1
+    return sum(sign * value > sign * plateau for value in values.values()), len(values)
+
+
+class _Difference(NamedTuple):
+    paired: PairedDifference | None
+    two_way: Estimate | None
+    reason: str  # why there is no two-way estimate; empty where there is one, or too few seeds
+
+
 def summarize_tables(
     plan: Plan,
     metrics: Mapping[str, dict[str, Any]],
     errors: Mapping[str, str],
     teachers: Mapping[str, Scores],
+    folders: Mapping[str, Path],
 ) -> tuple[TableSummary, ...]:
     """The tables of a plan.
 
     Args:
         metrics: digest -> content of metrics.json of each finished run; errors: digest -> message of each failed one.
         teachers: `teacher_key` -> the teacher's scores on further test data, by the name of the data.
+        folders: digest -> folder of each run.
     """
-    return tuple(_summarize(plan, table, metrics, errors, teachers) for table in plan.tables)
-
-
-def _summarize(
-    plan: Plan,
-    table: PlannedTable,
-    metrics: Mapping[str, dict[str, Any]],
-    errors: Mapping[str, str],
-    teachers: Mapping[str, Scores],
-) -> TableSummary:
-    done = [
-        {seed: metrics[run.digest] for seed, run in row.runs.items() if run.digest in metrics} for row in table.rows
+    data = plan.comparison.evaluate
+    evidence = _Evidence(metrics, errors, teachers, folders, KeptRanks(folders, data), data, plan.comparison.gap_rising)
+    tables = [_summarize(plan, table, evidence) for table in plan.tables]
+    contrasts = [
+        _contrasts(planned, table.metrics, evidence) for planned, table in zip(plan.tables, tables, strict=True)
     ]
-    chosen, notes = _choose_metrics(plan, table, done)
-    taught = _teachers(table, done, teachers)
-    values = {
-        path: [_numbers({seed: run["student"] for seed, run in runs.items()}, path) for runs in done] for path in chosen
-    }
+    tested = iter(judge([contrast for each in contrasts for contrast in each]))  # one family: all of the file
+    return tuple(
+        replace(table, contrasts=tuple(next(tested) for _ in each))
+        for table, each in zip(tables, contrasts, strict=True)
+    )
+
+
+def _contrasts(table: PlannedTable, metrics: tuple[str, ...], evidence: _Evidence) -> list[Contrast]:
+    """The declared contrasts of a table with their data, not yet tested."""
+    contrasts = []
+    for planned in table.contrasts:
+        arm, against = table.rows[planned.arm], table.rows[planned.against]
+        metric = planned.declared.metric or next(iter(metrics), "")
+        paired, two_way, reason = evidence.difference(arm, against, metric)
+        runs = frozenset(tuple(run.digest for run in row.runs.values()) for row in (arm, against))
+        contrasts.append(
+            Contrast(
+                arm=arm.label,
+                against=against.label,
+                metric=metric,
+                smallest=planned.declared.smallest,
+                difference=paired,
+                estimate=two_way if two_way or paired is None else paired.estimate,
+                family_key=(runs, metric, planned.declared.smallest),
+                remark=f"the interval is over seeds alone, because {reason}" if reason else "",
+            )
+        )
+    return contrasts
+
+
+def _summarize(plan: Plan, table: PlannedTable, evidence: _Evidence) -> TableSummary:
+    done = [evidence.finished(row) for row in table.rows]
+    metrics, notes = _choose_metrics(plan, table, done)
+    plateau = plan.comparison.plateau_of(table.title)
+    teachers = _teachers(table, done, evidence.teachers)
     rows = []
     for place, row in enumerate(table.rows):
-        key = teacher_key(row.config)
-        if key is None and len(taught) == 1:  # a row without a teacher is seen against the one that there is
-            key = next(iter(taught))
-        teacher = taught[key][1] if key in taught else {}
-        cells = {}
-        for path in chosen:
-            own, reference, start = values[path][place], table.reference[place], table.gap_from[place]
-            difference = None
-            if reference is not None and reference != place:
-                difference = paired_difference(own, values[path][reference], lower_is_better=lower_is_better(path))
-            gap = {} if start is None else _gap(path, own, values[path][start], lookup(teacher, path))
-            cells[path] = Cell(own, summarize(own.values()), difference, gap)
-        costs = {}
-        for name, cost in COSTS.items():
-            found = [number for run in done[place].values() if (number := cost(run)) is not None]
-            if (summary := summarize(found)) is not None:
-                costs[name] = summary
-        failed = {seed: errors[run.digest] for seed, run in row.runs.items() if run.digest in errors}
+        teacher = _teacher_of(row, teachers)
+        cells = {path: _cell(table, place, path, teacher, evidence) for path in metrics}
+        failed = {seed: evidence.errors[run.digest] for seed, run in row.runs.items() if run.digest in evidence.errors}
         is_reference, starts_gap = table.reference[place] == place, table.gap_from[place] == place
-        rows.append(RowSummary(row.label, row, is_reference, starts_gap, cells, costs, failed))
+        off = off_plateau(cells[metrics[0]].values, metrics[0], plateau) if metrics and plateau is not None else None
+        rows.append(RowSummary(row.label, row, is_reference, starts_gap, cells, _costs(done[place]), failed, off))
     return TableSummary(
         title=table.title,
-        metrics=chosen,
+        metrics=metrics,
         reference_name=table.reference_name,
         gap_name=table.gap_name,
-        teachers=tuple(_teacher_row(name, scores, chosen) for name, scores in taught.values()),
+        teachers=tuple(_teacher_row(name, scores, metrics) for name, scores in teachers.values()),
         rows=tuple(rows),
-        notes=(*notes, *_sets(chosen, done), *_notes(plan, table, rows, done)),
+        notes=(*notes, *retrieval_notes(metrics, done), *table_notes(plan, table, rows, done, metrics, plateau)),
+        plateau=plateau,
+        num_seeds=max(map(len, done), default=0),
     )
+
+
+def _cell(table: PlannedTable, place: int, path: str, teacher: Scores, evidence: _Evidence) -> Cell:
+    """One metric of a row."""
+    row, reference, start = table.rows[place], table.reference[place], table.gap_from[place]
+    values = evidence.values(row, path)
+    cell = Cell(values, summarize(values.values()), None, {})
+    if reference is not None and reference != place:
+        paired, two_way, reason = evidence.difference(row, table.rows[reference], path)
+        cell = replace(cell, difference=paired, two_way=two_way, seeds_alone=reason)
+    if start is None:
+        return cell
+    start_row = table.rows[start]
+    start_values = evidence.values(start_row, path)
+    gap = share_of_gap(values, start_values, lookup(teacher, path), lower_is_better=lower_is_better(path))
+    if not gap:
+        return cell
+    checked = evidence.gap_start(start_row, path)
+    return replace(cell, gap={} if checked.withheld else gap, gap_start=checked)
+
+
+def _costs(runs: Mapping[int, dict[str, Any]]) -> dict[str, Summary]:
+    costs = {}
+    for name, cost in COSTS.items():
+        recorded = [number for run in runs.values() if (number := cost(run)) is not None]
+        if (summary := summarize(recorded)) is not None:
+            costs[name] = summary
+    return costs
 
 
 def _choose_metrics(
@@ -194,111 +240,34 @@ def _paths(scores: Any, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-def _numbers(students: Mapping[int, Scores], path: str) -> dict[int, float]:
-    return {seed: value for seed, scores in students.items() if (value := lookup(scores, path)) is not None}
-
-
-def _gap(path: str, own: dict[int, float], start: dict[int, float], teacher: float | None) -> dict[int, float]:
-    """Share of the way from `start` to the teacher, of the seeds where there is a way."""
-    sign = -1 if lower_is_better(path) else 1
-    return {
-        seed: (own[seed] - start[seed]) / (teacher - start[seed])
-        for seed in own
-        if teacher is not None and seed in start and sign * (teacher - start[seed]) > 0
-    }
-
-
 def _teachers(
     table: PlannedTable, done: list[dict[int, dict[str, Any]]], further: Mapping[str, Scores]
 ) -> dict[str, tuple[str, Scores]]:
     """`teacher_key` -> name and scores of each teacher of the table that was measured."""
-    found: dict[str, tuple[str, Scores]] = {}
+    teachers: dict[str, tuple[str, Scores]] = {}
     for row, runs in zip(table.rows, done, strict=True):
         key, config = teacher_key(row.config), row.config
         scores = next((run["teacher"] for run in runs.values() if run.get("teacher")), None)
-        if key is not None and key not in found and scores is not None:
+        if key is not None and key not in teachers and scores is not None:
             assert config.teacher is not None
-            same = sum(name.startswith(f"teacher {config.teacher.name}") for name, _ in found.values())
+            same = sum(name.startswith(f"teacher {config.teacher.name}") for name, _ in teachers.values())
             name = f"teacher {config.teacher.name}" + (f" on {config.data.final}" if same else "")
-            found[key] = (name, scores | further.get(key, {}))
-    return found
+            teachers[key] = (name, scores | further.get(key, {}))
+    return teachers
+
+
+def _teacher_of(row: Row, teachers: Mapping[str, tuple[str, Scores]]) -> Scores:
+    """The scores that a row's gap leads to: its own teacher's, or those of the only teacher that there is."""
+    key = teacher_key(row.config)
+    if key is None and len(teachers) == 1:
+        key = next(iter(teachers))
+    return teachers[key][1] if key is not None and key in teachers else {}
 
 
 def _teacher_row(name: str, scores: Scores, metrics: tuple[str, ...]) -> RowSummary:
     cells = {}
     for path in metrics:
         value = lookup(scores, path)
-        own = {} if value is None else {-1: value}
-        cells[path] = Cell(own, summarize(own.values()), None, {})
+        values = {} if value is None else {-1: value}
+        cells[path] = Cell(values, summarize(values.values()), None, {})
     return RowSummary(name, None, False, False, cells, {}, {})
-
-
-def _notes(
-    plan: Plan, table: PlannedTable, rows: list[RowSummary], done: list[dict[int, dict[str, Any]]]
-) -> Iterator[str]:
-    """What the numbers are, and every run that is not in them."""
-    num_seeds = len(plan.comparison.seeds)
-    if num_seeds == 1:
-        yield "One seed: no deviation and no interval; a difference may be chance."
-    else:
-        yield f"Mean ± sample standard deviation over {num_seeds} seeds."
-        if table.reference_name is not None:
-            yield (
-                f"Differences to {table.reference_name} are paired by seed, with the 95 % t interval of their mean "
-                "and the number of seeds won; one comparison at a time: of twenty such intervals about one misses."
-            )
-    if any(cell.gap for row in rows for cell in row.cells.values()):
-        yield f"Gap closed: share of the way from {table.gap_name} to the teacher, for each seed, then the mean."
-    yield from table.remarks()
-    if table.reference_name is None:
-        yield "No differences: there is no one arm of method contrastive, and no reference was named."
-    for row, finished, reference in zip(rows, done, table.reference, strict=True):
-        assert row.row is not None
-        for seed, error in row.errors.items():
-            yield f"{row.label}, seed {seed} failed: {error}"
-        missing = [seed for seed in row.row.runs if seed not in row.errors and seed not in finished]
-        if missing:
-            yield f"{row.label}: not finished with seed{'s'[: len(missing) > 1]} {_listed(missing)}."
-        if reference is None or row.is_reference:
-            continue
-        other = rows[reference]
-        out = sorted({seed for cell in row.cells.values() if cell.difference for seed in cell.difference.left_out})
-        if out:
-            yield (
-                f"{row.label}: seed{'s'[: len(out) > 1]} {_listed(out)} left out of the difference, which needs both "
-                f"this row and {other.label}."
-            )
-        differing = _different_start(row.row.config, other.row.config) if other.row is not None else []
-        if differing:
-            yield (
-                f"{row.label} and {other.label} differ in {', '.join(differing)}: equal seeds do not give them the "
-                "same initialisation and batches."
-            )
-
-
-def _sets(chosen: tuple[str, ...], done: list[dict[int, dict[str, Any]]]) -> Iterator[str]:
-    """What every retrieval score of the table is of; several lines where rows differ."""
-    for before in dict.fromkeys(path.partition("retrieval.")[0] for path in chosen if "retrieval." in path):
-        students = [run["student"] for runs in done for run in runs.values()]
-        of = [student.get(before.rstrip("."), {}) if before else student for student in students]
-        where = f" of {before.rstrip('.')}" if before else ""
-        sizes = dict.fromkeys(filter(None, map(retrieval_set, of)))
-        if sizes:
-            yield f"Retrieval{where} is over {' in some runs, and over '.join(sizes)}{' in others' * (len(sizes) > 1)}."
-        yield from (
-            f"{remark[0].upper()}{remark[1:]}." for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, of)))
-        )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _different_start(one: RunConfig, other: RunConfig) -> list[str]:
-    """What makes two runs of one seed begin with other weights or see other batches."""
-    parts = {
-        "student": (one.student, other.student),
-        "training data": tuple((run.data.train, run.data.views, run.data.more) for run in (one, other)),
-        "batch size": (one.training.batch_size, other.training.batch_size),
-    }
-    return [name for name, (first, second) in parts.items() if first != second]

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cmapkd.compare.metric import lookup, lower_is_better
 from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.rows import PlannedRun
 from cmapkd.compare.space import edges
-from cmapkd.compare.summary import lookup, lower_is_better
 from cmapkd.compare.trials import Family, Trial
 from cmapkd.compare.tuning import TuningConfig
 from cmapkd.compare.winners import Round, Tuned, TunedFamily, write_tuned

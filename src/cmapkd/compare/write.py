@@ -13,17 +13,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cmapkd.compare.contrast_table import HEAD, contrast_notes, contrast_rows, contrasts_csv, plain_contrast
+from cmapkd.compare.metric import lookup, metric_label
+from cmapkd.compare.picture_table import pictures_csv
+from cmapkd.compare.pictures import KeptRanks
 from cmapkd.compare.plan import Plan
-from cmapkd.compare.statistics import PairedDifference, Summary, summarize
-from cmapkd.compare.summary import (
-    COSTS,
-    RowSummary,
-    TableSummary,
-    extra_parameters,
-    lookup,
-    metric_label,
-    seconds_per_step,
-)
+from cmapkd.compare.statistics import Estimate, PairedDifference, Summary, summarize
+from cmapkd.compare.summary import COSTS, extra_parameters, seconds_per_step
+from cmapkd.compare.tables import Cell, RowSummary, TableSummary
 from cmapkd.config import in_markdown, printable
 from cmapkd.config.disk import write_text
 from cmapkd.provenance import describe_environment
@@ -39,6 +36,8 @@ def write_outputs(
 ) -> tuple[tuple[Path, ...], str | None]:
     """Writes results.json, results.csv, table.md and plots/ into `out`.
 
+    Also contrasts.csv where contrasts are declared, and pictures.csv where runs keep ranks of pictures.
+
     Args:
         metrics, errors, folders: by digest, of the finished runs, the failed ones and all.
     Returns:
@@ -52,11 +51,19 @@ def write_outputs(
         "environment": describe_environment(),
     }
     write_json(out / "results.json", results)
-    paths = list(dict.fromkeys(path for table in tables for path in table.metrics))
+    shown = [path for table in tables for path in table.metrics]
+    tested = [each.contrast.metric for table in tables for each in table.contrasts]
+    paths = list(dict.fromkeys(filter(None, shown + tested)))
     sets = dict.fromkeys(path.partition("retrieval.")[0] + "retrieval" for path in paths if "retrieval." in path)
     paths += [f"{each}.{count}" for each in sets for count in ("num_images", "num_texts")]  # recall is of so many
     _write(out / "results.csv", _csv(records, paths))
+    finished = [(run.name, run.digest) for run in plan.runs if run.digest in metrics]
+    data = plan.comparison.evaluate
+    if (pictures := pictures_csv(KeptRanks(folders, data), finished, paths, data)) is not None:
+        _write(out / "pictures.csv", pictures)
     _write(out / "table.md", "\n".join(markdown(table) for table in tables))
+    if any(table.contrasts for table in tables):
+        _write(out / "contrasts.csv", contrasts_csv([(table.title, table.contrasts) for table in tables]))
     try:
         from cmapkd.compare.plots import draw_plots
     except ImportError as error:
@@ -137,14 +144,17 @@ def _csv(records: list[dict[str, Any]], metrics: list[str]) -> str:
 def _plain_table(table: TableSummary) -> dict[str, Any]:
     return {
         "title": table.title,
+        "heading": table.heading,
         "reference": table.reference_name,
         "gap_from": table.gap_name,
+        "plateau": table.plateau,
         "metrics": list(table.metrics),
         "teachers": {
             row.label: {path: next(iter(cell.values.values()), None) for path, cell in row.cells.items()}
             for row in table.teachers
         },
         "rows": [_plain_row(row) for row in table.rows],
+        "contrasts": [plain_contrast(tested) for tested in table.contrasts],
         "notes": list(table.notes),
     }
 
@@ -157,21 +167,35 @@ def _plain_row(row: RowSummary) -> dict[str, Any]:
         "is_reference": row.is_reference,
         "runs": {seed: run.name for seed, run in row.row.runs.items()},
         "errors": row.errors,
+        "off_plateau": row.off_plateau,
         "costs": {name: _plain(cost) for name, cost in row.costs.items()},
         "metrics": {
             path: {
                 "values": cell.values,
                 "summary": _plain(cell.summary),
-                "difference": _plain(cell.difference),
-                "gap_closed": {"values": cell.gap, "summary": _plain(summarize(cell.gap.values()))},
+                "difference": _plain_difference(cell.difference),
+                "two_way": _plain_estimate(cell.two_way),
+                "gap_closed": {
+                    "values": cell.gap,
+                    "summary": _plain(summarize(cell.gap.values())),
+                    "remark": (cell.gap_start and cell.gap_start.note) or None,
+                },
             }
             for path, cell in row.cells.items()
         },
     }
 
 
-def _plain(value: Summary | PairedDifference | None) -> dict[str, Any] | None:
+def _plain(value: Summary | None) -> dict[str, Any] | None:
     return None if value is None else asdict(value)
+
+
+def _plain_difference(value: PairedDifference | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value) | {"interval": value.interval}
+
+
+def _plain_estimate(value: Estimate | None) -> dict[str, Any] | None:
+    return None if value is None else asdict(value) | {"interval": value.interval}
 
 
 # ------------------------------------------------------------------------------------------------ for reading
@@ -179,55 +203,82 @@ def _plain(value: Summary | PairedDifference | None) -> dict[str, Any] | None:
 
 def markdown(table: TableSummary) -> str:
     """The table in Markdown, its notes below."""
-    head, rows = _columns(table)
-    lines = [f"## {in_markdown(table.title)}", ""] if table.title else []
-    lines += ["| " + " | ".join(map(in_markdown, head)) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    lines += ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {in_markdown(note)}" for note in table.notes), ""])
+    lines = [f"## {in_markdown(table.heading)}", ""] if table.heading else []
+    lines += [*_markdown_table(*_columns(table)), ""]
+    if table.contrasts:
+        lines += [*_markdown_table(list(HEAD), _contrast_rows(table)), ""]
+    return "\n".join([*lines, *(f"- {in_markdown(note)}" for note in _all_notes(table)), ""])
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(map(in_markdown, head)) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return lines + ["| " + " | ".join(map(in_markdown, row)) + " |" for row in rows]
+
+
+def _contrast_rows(table: TableSummary) -> list[list[str]]:
+    digits = _digits(table)
+    metrics = [tested.contrast.metric for tested in table.contrasts]
+    return contrast_rows(table.contrasts, list(map(metric_label, metrics)), [digits.get(each, 2) for each in metrics])
+
+
+def _all_notes(table: TableSummary) -> list[str]:
+    return [*table.notes, *contrast_notes(table.contrasts)]
+
+
+def rich_contrasts(table: TableSummary) -> Table:
+    """The declared contrasts for a terminal, without the columns that a terminal is too narrow for."""
+    shown = Table(title=Text("declared contrasts"))
+    kept = [place for place, name in enumerate(HEAD) if name not in ("covers", "p", "smallest")]
+    for place in kept:
+        shown.add_column(HEAD[place], justify="left" if not place else "right", no_wrap=bool(place))
+    for row in _contrast_rows(table):
+        shown.add_row(*(Text(printable(row[place])) for place in kept))
+    return shown
 
 
 def rich_table(table: TableSummary) -> Table:
     """The table for a terminal: differences stand under their values."""
     shown = Table(
-        title=Text(printable(table.title)) if table.title else None,
+        title=Text(printable(table.heading)) if table.heading else None,
         show_lines=any(row.row and not row.is_reference for row in table.rows),
     )
     shown.add_column("arm")
     for path in table.metrics:
         shown.add_column(metric_label(path), justify="right", no_wrap=True)
-    gap, costs = _has_gap(table), _costs(table)[:1]  # a terminal is narrow
-    for name in [*["gap closed"] * gap, *costs]:
+    gap, plateau, costs = _has_gap(table), table.plateau is not None, _costs(table)[:1]  # a terminal is narrow
+    for name in [*["off plateau"] * plateau, *["gap closed"] * gap, *costs]:
         shown.add_column(name, justify="right", no_wrap=True)
     for row in (*table.teachers, *table.rows):
         cells = [_marked(row)]
         for path, digits in _digits(table).items():
             cell = row.cells[path]
-            lines = [_value(cell.summary, digits)]
-            if cell.difference is not None:
-                lines += [_difference(cell.difference, digits), _wins(cell.difference)]
-            cells.append("\n".join(lines))
-        cells += ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs]
+            lines = [_value(cell.summary, digits, median=row.median_shown(path))]
+            cells.append("\n".join([*lines, *_difference(cell, digits)]))
+        cells += [_off_plateau(row)] * plateau + ([_gap(row, table)] if gap else [])
+        cells += [_cost(row, name) for name in costs]
         shown.add_row(*(Text(printable(cell)) for cell in cells))
     return shown
 
 
 def _columns(table: TableSummary) -> tuple[list[str], list[list[str]]]:
     compared = {path: any(row.cells[path].difference for row in table.rows) for path in table.metrics}
-    gap, costs = _has_gap(table), _costs(table)
+    gap, plateau, costs = _has_gap(table), table.plateau is not None, _costs(table)
     head = ["arm"]
     for path in table.metrics:
-        head += [metric_label(path)] + [f"− {table.reference_name} [95 %], wins"] * compared[path]
-    head += ([f"gap closed ({metric_label(table.metrics[0])})"] if gap else []) + costs
+        intervals = "[95 %]" + ", and pictures [95 %]" * any(row.cells[path].two_way for row in table.rows)
+        head += [metric_label(path)] + [f"− {table.reference_name} {intervals}, wins"] * compared[path]
+    head += ["off plateau"] * plateau
+    head += ([f"gap closed from {table.gap_name} ({metric_label(table.metrics[0])})"] if gap else []) + costs
     rows = []
     for row in (*table.teachers, *table.rows):
         cells = [_marked(row)]
         for path, digits in _digits(table).items():
             cell = row.cells[path]
-            cells.append(_value(cell.summary, digits))
+            cells.append(_value(cell.summary, digits, median=row.median_shown(path)))
             if compared[path]:
-                both = (_difference(cell.difference, digits), _wins(cell.difference)) if cell.difference else ()
-                cells.append(", ".join(both))
-        rows.append(cells + ([_gap(row, table)] if gap else []) + [_cost(row, name) for name in costs])
+                cells.append(", ".join(_difference(cell, digits)))
+        cells += [_off_plateau(row)] * plateau + ([_gap(row, table)] if gap else [])
+        rows.append(cells + [_cost(row, name) for name in costs])
     return head, rows
 
 
@@ -237,39 +288,54 @@ def _marked(row: RowSummary) -> str:
 
 def _digits(table: TableSummary) -> dict[str, int]:
     """Decimals of each metric: three figures or so."""
-    found = {}
+    digits = {}
     for path in table.metrics:
         largest = max((abs(value) for row in table.rows for value in row.cells[path].values.values()), default=0.0)
-        found[path] = 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 4
-    return found
+        digits[path] = 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 1 else 4
+    return digits
 
 
-def _value(summary: Summary | None, digits: int) -> str:
+def _value(summary: Summary | None, digits: int, *, median: bool = False) -> str:
     if summary is None:
         return "-"
     deviation = "" if summary.deviation is None else f" ± {summary.deviation:.{digits}f}"
-    return f"{summary.mean:.{digits}f}{deviation}"
+    return f"{summary.mean:.{digits}f}{deviation}" + (f" (median {summary.median:.{digits}f})" if median else "")
 
 
-def _difference(difference: PairedDifference, digits: int) -> str:
-    if difference.interval is None:
-        return f"{difference.mean:+.{digits}f}"
-    low, high = difference.interval
-    return f"{difference.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def _difference(cell: Cell, digits: int) -> list[str]:
+    """The difference with its interval over seeds, that over seeds and pictures, and the seeds won."""
+    difference = cell.difference
+    if difference is None:
+        return []
+    shown = [f"{difference.mean:+.{digits}f}"]
+    if difference.interval is not None:
+        shown[0] += f" {_interval(difference.interval, digits)}"
+    if cell.two_way is not None:
+        shown.append(_interval(cell.two_way.interval, digits))
+    return [*shown, f"{difference.wins}/{len(difference.seeds)}"]
 
 
-def _wins(difference: PairedDifference) -> str:
-    return f"{difference.wins}/{len(difference.seeds)}"
+def _interval(interval: tuple[float, float], digits: int) -> str:
+    low, high = interval
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _off_plateau(row: RowSummary) -> str:
+    return "" if row.off_plateau is None else "{}/{}".format(*row.off_plateau)
 
 
 def _has_gap(table: TableSummary) -> bool:
-    return bool(table.metrics) and any(row.cells[table.metrics[0]].gap for row in table.rows)
+    """Whether a gap is shown, or withheld."""
+    return bool(table.metrics) and any(row.cells[table.metrics[0]].gap_start for row in table.rows)
 
 
 def _gap(row: RowSummary, table: TableSummary) -> str:
     if row.row is None or row.starts_gap:
         return ""
-    summary = summarize(100 * share for share in row.cells[table.metrics[0]].gap.values())
+    cell = row.cells[table.metrics[0]]
+    if cell.gap_start is not None and cell.gap_start.withheld:
+        return "withheld"
+    summary = summarize(100 * share for share in cell.gap.values())
     return "" if summary is None else _value(summary, 0) + " %"
 
 
@@ -288,4 +354,6 @@ def shown_tables(tables: Iterable[TableSummary]) -> Iterable[Table | str]:
     """What is printed: each table, then its notes."""
     for table in tables:
         yield rich_table(table)
-        yield printable("\n".join(table.notes))
+        if table.contrasts:
+            yield rich_contrasts(table)
+        yield printable("\n".join(_all_notes(table)))

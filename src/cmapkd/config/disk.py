@@ -67,6 +67,11 @@ def flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all: under another name, flushed and renamed.
 
     Raises:
@@ -75,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     with writing(path.parent):
         try:
-            temporary.write_text(text, encoding="utf-8", newline="")
+            temporary.write_bytes(content)
             flush(temporary)
             temporary.replace(path)
             flush(path.parent)

@@ -69,6 +69,21 @@ def decode_image(data: bytes, sample_id: str, *, max_pixels: int = MAX_PIXELS) -
             raise BadSampleError(sample_id, f"{kind}: {detail}") from None
 
 
+def upright_rgb(image: Image.Image, sample_id: str) -> Image.Image:
+    """A picture that is open already as RGB, by the rules of `decode_image`.
+
+    Args:
+        sample_id: named in the error.
+    Raises:
+        BadSampleError: it cannot be read, or has pixels without a defined white.
+    """
+    try:
+        image.load()
+        return _upright(_to_rgb(image), _orientation(image))
+    except Exception as error:  # an open file can be truncated or damaged as any other
+        raise BadSampleError(sample_id, f"image cannot be read: {error or type(error).__name__}") from None
+
+
 @cache
 def _known_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow was built with."""

@@ -14,26 +14,21 @@ _BLOCK_SCORES = 4_000_000  # scores held at once: 16 MB, and as much again to co
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """The best-scoring positive of each query, in three counts, and the average precision of all its positives.
+class RankCounts:
+    """The rank of the best-scoring positive of each query, in three counts, so that ties can be settled.
 
     Attributes:
-        query: the queries that have a positive, ascending.
         better: candidates that score strictly higher; none of them is a positive.
         equal_negatives: candidates that tie with the best positive without being positives.
         equal_positives: positives with that same score, at least 1.
-        average_precision: mean over a query's positives of the share of positives down to each; float64. With a single
-            positive it is the reciprocal of its rank.
     """
 
-    query: Int[Tensor, " queries"]
     better: Int[Tensor, " queries"]
     equal_negatives: Int[Tensor, " queries"]
     equal_positives: Int[Tensor, " queries"]
-    average_precision: Float[Tensor, " queries"]
 
     def __len__(self) -> int:
-        return len(self.query)
+        return len(self.better)
 
     def hits(self, k: int) -> Float[Tensor, " queries"]:
         """Probability that a positive is among the first `k` when candidates of equal score stand in random order.
@@ -55,6 +50,20 @@ class Ranks:
     def expected(self) -> Float[Tensor, " queries"]:
         """Expected rank of the best positive, from 1, under the same random order; float64."""
         return 1 + self.better + self.equal_negatives / (self.equal_positives + 1).double()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks(RankCounts):
+    """The ranks of the queries that have a positive, and the average precision of all their positives.
+
+    Attributes:
+        query: the queries that have a positive, ascending.
+        average_precision: mean over a query's positives of the share of positives down to each; float64. With a single
+            positive it is the reciprocal of its rank.
+    """
+
+    query: Int[Tensor, " queries"]
+    average_precision: Float[Tensor, " queries"]
 
 
 class _DistinctCandidates(NamedTuple):
@@ -135,7 +144,7 @@ def _summarise(
     precision = _expected_precision(above, equal, first - start[rows], equal_positives)
     average = torch.zeros(len(asked), dtype=torch.float64, device=score.device).index_add_(0, rows, precision) / count
     best = equal_positives[start]
-    return Ranks(asked, above[start], equal[start] - best, best, average)
+    return Ranks(above[start], equal[start] - best, best, query=asked, average_precision=average)
 
 
 def _expected_precision(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -46,24 +46,63 @@ def retrieval(
         ValueError: there is no image or no caption, the shapes do not fit, an embedding is not finite, or an image has
             too few captions.
     """
+    ranks = rank_both_ways(
+        images,
+        texts,
+        image_of_text,
+        also_positive=also_positive,
+        min_texts_per_image=min_texts_per_image,
+        queries_per_block=queries_per_block,
+    )
+    return retrieval_scores(ranks, image_of_text, num_images=len(images))
+
+
+class RanksBothWays(NamedTuple):
+    """Ranks of the best positive: of each image that has a caption, among all captions, and of each caption."""
+
+    i2t: Ranks
+    t2i: Ranks
+
+
+def rank_both_ways(
+    images: Float[Tensor, "images dim"],
+    texts: Float[Tensor, "texts dim"],
+    image_of_text: Int[Tensor, " texts"],
+    *,
+    also_positive: Int[Tensor, "pairs 2"] | None = None,
+    min_texts_per_image: int | None = None,
+    queries_per_block: int | None = None,
+) -> RanksBothWays:
+    """The ranks that `retrieval` is made of; see there for arguments and errors."""
     _check(images, texts, image_of_text)
     check_finite("image embeddings", images)
     check_finite("text embeddings", texts)
-    counts = image_of_text.cpu().long().bincount(minlength=len(images))
     if min_texts_per_image is not None:
-        _check_counts(counts, min_texts_per_image)
+        _check_counts(_texts_per_image(image_of_text, len(images)), min_texts_per_image)
     described = torch.stack([torch.arange(len(texts)), image_of_text.cpu().long()], dim=1)
     pairs = described if also_positive is None else torch.cat([described, also_positive.cpu().long()])
-    t2i = _summary(rank_positives(texts, images, pairs, queries_per_block=queries_per_block))
-    i2t = _summary(rank_positives(images, texts, pairs.flip(1), queries_per_block=queries_per_block))
+    return RanksBothWays(
+        i2t=rank_positives(images, texts, pairs.flip(1), queries_per_block=queries_per_block),
+        t2i=rank_positives(texts, images, pairs, queries_per_block=queries_per_block),
+    )
+
+
+def retrieval_scores(ranks: RanksBothWays, image_of_text: Int[Tensor, " texts"], *, num_images: int) -> dict[str, Any]:
+    """What `retrieval` returns, from the ranks."""
+    counts = _texts_per_image(image_of_text, num_images)
+    i2t, t2i = map(_summary, ranks)
     return {
         "i2t": i2t,
         "t2i": t2i,
         "mean_r@1": (i2t["r@1"] + t2i["r@1"]) / 2,
-        "num_images": len(images),
-        "num_texts": len(texts),
+        "num_images": num_images,
+        "num_texts": len(image_of_text),
         "min_texts_per_image": int(counts[counts > 0].min()),
     }
+
+
+def _texts_per_image(image_of_text: Int[Tensor, " texts"], num_images: int) -> Int[Tensor, " images"]:
+    return image_of_text.cpu().long().bincount(minlength=num_images)
 
 
 def shared_captions(captions: Sequence[str], image_of_text: Int[Tensor, " texts"]) -> Int[Tensor, "pairs 2"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from cmapkd.data.types import Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
+from cmapkd.evaluation.picture_ranks import PictureRanks
 from cmapkd.evaluation.suite import evaluate_models
 from cmapkd.models.base import Model
 
@@ -23,12 +25,14 @@ def evaluate(
     device: torch.device | str,
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
+    ranks_file: Path | None = None,
 ) -> dict[str, Any]:
     """Scores of `model` on `source`, ready for JSON; see `evaluate_models` for several, and for tasks that need more.
 
     Args:
         device: where the towers run; the model is moved there, and keeps its training modes.
         on_bad_sample, autocast: see `embed`.
+        ranks_file: where the ranks by picture are written, see `PictureRanks`; none is written if nothing was ranked.
     Returns:
         `retrieval` (see `retrieval.retrieval`), `zero_shot` (see `zero_shot.zero_shot`), ..., those that were measured;
         `params`, the model's number of parameters, of which `params_borrowed`, if any, are another model's tower;
@@ -37,7 +41,16 @@ def evaluate(
         ConfigError: templates or class names that do not exist.
         ValueError: a task that was named cannot be measured on this source, or none can.
     """
+    ranks: dict[str, PictureRanks] = {}
     scores = evaluate_models(
-        {"model": model}, source, config, device=device, on_bad_sample=on_bad_sample, autocast=autocast
+        {"model": model},
+        source,
+        config,
+        device=device,
+        on_bad_sample=on_bad_sample,
+        autocast=autocast,
+        picture_ranks=None if ranks_file is None else ranks,
     )
+    if ranks_file is not None and ranks:
+        ranks["model"].save(ranks_file)
     return scores["model"]

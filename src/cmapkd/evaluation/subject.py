@@ -17,6 +17,7 @@ from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
 from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
 from cmapkd.evaluation.probes.data import Annotations, read_annotations
 from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
+from cmapkd.evaluation.ranking import RankCounts
 from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.texts import class_vectors
 
@@ -80,6 +81,7 @@ class Subject:
     name: str
     model: Model
     bench: Bench
+    ranks: dict[str, RankCounts] = field(default_factory=dict)  # what tasks ranked: `i2t`, `t2i`, `zero_shot`
     _features: dict[str, ImageFeatures] = field(default_factory=dict)
 
     @property

@@ -15,6 +15,7 @@ from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
+from cmapkd.evaluation.picture_ranks import MAX_PICTURES, PictureRanks
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks import TASKS, Task, check_tasks, make_task
 from cmapkd.models.base import Model
@@ -31,6 +32,7 @@ def evaluate_models(
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
     console: Console | None = None,
+    picture_ranks: dict[str, PictureRanks] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores of every model by name, ready for JSON. The first model is the reference: the teacher, where there is one.
 
@@ -40,6 +42,7 @@ def evaluate_models(
         work: folder in which probes keep checkpoints, so that a second call goes on or reuses them; None: nowhere.
         device: where the towers run; models are moved there, and keep their training modes.
         on_bad_sample, autocast: see `embed`.
+        picture_ranks: is given each model's ranks by picture, where a task ranked and the pictures are not too many.
     Returns:
         For each model the scores of each task by its name; `params`; `bad_samples`, if a source was embedded.
     Raises:
@@ -76,6 +79,8 @@ def evaluate_models(
         scores[subject.name] |= count_parameters(subject.model)
         if "embedded" in subject.__dict__:
             scores[subject.name]["bad_samples"] = len(subject.embedded.bad)
+            if picture_ranks is not None and subject.ranks and len(subject.embedded.ids) <= MAX_PICTURES:
+                picture_ranks[subject.name] = PictureRanks.of(subject.embedded, subject.ranks)
     return scores
 
 

@@ -35,6 +35,11 @@ class Term(NamedTuple):
     count: Tensor | None = None  # type: ignore[assignment]  # tuples have a method of that name, which nobody needs
 
 
+def total_loss(terms: Mapping[str, Term]) -> Float[Tensor, ""]:
+    """The loss: the sum of weight times value, in float32, over terms that are means already (`divided`)."""
+    return torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
+
+
 def divided(terms: Mapping[str, Term]) -> dict[str, Term]:
     """The terms with every sum divided by the count of all processes; a sum over nothing is 0.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cmapkd.config import closest
 from cmapkd.data.types import ModelInput, TokenBatch
+from cmapkd.models.embedding import Embeddings, Picture, embedded_images, embedded_texts
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
@@ -44,8 +45,8 @@ class Tokenizer(Protocol):
     context_length: int
     vocab_size: int
 
-    def __call__(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids and padding mask of `texts`, truncated to `context_length`."""
+    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
+        """Ids and padding mask of `texts`, one or many, truncated to `context_length`."""
         ...
 
 
@@ -182,6 +183,47 @@ class DualEncoder(Model):
             logit_bias=self.logit_bias,
             more_texts={pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()},
         )
+
+    @torch.no_grad()
+    def embed(
+        self,
+        images: Picture | Iterable[Picture] | None = None,
+        texts: str | Iterable[str] | None = None,
+        *,
+        batch_size: int = 64,
+    ) -> Embeddings:
+        """Unit embeddings of pictures and texts, by the model's own preprocessing and tokenizer.
+
+        The model computes on the device where it is, in eval mode, without gradient; its modes are restored after.
+
+        Args:
+            images: paths, bytes of image files or PIL images, one or many; an iterator is read batch by batch.
+            texts: one text or many.
+            batch_size: how many are encoded at once; without influence on the result beyond rounding.
+        Raises:
+            ValueError: neither images nor texts are given, or `batch_size` is below 1.
+            FileNotFoundError: a picture's file is not there.
+            BadSampleError: a picture cannot be read; the message names it.
+            TypeError: an item is no picture, or no text.
+        """
+        if images is None and texts is None:
+            raise ValueError("embed() got neither images nor texts: give one of them, or both")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: give a whole number >= 1")
+        dim = self.embed_dim
+        with eval_mode(self):
+            return Embeddings(
+                None
+                if images is None
+                else embedded_images(images, self.image_spec, self._of_pixels, dim=dim, batch_size=batch_size),
+                None if texts is None else embedded_texts(texts, self._of_texts, dim=dim, batch_size=batch_size),
+            )
+
+    def _of_pixels(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        return self.encode_image(pixels.to(self.device)).embedding
+
+    def _of_texts(self, texts: list[str]) -> Float[Tensor, "batch dim"]:
+        return self.encode_text(self.tokenizer(texts).to(self.device)).embedding
 
     def after_step(self) -> None:
         if self.log_logit_scale.requires_grad:  # a frozen one stays as it is

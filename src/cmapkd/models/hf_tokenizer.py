@@ -8,6 +8,7 @@ from typing import Any
 from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.spans import moved_spans
+from cmapkd.models.types import text_list
 
 
 class HfTokenizer:
@@ -24,8 +25,9 @@ class HfTokenizer:
         self.vocab_size: int = len(tokenizer)
         self._clean = canonicalizer() if canonical else None
 
-    def __call__(self, texts: Sequence[str]) -> TokenBatch:
-        cleaned = list(texts) if self._clean is None else [self._clean(text) for text in texts]
+    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
+        texts = text_list(texts)
+        cleaned = texts if self._clean is None else [self._clean(text) for text in texts]
         encoded = self.native(
             cleaned,
             padding="max_length" if self.to_full_length else "longest",

@@ -16,6 +16,7 @@ from cmapkd.models.errors import first_line
 from cmapkd.models.hf_tokenizer import as_siglip_was_trained
 from cmapkd.models.hub import cached_folder, hub_answers
 from cmapkd.models.spans import span_finder
+from cmapkd.models.types import text_list
 
 # What transformers' tokenizers are read from.
 _FILES = (
@@ -40,9 +41,10 @@ class OpenClipTokenizer:
         self._of_cleaned = copy(tokenizer)  # spans need the cleaned text, so it is made here, once
         self._of_cleaned.clean_fn = str
 
-    def __call__(self, texts: Sequence[str]) -> TokenBatch:
+    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
+        texts = text_list(texts)
         if self._spans is None:
-            ids = self.native(list(texts), context_length=self.context_length).long()
+            ids = self.native(texts, context_length=self.context_length).long()
             return TokenBatch(ids, self._real(ids))
         cleaned = [self.native.clean_fn(text) for text in texts]
         ids = self._of_cleaned(cleaned, context_length=self.context_length).long()

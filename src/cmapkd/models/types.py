@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -90,3 +91,8 @@ class Needs:
             tuple(dict.fromkeys(self.text_levels + other.text_levels)),
             tuple(tower for tower in BOTH if tower in self.towers + other.towers),
         )
+
+
+def text_list(texts: str | Sequence[str]) -> list[str]:
+    """Texts as a list; one `str` is one text, not a sequence of its letters."""
+    return [texts] if isinstance(texts, str) else list(texts)

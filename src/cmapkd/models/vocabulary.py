@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from cmapkd.data.types import TokenBatch
+from cmapkd.models.types import text_list
 
 FILE = "tokenizer.json"
 _SPECIAL = ["[PAD]", "[UNK]", "[START]", "[END]"]
@@ -64,8 +65,8 @@ class TrainedTokenizer:
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(self._tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
 
-    def __call__(self, texts: Sequence[str]) -> TokenBatch:
-        encodings = self._tokenizer.encode_batch(list(texts))
+    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
+        encodings = self._tokenizer.encode_batch(text_list(texts))
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.long)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
         spans = np.array([encoding.offsets for encoding in encodings], dtype=np.int64)

@@ -68,7 +68,7 @@ def run(
     if not state.is_main_process:
         wait_for_all()
         return RunResult(out, {})
-    scores = measure(config, final, student, baseline_folder, teacher_scores, device=state.device)
+    scores = measure(config, final, student, baseline_folder, teacher_scores, device=state.device, out=out)
     metrics = scores | account(config, trained, extra, final)
     write_json(out / "metrics.json", metrics)
     wait_for_all()

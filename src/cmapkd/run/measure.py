@@ -18,6 +18,9 @@ from cmapkd.run.config import RunConfig
 from cmapkd.training import TrainResult
 from cmapkd.training.memory import OutOfMemory, first_line, is_out_of_memory
 
+RANKS = "ranks.safetensors"
+"""In a run folder: the ranks by picture of the student on the final source."""
+
 
 def validator_of(config: RunConfig) -> Any:
     """Measures a student on the validation source; None where there is none."""
@@ -36,15 +39,24 @@ def validator_of(config: RunConfig) -> Any:
     return validate
 
 
-def _evaluate(model: Model, source: Source, config: RunConfig, *, device: torch.device) -> Scores:
-    """Scores of a model.
+def _evaluate(
+    model: Model, source: Source, config: RunConfig, *, device: torch.device, ranks_file: Path | None = None
+) -> Scores:
+    """Scores of a model, whose ranks by picture are written to `ranks_file`.
 
     Raises:
         OutOfMemory: says which settings take less, all of which may change at a resume.
     """
     settings = config.evaluation
     try:
-        return evaluate(model.to(device), source, settings, device=device, on_bad_sample=config.data.on_bad_sample)
+        return evaluate(
+            model.to(device),
+            source,
+            settings,
+            device=device,
+            on_bad_sample=config.data.on_bad_sample,
+            ranks_file=ranks_file,
+        )
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -71,20 +83,24 @@ def measure(
     teacher_scores: Scores | None,
     *,
     device: torch.device,
+    out: Path,
 ) -> dict[str, Any]:
-    """Scores on the final source of student, baseline and the first teacher, to which the gap is taken."""
+    """Scores on the final source of student, baseline and the first teacher, to which the gap is taken.
 
-    def scores(model: Model | None) -> Scores | None:
+    The student's ranks by picture are written into `out`.
+    """
+
+    def scores(model: Model | None, ranks_file: Path | None = None) -> Scores | None:
         if model is None:
             return None
         if source is None:
             return count_parameters(model)
-        return _evaluate(model, source, config, device=device)
+        return _evaluate(model, source, config, device=device, ranks_file=ranks_file)
 
     teacher = teacher_scores
     if teacher is None and config.teacher is not None:
         teacher = scores(build_model(config.teacher))
-    student_scores = scores(student)
+    student_scores = scores(student, out / RANKS)
     baseline_scores = scores(load_model(baseline)) if baseline is not None else None
     return {
         "teacher": teacher,

@@ -26,6 +26,7 @@ from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo
 from cmapkd.methods.stages import WHOLE_RUN, StageConfig, stage_ends, stream_by_step
+from cmapkd.methods.terms import total_loss
 from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
@@ -279,7 +280,7 @@ class Trainer:
         if not terms:
             where = f" in stage {self.stage.name!r}" if len(self.stages) > 1 else ""
             raise ValueError(f"method {type(self.method).__name__} has no terms left{where}: every weight is zero")
-        loss = torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
+        loss = total_loss(terms)
         rate = learning_rate(info.step, total=self.total, config=self.optim, peak=info.stage.learning_rate)
         set_learning_rate(self.engine.optimizer, rate)
         self.accelerator.backward(loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cmapkd.evaluation.retrieval import retrieval, shared_captions
+from cmapkd.evaluation.retrieval import rank_both_ways, retrieval_scores, shared_captions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.usual_sets import remark_on
@@ -34,6 +34,8 @@ class Retrieval(Task):
         embedded = subject.embedded
         shared = subject.bench.config.shared_captions
         extra = shared_captions(embedded.captions, embedded.image_of_text) if shared else None
-        scores = retrieval(embedded.images, embedded.texts, embedded.image_of_text, also_positive=extra)
+        ranks = rank_both_ways(embedded.images, embedded.texts, embedded.image_of_text, also_positive=extra)
+        subject.ranks |= ranks._asdict()
+        scores = retrieval_scores(ranks, embedded.image_of_text, num_images=len(embedded.images))
         remark = remark_on(subject.bench.scored.name, num_images=scores["num_images"], num_texts=scores["num_texts"])
         return scores | ({"remark": remark} if remark is not None else {})

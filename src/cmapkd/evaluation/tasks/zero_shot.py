@@ -8,7 +8,7 @@ from cmapkd.data.templates import get_templates
 from cmapkd.evaluation.calibration import zero_shot_calibration
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
-from cmapkd.evaluation.zero_shot import zero_shot
+from cmapkd.evaluation.zero_shot import rank_classes, zero_shot_scores
 
 
 class ZeroShot(Task):
@@ -33,7 +33,10 @@ class ZeroShot(Task):
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:
-        return zero_shot(subject.embedded.images, subject.embedded.labels, subject.class_weights)
+        embedded, weights = subject.embedded, subject.class_weights
+        ranks = rank_classes(embedded.images, embedded.labels, weights)
+        subject.ranks["zero_shot"] = ranks
+        return zero_shot_scores(ranks, embedded.labels, num_classes=len(weights))
 
 
 class Calibration(ZeroShot):

@@ -1,0 +1,91 @@
+"""Pretended runs whose scores, curves and pictures a test chooses, for tests of comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cmapkd.compare import ComparisonConfig, ComparisonResult, compare
+from cmapkd.data.open import open_source
+from cmapkd.models import build_model
+from cmapkd.results import RunResult
+from cmapkd.run import RunConfig, vocabulary_captions
+
+ARMS = {name: {"method": name} for name in ("contrastive", "hinton", "clip_kd")}
+TEACHER_SCORE = 80.0
+
+
+def write_recipe(folder: Path) -> Path:
+    """A recipe of 40 steps with a teacher on disk."""
+    torch.manual_seed(1)
+    build_model("tiny:debug", captions=vocabulary_captions(open_source("scenes?length=50"))).save(folder / "teacher")
+    values = {
+        "teacher": str(folder / "teacher"),
+        "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
+        "data": {"train": "scenes?length=64&size=32", "val": "scenes@val?length=20&size=32"},
+        "method": "clip_kd",
+        "training": {"steps": 40, "batch_size": 16, "evaluate_every": 10, "device": "cpu"},
+        "evaluation": {"templates": "plain"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+class PretendedRuns:
+    """Stands for `run` in a comparison.
+
+    Args:
+        score: mean R@1 of a run's student.
+        curve: share of the final score at each logged validation, by step.
+        leave: leaves more files in the folder of a finished run.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[RunConfig], float],
+        *,
+        curve: Mapping[int, float] | None = None,
+        leave: Callable[[RunConfig, Path], None] = lambda config, out: None,
+    ) -> None:
+        self.score, self.curve, self.leave = score, curve or {}, leave
+
+    def __call__(self, config: RunConfig, *, out: Path, **_: Any) -> RunResult:
+        out.mkdir(parents=True)
+        (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+        score = self.score(config)
+        lines = [{"step": step, "validation/mean_r@1": score * share} for step, share in self.curve.items()]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        metrics: dict[str, Any] = {
+            "teacher": None if config.teacher is None else _scores(TEACHER_SCORE),
+            "student": _scores(score),
+            "steps": config.training.steps,
+            "batch_size": config.training.batch_size,
+            "train_seconds": 4.0,
+        }
+        (out / "metrics.json").write_text(json.dumps(metrics))
+        self.leave(config, out)
+        return RunResult(out, metrics)
+
+
+def _scores(mean: float) -> dict[str, Any]:
+    return {
+        "retrieval": {"mean_r@1": mean, "i2t": {"median_rank": 100 - mean}},
+        "zero_shot": {"top1": mean / 2},
+        "params": 10,
+    }
+
+
+def compare_pretended(
+    recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, runs: PretendedRuns, **values: Any
+) -> ComparisonResult:
+    """Compares `ARMS` over six seeds, or as `values` say, with pretended runs."""
+    monkeypatch.setattr("cmapkd.compare.execute.run", runs)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # a tenth of a second a run, with nothing to collect here
+    settings = {"base": str(recipe), "seeds": list(range(6)), "arms": ARMS} | values
+    return compare(ComparisonConfig.from_mapping(settings), out=out)

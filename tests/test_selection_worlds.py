@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from cmapkd.cache import CacheConfig, CachePlan, CacheReader, all_keys
 from cmapkd.cache.files import CacheError
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
+from cmapkd.data.texts import TextChoice, joined
 from cmapkd.data.types import Source
-from cmapkd.data.views import ViewSpec
+from cmapkd.data.views import ViewSpec, draw_view
 from cmapkd.methods import StepInfo
 from cmapkd.methods.cmapkd import CMAPKD
-from helpers import MemorySource, make_builder, make_method, make_model, random_batch
+from helpers import MemorySource, make_method, make_model, random_batch
 from plugin_support import install
 
 ROOT = Path(__file__).parents[1]
@@ -89,11 +91,7 @@ def test_levels_of_one_tower_are_another_samples_and_embeddings_stay(tmp_path: P
     source, made = MemorySource(12), method(kind="hidden", share=0.7)
     reader = cached(tmp_path / "cache", source, made)
     answers = made.answers("teacher", reader)
-    ids, captions = [f"m{i}" for i in range(12)], [source.captions(i)[0] for i in range(12)]
-    builder = make_builder(make_method("contrastive"), source, views=VIEWS)
-    samples = [source[i] for i in range(12)]
-    captions = [builder.texts.choose(each, _view(each), 0) for each in samples]
-    texts = [each[0] for each in captions]
+    ids, texts = [f"m{i}" for i in range(12)], [text_of(source, i) for i in range(12)]
     true = reader.read(0, range(12), ids, texts, [])
     found = answers.read(0, range(12), ids, texts, [])
     wrong = {i: made.world.wrong_tower(ids[i]) for i in range(12)}
@@ -109,10 +107,10 @@ def test_levels_of_one_tower_are_another_samples_and_embeddings_stay(tmp_path: P
     assert (answers.has(0, 3), answers.has(1, 3)) == (True, False)
 
 
-def _view(sample: Any) -> Any:
-    from cmapkd.data.views import draw_view
-
-    return draw_view(sample.id, 0, VIEWS, sample.image.size)
+def text_of(source: Source, index: int) -> str:
+    """The text that a run shows of a sample in its first view."""
+    sample = source[index]
+    return joined(TextChoice().choose(sample, draw_view(sample.id, 0, VIEWS, sample.image.size), 0))
 
 
 def test_a_cache_without_the_other_sample_is_named(tmp_path: Path) -> None:
@@ -120,10 +118,8 @@ def test_a_cache_without_the_other_sample_is_named(tmp_path: Path) -> None:
     reader = cached(tmp_path / "cache", source, made, keys=all_keys(12, 1)[:6])
     answers = made.answers("teacher", reader)
     lacking = next(i for i in range(6) if answers.other(i) >= 6)
-    text = make_builder(make_method("contrastive"), source, views=VIEWS).texts
-    chosen = text.choose(source[lacking], _view(source[lacking]), 0)[0]
     with pytest.raises(CacheError, match="cache build RECIPE --all"):
-        answers.read(0, [lacking], [f"m{lacking}"], [chosen], [])
+        answers.read(0, [lacking], [f"m{lacking}"], [text_of(source, lacking)], [])
 
 
 def test_the_clean_world_is_cmapkd_and_a_live_teacher_has_no_wrong_answers(tmp_path: Path) -> None:
@@ -159,8 +155,6 @@ def test_the_oracle_leaves_out_the_wrong_levels_and_only_these() -> None:
 
 
 def test_streams_count_what_they_are_told_with_a_mean_of_one() -> None:
-    from dataclasses import replace
-
     batch = replace(random_batch(4), streams=("train", "easy", "easy", "easy"))
     found = terms_of(method(stream_weights={"train": 5.0, "easy": 1.0}), batch)
     weights = torch.tensor([5.0, 1.0, 1.0, 1.0]) / 2

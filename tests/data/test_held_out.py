@@ -20,9 +20,9 @@ from cmapkd.run import RunConfig, run
 from helpers import MemorySource, make_builder, make_method
 
 RECIPE = {
-    "teacher": "tiny:debug",
+    "teacher": "tiny:scenes-teacher",
     "student": "tiny:debug",
-    "data": {"train": "scenes:easy?length=30&size=32", "test": "scenes:easy@test?length=8&size=32", "held_out": 10},
+    "data": {"train": "scenes:easy?length=30", "test": "scenes:easy@test?length=8", "held_out": 10},
     "method": {"name": "cmapkd", "weighting": {"name": "gradient_alignment", "every": 2}},
     "training": {"steps": 3, "batch_size": 10, "device": "cpu", "log_every": 1},
     "evaluation": {"tasks": ["retrieval"]},

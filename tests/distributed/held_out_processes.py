@@ -35,7 +35,7 @@ def trainer(name: str, out: Path, steps: int) -> Trainer:
     source = MemorySource(40)
     optim = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW makes large steps of rounding errors
     made = make_trainer(out, method, source=PartOfSource(source, 0, 28), steps=steps, optim=optim, checkpoint_every=3)
-    held_out = make_builder(method, PartOfSource(source, 28, 40))
+    held_out = make_builder(make_method("contrastive", student=method.student), PartOfSource(source, 28, 40))
     every = method.held_out_every
     assert every is not None
     place = made.accelerator

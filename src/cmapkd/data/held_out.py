@@ -8,9 +8,23 @@ from torch.utils.data import Dataset
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import BatchBuilder, Batches
+from cmapkd.data.open import open_source
+from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.random import key_of
 from cmapkd.data.types import Batch, Source
+
+
+def open_held_out(train: str, held_out: int | str, *, require_captions: bool = False) -> Source:
+    """The pairs that a run never trains on: the last so many of `train`, or a source of their own.
+
+    Raises:
+        ConfigError: the source cannot be opened, or has too few samples.
+    """
+    if isinstance(held_out, str):
+        return open_source(held_out, split="train", require_captions=require_captions)
+    main = open_source(train, split="train", require_captions=require_captions)
+    return PartOfSource(main, len(main) - held_out, len(main))
 
 
 class WithHeldOut(Dataset[Batch]):

@@ -164,18 +164,6 @@ def open_streams(
     return JoinedSource(sources, {name: stream.share for name, stream in more.items()})
 
 
-def open_held_out(train: str, held_out: int | str, *, require_captions: bool = False) -> Source:
-    """The pairs that a run never trains on: the last so many of `train`, or a source of their own.
-
-    Raises:
-        ConfigError: the source cannot be opened, or has too few samples.
-    """
-    if isinstance(held_out, str):
-        return open_source(held_out, split="train", require_captions=require_captions)
-    main = open_source(train, split="train", require_captions=require_captions)
-    return PartOfSource(main, len(main) - held_out, len(main))
-
-
 def _parse(text: str, split: str | None, require_captions: bool, limit: int | None) -> Spec:
     name, options = text.strip(), {}
     found = _OPTIONS.search(name)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import BatchBuilder, Batches, Reader
-from cmapkd.data.held_out import WithHeldOut
-from cmapkd.data.open import open_held_out, open_streams
+from cmapkd.data.held_out import WithHeldOut, open_held_out
+from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates

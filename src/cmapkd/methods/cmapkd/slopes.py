@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -94,10 +95,12 @@ def slopes_forward(student: nn.Module, columns: Callable[[], Columns], direction
     """
     parameters = learning(student)
     with forward_ad.dual_level():
-        moved = {
-            f"student.{name}": forward_ad.make_dual(parameters[name].detach(), along.to(parameters[name]))
-            for name, along in direction.items()
-        }
+        with warnings.catch_warnings():  # of torch about itself, when it first needs forward mode
+            warnings.filterwarnings("ignore", r".*torch\.jit\.script.* is deprecated", FutureWarning)
+            moved = {
+                f"student.{name}": forward_ad.make_dual(parameters[name].detach(), along.to(parameters[name]))
+                for name, along in direction.items()
+            }
         found = functional_call(Counted(student, columns), moved, ())
         slopes: Columns = {}
         for name, loss in found.items():

@@ -16,7 +16,7 @@ from cmapkd.data.parts import PartOfSource
 from cmapkd.data.types import Batch
 from cmapkd.methods import StageConfig, StepInfo, build_method
 from cmapkd.methods.cmapkd import CMAPKD
-from cmapkd.methods.cmapkd.measuring import direction_of, measure_slopes
+from cmapkd.methods.cmapkd.measuring import directions_of, measure_slopes
 from cmapkd.methods.cmapkd.slopes import (
     evaluating,
     gradient,
@@ -26,6 +26,7 @@ from cmapkd.methods.cmapkd.slopes import (
     slopes_forward,
 )
 from cmapkd.methods.dual import task_loss
+from cmapkd.objectives import contrastive_loss
 from cmapkd.training import Trainer
 from helpers import CMAPKD_EXACT, MemorySource, make_builder, make_method, make_model, make_trainer, random_batch
 from training.test_resume import assert_same_end, interrupt
@@ -70,7 +71,7 @@ def test_forward_slopes_are_the_gradients_of_every_sample_times_the_direction() 
     method, batch = selected(), batch_of()
     with evaluating(method), torch.enable_grad():
         assert batch.held_out is not None
-        direction = direction_of(method, batch.held_out, preconditioned_by_optimizer=True)
+        [direction] = directions_of(method, batch.held_out, count=1, preconditioned_by_optimizer=True)
         expected = written_out(method, batch, direction)
         found = slopes_forward(method.student, lambda: method.columns(batch), direction)
     assert {*LEVELS, "contrastive", "interactive", "bank", "relation", "P2-L1"} <= {*found}
@@ -99,13 +100,23 @@ def test_the_direction_is_the_gradient_over_the_root_of_adams_moments() -> None:
     draws = torch.Generator().manual_seed(0)
     moments = {p: torch.rand(p.shape, generator=draws, dtype=p.dtype) for p in method.student.parameters()}
     method.second_moment = moments.get
-    found = direction_of(method, held_out, preconditioned_by_optimizer=True)
+    [found] = directions_of(method, held_out, count=1, preconditioned_by_optimizer=True)
     parameters = dict(method.student.named_parameters())
     plain = torch.autograd.grad(task_loss(method.encode_student(held_out)), [*parameters.values()])
     for (name, parameter), one in zip(parameters.items(), plain, strict=True):
         torch.testing.assert_close(found[name], one / (moments[parameter].sqrt() + 1e-8))
-    bare = direction_of(method, held_out, preconditioned_by_optimizer=False)
-    torch.testing.assert_close(bare, dict(zip(parameters, plain, strict=True)))
+    [bare] = directions_of(method, held_out, count=1, preconditioned_by_optimizer=False)
+    torch.testing.assert_close(dict(bare), dict(zip(parameters, plain, strict=True)))
+
+
+def test_two_directions_are_of_every_other_pair() -> None:
+    method, held_out = selected(), random_batch(6, seed=2, dtype=torch.float64)
+    first, second = directions_of(method, held_out, count=2, preconditioned_by_optimizer=False)
+    student = method.encode_student(held_out)
+    for found, rows in ((first, slice(0, None, 2)), (second, slice(1, None, 2))):
+        image, text = student.image.embedding[rows], student.text.embedding[rows]
+        loss = contrastive_loss(image, text, logit_scale=student.logit_scale)
+        torch.testing.assert_close(dict(found), dict(gradient(loss, method.student, keep=True)))
 
 
 def test_norms_are_those_of_the_mean_losses_gradients() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from cmapkd.methods.cmapkd.slopes import (
     slopes_forward,
 )
 from cmapkd.methods.dual import task_loss
-from cmapkd.models import DualEncoder, Features
+from cmapkd.models import DualEncoder, Features, TowerFeatures
 from cmapkd.weighting import GradientAlignmentWeighting
 
 _EPS = 1e-8  # of the preconditioner
@@ -60,10 +61,12 @@ def measure_slopes(method: Measured, weighting: GradientAlignmentWeighting, batc
         return method.columns(batch)
 
     with evaluating(method), torch.enable_grad():
-        directions = [
-            direction_of(method, part, preconditioned_by_optimizer=config.preconditioned)
-            for part in _halves(batch.held_out, 2 if config.by_sample else 1)
-        ]
+        directions = directions_of(
+            method,
+            batch.held_out,
+            count=2 if config.by_sample else 1,
+            preconditioned_by_optimizer=config.preconditioned,
+        )
         if weighting.wants_norms:
             weighting.observe_norms(norms_of(student, columns()))
         slopes = slopes_forward if config.derivative == "forward" else slopes_by_difference
@@ -71,17 +74,24 @@ def measure_slopes(method: Measured, weighting: GradientAlignmentWeighting, batc
     weighting.observe_slopes({name: torch.stack([each[name].reshape(-1) for each in found]) for name in found[0]})
 
 
-def direction_of(method: Measured, held_out: Batch, *, preconditioned_by_optimizer: bool) -> Direction:
-    """The gradient of the student's own loss on held-out pairs, as the optimizer would step along it."""
-    direction = gradient(task_loss(method.encode_student(held_out)), method.student)
+def directions_of(
+    method: Measured, held_out: Batch, *, count: int, preconditioned_by_optimizer: bool
+) -> list[Direction]:
+    """The gradient of the student's own loss on held-out pairs, as the optimizer would step along it.
+
+    Args:
+        count: into how many parts the pairs are divided, each with a direction of its own: every count-th pair of all
+            processes, so that the parts are the same in any number of processes.
+    """
+    student = method.encode_student(held_out)
+    losses = [task_loss(_every(student, count, first)) for first in range(count)]
+    found = [gradient(loss, method.student, keep=True) for loss in losses]
     if not preconditioned_by_optimizer:
-        return direction
-    return preconditioned(direction, method.student, method.second_moment, eps=_EPS)
+        return found
+    return [preconditioned(each, method.student, method.second_moment, eps=_EPS) for each in found]
 
 
-def _halves(batch: Batch, count: int) -> list[Batch]:
-    """This process's pairs in one part or two equal ones; an odd pair is left out."""
-    if count == 1:
-        return [batch]
-    half = len(batch) // 2
-    return [batch.part(0, half), batch.part(half, 2 * half)]
+def _every(features: Features, count: int, first: int) -> Features:
+    """Every count-th pair from `first` on, embeddings alone."""
+    image, text = (TowerFeatures(tower.embedding[first::count]) for tower in (features.image, features.text))
+    return replace(features, image=image, text=text)

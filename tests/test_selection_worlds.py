@@ -124,9 +124,9 @@ def test_a_cache_without_the_other_sample_is_named(tmp_path: Path) -> None:
 
 def test_the_clean_world_is_cmapkd_and_a_live_teacher_has_no_wrong_answers(tmp_path: Path) -> None:
     batch = random_batch(4)
-    plain = make_method("cmapkd", settings=LEVELS).train()
+    expected = make_method("cmapkd", settings=LEVELS).train()(batch)
     for name, term in method()(batch).items():
-        torch.testing.assert_close(term.value, plain(batch)[name].value)
+        torch.testing.assert_close(term.value, expected[name].value)
     with pytest.raises(ConfigError, match="set cache=auto"):
         method(kind="hidden")(batch)
     reader = cached(tmp_path / "cache", MemorySource(12), made := method())

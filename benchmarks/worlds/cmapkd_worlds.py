@@ -119,7 +119,10 @@ class WrongAnswers:
             ]
             if not at:
                 continue
-            others = self.reader.rows([views[place] for place in at], [self.other(indices[place]) for place in at])
+            names = [f"the one that stands in for {ids[place]}" for place in at]
+            others = self.reader.rows(
+                [views[place] for place in at], [self.other(indices[place]) for place in at], names
+            )
             wrong = self.reader.cache.layout.tensors(others)
             for name in wrong:
                 if name.startswith(f"{tower}:"):  # a level's values and what belongs to them; not the embedding

@@ -72,7 +72,7 @@ class CacheReader:
         views = [view] * len(indices) if isinstance(view, int) else [*view]
         there = [position for position in range(len(indices)) if position not in lacking]
         rows = np.zeros(len(indices), self.cache.layout.dtype)
-        rows[there] = self.rows([views[position] for position in there], [indices[position] for position in there])
+        rows[there] = self.rows(*([each[position] for position in there] for each in (views, indices, ids)))
         expected = np.zeros(len(indices), np.uint64)
         expected[there] = [row_check(ids[position], views[position], captions[position]) for position in there]
         wrong = np.flatnonzero(rows[CHECK] != expected)
@@ -86,9 +86,11 @@ class CacheReader:
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))
 
-    def rows(self, views: Sequence[int], indices: Sequence[int]) -> NDArray[Any]:
+    def rows(self, views: Sequence[int], indices: Sequence[int], ids: Sequence[str]) -> NDArray[Any]:
         """The rows of some views of samples as records of the layout, whatever text they answer.
 
+        Args:
+            ids: what the samples are called where one is missing.
         Raises:
             CacheError: a row is not there, or damaged.
         """
@@ -98,7 +100,7 @@ class CacheReader:
             location = self._find(view, index)
             if location is None:
                 raise CacheError(
-                    f"{self.cache.path} has no view {view} of the sample at {index}: build what is missing (cmapkd "
+                    f"{self.cache.path} has no view {view} of sample {ids[position]!r}: build what is missing (cmapkd "
                     "cache build RECIPE --all)"
                 )
             by_shard.setdefault(location[:2], []).append((position, location[2]))

@@ -72,7 +72,11 @@ class CacheReader:
         views = [view] * len(indices) if isinstance(view, int) else [*view]
         there = [position for position in range(len(indices)) if position not in lacking]
         rows = np.zeros(len(indices), self.cache.layout.dtype)
-        rows[there] = self.rows(*([each[position] for position in there] for each in (views, indices, ids)))
+        rows[there] = self.rows(
+            [views[position] for position in there],
+            [indices[position] for position in there],
+            [ids[position] for position in there],
+        )
         expected = np.zeros(len(indices), np.uint64)
         expected[there] = [row_check(ids[position], views[position], captions[position]) for position in there]
         wrong = np.flatnonzero(rows[CHECK] != expected)

@@ -19,7 +19,7 @@ from cmapkd.objectives.common import at_least_float32
 Direction = Mapping[str, Tensor]  # by the name of the student's parameter, of its shape
 Columns = dict[str, Tensor]  # losses as they count, by level or term: Float[batch], or one number
 SecondMoment = Callable[[nn.Parameter], Tensor | None]
-_STEP = 1e-3  # of a difference: the length of the parameters' move, as a share of their own length
+_STEP = 1e-3  # of a difference in float32: shorter ones drown in rounding, longer ones see the curvature
 
 
 class Counted(nn.Module):
@@ -110,23 +110,29 @@ def slopes_forward(student: nn.Module, columns: Callable[[], Columns], direction
 
 
 @torch.no_grad()
-def slopes_by_difference(student: nn.Module, columns: Callable[[], Columns], direction: Direction) -> Columns:
-    """The same by a central difference: two forward passes, with an error of the order of the step's square."""
+def slopes_by_difference(
+    student: nn.Module, columns: Callable[[], Columns], direction: Direction, *, step: float = _STEP
+) -> Columns:
+    """The same by a central difference: two forward passes, with an error of the order of the step's square.
+
+    Args:
+        step: the length of the parameters' move, as a share of their own length.
+    """
     parameters = learning(student)
     length = torch.stack([each.norm() for each in direction.values()]).norm()
     own = torch.stack([each.norm() for each in parameters.values()]).norm()
-    step = float(_STEP * own / length.clamp_min(1e-30))
+    move = float(step * own / length.clamp_min(1e-30))
 
-    def at(move: float) -> Columns:
+    def at(by: float) -> Columns:
         moved = {
-            f"student.{name}": parameters[name].detach() + move * along.to(parameters[name])
+            f"student.{name}": parameters[name].detach() + by * along.to(parameters[name])
             for name, along in direction.items()
         }
         found: Columns = functional_call(Counted(student, columns), moved, ())
         return found
 
-    ahead, behind = at(step), at(-step)
-    return {name: (ahead[name] - behind[name]) / (2 * step) for name in ahead}
+    ahead, behind = at(move), at(-move)
+    return {name: (ahead[name] - behind[name]) / (2 * move) for name in ahead}
 
 
 def norms_of(student: nn.Module, columns: Mapping[str, Tensor]) -> dict[str, float]:

@@ -110,6 +110,15 @@ def test_gradient(name: str, exclude: Tensor | None) -> None:
     assert gradcheck(lambda s: LOSSES[name](s, teacher, bank, exclude=exclude), [student.requires_grad_()])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")  # torch, of itself
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("exclude", [None, EXCLUDE])
+def test_forward_derivative(name: str, exclude: Tensor | None) -> None:
+    student, teacher, bank = tensors()
+    of_student = [student.requires_grad_()]
+    assert gradcheck(lambda s: LOSSES[name](s, teacher, bank, exclude=exclude), of_student, check_forward_ad=True)
+
+
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_gradient_of_the_students_scale(chunk: int | None) -> None:
     student, teacher, bank = tensors()

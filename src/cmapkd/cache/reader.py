@@ -68,25 +68,17 @@ class CacheReader:
         captions: Sequence[str],
         missing: Sequence[int],
     ) -> StoredRows:
-        rows = np.zeros(len(indices), self.cache.layout.dtype)
-        expected = np.zeros(len(indices), np.uint64)
         lacking = set(missing)
-        views = [view] * len(indices) if isinstance(view, int) else view
-        by_shard: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for position, index in enumerate(indices):
-            if position in lacking:
-                continue
-            location = self._find(views[position], index)
-            if location is None:
-                raise CacheError(
-                    f"{self.cache.path} has no view {views[position]} of sample {ids[position]!r}: build what is "
-                    "missing"
-                )
-            by_shard.setdefault(location[:2], []).append((position, location[2]))
-            expected[position] = row_check(ids[position], views[position], captions[position])
-        for (part, shard), pairs in by_shard.items():
-            to, at = zip(*pairs, strict=True)
-            rows[[*to]] = self._rows(part, shard, at)
+        views = [view] * len(indices) if isinstance(view, int) else [*view]
+        there = [position for position in range(len(indices)) if position not in lacking]
+        rows = np.zeros(len(indices), self.cache.layout.dtype)
+        rows[there] = self.rows(
+            [views[position] for position in there],
+            [indices[position] for position in there],
+            [ids[position] for position in there],
+        )
+        expected = np.zeros(len(indices), np.uint64)
+        expected[there] = [row_check(ids[position], views[position], captions[position]) for position in there]
         wrong = np.flatnonzero(rows[CHECK] != expected)
         if len(wrong):
             position = int(wrong[0])
@@ -97,6 +89,29 @@ class CacheReader:
             )
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))
+
+    def rows(self, views: Sequence[int], indices: Sequence[int], ids: Sequence[str]) -> NDArray[Any]:
+        """The rows of some views of samples as records of the layout, whatever text they answer.
+
+        Args:
+            ids: what the samples are called where one is missing.
+        Raises:
+            CacheError: a row is not there, or damaged.
+        """
+        rows = np.zeros(len(indices), self.cache.layout.dtype)
+        by_shard: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for position, (view, index) in enumerate(zip(views, indices, strict=True)):
+            location = self._find(view, index)
+            if location is None:
+                raise CacheError(
+                    f"{self.cache.path} has no view {view} of sample {ids[position]!r}: build what is missing (cmapkd "
+                    "cache build RECIPE --all)"
+                )
+            by_shard.setdefault(location[:2], []).append((position, location[2]))
+        for (part, shard), pairs in by_shard.items():
+            to, at = zip(*pairs, strict=True)
+            rows[[*to]] = self._rows(part, shard, at)
+        return rows
 
     def embeddings(self, num: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Embeddings of `num` stored views, each equally likely, none twice; all where there are fewer.

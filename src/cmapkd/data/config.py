@@ -38,6 +38,11 @@ class DataConfig(Config):
         default_factory=dict,
         description="Further sources by name, each with its share of every batch; data.train has the rest.",
     )
+    held_out: int | str | None = Field(
+        None,
+        description="Pairs never trained on, for weightings that read a loss on them: the last so many of data.train, "
+        "or a source of their own.",
+    )
     mix_synthetic: float = Field(
         0.0, ge=0, le=1, description="Share of the views that show a synthetic caption in place of the sample's own."
     )
@@ -74,6 +79,13 @@ class DataConfig(Config):
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("held_out")
+    @classmethod
+    def _some_pairs(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 2:
+            raise ValueError(f"{value} pairs have nothing to be told apart from: give 2 or more, 512 for example")
+        return value
 
     @model_validator(mode="after")
     def _names_of_their_own(self) -> Self:

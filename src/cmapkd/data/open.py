@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.data.classes import read_classes
 from cmapkd.data.config import StreamConfig
+from cmapkd.data.parts import PartOfSource
 from cmapkd.data.places import existing_file, existing_folder
 from cmapkd.data.stored import Keep, StoredSource
 from cmapkd.data.streams import MAIN_STREAM, JoinedSource
@@ -142,13 +143,19 @@ def _made(spec: Spec) -> Source:
     return source
 
 
-def open_streams(train: str, more: Mapping[str, StreamConfig], *, require_captions: bool = False) -> Source:
+def open_streams(
+    train: str, more: Mapping[str, StreamConfig], *, require_captions: bool = False, held_out: int = 0
+) -> Source:
     """What a run learns from: the training split of `train`, joined with the further sources where there are any.
 
+    Args:
+        held_out: how many of the last samples of `train` are left out.
     Raises:
         ConfigError: a source cannot be opened, or they do not go together; see `JoinedSource`.
     """
     main = open_source(train, split="train", require_captions=require_captions)
+    if held_out:
+        main = PartOfSource(main, 0, len(main) - held_out)
     if not more:
         return main
     sources = {MAIN_STREAM: main}

@@ -263,6 +263,8 @@ class Batch:
         stored: what a cache has of a model's answers, by role.
         streams: the stream that each sample is of; empty where there is one.
         views: the view number of each sample; empty where it is `view` for all.
+        held_out: pairs that are never trained on, for the student alone, in some steps of a run that has any; a part
+            of a batch has none. See `held_out.WithHeldOut`.
     """
 
     ids: tuple[str, ...]
@@ -274,6 +276,7 @@ class Batch:
     stored: dict[str, StoredRows] = field(default_factory=dict)
     streams: tuple[str, ...] = ()
     views: tuple[int, ...] = ()
+    held_out: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -292,6 +295,7 @@ class Batch:
             inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
             extra={name: move_extra(value, device, non_blocking) for name, value in self.extra.items()},
             stored={role: rows.to(device, non_blocking) for role, rows in self.stored.items()},
+            held_out=None if self.held_out is None else self.held_out.to(device, non_blocking, images=images),
         )
 
     def pin_memory(self) -> Batch:
@@ -301,13 +305,14 @@ class Batch:
             inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
             extra={name: pin_extra(value) for name, value in self.extra.items()},
             stored={role: rows.pin_memory() for role, rows in self.stored.items()},
+            held_out=None if self.held_out is None else self.held_out.pin_memory(),
         )
 
     def only(self, role: str) -> Batch:
         """The batch with what one role reads, so that nothing else is moved for it."""
         inputs = {role: self.inputs[role]} if role in self.inputs else {}
         stored = {role: self.stored[role]} if role in self.stored else {}
-        return replace(self, inputs=inputs, stored=stored, extra={})
+        return replace(self, inputs=inputs, stored=stored, extra={}, held_out=None)
 
     def part(self, start: int, stop: int) -> Batch:
         """The pairs from `start` to before `stop`, as slices of the same tensors. `bad` stays as it is.
@@ -330,6 +335,7 @@ class Batch:
             stored={role: rows.part(start, stop) for role, rows in self.stored.items()},
             streams=self.streams[start:stop],
             views=self.views[start:stop],
+            held_out=None,
         )
 
 

@@ -78,3 +78,9 @@ class _GatherRows(torch.autograd.Function):
         dist.all_reduce(total)
         start = dist.get_rank() * ctx.num_rows
         return total[start : start + ctx.num_rows].to(given.dtype)
+
+    @staticmethod
+    def jvp(_ctx: Any, *tangents: Tensor) -> Float[Tensor, "batch ..."]:
+        blocks = [torch.empty_like(tangents[0]) for _ in range(dist.get_world_size())]
+        dist.all_gather(blocks, tangents[0].contiguous())
+        return torch.cat(blocks)

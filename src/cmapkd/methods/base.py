@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Extra
@@ -39,6 +39,7 @@ class Method(MethodContract):
         self.local_loss = False  # each process computes its own rows of in-batch losses, see `_losses_by_rows`
         self.auxiliary: AuxiliaryTerms | None = None
         self.weighting_of_terms: Weighting | None = None
+        self.second_moment: Callable[[nn.Parameter], Tensor | None] = _no_moment  # of the optimizer, once it stepped
 
     @property
     def extras(self) -> Mapping[str, Extra]:
@@ -156,3 +157,7 @@ class Method(MethodContract):
         """In-batch losses row by row, each process its own, with the values and gradients of all rows on each."""
         rank, world_size = own_place()
         return split_rows(rank, world_size, gather_rows) if self.local_loss and world_size > 1 else nullcontext()
+
+
+def _no_moment(_parameter: nn.Parameter) -> None:
+    """Of a method that no optimizer steps."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from cmapkd.data.batches import Extra
+from cmapkd.data.batches import Answers, Extra
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.learning import Learning
@@ -95,6 +95,20 @@ class MethodContract(Learning, ABC):
     def extras(self) -> Mapping[str, Extra]:
         """What batches must bring besides views and captions, by name. Add to `super().extras`."""
         return {}
+
+    @property
+    def held_out_every(self) -> int | None:
+        """In how many steps it reads `Batch.held_out` once, counted from the first; None: never."""
+        return None
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether it cannot train where the data name no held-out pairs."""
+        return False
+
+    def answers(self, role: str, stored: Answers) -> Answers:  # noqa: ARG002  for experiments that change some of them
+        """What the run reads in place of a teacher's stored answers; as a rule, these."""
+        return stored
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:

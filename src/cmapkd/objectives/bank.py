@@ -121,22 +121,44 @@ class _Divergence(torch.autograd.Function):
         of_chunks, log_of_chunks, gaps_of_chunks = (torch.stack(column) for column in zip(*sums, strict=True))
         log_z_student, log_z_teacher = of_chunks.logsumexp(0), log_of_chunks.logsumexp(0)
         ctx.size = size
-        ctx.save_for_backward(anchors, targets, entries, exclude, log_z_student, log_z_teacher, difference)
+        kept = anchors, targets, entries, exclude, log_z_student, log_z_teacher, difference
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
         return (log_of_chunks.softmax(0) * gaps_of_chunks).sum(0) - log_z_teacher + log_z_student
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_values: Tensor) -> Any:
-        anchors, targets, entries, exclude, log_z_student, log_z_teacher, difference = ctx.saved_tensors
-        of_anchors = torch.zeros_like(anchors)
-        if difference is not None:
-            _add_product(of_anchors, of_values[:, None] * difference, entries)
-        else:
-            for here, student_logits, teacher_logits in _logits(anchors, targets, entries, exclude, ctx.size):
-                student_logits.sub_(log_z_student[:, None]).exp_()
-                teacher_logits.sub_(log_z_teacher[:, None]).exp_()
-                _add_product(of_anchors, student_logits.sub_(teacher_logits).mul_(of_values[:, None]), entries[here])
-        return of_anchors, None, None, None, None
+        return _by_anchors(of_values, *ctx.saved_tensors, size=ctx.size), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, along: Tensor, *_: object) -> Tensor:
+        slopes = _by_anchors(along.new_ones(len(along)), *ctx.saved_tensors, size=ctx.size)
+        return (slopes * along).sum(-1)
+
+
+def _by_anchors(
+    of_values: Float[Tensor, " batch"],
+    anchors: Float[Tensor, "batch dim"],
+    targets: Float[Tensor, "batch dim"],
+    entries: Float[Tensor, "entries dim"],
+    exclude: Bool[Tensor, "batch entries"] | None,
+    log_z_student: Float[Tensor, " batch"],
+    log_z_teacher: Float[Tensor, " batch"],
+    difference: Float[Tensor, "batch entries"] | None,
+    *,
+    size: int,
+) -> Float[Tensor, "batch dim"]:
+    """The gradient by the anchors, for a gradient by each divergence."""
+    of_anchors = torch.zeros_like(anchors)
+    if difference is not None:
+        _add_product(of_anchors, of_values[:, None] * difference, entries)
+        return of_anchors
+    for here, student_logits, teacher_logits in _logits(anchors, targets, entries, exclude, size):
+        student_logits.sub_(log_z_student[:, None]).exp_()
+        teacher_logits.sub_(log_z_teacher[:, None]).exp_()
+        _add_product(of_anchors, student_logits.sub_(teacher_logits).mul_(of_values[:, None]), entries[here])
+    return of_anchors
 
 
 def _logits(

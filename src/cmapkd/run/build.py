@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Reader
+from cmapkd.data.batches import BatchBuilder, Batches, Reader
+from cmapkd.data.held_out import WithHeldOut, open_held_out
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
@@ -22,7 +23,47 @@ VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untra
 
 def open_training(config: RunConfig) -> Source:
     """What the run learns from: samples with captions, or all where the method reads none."""
-    return open_streams(config.data.train, config.data.more, require_captions=config.method.reads_captions)
+    held_out = config.data.held_out
+    return open_streams(
+        config.data.train,
+        config.data.more,
+        require_captions=config.method.reads_captions,
+        held_out=held_out if isinstance(held_out, int) else 0,
+    )
+
+
+def with_held_out(
+    config: RunConfig, method: Method, builder: BatchBuilder, *, rank: int = 0, world_size: int = 1
+) -> Batches:
+    """The builder, which brings held-out pairs beside its batches where the method reads any and the data name some.
+
+    Raises:
+        ConfigError: the method needs such pairs, and the data name none.
+    """
+    every, data = method.held_out_every, config.data
+    if every is None:
+        return builder
+    if data.held_out is None:
+        if method.needs_held_out:
+            raise ConfigError(
+                f"method {config.method.name}, as it is set, learns from pairs that are never trained on: set "
+                "data.held_out to a number of pairs of data.train (512), or to a source"
+            )
+        return builder
+    assert data.views is not None
+    source = open_held_out(data.train, data.held_out, require_captions=config.method.reads_captions)
+    beside = BatchBuilder(
+        source,
+        data.views,
+        readers(method.student),
+        seed=config.seed,
+        on_bad_sample=data.on_bad_sample,
+        memory=data.memory,
+    )
+    size = config.training.batch_size
+    return WithHeldOut(
+        builder, beside, every=every, batch_size=size, seed=config.seed, rank=rank, world_size=world_size
+    )
 
 
 def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:

@@ -7,8 +7,9 @@ from functools import partial
 from accelerate import PartialState
 from rich.console import Console
 
-from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, all_keys, keys_of_run
+from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, all_keys, keys_of_run
 from cmapkd.cache.progress import BuildDisplay
+from cmapkd.data.batches import Answers
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Source
@@ -50,17 +51,15 @@ def plan_cache(
     )
 
 
-def answer_from_cache(
-    config: RunConfig, method: Method, source: Source, console: Console | None
-) -> dict[str, CacheReader]:
-    """Builds what is missing, if the config lets it, and puts cached teachers into the method; each one's cache."""
+def answer_from_cache(config: RunConfig, method: Method, source: Source, console: Console | None) -> dict[str, Answers]:
+    """Builds what is missing, if the config lets it, and puts cached teachers into the method; each one's answers."""
     roles = [role for role in config.teachers if role in method.teachers]
     return {role: _answer_from_cache(role, config, method, source, console) for role in roles}
 
 
 def _answer_from_cache(
     role: str, config: RunConfig, method: Method, source: Source, console: Console | None
-) -> CacheReader:
+) -> Answers:
     assert config.cache is not None
     state = PartialState()
     plan = plan_cache(config, method, source, role=role)
@@ -86,4 +85,4 @@ def _answer_from_cache(
         name = role if role == "teacher" else f"teacher {role}"
         console.print(f"cache: the {name} answers from {plan.folder}", highlight=False)
     method.teachers[role] = plan.cached_teacher(reader, partial(build_model, config.teachers[role]))
-    return reader
+    return method.answers(role, reader)

@@ -160,6 +160,8 @@ class RunConfig(Config):
         for name in ("mix_synthetic", "more", "more_views"):
             if not values["data"][name]:
                 del values["data"][name]
+        if self.data.held_out is None:
+            del values["data"]["held_out"]
         if self.data.timeout == DEFAULT_TIMEOUT:
             del values["data"]["timeout"]
         if self.evaluation.timeout == DEFAULT_TIMEOUT:

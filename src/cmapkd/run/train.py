@@ -25,6 +25,7 @@ from cmapkd.run.build import (
     open_training,
     readers,
     texts_of,
+    with_held_out,
 )
 from cmapkd.run.cached import answer_from_cache
 from cmapkd.run.config import RunConfig
@@ -72,9 +73,10 @@ def train(
         more_views=method.more_views,
         view_specs=config.data.more_views,
     )
+    place = PartialState()
     trainer = Trainer(
         method,
-        builder,
+        with_held_out(config, method, builder, rank=place.process_index, world_size=place.num_processes),
         config.training,
         config.optim,
         out=out,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo, Term
@@ -89,7 +89,13 @@ class WholeEngine(Engine):
         super().__init__(method)
         self.wrapped = accelerator.prepare(method)
         self.optimizer = make_optimizer(method, optim)
+        method.second_moment = self._second_moment
         self.average = MovingAverage(method.student, config.ema) if config.ema is not None else None
+
+    def _second_moment(self, parameter: nn.Parameter) -> Tensor | None:
+        """The optimizer's running mean of the squared gradient; None before its first step."""
+        moment: Tensor | None = self.optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        return moment
 
     def _optimize(self, finite: Tensor) -> None:
         # the fused kernel leaves the weights as they are where this flag of gradient scalers is 1, on the device

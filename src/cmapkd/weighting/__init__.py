@@ -3,6 +3,7 @@
 from cmapkd.weighting.attention import AttentionConfig, AttentionWeighting
 from cmapkd.weighting.base import Weighted, Weighting, WeightingConfig
 from cmapkd.weighting.gate import GateConfig, GateWeighting, entropy_floor
+from cmapkd.weighting.gradient_alignment import GradientAlignmentConfig, GradientAlignmentWeighting
 from cmapkd.weighting.manual import ManualConfig, ManualWeighting
 from cmapkd.weighting.policy import PolicyConfig, PolicyWeighting
 from cmapkd.weighting.registry import WEIGHTINGS, for_items, make_weighting, weighting_config
@@ -15,6 +16,8 @@ __all__ = [
     "AttentionWeighting",
     "GateConfig",
     "GateWeighting",
+    "GradientAlignmentConfig",
+    "GradientAlignmentWeighting",
     "ManualConfig",
     "ManualWeighting",
     "PolicyConfig",

@@ -29,7 +29,8 @@ class Weighted:
     Attributes:
         loss: batch mean of sum_i weights[b, i] * losses[b, i], exactly that in value; its gradient reaches the losses
             and, through an objective of its own that adds nothing to the value, the weighting's parameters.
-        weights: detached, >= 0; mean 1 over the active items of every sample, 0 for the others.
+        weights: detached, >= 0; mean 1 over the active items of every sample, 0 for the others. Those of a `joint`
+            weighting keep the sum of the gradients' norms instead.
         log: `entropy`, in nats, of a sample's weights as shares of one, batch mean; `weight/<item>`, batch means; and
             what the strategy adds under its own name. Detached scalars.
     """
@@ -75,6 +76,8 @@ class Weighting(nn.Module, ABC):
     """Whether a sample's context is its items' own vectors, one after the other, which only levels have.
 
     Such a weighting is made with `widths`, of these vectors, in place of `context_dim`."""
+    joint: ClassVar[bool] = False
+    """Whether one weighting weighs the levels of all terms and the other terms together, by their slopes."""
 
     def __init__(
         self,
@@ -151,6 +154,11 @@ class Weighting(nn.Module, ABC):
         The loss of the step's own fresh batch serves, as it is measured before the step that uses it; it must not
         depend on the weights. Only strategies with `reads_held_out` use it.
         """
+
+    @property
+    def held_out_every(self) -> int | None:
+        """In how many steps it reads a loss on held-out pairs once; None: never."""
+        return 1 if self.reads_held_out else None
 
     @property
     def wants_gradients(self) -> bool:

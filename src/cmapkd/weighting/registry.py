@@ -8,7 +8,9 @@ from typing import Any, cast
 from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.weighting.attention import AttentionWeighting
 from cmapkd.weighting.base import Weighting, WeightingConfig
+from cmapkd.weighting.controls import DWAWeighting, FAMOWeighting, RLWWeighting, SmallLossWeighting
 from cmapkd.weighting.gate import GateWeighting
+from cmapkd.weighting.gradient_alignment import GradientAlignmentWeighting
 from cmapkd.weighting.gradnorm import GradNormWeighting
 from cmapkd.weighting.manual import ManualWeighting
 from cmapkd.weighting.policy import PolicyWeighting
@@ -25,6 +27,11 @@ WEIGHTINGS: Registry[type[Weighting]] = Registry(
         "gate": GateWeighting,
         "attention": AttentionWeighting,
         "policy": PolicyWeighting,
+        "gradient_alignment": GradientAlignmentWeighting,
+        "rlw": RLWWeighting,
+        "dwa": DWAWeighting,
+        "famo": FAMOWeighting,
+        "small_loss": SmallLossWeighting,
     },
     base=Weighting,
 )
@@ -92,6 +99,11 @@ def make_weighting(
         raise ConfigError(
             f"weighting {config.name} balances the gradients of whole terms, so it cannot weigh levels: use it as "
             "method.term_weighting, or choose another weighting of levels"
+        )
+    if level_widths is None and kind.joint:
+        raise ConfigError(
+            f"weighting {config.name} weighs levels and terms together by their slopes: use it as method.weighting of "
+            "cmapkd, which weighs its terms, too"
         )
     make: Any = kind
     if not kind.reads_levels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -27,23 +27,22 @@ from cmapkd.methods.cmapkd.bank import level_against_bank, pairs_against_bank
 from cmapkd.methods.cmapkd.card import CARD
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_relation
-from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LEVELS, LevelRows
+from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LevelRows
 from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
-from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
+from cmapkd.methods.cmapkd.selection import Context, Selecting
+from cmapkd.methods.dual import TeacherDetail, task_loss
 from cmapkd.methods.in_batch import embeddings_of
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
 from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
-from cmapkd.weighting import Weighting, for_items, make_weighting
 
 Values = dict[str, Float[Tensor, ""]]  # of terms, by name; each a mean over all processes' samples
-Context = Mapping[str, Float[Tensor, "batch width"]]  # what describes each of all samples, by what it is read from
 
 BANK_TERMS = ("bank", "bank_within", "bank_level", "bank_pair")
 
 
-class CMAPKD(DualEncoderMethod):
+class CMAPKD(Selecting):
     """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
 
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
@@ -89,27 +88,6 @@ class CMAPKD(DualEncoderMethod):
         widths = self._widths(role, self.config.bridged())
         visual, language = ({n: widths[n] for n in levels if n in widths} for levels in INTRA.values())
         return AlignmentBridge(visual, language, dim=self.config.ablations.bridge_dim)
-
-    def _make_weightings(self) -> nn.ModuleDict:
-        """One weighting for each term that has several levels or pairs."""
-        assert self.teacher is not None
-        weighed = {term: items for term, items in self.items.items() if term in self.term_weights}
-        configs = for_items(self.config.weighting, weighed)
-        of_teacher = self._widths("teacher", LEVELS)
-        made = {}
-        for term, items in weighed.items():
-            widths = {
-                "teacher": 2 * self.teacher.embed_dim,
-                "student": 2 * self.student.embed_dim,
-                "losses": len(items),
-            }
-            made[term] = make_weighting(
-                configs[term],
-                items=items,
-                context_dim=sum(widths[read] for read in self.config.ablations.selection_reads),
-                level_widths=[sum(of_teacher[level] for level in item.split("-")) for item in items],
-            )
-        return nn.ModuleDict(made)
 
     def _widths(self, role: Role, levels: Sequence[str]) -> dict[str, int]:
         """Of the vector that stands for each level of a model."""
@@ -160,10 +138,11 @@ class CMAPKD(DualEncoderMethod):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage. Embeddings and `LevelRows` are of all processes' samples, levels of this one's."""
+        self._measure(batch)
         student, teacher, rows = self.encode_both(batch, self._read_levels)
         self.measurements = {}
         if self.training:
-            self._observe(student, teacher)
+            self._observe(batch, student, teacher)
         projected = None if self.project is None else self.project(student)
         values: Values = {}
         if self._wants("contrastive"):
@@ -175,7 +154,8 @@ class CMAPKD(DualEncoderMethod):
         context: Context = {role: _directions(models[role]) for role in read}
         values |= self._intra_modal_terms(projected, teacher, rows, context)
         values |= self._cross_modal_terms(student, teacher, rows, context)
-        return {term: Term(value, self.term_weights[term]) for term, value in values.items()}
+        counts = self._weights_of_terms()
+        return {term: Term(value, self.term_weights[term] * counts.get(term, 1.0)) for term, value in values.items()}
 
     def _wants(self, term: str) -> bool:
         return term in self.term_weights and self.stage.wants_term(term)
@@ -280,55 +260,6 @@ class CMAPKD(DualEncoderMethod):
             counted = {pair: coupling[pair] * divergences[pair] for pair in pairs}
             values["pyramid"] = self._weigh("pyramid", counted, context, rows)
         return values
-
-    # -------------------------------------------------------------------------------------------------- the selection
-
-    def _weigh(
-        self,
-        term: str,
-        losses: Mapping[str, Float[Tensor, " batch"]],
-        context: Context,
-        rows: LevelRows,
-    ) -> Float[Tensor, ""]:
-        """A term's levels or pairs as one number, each sample's by the weights that the selection gives it."""
-        weighting, items = self.weighting[term], self.items[term]
-        assert isinstance(weighting, Weighting)
-        none = torch.zeros_like(next(iter(losses.values())))
-        columns = torch.stack([losses.get(item, none) for item in items], dim=-1)
-        if weighting.reads_levels:
-            parts = self._vectors_of(items, rows, none)
-        else:
-            parts = [columns if read == "losses" else context[read] for read in self.config.ablations.selection_reads]
-        active = torch.tensor([item in losses for item in items])
-        weighted = weighting(
-            columns,
-            torch.cat(parts, dim=-1),
-            None if len(losses) == len(items) else active,
-            generator=self.step.generator(f"weighting of {term}"),
-        )
-        self.measurements |= {f"{term}/{name}": value for name, value in weighted.log.items()}
-        loss: Tensor = weighted.loss
-        return loss
-
-    def _vectors_of(
-        self, items: Sequence[str], rows: LevelRows, like: Float[Tensor, " batch"]
-    ) -> list[Float[Tensor, "batch width"]]:
-        """The teacher's vectors of the items' levels; zeros for a level that the stage does not read."""
-        widths = self._widths("teacher", LEVELS)
-        return [
-            rows.teacher.get(level, like.new_zeros(len(like), widths[level]))
-            for item in items
-            for level in item.split("-")
-        ]
-
-    @torch.no_grad()
-    def _observe(self, student: Features, teacher: Features) -> None:
-        """Tells the selection how far the student is from the teacher on this batch, which it has not trained on."""
-        learning = [w for w in self.weighting.values() if isinstance(w, Weighting) and w.reads_held_out]
-        if learning:
-            held_out = joint_divergence(student, teacher).mean()
-            for weighting in learning:
-                weighting.observe(held_out)
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

@@ -1,0 +1,59 @@
+"""A part of a source, as a source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from cmapkd.config import ConfigError
+from cmapkd.data.types import Sample, Source
+
+
+class PartOfSource:
+    """The samples of a source from `start` to before `stop`, with the ids that they have there.
+
+    Raises:
+        ConfigError: there are no such samples.
+    """
+
+    def __init__(self, source: Source, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= len(source):
+            raise ConfigError(
+                f"{source.name} has {len(source)} samples, of which {start} to {stop - 1} are asked for: lower "
+                "data.held_out, or read more data"
+            )
+        self.source, self.start, self.stop = source, start, stop
+        self.name = source.name
+        self.templates: tuple[str, ...] = tuple(getattr(source, "templates", ()))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        return self.source[self._place(index)]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of the sample at `index`; its image is not read.
+
+        Raises:
+            BadSampleError: what is said of the image cannot be read.
+        """
+        return self.source.captions(self._place(index))
+
+    def _place(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"this part of {self.name} has {len(self)} samples, there is no sample {index}")
+        return self.start + index
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.source.class_names
+
+    def fingerprint(self) -> str:
+        """Of the whole source and of where the part lies."""
+        return blake2b(f"{self.source.fingerprint()}\0{self.start}\0{self.stop}".encode(), digest_size=16).hexdigest()

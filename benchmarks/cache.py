@@ -33,7 +33,7 @@ from cmapkd.data.batches import Reader
 from cmapkd.data.types import ModelInput, Sample
 from cmapkd.data.views import WHOLE
 from cmapkd.features.taps import language_taps, visual_taps
-from cmapkd.models import FrozenTeacher, Needs, build_model
+from cmapkd.models import FrozenTeacher, LevelRequest, build_model
 from cmapkd.provenance import describe_environment
 
 BATCH = 256
@@ -110,7 +110,7 @@ def measure(
         tuple(dict.fromkeys(info.name for info in taken.values()))
         for taken in (visual_taps(model.image_levels), language_taps(model.text_levels))
     ]
-    needs = Needs() if kind == "global" else Needs(*taps)
+    needs = LevelRequest() if kind == "global" else LevelRequest(*taps)
     config = CacheConfig(folder=folder, store=store, max_gib=1e6)
     plan = CachePlan(config, teacher, needs, kind, source, WHOLE, all_keys(len(source), 1), "fp32")
     _ = plan.identity, plan.layout

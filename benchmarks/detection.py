@@ -1,6 +1,6 @@
 """Box AP of 5,000 drawn images against pycocotools: `python benchmarks/detection.py --json out.json`.
 
-Both get what they take: pycocotools dictionaries in COCO's form, ours the `Box` and `Detection` objects of a source.
+Both get what they take: pycocotools dictionaries in COCO's form, ours the `Box` and `PredictedBox` objects of a source.
 Their calls alternate in one process, so what else happens on the machine meets both; the twelve figures are compared.
 """
 
@@ -23,17 +23,17 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cmapkd.data.types import Box
-from cmapkd.evaluation.detection import Detection, detection_scores
+from cmapkd.evaluation.detection import PredictedBox, detection_scores
 from retrieval import processor
 
 NUM_CLASSES = 80
 
 
-def draw(num_images: int) -> tuple[dict[str, list[Detection]], dict[str, list[Box]]]:
+def draw(num_images: int) -> tuple[dict[str, list[PredictedBox]], dict[str, list[Box]]]:
     """About 7 objects an image, as in COCO val2017, and 30 detections: near them, of other classes, and nowhere."""
     draws = random.Random(0)
     truth: dict[str, list[Box]] = {}
-    found: dict[str, list[Detection]] = {}
+    found: dict[str, list[PredictedBox]] = {}
     for image in map(str, range(num_images)):
         boxes = []
         for _ in range(draws.randrange(15)):
@@ -51,11 +51,13 @@ def draw(num_images: int) -> tuple[dict[str, list[Detection]], dict[str, list[Bo
             else:
                 place, sides = (draws.uniform(0, 500), draws.uniform(0, 400)), (50.0, 50.0)
                 name = f"class {draws.randrange(NUM_CLASSES)}"
-            found[image].append(Detection(*place, *sides, name, round(draws.random(), 4)))
+            found[image].append(PredictedBox(*place, *sides, name, round(draws.random(), 4)))
     return found, truth
 
 
-def in_cocos_form(found: dict[str, list[Detection]], truth: dict[str, list[Box]]) -> tuple[dict[str, Any], list[Any]]:
+def in_cocos_form(
+    found: dict[str, list[PredictedBox]], truth: dict[str, list[Box]]
+) -> tuple[dict[str, Any], list[Any]]:
     numbers = {f"class {number}": number + 1 for number in range(NUM_CLASSES)}
     objects = [
         {"image_id": int(image), "category_id": numbers[b.name], "bbox": [b.x, b.y, b.width, b.height],

@@ -15,7 +15,7 @@ from cmapkd.data.batches import BatchBuilder, Reader
 from cmapkd.data.plans import PlanSampler
 from cmapkd.features import KeyTokens
 from cmapkd.features.pyramid import grid_of, pooled
-from cmapkd.models import FrozenTeacher, Needs, build_model
+from cmapkd.models import FrozenTeacher, LevelRequest, build_model
 from helpers import MemorySource, make_model
 
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -49,7 +49,7 @@ def test_every_level_as_live(family: str, detail: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model(f"open_clip:{path}")
     teacher = FrozenTeacher(model)
-    needs = Needs(*(tuple(info.name for info in infos) for infos in (model.image_levels, model.text_levels)))
+    needs = LevelRequest(*(tuple(info.name for info in infos) for infos in (model.image_levels, model.text_levels)))
     source = MemorySource(LENGTH)
     readers = {"teacher": Reader(model.image_spec, model.tokenizer)}
     plan = PlanSampler(LENGTH, batch_size=6, seed=0, start=0, stop=1).plan(0)

@@ -15,7 +15,7 @@ from cmapkd.data.types import BadSampleError, Sample
 from cmapkd.data.views import draw_view
 from cmapkd.features import EmbeddingBank
 from cmapkd.methods.cmapkd import CMAPKD
-from cmapkd.models import Needs
+from cmapkd.models import LevelRequest
 from helpers import MemorySource, make_builder, make_method, make_model, make_teacher
 
 TOLERANCE = {"fp32": 1e-6, "fp16": 2e-3, "int8": 3e-2}  # of a loss of about 2 to 30, over seven steps
@@ -93,7 +93,7 @@ def test_features_are_the_live_ones(name: str, tmp_path: Path) -> None:
     plan = cache_plan(tmp_path / "c", method)
     plan.build(device="cpu")
     reader = plan.open()
-    needs: Needs = method.teacher_needs
+    needs: LevelRequest = method.teacher_needs
     builders = [make_builder(live, views=VIEWS), make_builder(method, views=VIEWS, stored={"teacher": reader})]
     method.teacher = plan.cached_teacher(reader, make_model)
     sampler = PlanSampler(24, batch_size=8, seed=0, start=0, stop=9)

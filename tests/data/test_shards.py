@@ -18,7 +18,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data import tar_index
 from cmapkd.data.open import SourceWarning, open_source
 from cmapkd.data.shards import ShardSource
-from cmapkd.data.stored import Keep
+from cmapkd.data.stored import SampleFilter
 from cmapkd.data.types import BadSampleError, Box, QuestionAnswer, Source
 
 
@@ -172,7 +172,7 @@ def test_ids_and_fingerprint_survive_a_move_and_a_copy(tmp_path: Path) -> None:
     assert first.fingerprint() == second.fingerprint()
     write_tar(tmp_path / "b" / "train-1.tar", pairs(2, {1: as_json(caption="longer")}))
     assert ShardSource(f"{tmp_path}/b/*.tar").fingerprint() != first.fingerprint()
-    assert ShardSource(f"{tmp_path}/a/*.tar", keep=Keep(limit=3)).fingerprint() != first.fingerprint()
+    assert ShardSource(f"{tmp_path}/a/*.tar", keep=SampleFilter(limit=3)).fingerprint() != first.fingerprint()
 
 
 def test_shards_of_one_name_in_two_folders(tmp_path: Path) -> None:
@@ -249,18 +249,18 @@ def test_captions_required(tmp_path: Path) -> None:
     assert everything[1].captions == ()
     assert everything[1].questions[0].answers == ("false",)
     for _ in range(2):  # from the headers, then from the cached index
-        source = ShardSource(str(path), keep=Keep(require_captions=True))
+        source = ShardSource(str(path), keep=SampleFilter(require_captions=True))
         assert [source.id(i) for i in range(len(source))] == ["s/000000", "s/000002", "s/000003"]
         assert source.num_without_caption == 3
         assert list(reasons(source)) == [1]  # malformed is bad, not silent
-    limited = ShardSource(str(path), keep=Keep(require_captions=True, limit=2))
+    limited = ShardSource(str(path), keep=SampleFilter(require_captions=True, limit=2))
     assert [limited.id(i) for i in range(len(limited))] == ["s/000000", "s/000002"]
 
 
 def test_no_captions_at_all(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", [("a.png", picture())])
     with pytest.raises(ConfigError, match=r"none of the 1 samples .* has a caption"):
-        ShardSource(str(path), keep=Keep(require_captions=True))
+        ShardSource(str(path), keep=SampleFilter(require_captions=True))
     with pytest.raises(ConfigError, match="holds no samples"):
         ShardSource(str(write_tar(tmp_path / "e.tar", [("README", b"x")])))
 
@@ -349,7 +349,7 @@ def test_flickr8k(shared: Path) -> None:
 
 def test_nlvr_false_sentences_are_no_captions(shared: Path) -> None:
     spec = f"webdataset:{shared}/nlvr/dev-*.tar"
-    source = ShardSource(spec.partition(":")[2], keep=Keep(require_captions=True))
+    source = ShardSource(spec.partition(":")[2], keep=SampleFilter(require_captions=True))
     assert (len(source), source.num_without_caption) == (837, 630)
     answers = [s.questions[0].answers for s in open_source(spec, limit=40)]
     assert {("true",), ("false",)} == set(answers)

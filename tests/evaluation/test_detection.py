@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from cmapkd.data.types import Box
-from cmapkd.evaluation.detection import Detection, detection_scores, voc_scores
+from cmapkd.evaluation.detection import PredictedBox, detection_scores, voc_scores
 from cmapkd.evaluation.tools import MissingToolError
 
 Truth = dict[str, list[Box]]
-Found = dict[str, list[Detection]]
+Found = dict[str, list[PredictedBox]]
 
 ORDER = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -31,7 +31,7 @@ def read_coco(shared: Path) -> tuple[Found, Truth, list[str], dict[str, tuple[in
         truth[str(a["image_id"])].append(Box(*a["bbox"], names[a["category_id"]], bool(a["iscrowd"]), a["area"]))
     found: Found = {}
     for r in results:
-        found.setdefault(str(r["image_id"]), []).append(Detection(*r["bbox"], names[r["category_id"]], r["score"]))
+        found.setdefault(str(r["image_id"]), []).append(PredictedBox(*r["bbox"], names[r["category_id"]], r["score"]))
     return found, truth, list(names.values()), {str(i["id"]): (i["width"], i["height"]) for i in given["images"]}
 
 
@@ -72,7 +72,7 @@ def random_boxes(seed: int, *, images: int = 40, classes: int = 6) -> tuple[Foun
             boxes.append(Box(*box, f"class {draws.randrange(classes)}", draws.random() < 0.1, area))
         truth[str(image)] = boxes
         near = [
-            Detection(
+            PredictedBox(
                 box.x + draws.gauss(0, box.width / 12),
                 box.y + draws.gauss(0, box.height / 12),
                 box.width * draws.uniform(0.8, 1.2),
@@ -84,7 +84,7 @@ def random_boxes(seed: int, *, images: int = 40, classes: int = 6) -> tuple[Foun
             for _ in range(draws.randrange(4))
         ]
         if draws.random() < 0.9:
-            found[str(image)] = near + [Detection(5, 5, 30, 30, "class 1", 0.5)] * draws.randrange(3)
+            found[str(image)] = near + [PredictedBox(5, 5, 30, 30, "class 1", 0.5)] * draws.randrange(3)
     return found, truth
 
 
@@ -129,7 +129,7 @@ def test_figures_of_pycocotools_with_ties_and_crowds(seed: int) -> None:
 def test_perfect_and_absent_detections() -> None:
     pytest.importorskip("faster_coco_eval")
     truth = {"a": [Box(0, 0, 10, 10, "cat"), Box(20, 20, 50, 50, "dog")], "b": []}
-    perfect = {"a": [Detection(0, 0, 10, 10, "cat", 0.9), Detection(20, 20, 50, 50, "dog", 0.1)]}
+    perfect = {"a": [PredictedBox(0, 0, 10, 10, "cat", 0.9), PredictedBox(20, 20, 50, 50, "dog", 0.1)]}
     scores = detection_scores(perfect, truth)
     assert scores.to_dict()["ap"] == pytest.approx(1)
     assert scores.coco.ap_large is None
@@ -142,7 +142,7 @@ def test_perfect_and_absent_detections() -> None:
 def test_a_class_without_objects_neither_helps_nor_hurts() -> None:
     pytest.importorskip("faster_coco_eval")
     truth = {"a": [Box(0, 0, 10, 10, "cat")]}
-    found = {"a": [Detection(0, 0, 10, 10, "cat", 0.5), Detection(0, 0, 10, 10, "dog", 0.9)]}
+    found = {"a": [PredictedBox(0, 0, 10, 10, "cat", 0.5), PredictedBox(0, 0, 10, 10, "dog", 0.9)]}
     scores = detection_scores(found, truth, class_names=["cat", "dog"], novel=["dog"])
     assert scores.coco.ap == pytest.approx(1)
     assert scores.novel is not None
@@ -154,16 +154,16 @@ def test_a_class_without_objects_neither_helps_nor_hurts() -> None:
 def test_crowds_count_neither_way() -> None:
     pytest.importorskip("faster_coco_eval")
     truth = {"a": [Box(0, 0, 10, 10, "cat"), Box(20, 20, 80, 80, "cat", crowd=True)]}
-    found = {"a": [Detection(0, 0, 10, 10, "cat", 0.5), Detection(30, 30, 20, 20, "cat", 0.9)]}
+    found = {"a": [PredictedBox(0, 0, 10, 10, "cat", 0.5), PredictedBox(30, 30, 20, 20, "cat", 0.9)]}
     assert detection_scores(found, truth).coco.ap == pytest.approx(1)
-    found["a"].append(Detection(70, 0, 20, 20, "cat", 0.9))
+    found["a"].append(PredictedBox(70, 0, 20, 20, "cat", 0.9))
     assert (detection_scores(found, truth).coco.ap or 1) < 0.6
 
 
 def test_boxes_outside_and_empty_boxes_are_counted() -> None:
     pytest.importorskip("faster_coco_eval")
     truth = {"a": [Box(0, 0, 100.5, 50, "cat"), Box(5, 5, 0, 4, "cat")]}
-    found = {"a": [Detection(-5, 0, 9, 9, "cat", 0.5), Detection(90, 0, 20, 9, "cat", 0.5)]}
+    found = {"a": [PredictedBox(-5, 0, 9, 9, "cat", 0.5), PredictedBox(90, 0, 20, 9, "cat", 0.5)]}
     scores = detection_scores(found, truth, image_sizes={"a": (100, 50)})
     assert (scores.num_outside, scores.num_empty) == (2, 1)
     with pytest.raises(ValueError, match=r"image_sizes lacks 1 of 1 images, the first 'a'"):
@@ -171,7 +171,7 @@ def test_boxes_outside_and_empty_boxes_are_counted() -> None:
 
 
 CAT = Box(0, 0, 10, 10, "cat")
-FOUND = Detection(0, 0, 10, 10, "cat", 0.5)
+FOUND = PredictedBox(0, 0, 10, 10, "cat", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_published_voc_sample(points: Any, inclusive: bool, expected: float, dig
         for image, boxes in sample["ground_truth"].items()
     }
     found = {
-        image: [Detection(*map(float, numbers), name, float(score)) for name, score, *numbers in boxes]
+        image: [PredictedBox(*map(float, numbers), name, float(score)) for name, score, *numbers in boxes]
         for image, boxes in sample["detections"].items()
     }
     scores = voc_scores(found, truth, iou=sample["published"]["iou_threshold"], points=points, inclusive=inclusive)

@@ -12,7 +12,7 @@ from model_support import inputs
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 
-from cmapkd.models import DualEncoder, Features, Needs
+from cmapkd.models import DualEncoder, Features, LevelRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def test_a_compiled_model_computes_what_it_did(name: str, tmp_path: Path) -> Non
     """In one graph, or for the reason that its family states in several."""
     model = make(name, tmp_path)
     batch = inputs(model)
-    needs = Needs((model.image_levels[-1].name,), (model.text_levels[0].name,))
+    needs = LevelRequest((model.image_levels[-1].name,), (model.text_levels[0].name,))
     expected = numbers(model, model(batch, needs))
     broken = FAMILIES[name].breaks_graph is not None
     if broken:

@@ -16,7 +16,7 @@ from cmapkd.data.masks import hidden_squares, hide
 from cmapkd.features import PairProjector
 from cmapkd.methods import StepInfo
 from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig, Fusion
-from cmapkd.models import Features, Needs, TowerFeatures
+from cmapkd.models import Features, LevelRequest, TowerFeatures
 from cmapkd.objectives import (
     contrastive_loss,
     feature_distance,
@@ -347,7 +347,7 @@ def test_clip_kd_that_is_given_everything_is_cmapkd(micro_batch: int | None) -> 
 
 def test_without_hints_no_levels_are_read_and_with_them_as_finely_as_they_need() -> None:
     read = make_method("clip_kd")
-    assert (read.student_needs, read.teacher_needs, read.teacher_detail) == (Needs(), Needs(), "global")
+    assert (read.student_needs, read.teacher_needs, read.teacher_detail) == (LevelRequest(), LevelRequest(), "global")
     read = make_method("clip_kd", settings={"hints": {"L3": 1.0, "P2": 0.0}})
     assert (read.student_needs.image_levels, read.teacher_detail) == ((), "pooled")
     assert read.student_needs.text_levels

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cmapkd.data.types import ModelInput, TokenBatch
-from cmapkd.models import DualEncoder, Needs, load_model
+from cmapkd.models import DualEncoder, LevelRequest, load_model
 
 TEXTS = ("a red square", "two blue circles and one small green triangle", "a")
 
@@ -87,7 +87,7 @@ def counting_calls(modules: Sequence[nn.Module], argument: str) -> Iterator[list
 @torch.no_grad()
 def features(model: DualEncoder, batch: ModelInput) -> list[Tensor]:
     """Embeddings and every level of both towers, and the logit scale."""
-    needs = Needs(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
+    needs = LevelRequest(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
     output = model(batch, needs)
     towers = (output.image, output.text)
     return [
@@ -110,7 +110,7 @@ def check_contract(model: DualEncoder) -> None:
     assert any(parameter is model.log_logit_scale for parameter in model.parameters())
     torch.testing.assert_close(plain.logit_scale, model.log_logit_scale.exp().reshape(()))
 
-    needs = Needs(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
+    needs = LevelRequest(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
     full = model(batch, needs)
     torch.testing.assert_close(full.image.embedding, plain.image.embedding, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(full.text.embedding, plain.text.embedding, rtol=1e-5, atol=1e-6)
@@ -129,7 +129,7 @@ def check_contract(model: DualEncoder) -> None:
         assert level.mask is not None
         assert level.mask.shape == level.values.shape[:2]
 
-    some = Needs(needs.image_levels[:1], needs.text_levels[-1:])
+    some = LevelRequest(needs.image_levels[:1], needs.text_levels[-1:])
     for tower, names in ((model(batch, some).image, some.image_levels), (model(batch, some).text, some.text_levels)):
         assert tuple(tower.levels) == names
 

@@ -14,7 +14,7 @@ from test_parts import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmapkd.data.templates import ClassPrompts
-from cmapkd.models import DualEncoder, Needs
+from cmapkd.models import DualEncoder, LevelRequest
 from cmapkd.models.masked import MaskedEncoder
 from cmapkd.models.texts import LearnedClassVectors
 from helpers import make_model
@@ -50,8 +50,8 @@ def test_waiting_is_found() -> None:
 
 
 def step(model: DualEncoder) -> None:
-    needs = Needs(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
-    for asked in (Needs(), needs):
+    needs = LevelRequest(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
+    for asked in (LevelRequest(), needs):
         output = model(inputs(model), asked)
         (output.image.embedding.sum() + output.text.embedding.sum() + output.logit_scale).backward()
     model.after_step()

@@ -5,13 +5,13 @@ import torch
 from model_support import inputs
 
 from cmapkd.data.types import TokenBatch
-from cmapkd.models import DualEncoder, Needs, build_model
+from cmapkd.models import DualEncoder, LevelRequest, build_model
 
 pytestmark = pytest.mark.slow
 
 
-def every_level(model: DualEncoder) -> Needs:
-    return Needs(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
+def every_level(model: DualEncoder) -> LevelRequest:
+    return LevelRequest(tuple(i.name for i in model.image_levels), tuple(i.name for i in model.text_levels))
 
 
 @pytest.mark.parametrize(

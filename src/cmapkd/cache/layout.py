@@ -19,7 +19,7 @@ from cmapkd.data.types import TokenBatch
 from cmapkd.features import KeyTokens
 from cmapkd.features.pyramid import cells_of, pooled
 from cmapkd.methods.dual import TeacherDetail
-from cmapkd.models import Features, Level, Needs, TowerFeatures
+from cmapkd.models import Features, Level, LevelRequest, TowerFeatures
 
 TowerName = str  # image, text, or text/POOL for the texts of a further pool
 CHECK = "check"  # a row's own number: which sample, view and caption it answers; 0: no answer
@@ -144,7 +144,7 @@ class RowLayout:
     def row_bytes(self) -> int:
         return int(self.dtype.itemsize)
 
-    def lacks(self, needs: Needs, kind: TeacherDetail, key_tokens: KeyTokens | None = None) -> str | None:
+    def lacks(self, needs: LevelRequest, kind: TeacherDetail, key_tokens: KeyTokens | None = None) -> str | None:
         """Why rows like these cannot answer a method, or None if they can."""
         held = {(field.tower, field.level) for field in self.fields}
         asked = [("image", name) for name in needs.image_levels]
@@ -246,7 +246,7 @@ class RowLayout:
     def features(
         self,
         arrays: Mapping[str, Tensor],
-        needs: Needs,
+        needs: LevelRequest,
         texts: TokenBatch | None,
         *,
         logit_scale: Tensor,

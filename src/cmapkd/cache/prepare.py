@@ -28,7 +28,7 @@ from cmapkd.data.views import ViewSpec
 from cmapkd.features import KeyTokens
 from cmapkd.methods import Method
 from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail
-from cmapkd.models import DualEncoder, FrozenTeacher, Needs
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
 from cmapkd.models.types import BOTH
 
 GIB = 2**30
@@ -40,7 +40,7 @@ class CachePlan:
 
     config: CacheConfig
     teacher: FrozenTeacher  # live
-    needs: Needs
+    needs: LevelRequest
     detail: TeacherDetail
     source: Source
     views: ViewSpec
@@ -80,7 +80,7 @@ class CachePlan:
         if role == "teacher":
             detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens
         else:
-            detail, needs, key_tokens = "global", Needs(), None
+            detail, needs, key_tokens = "global", LevelRequest(), None
             if config.folder is not None:
                 config = config.model_copy(update={"folder": config.folder.with_name(f"{config.folder.name}-{role}")})
         needs = replace(needs, towers=BOTH)  # both: any method may read it
@@ -112,7 +112,7 @@ class CachePlan:
         needs = self.needs
         if self.kind != "global" and self.config.kind != "auto" and not (needs.image_levels or needs.text_levels):
             model = self.teacher.model  # asked to hold levels that this method does not read: all of them
-            needs = Needs(
+            needs = LevelRequest(
                 tuple(info.name for info in model.image_levels), tuple(info.name for info in model.text_levels)
             )
         model = self.teacher.model

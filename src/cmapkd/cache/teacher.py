@@ -14,7 +14,7 @@ from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.writer import live_features
 from cmapkd.data.types import Batch, ModelInput, StoredRows
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.models.types import BOTH
 
 REFERENCE_SEED = 0  # the same reference set in every process, and after a resume
@@ -72,8 +72,8 @@ class CachedTeacher(FrozenTeacher):
         return CacheReader(self.cache, check=self.check).embeddings(num, seed=REFERENCE_SEED)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
-        needs = needs or Needs()
+    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
+        needs = needs or LevelRequest()
         stored, inputs = batch.stored[self.role], batch.inputs.get(self.role)
         layout = self.cache.layout
         arrays = layout.decode(stored.arrays)
@@ -109,7 +109,7 @@ class CachedTeacher(FrozenTeacher):
         of_image, of_text = (
             tuple(dict.fromkeys(str(field.level) for field in levels if field.tower == tower)) for tower in BOTH
         )
-        needs = Needs(of_image, of_text)
+        needs = LevelRequest(of_image, of_text)
         features = live_features(self.live, lacking, needs, self.precision)
         for name, values in layout.arrays(features, texts).items():
             arrays[name][places] = values.to(arrays[name].dtype)

@@ -22,7 +22,7 @@ from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import ModelInput, Source
 from cmapkd.data.views import ViewSpec
-from cmapkd.models import FrozenTeacher, Needs
+from cmapkd.models import FrozenTeacher, LevelRequest
 from cmapkd.models.types import BOTH
 
 OnProgress = Callable[[int, int], None]  # rows done, rows to do, of this process
@@ -144,7 +144,7 @@ class _RowMaker:
         image, text = (
             tuple(dict.fromkeys(str(level.level) for level in levels if level.tower == tower)) for tower in BOTH
         )
-        self.needs = Needs(image, text)
+        self.needs = LevelRequest(image, text)
 
     @torch.no_grad()
     def __call__(self, chunk: Chunk, fidelity: Fidelity) -> Any:
@@ -176,7 +176,7 @@ class _RowMaker:
                     raise CacheError(f"{name} of sample {first!r} is not finite in {why}: {remedy}")
 
 
-def live_features(teacher: FrozenTeacher, inputs: ModelInput, needs: Needs, precision: str) -> Any:
+def live_features(teacher: FrozenTeacher, inputs: ModelInput, needs: LevelRequest, precision: str) -> Any:
     """The teacher's answers as a training step in this precision would have them."""
     device = inputs.images.device
     # without autocast's own cache: entries made here must not be used by a training step

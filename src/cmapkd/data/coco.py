@@ -12,7 +12,7 @@ from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Folder, ZipReader, is_image_name
 from cmapkd.data.splits import pick_split
-from cmapkd.data.stored import Keep
+from cmapkd.data.stored import SampleFilter
 from cmapkd.data.tables import Columns, TableSource, hash_file
 
 _COLUMNS = Columns(("image",), ("captions",), ("id",), ())
@@ -49,7 +49,7 @@ class NamedImages:
 
 
 def open_coco(
-    rest: str, *, split: str | None, keep: Keep | None = None, split_is_own: bool = False, kind: str = "coco"
+    rest: str, *, split: str | None, keep: SampleFilter | None = None, split_is_own: bool = False, kind: str = "coco"
 ) -> TableSource:
     """`JSON,IMAGES` or `CAPTIONS_JSON,INSTANCES_JSON,IMAGES`; IMAGES is a folder or a zip.
 

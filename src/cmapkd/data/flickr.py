@@ -15,7 +15,7 @@ from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.records import MAX_TEXT_BYTES
 from cmapkd.data.splits import pick_split
-from cmapkd.data.stored import Keep
+from cmapkd.data.stored import SampleFilter
 from cmapkd.data.tables import Columns, TableSource, hash_file
 
 _COLUMNS = Columns(("image",), ("captions",), (), ())
@@ -26,7 +26,12 @@ Rows = list[tuple[int, Mapping[str, Any] | str]]
 
 
 def open_flickr(
-    rest: str, *, split: str | None, split_is_own: bool = False, split_file: str | None = None, keep: Keep | None = None
+    rest: str,
+    *,
+    split: str | None,
+    split_is_own: bool = False,
+    split_file: str | None = None,
+    keep: SampleFilter | None = None,
 ) -> TableSource:
     """`CAPTIONS,IMAGES`, where CAPTIONS is Karpathy's JSON, a CSV, or a token file.
 

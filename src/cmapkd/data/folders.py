@@ -15,7 +15,7 @@ from cmapkd.data.classes import Classes, parse_classes, read_classes
 from cmapkd.data.places import nearest, refuse_url
 from cmapkd.data.reading import Folder, ZipReader, is_image_name
 from cmapkd.data.records import Record, Unusable
-from cmapkd.data.stored import Keep, StoredSource, Texts
+from cmapkd.data.stored import SampleFilter, StoredSource, Texts
 from cmapkd.data.tar_index import read_record
 
 CLASSES_FILE = "classes.json"
@@ -57,12 +57,12 @@ class FolderSource(StoredSource):
         self,
         name: str,
         *,
-        keep: Keep | None = None,
+        keep: SampleFilter | None = None,
         classes: Classes | str | None = None,
         shown: str | None = None,
         texts: Sequence[str] = (),
     ) -> None:
-        keep, self._pools = keep or Keep(), tuple(texts)
+        keep, self._pools = keep or SampleFilter(), tuple(texts)
         shown = shown or f"folder:{name}"
         self._images = open_images(name, f"{shown.partition(':')[0]}:")
         files = sorted(list_files(self._images.path) if isinstance(self._images, Folder) else self._images.members)
@@ -96,7 +96,7 @@ class FolderSource(StoredSource):
         captioned = np.array([self._says_something(i, keep) for i in range(len(images))], dtype=np.bool_)
         super().__init__(shown, self._files, keep=keep, captioned=captioned, class_names=names, warnings=warnings)
 
-    def _says_something(self, entry: int, keep: Keep) -> bool:
+    def _says_something(self, entry: int, keep: SampleFilter) -> bool:
         if not keep.require_captions or not self._text_files(entry):
             return not keep.require_captions
         try:

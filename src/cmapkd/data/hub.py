@@ -15,7 +15,7 @@ from cmapkd.data.places import find_files, nearest
 from cmapkd.data.reading import Folder, check_size
 from cmapkd.data.records import TEXT_KEYS, Record, Unusable, parse_captions, parse_id, parse_record
 from cmapkd.data.splits import pick_split
-from cmapkd.data.stored import Keep, StoredSource, Texts
+from cmapkd.data.stored import SampleFilter, StoredSource, Texts
 from cmapkd.data.tables import Columns
 
 FURTHER_COLUMNS = ("question", "answer", "answers", "qa", *(key for keys in TEXT_KEYS.values() for key in keys))
@@ -46,11 +46,11 @@ class HubSource(StoredSource):
         columns: Columns,
         folder: Path | None,
         contents: Sequence[str],
-        keep: Keep | None = None,
+        keep: SampleFilter | None = None,
     ) -> None:
         import datasets
 
-        keep = keep or Keep()
+        keep = keep or SampleFilter()
         self._contents_digests = [*contents, str(len(table)), repr(sorted(table.features.items()))]
         self._folder = None if folder is None else Folder(folder)
         self._column = _image_column(name, table.features, columns)
@@ -100,7 +100,7 @@ class HubSource(StoredSource):
         column = self._pictures.data.column(self._column)
         return (column if self._is_path else pc.struct_field(column, "path")).to_pylist()  # type: ignore[no-any-return]
 
-    def _find_captioned(self, keep: Keep, length: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def _find_captioned(self, keep: SampleFilter, length: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         captioned = np.ones(length, dtype=np.bool_)
         if not keep.require_captions:
             return captioned
@@ -168,7 +168,7 @@ class HubSource(StoredSource):
         return self._contents_digests
 
 
-def open_parquet(pattern: str, *, columns: Columns | None = None, keep: Keep | None = None) -> HubSource:
+def open_parquet(pattern: str, *, columns: Columns | None = None, keep: SampleFilter | None = None) -> HubSource:
     """Parquet files with images as bytes (`struct<bytes, path>` or binary) or as paths inside the files' folder.
 
     Raises:
@@ -190,7 +190,7 @@ def open_hub(
     config: str | None = None,
     revision: str | None = None,
     columns: Columns | None = None,
-    keep: Keep | None = None,
+    keep: SampleFilter | None = None,
 ) -> HubSource:
     """A data set of the Hugging Face hub, or a local folder that `datasets` understands.
 

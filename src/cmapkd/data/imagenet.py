@@ -11,7 +11,7 @@ from cmapkd.data.folders import FolderSource, open_images
 from cmapkd.data.places import nearest
 from cmapkd.data.reading import Folder, is_image_name
 from cmapkd.data.splits import pick_split
-from cmapkd.data.stored import Keep
+from cmapkd.data.stored import SampleFilter
 
 SPLITS = ("train", "val", "validation", "test", "dev")
 NUM_CLASSES = 1_000
@@ -23,7 +23,7 @@ def open_imagenet(
     split: str | None,
     split_is_own: bool = False,
     classes: Literal["all", "present"] = "all",
-    keep: Keep | None = None,
+    keep: SampleFilter | None = None,
 ) -> FolderSource:
     """A folder or zip of class folders, or a folder that holds `train` and `val` of them.
 

@@ -13,7 +13,7 @@ from cmapkd.data.classes import read_classes
 from cmapkd.data.config import StreamConfig
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.places import existing_file, existing_folder
-from cmapkd.data.stored import Keep, StoredSource
+from cmapkd.data.stored import SampleFilter, StoredSource
 from cmapkd.data.streams import MAIN_STREAM, JoinedSource
 from cmapkd.data.texts import CAPTIONS
 from cmapkd.data.types import Source
@@ -39,7 +39,7 @@ class Spec:
     rest: str
     split: str | None  # named by the user
     default_split: str | None  # of whoever opens the source
-    keep: Keep
+    keep: SampleFilter
     options: dict[str, str] = field(default_factory=dict)
 
     def take(self, name: str) -> str | None:
@@ -181,10 +181,10 @@ def _parse(text: str, split: str | None, require_captions: bool, limit: int | No
         own_split = at[1]
         if not own_split:
             raise ConfigError(f"data {text!r} names no split after '@'")
-    spec = Spec(text, kind, rest, own_split, split, Keep(require_captions, limit), options)
+    spec = Spec(text, kind, rest, own_split, split, SampleFilter(require_captions, limit), options)
     if kind != "scenes":
         limits = [number for number in (spec.take_int("limit"), limit) if number is not None]
-        spec.keep = Keep(require_captions, min(limits, default=None))
+        spec.keep = SampleFilter(require_captions, min(limits, default=None))
     return spec
 
 

@@ -13,7 +13,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, short_names
 from cmapkd.data.reading import IMAGE_EXTENSIONS, RangeReader, check_size
 from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unusable
-from cmapkd.data.stored import Keep, StoredSource, Texts
+from cmapkd.data.stored import SampleFilter, StoredSource, Texts
 from cmapkd.data.tar_index import SYNTHETIC, TEXT_EXTENSIONS, index_tar, read_record
 
 
@@ -30,7 +30,12 @@ class ShardSource(StoredSource):
     """
 
     def __init__(
-        self, pattern: str, *, keep: Keep | None = None, classes: Sequence[str] | None = None, texts: Sequence[str] = ()
+        self,
+        pattern: str,
+        *,
+        keep: SampleFilter | None = None,
+        classes: Sequence[str] | None = None,
+        texts: Sequence[str] = (),
     ) -> None:
         paths = find_files(pattern, suffix=".tar", what="webdataset:")
         self._paths, self._pools = [str(path) for path in paths], tuple(texts)
@@ -84,7 +89,7 @@ class ShardSource(StoredSource):
         super().__init__(
             f"webdataset:{pattern}",
             Texts(ids),
-            keep=keep or Keep(),
+            keep=keep or SampleFilter(),
             captioned=np.array(captioned, dtype=np.bool_),
             bad=bad,
             class_names=classes,

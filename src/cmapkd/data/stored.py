@@ -74,7 +74,7 @@ class Texts(Sequence[str]):
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class SampleFilter:
     """Which samples of a source are read: only those with captions, and no more than the first `limit` of them."""
 
     require_captions: bool = False
@@ -110,7 +110,7 @@ class StoredSource(ABC):
         name: str,
         ids: Iterable[str],
         *,
-        keep: Keep,
+        keep: SampleFilter,
         captioned: NDArray[np.bool_] | None = None,
         bad: Mapping[int, str] | None = None,
         class_names: Sequence[str] | None = None,

@@ -29,7 +29,7 @@ from cmapkd.data.records import (
     parse_label,
     parse_record,
 )
-from cmapkd.data.stored import Keep, StoredSource, Texts
+from cmapkd.data.stored import SampleFilter, StoredSource, Texts
 from cmapkd.data.types import Box, QuestionAnswer
 
 FIRST_IMAGES = 8  # looked for when a table is opened
@@ -96,7 +96,7 @@ class TableSource(StoredSource):
         *,
         columns: Columns,
         contents: str,
-        keep: Keep | None = None,
+        keep: SampleFilter | None = None,
         classes: Classes | None = None,
         warnings: Sequence[str] = (),
     ) -> None:
@@ -114,7 +114,7 @@ class TableSource(StoredSource):
         super().__init__(
             name,
             Texts(group.id for group in groups),
-            keep=keep or Keep(),
+            keep=keep or SampleFilter(),
             captioned=np.array([bool(group.captions) for group in groups], dtype=np.bool_),
             bad={place: group.bad for place, group in enumerate(groups) if group.bad},
             class_names=None if classes is None else classes.names,
@@ -206,7 +206,7 @@ def _image_name(values: Mapping[str, Any], columns: Columns) -> str:
 def open_csv(
     path: Path,
     *,
-    keep: Keep | None = None,
+    keep: SampleFilter | None = None,
     separator: str | None = None,
     columns: Columns | None = None,
     quotes: bool = True,
@@ -302,7 +302,7 @@ def _csv_rows(
 def open_jsonl(
     path: Path,
     *,
-    keep: Keep | None = None,
+    keep: SampleFilter | None = None,
     columns: Columns | None = None,
     images: Images | None = None,
     classes: Classes | None = None,

@@ -12,7 +12,7 @@ from cmapkd.data.coco import NamedImages
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Images
-from cmapkd.data.stored import Keep
+from cmapkd.data.stored import SampleFilter
 from cmapkd.data.tables import Columns, TableSource, hash_file
 
 EXAMPLE = "visual_genome:region_descriptions.json,objects.json,images"
@@ -21,7 +21,7 @@ _COLUMNS = Columns(("image",), ("captions",), ("id",), ())
 _FOLDERS = ("", "VG_100K/", "VG_100K_2/")  # the two archives of images, unpacked side by side
 
 
-def open_visual_genome(rest: str, *, keep: Keep | None = None) -> TableSource:
+def open_visual_genome(rest: str, *, keep: SampleFilter | None = None) -> TableSource:
     """`REGIONS_JSON,OBJECTS_JSON,IMAGES` or one of the two files; IMAGES holds the pictures, `VG_100K` and `VG_100K_2`.
 
     A sample's captions are the phrases of all regions of its image, its boxes the objects by their first name; its id

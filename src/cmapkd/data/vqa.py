@@ -12,7 +12,7 @@ from cmapkd.data.coco import NamedImages
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Images
-from cmapkd.data.stored import Keep
+from cmapkd.data.stored import SampleFilter
 from cmapkd.data.tables import FIRST_IMAGES, Columns, TableSource, hash_file
 
 EXAMPLE = "vqa:v2_OpenEnded_mscoco_val2014_questions.json,v2_mscoco_val2014_annotations.json,val2014"
@@ -20,7 +20,7 @@ EXAMPLE = "vqa:v2_OpenEnded_mscoco_val2014_questions.json,v2_mscoco_val2014_anno
 _COLUMNS = Columns(("image",), (), ("id",), ())
 
 
-def open_vqa(rest: str, *, keep: Keep | None = None) -> TableSource:
+def open_vqa(rest: str, *, keep: SampleFilter | None = None) -> TableSource:
     """`QUESTIONS_JSON,ANNOTATIONS_JSON,IMAGES`, or without annotations where there are none (test-dev).
 
     A sample is an image with all its questions; its id is the image's number.

@@ -17,7 +17,7 @@ from cmapkd.evaluation.tools import MissingToolError
 Size = tuple[int, int]  # width, height of an image in pixels
 
 
-class Detection(NamedTuple):
+class PredictedBox(NamedTuple):
     """A predicted box: left, top, width, height in pixels of the original image, its class name and its confidence."""
 
     x: float
@@ -92,7 +92,7 @@ class DetectionScores:
 
 
 def detection_scores(
-    predictions: Mapping[str, Sequence[Detection]],
+    predictions: Mapping[str, Sequence[PredictedBox]],
     truth: Mapping[str, Sequence[Box]],
     *,
     class_names: Collection[str] | None = None,
@@ -139,7 +139,7 @@ def detection_scores(
 
 
 def _evaluate(
-    predictions: Mapping[str, Sequence[Detection]],
+    predictions: Mapping[str, Sequence[PredictedBox]],
     truth: Mapping[str, Sequence[Box]],
     images: Sequence[str],
     numbers: Mapping[str, int],
@@ -208,7 +208,7 @@ def _class_names(truth: Mapping[str, Sequence[Box]], given: Collection[str] | No
 
 
 def _count_outside(
-    predictions: Mapping[str, Sequence[Detection]], truth: Mapping[str, Sequence[Box]], sizes: Mapping[str, Size]
+    predictions: Mapping[str, Sequence[PredictedBox]], truth: Mapping[str, Sequence[Box]], sizes: Mapping[str, Size]
 ) -> int:
     if missing := [image for image in truth if image not in sizes]:
         raise ValueError(f"image_sizes lacks {len(missing)} of {len(truth)} images, the first {missing[0]!r}")
@@ -221,7 +221,7 @@ def _count_outside(
 
 
 def _check(
-    predictions: Mapping[str, Sequence[Detection]],
+    predictions: Mapping[str, Sequence[PredictedBox]],
     truth: Mapping[str, Sequence[Box]],
     names: Sequence[str],
     novel: Collection[str] | None,
@@ -273,7 +273,7 @@ class VocScores:
 
 
 def voc_scores(
-    predictions: Mapping[str, Sequence[Detection]],
+    predictions: Mapping[str, Sequence[PredictedBox]],
     truth: Mapping[str, Sequence[Box]],
     *,
     iou: float = 0.5,
@@ -312,7 +312,7 @@ def voc_scores(
 
 
 def _voc_matches(
-    predictions: Mapping[str, Sequence[Detection]], truth: Mapping[str, Sequence[Box]], iou: float, extra: float
+    predictions: Mapping[str, Sequence[PredictedBox]], truth: Mapping[str, Sequence[Box]], iou: float, extra: float
 ) -> defaultdict[str, list[bool]]:
     """For each class whether its detections are right, best score first; those of difficult objects are left out."""
     ranked = [(image, one) for image in _in_order(truth) for one in predictions.get(image, ())]
@@ -330,7 +330,7 @@ def _voc_matches(
     return right
 
 
-def _iou(a: Detection, b: Box, extra: float) -> float:
+def _iou(a: PredictedBox, b: Box, extra: float) -> float:
     width = min(a.x + a.width, b.x + b.width) - max(a.x, b.x) + extra
     height = min(a.y + a.height, b.y + b.height) - max(a.y, b.y) + extra
     if width <= 0 or height <= 0:

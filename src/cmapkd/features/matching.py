@@ -27,7 +27,7 @@ from cmapkd.features.taps import (
     visual_groups,
 )
 from cmapkd.features.words import Role, WordAligner, Words
-from cmapkd.models import DualEncoder, Features, Level, LevelInfo, Needs
+from cmapkd.models import DualEncoder, Features, Level, LevelInfo, LevelRequest
 
 Places = Literal["dense", "key_tokens", "pooled"]
 """Where the inner levels are compared: everywhere, at the teacher's key tokens, or as one vector a level."""
@@ -94,9 +94,9 @@ class LevelMatcher(nn.Module):
         self.project_language = LanguageProjectors(*language)
         self.align_words = WordAligner()
 
-    def needs(self, role: Role, levels: Collection[str]) -> Needs:
+    def needs(self, role: Role, levels: Collection[str]) -> LevelRequest:
         """What the model must expose for these levels."""
-        return Needs(
+        return LevelRequest(
             tuple(dict.fromkeys(info.name for group in _only(self.visual[role], levels).values() for info in group)),
             tuple(dict.fromkeys(info.name for group in _only(self.language[role], levels).values() for info in group)),
         )

@@ -28,7 +28,7 @@ from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import LABELS, DualEncoderMethod
 from cmapkd.methods.micro_batches import encode_checkpointed, join_rows, map_rows, micro_batches
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelInfo, Needs
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelInfo, LevelRequest
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.texts import LearnedClassVectors
 from cmapkd.objectives import (
@@ -171,12 +171,12 @@ class C2KD(DualEncoderMethod):
         return {**super().extras, LABELS: LabelReader(num_classes=self.text_classifier.out_features)}
 
     @property
-    def student_needs(self) -> Needs:
-        return Needs(image_levels=(self.image_level.name,), towers=("image",))
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest(image_levels=(self.image_level.name,), towers=("image",))
 
     @property
-    def teacher_needs(self) -> Needs:
-        return Needs(text_levels=(self.text_level.name,), towers=("text",))
+    def teacher_needs(self) -> LevelRequest:
+        return LevelRequest(text_levels=(self.text_level.name,), towers=("text",))
 
     def _encode(self, part: Batch, _number: int = 0) -> TowerRows:
         """Both towers on a part of the batch."""

@@ -30,7 +30,7 @@ from cmapkd.methods.in_batch import embeddings_of, similarity_loss
 from cmapkd.methods.own_scales import ScaleForm, factor, keep_in_range, new_scale
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.objectives import (
     contrastive_loss,
     feature_distance,
@@ -203,12 +203,12 @@ class ClipKD(DualEncoderMethod):
         return tuple(self.weights)
 
     @property
-    def student_needs(self) -> Needs:
-        return self.hints.needs("student") if self.hints is not None and self._wants("hints") else Needs()
+    def student_needs(self) -> LevelRequest:
+        return self.hints.needs("student") if self.hints is not None and self._wants("hints") else LevelRequest()
 
     @property
-    def teacher_needs(self) -> Needs:
-        return self.hints.needs("teacher") if self.hints is not None and self._wants("hints") else Needs()
+    def teacher_needs(self) -> LevelRequest:
+        return self.hints.needs("teacher") if self.hints is not None and self._wants("hints") else LevelRequest()
 
     @property
     def teacher_detail(self) -> TeacherDetail:

@@ -22,7 +22,7 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
-from cmapkd.models import Features, Needs, TowerFeatures
+from cmapkd.models import Features, LevelRequest, TowerFeatures
 from cmapkd.models.reach import example_output, last_matrix_behind
 from cmapkd.models.types import Tower
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
@@ -41,17 +41,19 @@ Rows = TypeVar("Rows")
 class DualEncoderMethod(Method):
     """A method whose student and teachers are `DualEncoder`s."""
 
-    _last_shared_layers: tuple[Needs, tuple[str, ...]] | None = None  # names, and the needs that they were found for
+    _last_shared_layers: tuple[LevelRequest, tuple[str, ...]] | None = (
+        None  # names, and the needs that they were found for
+    )
 
     @property
-    def student_needs(self) -> Needs:
+    def student_needs(self) -> LevelRequest:
         """Levels of the student that the terms read."""
-        return Needs()
+        return LevelRequest()
 
     @property
-    def teacher_needs(self) -> Needs:
+    def teacher_needs(self) -> LevelRequest:
         """Levels of the first teacher that the terms read; it computes and a cache stores no others."""
-        return Needs()
+        return LevelRequest()
 
     @property
     def teacher_detail(self) -> TeacherDetail:
@@ -148,7 +150,7 @@ class DualEncoderMethod(Method):
         super().let_all_learn()
         self._last_shared_layers = None
 
-    def _first(self, tower: Tower, needs: Needs) -> str | None:
+    def _first(self, tower: Tower, needs: LevelRequest) -> str | None:
         """The shallowest level of those needed."""
         known, needed = (
             (self.student.image_levels, needs.image_levels)

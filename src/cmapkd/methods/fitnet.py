@@ -23,7 +23,7 @@ from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, Needs
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, LevelRequest
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.types import Tower
 from cmapkd.objectives import hint_distance, level_distance
@@ -174,18 +174,18 @@ class FitNet(DualEncoderMethod):
         )
 
     @property
-    def student_needs(self) -> Needs:
+    def student_needs(self) -> LevelRequest:
         return self._needs(self.guided)
 
     @property
-    def teacher_needs(self) -> Needs:
+    def teacher_needs(self) -> LevelRequest:
         return self._needs(self.hints)
 
-    def _needs(self, levels: Mapping[Tower, LevelInfo]) -> Needs:
+    def _needs(self, levels: Mapping[Tower, LevelInfo]) -> LevelRequest:
         if not self._wants("hint"):
-            return Needs()
+            return LevelRequest()
         image, text = (tuple(info.name for tower, info in levels.items() if tower == of) for of in ("image", "text"))
-        return Needs(image, text)
+        return LevelRequest(image, text)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         config = self.config

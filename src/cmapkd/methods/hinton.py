@@ -21,7 +21,7 @@ from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, Needs
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, frozen_class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
@@ -122,11 +122,11 @@ class Hinton(DualEncoderMethod):
         return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
 
     @property
-    def student_needs(self) -> Needs:
-        return Needs() if self.config.form == "in_batch" else Needs(towers=("image",))
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest() if self.config.form == "in_batch" else LevelRequest(towers=("image",))
 
     @property
-    def teacher_needs(self) -> Needs:
+    def teacher_needs(self) -> LevelRequest:
         return self.student_needs
 
     def terms(self, batch: Batch) -> dict[str, Term]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cmapkd.config import closest
 from cmapkd.data.types import Batch
 from cmapkd.features import LANGUAGE_LEVELS, VISUAL_LEVELS, LevelMatcher, Role
-from cmapkd.models import DualEncoder, Features, Needs
+from cmapkd.models import DualEncoder, Features, LevelRequest
 from cmapkd.objectives import level_distance
 
 HINT_LEVELS = tuple(level for level in (*VISUAL_LEVELS, *LANGUAGE_LEVELS) if level not in ("P5", "L4"))
@@ -34,7 +34,7 @@ class Hints(nn.Module):
         self.weights = {level: weights[level] for level in HINT_LEVELS if weights.get(level)}
         self.match = LevelMatcher(student, teacher, levels=tuple(self.weights))
 
-    def needs(self, role: Role) -> Needs:
+    def needs(self, role: Role) -> LevelRequest:
         """Levels that a model must expose."""
         return self.match.needs(role, tuple(self.weights))
 

@@ -17,7 +17,7 @@ from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, Needs, TowerFeatures
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest, TowerFeatures
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.prompts import make_prompts
 from cmapkd.models.texts import frozen_class_vectors
@@ -101,12 +101,12 @@ class PromptKD(DualEncoderMethod):
         return ("classes",)
 
     @property
-    def student_needs(self) -> Needs:
-        return Needs(towers=("image",))
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
 
     @property
-    def teacher_needs(self) -> Needs:
-        return Needs(towers=("image",))
+    def teacher_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
 
     def train(self, mode: bool = True) -> Self:
         """The frozen student stays in eval mode: nothing of it changes, not even statistics, and it drops nothing."""

@@ -6,7 +6,7 @@ from cmapkd.models.config import FAMILIES, ModelConfig
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.load import build_model, load_model
 from cmapkd.models.teacher import FrozenTeacher, MomentumTeacher, Teacher
-from cmapkd.models.types import Features, Level, LevelInfo, Needs, TowerFeatures
+from cmapkd.models.types import Features, Level, LevelInfo, LevelRequest, TowerFeatures
 
 __all__ = [
     "FAMILIES",
@@ -17,11 +17,11 @@ __all__ = [
     "ImageSpec",
     "Level",
     "LevelInfo",
+    "LevelRequest",
     "Model",
     "ModelConfig",
     "MomentumTeacher",
     "MovingAverage",
-    "Needs",
     "Teacher",
     "Tokenizer",
     "TowerFeatures",

@@ -20,7 +20,7 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.types import Features, LevelInfo, Needs, Tower, TowerFeatures
+from cmapkd.models.types import Features, LevelInfo, LevelRequest, Tower, TowerFeatures
 
 __all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
 
@@ -173,8 +173,8 @@ class DualEncoder(Model):
         """This model, or an untrained one like it, that reads texts as `other` does, if the family can."""
         return self
 
-    def forward(self, inputs: ModelInput, needs: Needs | None = None) -> Features:
-        needs = needs or Needs()
+    def forward(self, inputs: ModelInput, needs: LevelRequest | None = None) -> Features:
+        needs = needs or LevelRequest()
         nothing = TowerFeatures(self.log_logit_scale.new_empty(len(inputs.texts.ids), 0))
         return Features(
             image=self.encode_image(inputs.images, needs.image_levels) if "image" in needs.towers else nothing,

@@ -14,7 +14,7 @@ from cmapkd.config import closest
 from cmapkd.data.types import Batch
 from cmapkd.models.average import follow
 from cmapkd.models.base import DualEncoder
-from cmapkd.models.types import Features, Needs
+from cmapkd.models.types import Features, LevelRequest
 
 
 class Teacher(Protocol):
@@ -42,7 +42,7 @@ class Teacher(Protocol):
 
     def to(self, device: torch.device | str) -> Any: ...
 
-    def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
+    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
         """Features of the teacher's own form of the batch, detached."""
         ...
 
@@ -81,7 +81,7 @@ class FrozenTeacher:
         return self
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, needs: Needs | None = None) -> Features:
+    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
         """Features of the teacher's own form of the batch, detached."""
         output: Features = self.model(batch.inputs[self.role], needs)
         return output
@@ -154,7 +154,7 @@ class MomentumTeacher(nn.Module):
         return self.model.embed_dim
 
     @torch.no_grad()
-    def forward(self, batch: Batch, needs: Needs | None = None) -> Features:
+    def forward(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
         """Features of the student's form of the batch, detached."""
         output: Features = self.model(batch.inputs[self.reads], needs)
         return output

@@ -74,7 +74,7 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class LevelRequest:
     """The towers and levels somebody will read; a model computes and returns no others.
 
     The embedding of a tower that nobody reads has width 0.
@@ -84,9 +84,9 @@ class Needs:
     text_levels: tuple[str, ...] = ()
     towers: tuple[Tower, ...] = BOTH
 
-    def union(self, other: Needs) -> Needs:
+    def union(self, other: LevelRequest) -> LevelRequest:
         """Levels of either, each once, in order of first mention."""
-        return Needs(
+        return LevelRequest(
             tuple(dict.fromkeys(self.image_levels + other.image_levels)),
             tuple(dict.fromkeys(self.text_levels + other.text_levels)),
             tuple(tower for tower in BOTH if tower in self.towers + other.towers),

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmapkd.evaluation.detection import Detection as Predicted
-from cmapkd.evaluation.detection import detection_scores
+from cmapkd.evaluation.detection import PredictedBox, detection_scores
 from cmapkd.evaluation.probes.config import DetectionConfig
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
 from cmapkd.evaluation.probes.detector import Detections, DetectorHead, box_targets
@@ -120,12 +119,12 @@ def _scores(
     detections: Sequence[Detections], scored: Annotations, names: tuple[str, ...], base: tuple[str, ...]
 ) -> dict[str, Any]:
     """COCO's figures in pixels of the original pictures; base classes are those that have a box in training."""
-    predictions: dict[str, list[Predicted]] = {}
+    predictions: dict[str, list[PredictedBox]] = {}
     for identity, (width, height), of_image in zip(scored.ids, scored.sizes, detections, strict=True):
         sides = torch.tensor([width, height, width, height], dtype=torch.float32)
         corners = (of_image.boxes.cpu() * sides).tolist()
         predictions[identity] = [
-            Predicted(left, top, right - left, bottom - top, names[kind], score)
+            PredictedBox(left, top, right - left, bottom - top, names[kind], score)
             for (left, top, right, bottom), kind, score in zip(
                 corners, of_image.classes.tolist(), of_image.scores.tolist(), strict=True
             )

@@ -34,7 +34,7 @@ from cmapkd.methods.dual import TeacherDetail, task_loss
 from cmapkd.methods.in_batch import embeddings_of
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, Needs
+from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
 
 Values = dict[str, Float[Tensor, ""]]  # of terms, by name; each a mean over all processes' samples
@@ -120,11 +120,11 @@ class CMAPKD(Selecting):
         return self.config.level_names()
 
     @property
-    def student_needs(self) -> Needs:
+    def student_needs(self) -> LevelRequest:
         return self.match.needs("student", self.plan.read())
 
     @property
-    def teacher_needs(self) -> Needs:
+    def teacher_needs(self) -> LevelRequest:
         return self.match.needs("teacher", self.plan.read())
 
     @property

@@ -19,7 +19,7 @@ from cmapkd.objectives.common import at_least_float32
 Direction = Mapping[str, Tensor]  # by the name of the student's parameter, of its shape
 Columns = dict[str, Tensor]  # losses as they count, by level or term: Float[batch], or one number
 SecondMoment = Callable[[nn.Parameter], Tensor | None]
-_STEP = 1e-3  # of a difference in float32: shorter ones drown in rounding, longer ones see the curvature
+_STEP = 3e-4  # of a difference in float32: shorter ones drown in rounding, longer ones see the curvature
 
 
 class Counted(nn.Module):

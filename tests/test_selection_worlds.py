@@ -122,6 +122,16 @@ def test_a_cache_without_the_other_sample_is_named(tmp_path: Path) -> None:
         answers.read(0, [lacking], [f"m{lacking}"], [text_of(source, lacking)], [])
 
 
+def test_a_run_without_inner_levels_asks_for_no_other_sample(tmp_path: Path) -> None:
+    tops = {"visual_levels": {"P5": 1.0}, "language_levels": {"L4": 1.0}}
+    settings = {"name": "world_cmapkd", **tops, "world": {"kind": "hidden", "share": 1.0}}
+    source, made = MemorySource(12), make_method(worlds.WorldCMAPKD, settings=settings)
+    reader = cached(tmp_path / "cache", source, made, keys=all_keys(12, 1)[:6])
+    texts = [text_of(source, i) for i in range(6)]
+    found = made.answers("teacher", reader).read(0, range(6), [f"m{i}" for i in range(6)], texts, [])
+    assert {*found.arrays} == {"image", "text"}
+
+
 def test_the_clean_world_is_cmapkd_and_a_live_teacher_has_no_wrong_answers(tmp_path: Path) -> None:
     batch = random_batch(4)
     expected = make_method("cmapkd", settings=LEVELS).train()(batch)

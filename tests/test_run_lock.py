@@ -96,7 +96,7 @@ def _count(folder: Path, turns: int) -> None:
 
 def test_many_processes_are_never_inside_together(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_count, args=(tmp_path, 40)) for _ in range(3)]
+    processes = [context.Process(target=_count, args=(tmp_path, 20)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -85,9 +85,9 @@ def test_methods_as_json(cli: Any) -> None:
 
 
 def test_unknown_method(cli: Any) -> None:
-    code, out, errors = cli("methods", "clip_dk")
+    code, out, errors = cli("methods", "clip_kdd")
     assert (code, out) == (2, "")
-    assert errors.startswith("error: there is no method 'clip_dk' (did you mean 'clip_kd'?)")
+    assert errors.startswith("error: there is no method 'clip_kdd' (did you mean 'clip_kd'?)")
 
 
 def test_recipes_are_listed(cli: Any) -> None:

@@ -86,7 +86,7 @@ def test_missing_section_is_said_to_be_missing() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "clip_dk"}, r"unknown method 'clip_dk' \(did you mean 'clip_kd'\?\); known: contrastive"),
+        ({"method": "clip_kdd"}, r"unknown method 'clip_kdd' \(did you mean 'clip_kd'\?\); known: contrastive"),
         ({"method": "hinton"}, "method hinton distils from a teacher: add teacher"),
         ({"baseline": "scratch"}, "it is the scratch baseline itself"),
         ({"training": {}}, "give either steps or epochs, not neither"),

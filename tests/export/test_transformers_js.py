@@ -61,7 +61,14 @@ def units(rows: Any) -> np.ndarray:
     return array / np.linalg.norm(array, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("family", ["open_clip", "hf CLIP", "hf SigLIP", "timm", "timm, transformers text", "tiny"])
+@pytest.mark.parametrize(
+    "family",
+    ["hf CLIP", "tiny"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("open_clip", "hf SigLIP", "timm", "timm, transformers text")
+    ],
+)
 def test_node_gives_the_models_embeddings(node: Path, family: str, tmp_path: Path) -> None:
     model = load("tiny:scenes-teacher") if family == "tiny" else model_of(family, tmp_path)
     out = tmp_path / "out"

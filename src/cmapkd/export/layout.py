@@ -158,7 +158,7 @@ def tokenizer_differences(model: DualEncoder, folder: Path, texts: Sequence[str]
     """Those of `texts` that the written tokenizer turns into other ids than the model's own does."""
     from transformers import AutoTokenizer
 
-    written = AutoTokenizer.from_pretrained(str(folder))
+    written = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     different = []
     for text in dict.fromkeys(texts):
         tokens = model.tokenizer([text])

@@ -107,8 +107,9 @@ def _write_open_clip(model: DualEncoder, folder: Path) -> None:
 def _load_transformers(folder: Path) -> Encoders:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    model = AutoModel.from_pretrained(folder).eval()
-    tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     padding = "max_length" if model.config.model_type == "siglip" else "longest"
     pixels = processor([_blank(processor)], return_tensors="pt")
     tokens = tokenizer(["a"], padding=padding, return_tensors="pt")

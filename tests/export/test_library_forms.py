@@ -74,8 +74,16 @@ def loaded_alone(form: str, out: Path, picture: Path) -> tuple[np.ndarray, np.nd
     return np.array(image), np.array(text)
 
 
+FAST = {("transformers", "hf CLIP"), ("open_clip", "open_clip"), ("open_clip", "timm")}  # importing takes ten seconds
+
+
 @pytest.mark.parametrize(
-    ("form", "family"), [("transformers", name) for name in TRANSFORMERS] + [("open_clip", name) for name in OPEN_CLIP]
+    ("form", "family"),
+    [
+        pytest.param(form, name, marks=() if (form, name) in FAST else pytest.mark.slow)
+        for form, names in (("transformers", TRANSFORMERS), ("open_clip", OPEN_CLIP))
+        for name in names
+    ],
 )
 def test_the_library_loads_the_folder_without_us(form: Any, family: str, tmp_path: Path) -> None:
     model = model_of(family, tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from cmapkd.methods import METHODS, Method, StepInfo, Term, build_method
 from cmapkd.methods.terms import total_loss
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model, load_model
 from cmapkd.models.embedding import Picture, opened
+from cmapkd.models.images import ImageSpec
 
 Pixels = Float[Tensor, "batch 3 height width"]
 
@@ -76,7 +77,7 @@ class Distiller(nn.Module):
         batch = self.batch(images, texts, ids=ids, labels=labels, more_texts=more_texts)
         device = self.method.device
         for teacher in self.method.teachers.values():
-            if isinstance(teacher, FrozenTeacher):
+            if isinstance(teacher, FrozenTeacher) and teacher.model.device != device:
                 teacher.to(device)
         self.terms = self.method(batch.to(device, non_blocking=True), self._next)
         if not self.terms:
@@ -216,7 +217,7 @@ def _pixels(
                 )
         return {role: images[role] for role in models}
     pictures = [opened(picture, place) for place, picture in enumerate(images)]
-    made: dict[Callable[..., Tensor], Pixels] = {}
+    made: dict[ImageSpec, Pixels] = {}
     for model in models.values():
         if model.image_spec not in made:
             made[model.image_spec] = torch.stack([model.image_spec(picture) for picture in pictures])

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmapkd.objectives.chunks import by_rows, chunk_rows
-from cmapkd.objectives.common import check_pairs, check_same_width, similarities
+from cmapkd.objectives.common import check_two_models, similarities
 from cmapkd.objectives.divergence import row_divergences
 
 
@@ -40,7 +40,7 @@ def vertical_divergence(
         ValueError: the shapes do not pair up, the widths differ, or the chunk is not positive.
     Source: `VRD_loss` in the published code of CLIP-RD, Chung et al. 2026, arXiv:2603.25383.
     """
-    _check(student_image, student_text, teacher_image, teacher_text)
+    check_two_models(student_image, student_text, teacher_image, teacher_text)
     teacher_image, teacher_text = teacher_image.detach(), teacher_text.detach()
     size = chunk_rows(len(student_image), len(teacher_image), chunk)
 
@@ -83,7 +83,7 @@ def crosswise_divergence(
         ValueError: the shapes do not pair up, the widths differ, or the chunk is not positive.
     Source: `XRD_loss` in the published code of CLIP-RD, Chung et al. 2026, arXiv:2603.25383.
     """
-    _check(student_image, student_text, teacher_image, teacher_text)
+    check_two_models(student_image, student_text, teacher_image, teacher_text)
     teacher_image, teacher_text = teacher_image.detach(), teacher_text.detach()
     size = chunk_rows(len(student_image), len(teacher_image), chunk)
 
@@ -98,11 +98,3 @@ def crosswise_divergence(
     of_teacher = by_rows(among(student_image, student_text), teacher_image, teacher_text, size=size)
     of_student = by_rows(among(teacher_image, teacher_text), student_image, student_text, size=size)
     return (of_teacher + of_student).mean() / 4
-
-
-def _check(student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> None:
-    check_pairs(
-        student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text
-    )
-    check_same_width(student_image, teacher_image, "image embedding")
-    check_same_width(student_text, teacher_text, "text embedding")

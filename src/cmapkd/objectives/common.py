@@ -54,3 +54,21 @@ def check_same_width(student: Tensor, teacher: Tensor, what: str) -> None:
             f"student {what} has shape {tuple(student.shape)} but the teacher's is {tuple(teacher.shape)}: they are "
             "compared element by element, so project the student to the teacher's width first"
         )
+
+
+def check_two_models(
+    student_image: Float[Tensor, "batch dim"],
+    student_text: Float[Tensor, "batch dim"],
+    teacher_image: Float[Tensor, "batch dim"],
+    teacher_text: Float[Tensor, "batch dim"],
+) -> None:
+    """Refuses embeddings of two models that do not pair up, or are not of one width.
+
+    Raises:
+        ValueError: numbers of rows or widths differ; says which.
+    """
+    check_pairs(
+        student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text
+    )
+    check_same_width(student_image, teacher_image, "image embedding")
+    check_same_width(student_text, teacher_text, "text embedding")

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmapkd.objectives.chunks import by_rows, chunk_rows
-from cmapkd.objectives.common import check_pairs, check_same_width, similarities
+from cmapkd.objectives.common import check_two_models, similarities
 from cmapkd.objectives.contrastive import matching_loss
 from cmapkd.objectives.divergence import row_divergences
 
@@ -35,7 +35,7 @@ def interactive_loss(
         ValueError: the shapes do not pair up, the widths differ, or the chunk is not positive.
     Source: interactive contrastive learning of CLIP-KD, Yang et al. 2024, arXiv:2307.12732.
     """
-    _check(student_image, student_text, teacher_image, teacher_text)
+    check_two_models(student_image, student_text, teacher_image, teacher_text)
     image_to_text = matching_loss(student_image, teacher_text.detach(), logit_scale=logit_scale, chunk=chunk)
     text_to_image = matching_loss(student_text, teacher_image.detach(), logit_scale=logit_scale, chunk=chunk)
     return (image_to_text + text_to_image) / 2
@@ -67,7 +67,7 @@ def interactive_divergence(
         ValueError: the shapes do not pair up, the widths differ, or the chunk is not positive.
     Source: `cross_kd_loss` in the published code of CLIP-KD, Yang et al. 2024, arXiv:2307.12732.
     """
-    _check(student_image, student_text, teacher_image, teacher_text)
+    check_two_models(student_image, student_text, teacher_image, teacher_text)
     size = chunk_rows(len(student_image), len(teacher_text), chunk)
 
     def among(candidates: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -81,11 +81,3 @@ def interactive_divergence(
     among_texts = by_rows(among(teacher_text), student_image, teacher_image, size=size)
     among_images = by_rows(among(teacher_image), student_text, teacher_text, size=size)
     return (among_texts + among_images).mean() / 2
-
-
-def _check(student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> None:
-    check_pairs(
-        student_image=student_image, student_text=student_text, teacher_image=teacher_image, teacher_text=teacher_text
-    )
-    check_same_width(student_image, teacher_text, "image embedding")
-    check_same_width(student_text, teacher_image, "text embedding")

@@ -20,9 +20,9 @@ from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, MemorySource, make_builder, m
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Of a number's size. Measured: terms at most 0.012; gradients 0.014, and 0.030 for clip_kd with open_clip's tower on one
-# of two processors (0.013 on the other, which rounds in another order). Where a batch norm divides by the spread of
-# few nearly equal numbers, terms 0.023 and gradients 0.2.
+# Of a number's size. Measured: terms at most 0.012; gradients 0.014, and 0.030 for clip_kd with open_clip's tower on
+# one of two processors (0.013 on the other, which rounds in another order). Where a batch norm divides by the spread
+# of few nearly equal numbers, terms 0.023 and gradients 0.2.
 TERMS, GRADIENTS = {False: 0.015, True: 0.05}, {False: 0.045, True: 0.4}
 
 

@@ -21,20 +21,21 @@ ARMS = {name: {"method": name} for name in ("contrastive", "hinton", "clip_kd")}
 TEACHER_SCORE = 80.0
 
 
-def write_recipe(folder: Path) -> Path:
-    """A recipe of 40 steps with a teacher on disk."""
+def write_recipe(folder: Path, *, test: str | None = None, baseline: str = "none", **training: Any) -> Path:
+    """A recipe of 40 steps with a teacher on disk; `training` goes over its settings."""
     torch.manual_seed(1)
     build_model("tiny:debug", captions=vocabulary_captions(open_source("scenes?length=50"))).save(folder / "teacher")
     values = {
         "teacher": str(folder / "teacher"),
         "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
-        "data": {"train": "scenes?length=64&size=32", "val": "scenes@val?length=20&size=32"},
+        "data": {"train": "scenes?length=64&size=32", "val": "scenes@val?length=20&size=32", "test": test},
         "method": "clip_kd",
-        "training": {"steps": 40, "batch_size": 16, "evaluate_every": 10, "device": "cpu"},
+        "training": {"steps": 40, "batch_size": 16, "device": "cpu", **training},
         "evaluation": {"templates": "plain"},
+        "baseline": baseline,
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return folder / "recipe.yaml"
+    (folder / "mine.yaml").write_text(yaml.safe_dump(values))
+    return folder / "mine.yaml"
 
 
 class PretendedRuns:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from rich.console import Console
 
@@ -31,11 +30,10 @@ from cmapkd.compare.config import parse_arm, parse_axis
 from cmapkd.compare.picture_table import PictureTable
 from cmapkd.compare.write import rich_table
 from cmapkd.config import ConfigError
-from cmapkd.data.open import open_source
-from cmapkd.models import build_model
 from cmapkd.results import RunResult
-from cmapkd.run import RunConfig, vocabulary_captions
+from cmapkd.run import RunConfig
 from cmapkd.training import Interrupted, NonFiniteLossError
+from compare_support import write_recipe
 
 METHODS = {name: {"method": name} for name in ("contrastive", "hinton", "clip_kd")}
 TEACHER_SCORE = 80.0
@@ -45,20 +43,7 @@ BONUS = {"contrastive": 0.0, "hinton": 5.0, "clip_kd": 12.0}
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of two small steps with a teacher on disk."""
-    folder = tmp_path_factory.mktemp("recipe")
-    torch.manual_seed(1)
-    build_model("tiny:debug", captions=vocabulary_captions(open_source("scenes?length=50"))).save(folder / "teacher")
-    values = {
-        "teacher": str(folder / "teacher"),
-        "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
-        "data": {"train": "scenes?length=64&size=32", "val": "scenes@val?length=20&size=32"},
-        "method": "clip_kd",
-        "training": {"steps": 2, "batch_size": 16, "log_every": 1, "evaluate_every": 1, "device": "cpu"},
-        "evaluation": {"templates": "plain"},
-        "baseline": "scratch",
-    }
-    (folder / "mine.yaml").write_text(yaml.safe_dump(values))
-    return folder / "mine.yaml"
+    return write_recipe(tmp_path_factory.mktemp("recipe"), baseline="scratch", steps=2, log_every=1, evaluate_every=1)
 
 
 class FakeRun:

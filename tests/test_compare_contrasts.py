@@ -24,7 +24,7 @@ LEAD = {"contrastive": 0.0, "hinton": 0.1, "clip_kd": 5.0}
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+    return write_recipe(tmp_path_factory.mktemp("recipe"), evaluate_every=10)
 
 
 def noisy_score(config: RunConfig) -> float:

@@ -22,7 +22,7 @@ RISING = {10: 0.1, 20: 0.4, 30: 0.7, 40: 1.0}
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+    return write_recipe(tmp_path_factory.mktemp("recipe"), evaluate_every=10)
 
 
 def score(config: RunConfig) -> float:

@@ -27,7 +27,7 @@ SEEDS, PICTURES = 5, 100
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+    return write_recipe(tmp_path_factory.mktemp("recipe"), evaluate_every=10)
 
 
 # ------------------------------------------------------------------------------------------------ coverage

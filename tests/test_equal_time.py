@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from cmapkd.cli import main
@@ -17,10 +16,9 @@ from cmapkd.compare import ComparisonConfig, compare, load_comparison, make_plan
 from cmapkd.compare.equal_time import WINDOW, Seconds, key_of, measuring_config
 from cmapkd.compare.seconds import BUSY, measure_all, read_seconds, seconds_a_step, waited_share, waiting_clock
 from cmapkd.config import ConfigError
-from cmapkd.data.open import open_source
-from cmapkd.models import build_model
 from cmapkd.results import RunResult
-from cmapkd.run import RunConfig, vocabulary_captions
+from cmapkd.run import RunConfig
+from compare_support import write_recipe
 
 COST = {"contrastive": 0.1, "hinton": 0.15, "clip_kd": 0.3}
 
@@ -28,19 +26,7 @@ COST = {"contrastive": 0.1, "hinton": 0.15, "clip_kd": 0.3}
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of forty small steps with a teacher on disk."""
-    folder = tmp_path_factory.mktemp("timed_recipe")
-    torch.manual_seed(1)
-    build_model("tiny:debug", captions=vocabulary_captions(open_source("scenes?length=50"))).save(folder / "teacher")
-    values = {
-        "teacher": str(folder / "teacher"),
-        "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
-        "data": {"train": "scenes?length=64&size=32", "val": "scenes@val?length=20&size=32"},
-        "method": "clip_kd",
-        "training": {"steps": 40, "batch_size": 16, "device": "cpu"},
-        "evaluation": {"templates": "plain"},
-    }
-    (folder / "mine.yaml").write_text(yaml.safe_dump(values))
-    return folder / "mine.yaml"
+    return write_recipe(tmp_path_factory.mktemp("timed_recipe"))
 
 
 def comparison(recipe: Path, equal_time: dict[str, Any] | None = None, **changes: Any) -> ComparisonConfig:

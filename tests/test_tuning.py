@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from cmapkd.cli import main
@@ -23,10 +22,10 @@ from cmapkd.compare.tuning import TuningConfig
 from cmapkd.compare.winners import read_tuned
 from cmapkd.config import ConfigError, RunStopped
 from cmapkd.data.open import open_source, split_of
-from cmapkd.models import build_model
 from cmapkd.results import RunResult
-from cmapkd.run import RunConfig, vocabulary_captions
+from cmapkd.run import RunConfig
 from cmapkd.training import Interrupted, NonFiniteLossError
+from compare_support import write_recipe
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3]
 BEST_RATE = 2e-3
@@ -35,23 +34,7 @@ BEST_RATE = 2e-3
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of two small steps with a teacher on disk, validation and test data."""
-    folder = tmp_path_factory.mktemp("tuned_recipe")
-    torch.manual_seed(1)
-    build_model("tiny:debug", captions=vocabulary_captions(open_source("scenes?length=50"))).save(folder / "teacher")
-    values = {
-        "teacher": str(folder / "teacher"),
-        "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
-        "data": {
-            "train": "scenes?length=64&size=32",
-            "val": "scenes@val?length=20&size=32",
-            "test": "scenes@test?length=20&size=32",
-        },
-        "method": "clip_kd",
-        "training": {"steps": 8, "batch_size": 16, "device": "cpu"},
-        "evaluation": {"templates": "plain"},
-    }
-    (folder / "mine.yaml").write_text(yaml.safe_dump(values))
-    return folder / "mine.yaml"
+    return write_recipe(tmp_path_factory.mktemp("tuned_recipe"), test="scenes@test?length=20&size=32", steps=8)
 
 
 class FakeRun:

@@ -26,6 +26,7 @@ def distill(
     method: str | dict[str, Any] | None = None,
     out: str | Path,
     resume: bool = False,
+    extend_to: int | None = None,
     quiet: bool = False,
     overrides: Sequence[str] = (),
     **settings: Any,
@@ -38,6 +39,7 @@ def distill(
             section; method: by name, or with its settings.
         out: run folder.
         resume: go on with an interrupted run in `out`.
+        extend_to: go on with the run in `out`, finished or not, to so many steps.
         overrides: `key=value` strings, as on the command line; they win over everything else.
         settings: other sections of the config, for example `training={"steps": 1000}`, `seed=1`.
     Raises:
@@ -49,7 +51,7 @@ def distill(
     values = load_mapping(recipe) if recipe is not None else {}
     values = merge_mappings(values, {key: value for key, value in given.items() if value is not None})
     config = RunConfig.from_mapping(apply_overrides(values, overrides, where=where), where=where)
-    return run(config, out=Path(out), resume=resume, console=None if quiet else Console())
+    return run(config, out=Path(out), resume=resume, extend_to=extend_to, console=None if quiet else Console())
 
 
 def load(model: str | Path) -> DualEncoder:

@@ -19,6 +19,18 @@ Scores = dict[str, Any]
 _ROLES = ("teacher", "student", "baseline")
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run was trained to its end and measured. `finalize` measures runs that were stopped, too."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return False
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        return not metrics.get("steps", 0) < metrics.get("total_steps", 0)
+    except (ValueError, TypeError, AttributeError, RecursionError):  # damaged: whoever reads it says so
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """The content of a run folder's `metrics.json`, and where it is."""

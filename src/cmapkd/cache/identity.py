@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any
@@ -45,13 +45,12 @@ def identity_of(
 
     The model is read on the CPU or wherever it is; hashing takes about a second for each GB.
     """
-    spec = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.image_spec).items()}
     return {
         "format": FORMAT,
         "teacher": weight_hash(model),
-        "image_spec": spec,
-        "tokenizer": _tokenizer_hash(model, source),
-        "views": _view_hash(views),
+        "image_spec": plain_image_spec(model),
+        "tokenizer": tokenizer_hash(model, _captions(source)),
+        "views": view_hash(views),
         "data": f"{source.fingerprint()} of {len(source)}",
         "precision": precision,
         **({} if texts is None or texts.plain else {"texts": texts.describe()}),
@@ -76,21 +75,26 @@ def weight_hash(model: DualEncoder) -> str:
     return digest.hexdigest()
 
 
+def plain_image_spec(model: DualEncoder) -> dict[str, Any]:
+    """The model's image preprocessing as plain data."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.image_spec).items()}
+
+
 def row_check(sample_id: str, view: int, caption: str) -> int:
     """The number that a row carries of what it answers, so that no other view or caption can pass for it; never 0."""
     text = f"{len(sample_id)} {sample_id} {view} {caption}".encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") | 1
 
 
-def _view_hash(views: ViewSpec) -> str:
+def view_hash(views: ViewSpec) -> str:
     """Of the ranges and of what is drawn from them, so that a change of the drawing shows as well."""
     drawn = [draw_view("probe", number, views, (640, 480)) for number in range(4)]
     return f"{views.fingerprint()} {digest_of(repr(drawn).encode())}"
 
 
-def _tokenizer_hash(model: DualEncoder, source: Source) -> str:
-    """Of what it makes of some texts: every family's tokenizer can be asked for that."""
-    texts = [*_TEXTS, *_captions(source)]
+def tokenizer_hash(model: DualEncoder, captions: Iterable[str] = ()) -> str:
+    """Of what it makes of some texts, and of `captions`: every family's tokenizer can be asked for that."""
+    texts = [*_TEXTS, *captions]
     tokens = model.tokenizer(texts)
     digest = blake2b(f"{model.tokenizer.context_length} {model.tokenizer.vocab_size}".encode(), digest_size=16)
     for tensor in (tokens.ids.long(), tokens.mask):

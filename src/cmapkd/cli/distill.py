@@ -14,6 +14,10 @@ def distill(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder: new, or an interrupted one with --resume.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    extend_to: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Go on with the run in --out, finished or not, to so many steps."),
+    ] = None,
 ) -> None:
     """Train a student from a recipe and measure it beside its teacher."""
     from rich.console import Console
@@ -32,9 +36,10 @@ def distill(
 
     config = load_config(RunConfig, recipe, overrides or [])
     try:
-        result = run(config, out=out, resume=resume, console=console)
+        result = run(config, out=out, resume=resume, extend_to=extend_to, console=console)
     except Interrupted as stopped:
-        command = shlex.join(["cmapkd", "distill", recipe, *(overrides or []), "--out", str(out), "--resume"])
+        how = ["--resume"] if extend_to is None else ["--extend-to", str(extend_to)]
+        command = shlex.join(["cmapkd", "distill", recipe, *(overrides or []), "--out", str(out), *how])
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if result.metrics:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from cmapkd.results import is_finished
+
 LAST_QUARTER = 0.75
 _END = 0.95  # a last validation before this share of the steps does not tell how a run ended
 
@@ -13,7 +15,7 @@ _END = 0.95  # a last validation before this share of the steps does not tell ho
 def read_validations(folder: Path) -> dict[str, dict[int, float]]:
     """Validation numbers of a finished run: name -> step -> value; empty for other runs, whose curves are cut short."""
     path = folder / "metrics.jsonl"
-    if not (folder / "metrics.json").is_file() or not path.is_file():
+    if not is_finished(folder) or not path.is_file():
         return {}
     curves: dict[str, dict[int, float]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():

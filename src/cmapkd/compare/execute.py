@@ -37,7 +37,7 @@ from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.evaluation.run import evaluate
 from cmapkd.models import Model, build_model, load_model
-from cmapkd.results import RunResult, Scores
+from cmapkd.results import RunResult, Scores, is_finished
 from cmapkd.run import RunConfig, run
 from cmapkd.training import Interrupted, NonFiniteLossError
 
@@ -267,8 +267,11 @@ def _finished(
 ) -> dict[str, Any]:
     """The metrics of a run: read if it is done, resumed if it was begun, trained otherwise."""
     stored = folder / "config.yaml"
-    if not (folder / "metrics.json").is_file():
-        return run(config, out=folder, resume=stored.is_file(), console=console, teacher_scores=teacher_scores).metrics
+    if not is_finished(folder):
+        keep = None if "keep_checkpoints" in config.training.model_fields_set else 0
+        return run(
+            config, out=folder, resume=stored.is_file(), console=console, teacher_scores=teacher_scores, keep=keep
+        ).metrics
     if yaml.safe_load(stored.read_text(encoding="utf-8")) != config.plain():
         raise ConfigError(f"{stored} was changed after its run: move {folder} away, so that the run is made anew")
     return RunResult.read(folder).metrics

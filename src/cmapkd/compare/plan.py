@@ -18,6 +18,7 @@ from cmapkd.compare.rows import PlannedRun, Row, planned_run
 from cmapkd.compare.winners import Tuned
 from cmapkd.config import ConfigError, closest
 from cmapkd.methods import METHODS
+from cmapkd.results import is_finished
 from cmapkd.run import RunConfig
 
 
@@ -64,7 +65,7 @@ class Plan:
     def state(self, run: PlannedRun, out: Path) -> str:
         """`finished`, `begun` or `new`, by what is in the run's folder."""
         folder = self.folder(run, out)
-        if (folder / "metrics.json").is_file():
+        if is_finished(folder):
             return "finished"
         return "begun" if (folder / "config.yaml").is_file() else "new"
 

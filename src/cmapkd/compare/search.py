@@ -20,7 +20,7 @@ from cmapkd.compare.tuning import TuningConfig
 from cmapkd.compare.winners import Tuned, read_tuned
 from cmapkd.config import ConfigError, RunStopped, printable
 from cmapkd.config.disk import write_text
-from cmapkd.results import RunResult
+from cmapkd.results import RunResult, is_finished
 
 DIVERGED = "diverged.json"  # in the folder of a trial whose loss was no number: it is not tried again
 CarryOut = Callable[[PlannedRun, Iterable[PlannedRun], Mapping[str, Outcome]], Outcome]
@@ -44,7 +44,7 @@ class Trials:
         if planned.digest in self.outcomes:
             return self.outcomes[planned.digest]
         folder = Plan.folder(planned, self.out)
-        if (folder / "metrics.json").is_file():
+        if is_finished(folder):
             return Outcome(folder, "finished", RunResult.read(folder).metrics)
         if (folder / DIVERGED).is_file():
             error = json.loads((folder / DIVERGED).read_text(encoding="utf-8"))["error"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def error_number(error: BaseException) -> int:
         return error.errno or 0
     found = _IN_WORDS.search(str(error))
     return int(found[1]) if found else 0
+
+
+def usual_rights(files: Iterable[Path]) -> None:
+    """Gives files the rights that any new file has in their folder: some libraries write for the owner alone."""
+    rights: dict[Path, int] = {}
+    for file in list(files):  # before the first probe is there to be found
+        folder = file.parent
+        if folder not in rights:
+            probe = folder / f".{os.getpid()}.rights"
+            probe.touch()
+            rights[folder] = stat.S_IMODE(probe.stat().st_mode)
+            probe.unlink()
+        file.chmod(rights[folder])
 
 
 def flush(path: Path) -> None:

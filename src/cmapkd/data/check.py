@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.config import RunStopped
+from cmapkd.config.disk import usual_rights
 
 NO_CAPTION = "no caption"
 FILE_NAME = "bad_samples.jsonl"
@@ -99,7 +100,7 @@ class SampleLedger:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 for sample_id, reason in self._bad.items():
                     file.write(json.dumps({"id": sample_id, "reason": reason}) + "\n")
-            Path(name).chmod(0o644)
+            usual_rights([Path(name)])
             return Path(name).replace(folder / FILE_NAME)
         except BaseException:
             Path(name).unlink(missing_ok=True)

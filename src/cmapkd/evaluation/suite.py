@@ -52,7 +52,7 @@ def evaluate_models(
     config = config or EvaluationConfig()
     if not models:
         raise ValueError("there is no model to evaluate")
-    if source is not None and train is not None and _same(source, train):
+    if source is not None and train is not None and same_samples(source, train):
         raise ConfigError(
             f"probes would learn from {train.name}, which is what is scored: name another split to train on"
         )
@@ -152,6 +152,6 @@ def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Benc
     return {name: task for name, task in wanted.items() if name not in refused}
 
 
-def _same(first: Source, second: Source) -> bool:
+def same_samples(first: Source, second: Source) -> bool:
     """Either alone is enough: a limit changes the fingerprint of the same samples, another spelling the name."""
     return first is second or first.name == second.name or first.fingerprint() == second.fingerprint()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.config import ConfigError, DiskError
-from cmapkd.config.disk import FULL, READ_ONLY, error_number, flush
+from cmapkd.config.disk import FULL, READ_ONLY, error_number, flush, usual_rights
 
 MANIFEST = "export.json"
 
@@ -39,6 +39,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
+        usual_rights(file for file in temporary.rglob("*") if file.is_file())
         for file in temporary.rglob("*"):
             flush(file)
         refuse_existing(out)

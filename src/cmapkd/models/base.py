@@ -114,6 +114,7 @@ class DualEncoder(Model):
         image_spec: the model's own resize and normalisation.
         tokenizer: the model's own tokenizer.
         image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
+        random_towers: the towers that have random weights, of a model that was just built; () once it was trained.
         assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
     """
 
@@ -123,6 +124,7 @@ class DualEncoder(Model):
     image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
     assumed_activation: Literal["gelu", "quick_gelu"] | None = None
+    random_towers: tuple[Tower, ...] = ()
 
     @property
     @abstractmethod

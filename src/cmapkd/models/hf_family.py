@@ -19,6 +19,7 @@ from cmapkd.models.hf_model import HfModel
 from cmapkd.models.hf_tokenizer import HfTokenizer, as_siglip_was_trained, check_end_token, pad_on_the_right
 from cmapkd.models.hub import hub_options
 from cmapkd.models.storage import check_sizes
+from cmapkd.models.types import BOTH
 
 SUPPORTED = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -176,7 +177,9 @@ def _assemble(
         config.text_config.eos_token_id = model.text_model.eos_token_id = check_end_token(native, name=name)
     tokenizer = HfTokenizer(native, context_length=length, to_full_length=siglip, canonical=siglip)
     processor = _processor(source, fetching, config, name, scratch=scratch)
-    return HfModel(model, tokenizer=tokenizer, processor=processor, name=name)
+    assembled = HfModel(model, tokenizer=tokenizer, processor=processor, name=name)
+    assembled.random_towers = BOTH if scratch else ()
+    return assembled
 
 
 def _tokenizer(source: str, fetching: dict[str, Any], name: str) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
+from cmapkd.config.disk import usual_rights
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.hf_tokenizer import HfTokenizer
@@ -114,6 +115,7 @@ class HfModel(DualEncoder):
             for part in (self.model.config.text_config, self.model.config.vision_config):
                 part.projection_dim = self.embed_dim
         self.model.save_pretrained(folder)
+        usual_rights(folder.glob("*.safetensors"))
         self.tokenizer.native.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 

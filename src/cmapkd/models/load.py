@@ -50,8 +50,10 @@ def build_model(
         )
     if config.inherit is not None:
         model = _inherited(model, config.inherit, teacher)
+        model.random_towers = ()
     if config.checkpoint is not None:
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
+        model.random_towers = ()
     return model.eval()
 
 
@@ -75,6 +77,11 @@ def load_model(folder: str | Path) -> DualEncoder:
         raise ValueError(f"there is no model folder {folder}")
     if not (folder / DESCRIPTION).exists() and (folder / "student" / DESCRIPTION).exists():
         folder = folder / "student"
+    if not (folder / DESCRIPTION).exists() and (folder / "config.yaml").exists():
+        raise ValueError(
+            f"{folder} is a run without student: it was stopped before its end. Go on with it (cmapkd distill RECIPE "
+            f"--out {folder} --resume), or make one of a checkpoint: cmapkd finalize {folder}"
+        )
     description = read_description(folder)
     with explained(f"model folder {folder}"):
         name = str(description["family"])

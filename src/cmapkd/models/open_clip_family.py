@@ -20,7 +20,7 @@ from cmapkd.models.open_clip_pruning import resize
 from cmapkd.models.open_clip_tokenizer import is_siglip, make_tokenizer
 from cmapkd.models.prunable import TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.types import Tower
+from cmapkd.models.types import BOTH, Tower
 
 # In open_clip's own order, safe formats first.
 _WEIGHT_FILES = (
@@ -176,7 +176,7 @@ def _assemble(
         load_native_weights(model, read_weights(weights), where=weights)
     fit_image_size(model, where=name)
     ready = make_tokenizer(text, folder=folder)
-    return OpenClipModel(
+    assembled = OpenClipModel(
         model,
         config=config,
         preprocess=preprocess,
@@ -184,6 +184,8 @@ def _assemble(
         name=name,
         either_activation=either_activation,
     )
+    assembled.random_towers = BOTH if weights is None else ()
+    return assembled
 
 
 def _preprocess(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
@@ -27,7 +26,7 @@ from cmapkd.models.open_clip_pruning import prunable_towers, resize
 from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.prunable import PrunableTower, TowerSizes
-from cmapkd.models.storage import load_weights, read_weights, write_model_folder
+from cmapkd.models.storage import load_weights, read_weights, write_model_folder, write_tensors
 from cmapkd.models.types import Level, LevelInfo, Tower, TowerFeatures
 
 NATIVE_CONFIG, NATIVE_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -214,8 +213,7 @@ class OpenClipModel(DualEncoder):
         write_model_folder(folder, family=self.family, name=self.name, options=options)
         if self.sizes is None:
             save_config_for_hf(self.model, folder / NATIVE_CONFIG, model_config=self.config)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.model.state_dict().items()}
-        save_file(tensors, folder / NATIVE_WEIGHTS)
+        write_tensors(folder / NATIVE_WEIGHTS, self.model.state_dict())
         if hasattr(self.tokenizer.native, "save_pretrained"):
             self.tokenizer.native.save_pretrained(folder)
         if has_transformers_text(self.model):

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cmapkd.config.disk import usual_rights
 from cmapkd.config.leaves import leaves
 from cmapkd.models.weight_files import read_weights
 
@@ -21,6 +22,7 @@ __all__ = [
     "read_description",
     "read_weights",
     "write_model_folder",
+    "write_tensors",
 ]
 
 DESCRIPTION = "cmapkd.json"  # family, name and options of the model in a folder
@@ -54,7 +56,13 @@ def write_model_folder(
     description = {"format": 1, "family": family, "name": name, "options": dict(options)}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if weights is not None:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, folder / WEIGHTS)
+        write_tensors(folder / WEIGHTS, weights)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that others may read as they may read any new file: the library's own is for the owner."""
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+    usual_rights([path])
 
 
 def read_description(folder: Path) -> dict[str, Any]:

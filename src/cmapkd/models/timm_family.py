@@ -16,6 +16,7 @@ from cmapkd.models.families import Loader
 from cmapkd.models.open_clip_build import construct, fit_image_size
 from cmapkd.models.open_clip_model import OpenClipModel
 from cmapkd.models.open_clip_tokenizer import make_tokenizer
+from cmapkd.models.types import BOTH
 
 
 class TimmOptions(Config):
@@ -100,7 +101,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     if pretrained:
         model = _with_timm_weights(model_config, preprocess, config.name, own)
     fit_image_size(model, where=config.name)
-    return OpenClipModel(
+    assembled = OpenClipModel(
         model,
         config=model_config,
         preprocess=preprocess,
@@ -108,6 +109,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
         name=config.name,
         family="timm",
     )
+    assembled.random_towers = ("text",) if pretrained else BOTH
+    return assembled
 
 
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:

@@ -13,6 +13,7 @@ from cmapkd.models.config import ModelConfig
 from cmapkd.models.families import Loader
 from cmapkd.models.storage import DESCRIPTION, WEIGHTS, load_weights, read_description, read_weights
 from cmapkd.models.tiny import PRESETS, TinyDualEncoder, TinyOptions
+from cmapkd.models.types import BOTH
 from cmapkd.models.vocabulary import TrainedTokenizer
 
 
@@ -37,7 +38,9 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
             f"({', '.join('tiny:' + name for name in packaged) or 'a run folder'})"
         )
     tokenizer = TrainedTokenizer.train(captions, vocab_size=options.vocab_size, context_length=options.context_length)
-    return TinyDualEncoder(options, tokenizer, name=config.name)
+    model = TinyDualEncoder(options, tokenizer, name=config.name)
+    model.random_towers = BOTH
+    return model
 
 
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001

@@ -15,6 +15,7 @@ from cmapkd.run.build import (
 from cmapkd.run.cached import answer_from_cache, plan_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.execute import run
+from cmapkd.run.finalize import finalize
 
 __all__ = [
     "RunConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "build_student",
     "check_training",
     "classes_of",
+    "finalize",
     "heads_of",
     "load_teachers",
     "method_of",

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
 
 from cmapkd.config import ConfigError, closest, printable, writing
-from cmapkd.data.types import Source
 from cmapkd.results import RunResult, Scores
 from cmapkd.run.build import open_training
 from cmapkd.run.config import RunConfig
-from cmapkd.run.folder import prepare_folder, write_json, write_yaml
+from cmapkd.run.folder import prepare_folder, write_begun, write_json, write_yaml
 from cmapkd.run.lock import locked
-from cmapkd.run.measure import account, measure, open_final
-from cmapkd.run.train import train
+from cmapkd.run.measure import Measured, account, measure
+from cmapkd.run.prolong import prolonged, told
+from cmapkd.run.train import Trained, train
+from cmapkd.training.checkpoint import remove_finished
 from cmapkd.training.processes import start_processes, wait_for_all, was_restarted
 
 
@@ -25,16 +28,20 @@ def run(
     *,
     out: Path,
     resume: bool = False,
+    extend_to: int | None = None,
     console: Console | None = None,
     teacher_scores: Scores | None = None,
+    keep: int | None = None,
 ) -> RunResult:
     """Trains the student, measures it beside its teacher and baseline, and leaves everything in `out`.
 
     Args:
         out: run folder, new or empty; with `resume`, one that an interrupted run of the same config left. Processes
             that torchrun started again resume by themselves.
+        extend_to: go on with the run in `out` to so many steps; it may be finished.
         console: where progress is shown; none for silence.
         teacher_scores: this teacher's on the same final data, if they are known from another run; measured if none.
+        keep: checkpoints that the finished run keeps; none: the last one, or none where the config keeps none.
     Returns:
         What `metrics.json` holds. In processes other than the first, an empty result.
     Raises:
@@ -52,45 +59,89 @@ def run(
             open_training(config.scratch())
         except ConfigError as error:
             raise ConfigError(f"baseline scratch, which learns from captions: {error} Or set baseline=none.") from None
-    final = open_final(config)  # first, so that a wrong name shows before the training and not after it
+    if extend_to is not None:
+        config = prolonged(config, out, extend_to)
+    measured = Measured.open(config)  # first, so that a wrong name shows before the training and not after it
     state = start_processes(on_cpu=config.training.on_cpu)
     with locked(out) if state.is_main_process else nullcontext():
-        return _run(config, final, state, out=out, resume=resume, console=console, teacher_scores=teacher_scores)
+        command = Command(config, measured, state, out, console, longer=extend_to is not None)
+        return command.run(resume=resume, teacher_scores=teacher_scores, keep=keep)
 
 
-def _run(
-    config: RunConfig,
-    final: Source | None,
-    state: PartialState,
-    *,
-    out: Path,
-    resume: bool,
-    console: Console | None,
-    teacher_scores: Scores | None,
-) -> RunResult:
-    """The run in its folder, which is this process's or its main process's alone."""
-    with state.main_process_first():
-        resume = resume or (was_restarted() and (out / "config.yaml").exists())
-        prepare_folder(out, config, resume=resume, write=state.is_main_process)
-    student, trained, extra = train(config, out=out, resume=resume, console=console, title="student")
-    baseline_folder: Path | None = None
-    if config.baseline == "scratch":
-        baseline_folder = out / "baseline"
-        baseline_config = config.scratch()
-        if state.is_main_process:
-            with writing(out):
-                baseline_folder.mkdir(exist_ok=True)
-            write_yaml(baseline_folder / "config.yaml", baseline_config.plain())
-        train(baseline_config, out=baseline_folder, resume=resume, console=console, title="scratch")
-    elif isinstance(config.baseline, Path):
-        baseline_folder = config.baseline
-    if not state.is_main_process:
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One run in its folder, which is this process's or its main process's alone."""
+
+    config: RunConfig
+    measured: Measured
+    state: PartialState
+    out: Path
+    console: Console | None
+    longer: bool = False  # the run is prolonged
+
+    def run(self, *, resume: bool, teacher_scores: Scores | None, keep: int | None) -> RunResult:
+        """Trains, measures and writes; see `run`."""
+        config, out, main = self.config, self.out, self.state.is_main_process
+        with self.state.main_process_first():
+            resume = resume or self.longer or (was_restarted() and (out / "config.yaml").exists())
+            prepare_folder(out, config, resume=resume, write=main, longer=self.longer)
+        if self.longer and main:
+            self._say(told(config, out))
+        student = train(
+            config,
+            self.measured,
+            out=out,
+            resume=resume,
+            console=self.console,
+            title="student",
+            more_trainings=int(config.baseline == "scratch"),
+            begin=self._write_longer,
+        )
+        baseline = self._baseline(resume=resume)
+        if not main:
+            wait_for_all()
+            return RunResult(out, {})
+        metrics = self.measure(student, baseline, teacher_scores)
+        kept = min(1, config.training.keep_checkpoints if keep is None else keep)
+        for folder in (out, out / "baseline"):
+            remove_finished(folder / "checkpoints", keep=kept)
         wait_for_all()
-        return RunResult(out, {})
-    scores = measure(config, final, student, baseline_folder, teacher_scores, device=state.device, out=out)
-    metrics = scores | account(config, trained, extra, final)
-    write_json(out / "metrics.json", metrics)
-    wait_for_all()
-    if console is not None and trained.ledger.num_bad:
-        console.print(printable(trained.ledger.summary()), markup=False, highlight=False)
-    return RunResult(out, metrics)
+        if self.console is not None and student.result.ledger.num_bad:
+            self._say(printable(student.result.ledger.summary()))
+        return RunResult(out, metrics)
+
+    def measure(self, student: Trained, baseline: Path | None, teacher_scores: Scores | None) -> dict[str, Any]:
+        """What `metrics.json` holds, which is written."""
+        config, out, final = self.config, self.out, self.measured.final
+        scores = measure(
+            config, final, student.student, baseline, teacher_scores, device=self.state.device, out=out, say=self._say
+        )
+        metrics = scores | account(config, student.result, student.extra_params, final)
+        if student.remarks:
+            metrics["remarks"] = list(student.remarks)
+        write_begun(out, config)
+        write_json(out / "metrics.json", metrics)
+        return metrics
+
+    def _baseline(self, *, resume: bool) -> Path | None:
+        """The folder of what the student is compared with, trained here if the config says so."""
+        config, out = self.config, self.out
+        if isinstance(config.baseline, Path):
+            return config.baseline
+        if config.baseline == "none":
+            return None
+        folder, alone = out / "baseline", config.scratch()
+        if self.state.is_main_process:
+            with writing(out):
+                folder.mkdir(exist_ok=True)
+            write_yaml(folder / "config.yaml", alone.plain())
+        train(alone, self.measured, out=folder, resume=resume, console=self.console, title="scratch")
+        return folder
+
+    def _write_longer(self) -> None:
+        if self.longer and self.state.is_main_process:
+            write_yaml(self.out / "config.yaml", self.config.plain())
+
+    def _say(self, message: str) -> None:
+        if self.console is not None and self.state.is_main_process:
+            self.console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -11,17 +11,24 @@ from typing import Any
 import yaml
 
 from cmapkd.config import ConfigError, fixed_differences, refuse_secrets, writing
-from cmapkd.config.disk import flush, write_text
+from cmapkd.config.disk import flush, usual_rights, write_text
 from cmapkd.models import Model
 from cmapkd.provenance import describe_environment
 from cmapkd.run.config import RunConfig
+from cmapkd.run.contents import may_have_moved
 from cmapkd.run.lock import LOCK
+from cmapkd.training.checkpoint import Progress, read_progress
 
+_LENGTH = ("training.steps", "training.epochs")
 _FIRST_FILES = (LOCK, "config.yaml", "environment.json", ".config.yaml.writing", ".environment.json.writing")
 
 
-def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) -> None:
-    """Makes the run folder, or checks that the one there belongs to this config."""
+def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool, longer: bool = False) -> None:
+    """Makes the run folder, or checks that the one there belongs to this config.
+
+    Args:
+        longer: the run is prolonged, so that its length may differ.
+    """
     stored = out / "config.yaml"
     if resume and stored.exists():
         try:
@@ -30,12 +37,19 @@ def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) -
             raise ConfigError(
                 f"{stored} is damaged ({error}): restore it, or start a new run in another folder"
             ) from None
-        changed = [f"{key} ({pair})" for key, pair in changed_settings(before, config).items()]
+        stored_contents = (read_progress(out / "checkpoints") or Progress()).contents
+        changed = [
+            f"{key} ({pair})"
+            for key, pair in changed_settings(before, config).items()
+            if not (longer and key in _LENGTH)
+            and not may_have_moved(key, _at(before, key), _at(config.plain(), key), stored_contents)
+        ]
         if changed:
             raise ConfigError(
                 f"{out} was started with other settings: {', '.join(changed)}. Resume with the same recipe and "
                 "overrides, or start a new run in another folder. docs/reliability.md lists what may change."
             )
+        _check_checkpoints_are_there(out)
         if write and not (out / "environment.json").exists():  # killed before it was written
             _write_environment(out, config)
         return
@@ -51,6 +65,28 @@ def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool) -
         out.mkdir(parents=True, exist_ok=True)
     write_yaml(stored, config.plain())
     _write_environment(out, config)
+
+
+def _check_checkpoints_are_there(out: Path) -> None:
+    """Raises:
+    ConfigError: the run has a student and no checkpoint any more, so that a resume would begin anew.
+    """
+    folder = out / "checkpoints"
+    if (out / "student").is_dir() and not (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(
+            f"{out} is finished and keeps no checkpoints (training.keep_checkpoints=0), so there is nothing to go on "
+            f"with: score its student with cmapkd evaluate {out}, or train anew in another folder"
+        )
+
+
+def write_begun(out: Path, config: RunConfig) -> None:
+    """Writes what a run begins with once more, if somebody removed it while the run went on."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if not (out / "config.yaml").exists():
+        write_yaml(out / "config.yaml", config.plain())
+    if not (out / "environment.json").exists():
+        _write_environment(out, config)
 
 
 def _write_environment(out: Path, config: RunConfig) -> None:
@@ -69,6 +105,12 @@ def changed_settings(before: Any, config: RunConfig) -> dict[str, str]:
     return fixed_differences(config, before, config.plain())
 
 
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
 def save_student(student: Model, folder: Path) -> None:
     """Writes the model folder whole: under another name first."""
     temporary = folder.with_name(f".{folder.name}.writing")
@@ -76,6 +118,7 @@ def save_student(student: Model, folder: Path) -> None:
     with writing(folder.parent):
         try:
             student.save(temporary)
+            usual_rights(file for file in temporary.rglob("*") if file.is_file())
             for file in temporary.rglob("*"):
                 flush(file)
             shutil.rmtree(folder, ignore_errors=True)

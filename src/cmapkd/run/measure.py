@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -22,11 +24,34 @@ RANKS = "ranks.safetensors"
 """In a run folder: the ranks by picture of the student on the final source."""
 
 
-def validator_of(config: RunConfig) -> Any:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The sources that a run is measured on."""
+
+    val: Source | None  # on the way; None where nothing is validated
+    final: Source | None  # at the end; None where no data are named
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Self:
+        """Raises ConfigError: a source cannot be opened."""
+        data, final = config.data, None
+        if data.final is not None:
+            final = open_source(data.final, split="test" if data.test else "val")
+        if data.val is None or config.training.evaluate_every is None:
+            return cls(None, final)
+        return cls(open_source(data.val, split="val") if data.test else final, final)
+
+    def named(self, config: RunConfig) -> dict[str, Source]:
+        """Those that there are, by their settings."""
+        final = "data.test" if config.data.test else "data.val"
+        pairs = (("data.val", self.val), (final, self.final))
+        return {key: source for key, source in pairs if source is not None}
+
+
+def validator_of(config: RunConfig, source: Source | None) -> Any:
     """Measures a student on the validation source; None where there is none."""
-    if config.data.val is None or config.training.evaluate_every is None:
+    if source is None:
         return None
-    source = open_source(config.data.val, split="val")
 
     def validate(student: Model) -> dict[str, float]:
         scores = _evaluate(student, source, config, device=student.device)
@@ -68,13 +93,6 @@ def _evaluate(
         ) from error
 
 
-def open_final(config: RunConfig) -> Source | None:
-    """The source of the final numbers; None where none is named."""
-    if config.data.final is None:
-        return None
-    return open_source(config.data.final, split="test" if config.data.test else "val")
-
-
 def measure(
     config: RunConfig,
     source: Source | None,
@@ -84,40 +102,56 @@ def measure(
     *,
     device: torch.device,
     out: Path,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Scores on the final source of student, baseline and the first teacher, to which the gap is taken.
 
     The student's ranks by picture are written into `out`.
-    """
 
-    def scores(model: Model | None, ranks_file: Path | None = None) -> Scores | None:
-        if model is None:
-            return None
+    Args:
+        say: is told what is being done.
+    """
+    name = baseline_name(config, baseline)
+    todo = [] if teacher_scores is not None or config.teacher is None else ["teacher"]
+    todo += ["student"] + ([] if name is None else [name])
+
+    def scores(role: str, model: Model, ranks_file: Path | None = None) -> Scores:
         if source is None:
             return count_parameters(model)
+        limit = config.evaluation.limit
+        size = len(source) if limit is None else min(limit, len(source))
+        say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {size:,} samples of {source.name}")
         return _evaluate(model, source, config, device=device, ranks_file=ranks_file)
 
     teacher = teacher_scores
     if teacher is None and config.teacher is not None:
-        teacher = scores(build_model(config.teacher))
-    student_scores = scores(student, out / RANKS)
-    baseline_scores = scores(load_model(baseline)) if baseline is not None else None
+        teacher = scores("teacher", build_model(config.teacher))
+    student_scores = scores("student", student, out / RANKS)
+    baseline_scores = scores(str(name), load_model(baseline)) if baseline is not None else None
     return {
         "teacher": teacher,
         "student": student_scores,
         "baseline": baseline_scores,
-        "baseline_name": None if baseline is None else "scratch" if config.baseline == "scratch" else baseline.name,
+        "baseline_name": name,
         "gap_closed": gap_closed(teacher, student_scores, baseline_scores),
     }
 
 
+def baseline_name(config: RunConfig, baseline: Path | None) -> str | None:
+    if baseline is None:
+        return None
+    return "scratch" if config.baseline == "scratch" else baseline.name
+
+
 def account(config: RunConfig, trained: TrainResult, extra_params: int, source: Source | None) -> dict[str, Any]:
     """How the run went and what it took."""
-    return {
+    remarks = {"extended": trained.extended} if trained.extended else {}
+    return remarks | {
         "method": config.method.name,
         "evaluated_on": source.name if source is not None else None,
         "seed": config.seed,
         "steps": trained.steps,
+        "total_steps": trained.total,  # that the run is to have: more where it was stopped
         "batch_size": config.training.batch_size,
         "train_seconds": round(trained.seconds, 1),
         "extra_params": extra_params,  # trained beside the student's

@@ -1,8 +1,10 @@
-"""One training of a run, from its sources to the saved student."""
+"""One training of a run, from its sources to the saved student; and a student out of one of its checkpoints."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,16 +13,18 @@ from accelerate import PartialState
 from rich.console import Console
 
 from cmapkd.config import ConfigError, writing
-from cmapkd.data.batches import BatchBuilder
+from cmapkd.data.batches import Answers, BatchBuilder, Batches
+from cmapkd.data.texts import TextChoice
+from cmapkd.data.types import Source
 from cmapkd.evaluation.probes.joint import JointHeads
-from cmapkd.models import DualEncoder, MomentumTeacher
+from cmapkd.methods import Method
+from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, build_model
 from cmapkd.models.activation import assumption
 from cmapkd.run.build import (
     build_student,
     check_training,
     classes_of,
     heads_of,
-    load_teachers,
     method_of,
     open_training,
     readers,
@@ -29,37 +33,185 @@ from cmapkd.run.build import (
 )
 from cmapkd.run.cached import answer_from_cache
 from cmapkd.run.config import RunConfig
+from cmapkd.run.contents import check_contents, contents_of
 from cmapkd.run.folder import save_student
-from cmapkd.run.measure import validator_of
+from cmapkd.run.measure import Measured, validator_of
+from cmapkd.run.remarks import remarks_on_data, remarks_on_length, remarks_on_teachers
 from cmapkd.training import Trainer, TrainResult
-from cmapkd.training.checkpoint import checkpoint_path, read_checkpoint
+from cmapkd.training.checkpoint import Contents, checkpoint_path, read_checkpoint, read_progress
+from cmapkd.training.progress import Outlook
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training leaves beside its files."""
+
+    student: DualEncoder
+    result: TrainResult
+    extra_params: int  # the method's own, beside the student's
+    remarks: tuple[str, ...]  # what should be known of it
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """Says what a training is doing; in the first process, if there is a console."""
+
+    console: Console | None
+    title: str
+
+    def __call__(self, message: str) -> None:
+        if self.console is not None and PartialState().is_main_process:
+            self.console.print(f"{self.title}: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A training that is ready to begin, go on, or be taken out of a checkpoint."""
+
+    trainer: Trainer
+    method: Method
+    extra_params: int
+    remarks: tuple[str, ...]
 
 
 def train(
-    config: RunConfig, *, out: Path, resume: bool, console: Console | None, title: str
-) -> tuple[DualEncoder, TrainResult, int]:
-    """Builds the parts, trains, and saves `student/`. Returns the method's own parameters' number last."""
+    config: RunConfig,
+    measured: Measured,
+    *,
+    out: Path,
+    resume: bool,
+    console: Console | None,
+    title: str,
+    more_trainings: int = 0,
+    begin: Callable[[], None] = lambda: None,
+) -> Trained:
+    """Builds the parts, trains, and saves `student/`.
+
+    Args:
+        measured: the sources of validation and test.
+        more_trainings: that the command makes after this one, for its estimate of the time left.
+        begin: called when nothing stands in the way of the first step.
+    Raises:
+        ConfigError: a resume with other contents than the checkpoints were trained with.
+    """
+    prepared = _prepare(
+        config, measured, out=out, resume=resume, voice=Voice(console, title), more_trainings=more_trainings
+    )
+    trainer = prepared.trainer
+    begin()
+    trained = trainer.run(resume=resume)
+    if trainer.accelerator.is_main_process and config.training.student == "best":
+        assert trained.best_step is not None
+        tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
+        trained.student.load_state_dict(tensors["student"])
+    return _left(prepared, trained, out)
+
+
+def restore(config: RunConfig, measured: Measured, checkpoint: Path, *, out: Path, console: Console | None) -> Trained:
+    """Takes the student out of a checkpoint of `out`, and saves `student/`.
+
+    Raises:
+        ConfigError: data or models are not those that it was trained with.
+        ValueError: the checkpoint is damaged.
+    """
+    prepared = _prepare(config, measured, out=out, resume=True, voice=Voice(console, "student"), answers=False)
+    return _left(prepared, prepared.trainer.restore(checkpoint), out)
+
+
+def _left(prepared: Prepared, trained: TrainResult, out: Path) -> Trained:
+    student = trained.student
+    assert isinstance(student, DualEncoder)
+    student.random_towers = ()
+    if prepared.trainer.accelerator.is_main_process:
+        save_student(student, out / "student")
+        if isinstance(prepared.method.auxiliary, JointHeads):
+            with writing(out):
+                prepared.method.auxiliary.save(out / "heads")
+    return Trained(student, trained, prepared.extra_params, prepared.remarks)
+
+
+def _prepare(
+    config: RunConfig,
+    measured: Measured,
+    *,
+    out: Path,
+    resume: bool,
+    voice: Voice,
+    more_trainings: int = 0,
+    answers: bool = True,
+) -> Prepared:
+    """Builds the parts of a training.
+
+    Args:
+        answers: whether cached teachers answer from disk, for which the cache is built; not needed without steps.
+    """
     source = open_training(config)
-    teachers = load_teachers(config)
+    remarks = _said(voice, remarks_on_data(config, source, measured)) if voice.title == "student" else []
+    teachers = _loaded_teachers(config, voice)
+    if voice.title == "student":
+        remarks += _said(voice, remarks_on_teachers(teachers))
     torch.manual_seed(config.seed)
+    voice(f"building {config.student.name}")
     student = build_student(config, source, teachers)
+    voice(f"{config.student.name} has {_sizes(student)}")
     if config.baseline == "scratch":
         _check_parts_of_baseline(config, student)
-    if console is not None and PartialState().is_main_process:
-        for model in (student, *(teacher.model for teacher in teachers.values())):
-            if (assumed := assumption(model)) is not None:
-                console.print(f"{title}: {assumed}", markup=False, highlight=False, soft_wrap=True)
+    for model in (student, *(teacher.model for teacher in teachers.values())):
+        if (assumed := assumption(model)) is not None:
+            voice(assumed)
     classes = classes_of(config, source)
     if classes is not None and "teacher" in teachers:
         teachers["teacher"].to(PartialState().device)  # a method embeds the classes with it when it is built
+    contents = contents_of(
+        config, source=source, measured=measured.named(config), student=student, teachers=teachers, classes=classes
+    )
+    if resume:
+        _check_stored(contents, out, voice)
     torch.manual_seed(config.seed)
     random.seed(config.seed)  # nothing of ours draws from it, but a library may, and checkpoints hold its state
     method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
     texts = texts_of(config, method, source)
-    assert config.data.views is not None
     check_training(config, method, source)
-    stored = answer_from_cache(config, method, source, console) if config.cache else {}
+    stored = answer_from_cache(config, method, source, voice.console) if config.cache and answers else {}
     teachers.clear()  # a cached one has no weights, and this would keep them
+    outlook = Outlook(
+        0 if measured.val is None else _limited(config, measured.val),
+        more_trainings,
+        0 if measured.final is None else _limited(config, measured.final),
+    )
+    trainer = Trainer(
+        method,
+        _batches(config, source, student, method, stored, texts),
+        config.training,
+        config.optim,
+        out=out,
+        seed=config.seed,
+        workers=config.data.workers,
+        max_bad_share=config.data.max_bad_share,
+        timeout=config.data.timeout,
+        validate=validator_of(config, measured.val),
+        settings=config.plain(),
+        contents=contents,
+        outlook=outlook,
+        console=voice.console,
+        title=voice.title,
+    )
+    if voice.title == "student":
+        remarks += _said(voice, remarks_on_length(config, trainer.total))
+    extra = sum(parameter.numel() for parameter in method.parameters()) - student.num_parameters()
+    extra -= sum(t.model.num_parameters() for t in method.teachers.values() if isinstance(t, MomentumTeacher))
+    return Prepared(trainer, method, extra, tuple(remarks))
+
+
+def _batches(
+    config: RunConfig,
+    source: Source,
+    student: DualEncoder,
+    method: Method,
+    stored: dict[str, Answers],
+    texts: TextChoice,
+) -> Batches:
+    assert config.data.views is not None
     builder = BatchBuilder(
         source,
         config.data.views,
@@ -74,36 +226,51 @@ def train(
         view_specs=config.data.more_views,
     )
     place = PartialState()
-    trainer = Trainer(
-        method,
-        with_held_out(config, method, builder, rank=place.process_index, world_size=place.num_processes),
-        config.training,
-        config.optim,
-        out=out,
-        seed=config.seed,
-        workers=config.data.workers,
-        max_bad_share=config.data.max_bad_share,
-        timeout=config.data.timeout,
-        validate=validator_of(config),
-        settings=config.plain(),
-        console=console,
-        title=title,
-    )
-    extra = sum(parameter.numel() for parameter in method.parameters()) - student.num_parameters()
-    extra -= sum(t.model.num_parameters() for t in method.teachers.values() if isinstance(t, MomentumTeacher))
-    trained = trainer.run(resume=resume)
-    assert isinstance(trained.student, DualEncoder)
-    student = trained.student
-    if trainer.accelerator.is_main_process:
-        if config.training.student == "best":
-            assert trained.best_step is not None
-            tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
-            student.load_state_dict(tensors["student"])
-        save_student(student, out / "student")
-        if isinstance(method.auxiliary, JointHeads):
-            with writing(out):
-                method.auxiliary.save(out / "heads")
-    return student, trained, extra
+    return with_held_out(config, method, builder, rank=place.process_index, world_size=place.num_processes)
+
+
+def _loaded_teachers(config: RunConfig, voice: Voice) -> dict[str, FrozenTeacher]:
+    """The run's teachers by role, the first one first; each is told of, because it may take long."""
+    teachers = {}
+    for role, model in config.teachers.items():
+        name = role if role == "teacher" else f"teacher {role}"
+        voice(f"loading the {name} {model.name}")
+        teachers[role] = FrozenTeacher(build_model(model), role)
+        voice(f"the {name} has {_sizes(teachers[role].model)}")
+    return teachers
+
+
+def _sizes(model: DualEncoder) -> str:
+    """How many parameters, and how many of them each tower has."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    towers = {part: sum(sizes[name] for name in names if name in sizes) for part, names in model.parts.items()}
+    shown = ", ".join(f"{towers[tower]:,} in its {tower} tower" for tower in ("image", "text") if tower in towers)
+    return f"{model.num_parameters():,} parameters ({shown})"
+
+
+def _said(voice: Voice, remarks: Iterable[str]) -> list[str]:
+    said = list(remarks)
+    for remark in said:
+        voice(f"warning: {remark}")
+    return said
+
+
+def _check_stored(contents: Contents, out: Path, voice: Voice) -> None:
+    """Compares with what the checkpoints were trained with, if there are any that tell.
+
+    Raises:
+        ConfigError: something differs.
+    """
+    progress = read_progress(out / "checkpoints")
+    if progress is None:
+        return
+    if progress.contents:
+        check_contents(progress.contents, contents, where=out)
+    else:
+        voice(
+            "the checkpoints are of a version of cmapkd that kept no fingerprints: whether data and teacher are those "
+            "that they were trained with is not checked"
+        )
 
 
 def _check_parts_of_baseline(config: RunConfig, student: DualEncoder) -> None:
@@ -119,3 +286,8 @@ def _check_parts_of_baseline(config: RunConfig, student: DualEncoder) -> None:
             f"belongs to method {config.method.name} alone: name parts of {', '.join(student.parts)}, or set "
             "baseline=none"
         )
+
+
+def _limited(config: RunConfig, source: Source) -> int:
+    """How many samples of a source are measured."""
+    return len(source) if config.evaluation.limit is None else min(len(source), config.evaluation.limit)

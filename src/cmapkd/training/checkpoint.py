@@ -13,6 +13,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmapkd.config import writing
-from cmapkd.config.disk import flush
+from cmapkd.config.disk import flush, usual_rights
 
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 _WRITING, _REPLACED, _REMOVED = ".writing", ".replaced", ".removed"
 
 Kind = Literal["step", "best"]  # to resume from; the best validated student
+
+Contents = dict[str, dict[str, str]]
+"""What a run is made of, by the setting that names it: `at`, where it was, and `holds`, what was there, in words."""
 
 
 class CheckpointWarning(UserWarning):
@@ -45,6 +49,9 @@ class Progress:
     seconds: float = 0.0  # of training, over all sittings
     ledger: dict[str, Any] = field(default_factory=dict)  # counts of good and bad samples
     structure: dict[str, Any] = field(default_factory=dict)  # sizes that the method's modules have by now
+    total: int = 0  # steps that the run was to have; 0: a checkpoint of a version that did not say
+    extended: list[dict[str, int]] = field(default_factory=list)  # `at` which step it was prolonged, `from` how many
+    contents: Contents = field(default_factory=dict)  # that it was trained with; empty: of such a version
 
 
 def checkpoint_path(folder: Path, step: int, kind: Kind = "step") -> Path:
@@ -72,6 +79,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
             for name, group in tensors.items():
                 own = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
                 save_file(own, temporary / f"{name}.safetensors")
+            usual_rights(temporary.iterdir())
             (temporary / _PROGRESS).write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
             checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
             (temporary / _CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
@@ -110,6 +118,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]
         return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, progress
     except (OSError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """The progress of the newest checkpoint that tells it, without its tensors; None where there is none."""
+    for path in reversed(list_checkpoints(folder)):
+        with suppress(OSError, TypeError, ValueError, KeyError, RecursionError):
+            if _checksum(path / _PROGRESS) == json.loads((path / _CHECKSUMS).read_bytes())[_PROGRESS]:
+                return Progress(**json.loads((path / _PROGRESS).read_bytes()))
+    return None
 
 
 def read_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Progress] | None:
@@ -174,10 +191,22 @@ def find_best(folder: Path, progress: Progress) -> None:
 
 def remove_old(folder: Path, *, keep: int, kind: Kind = "step") -> None:
     """Deletes all but the newest `keep` checkpoints. One that is half deleted no longer looks like one."""
-    for path in list_checkpoints(folder, kind)[:-keep]:
+    for path in list_checkpoints(folder, kind)[: -keep or None]:
         leaving = path.with_name(f".{path.name}{_REMOVED}")
         path.rename(leaving)
         shutil.rmtree(leaving)
+
+
+def remove_finished(folder: Path, *, keep: int) -> None:
+    """Leaves of a finished run what is needed to prolong it: the newest `keep` checkpoints, and the best with them."""
+    if not folder.is_dir():
+        return
+    with writing(folder.parent):
+        remove_old(folder, keep=keep)
+        if not keep:
+            remove_old(folder, keep=0, kind="best")
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _checksum(file: Path) -> str:

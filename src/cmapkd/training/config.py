@@ -84,7 +84,11 @@ class TrainConfig(Config):
         None, ge=1, description="Steps between checkpoints; none: ten in a run.", json_schema_extra=RESUMABLE
     )
     keep_checkpoints: int = Field(
-        2, ge=1, description="Latest checkpoints kept, besides the best.", json_schema_extra=RESUMABLE
+        2,
+        ge=0,
+        description="Latest checkpoints kept besides the best, 1 at least while it trains. A finished run keeps the "
+        "last one and the best, for --extend-to and finalize; 0: none.",
+        json_schema_extra=RESUMABLE,
     )
     student: Literal["last", "best"] = Field(
         "last", description="Which weights are saved: of the end, or best validated."

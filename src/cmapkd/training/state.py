@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +14,27 @@ from torch import Tensor
 from cmapkd.config import writing
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.random import key_of
+from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.checkpoint import Progress
 from cmapkd.training.processes import wait_for_all
 
 Tensors = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a training reports at its end, or at a checkpoint."""
+
+    student: Model  # the averaged one if the run keeps an average
+    steps: int
+    total: int  # steps that the run is to have
+    seconds: float
+    best_step: int | None
+    best_score: float | None
+    extended: list[dict[str, int]]  # see `Progress`
+    ledger: SampleLedger
+    peak_memory: int  # bytes, of this process since it began or went on
 
 
 class RunState:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,25 +33,12 @@ from cmapkd.training.memory import OutOfMemory, first_line, is_out_of_memory, me
 from cmapkd.training.optim import learning_rate, set_learning_rate
 from cmapkd.training.peak_memory import forget_peak, peak_bytes
 from cmapkd.training.processes import start_processes, wait_for_all
-from cmapkd.training.progress import TrainingDisplay
-from cmapkd.training.state import RunState, Tensors
+from cmapkd.training.progress import Outlook, Pace, TrainingDisplay
+from cmapkd.training.state import RunState, Tensors, TrainResult
 from cmapkd.training.stopping import Agreement, FiniteWatch, Interrupted, signals
 from cmapkd.training.trackers import Tracker, make_trackers
 
 Validate = Callable[[Any], dict[str, float]]  # student -> numbers; `score` among them is what "best" means
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What a finished training reports."""
-
-    student: Model  # the averaged one if the run keeps an average
-    steps: int
-    seconds: float
-    best_step: int | None
-    best_score: float | None
-    ledger: SampleLedger
-    peak_memory: int  # bytes, of this process since it began or went on
 
 
 class Trainer:
@@ -63,6 +48,8 @@ class Trainer:
         builder: makes the batches; its source's length decides what an epoch is.
         validate: measures the student every `evaluate_every` steps; its `score` picks the best checkpoint.
         settings: the resolved config, handed to trackers that show it.
+        contents: what data and models hold, kept in every checkpoint for whoever resumes.
+        outlook: what the command does besides, for its estimate of the time left.
         max_bad_share: share of unreadable samples above which the run stops.
         timeout: seconds that a batch may take to be read before the run stops; 0: any time.
     """
@@ -81,12 +68,15 @@ class Trainer:
         timeout: float = 0.0,
         validate: Validate | None = None,
         settings: dict[str, Any] | None = None,
+        contents: checkpoints.Contents | None = None,
+        outlook: Outlook | None = None,
         console: Console | None = None,
         title: str = "train",
     ) -> None:
         self.config, self.optim, self.out, self.seed, self.workers = config, optim, out, seed, workers
         self.builder, self.validate, self.settings, self.title = builder, validate, settings or {}, title
         self.max_bad_share, self.timeout = max_bad_share, timeout
+        self.contents, self.outlook = contents or {}, outlook or Outlook()
         start_processes(on_cpu=config.on_cpu)
         self.accelerator = Accelerator(
             mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
@@ -117,9 +107,9 @@ class Trainer:
         self.engine: Engine = make_engine(method, config, optim, self.accelerator)
         self.stage, self.info = WHOLE_RUN, StepInfo()
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
-        self.progress = checkpoints.Progress()
+        self.progress = checkpoints.Progress(total=self.total, contents=self.contents)
         self.ledger = SampleLedger()
-        self.state = RunState(self.checkpoint_folder, self.accelerator, keep=config.keep_checkpoints, seed=seed)
+        self.state = RunState(self.checkpoint_folder, self.accelerator, keep=max(1, config.keep_checkpoints), seed=seed)
         self.agreement, self.finite = Agreement(), FiniteWatch()
 
     @property
@@ -174,7 +164,7 @@ class Trainer:
         """
         forget_peak(self.accelerator.device)
         if resume and (progress := self.state.load(self.total, self._put_back)) is not None:
-            self.progress = progress
+            self._take_up(progress)
             if self.accelerator.is_main_process:
                 self.ledger.load_state_dict(progress.ledger)
         start = self.progress.step
@@ -209,15 +199,45 @@ class Trainer:
                 tracker.close()
             if main:
                 ledger.write(self.out)
+        ledger.check_share(self.max_bad_share, minimum=1)  # a short run too
+        return self._result(ledger)
+
+    def _take_up(self, progress: checkpoints.Progress) -> None:
+        """Goes on from a checkpoint's progress, of a run that may have been shorter."""
+        if progress.total not in (0, self.total):
+            progress.extended.append({"at": progress.step, "from": progress.total})
+        progress.total = self.total
+        progress.contents = self.contents or progress.contents
+        self.progress = progress
+
+    def restore(self, path: Path) -> TrainResult:
+        """The student as a checkpoint has it, of either kind, without a step of training. For one process.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of another run.
+        """
+        tensors, progress = checkpoints.read_checkpoint(path)
+        if "method" in tensors:
+            self._put_back(tensors, progress)
+        else:
+            self._changed(partial(self.method.restructure, progress.structure))
+            self.student.load_state_dict(tensors["student"])
+        self.progress = progress
+        self.ledger.load_state_dict(progress.ledger or self.ledger.state_dict())
+        return self._result(self.ledger)
+
+    def _result(self, ledger: SampleLedger) -> TrainResult:
         progress, peak = self.progress, peak_bytes(self.accelerator.device)
         return TrainResult(
-            self.student, progress.step, progress.seconds, progress.best_step, progress.best_score, ledger, peak
-        )
+            self.student, progress.step, self.total, progress.seconds, progress.best_step, progress.best_score,
+            progress.extended, ledger, peak,
+        )  # fmt: skip
 
     def _loop(
         self, batches: Iterator[Batch], trackers: list[Tracker], display: TrainingDisplay, stop_asked: threading.Event
     ) -> None:
-        clock, seconds, pairs = time.perf_counter(), 0.0, 0  # the latter two since the last line
+        every, size = self.config.evaluate_every, self.config.batch_size
+        pace = Pace(self.outlook, total=self.total, batch_size=size, evaluate_every=every)
         self.method.train()
         for batch in batches:
             self._enter_stage(display)
@@ -228,16 +248,13 @@ class Trainer:
             logged, saved = self._logged(step), step % self.checkpoint_every == 0 or last or stopping
             if logged or saved or self._validates(step):
                 self.finite.check(self._kept)
-            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-            seconds, pairs = seconds + elapsed, pairs + self.config.batch_size
-            self.progress.seconds += elapsed
+            self.progress.seconds += pace.lap()
+            display.tick(step, pairs_per_second=pace.rate, seconds_left=pace.seconds_left(step))
             if logged:
-                rate = pairs / seconds
-                seconds, pairs = 0.0, 0
-                self._log({name: float(value) for name, value in values.items()}, rate, trackers, display)
+                self._log({name: float(value) for name, value in values.items()}, pace, trackers, display)
             if self._validates(step):
                 self._validate(trackers, display)
-                clock = time.perf_counter()
+                pace.go()
             if saved:
                 self._save()
             if stopping and not last:
@@ -308,13 +325,12 @@ class Trainer:
         every = self.config.evaluate_every
         return self.validate is not None and every is not None and (step % every == 0 or step == self.total)
 
-    def _log(self, numbers: dict[str, float], rate: float, trackers: list[Tracker], display: TrainingDisplay) -> None:
-        step = self.progress.step
+    def _log(self, numbers: dict[str, float], pace: Pace, trackers: list[Tracker], display: TrainingDisplay) -> None:
+        step, rate = self.progress.step, pace.line_rate()
         with writing(self.out):
             for tracker in trackers:
                 tracker.log(step, {**numbers, "pairs_per_second": rate})
-        left = (self.total - step) * self.config.batch_size / rate
-        display.update(step, loss=numbers["loss"], pairs_per_second=rate, seconds_left=left)
+        display.update(step, loss=numbers["loss"], pairs_per_second=rate, seconds_left=pace.seconds_left(step))
 
     def _validate(self, trackers: list[Tracker], display: TrainingDisplay) -> None:
         """Measures the student on the first process, and keeps it if it is the best so far."""
@@ -334,6 +350,7 @@ class Trainer:
             display.say(f"{self.title}: step {step}/{self.total}  validation  {shown}")
             if progress.best_score is None or numbers["score"] > progress.best_score:
                 progress.best_score, progress.best_step = numbers["score"], step
+                progress.structure = self.method.structure
                 self.state.save_best(student.state_dict(), progress)
             self.engine.release(student)
         wait_for_all()

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
@@ -44,6 +43,7 @@ from cmapkd.features.pyramid import Grid
 from cmapkd.methods import AuxiliaryTerms, Term
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.models.base import DualEncoder, ImageSpec
+from cmapkd.models.storage import write_tensors
 from cmapkd.models.texts import evaluating
 
 _EXTRA = "heads"  # under which a batch carries a `JointBatch`
@@ -144,8 +144,7 @@ class JointHeads(AuxiliaryTerms):
                 about["words"] = maker.words.vocabulary
             elif isinstance(maker, BoxTargets):
                 about["names"] = maker.names
-            weights = {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}
-            save_file(weights, folder / f"{name}.safetensors")
+            write_tensors(folder / f"{name}.safetensors", head.state_dict())
             text = json.dumps(about, indent=1, ensure_ascii=False)
             (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 

@@ -1,0 +1,31 @@
+"""`cmapkd finalize`: the student and scores of a run that was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def finalize(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that may change at a resume: key=value ...")
+    ] = None,
+    step: Annotated[
+        str | None, typer.Option(help="Step of the checkpoint to take, or best; by default the newest.")
+    ] = None,
+) -> None:
+    """Make student and scores of a stopped run from a checkpoint, without training on.
+
+    Example: cmapkd finalize runs/first --step best
+    """
+    from rich.console import Console
+
+    from cmapkd.run import finalize
+
+    console = Console()
+    result = finalize(run, step=step, overrides=overrides or [], console=console)
+    console.print(result.table())
+    console.print(f"student and evidence: {run}", highlight=False, soft_wrap=True)

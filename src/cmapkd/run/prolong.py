@@ -1,0 +1,62 @@
+"""`--extend-to`: a run that has ended, or was stopped, goes on from its last checkpoint to more steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from cmapkd.config import ConfigError
+from cmapkd.run.config import RunConfig
+from cmapkd.training.checkpoint import read_progress
+from cmapkd.training.optim import learning_rate
+
+
+def prolonged(config: RunConfig, out: Path, steps: int) -> RunConfig:
+    """The config of the same run with `steps` steps.
+
+    Raises:
+        ConfigError: there is no run to prolong in `out`, it has so many steps already, or its stages fix its length.
+    """
+    stored = out / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"there is no run to extend in {out}: it has no config.yaml")
+    if config.training.stages:
+        raise ConfigError(
+            f"--extend-to: the stages of {out} say which steps belong to which, so a longer run is another run: start "
+            "it in a new folder"
+        )
+    progress = read_progress(out / "checkpoints")
+    if progress is None:
+        raise ConfigError(
+            f"--extend-to goes on from the last checkpoint, and {out} has none (training.keep_checkpoints is how many "
+            "are kept): start a longer run in a new folder"
+        )
+    had = progress.total or progress.step
+    if steps <= had and _stored_steps(stored) != steps:
+        raise ConfigError(f"--extend-to {steps}: {out} has {had} steps already, name more")
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def _stored_steps(stored: Path) -> int | None:
+    """The length that is written down: of an extension that was begun, its own."""
+    values = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    training = values.get("training") if isinstance(values, dict) else None
+    steps = training.get("steps") if isinstance(training, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def told(config: RunConfig, out: Path) -> str:
+    """What prolonging does to the learning rate, in a line."""
+    progress, total = read_progress(out / "checkpoints"), config.training.steps
+    assert progress is not None
+    assert total is not None
+    step, optim, had = progress.step, config.optim, progress.total or progress.step
+    before, after = (learning_rate(step, total=each, config=optim) for each in (had, total))
+    line = f"going on from step {step} to step {total}"
+    if before == after:
+        return line
+    return (
+        f"{line}. The schedule is that of {total} steps: the learning rate goes on at {after:.3g}, where that of {had} "
+        f"steps had come to {before:.3g}"
+    )

@@ -1,0 +1,53 @@
+"""What a run's owner should know before it starts: data that prove nothing, an endless warm-up, untrained teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from cmapkd.data.streams import JoinedSource
+from cmapkd.data.types import Source
+from cmapkd.evaluation.suite import same_samples
+from cmapkd.models import FrozenTeacher
+from cmapkd.models.untrained import remark_on_untrained
+from cmapkd.run.config import RunConfig
+from cmapkd.run.measure import Measured
+from cmapkd.training.optim import learning_rate
+
+
+def remarks_on_data(config: RunConfig, source: Source, measured: Measured) -> Iterator[str]:
+    """A sentence for each thing that should be known about the data of training and measurement."""
+    if measured.final is None:
+        yield (
+            "no evaluation data are named: the run ends without scores. Name held-out data with data.val or data.test."
+        )
+    trained = source.sources if isinstance(source, JoinedSource) else (source,)
+    named = measured.named(config)
+    for key, other in named.items():
+        if any(same_samples(each, other) for each in trained):
+            yield (
+                f"{key} and the training data are the same samples ({other.name}): the scores say what the student "
+                "remembers, not what it learned. Name samples that are not trained on."
+            )
+    if len(named) == 2 and same_samples(*named.values()) and config.training.student == "best":
+        yield (
+            "data.test and data.val are the same samples: the best step is chosen by the scores that are reported. "
+            "Name others for data.test."
+        )
+
+
+def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:
+    """A sentence where a run is over before its warm-up is."""
+    warmup, peak = config.optim.warmup_steps, config.optim.learning_rate
+    if total <= warmup:
+        last = learning_rate(total - 1, total=total, config=config.optim)
+        yield (
+            f"the run has {total} steps, and optim.warmup_steps is {warmup}: the learning rate ends at {last:.2g} of "
+            f"{peak:.2g} and never falls. Set optim.warmup_steps={max(1, total // 10)}, or train longer."
+        )
+
+
+def remarks_on_teachers(teachers: Mapping[str, FrozenTeacher]) -> Iterator[str]:
+    """A sentence for each teacher that nobody has trained."""
+    for role, teacher in teachers.items():
+        if (remark := remark_on_untrained(teacher.model)) is not None:
+            yield f"{role if role == 'teacher' else f'teacher {role}'}: {remark}"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cmapkd.config import printable
-from cmapkd.evaluation.headline import headlines, number_at, remark_on_retrieval
+from cmapkd.evaluation.headline import headlines, number_at, remark_on_retrieval, scored_set
 from cmapkd.evaluation.table import shown_parameters
 from cmapkd.evaluation.tasks import Headline
 
@@ -71,12 +71,18 @@ class RunResult:
         baseline = str(self.metrics.get("baseline_name", "baseline"))
         rows = {"teacher": "teacher", "baseline": baseline, "student": str(self.metrics.get("method"))}
         present = [(rows[role], self.metrics[role]) for role in rows if self.metrics.get(role)]
-        table = score_table(present, title=f"Scores on {self.metrics.get('evaluated_on')}")
-        lines = []
+        on = self.metrics.get("evaluated_on")
+        title = f"Scores on {on}" if on is not None else "Parameters (no evaluation data were named)"
+        table = score_table(present, title=title)
+        lines = [*dict.fromkeys(said for _, scores in present if (said := scored_set(scores)) is not None)]
+        steps, total = self.metrics.get("steps"), self.metrics.get("total_steps")
+        if steps != total and total is not None:
+            lines.append(f"{rows['student']}: after step {steps} of {total}")
         if self.gap_closed is not None:
             share, on = 100 * self.gap_closed, gap_measure(*(self.metrics.get(role) for role in _ROLES))
-            lines.append(f"gap closed: {share:.0f} % of the way from {baseline} to teacher ({on})")
+            lines.append(f"gap closed: {round(share)} % of the way from {baseline} to teacher ({on})")
         lines += dict.fromkeys(remark for _, scores in present if (remark := remark_on_retrieval(scores)) is not None)
+        lines += [f"warning: {remark}" for remark in self.metrics.get("remarks", ())]
         if lines:
             table.caption = Text(printable("\n".join(lines)))
         return table

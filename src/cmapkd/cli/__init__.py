@@ -17,16 +17,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the time
     pretty_exceptions_enable=False,
 )
-for command in (
-    demo.demo,
-    distill.distill,
-    evaluate.evaluate,
-    finalize.finalize,
-    export.export,
-    methods.methods,
-    doctor.doctor,
-):
+for command in (demo.demo, distill.distill, evaluate.evaluate, export.export, methods.methods, doctor.doctor):
     app.command()(command)
+app.command()(finalize.finalize)
 app.command(cls=compare.CompareCommand)(compare.compare)
 app.add_typer(cache.app, name="cache")
 

@@ -6,10 +6,14 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from cmapkd.models import DualEncoder
 
 
 def evaluate(
@@ -53,10 +57,10 @@ def evaluate(
 
     import torch
 
-    from cmapkd.api import load
+    from cmapkd.config.disk import check_writable
     from cmapkd.data.open import open_source
     from cmapkd.evaluation.config import SuiteConfig
-    from cmapkd.evaluation.headline import remark_on_retrieval
+    from cmapkd.evaluation.headline import remark_on_retrieval, scored_set
     from cmapkd.evaluation.suite import evaluate_models, training_source
     from cmapkd.evaluation.table import score_table
     from cmapkd.evaluation.tasks import check_tasks
@@ -64,10 +68,18 @@ def evaluate(
 
     config = SuiteConfig.from_mapping(values, where="evaluation settings")
     check_tasks(config)  # before any model is loaded
+    if json_file is not None:
+        check_writable(json_file)
     source = open_source(data, split=split) if data is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
-    loaded = {name: load(model) for name, model in named.items()}
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    loaded = _loaded(named, say)
+    if source is not None:
+        say(f"evaluating {len(loaded)} model{'s'[: len(loaded) > 1]} on {len(source):,} samples of {source.name}")
     try:
         scores = evaluate_models(
             loaded,
@@ -83,18 +95,39 @@ def evaluate(
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
+    for line in dict.fromkeys(map(scored_set, scores.values())):
+        if line is not None:
+            say(line)
     for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, scores.values()))):
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+        say(remark)
+    for name, model in loaded.items():
+        if model.random_towers:
+            scores[name]["untrained"] = list(model.random_towers)
+            say(f"warning: {name} is untrained: its scores are those of random weights")
     if json_file is not None:
         _write(json_file, source.name if source is not None else None, scores, config.model_dump(mode="json"))
 
 
+def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, DualEncoder]:
+    """The models by name; each is told of, because it may take long."""
+    from cmapkd.api import load
+    from cmapkd.models.untrained import remark_on_untrained
+
+    loaded = {}
+    for number, (name, model) in enumerate(named.items(), 1):
+        say(f"loading model {number} of {len(named)}: {name}")
+        loaded[name] = load(model)
+        if (remark := remark_on_untrained(loaded[name])) is not None:
+            say(f"warning: {remark}")
+    return loaded
+
+
 def _write(path: Path, data: str | None, scores: dict[str, Any], settings: dict[str, Any]) -> None:
+    from cmapkd.config.disk import write_text
     from cmapkd.provenance import describe_environment
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"data": data, "models": scores, "settings": settings, "environment": describe_environment()}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n", again="evaluate again")
 
 
 def _settings(tasks: str, settings: list[str]) -> dict[str, Any]:

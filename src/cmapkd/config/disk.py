@@ -21,9 +21,11 @@ class DiskError(ValueError):
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, *, again: str = "go on with --resume") -> Iterator[None]:
     """Turns what the disk of a run's folder refuses into a `DiskError`; other errors pass.
 
+    Args:
+        again: what to do once the disk takes more.
     Raises:
         DiskError: the disk is full, read-only, or does not answer.
     """
@@ -35,17 +37,16 @@ def writing(folder: Path) -> Iterator[None]:
         number = error_number(error)
         if number in FULL:
             raise DiskError(
-                f"the disk of {folder} is full: free some space and go on with --resume; what was written before is "
-                "whole"
+                f"the disk of {folder} is full: free some space and {again}; what was written before is whole"
             ) from error
         if number in READ_ONLY:
             raise DiskError(
-                f"{folder} cannot be written ({os.strerror(number)}): name another folder, or make it writable and go "
-                "on with --resume"
+                f"{folder} cannot be written ({os.strerror(number)}): name another folder, or make it writable and "
+                f"{again}"
             ) from error
         if number in _GONE:
             raise DiskError(
-                f"the disk of {folder} does not answer ({os.strerror(number)}): go on with --resume once it does"
+                f"the disk of {folder} does not answer ({os.strerror(number)}): {again} once it does"
             ) from error
         raise
 
@@ -80,19 +81,38 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def check_writable(path: Path) -> None:
+    """Whether a file can be written here, before the work whose result it is to hold; makes its folder.
+
+    Raises:
+        DiskError: it cannot; says why.
+    """
+    if path.is_dir():
+        raise DiskError(f"{path} is a folder: name a file, for example {path / 'scores.json'}")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written ({error.strerror}): name another file") from None
+
+
+def write_text(path: Path, text: str, *, again: str = "go on with --resume") -> None:
     """Writes a file whole or not at all; see `write_bytes`."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"), again=again)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, again: str = "go on with --resume") -> None:
     """Writes a file whole or not at all: under another name, flushed and renamed.
 
     Raises:
         DiskError: the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    with writing(path.parent):
+    with writing(path.parent, again=again):
         try:
             temporary.write_bytes(content)
             flush(temporary)

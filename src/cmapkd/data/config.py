@@ -71,7 +71,7 @@ class DataConfig(Config):
         0.01,
         ge=0,
         le=1,
-        description="Share of unreadable samples above which the run stops (from 100 samples on).",
+        description="Share of unreadable samples above which the run stops: from 100 readings on, and at its end.",
         json_schema_extra=RESUMABLE,
     )
 

@@ -37,6 +37,29 @@ def retrieval_set(scores: Mapping[str, Any] | None) -> str | None:
     return None if images is None or texts is None else f"{images:,.0f} images, {texts:,.0f} captions"
 
 
+def scored_set(scores: Mapping[str, Any] | None) -> str | None:
+    """What all scores of a model are of, in a sentence; None where no source was embedded, or it does not say.
+
+    Args:
+        scores: of `evaluate_models`, of one model.
+    """
+    of = scores.get("scored") if isinstance(scores, Mapping) else None
+    if not isinstance(of, Mapping):
+        return None
+    images, captions, skipped, samples = (of.get(key) for key in ("images", "captions", "skipped", "samples"))
+    if not (isinstance(images, int) and isinstance(captions, int)):
+        return None
+    if not (isinstance(skipped, int) and isinstance(samples, int)):
+        return None
+    limit = of.get("limit")
+    line = f"scored on {images:,} images and {captions:,} captions"
+    if isinstance(limit, int) and limit < samples:
+        line += f", the first {limit:,} of {samples:,} samples (evaluation.limit)"
+    if skipped:
+        line += f"; {skipped:,} of {images + skipped:,} samples could not be read and are left out"
+    return line
+
+
 def remark_on_retrieval(scores: Mapping[str, Any] | None) -> str | None:
     """What `retrieval` found unusual about its set; None where nothing is."""
     of = scores.get("retrieval") if isinstance(scores, Mapping) else None

@@ -44,7 +44,9 @@ def evaluate_models(
         on_bad_sample, autocast: see `embed`.
         picture_ranks: is given each model's ranks by picture, where a task ranked and the pictures are not too many.
     Returns:
-        For each model the scores of each task by its name; `params`; `bad_samples`, if a source was embedded.
+        For each model the scores of each task by its name; `params`; if a source was embedded, `bad_samples`, how many
+        could not be read, and `scored`: numbers of `images`, `captions` and `skipped` samples, of all `samples` of the
+        source, and the `limit` that was set, or None.
     Raises:
         ConfigError: a wrong name among the settings, or probes would learn from what is scored.
         ValueError: a task that was named cannot be measured on this source, or none can.
@@ -79,9 +81,22 @@ def evaluate_models(
         scores[subject.name] |= count_parameters(subject.model)
         if "embedded" in subject.__dict__:
             scores[subject.name]["bad_samples"] = len(subject.embedded.bad)
+            scores[subject.name]["scored"] = _scored(subject)
             if picture_ranks is not None and subject.ranks and len(subject.embedded.ids) <= MAX_PICTURES:
                 picture_ranks[subject.name] = PictureRanks.of(subject.embedded, subject.ranks)
     return scores
+
+
+def _scored(subject: Subject) -> dict[str, int | None]:
+    """What the scores are of."""
+    embedded, bench = subject.embedded, subject.bench
+    return {
+        "images": len(embedded.ids),
+        "captions": len(embedded.captions),
+        "skipped": len(embedded.bad),
+        "samples": len(bench.scored),
+        "limit": bench.config.limit,
+    }
 
 
 def count_parameters(model: Model) -> dict[str, int]:

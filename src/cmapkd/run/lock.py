@@ -32,12 +32,15 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds the folder; the message says which.
     """
-    if fcntl is None or (out.exists() and not out.is_dir()):
+    if fcntl is None or (_there(out) and not out.is_dir()):
         yield  # what is no folder is refused by who prepares it
         return
-    fresh = not out.exists()
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    fresh = not _there(out)
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a name that no disk takes, or a place where nothing can be made
+        raise ConfigError(f"the folder {out} cannot be made ({error.strerror}): name another one") from None
     with _held(out) as file:
         holder = {"host": socket.gethostname(), "process": os.getpid(), "since": _now()}
         with suppress(OSError):  # a full disk refuses the words, not the lock
@@ -51,6 +54,12 @@ def locked(out: Path) -> Iterator[None]:
             if fresh:  # it stays unless nothing was written into it
                 with suppress(OSError):
                     out.rmdir()
+
+
+def _there(path: Path) -> bool:
+    with suppress(OSError):  # of a name that is too long, the system says no more than that
+        return path.exists()
+    return False
 
 
 def _held(out: Path) -> TextIO:

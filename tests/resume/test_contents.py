@@ -1,0 +1,206 @@
+"""A resume goes on with the same data and teacher wherever they are now, and with nothing else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+
+from family_support import FAMILIES
+
+import cmapkd
+from cmapkd.config import ConfigError
+from cmapkd.models import ModelConfig, build_model, load_model
+from cmapkd.run import RunConfig, run
+from cmapkd.run.contents import _model, check_contents, may_have_moved
+from cmapkd.training.checkpoint import list_checkpoints, read_progress
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+def write_data(folder: Path, *, name: str = "train.csv", number: int = 24, first: int = 0) -> None:
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption"])
+        for place in range(first, first + number):
+            colour = COLOURS[place % 4]
+            Image.new("RGB", (20 + place, 20), colour).save(folder / f"{place}.png")
+            rows.writerow([f"{place}.png", f"picture {place} is {colour}"])
+
+
+def settings(**data: Any) -> dict[str, Any]:
+    return {
+        "teacher": "teacher",
+        "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
+        "data": {"train": "csv:data/train.csv", "val": "csv:data/val.csv", **data},
+        "method": "clip_kd",
+        "training": {"steps": 2, "batch_size": 8, "log_every": 1, "device": "cpu"},
+        "optim": {"warmup_steps": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with data, two teachers and a run that names them by relative paths."""
+    place = tmp_path_factory.mktemp("begun")
+    write_data(place / "data")
+    write_data(place / "data", name="val.csv", number=6, first=100)
+    for seed, name in enumerate(("teacher", "other")):
+        torch.manual_seed(seed)
+        build_model("tiny:debug", captions=["picture 1 is red"] * 9).save(place / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        cmapkd.distill(**settings(), out="run", quiet=True)
+    return place
+
+
+@pytest.fixture
+def here(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which is the working folder."""
+    shutil.copytree(begun, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def resume(**changes: Any) -> dict[str, Any]:
+    return cmapkd.distill(**settings() | changes, out="run", quiet=True, resume=True).metrics
+
+
+def test_the_same_contents_under_other_paths_go_on(here: Path, tmp_path: Path) -> None:
+    before = json.loads((here / "run" / "metrics.json").read_text())
+    shutil.move(here / "data", tmp_path / "moved")
+    shutil.move(here / "teacher", tmp_path / "taught")
+    data = {"train": f"csv:{tmp_path}/moved/train.csv", "val": f"csv:{tmp_path}/moved/val.csv"}
+    again = resume(data=data, teacher=str(tmp_path / "taught"))
+    assert again["student"]["retrieval"] == before["student"]["retrieval"]
+    assert again["teacher"]["retrieval"] == before["teacher"]["retrieval"]
+
+
+def test_the_same_contents_on_the_way(here: Path, tmp_path: Path) -> None:
+    """A checkpoint of a moved run names where its data are now."""
+    shutil.move(here / "data", tmp_path / "moved")
+    data = {"train": f"csv:{tmp_path}/moved/train.csv", "val": f"csv:{tmp_path}/moved/val.csv"}
+    values = settings() | {"data": data}
+    cmapkd.distill(**values, out="run", quiet=True, extend_to=3)
+    progress = read_progress(here / "run" / "checkpoints")
+    assert progress is not None
+    assert progress.contents["data.train"]["at"] == data["train"]
+    cmapkd.distill(**values, out="run", quiet=True, extend_to=4)
+
+
+def shuffle(here: Path) -> None:
+    rows = [*csv.reader((here / "data" / "train.csv").open())]
+    captions = [row[1] for row in rows[1:]]
+    with (here / "data" / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [rows[0], *([row[0], said] for row, said in zip(rows[1:], captions[::-1], strict=True))]
+        )
+
+
+def remove_rows(here: Path) -> None:
+    lines = (here / "data" / "train.csv").read_text().splitlines()
+    (here / "data" / "train.csv").write_text("\n".join(lines[:-5]) + "\n")
+
+
+def swap_teachers(here: Path) -> None:
+    shutil.rmtree(here / "teacher")
+    shutil.copytree(here / "other", here / "teacher")
+
+
+def other_validation(here: Path) -> None:
+    lines = (here / "data" / "val.csv").read_text().splitlines()
+    (here / "data" / "val.csv").write_text("\n".join(lines[:-1]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (shuffle, r"data.train: it was 'csv:data/train.csv' with 24 samples, fingerprint \w+; now it is .* 24 samples"),
+        (remove_rows, r"data.train: it was 'csv:data/train.csv' with 24 samples, .*; now it is .* with 19 samples"),
+        (
+            swap_teachers,
+            r"teacher.weights: it was 'teacher' with [\d,]+ parameters, fingerprint .*; now it is 'teacher'",
+        ),
+        (other_validation, r"data.val: it was 'csv:data/val.csv' with 6 samples, .*; now .* with 5 samples"),
+    ],
+)
+def test_other_contents_under_the_same_path_are_refused(change: Any, words: str, here: Path) -> None:
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    change(here)
+    with pytest.raises(ConfigError, match=words):
+        resume()
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+
+
+def test_other_contents_under_another_path_are_refused(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher.weights: it was 'teacher' with .*; now it is 'other' with "):
+        resume(teacher="other")
+    with pytest.raises(ConfigError, match=r"data.train: it was 'csv:data/train.csv'.*now it is 'csv:data/val.csv'"):
+        resume(data={"train": "csv:data/val.csv", "val": "csv:data/val.csv"}, training={**settings()["training"]})
+
+
+def forget_contents(run: Path) -> None:
+    """Makes the checkpoints those of a version that kept no fingerprints."""
+    from cmapkd.training.checkpoint import _checksum
+
+    for path in list_checkpoints(run / "checkpoints"):
+        progress = json.loads((path / "progress.json").read_text())
+        for key in ("contents", "total", "extended"):
+            del progress[key]
+        (path / "progress.json").write_text(json.dumps(progress))
+        checksums = json.loads((path / "checksums.json").read_text())
+        checksums["progress.json"] = _checksum(path / "progress.json")
+        (path / "checksums.json").write_text(json.dumps(checksums))
+
+
+def test_a_checkpoint_without_fingerprints_goes_on_and_says_so(here: Path) -> None:
+    forget_contents(here / "run")
+    console = Console(record=True, width=300, quiet=False, file=(here / "said.txt").open("w"))
+    run(RunConfig.from_mapping(settings()), out=here / "run", resume=True, console=console)
+    assert "kept no fingerprints: whether data and teacher are those" in console.export_text()
+    forget_contents(here / "run")
+    with pytest.raises(ConfigError, match=r"other settings: teacher.name \(was 'teacher', now 'other'\)"):
+        resume(teacher="other")  # nothing to compare with
+    cmapkd.distill(**settings(), out="run", quiet=True, extend_to=3)  # its length is that of its last step
+    assert json.loads((here / "run" / "metrics.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_every_family_are_known_by_what_they_hold(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family].make(tmp_path / "made")
+    model.save(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, second = load_model(tmp_path / "a"), load_model(tmp_path / "b")
+    here, there = (
+        _model("teacher", ModelConfig(name=str(tmp_path / name)), each, weights=True)
+        for name, each in (("a", first), ("b", second))
+    )
+    check_contents(here, there, where=tmp_path)
+    with torch.no_grad():
+        next(second.parameters()).view(-1)[0] += 1
+    other = _model("teacher", ModelConfig(name=str(tmp_path / "b")), second, weights=True)
+    with pytest.raises(ConfigError, match=r"teacher\.weights: it was"):
+        check_contents(here, other, where=tmp_path)
+
+
+def test_a_model_by_another_name_has_not_moved(tmp_path: Path) -> None:
+    stored = {"teacher.weights": {"at": "", "holds": ""}}
+    assert may_have_moved("teacher.name", "gone", str(tmp_path), stored)
+    assert may_have_moved("teacher.checkpoint", "gone.pt", "here.pt", stored)
+    assert not may_have_moved(
+        "teacher.name", "open_clip:ViT-B-32/openai", "open_clip:ViT-B-32-quickgelu/openai", stored
+    )
+    assert not may_have_moved("teacher.name", "hf:gone", f"open_clip:{tmp_path}", stored)
+    assert not may_have_moved("student.name", "gone", str(tmp_path), stored)
+    assert not may_have_moved("data.test", None, "csv:a.csv", {"data.test": {"at": "", "holds": ""}})

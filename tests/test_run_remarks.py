@@ -1,0 +1,178 @@
+"""What a run says before it starts and while it goes on, and what its scores say they are of."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cmapkd.config.disk import DiskError, check_writable
+from cmapkd.data.open import open_source
+from cmapkd.evaluation.config import EvaluationConfig
+from cmapkd.evaluation.headline import scored_set
+from cmapkd.evaluation.run import evaluate
+from cmapkd.models import FrozenTeacher, ModelConfig, build_model
+from cmapkd.models.untrained import remark_on_untrained
+from cmapkd.results import RunResult
+from cmapkd.run import RunConfig
+from cmapkd.run.lock import locked
+from cmapkd.run.measure import Measured
+from cmapkd.run.remarks import remarks_on_data, remarks_on_length, remarks_on_teachers
+from cmapkd.training.progress import Outlook, Pace, TrainingDisplay, shown_rate, shown_time
+from helpers import MemorySource, make_model
+
+TRAIN = "scenes?length=30&size=32"
+
+
+def config(**data: Any) -> RunConfig:
+    return RunConfig.from_mapping(
+        {
+            "student": "tiny:debug",
+            "data": {"train": TRAIN, **data},
+            "method": "contrastive",
+            "training": {"steps": 60, "batch_size": 8},
+        }
+    )
+
+
+def said_of(settings: RunConfig) -> list[str]:
+    source = open_source(settings.data.train, split="train")
+    return [*remarks_on_data(settings, source, Measured.open(settings))]
+
+
+def test_data_that_prove_nothing_are_told_of() -> None:
+    assert ["no evaluation data are named" in said for said in said_of(config())] == [True]
+    for key in ("val", "test"):
+        (said,) = said_of(config(**{key: "scenes@train?length=30&size=32"}))
+        assert said.startswith(f"data.{key} and the training data are the same samples")
+    assert said_of(config(val="scenes@val?length=10&size=32")) == []
+
+
+def test_a_warm_up_longer_than_the_run_is_told_of() -> None:
+    (said,) = remarks_on_length(config(), 60)
+    assert "the run has 60 steps, and optim.warmup_steps is 100: the learning rate ends at 0.0006 of 0.001" in said
+    assert "optim.warmup_steps=6" in said
+    assert not [*remarks_on_length(config(), 101)]
+
+
+@pytest.mark.parametrize(
+    ("model", "towers"),
+    [
+        ({"name": "tiny:debug"}, ("image", "text")),
+        ({"name": "tiny:scenes-teacher"}, ()),
+        (
+            {"name": "timm:test_vit", "options": {"text_width": 32, "text_layers": 1, "image_size": 48}},
+            ("image", "text"),
+        ),
+    ],
+)
+def test_models_without_trained_weights_are_known(model: dict[str, Any], towers: tuple[str, ...]) -> None:
+    built = build_model(ModelConfig.from_mapping(model), captions=["a red square"] * 9)
+    assert built.random_towers == towers
+    said = [*remarks_on_teachers({"teacher": FrozenTeacher(built)})]
+    assert [f"teacher: {built.name} is untrained: its weights are random" in each for each in said] == [True] * bool(
+        towers
+    )
+
+
+def test_weights_that_are_read_are_trained(tmp_path: Path) -> None:
+    """In the formats of the libraries, and by a checkpoint over a random model."""
+    from families.family_support import FAMILIES
+
+    for name in ("open_clip ViT", "hf CLIP"):
+        if name in FAMILIES:
+            model = FAMILIES[name].make(tmp_path / name)
+            model.save(tmp_path / name / "saved")
+            assert remark_on_untrained(build_model(str(tmp_path / name / "saved"))) is None
+    random = build_model("tiny:debug", captions=["a red square"] * 9)
+    random.save(tmp_path / "tiny")
+    filled = ModelConfig(name="tiny:debug", checkpoint=tmp_path / "tiny" / "model.safetensors")
+    assert remark_on_untrained(build_model(filled, captions=["a red square"] * 9)) is None
+    half = build_model("tiny:scenes-teacher")
+    half.random_towers = ("text",)
+    assert str(remark_on_untrained(half)).startswith("the text tower is untrained: its weights are random (tiny:")
+
+
+def test_scores_say_what_they_are_of() -> None:
+    source = MemorySource(24, bad={1, 5, 20})
+    scores = evaluate(make_model(), source, device="cpu")
+    assert scores["scored"] == {"images": 21, "captions": 42, "skipped": 3, "samples": 24, "limit": None}
+    assert (
+        scored_set(scores) == "scored on 21 images and 42 captions; 3 of 24 samples could not be read and are left out"
+    )
+    limited = evaluate(make_model(), source, EvaluationConfig(limit=10), device="cpu")
+    assert "the first 10 of 24 samples (evaluation.limit); 2 of 10 samples could" in str(scored_set(limited))
+    metrics = {"student": scores, "method": "contrastive", "evaluated_on": "memory", "gap_closed": -0.003}
+    metrics |= {"teacher": scores, "baseline": scores, "baseline_name": "scratch", "remarks": ["no end"]}
+    caption = str(RunResult(Path(), metrics).table().caption)
+    assert "scored on 21 images and 42 captions" in caption
+    assert "gap closed: 0 %" in caption
+    assert "warning: no end" in caption
+    bare = RunResult(Path(), {"student": {"params": 3}, "method": "contrastive", "evaluated_on": None})
+    assert "no evaluation data" in str(bare.table().title)
+    assert scored_set({"params": 3}) is None
+
+
+def test_a_file_for_scores_is_tried_before_they_are_made(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="is a folder: name a file"):
+        check_writable(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"cannot be written .*: name another file"):
+        check_writable(tmp_path / "file" / "scores.json")
+    check_writable(tmp_path / "new" / "scores.json")
+    assert [*(tmp_path / "new").iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be made .*: name another one"), locked(tmp_path / ("x" * 300)):
+        pass
+
+
+def test_the_time_left_is_that_of_the_whole_command() -> None:
+    outlook = Outlook(validation=50, more_trainings=1, final=300)
+    # 6 of 10 steps of 8 pairs, 10 of the next training, validations at 5 and 10 (one is done) and 5, 10, and the end
+    assert outlook.pairs_left(6, 10, batch_size=8, evaluate_every=5) == (4 + 10) * 8 + (1 + 2) * 50 + 300
+    assert Outlook().pairs_left(10, 10, batch_size=8, evaluate_every=None) == 0
+    pace = Pace(outlook, total=10, batch_size=8, evaluate_every=5)
+    pace._clock -= 100.0  # a slow first step
+    assert pace.lap() >= 100
+    for _ in range(2):
+        pace._clock -= 2.0
+        pace.lap()
+    assert pace.rate == pytest.approx(4.0, rel=0.01)  # the first step does not count
+    assert pace.line_rate() == pytest.approx(24 / 104, rel=0.01)
+    assert pace.seconds_left(6) == pytest.approx((14 * 8 + 150 + 300) / 4, rel=0.01)
+
+
+def test_times_and_rates_are_readable() -> None:
+    assert [shown_time(t) for t in (5, 125, 3725, 86400 * 3, 1e15)] == [
+        "0:05",
+        "2:05",
+        "1:02:05",
+        "3 days",
+        "over 10,000 days",
+    ]
+    assert [shown_rate(rate) for rate in (0.5, 9.94, 161.4, 12345)] == [
+        "0.5 pairs/s",
+        "9.9 pairs/s",
+        "161 pairs/s",
+        "12,345 pairs/s",
+    ]
+
+
+def test_a_display_breaks_a_long_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    display = TrainingDisplay(Console(file=out, width=200), title="student", total=100, start=0, line_every=50)
+    display.tick(1, pairs_per_second=0.5, seconds_left=100)
+    assert out.getvalue() == ""
+    display._spoke -= 60
+    display.tick(2, pairs_per_second=0.5, seconds_left=100)
+    display.update(50, loss=1.5, pairs_per_second=20, seconds_left=60)
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "student: step 2/100  0.5 pairs/s  1:40 left",
+        "student: step 50/100  loss 1.500  20 pairs/s  1:00 left",
+    ]

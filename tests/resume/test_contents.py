@@ -182,6 +182,7 @@ def test_models_of_every_family_are_known_by_what_they_hold(family: str, tmp_pat
     model.save(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first, second = load_model(tmp_path / "a"), load_model(tmp_path / "b")
+    assert first.random_towers == ()  # they were read
     here, there = (
         _model("teacher", ModelConfig(name=str(tmp_path / name)), each, weights=True)
         for name, each in (("a", first), ("b", second))

@@ -48,6 +48,13 @@ class Measured:
         return {key: source for key, source in pairs if source is not None}
 
 
+def num_measured(config: RunConfig, source: Source | None) -> int:
+    """How many samples of a source an evaluation reads."""
+    if source is None:
+        return 0
+    return len(source) if config.evaluation.limit is None else min(len(source), config.evaluation.limit)
+
+
 def validator_of(config: RunConfig, source: Source | None) -> Any:
     """Measures a student on the validation source; None where there is none."""
     if source is None:
@@ -118,8 +125,7 @@ def measure(
     def scores(role: str, model: Model, ranks_file: Path | None = None) -> Scores:
         if source is None:
             return count_parameters(model)
-        limit = config.evaluation.limit
-        size = len(source) if limit is None else min(limit, len(source))
+        size = num_measured(config, source)
         say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {size:,} samples of {source.name}")
         return _evaluate(model, source, config, device=device, ranks_file=ranks_file)
 

@@ -52,6 +52,8 @@ def told(config: RunConfig, out: Path) -> str:
     assert progress is not None
     assert total is not None
     step, optim, had = progress.step, config.optim, progress.total or progress.step
+    if step >= total:
+        return f"the run has its {total} steps: it is measured again"
     before, after = (learning_rate(step, total=each, config=optim) for each in (had, total))
     line = f"going on from step {step} to step {total}"
     if before == after:

@@ -35,7 +35,7 @@ from cmapkd.run.cached import answer_from_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.contents import check_contents, contents_of
 from cmapkd.run.folder import save_student
-from cmapkd.run.measure import Measured, validator_of
+from cmapkd.run.measure import Measured, num_measured, validator_of
 from cmapkd.run.remarks import remarks_on_data, remarks_on_length, remarks_on_teachers
 from cmapkd.training import Trainer, TrainResult
 from cmapkd.training.checkpoint import Contents, checkpoint_path, read_checkpoint, read_progress
@@ -174,11 +174,7 @@ def _prepare(
     check_training(config, method, source)
     stored = answer_from_cache(config, method, source, voice.console) if config.cache and answers else {}
     teachers.clear()  # a cached one has no weights, and this would keep them
-    outlook = Outlook(
-        0 if measured.val is None else _limited(config, measured.val),
-        more_trainings,
-        0 if measured.final is None else _limited(config, measured.final),
-    )
+    outlook = Outlook(num_measured(config, measured.val), more_trainings, num_measured(config, measured.final))
     trainer = Trainer(
         method,
         _batches(config, source, student, method, stored, texts),
@@ -286,8 +282,3 @@ def _check_parts_of_baseline(config: RunConfig, student: DualEncoder) -> None:
             f"belongs to method {config.method.name} alone: name parts of {', '.join(student.parts)}, or set "
             "baseline=none"
         )
-
-
-def _limited(config: RunConfig, source: Source) -> int:
-    """How many samples of a source are measured."""
-    return len(source) if config.evaluation.limit is None else min(len(source), config.evaluation.limit)

@@ -157,7 +157,7 @@ def forget_contents(run: Path) -> None:
     for path in list_checkpoints(run / "checkpoints"):
         progress = json.loads((path / "progress.json").read_text())
         for key in ("contents", "total", "extended"):
-            del progress[key]
+            progress.pop(key, None)
         (path / "progress.json").write_text(json.dumps(progress))
         checksums = json.loads((path / "checksums.json").read_text())
         checksums["progress.json"] = _checksum(path / "progress.json")

@@ -170,10 +170,11 @@ def test_a_stopped_run_gets_its_student(stopped: tuple[Path, dict[str, Any]], te
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_files_of_a_run_have_the_rights_of_any_new_file(mask: int, short: Path, teacher: str, tmp_path: Path) -> None:
+def test_files_of_a_run_have_the_rights_of_any_new_file(mask: int, teacher: str, tmp_path: Path) -> None:
+    cached = {"mode": "auto", "folder": str(tmp_path / "c")}
     before = os.umask(mask)
     try:
-        cmapkd.distill(**settings(teacher, cache="auto"), out=tmp_path / "a", overrides=[f"cache.folder={tmp_path}/c"])
+        cmapkd.distill(**settings(teacher, cache=cached), out=tmp_path / "a")
     finally:
         os.umask(before)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -156,6 +156,25 @@ def test_distil_then_evaluate_gives_the_same_numbers(cli: Any, recipe: Path, tmp
     assert evaluated["models"] == {str(out): stored["student"]}
     assert evaluated["settings"]["templates"] == "plain"
     assert evaluated["environment"]["packages"]["torch"]
+    assert "scored on 40 images and " in printed
+    code, printed, errors = cli("evaluate", str(out), "--data", "scenes", "--json", str(tmp_path))
+    assert (code, printed) == (2, "")  # before anything is loaded
+    assert "is a folder: name a file" in errors
+    code, printed, errors = cli("distill", str(recipe), "seed=3", "--out", str(out), "--extend-to", "3")
+    assert code == 0, errors
+    for words in (
+        "going on from step 2 to step 3",
+        "student: loading the teacher ",
+        "warning: the run has 3 steps, and optim.warmup_steps is 100",
+        "evaluating 1 of 2: teacher, on 40 samples of scenes/standard/val",
+    ):
+        assert words in printed
+    code, _, errors = cli("finalize", str(out), "--step", "9")
+    assert code == 2
+    assert "has no checkpoint of step 9. It has --step 3." in errors
+    code, printed, _ = cli("finalize", str(out))
+    assert code == 0
+    assert "taking the student out of " in printed
 
 
 def test_evaluation_of_one_task(cli: Any, recipe: Path, tmp_path: Path) -> None:

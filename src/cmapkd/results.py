@@ -63,7 +63,7 @@ class RunResult:
         lines = []
         if self.gap_closed is not None:
             share, on = 100 * self.gap_closed, gap_measure(*(self.metrics.get(role) for role in _ROLES))
-            lines.append(f"gap closed: {share:.0f} % of the way from {baseline} to teacher ({on})")
+            lines.append(f"gap closed: {round(share)} % of the way from {baseline} to teacher ({on})")
         lines += dict.fromkeys(remark for _, scores in present if (remark := remark_on_retrieval(scores)) is not None)
         if lines:
             table.caption = Text(printable("\n".join(lines)))

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+
+from cmapkd.cli.command import Command
 
 _FOLLOWS = {"--seeds": re.compile(r"\d+$"), "--arms": re.compile(r"[^=:]+:(\s|$)")}
 
 
-class CompareCommand(TyperCommand):
+class CompareCommand(Command):
     """Takes `--seeds 0 1 2` and `--arms A B` for `--seeds 0 --seeds 1 ...`, by the form of what follows."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -52,6 +53,7 @@ def compare(
     """Run arms x axes x seeds, resumably, and compare them with paired intervals."""
     from rich.console import Console
 
+    from cmapkd.cli.show import show
     from cmapkd.config import ConfigError
 
     if source is not None and ablation is not None and "=" in source:
@@ -103,7 +105,7 @@ def compare(
         )  # fmt: skip
         raise typer.Exit(130) from None
     for part in shown_tables(result.tables):
-        console.print(part, markup=False, highlight=False)
+        show(console, part)
     if result.notice is not None:
         console.print(result.notice, markup=False, highlight=False)
     files = "table.md, results.csv, results.json" + ", plots/" * bool(result.plots) + ", runs/"

@@ -18,13 +18,16 @@ def demo(
 
     from rich.console import Console
 
-    from cmapkd.config import load_config
-    from cmapkd.run import RunConfig, run
+    from cmapkd.cli.recipe import read_recipe
+
+    config = read_recipe("demo", overrides)
+
+    from cmapkd.cli.show import show
+    from cmapkd.run import run
     from cmapkd.training import Interrupted
 
     console = Console()
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    config = load_config(RunConfig, "demo", overrides or [])
     assert config.teacher is not None
     console.print(
         f"Teacher {config.teacher.name}, student {config.student.name}, method {config.method.name}, built-in world "
@@ -37,5 +40,7 @@ def demo(
         command = shlex.join(["cmapkd", "distill", "demo", *(overrides or []), "--out", str(out), "--resume"])
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    console.print(result.table())
-    console.print(f"student and evidence: {out} (read back: cmapkd evaluate {out} --data scenes)", highlight=False)
+    show(console, result.table())
+    console.print(
+        f"student and evidence: {out} (read back: cmapkd evaluate {out} --data scenes --split test)", highlight=False
+    )

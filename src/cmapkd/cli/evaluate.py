@@ -7,9 +7,12 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def evaluate(
@@ -34,8 +37,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: retrieval, zero_shot, vqa, captioning, detection, calibration, agreement, "
-            "efficiency; auto: the first two; all: whatever the data serve."
+            help="Comma-separated: retrieval, zero_shot, linear_probe, knn, vqa, captioning, detection, calibration, "
+            "agreement, efficiency; auto: the first two; all: whatever the data serve."
         ),
     ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
@@ -49,7 +52,12 @@ def evaluate(
     """Score models: retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
+    from cmapkd.cli.show import show
+    from cmapkd.config.disk import check_writable
+
     named, values = _named(models), _settings(tasks, settings or [])
+    if json_file is not None:
+        check_writable(json_file)
 
     import torch
 
@@ -62,11 +70,11 @@ def evaluate(
     from cmapkd.evaluation.tasks import check_tasks
     from cmapkd.training import Interrupted
 
-    config = SuiteConfig.from_mapping(values, where="evaluation settings")
-    check_tasks(config)  # before any model is loaded
+    check_tasks(config := SuiteConfig.from_mapping(values, where="evaluation settings"))  # before a model is loaded
     source = open_source(data, split=split) if data is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
+    _tell_untrained(named, console)
     loaded = {name: load(model) for name, model in named.items()}
     try:
         scores = evaluate_models(
@@ -82,7 +90,7 @@ def evaluate(
         where = f"Go on with:\n  {shlex.join(['cmapkd', *sys.argv[1:]])}" if work else "Nothing is kept without --work."
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
+    show(console, score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
     for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, scores.values()))):
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
@@ -90,22 +98,44 @@ def evaluate(
 
 
 def _write(path: Path, data: str | None, scores: dict[str, Any], settings: dict[str, Any]) -> None:
+    from cmapkd.config import ConfigError
+    from cmapkd.config.disk import DiskError, write_text
     from cmapkd.provenance import describe_environment
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"data": data, "models": scores, "settings": settings, "environment": describe_environment()}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        if path.exists() and not path.is_file():  # a terminal or a pipe
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_text(path, text)
+    except (OSError, DiskError) as error:
+        typer.echo(text)
+        why = error.__cause__ or error
+        raise ConfigError(f"{path} could not be written ({why}): its content is printed above") from None
 
 
 def _settings(tasks: str, settings: list[str]) -> dict[str, Any]:
     """The settings of the evaluation, as `--tasks` and `--set` state them."""
     from cmapkd.config import ConfigError, apply_overrides
+    from cmapkd.settings import check_evaluation
 
     values: dict[str, Any] = {"tasks": tasks if tasks in ("auto", "all") else [t.strip() for t in tasks.split(",")]}
     for setting in settings:
         if not setting.partition("=")[1]:
             raise ConfigError(f"--set {setting!r} is not key=value")
-    return apply_overrides(values, settings, where="evaluation settings")
+    values = apply_overrides(values, settings, where="evaluation settings")
+    check_evaluation(values, where="evaluation settings")
+    return values
+
+
+def _tell_untrained(named: dict[str, str], console: Console) -> None:
+    from cmapkd.models import ModelConfig
+    from cmapkd.models.untrained import why_untrained
+
+    for model in named.values():
+        if ":" in model and (why := why_untrained(ModelConfig(name=model))) is not None:
+            console.print(f"note: {why}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _named(models: list[str]) -> dict[str, str]:

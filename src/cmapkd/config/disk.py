@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _GONE = (errno.EIO, errno.ESTALE, errno.ENXIO)
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust, such as safetensors, pass an error on
 
@@ -47,6 +49,32 @@ def writing(folder: Path) -> Iterator[None]:
                 f"the disk of {folder} does not answer ({os.strerror(number)}): go on with --resume once it does"
             ) from error
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file that could not be written in the end, before the work for it. Makes its folder.
+
+    Raises:
+        DiskError: it is a folder, or its folder takes no file.
+    """
+    if path.is_dir():
+        raise DiskError(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():  # a terminal or a pipe
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".cmapkd") as trial:
+            trial.write(b"x")
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written ({error.strerror}): name another file") from None
+
+
+def is_of_the_place(error: BaseException) -> bool:
+    """Whether an error says of a file's name or disk that it cannot be used, which its user can change."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return False
+    place = str(error.filename)
+    return error.errno in (*FULL, *READ_ONLY, *_NAMES) or place.startswith(("/proc/", "/sys/", "/dev/"))
 
 
 def error_number(error: BaseException) -> int:

@@ -205,3 +205,21 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return dict(model_config), _preprocess(values.get("preprocess_cfg") or {})
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no open_clip model config: {error}") from None
+
+
+def names() -> list[str]:
+    """open_clip's architectures, then each with the tags of its weights."""
+    import open_clip
+
+    return [*open_clip.list_models(), *(f"{name}/{tag}" for name, tag in open_clip.list_pretrained())]
+
+
+def untrained(rest: str) -> str | None:
+    """Why a model of this name begins with random weights; None where it names a tag."""
+    import open_clip
+
+    if "/" in rest:
+        return None
+    tags = open_clip.list_pretrained_tags_by_model(rest)
+    trained = f"write open_clip:{rest}/TAG, with one of {', '.join(tags[:6])}" if tags else "open_clip has none for it"
+    return f"begins with random weights, as it names none: {trained}"

@@ -156,3 +156,20 @@ def _with_timm_weights(model_config: dict[str, Any], preprocess: dict[str, Any],
             f"the weights of {where} are not on this machine and could not be fetched from "
             f"{own.hf_hub_id or own.url} ({error}). Connect to the network once, or leave out /pretrained."
         ) from None
+
+
+def names() -> list[str]:
+    """timm's architectures, then those with weights, with their tag."""
+    import timm
+
+    return [*timm.list_models(), *(f"{name}/pretrained" for name in timm.list_models(pretrained=True))]
+
+
+def untrained(rest: str) -> str | None:
+    """Why a model of this name begins with random weights; with timm's own the text tower still does."""
+    name, _, weights = rest.partition("/")
+    if weights:
+        return (
+            f"has timm's weights in its image tower, and random ones in its text tower: {name} is no image-text model"
+        )
+    return f"begins with random weights: timm:{name}/pretrained has timm's in its image tower"

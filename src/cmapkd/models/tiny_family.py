@@ -59,3 +59,9 @@ def _read(folder: Path, description: dict[str, Any]) -> DualEncoder:
     model = TinyDualEncoder(options, tokenizer, name=str(description["name"]))
     load_weights(model, read_weights(folder / WEIGHTS), where=folder)
     return model
+
+
+def untrained(rest: str) -> str | None:
+    """Why a model of this name begins with random weights; None of the packaged ones, which are trained."""
+    trained = ", ".join(f"tiny:{name}" for name in packaged_models())
+    return None if rest in packaged_models() else f"begins with random weights; trained ones: {trained}"

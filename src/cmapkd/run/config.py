@@ -37,7 +37,7 @@ class RunConfig(Config):
     baseline: Literal["none", "scratch"] | Path = Field(
         "none", description="Compared with: none; scratch, the same student trained here without teacher; a run folder."
     )
-    seed: int = Field(0, ge=0, description="Of initialisation, data order and replacements.")
+    seed: int = Field(0, ge=0, lt=2**64, description="Of initialisation, data order and replacements.")
     cache: CacheConfig | None = Field(
         None, description="off, auto or require: the teacher answers from disk; or with settings."
     )

@@ -16,7 +16,7 @@ from test_cli import call
 
 import cmapkd.cli
 from cmapkd.cache import CacheError, CacheFolder
-from cmapkd.cli.examples import _EXAMPLES, examples
+from cmapkd.cli.examples import EXAMPLES, examples
 from cmapkd.cli.show import show
 from cmapkd.config import install_advice
 from cmapkd.config.disk import DiskError, check_writable
@@ -43,7 +43,7 @@ def test_help_has_two_examples_that_the_command_understands(name: str) -> None:
     command = COMMANDS[name]
     last = name.split()[-1]
     assert command.epilog == examples(last)
-    for line in _EXAMPLES[last]:
+    for line in EXAMPLES[last]:
         words = shlex.split(line)
         assert words[: 1 + len(name.split())] == ["cmapkd", *name.split()]
         command.make_context(name, words[1 + len(name.split()) :], resilient_parsing=False)

@@ -13,7 +13,7 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; by default a new one under runs/.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
 ) -> None:
-    """Distil the packaged teacher into a student several times smaller, beside the same student trained alone."""
+    """Distil a packaged teacher into a small student. The same student trained alone stands beside it."""
     import time
 
     from rich.console import Console

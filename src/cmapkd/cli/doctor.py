@@ -16,7 +16,7 @@ def doctor(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
 ) -> None:
-    """Check models, data, sizes, memory, disk and time of a recipe without running it."""
+    """Check a recipe without running it. Models, data, sizes, memory, disk and time are told as they are known."""
     from rich.console import Console
 
     from cmapkd.cli.recipe import read_recipe

@@ -49,7 +49,7 @@ def evaluate(
         list[str] | None, typer.Option("--set", help="Settings of the evaluation: key=value, repeatable.")
     ] = None,
 ) -> None:
-    """Score models: retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
+    """Score models side by side. Retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
     from cmapkd.cli.show import show

@@ -22,13 +22,17 @@ def init(
         TEACHER
     ),
 ) -> None:
-    """Look at data and write a commented recipe, with a student that fits a budget."""
+    """Write a first recipe for your data. The student is the largest that fits the budget."""
     from rich.console import Console
 
     from cmapkd.config import ConfigError
+    from cmapkd.data.places import nearest
 
     if out.exists():  # before the work for it; `write_recipe` makes sure
         raise ConfigError(f"{out} exists, and init overwrites nothing: name another file with --out")
+
+    if not data.exists():
+        raise ConfigError(f"there is no file or folder {str(data)!r}. {nearest(str(data))}")
 
     from cmapkd.starter import choose_student, compose, look, write_recipe
 

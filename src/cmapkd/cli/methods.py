@@ -17,7 +17,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show this method's card with its equations.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """List the distillation methods, or show one method's card."""
+    """List the methods, or show one method's card."""
     from importlib.metadata import entry_points
 
     from rich.console import Console

@@ -17,7 +17,7 @@ def settings(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Show the sections of a recipe, or the keys of one with their defaults and meanings."""
+    """List the settings, or the keys of one section. Each with its default and meaning."""
     from dataclasses import asdict
 
     from cmapkd.settings import read_index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import fill
 
 from cmapkd.settings.index import Index, Setting
 
@@ -41,7 +42,7 @@ def page(index: Index) -> str:
             shown = title
         if section and f"`{section}`" != title and section not in ("evaluate", "compare"):
             lines.append(f"### `{section}`\n")
-        lines.append(f"{index.about(kind)}\n")
+        lines.append(fill(index.about(kind), width=118, break_on_hyphens=False) + "\n")
         settings = index.settings(kind)
         if settings:
             lines += [*_table(settings), ""]

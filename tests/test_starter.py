@@ -36,6 +36,7 @@ LAYOUTS: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
         ("train-00.tar", "train-01.tar", "val-0.tar"),
         {"train": "webdataset:./train-0*.tar", "val": "webdataset:./val-0.tar"},
     ),
+    (("train.zip", "dev.zip", "classes.json"), {"train": "folder:./train.zip", "val": "folder:./dev.zip"}),
     (("p0.parquet", "p1.parquet"), {"train": "parquet:./p*.parquet"}),
     (
         (
@@ -135,7 +136,11 @@ def test_classes_without_captions_and_validation_data(photographs: Path) -> None
 
 def test_pictures_that_say_nothing_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ConfigError, match="neither captions nor class folders"):
+    with pytest.raises(ConfigError, match="neither captions nor several class folders"):
+        look(tmp_path)
+    (tmp_path / "Images").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "Images" / "a.png")
+    with pytest.raises(ConfigError, match="neither captions nor several class folders"):
         look(tmp_path)
 
 

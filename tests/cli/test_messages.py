@@ -16,6 +16,7 @@ from test_cli import call
 
 import cmapkd.cli
 from cmapkd.cache import CacheError, CacheFolder
+from cmapkd.cli.command import command_line
 from cmapkd.cli.examples import EXAMPLES, examples
 from cmapkd.cli.show import show
 from cmapkd.config import install_advice
@@ -53,6 +54,13 @@ def test_settings_written_as_options_are_put_right(cli: Any) -> None:
     code, _, errors = cli("distill", "demo", "--optim.learning_rate", "1", "--out", "x")
     assert code == 2
     assert "settings are written without dashes: optim.learning_rate=VALUE" in errors
+
+
+def test_commands_are_told_as_they_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    assert command_line("doctor", "my recipe.yaml") == "cmapkd doctor 'my recipe.yaml'"
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    assert command_line("doctor", "r.yaml") == "uv run cmapkd doctor r.yaml"
 
 
 def result() -> RunResult:

@@ -100,6 +100,8 @@ def valid() -> list[dict[str, Any]]:
     changes: tuple[dict[str, Any], ...] = (
         {},
         {"teacher": {"name": "tiny:debug", "init": "scratch"}, "method": {"name": "clip_kd", "bank": {"size": 8}}},
+        {"data": "csv:train.csv"},
+        {"data": {"name": "csv:train.csv", "val": "scenes"}},
         {"teacher": "some/folder", "method": "hinton", "cache": "auto"},
         {"teacher": "some/folder", "method": "hinton", "cache": {"name": "auto", "store": "int8"}},
         {"cache": False},

@@ -1,7 +1,9 @@
-"""A command that says how settings are written where they were given like options."""
+"""A command as it is parsed, and as it is told to be typed."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from typing import Any
 
 from typer.core import TyperCommand
@@ -16,3 +18,8 @@ class Command(TyperCommand):
             if argument.startswith("--") and "." in key and key.replace(".", "").replace("_", "").isalnum():
                 ctx.fail(f"settings are written without dashes: {key}={value if equals else 'VALUE'}")
         return super().parse_args(ctx, args)
+
+
+def command_line(*words: str) -> str:
+    """`cmapkd WORDS` as its user would type it: by `uv run`, if this process was started so."""
+    return shlex.join([*(["uv", "run"] if "UV_RUN_RECURSION_DEPTH" in os.environ else []), "cmapkd", *words])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmapkd.cli.command import Command
+from cmapkd.cli.command import Command, command_line
 
 _FOLLOWS = {"--seeds": re.compile(r"\d+$"), "--arms": re.compile(r"[^=:]+:(\s|$)")}
 
@@ -100,7 +100,7 @@ def compare(
             return
         result = carry_out(comparison, out=out, console=console)
     except (Interrupted, KeyboardInterrupt) as stopped:
-        command = shlex.join(["cmapkd", "compare", str(out / "comparison.yaml"), "--out", str(out)])
+        command = command_line("compare", str(out / "comparison.yaml"), "--out", str(out))
         command += " --tune-only" * tune_only + "".join(f" --family {shlex.quote(name)}" for name in family or ())
         why = str(stopped) or "stopped"
         _say(console, f"{why}. What is finished is in {out}. Go on with:\n  {command}")

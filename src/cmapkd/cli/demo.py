@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cmapkd.cli.command import command_line
 
 
 def demo(
@@ -37,10 +38,9 @@ def demo(
     try:
         result = run(config, out=out, console=console)
     except Interrupted as stopped:
-        command = shlex.join(["cmapkd", "distill", "demo", *(overrides or []), "--out", str(out), "--resume"])
+        command = command_line("distill", "demo", *(overrides or []), "--out", str(out), "--resume")
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     show(console, result.table())
-    console.print(
-        f"student and evidence: {out} (read back: cmapkd evaluate {out} --data scenes --split test)", highlight=False
-    )
+    again = command_line("evaluate", str(out), "--data", "scenes", "--split", "test")
+    console.print(f"student and evidence: {out} (read back: {again})", markup=False, highlight=False, soft_wrap=True)

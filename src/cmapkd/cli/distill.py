@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cmapkd.cli.command import command_line
 
 
 def distill(
@@ -42,7 +43,7 @@ def distill(
     try:
         result = run(config, out=out, resume=resume, console=console)
     except Interrupted as stopped:
-        command = shlex.join(["cmapkd", "distill", recipe, *(overrides or []), "--out", str(out), "--resume"])
+        command = command_line("distill", recipe, *(overrides or []), "--out", str(out), "--resume")
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if result.metrics:

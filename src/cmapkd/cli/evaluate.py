@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cmapkd.cli.command import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +88,7 @@ def evaluate(
             console=console,
         )
     except Interrupted as stopped:
-        where = f"Go on with:\n  {shlex.join(['cmapkd', *sys.argv[1:]])}" if work else "Nothing is kept without --work."
+        where = f"Go on with:\n  {command_line(*sys.argv[1:])}" if work else "Nothing is kept without --work."
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     show(console, score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cmapkd.cli.command import command_line
+
 TEACHER = "open_clip:ViT-B-32/openai"
 
 
@@ -51,8 +53,8 @@ def init(
         f"student: {chosen.student['name']}, {chosen.megabytes:.1f} MB in float32; here {chosen.image_ms:.1f} ms a "
         f"picture and {chosen.text_ms:.1f} ms a text, one at a time, {chosen.threads} threads",
         f"wrote {out}. Next:",
-        f"  {shlex.join(['cmapkd', 'doctor', str(out)])}",
-        f"  {shlex.join(['cmapkd', 'distill', str(out), '--out', 'runs/first'])}",
+        f"  {command_line('doctor', str(out))}",
+        f"  {command_line('distill', str(out), '--out', 'runs/first')}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

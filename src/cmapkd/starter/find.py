@@ -24,7 +24,13 @@ _WORDS = {
     "dev": "val",
     "test": "test",
 }
-_TABLES = {"csv": (".csv", ".tsv"), "jsonl": (".jsonl",), "parquet": (".parquet",), "webdataset": (".tar",)}
+_TABLES = {
+    "csv": (".csv", ".tsv"),
+    "jsonl": (".jsonl",),
+    "parquet": (".parquet",),
+    "webdataset": (".tar",),
+    "folder": (".zip",),
+}
 _SEVERAL = ("parquet", "webdataset")  # kinds that read several files as one source
 _METADATA = "metadata.jsonl"
 

@@ -50,10 +50,10 @@ def look(path: Path) -> Looked:
         raise ConfigError(f"none of the first samples of {opened.name} can be read: cmapkd doctor says why")
     classes = tuple(opened.class_names or ())
     if not captioned:
-        if not classes:
+        if len(classes) < 2:
             raise ConfigError(
-                f"{opened.name} has neither captions nor class folders: a student learns from pictures with texts. "
-                "docs/data.md shows where captions are read from."
+                f"{opened.name} has neither captions nor several class folders: a student learns from pictures with "
+                "texts. docs/data.md shows where captions are read from."
             )
         remarks.append(f"no captions: each picture says '{TEMPLATE}' of its class")
         sources = {role: _with(source, f"captions={TEMPLATE}") for role, source in sources.items()}

@@ -143,13 +143,25 @@ def _plain(schema: Any) -> Any:
     return [_plain(each) for each in schema] if isinstance(schema, list) else schema
 
 
+def _lines(values: dict[str, Any]) -> str:
+    """JSON with a line for each class and card, so that a change of one is a change of its line."""
+    parts = []
+    for key, value in values.items():
+        if isinstance(value, dict) and key in ("classes", "cards"):
+            inner = (f"{json.dumps(name)}: {json.dumps(each, ensure_ascii=False)}" for name, each in value.items())
+            parts.append(f"{json.dumps(key)}: {{\n" + ",\n".join(inner) + "\n}")
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the files are as they would be written")
     parser.add_argument("--docs", type=Path, default=Path("docs/settings.md"), help="the page")
     given = parser.parse_args()
     values = make_index()
-    files = {FILE: json.dumps(values, indent=1, ensure_ascii=False) + "\n", given.docs: page(Index(values))}
+    files = {FILE: _lines(values), given.docs: page(Index(values))}
     for path, text in files.items():
         if given.check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
             sys.exit(f"{path} is stale: python -m cmapkd.settings.make")

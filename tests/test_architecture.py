@@ -35,6 +35,8 @@ JOINING = (
     "own_loop",
     "api",
     "diagnosis",
+    "starter",
+    "settings",
     "cli",
     "__main__",
 )  # what stands above the rooms, in this order

@@ -377,7 +377,7 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
 
 def test_plots(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib is an extra: cmapkd[plots]")
+        pytest.skip("matplotlib is of the extra plots")
     result = compare(comparison(recipe), out=tmp_path / "c")
     names = {path.name for path in result.plots}
     stems = ("mean_r@1", "zero_shot_top1", "curve-mean_r@1")
@@ -394,7 +394,7 @@ def test_without_matplotlib_everything_else_is_there(
     result = compare(comparison(recipe), out=tmp_path / "c")
     assert result.plots == ()
     assert result.notice is not None
-    assert "pip install 'cmapkd[plots]'" in result.notice
+    assert "uv sync --inexact --extra plots" in result.notice
     assert {path.name for path in (tmp_path / "c").iterdir()} == {
         "comparison.yaml", "results.json", "results.csv", "table.md", "runs",
     }  # fmt: skip

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from cmapkd.cache.cost import Cost
 from cmapkd.data.open import open_source
-from cmapkd.diagnosis import Finding, diagnose
-from cmapkd.diagnosis.models import check_activation
-from cmapkd.models import DualEncoder, build_model
+from cmapkd.diagnosis import Finding, diagnose, examine, verdict
+from cmapkd.diagnosis.data import check_overlap
+from cmapkd.diagnosis.diagnose import check_warmup
+from cmapkd.diagnosis.models import check_activation, check_size, check_weights, millions
+from cmapkd.models import DualEncoder, ModelConfig, build_model
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.run import RunConfig, run
 from helpers import MemorySource
@@ -175,3 +178,99 @@ def test_parts_and_stages_are_checked_as_a_run_checks_them() -> None:
         ("no term 'nope'", {"stages": [{"steps": 2, "terms": ["nope"]}]}),
     ):
         assert any(expected in text for text in problems(**training))
+
+
+def _captioned(folder: Path, names: list[str], *, shift: int = 0) -> str:
+    """A csv of pictures, each of its own colour."""
+    folder.mkdir(exist_ok=True)
+    for place, name in enumerate(names):
+        Image.new("RGB", (12, 12), (place + shift, 7, 9)).save(folder / name)
+    rows = [f"{name},picture {place}" for place, name in enumerate(names)]
+    (folder / "t.csv").write_text("\n".join(["filepath,title", *rows]))
+    return f"csv:{folder}/t.csv"
+
+
+def test_data_that_are_trained_on_and_scored_are_a_problem(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(10)]
+    train = _captioned(tmp_path / "train", names)
+    again = _captioned(tmp_path / "again", [*names[:6], "new.png"])
+    others = _captioned(tmp_path / "others", names, shift=100)  # the same names, other pictures
+
+    def found(**roles: str) -> dict[str, str]:
+        sources = {role: open_source(name) for role, name in roles.items()}
+        return {f"{each.level} {each.what}": each.detail for each in check_overlap(sources)}
+
+    assert "the same data as data.train" in found(train=train, val=train)["problem data.val"]
+    assert "6 of 6 pictures compared are in data.train too" in found(train=train, test=again)["problem data.test"]
+    assert found(train=train, val=others) == {}
+    assert [*found(train=train, val=others, test=others)] == ["note data.test"]
+
+
+def test_a_run_that_only_warms_up_is_noticed() -> None:
+    train = open_source("scenes?length=64")
+
+    def found(**changes: Any) -> list[str]:
+        return [each.detail for each in check_warmup(_config(**changes), train)]
+
+    assert "60 steps: the rate never reaches its peak" in found(training={"steps": 60, "batch_size": 8})[0]
+    assert "set optim.warmup_steps to 6" in found(training={"steps": 60, "batch_size": 8})[0]
+    assert "more than half of the run warms up" in found(training={"steps": 150, "batch_size": 8})[0]
+    assert found(training={"steps": 200, "batch_size": 8}) == []
+    assert found(training={"epochs": 5, "batch_size": 8}, optim={"warmup_steps": 4}) == []
+
+
+def test_random_weights_are_a_problem_of_teachers_alone() -> None:
+    trained = build_model(ModelConfig(name=TEACHER))
+    assert not [*check_weights("teacher", trained, teaches=True)]
+    random = build_model(DEBUG, captions=["a red square"])
+    assert [each.level for each in check_weights("teacher", random, teaches=True)] == ["problem"]
+    (finding,) = check_weights("student", random, teaches=False)
+    assert (finding.level, finding.detail) == ("ok", "random in the image and text tower: it learns from scratch")
+
+
+def test_towers_and_words_are_counted() -> None:
+    student = build_model("tiny:debug", captions=["a red circle", "a blue square"] * 4)
+    assert isinstance(student, TinyDualEncoder)
+    detail = " ".join(each.detail for each in check_size("student", student))
+    towers = {part: sum(student.get_parameter(name).numel() for name in names) for part, names in student.parts.items()}
+    table = student.tokenizer.vocab_size * student.text.tokens.weight.shape[1]
+    assert f"image tower {millions(towers['image'])}" in detail
+    assert f"text tower {millions(towers['text'])}, {millions(table)} of it the table of words" in detail
+    assert "MB on disk" in detail
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ((), "no problems, no notes"),
+        (("ok", "note"), "no problems, 1 note"),
+        (("problem", "problem", "note"), "2 problems, 1 note"),
+    ],
+)
+def test_a_verdict_counts(levels: tuple[Any, ...], said: str) -> None:
+    assert verdict([Finding(level, "x", "y") for level in levels]) == said
+
+
+def test_findings_come_as_soon_as_they_are_known() -> None:
+    """The data are told before any model is built; what comes next is announced before it takes its time."""
+    said: list[str] = []
+    findings = examine(_config(teacher=TEACHER, method="clip_kd"), say=said.append)
+    assert next(findings).what == "data.train"
+    assert said == ["reading scenes?length=64"]
+    whats = [each.what for each in findings]
+    assert [said[-1], whats[-1]] == ["taking a few steps", "memory"]
+    assert {"student size", "teacher size", "disk", "warm-up"} <= {*whats}
+
+
+def test_expected_disk_is_what_a_run_takes(tmp_path: Path) -> None:
+    """Of a run that keeps its checkpoints: weights, two moments, and the student, within a tenth."""
+    config = _config(
+        training={"steps": 3, "batch_size": 8, "checkpoint_every": 1, "device": "cpu"},
+        data={"train": "scenes?length=64"},
+    )
+    detail = next(each.detail for each in diagnose(config) if each.what == "disk")
+    number, unit = re.search(r"checkpoints of ([0-9.]+) (kB|MB)", detail).groups()  # type: ignore[union-attr]
+    run(config, out=tmp_path / "run")
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    size = sum(file.stat().st_size for file in kept[-1].rglob("*") if file.is_file())
+    assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(size, rel=0.1)

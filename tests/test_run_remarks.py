@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cmapkd.config.disk import DiskError, check_writable
 from cmapkd.data.open import open_source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.headline import scored_set
@@ -104,16 +103,6 @@ def test_scores_say_what_they_are_of() -> None:
     bare = RunResult(Path(), {"student": {"params": 3}, "method": "contrastive", "evaluated_on": None})
     assert "no evaluation data" in str(bare.table().title)
     assert scored_set({"params": 3}) is None
-
-
-def test_a_file_for_scores_is_tried_before_they_are_made(tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match="is a folder: name a file"):
-        check_writable(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match=r"cannot be written .*: name another file"):
-        check_writable(tmp_path / "file" / "scores.json")
-    check_writable(tmp_path / "new" / "scores.json")
-    assert [*(tmp_path / "new").iterdir()] == []
 
 
 def test_a_folder_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:

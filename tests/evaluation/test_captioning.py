@@ -157,7 +157,7 @@ def test_what_only_the_tokeniser_shows() -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_tools.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingToolError, match=r"pip install 'cmapkd\[captions\]'"):
+    with pytest.raises(MissingToolError, match="uv sync --inexact --extra captions"):
         caption_scores(**GOOD)
 
 

@@ -212,7 +212,7 @@ def test_wrong_classes(options: dict[str, Any], message: str) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(MissingToolError, match=r"pip install 'cmapkd\[detection\]'"):
+    with pytest.raises(MissingToolError, match="uv sync --inexact --extra detection"):
         detection_scores({"a": [FOUND]}, {"a": [CAT]})
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from pydantic import Field
 
 from cmapkd.config import Config
-from cmapkd.data.open import Spec
+from cmapkd.data.spec import Spec
 from cmapkd.data.types import Batch, Sample
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks import Column, Headline, Task

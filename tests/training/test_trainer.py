@@ -237,7 +237,7 @@ def test_missing_tracker_says_how_to_install_it(name: str, tmp_path: Path, monke
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else "wandb", None)
-    with pytest.raises(ValueError, match=rf"pip install cmapkd\[{name}\]"):
+    with pytest.raises(ValueError, match=f"uv sync --inexact --extra {name}"):
         make_trackers([name], tmp_path, settings={}, resume_step=None)
 
 

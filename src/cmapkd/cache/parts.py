@@ -193,6 +193,9 @@ class CacheFolder:
         Raises:
             CacheError: there is no cache, or it is damaged.
         """
+        if path.exists() and not cls.exists(path):
+            what = "holds no cache.json" if path.is_dir() else "is a file"
+            raise CacheError(f"{path} {what}, so it is no cache: name the folder that cmapkd cache build printed")
         values = read_json(path / CACHE_FILE)
         check_values(
             path / CACHE_FILE,

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated, Any
 
 import typer
 
-from cmapkd.cli import cache, compare, demo, distill, doctor, evaluate, export, finalize, methods
+import cmapkd
+from cmapkd.cli import (
+    cache,
+    compare,
+    demo,
+    distill,
+    doctor,
+    evaluate,
+    export,
+    finalize,
+    init,
+    methods,
+    models,
+    settings,
+)
+from cmapkd.cli.command import Command
+from cmapkd.cli.examples import examples
 
 app = typer.Typer(
     name="cmapkd",
@@ -17,11 +34,28 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the time
     pretty_exceptions_enable=False,
 )
-for command in (demo.demo, distill.distill, evaluate.evaluate, export.export, methods.methods, doctor.doctor):
-    app.command()(command)
-app.command()(finalize.finalize)
-app.command(cls=compare.CompareCommand)(compare.compare)
+for command in (
+    demo.demo, init.init, doctor.doctor, distill.distill, finalize.finalize, evaluate.evaluate, export.export,
+    methods.methods, models.models, settings.settings,
+):  # fmt: skip
+    app.command(cls=Command, epilog=examples(command.__name__))(command)
+app.command(cls=compare.CompareCommand, epilog=examples("compare"))(compare.compare)
 app.add_typer(cache.app, name="cache")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cmapkd {cmapkd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -32,6 +66,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  as long as the process
+    _print_what_the_terminal_can()
     try:
         app()
     except Exception as error:
@@ -40,12 +75,26 @@ def main() -> None:
         from cmapkd.config import printable
 
         whose = f"error in process {rank}" if rank else "error"
-        print(printable(f"{whose}: {error}"), file=sys.stderr)  # noqa: T201
+        print(printable(f"{whose}: {_words(error)}"), file=sys.stderr)  # noqa: T201
         sys.exit(2)
 
 
-def _is_users(error: Exception) -> bool:
-    """ValueErrors, which say what to change, and stopped runs; anything else is a defect worth its trace."""
-    from cmapkd.config import RunStopped
+def _print_what_the_terminal_can() -> None:
+    """Letters that a terminal's encoding lacks are written as escapes: Greek in a card ends no command."""
+    reconfigure: Any = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
 
-    return isinstance(error, ValueError | RunStopped)
+
+def _is_users(error: Exception) -> bool:
+    """ValueErrors, which say what to change, stopped runs, places that cannot be written; else a defect."""
+    from cmapkd.config import RunStopped
+    from cmapkd.config.disk import is_of_the_place
+
+    return isinstance(error, ValueError | RunStopped) or is_of_the_place(error)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}. Choose another place"
+    return str(error)

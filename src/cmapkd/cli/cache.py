@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from cmapkd.cli.examples import examples
+
 app = typer.Typer(help="The teacher's answers on disk: build, look at, check.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(epilog=examples("build"))
 def build(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
@@ -25,15 +27,19 @@ def build(
     """Build what a recipe's cache lacks. Stopped at any moment, the same command goes on."""
     from rich.console import Console
 
-    from cmapkd.cache import CacheConfig, CacheError
-    from cmapkd.config import ConfigError, load_config
-    from cmapkd.run import RunConfig
+    from cmapkd.cli.recipe import read_recipe
+    from cmapkd.config import ConfigError
 
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     if not 0 <= rank < world:
         raise ConfigError(f"process {rank} of {world}: numbers run from 0 to {world - 1}")
-    config = load_config(RunConfig, recipe, overrides or [])
+    config = read_recipe(recipe, overrides)
+
+    from cmapkd.cache import CacheConfig, CacheError
+    from cmapkd.config import in_bytes
+    from cmapkd.run import RunConfig
+
     if config.cache is None:  # validated again: the views of a run with a cache cycle
         config = RunConfig.from_mapping({**config.plain(), "cache": CacheConfig().model_dump(mode="json")})
 
@@ -57,10 +63,7 @@ def build(
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
     for role in roles:
         plan = plan_cache(config, method, source, whole=whole, role=role)
-        size = (
-            f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {plan.bytes_missing() / 2**20:,.0f} MiB "
-            "missing"
-        )
+        size = f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {in_bytes(plan.bytes_missing())} missing"
         console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
         built = plan.build(
             device=device,
@@ -75,7 +78,7 @@ def build(
         console.print(f"built {built.rows:,} rows{bad}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=examples("info"))
 def info(
     folder: Annotated[Path, typer.Argument(help="A cache's folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
@@ -83,6 +86,7 @@ def info(
     """Say what a cache holds, how faithful it is, and what is missing."""
     from cmapkd.cache.parts import CacheFolder
     from cmapkd.cache.verify import describe
+    from cmapkd.config import in_bytes
 
     found = describe(CacheFolder.open(folder))
     if as_json:
@@ -91,7 +95,7 @@ def info(
     typer.echo(f"{found['teacher']} on {found['data']}: {found['layout']}")
     typer.echo(
         f"{found['rows_done']:,} of {found['rows']:,} rows ({found['rows_without_answer']:,} without answer) of "
-        f"{found['bytes_per_row']:,} bytes, {found['bytes'] / 2**20:,.1f} MiB; {found['shards_missing']} of "
+        f"{found['bytes_per_row']:,} bytes, {in_bytes(found['bytes'])}; {found['shards_missing']} of "
         f"{found['shards']} shards missing"
     )
     fidelity = found["fidelity"]
@@ -105,7 +109,7 @@ def info(
         typer.echo(f"  damaged: {line}")
 
 
-@app.command()
+@app.command(epilog=examples("verify"))
 def verify(
     folder: Annotated[Path, typer.Argument(help="A cache's folder.")],
     remove_damaged: Annotated[
@@ -121,7 +125,7 @@ def verify(
         total += 1
         if problem is not None:
             wrong += 1
-            typer.echo(f"{name}: {problem}")
+            typer.echo(problem if name in problem else f"{name}: {problem}")
     typer.echo(f"{total - wrong} of {total} shards are as they were written")
     if wrong:
         raise typer.Exit(1)

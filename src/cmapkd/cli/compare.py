@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+
+from cmapkd.cli.command import Command, command_line
 
 _FOLLOWS = {"--seeds": re.compile(r"\d+$"), "--arms": re.compile(r"[^=:]+:(\s|$)")}
 
 
-class CompareCommand(TyperCommand):
+class CompareCommand(Command):
     """Takes `--seeds 0 1 2` and `--arms A B` for `--seeds 0 --seeds 1 ...`, by the form of what follows."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -49,9 +51,10 @@ def compare(
     tune_only: Annotated[bool, typer.Option("--tune-only", help="Tune and measure seconds a step, and stop.")] = False,
     family: Annotated[list[str] | None, typer.Option(help="With --tune-only, these families alone.")] = None,
 ) -> None:
-    """Run arms x axes x seeds, resumably, and compare them with paired intervals."""
+    """Run and compare arms x axes x seeds. Intervals are paired; the same command goes on after a stop."""
     from rich.console import Console
 
+    from cmapkd.cli.show import show
     from cmapkd.config import ConfigError
 
     if source is not None and ablation is not None and "=" in source:
@@ -60,6 +63,9 @@ def compare(
         raise ConfigError("name the folder of the comparison: --out DIR")
     if family and not tune_only:
         raise ConfigError("--family chooses what --tune-only tunes: add --tune-only")
+
+    if ablation is None and not axis:
+        _check_early(source, overrides or [], arms or [])
 
     from cmapkd.compare import compare as carry_out
     from cmapkd.compare import load_comparison, prepare, tune
@@ -90,29 +96,54 @@ def compare(
                 prepare(comparison, out=out, console=console)
             kept = ("tuning.csv", "tuning.json", "tuned.yaml", "seconds.json")
             files = ", ".join(name for name in kept if (out / name).is_file())
-            console.print(f"{out}: {files}", markup=False, highlight=False, soft_wrap=True)
+            _say(console, f"{out}: {files}")
             return
         result = carry_out(comparison, out=out, console=console)
     except (Interrupted, KeyboardInterrupt) as stopped:
-        command = shlex.join(["cmapkd", "compare", str(out / "comparison.yaml"), "--out", str(out)])
+        command = command_line("compare", str(out / "comparison.yaml"), "--out", str(out))
         command += " --tune-only" * tune_only + "".join(f" --family {shlex.quote(name)}" for name in family or ())
         why = str(stopped) or "stopped"
-        console.print(
-            f"{why}. What is finished is in {out}. Go on with:\n  {command}",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        _say(console, f"{why}. What is finished is in {out}. Go on with:\n  {command}")
         raise typer.Exit(130) from None
     for part in shown_tables(result.tables):
-        console.print(part, markup=False, highlight=False)
+        show(console, part)
     if result.notice is not None:
         console.print(result.notice, markup=False, highlight=False)
     files = "table.md, results.csv, results.json" + ", plots/" * bool(result.plots) + ", runs/"
     if result.failed:
         failed = f"{len(result.failed)} of {len(result.outcomes)} runs failed; the same command tries them again"
-        console.print(failed, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{out}: {files}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, failed)
+    _say(console, f"{out}: {files}")
     if result.failed:
         raise typer.Exit(1)
+
+
+def _say(console: Any, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_early(recipe: str | None, overrides: list[str], arms: list[str]) -> None:
+    """Answers mistakes in single keys of a recipe's arms before torch is imported; a comparison file is read later."""
+    from cmapkd.config import list_recipes, load_mapping
+    from cmapkd.settings import check_recipe
+
+    if recipe is None or not (recipe in list_recipes() or _is_recipe(Path(recipe))):
+        return
+    for arm in arms or [""]:
+        name, _, settings = arm.partition(":")
+        where = f"arm {name.strip()!r}" if arm else f"recipe {recipe!r}"
+        check_recipe(load_mapping(recipe, [*overrides, *shlex.split(settings)]), where=where)
+
+
+def _is_recipe(path: Path) -> bool:
+    """Whether a file is a recipe, and no comparison; of what cannot be read, no."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(values, dict) and not {"arms", "axes", "tables", "tuning", "seeds"} & values.keys()
 
 
 def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
@@ -122,9 +153,7 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
     from cmapkd.compare.seconds import read_seconds
     from cmapkd.compare.tune import budget_in_words
 
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(_say, console)
     races, tuned = read_tuning(comparison, out)
     for each in races:
         say(f"tuning {each.family.name}: {budget_in_words(each.family)}")

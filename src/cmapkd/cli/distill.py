@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cmapkd.cli.command import command_line
 
 
 def distill(
@@ -22,26 +23,32 @@ def distill(
     """Train a student from a recipe and measure it beside its teacher."""
     from rich.console import Console
 
-    from cmapkd.config import ConfigError, list_recipes, load_config
+    from cmapkd.cli.recipe import read_recipe
+    from cmapkd.config import ConfigError, list_recipes, recipe_summary
 
     console = Console()
     if recipe == "list":
-        console.print("\n".join(list_recipes()))
+        width = max(map(len, list_recipes()))
+        for name in list_recipes():
+            typer.echo(f"{name:{width}}  {recipe_summary(name)}")
         return
     if out is None:
         raise ConfigError("name the run folder: --out DIR")
 
-    from cmapkd.run import RunConfig, run
+    config = read_recipe(recipe, overrides)
+
+    from cmapkd.cli.show import show
+    from cmapkd.run import run
     from cmapkd.training import Interrupted
 
-    config = load_config(RunConfig, recipe, overrides or [])
     try:
         result = run(config, out=out, resume=resume, extend_to=extend_to, console=console)
     except Interrupted as stopped:
         how = ["--resume"] if extend_to is None else ["--extend-to", str(extend_to)]
-        command = shlex.join(["cmapkd", "distill", recipe, *(overrides or []), "--out", str(out), *how])
+        command = command_line("distill", recipe, *(overrides or []), "--out", str(out), *how)
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if result.metrics:
-        console.print(result.table())
+        if config.data.final is not None:
+            show(console, result.table())
         console.print(f"student and evidence: {out}", highlight=False)

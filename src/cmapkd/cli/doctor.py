@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cmapkd.diagnosis import Finding
 
 
 def doctor(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
 ) -> None:
-    """Check models, data, sizes, memory and time of a recipe without running it."""
+    """Check a recipe without running it. Models, data, sizes, memory, disk and time are told as they are known."""
     from rich.console import Console
+
+    from cmapkd.cli.recipe import read_recipe
+
+    config = read_recipe(recipe, overrides)
+
+    from cmapkd.diagnosis import examine, verdict
+
+    console = Console()
+    findings: list[Finding] = []
+    with console.status("") as status:  # moves on a terminal; a file gets the findings alone
+        for finding in examine(config, say=status.update):
+            findings.append(finding)
+            _print(finding, console)
+    console.print(verdict(findings), highlight=False)
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _print(finding: Finding, console: Console) -> None:
+    """One finding: wrapped beside its mark on a terminal, one line in a file."""
     from rich.table import Table
     from rich.text import Text
 
-    from cmapkd.config import load_config, printable
-    from cmapkd.diagnosis import diagnose
-    from cmapkd.run import RunConfig
+    from cmapkd.config import printable
 
-    config = load_config(RunConfig, recipe, overrides or [])
-    findings = diagnose(config)
-    console = Console()
     colours = {"ok": "green", "note": "yellow", "problem": "red"}
-    rows = [
-        (Text(f"{each.level:7}", colours[each.level]), printable(f"{each.what}: {each.detail}")) for each in findings
-    ]
-    if console.is_terminal:  # wrapped beside its mark; in a file each finding is one line
+    mark = Text(f"{finding.level:7}", colours[finding.level])
+    text = printable(f"{finding.what}: {finding.detail}")
+    if console.is_terminal:
         grid = Table.grid(padding=(0, 1))
-        for mark, text in rows:
-            grid.add_row(mark, Text(text))
+        grid.add_row(mark, Text(text))
         console.print(grid)
     else:
-        for mark, text in rows:
-            console.print(mark, text, markup=False, highlight=False, soft_wrap=True)
-    if any(finding.level == "problem" for finding in findings):
-        raise typer.Exit(1)
+        console.print(mark, text, markup=False, highlight=False, soft_wrap=True)

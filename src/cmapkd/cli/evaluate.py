@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cmapkd.cli.command import command_line
 
 if TYPE_CHECKING:
     from cmapkd.models import DualEncoder
@@ -38,8 +39,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: retrieval, zero_shot, vqa, captioning, detection, calibration, agreement, "
-            "efficiency; auto: the first two; all: whatever the data serve."
+            help="Comma-separated: retrieval, zero_shot, linear_probe, knn, vqa, captioning, detection, calibration, "
+            "agreement, efficiency; auto: the first two; all: whatever the data serve."
         ),
     ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
@@ -50,14 +51,18 @@ def evaluate(
         list[str] | None, typer.Option("--set", help="Settings of the evaluation: key=value, repeatable.")
     ] = None,
 ) -> None:
-    """Score models: retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
+    """Score models side by side. Retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
+    from cmapkd.cli.show import show
+    from cmapkd.config.disk import check_writable
+
     named, values = _named(models), _settings(tasks, settings or [])
+    if json_file is not None:
+        check_writable(json_file)
 
     import torch
 
-    from cmapkd.config.disk import check_writable
     from cmapkd.data.open import open_source
     from cmapkd.evaluation.config import SuiteConfig
     from cmapkd.evaluation.headline import remark_on_retrieval, scored_set
@@ -66,10 +71,7 @@ def evaluate(
     from cmapkd.evaluation.tasks import check_tasks
     from cmapkd.training import Interrupted
 
-    config = SuiteConfig.from_mapping(values, where="evaluation settings")
-    check_tasks(config)  # before any model is loaded
-    if json_file is not None:
-        check_writable(json_file)
+    check_tasks(config := SuiteConfig.from_mapping(values, where="evaluation settings"))  # before a model is loaded
     source = open_source(data, split=split) if data is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
@@ -91,10 +93,10 @@ def evaluate(
             console=console,
         )
     except Interrupted as stopped:
-        where = f"Go on with:\n  {shlex.join(['cmapkd', *sys.argv[1:]])}" if work else "Nothing is kept without --work."
+        where = f"Go on with:\n  {command_line(*sys.argv[1:])}" if work else "Nothing is kept without --work."
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
+    show(console, score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
     for line in dict.fromkeys(map(scored_set, scores.values())):
         if line is not None:
             say(line)
@@ -123,22 +125,35 @@ def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, Dual
 
 
 def _write(path: Path, data: str | None, scores: dict[str, Any], settings: dict[str, Any]) -> None:
-    from cmapkd.config.disk import write_text
+    from cmapkd.config import ConfigError
+    from cmapkd.config.disk import DiskError, write_text
     from cmapkd.provenance import describe_environment
 
     content = {"data": data, "models": scores, "settings": settings, "environment": describe_environment()}
-    write_text(path, json.dumps(content, indent=2) + "\n", again="evaluate again")
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        if path.exists() and not path.is_file():  # a terminal or a pipe
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_text(path, text, again="evaluate again")
+    except (OSError, DiskError) as error:
+        typer.echo(text)
+        why = error.__cause__ or error
+        raise ConfigError(f"{path} could not be written ({why}): its content is printed above") from None
 
 
 def _settings(tasks: str, settings: list[str]) -> dict[str, Any]:
     """The settings of the evaluation, as `--tasks` and `--set` state them."""
     from cmapkd.config import ConfigError, apply_overrides
+    from cmapkd.settings import check_evaluation
 
     values: dict[str, Any] = {"tasks": tasks if tasks in ("auto", "all") else [t.strip() for t in tasks.split(",")]}
     for setting in settings:
         if not setting.partition("=")[1]:
             raise ConfigError(f"--set {setting!r} is not key=value")
-    return apply_overrides(values, settings, where="evaluation settings")
+    values = apply_overrides(values, settings, where="evaluation settings")
+    check_evaluation(values, where="evaluation settings")
+    return values
 
 
 def _named(models: list[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from cmapkd.compare.plan import Plan
 from cmapkd.compare.statistics import Estimate, PairedDifference, Summary, summarize
 from cmapkd.compare.summary import COSTS, extra_parameters, seconds_per_step
 from cmapkd.compare.tables import Cell, RowSummary, TableSummary
-from cmapkd.config import in_markdown, printable
+from cmapkd.config import in_markdown, install_advice, printable
 from cmapkd.config.disk import write_text
 from cmapkd.provenance import describe_environment
 
@@ -67,7 +67,7 @@ def write_outputs(
     try:
         from cmapkd.compare.plots import draw_plots
     except ImportError as error:
-        return (), f"no plots ({error}): pip install 'cmapkd[plots]' and run again; the rest is complete"
+        return (), f"no plots ({error}): {install_advice('plots')}, and run again; the rest is complete"
     return tuple(draw_plots(plan, tables, folders, out / "plots")), None
 
 

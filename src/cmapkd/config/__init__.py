@@ -2,9 +2,10 @@
 
 from cmapkd.config.base import Config, ConfigError, RunStopped, closest
 from cmapkd.config.disk import DiskError, writing
-from cmapkd.config.load import apply_overrides, list_recipes, load_config, load_mapping, merge_mappings
+from cmapkd.config.extras import install_advice
+from cmapkd.config.load import apply_overrides, list_recipes, load_config, load_mapping, merge_mappings, recipe_summary
 from cmapkd.config.plugins import PluginWarning, Registry
-from cmapkd.config.printing import in_markdown, printable
+from cmapkd.config.printing import in_bytes, in_markdown, printable
 from cmapkd.config.resumable import RESUMABLE, fixed_differences, resumable_keys
 from cmapkd.config.secrets import redact, refuse_secrets
 
@@ -19,12 +20,15 @@ __all__ = [
     "apply_overrides",
     "closest",
     "fixed_differences",
+    "in_bytes",
     "in_markdown",
+    "install_advice",
     "list_recipes",
     "load_config",
     "load_mapping",
     "merge_mappings",
     "printable",
+    "recipe_summary",
     "redact",
     "refuse_secrets",
     "resumable_keys",

@@ -68,12 +68,42 @@ def _describe_one(root: type[BaseModel], problem: Any) -> str:
         owner = _model_at(root, location[:-1])
         known = sorted(owner.model_fields) if owner else []
         return f"{path}: unknown key{closest(location[-1], known)}. Known here: {', '.join(known)}."
-    message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{path}: required, but not given."
     if problem["type"] == "value_error":
+        message = str(problem["msg"]).removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
-    return f"{path}: {message} (got {problem['input']!r})."
+    words = f"{_in_words(problem)} (got {problem['input']!r})."
+    return f"{path}: {words}" if path else words
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "path": "a path",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping",
+    "model": "a section of keys",
+}
+_BOUNDS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+
+
+def _in_words(problem: Any) -> str:
+    """What pydantic refuses, as a reader of YAML would say it."""
+    kind, context = str(problem["type"]), problem.get("ctx", {})
+    if kind in _BOUNDS:
+        return f"must be {_BOUNDS[kind]} {next(iter(context.values()))}"
+    if kind == "literal_error":
+        return f"must be {context['expected']}"
+    if kind in ("too_short", "too_long"):
+        bound = context["min_length" if kind == "too_short" else "max_length"]
+        return f"must have {'at least' if kind == 'too_short' else 'at most'} {bound} entries"
+    if (first := kind.partition("_")[0]) in _KINDS and kind != "int_from_float":
+        return f"must be {_KINDS[first]}"
+    return str(problem["msg"])[:1].lower() + str(problem["msg"])[1:]
 
 
 def _model_at(root: type[BaseModel], path: list[str]) -> type[BaseModel] | None:

@@ -6,12 +6,14 @@ import errno
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _GONE = (errno.EIO, errno.ESTALE, errno.ENXIO)
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust, such as safetensors, pass an error on
 
@@ -51,6 +53,32 @@ def writing(folder: Path, *, again: str = "go on with --resume") -> Iterator[Non
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a file that could not be written in the end, before the work for it. Makes its folder.
+
+    Raises:
+        DiskError: it is a folder, or its folder takes no file.
+    """
+    if path.is_dir():
+        raise DiskError(f"{path} is a folder: name a file, for example {path / 'scores.json'}")
+    if path.exists() and not path.is_file():  # a terminal or a pipe
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".cmapkd") as trial:
+            trial.write(b"x")
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written ({error.strerror}): name another file") from None
+
+
+def is_of_the_place(error: BaseException) -> bool:
+    """Whether an error says of a file's name or disk that it cannot be used, which its user can change."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return False
+    place = str(error.filename)
+    return error.errno in (*FULL, *READ_ONLY, *_NAMES) or place.startswith(("/proc/", "/sys/", "/dev/"))
+
+
 def error_number(error: BaseException) -> int:
     """The system's number of an error, 0 where it has none."""
     if isinstance(error, OSError):
@@ -79,25 +107,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def check_writable(path: Path) -> None:
-    """Whether a file can be written here, before the work whose result it is to hold; makes its folder.
-
-    Raises:
-        DiskError: it cannot; says why.
-    """
-    if path.is_dir():
-        raise DiskError(f"{path} is a folder: name a file, for example {path / 'scores.json'}")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written ({error.strerror}): name another file") from None
 
 
 def write_text(path: Path, text: str, *, again: str = "go on with --resume") -> None:

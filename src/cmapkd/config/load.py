@@ -18,6 +18,17 @@ def list_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def recipe_summary(name: str) -> str:
+    """What a packaged recipe is for: the first sentence of the comment that it begins with."""
+    text = (resources.files("cmapkd.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    comment: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    return " ".join(comment).partition(". ")[0].removesuffix(".")
+
+
 def load_config(cls: type[C], recipe: str | Path, overrides: Sequence[str] = ()) -> C:
     """Reads a recipe (a packaged name or a YAML file), applies `a.b=c` overrides and validates the whole.
 

@@ -25,3 +25,11 @@ def printable(text: str) -> str:
 def in_markdown(text: str) -> str:
     """`text` as it is to be read in a Markdown table or line: no HTML, no links, no new cells or lines."""
     return " ".join(printable(text).split()).translate(_MARKDOWN).replace("](", "]\\(")
+
+
+def in_bytes(number: float) -> str:
+    """A size in the unit that shows it: `329 kB`, `1.7 GB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:,.3g} {unit}"
+    return f"{number:.0f} bytes"

@@ -75,6 +75,16 @@ class DataConfig(Config):
         json_schema_extra=RESUMABLE,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, values: Any) -> Any:
+        """`data: csv:train.csv` names the training data alone; an override makes `{name: ...}` of it."""
+        if isinstance(values, str):
+            return {"train": values}
+        if isinstance(values, dict) and "name" in values and "train" not in values:
+            return {"train": values["name"]} | {key: value for key, value in values.items() if key != "name"}
+        return values
+
     @field_validator("more", "more_views", mode="before")
     @classmethod
     def _none_is_empty(cls, value: Any) -> Any:

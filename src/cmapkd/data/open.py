@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmapkd.config import ConfigError, Registry, closest
+from cmapkd.config import ConfigError, Registry
 from cmapkd.data.classes import read_classes
 from cmapkd.data.config import StreamConfig
+from cmapkd.data.kinds import refuse_unknown_kind
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.places import existing_file, existing_folder
+from cmapkd.data.spec import PART, TEXTS, Spec
 from cmapkd.data.stored import SampleFilter, StoredSource
 from cmapkd.data.streams import MAIN_STREAM, JoinedSource
 from cmapkd.data.texts import CAPTIONS
@@ -28,66 +29,6 @@ _SPLIT = re.compile(r"@([A-Za-z0-9_.+-]*)$")
 
 class SourceWarning(UserWarning):
     """Something about a data set that its user should know of, such as a truncated shard."""
-
-
-@dataclass(slots=True)
-class Spec:
-    """A source's name taken apart: `kind:rest@split?key=value&key=value`."""
-
-    text: str
-    kind: str
-    rest: str
-    split: str | None  # named by the user
-    default_split: str | None  # of whoever opens the source
-    keep: SampleFilter
-    options: dict[str, str] = field(default_factory=dict)
-
-    def take(self, name: str) -> str | None:
-        """An option's value, which then counts as used."""
-        return self.options.pop(name, None)
-
-    def take_int(self, name: str) -> int | None:
-        text = self.options.pop(name, None)
-        if text is not None and not text.isdecimal():
-            raise ConfigError(f"data {self.text!r}: {name} must be a whole number, got {text!r}")
-        return None if text is None else int(text)
-
-    def take_float(self, name: str) -> float | None:
-        text = self.options.pop(name, None)
-        try:
-            return None if text is None else float(text)
-        except ValueError:
-            raise ConfigError(f"data {self.text!r}: {name} must be a number, got {text!r}") from None
-
-    def take_texts(self) -> tuple[str, ...]:
-        """The keys or columns of further texts that the user names."""
-        text = self.options.pop(TEXTS, None)
-        names = () if text is None else tuple(name.strip() for name in text.split(","))
-        for name in names:
-            if not name or name == CAPTIONS:
-                raise ConfigError(
-                    f"data {self.text!r}: {TEXTS} names keys of further texts with commas between, such as "
-                    f"{TEXTS}=negatives,paraphrases, but not {name!r}"
-                    + (", which is the pool of a sample's own captions" if name else "")
-                )
-        return names
-
-    def refuse_leftovers(self, known: tuple[str, ...]) -> None:
-        """Called by every opener once it has taken its options and before it reads anything.
-
-        Raises:
-            ConfigError: an option is left that the kind does not have.
-        """
-        for name in self.options:
-            offered = ", ".join(known) or "none"
-            raise ConfigError(
-                f"data {self.text!r}: unknown option {name!r}{closest(name, known)}. Known for {self.kind}: {offered}."
-            )
-
-    def need_rest(self, example: str) -> str:
-        if not self.rest:
-            raise ConfigError(f"data {self.text!r} does not say what to read: write {example}")
-        return self.rest
 
 
 def open_source(
@@ -108,11 +49,11 @@ def open_source(
     """
     parsed = _parse(spec, split, require_captions, limit)
     if parsed.kind not in KINDS:
-        raise ConfigError(
-            f"data {spec!r}: there is no kind of data {parsed.kind!r}{closest(parsed.kind, KINDS)}. Known: "
-            f"{', '.join(KINDS)}."
-        )
+        refuse_unknown_kind(spec, KINDS)
     source = _made(parsed)
+    for option, given in ((CAPTIONS, parsed.keep.templates), (PART, parsed.keep.part)):
+        if given and not isinstance(source, StoredSource):
+            raise ConfigError(f"data {spec!r}: kind {parsed.kind} has no option {option}: leave it out")
     for message in source.warnings if isinstance(source, StoredSource) else ():
         warnings.warn(message, SourceWarning, stacklevel=2)
     return source
@@ -184,7 +125,7 @@ def _parse(text: str, split: str | None, require_captions: bool, limit: int | No
     spec = Spec(text, kind, rest, own_split, split, SampleFilter(require_captions, limit), options)
     if kind != "scenes":
         limits = [number for number in (spec.take_int("limit"), limit) if number is not None]
-        spec.keep = SampleFilter(require_captions, min(limits, default=None))
+        spec.keep = SampleFilter(require_captions, min(limits, default=None), spec.take_templates(), spec.take_part())
     return spec
 
 
@@ -245,15 +186,16 @@ def _open_folder(spec: Spec) -> Source:
 
 def _open_csv(spec: Spec) -> Source:
     from cmapkd.data.records import CAPTION_KEYS, IMAGE_KEYS
+    from cmapkd.data.sniff import SEPARATORS, check_encoding
     from cmapkd.data.tables import Columns, open_csv
 
     path = existing_file(spec.need_rest("csv:train.csv"), "csv")
     image, caption = spec.take("csv_img_key"), spec.take("csv_caption_key")
     separator, quotes, images, classes = (spec.take(name) for name in ("separator", "quotes", "images", "classes"))
-    texts = spec.take_texts()
-    known = ("csv_img_key", "csv_caption_key", "separator", "quotes", "images", "classes", "limit", TEXTS)
+    texts, encoding = spec.take_texts(), spec.take("encoding")
+    known = ("csv_img_key", "csv_caption_key", "separator", "encoding", "quotes", "images", "classes", "limit", TEXTS)
     spec.refuse_leftovers(known)
-    separator = SEPARATORS.get(separator, separator) if separator else None
+    separator = {**SEPARATORS, "\\t": "\t"}.get(separator, separator) if separator else None
     if separator is not None and len(separator) != 1:
         raise ConfigError(f"data {spec.text!r}: separator must be one character, or one of {', '.join(SEPARATORS)}")
     if quotes not in (None, "yes", "no"):
@@ -262,6 +204,7 @@ def _open_csv(spec: Spec) -> Source:
         path,
         keep=spec.keep,
         separator=separator,
+        encoding=check_encoding(encoding) if encoding else None,
         columns=Columns(
             (image,) if image else ("filepath", *IMAGE_KEYS),
             (caption,) if caption else ("title", *CAPTION_KEYS),
@@ -385,6 +328,4 @@ KINDS: Registry[Opener] = Registry(
 )
 
 SPLIT_KINDS = ("scenes", "coco", "flickr30k", "imagenet", "hf")  # those of other packages may have splits too
-TEXTS = "texts"  # the option that names keys or columns of further texts
 COLUMN_OPTIONS = ("image", "caption", "id", "label")
-SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "\\t": "\t"}

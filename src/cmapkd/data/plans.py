@@ -76,8 +76,8 @@ class PlanSampler(Sampler[Plan]):
     ) -> None:
         if length < batch_size:
             raise ValueError(
-                f"the training data has {length} samples, fewer than one batch of {batch_size}: lower "
-                "training.batch_size"
+                f"the training data has {length} sample{'s'[: length != 1]}, fewer than one batch of {batch_size}: "
+                "lower training.batch_size"
             )
         if batch_size % world_size:
             raise ValueError(

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.images import decode_image
+from cmapkd.data.random import uniforms
 from cmapkd.data.records import Record, Unusable
+from cmapkd.data.templates import fill
 from cmapkd.data.types import BadSampleError, Sample
 
 _AT_ONCE = 65_536  # texts whose places are looked up together
@@ -75,10 +77,16 @@ class Texts(Sequence[str]):
 
 @dataclass(frozen=True, slots=True)
 class SampleFilter:
-    """Which samples of a source are read: only those with captions, and no more than the first `limit` of them."""
+    """Which samples of a source are read: only those with captions, and no more than the first `limit` of them.
+
+    With `templates`, a sample without captions of its own says these sentences of its class name. With `part`, only
+    samples whose id falls between the two numbers are read: an id alone decides on a number from 0 to 1.
+    """
 
     require_captions: bool = False
     limit: int | None = None
+    templates: tuple[str, ...] = ()
+    part: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -105,6 +113,8 @@ class StoredSource(ABC):
         warnings: what the user should know of, such as a truncated shard.
     """
 
+    templates: tuple[str, ...] = ()
+
     def __init__(
         self,
         name: str,
@@ -122,23 +132,41 @@ class StoredSource(ABC):
         self._class_names = None if class_names is None else tuple(class_names)
         known_bad = dict(bad or {})
         kept = np.ones(len(self._ids), dtype=np.bool_)
-        if keep.require_captions and captioned is not None:
+        if keep.templates:
+            if class_names is None:
+                raise ConfigError(
+                    f"{name} has no class names to make captions of: leave the option captions out, or name the "
+                    "classes with ?classes=FILE"
+                )
+            self.templates = keep.templates  # zero-shot then asks with the same words
+        elif keep.require_captions and captioned is not None:
             kept = captioned.copy()
             kept[list(known_bad)] = True  # it may have had a caption: count it as bad, not as silent
-        self.num_without_caption = int(len(kept) - kept.sum())
+        of_part = np.ones(len(self._ids), dtype=np.bool_)
+        if keep.part is not None:
+            low, high = keep.part
+            places = (uniforms(1, "part", sample_id)[0] for sample_id in self._ids)
+            of_part = np.fromiter((low <= place < high for place in places), dtype=np.bool_, count=len(kept))
+        self.num_without_caption = int((of_part & ~kept).sum())
+        kept &= of_part
         self._entries = torch.from_numpy(np.flatnonzero(kept)[: keep.limit].astype(np.int64))
         if not len(self._entries):
-            raise ConfigError(self._why_empty())
+            raise ConfigError(self._why_empty(keep, of_part))
         self._bad = {**known_bad, **self._duplicates()}
         self._keep = keep
 
-    def _why_empty(self) -> str:
+    def _why_empty(self, keep: SampleFilter, of_part: NDArray[np.bool_]) -> str:
         if not len(self._ids):
             notes = "".join(f" {warning}." for warning in self.warnings[:3])
             return f"{self.name} holds no samples.{notes} See docs/data.md for the layouts that are read."
-        return (
-            f"none of the {len(self._ids)} samples of {self.name} has a caption, and this use needs captions: use it "
-            "for classification or question answering, or give data with captions."
+        if keep.part is not None and not of_part.any():
+            return (
+                f"the part {keep.part[0]:g} to {keep.part[1]:g} of the {len(self._ids)} samples of {self.name} is empty"
+            )
+        return f"none of the {len(self._ids)} samples of {self.name} has a caption, and this use needs captions: " + (
+            "make them of its class names with ?captions=a photo of a {}., or give data with captions."
+            if self._class_names
+            else "use it for classification or question answering, or give data with captions."
         )
 
     def _duplicates(self) -> dict[int, str]:
@@ -172,10 +200,20 @@ class StoredSource(ABC):
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
             raise BadSampleError(sample_id, _unread(error)) from None
+        captions = self._said(record, sample_id)
         image = decode_image(data, sample_id)
-        return Sample(
-            sample_id, image, record.captions or (), record.label, record.questions, record.boxes, record.texts
-        )
+        return Sample(sample_id, image, captions, record.label, record.questions, record.boxes, record.texts)
+
+    def _said(self, record: Record, sample_id: str) -> tuple[str, ...]:
+        """The captions of a record: its own, or those that are made of its class name."""
+        names = self._class_names
+        if record.captions or not self._keep.templates or names is None:
+            return record.captions or ()
+        if record.label is None or not 0 <= record.label < len(names):
+            if self._keep.require_captions:
+                raise BadSampleError(sample_id, "it has neither a caption nor a class to make one of")
+            return ()
+        return tuple(fill(template, names[record.label]) for template in self._keep.templates)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`; its image is not read.
@@ -185,7 +223,7 @@ class StoredSource(ABC):
         """
         entry, sample_id = self._find(index)
         try:
-            return self._record(entry).captions or ()
+            return self._said(self._record(entry), sample_id)
         except Unusable as error:
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
@@ -214,7 +252,7 @@ class StoredSource(ABC):
     def fingerprint(self) -> str:
         """32 hexadecimal digits over the ids in order, class names, and what `_contents` covers; not over paths."""
         digest = hashlib.blake2b(digest_size=16)
-        for part in (type(self).__name__, *(self._class_names or ()), *self._contents()):
+        for part in (type(self).__name__, *(self._class_names or ()), *self._keep.templates, *self._contents()):
             digest.update(b"%d:" % len(part.encode()) + part.encode())
         for text in self._ids.encoded(self._entries):
             digest.update(b"%d:" % len(text) + text)

@@ -29,6 +29,7 @@ from cmapkd.data.records import (
     parse_label,
     parse_record,
 )
+from cmapkd.data.sniff import guess_encoding, guess_separator
 from cmapkd.data.stored import SampleFilter, StoredSource, Texts
 from cmapkd.data.types import Box, QuestionAnswer
 
@@ -208,6 +209,7 @@ def open_csv(
     *,
     keep: SampleFilter | None = None,
     separator: str | None = None,
+    encoding: str | None = None,
     columns: Columns | None = None,
     quotes: bool = True,
     images: Path | None = None,
@@ -216,24 +218,33 @@ def open_csv(
     """A table with a header line, as open_clip reads: columns `filepath` and `title`, separated by tabs, or by commas.
 
     Args:
-        separator: one character; None: a tab if the header has one, else a comma.
+        separator: one character; None: guessed from the header, see `guess_separator`.
+        encoding: as Python names it; None: guessed, see `guess_encoding`.
         quotes: whether `"` encloses a field; a table whose captions begin with a lone `"` needs False.
         images: the folder that image paths start from; None: the table's own.
     Raises:
         ConfigError: no header, or no column of images.
     """
-    header = _header(path)
-    separator = separator or ("\t" if "\t" in header else ",")
+    columns = columns or Columns(("filepath", *IMAGE_KEYS), ("title", *CAPTION_KEYS))
+    remarks: list[str | None] = []
+    if encoding is None:
+        encoding, remark = guess_encoding(path)
+        remarks.append(remark)
+    header = _header(path, encoding)
+    if separator is None:
+        separator, remark = guess_separator(header, images=columns.image, says=(*columns.caption, *columns.label))
+        remarks.append(remark)
     names = [name.strip() for name in next(_reader([header], separator, quotes), [])]
-    chosen = _choose(path, names, columns or Columns(("filepath", *IMAGE_KEYS), ("title", *CAPTION_KEYS)))
+    chosen = _choose(path, names, columns)
     return TableSource(
         f"csv:{path}",
-        _csv_rows(path, names, separator, quotes),
+        _csv_rows(path, names, separator, quotes, encoding),
         Folder(images or path.parent, strict=False),
         columns=chosen,
         contents=hash_file(path),
         keep=keep,
         classes=classes,
+        warnings=tuple(filter(None, remarks)),
     )
 
 
@@ -241,9 +252,12 @@ def _reader(lines: Iterable[str], separator: str, quotes: bool) -> Iterator[list
     return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE)
 
 
-def _header(path: Path) -> str:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        line = file.readline(MAX_TEXT_BYTES).rstrip("\r\n")
+def _header(path: Path, encoding: str) -> str:
+    try:
+        with path.open(encoding=encoding, errors=_errors(encoding), newline="") as file:
+            line = file.readline(MAX_TEXT_BYTES).rstrip("\r\n")
+    except UnicodeError as error:
+        raise ConfigError(f"csv {str(path)!r} cannot be read as {encoding}: {error}") from None
     if not line.strip():
         raise ConfigError(
             f"csv {str(path)!r} is empty: its first line must name the columns, such as filepath and title"
@@ -251,10 +265,15 @@ def _header(path: Path) -> str:
     return line
 
 
+def _errors(encoding: str) -> str:
+    """Bytes that are no text spoil one row; the escapes of them exist for encodings of single bytes and UTF-8."""
+    return "replace" if encoding.startswith(("utf-16", "utf-32", "utf_16", "utf_32")) else "surrogateescape"
+
+
 def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
     """The columns as this table has them: one each, so that an empty field is not looked up under another name."""
     present = {
-        role: tuple(name for name in wanted if name in names)[:1]
+        role: _found(wanted, names)
         for role, wanted in (
             ("image", columns.image),
             ("caption", columns.caption),
@@ -268,17 +287,26 @@ def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
         missing = "column of captions (such as title)" if present["image"] else "column of images (such as filepath)"
         raise ConfigError(
             f"csv {str(path)!r} has no {missing}. It has: {', '.join(names)}. Name the columns with "
-            "?csv_img_key=...&csv_caption_key=..., and the separator with separator=tab or comma."
+            "?csv_img_key=...&csv_caption_key=..., and the separator with separator=tab, comma, semicolon or pipe."
         )
     id_columns = tuple(name for name in present["id"] if name not in present["image"])
     return Columns(present["image"], present["caption"], id_columns, present["label"], texts=columns.texts)
 
 
+def _found(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The first wanted name that a table has, as the table writes it; capitals count only where two would be one."""
+    lower = {name.lower(): name for name in reversed(names)}
+    for name in wanted:
+        if name in names or name.lower() in lower:
+            return (name if name in names else lower[name.lower()],)
+    return ()
+
+
 def _csv_rows(
-    path: Path, names: list[str], separator: str, quotes: bool
+    path: Path, names: list[str], separator: str, quotes: bool, encoding: str
 ) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     csv.field_size_limit(MAX_TEXT_BYTES)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with path.open(encoding=encoding, errors=_errors(encoding), newline="") as file:
         reader = _reader(file, separator, quotes)
         next(reader, None)
         number = 0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.cache.cost import measure
+from cmapkd.config import in_bytes
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
@@ -17,11 +20,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.methods import Method
-from cmapkd.run import (
-    RunConfig,
-    plan_cache,
-    readers,
-)
+from cmapkd.run import RunConfig, plan_cache, readers
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
 
@@ -79,11 +78,12 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Text
     read, compute = statistics.median(loading[WARM_STEPS:]), statistics.median(computing[WARM_STEPS:])
     step = max(compute, read / config.data.workers) if config.data.workers else compute + read
     rate = config.training.batch_size / step
+    speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
     yield Finding(
         "ok" if loss == loss else "problem",
         "steps",
         f"{1000 * compute:.0f} ms to compute and {1000 * read:.0f} ms to read a batch of {config.training.batch_size} "
-        f"here: about {rate:,.0f} pairs/s, {_duration(step * total)} for {total:,} steps; loss {loss:.3f} after "
+        f"here: about {speed} pairs/s, {_duration(step * total)} for {total:,} steps; loss {loss:.3f} after "
         f"{WARM_STEPS + MEASURED_STEPS}",
     )
     if read > compute * max(1, config.data.workers):
@@ -92,6 +92,21 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Text
     peak = peak_bytes(device)
     kind = "GPU" if device.type == "cuda" else "process"
     yield Finding("ok", "memory", f"{kind} peak {peak / 2**30:.2f} GiB")
+
+
+def predict_disk(method: Method, config: RunConfig) -> Iterator[Finding]:
+    """What a run leaves on the disk while it trains: checkpoints with the optimiser's state, and the student."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
+    moments = 2 * sum(each.numel() * each.element_size() for each in method.parameters() if each.requires_grad)
+    student = sum(each.numel() * each.element_size() for each in method.student.state_dict().values())
+    checkpoint = weights + moments + (student if config.training.ema is not None else 0)
+    kept = config.training.keep_checkpoints + 1 + (config.training.evaluate_every is not None)
+    total, free = kept * checkpoint + student, shutil.disk_usage(Path.cwd()).free
+    detail = (
+        f"up to {in_bytes(total)} in the run folder: {kept} checkpoints of {in_bytes(checkpoint)} at once, and the "
+        f"student; this folder's disk has {in_bytes(free)} left"
+    )
+    yield Finding("problem" if total > free else "ok", "disk", detail)
 
 
 def predict_cache(role: str, method: Method, source: Source, config: RunConfig) -> Iterator[Finding]:
@@ -116,7 +131,7 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
     prepared = plan.teacher.model.image_spec != method.student.image_spec
     live = cost.answer + (cost.prepare if prepared else 0.0)
     detail = (
-        f"{'cache: auto would store' if settings is None else 'it stores'} {size / 2**30:.3f} GiB ({len(plan.keys):,} "
+        f"{'cache: auto would store' if settings is None else 'it stores'} {in_bytes(size)} ({len(plan.keys):,} "
         f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.kind} in {plan.layout.store}); here a pair takes the "
         f"teacher {1000 * live:.2f} ms live, {1000 * cost.build:.2f} ms to store and {1000 * cost.read:.3f} ms to read"
     )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.diagnosis.finding import Finding
-from cmapkd.run import (
-    RunConfig,
-)
+from cmapkd.run import RunConfig
 
+COMPARED_PICTURES = 64  # of those that two sources may share, by the names of their files
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
 
 
@@ -57,3 +58,45 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
             yield Finding(
                 "problem", what, f"{captions.count(0)} of {len(captions)} samples have no caption to train on"
             )
+
+
+def check_overlap(sources: Mapping[str, Source]) -> Iterator[Finding]:
+    """Whether the same pictures are trained on and measured on, or chosen by and reported on.
+
+    Pictures whose files have one name are compared. Built-in sources are the same where their fingerprints are.
+    """
+    for (first, one), (second, other) in itertools.combinations(sources.items(), 2):
+        level: Literal["note", "problem"] = "problem" if first == "train" else "note"
+        what = f"data.{second}"
+        why = (
+            "its scores say nothing of new pictures" if first == "train" else "decisions are made on the final numbers"
+        )
+        shared = _shared(one, other)
+        if one.fingerprint() == other.fingerprint() and (shared is None or shared[0] == shared[1]):
+            yield Finding(level, what, f"is the same data as data.{first}: {why}")
+        elif shared is not None and shared[0]:
+            same, compared, named = shared
+            yield Finding(
+                level,
+                what,
+                f"{same} of {compared} pictures compared are in data.{first} too ({named:,} have one file name): {why}",
+            )
+
+
+def _shared(one: Source, other: Source) -> tuple[int, int, int] | None:
+    """Of pictures with one file name in both: how many are equal, how many were compared, and how many there are."""
+    if not (isinstance(one, StoredSource) and isinstance(other, StoredSource)):
+        return None
+    places = {one.id(index).rpartition("/")[2]: index for index in range(len(one))}
+    pairs = [
+        (places[name], index) for index in range(len(other)) if (name := other.id(index).rpartition("/")[2]) in places
+    ]
+    chosen = pairs[:: max(1, len(pairs) // COMPARED_PICTURES)][:COMPARED_PICTURES]
+    same = 0
+    for index, its_index in chosen:
+        try:
+            first, second = one[index].image, other[its_index].image
+        except BadSampleError:
+            continue
+        same += first.size == second.size and first.tobytes() == second.tobytes()
+    return same, len(chosen), len(pairs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -10,10 +10,17 @@ import torch
 
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
-from cmapkd.diagnosis.cost import measure_steps, predict_cache
-from cmapkd.diagnosis.data import check_source
+from cmapkd.diagnosis.cost import measure_steps, predict_cache, predict_disk
+from cmapkd.diagnosis.data import check_overlap, check_source
 from cmapkd.diagnosis.finding import Finding
-from cmapkd.diagnosis.models import check_activation, check_model, check_sanity, compare_sizes
+from cmapkd.diagnosis.models import (
+    check_activation,
+    check_model,
+    check_sanity,
+    check_size,
+    check_weights,
+    compare_sizes,
+)
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model
 from cmapkd.run import (
     RunConfig,
@@ -27,65 +34,120 @@ from cmapkd.run import (
 )
 
 T = TypeVar("T")
+Say = Callable[[str], None]
+"""Is told what is looked at next, before it takes its time."""
 
 
 def diagnose(config: RunConfig) -> list[Finding]:
+    """All findings of `examine`."""
+    return [*examine(config)]
+
+
+def examine(config: RunConfig, say: Say = lambda _: None) -> Iterator[Finding]:
     """Builds everything the recipe names, reads some data, takes a few steps, and writes nothing.
 
-    Returns:
-        Findings in the order of a run. After a problem with a part, what depends on it is left out.
+    Yields:
+        Findings in the order of a run, each as soon as it is known. After a problem with a part, what depends on it is
+        left out.
     """
-    findings: list[Finding] = []
     sources: dict[str, Source] = {}
     for role, name in (("train", config.data.train), ("val", config.data.val), ("test", config.data.test)):
         if name is None:
             continue
+        say(f"reading {name}")
         opened = partial(open_training, config) if role == "train" else partial(open_source, name, split=role)
-        source = _attempt(findings, f"data.{role}", opened)
+        source, problem = _attempt(f"data.{role}", opened)
+        if problem is not None:
+            yield problem
         if source is not None:
             sources[role] = source
-            findings += check_source(role, source, config)
+            yield from check_source(role, source, config)
+    yield from check_overlap(sources)
     if config.data.final is None:
-        findings.append(Finding("note", "data", "neither val nor test is named: the run ends without scores"))
-    if "train" not in sources:
-        return findings
-    train = sources["train"]
+        yield Finding("note", "data", "neither val nor test is named: the run ends without scores")
+    if "train" in sources:
+        yield from check_warmup(config, sources["train"])
+        yield from _models(config, sources["train"], say)
+
+
+def check_warmup(config: RunConfig, train: Source) -> Iterator[Finding]:
+    """Whether the learning rate gets to its peak, and has steps left to come down from it."""
+    steps = config.training.num_steps(max(1, len(train) // config.training.batch_size))
+    warmup = config.optim.warmup_steps
+    if 2 * warmup <= steps:
+        return
+    ends = "the rate never reaches its peak" if warmup >= steps else "more than half of the run warms up"
+    yield Finding(
+        "note",
+        "warm-up",
+        f"{warmup:,} of {steps:,} steps: {ends}. Take more steps, or set optim.warmup_steps to {max(1, steps // 10)}",
+    )
+
+
+def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
+    """The models, and then the training that they are for."""
     torch.manual_seed(config.seed)
     teachers: dict[str, DualEncoder] = {}
     for role, model in config.teachers.items():
-        teacher = _attempt(findings, _named(role), partial(build_model, model))
+        say(f"loading teacher {model.name}")
+        teacher, problem = _attempt(_named(role), partial(build_model, model))
+        if problem is not None:
+            yield problem
         if teacher is not None:
             teachers[role] = teacher
     if len(teachers) < len(config.teachers):
-        return findings
+        return
     frozen = {role: FrozenTeacher(teacher, role) for role, teacher in teachers.items()}
-    student = _attempt(findings, "student", partial(build_student, config, train, frozen))
+    say(f"building student {config.student.name}")
+    student, problem = _attempt("student", partial(build_student, config, train, frozen))
     if student is None:
-        return findings
-    findings += check_model("student", student, train)
-    findings += check_activation("student", student, train)
+        assert problem is not None
+        yield problem
+        return
+    yield from check_model("student", student, train)
+    yield from check_weights("student", student, teaches=False)
+    yield from check_size("student", student)
+    yield from check_activation("student", student, train)
     for role, teacher in teachers.items():
-        findings += check_model(_named(role), teacher, train)
-        findings += compare_sizes(student, teacher)
-        findings += check_activation(_named(role), teacher, train)
-        findings += check_sanity(_named(role), teacher, train)
-    num_findings = len(findings)
+        say(f"asking teacher {teacher.name}")
+        yield from check_model(_named(role), teacher, train)
+        yield from check_weights(_named(role), teacher, teaches=True)
+        yield from check_size(_named(role), teacher)
+        yield from compare_sizes(student, teacher)
+        yield from check_activation(_named(role), teacher, train)
+        yield from check_sanity(_named(role), teacher, train)
+    yield from _training(config, train, student, frozen, say)
+
+
+def _training(
+    config: RunConfig, train: Source, student: DualEncoder, teachers: dict[str, FrozenTeacher], say: Say
+) -> Iterator[Finding]:
     heads = partial(heads_of, config, train)
-    _attempt(findings, "heads", partial(heads, student))  # a problem of theirs bears their name
-    classes = _attempt(findings, "classes", partial(classes_of, config, train))
-    if len(findings) > num_findings:
-        return findings
-    method = _attempt(findings, "method", partial(method_of, config, student, frozen, heads, classes))
-    texts = None if method is None else _attempt(findings, "texts", partial(texts_of, config, method, train))
+    _, of_heads = _attempt("heads", partial(heads, student))  # a problem of theirs bears their name
+    classes, of_classes = _attempt("classes", partial(classes_of, config, train))
+    problems = [each for each in (of_heads, of_classes) if each is not None]
+    yield from problems
+    if problems:
+        return
+    method, problem = _attempt("method", partial(method_of, config, student, teachers, heads, classes))
+    texts = None
+    if method is not None:
+        texts, problem = _attempt("texts", partial(texts_of, config, method, train))
+    if problem is not None:
+        yield problem
     if method is None or texts is None:
-        return findings
+        return
     if len(train) >= config.training.batch_size:
-        if _attempt(findings, "stages and parts", partial(check_training, config, method, train)) is None:
-            return findings
+        _, problem = _attempt("stages and parts", partial(check_training, config, method, train))
+        if problem is not None:
+            yield problem
+            return
         for role in (role for role in config.teachers if role in method.teachers):
-            findings += predict_cache(role, method, train, config)
-    findings += measure_steps(method, train, config, texts)
-    return findings
+            say("storing a few answers of the teacher")
+            yield from predict_cache(role, method, train, config)
+    yield from predict_disk(method, config)
+    say("taking a few steps")
+    yield from measure_steps(method, train, config, texts)
 
 
 def _named(role: str) -> str:
@@ -93,10 +155,9 @@ def _named(role: str) -> str:
     return role if role == "teacher" else f"teacher {role}"
 
 
-def _attempt(findings: list[Finding], what: str, build: Callable[[], T]) -> T | None:
-    """The built part, or None and a problem that says why."""
+def _attempt(what: str, build: Callable[[], T]) -> tuple[T | None, Finding | None]:
+    """The built part; or a problem that says why there is none."""
     try:
-        return build()
+        return build(), None
     except (ValueError, OSError) as error:
-        findings.append(Finding("problem", what, str(error)))
-        return None
+        return None, Finding("problem", what, str(error))

@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from torch import nn
 
 from cmapkd.data.records import iter_captions
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.diagnosis.finding import Finding
+from cmapkd.evaluation.efficiency import weight_bytes
 from cmapkd.models import DualEncoder
 from cmapkd.models.activation import activation_losses, assumption
+from cmapkd.models.untrained import remark_on_untrained
 from cmapkd.objectives.common import unit
 
 SANITY_PAIRS = 32
+LOPSIDED = 4  # times the image tower: a text tower of that size surprises who counts a student by its picture side
 CLEARLY = 0.1  # of the loss: by so much must an activation be better before the other one counts as wrong
 
 
@@ -41,6 +45,46 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
         yield Finding("note", f"{role} tokenizer", f"{detail}; {100 * full:.0f} % fill the context and may be cut off")
     else:
         yield Finding("ok", f"{role} tokenizer", detail)
+
+
+def check_weights(role: str, model: DualEncoder, *, teaches: bool) -> Iterator[Finding]:
+    """Whether towers have random weights: fatal in a teacher, usual in a student."""
+    why = remark_on_untrained(model)
+    if why is not None:
+        yield (
+            Finding("problem", f"{role} weights", why)
+            if teaches
+            else Finding(
+                "ok",
+                f"{role} weights",
+                f"random in the {' and '.join(model.random_towers)} tower: it learns from scratch",
+            )
+        )
+
+
+def check_size(role: str, model: DualEncoder) -> Iterator[Finding]:
+    """Parameters of each tower and of the text tower's word table, and megabytes on disk."""
+    numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    towers = {part: sum(numbers[name] for name in names) for part, names in model.parts.items()}
+    table = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings >= model.tokenizer.vocab_size
+    )
+    image, text = towers.get("image", 0), towers.get("text", 0)
+    size = weight_bytes(model)
+    detail = (
+        f"image tower {millions(image)}, text tower {millions(text)}, {millions(table)} of it the table of words; "
+        f"{size['fp32'] / 1e6:,.1f} MB on disk, {size['fp16'] / 1e6:,.1f} MB in fp16"
+    )
+    if role == "student" and text > LOPSIDED * image:
+        detail += (
+            f". The text tower is {text / max(1, image):.0f} times the image tower: where texts are embedded on the "
+            "device too, make it smaller (docs/models.md)"
+        )
+        yield Finding("note", f"{role} size", detail)
+    else:
+        yield Finding("ok", f"{role} size", detail)
 
 
 def compare_sizes(student: DualEncoder, teacher: DualEncoder) -> Iterator[Finding]:
@@ -124,3 +168,8 @@ def check_activation(what: str, model: DualEncoder, source: Source) -> Iterator[
 
 def _numbers(values: tuple[float, ...]) -> str:
     return "/".join(f"{value:.3g}" for value in values)
+
+
+def millions(number: int) -> str:
+    """`1.09 M` of 1,090,000; small numbers as they are."""
+    return f"{number / 1e6:.3g} M" if number >= 100_000 else f"{number:,}"

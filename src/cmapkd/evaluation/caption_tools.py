@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cmapkd.config import install_advice
 from cmapkd.evaluation.tools import MissingToolError
 
 TOKENISER = "tokenizer/stanford-corenlp-3.4.1.jar"
@@ -27,7 +28,7 @@ def library_folder() -> Path:
     found = importlib.util.find_spec("pycocoevalcap")
     if found is None or not found.submodule_search_locations:
         raise MissingToolError(
-            "caption metrics need the package pycocoevalcap: install the extra, pip install 'cmapkd[captions]'."
+            f"caption metrics need the package pycocoevalcap: install the extra, {install_advice('captions')}"
         )
     return Path(next(iter(found.submodule_search_locations)))
 

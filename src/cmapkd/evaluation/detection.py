@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cmapkd.config import install_advice
 from cmapkd.data.types import Box
 from cmapkd.evaluation.tools import MissingToolError
 
@@ -150,7 +151,7 @@ def _evaluate(
         from faster_coco_eval.core.faster_eval_api import COCOeval_faster
     except ImportError:
         raise MissingToolError(
-            "box AP needs the package faster-coco-eval: install the extra, pip install 'cmapkd[detection]'."
+            f"box AP needs the package faster-coco-eval: install the extra, {install_advice('detection')}"
         ) from None
     objects: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []

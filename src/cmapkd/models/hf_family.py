@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from cmapkd.config import Config, ConfigError
+from cmapkd.config import Config, ConfigError, install_advice
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.config import ModelConfig
 from cmapkd.models.errors import first_line
@@ -194,7 +194,7 @@ def _tokenizer(source: str, fetching: dict[str, Any], name: str) -> Any:
         raise ValueError(
             f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). "
             "Copy tokenizer.json and tokenizer_config.json there, or name another place with the option `tokenizer`. A "
-            "tokenizer that is only a sentencepiece model needs `pip install sentencepiece protobuf`."
+            "tokenizer that is only a sentencepiece model needs the extra siglip: " + install_advice("siglip")
         ) from None
 
 

@@ -207,3 +207,10 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return dict(model_config), _preprocess(values.get("preprocess_cfg") or {})
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no open_clip model config: {error}") from None
+
+
+def names() -> list[str]:
+    """open_clip's architectures, then each with the tags of its weights."""
+    import open_clip
+
+    return [*open_clip.list_models(), *(f"{name}/{tag}" for name, tag in open_clip.list_pretrained())]

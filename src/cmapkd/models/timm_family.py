@@ -159,3 +159,10 @@ def _with_timm_weights(model_config: dict[str, Any], preprocess: dict[str, Any],
             f"the weights of {where} are not on this machine and could not be fetched from "
             f"{own.hf_hub_id or own.url} ({error}). Connect to the network once, or leave out /pretrained."
         ) from None
+
+
+def names() -> list[str]:
+    """timm's architectures, then those with weights, with their tag."""
+    import timm
+
+    return [*timm.list_models(), *(f"{name}/pretrained" for name in timm.list_models(pretrained=True))]

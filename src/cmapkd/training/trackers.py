@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cmapkd.config import install_advice
+
 
 class Tracker(Protocol):
     def log(self, step: int, values: dict[str, float]) -> None: ...
@@ -48,7 +50,7 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError(
-                "training.trackers names tensorboard, which is not installed: pip install cmapkd[tensorboard]"
+                f"training.trackers names tensorboard, which is not installed: {install_advice('tensorboard')}"
             ) from None
         purge = None if resume_step is None else resume_step + 1  # what came after the checkpoint comes again
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
@@ -67,7 +69,7 @@ class WandbTracker:
             import wandb
         except ImportError:
             raise ValueError(
-                "training.trackers names wandb, which is not installed: pip install cmapkd[wandb]"
+                f"training.trackers names wandb, which is not installed: {install_advice('wandb')}"
             ) from None
         self._run = wandb.init(project="cmapkd", name=folder.name, dir=str(folder), config=settings, resume="allow")
 

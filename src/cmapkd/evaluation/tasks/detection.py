@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmapkd.config import install_advice
 from cmapkd.evaluation.detection import PredictedBox, detection_scores
 from cmapkd.evaluation.probes.config import DetectionConfig
 from cmapkd.evaluation.probes.data import Annotations, ProbeBatches
@@ -43,7 +44,7 @@ class Detection(Task):
         if not any(sample.boxes for sample in subject.bench.first_samples):
             return f"none of its first {len(subject.bench.first_samples)} samples has a box"
         if find_spec("faster_coco_eval") is None:  # before a head is trained for nothing
-            return "box AP needs the package faster-coco-eval: install the extra, pip install 'cmapkd[detection]'"
+            return f"box AP needs the package faster-coco-eval: install the extra, {install_advice('detection')}"
         return None
 
     def score(self, subject: Subject) -> dict[str, Any]:

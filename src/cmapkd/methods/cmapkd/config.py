@@ -6,7 +6,8 @@ What was measured of the defaults: docs/results/cmapkd_parts.md.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -84,6 +85,8 @@ _MOVED = {f"bank_{name.replace('source', 'from')}": f"bank.{name}" for name in B
 
 class CMAPKDConfig(MethodConfig):
     """What each term counts and which levels it reads; a weight of zero switches a computation off."""
+
+    moved: ClassVar[Mapping[str, str]] = _MOVED  # old names that are still read
 
     task_weight: float = Field(1.0, ge=0, description="Weight of the student's own contrastive loss.")
     interactive_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE against the teacher's other modality.")

@@ -1,0 +1,38 @@
+"""The kind of data that a source's name begins with, and the advice where there is none. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from cmapkd.config import ConfigError, closest
+
+BY_SUFFIX = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".zip": "folder",
+}
+
+
+def kind_of(text: str) -> str:
+    """What stands before the first colon, split or option: `csv` of `csv:train.csv?limit=10`."""
+    return re.split(r"[:@?]", text.strip(), maxsplit=1)[0]
+
+
+def refuse_unknown_kind(text: str, known: Iterable[str]) -> None:
+    """Refuses a name whose kind nobody reads.
+
+    Raises:
+        ConfigError: names the nearest kind, or the one that reads such a file.
+    """
+    kinds = list(known)
+    kind = kind_of(text)
+    if kind in kinds:
+        return
+    fitting = "folder" if Path(text).expanduser().is_dir() else BY_SUFFIX.get(Path(text.partition("?")[0]).suffix)
+    near = f" (did you mean '{fitting}:{text}'?)" if fitting else closest(kind, kinds)
+    raise ConfigError(f"data {text!r}: there is no kind of data {kind!r}{near}. Known: {', '.join(kinds)}.")

@@ -1,0 +1,100 @@
+"""A source's name taken apart, and the options that every opener takes off it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cmapkd.config import ConfigError, closest
+from cmapkd.data.stored import SampleFilter
+from cmapkd.data.texts import CAPTIONS
+
+PART = "part"  # the option that splits a source in two
+TEXTS = "texts"  # the option that names keys or columns of further texts
+
+
+@dataclass(slots=True)
+class Spec:
+    """A source's name taken apart: `kind:rest@split?key=value&key=value`."""
+
+    text: str
+    kind: str
+    rest: str
+    split: str | None  # named by the user
+    default_split: str | None  # of whoever opens the source
+    keep: SampleFilter
+    options: dict[str, str] = field(default_factory=dict)
+
+    def take(self, name: str) -> str | None:
+        """An option's value, which then counts as used."""
+        return self.options.pop(name, None)
+
+    def take_int(self, name: str) -> int | None:
+        text = self.options.pop(name, None)
+        if text is not None and not text.isdecimal():
+            raise ConfigError(f"data {self.text!r}: {name} must be a whole number, got {text!r}")
+        return None if text is None else int(text)
+
+    def take_float(self, name: str) -> float | None:
+        text = self.options.pop(name, None)
+        try:
+            return None if text is None else float(text)
+        except ValueError:
+            raise ConfigError(f"data {self.text!r}: {name} must be a number, got {text!r}") from None
+
+    def take_texts(self) -> tuple[str, ...]:
+        """The keys or columns of further texts that the user names."""
+        text = self.options.pop(TEXTS, None)
+        names = () if text is None else tuple(name.strip() for name in text.split(","))
+        for name in names:
+            if not name or name == CAPTIONS:
+                raise ConfigError(
+                    f"data {self.text!r}: {TEXTS} names keys of further texts with commas between, such as "
+                    f"{TEXTS}=negatives,paraphrases, but not {name!r}"
+                    + (", which is the pool of a sample's own captions" if name else "")
+                )
+        return names
+
+    def take_templates(self) -> tuple[str, ...]:
+        """The sentences that the user makes of class names, each with `{}` where the name goes."""
+        text = self.options.pop(CAPTIONS, None)
+        sentences = () if text is None else tuple(each.strip().strip("\"'") for each in text.split("|"))
+        for sentence in sentences:
+            if "{}" not in sentence:
+                raise ConfigError(
+                    f"data {self.text!r}: {CAPTIONS} makes captions of class names, such as {CAPTIONS}=a photo of a "
+                    f"{{}}., but {sentence!r} has no {{}}. A column of captions is named by another option, see "
+                    "docs/data.md."
+                )
+        return sentences
+
+    def take_part(self) -> tuple[float, float] | None:
+        """The part of the samples that is read, `0-0.9` for nine in ten."""
+        text = self.options.pop(PART, None)
+        if text is None:
+            return None
+        low, _, high = text.partition("-")
+        try:
+            found = float(low), float(high)
+        except ValueError:
+            found = (1.0, 0.0)
+        if not 0 <= found[0] < found[1] <= 1:
+            raise ConfigError(f"data {self.text!r}: {PART} is two numbers from 0 to 1, such as 0-0.9; got {text!r}")
+        return found
+
+    def refuse_leftovers(self, known: tuple[str, ...]) -> None:
+        """Called by every opener once it has taken its options and before it reads anything.
+
+        Raises:
+            ConfigError: an option is left that the kind does not have.
+        """
+        for name in self.options:
+            every = (*known, CAPTIONS, PART) if "limit" in known and self.kind != "scenes" else known
+            raise ConfigError(
+                f"data {self.text!r}: unknown option {name!r}{closest(name, every)}. Known for {self.kind}: "
+                f"{', '.join(every) or 'none'}."
+            )
+
+    def need_rest(self, example: str) -> str:
+        if not self.rest:
+            raise ConfigError(f"data {self.text!r} does not say what to read: write {example}")
+        return self.rest

@@ -1,0 +1,7 @@
+"""A first recipe for data that cmapkd has not seen: what they are, a student that fits, and the file."""
+
+from cmapkd.starter.look import Looked, look
+from cmapkd.starter.student import Measured, choose_student
+from cmapkd.starter.write import compose, write_recipe
+
+__all__ = ["Looked", "Measured", "choose_student", "compose", "look", "write_recipe"]

@@ -1,0 +1,97 @@
+"""What data say: captions or classes, how many samples, and which sources a recipe can train and measure on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmapkd.config import ConfigError
+from cmapkd.data.open import SourceWarning, open_source
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.starter.find import find_sources
+
+TEMPLATE = "a photo of a {}."
+VAL_SHARE = 0.1
+_LOOKED_AT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was seen.
+
+    Attributes:
+        sources: by role; `val` is always there.
+        samples: in the training source.
+        classes: names of the labels; empty where there are none.
+        captioned: whether pictures have captions of their own.
+        remarks: what was guessed.
+    """
+
+    sources: Mapping[str, str]
+    samples: int
+    classes: tuple[str, ...]
+    captioned: bool
+    remarks: tuple[str, ...]
+
+
+def look(path: Path) -> Looked:
+    """Finds the data at `path`, opens them and reads a few samples.
+
+    Raises:
+        ConfigError: nothing there can be read, or it has neither captions nor classes.
+    """
+    sources = find_sources(path)
+    remarks: list[str] = []
+    opened = _open(sources["train"], remarks)
+    captioned, readable = _captions(opened)
+    if not readable:
+        raise ConfigError(f"none of the first samples of {opened.name} can be read: cmapkd doctor says why")
+    classes = tuple(opened.class_names or ())
+    if not captioned:
+        if len(classes) < 2:
+            raise ConfigError(
+                f"{opened.name} has neither captions nor several class folders: a student learns from pictures with "
+                "texts. docs/data.md shows where captions are read from."
+            )
+        remarks.append(f"no captions: each picture says '{TEMPLATE}' of its class")
+        sources = {role: _with(source, f"captions={TEMPLATE}") for role, source in sources.items()}
+    if "val" not in sources:
+        share = f"{1 - VAL_SHARE:g}"
+        remarks.append(
+            f"no validation data: {100 * VAL_SHARE:.0f} % of the pictures, chosen by their ids, are held back"
+        )
+        train = sources["train"]
+        sources = {**sources, "train": _with(train, f"part=0-{share}"), "val": _with(train, f"part={share}-1")}
+    num_samples = len(_open(sources["train"], []))
+    ordered: dict[str, str] = {role: sources[role] for role in ("train", "val", "test") if role in sources}
+    return Looked(ordered, num_samples, classes, captioned, tuple(dict.fromkeys(remarks)))
+
+
+def _open(spec: str, remarks: list[str]) -> Source:
+    """The source; what it warns of becomes a remark."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = open_source(spec, split="train")
+    for each in caught:
+        if issubclass(each.category, SourceWarning):
+            remarks.append(str(each.message))
+    return source
+
+
+def _captions(source: Source) -> tuple[bool, int]:
+    """Whether most samples have a caption, and how many of those looked at can be read."""
+    said = read = 0
+    for index in range(0, len(source), max(1, len(source) // _LOOKED_AT)):
+        try:
+            said += bool(source[index].captions)
+        except BadSampleError:
+            continue
+        read += 1
+    return 2 * said > read, read
+
+
+def _with(source: str, option: str) -> str:
+    """The source's name with a further option."""
+    return f"{source}{'&' if '?' in source else '?'}{option}"

@@ -1,0 +1,153 @@
+"""What the command line says: help with examples, narrow terminals, plain encodings, and advice that works here."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from rich.console import Console
+from rich.table import Table
+from test_cli import call
+
+import cmapkd.cli
+from cmapkd.cache import CacheError, CacheFolder
+from cmapkd.cli.command import command_line
+from cmapkd.cli.examples import EXAMPLES, examples
+from cmapkd.cli.show import show
+from cmapkd.config import install_advice
+from cmapkd.config.disk import DiskError, check_writable
+from cmapkd.results import RunResult
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return lambda *arguments: call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def commands(group: Any, above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        found |= commands(command, f"{above}{name} ") if hasattr(command, "commands") else {f"{above}{name}": command}
+    return found
+
+
+COMMANDS = commands(typer.main.get_command(cmapkd.cli.app))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_two_examples_that_the_command_understands(name: str) -> None:
+    command = COMMANDS[name]
+    last = name.split()[-1]
+    assert command.epilog == examples(last)
+    for line in EXAMPLES[last]:
+        words = shlex.split(line)
+        assert words[: 1 + len(name.split())] == ["cmapkd", *name.split()]
+        command.make_context(name, words[1 + len(name.split()) :], resilient_parsing=False)
+
+
+def test_settings_written_as_options_are_put_right(cli: Any) -> None:
+    code, _, errors = cli("distill", "demo", "--optim.learning_rate", "1", "--out", "x")
+    assert code == 2
+    assert "settings are written without dashes: optim.learning_rate=VALUE" in errors
+
+
+def test_commands_are_told_as_they_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    assert command_line("doctor", "my recipe.yaml") == "cmapkd doctor 'my recipe.yaml'"
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    assert command_line("doctor", "r.yaml") == "uv run cmapkd doctor r.yaml"
+
+
+def result() -> RunResult:
+    scores = {"params": 64_500_000, "retrieval": {"i2t": {"r@1": 31.2, "r@5": 60.0}, "t2i": {"r@1": 30.1, "r@5": 59.0}}}
+    return RunResult(Path("run"), {"teacher": scores, "student": scores, "method": "clip_kd", "evaluated_on": "scenes"})
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_table_of_scores_keeps_its_names_and_numbers_at_any_width(width: int) -> None:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    show(console, result().table())
+    text = console.export_text()
+    for expected in ("teacher", "clip_kd", "31.2", "30.1", "64,500,000"):
+        assert expected in text
+    assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_a_table_that_fits_stays_a_table() -> None:
+    table = Table("name", "value")
+    table.add_row("a", "1")
+    console = Console(width=20, file=io.StringIO(), record=True)
+    show(console, table)
+    assert "│" in console.export_text()
+
+
+def test_no_colours_where_none_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    file = io.StringIO()
+    show(Console(file=file, force_terminal=True, width=80), result().table())
+    assert "\x1b[3" not in file.getvalue().replace("\x1b[3m", "")  # italics are no colour
+
+
+def test_greek_in_a_card_ends_no_command_of_an_ascii_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["cmapkd", "methods", "clip_kd"])
+    with pytest.raises(SystemExit) as ended:
+        cmapkd.cli.main()
+    sys.stdout.flush()
+    assert not ended.value.code
+    assert b"CLIP-KD" in shown.getvalue()
+
+
+def test_advice_is_for_this_clone_and_never_names_a_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert install_advice("plots") == "uv sync --inexact --extra plots"
+    stated = ["torch>=2.6", "matplotlib>=3.9; extra == 'plots'", "onnx>=1.17; extra == 'onnx'"]
+    monkeypatch.setattr("cmapkd.config.extras.requires", lambda _: stated)
+    assert install_advice("plots", tmp_path) == "pip install 'matplotlib>=3.9'"
+    assert "pyproject.toml" in install_advice("nothing", tmp_path)
+
+
+def test_no_message_sends_anyone_to_the_index() -> None:
+    root = Path(cmapkd.__file__).parent
+    found = [
+        str(path)
+        for path in root.rglob("*.py")
+        if "pip install 'cmapkd" in (text := path.read_text(encoding="utf-8")) or "pip install cmapkd" in text
+    ]
+    assert [path for path in found if "export" not in path] == []
+
+
+def test_a_file_is_no_cache(tmp_path: Path) -> None:
+    recipe = tmp_path / "t.yaml"
+    recipe.write_text("a: 1")
+    with pytest.raises(CacheError, match=r"t\.yaml is a file, so it is no cache: name the folder"):
+        CacheFolder.open(recipe)
+    with pytest.raises(CacheError, match=r"holds no cache\.json, so it is no cache"):
+        CacheFolder.open(tmp_path)
+
+
+def test_a_file_of_scores_is_tried_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "scores.json")
+    assert [*(tmp_path / "new").iterdir()] == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="name another file"):
+        check_writable(tmp_path / "file" / "scores.json")
+    with pytest.raises(DiskError, match="is a folder"):
+        check_writable(tmp_path)
+
+
+def test_a_name_that_is_too_long_is_said_in_words(cli: Any) -> None:
+    code, _, errors = cli("evaluate", "tiny:scenes-teacher", "--data", "scenes", "--json", "x" * 300)
+    assert code == 2
+    assert "File name too long" in errors
+
+
+def test_a_gap_that_is_nearly_none_has_no_minus() -> None:
+    metrics = {**result().metrics, "baseline": result().metrics["student"], "gap_closed": -0.003}
+    caption = RunResult(Path("run"), metrics).table().caption
+    assert "gap closed: 0 %" in str(caption)

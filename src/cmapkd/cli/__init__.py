@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cmapkd.cli import cache, compare, demo, distill, doctor, evaluate, export, methods
+from cmapkd.cli import cache, compare, demo, distill, doctor, evaluate, export, methods, report
 
 app = typer.Typer(
     name="cmapkd",
@@ -17,7 +17,15 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the time
     pretty_exceptions_enable=False,
 )
-for command in (demo.demo, distill.distill, evaluate.evaluate, export.export, methods.methods, doctor.doctor):
+for command in (
+    demo.demo,
+    distill.distill,
+    evaluate.evaluate,
+    export.export,
+    report.report,
+    methods.methods,
+    doctor.doctor,
+):
     app.command()(command)
 app.command(cls=compare.CompareCommand)(compare.compare)
 app.add_typer(cache.app, name="cache")

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from cmapkd.cli.report import leave_page
+
 _FOLLOWS = {"--seeds": re.compile(r"\d+$"), "--arms": re.compile(r"[^=:]+:(\s|$)")}
 
 
@@ -111,6 +113,7 @@ def compare(
         failed = f"{len(result.failed)} of {len(result.outcomes)} runs failed; the same command tries them again"
         console.print(failed, markup=False, highlight=False, soft_wrap=True)
     console.print(f"{out}: {files}", markup=False, highlight=False, soft_wrap=True)
+    leave_page(out, console)
     if result.failed:
         raise typer.Exit(1)
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cmapkd.cli.report import CARDS, leave_page
+
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; by default a new one under runs/.")] = None,
@@ -39,3 +41,5 @@ def demo(
         raise typer.Exit(130) from None
     console.print(result.table())
     console.print(f"student and evidence: {out} (read back: cmapkd evaluate {out} --data scenes)", highlight=False)
+    if result.metrics:
+        leave_page(out, console, gallery=CARDS)

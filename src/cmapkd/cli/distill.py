@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cmapkd.cli.report import leave_page
+
 
 def distill(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe (cmapkd distill list) or a YAML file.")],
@@ -40,3 +42,4 @@ def distill(
     if result.metrics:
         console.print(result.table())
         console.print(f"student and evidence: {out}", highlight=False)
+        leave_page(out, console)

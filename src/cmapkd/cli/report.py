@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+CARDS = 6
+"""Of each outcome and direction, by default."""
 
 
 def report(
@@ -19,7 +23,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,
     gallery: Annotated[
         int, typer.Option(help="Cards of each outcome; 0: no model is loaded, and the page takes seconds.")
-    ] = 6,
+    ] = CARDS,
     data: Annotated[
         str | None, typer.Option(help="Pictures of the gallery; by default the run's validation source.")
     ] = None,
@@ -46,6 +50,25 @@ def report(
         say=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
     )
     console.print(f"report: {written} ({written.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False)
+
+
+def leave_page(folder: Path, console: Any, *, gallery: int = 0) -> None:
+    """Writes the page of a folder that was just finished, and names it.
+
+    What was trained is worth more than the page: where the page cannot be written, a line says so, and nothing fails.
+    """
+    from cmapkd.config import printable
+    from cmapkd.report import write_report
+
+    try:
+        written = write_report([folder], page_of(folder), gallery=gallery)
+    except Exception as error:
+        told = f"no report ({type(error).__name__}: {error})"
+    else:
+        told = f"report: {written}"
+        if not gallery and (folder / "student").is_dir():
+            told += f" (with retrievals to look at: {shlex.join(['cmapkd', 'report', str(folder)])})"
+    console.print(printable(told), markup=False, highlight=False, soft_wrap=True)
 
 
 def page_of(path: Path) -> Path:

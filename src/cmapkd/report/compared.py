@@ -250,7 +250,10 @@ def _inside(root: Path, folder: str | None) -> Path | None:
     if folder is None:
         return None
     path = root / folder
-    return path if path.resolve().is_relative_to(root.resolve()) and path.is_dir() else None
+    try:
+        return path if path.resolve().is_relative_to(root.resolve()) and path.is_dir() else None
+    except (OSError, ValueError):  # no name of a folder
+        return None
 
 
 def _failed(comparison: ComparisonFolder) -> list[Block]:

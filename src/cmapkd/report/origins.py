@@ -41,23 +41,25 @@ def data_blocks(runs: Sequence[RunFolder]) -> list[Block]:
 
 
 def _bad(run: RunFolder) -> list[Block]:
-    """Samples that could not be read: kinds and the first ids."""
-    counted = whole(run.metrics, "bad_samples", "num_bad") or 0
-    if not run.bad:
-        text = (
-            f"{run.name}: no sample was bad."
-            if run.finished and not counted
-            else f"{run.name}: no list of bad samples."
-        )
-        return [Paragraph(text, "quiet")]
-    kinds = Counter((string(each, "reason") or "unknown").partition(":")[0] for each in run.bad)
-    rows = [[Cell(shortened(kind, 80)), Cell(str(count), count)] for kind, count in kinds.most_common(_FIRST)]
-    first = [
-        f"{_last_part(string(each, 'id') or '?')}: {string(each, 'reason') or 'unknown'}" for each in run.bad[:_FIRST]
-    ]
+    """Samples that could not be read: how many of how many, kinds, and the first ids with reasons."""
+    counted = mapping(run.metrics, "bad_samples")
+    first = [(string(each, "id") or "?", string(each, "reason") or "unknown") for each in run.bad[:_FIRST]]
+    if not first:
+        pairs = [sequence({"pair": each}, "pair") for each in sequence(counted, "bad")]
+        first = [(str(pair[0]), str(pair[1])[:280]) for pair in pairs if len(pair) == 2][:_FIRST]
+    good, bad = whole(counted, "num_good"), whole(counted, "num_bad") or len(run.bad)
+    if not bad:
+        text = f"{run.name}: no sample was bad" + (f" of {good:,} that were read." if good else ".")
+        return [Paragraph(text if run.finished else f"{run.name}: no bad samples are listed.", "quiet")]
+    kinds = {kind: count for kind in mapping(counted, "kinds") if (count := whole(counted, "kinds", kind))}
+    kinds = kinds or Counter((string(each, "reason") or "unknown").partition(":")[0] for each in run.bad)
+    order = sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))
+    rows = [[Cell(shortened(kind, 80)), Cell(f"{count:,}", count)] for kind, count in order[:_FIRST]]
+    of = f" of {good + bad:,}" if good is not None else ""
+    listed_ids = [f"{_last_part(identity)}: {reason}" for identity, reason in first]
     return [
-        Table(f"{run.name}: {len(run.bad):,} bad samples, skipped", ["reason", "samples"], rows),
-        Details(f"The first {len(first)}", [Remarks(first)]),
+        Table(f"{run.name}: {bad:,} bad samples{of}, skipped", ["kind", "samples"], rows),
+        Details(f"The first {len(first)}", [Remarks(listed_ids)]),
     ]
 
 
@@ -152,7 +154,7 @@ def reproduce_blocks(data: ReportData, arms: Sequence[Arm], command: Sequence[st
         words = [each if isinstance(each, str) else "" for each in sequence(environment, "command")]
         if words:
             words = ["cmapkd" if PurePosixPath(words[0]).name in ("__main__.py", "-m", "") else words[0], *words[1:]]
-            given.append(shortened(redact(shlex.join(words)), 2_000))
+            given.append(shortened(shlex.join(map(redact, words)), 2_000))
     again = [_again(run) for arm in arms for run in arm.runs if run.config]
     again += [_again_compared(comparison) for comparison in data.comparisons]
     again += [_again_exported(export) for export in data.exports]

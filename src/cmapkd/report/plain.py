@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,20 @@ _JOINERS = "\u200c\u200d"  # part of ordinary text in several scripts
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, direction marks, surrogates, private and no characters
 
 
+_LARGEST = 1e30  # a number beyond it measures nothing that a page shows, and its square overflows
+
+
+def plain(value: Any) -> Any:
+    """`value` with every number that is not finite, or absurdly large, replaced by None."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= _LARGEST:
+        return None
+    return value
+
+
 def at(values: Any, *path: str) -> Any:
     """What stands at a path of nested mappings; None where nothing does."""
     for key in path:
@@ -23,15 +36,11 @@ def at(values: Any, *path: str) -> Any:
 
 
 def number(values: Any, *path: str) -> float | None:
-    """The finite number at a path; None where there is none."""
+    """The number at a path; None where there is none."""
     value = at(values, *path)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    try:
-        result = float(value)
-    except OverflowError:
-        return None
-    return result if math.isfinite(result) else None
+    return float(value) if abs(value) <= _LARGEST else None
 
 
 def whole(values: Any, *path: str) -> int | None:
@@ -54,9 +63,7 @@ def string(values: Any, *path: str, longest: int = LONGEST) -> str | None:
     """The text at a path, shortened; numbers become texts, and None stands for everything else."""
     value = at(values, *path)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = (
-            f"{value:.12g}" if isinstance(value, float) else repr(value) if abs(value) < 10**20 else "a large number"
-        )
+        value = f"{value:.12g}" if isinstance(value, float) else str(value)
     return shortened(value, longest) if isinstance(value, str) else None
 
 

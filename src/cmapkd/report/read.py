@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from cmapkd.config import ConfigError
-from cmapkd.report.plain import mapping, string
+from cmapkd.export.origin import without_folders
+from cmapkd.report.plain import mapping, plain, string
 
 _MAX_LINES = 200_000  # of a log; more would take minutes to read and shows no more
 
@@ -185,7 +186,7 @@ def _export(path: Path) -> ExportFolder:
 def _load(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
     """A file's mapping; empty, with a note, where it is damaged, and empty without one where it is not there."""
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = plain(parse(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -212,7 +213,7 @@ def _lines(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
     lines, damaged = [], 0
     for text in filter(None, texts[:_MAX_LINES]):
         try:
-            content = json.loads(text)
+            content = plain(json.loads(text))
         except (ValueError, RecursionError):
             damaged += text is not texts[-1]
             continue
@@ -227,5 +228,6 @@ def _lines(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
 
 
 def model_name(config: Any, role: str) -> str | None:
-    """The name of a run's model as its config states it."""
-    return string(config, role, "name") or string(config, role)
+    """The name of a run's model as its config states it; of a local path its last part."""
+    name = string(config, role, "name", longest=200) or string(config, role, longest=200)
+    return None if name is None else without_folders(name)

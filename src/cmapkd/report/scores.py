@@ -52,6 +52,12 @@ class Measured:
     def mean(self, *path: str) -> Mean | None:
         return mean_of(self.scores, *path)
 
+    @property
+    def size(self) -> str | None:
+        """How many images and captions retrieval is of, in all seeds."""
+        sizes = dict.fromkeys(filter(None, (retrieval_set(scores) for scores in self.scores)))
+        return "; ".join(sizes) or None
+
 
 def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:
     """Every model of every path. A teacher that several arms share stands once."""
@@ -140,11 +146,11 @@ def _of_file(file: ScoresFile) -> list[Measured]:
 
 
 def score_blocks(models: Sequence[Measured]) -> list[Block]:
-    """One table for each source: numbers of different data do not stand in one column."""
+    """One table for each source and size: recall among 300 pictures does not stand in one column with that of 1,000."""
     blocks: list[Block] = []
     scored = [each for each in models if any(_has_scores(scores) for scores in each.scores)]
-    for data in dict.fromkeys(each.data for each in scored):
-        rows = [each for each in scored if each.data == data]
+    for data, size in dict.fromkeys((each.data, each.size) for each in scored):
+        rows = [each for each in scored if (each.data, each.size) == (data, size)]
         blocks.append(_table(rows, data))
         blocks += [Remarks(remarks)] if (remarks := _remarks(rows)) else []
         if (figure := _figure(rows)) is not None:
@@ -159,8 +165,8 @@ def _has_scores(scores: Mapping[str, Any]) -> bool:
 def _table(rows: Sequence[Measured], data: str | None) -> Table:
     columns = _columns(rows)
     seeds = max(len(each.scores) for each in rows)
-    sizes = next(filter(None, (retrieval_set(mapping(scores)) for each in rows for scores in each.scores)), None)
-    caption = f"Scores on {data or 'unnamed data'}" + (f": {sizes}" if sizes else "")
+    size = rows[0].size
+    caption = f"Scores on {data or 'unnamed data'}" + (f": {size}" if size else "")
     note = "Scores are percent." + (
         " Below a mean over seeds stands its 95 % t interval over seeds." if seeds > 1 else ""
     )
@@ -208,14 +214,8 @@ def _cost_cells(each: Measured, rows: Sequence[Measured]) -> list[Cell]:
 
 
 def _remarks(rows: Sequence[Measured]) -> list[str]:
-    """What is unusual of the data, and runs on other numbers of pictures than the first."""
-    remarks = dict.fromkeys(filter(None, (remark_on_retrieval(s) for each in rows for s in each.scores)))
-    sizes = {each.label: retrieval_set(mapping(each.scores[0])) for each in rows if each.scores}
-    known = dict.fromkeys(filter(None, sizes.values()))
-    if len(known) > 1:
-        told = "; ".join(f"{label}: {size}" for label, size in sizes.items() if size)
-        remarks[f"Recall depends on the number of candidates, and they differ here. {told}."] = None
-    return list(remarks)
+    """What retrieval found unusual of the data."""
+    return list(dict.fromkeys(filter(None, (remark_on_retrieval(scores) for each in rows for scores in each.scores))))
 
 
 def _figure(rows: Sequence[Measured]) -> Figures | None:
@@ -270,11 +270,14 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
     """Size against score, and latency with its quartiles."""
     blocks: list[Block] = []
     figures = []
-    for data in dict.fromkeys(each.data for each in models):
+    for data, size in dict.fromkeys((each.data, each.size) for each in models):
         marks = [
             Mark(each.label, each.megabytes, value, COLOUR[each.role])
             for each in models
-            if each.data == data and each.megabytes and (value := _first_headline(each)) is not None
+            if (each.data, each.size) == (data, size)
+            and each.megabytes is not None
+            and each.megabytes > 0
+            and (value := _first_headline(each)) is not None
         ]
         if len(marks) > 1:
             figures.append(

@@ -22,15 +22,12 @@ from cmapkd.report.scores import cost_blocks, export_blocks, gap_blocks, measure
 from cmapkd.report.verdict import arm_verdict, comparison_verdict
 from cmapkd.report.watch import NothingToWatch, Watched, is_test, watch
 
-CARDS = 6
-"""Cards of each outcome and direction, by default."""
-
 
 def write_report(
     paths: Sequence[Path],
     out: Path,
     *,
-    gallery: int = CARDS,
+    gallery: int = 6,
     data: str | None = None,
     split: str = "val",
     images: bool = True,
@@ -125,7 +122,7 @@ def _watched(
         return None
     if not gallery:
         names = " ".join(str(run.path) for run in runs[:1])
-        absent.append(f"A gallery of retrievals, confusions and calibration: cmapkd report {names} --gallery {CARDS}")
+        absent.append(f"A gallery of retrievals, confusions and calibration: cmapkd report {names} --gallery 6")
         return None
     run = next((run for run in runs if run.finished), runs[0])
     try:

@@ -11,6 +11,7 @@ from cmapkd.evaluation.subject import Subject
 from cmapkd.report.blocks import Block, Cell, Paragraph, Table
 from cmapkd.report.figures import heat, reliability
 from cmapkd.report.plain import shortened
+from cmapkd.report.scores import COLOUR
 from cmapkd.report.watch import Watched, class_names, named
 
 MAX_HEAT = 30  # classes of a readable matrix
@@ -77,7 +78,7 @@ def calibration(watched: Watched) -> list[Block]:
         f"Probabilities over {len(names)} classes on {len(labels):,} pictures of {watched.source.name}. Below the "
         "diagonal a model is surer than it is right."
     )
-    return [Paragraph(text), reliability("Accuracy by confidence", bins), Table("Calibration", heads, rows)]
+    return [Paragraph(text), reliability("Accuracy by confidence", bins, COLOUR), Table("Calibration", heads, rows)]
 
 
 def _bins(

@@ -8,6 +8,7 @@ from typing import Any
 
 from cmapkd.compare.curves import read_validations
 from cmapkd.compare.metric import metric_label
+from cmapkd.export.origin import without_folders
 from cmapkd.report.blocks import Block, Cell, Details, Figure, Figures, Paragraph, Remarks, Section, Table
 from cmapkd.report.figures import COLOURS, Curve, Dot, dots, lines, shown
 from cmapkd.report.plain import mapping, number, sequence, string, whole
@@ -64,7 +65,7 @@ def _scores(
     heads += ["off plateau"] * plateau + ["gap closed"] * gap + costs
     cells = []
     for name, scores in mapping(table, "teachers").items():
-        line = [Cell(name, tone="quiet"), Cell("-"), Cell("-")]
+        line = [Cell(_teacher(name), tone="quiet"), Cell("-"), Cell("-")]
         for metric in metrics:
             value = number(mapping(scores), metric)
             line += [Cell("-" if value is None else f"{value:.1f}", value)] + [Cell("-")] * compared[metric]
@@ -90,6 +91,12 @@ def _scores(
     if any(string(row, "coordinates", "budget") for row in rows):
         note += " Rows at equal time have the steps that fit into the time of one arm."
     return Table(string(table, "title") or "Arms", heads, cells, note=note)
+
+
+def _teacher(label: str) -> str:
+    """`teacher NAME`, of a local path its last part."""
+    role, space, name = label.partition(" ")
+    return f"{role}{space}{without_folders(name[:200])}"
 
 
 def _steps(comparison: ComparisonFolder, row: Mapping[str, Any]) -> Cell:
@@ -192,7 +199,7 @@ def _drawn(table: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], metric: 
     arms, differences = [], []
     for name, scores in mapping(table, "teachers").items():
         if (value := number(mapping(scores), metric)) is not None:
-            arms.append(Dot(name, value, None, (), 1))
+            arms.append(Dot(_teacher(name), value, None, (), 1))
     for row in rows:
         label, reference = string(row, "row") or "?", bool(row.get("is_reference"))
         mean = number(row, "metrics", metric, "summary", "mean")

@@ -48,14 +48,17 @@ class Mark:
     colour: int = 0
 
 
-def dots(caption: str, rows: Sequence[Dot], *, unit: str, zero: bool = False, wide: bool = False) -> Figure:
+def dots(
+    caption: str, rows: Sequence[Dot], *, unit: str, zero: bool = False, least: float = 0.0, wide: bool = False
+) -> Figure:
     """Each row a dot with its interval, and its single values faint.
 
     Args:
         zero: whether a line stands at 0, for differences.
+        least: what the axis spans at least, so that a difference of nothing does not fill it.
     """
     everything = [value for row in rows for value in (row.middle, *(row.interval or ()), *row.values)] + [0.0] * zero
-    axis = _Axis.over(everything, 14, WIDTH - 14)
+    axis = _Axis.over(everything, 14, WIDTH - 14, least=least)
     height = _ROW * len(rows) + 40
     parts = [*_grid_x(axis, 4, height - 32)]
     if zero:
@@ -96,7 +99,7 @@ def scatter(caption: str, marks: Sequence[Mark], *, x_unit: str, y_unit: str, wi
     """Labelled points over a logarithmic x axis; `x` is positive."""
     height = 240
     across = _Axis.over([mark.x for mark in marks], 46, WIDTH - 26, log=True)
-    up = _Axis.over([mark.y for mark in marks], height - 46, 22)
+    up = _Axis.over([mark.y for mark in marks], height - 46, 22, least=5.0)
     parts = [*_grid_x(across, 10, height - 40), *_grid_y(up, 40, WIDTH - 10)]
     taken: list[tuple[float, float]] = []
     for mark in marks:
@@ -194,10 +197,13 @@ def heat(caption: str, names: Sequence[str], counts: Sequence[Sequence[int]]) ->
     )
 
 
-def reliability(caption: str, bins: Mapping[str, Sequence[tuple[float, float, int]]]) -> Figure:
+def reliability(
+    caption: str, bins: Mapping[str, Sequence[tuple[float, float, int]]], colours: Mapping[str, int]
+) -> Figure:
     """Accuracy against confidence, both 0 to 100 %, by model; the diagonal is a calibrated one.
 
     Args:
+        colours: of each name.
         bins: name -> (mean confidence, accuracy, pictures) of each bin that has pictures.
     """
     height = 240
@@ -205,7 +211,8 @@ def reliability(caption: str, bins: Mapping[str, Sequence[tuple[float, float, in
     parts = [*_grid_x(across, 10, height - 36), *_grid_y(up, 40, WIDTH - 10)]
     parts.append(_line(across(0), up(0), across(100), up(100), "zero"))
     rows, said = [], []
-    for number, (name, points) in enumerate(bins.items()):
+    for name, points in bins.items():
+        number = colours.get(name, COLOURS - 1)
         most = max((count for *_, count in points), default=1)
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y, _ in points)
         parts.append(_tag("polyline", points=path, class_=f"curve s{number}"))
@@ -217,7 +224,7 @@ def reliability(caption: str, bins: Mapping[str, Sequence[tuple[float, float, in
     parts.append(_text(across.middle, height - 6, "confidence, %", "unit", anchor="middle"))
     parts.append(_text(4, 10, "accuracy, %", "unit"))
     table = Table(caption, ["", "confidence, %", "accuracy, %", "pictures"], rows)
-    legend = tuple((number, name) for number, name in enumerate(bins))
+    legend = tuple((colours.get(name, COLOURS - 1), name) for name in bins)
     return Figure(_svg(height, f"{caption}. {'; '.join(said)}", parts), caption, table, legend)
 
 
@@ -256,10 +263,12 @@ class _Axis:
     log: bool = False
 
     @classmethod
-    def over(cls, values: Sequence[float], start: float, end: float, *, log: bool = False) -> _Axis:
+    def over(cls, values: Sequence[float], start: float, end: float, *, log: bool = False, least: float = 0.0) -> _Axis:
         """An axis that holds all values, with a little room at both ends."""
         numbers = [math.log10(value) if log else value for value in values] or [0.0]
         low, high = min(numbers), max(numbers)
+        more = max(0.0, least - (high - low)) / 2
+        low, high = low - more, high + more
         room = 0.06 * (high - low) or max(0.5 if log else 0.05 * abs(high), 1e-9)
         return cls(low - room, high + room, start, end, log)
 

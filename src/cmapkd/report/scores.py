@@ -125,7 +125,7 @@ def _of_export(export: ExportFolder) -> list[Measured]:
                 "export",
                 data,
                 (mapping(scores, precision),) if mapping(scores, precision) else (),
-                number(scores, precision, "params") or number(scores, "torch", "params"),
+                number(scores, "torch", "params"),
                 sum(known) / 1e6 if known and len(known) == len(sizes) else None,
                 None if image is None or text is None else (image, text),
             )
@@ -175,7 +175,7 @@ def _table(rows: Sequence[Measured], data: str | None) -> Table:
     for each in rows:
         cells = [Cell(each.label, tone="good" if each.role == "student" else "")]
         cells += [Cell(str(len(each.scores)), len(each.scores))] if seeds > 1 else []
-        cells += [_cell(each.mean(*path)) for path in columns.values()]
+        cells += [_cell(each.mean(*path), digits=3 if "GMACs" in head else 1) for head, path in columns.items()]
         table.append(cells + _cost_cells(each, rows))
     return Table(caption, heads, table, note=note)
 
@@ -191,11 +191,11 @@ def _columns(rows: Sequence[Measured]) -> dict[str, tuple[str, ...]]:
     return {head: path for head, path in columns.items() if any(each.mean(*path) for each in rows)}
 
 
-def _cell(mean: Mean | None) -> Cell:
+def _cell(mean: Mean | None, *, digits: int = 1) -> Cell:
     if mean is None:
         return Cell("-")
-    below = "" if mean.interval is None else f"{mean.interval[0]:.1f} to {mean.interval[1]:.1f}"
-    return Cell(f"{mean.value:.1f}", mean.value, below)
+    below = "" if mean.interval is None else " to ".join(f"{bound:.{digits}f}" for bound in mean.interval)
+    return Cell(f"{mean.value:.{digits}f}", mean.value, below)
 
 
 def _cost_heads(rows: Sequence[Measured]) -> list[str]:
@@ -236,7 +236,7 @@ def _figure(rows: Sequence[Measured]) -> Figures | None:
                 )
                 for each, mean in places
             ]
-            figures.append(dots(f"{headline.head}", points, unit="percent"))
+            figures.append(dots(f"{headline.head}", points, unit="percent", least=5.0))
     return Figures(figures) if figures else None
 
 
@@ -298,7 +298,9 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
             "Latency was not measured: run cmapkd evaluate MODEL... --tasks efficiency --json FILE, and name FILE too."
         )
         blocks.append(Paragraph(text, "quiet"))
-    elif hardware := dict.fromkeys(filter(None, map(_hardware, models))):
+    if any(each.role == "export" and each.latency for each in models):
+        blocks.append(Paragraph("Latency of exports: a batch of one, onnxruntime on one thread."))
+    if hardware := dict.fromkeys(filter(None, map(_hardware, models))):
         blocks.append(Paragraph(f"Latency measured on {'; '.join(hardware)}."))
     return blocks
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from cmapkd.compare.curves import read_validations
 from cmapkd.compare.metric import metric_label
-from cmapkd.export.origin import without_folders
 from cmapkd.report.blocks import Block, Cell, Details, Figure, Figures, Paragraph, Remarks, Section, Table
 from cmapkd.report.figures import COLOURS, Curve, Dot, dots, lines, shown
 from cmapkd.report.plain import mapping, number, sequence, string, whole
-from cmapkd.report.read import ComparisonFolder
+from cmapkd.report.read import ComparisonFolder, short_name
 
 _MOST_CURVES = 6  # rows of a curve's drawing
 _EXPLORATORY = 3  # seeds, at most: a table of so few is for exploring
@@ -96,7 +95,7 @@ def _scores(
 def _teacher(label: str) -> str:
     """`teacher NAME`, of a local path its last part."""
     role, space, name = label.partition(" ")
-    return f"{role}{space}{without_folders(name[:200])}"
+    return f"{role}{space}{short_name(name)}"
 
 
 def _steps(comparison: ComparisonFolder, row: Mapping[str, Any]) -> Cell:

@@ -23,9 +23,11 @@ class Page:
 
     Attributes:
         verdicts: of each arm or comparison its name, empty where there is one alone, and its sentences.
+        about: what was trained, a line each.
     """
 
     title: str
+    about: Sequence[str]
     verdicts: Sequence[tuple[str, Sequence[Paragraph]]]
     notes: Sequence[str]
     sections: Sequence[Section]

@@ -18,9 +18,9 @@ _LARGEST = 1e30  # a number beyond it measures nothing that a page shows, and it
 
 
 def plain(value: Any) -> Any:
-    """`value` with every number that is not finite, or absurdly large, replaced by None."""
+    """`value` with every number that is not finite, or absurdly large, replaced by None; keys are texts."""
     if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= _LARGEST:

@@ -12,7 +12,7 @@ import yaml
 
 from cmapkd.config import ConfigError
 from cmapkd.export.origin import without_folders
-from cmapkd.report.plain import mapping, plain, string
+from cmapkd.report.plain import mapping, plain, shortened, string
 
 _MAX_LINES = 200_000  # of a log; more would take minutes to read and shows no more
 
@@ -230,4 +230,12 @@ def _lines(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
 def model_name(config: Any, role: str) -> str | None:
     """The name of a run's model as its config states it; of a local path its last part."""
     name = string(config, role, "name", longest=200) or string(config, role, longest=200)
-    return None if name is None else without_folders(name)
+    return None if name is None else short_name(name)
+
+
+def short_name(name: str) -> str:
+    """A model's or source's name; of a local path its last part, and no secret."""
+    try:
+        return without_folders(shortened(name, 200))
+    except OSError:  # too long for a path, so it is none
+        return shortened(name, 200)

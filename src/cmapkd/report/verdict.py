@@ -9,7 +9,7 @@ from cmapkd.compare.statistics import Estimate
 from cmapkd.report.arms import Arm
 from cmapkd.report.blocks import Paragraph
 from cmapkd.report.plain import mapping, number, sequence, string, whole
-from cmapkd.report.read import ComparisonFolder, RunFolder
+from cmapkd.report.read import ComparisonFolder, RunFolder, model_name, short_name
 from cmapkd.report.scores import times_smaller
 
 MOST = 3  # sentences
@@ -40,6 +40,22 @@ def arm_verdict(arm: Arm) -> list[Paragraph]:
         text = f"{missing} of {len(arm.runs)} runs are not finished and in no number here."
         said.insert(0, Paragraph(text, "bad"))
     return said[:MOST]
+
+
+def arm_about(arm: Arm) -> str:
+    """What was trained, on what and for how long, in a line."""
+    config, metrics = arm.first.config, arm.first.metrics
+    teacher, student = (model_name(config, role) for role in ("teacher", "student"))
+    models = f"{teacher} to {student}" if teacher and student else student or teacher
+    steps, batch = (whole(metrics, key) or whole(config, "training", key) for key in ("steps", "batch_size"))
+    data = string(config, "data", "train", longest=200)
+    parts = [
+        arm.method,
+        models,
+        None if steps is None else f"{steps:,} steps" + (f" of {batch:,} pairs" if batch else ""),
+        None if data is None else f"on {short_name(data)}",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _unfinished(run: RunFolder) -> str:

@@ -19,8 +19,10 @@ from cmapkd.report.origins import data_blocks, origin_blocks, reproduce_blocks
 from cmapkd.report.page import Page, missing, render, section
 from cmapkd.report.read import ReportData, RunFolder, read_paths
 from cmapkd.report.scores import cost_blocks, export_blocks, gap_blocks, measured_models, score_blocks
-from cmapkd.report.verdict import arm_verdict, comparison_verdict
+from cmapkd.report.verdict import arm_about, arm_verdict, comparison_verdict
 from cmapkd.report.watch import NothingToWatch, Watched, is_test, watch
+
+_ABOUT = 5  # arms that are described above the verdict
 
 
 def write_report(
@@ -67,7 +69,8 @@ def write_report(
         absent.append(f"The gallery shows test data ({watched.source.name}): choose nothing by it.")
     command = _command(paths, out, gallery, data, split, images, captions, seed)
     sections = _sections(read, arms, looked, command)
-    page = Page(read.title, _verdicts(read, arms), read.notes, [*sections, missing(absent)], cmapkd.__version__)
+    about = [arm_about(arm) for arm in arms[:_ABOUT]]
+    page = Page(read.title, about, _verdicts(read, arms), read.notes, [*sections, missing(absent)], cmapkd.__version__)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, render(page))
     return out

@@ -24,7 +24,6 @@ ROOMS = (
     "cache",
     "training",
     "evaluation",
-    "report",
     "export",
 )
 JOINING = (
@@ -32,6 +31,7 @@ JOINING = (
     "provenance",
     "run",
     "compare",
+    "report",
     "own_loop",
     "api",
     "diagnosis",

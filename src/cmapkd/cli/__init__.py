@@ -21,6 +21,7 @@ from cmapkd.cli import (
     init,
     methods,
     models,
+    report,
     settings,
 )
 from cmapkd.cli.command import Command
@@ -36,7 +37,7 @@ app = typer.Typer(
 )
 for command in (
     demo.demo, init.init, doctor.doctor, distill.distill, finalize.finalize, evaluate.evaluate, export.export,
-    methods.methods, models.models, settings.settings,
+    report.report, methods.methods, models.models, settings.settings,
 ):  # fmt: skip
     app.command(cls=Command, epilog=examples(command.__name__))(command)
 app.command(cls=compare.CompareCommand, epilog=examples("compare"))(compare.compare)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cmapkd.cli.command import Command, command_line
+from cmapkd.cli.report import leave_page
 
 _FOLLOWS = {"--seeds": re.compile(r"\d+$"), "--arms": re.compile(r"[^=:]+:(\s|$)")}
 
@@ -114,6 +115,7 @@ def compare(
         failed = f"{len(result.failed)} of {len(result.outcomes)} runs failed; the same command tries them again"
         _say(console, failed)
     _say(console, f"{out}: {files}")
+    leave_page(out, console)
     if result.failed:
         raise typer.Exit(1)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cmapkd.cli.command import command_line
+from cmapkd.cli.report import CARDS, leave_page
 
 
 def demo(
@@ -44,3 +45,5 @@ def demo(
     show(console, result.table())
     again = command_line("evaluate", str(out), "--data", "scenes", "--split", "test")
     console.print(f"student and evidence: {out} (read back: {again})", markup=False, highlight=False, soft_wrap=True)
+    if result.metrics:
+        leave_page(out, console, gallery=CARDS)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cmapkd.cli.command import command_line
+from cmapkd.cli.report import leave_page
 
 
 def distill(
@@ -52,3 +53,4 @@ def distill(
         if config.data.final is not None:
             show(console, result.table())
         console.print(f"student and evidence: {out}", highlight=False)
+        leave_page(out, console)

@@ -19,6 +19,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "cmapkd export runs/first --out phone",
         "cmapkd export runs/first --precision fp32,fp16 --data csv:test.csv --out phone",
     ),
+    "report": ("cmapkd report runs/first", "cmapkd report runs/first phone --gallery 6 --out report.html"),
     "compare": (
         "cmapkd compare demo --arms 'clip_kd: method=clip_kd' 'hinton: method=hinton' --seeds 0 1 --out compared",
         "cmapkd compare comparison.yaml --dry-run",

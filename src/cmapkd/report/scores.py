@@ -1,0 +1,397 @@
+"""Scores as tables: every model that was measured on the same data, with intervals where there are seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
+from cmapkd.report.arms import Arm, Mean, mean_of
+from cmapkd.report.blocks import Block, Cell, Details, Figure, Figures, Paragraph, Remarks, Table
+from cmapkd.report.figures import Dot, Mark, dots, gap_bar, scatter, shown
+from cmapkd.report.plain import mapping, number, sequence, string, whole
+from cmapkd.report.read import ExportFolder, ReportData, ScoresFile, model_name
+
+ROLES = ("teacher", "student", "baseline")
+COLOUR = {"student": 0, "teacher": 1, "baseline": 2, "export": 3, "model": 4}
+
+_RETRIEVAL = (
+    ("I→T R@1", ("retrieval", "i2t", "r@1")),
+    ("I→T R@5", ("retrieval", "i2t", "r@5")),
+    ("I→T R@10", ("retrieval", "i2t", "r@10")),
+    ("T→I R@1", ("retrieval", "t2i", "r@1")),
+    ("T→I R@5", ("retrieval", "t2i", "r@5")),
+    ("T→I R@10", ("retrieval", "t2i", "r@10")),
+)
+_FURTHER = (
+    ("ECE, %", ("calibration", "ece")),
+    ("image GMACs", ("efficiency", "shown", "image_gmacs")),
+    ("ms/image", ("efficiency", "image", "latency_ms", "1", "median")),
+    ("ms/text", ("efficiency", "text", "latency_ms", "1", "median")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A model with its scores on one source.
+
+    Attributes:
+        scores: one a seed.
+        megabytes: of its weights, and what they are; latency: milliseconds of image and text at batch 1.
+    """
+
+    label: str
+    role: str
+    data: str | None
+    scores: tuple[Mapping[str, Any], ...]
+    parameters: float | None = None
+    megabytes: float | None = None
+    latency: tuple[float, float] | None = None
+
+    def mean(self, *path: str) -> Mean | None:
+        return mean_of(self.scores, *path)
+
+    @property
+    def size(self) -> str | None:
+        """How many images and captions retrieval is of, in all seeds."""
+        sizes = dict.fromkeys(filter(None, (retrieval_set(scores) for scores in self.scores)))
+        return "; ".join(sizes) or None
+
+
+def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:
+    """Every model of every path. A teacher that several arms share stands once."""
+    found: list[Measured] = []
+    for arm in arms:
+        for role in ROLES:
+            scores = arm.scores(role)
+            if role == "teacher":
+                scores = scores[:1]  # a frozen model is measured once
+            if not scores:
+                continue
+            each = Measured(_label(arm, role, len(arms)), role, arm.data, scores, *_size(scores[0]))
+            if not any(_same(each, other) for other in found):
+                found.append(each)
+    for export in data.exports:
+        found += _of_export(export)
+    for file in data.scores:
+        found += _of_file(file)
+    return found
+
+
+def _label(arm: Arm, role: str, num_arms: int) -> str:
+    name = {
+        "teacher": model_name(arm.first.config, "teacher") or "teacher",
+        "student": arm.method,
+        "baseline": arm.baseline_name,
+    }[role]
+    where = f", {arm.name}" if num_arms > 1 and role != "teacher" else ""
+    return f"{role} ({name}{where})"
+
+
+def _size(scores: Mapping[str, Any]) -> tuple[float | None, float | None, tuple[float, float] | None]:
+    """Parameters, megabytes in float32, and latency where it was measured."""
+    parameters = number(scores, "params")
+    stored = number(scores, "efficiency", "file_bytes", "fp32")
+    megabytes = stored / 1e6 if stored else None if parameters is None else 4 * parameters / 1e6
+    image, text = (number(scores, "efficiency", tower, "latency_ms", "1", "median") for tower in ("image", "text"))
+    return parameters, megabytes, None if image is None or text is None else (image, text)
+
+
+def _same(each: Measured, other: Measured) -> bool:
+    return (each.role, each.label, each.data, each.scores) == (other.role, other.label, other.data, other.scores)
+
+
+def _of_export(export: ExportFolder) -> list[Measured]:
+    """The model and each precision, as parity.json has them."""
+    name = string(export.manifest, "model") or export.name
+    data = string(export.parity, "scored_on")
+    files = [each for each in sequence(export.parity, "files") if isinstance(each, Mapping)]
+    scores = mapping(export.parity, "scores")
+    precisions = dict.fromkeys(filter(None, (string(each, "precision") for each in files)))
+    found = []
+    for precision in [*(["torch"] if "torch" in scores else []), *precisions]:
+        own = {string(each, "tower"): each for each in files if string(each, "precision") == precision}
+        sizes = [number(each, "bytes") for each in own.values()]
+        times = [number(own.get(tower), "milliseconds") for tower in ("vision_model", "text_model")]
+        if precision == "torch":
+            first = {string(each, "tower"): each for each in files}
+            times = [number(first.get(tower), "model_milliseconds") for tower in ("vision_model", "text_model")]
+        image, text = times
+        known = [size for size in sizes if size is not None]
+        found.append(
+            Measured(
+                f"export {precision} ({name})" if precision != "torch" else f"as exported, in torch ({name})",
+                "export",
+                data,
+                (mapping(scores, precision),) if mapping(scores, precision) else (),
+                number(scores, "torch", "params"),
+                sum(known) / 1e6 if known and len(known) == len(sizes) else None,
+                None if image is None or text is None else (image, text),
+            )
+        )
+    return found
+
+
+def _of_file(file: ScoresFile) -> list[Measured]:
+    data = string(file.content, "data")
+    models = mapping(file.content, "models")
+    return [
+        Measured(f"{name} ({file.name})", "model", data, (mapping(models, name),), *_size(mapping(models, name)))
+        for name in models
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def score_blocks(models: Sequence[Measured]) -> list[Block]:
+    """One table for each source and size: recall among 300 pictures does not stand in one column with that of 1,000."""
+    blocks: list[Block] = []
+    scored = [each for each in models if any(_has_scores(scores) for scores in each.scores)]
+    for data, size in dict.fromkeys((each.data, each.size) for each in scored):
+        rows = [each for each in scored if (each.data, each.size) == (data, size)]
+        blocks.append(_table(rows, data))
+        blocks += [Remarks(remarks)] if (remarks := _remarks(rows)) else []
+        if (figure := _figure(rows)) is not None:
+            blocks.append(figure)
+    return blocks
+
+
+def _has_scores(scores: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Mapping) for key, value in scores.items() if key != "efficiency")
+
+
+def _table(rows: Sequence[Measured], data: str | None) -> Table:
+    columns = _columns(rows)
+    seeds = max(len(each.scores) for each in rows)
+    size = rows[0].size
+    caption = f"Scores on {data or 'unnamed data'}" + (f": {size}" if size else "")
+    note = "Scores are percent." + (
+        " Below a mean over seeds stands its 95 % t interval over seeds." if seeds > 1 else ""
+    )
+    heads = ["model", *(["seeds"] if seeds > 1 else []), *columns, *_cost_heads(rows)]
+    table = []
+    for each in rows:
+        cells = [Cell(each.label, tone="good" if each.role == "student" else "")]
+        cells += [Cell(str(len(each.scores)), len(each.scores))] if seeds > 1 else []
+        cells += [_cell(each.mean(*path), digits=3 if "GMACs" in head else 1) for head, path in columns.items()]
+        table.append(cells + _cost_cells(each, rows))
+    return Table(caption, heads, table, note=note)
+
+
+def _columns(rows: Sequence[Measured]) -> dict[str, tuple[str, ...]]:
+    """Heads and paths of the scores that any model has: recall both ways, the headlines, calibration, MACs."""
+    columns: dict[str, tuple[str, ...]] = dict(_RETRIEVAL)
+    for each in rows:
+        for scores in each.scores:
+            for task, (headline, _) in headlines(mapping(scores)).items():
+                columns[headline.head] = (task, *headline.path)
+    columns |= {head: path for head, path in _FURTHER if head.startswith(("ECE", "image"))}
+    return {head: path for head, path in columns.items() if any(each.mean(*path) for each in rows)}
+
+
+def _cell(mean: Mean | None, *, digits: int = 1) -> Cell:
+    if mean is None:
+        return Cell("-")
+    below = "" if mean.interval is None else " to ".join(f"{bound:.{digits}f}" for bound in mean.interval)
+    return Cell(f"{mean.value:.{digits}f}", mean.value, below)
+
+
+def _cost_heads(rows: Sequence[Measured]) -> list[str]:
+    heads = ["parameters", "MB"]
+    return heads + ["ms/image", "ms/text"] * any(each.latency for each in rows)
+
+
+def _cost_cells(each: Measured, rows: Sequence[Measured]) -> list[Cell]:
+    cells = [
+        Cell("-") if each.parameters is None else Cell(f"{each.parameters:,.0f}", each.parameters),
+        Cell("-") if each.megabytes is None else Cell(f"{each.megabytes:.2f}", each.megabytes),
+    ]
+    if any(other.latency for other in rows):
+        cells += [Cell("-"), Cell("-")] if each.latency is None else [Cell(f"{ms:.2f}", ms) for ms in each.latency]
+    return cells
+
+
+def _remarks(rows: Sequence[Measured]) -> list[str]:
+    """What retrieval found unusual of the data."""
+    return list(dict.fromkeys(filter(None, (remark_on_retrieval(scores) for each in rows for scores in each.scores))))
+
+
+def _figure(rows: Sequence[Measured]) -> Figures | None:
+    """Dots of each headline, a model a line."""
+    figures = []
+    known = [headlines(mapping(scores)) for each in rows for scores in each.scores]
+    for task in dict.fromkeys(task for each in known for task in each):
+        headline = next(each[task][0] for each in known if task in each)
+        places = [(each, mean) for each in rows if (mean := each.mean(task, *headline.path)) is not None]
+        if len(places) > 1:
+            points = [
+                Dot(
+                    each.label,
+                    mean.value,
+                    mean.interval,
+                    mean.values if len(mean.values) > 1 else (),
+                    COLOUR[each.role],
+                )
+                for each, mean in places
+            ]
+            figures.append(dots(f"{headline.head}", points, unit="percent", least=5.0))
+    return Figures(figures) if figures else None
+
+
+def gap_blocks(arms: Sequence[Arm]) -> list[Block]:
+    """How far each arm comes from the baseline to the teacher."""
+    blocks: list[Block] = []
+    figures: list[Figure] = []
+    for arm in arms:
+        gap, path, headline = arm.gap(), arm.headline_path(), arm.headline()
+        means = [None if path is None else arm.mean(role, *path) for role in ("baseline", "student", "teacher")]
+        start, own, end = means
+        if gap is None or headline is None or start is None or own is None or end is None:
+            continue
+        low_high = (
+            ""
+            if gap.interval is None
+            else f", 95 % interval over seeds {gap.interval[0]:.0f} to {gap.interval[1]:.0f} %"
+        )
+        blocks.append(
+            Paragraph(
+                f"{arm.name} closes {gap.value:.0f} % of the gap in {headline.head} from {arm.baseline_name} to the "
+                f"teacher{low_high}. 0 % is the baseline and 100 % the teacher."
+            )
+        )
+        bars = ((arm.baseline_name, start.value), ("student", own.value), ("teacher", end.value))
+        figures.append(gap_bar(f"{headline.head}: {arm.name}", *bars))
+    return [*blocks, *([Figures(figures)] if figures else [])]
+
+
+def cost_blocks(models: Sequence[Measured]) -> list[Block]:
+    """Size against score, and latency with its quartiles."""
+    blocks: list[Block] = []
+    figures = []
+    for data, size in dict.fromkeys((each.data, each.size) for each in models):
+        marks = [
+            Mark(each.label, each.megabytes, value, COLOUR[each.role])
+            for each in models
+            if (each.data, each.size) == (data, size)
+            and each.megabytes is not None
+            and each.megabytes > 0
+            and (value := _first_headline(each)) is not None
+        ]
+        if len(marks) > 1:
+            figures.append(
+                scatter(f"Size and score on {data}", marks, x_unit="MB of weights", y_unit="first headline, %")
+            )
+    for tower in ("image", "text"):
+        timed = [(each, *_quartiles(each, tower)) for each in models]
+        rows = [
+            Dot(each.label, middle, interval, (), COLOUR[each.role])
+            for each, middle, interval in timed
+            if middle is not None
+        ]
+        if rows:
+            figures.append(dots(f"Latency of one {tower}", rows, unit="ms, median and quartiles"))
+    blocks += [Figures(figures)] if figures else []
+    if not any(each.latency for each in models):
+        text = (
+            "Latency was not measured: run cmapkd evaluate MODEL... --tasks efficiency --json FILE, and name FILE too."
+        )
+        blocks.append(Paragraph(text, "quiet"))
+    if any(each.role == "export" and each.latency for each in models):
+        blocks.append(Paragraph("Latency of exports: a batch of one, onnxruntime on one thread."))
+    if hardware := dict.fromkeys(filter(None, map(_hardware, models))):
+        blocks.append(Paragraph(f"Latency measured on {'; '.join(hardware)}."))
+    return blocks
+
+
+def _first_headline(each: Measured) -> float | None:
+    """The mean of the first headline that all seeds have."""
+    known = [headlines(mapping(scores)) for scores in each.scores]
+    task = next((task for task in (known[0] if known else {}) if all(task in other for other in known)), None)
+    return None if task is None else sum(other[task][1] for other in known) / len(known)
+
+
+def _quartiles(each: Measured, tower: str) -> tuple[float | None, tuple[float, float] | None]:
+    scores = each.scores[0] if each.scores else {}
+    path = ("efficiency", tower, "latency_ms", "1")
+    middle, low, high = (number(scores, *path, key) for key in ("median", "q1", "q3"))
+    if middle is None and each.latency is not None:
+        return each.latency[tower == "text"], None
+    return middle, None if low is None or high is None else (low, high)
+
+
+def _hardware(each: Measured) -> str | None:
+    scores = each.scores[0] if each.scores else {}
+    device, threads = string(scores, "efficiency", "device"), whole(scores, "efficiency", "threads")
+    return None if device is None else f"{device}, {threads} thread{'s'[: threads != 1]}"
+
+
+def export_blocks(exports: Sequence[ExportFolder]) -> list[Block]:
+    """How far each file lies from the model."""
+    blocks: list[Block] = []
+    for export in exports:
+        files = [each for each in sequence(export.parity, "files") if isinstance(each, Mapping)]
+        if not files:
+            blocks.append(Paragraph(f"{export.name} has no parity.json that can be read: export it again.", "bad"))
+            continue
+        blocks.append(_parity_table(export, files))
+        blocks += _score_losses(export)
+        if not mapping(export.parity, "scores"):
+            blocks.append(
+                Paragraph(f"{export.name} was compared without data: add --data SOURCE to cmapkd export.", "quiet")
+            )
+        if odd := [str(each)[:80] for each in sequence(export.parity, "texts_with_other_ids")]:
+            blocks.append(Details(f"{len(odd)} texts that its tokenizer reads otherwise", [Remarks(odd[:20])]))
+    return blocks
+
+
+def _parity_table(export: ExportFolder, files: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for each in files:
+        name = string(each, "file") or f"{string(each, 'tower')} tower"
+        cosine, error = number(each, "cosine_min"), number(each, "largest_error")
+        noise, batches = number(each, "noise_to_spread"), number(each, "between_batches")
+        size, ms = number(each, "bytes"), number(each, "milliseconds")
+        sha = string(export.manifest, "files", name, "sha256")
+        rows.append(
+            [
+                Cell(name),
+                Cell(string(each, "precision") or "-"),
+                Cell("-" if size is None else f"{size / 1e6:.2f}", size),
+                Cell("-" if cosine is None else f"{cosine:.6f}", cosine),
+                *(Cell("-" if value is None else f"{value:.1e}", value) for value in (error, noise, batches)),
+                Cell("-" if ms is None else f"{ms:.2f}", ms),
+                Cell("-" if sha is None else sha[:12]),
+            ]
+        )
+    pictures, texts = (whole(export.parity, "compared_on", key) for key in ("pictures", "texts"))
+    compared = f"{pictures or '?'} pictures and {texts or '?'} texts"
+    heads = ["file", "precision", "MB", "lowest cosine", "largest error", "noise / spread", "between batches", "ms"]
+    note = "Every file was loaded in its own runtime and embeds as the model does, within the limits of cmapkd export."
+    return Table(f"{export.name}: files beside the model, on {compared}", [*heads, "sha256"], rows, words=2, note=note)
+
+
+def _score_losses(export: ExportFolder) -> list[Block]:
+    """Scores of each precision minus those of the model."""
+    scores = mapping(export.parity, "scores")
+    reference = headlines(mapping(scores, "torch"))
+    rows = []
+    for precision in scores:
+        own = headlines(mapping(scores, precision))
+        cells = [Cell("model in torch" if precision == "torch" else precision)]
+        for task in reference:
+            value = own[task][1] if task in own else None
+            lost = None if value is None or precision == "torch" else value - reference[task][1]
+            cells.append(
+                Cell("-" if value is None else f"{value:.2f}", value, "" if lost is None else f"{lost:+.2f} points")
+            )
+        rows.append(cells)
+    if not reference:
+        return []
+    heads = ["precision", *(headline.head for headline, _ in reference.values())]
+    return [Table(f"{export.name}: scores on {string(export.parity, 'scored_on') or 'unnamed data'}", heads, rows)]
+
+
+def times_smaller(large: float | None, small: float | None) -> str | None:
+    return None if not large or not small else shown(large / small, 2)

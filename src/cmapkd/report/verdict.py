@@ -1,0 +1,211 @@
+"""The verdict on a run: at most three sentences, by rules, and the worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cmapkd.compare.statistics import Estimate
+from cmapkd.report.arms import Arm
+from cmapkd.report.blocks import Paragraph
+from cmapkd.report.plain import mapping, number, sequence, string, whole
+from cmapkd.report.read import ComparisonFolder, RunFolder, model_name, short_name
+from cmapkd.report.scores import times_smaller
+
+MOST = 3  # sentences
+
+
+def arm_verdict(arm: Arm) -> list[Paragraph]:
+    """What a reader must know of a run, or of the same run with several seeds."""
+    if not arm.finished:
+        return [Paragraph(_unfinished(arm.first), "bad")]
+    headline, path = arm.headline(), arm.headline_path()
+    if headline is None or path is None:
+        return [
+            Paragraph("Nothing was scored: the recipe names no data.test and no data.val that serves a task.", "bad")
+        ]
+    difference = arm.difference(*path)
+    said: list[Paragraph] = []
+    if (worse := _worse(arm, headline.head, path, difference)) is not None:
+        said.append(worse)
+    if (kept := _kept(arm, headline.head, path)) is not None:
+        said.append(kept)
+    if difference is None:
+        said.append(_no_baseline(arm))
+    elif not said or said[0].tone != "bad":
+        said.append(_lead(arm, headline.head, difference))
+    said.append(_seeds(arm))
+    missing = len(arm.runs) - len(arm.finished)
+    if missing:
+        text = f"{missing} of {len(arm.runs)} runs are not finished and in no number here."
+        said.insert(0, Paragraph(text, "bad"))
+    return said[:MOST]
+
+
+def arm_about(arm: Arm) -> str:
+    """What was trained, on what and for how long, in a line."""
+    config, metrics = arm.first.config, arm.first.metrics
+    teacher, student = (model_name(config, role) for role in ("teacher", "student"))
+    models = f"{teacher} to {student}" if teacher and student else student or teacher
+    steps, batch = (whole(metrics, key) or whole(config, "training", key) for key in ("steps", "batch_size"))
+    data = string(config, "data", "train", longest=200)
+    parts = [
+        arm.method,
+        models,
+        None if steps is None else f"{steps:,} steps" + (f" of {batch:,} pairs" if batch else ""),
+        None if data is None else f"on {short_name(data)}",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _unfinished(run: RunFolder) -> str:
+    """How far a run came, and how it goes on."""
+    last = max((step for line in run.log if (step := whole(line, "step")) is not None), default=0)
+    total = whole(run.config, "training", "steps")
+    reached = f" It logged step {last:,}" + (f" of {total:,}." if total else ".") if last else ""
+    damaged = any(note.startswith("metrics.json ") for note in run.notes)
+    why = (
+        "Its metrics.json is damaged, so it has no scores."
+        if damaged
+        else "This run is not finished: it has no scores."
+    )
+    return f"{why}{reached} Give the command that started it once more, with --resume."
+
+
+def _worse(arm: Arm, head: str, path: Sequence[str], difference: Estimate | float | None) -> Paragraph | None:
+    mean = difference.mean if isinstance(difference, Estimate) else difference
+    student, baseline = arm.mean("student", *path), arm.mean("baseline", *path)
+    if mean is None or mean >= 0 or student is None or baseline is None:
+        return None
+    interval = f", 95 % interval {_bounds(difference)}" if isinstance(difference, Estimate) else ""
+    text = (
+        f"The student is worse than {_baseline(arm)}: {head} {student.value:.1f} against {baseline.value:.1f} "
+        f"({mean:+.1f} points{interval})."
+    )
+    return Paragraph(text, "bad")
+
+
+def _kept(arm: Arm, head: str, path: Sequence[str]) -> Paragraph | None:
+    """What share of the teacher's score is kept, at what share of its size."""
+    student, teacher = arm.mean("student", *path), arm.mean("teacher", *path)
+    if student is None:
+        return None
+    sizes = [arm.mean(role, "params") for role in ("teacher", "student")]
+    smaller = None if None in sizes else times_smaller(*(size.value for size in sizes if size is not None))
+    if teacher is None or teacher.value <= 0:
+        return Paragraph(f"The student reaches {student.value:.1f} in {head}; no teacher was measured beside it.")
+    text = (
+        f"The student keeps {100 * student.value / teacher.value:.0f} % of the teacher's {head} "
+        f"({student.value:.1f} of {teacher.value:.1f})"
+    )
+    return Paragraph(text + (f" with {smaller} times fewer parameters." if smaller else "."))
+
+
+def _lead(arm: Arm, head: str, difference: Estimate | float) -> Paragraph:
+    gap = arm.gap()
+    closed = "" if gap is None else f" and closes {gap.value:.0f} % of the gap to the teacher"
+    if not isinstance(difference, Estimate):
+        return Paragraph(f"It leads {_baseline(arm)} by {difference:.1f} points of {head}{closed}.")
+    low, high = difference.interval
+    if low <= 0 <= high:
+        text = (
+            f"Its lead over {_baseline(arm)} is not resolved: {difference.mean:+.1f} points of {head}, 95 % "
+            f"interval {_bounds(difference)}."
+        )
+        return Paragraph(text, "bad")
+    text = f"It leads {_baseline(arm)} by {difference.mean:.1f} points of {head} ({_bounds(difference)}){closed}."
+    return Paragraph(text, "good")
+
+
+def _baseline(arm: Arm) -> str:
+    return "the same student trained alone" if arm.baseline_name == "scratch" else arm.baseline_name
+
+
+def _no_baseline(arm: Arm) -> Paragraph:
+    if arm.scores("teacher"):
+        return Paragraph(
+            "There is no baseline, so it is not known what the teacher brought: set baseline: scratch in the recipe.",
+            "bad",
+        )
+    return Paragraph("No teacher and no baseline were measured, so these scores stand alone.", "quiet")
+
+
+def _seeds(arm: Arm) -> Paragraph:
+    count = len(arm.finished)
+    if count == 1:
+        return Paragraph("This is one run with one seed: chance is not excluded.")
+    return Paragraph(f"Numbers are means of {count} seeds; intervals are over seeds.")
+
+
+def _bounds(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return f"{low:+.1f} to {high:+.1f}"
+
+
+# ------------------------------------------------------------------------------------------------ comparisons
+
+
+def comparison_verdict(comparison: ComparisonFolder) -> list[Paragraph]:
+    """What a reader must know of a comparison."""
+    if not comparison.results:
+        text = (
+            f"This comparison is not finished: {comparison.num_finished} of {comparison.num_runs} runs that were begun "
+            "ended, and there is no table yet. Give its command once more."
+        )
+        return [Paragraph(text, "bad")]
+    said: list[Paragraph] = []
+    records = [mapping(each) for each in sequence(comparison.results, "runs")]
+    lost = [each for each in records if string(each, "status") not in ("finished", None)]
+    if lost:
+        text = f"{len(lost)} of {len(records)} runs failed or are missing; the same command tries them again."
+        said.append(Paragraph(text, "bad"))
+    tables = [mapping(each) for each in sequence(comparison.results, "tables")]
+    contrasts = [mapping(each) for table in tables for each in sequence(table, "contrasts")]
+    said += _declared(contrasts) if contrasts else [_best(tables[0])] if tables else []
+    if contrasts or not tables:
+        return said[:MOST]
+    said.append(Paragraph("No contrast was declared, so no difference has a verdict; intervals are uncorrected."))
+    return said[:MOST]
+
+
+def _declared(contrasts: Sequence[Mapping[str, Any]]) -> list[Paragraph]:
+    """How many declared contrasts are resolved, and the first of them."""
+    resolved = [each for each in contrasts if string(each, "verdict") in ("above", "below", "equal")]
+    text = f"{len(resolved)} of {len(contrasts)} declared contrasts are resolved at 5 %, with Holm's correction."
+    said = [Paragraph(text, "" if resolved else "bad")]
+    below = [each for each in resolved if string(each, "verdict") == "below"]
+    first = next(iter(below or resolved), None)
+    if first is not None:
+        arm, against, verdict = (string(first, key) or "?" for key in ("arm", "against", "verdict"))
+        difference, bounds = number(first, "difference"), sequence(first, "interval")
+        low, high = (number({"bound": bound}, "bound") for bound in bounds) if len(bounds) == 2 else (None, None)
+        how = "is equal to" if verdict == "equal" else f"is {verdict}"
+        interval = "" if low is None or high is None else f", 95 % interval {low:+.1f} to {high:+.1f}"
+        shown = "" if difference is None else f" by {difference:+.1f}{interval}" if verdict != "equal" else interval
+        said.append(Paragraph(f"{arm} {how} {against}{shown}.", "bad" if verdict == "below" else "good"))
+    return said
+
+
+def _best(table: Mapping[str, Any]) -> Paragraph:
+    """The row with the highest mean, and its difference to the reference."""
+    metric = next((text for each in sequence(table, "metrics") if (text := string({"m": each}, "m"))), None)
+    rows = [mapping(each) for each in sequence(table, "rows")]
+    means = [
+        (value, row)
+        for row in rows
+        if metric is not None and (value := number(row, "metrics", metric, "summary", "mean")) is not None
+    ]
+    if not means or metric is None:
+        return Paragraph("No run of the first table has a score.", "bad")
+    value, best = max(means, key=lambda pair: pair[0])
+    text = f"{string(best, 'row')} has the highest {metric}: {value:.1f}"
+    difference = number(best, "metrics", metric, "difference", "mean")
+    if difference is None:
+        return Paragraph(text + ".")
+    bounds = [
+        number({"bound": bound}, "bound") for bound in sequence(best, "metrics", metric, "difference", "interval")
+    ]
+    interval = (
+        f", 95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}" if len(bounds) == 2 and None not in bounds else ""
+    )
+    return Paragraph(f"{text}, {difference:+.1f} from {string(table, 'reference')}{interval}.")

@@ -1,0 +1,185 @@
+"""A run's models on validation pictures: what the gallery, the confusions and the calibration are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source, split_of
+from cmapkd.data.types import BadSampleError, Sample, Source
+from cmapkd.evaluation.config import EvaluationConfig
+from cmapkd.evaluation.embed import Embedded
+from cmapkd.evaluation.subject import Bench, Subject
+from cmapkd.models import DualEncoder, build_model, load_model
+from cmapkd.models.config import ModelConfig
+from cmapkd.report.plain import mapping, string
+from cmapkd.report.read import RunFolder
+
+MAX_PICTURES = 1_000
+"""Pictures that a gallery is drawn from: more take minutes of a CPU and show no more."""
+
+
+class NothingToWatch(Exception):
+    """Why there is no gallery, in a sentence that says what to do."""
+
+
+@dataclass
+class Watched:
+    """Models of a run on the first pictures of a source.
+
+    Attributes:
+        subjects: teacher, student and baseline, those that could be loaded; each has seen the same pictures.
+        total: pictures of the whole source.
+        notes: models that are missing, and why.
+    """
+
+    source: Source
+    subjects: dict[str, Subject]
+    total: int
+    notes: tuple[str, ...] = ()
+    _places: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> Embedded:
+        return next(iter(self.subjects.values())).embedded
+
+    def sample(self, row: int) -> Sample | None:
+        """The picture of a row of the embeddings; None where it cannot be read again."""
+        if not self._places:
+            self._find_places()
+        with suppress(BadSampleError, KeyError):
+            sample = self.source[self._places[row]]
+            return sample if sample.id == self.seen.ids[row] else None
+        return None
+
+    def _find_places(self) -> None:
+        """Where each row stands in the source: rows follow its order and lack what could not be read."""
+        if not self.seen.bad:
+            self._places = {row: row for row in range(len(self.seen.ids))}
+            return
+        row = 0
+        for place in range(min(self.total, len(self.seen.ids) + len(self.seen.bad))):
+            with suppress(BadSampleError):
+                if row < len(self.seen.ids) and self.source[place].id == self.seen.ids[row]:
+                    self._places[row], row = place, row + 1
+
+
+def watch(
+    run: RunFolder, *, data: str | None, split: str, pictures: int = MAX_PICTURES, say: Callable[[str], None]
+) -> Watched:
+    """Loads a run's models and shows them validation pictures.
+
+    Args:
+        data: a source; None: the run's own validation source.
+        split: of a source that has several.
+    Raises:
+        NothingToWatch: the run has no student that loads, or no validation source that can be read.
+        ConfigError: `data` names no source.
+    """
+    spec = data or string(run.config, "data", "val")
+    if spec is None:
+        raise NothingToWatch("this run names no validation data: add --data SOURCE")
+    models, notes = _models(run)
+    try:
+        source = open_source(spec, split=split)
+    except Exception as error:
+        if data is not None:
+            raise
+        raise NothingToWatch(f"{spec} cannot be read ({_first(error)}): name other data with --data") from error
+    bench = Bench(_settings(run, pictures), _device(), source)
+    subjects: dict[str, Subject] = {}
+    for name, model in models.items():
+        say(f"{name}: embedding {min(pictures, len(source)):,} pictures of {source.name}")
+        subject = Subject(name, model, bench)
+        try:
+            seen = subject.embedded
+        except Exception as error:
+            if name == "student":
+                raise NothingToWatch(f"the student cannot embed {source.name} ({_first(error)})") from error
+            notes[name] = f"cannot embed {source.name} ({_first(error)})"
+            continue
+        if subjects and seen.ids != next(iter(subjects.values())).embedded.ids:
+            notes[name] = "could not read the same pictures"
+            continue
+        subjects[name] = subject
+    order = [name for name in ("teacher", "student", "baseline") if name in subjects]
+    told = tuple(f"The {name} is not in it: it {why}." for name, why in notes.items())
+    return Watched(source, {name: subjects[name] for name in order}, len(source), told)
+
+
+def is_test(spec: str, split: str) -> bool:
+    """Whether a source is a test split."""
+    with suppress(ConfigError):
+        return (split_of(spec, default=split) or "").startswith("test")
+    return False
+
+
+def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
+    """The student first, then the others that load, and why some do not."""
+    try:
+        models = {"student": load_model(run.path / "student")}
+    except Exception as error:
+        raise NothingToWatch(f"there is no student that loads ({_first(error)})") from error
+    notes: dict[str, str] = {}
+    teacher = run.config.get("teacher")
+    if teacher:
+        try:
+            config = mapping(run.config, "teacher") or {"name": str(teacher)}
+            models["teacher"] = build_model(ModelConfig.from_mapping(config, where="teacher"))
+        except Exception as error:
+            notes["teacher"] = f"cannot be loaded ({_first(error)})"
+    folder = _baseline_folder(run)
+    if folder is not None:
+        try:
+            models["baseline"] = load_model(folder)
+        except Exception as error:
+            notes["baseline"] = f"cannot be loaded ({_first(error)})"
+    return models, notes
+
+
+def _baseline_folder(run: RunFolder) -> Path | None:
+    baseline = string(run.config, "baseline", longest=4_096)
+    if baseline == "scratch":
+        return run.path / "baseline"
+    return None if baseline in (None, "none") else Path(baseline)
+
+
+def _settings(run: RunFolder, pictures: int) -> EvaluationConfig:
+    """The run's own templates and class names; defaults where its config cannot be read."""
+    own = mapping(run.config, "evaluation")
+    kept = {key: own[key] for key in ("templates", "class_names", "batch_size") if own.get(key) is not None}
+    values: dict[str, Any] = {**kept, "limit": pictures}
+    try:
+        return EvaluationConfig.from_mapping(values, where="evaluation")
+    except ConfigError:
+        return EvaluationConfig(limit=pictures)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]
+
+
+def class_names(watched: Watched) -> tuple[str, ...] | None:
+    """Names of the labels, where pictures have labels and these have names."""
+    subject = next(iter(watched.subjects.values()))
+    if not bool((watched.seen.labels >= 0).any()):
+        return None
+    try:
+        names = subject.class_names
+    except ValueError:
+        return None
+    return names if names and int(watched.seen.labels.max()) < len(names) else None
+
+
+def named(subjects: Mapping[str, Subject], *wanted: str) -> dict[str, Subject]:
+    return {name: subjects[name] for name in wanted if name in subjects}

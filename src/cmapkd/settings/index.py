@@ -125,7 +125,10 @@ def in_words(schema: Mapping[str, Any]) -> str:
         return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
     kind = schema.get("type", "any value")
     if kind in _NUMBERS:
-        bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in _RANGES.items() if key in schema)
+        given = {sign: schema[key] for key, sign in _RANGES.items() if key in schema}
+        bounds = " and ".join(
+            f"{sign} {each:,}" if each == int(each) else f"{sign} {each:g}" for sign, each in given.items()
+        )
         return f"{_NUMBERS[kind]} {bounds}".rstrip()
     if kind == "array" and "prefixItems" in schema:
         return f"{len(schema['prefixItems'])} x {in_words(schema['prefixItems'][0])}"

@@ -122,7 +122,8 @@ def in_words(schema: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         return "a section"
     if "const" in schema or "enum" in schema:
-        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+        values = schema.get("enum", [schema.get("const")])
+        return " or ".join('"none"' if value == "none" else str(value) for value in values)  # the word, not null
     kind = schema.get("type", "any value")
     if kind in _NUMBERS:
         given = {sign: schema[key] for key, sign in _RANGES.items() if key in schema}

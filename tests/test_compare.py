@@ -679,7 +679,9 @@ def test_the_command(cli: Any, recipe: Path, fake: FakeRun, tmp_path: Path) -> N
     assert len(fake.calls) == 6
     assert "[6/6] hinton-seed2-" in printed
     assert "contrastive (reference)" in printed
-    assert f"{out}: table.md, results.csv, results.json" in printed.splitlines()[-1]
+    files, page = printed.splitlines()[-2:]
+    assert f"{out}: table.md, results.csv, results.json" in files
+    assert page == f"report: {out / 'report.html'}"
     assert "6 different runs, 0 to do" in cli(*words, "--out", str(out), "--dry-run")[1]
 
     def fail(config: RunConfig, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import sys
@@ -100,7 +101,7 @@ def test_the_same_contents_on_the_way(here: Path, tmp_path: Path) -> None:
 
 
 def shuffle(here: Path) -> None:
-    rows = [*csv.reader((here / "data" / "train.csv").open())]
+    rows = [*csv.reader((here / "data" / "train.csv").read_text().splitlines())]
     captions = [row[1] for row in rows[1:]]
     with (here / "data" / "train.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
@@ -166,7 +167,7 @@ def forget_contents(run: Path) -> None:
 
 def test_a_checkpoint_without_fingerprints_goes_on_and_says_so(here: Path) -> None:
     forget_contents(here / "run")
-    console = Console(record=True, width=300, quiet=False, file=(here / "said.txt").open("w"))
+    console = Console(record=True, width=300, quiet=False, file=io.StringIO())
     run(RunConfig.from_mapping(settings()), out=here / "run", resume=True, console=console)
     assert "kept no fingerprints: whether data and teacher are those" in console.export_text()
     forget_contents(here / "run")

@@ -122,10 +122,14 @@ def in_words(schema: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         return "a section"
     if "const" in schema or "enum" in schema:
-        return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
+        values = schema.get("enum", [schema.get("const")])
+        return " or ".join('"none"' if value == "none" else str(value) for value in values)  # the word, not null
     kind = schema.get("type", "any value")
     if kind in _NUMBERS:
-        bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in _RANGES.items() if key in schema)
+        given = {sign: schema[key] for key, sign in _RANGES.items() if key in schema}
+        bounds = " and ".join(
+            f"{sign} {each:,}" if each == int(each) else f"{sign} {each:g}" for sign, each in given.items()
+        )
         return f"{_NUMBERS[kind]} {bounds}".rstrip()
     if kind == "array" and "prefixItems" in schema:
         return f"{len(schema['prefixItems'])} x {in_words(schema['prefixItems'][0])}"

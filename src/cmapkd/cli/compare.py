@@ -108,16 +108,20 @@ def compare(
         raise typer.Exit(130) from None
     for part in shown_tables(result.tables):
         show(console, part)
+    _tell_end(result, out, console)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _tell_end(result: Any, out: Path, console: Any) -> None:
     if result.notice is not None:
         console.print(result.notice, markup=False, highlight=False)
-    files = "table.md, results.csv, results.json" + ", plots/" * bool(result.plots) + ", runs/"
     if result.failed:
         failed = f"{len(result.failed)} of {len(result.outcomes)} runs failed; the same command tries them again"
         _say(console, failed)
+    files = "table.md, results.csv, results.json" + ", plots/" * bool(result.plots) + ", runs/"
     _say(console, f"{out}: {files}")
     leave_page(out, console)
-    if result.failed:
-        raise typer.Exit(1)
 
 
 def _say(console: Any, line: str) -> None:

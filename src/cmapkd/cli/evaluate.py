@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ import typer
 from cmapkd.cli.command import command_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cmapkd.models import DualEncoder
 
 
@@ -54,7 +57,6 @@ def evaluate(
     """Score models side by side. Retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
-    from cmapkd.cli.show import show
     from cmapkd.config.disk import check_writable
 
     named, values = _named(models), _settings(tasks, settings or [])
@@ -65,9 +67,7 @@ def evaluate(
 
     from cmapkd.data.open import open_source
     from cmapkd.evaluation.config import SuiteConfig
-    from cmapkd.evaluation.headline import remark_on_retrieval, scored_set
     from cmapkd.evaluation.suite import evaluate_models, training_source
-    from cmapkd.evaluation.table import score_table
     from cmapkd.evaluation.tasks import check_tasks
     from cmapkd.training import Interrupted
 
@@ -76,36 +76,19 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
 
-    def say(message: str) -> None:
-        console.print(message, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     loaded = _loaded(named, say)
     if source is not None:
         say(f"evaluating {len(loaded)} model{'s'[: len(loaded) > 1]} on {len(source):,} samples of {source.name}")
     try:
-        scores = evaluate_models(
-            loaded,
-            source,
-            config,
-            device=device,
-            train=training_source(train, data),
-            work=work,
-            console=console,
-        )
+        heads_from = training_source(train, data)
+        scores = evaluate_models(loaded, source, config, device=device, train=heads_from, work=work, console=console)
     except Interrupted as stopped:
         where = f"Go on with:\n  {command_line(*sys.argv[1:])}" if work else "Nothing is kept without --work."
-        console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{stopped}. {where}")
         raise typer.Exit(130) from None
-    show(console, score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
-    for line in dict.fromkeys(map(scored_set, scores.values())):
-        if line is not None:
-            say(line)
-    for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, scores.values()))):
-        say(remark)
-    for name, model in loaded.items():
-        if model.random_towers:
-            scores[name]["untrained"] = list(model.random_towers)
-            say(f"warning: {name} is untrained: its scores are those of random weights")
+    title = f"Scores on {source.name}" if source is not None else "Cost"
+    _show(console, scores, title, untrained={name: list(model.random_towers) for name, model in loaded.items()})
     if json_file is not None:
         _write(json_file, source.name if source is not None else None, scores, config.model_dump(mode="json"))
 
@@ -122,6 +105,22 @@ def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, Dual
         if (remark := remark_on_untrained(loaded[name])) is not None:
             say(f"warning: {remark}")
     return loaded
+
+
+def _show(console: Console, scores: dict[str, Any], title: str, untrained: dict[str, list[str]]) -> None:
+    """The table, what it was measured on, and what to know of it; scores of random weights are marked as such."""
+    from cmapkd.cli.show import show
+    from cmapkd.evaluation.headline import remark_on_retrieval, scored_set
+    from cmapkd.evaluation.table import score_table
+
+    show(console, score_table(scores, title=title))
+    lines = [*map(scored_set, scores.values()), *map(remark_on_retrieval, scores.values())]
+    for name, towers in untrained.items():
+        if towers:
+            scores[name]["untrained"] = towers
+            lines.append(f"warning: {name} is untrained: its scores are those of random weights")
+    for line in dict.fromkeys(filter(None, lines)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(path: Path, data: str | None, scores: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cmapkd.models import DualEncoder
 
 
@@ -60,9 +62,7 @@ def evaluate(
     from cmapkd.config.disk import check_writable
     from cmapkd.data.open import open_source
     from cmapkd.evaluation.config import SuiteConfig
-    from cmapkd.evaluation.headline import remark_on_retrieval, scored_set
     from cmapkd.evaluation.suite import evaluate_models, training_source
-    from cmapkd.evaluation.table import score_table
     from cmapkd.evaluation.tasks import check_tasks
     from cmapkd.training import Interrupted
 
@@ -94,16 +94,7 @@ def evaluate(
         where = f"Go on with:\n  {shlex.join(['cmapkd', *sys.argv[1:]])}" if work else "Nothing is kept without --work."
         console.print(f"{stopped}. {where}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    console.print(score_table(scores, title=f"Scores on {source.name}" if source is not None else "Cost"))
-    for line in dict.fromkeys(map(scored_set, scores.values())):
-        if line is not None:
-            say(line)
-    for remark in dict.fromkeys(filter(None, map(remark_on_retrieval, scores.values()))):
-        say(remark)
-    for name, model in loaded.items():
-        if model.random_towers:
-            scores[name]["untrained"] = list(model.random_towers)
-            say(f"warning: {name} is untrained: its scores are those of random weights")
+    _show(scores, loaded, console, title=f"Scores on {source.name}" if source is not None else "Cost")
     if json_file is not None:
         _write(json_file, source.name if source is not None else None, scores, config.model_dump(mode="json"))
 
@@ -120,6 +111,21 @@ def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, Dual
         if (remark := remark_on_untrained(loaded[name])) is not None:
             say(f"warning: {remark}")
     return loaded
+
+
+def _show(scores: dict[str, dict[str, Any]], loaded: dict[str, DualEncoder], console: Console, *, title: str) -> None:
+    """The table and what must be known of it; an untrained model's scores say so, too."""
+    from cmapkd.evaluation.headline import remark_on_retrieval, scored_set
+    from cmapkd.evaluation.table import score_table
+
+    console.print(score_table(scores, title=title))
+    lines = [*map(scored_set, scores.values()), *map(remark_on_retrieval, scores.values())]
+    for name, model in loaded.items():
+        if model.random_towers:
+            scores[name]["untrained"] = list(model.random_towers)
+            lines.append(f"warning: {name} is untrained: its scores are those of random weights")
+    for line in dict.fromkeys(filter(None, lines)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(path: Path, data: str | None, scores: dict[str, Any], settings: dict[str, Any]) -> None:

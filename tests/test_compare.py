@@ -63,7 +63,9 @@ class FakeRun:
         resume: bool = False,
         console: Any = None,
         teacher_scores: dict[str, Any] | None = None,
+        keep: int | None = None,
     ) -> RunResult:
+        assert keep == (None if "keep_checkpoints" in config.training.model_fields_set else 0)
         self.known_teachers.append(teacher_scores)
         self.calls.append((config.method.name, config.seed, resume))
         out.mkdir(parents=True, exist_ok=resume)

@@ -112,7 +112,7 @@ def test_methods_distil_doctor_evaluate_and_cache_know_it(folder: Path) -> None:
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     assert metrics["method"] == "similarity"
     assert metrics["evaluated_on"] == "colours"
-    assert set(metrics["student"]) == {"own_caption", "retrieval", "params", "bad_samples"}
+    assert set(metrics["student"]) == {"own_caption", "retrieval", "params", "bad_samples", "scored"}
     logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("terms/similarity" in line for line in logged)
     assert any("validation/own_caption" in line for line in logged)

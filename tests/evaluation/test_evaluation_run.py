@@ -30,6 +30,7 @@ def test_both_tasks_from_one_embedding(model: TinyDualEncoder, make_source: Make
         "zero_shot": zero_shot(embedded.images, embedded.labels, weights),
         "params": model.num_parameters(),
         "bad_samples": 1,
+        "scored": {"images": 11, "captions": len(embedded.captions), "skipped": 1, "samples": 12, "limit": None},
     }
     assert json.loads(json.dumps(scores)) == scores
 
@@ -45,10 +46,10 @@ def test_batch_size_workers_and_limit_reach_the_loader(model: TinyDualEncoder, m
 
 def test_auto_leaves_out_what_the_source_has_not(model: TinyDualEncoder, make_source: Make) -> None:
     unlabelled = evaluate(model, make_source(4), device="cpu")
-    assert set(unlabelled) == {"retrieval", "params", "bad_samples"}
+    assert set(unlabelled) == {"retrieval", "params", "bad_samples", "scored"}
     silent = make_source(4, captions=[()] * 4, labels=[0, 1, 2, None], class_names=CLASSES)
     scores = evaluate(model, silent, device="cpu")
-    assert set(scores) == {"zero_shot", "params", "bad_samples"}
+    assert set(scores) == {"zero_shot", "params", "bad_samples", "scored"}
     assert scores["zero_shot"]["num_images"] == 3
 
 

@@ -51,7 +51,7 @@ def test_each_model_reads_the_source_once_for_all_tasks(model: TinyDualEncoder, 
     scores = evaluate_models({"teacher": model, "student": other(model)}, source, config, device="cpu")
     assert reads == dict.fromkeys(range(6), 2)
     assert list(scores) == ["teacher", "student"]
-    assert set(scores["student"]) == {*config.tasks, "params", "bad_samples"}
+    assert set(scores["student"]) == {*config.tasks, "params", "bad_samples", "scored"}
     perfect = scores["teacher"]["agreement"]
     assert perfect["t2i"] == {"rank_correlation": pytest.approx(1), "top1": 100}
     assert perfect["zero_shot"]["top1"] == 100
@@ -171,7 +171,7 @@ def every_task(model: TinyDualEncoder, tasks: Any) -> tuple[ScenesSource, dict[s
 @pytest.mark.skipif(find_spec("faster_coco_eval") is None, reason="box AP needs the extra detection")
 def test_many_tasks_on_scenes(scenes_model: TinyDualEncoder) -> None:
     source, scores = every_task(scenes_model, ON_SCENES)
-    assert set(scores) == {*ON_SCENES, "params", "bad_samples"}
+    assert set(scores) == {*ON_SCENES, "params", "bad_samples", "scored"}
     vqa, detection = scores["vqa"], scores["detection"]
     assert vqa["num_questions"] == sum(len(source[index].questions) for index in range(10))
     assert set(vqa["by_kind"]) == {"yes/no", "number", "other"}
@@ -189,7 +189,7 @@ NEEDED = [shutil.which("java"), find_spec("pycocoevalcap"), find_spec("faster_co
 @pytest.mark.skipif(None in NEEDED, reason="caption metrics need Java and the extras captions and detection")
 def test_every_task_on_scenes(scenes_model: TinyDualEncoder) -> None:
     _, scores = every_task(scenes_model, "all")
-    assert set(scores) == {*TASKS, "params", "bad_samples"}
+    assert set(scores) == {*TASKS, "params", "bad_samples", "scored"}
     assert scores["captioning"]["num_images"] == 10
     assert set(scores["captioning"]["shown"]) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"}
     assert scores["linear_probe"]["settings"]["num_train"] == 8

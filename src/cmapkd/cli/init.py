@@ -51,7 +51,7 @@ def init(
     lines += looked.remarks
     lines += [
         f"student: {chosen.student['name']}, {chosen.megabytes:.1f} MB in float32; here {chosen.image_ms:.1f} ms a "
-        f"picture and {chosen.text_ms:.1f} ms a text, one at a time, {chosen.threads} threads",
+        f"picture and {chosen.text_ms:.1f} ms a text, one at a time, {chosen.threads} thread{'s'[: chosen.threads != 1]}",
         f"wrote {out}. Next:",
         f"  {command_line('doctor', str(out))}",
         f"  {command_line('distill', str(out), '--out', 'runs/first')}",

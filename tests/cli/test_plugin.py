@@ -106,7 +106,8 @@ def test_methods_distil_doctor_evaluate_and_cache_know_it(folder: Path) -> None:
     assert {each["package"] for name, each in cards.items() if name != "similarity"} == {"cmapkd"}
     assert "package: cmapkd-colours 1.0" in card
     assert "data.train: 60 samples" in checked
-    assert checked.count("problem") == 1
+    assert re.findall(r"^problem", checked, re.MULTILINE) == ["problem"]
+    assert checked.endswith("1 problem, 1 note\n")
     assert "steps: " in checked
     assert "own caption" in trained
     metrics = json.loads((folder / "run" / "metrics.json").read_text())

@@ -49,9 +49,10 @@ def init(
     write_recipe(out, compose(looked, chosen, teacher=named, command=shlex.join(given)))
     lines = [f"{role}: {source}" for role, source in looked.sources.items()]
     lines += looked.remarks
+    threads = f"{chosen.threads} thread{'s'[: chosen.threads != 1]}"
     lines += [
         f"student: {chosen.student['name']}, {chosen.megabytes:.1f} MB in float32; here {chosen.image_ms:.1f} ms a "
-        f"picture and {chosen.text_ms:.1f} ms a text, one at a time, {chosen.threads} threads",
+        f"picture and {chosen.text_ms:.1f} ms a text, one at a time, {threads}",
         f"wrote {out}. Next:",
         f"  {command_line('doctor', str(out))}",
         f"  {command_line('distill', str(out), '--out', 'runs/first')}",

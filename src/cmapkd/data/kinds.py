@@ -23,14 +23,16 @@ def kind_of(text: str) -> str:
     return re.split(r"[:@?]", text.strip(), maxsplit=1)[0]
 
 
-def refuse_unknown_kind(text: str, known: Iterable[str]) -> None:
+def refuse_unknown_kind(text: str, known: Iterable[str], *, kind: str | None = None) -> None:
     """Refuses a name whose kind nobody reads.
 
+    Args:
+        kind: as the name was taken apart; None: `kind_of` it.
     Raises:
         ConfigError: names the nearest kind, or the one that reads such a file.
     """
     kinds = list(known)
-    kind = kind_of(text)
+    kind = kind_of(text) if kind is None else kind
     if kind in kinds:
         return
     fitting = "folder" if Path(text).expanduser().is_dir() else BY_SUFFIX.get(Path(text.partition("?")[0]).suffix)

@@ -49,7 +49,7 @@ def open_source(
     """
     parsed = _parse(spec, split, require_captions, limit)
     if parsed.kind not in KINDS:
-        refuse_unknown_kind(spec, KINDS)
+        refuse_unknown_kind(spec, KINDS, kind=parsed.kind)
     source = _made(parsed)
     for option, given in ((CAPTIONS, parsed.keep.templates), (PART, parsed.keep.part)):
         if given and not isinstance(source, StoredSource):

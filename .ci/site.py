@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The documentation as a site: README, docs/ and a reference from the docstrings, with every link checked.
 
-    uv run --isolated --only-group docs python .ci/site [FOLDER]      # build/site; open FOLDER/index.html
+    uv run --isolated --only-group docs python .ci/site.py [FOLDER]      # build/site; open FOLDER/index.html
 
 The pages are those of the repository, in the same folders, so their links are the same here and on a git host. The
 site needs no network: a page that would load a script, font or picture from elsewhere is refused.
@@ -71,7 +71,7 @@ def write_reference(to: Path) -> None:
 
 
 def drop_shim(site: Path) -> None:
-    """Takes out the builder's one script from elsewhere, which serves only searches in pages opened without a server."""
+    """Takes out the builder's one script from elsewhere. It serves only the search in pages opened without a server."""
     shim = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
     for path in site.rglob("*.html"):
         path.write_text(path.read_text(encoding="utf-8").replace(shim, ""), encoding="utf-8")
@@ -97,7 +97,7 @@ class Page(HTMLParser):
 
 
 def check(site: Path) -> set[str]:
-    """What leads nowhere, or would be loaded from elsewhere. The builder has checked links among pages, headings too."""
+    """What leads nowhere, or is loaded from elsewhere. The builder checks links among pages, with their headings."""
     complaints = set()
     for path in site.rglob("*.html"):
         page = Page(path)

@@ -22,7 +22,6 @@ SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "examples", "be
 KINDS = {".md", ".py", ".yaml", ".json", ".csv", ".png", ".toml"}
 REFERENCE = {  # page: what its reader looks for, and the modules that it shows
     "python": ("Distil, load, use", ["cmapkd.api", "cmapkd.own_loop", "cmapkd.results", "cmapkd.models.embedding"]),
-    "run": ("Settings of a run", ["cmapkd.run.config", "cmapkd.data.config", "cmapkd.training.config"]),
     "data": ("Data", ["cmapkd.data.open", "cmapkd.data.types", "cmapkd.data.views"]),
     "models": ("Models", ["cmapkd.models.base", "cmapkd.models.types", "cmapkd.models.teacher", "cmapkd.models.load"]),
     "methods": ("Methods", ["cmapkd.methods.contract", "cmapkd.methods.terms", "cmapkd.methods.step"]),
@@ -45,8 +44,8 @@ def main(out: Path) -> None:
         if done.returncode:
             sys.exit(done.stdout + "the site was not built: its builder's words are above")
         drop_shim(stage / "site")
-        if complaints := sorted(check(stage / "site")):
-            sys.exit("\n".join([*complaints, f"the site was not built: {len(complaints)} links lead nowhere"]))
+        if complaints := sorted(check(stage / "site") | check_reference(stage / "site" / "reference")):
+            sys.exit("\n".join([*complaints, f"the site was not built: {len(complaints)} complaints"]))
         if out.exists():
             shutil.rmtree(out)
         shutil.copytree(stage / "site", out)
@@ -111,6 +110,17 @@ def check(site: Path) -> set[str]:
             if not target.is_file():
                 complaints.add(f"{name}: {link} does not exist")
     return complaints
+
+
+def check_reference(folder: Path) -> set[str]:
+    """Modules of which the reference shows no class and no function."""
+    shown = {page: (folder / f"{page}.html").read_text(encoding="utf-8") for page in REFERENCE}
+    return {
+        f"reference/{page}.html shows nothing of {module}"
+        for page, (_, modules) in REFERENCE.items()
+        for module in modules
+        if f'id="{module}.' not in shown[page]
+    }
 
 
 if __name__ == "__main__":

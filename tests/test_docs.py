@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,16 +133,16 @@ def test_a_selection_with_two_rows_of_a_seed_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------ lines
 
 LONGEST_LINE = 120
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+PAGES = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 
 
 def long_lines(text: str) -> list[int]:
-    """Numbers, from 1, of the prose lines above `LONGEST_LINE` characters: no code, no table, no tie of a table."""
+    """Numbers, from 1, of the prose lines above `LONGEST_LINE` characters: no code, table, tie of a table, picture."""
     prose = re.sub(
         r"^```.*?^```|<!--.*?-->", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
     )
     lines = enumerate(prose.split("\n"), start=1)
-    return [number for number, line in lines if len(line) > LONGEST_LINE and not line.startswith("|")]
+    return [number for number, line in lines if len(line) > LONGEST_LINE and not line.startswith(("|", "!["))]
 
 
 def test_only_long_lines_of_prose_are_found() -> None:
@@ -178,3 +180,18 @@ def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
         there = (path.parent / file).resolve() if file else path
         assert there.exists(), f"{target} does not exist"
         assert not anchor or anchor in anchors(there), f"{target}: {there.name} has no such heading"
+
+
+def listed(pages: Any) -> Iterator[str]:
+    """The pages of a navigation: a list of titles, each with a page or further such lists."""
+    if isinstance(pages, str):
+        yield pages
+    else:
+        for entry in pages if isinstance(pages, list) else pages.values():
+            yield from listed(entry)
+
+
+def test_the_site_has_every_page() -> None:
+    site = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
+    found = {page for page in listed(site["nav"]) if not page.startswith("reference/")}
+    assert found == {str(path.relative_to(ROOT)) for path in DOCUMENTS}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.export.folder import write_json
+from cmapkd.export.narrow import Narrowed
 from cmapkd.export.origin import without_folders
 from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
@@ -29,8 +30,8 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
     Raises:
         ValueError: the model's tokenizer has no form that other tools read.
     """
-    if isinstance(model, JoinedEncoder):
-        write_tokenizer(model.text_model, folder)
+    if isinstance(model, JoinedEncoder | Narrowed):
+        write_tokenizer(model.text_model if isinstance(model, JoinedEncoder) else model.model, folder)
         return
     longest = model.tokenizer.context_length
     if isinstance(model, TinyDualEncoder):

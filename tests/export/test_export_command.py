@@ -22,6 +22,7 @@ from cmapkd.cli.export import _FORMS
 from cmapkd.config import ConfigError, extras
 from cmapkd.export.licence import is_free, licence_of, teacher_licence
 from cmapkd.export.origin import origin_of, without_folders
+from cmapkd.export.write import export_onnx
 from cmapkd.models import ModelConfig, build_model
 from helpers import make_model
 
@@ -172,6 +173,9 @@ def test_files_take_no_settings_and_learn_nothing(settings: dict[str, Any], expo
         model.train()
     with pytest.raises(ValueError, match="copy their folder"):
         model.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is a set of exported files already"):
+        export_onnx(model, tmp_path / "again", origin=origin_of(str(exported)))
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_file_alone_ranks_captions(exported: Path) -> None:

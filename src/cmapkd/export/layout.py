@@ -16,6 +16,7 @@ from cmapkd.models import DualEncoder
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.onnx_family import GraphEncoder
 from cmapkd.models.open_clip_model import OpenClipModel
 from cmapkd.models.tiny import TinyDualEncoder
 
@@ -33,6 +34,8 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
     if isinstance(model, JoinedEncoder | Narrowed):
         write_tokenizer(model.text_model if isinstance(model, JoinedEncoder) else model.model, folder)
         return
+    if isinstance(model, GraphEncoder):
+        raise ValueError(f"{model.name} is a set of exported files already: export the model that they are of")
     longest = model.tokenizer.context_length
     if isinstance(model, TinyDualEncoder):
         model.tokenizer.save(folder)

@@ -223,7 +223,8 @@ def _compare_scores(
     for name in facts["precisions"]:
         scores[name] = scores_of(GraphEncoder(folder, name, facts, name=f"{model.name} {name}"), data)
         losses = score_losses(scores["torch"], scores[name])
-        judge_scores(name, losses, LIMITS[name].loosened(accept_loss), data.name)
+        shown = f"{name} with {facts['embed_dim']} numbers" if "narrowed" in facts else name
+        judge_scores(shown, losses, LIMITS[name].loosened(accept_loss), data.name)
     return scores
 
 

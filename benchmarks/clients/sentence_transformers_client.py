@@ -29,11 +29,13 @@ from cmapkd.provenance import describe_environment
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "families"))
 
 FAMILIES = ("open_clip", "hf CLIP", "hf SigLIP")
+FULL_LENGTH = {"text": {"padding": "max_length"}}  # what SigLIP's texts need; the client pads to the longest
 TEXTS = ("a red square", "a", "two blue circles and a small green triangle", " ".join(["red"] * 200))
 
 
 def compare(model: DualEncoder, folder: Path) -> dict[str, float]:
-    """Lowest cosines of texts, alone and in one batch, and of pictures, between the client's and the model's."""
+    """Lowest cosines between the client's embeddings and the model's: of texts in one batch, of each alone, of texts
+    padded to the full length, and of pictures."""
     from sentence_transformers import SentenceTransformer
 
     export_library(model, folder, form="transformers", origin=Origin(model.name))
@@ -46,6 +48,7 @@ def compare(model: DualEncoder, folder: Path) -> dict[str, float]:
     found = {
         "texts": (own.texts, client.encode(list(TEXTS))),
         "texts alone": (own.texts, alone),
+        "texts padded": (own.texts, client.encode(list(TEXTS), processing_kwargs=FULL_LENGTH)),
         "images": (own.images, client.encode(pictures)),
     }
     return {name: _lowest(np.asarray(ours), theirs) for name, (ours, theirs) in found.items()}

@@ -14,7 +14,10 @@ from cmapkd.export import runtimes
 from cmapkd.export.runtimes import RUNTIMES, export_runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOMY = ("tiny", "timm, SigLIP", "timm, transformers text", "open_clip RN50-like", "hf CLIP", "joined")
+FAMILIES = {
+    "openvino": ("hf CLIP", "tiny", "timm, SigLIP", "timm, transformers text", "open_clip RN50-like", "joined"),
+    "executorch": ("hf CLIP", "tiny"),
+}
 
 
 def needs(form: str) -> Any:
@@ -25,7 +28,7 @@ def needs(form: str) -> Any:
 def cases(form: str, *fast: str) -> list[Any]:
     return [
         pytest.param(form, family, marks=[needs(form)] + ([] if family in fast else [pytest.mark.slow]))
-        for family in ROOMY
+        for family in FAMILIES[form]
     ]
 
 
@@ -50,6 +53,16 @@ def test_each_runtime_gives_the_models_embeddings(form: str, family: str, tmp_pa
         chosen = {row["computed_in"] for row in parity["files"] if row["precision"] == "default"}
         assert len(chosen) == 1
         assert next(iter(chosen)) in ("f32", "bf16", "f16")
+
+
+@needs("executorch")
+@pytest.mark.slow
+def test_an_operation_that_executorch_lacks_is_refused(tmp_path: Path) -> None:
+    """timm's ViT resamples its positions, which its graph of ONNX has as a constant."""
+    model = model_of("timm, transformers text", tmp_path)
+    with pytest.raises(ValueError, match=r"ExecuTorch cannot lower vision_model .*upsample_bicubic2d.*--to onnx"):
+        export_runtime(model, tmp_path / "out", form="executorch", origin=ORIGIN, licence=FREE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_conversion_that_embeds_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

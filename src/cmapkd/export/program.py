@@ -119,7 +119,7 @@ def capture_errors(tower: str) -> Iterator[None]:
         ValueError: names the tower, and what stops a capture.
     """
     try:
-        with _quietly():
+        with quietly():
             yield
     except Exception as error:
         raise ValueError(
@@ -175,7 +175,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the exporters' own warnings, which are of their parts and not of the model."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]

@@ -21,10 +21,11 @@ from cmapkd.export.licence import Licence, licence_of
 from cmapkd.export.origin import Origin
 from cmapkd.export.parity import LIMITS, ParityChecker, judge
 from cmapkd.export.probes import draw_probes
-from cmapkd.export.program import Graph, capture_errors, graphs_of, write_graph
+from cmapkd.export.program import Graph, capture_errors, graphs_of, quietly, write_graph
 from cmapkd.export.write import check_loss, facts_of, metadata, write_beside
 from cmapkd.models import DualEncoder
 from cmapkd.models.base import eval_mode
+from cmapkd.models.errors import first_line
 
 Convert = Callable[[Graph, Path, int, Mapping[str, str]], None]
 """Writes a tower as a file; given the longest text in tokens, and what the file says of itself."""
@@ -142,13 +143,20 @@ def _to_openvino(graph: Graph, path: Path, longest: int, told: Mapping[str, str]
 
 def _to_executorch(graph: Graph, path: Path, longest: int, told: Mapping[str, str]) -> None:  # noqa: ARG001
     """A program for XNNPACK, which runs on CPUs of phones; it has no place for what a file says of itself."""
+    one = tuple(each[:1] for each in graph.inputs.values())
     with capture_errors(path.stem), torch.no_grad():
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-
-        one = tuple(each[:1] for each in graph.inputs.values())
         captured = torch.export.export(graph.module.eval(), one, strict=False)
-        program = to_edge_transform_and_lower(captured, partitioner=[XnnpackPartitioner()]).to_executorch()
+    try:
+        with quietly(), torch.no_grad():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            program = to_edge_transform_and_lower(captured, partitioner=[XnnpackPartitioner()]).to_executorch()
+    except Exception as error:  # whatever its passes raise
+        raise ValueError(
+            f"ExecuTorch cannot lower {path.stem} of this model ({type(error).__name__}: {first_line(error)}). Use "
+            "--to onnx or --to openvino"
+        ) from error
     path.write_bytes(program.buffer)
 
 

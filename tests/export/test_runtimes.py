@@ -58,7 +58,7 @@ def test_each_runtime_gives_the_models_embeddings(form: str, family: str, tmp_pa
 @needs("executorch")
 @pytest.mark.slow
 def test_an_operation_that_executorch_lacks_is_refused(tmp_path: Path) -> None:
-    """timm's ViT resamples its positions, which its graph of ONNX has as a constant."""
+    """timm's ViT resamples its positions."""
     model = model_of("timm, transformers text", tmp_path)
     with pytest.raises(ValueError, match=r"ExecuTorch cannot lower vision_model .*upsample_bicubic2d.*--to onnx"):
         export_runtime(model, tmp_path / "out", form="executorch", origin=ORIGIN, licence=FREE)

@@ -10,24 +10,43 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
-from family_support import FAMILIES, make
+from family_support import CLIP_TEXT, FAMILIES, VIT, make, open_clip
 
 from cmapkd.data.open import open_source
 from cmapkd.export.licence import Licence
 from cmapkd.export.origin import Origin
 from cmapkd.export.write import export_onnx
 from cmapkd.models import DualEncoder
+from cmapkd.models.prunable import TowerSizes
 
-__all__ = ["FAMILIES", "FREE", "ORIGIN", "make", "model_of", "scenes", "write"]
+__all__ = ["EXPORTED", "FAMILIES", "FREE", "ORIGIN", "make", "model_of", "scenes", "write"]
 
+PRUNED = "open_clip, pruned"
+EXPORTED = (*FAMILIES, PRUNED)
 ORIGIN = Origin("student", teachers=("tiny:scenes-teacher",), method="clip_kd", data="scenes", seed=0)
 FREE = Licence("apache-2.0", "Licence: apache-2.0.", None)
 
 
 @cache
 def model_of(family: str, folder: Path) -> DualEncoder:
+    return made(family, folder / family.replace(" ", "_").replace(",", ""))
+
+
+def made(family: str, folder: Path) -> DualEncoder:
     torch.manual_seed(0)
-    return make(family, folder / family.replace(" ", "_").replace(",", "")).eval()
+    return (pruned(folder) if family == PRUNED else make(family, folder)).eval()
+
+
+def pruned(folder: Path) -> DualEncoder:
+    """open_clip's own towers with one head and some hidden units taken out of each block."""
+    whole = open_clip(folder, vision_cfg=VIT, text_cfg=CLIP_TEXT)
+    model = whole.resized({"image": TowerSizes(32, (1,), (48,)), "text": TowerSizes(32, (1,), (40,))})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "logit" not in name:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.2 + ("ln" in name))
+    return model
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,12 @@ import yaml
 
 from cmapkd.api import load
 from cmapkd.cli import main
+from cmapkd.cli.export import _FORMS
+from cmapkd.config import ConfigError, extras
 from cmapkd.export.licence import is_free, licence_of, teacher_licence
 from cmapkd.export.origin import origin_of, without_folders
+from cmapkd.export.write import export_onnx
+from cmapkd.models import ModelConfig, build_model
 from helpers import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +89,95 @@ def test_the_files_keep_retrieval_and_zero_shot(exported: Path) -> None:
     assert sizes["int8-calibrated"] < 0.35 * sizes["fp32"]
 
 
+def test_smaller_embeddings_are_rows_of_parity_and_card(exported: Path) -> None:
+    parity = json.loads((exported / "parity.json").read_text())
+    table = {(row["width"], row["rotated"]): row["forms"] for row in parity["embeddings"]["rows"]}
+    whole = table[256, False]
+    assert whole["float32"]["recall@1"] == pytest.approx(parity["scores"]["torch"]["retrieval"]["mean_r@1"], abs=0.01)
+    assert {form: each["bytes"] for form, each in whole.items()} == {
+        "float32": 1024,
+        "int8": 256,
+        "bits": 32,
+        "bits, rescored": 32,
+    }
+    assert whole["float32"]["recall@1"] - whole["int8"]["recall@1"] < 1
+    assert whole["bits"]["recall@1"] < whole["bits, rescored"]["recall@1"]
+    assert table[32, True]["float32"]["recall@1"] > table[32, False]["float32"]["recall@1"] + 10
+    assert parity["embeddings"]["rotated_on"].startswith("scenes")
+    card = (exported / "README.md").read_text()
+    assert "| numbers | float32 | int8 | bits | bits, rescored |" in card
+    assert "| 32, rotated | " in card
+
+
+def test_files_are_evaluated_beside_their_run(cli: Any, run: Path, exported: Path, tmp_path: Path) -> None:
+    arguments = ["evaluate", f"student={run}", f"int8=onnx:{exported}@int8", f"fp32=onnx:{exported}"]
+    arguments += ["--data", "scenes?length=40", "--tasks", "retrieval,zero_shot,agreement,efficiency"]
+    arguments += [
+        "--set",
+        "efficiency.rounds=3",
+        "--set",
+        "efficiency.batch_size=2",
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
+    code, out, err = cli(*arguments)
+    assert code == 0, err
+    assert "files MB" in out
+    scores = json.loads((tmp_path / "s.json").read_text())["models"]
+    assert scores["fp32"]["retrieval"]["mean_r@1"] == pytest.approx(scores["student"]["retrieval"]["mean_r@1"])
+    assert scores["fp32"]["agreement"]["t2i"]["top1"] == 100
+    assert scores["int8"]["agreement"]["cka"].keys() == {"P5", "L4"}
+    own, files = (scores[name]["efficiency"] for name in ("student", "int8"))
+    assert files["parameters"] == own["parameters"]
+    assert files["image"]["macs"] == own["image"]["macs"]
+    assert "peak_bytes" not in files["image"]
+    assert files["device"] == "cpu (onnxruntime)"
+    sizes = [(exported / "onnx" / f"{tower}_model_int8.onnx").stat().st_size for tower in ("vision", "text")]
+    assert files["file_bytes"] == {"files": sum(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        ("{empty}", "has no export.json: name a folder that `cmapkd export --to onnx` wrote"),
+        ("{library}", "names no ONNX graphs"),
+        ("{damaged}", "cannot be read"),
+        ("{exported}@q4", "has no precision 'q4': fp32, fp16, int8-weights, int8-calibrated"),
+        ("{changed}", "is not the file that export.json describes: its SHA-256 begins with"),
+        ("{lost}", "has no tokenizer.json, which its export.json lists"),
+    ],
+)
+def test_a_wrong_folder_of_files_is_said(rest: str, told: str, exported: Path, tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("empty", "library", "damaged", "changed", "lost")}
+    for name in ("empty", "library", "damaged"):
+        places[name].mkdir()
+    (places["library"] / "export.json").write_text('{"form": "transformers", "files": {}}')
+    (places["damaged"] / "export.json").write_text("{")
+    for name in ("changed", "lost"):
+        if name in rest:
+            shutil.copytree(exported, places[name])
+    if "changed" in rest:
+        (places["changed"] / "onnx" / "text_model.onnx").write_bytes(b"another")
+    if "lost" in rest:
+        (places["lost"] / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=re.escape(told)):
+        load(f"onnx:{rest.format(exported=exported, **places)}")
+
+
+@pytest.mark.parametrize("settings", [{"init": "scratch"}, {"options": {"a": 1}}, {"inherit": "teacher"}])
+def test_files_take_no_settings_and_learn_nothing(settings: dict[str, Any], exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a set of finished files"):
+        build_model(ModelConfig(name=f"onnx:{exported}", **settings))
+    model = load(f"onnx:{exported}")
+    with pytest.raises(ValueError, match="cannot be trained"):
+        model.train()
+    with pytest.raises(ValueError, match="copy their folder"):
+        model.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is a set of exported files already"):
+        export_onnx(model, tmp_path / "again", origin=origin_of(str(exported)))
+    assert not (tmp_path / "again").exists()
+
+
 def test_the_file_alone_ranks_captions(exported: Path) -> None:
     """With onnxruntime and nothing of ours but the preprocessing that the file itself states."""
     from transformers import AutoImageProcessor, AutoTokenizer
@@ -134,16 +229,39 @@ def test_a_loss_that_was_accepted_is_in_the_card(cli: Any, tmp_path: Path) -> No
         (["{model}", "--data", "scenes@test"], "reads the split 'test'"),
         (["{model}", "--to", "transformers"], "which transformers has no form for"),
         (["{model}", "--to", "open_clip", "--precision", "fp16"], "is for --to onnx"),
+        (["{model}", "--to", "openvino", "--dims", "8"], "is for --to onnx"),
+        (["{model}", "--to", "open_clip", "--accept-loss", "1"], "is for files of a runtime"),
+        (["{model}", "--to", "hub"], "every exported folder is ready for the hub: export, then: hf upload OWNER/NAME"),
+        (["{run}"], "is not a cmapkd model folder"),
     ],
 )
 def test_wrong_use_is_one_message(cli: Any, arguments: list[str], told: str, tmp_path: Path) -> None:
     make_model().save(tmp_path / "model")
     (tmp_path / "empty").mkdir()
-    places = {"model": str(tmp_path / "model"), "empty": str(tmp_path / "empty")}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("method: {name: hinton}\n")  # it ended before its student was saved
+    places = {name: str(tmp_path / name) for name in ("model", "empty", "run")}
     code, _, err = cli("export", *(each.format(**places) for each in arguments), "--out", str(tmp_path / "out"))
     assert code == 2
     assert told in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_an_existing_folder_and_a_missing_extra(
+    cli: Any, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    code, _, err = cli("export", "tiny:scenes-teacher", "--to", form, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert "is there already: name a new folder" in err
+    if form in ("transformers", "open_clip"):
+        return
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    code, _, err = cli("export", "tiny:scenes-teacher", "--to", form, "--out", str(tmp_path / "other"))
+    assert code == 2
+    assert f"uv sync --extra {form}" in err
+    assert not (tmp_path / "other").exists()
 
 
 def test_help_loads_nothing_heavy() -> None:

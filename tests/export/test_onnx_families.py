@@ -11,20 +11,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_support import FAMILIES, make, model_of, scenes, write
+from export_support import EXPORTED, made, model_of, scenes, write
 from PIL import Image
 
 from cmapkd.export.folder import file_hash
 from cmapkd.export.layout import tokenizer_differences
 from cmapkd.export.precision import PRECISIONS
-from cmapkd.models import DualEncoder
+from cmapkd.models import DualEncoder, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FIXED = {"timm, SigLIP", "hf SigLIP"}  # pool the last place, so they take texts of one length
 MASKED = {"tiny", "joined"}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EXPORTED)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name, model, folder and parity of a family, in every precision."""
     base = tmp_path_factory.mktemp("family")
@@ -81,6 +81,38 @@ def test_names_and_free_dimensions(exported: Any) -> None:
             text.run(None, {"input_ids": ids})
 
 
+def test_operations_that_some_runtimes_lack(exported: Any) -> None:
+    """ArgMax over 64-bit numbers, and norms of vectors."""
+    _, _, out, _ = exported
+    for tower in ("vision_model", "text_model"):
+        graph = onnx.shape_inference.infer_shapes(onnx.load(str(out / "onnx" / f"{tower}.onnx"))).graph
+        kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input)}
+        assert not {node.op_type for node in graph.node} & {"LpNormalization", "ReduceL2"}
+        for node in graph.node:
+            if node.op_type == "ArgMax":
+                assert kinds[node.input[0]] == onnx.TensorProto.INT32
+
+
+@torch.no_grad()
+def test_the_folder_is_a_model_again(exported: Any) -> None:
+    """`onnx:DIR@PRECISION`, through the folder's own tokenizer and preprocessing."""
+    name, model, out, _ = exported
+    texts = ["a red square", "a", " ".join(["red"] * 200)]
+    pictures = [scenes()[index].image for index in range(3)]
+    wanted = model.embed(images=pictures, texts=texts)
+    for precision, far in (("fp32", 1e-6), ("fp16", 1e-4), ("int8", 0.02)):
+        graphs = build_model(f"onnx:{out}@{precision}")
+        found = graphs.embed(images=pictures, texts=texts)
+        for own, theirs in ((wanted.images, found.images), (wanted.texts, found.texts)):
+            assert own is not None
+            assert theirs is not None
+            assert float((own * theirs).sum(-1).min()) > 1 - far, (name, precision)
+    assert graphs.image_spec == model.image_spec
+    assert graphs.num_parameters() == model.num_parameters()
+    assert graphs.log_logit_scale.item() == pytest.approx(model.log_logit_scale.item(), abs=1e-6)
+    assert (graphs.logit_bias is None) == (model.logit_bias is None)
+
+
 def test_files_name_no_place_on_this_machine_and_hold_their_preprocessing(exported: Any) -> None:
     _, model, out, _ = exported
     for path in out.rglob("*"):
@@ -126,7 +158,7 @@ def test_written_tokenizer_and_preprocessor_are_the_models(exported: Any) -> Non
 def test_the_model_itself_is_left_as_it_was(exported: Any, tmp_path: Path) -> None:
     """A reference that was changed for the export would agree with a wrong file."""
     name, model, _, _ = exported
-    fresh = make(name, tmp_path / "fresh").eval()
+    fresh = made(name, tmp_path / "fresh")
     assert [type(module) for module in model.modules()] == [type(module) for module in fresh.modules()]
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
     assert isinstance(model, DualEncoder)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,10 @@ import torch
 from export_support import FREE, ORIGIN, model_of, scenes, write
 from torch import Tensor
 
-from cmapkd.config import ConfigError, DiskError
-from cmapkd.export import extras, folder, layout, parity, towers
+from cmapkd.config import ConfigError, DiskError, extras
+from cmapkd.export import folder, layout, parity, towers
 from cmapkd.export.calibration import calibrate, open_calibration
+from cmapkd.export.library import export_library
 from cmapkd.export.overflow import write_watched
 from cmapkd.export.parity import LIMITS, Limits, ParityChecker, compare, judge, judge_scores, run_apart
 from cmapkd.export.precision import check_precisions, convert, quantise, round_channels
@@ -127,8 +130,8 @@ def test_the_largest_number_inside_a_graph(tmp_path: Path) -> None:
     opsets = [onnx.helper.make_opsetid("", 20)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), str(tmp_path / "g.onnx"))
     assert write_watched(tmp_path / "g.onnx", tmp_path / "watched.onnx") == 3.0
-    found, _ = run_apart(tmp_path / "watched.onnx", [Case("one", {"x": np.array([[-5.0, 2.0]], np.float32)}, [0])])
-    assert float(found["one"]) == 25.0
+    found = run_apart(tmp_path / "watched.onnx", [Case("one", {"x": np.array([[-5.0, 2.0]], np.float32)}, [0])])
+    assert float(found.by_case["one"]) == 25.0
 
 
 def test_a_file_that_ends_its_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +257,7 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(ValueError, match=r"--to onnx needs onnxscript: pip install 'cmapkd\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"--to onnx needs onnxscript: uv sync --extra onnx"):
         write(make_model(), tmp_path / "out")
     assert nothing_left(tmp_path / "out")
 
@@ -264,6 +267,8 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ({"precisions": ["fp61"]}, r"no precision 'fp61' \(did you mean 'fp16'\?\): fp32, fp16"),
         ({"precisions": ["int8-calibrated"]}, r"name training data with --calibrate"),
+        ({"dims": 0}, r"--dims 0: the embeddings of .* have \d+ numbers"),
+        ({"dims": 100_000}, r"--dims 100000"),
         ({"accept_loss": 0.0}, r"--accept-loss 0: a loss is in percent"),
         ({"accept_loss": float("nan")}, r"--accept-loss nan"),
     ],
@@ -315,9 +320,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_full_disk_is_said_and_nothing_is_left(disk: Path, base: Path) -> None:
+@pytest.mark.parametrize("form", ["onnx", "open_clip"])
+def test_a_full_disk_is_said_and_nothing_is_left(form: Any, disk: Path, base: Path) -> None:
+    export = write if form == "onnx" else partial(export_library, form=form, origin=ORIGIN, licence=FREE)
     with pytest.raises(DiskError, match=r"out is full: free some space and export again; nothing is left"):
-        write(model_of("open_clip", base), disk / "out")
+        export(model_of("open_clip", base), disk / "out")
     assert list(disk.iterdir()) == []
 
 
@@ -331,6 +338,19 @@ def test_a_place_that_may_not_be_written_is_said(tmp_path: Path, monkeypatch: py
 
 
 # ------------------------------------------------------------------------------------------------ the same again
+
+
+def test_the_tests_that_the_docs_name_are_there() -> None:
+    """Nineteen kinds of failed exports, each with a test or a reason."""
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    table = page.partition("## What went wrong elsewhere")[2]
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", table, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 20))
+    here = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    for _, told in rows:
+        names = re.findall(r"`(test_\w+)`", told)
+        assert names or told.startswith(("cannot occur: ", "the same: "))
+        assert all(f"def {name}(" in here for name in names), told
 
 
 def test_two_exports_of_a_model_have_the_same_bytes(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Run folders, or names such as open_clip:ViT-B-32/laion2b_s34b_b79k; LABEL=MODEL to name one. The "
+            help="Run folders, or names such as open_clip:ViT-B-32/laion2b_s34b_b79k or onnx:exports/a@int8 (files of "
+            "cmapkd export); LABEL=MODEL to name one. The "
             "first is the reference (the teacher) that costs and agreement are measured against.",
         ),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -22,6 +23,19 @@ def install_advice(extra: str, root: Path = ROOT) -> str:
         return f"uv sync --inexact --extra {extra}"
     packages = " ".join(map(repr, _packages(extra)))
     return f"pip install {packages}" if packages else f"install what pyproject.toml names for the extra {extra}"
+
+
+def need_extra(what: str, extra: str, *packages: str) -> None:
+    """Checks that the packages of one of the project's extras are installed, without importing them.
+
+    Args:
+        what: the option or name that needs them, for the message.
+    Raises:
+        ValueError: names those that are missing, and the command that installs them.
+    """
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{what} needs {', '.join(missing)}: {install_advice(extra)}")
 
 
 def _packages(extra: str) -> list[str]:

@@ -20,6 +20,7 @@ from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.reach import differentiable, parameters_behind
+from cmapkd.models.types import BOTH
 
 TEXTS = (
     "a small red circle lies above a large striped square",
@@ -159,7 +160,8 @@ def efficiency(
         For each model `parameters` (see `parameter_counts`), `image` and `text` with `macs` and `flops` (= 2 x macs) a
         sample, `latency_ms` a sample by batch size (median and quartiles), `peak_bytes` at the larger batch;
         `file_bytes`; `ratio` to the first model (`parameters`, `image_macs`, `text_macs`, `image_speed`, `text_speed`
-        by batch: above 1 is faster than the reference); `image_size`, `text_tokens`, `threads`, `device`.
+        by batch: above 1 is faster than the reference); `image_size`, `text_tokens`, `threads`, `device`. A model of
+        exported files states its counts and the size of its `files`, and has no `peak_bytes`.
     """
     config = config or EfficiencyConfig()
     device = torch.device(device)
@@ -193,19 +195,26 @@ def _examine(
         "text": {1: lambda: model.encode_text(first), batch: lambda: model.encode_text(texts)},
     }
     result: dict[str, Any] = {
-        "parameters": parameter_counts(model, one, first),
-        "image": {"peak_bytes": peak_bytes(model, [pixels], calls["image"][batch])},
-        "text": {"peak_bytes": peak_bytes(model, [texts.ids, texts.mask], calls["text"][batch])},
-        "file_bytes": weight_bytes(model),
         "batch_size": batch,
         "image_size": size,
         "text_tokens": texts.ids.shape[1],
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-    for tower in ("image", "text"):
-        macs = count_macs(model, calls[tower][1])
-        result[tower] |= {"macs": macs, "flops": 2 * macs}
+    if (stated := model.stated_costs()) is not None:  # torch sees nothing of its towers
+        macs = dict(stated.macs)
+        result |= {"parameters": dict(stated.parameters), "device": stated.device}
+        result |= {"file_bytes": {"files": stated.file_bytes}, "image": {}, "text": {}}
+    else:
+        macs = {tower: count_macs(model, calls[tower][1]) for tower in BOTH}
+        result |= {
+            "parameters": parameter_counts(model, one, first),
+            "image": {"peak_bytes": peak_bytes(model, [pixels], calls["image"][batch])},
+            "text": {"peak_bytes": peak_bytes(model, [texts.ids, texts.mask], calls["text"][batch])},
+            "file_bytes": weight_bytes(model),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+    for tower in BOTH:
+        result[tower] |= {"macs": macs[tower], "flops": 2 * macs[tower]}
     return calls, result
 
 

@@ -27,7 +27,22 @@ session = onnxruntime.InferenceSession("onnx/vision_model.onnx")
 """
 _PROTOCOL = "Every caption queries; equal scores count as the expectation over their orders."
 _OF_FILES = """Cosine and error are between embeddings by the file and by the model. Noise is the mean squared
-distance of unit embeddings, spread their variance. Milliseconds are of a batch of one; onnxruntime has one thread."""
+distance of unit embeddings, spread their variance. Milliseconds are of a batch of one; the runtime has one thread."""
+_OPENVINO_USE = """```python
+import openvino
+settings = {{"INFERENCE_PRECISION_HINT": "f32"}}  # without it, a CPU with bf16 computes in that: see the rows above
+vision = openvino.Core().compile_model("openvino/vision_model.xml", "CPU", settings)
+image_embeds = vision({{"pixel_values": pixels}})[0]  # float32 [batch, 3, {size}, {size}]
+```
+"""
+_EXECUTORCH_USE = """```python
+from executorch.runtime import Runtime
+vision = Runtime.get().load_program("executorch/vision_model.pte").load_method("forward")
+[image_embeds] = vision.execute([pixels])  # float32 [1, 3, {size}, {size}]
+```
+
+A file takes one sample at a time. Texts are padded to {length} tokens.
+"""
 _TRANSFORMERS_USE = """```python
 from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -41,6 +56,17 @@ tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
 """
 
 
+_USES = {
+    "onnx": _ONNX_USE,
+    "openvino": _OPENVINO_USE,
+    "executorch": _EXECUTORCH_USE,
+    "transformers": _TRANSFORMERS_USE,
+    "open_clip": _OPEN_CLIP_USE,
+}
+_OF_STORED = """Mean R@1 of both directions where embeddings are stored so, queries as well. int8: each number of a unit
+vector times 127. bits: the signs. Rescored: signs propose 40 candidates, and floats choose."""
+
+
 def write_card(
     model: DualEncoder,
     folder: Path,
@@ -51,14 +77,16 @@ def write_card(
     scores: Mapping[str, Mapping[str, Any]] | None = None,
     scored_on: str | None = None,
     files: Sequence[Mapping[str, Any]] = (),
+    embeddings: Mapping[str, Any] | None = None,
     accepted: float | None = None,
 ) -> None:
     """`README.md` with front matter.
 
     Args:
-        form: `onnx`, `transformers` or `open_clip`.
+        form: `onnx`, `transformers`, `open_clip`, `openvino` or `executorch`.
         scores: by precision, measured on `scored_on` with the files as they are.
         files: a row for each compared file: its name, bytes and parity.
+        embeddings: what `parity.json` says of them, on `scored_on`.
         accepted: what `--accept-loss` allowed.
     """
     lines = [f"# {in_markdown(origin.name)}", "", licence.sentence, ""]
@@ -73,12 +101,16 @@ def write_card(
         lines += ["## Files beside the model", "", *_file_table(files), "", _OF_FILES, ""]
         if accepted is not None:
             lines += [f"This export was allowed to lose {accepted:g} % of a cosine and {accepted:g} points.", ""]
-    use = {"onnx": _ONNX_USE, "transformers": _TRANSFORMERS_USE, "open_clip": _OPEN_CLIP_USE}[form]
-    if form == "onnx":
+    if embeddings:
+        lines += ["## Smaller embeddings", "", *_stored_table(embeddings), ""]
+    use = _USES[form]
+    graphs = form not in ("transformers", "open_clip")
+    if graphs:
         padding = "true" if model.logit_bias is None else "'max_length'"
-        use = use.format(padding=padding, size=model.image_spec.size)
+        sizes = {"size": model.image_spec.size, "length": model.tokenizer.context_length}
+        use = use.format(padding=padding, **sizes)
     lines += ["## Use", "", use]
-    if form == "onnx":
+    if graphs:
         lines += ["Embeddings are not normalised: divide each by its length before comparing by inner product.", ""]
     front = _front_matter(model, form, origin, licence, scores, scored_on)
     (folder / "README.md").write_text(f"---\n{front}\n---\n\n" + "\n".join(lines), encoding="utf-8")
@@ -120,7 +152,7 @@ def _file_table(files: Sequence[Mapping[str, Any]]) -> list[str]:
     heads = ["file", "MB", "lowest cosine", "largest error", "noise / spread", "ms", "ms in torch"]
     rows = [
         [
-            f"`{row['file']}`",
+            f"`{row['file']}`" + (f" in {row['computed_in']}" if row["precision"] == "default" else ""),
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['cosine_min']:.6f}",
             f"{row['largest_error']:.1e}",
@@ -131,6 +163,19 @@ def _file_table(files: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in files
     ]
     return _table(heads, rows)
+
+
+def _stored_table(embeddings: Mapping[str, Any]) -> list[str]:
+    rows = embeddings["rows"]
+    forms = list(rows[0]["forms"])
+    told = [
+        [f"{row['width']}{', rotated' if row['rotated'] else ''}"]
+        + [f"{each['recall@1']:.2f} ({each['bytes']} bytes)" for each in row["forms"].values()]
+        for row in rows
+    ]
+    rotated = embeddings["rotated_on"]
+    rotation = f" The rotation was measured on {in_markdown(rotated)}." if rotated else ""
+    return [*_table(["numbers", *forms], told), "", _OF_STORED + rotation]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -166,7 +211,7 @@ def _front_matter(
         license=licence.front_matter,
         library_name={"onnx": "transformers.js"}.get(form, form),
         pipeline_tag="zero-shot-image-classification",
-        tags=[kind, "cmapkd", "distillation", *(["onnx"] if form == "onnx" else [])],
+        tags=[kind, "cmapkd", "distillation", *([form] if form in ("onnx", "openvino", "executorch") else [])],
         **named,
     )
     return str(data.to_yaml())

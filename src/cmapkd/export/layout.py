@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.export.folder import write_json
+from cmapkd.export.narrow import Narrowed
 from cmapkd.export.origin import without_folders
 from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.onnx_family import GraphEncoder
 from cmapkd.models.open_clip_model import OpenClipModel
 from cmapkd.models.tiny import TinyDualEncoder
 
@@ -29,9 +31,11 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
     Raises:
         ValueError: the model's tokenizer has no form that other tools read.
     """
-    if isinstance(model, JoinedEncoder):
-        write_tokenizer(model.text_model, folder)
+    if isinstance(model, JoinedEncoder | Narrowed):
+        write_tokenizer(model.text_model if isinstance(model, JoinedEncoder) else model.model, folder)
         return
+    if isinstance(model, GraphEncoder):
+        raise ValueError(f"{model.name} is a set of exported files already: export the model that they are of")
     longest = model.tokenizer.context_length
     if isinstance(model, TinyDualEncoder):
         model.tokenizer.save(folder)

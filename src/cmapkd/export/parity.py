@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,8 +68,9 @@ class Parity:
             cosine near 1 says little, and this is large.
         between_batches: 1 - cosine of a sample alone and among others, at most.
         worst: names of the samples with the lowest cosines, and those.
-        milliseconds: median of a batch of one, onnxruntime on one thread.
+        milliseconds: median of a batch of one, the file's runtime on one thread.
         model_milliseconds: of the model in torch, on as many threads as torch has.
+        computed_in: the numbers that the runtime chose, as it names them.
     """
 
     cosine_min: float
@@ -80,6 +81,7 @@ class Parity:
     worst: tuple[tuple[str, float], ...]
     milliseconds: float
     model_milliseconds: float | None = None
+    computed_in: str = "f32"
 
     def plain(self) -> dict[str, Any]:
         return asdict(self) | {"worst": [list(pair) for pair in self.worst]}
@@ -91,9 +93,10 @@ class ParityChecker:
     Args:
         model: as it was loaded. The exporter works on a copy: a reference that was changed for the export would agree
             with a wrong file.
+        full_length: texts are given padded to `context_length` only.
     """
 
-    def __init__(self, model: DualEncoder, probes: Probes) -> None:
+    def __init__(self, model: DualEncoder, probes: Probes, *, full_length: bool = False) -> None:
         pixels, pictures = picture_cases(model, probes)
         texts = [text for _, text in probes.texts]
         with torch.no_grad():
@@ -105,29 +108,34 @@ class ParityChecker:
                 "text_model": median_milliseconds(lambda: model.encode_text(first)),
             }
         self._reference = {"vision_model": image.numpy(), "text_model": text.numpy()}
-        self._cases = {"vision_model": pictures, "text_model": text_cases(model, text_rules(model), probes)}
+        self._cases = {
+            "vision_model": pictures,
+            "text_model": text_cases(model, text_rules(model), probes, full_length=full_length),
+        }
         self._names = {
             "vision_model": [name for name, _ in probes.pictures],
             "text_model": [name for name, _ in probes.texts],
         }
 
-    def compare(self, tower: str, path: Path) -> Parity:
+    def compare(self, tower: str, path: Path, *, default: bool = False) -> Parity:
         """Runs the file in a process of its own and compares.
 
+        Args:
+            default: in the precision that the runtime chooses; else in float32.
         Raises:
-            ValueError: onnxruntime refuses the file or ends on it, or an embedding is not finite.
+            ValueError: the runtime refuses the file or ends on it, or an embedding is not finite.
         """
-        answers, milliseconds = run_apart(path, self._cases[tower])
+        answers, milliseconds, precision = run_apart(path, self._cases[tower], default=default)
         names, cases = self._names[tower], self._cases[tower]
         found = compare(self._reference[tower], cases, answers, names, path.name, milliseconds)
-        return replace(found, model_milliseconds=self._milliseconds[tower])
+        return replace(found, model_milliseconds=self._milliseconds[tower], computed_in=precision)
 
     def largest_inside(self, tower: str, path: Path) -> float:
         """The largest absolute number that any operation of an fp32 file gives on all cases, or among its weights."""
         with tempfile.TemporaryDirectory(prefix="cmapkd-watched-") as folder:
             watched = Path(folder, path.name)
             weights = write_watched(path, watched)
-            answers, _ = run_apart(watched, self._cases[tower])
+            answers = run_apart(watched, self._cases[tower]).by_case
         return max(weights, *(float(each) for each in answers.values()))
 
 
@@ -180,26 +188,40 @@ def compare(
     )
 
 
-def run_apart(path: Path, cases: Sequence[Case]) -> tuple[dict[str, np.ndarray], float]:
-    """What a file answers to each case, from a process of its own; and milliseconds of a batch of one.
+class Answers(NamedTuple):
+    """What a file gives for each case; milliseconds of a batch of one; and the numbers that it was computed in."""
+
+    by_case: dict[str, np.ndarray]
+    milliseconds: float
+    precision: str
+
+
+_RUNTIMES = {".onnx": "onnxruntime", ".xml": "OpenVINO", ".pte": "ExecuTorch"}
+
+
+def run_apart(path: Path, cases: Sequence[Case], *, default: bool = False) -> Answers:
+    """Runs a file in a process of its own.
 
     Raises:
-        ValueError: onnxruntime refuses the file, ends by a signal, or takes too long.
+        ValueError: the runtime refuses the file, ends by a signal, or takes too long.
     """
+    runtime = _RUNTIMES[path.suffix]
     with tempfile.TemporaryDirectory(prefix="cmapkd-parity-") as folder:
         inputs, outputs = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
         arrays: dict[str, Any] = {f"{case.name}|{name}": each for case in cases for name, each in case.feed.items()}
         np.savez(inputs, **arrays)
         command = [sys.executable, "-m", "cmapkd.export.check", str(path), str(inputs), str(outputs)]
+        command += ["default"] if default else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            raise ValueError(f"onnxruntime took more than {_SECONDS} s to run {path.name}") from None
+            raise ValueError(f"{runtime} took more than {_SECONDS} s to run {path.name}") from None
         if done.returncode:
             how = f"ended by signal {-done.returncode}" if done.returncode < 0 else _last_line(done.stderr)
-            raise ValueError(f"onnxruntime does not run {path.name}: {how}")
+            raise ValueError(f"{runtime} does not run {path.name}: {how}")
         with np.load(outputs, allow_pickle=False) as found:
-            return {case.name: found[case.name] for case in cases}, float(found["ms"])
+            answers = {case.name: found[case.name] for case in cases}
+            return Answers(answers, float(found["ms"]), str(found["precision"]))
 
 
 def judge(file: str, precision: str, parity: Parity, limits: Limits, *, scored: bool = False) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -82,11 +83,23 @@ def picture_cases(model: DualEncoder, probes: Probes) -> tuple[Tensor, list[Case
     return pixels, cases
 
 
-def text_cases(model: DualEncoder, rules: TextRules, probes: Probes) -> list[Case]:
+def text_cases(model: DualEncoder, rules: TextRules, probes: Probes, *, full_length: bool = False) -> list[Case]:
     """Texts in batches of 1, 2 and 7; padded as the model's tokenizer does, and to the longest of the batch; and the
-    longest one cut off without its end token."""
+    longest one cut off without its end token.
+
+    Args:
+        full_length: each is padded to `context_length` instead.
+    """
     texts = [text for _, text in probes.texts]
     cases = []
+    if full_length:
+        for batch, first, rows in _parts(len(texts)):
+            tokens = model.tokenizer(texts[first : first + batch])
+            more = (0, model.tokenizer.context_length - tokens.ids.shape[1])
+            ids = F.pad(tokens.ids, more, value=_pad_id(model, texts))
+            name = f"texts {first} in batches of {batch}"
+            cases.append(_text_case(name, ids, F.pad(tokens.mask, more).long(), rules, rows))
+        return cases
     for batch, first, rows in _parts(len(texts)):
         tokens = model.tokenizer(texts[first : first + batch])
         ids, mask = tokens.ids, tokens.mask.long()
@@ -101,6 +114,12 @@ def text_cases(model: DualEncoder, rules: TextRules, probes: Probes) -> list[Cas
         ids[0, -1] = ids[0, -2]
         cases.append(_text_case("cut off without its end token", ids, tokens.mask.long(), rules, [row]))
     return cases
+
+
+def _pad_id(model: DualEncoder, texts: Sequence[str]) -> int:
+    """What the tokenizer itself puts behind a shorter text."""
+    tokens = model.tokenizer([min(texts, key=len), max(texts, key=len)])
+    return int(tokens.ids[0, -1])
 
 
 def _text_case(name: str, ids: Tensor, mask: Tensor, rules: TextRules, rows: list[int]) -> Case:

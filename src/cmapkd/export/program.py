@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmapkd.export.extras import need_onnx
+from cmapkd.config.extras import need_extra
 from cmapkd.export.towers import ImageGraph, TextGraph, exportable, text_rules
 from cmapkd.models import DualEncoder
 from cmapkd.models.errors import first_line
@@ -41,14 +41,26 @@ class Graph:
     output: str
 
 
-def graphs_of(model: DualEncoder) -> dict[str, Graph]:
-    """`vision_model` and `text_model`, of a copy of the model."""
+def need_onnx() -> None:
+    """Raises:
+    ValueError: a library that makes or runs ONNX files is not installed.
+    """
+    need_extra("--to onnx", "onnx", "onnx", "onnxscript", "onnxruntime")
+
+
+def graphs_of(model: DualEncoder, *, full_length: bool = False) -> dict[str, Graph]:
+    """`vision_model` and `text_model`, of a copy of the model.
+
+    Args:
+        full_length: texts are always of `context_length`, also where the tower could take shorter ones.
+    """
     copy = exportable(model)
     rules, size, longest = text_rules(copy), model.image_spec.size, model.tokenizer.context_length
-    length = min(longest, max(_EXAMPLE_LENGTH, longest // 2)) if rules.any_length else longest
+    any_length = rules.any_length and not full_length
+    length = min(longest, max(_EXAMPLE_LENGTH, longest // 2)) if any_length else longest
     ids = torch.ones(_EXAMPLE_BATCH, length, dtype=torch.long)
     texts = {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if rules.reads_mask else {})
-    of_texts = {0: "batch_size"} | ({1: "sequence_length"} if rules.any_length else {})
+    of_texts = {0: "batch_size"} | ({1: "sequence_length"} if any_length else {})
     return {
         "vision_model": Graph(
             ImageGraph(copy),
@@ -76,27 +88,20 @@ def write_graph(graph: Graph, path: Path, *, longest: int, metadata: Mapping[str
         "sequence_length": torch.export.Dim("sequence_length", min=2, max=max(3, longest)),
     }
     shapes = tuple({axis: dims[dim] for axis, dim in graph.open_dims[name].items()} for name in names)
-    with _quietly(), torch.no_grad():
-        try:
-            # Two steps: handed a module, torch.onnx falls back to another capture, which freezes dimensions in silence.
-            captured = torch.export.export(
-                graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=shapes, strict=False
-            )
-            program: Any = torch.onnx.export(
-                captured,
-                dynamo=True,
-                input_names=names,
-                output_names=[graph.output],
-                opset_version=OPSET,
-                verbose=False,
-                report=False,
-            )
-        except Exception as error:
-            raise ValueError(
-                f"{path.stem} of this model cannot be captured ({type(error).__name__}: {_reason(error)}). Its forward "
-                "pass must not depend on the values or the number of its inputs: len(x) of a tensor is such a number, "
-                "x.shape[0] is not."
-            ) from error
+    with capture_errors(path.stem), torch.no_grad():
+        # Two steps: handed a module, torch.onnx falls back to another capture, which freezes dimensions in silence.
+        captured = torch.export.export(
+            graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=shapes, strict=False
+        )
+        program: Any = torch.onnx.export(
+            captured,
+            dynamo=True,
+            input_names=names,
+            output_names=[graph.output],
+            opset_version=OPSET,
+            verbose=False,
+            report=False,
+        )
     _name_dims(program.model, graph, path.stem)
     _strip(program.model)
     program.model.metadata_props.update(metadata)
@@ -104,6 +109,24 @@ def write_graph(graph: Graph, path: Path, *, longest: int, metadata: Mapping[str
     if size > MAX_FILE:
         raise ValueError(f"{path.stem} has {size:,} bytes of weights; one ONNX file holds up to {MAX_FILE:,}")
     program.save(str(path), external_data=False)
+
+
+@contextmanager
+def capture_errors(tower: str) -> Iterator[None]:
+    """Whatever an exporter raises, in words, and without its own warnings.
+
+    Raises:
+        ValueError: names the tower, and what stops a capture.
+    """
+    try:
+        with quietly():
+            yield
+    except Exception as error:
+        raise ValueError(
+            f"{tower} of this model cannot be captured ({type(error).__name__}: {_reason(error)}). Its forward "
+            "pass must not depend on the values or the number of its inputs: len(x) of a tensor is such a number, "
+            "x.shape[0] is not."
+        ) from error
 
 
 def _name_dims(model: Any, graph: Graph, name: str) -> None:
@@ -152,7 +175,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the exporters' own warnings, which are of their parts and not of the model."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     levels = [logger.level for logger in loggers]

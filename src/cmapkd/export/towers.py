@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
+from cmapkd.export.narrow import Narrowed
 from cmapkd.models import DualEncoder
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.joined import JoinedEncoder
@@ -105,8 +106,9 @@ class PlainAttention(nn.Module):
 def exportable(model: DualEncoder) -> DualEncoder:
     """A copy in eval mode whose attention is written out; the model itself is left as it is."""
     copy = deepcopy(model).eval().requires_grad_(False)
-    if isinstance(copy, JoinedEncoder) and copy.text is None:  # its frozen teacher is no module, and is not copied
-        copy.text = exportable(copy.text_model)
+    for joined in [each for each in copy.modules() if isinstance(each, JoinedEncoder)]:
+        if joined.text is None:  # its frozen teacher is no module, and is not copied
+            joined.text = exportable(joined.text_model)
     for module in list(copy.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.MultiheadAttention and child.batch_first and child._qkv_same_embed_dim:
@@ -118,6 +120,9 @@ def text_rules(model: DualEncoder) -> TextRules:
     """How this model's texts are exported. A family that is not ours takes a mask, and texts of any length."""
     if isinstance(model, JoinedEncoder):
         return text_rules(model.text_model)
+    if isinstance(model, Narrowed):
+        rules = text_rules(model.model)
+        return replace(rules, encode=lambda ids, mask: model.narrow(rules.encode(ids, mask)))
 
     def own(ids: Tensor, mask: Tensor) -> Tensor:
         return model.encode_text(TokenBatch(ids, mask.bool())).embedding

@@ -20,7 +20,7 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.types import Features, LevelInfo, LevelRequest, Tower, TowerFeatures
+from cmapkd.models.types import Features, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
 
 __all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
 
@@ -166,6 +166,10 @@ class DualEncoder(Model):
     @abstractmethod
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Text embedding [batch, embed_dim], not normalised, and the named levels."""
+
+    def stated_costs(self) -> StatedCosts | None:
+        """What the model's files say that it costs; None where torch can measure it."""
+        return None
 
     def activation_twin(self) -> DualEncoder | None:
         """The same weights with the other activation, on the same device; None where none is assumed."""

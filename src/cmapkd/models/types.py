@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -45,6 +45,23 @@ class Level:
     mask: Bool[Tensor, "batch tokens"] | None = None
     places: Int[Tensor, "batch tokens"] | None = None
     mean: Float[Tensor, "batch width"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StatedCosts:
+    """What a model costs as its files state it, for towers that torch cannot look into.
+
+    Attributes:
+        parameters: counts by what uses them, as `evaluation.efficiency.parameter_counts` names them.
+        macs: multiply-adds of one sample, by tower.
+        file_bytes: of both towers' files together.
+        device: where they run.
+    """
+
+    parameters: Mapping[str, int]
+    macs: Mapping[Tower, int]
+    file_bytes: int
+    device: str
 
 
 @dataclass(frozen=True, slots=True)

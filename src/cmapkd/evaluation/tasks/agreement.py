@@ -76,11 +76,13 @@ def _cka(student: Embedded, reference: Embedded) -> dict[str, float]:
     texts = _first_of_each(student.captions) if student.captions else None
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, values in student.image_levels.items():
-        pairs[name] = values, reference.image_levels[name]
+        if name in reference.image_levels:  # exported files have no levels
+            pairs[name] = values, reference.image_levels[name]
     pairs["P5"] = student.images, reference.images
     if texts is not None and len(texts) > 1:
         for name, values in student.text_levels.items():
-            pairs[name] = values[texts], reference.text_levels[name][texts]
+            if name in reference.text_levels:
+                pairs[name] = values[texts], reference.text_levels[name][texts]
         pairs["L4"] = student.texts[texts], reference.texts[texts]
     return {name: linear_cka(*pair) for name, pair in pairs.items() if len(pair[0]) > 1}
 

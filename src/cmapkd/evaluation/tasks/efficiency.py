@@ -25,6 +25,7 @@ class Efficiency(Task):
         Column("ms/text, 1", ("text", "latency_ms", "1", "median"), 2),
         Column("image speed x", ("ratio", "image_speed", "1"), 2),
         Column("fp16 MB", ("shown", "fp16_mb")),
+        Column("files MB", ("shown", "files_mb"), 2),
     )
 
     def measure(self, subjects: Sequence[Subject], bench: Bench) -> list[dict[str, Any]]:
@@ -42,5 +43,5 @@ def _shown(result: dict[str, Any]) -> dict[str, float]:
         "text": parameters["text"] / 1e6,
         "image_gmacs": result["image"]["macs"] / 1e9,
         "text_gmacs": result["text"]["macs"] / 1e9,
-        "fp16_mb": result["file_bytes"]["fp16"] / 1e6,
+        **{f"{kind}_mb": size / 1e6 for kind, size in result["file_bytes"].items() if kind != "fp32"},
     }

@@ -95,7 +95,7 @@ class CachedTeacher(FrozenTeacher):
         if self.live is None:
             warnings.warn(
                 f"the cache {self.cache.path} lacks {len(stored.missing)} samples of a batch (not foreseen, or not "
-                "readable when it was built): the teacher is loaded to answer for such samples",
+                "readable when it was built): the {self.role} answers live for such samples",
                 CacheWarning,
                 stacklevel=4,
             )

@@ -23,6 +23,7 @@ from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source,
 from cmapkd.data.views import CropBox, View, ViewSpec, check_more_views, draw_more_view, draw_view
 from cmapkd.data.workers import ReadAhead
 
+_NO_PICTURE = Image.new("RGB", (1, 1))
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
 
 
@@ -126,7 +127,8 @@ class BatchBuilder(Dataset[Batch]):
     A sample that cannot be read is replaced by another that is not in the batch (chosen by the step and the bad one, so
     the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
 
-    A role with `stored` answers gets these, and images only of the samples that they lack. What `extras` make of the
+    A role with `stored` answers gets these, and images only of the samples that they lack. Where every role has them
+    and nothing else reads the pictures, these are not even decoded, of sources that know ids without reading (`id`). What `extras` make of the
     samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of each sample. Up to `memory`
     MiB of decoded samples are kept for later epochs.
 
@@ -162,6 +164,8 @@ class BatchBuilder(Dataset[Batch]):
         self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
         check_more_views(self.more_views, self.view_specs)
         self._live = [role for role in readers if role not in self.stored]
+        plain = self.texts.plain and not self.extras and not self.more_views
+        self._may_be_unseen = plain and not self._live and bool(self.stored) and hasattr(source, "id")
         self._streams = streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
 
     @property
@@ -216,7 +220,7 @@ class BatchBuilder(Dataset[Batch]):
             BadSampleError: it cannot be used.
         """
         number = self.views.view_number(epoch)
-        sample = self.samples[index]
+        sample = self._unseen(number, index) if self._may_be_unseen else self.samples[index]
         view = draw_view(sample.id, number, self.views, sample.image.size)
         texts = self.texts.choose(sample, view, number)
         lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
@@ -247,6 +251,16 @@ class BatchBuilder(Dataset[Batch]):
                     made.more_pixels[name][role].append(image)
         for name, item in items.items():
             made.extras[name].append(item)
+
+    def _unseen(self, number: int, index: int) -> Sample:
+        """A sample without its picture, which nobody looks at where every answer is stored; else with it.
+
+        What a view draws besides the crop does not depend on the picture's size, so its caption is the same.
+        """
+        if not all(answers.has(number, index) for answers in self.stored.values()):
+            return self.samples[index]
+        source: Any = self.source
+        return Sample(source.id(index), _NO_PICTURE, source.captions(index))
 
     def _answers(self, made: _Rows) -> dict[str, StoredRows]:
         answered = [joined(texts) for texts in made.texts]

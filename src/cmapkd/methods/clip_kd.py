@@ -203,6 +203,12 @@ class ClipKD(DualEncoderMethod):
         return tuple(self.weights)
 
     @property
+    def why_student_live(self) -> str | None:
+        if "masked_feature" in self.weights:
+            return "its masked pictures are encoded anew in every step"
+        return super().why_student_live
+
+    @property
     def student_needs(self) -> LevelRequest:
         return self.hints.needs("student") if self.hints is not None and self._wants("hints") else LevelRequest()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.features import KeyTokens, gather_features, gather_rows
 from cmapkd.methods.base import Method
@@ -22,7 +23,7 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
-from cmapkd.models import Features, LevelRequest, TowerFeatures
+from cmapkd.models import Features, LevelRequest, MomentumTeacher, Teacher, TowerFeatures
 from cmapkd.models.reach import example_output, last_matrix_behind
 from cmapkd.models.types import Tower
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
@@ -34,6 +35,9 @@ levels place by place. Each can be had from those after it."""
 LABELS = "labels"
 """Under which a batch brings its samples' labels, see `data.labels.LabelReader`."""
 
+STUDENT = "student"
+"""The role of the student in a batch."""
+
 _TOWERS: tuple[Tower, Tower] = ("image", "text")
 Rows = TypeVar("Rows")
 
@@ -41,6 +45,10 @@ Rows = TypeVar("Rows")
 class DualEncoderMethod(Method):
     """A method whose student and teachers are `DualEncoder`s."""
 
+    frozen_towers: Teacher | None = None
+    """Answers for the student's towers that do not learn, from a cache, in batches that bring stored rows of them."""
+    stored_towers: tuple[Tower, ...] = ()
+    """Which towers these are."""
     _last_shared_layers: tuple[LevelRequest, tuple[str, ...]] | None = (
         None  # names, and the needs that they were found for
     )
@@ -146,6 +154,21 @@ class DualEncoderMethod(Method):
         parameters = dict(self.student.named_parameters())
         return {name: parameters[name] for name in self._last_shared_layers[1]}
 
+    def train_only(self, parts: Sequence[str]) -> None:
+        """Also refuses to freeze a tower whose inner levels the terms compare: such a term would train nothing."""
+        super().train_only(parts)
+        known, learning = self.student.parts, {name for name, p in self.student.named_parameters() if p.requires_grad}
+        needs = self.student_needs
+        for tower, levels in (("image", needs.image_levels), ("text", needs.text_levels)):
+            others = ("projections", "scale", *(other for other in _TOWERS if other != tower))
+            inside = frozenset().union(*(names for part, names in known.items() if part not in others))
+            if levels and not inside & learning:
+                raise ConfigError(
+                    f"training.train_parts freezes the {tower} tower of {self.student.name}, but this method, as it is "
+                    f"set, compares its levels {', '.join(levels)}, which only a tower that learns can change: add "
+                    f"{tower} to train_parts, or give these levels a weight of zero"
+                )
+
     def let_all_learn(self) -> None:
         super().let_all_learn()
         self._last_shared_layers = None
@@ -164,7 +187,25 @@ class DualEncoderMethod(Method):
         """Whether a micro-batch's teacher levels wait for the backward pass: asking again costs more than keeping."""
         return self.device.type != "cpu" and self.teacher is not None and not self.teacher.from_disk
 
+    @property
+    def why_student_live(self) -> str | None:
+        """Why stored answers of the student's frozen towers are of no use to this method; None: it can read them."""
+        if type(self)._encode_student is not DualEncoderMethod._encode_student or self.not_cached is not None:
+            return f"{type(self).__name__} encodes the student in a way of its own"
+        if self.more_views:
+            return "further views are encoded anew in every epoch"
+        if self.auxiliary is not None:
+            return "heads that learn with the student read its pictures"
+        if any(isinstance(teacher, MomentumTeacher) for teacher in self.teachers.values()):
+            return "a momentum teacher reads the student's pictures"
+        return None
+
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
+        if self.frozen_towers is not None and STUDENT in part.stored:
+            inputs = part.inputs[STUDENT].to(self.device, True) if STUDENT in part.inputs else None
+            stored = self.frozen_towers(part.only(STUDENT).to(self.device, non_blocking=True), self.student_needs)
+            joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, self.student_needs)
+            return joined
         features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
         return features
 

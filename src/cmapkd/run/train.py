@@ -27,7 +27,7 @@ from cmapkd.run.build import (
     texts_of,
     with_held_out,
 )
-from cmapkd.run.cached import answer_from_cache
+from cmapkd.run.cached import answer_from_cache, student_from_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.folder import save_student
 from cmapkd.run.measure import validator_of
@@ -59,6 +59,8 @@ def train(
     assert config.data.views is not None
     check_training(config, method, source)
     stored = answer_from_cache(config, method, source, console) if config.cache else {}
+    if config.cache:
+        stored |= student_from_cache(config, method, source, console)
     teachers.clear()  # a cached one has no weights, and this would keep them
     builder = BatchBuilder(
         source,

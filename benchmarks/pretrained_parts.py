@@ -55,7 +55,9 @@ def timm_weights(number: int) -> dict[str, Tensor]:
     values = [value for key, value in given.items() if not key.endswith(COUNTERS)]
     names = [key for key in own if not key.endswith(COUNTERS)]
     if [value.shape for value in values] != [own[key].shape for key in names]:
-        raise SystemExit(f"the tensors of {path} do not have the shapes of timm's {name}: another version of one of both")
+        raise SystemExit(
+            f"the tensors of {path} do not have the shapes of timm's {name}: another version of one of both"
+        )
     return {key: value.float().contiguous() for key, value in zip(names, values, strict=True)}
 
 

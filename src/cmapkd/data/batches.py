@@ -128,9 +128,9 @@ class BatchBuilder(Dataset[Batch]):
     the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
 
     A role with `stored` answers gets these, and images only of the samples that they lack. Where every role has them
-    and nothing else reads the pictures, these are not even decoded, of sources that know ids without reading (`id`). What `extras` make of the
-    samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of each sample. Up to `memory`
-    MiB of decoded samples are kept for later epochs.
+    and nothing else reads the pictures, pictures are not even decoded, of sources that know ids without reading (`id`).
+    What `extras` make of the samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of
+    each sample. Up to `memory` MiB of decoded samples are kept for later epochs.
 
     Args:
         more_views: by name, how many further views a method reads of each sample. A role with stored answers gets none

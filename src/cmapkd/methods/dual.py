@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -11,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
+from cmapkd.data.batches import Extra
+from cmapkd.data.pictures import PictureReader
 from cmapkd.data.types import Batch
 from cmapkd.features import KeyTokens, gather_features, gather_rows
 from cmapkd.methods.base import Method
@@ -35,6 +38,9 @@ levels place by place. Each can be had from those after it."""
 LABELS = "labels"
 """Under which a batch brings its samples' labels, see `data.labels.LabelReader`."""
 
+PICTURES = "pictures"
+"""Under which a batch brings a number for each picture, see `data.pictures.PictureReader`."""
+
 STUDENT = "student"
 """The role of the student in a batch."""
 
@@ -45,6 +51,8 @@ Rows = TypeVar("Rows")
 class DualEncoderMethod(Method):
     """A method whose student and teachers are `DualEncoder`s."""
 
+    several_positives: bool = False
+    """Whether captions of one picture in a batch are no negatives of each other."""
     frozen_towers: Teacher | None = None
     """Answers for the student's towers that do not learn, from a cache, in batches that bring stored rows of them."""
     stored_towers: tuple[Tower, ...] = ()
@@ -82,7 +90,8 @@ class DualEncoderMethod(Method):
     def encode_student(self, batch: Batch) -> Features:
         """The student's features; embeddings are those of the whole batch, over all processes."""
         parts = micro_batches(batch, self.micro_batch)
-        return gather_features(join_features(encode_checkpointed(self._encode_student, parts, model=self)))
+        student = gather_features(join_features(encode_checkpointed(self._encode_student, parts, model=self)))
+        return replace(student, pictures=self._pictures(batch))
 
     def encode_teacher(self, batch: Batch) -> Features:
         """The teacher's features, likewise, without gradient."""
@@ -138,6 +147,7 @@ class DualEncoderMethod(Method):
 
         encoded = encode_checkpointed(encode, parts, model=self)
         student = gather_features(join_features([features for features, _, _ in encoded]))
+        student = replace(student, pictures=self._pictures(batch))
         teacher = gather_features(join_features([features for _, features, _ in encoded]))
         rows = join_rows([rows for _, _, rows in encoded])
         return student, teacher, map_rows(gather_rows, rows)
@@ -188,6 +198,15 @@ class DualEncoderMethod(Method):
         return self.device.type != "cpu" and self.teacher is not None and not self.teacher.from_disk
 
     @property
+    def extras(self) -> Mapping[str, Extra]:
+        return {**super().extras, **({PICTURES: PictureReader()} if self.several_positives else {})}
+
+    def _pictures(self, batch: Batch) -> Int[Tensor, " batch"] | None:
+        """A number for each picture of all processes' samples; None where pairs with one picture are negatives."""
+        pictures: Tensor | None = batch.extra.get(PICTURES)
+        return None if pictures is None else gather_rows(pictures.to(self.device, non_blocking=True))
+
+    @property
     def why_student_live(self) -> str | None:
         """Why stored answers of the student's frozen towers are of no use to this method; None: it can read them."""
         if type(self)._encode_student is not DualEncoderMethod._encode_student or self.not_cached is not None:
@@ -203,7 +222,7 @@ class DualEncoderMethod(Method):
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
         if self.frozen_towers is not None and STUDENT in part.stored:
             inputs = part.inputs[STUDENT].to(self.device, True) if STUDENT in part.inputs else None
-            stored = self.frozen_towers(part.only(STUDENT).to(self.device, non_blocking=True), self.student_needs)
+            stored = self.frozen_towers(part.only(STUDENT).to(self.device, non_blocking=True))
             joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, self.student_needs)
             return joined
         features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
@@ -225,5 +244,5 @@ def task_loss(student: Features) -> Float[Tensor, ""]:
     """The loss the student would be trained with alone: SigLIP's where it has a logit bias, else CLIP's."""
     image, text, scale = student.image.embedding, student.text.embedding, student.logit_scale
     if student.logit_bias is not None:
-        return sigmoid_loss(image, text, logit_scale=scale, logit_bias=student.logit_bias)
-    return contrastive_loss(image, text, logit_scale=scale)
+        return sigmoid_loss(image, text, logit_scale=scale, logit_bias=student.logit_bias, pictures=student.pictures)
+    return contrastive_loss(image, text, logit_scale=scale, pictures=student.pictures)

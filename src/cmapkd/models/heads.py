@@ -65,10 +65,8 @@ class Head(nn.Module):
         self.out = nn.Linear(self.hidden.out_features, dim, bias=False)
 
     def forward(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch dim"]:
-        if self.config.kind == "linear":
-            embedding: Tensor = self.out(self.drop(pooled))
-            return embedding
-        embedding = self.out(self.drop(self.act(self.hidden(pooled))))
+        inner = pooled if self.config.kind == "linear" else self.act(self.hidden(pooled))
+        embedding: Tensor = self.out(self.drop(inner))
         return embedding
 
 

@@ -16,6 +16,7 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.hf_tokenizer import HfTokenizer, load_tokenizer, pad_on_the_right
 from cmapkd.models.hub import hub_options, locate
+from cmapkd.models.open_clip_levels import outputs_of
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
@@ -27,7 +28,7 @@ _SENTENCE_TRANSFORMERS = "1_Pooling/config.json"
 
 
 class TextPartConfig(Config):
-    """A text encoder by name. In a recipe the name alone is enough: `text: hf:sentence-transformers/all-MiniLM-L6-v2`."""
+    """A text encoder by name. In a recipe the name alone is enough: `text: hf:FOLDER`."""
 
     name: str = Field(description="hf:FOLDER or hub id of a text encoder.")
     init: Literal["auto", "scratch"] = Field(
@@ -70,8 +71,6 @@ class TextTower(nn.Module):
         return self.transformer.config
 
     def forward(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
-        from cmapkd.models.open_clip_levels import outputs_of
-
         wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
         with outputs_of(self._blocks, wanted) as values:
             output = self.transformer(input_ids=texts.ids, attention_mask=texts.mask.long())
@@ -113,9 +112,7 @@ def build_text_tower(config: TextPartConfig) -> TextTower:
     native = (
         load_tokenizer(source, fetching, config.name)
         if config.tokenizer is None
-        else load_tokenizer(
-            config.tokenizer, {} if Path(config.tokenizer).is_dir() else hub_options(), config.name
-        )
+        else load_tokenizer(config.tokenizer, {} if Path(config.tokenizer).is_dir() else hub_options(), config.name)
     )
     scratch = config.init == "scratch"
     model: Any = load_part(source, settings, fetching, config.name, "text", scratch=scratch, pooler=False)

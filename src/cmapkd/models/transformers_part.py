@@ -87,7 +87,7 @@ def from_config(config: Any, kind: PartKind, *, pooler: bool) -> nn.Module:
 
 
 def blocks_of(model: Any) -> Sequence[nn.Module]:
-    """The tower's blocks, shallow to deep; none where it does not keep them in one list, as where they share weights."""
+    """The tower's blocks, shallow to deep; none where they are not in one list, as where they share weights."""
     depth = getattr(model.config, "num_hidden_layers", 0)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and depth:

@@ -40,7 +40,9 @@ def plan_cache(
     )
 
 
-def plan_student_cache(config: RunConfig, method: DualEncoderMethod, source: Source, *, whole: bool = False) -> CachePlan:
+def plan_student_cache(
+    config: RunConfig, method: DualEncoderMethod, source: Source, *, whole: bool = False
+) -> CachePlan:
     """What the run asks of the student's towers that do not learn; of a method that can read stored answers."""
     assert config.data.views is not None
     return CachePlan.of_student(
@@ -104,7 +106,9 @@ def _answer_from_cache(
     role: str, config: RunConfig, method: Method, source: Source, console: Console | None
 ) -> Answers:
     plan = plan_cache(config, method, source, role=role)
-    reader = _filled(plan, config, console, "the teacher answers" if role == "teacher" else f"the teacher {role} answers")
+    reader = _filled(
+        plan, config, console, "the teacher answers" if role == "teacher" else f"the teacher {role} answers"
+    )
     method.teachers[role] = plan.cached_teacher(reader, partial(build_model, config.teachers[role]))
     return method.answers(role, reader)
 

@@ -157,6 +157,8 @@ class RunConfig(Config):
             del values["cache"]
         if self.heads is None:  # and likewise for heads, further teachers and synthetic captions
             del values["heads"]
+        if not values["method"]["several_positives"]:
+            del values["method"]["several_positives"]
         if not self.more_teachers:
             del values["more_teachers"]
         for name in ("mix_synthetic", "more", "more_views"):

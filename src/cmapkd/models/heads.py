@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -37,7 +37,7 @@ class HeadConfig(Config):
         return values
 
     @model_validator(mode="after")
-    def _hidden_of_an_mlp(self) -> HeadConfig:
+    def _hidden_of_an_mlp(self) -> Self:
         if self.kind == "linear" and self.hidden is not None:
             raise ValueError("hidden is the width inside an mlp, and this head is linear: set kind: mlp")
         return self

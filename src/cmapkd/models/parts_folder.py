@@ -29,7 +29,9 @@ class Joined(Protocol):
     text: TextTower
     image_head: Head
     text_head: Head
-    learned_bias: Tensor | None
+
+    @property
+    def logit_bias(self) -> Tensor | None: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -97,7 +99,7 @@ def native_config(model: Joined) -> dict[str, Any] | None:
         },
         "custom_text": True,
     }
-    if model.learned_bias is not None:
+    if model.logit_bias is not None:
         config["init_logit_bias"] = 0.0
     size = [image.spec.size, image.spec.size]
     return {"model_cfg": config, "preprocess_cfg": {**image.preprocess, "size": size}}

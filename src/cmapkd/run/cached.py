@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeGuard
 
 from accelerate import PartialState
 from rich.console import Console
@@ -71,6 +72,12 @@ def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> 
     return keys_of_run(length, batch_size=batch_size, seed=seed, steps=steps, views=views, streams=streams, only=only)
 
 
+def reads_stored_student(method: Method) -> TypeGuard[DualEncoderMethod]:
+    """Whether the image tower of the method's student is frozen, and what it answers can be stored and read."""
+    able = isinstance(method, DualEncoderMethod) and method.why_student_live is None
+    return able and "image" in method.student.frozen_towers
+
+
 def student_from_cache(
     config: RunConfig, method: Method, source: Source, console: Console | None
 ) -> dict[str, Answers]:
@@ -81,10 +88,9 @@ def student_from_cache(
         the method needs it whole.
     """
     student = method.student
-    if "image" not in student.frozen_towers or not isinstance(method, DualEncoderMethod):
-        return {}
-    if (reason := method.why_student_live) is not None:
-        if console is not None and PartialState().is_main_process:
+    if not reads_stored_student(method):
+        reason = method.why_student_live if isinstance(method, DualEncoderMethod) else None
+        if reason and "image" in student.frozen_towers and console is not None and PartialState().is_main_process:
             console.print(f"cache: the student's frozen towers answer live: {reason}", highlight=False)
         return {}
     towers = student.frozen_towers

@@ -155,7 +155,8 @@ class TransformersImageTower(ImageTower):
         config = model.config
         self.spec = spec_of_processor(processor.to_dict(), config.image_size)
         self._blocks = blocks_of(model)
-        self.grid = (config.image_size // config.patch_size,) * 2
+        side = int(config.image_size) // int(config.patch_size)
+        self.grid = side, side
         self.levels = tuple(LevelInfo(f"blocks.{n}", config.hidden_size, "tokens") for n in range(len(self._blocks)))
         self.width = self.measure_width()
 

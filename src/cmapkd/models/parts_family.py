@@ -43,7 +43,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     options = PartsOptions.from_mapping(config.options, where=f"options of {config.name}")
     image, text = options.image, options.text
     if config.init == "scratch":
-        image, text = (part.model_copy(update={"init": "scratch"}) for part in (image, text))
+        image, text = image.model_copy(update={"init": "scratch"}), text.model_copy(update={"init": "scratch"})
     return PartsModel(
         build_image_tower(image),
         build_text_tower(text),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -53,17 +54,17 @@ def load_part(
     """
     if scratch:
         return from_config(config, kind, pooler=pooler)
+    found = _class(config, kind)
     try:
-        model, report = _class(config, kind).from_pretrained(
-            source,
-            dtype=torch.float32,
-            weights_only=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **fetching,
-        )
-    except ConfigError:
-        raise
+        with _silence():
+            model, report = found.from_pretrained(
+                source,
+                dtype=torch.float32,
+                weights_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **fetching,
+            )
     except Exception as error:
         raise ValueError(
             f"the weights of {name} could not be loaded ({type(error).__name__}: {first_line(error)}). They must be "
@@ -76,6 +77,19 @@ def load_part(
         problems = [f"{len(names)} {what} ({', '.join(names[:4])})" for what, names in kinds if names]
         raise ValueError(f"the weights of {name} do not fit its config.json: {'; '.join(problems)}.")
     return _bare(model, pooler=pooler)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without transformers' report of what it left out and what it missed, which is judged here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def from_config(config: Any, kind: PartKind, *, pooler: bool) -> nn.Module:
@@ -113,7 +127,12 @@ def _class(config: Any, kind: PartKind) -> Any:
 
 
 def _bare(model: Any, *, pooler: bool) -> nn.Module:
-    """Without the pooler that an encoder for classification ends in, where nothing reads it."""
+    """Without the pooler that an encoder for classification ends in, where nothing reads it.
+
+    Of T5 the encoder's stack alone: around it, transformers names the word table twice.
+    """
+    if hasattr(model, "shared") and hasattr(model, "encoder"):
+        model = model.encoder
     if not pooler and getattr(model, "pooler", None) is not None:
         model.pooler = None
     module: nn.Module = model

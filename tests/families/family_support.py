@@ -69,6 +69,20 @@ def with_transformers_text(folder: Path) -> DualEncoder:
     return open_clip(folder, vision_cfg=TIMM_VIT, text_cfg={**text, "context_length": 12})
 
 
+def parts(folder: Path) -> DualEncoder:
+    """A convolutional image tower and a BERT, joined by two heads."""
+    from transformers import BertConfig, BertModel
+
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=20, max_position_embeddings=40, pad_token_id=0, **none, **SIZES)
+    BertModel(config).save_pretrained(folder)
+    save_word_tokenizer(folder)
+    image = {"name": "timm:test_efficientnet", "image_size": 64}
+    text = {"name": f"hf:{folder}", "context_length": 12}
+    options = {"image": image, "text": text, "image_head": "mlp", "text_head": "mlp", "embed_dim": 16}
+    return build_model(ModelConfig(name="parts:small", options=options))
+
+
 def timm(folder: Path) -> DualEncoder:
     """An image tower with batch norms beside CLIP's text tower."""
     options = {"embed_dim": 16, "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": 12}
@@ -133,6 +147,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "hf CLIP": Family(hf_clip),
     "hf SigLIP": Family(hf_siglip),
+    "parts": Family(parts, breaks_graph="transformers looks at the mask of texts"),
     "joined": Family(joined, breaks_graph="prompts are put among the tokens by hooks of the tower's blocks"),
 }
 

@@ -17,7 +17,8 @@ from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.run import evaluate
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.models import load_model
-from cmapkd.models.joined import JoinedEncoder, make_projector
+from cmapkd.models.heads import make_projector
+from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import class_vectors
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.objectives import kl_divergence

@@ -140,6 +140,7 @@ def test_no_levels_asked_none_computed(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("forward_intermediates must not run")
 
     monkeypatch.setattr(model.model, "forward_intermediates", refuse)
+    monkeypatch.setattr(model.model.visual, "forward_intermediates", refuse)
     model(inputs(model))
     with pytest.raises(AssertionError, match="must not run"):
         model.encode_image(images(model), ["blocks.0"])

@@ -28,11 +28,13 @@ class Fidelity:
         """Compares arrays [batch ...] by field; ranks the batch's images and texts against each other, both ways."""
         self.rows += len(live["image"])
         for name, array in live.items():
-            if not array.is_floating_point():
+            if not array.is_floating_point() or not array.shape[-1]:  # a tower that is not stored
                 continue
             cosines = F.cosine_similarity(array.flatten(1).double(), stored[name].flatten(1).double())
             self._sums[name] = self._sums.get(name, 0.0) + float(cosines.sum())
             self._smallest[name] = min(self._smallest.get(name, 1.0), float(cosines.min()))
+        if live["image"].shape[1] != live["text"].shape[1]:  # pooled features, which no head has joined yet
+            return
         similarities = [
             F.normalize(side["image"], dim=-1) @ F.normalize(side["text"], dim=-1).T for side in (live, stored)
         ]

@@ -81,10 +81,29 @@ class CachePlan:
             detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens
         else:
             detail, needs, key_tokens = "global", LevelRequest(), None
-            if config.folder is not None:
-                config = config.model_copy(update={"folder": config.folder.with_name(f"{config.folder.name}-{role}")})
+            config = beside(config, role)
         needs = replace(needs, towers=BOTH)  # both: any method may read it
         return cls(config, teacher, needs, detail, source, views, keys, precision, key_tokens, texts)
+
+    @classmethod
+    def of_student(
+        cls,
+        config: CacheConfig,
+        student: DualEncoder,
+        *,
+        source: Source,
+        views: ViewSpec,
+        keys: Keys,
+        precision: str,
+        texts: TextChoice,
+    ) -> CachePlan:
+        """Of the pooled features of the student's towers that do not learn, for a run in which only what follows does.
+
+        Where the config names a folder, they have a folder of their own next to it. `cache.kind` is the teacher's.
+        """
+        config = beside(config, "student").model_copy(update={"kind": "global"})
+        towers = FrozenTeacher(student.pooled_towers(student.frozen_towers), role="student")
+        return cls(config, towers, LevelRequest(), "global", source, views, keys, precision, texts=texts)
 
     @property
     def kind(self) -> TeacherDetail:
@@ -300,3 +319,10 @@ class CachePlan:
             check=reader.check,
             role=self.teacher.role,
         )
+
+
+def beside(config: CacheConfig, role: str) -> CacheConfig:
+    """The same for another role: where the config names a folder, one next to it."""
+    if config.folder is None:
+        return config
+    return config.model_copy(update={"folder": config.folder.with_name(f"{config.folder.name}-{role}")})

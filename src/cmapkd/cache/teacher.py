@@ -93,9 +93,10 @@ class CachedTeacher(FrozenTeacher):
     def _answer(self, arrays: dict[str, Tensor], stored: StoredRows, inputs: ModelInput) -> None:
         """Fills in the rows of `arrays` ([batch ...] each) that have no answer, from the live teacher."""
         if self.live is None:
+            answers = "the student answers live" if self.role == "student" else "the teacher is loaded to answer"
             warnings.warn(
                 f"the cache {self.cache.path} lacks {len(stored.missing)} samples of a batch (not foreseen, or not "
-                "readable when it was built): the teacher is loaded to answer for such samples",
+                f"readable when it was built): {answers} for such samples",
                 CacheWarning,
                 stacklevel=4,
             )

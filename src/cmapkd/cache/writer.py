@@ -6,17 +6,19 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, spans_of
 from cmapkd.cache.fidelity import Fidelity
 from cmapkd.cache.files import CacheError, digest_of_rows, explained, leftovers, new_file, write_json
+from cmapkd.cache.known import KnownPictures
 from cmapkd.cache.parts import CacheFolder, CachePart, Keys
 from cmapkd.data.batches import Reader
 from cmapkd.data.texts import TextChoice
@@ -112,7 +114,8 @@ def build(
     built = BuildResult()
     device = teacher.model.device
     loader = load_chunks(chunks, spans, workers=workers, pin_memory=device.type == "cuda", timeout=timeout)
-    answer = _RowMaker(cache, teacher, device, precision)
+    known = KnownPictures(cache.layout) if views.shows_all and cache.layout.key_tokens is None else None
+    answer = _RowMaker(cache, teacher, device, precision, known)
     with ExitStack() as stack:
         shard: _Shard | None = None
         for chunk in loader:
@@ -124,7 +127,8 @@ def build(
             part = assigned[span.part].part
             if shard is None:
                 shard = stack.enter_context(_Shard(part, span.shard))
-            shard.write(answer(chunk, shard.fidelity), num_bad=len(chunk.bad))
+            samples = part.keys(span.first, span.last) % len(source)
+            shard.write(answer(chunk, samples, shard.fidelity), num_bad=len(chunk.bad))
             built.rows += span.last - span.first
             if span.last == part.extent(span.shard)[1]:
                 stack.close()  # renames the data into place
@@ -138,8 +142,16 @@ def build(
 class _RowMaker:
     """A chunk to rows as they are stored."""
 
-    def __init__(self, cache: CacheFolder, teacher: FrozenTeacher, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        cache: CacheFolder,
+        teacher: FrozenTeacher,
+        device: torch.device,
+        precision: str,
+        known: KnownPictures | None,
+    ) -> None:
         self.layout, self.teacher, self.device, self.precision = cache.layout, teacher, device, precision
+        self.known = known
         levels = [level for level in cache.layout.fields if level.level is not None]
         image, text = (
             tuple(dict.fromkeys(str(level.level) for level in levels if level.tower == tower)) for tower in BOTH
@@ -147,11 +159,11 @@ class _RowMaker:
         self.needs = LevelRequest(image, text)
 
     @torch.no_grad()
-    def __call__(self, chunk: Chunk, fidelity: Fidelity) -> Any:
+    def __call__(self, chunk: Chunk, samples: NDArray[np.int64], fidelity: Fidelity) -> Any:
         if chunk.inputs is None:
             return self.layout.rows({}, chunk.checks)
         inputs = chunk.inputs.to(self.device, non_blocking=True)
-        live = self.layout.arrays(live_features(self.teacher, inputs, self.needs, self.precision), inputs.texts)
+        live = self._live(inputs, samples[chunk.checks != 0].tolist())
         encoded = self.layout.encode(live)
         stored = self.layout.decode(encoded)
         self._check(live, stored, chunk.ids)
@@ -160,6 +172,21 @@ class _RowMaker:
         rows = np.zeros(len(chunk.checks), self.layout.dtype)
         rows[chunk.checks != 0] = good
         return rows
+
+    def _live(self, inputs: ModelInput, samples: list[int]) -> dict[str, Tensor]:
+        """The answers by field, [batch ...]; pictures that were answered in another view are not encoded again."""
+        found = None if self.known is None else self.known.find(samples, self.device)
+        if found is not None:
+            needs = replace(self.needs, image_levels=(), towers=("text",))
+            of_texts = replace(self.layout, fields=tuple(f for f in self.layout.fields if f.tower != "image"))
+            return {
+                **found,
+                **of_texts.arrays(live_features(self.teacher, inputs, needs, self.precision), inputs.texts),
+            }
+        live = self.layout.arrays(live_features(self.teacher, inputs, self.needs, self.precision), inputs.texts)
+        if self.known is not None:
+            self.known.keep(samples, live)
+        return live
 
     def _check(self, live: dict[str, Tensor], stored: dict[str, Tensor], ids: tuple[str, ...]) -> None:
         """Refuses answers that are not finite, in arrays [batch ...] by field.

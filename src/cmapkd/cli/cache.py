@@ -47,22 +47,27 @@ def build(
 
     from cmapkd.cache.progress import BuildDisplay
     from cmapkd.run import build_student, classes_of, load_teachers, method_of, open_training, plan_cache, texts_of
+    from cmapkd.run.build import check_training
+    from cmapkd.run.cached import plan_student_cache, reads_stored_student
 
-    if config.teacher is None:
-        raise ConfigError("there is no teacher in this recipe to cache the answers of")
     source = open_training(config)
     teachers = load_teachers(config)
     student = build_student(config, source, teachers)
     method = method_of(config, student, teachers, classes=classes_of(config, source))
-    roles = [role for role in config.teachers if role in method.teachers]
-    if not roles:
-        raise CacheError(f"method {config.method.name} asks no teacher of the recipe")
+    check_training(config, method, source)  # freezes what does not learn
     texts_of(config, method, source)
+    plans = [plan_cache(config, method, source, whole=whole, role=r) for r in config.teachers if r in method.teachers]
+    if reads_stored_student(method):
+        plans.append(plan_student_cache(config, method, source, whole=whole))
+    if not plans:
+        raise CacheError(
+            f"method {config.method.name} asks no teacher of the recipe, and the student has no frozen image tower "
+            "whose answers could be stored"
+        )
     console = Console()
     cuda = torch.cuda.is_available() and not config.training.on_cpu
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
-    for role in roles:
-        plan = plan_cache(config, method, source, whole=whole, role=role)
+    for plan in plans:
         size = f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {in_bytes(plan.bytes_missing())} missing"
         console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
         built = plan.build(

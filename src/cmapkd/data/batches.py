@@ -23,6 +23,8 @@ from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source,
 from cmapkd.data.views import CropBox, View, ViewSpec, check_more_views, draw_more_view, draw_view
 from cmapkd.data.workers import ReadAhead
 
+_TEXTS_KEPT = 100_000  # samples
+_NO_PICTURE = Image.new("RGB", (1, 1))
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
 
 
@@ -126,9 +128,10 @@ class BatchBuilder(Dataset[Batch]):
     A sample that cannot be read is replaced by another that is not in the batch (chosen by the step and the bad one, so
     the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
 
-    A role with `stored` answers gets these, and images only of the samples that they lack. What `extras` make of the
-    samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of each sample. Up to `memory`
-    MiB of decoded samples are kept for later epochs.
+    A role with `stored` answers gets these, and images only of the samples that they lack. Where every role has them
+    and nothing else reads the pictures, pictures are not even decoded, of sources that know ids without reading (`id`).
+    What `extras` make of the samples is in `Batch.extra`, by their names. `texts` says which texts a batch brings of
+    each sample. Up to `memory` MiB of decoded samples are kept for later epochs.
 
     Args:
         more_views: by name, how many further views a method reads of each sample. A role with stored answers gets none
@@ -162,6 +165,9 @@ class BatchBuilder(Dataset[Batch]):
         self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
         check_more_views(self.more_views, self.view_specs)
         self._live = [role for role in readers if role not in self.stored]
+        self._texts_read: dict[int, Sample] = {}
+        plain = self.texts.plain and not self.extras and not self.more_views
+        self._may_be_unseen = plain and not self._live and bool(self.stored) and hasattr(source, "id")
         self._streams = streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
 
     @property
@@ -216,10 +222,10 @@ class BatchBuilder(Dataset[Batch]):
             BadSampleError: it cannot be used.
         """
         number = self.views.view_number(epoch)
-        sample = self.samples[index]
+        lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
+        sample = self.samples[index] if lacking or not self._may_be_unseen else self._unseen(index)
         view = draw_view(sample.id, number, self.views, sample.image.size)
         texts = self.texts.choose(sample, view, number)
-        lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
         images = self._read(sample.image, view, [*self._live, *lacking])
         further = {
             name: [
@@ -247,6 +253,20 @@ class BatchBuilder(Dataset[Batch]):
                     made.more_pixels[name][role].append(image)
         for name, item in items.items():
             made.extras[name].append(item)
+
+    def _unseen(self, index: int) -> Sample:
+        """A sample without its picture, which nobody looks at where every answer is stored.
+
+        What a view draws besides the crop does not depend on the picture's size, so its caption is the same. Texts of
+        the first samples are kept for later epochs: reading them costs more than reading the answers.
+        """
+        known = self._texts_read.get(index)
+        if known is None:
+            source: Any = self.source
+            known = Sample(source.id(index), _NO_PICTURE, source.captions(index))
+            if len(self._texts_read) < _TEXTS_KEPT:
+                self._texts_read[index] = known
+        return known
 
     def _answers(self, made: _Rows) -> dict[str, StoredRows]:
         answered = [joined(texts) for texts in made.texts]

@@ -59,6 +59,11 @@ class ViewSpec(Config):
         """Which view a sample shows in `epoch`."""
         return epoch if self.num_views is None else epoch % self.num_views
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether every view of a sample shows its picture as it is, so that views differ in their captions alone."""
+        return self.crop_scale == (1.0, 1.0) and not self.flip and not self.jitter
+
     def fingerprint(self) -> str:
         """What a view's random numbers depend on besides id and number: the ranges they are used for."""
         return f"{self.crop_scale}{self.crop_ratio}{self.flip}{self.jitter}"

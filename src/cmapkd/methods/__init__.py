@@ -69,6 +69,10 @@ def build_method(
         options["more_teachers"] = more_teachers
     method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None, **options)
     method.auxiliary = auxiliary(method.student) if auxiliary is not None else None
+    if config.several_positives:
+        if not isinstance(method, DualEncoderMethod):
+            raise ConfigError(f"method {config.name} compares no pictures with texts: leave several_positives out")
+        method.several_positives = True
     if config.term_weighting is not None:
         method.weigh_terms(config.term_weighting)
     return method

@@ -32,6 +32,11 @@ class MethodConfig(Config):
         None, description="A weighting of the method's terms, on top of their weights; none: these alone."
     )
 
+    several_positives: bool = Field(
+        False,
+        description="Captions of one picture in a batch are no negatives of each other, in every contrastive loss.",
+    )
+
     @property
     def reads_classes(self) -> bool:
         """Whether the method, with these settings, needs the classes of the training source: names and prompts."""

@@ -203,6 +203,12 @@ class ClipKD(DualEncoderMethod):
         return tuple(self.weights)
 
     @property
+    def why_student_live(self) -> str | None:
+        if "masked_feature" in self.weights:
+            return "its masked pictures are encoded anew in every step"
+        return super().why_student_live
+
+    @property
     def student_needs(self) -> LevelRequest:
         return self.hints.needs("student") if self.hints is not None and self._wants("hints") else LevelRequest()
 
@@ -258,7 +264,9 @@ class ClipKD(DualEncoderMethod):
         if self.interactive_scale is not None:
             scale = factor(self.interactive_scale, self.config.interactive_scale)
             if self._wants("interactive"):
-                values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=scale)
+                values["interactive"] = interactive_loss(
+                    *of_student, *of_teacher, logit_scale=scale, pictures=student.pictures
+                )
             if self._wants("cross"):
                 values["cross"] = interactive_divergence(
                     *of_student, *of_teacher, student_scale=scale, teacher_scale=teacher.logit_scale
@@ -266,7 +274,7 @@ class ClipKD(DualEncoderMethod):
         if self.fusion is not None and self.fusion_scale is not None and self._wants("augmented"):
             fused = self.fusion(projected, teacher)
             scale = factor(self.fusion_scale, self.config.interactive_scale)
-            values["augmented"] = contrastive_loss(*fused, logit_scale=scale)
+            values["augmented"] = contrastive_loss(*fused, logit_scale=scale, pictures=student.pictures)
         if self.bank is not None and self._wants("bank"):
             values["bank"] = self._against_bank(self.bank, batch, of_student, of_teacher, teacher.logit_scale)
         return values

@@ -157,7 +157,7 @@ class ClipRD(DualEncoderMethod):
         if self.cross_scale is not None:
             scale = factor(self.cross_scale, self.config.scale)
             if self._wants("interactive"):
-                values["interactive"] = interactive_loss(*all_four, logit_scale=scale)
+                values["interactive"] = interactive_loss(*all_four, logit_scale=scale, pictures=student.pictures)
             if self._wants("xrd"):
                 values["xrd"] = crosswise_divergence(*all_four, logit_scale=scale)
         if self.image_scale is not None and self.text_scale is not None:
@@ -166,8 +166,8 @@ class ClipRD(DualEncoderMethod):
                 values["vrd"] = vertical_divergence(*all_four, image_scale=of_image, text_scale=of_text)
             if self._wants("vrd_contrastive"):
                 values["vrd_contrastive"] = contrastive_loss(
-                    image, teacher_image.detach(), logit_scale=of_image
-                ) + contrastive_loss(text, teacher_text.detach(), logit_scale=of_text)
+                    image, teacher_image.detach(), logit_scale=of_image, pictures=student.pictures
+                ) + contrastive_loss(text, teacher_text.detach(), logit_scale=of_text, pictures=student.pictures)
         return values
 
     def _wants(self, name: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -10,6 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
+from cmapkd.data.batches import Extra
+from cmapkd.data.pictures import PictureReader
 from cmapkd.data.types import Batch
 from cmapkd.features import KeyTokens, gather_features, gather_rows
 from cmapkd.methods.base import Method
@@ -22,7 +26,7 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
-from cmapkd.models import Features, LevelRequest, TowerFeatures
+from cmapkd.models import Features, LevelRequest, MomentumTeacher, Teacher, TowerFeatures
 from cmapkd.models.reach import example_output, last_matrix_behind
 from cmapkd.models.types import Tower
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
@@ -34,6 +38,12 @@ levels place by place. Each can be had from those after it."""
 LABELS = "labels"
 """Under which a batch brings its samples' labels, see `data.labels.LabelReader`."""
 
+PICTURES = "pictures"
+"""Under which a batch brings a number for each picture, see `data.pictures.PictureReader`."""
+
+STUDENT = "student"
+"""The role of the student in a batch."""
+
 _TOWERS: tuple[Tower, Tower] = ("image", "text")
 Rows = TypeVar("Rows")
 
@@ -41,6 +51,12 @@ Rows = TypeVar("Rows")
 class DualEncoderMethod(Method):
     """A method whose student and teachers are `DualEncoder`s."""
 
+    several_positives: bool = False
+    """Whether captions of one picture in a batch are no negatives of each other."""
+    frozen_towers: Teacher | None = None
+    """Answers for the student's towers that do not learn, from a cache, in batches that bring stored rows of them."""
+    stored_towers: tuple[Tower, ...] = ()
+    """Which towers these are."""
     _last_shared_layers: tuple[LevelRequest, tuple[str, ...]] | None = (
         None  # names, and the needs that they were found for
     )
@@ -74,7 +90,8 @@ class DualEncoderMethod(Method):
     def encode_student(self, batch: Batch) -> Features:
         """The student's features; embeddings are those of the whole batch, over all processes."""
         parts = micro_batches(batch, self.micro_batch)
-        return gather_features(join_features(encode_checkpointed(self._encode_student, parts, model=self)))
+        student = gather_features(join_features(encode_checkpointed(self._encode_student, parts, model=self)))
+        return replace(student, pictures=self._pictures(batch))
 
     def encode_teacher(self, batch: Batch) -> Features:
         """The teacher's features, likewise, without gradient."""
@@ -130,6 +147,7 @@ class DualEncoderMethod(Method):
 
         encoded = encode_checkpointed(encode, parts, model=self)
         student = gather_features(join_features([features for features, _, _ in encoded]))
+        student = replace(student, pictures=self._pictures(batch))
         teacher = gather_features(join_features([features for _, features, _ in encoded]))
         rows = join_rows([rows for _, _, rows in encoded])
         return student, teacher, map_rows(gather_rows, rows)
@@ -145,6 +163,21 @@ class DualEncoderMethod(Method):
             self._last_shared_layers = needs, tuple(last_matrix_behind(self.student, output) for output in read)
         parameters = dict(self.student.named_parameters())
         return {name: parameters[name] for name in self._last_shared_layers[1]}
+
+    def train_only(self, parts: Sequence[str]) -> None:
+        """Also refuses to freeze a tower whose inner levels the terms compare: such a term would train nothing."""
+        super().train_only(parts)
+        known, learning = self.student.parts, {name for name, p in self.student.named_parameters() if p.requires_grad}
+        needs = self.student_needs
+        for tower, levels in (("image", needs.image_levels), ("text", needs.text_levels)):
+            others = ("projections", "scale", *(other for other in _TOWERS if other != tower))
+            inside = frozenset().union(*(names for part, names in known.items() if part not in others))
+            if levels and not inside & learning:
+                raise ConfigError(
+                    f"training.train_parts freezes the {tower} tower of {self.student.name}, but this method, as it is "
+                    f"set, compares its levels {', '.join(levels)}, which only a tower that learns can change: add "
+                    f"{tower} to train_parts, or give these levels a weight of zero"
+                )
 
     def let_all_learn(self) -> None:
         super().let_all_learn()
@@ -164,7 +197,34 @@ class DualEncoderMethod(Method):
         """Whether a micro-batch's teacher levels wait for the backward pass: asking again costs more than keeping."""
         return self.device.type != "cpu" and self.teacher is not None and not self.teacher.from_disk
 
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        return {**super().extras, **({PICTURES: PictureReader()} if self.several_positives else {})}
+
+    def _pictures(self, batch: Batch) -> Int[Tensor, " batch"] | None:
+        """A number for each picture of all processes' samples; None where pairs with one picture are negatives."""
+        pictures: Tensor | None = batch.extra.get(PICTURES)
+        return None if pictures is None else gather_rows(pictures.to(self.device, non_blocking=True))
+
+    @property
+    def why_student_live(self) -> str | None:
+        """Why stored answers of the student's frozen towers are of no use to this method; None: it can read them."""
+        if type(self)._encode_student is not DualEncoderMethod._encode_student or self.not_cached is not None:
+            return f"{type(self).__name__} encodes the student in a way of its own"
+        if self.more_views:
+            return "further views are encoded anew in every epoch"
+        if self.auxiliary is not None:
+            return "heads that learn with the student read its pictures"
+        if any(isinstance(teacher, MomentumTeacher) for teacher in self.teachers.values()):
+            return "a momentum teacher reads the student's pictures"
+        return None
+
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
+        if self.frozen_towers is not None and STUDENT in part.stored:
+            inputs = part.inputs[STUDENT].to(self.device, True) if STUDENT in part.inputs else None
+            stored = self.frozen_towers(part.only(STUDENT).to(self.device, non_blocking=True))
+            joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, self.student_needs)
+            return joined
         features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
         return features
 
@@ -184,5 +244,5 @@ def task_loss(student: Features) -> Float[Tensor, ""]:
     """The loss the student would be trained with alone: SigLIP's where it has a logit bias, else CLIP's."""
     image, text, scale = student.image.embedding, student.text.embedding, student.logit_scale
     if student.logit_bias is not None:
-        return sigmoid_loss(image, text, logit_scale=scale, logit_bias=student.logit_bias)
-    return contrastive_loss(image, text, logit_scale=scale)
+        return sigmoid_loss(image, text, logit_scale=scale, logit_bias=student.logit_bias, pictures=student.pictures)
+    return contrastive_loss(image, text, logit_scale=scale, pictures=student.pictures)

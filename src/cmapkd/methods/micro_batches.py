@@ -52,10 +52,17 @@ def encode_checkpointed(
         def run(_ids: Tensor, part: Batch = part, number: int = number) -> Encoded:
             return encode(part, number)
 
-        ids = part.inputs["student"].texts.ids  # an argument by its device: that one's random state is restored
+        ids = _an_input(part)  # an argument by its device: that one's random state is restored
         twice = partial(_contexts, model)
         encoded.append(checkpoint(run, ids, use_reentrant=False, context_fn=twice))
     return encoded
+
+
+def _an_input(part: Batch) -> Tensor:
+    """A tensor of the student's inputs, or of what is stored in their place."""
+    if "student" in part.inputs:
+        return part.inputs["student"].texts.ids
+    return next(iter(part.stored["student"].arrays.values()))
 
 
 def join_features(parts: Sequence[Features]) -> Features:

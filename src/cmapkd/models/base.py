@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -154,6 +154,33 @@ class DualEncoder(Model):
             ValueError: this model's towers have one size.
         """
         raise ValueError(f"{self.name} cannot have towers of other sizes")
+
+    @property
+    def frozen_towers(self) -> tuple[Tower, ...]:
+        """Towers in which nothing learns, of a model that can go on from their pooled features; of others none."""
+        return ()
+
+    def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:  # noqa: ARG002  for those that have some
+        """Some of `frozen_towers`, without what follows them: its embeddings are their pooled features.
+
+        Raises:
+            ValueError: this model cannot go on from such features.
+        """
+        raise ValueError(f"{self.name} has no towers that can be taken apart from its heads")
+
+    def from_pooled(
+        self,
+        stored: Features,  # noqa: ARG002
+        towers: Collection[Tower],  # noqa: ARG002
+        inputs: ModelInput | None,  # noqa: ARG002
+        needs: LevelRequest,  # noqa: ARG002
+    ) -> Features:
+        """The model's features from what `pooled_towers(towers)` answered; the other towers are asked now.
+
+        Args:
+            inputs: of the batch; None where both towers have answered.
+        """
+        raise ValueError(f"{self.name} has no towers that can be taken apart from its heads")
 
     @abstractmethod
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from cmapkd.config import Config, ConfigError, install_advice
+from cmapkd.config import Config, ConfigError
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.config import ModelConfig
 from cmapkd.models.errors import first_line
 from cmapkd.models.families import Loader
 from cmapkd.models.hf_model import HfModel
-from cmapkd.models.hf_tokenizer import HfTokenizer, as_siglip_was_trained, check_end_token, pad_on_the_right
-from cmapkd.models.hub import hub_options
+from cmapkd.models.hf_tokenizer import (
+    HfTokenizer,
+    as_siglip_was_trained,
+    check_end_token,
+    load_tokenizer,
+    pad_on_the_right,
+)
+from cmapkd.models.hub import hub_options, locate
 from cmapkd.models.storage import check_sizes
 from cmapkd.models.types import BOTH
 
@@ -39,14 +45,8 @@ class HfOptions(Config):
 def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:  # noqa: ARG001
     """The model with its weights, or with `init: scratch` its architecture with random ones."""
     options = HfOptions.from_mapping(config.options, where=f"options of {config.name}")
-    source = str(Path(rest).expanduser()) if rest.startswith("~") else rest
+    source, fetching = locate(rest, where=config.name, revision=options.revision)
     local = Path(source).is_dir()
-    if not local and (rest.startswith((".", "/", "~")) or rest.count("/") > 1):
-        raise ConfigError(f"{config.name}: there is no folder {source}")
-    revision = {} if local or options.revision is None else {"revision": options.revision}
-    fetching = revision if local else {**revision, **hub_options()}
-    if local and options.revision is not None:
-        raise ConfigError(f"{config.name} is a local folder: option revision is for hub repositories only")
     model_config = _config(source, local, fetching, config.name)
     if config.init == "scratch":
         model = _scratch(model_config)
@@ -160,9 +160,9 @@ def _assemble(
             f"{name} pools the last position, so every text must be padded to {longest} tokens, not {length}"
         )
     if options.tokenizer is None:
-        native = _tokenizer(source, fetching, name)
+        native = load_tokenizer(source, fetching, name)
     else:
-        native = _tokenizer(options.tokenizer, {} if Path(options.tokenizer).is_dir() else hub_options(), name)
+        native = load_tokenizer(options.tokenizer, {} if Path(options.tokenizer).is_dir() else hub_options(), name)
     if len(native) > config.text_config.vocab_size:
         raise ConfigError(
             f"the tokenizer of {name} has {len(native)} tokens, but the model embeds {config.text_config.vocab_size}: "
@@ -180,22 +180,6 @@ def _assemble(
     assembled = HfModel(model, tokenizer=tokenizer, processor=processor, name=name)
     assembled.random_towers = BOTH if scratch else ()
     return assembled
-
-
-def _tokenizer(source: str, fetching: dict[str, Any], name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetching)
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise ValueError("it knows no words")  # what transformers 5 makes up where there are no files
-        return tokenizer
-    except Exception as error:
-        raise ValueError(
-            f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). "
-            "Copy tokenizer.json and tokenizer_config.json there, or name another place with the option `tokenizer`. A "
-            "tokenizer that is only a sentencepiece model needs the extra siglip: " + install_advice("siglip")
-        ) from None
 
 
 def _processor(source: str, fetching: dict[str, Any], config: Any, name: str, *, scratch: bool) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
+from cmapkd.models.errors import first_line
 from cmapkd.models.spans import moved_spans
 from cmapkd.models.types import text_list
 
@@ -41,6 +42,27 @@ class HfTokenizer:
         if spans is not None and self._clean is not None:
             spans = moved_spans(spans.tolist(), texts, cleaned, canonical=True)
         return TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), spans)
+
+
+def load_tokenizer(source: str, fetching: dict[str, Any], name: str) -> Any:
+    """The transformers tokenizer of a folder or hub id.
+
+    Raises:
+        ValueError: there is none at `source`, or one that knows no words.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetching)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ValueError("it knows no words")  # what transformers 5 makes up where there are no files
+        return tokenizer
+    except Exception as error:
+        raise ValueError(
+            f"there is no usable tokenizer for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). "
+            "Copy tokenizer.json and tokenizer_config.json there, or name another place with the option `tokenizer`. A "
+            "tokenizer that is only a sentencepiece model needs the extra siglip: " + install_advice("siglip")
+        ) from None
 
 
 def canonicalizer() -> Callable[[str], str]:

@@ -7,12 +7,32 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cmapkd.config import ConfigError
+
 PATIENCE = 0.9  # seconds to connect, and again to answer
 
 
 def hub_options() -> dict[str, Any]:
     """Options of transformers' `from_pretrained`: only what is on this machine, where the hub cannot be reached."""
     return {} if hub_answers() else {"local_files_only": True}
+
+
+def locate(rest: str, *, where: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id that stands behind `hf:`, and the options with which `from_pretrained` fetches it.
+
+    Args:
+        where: the whole name, for messages.
+        revision: commit or branch of a hub repository.
+    Raises:
+        ConfigError: it looks like a folder and there is none; or a revision of a folder is asked for.
+    """
+    source = str(Path(rest).expanduser()) if rest.startswith("~") else rest
+    local = Path(source).is_dir()
+    if not local and (rest.startswith((".", "/", "~")) or rest.count("/") > 1):
+        raise ConfigError(f"{where}: there is no folder {source}")
+    if local and revision is not None:
+        raise ConfigError(f"{where} is a local folder: option revision is for hub repositories only")
+    return source, {} if local else {**({} if revision is None else {"revision": revision}), **hub_options()}
 
 
 def hub_answers() -> bool:

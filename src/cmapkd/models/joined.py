@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.families import Loader
+from cmapkd.models.heads import ProjectorKind, make_projector
 from cmapkd.models.parts import joined_parts, split_by_name, within
 from cmapkd.models.prompts import DeepPrompts
 from cmapkd.models.reach import example_output, parameters_behind
@@ -21,17 +22,7 @@ from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_mod
 from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import TowerFeatures
 
-ProjectorKind = Literal["none", "linear", "two_layer"]
 _MODELS = ("image.", "text.")  # parts that are saved as models of their own
-
-
-def make_projector(kind: ProjectorKind, width: int, to: int) -> nn.Module:
-    """What takes image embeddings into another space; `two_layer` normalises over the batch, as PromptKD's does."""
-    if kind == "none":
-        return nn.Identity()
-    if kind == "linear":
-        return nn.Linear(width, to)
-    return nn.Sequential(nn.Linear(width, to), nn.BatchNorm1d(to), nn.ReLU(), nn.Linear(to, to))
 
 
 class JoinedEncoder(DualEncoder):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmapkd.models.types import Level, LevelInfo
+from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
 _STEMS = ("act1", "bn1", "conv_stem", "features.norm0")  # what timm calls the output before the first stage
 
@@ -38,6 +39,56 @@ def _timm_levels(trunk: Any) -> dict[LevelInfo, int]:
         return {LevelInfo(f"blocks.{n}", e["num_chs"], layout): n for n, e in enumerate(listed)}  # type: ignore[arg-type]
     stem = int(listed[0]["module"].startswith("stem") or listed[0]["module"] in _STEMS)
     return {LevelInfo(f"stages.{n - stem}", e["num_chs"], "map"): n for n, e in enumerate(listed) if n >= stem}
+
+
+def visual_features(
+    visual: Any,
+    images: Float[Tensor, "batch 3 height width"],
+    levels: Sequence[str],
+    indices: Mapping[LevelInfo, int],
+    *,
+    name: str,
+) -> TowerFeatures:
+    """What an image tower returns, and the named levels.
+
+    Args:
+        indices: of each level, as `image_levels` gives them. levels: at least one of them.
+    """
+    asked = [info for info in indices if info.name in levels]
+    tokens = asked[0].layout == "tokens"
+    # The last one is always taken: open_clip 3.3's ModifiedResNet stops at the last index asked for, then pools.
+    wanted = sorted({indices[info] for info in asked} | {max(indices.values())})
+    output = visual.forward_intermediates(
+        images, indices=wanted, output_fmt="NLC" if tokens else "NCHW", output_extra_tokens=tokens
+    )
+    values = dict(zip(wanted, output["image_intermediates"], strict=True))
+    prefixes = dict(zip(wanted, output.get("image_intermediates_prefix", ()), strict=False))
+    kept: dict[str, Level] = {}
+    for level in levels:
+        index = next(indices[info] for info in asked if info.name == level)
+        if tokens:
+            kept[level] = with_prefix(values[index], prefixes.get(index), _grid(visual, images), name)
+        else:
+            kept[level] = Level(values[index], "map", grid=tuple(values[index].shape[-2:]))
+    return TowerFeatures(output["image_features"], kept)
+
+
+def visual_blocks(visual: Any, levels: Sequence[LevelInfo]) -> tuple[nn.Module, ...]:
+    """The blocks of an image tower that is a plain ViT, see `DualEncoder.image_blocks`; none of any other."""
+    if any(level.layout != "tokens" for level in levels) or not levels:
+        return ()
+    if not hasattr(visual, "trunk"):
+        return tuple(visual.transformer.resblocks) if visual.transformer.batch_first else ()
+    positions_inside = any(getattr(visual.trunk, name, None) is not None for name in ("rope", "rel_pos_bias"))
+    return () if positions_inside else tuple(visual.trunk.blocks)
+
+
+def _grid(visual: Any, images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    if hasattr(visual, "trunk"):
+        rows, columns = visual.trunk.patch_embed.dynamic_feat_size((height, width))
+        return int(rows), int(columns)
+    return height // visual.patch_size[0], width // visual.patch_size[1]
 
 
 def with_prefix(patches: Tensor, prefix: Tensor | None, grid: tuple[int, int], name: str) -> Level:

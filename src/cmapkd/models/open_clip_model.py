@@ -20,7 +20,8 @@ from cmapkd.models.open_clip_levels import (
     projections,
     text_blocks,
     text_width,
-    with_prefix,
+    visual_blocks,
+    visual_features,
 )
 from cmapkd.models.open_clip_pruning import prunable_towers, resize
 from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer
@@ -97,13 +98,7 @@ class OpenClipModel(DualEncoder):
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
-        visual = self.model.visual
-        if any(level.layout != "tokens" for level in self.image_levels) or not self.image_levels:
-            return ()
-        if not hasattr(visual, "trunk"):
-            return tuple(visual.transformer.resblocks) if visual.transformer.batch_first else ()
-        positions_inside = any(getattr(visual.trunk, name, None) is not None for name in ("rope", "rel_pos_bias"))
-        return () if positions_inside else tuple(visual.trunk.blocks)
+        return visual_blocks(self.model.visual, self.image_levels)
 
     @property
     def prunable(self) -> Mapping[Tower, PrunableTower]:
@@ -126,27 +121,7 @@ class OpenClipModel(DualEncoder):
         self.check_levels("image", levels)
         if not levels:
             return TowerFeatures(self.model.encode_image(images))
-        asked = [info for info in self.image_levels if info.name in levels]
-        tokens = asked[0].layout == "tokens"
-        # The last one is always taken: open_clip 3.3's ModifiedResNet stops at the last index asked for, then pools.
-        wanted = sorted({self._indices[info] for info in asked} | {max(self._indices.values())})
-        output = self.model.forward_intermediates(
-            image=images,
-            image_indices=wanted,
-            normalize=False,
-            image_output_fmt="NLC" if tokens else "NCHW",
-            image_output_extra_tokens=tokens,
-        )
-        values = dict(zip(wanted, output["image_intermediates"], strict=True))
-        prefixes = dict(zip(wanted, output.get("image_intermediates_prefix", ()), strict=False))
-        kept: dict[str, Level] = {}
-        for name in levels:
-            index = next(self._indices[info] for info in asked if info.name == name)
-            if tokens:
-                kept[name] = with_prefix(values[index], prefixes.get(index), self._grid(images), self.name)
-            else:
-                kept[name] = Level(values[index], "map", grid=tuple(values[index].shape[-2:]))
-        return TowerFeatures(output["image_features"], kept)
+        return visual_features(self.model.visual, images, levels, self._indices, name=self.name)
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)
@@ -164,14 +139,6 @@ class OpenClipModel(DualEncoder):
         return TowerFeatures(
             embedding, {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()}
         )
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        height, width = images.shape[-2:]
-        visual = self.model.visual
-        if hasattr(visual, "trunk"):
-            rows, columns = visual.trunk.patch_embed.dynamic_feat_size((height, width))
-            return int(rows), int(columns)
-        return height // visual.patch_size[0], width // visual.patch_size[1]
 
     def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
         weights = read_weights(path, averaged=averaged)

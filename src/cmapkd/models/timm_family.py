@@ -58,7 +58,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     options = TimmOptions.from_mapping(config.options, where=f"options of {config.name}")
     if weights not in ("", "pretrained"):
         raise ConfigError(f"{config.name}: after the timm model's name only /pretrained may stand, not {weights!r}")
-    own = _known(name)
+    own = timm_entry(name)
     pretrained = weights == "pretrained" and config.init == "auto"
     if weights and not own.has_weights:
         raise ConfigError(f"timm has no pretrained weights for {name!r}: leave out /pretrained")
@@ -83,12 +83,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     }
     if options.init_logit_bias is not None:
         model_config["init_logit_bias"] = options.init_logit_bias
-    preprocess = {
-        "mean": list(own.mean),
-        "std": list(own.std),
-        "interpolation": "bilinear" if own.interpolation == "bilinear" else "bicubic",
-        "resize_mode": "shortest",
-    }
+    preprocess = preprocess_of(own)
     model: Any = construct(model_config, preprocess, where=config.name)
     if _head_widens(model.visual.trunk):
         if options.timm_proj is not None:
@@ -99,7 +94,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
         model_config["vision_cfg"].update(timm_proj="", timm_pool=options.timm_pool or "avg")
         model = construct(model_config, preprocess, where=config.name)
     if pretrained:
-        model = _with_timm_weights(model_config, preprocess, config.name, own)
+        model = with_timm_weights(model_config, preprocess, config.name, own)
     fit_image_size(model, where=config.name)
     assembled = OpenClipModel(
         model,
@@ -118,7 +113,7 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualE
     return open_clip_family.load(folder, description, load_model)
 
 
-def _known(name: str) -> Any:
+def timm_entry(name: str) -> Any:
     """timm's own entry for a model (and tag, after a dot)."""
     import timm
 
@@ -137,6 +132,16 @@ def _known(name: str) -> Any:
         ) from None
 
 
+def preprocess_of(own: Any) -> dict[str, Any]:
+    """The preprocessing of timm's own entry, in open_clip's words."""
+    return {
+        "mean": list(own.mean),
+        "std": list(own.std),
+        "interpolation": "bilinear" if own.interpolation == "bilinear" else "bicubic",
+        "resize_mode": "shortest",
+    }
+
+
 def _head_widens(trunk: Any) -> bool:
     """MobileNetV3 and its kin widen the pooled features before the classifier, which open_clip 3.3 does not expect.
 
@@ -145,7 +150,7 @@ def _head_widens(trunk: Any) -> bool:
     return bool(getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features)
 
 
-def _with_timm_weights(model_config: dict[str, Any], preprocess: dict[str, Any], where: str, own: Any) -> Any:
+def with_timm_weights(model_config: dict[str, Any], preprocess: dict[str, Any], where: str, own: Any) -> Any:
     """The same model, built with timm's weights in its image tower (timm prefers safetensors and never unpickles).
 
     Raises:

@@ -76,7 +76,8 @@ class TowerFeatures:
 class Features:
     """Both towers of one model on one batch, with its logit scale (already exponentiated) and bias (SigLIP).
 
-    `more_texts` has the embeddings of the further texts that the batch brings, by pool; no levels.
+    `more_texts` has the embeddings of the further texts that the batch brings, by pool; no levels. `pictures` has a
+    number for each pair where pairs that show one picture are no negatives of each other; None: all are negatives.
     """
 
     image: TowerFeatures
@@ -84,6 +85,7 @@ class Features:
     logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
     more_texts: dict[str, TowerFeatures] = field(default_factory=dict)
+    pictures: Int[Tensor, " batch"] | None = None
 
     def with_texts(self, pool: str) -> Features:
         """The same with the texts of a pool in the place of the captions."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmapkd.objectives.chunks import by_rows, chunk_rows
@@ -20,6 +21,7 @@ def interactive_loss(
     teacher_text: Float[Tensor, "batch dim"],
     *,
     logit_scale: Float[Tensor, ""] | float,
+    pictures: Int[Tensor, " batch"] | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE with student anchors and teacher candidates: image to the teacher's texts, text to the teacher's images.
@@ -28,6 +30,7 @@ def interactive_loss(
         student_image, student_text: at the teacher's width; normalised here.
         teacher_image, teacher_text: normalised and detached here.
         logit_scale: multiplies the cosine similarities; > 0.
+        pictures: as of `contrastive_loss`.
         chunk: rows at a time, see `chunk_rows`; value and gradient do not depend on it.
     Returns:
         Mean of both directions, in nats, > 0.
@@ -36,8 +39,9 @@ def interactive_loss(
     Source: interactive contrastive learning of CLIP-KD, Yang et al. 2024, arXiv:2307.12732.
     """
     check_two_models(student_image, student_text, teacher_image, teacher_text)
-    image_to_text = matching_loss(student_image, teacher_text.detach(), logit_scale=logit_scale, chunk=chunk)
-    text_to_image = matching_loss(student_text, teacher_image.detach(), logit_scale=logit_scale, chunk=chunk)
+    settings: dict[str, Any] = {"logit_scale": logit_scale, "pictures": pictures, "chunk": chunk}
+    image_to_text = matching_loss(student_image, teacher_text.detach(), **settings)
+    text_to_image = matching_loss(student_text, teacher_image.detach(), **settings)
     return (image_to_text + text_to_image) / 2
 
 

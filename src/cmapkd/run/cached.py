@@ -1,19 +1,22 @@
-"""The teachers of a run that answer from disk."""
+"""What of a run answers from disk: its teachers, and the student's towers that do not learn."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeGuard
 
 from accelerate import PartialState
 from rich.console import Console
 
-from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, all_keys, keys_of_run
+from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, all_keys, keys_of_run
+from cmapkd.cache.parts import Keys
 from cmapkd.cache.progress import BuildDisplay
 from cmapkd.data.batches import Answers
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Source
 from cmapkd.methods import Method
+from cmapkd.methods.dual import STUDENT, DualEncoderMethod
 from cmapkd.methods.stages import stage_ends, stream_by_step
 from cmapkd.models import build_model
 from cmapkd.run.build import text_choice
@@ -26,29 +29,77 @@ def plan_cache(
 ) -> CachePlan:
     """What the run asks of a teacher's cache: the rows that it reads, or with `whole` every sample in each view."""
     assert config.data.views is not None
-    length, views, batch_size = len(source), config.data.views, config.training.batch_size
-    if whole:
-        keys = all_keys(length, views.num_views or DEFAULT_VIEWS)
-    else:
-        streams, seed = streams_of(source), config.seed
-        sampler = PlanSampler(length, batch_size=batch_size, seed=seed, start=0, stop=0, streams=streams)
-        steps = config.training.num_steps(sampler.steps_per_epoch)
-        stages = config.training.stages or method.default_stages
-        ends = stage_ends(stages, total=steps, steps_per_epoch=sampler.steps_per_epoch)
-        only = stream_by_step(stages, ends)
-        keys = keys_of_run(
-            length, batch_size=batch_size, seed=seed, steps=steps, views=views, streams=streams, only=only
-        )
     return CachePlan.of_method(
         config.cache or CacheConfig(),
         method,
         source=source,
-        views=views,
-        keys=keys,
+        views=config.data.views,
+        keys=_keys(config, method, source, whole=whole),
         precision=config.training.precision,
         role=role,
         texts=text_choice(config, method),
     )
+
+
+def plan_student_cache(
+    config: RunConfig, method: DualEncoderMethod, source: Source, *, whole: bool = False
+) -> CachePlan:
+    """What the run asks of the student's towers that do not learn; of a method that can read stored answers."""
+    assert config.data.views is not None
+    return CachePlan.of_student(
+        config.cache or CacheConfig(),
+        method.student,
+        source=source,
+        views=config.data.views,
+        keys=_keys(config, method, source, whole=whole),
+        precision=config.training.precision,
+        texts=text_choice(config, method),
+    )
+
+
+def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> Keys:
+    """Of the rows that the run reads, or with `whole` of every sample in each view."""
+    assert config.data.views is not None
+    length, views, batch_size = len(source), config.data.views, config.training.batch_size
+    if whole:
+        return all_keys(length, views.num_views or DEFAULT_VIEWS)
+    streams, seed = streams_of(source), config.seed
+    sampler = PlanSampler(length, batch_size=batch_size, seed=seed, start=0, stop=0, streams=streams)
+    steps = config.training.num_steps(sampler.steps_per_epoch)
+    stages = config.training.stages or method.default_stages
+    ends = stage_ends(stages, total=steps, steps_per_epoch=sampler.steps_per_epoch)
+    only = stream_by_step(stages, ends)
+    return keys_of_run(length, batch_size=batch_size, seed=seed, steps=steps, views=views, streams=streams, only=only)
+
+
+def reads_stored_student(method: Method) -> TypeGuard[DualEncoderMethod]:
+    """Whether the image tower of the method's student is frozen, and what it answers can be stored and read."""
+    able = isinstance(method, DualEncoderMethod) and method.why_student_live is None
+    return able and "image" in method.student.frozen_towers
+
+
+def student_from_cache(
+    config: RunConfig, method: Method, source: Source, console: Console | None
+) -> dict[str, Answers]:
+    """Builds what is missing of the student's frozen towers, and lets the method read it in their place.
+
+    Returns:
+        Nothing where the student's image tower learns, where the student cannot go on from stored features, or where
+        the method needs it whole.
+    """
+    student = method.student
+    if not reads_stored_student(method):
+        reason = method.why_student_live if isinstance(method, DualEncoderMethod) else None
+        if reason and "image" in student.frozen_towers and console is not None and PartialState().is_main_process:
+            console.print(f"cache: the student's frozen towers answer live: {reason}", highlight=False)
+        return {}
+    towers = student.frozen_towers
+    plan = plan_student_cache(config, method, source)
+    reader = _filled(plan, config, console, f"frozen {' and '.join(towers)} of the student answer")
+    reader.needs_texts = "text" not in towers
+    method.frozen_towers = plan.cached_teacher(reader, lambda: student.pooled_towers(towers))
+    method.stored_towers = towers
+    return {STUDENT: reader}
 
 
 def answer_from_cache(config: RunConfig, method: Method, source: Source, console: Console | None) -> dict[str, Answers]:
@@ -60,9 +111,22 @@ def answer_from_cache(config: RunConfig, method: Method, source: Source, console
 def _answer_from_cache(
     role: str, config: RunConfig, method: Method, source: Source, console: Console | None
 ) -> Answers:
+    plan = plan_cache(config, method, source, role=role)
+    reader = _filled(
+        plan, config, console, "the teacher answers" if role == "teacher" else f"the teacher {role} answers"
+    )
+    method.teachers[role] = plan.cached_teacher(reader, partial(build_model, config.teachers[role]))
+    return method.answers(role, reader)
+
+
+def _filled(plan: CachePlan, config: RunConfig, console: Console | None, who: str) -> CacheReader:
+    """The cache of a plan, after what is missing was added, if the config lets it.
+
+    Args:
+        who: answers, in words.
+    """
     assert config.cache is not None
     state = PartialState()
-    plan = plan_cache(config, method, source, role=role)
     console = console if state.is_main_process else None
     if config.cache.mode == "auto":
         missing = plan.bytes_missing()
@@ -82,7 +146,5 @@ def _answer_from_cache(
         wait_for_all()
     reader = plan.open()
     if console is not None:
-        name = role if role == "teacher" else f"teacher {role}"
-        console.print(f"cache: the {name} answers from {plan.folder}", highlight=False)
-    method.teachers[role] = plan.cached_teacher(reader, partial(build_model, config.teachers[role]))
-    return method.answers(role, reader)
+        console.print(f"cache: {who} from {plan.folder}", highlight=False)
+    return reader

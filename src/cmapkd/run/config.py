@@ -135,7 +135,9 @@ class RunConfig(Config):
         """The baseline of this run: same student, data, steps and seed; nothing of a teacher, and so no stages."""
         contrastive = METHODS["contrastive"].Config(name="contrastive")
         training = self.training.without_stages()
-        alone = {"method": contrastive, "training": training, "baseline": "none", "cache": None}
+        # frozen towers of the student answer from disk here as well
+        cache = self.cache if self.training.train_parts is not None else None
+        alone = {"method": contrastive, "training": training, "baseline": "none", "cache": cache}
         student = self.student.model_copy(update={"inherit": None})
         return self.without_teachers().model_copy(update={**alone, "student": student})
 
@@ -155,6 +157,8 @@ class RunConfig(Config):
             del values["cache"]
         if self.heads is None:  # and likewise for heads, further teachers and synthetic captions
             del values["heads"]
+        if not values["method"]["several_positives"]:
+            del values["method"]["several_positives"]
         if not self.more_teachers:
             del values["more_teachers"]
         for name in ("mix_synthetic", "more", "more_views"):

@@ -31,7 +31,7 @@ from cmapkd.run.build import (
     texts_of,
     with_held_out,
 )
-from cmapkd.run.cached import answer_from_cache
+from cmapkd.run.cached import answer_from_cache, student_from_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.contents import check_contents, contents_of
 from cmapkd.run.folder import save_student
@@ -173,6 +173,8 @@ def _prepare(
     texts = texts_of(config, method, source)
     check_training(config, method, source)
     stored = answer_from_cache(config, method, source, voice.console) if config.cache and answers else {}
+    if config.cache and answers:
+        stored |= student_from_cache(config, method, source, voice.console)
     teachers.clear()  # a cached one has no weights, and this would keep them
     outlook = Outlook(num_measured(config, measured.val), more_trainings, num_measured(config, measured.final))
     trainer = Trainer(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.features import AlignmentBridge
@@ -40,12 +40,18 @@ class Bridges:
         """The teacher's levels, likewise, in a space of its own. No gradient reaches a model through them."""
         return _through(self.teacher, vectors)
 
-    def contrast(self, pairs: Sequence[str], vectors: Bridged, log_scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """InfoNCE at the coupled pairs, each counting what its coupling says."""
+    def contrast(
+        self,
+        pairs: Sequence[str],
+        vectors: Bridged,
+        log_scale: Float[Tensor, ""],
+        pictures: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """InfoNCE at the coupled pairs, each counting what its coupling says; `pictures` as of `contrastive_loss`."""
         total = torch.zeros((), device=log_scale.device)
         for pair in pairs:
             visual, language = (vectors[level] for level in pair.split("-"))
-            loss = contrastive_loss(visual, language, logit_scale=log_scale.exp())
+            loss = contrastive_loss(visual, language, logit_scale=log_scale.exp(), pictures=pictures)
             total = total + self.coupling[pair] * loss
         return total / sum(self.coupling[pair] for pair in pairs)
 

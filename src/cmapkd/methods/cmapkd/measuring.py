@@ -94,4 +94,5 @@ def directions_of(
 def _every(features: Features, count: int, first: int) -> Features:
     """Every count-th pair from `first` on, embeddings alone."""
     image, text = (TowerFeatures(tower.embedding[first::count]) for tower in (features.image, features.text))
-    return replace(features, image=image, text=text)
+    pictures = None if features.pictures is None else features.pictures[first::count]
+    return replace(features, image=image, text=text, pictures=pictures)

@@ -170,7 +170,12 @@ class CMAPKD(Selecting):
         values: Values = {}
         of_student, of_teacher = embeddings_of(projected), embeddings_of(teacher)
         if self.interactive_scale is not None and self._wants("interactive"):
-            values["interactive"] = interactive_loss(*of_student, *of_teacher, logit_scale=self.interactive_scale.exp())
+            values["interactive"] = interactive_loss(
+                *of_student,
+                *of_teacher,
+                logit_scale=self.interactive_scale.exp(),
+                pictures=projected.pictures,
+            )
         if self.bank is None:
             return values
         assert self.teacher is not None
@@ -246,9 +251,9 @@ class CMAPKD(Selecting):
         if bridges is not None:
             mapped, targets = bridges.of_student(of_student), bridges.of_teacher(of_teacher)
             if inner and self._wants("alignment"):
-                values["alignment"] = bridges.contrast(inner, mapped, bridges.student_scale)
+                values["alignment"] = bridges.contrast(inner, mapped, bridges.student_scale, student.pictures)
             if inner and self._wants("bridge"):
-                values["bridge"] = bridges.contrast(inner, targets, bridges.teacher_scale)
+                values["bridge"] = bridges.contrast(inner, targets, bridges.teacher_scale, student.pictures)
             if self._wants("layer_relation"):
                 values["layer_relation"] = layer_relation(mapped, targets)
             if self._wants("pyramid"):

@@ -1,0 +1,326 @@
+"""Image towers as parts of a model: timm's, open_clip's and transformers', each with its pooled features and levels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from cmapkd.config import Config, ConfigError
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.errors import first_line
+from cmapkd.models.hf_model import image_spec as spec_of_processor
+from cmapkd.models.hub import locate
+from cmapkd.models.images import ImageSpec
+from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec
+from cmapkd.models.open_clip_levels import image_levels, outputs_of, visual_blocks, visual_features
+from cmapkd.models.storage import load_weights, read_weights
+from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
+from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+
+IMAGE_CONFIG = "image_tower"  # a transformers image tower's own config, inside a model folder
+COUNTERS = ".num_batches_tracked"  # of batch norms; no weight, and often left out of weight files
+_NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # built with a tower, dropped
+
+
+class ImagePartConfig(Config):
+    """An image tower by name. In a recipe the name alone is enough: `image: timm:vit_tiny_patch16_224/pretrained`."""
+
+    name: str = Field(description="timm:NAME[/pretrained], open_clip:NAME[/TAG], hf:FOLDER or hub id.")
+    init: Literal["auto", "scratch"] = Field(
+        "auto", description="auto: the weights the name stands for; scratch: random ones."
+    )
+    checkpoint: Path | None = Field(
+        None, description="Weight file of this tower, with its library's names; a classifier in it is left out."
+    )
+    image_size: int | None = Field(None, ge=16, description="Height and width of the input, in pixels. None: its own.")
+    pooling: Literal["avg", "token", "map", "max", "mean", "class", "pooler"] | None = Field(
+        None, description="timm: avg, max, token, map; transformers: mean, class, pooler. None: the tower's own way."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, values: Any) -> Any:
+        return {"name": str(values)} if isinstance(values, str | Path) else values
+
+
+class ImageTower(nn.Module, ABC):
+    """Pixels to pooled features [batch width], not projected, and levels.
+
+    Attributes:
+        width: of the pooled features.
+        spec: the tower's own resize and normalisation.
+        levels: shallow to deep.
+    """
+
+    name: str
+    width: int
+    spec: ImageSpec
+    levels: tuple[LevelInfo, ...]
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures: ...
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """See `DualEncoder.image_blocks`."""
+        return ()
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `rebuild` makes the untrained tower."""
+
+    def save_config(self, folder: Path) -> None:
+        """Writes what `describe` cannot hold into a model folder."""
+
+    @torch.no_grad()
+    def measure_width(self) -> int:
+        """The width of the features, found by a run on an empty picture; refuses a size that does not fit.
+
+        Raises:
+            ConfigError: the tower cannot take pictures of its size, or returns no vectors.
+        """
+        size = self.spec.size
+        try:
+            pooled = self.eval()(torch.zeros(1, 3, size, size)).embedding
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"{self.name} does not take pictures of {size} pixels: {first_line(error)}. Set image_size to one that "
+                "it takes."
+            ) from None
+        if pooled.dim() != 2:
+            raise ConfigError(
+                f"{self.name} gives features of shape {tuple(pooled.shape[1:])} for a picture and not one vector: "
+                "choose a pooling"
+            )
+        return int(pooled.shape[1])
+
+
+class VisualTower(ImageTower):
+    """An image tower as open_clip builds it: one of its own, or a timm model.
+
+    Args:
+        config: open_clip's `model_cfg`; its text tower is not used.
+        headless: without open_clip's own head behind a timm model.
+    """
+
+    def __init__(
+        self, visual: Any, *, config: Mapping[str, Any], preprocess: Mapping[str, Any], headless: bool, name: str
+    ) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        if headless:
+            visual.head = nn.Identity()
+        self.name, self.headless = name, headless
+        self.config = {**deepcopy(dict(config)), "text_cfg": dict(_NO_TEXT), "custom_text": True}
+        self.preprocess = dict(preprocess)
+        self.spec = image_spec(visual, preprocess)
+        self._indices = image_levels(visual)
+        self.levels = tuple(self._indices)
+        self.width = self.measure_width()
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        if not levels:
+            return TowerFeatures(self.visual(images))
+        return visual_features(self.visual, images, levels, self._indices, name=self.name)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return visual_blocks(self.visual, self.levels)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "open_clip",
+            "name": self.name,
+            "config": self.config,
+            "preprocess": self.preprocess,
+            "headless": self.headless,
+        }
+
+
+class TransformersImageTower(ImageTower):
+    """A plain ViT of transformers. Levels are `blocks.N`, what the blocks return."""
+
+    def __init__(self, model: Any, *, processor: Any, pooling: str, name: str) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.processor, self.name, self.pooling = processor, name, pooling
+        config = model.config
+        self.spec = spec_of_processor(processor.to_dict(), config.image_size)
+        self._blocks = blocks_of(model)
+        side = int(config.image_size) // int(config.patch_size)
+        self.grid = side, side
+        self.levels = tuple(LevelInfo(f"blocks.{n}", config.hidden_size, "tokens") for n in range(len(self._blocks)))
+        self.width = self.measure_width()
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
+        with outputs_of(self._blocks, wanted) as values:
+            output = self.model(pixel_values=images)
+        tokens = output.last_hidden_state
+        num_prefix = self._num_prefix(tokens)
+        if self.pooling == "pooler":
+            pooled = getattr(output, "pooler_output", None)
+            if pooled is None:
+                raise ConfigError(f"{self.name} has no pooler of its own: set pooling to mean or class")
+        elif self.pooling == "class":
+            if not num_prefix:
+                raise ConfigError(f"{self.name} has no class token: set pooling to mean")
+            pooled = tokens[:, 0]
+        else:
+            pooled = tokens[:, num_prefix:].mean(1)
+        taken = {name: values[int(name.removeprefix("blocks."))] for name in levels}
+        return TowerFeatures(
+            pooled, {name: Level(value, "tokens", num_prefix, self.grid) for name, value in taken.items()}
+        )
+
+    def _num_prefix(self, tokens: Tensor) -> int:
+        if tokens.dim() != 3 or tokens.shape[1] < self.grid[0] * self.grid[1]:
+            raise ConfigError(
+                f"{self.name} is no plain ViT: of transformers' image towers only these can be parts. Take its timm "
+                "form instead."
+            )
+        return int(tokens.shape[1]) - self.grid[0] * self.grid[1]
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self._blocks)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "hf", "name": self.name, "pooling": self.pooling}
+
+    def save_config(self, folder: Path) -> None:
+        self.model.config.save_pretrained(folder / IMAGE_CONFIG)
+        self.processor.save_pretrained(folder / IMAGE_CONFIG)
+
+
+def build_image_tower(config: ImagePartConfig) -> ImageTower:
+    """The tower that a recipe names, in float32 on the CPU.
+
+    Raises:
+        ConfigError: the name, the size or the pooling is not one that can be had.
+        ValueError: weights are missing or do not fit.
+    """
+    family, _, rest = config.name.partition(":")
+    builders = {"timm": _timm, "open_clip": _open_clip, "hf": _transformers}
+    if family not in builders or not rest:
+        raise ConfigError(
+            f"an image part is named timm:NAME, timm:NAME/pretrained, open_clip:NAME/TAG or hf:FOLDER, not "
+            f"{config.name!r}"
+        )
+    poolings = {"timm": ("avg", "max", "token", "map"), "hf": ("mean", "class", "pooler"), "open_clip": ()}[family]
+    if config.pooling is not None and config.pooling not in poolings:
+        raise ConfigError(
+            f"{config.name} cannot pool by {config.pooling!r}: {', '.join(poolings) or 'leave pooling out'}"
+        )
+    return builders[family](rest, config)
+
+
+def rebuild_image_tower(description: Mapping[str, Any], folder: Path) -> ImageTower:
+    """The untrained tower that `ImageTower.describe` described, of a model folder."""
+    name = str(description["name"])
+    if description["kind"] == "hf":
+        source = str(folder / IMAGE_CONFIG)
+        pooling = str(description["pooling"])
+        model = from_config(read_config(source, {}, name), "image", pooler=pooling == "pooler")
+        return TransformersImageTower(model, processor=_processor(source, {}, name), pooling=pooling, name=name)
+    config, preprocess = description["config"], description["preprocess"]
+    model = construct(config, preprocess, where=name)
+    fit_image_size(model, where=name)
+    return VisualTower(
+        model.visual, config=config, preprocess=preprocess, headless=bool(description["headless"]), name=name
+    )
+
+
+def _timm(rest: str, config: ImagePartConfig) -> ImageTower:
+    from cmapkd.models.timm_family import preprocess_of, timm_entry, with_timm_weights
+
+    name, _, weights = rest.partition("/")
+    if weights not in ("", "pretrained"):
+        raise ConfigError(f"{config.name}: after the timm model's name only /pretrained may stand, not {weights!r}")
+    own = timm_entry(name)
+    if weights and not own.has_weights:
+        raise ConfigError(f"timm has no pretrained weights for {name!r}: leave out /pretrained")
+    vision = {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": config.pooling or "",
+        "timm_proj": "linear",
+        "image_size": config.image_size or own.input_size[-1],
+    }
+    model_config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": _NO_TEXT, "custom_text": True}
+    preprocess = preprocess_of(own)
+    if weights and config.init == "auto" and config.checkpoint is None:
+        model: Any = with_timm_weights(model_config, preprocess, config.name, own)
+    else:
+        model = construct(model_config, preprocess, where=config.name)
+    if config.checkpoint is not None:
+        _load_trunk(model.visual.trunk, config.checkpoint)
+    fit_image_size(model, where=config.name)
+    return VisualTower(model.visual, config=model_config, preprocess=preprocess, headless=True, name=config.name)
+
+
+def _load_trunk(trunk: Any, path: Path) -> None:
+    """A timm model's weights, with or without its classifier."""
+    own, weights = trunk.state_dict(), read_weights(path)
+    named = trunk.pretrained_cfg.get("classifier") or ()
+    classifiers = tuple(f"{each}." for each in ((named,) if isinstance(named, str) else named))
+    kept = {key: value for key, value in weights.items() if key in own or not key.startswith(classifiers or "\0")}
+    kept |= {key: own[key] for key in own.keys() - kept.keys() if key.endswith(COUNTERS)}
+    load_weights(trunk, kept, where=path)
+
+
+def _open_clip(rest: str, config: ImagePartConfig) -> ImageTower:
+    from cmapkd.models import open_clip_family
+
+    options = {} if config.image_size is None else {"image_size": config.image_size}
+    model = open_clip_family.build(rest, ModelConfig(name=config.name, init=config.init, options=options), None)
+    if config.checkpoint is not None:
+        model.load_checkpoint(config.checkpoint)
+    whole: Any = model
+    return VisualTower(
+        whole.model.visual, config=whole.config, preprocess=whole.preprocess, headless=False, name=config.name
+    )
+
+
+def _transformers(rest: str, config: ImagePartConfig) -> ImageTower:
+    source, fetching = locate(rest, where=config.name)
+    settings = read_config(source, fetching, config.name)
+    vision = getattr(settings, "vision_config", settings)
+    if not isinstance(getattr(vision, "image_size", None), int) or not isinstance(
+        getattr(vision, "patch_size", None), int
+    ):
+        raise ConfigError(
+            f"{config.name} (model_type {settings.model_type!r}) is no plain ViT with square patches: of transformers' "
+            "image towers only these can be parts. Take its timm form instead."
+        )
+    if config.image_size not in (None, vision.image_size):
+        raise ConfigError(
+            f"{config.name} takes images of {vision.image_size} pixels only, image_size is {config.image_size}"
+        )
+    pooling = config.pooling or ("pooler" if settings.model_type.startswith("siglip") else "class")
+    scratch, pooler = config.init == "scratch", pooling == "pooler"
+    model = load_part(source, settings, fetching, config.name, "image", scratch=scratch, pooler=pooler)
+    if config.checkpoint is not None:
+        load_weights(model, read_weights(config.checkpoint), where=config.checkpoint)
+    processor = _processor(source, fetching, config.name)
+    return TransformersImageTower(model, processor=processor, pooling=pooling, name=config.name)
+
+
+def _processor(source: str, fetching: dict[str, Any], name: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **fetching)
+    except Exception as error:
+        raise ValueError(
+            f"{name} has no readable preprocessor_config.json in {source!r} ({first_line(error)}), so the pixels that "
+            "it reads are unknown: copy that file there."
+        ) from None

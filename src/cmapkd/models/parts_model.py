@@ -1,0 +1,205 @@
+"""`PartsModel`: an image tower and a text encoder of any origin, joined by two heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmapkd.data.types import ModelInput, TokenBatch
+from cmapkd.models import parts_folder
+from cmapkd.models.base import DualEncoder, eval_mode
+from cmapkd.models.heads import Head, HeadConfig
+from cmapkd.models.image_towers import ImageTower
+from cmapkd.models.parts import split_by_name
+from cmapkd.models.storage import load_weights, read_weights
+from cmapkd.models.text_towers import TextTower
+from cmapkd.models.types import BOTH, Features, LevelRequest, Tower, TowerFeatures
+
+START_SCALE = math.log(1 / 0.07)  # CLIP, arXiv:2103.00020, section 2.5
+
+
+class PartsModel(DualEncoder):
+    """Each tower gives pooled features, and a head of its own leads from there to the joint space.
+
+    A tower that does not learn stays in eval mode: nothing in it is dropped, and no statistics change. So what it
+    answers can be stored, see `PooledTowers`.
+
+    Args:
+        bias: start of a learned logit bias, for a sigmoid loss; None: the model has none.
+    """
+
+    def __init__(
+        self,
+        image: ImageTower,
+        text: TextTower,
+        *,
+        image_head: HeadConfig,
+        text_head: HeadConfig,
+        embed_dim: int,
+        bias: float | None,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+        # widths and biases of open_clip's own heads behind a timm and a transformers tower
+        self.image_head = Head(image_head, image.width, embed_dim, hidden=2 * embed_dim, bias=image_head.kind == "mlp")
+        self.text_head = Head(text_head, text.width, embed_dim, hidden=(text.width + embed_dim) // 2, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(START_SCALE))
+        self.learned_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        self.name, self.embed_dim = name, embed_dim
+        self.image_spec, self.tokenizer = image.spec, text.tokenizer
+        self.image_levels, self.text_levels = image.levels, text.levels
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        return self.logit_scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return self.learned_bias
+
+    def clamp_logit_scale(self) -> None:
+        """CLIP's clamp; not where there is a bias, as SigLIP (arXiv:2303.15343) has none and ends above 100."""
+        if self.learned_bias is None:
+            super().clamp_logit_scale()
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        prefixes = {
+            "image": ("image",),
+            "text": ("text",),
+            "projections": ("image_head", "text_head"),
+            "scale": ("logit_scale", "learned_bias"),
+        }
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
+
+    @property
+    def image_blocks(self) -> tuple[nn.Module, ...]:
+        return self.image.blocks
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self._settle()
+        return self
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        self.check_levels("image", levels)
+        self._settle()
+        tower: TowerFeatures = self.image(images, levels)
+        return replace(tower, embedding=self.image_head(tower.embedding))
+
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        self.check_levels("text", levels)
+        self._settle()
+        tower: TowerFeatures = self.text(texts, levels)
+        return replace(tower, embedding=self.text_head(tower.embedding))
+
+    def _settle(self) -> None:
+        """Towers that do not learn are in eval mode, the others in the model's."""
+        for tower in (self.image, self.text):
+            mode = self.training and _learns(tower)
+            if tower.training != mode:
+                tower.train(mode)
+
+    @property
+    def frozen_towers(self) -> tuple[Tower, ...]:
+        return tuple(tower for tower in BOTH if not _learns(self.image if tower == "image" else self.text))
+
+    def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:
+        return PooledTowers(self, towers)
+
+    def from_pooled(
+        self, stored: Features, towers: Collection[Tower], inputs: ModelInput | None, needs: LevelRequest
+    ) -> Features:
+        image = stored.image
+        if "image" in towers:
+            image = replace(image, embedding=self.image_head(image.embedding))
+        elif inputs is not None and "image" in needs.towers:
+            image = self.encode_image(inputs.images, needs.image_levels)
+        if "text" in towers:
+            text = replace(stored.text, embedding=self.text_head(stored.text.embedding))
+            more = {
+                pool: replace(found, embedding=self.text_head(found.embedding))
+                for pool, found in stored.more_texts.items()
+            }
+        else:
+            assert inputs is not None
+            text = self.encode_text(inputs.texts, needs.text_levels)
+            more = {pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()}
+        return Features(image, text, self.logit_scale.exp(), self.learned_bias, more)
+
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        load_weights(self, read_weights(path, averaged=averaged), where=path)
+
+    def save(self, folder: Path) -> None:
+        """Ours; in open_clip's own format where open_clip has words for these towers and heads."""
+        with eval_mode(self):
+            parts_folder.save(self, folder)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `parts_family.load` makes the untrained model."""
+        return {
+            "embed_dim": self.embed_dim,
+            "image": self.image.describe(),
+            "text": self.text.describe(),
+            "image_head": self.image_head.config.model_dump(mode="json"),
+            "text_head": self.text_head.config.model_dump(mode="json"),
+            "bias": self.learned_bias is not None,
+        }
+
+
+class PooledTowers(DualEncoder):
+    """Towers of a `PartsModel` without their heads: what a cache stores of those that are frozen.
+
+    Its embeddings are pooled features, of another width for each tower, and of width 0 where a tower is not held. Logit
+    scale and heads are not its own, so they may learn while the answers stay as they are.
+    """
+
+    def __init__(self, model: PartsModel, towers: Collection[Tower]) -> None:
+        super().__init__()
+        self.image = model.image if "image" in towers else None
+        self.text = model.text if "text" in towers else None
+        self.nothing = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.name, self.embed_dim = f"{model.name}: frozen {' and '.join(towers)}", model.embed_dim
+        self.image_spec, self.tokenizer = model.image_spec, model.tokenizer
+        self.image_levels, self.text_levels = model.image_levels, model.text_levels
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        return self.nothing
+
+    @property
+    def device(self) -> torch.device:
+        held = self.image if self.image is not None else self.text
+        return self.nothing.device if held is None else next(held.parameters()).device
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        prefixes = {"image": ("image",), "text": ("text",), "projections": (), "scale": ("nothing",)}
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
+
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        if self.image is None:
+            return TowerFeatures(images.new_empty(len(images), 0))
+        tower: TowerFeatures = self.image(images, levels)
+        return tower
+
+    def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        if self.text is None:
+            return TowerFeatures(self.nothing.new_empty(len(texts.ids), 0))
+        tower: TowerFeatures = self.text(texts, levels)
+        return tower
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError("towers without heads are a part of a model: save the model")
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

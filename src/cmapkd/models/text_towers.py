@@ -1,0 +1,184 @@
+"""Text encoders of transformers as parts of a model: BERT-, MiniLM-, E5-, ModernBERT- and T5-like ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from cmapkd.config import Config, ConfigError
+from cmapkd.data.types import TokenBatch
+from cmapkd.models.hf_tokenizer import HfTokenizer, load_tokenizer, pad_on_the_right
+from cmapkd.models.hub import hub_options, locate
+from cmapkd.models.open_clip_levels import outputs_of
+from cmapkd.models.storage import load_weights, read_weights
+from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
+from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+
+Pooling = Literal["mean", "class", "end"]
+TEXT_CONFIG = "text_tower"  # the tower's own config, inside a model folder
+DEFAULT_LENGTH = 77  # tokens, CLIP's; encoders take more, and captions have fewer
+_SENTENCE_TRANSFORMERS = "1_Pooling/config.json"
+
+
+class TextPartConfig(Config):
+    """A text encoder by name. In a recipe the name alone is enough: `text: hf:FOLDER`."""
+
+    name: str = Field(description="hf:FOLDER or hub id of a text encoder.")
+    init: Literal["auto", "scratch"] = Field(
+        "auto", description="auto: the weights the name stands for; scratch: random ones."
+    )
+    checkpoint: Path | None = Field(None, description="Weight file of this encoder, with transformers' names.")
+    pooling: Pooling | None = Field(
+        None, description="mean of tokens, class (first) or end (last) token. None: as the folder says, else mean."
+    )
+    context_length: int | None = Field(
+        None, ge=2, description="Longest text, in tokens. None: 77, or as many as the encoder takes."
+    )
+    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer. None: the encoder's own.")
+    revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, values: Any) -> Any:
+        return {"name": str(values)} if isinstance(values, str | Path) else values
+
+
+class TextTower(nn.Module):
+    """Token ids to pooled features [batch width], not projected, and levels `blocks.N`, what the blocks return.
+
+    Attributes:
+        width: of the pooled features.
+        levels: shallow to deep; none where the encoder does not keep its blocks in one list.
+    """
+
+    def __init__(self, model: Any, *, tokenizer: HfTokenizer, pooling: Pooling, name: str) -> None:
+        super().__init__()
+        self.transformer: Any = model
+        self.tokenizer, self.pooling, self.name = tokenizer, pooling, name
+        self.width = int(model.config.hidden_size)
+        self._blocks = blocks_of(model)
+        self.levels = tuple(LevelInfo(f"blocks.{n}", self.width, "tokens") for n in range(len(self._blocks)))
+
+    @property
+    def config(self) -> Any:
+        return self.transformer.config
+
+    def forward(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
+        with outputs_of(self._blocks, wanted) as values:
+            output = self.transformer(input_ids=texts.ids, attention_mask=texts.mask.long())
+        taken = {name: values[int(name.removeprefix("blocks."))] for name in levels}
+        kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()}
+        return TowerFeatures(self._pooled(output.last_hidden_state, texts.mask), kept)
+
+    def _pooled(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch width"]:
+        if self.pooling == "class":
+            return tokens[:, 0]
+        if self.pooling == "end":
+            rows = torch.arange(tokens.shape[0], device=tokens.device)
+            return tokens[rows, mask.long().sum(1).clamp_min(1) - 1]
+        weights = mask.to(tokens.dtype)[..., None]
+        return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `rebuild_text_tower` makes the untrained encoder, beside what `save_config` writes."""
+        return {"name": self.name, "pooling": self.pooling, "context_length": self.tokenizer.context_length}
+
+    def save_config(self, folder: Path) -> None:
+        """The encoder's config and the tokenizer, into a model folder."""
+        self.config.save_pretrained(folder / TEXT_CONFIG)
+        self.tokenizer.native.save_pretrained(folder)
+
+
+def build_text_tower(config: TextPartConfig) -> TextTower:
+    """The encoder that a recipe names, in float32 on the CPU.
+
+    Raises:
+        ConfigError: the name, length or pooling is not one that can be had.
+        ValueError: weights or tokenizer are missing or do not fit.
+    """
+    family, _, rest = config.name.partition(":")
+    if family != "hf" or not rest:
+        raise ConfigError(f"a text part is named hf:FOLDER, or hf: and a hub id, not {config.name!r}")
+    source, fetching = locate(rest, where=config.name, revision=config.revision)
+    settings = read_config(source, fetching, config.name)
+    native = (
+        load_tokenizer(source, fetching, config.name)
+        if config.tokenizer is None
+        else load_tokenizer(config.tokenizer, {} if Path(config.tokenizer).is_dir() else hub_options(), config.name)
+    )
+    scratch = config.init == "scratch"
+    model: Any = load_part(source, settings, fetching, config.name, "text", scratch=scratch, pooler=False)
+    if config.checkpoint is not None:
+        load_weights(model, read_weights(config.checkpoint), where=config.checkpoint)
+    pooling = config.pooling or _pooling_of(Path(source))
+    return _assemble(model, native, pooling, config.context_length, config.name)
+
+
+def rebuild_text_tower(description: dict[str, Any], folder: Path) -> TextTower:
+    """The untrained encoder of a model folder that `TextTower.describe` and `save_config` described."""
+    name = str(description["name"])
+    model = from_config(read_config(str(folder / TEXT_CONFIG), {}, name), "text", pooler=False)
+    native = load_tokenizer(str(folder), {}, name)
+    return _assemble(model, native, description["pooling"], int(description["context_length"]), name)
+
+
+def _assemble(model: Any, native: Any, pooling: Pooling, length: int | None, name: str) -> TextTower:
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if len(native) > vocabulary:
+        raise ConfigError(
+            f"the tokenizer of {name} has {len(native)} tokens, but the encoder embeds {vocabulary}: give the "
+            "tokenizer that it was trained with, by the option `tokenizer`"
+        )
+    longest = _longest(model.config)
+    if length is not None and longest is not None and length > longest:
+        raise ConfigError(f"context_length {length} is longer than {name} takes: {longest} tokens")
+    if native.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {name} has no padding token: give it one in tokenizer_config.json")
+    pad_on_the_right(native)
+    _check_pooling(native, pooling, name)
+    length = length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+    tokenizer = HfTokenizer(native, context_length=length, to_full_length=False)
+    return TextTower(model.eval(), tokenizer=tokenizer, pooling=pooling, name=name)
+
+
+def _longest(config: Any) -> int | None:
+    """Tokens that the encoder has places for; None: any number, as with relative positions."""
+    places = getattr(config, "max_position_embeddings", None)
+    if not isinstance(places, int) or places < 1:
+        return None
+    offset = 1 + config.pad_token_id if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    return places - offset
+
+
+def _check_pooling(native: Any, pooling: Pooling, name: str) -> None:
+    """Refuses to pool at a token that the tokenizer does not put there.
+
+    Raises:
+        ConfigError: names what can be set instead.
+    """
+    ids: list[int] = native("a")["input_ids"]
+    firsts = {native.cls_token_id, native.bos_token_id} - {None}
+    lasts = {native.eos_token_id, native.sep_token_id} - {None}
+    if pooling == "class" and ids[0] not in firsts:
+        raise ConfigError(f"the tokenizer of {name} puts no class token in front of a text: set pooling to mean")
+    if pooling == "end" and ids[-1] not in lasts:
+        raise ConfigError(f"the tokenizer of {name} puts no end token behind a text: set pooling to mean")
+
+
+def _pooling_of(folder: Path) -> Pooling:
+    """What a sentence-transformers folder says, else the mean."""
+    try:
+        said = json.loads((folder / _SENTENCE_TRANSFORMERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "mean"
+    if said.get("pooling_mode_cls_token"):
+        return "class"
+    return "end" if said.get("pooling_mode_lasttoken") else "mean"

@@ -1,0 +1,113 @@
+"""A student's towers that do not learn answer from the cache: the same losses, without a look at any picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cache_support import losses
+from PIL import Image
+
+import cmapkd
+from cmapkd.config import ConfigError
+from cmapkd.data.stored import StoredSource
+from cmapkd.models import load_model
+from cmapkd.models.image_towers import VisualTower
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from model_support import inputs
+from test_parts_family import CONVOLUTIONAL, save_encoder
+
+CACHE = {"store": "fp32", "shard_mib": 0.01}
+HEADS = ["projections", "scale"]
+WORDS = ("red", "blue", "square", "circles", "triangle", "green")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Twenty pictures with two captions each, one of them damaged, and a BERT with dropout."""
+    root = tmp_path_factory.mktemp("world")
+    lines = ["filepath\ttitle"]
+    for number in range(20):
+        Image.effect_noise((40, 50), 20 + number).convert("RGB").save(root / f"{number}.png")
+        lines += [f"{number}.png\ta {WORDS[number % 6]} {WORDS[number % 5]} {WORDS[number % 4]}"]
+    (root / "7.png").write_bytes((root / "7.png").read_bytes()[:60])
+    (root / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    torch.manual_seed(0)
+    return {"data": f"csv:{root / 'pairs.tsv'}", "text": f"hf:{save_encoder('bert', root / 'bert')}"}
+
+
+def settings(world: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    training = {"steps": 6, "batch_size": 8, "log_every": 1, "device": "cpu", "train_parts": HEADS}
+    options = {"image": CONVOLUTIONAL, "text": world["text"], "image_head": "mlp", "text_head": "mlp", "embed_dim": 16}
+    values: dict[str, Any] = {
+        "student": {"name": "parts:small", "options": options},
+        "data": {"train": world["data"], "views": {"num_views": 2}, "on_bad_sample": "skip", "max_bad_share": 1.0},
+        "method": "contrastive",
+        "optim": {"learning_rate": 0.01},
+        "seed": 4,
+    }
+    values["training"] = training | changes.pop("training", {})
+    return values | changes
+
+
+@pytest.mark.filterwarnings("ignore::cmapkd.cache.CacheWarning")
+@pytest.mark.parametrize("training", [{}, {"train_parts": ["text", *HEADS]}, {"micro_batch": 4}])
+def test_the_same_losses_without_a_forward_pass(
+    world: dict[str, Any], training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    cmapkd.distill(**settings(world, training=training), out=tmp_path / "live", quiet=True)
+    cmapkd.distill(**settings(world, training={**training, "steps": 1}, cache=CACHE), out=tmp_path / "first")
+    assert "of the student answer from" in capsys.readouterr().out.replace("\n", " ")
+    encoded: list[int] = []
+    read: list[int] = []
+    passes, decode = VisualTower.forward, StoredSource.__getitem__
+
+    def counted(self: VisualTower, pixels: torch.Tensor, *levels: Any) -> Any:
+        encoded.append(len(pixels))
+        return passes(self, pixels, *levels)
+
+    def looked(self: StoredSource, index: int) -> Any:
+        read.append(index)
+        return decode(self, index)
+
+    cmapkd.distill(**settings(world, training=training, cache=CACHE), out=tmp_path / "cached", quiet=True)
+    for mine, theirs in zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-6)
+    cached, live = load_model(tmp_path / "cached"), load_model(tmp_path / "live")
+    torch.testing.assert_close(cached(inputs(live)).text.embedding, live(inputs(live)).text.embedding)
+    monkeypatch.setattr(VisualTower, "forward", counted)
+    monkeypatch.setattr(StoredSource, "__getitem__", looked)
+    cmapkd.distill(
+        **settings(world, training=training, cache={**CACHE, "mode": "require"}), out=tmp_path / "b", quiet=True
+    )
+    # an empty picture that measures the width, one whose answer shows the layout, and the one in the place of the
+    # damaged picture, which no plan foresees; with micro-batches once more in the backward pass
+    assert sum(encoded) <= 4
+    assert len({index for index in read if index > 0}) <= 2
+
+
+def test_what_needs_a_tower_that_learns_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = {"teacher": "tiny:scenes-teacher"}
+    hints = {"name": "clip_kd", "hints": {"P4": 1.0, "L3": 1.0}}
+    with pytest.raises(ConfigError, match=r"freezes the image tower of parts:small, but .* compares its levels blocks"):
+        cmapkd.distill(**settings(world, **teacher, method=hints), out=tmp_path / "a", quiet=True)
+    part = settings(world, **teacher, method=hints, training={"train_parts": ["image", *HEADS]})
+    with pytest.raises(ConfigError, match="freezes the text tower of parts:small"):
+        cmapkd.distill(**part, out=tmp_path / "b", quiet=True)
+
+
+def test_a_method_that_needs_pictures_says_so(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    method = {"name": "clip_kd", "masked_weight": 1.0, "mask_patch": 16}
+    values = settings(world, teacher="tiny:scenes-teacher", method=method, cache="auto", training={"steps": 1})
+    cmapkd.distill(**values, out=tmp_path / "a")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "frozen towers answer live: its masked pictures are encoded anew in every step" in shown

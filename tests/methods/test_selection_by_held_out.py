@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_slopes import LEVELS, batch_of
-from torch import Tensor
+from test_slopes import batch_of
 
 from cmapkd.data.held_out import WithHeldOut
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import PlanSampler
 from cmapkd.methods import StepInfo
 from cmapkd.methods.cmapkd import CMAPKD
-from cmapkd.methods.cmapkd.measuring import look_ahead, measure
-from cmapkd.methods.cmapkd.slopes import evaluating, gradient_at, learning
 from cmapkd.methods.dual import task_loss
 from cmapkd.training import Trainer
 from cmapkd.weighting import BanditWeighting, BilevelWeighting
@@ -38,61 +35,6 @@ def selected(dtype: torch.dtype = torch.float64, **weighting: Any) -> CMAPKD:
     earlier = random_batch(6, seed=1, dtype=dtype)
     method(replace(earlier, ids=tuple(f"earlier{i}" for i in range(6))), StepInfo(step=1))  # a step without measurement
     return method
-
-
-def test_the_network_learns_the_gradient_of_the_held_out_loss_after_a_step() -> None:
-    """Against finite differences of L_out(θ - α ∇_θ Σ w ℓ) by what the network says; α is that of the present one."""
-    method, batch = selected(**BILEVEL, preconditioned=False), batch_of()
-    one = method.joint
-    assert isinstance(one, BilevelWeighting)
-    assert batch.held_out is not None
-    given: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    draws = torch.Generator().manual_seed(1)
-    one.out.copy_(torch.randn(one.out.shape, generator=draws))
-    one.observe_look_ahead = lambda losses, slopes: given.append((losses, slopes))  # type: ignore[method-assign]
-    measure(method, one, batch)
-    [(losses, slopes)] = given
-    assert {*LEVELS, "P2-L1", "contrastive", "bank"} <= {*slopes}
-    found = one.gradient_of_network(losses, slopes)
-    with evaluating(method), torch.enable_grad():
-        columns = method.columns(batch)
-        now = {name: each.detach() for name, each in learning(method.student).items()}
-        share = one.config.look_ahead
-        weights = one.weights_for(columns)
-        ahead = look_ahead(method, method.columns(batch), weights, share=share, by_optimizer=False)
-        moved = torch.cat([(ahead[name] - now[name]).flatten() for name in now])
-        torch.testing.assert_close(moved.norm(), share * torch.cat([each.flatten() for each in now.values()]).norm())
-
-        def step_of(network: dict[str, Tensor]) -> Tensor:
-            weights = one.weights_for(columns, network)
-            loss = torch.stack([(weights[i].detach() * c).mean() for i, c in columns.items()]).sum()
-            parts = torch.autograd.grad(loss, [*learning(method.student).values()], retain_graph=True)
-            return torch.cat([part.flatten() for part in parts])
-
-        network = {name: getattr(one, name).clone() for name in one.network}
-        rate = float(moved.norm() / step_of(network).norm())
-
-        def outer(network: dict[str, Tensor]) -> float:
-            parts = step_of(network).split([each.numel() for each in now.values()])
-            values = {n: now[n] - rate * part.view_as(now[n]) for n, part in zip(now, parts, strict=True)}
-            losses: list[float] = []
-            gradient_at(lambda: kept(task_loss(method.encode_student(batch.held_out)), losses), method.student, values)
-            return losses[0]
-
-        for name, at in (("out_bias", 0), ("out", 5), ("into", 3), ("into_bias", 1)):
-            values = []
-            for sign in (1, -1):
-                part = network[name].clone()
-                part.view(-1)[at] += sign * 1e-5
-                values.append(outer({**network, name: part}))
-            expected = (values[0] - values[1]) / 2e-5
-            assert rate * float(found[name].view(-1)[at]) == pytest.approx(expected, rel=1e-4), name
-            assert abs(expected) > 1e-8, name
-
-
-def kept(loss: Tensor, losses: list[float]) -> Tensor:
-    losses.append(float(loss.detach()))
-    return loss
 
 
 def test_weights_by_sample_reach_the_levels_and_the_terms() -> None:

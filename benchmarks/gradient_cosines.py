@@ -85,23 +85,56 @@ def cosines_of(losses: Mapping[str, Tensor], parameters: Any) -> dict[str, Any]:
     return {"names": [*rows], "norms": norms.tolist(), "cosines": cosines.tolist()}
 
 
-def table(measured: Sequence[Mapping[str, Any]]) -> str:
-    """Means over the measured steps, and per cent of them with a negative cosine, as two Markdown tables."""
+Matrix = dict[str, dict[str, float]]  # by the names of a row and a column
+
+
+def summary(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Over the measured steps that have all parts; at the first step the bank is empty.
+
+    Returns:
+        `steps`; `mean`, of each cosine; `negative`, in how many per cent of the steps it was below 0; `norm`, the
+        median norm of each part's gradient.
+    """
     names = measured[-1]["names"]
-    measured = [each for each in measured if {*names} <= {*each["names"]}]  # at the first step the bank is empty
+    measured = [each for each in measured if {*names} <= {*each["names"]}]
     places = [[each["names"].index(name) for name in names] for each in measured]
     stacked = torch.stack([torch.tensor(each["cosines"])[at][:, at] for each, at in zip(measured, places, strict=True)])
-    negative = 100 * (stacked < 0).double().mean(0)
-    return "\n\n".join((_matrix(names, stacked.mean(0), "{:.2f}"), _matrix(names, negative, "{:.0f} %")))
+    norms = torch.stack([torch.tensor(each["norms"])[at] for each, at in zip(measured, places, strict=True)])
+    return {
+        "steps": len(measured),
+        "mean": _named(names, stacked.mean(0)),
+        "negative": _named(names, 100 * (stacked < 0).float().mean(0)),
+        "norm": dict(zip(names, _rounded(norms.median(0).values), strict=True)),
+    }
 
 
-def _matrix(names: Sequence[str], values: Tensor, form: str) -> str:
-    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    lines += [
-        f"| {name} | " + " | ".join(form.format(value) for value in row) + " |"
-        for name, row in zip(names, values.tolist(), strict=True)
-    ]
+def _named(names: Sequence[str], values: Tensor) -> Matrix:
+    return {name: dict(zip(names, row, strict=True)) for name, row in zip(names, _rounded(values), strict=True)}
+
+
+def _rounded(values: Tensor) -> Any:
+    """As lists, to four places: no measurement here is finer."""
+    return values.double().mul(1e4).round().div(1e4).tolist()
+
+
+def table(measured: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the measured steps, and per cent of them with a negative cosine, as two Markdown tables."""
+    found = summary(measured)
+    return "\n\n".join((_matrix(found["mean"], "{:.2f}"), _matrix(found["negative"], "{:.0f} %")))
+
+
+def _matrix(rows: Matrix, form: str) -> str:
+    lines = ["| | " + " | ".join(rows) + " |", "| --- |" + " ---: |" * len(rows)]
+    lines += [f"| {name} | " + " | ".join(map(form.format, row.values())) + " |" for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def as_json(settings: Any, every: int, measured: Sequence[Mapping[str, Any]], environment: Any) -> str:
+    """All that was measured, a line for each step."""
+    whole = {"settings": settings, "every": every, "summary": summary(measured), "environment": environment}
+    steps = [{**each, **{key: _rounded(torch.tensor(each[key])) for key in ("norms", "cosines")}} for each in measured]
+    lines = ",\n  ".join(map(json.dumps, steps))
+    return json.dumps(whole, indent=1).removesuffix("\n}") + f',\n "measured": [\n  {lines}\n ]\n}}\n'
 
 
 def measure(config: RunConfig, *, every: int, out: Path) -> list[dict[str, Any]]:
@@ -137,9 +170,8 @@ def main() -> None:
     fixed = [*ALIKE, f"data.train=scenes?length={arguments.samples}", f"training.steps={arguments.steps}"]
     config = load_config(RunConfig, "cmapkd_scenes", [*fixed, *arguments.overrides])
     measured = measure(config, every=arguments.every, out=arguments.out)
-    result = {"settings": config.plain(), "every": arguments.every, "measured": measured}
-    text = json.dumps(result | {"environment": describe_environment()}, indent=1)
-    arguments.json.write_text(text + "\n", encoding="utf-8")
+    text = as_json(config.plain(), arguments.every, measured, describe_environment())
+    arguments.json.write_text(text, encoding="utf-8")
     print(table(measured))
 
 

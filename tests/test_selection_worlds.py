@@ -209,8 +209,8 @@ def test_the_declared_experiment_plans(monkeypatch: pytest.MonkeyPatch, capsys: 
         main()
     assert not end.value.code
     said = capsys.readouterr().out
-    assert "34 rows x 8 seeds in 4 tables" in said
-    assert "tuning H2 slopes: 16 of 200 steps, 4 of 800 steps" in said
+    assert "16 rows x 8 seeds in 2 tables" in said
+    assert "tuning H2 slopes: 8 of 100 steps, 2 of 400 steps" in said
 
 
 # ------------------------------------------------------------------------------------------------ cosines

@@ -26,6 +26,8 @@ EXACT = {"preconditioned": False}  # small moments would enlarge rounding errors
 WEIGHTINGS: dict[str, dict[str, Any]] = {
     "slopes": {"name": "gradient_alignment", "every": 2, "norms_every": 2, "rate": 0.5, **EXACT},
     "slopes by sample": {"name": "gradient_alignment", "every": 1, "by_sample": 0.5, "agreement": -1.0, **EXACT},
+    "bilevel": {"name": "bilevel", "every": 2, "norms_every": 2, "hidden": 4, "rate": 0.1, **EXACT},
+    "bandit": {"name": "bandit", "window": 2, "norms_every": 2, "rate": 0.5},
     "policy": {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1},
 }
 TWO = 2
@@ -44,7 +46,7 @@ def trainer(name: str, out: Path, steps: int) -> Trainer:
         made.builder,
         held_out,
         every=every,
-        batch_size=8,
+        batch_size=None if method.held_out_whole else 8,
         seed=5,
         rank=place.process_index,
         world_size=place.num_processes,

@@ -43,6 +43,7 @@ def test_two_processes_equal_one(out: Path, name: str, tmp_path: Path) -> None:
             )
     mine = [key for key in whole if key.startswith(f"{name}/method/")]
     assert all(torch.equal(ranks[0][key], ranks[1][key]) for key in mine)
-    if name != "policy":
-        weight = next(whole[key] for key in mine if key.endswith("jointly.weight"))
-        assert float(weight.std()) > 0.05
+    learned = {"slopes": "weight", "slopes by sample": "weight", "bilevel": "out_bias", "bandit": "logits"}
+    if name in learned:
+        found = next(whole[key] for key in mine if key.endswith(f"jointly.{learned[name]}"))
+        assert float(found.std()) > 0.05

@@ -16,7 +16,7 @@ from cmapkd.data.parts import PartOfSource
 from cmapkd.data.types import Batch
 from cmapkd.methods import StageConfig, StepInfo, build_method
 from cmapkd.methods.cmapkd import CMAPKD
-from cmapkd.methods.cmapkd.measuring import directions_of, measure_slopes
+from cmapkd.methods.cmapkd.measuring import directions_of, measure
 from cmapkd.methods.cmapkd.slopes import (
     evaluating,
     gradient,
@@ -170,7 +170,7 @@ def test_measuring_moves_neither_the_bank_nor_the_modes() -> None:
     method, batch = selected(), batch_of()
     before = {key: value.clone() for key, value in method.state_dict().items() if not key.startswith("weighting")}
     assert method.joint is not None
-    measure_slopes(method, method.joint, batch)
+    measure(method, method.joint, batch)
     assert all(torch.equal(before[key], method.state_dict()[key]) for key in before)
     assert all(module.training for module in method.modules())
     assert all(parameter.grad is None for parameter in method.parameters())

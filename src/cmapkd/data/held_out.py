@@ -36,7 +36,7 @@ class WithHeldOut(Dataset[Batch]):
     Args:
         held_out: makes batches of the held-out pairs, for the student alone.
         batch_size: held-out pairs at once over all processes, as many as a training batch has; fewer where there are
-            fewer.
+            fewer. None: all of them, each time in the same views.
     Raises:
         ConfigError: there are fewer held-out pairs than processes; in `__getitem__`, a training batch has one of them.
     """
@@ -47,16 +47,17 @@ class WithHeldOut(Dataset[Batch]):
         held_out: BatchBuilder,
         *,
         every: int,
-        batch_size: int,
+        batch_size: int | None,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         length = len(held_out.source)
-        size = min(batch_size, length) // world_size * world_size
+        size = min(batch_size or length, length) // world_size * world_size
         if not size:
             raise ConfigError(f"data.held_out has {length} pairs for {world_size} processes: give more pairs")
         self.builder, self.held_out, self.every = builder, held_out, every
+        self.always_the_same = batch_size is None
         self.sampler = PlanSampler(
             length,
             batch_size=size,
@@ -80,7 +81,8 @@ class WithHeldOut(Dataset[Batch]):
     def __getitem__(self, plan: Plan) -> Batch:
         batch = self.builder[plan]
         if plan.step % self.every == 0:
-            beside = self.held_out[self.sampler.plan(plan.step // self.every)]
+            number = 0 if self.always_the_same else plan.step // self.every
+            beside = self.held_out[self.sampler.plan(number)]
             self._known.update(beside.ids)
             batch = replace(batch, held_out=beside)
         trained = self._known.intersection(batch.ids)

@@ -102,6 +102,11 @@ class MethodContract(Learning, ABC):
         return None
 
     @property
+    def held_out_whole(self) -> bool:
+        """Whether it reads all held-out pairs each time, the same ones, in place of as many as a batch has."""
+        return False
+
+    @property
     def needs_held_out(self) -> bool:
         """Whether it cannot train where the data name no held-out pairs."""
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, install_advice
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.errors import first_line
 from cmapkd.models.spans import moved_spans

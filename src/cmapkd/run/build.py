@@ -62,7 +62,13 @@ def with_held_out(
     )
     size = config.training.batch_size
     return WithHeldOut(
-        builder, beside, every=every, batch_size=size, seed=config.seed, rank=rank, world_size=world_size
+        builder,
+        beside,
+        every=every,
+        batch_size=None if method.held_out_whole else size,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
     )
 
 

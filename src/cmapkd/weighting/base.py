@@ -77,7 +77,9 @@ class Weighting(nn.Module, ABC):
 
     Such a weighting is made with `widths`, of these vectors, in place of `context_dim`."""
     joint: ClassVar[bool] = False
-    """Whether one weighting weighs the levels of all terms and the other terms together, by their slopes."""
+    """Whether one weighting weighs the levels of all terms and the other terms together."""
+    whole_held_out: ClassVar[bool] = False
+    """Whether it reads all held-out pairs each time, the same ones, in place of as many as a batch has."""
 
     def __init__(
         self,

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from cmapkd.config import ConfigError, closest
-from cmapkd.weighting.base import Choice, Weighting, WeightingConfig
+from cmapkd.weighting.base import WeightingConfig
+from cmapkd.weighting.joint import JointConfig, JointWeighting
 
 _LEAST = 1e-3  # of a weight before the floor: from here it can come back within a few measurements
 _CLIP = 3.0  # standard deviations, of one sample's slope
 
 
-class GradientAlignmentConfig(WeightingConfig):
+class GradientAlignmentConfig(JointConfig):
     """How often the slopes are measured, how fast the weights follow, and what they leave alone."""
 
     name: Literal["gradient_alignment"] = Field("gradient_alignment", description="The weighting's name in WEIGHTINGS.")
     every: int = Field(10, ge=1, description="Steps between measurements.")
-    norms_every: int = Field(10, ge=1, description="Measurements between those of the gradients' norms.")
     rate: float = Field(0.1, gt=0, description="Of the weights' logarithm, a measurement; the benefits have RMS 1.")
     decay: float = Field(0.9, ge=0, lt=1, description="Of the running mean of the slopes, a measurement.")
     floor: float = Field(0.5, ge=0, lt=1, description="Share of uniform weights mixed in: no weight is below it.")
@@ -40,19 +39,17 @@ class GradientAlignmentConfig(WeightingConfig):
         lt=1,
         description="Correlation of a sample's slopes along two halves of the pairs that by_sample asks.",
     )
-    fixed: tuple[str, ...] = Field((), description="Items that keep weight 1, as the task's own loss may.")
 
 
-class GradientAlignmentWeighting(Weighting):
+class GradientAlignmentWeighting(JointWeighting):
     """Multiplicative weights of levels and terms by the slope of each along the held-out loss's descent.
 
     With v = P ∇L_out, the gradient of the held-out loss through AdamW's preconditioner P = 1 / (√m₂ + ε), the slope
     a_i = ⟨∇ℓ_i, v⟩ is how fast a step on item i lowers L_out. Every `every` steps a_i enters a running mean ā_i, and
         w_i ← w_i exp(rate · b_i),   b_i = (ā_i / g_i) / RMS_j(ā_j / g_j),
-    with g_i the norm of item i's gradient as it counts. The weights are scaled to Σ w_i g_i = Σ g_i over the items of
-    the step: they share out a budget of gradient and not of numbers, so they move between levels of both modalities
-    and whole terms, while the loss does not become stronger or weaker. A share of the budget p_i = w_i g_i gains
-    ā_i / g_i, so this is exponentiated gradient on those shares. `floor` of uniform weights is mixed in.
+    with g_i the norm of item i's gradient as it counts, on the budget of gradient of every `JointWeighting`. A share of
+    the budget p_i = w_i g_i gains ā_i / g_i, so this is exponentiated gradient on those shares. `floor` of uniform
+    weights is mixed in.
 
     By sample (`by_sample` > 0): in a step that measures, the level i of sample b besides counts
     exp(by_sample · z[b,i]), z the slope standardised over the batch, scaled to a mean of 1 over the batch. It does so
@@ -67,40 +64,20 @@ class GradientAlignmentWeighting(Weighting):
     """
 
     Config: ClassVar[type[WeightingConfig]] = GradientAlignmentConfig
-    joint: ClassVar[bool] = True
     weight: Tensor
     slopes: Tensor
-    norms: Tensor
     agreed: Tensor
 
     def __init__(self, config: GradientAlignmentConfig, *, items: Sequence[str], context_dim: int) -> None:
         super().__init__(config, items=items, context_dim=context_dim)
-        for item in config.fixed:
-            if item not in items:
-                raise ConfigError(f"fixed: unknown item {item!r}{closest(item, items)}; weighed: {', '.join(items)}")
         self.config = config
-        self.measured = 0
-        self._read: tuple[object, list[float], list[float]] | None = None
-        self.by_sample: dict[str, Float[Tensor, " batch"]] = {}  # factors of this step
         self.register_buffer("weight", torch.ones(len(items)))  # before budget and floor
         self.register_buffer("slopes", torch.zeros(len(items)))
-        self.register_buffer("norms", torch.ones(len(items)))
         self.register_buffer("agreed", torch.zeros(()))
 
     @property
     def held_out_every(self) -> int | None:
         return self.config.every
-
-    @property
-    def wants_norms(self) -> bool:
-        """Whether `observe_norms` is to be called before the next `observe_slopes`; at the first, a bank was empty."""
-        return self.measured == 1 or self.measured % self.config.norms_every == 0
-
-    @torch.no_grad()
-    def observe_norms(self, norms: Mapping[str, float]) -> None:
-        """Takes the norm of each active item's gradient at the student, of the mean over all samples."""
-        for item, norm in norms.items():
-            self.norms[self.items.index(item)] = norm
 
     @torch.no_grad()
     def observe_slopes(self, slopes: Mapping[str, Float[Tensor, "halves batch"] | Float[Tensor, "halves one"]]) -> None:
@@ -141,42 +118,10 @@ class GradientAlignmentWeighting(Weighting):
 
     def weights_of(self, active: Collection[str]) -> dict[str, float]:
         """What each active item counts: a budget of gradient shared out, floor mixed in; fixed items count 1."""
-        raw, norms = self._on_host()
-        free = {
-            item: (raw[number], norms[number])
-            for number, item in enumerate(self.items)
-            if item in active and item not in self.config.fixed and norms[number] > 0
-        }
-        budget, spent = sum(g for _, g in free.values()), sum(w * g for w, g in free.values())
-        scale = budget / spent if spent else 1.0
+        raw, norms = (dict(zip(self.items, each, strict=True)) for each in self.on_host("weight", "norms"))
+        counts = self.on_budget({item: raw[item] for item in self.items if item in active}, norms)
         floor = self.config.floor
-        return {item: floor + (1 - floor) * scale * free[item][0] if item in free else 1.0 for item in active}
-
-    def _on_host(self) -> tuple[list[float], list[float]]:
-        """Weights and norms, read from the device once after each change."""
-        versions = tuple((id(each), each._version) for each in (self.weight, self.norms))
-        if self._read is None or self._read[0] != versions:
-            self._read = versions, self.weight.tolist(), self.norms.tolist()
-        return self._read[1:]
-
-    def choose(
-        self,
-        losses: Float[Tensor, "batch items"],
-        context: Float[Tensor, "batch context_dim"],  # noqa: ARG002  the same for every sample
-        active: Bool[Tensor, " items"],
-    ) -> Choice:
-        """The weights of the active items, the same for every sample: their weighted gradients keep their sum."""
-        names = [item for item, is_active in zip(self.items, active.tolist(), strict=True) if is_active]
-        known = self.weights_of(names)
-        weights = losses.new_tensor([known.get(item, 0.0) for item in self.items])
-        return Choice(weights.expand_as(losses))
-
-    def get_extra_state(self) -> Tensor:
-        """How many measurements were taken."""
-        return torch.tensor([self.measured])
-
-    def set_extra_state(self, state: Any) -> None:
-        self.measured = int(state[0])
+        return {item: floor + (1 - floor) * counts[item] for item in active}
 
 
 def _correlation(first: Float[Tensor, " batch"], second: Float[Tensor, " batch"]) -> Float[Tensor, ""]:

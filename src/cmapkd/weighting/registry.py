@@ -7,7 +7,9 @@ from typing import Any, cast
 
 from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.weighting.attention import AttentionWeighting
+from cmapkd.weighting.bandit import BanditWeighting
 from cmapkd.weighting.base import Weighting, WeightingConfig
+from cmapkd.weighting.bilevel import BilevelWeighting
 from cmapkd.weighting.controls import DWAWeighting, FAMOWeighting, RLWWeighting, SmallLossWeighting
 from cmapkd.weighting.gate import GateWeighting
 from cmapkd.weighting.gradient_alignment import GradientAlignmentWeighting
@@ -28,6 +30,8 @@ WEIGHTINGS: Registry[type[Weighting]] = Registry(
         "attention": AttentionWeighting,
         "policy": PolicyWeighting,
         "gradient_alignment": GradientAlignmentWeighting,
+        "bilevel": BilevelWeighting,
+        "bandit": BanditWeighting,
         "rlw": RLWWeighting,
         "dwa": DWAWeighting,
         "famo": FAMOWeighting,
@@ -102,8 +106,8 @@ def make_weighting(
         )
     if level_widths is None and kind.joint:
         raise ConfigError(
-            f"weighting {config.name} weighs levels and terms together by their slopes: use it as method.weighting of "
-            "cmapkd, which weighs its terms, too"
+            f"weighting {config.name} weighs levels and terms together: use it as method.weighting of cmapkd, which "
+            "weighs its terms, too"
         )
     make: Any = kind
     if not kind.reads_levels:

@@ -37,6 +37,7 @@ from cmapkd.methods.terms import Term
 from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
 
+Losses = dict[str, dict[str, Float[Tensor, " batch"]]]  # of all processes' samples, by term and level or pair
 Values = dict[str, Float[Tensor, ""]]  # of terms, by name; each a mean over all processes' samples
 
 BANK_TERMS = ("bank", "bank_within", "bank_level", "bank_pair")
@@ -152,8 +153,12 @@ class CMAPKD(Selecting):
         models = {"teacher": teacher, "student": student}
         read = [role for role in self.config.ablations.selection_reads if role in models]
         context: Context = {role: _directions(models[role]) for role in read}
-        values |= self._intra_modal_terms(projected, teacher, rows, context)
-        values |= self._cross_modal_terms(student, teacher, rows, context)
+        levels = self._intra_modal_levels(projected, teacher, rows)
+        cross_modal, pairs = self._cross_modal_terms(student, teacher, rows)
+        self._look(levels | pairs)
+        values |= {term: self._weigh(term, losses, context, rows) for term, losses in levels.items()}
+        values |= cross_modal
+        values |= {term: self._weigh(term, losses, context, rows) for term, losses in pairs.items()}
         counts = self._weights_of_terms()
         return {term: Term(value, self.term_weights[term] * counts.get(term, 1.0)) for term, value in values.items()}
 
@@ -213,11 +218,9 @@ class CMAPKD(Selecting):
 
     # ----------------------------------------------------------------------------------------------------- the levels
 
-    def _intra_modal_terms(
-        self, projected: Features | None, teacher: Features, rows: LevelRows, context: Context
-    ) -> Values:
-        """Each level against the teacher's same level, weighted for each sample."""
-        values: Values = {}
+    def _intra_modal_levels(self, projected: Features | None, teacher: Features, rows: LevelRows) -> Losses:
+        """Each level against the teacher's same level, by term; the selection weighs them for each sample."""
+        found: Losses = {}
         for term in INTRA:
             levels = self.plan.compared(term)
             if not levels:
@@ -229,15 +232,18 @@ class CMAPKD(Selecting):
                 distances["L4"] = embedding_distance(projected.text.embedding, teacher.text.embedding)
             self.measurements |= {f"distance/{level}": value.detach().mean() for level, value in distances.items()}
             counts = self.config.visual_levels if term == "visual" else self.config.language_levels
-            counted = {level: counts[level] * distance for level, distance in distances.items()}
-            values[term] = self._weigh(term, counted, context, rows)
-        return values
+            found[term] = {level: counts[level] * distance for level, distance in distances.items()}
+        return found
 
-    def _cross_modal_terms(self, student: Features, teacher: Features, rows: LevelRows, context: Context) -> Values:
-        """Levels of one modality against those of the other, and relations; each level as one vector a sample."""
+    def _cross_modal_terms(self, student: Features, teacher: Features, rows: LevelRows) -> tuple[Values, Losses]:
+        """Levels of one modality against those of the other, and relations; each level as one vector a sample.
+
+        Returns:
+            The terms, and the losses of the coupled pairs by theirs, which the selection weighs for each sample.
+        """
         values: Values = {}
         if not self.plan.pools():
-            return values
+            return values, {}
         levels = self.plan.of_stage()
         of_student, of_teacher = rows.vectors("student", levels), rows.vectors("teacher", levels)
         if self._wants("relation"):
@@ -262,9 +268,8 @@ class CMAPKD(Selecting):
             if JOINT in pairs:
                 divergences[JOINT] = joint_divergence(student, teacher)
             coupling = self.config.ablations.coupling
-            counted = {pair: coupling[pair] * divergences[pair] for pair in pairs}
-            values["pyramid"] = self._weigh("pyramid", counted, context, rows)
-        return values
+            return values, {"pyramid": {pair: coupling[pair] * divergences[pair] for pair in pairs}}
+        return values, {}
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

@@ -14,13 +14,13 @@ from cmapkd.features import Role
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
 from cmapkd.methods.cmapkd.cross_modal import joint_divergence
 from cmapkd.methods.cmapkd.levels import INTRA, LEVELS, LevelRows
-from cmapkd.methods.cmapkd.measuring import measure_slopes
+from cmapkd.methods.cmapkd.measuring import measure
 from cmapkd.methods.cmapkd.reading import LevelPlan
 from cmapkd.methods.cmapkd.slopes import Columns, evaluating
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import Features
-from cmapkd.weighting import WEIGHTINGS, GradientAlignmentWeighting, Weighting, for_items, make_weighting
+from cmapkd.weighting import WEIGHTINGS, JointWeighting, Weighting, for_items, make_weighting
 
 Context = Mapping[str, Float[Tensor, "batch width"]]  # what describes each of all samples, by what it is read from
 
@@ -80,10 +80,10 @@ class Selecting(DualEncoderMethod):
         return nn.ModuleDict(made)
 
     @property
-    def joint(self) -> GradientAlignmentWeighting | None:
+    def joint(self) -> JointWeighting | None:
         """The weighting of all levels and terms together, where it is such a one."""
         found = dict(self.weighting.items()).get(JOINTLY)
-        assert found is None or isinstance(found, GradientAlignmentWeighting)
+        assert found is None or isinstance(found, JointWeighting)
         return found
 
     @property
@@ -92,14 +92,18 @@ class Selecting(DualEncoderMethod):
         return min((every for every in found if every is not None), default=None)
 
     @property
+    def held_out_whole(self) -> bool:
+        return self.joint is not None and self.joint.whole_held_out
+
+    @property
     def needs_held_out(self) -> bool:
         return self.joint is not None
 
     def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
         if self.joint is not None:
             return (
-                f"weighting {self.config.weighting.name} exchanges the student's weights for derivatives, of which "
-                "every process has a share only: choose another weighting"
+                f"weighting {self.config.weighting.name} measures with the student's whole weights, of which every "
+                "process has a share only: choose another weighting"
             )
         return super().why_whole(stages)
 
@@ -132,15 +136,31 @@ class Selecting(DualEncoderMethod):
         """In the steps that are due, what the joint weighting learns from; before the step's own terms."""
         if self.training and self.joint is not None:
             self.joint.by_sample = {}
-            if self.step.step % self.joint.config.every == 0:
-                measure_slopes(self, self.joint, batch)
+            every = self.joint.held_out_every
+            if every is not None and self.step.step % every == 0:
+                measure(self, self.joint, batch)
+
+    def _look(self, columns: Mapping[str, Mapping[str, Float[Tensor, " batch"]]]) -> None:
+        """Shows the joint weighting all levels' losses of the step, by term, before any is weighed."""
+        if self.joint is not None and self._counted is None:
+            self.joint.look(
+                {
+                    item: self.term_weights[term] * column.detach()
+                    for term, losses in columns.items()
+                    for item, column in losses.items()
+                }
+            )
 
     def _weights_of_terms(self) -> dict[str, float]:
         """What the joint weighting lets whole terms count, which is logged with what it lets levels count."""
         if self.joint is None:
             return {}
         counts = self.joint.weights_of(self._weighed_together())
-        self.measurements |= {f"selection/weight/{item}": torch.tensor(value) for item, value in counts.items()}
+        by_sample = self.joint.by_sample
+        means = {item: value * by_sample[item].mean() for item, value in counts.items() if item in by_sample}
+        numbers = {item: torch.tensor(value) for item, value in counts.items()} | means
+        self.measurements |= {f"selection/weight/{item}": value for item, value in numbers.items()}
+        self.measurements |= {f"selection/{name}": value for name, value in self.joint.log().items()}
         return {item: value for item, value in counts.items() if item in self.term_weights}
 
     def _weigh(
@@ -173,7 +193,7 @@ class Selecting(DualEncoderMethod):
         return loss
 
     def _weigh_together(self, term: str, losses: Mapping[str, Float[Tensor, " batch"]]) -> Float[Tensor, ""]:
-        """The same by the joint weighting, whose weights are known before the losses."""
+        """The same by the joint weighting, which saw the losses of all levels before."""
         assert self.joint is not None
         if self._counted is not None:
             self._counted |= {item: self.term_weights[term] * column for item, column in losses.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,35 +20,41 @@ from cmapkd.objectives.common import at_least_float32
 Direction = Mapping[str, Tensor]  # by the name of the student's parameter, of its shape
 Columns = dict[str, Tensor]  # losses as they count, by level or term: Float[batch], or one number
 SecondMoment = Callable[[nn.Parameter], Tensor | None]
+Answer = TypeVar("Answer")
 _STEP = 3e-4  # of a difference in float32: shorter ones drown in rounding, longer ones see the curvature
 
 
-class Counted(nn.Module):
-    """A method's losses as they count, as a module: its parameters can then be exchanged for a call.
+class Asked(nn.Module, Generic[Answer]):
+    """What is computed with a student, as a module: its parameters can then be exchanged for a call.
 
     Args:
-        method: with a student.
-        columns: of nothing: the losses of a batch, with the method's present parameters.
+        question: of nothing: losses of a batch, or a gradient, with the student's present parameters.
     """
 
-    def __init__(self, student: nn.Module, columns: Callable[[], Columns]) -> None:
+    def __init__(self, student: nn.Module, question: Callable[[], Answer]) -> None:
         super().__init__()
-        self.student, self.columns = student, columns
+        self.student, self.question = student, question
 
-    def forward(self) -> Columns:
-        return self.columns()
+    def forward(self) -> Answer:
+        return self.question()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode, float32, and the attention that has derivatives of every kind; modes are put back."""
+    """In eval mode, float32, and the attention that has derivatives of every kind; modes are put back.
+
+    The fast path of `nn.MultiheadAttention`, which open_clip's blocks take in eval mode, has no forward mode.
+    """
     training = [(each, each.training) for each in module.modules()]
     module.eval()
     device = next(module.parameters()).device.type
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.autocast(device, enabled=False), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for each, mode in training:
             each.training = mode
 
@@ -63,7 +70,11 @@ def gradient(loss: Float[Tensor, ""], student: nn.Module, *, keep: bool = False)
     Args:
         keep: whether the graph is needed again.
     """
-    parameters = learning(student)
+    return gradient_by(loss, learning(student), keep=keep)
+
+
+def gradient_by(loss: Float[Tensor, ""], parameters: Mapping[str, Tensor], *, keep: bool = False) -> Direction:
+    """The same by tensors that stand in for the student's parameters."""
     parts: tuple[Tensor | None, ...] = (None,) * len(parameters)
     if loss.requires_grad:
         parts = torch.autograd.grad(loss, [*parameters.values()], retain_graph=keep, allow_unused=True)
@@ -86,6 +97,29 @@ def preconditioned(direction: Direction, student: nn.Module, second_moment: Seco
     }
 
 
+def gradient_at(
+    loss: Callable[[], Float[Tensor, ""]], student: nn.Module, parameters: Mapping[str, Tensor]
+) -> Direction:
+    """Of a loss by what learns of the student, with other values in place of its parameters' own.
+
+    The gradient is taken before the own ones are put back, as micro-batches are computed a second time in it.
+
+    Args:
+        loss: of nothing, over all processes' samples, with the student's present parameters.
+        parameters: the values, by name.
+    """
+    leaves = {name: each.detach().clone().requires_grad_() for name, each in parameters.items()}
+    moved = {f"student.{name}": leaf for name, leaf in leaves.items()}
+    found: Direction = functional_call(Asked(student, lambda: gradient_by(loss(), leaves)), moved, ())
+    return found
+
+
+def length_of(direction: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """Of all parts as one vector."""
+    length: Tensor = torch.stack([each.detach().norm() for each in direction.values()]).norm()
+    return length
+
+
 @torch.no_grad()
 def slopes_forward(student: nn.Module, columns: Callable[[], Columns], direction: Direction) -> Columns:
     """d/dε of each loss at the student's parameters + ε · direction, in one pass of forward-mode derivatives.
@@ -101,7 +135,7 @@ def slopes_forward(student: nn.Module, columns: Callable[[], Columns], direction
                 f"student.{name}": forward_ad.make_dual(parameters[name].detach(), along.to(parameters[name]))
                 for name, along in direction.items()
             }
-        found = functional_call(Counted(student, columns), moved, ())
+        found = functional_call(Asked(student, columns), moved, ())
         slopes: Columns = {}
         for name, loss in found.items():
             value, tangent = forward_ad.unpack_dual(loss)
@@ -119,16 +153,14 @@ def slopes_by_difference(
         step: the length of the parameters' move, as a share of their own length.
     """
     parameters = learning(student)
-    length = torch.stack([each.norm() for each in direction.values()]).norm()
-    own = torch.stack([each.norm() for each in parameters.values()]).norm()
-    move = float(step * own / length.clamp_min(1e-30))
+    move = float(step * length_of(parameters) / length_of(direction).clamp_min(1e-30))
 
     def at(by: float) -> Columns:
         moved = {
             f"student.{name}": parameters[name].detach() + by * along.to(parameters[name])
             for name, along in direction.items()
         }
-        found: Columns = functional_call(Counted(student, columns), moved, ())
+        found: Columns = functional_call(Asked(student, columns), moved, ())
         return found
 
     ahead, behind = at(move), at(-move)
@@ -137,8 +169,5 @@ def slopes_by_difference(
 
 def norms_of(student: nn.Module, columns: Mapping[str, Tensor]) -> dict[str, float]:
     """The norm of the gradient of each loss's mean by what learns of the student; one backward pass for each."""
-    norms = [
-        torch.stack([each.norm() for each in gradient(loss.mean(), student, keep=True).values()]).norm()
-        for loss in columns.values()
-    ]
+    norms = [length_of(gradient(loss.mean(), student, keep=True)) for loss in columns.values()]
     return dict(zip(columns, torch.stack(norms).tolist(), strict=True))

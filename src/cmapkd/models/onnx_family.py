@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmapkd.config import ConfigError
+from cmapkd.config import Config, ConfigError
 from cmapkd.config.extras import need_extra
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
@@ -29,6 +29,10 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.types import StatedCosts, TowerFeatures
 
 MANIFEST = "export.json"
+
+
+class OnnxOptions(Config):
+    """None: nothing of finished files can be set, and their precision stands in the name."""
 
 
 def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:  # noqa: ARG001

@@ -32,12 +32,14 @@ class TextRules:
         reads_mask: whether the graph has an `attention_mask`; causal towers that pool at the end token need none.
         any_length: whether texts may be shorter than `context_length`; else each is padded to it.
         end_id: the token that ends every text; None where texts have none.
+        pad_id: what the model was trained to read behind it, where that counts and clients pad otherwise; else None.
     """
 
     encode: EncodeText
     reads_mask: bool
     any_length: bool
     end_id: int | None
+    pad_id: int | None = None
 
 
 class ImageGraph(nn.Module):
@@ -55,7 +57,8 @@ class TextGraph(nn.Module):
     """Token ids to embeddings that are not normalised.
 
     A text that lost its end token gets it back in its last place. transformers.js cuts long texts off as an array, end
-    token included, and a tower that pools there would embed something else.
+    token included, and a tower that pools there would embed something else. For a tower that sees its padding, what
+    stands behind the end token becomes the padding that it knows: CLIP's tokenizer pads with another id elsewhere.
     """
 
     def __init__(self, model: DualEncoder, rules: TextRules) -> None:
@@ -68,6 +71,9 @@ class TextGraph(nn.Module):
             ended = (input_ids == self.rules.end_id).to(torch.int32).sum(1, keepdim=True) > 0
             last = torch.arange(length, device=input_ids.device)[None] == length - 1
             input_ids = torch.where(last & ~ended, self.rules.end_id, input_ids)
+            if self.rules.pad_id is not None:
+                ends = (input_ids == self.rules.end_id).to(torch.int64)
+                input_ids = torch.where(ends.cumsum(1) > ends, self.rules.pad_id, input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.rules.encode(input_ids, mask)
 
@@ -138,7 +144,8 @@ def text_rules(model: DualEncoder) -> TextRules:
         tower = getattr(inner, "text", inner)
         if _pools_at_the_end(tower):
             return TextRules(lambda ids, _: _causal_text(tower, ids), False, True, end)
-        return TextRules(own, False, False, end)
+        pads_with_zero = not hasattr(model.tokenizer.native, "tokenizer")  # open_clip's own tokenizer
+        return TextRules(own, False, False, end, 0 if pads_with_zero else None)
     return TextRules(own, True, True, None)
 
 

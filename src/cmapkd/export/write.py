@@ -43,7 +43,7 @@ from cmapkd.export.precision import PRECISIONS, check_precisions, convert
 from cmapkd.export.probes import draw_probes
 from cmapkd.export.program import OPSET, graphs_of, need_onnx, write_graph
 from cmapkd.export.stored import stored_rows
-from cmapkd.export.towers import text_rules
+from cmapkd.export.towers import exportable, text_rules
 from cmapkd.models import DualEncoder
 from cmapkd.models.base import eval_mode
 from cmapkd.models.onnx_family import GraphEncoder
@@ -275,10 +275,10 @@ def facts_of(model: DualEncoder, origin: Origin) -> dict[str, Any]:
 def _costs(model: DualEncoder) -> dict[str, Any]:
     """Counts that nobody can read from a graph: as `efficiency` counts them for the model itself."""
     size, texts = model.image_spec.size, model.tokenizer(TEXTS[0])
-    pixels = torch.zeros(1, 3, size, size)
-    runs = {"image": lambda: model.encode_image(pixels), "text": lambda: model.encode_text(texts)}
-    counts = parameter_counts(model, pixels, texts) | {"total": model.num_parameters()}
-    return {"parameters": counts, "macs": {tower: count_macs(model, run) for tower, run in runs.items()}}
+    pixels, copy = torch.zeros(1, 3, size, size), exportable(model)  # the copy owns a text tower that is only borrowed
+    runs = {"image": lambda: copy.encode_image(pixels), "text": lambda: copy.encode_text(texts)}
+    counts = parameter_counts(copy, pixels, texts) | {"total": model.num_parameters()}
+    return {"parameters": counts, "macs": {tower: count_macs(copy, run) for tower, run in runs.items()}}
 
 
 def open_validation(spec: str, split: str) -> Source:

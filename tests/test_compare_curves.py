@@ -172,5 +172,5 @@ def test_a_gap_that_was_not_checked_says_so(
 
 
 def test_a_negative_allowance_is_refused(recipe: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gap_rising: .*greater than or equal to 0"):
+    with pytest.raises(ConfigError, match=r"gap_rising: .*>= 0"):
         ComparisonConfig.from_mapping({"base": str(recipe), "arms": {"a": {}}, "gap_rising": -1})

@@ -459,7 +459,7 @@ def test_axes_need_a_point_at_which_to_tune(tuning: dict[str, Any], message: str
             [],
             r"1 problem .*\n  hinton: space: method\.feature_weight: unk",
         ),
-        ({"space": {"optim.learning_rate": [1e-3, -1.0]}}, [], r"kd; hinton: optim\.learning_rate: .* greater than 0"),
+        ({"space": {"optim.learning_rate": [1e-3, -1.0]}}, [], r"kd; hinton: optim\.learning_rate: .* > 0"),
         ({}, ["data.val=null"], "tuning chooses on data.val, and there is none"),
         ({}, ["data.val=scenes@test"], "tuning chooses on data.val, which is a test split: scenes@test"),
         ({}, ["data.test=null"], "the comparison would be measured on the same data"),

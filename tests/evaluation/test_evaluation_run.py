@@ -108,7 +108,7 @@ def test_tasks_in_every_spelling(given: Any, tasks: Any) -> None:
         ({"tasks": []}, "must be auto, or one or more"),
         ({"tasks": 3}, "must be auto, or one or more"),
         ({"bach_size": 3}, "did you mean 'batch_size'"),
-        ({"batch_size": 0}, "batch_size: .*greater than or equal to 1"),
+        ({"batch_size": 0}, "batch_size: .*>= 1"),
     ],
 )
 def test_config_problems_are_named(values: dict[str, Any], message: str) -> None:

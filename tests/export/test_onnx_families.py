@@ -21,7 +21,7 @@ from cmapkd.models import DualEncoder, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FIXED = {"timm, SigLIP", "hf SigLIP"}  # pool the last place, so they take texts of one length
-MASKED = {"tiny", "joined"}
+MASKED = {"tiny", "joined", "parts"}
 
 
 @pytest.fixture(scope="module", params=EXPORTED)

@@ -283,7 +283,7 @@ def test_a_mask_that_hides_all_or_nothing_is_refused() -> None:
 
 
 def test_negative_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"relational_weight: .*greater than or equal to 0"):
+    with pytest.raises(ValueError, match=r"relational_weight: .*>= 0"):
         ClipKDConfig.from_mapping({"name": "clip_kd", "relational_weight": -1})
 
 

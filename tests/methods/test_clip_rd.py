@@ -236,7 +236,7 @@ def test_maps_and_scales_stand_only_where_a_term_reads_them() -> None:
 
 
 def test_negative_weights_and_unknown_forms_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"xrd_weight: .*greater than or equal to 0"):
+    with pytest.raises(ValueError, match=r"xrd_weight: .*>= 0"):
         ClipRDConfig.from_mapping({"name": "clip_rd", "xrd_weight": -1})
     with pytest.raises(ValueError, match=r"task_space: .*'own' or 'official'"):
         ClipRDConfig.from_mapping({"name": "clip_rd", "task_space": "teacher"})

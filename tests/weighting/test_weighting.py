@@ -224,7 +224,7 @@ def test_manual_refuses_to_lose_the_loss() -> None:
     [
         ({"P2": 1, "P3": 1, "P4": 1, "P55": 1}, r"weights.P55: unknown item \(did you mean 'P5'\?\)"),
         ({"P2": 1, "P3": 1, "P4": 1, "P55": 1}, "weights.P5: required, but not given"),
-        ({"P2": -1, "P3": 1, "P4": 1, "P5": 1}, "weights.P2: .*greater than or equal to 0"),
+        ({"P2": -1, "P3": 1, "P4": 1, "P5": 1}, "weights.P2: .*>= 0"),
         (dict.fromkeys(ITEMS, 0), "every weight is zero"),
     ],
 )
@@ -308,9 +308,9 @@ class Recipe(Config):
     [
         ("polcy", r"weighting: unknown weighting 'polcy' \(did you mean 'policy'\?\); known: uniform, manual"),
         ({"name": "gate", "strenth": 1}, r"weighting.strenth: unknown key \(did you mean 'strength'\?\)"),
-        ({"name": "gate", "strength": 0}, "weighting.strength: .*greater than 0"),
+        ({"name": "gate", "strength": 0}, "weighting.strength: .*> 0"),
         ({"name": "gate", "temperature": 9}, r"temperature 9.0 must lie in temperature_range \[0.25, 4.0\]"),
-        ({"name": "gate", "floor": 1.5}, "weighting.floor: .*less than or equal to 1"),
+        ({"name": "gate", "floor": 1.5}, "weighting.floor: .*<= 1"),
         ({"name": "policy", "window": 6, "edge": 4}, "edge 4 is too long for window 6.*at most 3"),
         ({"name": "manual"}, "weighting.weights: required"),
         ({"strength": 1}, "a name or a mapping with `name`"),

@@ -14,6 +14,7 @@ from cmapkd.export.origin import without_folders
 from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
 from cmapkd.models.hf_model import HfModel
+from cmapkd.models.hf_tokenizer import HfTokenizer
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.onnx_family import GraphEncoder
@@ -44,8 +45,9 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names, **read})
         return
     canonical = False
-    if isinstance(model, HfModel):
-        native, canonical = deepcopy(model.tokenizer.native), model.model_type == "siglip"
+    if isinstance(model.tokenizer, HfTokenizer):
+        native = deepcopy(model.tokenizer.native)
+        canonical = isinstance(model, HfModel) and model.model_type == "siglip"
     elif isinstance(model, OpenClipModel) and hasattr(model.tokenizer.native, "tokenizer"):
         native = deepcopy(model.tokenizer.native.tokenizer)
         canonical = "canonicalize" in getattr(model.tokenizer.native.clean_fn, "__name__", "")

@@ -18,6 +18,7 @@ from cmapkd.models import DualEncoder
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.open_clip_model import OpenClipModel
+from cmapkd.models.parts_model import PartsModel
 from cmapkd.models.tiny import TinyDualEncoder
 
 EncodeText = Callable[[Tensor, Tensor], Tensor]
@@ -137,6 +138,10 @@ def text_rules(model: DualEncoder) -> TextRules:
         return TextRules(own, True, True, model.tokenizer.end_id)
     if isinstance(model, HfModel):
         return TextRules(own, False, model.model_type == "clip", model.tokenizer.native.eos_token_id)
+    if isinstance(model, PartsModel):
+        native = model.tokenizer.native
+        last = native("a")["input_ids"][-1]  # only some tokenizers end a text by a token of its own
+        return TextRules(own, True, True, last if last in (native.eos_token_id, native.sep_token_id) else None)
     if isinstance(model, OpenClipModel):
         end, inner = model.tokenizer.end_id, model.model
         if hasattr(getattr(inner, "text", None), "pooler"):  # transformers': its mask is made of the padding's id

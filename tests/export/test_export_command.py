@@ -222,7 +222,7 @@ def test_a_loss_that_was_accepted_is_in_the_card(cli: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["{empty}"], "is a run without student"),
+        (["{empty}"], "is not a cmapkd model folder"),
         (["{model}", "--to", "onyx"], "there is no form 'onyx' to export to"),
         (["{model}", "--precision", "int8"], "there is no precision 'int8'"),
         (["{model}", "--precision", "int8-calibrated"], "name training data with --calibrate"),

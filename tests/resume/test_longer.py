@@ -111,6 +111,11 @@ def test_what_cannot_be_prolonged(teacher: str, tmp_path: Path) -> None:
     cmapkd.distill(**values, out=tmp_path / "b")
     with pytest.raises(ConfigError, match=r"the stages of .* say which steps belong to which"):
         cmapkd.distill(**values, out=tmp_path / "b", extend_to=9)
+    values = settings(teacher, method="fitnet")  # its stages are its own
+    cmapkd.distill(**values, out=tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"the stages of .*/c \(hint, .*\) say which steps belong to which"):
+        cmapkd.distill(**values, out=tmp_path / "c", extend_to=9)
+    assert yaml.safe_load((tmp_path / "c" / "config.yaml").read_text())["training"]["steps"] == 2
 
 
 def test_a_finished_run_keeps_its_last_checkpoint(teacher: str, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from cmapkd.run.config import RunConfig
 from cmapkd.run.folder import prepare_folder, write_begun, write_json, write_yaml
 from cmapkd.run.lock import locked
 from cmapkd.run.measure import Measured, account, measure
-from cmapkd.run.prolong import prolonged, told
+from cmapkd.run.prolong import check_one_stage, prolonged, told
 from cmapkd.run.train import Trained, train
+from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import remove_finished
 from cmapkd.training.processes import start_processes, wait_for_all, was_restarted
 
@@ -138,7 +139,9 @@ class Command:
         train(alone, self.measured, out=folder, resume=resume, console=self.console, title="scratch")
         return folder
 
-    def _write_longer(self) -> None:
+    def _write_longer(self, trainer: Trainer) -> None:
+        if self.longer:
+            check_one_stage(trainer.stages, self.out)
         if self.longer and self.state.is_main_process:
             write_yaml(self.out / "config.yaml", self.config.plain())
 

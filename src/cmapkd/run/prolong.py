@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from cmapkd.config import ConfigError
+from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 from cmapkd.run.config import RunConfig
 from cmapkd.training.checkpoint import read_progress
 from cmapkd.training.optim import learning_rate
@@ -21,11 +23,7 @@ def prolonged(config: RunConfig, out: Path, steps: int) -> RunConfig:
     stored = out / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"there is no run to extend in {out}: it has no config.yaml")
-    if config.training.stages:
-        raise ConfigError(
-            f"--extend-to: the stages of {out} say which steps belong to which, so a longer run is another run: start "
-            "it in a new folder"
-        )
+    check_one_stage(config.training.stages, out)
     progress = read_progress(out / "checkpoints")
     if progress is None:
         raise ConfigError(
@@ -36,6 +34,19 @@ def prolonged(config: RunConfig, out: Path, steps: int) -> RunConfig:
     if steps <= had and _stored_steps(stored) != steps:
         raise ConfigError(f"--extend-to {steps}: {out} has {had} steps already, name more")
     return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def check_one_stage(stages: Sequence[StageConfig], out: Path) -> None:
+    """Refuses a run of stages, be they its recipe's or its method's own.
+
+    Raises:
+        ConfigError: it has some.
+    """
+    if any(stage != WHOLE_RUN for stage in stages):
+        raise ConfigError(
+            f"--extend-to: the stages of {out} ({', '.join(stage.name for stage in stages)}) say which steps belong to "
+            "which, so a longer run is another run: start it in a new folder"
+        )
 
 
 def _stored_steps(stored: Path) -> int | None:

@@ -83,14 +83,14 @@ def train(
     console: Console | None,
     title: str,
     more_trainings: int = 0,
-    begin: Callable[[], None] = lambda: None,
+    begin: Callable[[Trainer], None] = lambda _: None,
 ) -> Trained:
     """Builds the parts, trains, and saves `student/`.
 
     Args:
         measured: the sources of validation and test.
         more_trainings: that the command makes after this one, for its estimate of the time left.
-        begin: called when nothing stands in the way of the first step.
+        begin: is given the trainer when nothing else stands in the way of the first step.
     Raises:
         ConfigError: a resume with other contents than the checkpoints were trained with.
     """
@@ -98,7 +98,7 @@ def train(
         config, measured, out=out, resume=resume, voice=Voice(console, title), more_trainings=more_trainings
     )
     trainer = prepared.trainer
-    begin()
+    begin(trainer)
     trained = trainer.run(resume=resume)
     if trainer.accelerator.is_main_process and config.training.student == "best":
         assert trained.best_step is not None

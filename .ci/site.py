@@ -19,7 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
 SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "examples", "benchmarks", "src")
-KINDS = {".md", ".py", ".yaml", ".json", ".csv", ".png", ".toml"}
+KINDS = {".md", ".py", ".yaml", ".json", ".csv", ".png", ".toml", ".webp"}
+MARK = ".site-of-cmapkd"  # only a folder that has it is replaced
 REFERENCE = {  # page: what its reader looks for, and the modules that it shows
     "python": ("Distil, load, use", ["cmapkd.api", "cmapkd.own_loop", "cmapkd.results", "cmapkd.models.embedding"]),
     "data": ("Data", ["cmapkd.data.open", "cmapkd.data.types", "cmapkd.data.views"]),
@@ -47,7 +48,10 @@ def main(out: Path) -> None:
         if complaints := sorted(check(stage / "site") | check_reference(stage / "site" / "reference")):
             sys.exit("\n".join([*complaints, f"the site was not built: {len(complaints)} complaints"]))
         if out.exists():
+            if any(out.iterdir()) and not (out / MARK).is_file():
+                sys.exit(f"{out} holds something else than a site: name another folder")
             shutil.rmtree(out)
+        (stage / "site" / MARK).touch()
         shutil.copytree(stage / "site", out)
     print(f"site: {len(list(out.rglob('*.html')))} pages, every link checked: {out / 'index.html'}")
 

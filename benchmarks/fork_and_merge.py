@@ -39,6 +39,7 @@ from cmapkd.models import DualEncoder
 from cmapkd.provenance import describe_environment
 from cmapkd.run import RunConfig
 from cmapkd.run.build import build_student, load_teachers, open_training, readers
+from cmapkd.run.measure import Measured
 from cmapkd.training import Interrupted, Trainer
 from cmapkd.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 
@@ -113,7 +114,7 @@ def train_until(config: RunConfig, step: int, out: Path) -> Groups:
         running.Trainer = type("Until", (UntilStep,), {"until": step})  # type: ignore[misc]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            running.train(config, out=out, resume=True, console=None, title=out.name)
+            running.train(config, Measured.open(config), out=out, resume=True, console=None, title=out.name)
         except Interrupted as stopped:
             if stopped.checkpoint != goal:
                 raise

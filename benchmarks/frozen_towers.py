@@ -19,6 +19,7 @@ from typing import Any
 from cmapkd.config import load_config
 from cmapkd.provenance import describe_environment
 from cmapkd.run import RunConfig
+from cmapkd.run.measure import Measured
 from cmapkd.run.train import train
 
 
@@ -65,7 +66,8 @@ def steps(arguments: argparse.Namespace, name: str, count: int, *, cached: bool 
     """What a training of `count` steps logged."""
     out = arguments.folder / name
     out.mkdir(parents=True)
-    train(config_of(arguments, count, cached=cached), out=out, resume=False, console=None, title=name)
+    config = config_of(arguments, count, cached=cached)
+    train(config, Measured.open(config), out=out, resume=False, console=None, title=name)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -28,7 +28,7 @@ from cmapkd.export.origin import origin_of
 from cmapkd.export.write import export_onnx
 
 PICTURES = Path(os.environ.get("PICTURES", "runs/notebook/pictures"))  # your folder
-OUT = Path(os.environ.get("OUT", "runs/notebook"))  # what this notebook makes; nothing there is overwritten
+OUT = Path(os.environ.get("OUT", "runs/notebook"))  # a new folder for what this notebook makes
 TEACHER = os.environ.get("TEACHER", "tiny:scenes-teacher")  # for photographs: open_clip:ViT-B-32/laion2b_s34b_b79k
 STUDENT = os.environ.get("STUDENT", "tiny:base")  # for photographs: timm:mobilenetv3_small_100.lamb_in1k/pretrained
 STEPS = int(os.environ.get("STEPS", "60"))
@@ -38,10 +38,10 @@ BATCH = int(os.environ.get("BATCH", "64"))
 # ## 1. The photographs
 #
 # Each photograph has a text file of the same name beside it: `beach.jpg` and `beach.txt`, one caption a line.
-# Where the folder is missing, the built-in world draws pictures, so that the notebook runs as it is.
+# Where you name no folder, the built-in world draws pictures, so that the notebook runs as it is.
 
 # %%
-if not PICTURES.exists():
+if "PICTURES" not in os.environ and not PICTURES.exists():
     PICTURES.mkdir(parents=True)
     drawn = open_source("scenes?length=512", split="train")
     for index in range(len(drawn)):
@@ -61,9 +61,10 @@ print(f"{len(photographs)} photographs with captions in {PICTURES}")
 # %%
 OUT.mkdir(parents=True, exist_ok=True)
 parts = {"test": photographs[0::5], "val": photographs[1::5]}
-parts["train"] = [path for path in photographs if path not in {*parts["test"], *parts["val"]}]
+held_back = {*parts["test"], *parts["val"]}
+parts["train"] = [path for path in photographs if path not in held_back]
 for part, members in parts.items():
-    with (OUT / f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
+    with (OUT / f"{part}.csv").open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["filepath", "title"])
         for path in members:

@@ -70,6 +70,7 @@ def test_data_are_found_by_their_names(names: tuple[str, ...], expected: dict[st
         (("notes.md",), "holds nothing that cmapkd reads"),
         (("a.csv", "b.csv"), "a.csv, b.csv, and no name says which is for training"),
         (("train_1.csv", "train_2.csv"), "several csv files for train"),
+        (("2014_train.tar", "2017_train.tar", "2017_val.tar"), "no pattern of names has them without 2017_val.tar"),
     ],
     ids=str,
 )

@@ -174,4 +174,4 @@ def test_commands(teacher: Path, caches: Path, tmp_path: Path, monkeypatch: Any,
     code, text = call("build", str(recipe), "method=contrastive")
     assert (code, "asks no teacher" in text) == (2, True)
     assert call("build", str(recipe), "--rank", "2", "--world", "2")[0] == 2
-    assert "there is no" in call("info", str(tmp_path))[1]
+    assert "so it is no cache" in call("info", str(tmp_path))[1]

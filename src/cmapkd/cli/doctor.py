@@ -18,6 +18,7 @@ def doctor(
 ) -> None:
     """Check a recipe without running it. Models, data, sizes, memory, disk and time are told as they are known."""
     from rich.console import Console
+    from rich.markup import escape
 
     from cmapkd.cli.recipe import read_recipe
 
@@ -28,7 +29,7 @@ def doctor(
     console = Console()
     findings: list[Finding] = []
     with console.status("") as status:  # moves on a terminal; a file gets the findings alone
-        for finding in examine(config, say=status.update):
+        for finding in examine(config, say=lambda what: status.update(escape(what))):
             findings.append(finding)
             _print(finding, console)
     console.print(verdict(findings), highlight=False)

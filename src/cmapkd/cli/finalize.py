@@ -17,15 +17,13 @@ def finalize(
         str | None, typer.Option(help="Step of the checkpoint to take, or best; by default the newest.")
     ] = None,
 ) -> None:
-    """Make student and scores of a stopped run from a checkpoint, without training on.
-
-    Example: cmapkd finalize runs/first --step best
-    """
+    """Make student and scores of a stopped run from a checkpoint, without training on."""
     from rich.console import Console
 
+    from cmapkd.cli.show import show
     from cmapkd.run import finalize
 
     console = Console()
     result = finalize(run, step=step, overrides=overrides or [], console=console)
-    console.print(result.table())
+    show(console, result.table())
     console.print(f"student and evidence: {run}", highlight=False, soft_wrap=True)

@@ -26,6 +26,7 @@ def init(
 ) -> None:
     """Write a first recipe for your data. The student is the largest that fits the budget."""
     from rich.console import Console
+    from rich.markup import escape
 
     from cmapkd.config import ConfigError
     from cmapkd.data.places import nearest
@@ -39,9 +40,9 @@ def init(
     from cmapkd.starter import choose_student, compose, look, write_recipe
 
     console = Console()
-    with console.status(f"reading {data}") as status:
+    with console.status(escape(f"reading {data}")) as status:
         looked = look(data)
-        chosen = choose_student(max_mb=max_mb, max_ms=max_ms, say=status.update)
+        chosen = choose_student(max_mb=max_mb, max_ms=max_ms, say=lambda what: status.update(escape(what)))
     given = ["cmapkd", "init", str(data), "--max-mb", f"{max_mb:g}"]
     given += ["--max-ms", f"{max_ms:g}"] if max_ms is not None else []
     given += ["--teacher", teacher] if teacher != TEACHER else []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import cmapkd
 from cmapkd.cache.identity import weight_hash
@@ -87,7 +88,7 @@ def export_onnx(
         raise ConfigError(f"--dims {dims}: the embeddings of {model.name} have {model.embed_dim} numbers")
     licence = licence or licence_of(origin.teachers, None)
     with eval_mode(model):
-        rotation = None if calibration is None or (dims is None and data is None) else rotation_of(model, calibration)
+        rotation = _rotation(model, calibration, data, dims)
         cut = model if dims is None else Narrowed(model, dims, rotation).eval()
         probes = draw_probes(data if data is not None else open_source("scenes", split="val"))
         checker = ParityChecker(cut, probes)
@@ -107,7 +108,7 @@ def export_onnx(
                 "files": files,
                 "scores": scores,
                 "scored_on": None if data is None else data.name,
-                "embeddings": None if data is None else _stored(model, data, rotation, calibration),
+                "embeddings": None if data is None or dims is not None else _stored(model, data, rotation, calibration),
                 "compared_on": {"pictures": len(probes.pictures), "texts": len(probes.texts)},
                 "accepted_loss": accept_loss,
                 "limits": {name: asdict(LIMITS[name]) for name in names},
@@ -118,6 +119,18 @@ def export_onnx(
             write_card(cut, folder, form="onnx", origin=origin, licence=licence, accepted=accept_loss, **told)
             write_manifest(folder, facts)
     return parity
+
+
+def _rotation(model: DualEncoder, calibration: Source | None, data: Source | None, dims: int | None) -> Tensor | None:
+    """Of short embeddings, where they are asked for, or measured beside others."""
+    if calibration is None or (dims is None and data is None):
+        return None
+    try:
+        return rotation_of(model, calibration)
+    except ConfigError:  # too few samples
+        if dims is not None:
+            raise
+        return None
 
 
 def _checked(

@@ -103,9 +103,9 @@ class PartsModel(DualEncoder):
 
     def _settle(self) -> None:
         """Towers that do not learn are in eval mode, the others in the model's."""
-        for tower in (self.image, self.text):
-            mode = self.training and _learns(tower)
-            if tower.training != mode:
+        for tower in (self._modules["image"], self._modules["text"]):  # None where a method keeps one tower alone
+            mode = tower is not None and self.training and _learns(tower)
+            if tower is not None and tower.training != mode:
                 tower.train(mode)
 
     @property

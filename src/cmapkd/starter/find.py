@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,11 +94,22 @@ def _role(name: str) -> str | None:
 
 
 def _pattern(folder: Path, files: Sequence[Path]) -> str:
-    """One file, or a glob over several of one beginning."""
+    """One file, or a glob over several of one beginning.
+
+    Raises:
+        ConfigError: a glob over them would take in others.
+    """
     if len(files) == 1:
         return str(files[0])
     start = os.path.commonprefix([file.name for file in files])  # noqa: RUF071  of names, whose characters count
-    return str(folder / f"{start}*{files[0].suffix}")
+    pattern = f"{glob.escape(start)}*{files[0].suffix}"
+    if taken := {*folder.glob(pattern)} - {*files}:
+        names, others = (", ".join(sorted(file.name for file in group)[:4]) for group in (files, taken))
+        raise ConfigError(
+            f"{folder}: {names} belong together, but no pattern of names has them without {others}: move them into a "
+            "folder of their own"
+        )
+    return str(folder / pattern)
 
 
 def _coco(folder: Path) -> Roles:

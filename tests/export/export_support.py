@@ -19,7 +19,7 @@ from cmapkd.export.write import export_onnx
 from cmapkd.models import DualEncoder
 from cmapkd.models.prunable import TowerSizes
 
-__all__ = ["EXPORTED", "FAMILIES", "FREE", "ORIGIN", "make", "model_of", "scenes", "write"]
+__all__ = ["EXPORTED", "FAMILIES", "FREE", "ORIGIN", "PRUNED", "make", "model_of", "scenes", "write"]
 
 PRUNED = "open_clip, pruned"
 EXPORTED = (*FAMILIES, PRUNED)

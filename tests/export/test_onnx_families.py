@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_support import EXPORTED, made, model_of, scenes, write
+from export_support import EXPORTED, PRUNED, made, model_of, scenes, write
 from PIL import Image
 
 from cmapkd.export.folder import file_hash
@@ -24,7 +24,10 @@ FIXED = {"timm, SigLIP", "hf SigLIP"}  # pool the last place, so they take texts
 MASKED = {"tiny", "joined", "parts"}
 
 
-@pytest.fixture(scope="module", params=EXPORTED)
+CASES = [pytest.param(name, marks=[pytest.mark.slow] if name == PRUNED else []) for name in EXPORTED]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Name, model, folder and parity of a family, in every precision."""
     base = tmp_path_factory.mktemp("family")

@@ -26,6 +26,7 @@ SLOWER = {  # than the bare reading
     "flickr30k": 230.0,
     "coco": 50.0,
 }
+SELDOM = ("classes", "flickr30k", "coco")  # slow tests, so that the others stay short
 KEPT = 12.0  # bytes of memory that stay, for each byte of ids and captions
 AROUND = 16 * 2**20  # bytes that stay whatever the number of rows: indexes, arenas of Arrow, buffers
 SENT = 16 * 2**10  # bytes that a data worker is sent
@@ -46,8 +47,14 @@ def opening(kind: str, rows: int, folder: Path) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("rows", [20_000, pytest.param(200_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", SLOWER)
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        *((kind, 20_000) for kind in SLOWER if kind not in SELDOM),
+        *(pytest.param(kind, 20_000, marks=pytest.mark.slow) for kind in SELDOM),
+        *(pytest.param(kind, 200_000, marks=pytest.mark.slow) for kind in SLOWER),
+    ],
+)
 def test_opening_is_bounded_in_time_and_memory(kind: str, rows: int, tmp_path: Path) -> None:
     found = opening(kind, rows, tmp_path)
     assert found["opened"] <= SLOWER[kind] * found["bare"], found

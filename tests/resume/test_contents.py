@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 from family_support import FAMILIES
 
 import cmapkd
+from cmapkd.cache.identity import weight_hash
 from cmapkd.config import ConfigError
-from cmapkd.models import ModelConfig, build_model, load_model
+from cmapkd.models import ModelConfig, build_model, build_teacher, load_model
 from cmapkd.run import RunConfig, run
 from cmapkd.run.contents import _model, check_contents, may_have_moved
 from cmapkd.training.checkpoint import list_checkpoints, read_progress
@@ -206,3 +207,19 @@ def test_a_model_by_another_name_has_not_moved(tmp_path: Path) -> None:
     assert not may_have_moved("teacher.name", "hf:gone", f"open_clip:{tmp_path}", stored)
     assert not may_have_moved("student.name", "gone", str(tmp_path), stored)
     assert not may_have_moved("data.test", None, "csv:a.csv", {"data.test": {"at": "", "holds": ""}})
+
+
+def test_a_teacher_with_random_parts_is_the_same_at_every_start(here: Path) -> None:
+    teacher = {"name": "timm:test_vit", "options": {"text_width": 16, "text_heads": 2, "text_layers": 1}}
+    values = settings() | {"teacher": teacher}
+    cmapkd.distill(**values, out="random", quiet=True)
+    torch.manual_seed(99)
+    again = cmapkd.distill(**values, out="random", quiet=True, resume=True).metrics
+    assert (
+        again["teacher"]["retrieval"]
+        == json.loads((here / "random" / "metrics.json").read_text())["teacher"]["retrieval"]
+    )
+    before = torch.get_rng_state()
+    first, other = (build_teacher(ModelConfig(**teacher), role) for role in ("teacher", "other"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert weight_hash(first) != weight_hash(other)

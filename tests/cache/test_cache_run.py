@@ -69,7 +69,8 @@ def test_while_a_cached_run_trains_its_teacher_is_gone(
         return trained(self, **options)
 
     trained = Trainer.run
-    monkeypatch.setattr("cmapkd.run.build.build_model", noting)
+    for place in ("cmapkd.run.build.build_model", "cmapkd.models.load.build_model"):  # student, teacher
+        monkeypatch.setattr(place, noting)
     monkeypatch.setattr(Trainer, "run", run)
     cmapkd.distill(**settings(teacher, cache="auto"), out=tmp_path / "run", quiet=True)
     assert alive == ["tiny:debug"]  # the student alone
@@ -174,4 +175,4 @@ def test_commands(teacher: Path, caches: Path, tmp_path: Path, monkeypatch: Any,
     code, text = call("build", str(recipe), "method=contrastive")
     assert (code, "asks no teacher" in text) == (2, True)
     assert call("build", str(recipe), "--rank", "2", "--world", "2")[0] == 2
-    assert "so it is no cache" in call("info", str(tmp_path))[1]
+    assert "holds no cache.json" in call("info", str(tmp_path))[1]

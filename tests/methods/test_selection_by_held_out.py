@@ -15,6 +15,7 @@ from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import PlanSampler
 from cmapkd.methods import StepInfo
 from cmapkd.methods.cmapkd import CMAPKD
+from cmapkd.methods.cmapkd.slopes import norms_of
 from cmapkd.methods.dual import task_loss
 from cmapkd.training import Trainer
 from cmapkd.weighting import BanditWeighting, BilevelWeighting
@@ -57,6 +58,25 @@ def test_weights_by_sample_reach_the_levels_and_the_terms() -> None:
     expected = sum((one.by_sample[i] * columns[i]).mean() for i in ("P2", "P3", "P4", "P5"))
     torch.testing.assert_close(terms["visual"].value, torch.as_tensor(expected))
     assert method.measurements == {} or "selection/weight/P2" in method.measurements
+
+
+def test_what_is_measured_of_items_is_the_same_under_any_chosen_weights() -> None:
+    vectors = {"uniform": {}, "other": {"contrastive": 4.0, "bank": 0.0}}
+    method, batch = selected(**{**BANDIT, "fixed": [], "vectors": vectors}), batch_of()
+    one = method.joint
+    assert isinstance(one, BanditWeighting)
+    method(batch, StepInfo(step=0))
+    method.eval()
+    found = []
+    for number in range(2):
+        one.chosen.fill_(number)
+        columns = method.columns(batch)
+        found.append((columns, norms_of(method.student, columns)))
+    (columns, norms), (others, other_norms) = found
+    for item, column in columns.items():
+        torch.testing.assert_close(others[item], column)
+        torch.testing.assert_close(other_norms[item], norms[item])
+    assert float(columns["bank"].detach()) > 0
 
 
 def test_the_bandit_is_told_the_loss_on_all_held_out_pairs() -> None:

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 from family_support import FAMILIES
 
 import cmapkd
+from cmapkd.cache.identity import weight_hash
 from cmapkd.config import ConfigError
-from cmapkd.models import ModelConfig, build_model, load_model
+from cmapkd.models import ModelConfig, build_model, build_teacher, load_model
 from cmapkd.run import RunConfig, run
 from cmapkd.run.contents import _model, check_contents, may_have_moved
 from cmapkd.training.checkpoint import list_checkpoints, read_progress
@@ -206,3 +207,50 @@ def test_a_model_by_another_name_has_not_moved(tmp_path: Path) -> None:
     assert not may_have_moved("teacher.name", "hf:gone", f"open_clip:{tmp_path}", stored)
     assert not may_have_moved("student.name", "gone", str(tmp_path), stored)
     assert not may_have_moved("data.test", None, "csv:a.csv", {"data.test": {"at": "", "holds": ""}})
+
+
+def test_a_teacher_with_random_parts_is_the_same_at_every_start(here: Path) -> None:
+    teacher = {"name": "timm:test_vit", "options": {"text_width": 16, "text_heads": 2, "text_layers": 1}}
+    values = settings() | {"teacher": teacher}
+    cmapkd.distill(**values, out="random", quiet=True)
+    torch.manual_seed(99)
+    again = cmapkd.distill(**values, out="random", quiet=True, resume=True).metrics
+    assert (
+        again["teacher"]["retrieval"]
+        == json.loads((here / "random" / "metrics.json").read_text())["teacher"]["retrieval"]
+    )
+    before = torch.get_rng_state()
+    first, other = (build_teacher(ModelConfig(**teacher), role) for role in ("teacher", "other"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert weight_hash(first) != weight_hash(other)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("csv:a.csv", "csv:b.csv", True),
+        ("csv:a.csv", "csv:a.csv?csv_caption_key=other", False),
+        ("csv:a.csv?csv_caption_key=one", "csv:b.csv?csv_caption_key=two", False),
+        ("csv:a.csv?separator=comma", "csv:a.csv?separator=tab", False),
+        ("csv:a.csv?texts=one", "csv:a.csv?texts=two", False),
+        ("csv:a.csv?images=gone", "csv:a.csv?images=.", True),
+        ("csv:a.csv?images=gone", "csv:a.csv?images=nowhere", False),
+        ("parquet:a.parquet?caption=one", "parquet:a.parquet?caption=two", False),
+        ("hf:some/set", "hf:some/set?image=other", False),
+        ("folder:a?captions=a {}", "folder:a?captions=one {}", False),
+        ("folder:a?part=0-0.9", "folder:a?part=0-0.8", False),
+        ("folder:a?limit=10", "folder:b?limit=10", True),
+        ("imagenet:a?classes=all", "imagenet:a?classes=present", False),
+        ("coco:a.json,i@train", "coco:a.json,i@test", False),
+        ("csv:a.csv", "jsonl:a.csv", False),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.train", "data.held_out", "data.more.a.source"])
+def test_data_that_are_read_otherwise_have_not_moved(before: str, now: str, same: bool, key: str) -> None:
+    stored = {key.removesuffix(".source"): {"at": "", "holds": ""}}
+    assert may_have_moved(key, before, now, stored) is same
+
+
+def test_other_captions_of_the_same_file_are_refused(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"other settings: data.train \(was 'csv:data/train.csv', now .*=image'\)"):
+        resume(data={"train": "csv:data/train.csv?csv_caption_key=image", "val": "csv:data/val.csv"})

@@ -130,6 +130,20 @@ def test_a_finished_run_keeps_its_last_checkpoint(teacher: str, tmp_path: Path) 
     assert not (tmp_path / "b" / "checkpoints").exists()
 
 
+def test_finalize_takes_the_best_student_where_the_recipe_does(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter((3.0, 2.0, 1.0))
+    monkeypatch.setattr("cmapkd.run.train.validator_of", lambda *_: lambda _: {"score": next(scores)})
+    values = settings(teacher, steps=3, training={"evaluate_every": 1, "student": "best"})
+    cmapkd.distill(**values, out=tmp_path / "a")
+    best = weights(tmp_path / "a")
+    finalize(tmp_path / "a")
+    assert_equal(weights(tmp_path / "a"), best)
+    finalize(tmp_path / "a", step="3")
+    assert any(not torch.equal(value, best[key]) for key, value in weights(tmp_path / "a").items())
+
+
 @pytest.fixture
 def stopped(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, Any]]:
     """A run that was stopped after the first of its three steps."""

@@ -14,7 +14,10 @@ def finalize(
         list[str] | None, typer.Argument(help="Settings that may change at a resume: key=value ...")
     ] = None,
     step: Annotated[
-        str | None, typer.Option(help="Step of the checkpoint to take, or best; by default the newest.")
+        str | None,
+        typer.Option(
+            help="Step of the checkpoint to take, or best; by default the newest, or the best if the recipe says so."
+        ),
     ] = None,
 ) -> None:
     """Make student and scores of a stopped run from a checkpoint, without training on."""

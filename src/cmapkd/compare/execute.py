@@ -36,7 +36,7 @@ from cmapkd.config.disk import write_text
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.evaluation.run import evaluate
-from cmapkd.models import Model, build_model, load_model
+from cmapkd.models import Model, build_teacher, load_model
 from cmapkd.results import RunResult, Scores, is_finished
 from cmapkd.run import RunConfig, run
 from cmapkd.training import Interrupted, NonFiniteLossError
@@ -309,7 +309,7 @@ def _score_teachers(
         for name, source in sources.items():
             place = f"{key}-{config_digest(plan.comparison.evaluate[name])}"
             if place not in known:
-                teacher = teacher or build_model(config.teacher)
+                teacher = teacher or build_teacher(config.teacher)
                 what = {"teacher": config.teacher.model_dump(mode="json"), "source": plan.comparison.evaluate[name]}
                 known[place] = what | {"scores": _score(teacher, source, config)}
                 write_json(path, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmapkd.config import ConfigError, Registry
@@ -66,6 +67,26 @@ def split_of(spec: str, *, default: str | None = None) -> str | None:
     if parsed.split is None and kind:  # hf:NAME:SPLIT
         return named
     return (parsed.split or default) if _may_have_splits(parsed.kind) else None
+
+
+def same_reading(before: str, now: str) -> bool:
+    """Whether two names of sources differ at most in where files are: kind, split and what is read of them agree.
+
+    A fingerprint alone does not tell: a table's covers the file's bytes, and not which of its columns are read.
+
+    Raises:
+        ConfigError: a name cannot be taken apart.
+    """
+    first, second = (_parse(text, None, False, None) for text in (before, now))
+    if (first.kind, first.split, first.keep, {*first.options}) != (
+        second.kind,
+        second.split,
+        second.keep,
+        {*second.options},
+    ):
+        return False
+    differ = [name for name, value in second.options.items() if first.options[name] != value]
+    return all(name in PATH_OPTIONS and Path(second.options[name]).expanduser().exists() for name in differ)
 
 
 def _made(spec: Spec) -> Source:
@@ -328,4 +349,5 @@ KINDS: Registry[Opener] = Registry(
 )
 
 SPLIT_KINDS = ("scenes", "coco", "flickr30k", "imagenet", "hf")  # those of other packages may have splits too
+PATH_OPTIONS = ("images", "classes", "split_file")  # whose values are files or folders, where they are no words
 COLUMN_OPTIONS = ("image", "caption", "id", "label")

@@ -4,7 +4,7 @@ from cmapkd.models.average import MovingAverage
 from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Model, Tokenizer
 from cmapkd.models.config import FAMILIES, ModelConfig
 from cmapkd.models.images import ImageSpec
-from cmapkd.models.load import build_model, load_model
+from cmapkd.models.load import build_model, build_teacher, load_model
 from cmapkd.models.teacher import FrozenTeacher, MomentumTeacher, Teacher
 from cmapkd.models.types import Features, Level, LevelInfo, LevelRequest, TowerFeatures
 
@@ -26,5 +26,6 @@ __all__ = [
     "Tokenizer",
     "TowerFeatures",
     "build_model",
+    "build_teacher",
     "load_model",
 ]

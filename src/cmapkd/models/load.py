@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from cmapkd.config import ConfigError
+from cmapkd.data.random import key_of
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.config import FAMILIES, InheritConfig, ModelConfig
 from cmapkd.models.errors import explained
@@ -55,6 +58,22 @@ def build_model(
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
         model.random_towers = ()
     return model.eval()
+
+
+def build_teacher(config: ModelConfig, role: str = "teacher") -> DualEncoder:
+    """The teacher that `config` names, the same at every start and in every process, also where part of it is random.
+
+    A teacher may have no weights for one tower. Its random ones are drawn from a seed of its role; the stream of random
+    numbers that everything else draws from stays where it was.
+
+    Args:
+        role: the teacher's place in the run.
+    Raises:
+        ConfigError, ValueError: as `build_model`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key_of("teacher", role) % 2**63)
+        return build_model(config)
 
 
 def _inherited(model: DualEncoder, config: InheritConfig, teacher: DualEncoder | None) -> DualEncoder:

@@ -16,7 +16,7 @@ from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.subject import Bench, Subject
-from cmapkd.models import DualEncoder, build_model, load_model
+from cmapkd.models import DualEncoder, build_teacher, load_model
 from cmapkd.models.config import ModelConfig
 from cmapkd.report.plain import mapping, string
 from cmapkd.report.read import RunFolder
@@ -131,7 +131,7 @@ def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
     if teacher:
         try:
             config = mapping(run.config, "teacher") or {"name": str(teacher)}
-            models["teacher"] = build_model(ModelConfig.from_mapping(config, where="teacher"))
+            models["teacher"] = build_teacher(ModelConfig.from_mapping(config, where="teacher"))
         except Exception as error:
             notes["teacher"] = f"cannot be loaded ({_first(error)})"
     folder = _baseline_folder(run)

@@ -15,7 +15,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
-from cmapkd.models import DualEncoder, FrozenTeacher, Teacher, build_model
+from cmapkd.models import DualEncoder, FrozenTeacher, Teacher, build_model, build_teacher
 from cmapkd.run.config import RunConfig
 
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
@@ -74,7 +74,7 @@ def with_held_out(
 
 def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
     """The run's teachers by role, the first one first; none where it has none."""
-    return {role: FrozenTeacher(build_model(model), role) for role, model in config.teachers.items()}
+    return {role: FrozenTeacher(build_teacher(model, role), role) for role, model in config.teachers.items()}
 
 
 def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> DualEncoder:

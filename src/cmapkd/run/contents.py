@@ -10,6 +10,7 @@ from cmapkd.cache.files import digest_of
 from cmapkd.cache.identity import plain_image_spec, tokenizer_hash, view_hash, weight_hash
 from cmapkd.config import ConfigError
 from cmapkd.data.held_out import open_held_out
+from cmapkd.data.open import same_reading
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Source
@@ -123,9 +124,9 @@ def may_have_moved(key: str, before: Any, now: Any, stored: Contents) -> bool:
     if not (isinstance(before, str) and isinstance(now, str)):
         return False
     if key in ("data.train", "data.val", "data.test", "data.held_out"):
-        return key in stored
+        return key in stored and same_reading(before, now)
     if section.startswith("data.more.") and name == "source":
-        return section in stored
+        return section in stored and same_reading(before, now)
     if section in ("teacher", "student") or section.startswith("more_teachers."):
         moved = name == "checkpoint" or (name == "name" and _is_path(now) and _family(before) == _family(now))
         return moved and f"{section}.weights" in stored

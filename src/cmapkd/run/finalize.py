@@ -30,7 +30,8 @@ def finalize(
 
     Args:
         out: run folder.
-        step: `best`, or the step of a checkpoint; none: the newest.
+        step: `best`, or the step of a checkpoint; none: the one that the run's end would take, which is the best where
+            `training.student` says so and there is one, else the newest.
         overrides: settings that may change at a resume, or say where data and models are now: `key=value`.
     Raises:
         ConfigError: no run is there, or no such checkpoint; a setting may not change; data or models have changed.
@@ -42,7 +43,7 @@ def finalize(
     config = load_config(RunConfig, stored, list(overrides))
     with locked(out):
         restore_replaced(out / "checkpoints")
-        checkpoint = _checkpoint(out, step)
+        checkpoint = _checkpoint(out, step, prefers_best=config.training.student == BEST)
         prepare_folder(out, config, resume=True, write=True)
         measured = Measured.open(config)
         state = start_processes(on_cpu=config.training.on_cpu)
@@ -53,7 +54,7 @@ def finalize(
         return RunResult(out, command.measure(trained, _baseline(config, out), None))
 
 
-def _checkpoint(out: Path, step: str | None) -> Path:
+def _checkpoint(out: Path, step: str | None, *, prefers_best: bool) -> Path:
     """The checkpoint that is meant.
 
     Raises:
@@ -63,6 +64,8 @@ def _checkpoint(out: Path, step: str | None) -> Path:
     steps, best = list_checkpoints(folder), list_checkpoints(folder, "best")
     if not steps and not best:
         raise ConfigError(f"{out} keeps no checkpoint: there is nothing to take a student from")
+    if step is None and prefers_best and best:
+        return best[-1]
     if step is None and steps:
         return steps[-1]
     found = {str(_step(path)): path for path in steps} | ({BEST: best[-1]} if best else {})

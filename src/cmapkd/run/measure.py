@@ -14,7 +14,7 @@ from cmapkd.data.types import Source
 from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import evaluate
 from cmapkd.evaluation.suite import count_parameters
-from cmapkd.models import Model, build_model, load_model
+from cmapkd.models import Model, build_teacher, load_model
 from cmapkd.results import Scores, gap_closed
 from cmapkd.run.config import RunConfig
 from cmapkd.training import TrainResult
@@ -131,7 +131,7 @@ def measure(
 
     teacher = teacher_scores
     if teacher is None and config.teacher is not None:
-        teacher = scores("teacher", build_model(config.teacher))
+        teacher = scores("teacher", build_teacher(config.teacher))
     student_scores = scores("student", student, out / RANKS)
     baseline_scores = scores(str(name), load_model(baseline)) if baseline is not None else None
     return {

@@ -18,7 +18,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.methods import Method
-from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, build_model
+from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, build_teacher
 from cmapkd.models.activation import assumption
 from cmapkd.run.build import (
     build_student,
@@ -233,7 +233,7 @@ def _loaded_teachers(config: RunConfig, voice: Voice) -> dict[str, FrozenTeacher
     for role, model in config.teachers.items():
         name = role if role == "teacher" else f"teacher {role}"
         voice(f"loading the {name} {model.name}")
-        teachers[role] = FrozenTeacher(build_model(model), role)
+        teachers[role] = FrozenTeacher(build_teacher(model, role), role)
         voice(f"the {name} has {_sizes(teachers[role].model)}")
     return teachers
 

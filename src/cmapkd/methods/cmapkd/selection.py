@@ -161,6 +161,8 @@ class Selecting(DualEncoderMethod):
         numbers = {item: torch.tensor(value) for item, value in counts.items()} | means
         self.measurements |= {f"selection/weight/{item}": value for item, value in numbers.items()}
         self.measurements |= {f"selection/{name}": value for name, value in self.joint.log().items()}
+        if self._counted is not None:  # a measurement, which is of the losses before they are weighed
+            return {}
         return {item: value for item, value in counts.items() if item in self.term_weights}
 
     def _weigh(

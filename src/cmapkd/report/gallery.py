@@ -70,7 +70,7 @@ def _about(watched: Watched) -> Paragraph:
     seen = watched.seen
     tried = len(seen.ids) + len(seen.bad)
     part = f"the first {tried:,} of {watched.total:,}" if tried < watched.total else f"all {watched.total:,}"
-    unread = f" {len(seen.bad):,} of them could not be read and are left out." if seen.bad else ""
+    unread = f" Pictures that could not be read: {len(seen.bad):,}." if seen.bad else ""
     return Paragraph(
         f"Models embedded {part} pictures of {watched.source.name}, with {len(seen.texts):,} captions.{unread} Right "
         "means that a right answer stands first. Cards are drawn by chance within each outcome."

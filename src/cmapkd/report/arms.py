@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cmapkd.compare.statistics import Estimate, paired_difference, summarize, t_critical
@@ -25,9 +26,14 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Runs of one config, which differ in their seed."""
+    """Runs of one config, which differ in their seed.
+
+    Attributes:
+        place: the last parts of the first run's path, where another arm would have the same name.
+    """
 
     runs: tuple[RunFolder, ...]
+    place: str = ""
 
     @property
     def first(self) -> RunFolder:
@@ -41,8 +47,9 @@ class Arm:
     def name(self) -> str:
         """The folder of a single run; of several the method and the student."""
         if len(self.runs) == 1:
-            return self.first.name
-        return f"{self.method}, {model_name(self.first.config, 'student') or 'student'}"
+            return self.place or self.first.name
+        name = f"{self.method}, {model_name(self.first.config, 'student') or 'student'}"
+        return f"{name}, {self.place}" if self.place else name
 
     @property
     def finished(self) -> tuple[RunFolder, ...]:
@@ -101,23 +108,45 @@ def seed_of(run: RunFolder) -> int:
 
 
 def arms_of(runs: Sequence[RunFolder]) -> tuple[Arm, ...]:
-    """Runs by their configs without the seed. A run whose seed an arm has already, or without config, is alone."""
+    """Runs by their configs without the seed, and by their step where they were cut short.
+
+    A run whose seed an arm has already, or without config, is alone.
+    """
     groups: list[tuple[str | None, list[RunFolder]]] = []
     for run in runs:
-        key = _key(run.config)
+        key = _key(run)
         for other, members in groups:
             if key is not None and other == key and seed_of(run) not in map(seed_of, members):
                 members.append(run)
                 break
         else:
             groups.append((key, [run]))
-    return tuple(Arm(tuple(sorted(members, key=seed_of))) for _, members in groups)
+    return _told_apart([Arm(tuple(sorted(members, key=seed_of))) for _, members in groups])
 
 
-def _key(config: Mapping[str, Any]) -> str | None:
-    if not config:
+def _key(run: RunFolder) -> str | None:
+    if not run.config:
         return None
-    return json.dumps({key: value for key, value in config.items() if key != "seed"}, sort_keys=True, default=str)
+    settings = {key: value for key, value in run.config.items() if key != "seed"}
+    return json.dumps([settings, run.cut_short], sort_keys=True, default=str)
+
+
+def _told_apart(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+    """The arms; those of equal names with so much of their paths as tells them apart."""
+    names = Counter(arm.name for arm in arms)
+    return tuple(
+        replace(arm, place=_place(arm, [each for each in arms if each.name == arm.name]))
+        if names[arm.name] > 1
+        else arm
+        for arm in arms
+    )
+
+
+def _place(arm: Arm, alike: Sequence[Arm]) -> str:
+    paths = [each.first.path.parts for each in alike]
+    depths = range(1, max(map(len, paths)))
+    depth = next((n for n in depths if len({parts[-n:] for parts in paths}) == len(paths)), max(map(len, paths)))
+    return "/".join(arm.first.path.parts[-depth:])
 
 
 def mean_of(scores: Sequence[Mapping[str, Any]], *path: str) -> Mean | None:

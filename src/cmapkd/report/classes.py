@@ -38,25 +38,21 @@ def confusions(watched: Watched) -> list[Block]:
 
 def _pairs(names: list[str], labels: Int[Tensor, " images"], predicted: dict[str, Int[Tensor, " images"]]) -> Table:
     """The pairs that the student confuses most often."""
-    size = len(names)
-    counts = {name: torch.bincount(labels * size + each, minlength=size * size) for name, each in predicted.items()}
-    for each in counts.values():
-        each[torch.arange(size) * (size + 1)] = 0  # right ones
-    order = torch.sort(counts["student"], descending=True, stable=True).indices[:_PAIRS].tolist()
+    counts = {name: _wrong(labels, each, len(names)) for name, each in predicted.items()}
+    order = sorted(counts["student"].items(), key=lambda pair: (-pair[1], pair[0]))[:_PAIRS]
     rows = []
-    for pair in order:
-        truth, taken = divmod(pair, size)
-        number = {name: int(each[pair]) for name, each in counts.items()}
-        if number["student"]:
-            of = int((labels == truth).sum())
-            rows.append(
-                [
-                    Cell(names[truth]), Cell(names[taken]), Cell(str(of), of),
-                    *(Cell(str(each), each) for each in number.values()),
-                ]
-            )  # fmt: skip
+    for (truth, taken), _ in order:
+        of = int((labels == truth).sum())
+        times = [each.get((truth, taken), 0) for each in counts.values()]
+        rows.append([Cell(names[truth]), Cell(names[taken]), *(Cell(str(each), each) for each in (of, *times))])
     heads = ["truth", "taken for", "pictures of it", *(f"times, {name}" for name in counts)]
     return Table("The pairs that the student confuses most", heads, rows, words=2)
+
+
+def _wrong(labels: Int[Tensor, " images"], predicted: Int[Tensor, " images"], size: int) -> dict[tuple[int, int], int]:
+    """How often which class is taken for which other: as large as there are mistakes, however many classes."""
+    pairs, counts = torch.unique((labels * size + predicted)[labels != predicted], return_counts=True)
+    return {divmod(pair, size): count for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)}
 
 
 def calibration(watched: Watched) -> list[Block]:

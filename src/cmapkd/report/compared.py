@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.compare.curves import read_validations
-from cmapkd.compare.metric import metric_label
-from cmapkd.report.blocks import Block, Cell, Details, Figure, Figures, Paragraph, Remarks, Section, Table
+from cmapkd.compare.metric import lower_is_better, metric_label
+from cmapkd.report.blocks import Block, Cell, Details, Figure, Figures, Paragraph, Remarks, Section, Table, Tone
 from cmapkd.report.figures import COLOURS, Curve, Dot, dots, lines, shown
 from cmapkd.report.plain import mapping, number, sequence, string, whole
 from cmapkd.report.read import ComparisonFolder, short_name
@@ -147,8 +147,8 @@ def _paired(row: Mapping[str, Any], metric: str) -> Cell:
     )
     parts += [f"{wins}/{len(seeds)} won"] if wins is not None else []
     bounds = _bounds(row, "metrics", metric, "difference", "interval")
-    tone = "" if bounds is None or bounds[0] <= 0 <= bounds[1] else "good" if mean > 0 else "bad"
-    return Cell(f"{mean:+.1f}", mean, "; ".join(parts), tone)  # type: ignore[arg-type]
+    tone: Tone = "" if bounds is None or bounds[0] <= 0 <= bounds[1] else tone_of(mean > 0, metric)
+    return Cell(f"{mean:+.1f}", mean, "; ".join(parts), tone)
 
 
 def _gap(row: Mapping[str, Any], metric: str) -> Cell:
@@ -167,7 +167,7 @@ def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> Table:
         rows.append(
             [
                 Cell(f"{string(each, 'arm')} − {string(each, 'against')}", below=string(each, "remark") or ""),
-                Cell(verdict, below=string(each, "reason") or "", tone=_tone(verdict)),
+                Cell(verdict, below=string(each, "reason") or "", tone=_tone(verdict, string(each, "metric") or "")),
                 Cell(metric_label(string(each, "metric") or "-")),
                 Cell("-" if difference is None else f"{difference:+.1f}", difference, interval),
                 Cell(string(each, "covers") or "-"),
@@ -183,8 +183,15 @@ def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> Table:
     return Table("Declared contrasts", heads, rows, words=3, note=note)
 
 
-def _tone(verdict: str) -> Any:
-    return {"above": "good", "below": "bad"}.get(verdict, "" if verdict == "equal" else "quiet")
+def _tone(verdict: str, metric: str) -> Tone:
+    if verdict not in ("above", "below"):
+        return "" if verdict == "equal" else "quiet"
+    return tone_of(verdict == "above", metric)
+
+
+def tone_of(larger: bool, metric: str) -> Tone:
+    """Whether a larger number of a metric is good news: for a rank it is not."""
+    return "bad" if larger == lower_is_better(metric) else "good"
 
 
 def _p(value: float | None) -> Cell:

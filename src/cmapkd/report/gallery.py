@@ -68,14 +68,12 @@ def gallery(watched: Watched, *, cards: int, seed: int, images: bool, captions: 
 
 def _about(watched: Watched) -> Paragraph:
     seen = watched.seen
-    part = (
-        f"the first {len(seen.ids):,} of {watched.total:,}"
-        if len(seen.ids) < watched.total
-        else f"all {watched.total:,}"
-    )
+    tried = len(seen.ids) + len(seen.bad)
+    part = f"the first {tried:,} of {watched.total:,}" if tried < watched.total else f"all {watched.total:,}"
+    unread = f" Pictures that could not be read: {len(seen.bad):,}." if seen.bad else ""
     return Paragraph(
-        f"Models embedded {part} pictures of {watched.source.name}, with {len(seen.texts):,} captions. Right means "
-        "that a right answer stands first. Cards are drawn by chance within each outcome."
+        f"Models embedded {part} pictures of {watched.source.name}, with {len(seen.texts):,} captions.{unread} Right "
+        "means that a right answer stands first. Cards are drawn by chance within each outcome."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from cmapkd.config import redact
+from cmapkd.data.open import KINDS
 from cmapkd.report.arms import Arm, listed
 from cmapkd.report.blocks import Block, Cell, Code, Details, Paragraph, Remarks, Table
 from cmapkd.report.plain import mapping, number, sequence, shortened, string, whole
@@ -157,12 +158,18 @@ def reproduce_blocks(data: ReportData, arms: Sequence[Arm], command: Sequence[st
             given.append(shortened(shlex.join(map(redact, words)), 2_000))
     again = [_again(run) for arm in arms for run in arm.runs if run.config]
     again += [_again_compared(comparison) for comparison in data.comparisons]
-    again += [_again_exported(export) for export in data.exports]
+    exported = {export.name: _again_exported(export, data.runs) for export in data.exports}
+    again += filter(None, exported.values())
     blocks: list[Block] = []
     if given:
         blocks.append(Code(list(dict.fromkeys(given)), "As it was started", copy=True))
     if again:
         blocks.append(Code(list(dict.fromkeys(again)), "From what the folders hold", copy=True))
+    unknown = [name for name, line in exported.items() if line is None]
+    blocks += [
+        Paragraph(f"{name}: the export does not tell where its model or its data lay, so no command is given.", "quiet")
+        for name in unknown
+    ]
     return [*blocks, Code([shlex.join(command)], "This page", copy=True)]
 
 
@@ -175,9 +182,38 @@ def _again_compared(comparison: ComparisonFolder) -> str:
     return shlex.join(["cmapkd", "compare", str(path / "comparison.yaml"), "--out", f"{path}-again"])
 
 
-def _again_exported(export: ExportFolder) -> str:
-    precisions = ",".join(listed(export.manifest.get("precisions")) or ["fp32"])
-    words = ["cmapkd", "export", string(export.manifest, "model") or "MODEL", "--out", f"{export.path}-again"]
-    words += ["--precision", precisions]
+def _again_exported(export: ExportFolder, runs: Sequence[RunFolder]) -> str | None:
+    """The command of an export; None where its files do not tell the model's place, or what data were read."""
+    model = _place_of(string(export.manifest, "model") or "", runs)
+    precisions = listed(export.manifest.get("precisions")) or ["fp32"]
     data = string(export.parity, "scored_on")
-    return shlex.join(words + (["--data", data] if data else []))
+    calibration = string(export.manifest, "narrowed", "rotated_on") or string(export.parity, "embeddings", "rotated_on")
+    read = {"--data": data, "--calibrate": calibration}
+    sources = {key: _source_named(name) for key, name in read.items() if name is not None}
+    if model is None or None in sources.values() or ("int8-calibrated" in precisions and calibration is None):
+        return None
+    words = ["cmapkd", "export", model, "--out", f"{export.path}-again", "--to", export.form]
+    words += ["--precision", ",".join(precisions)] if export.form == "onnx" else []
+    given = {
+        "--dims": whole(export.manifest, "embed_dim") if mapping(export.manifest, "narrowed") else None,
+        "--accept-loss": string(export.parity, "accepted_loss"),
+        **sources,
+    }
+    return shlex.join(words + [word for key, value in given.items() if value is not None for word in (key, str(value))])
+
+
+def _place_of(model: str, runs: Sequence[RunFolder]) -> str | None:
+    """A manifest names no folders: a run on this page of that name, or a name that no folder was cut off."""
+    paths = [str(run.path) for run in runs if run.name == model]
+    if paths:
+        return paths[0] if len(paths) == 1 else None
+    family, colon, rest = model.partition(":")
+    return model if colon and (family == "tiny" or "/" in rest) else None
+
+
+def _source_named(name: str) -> str | None:
+    """The source that bears a name, where the name tells it: `scenes/standard/val` is `scenes:standard@val`."""
+    kind, *parts = name.split("/")
+    if kind == "scenes" and len(parts) == 2:
+        return f"scenes:{parts[0]}@{parts[1]}"
+    return name if name.partition(":")[0] in KINDS and ":" in name else None

@@ -12,7 +12,8 @@ import yaml
 
 from cmapkd.config import ConfigError
 from cmapkd.export.origin import without_folders
-from cmapkd.report.plain import mapping, plain, shortened, string
+from cmapkd.report.plain import mapping, plain, sequence, shortened, string, whole
+from cmapkd.results import is_finished
 
 _MAX_LINES = 200_000  # of a log; more would take minutes to read and shows no more
 
@@ -22,7 +23,7 @@ class RunFolder:
     """What a run left.
 
     Attributes:
-        metrics: of metrics.json; empty where the run is not finished or the file is damaged.
+        metrics: of metrics.json; empty where the run was not measured or the file is damaged.
         config, environment: of config.yaml and environment.json, or empty.
         log, baseline_log: lines of metrics.jsonl, of the student and of the baseline trained beside it.
         bad: lines of bad_samples.jsonl.
@@ -44,7 +45,14 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
+        """Whether it has scores; `finalize` gives them to a run that was stopped, too: see `cut_short`."""
         return bool(self.metrics)
+
+    @property
+    def cut_short(self) -> tuple[int, int] | None:
+        """The step that the student is of and the steps that the run was to have, where these are more."""
+        steps, total = whole(self.metrics, "steps"), whole(self.metrics, "total_steps")
+        return None if steps is None or total is None or steps >= total else (steps, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,14 @@ class ExportFolder:
     @property
     def name(self) -> str:
         return name_of(self.path)
+
+    @property
+    def form(self) -> str:
+        """What `--to` was: stated by all forms but onnx, and told by the folder of the files where it is not."""
+        stated = string(self.manifest, "form") or string(self.parity, "library")
+        files = [string(each, "file") or "" for each in sequence(self.parity, "files")]
+        inside = next((file.partition("/")[0] for file in files if "/" in file), "onnx")
+        return stated or inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +184,7 @@ def _comparison(path: Path) -> ComparisonFolder:
     notes: list[str] = []
     results = _load(path / "results.json", json.loads, notes)
     folders = sorted(each for each in (path / "runs").glob("*") if each.is_dir()) if (path / "runs").is_dir() else []
-    finished = sum((folder / "metrics.json").is_file() for folder in folders)
+    finished = sum(map(is_finished, folders))
     return ComparisonFolder(path, results, len(folders), finished, tuple(notes))
 
 

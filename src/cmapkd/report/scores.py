@@ -8,7 +8,7 @@ from typing import Any
 
 from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
 from cmapkd.report.arms import Arm, Mean, mean_of
-from cmapkd.report.blocks import Block, Cell, Details, Figure, Figures, Paragraph, Remarks, Table
+from cmapkd.report.blocks import Block, Cell, Figure, Figures, Paragraph, Remarks, Table
 from cmapkd.report.figures import Dot, Mark, dots, gap_bar, scatter, shown
 from cmapkd.report.plain import mapping, number, sequence, string, whole
 from cmapkd.report.read import ExportFolder, ReportData, ScoresFile, model_name
@@ -31,6 +31,13 @@ _FURTHER = (
     ("ms/text", ("efficiency", "text", "latency_ms", "1", "median")),
 )
 
+_TIMED = {  # as `cmapkd export` runs each file
+    "onnx": "onnxruntime had one thread.",
+    "openvino": "OpenVINO had one thread.",
+    "executorch": "ExecuTorch had as many threads as it takes by itself.",
+    "torch": "The model in torch had as many threads as torch takes.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -39,6 +46,7 @@ class Measured:
     Attributes:
         scores: one a seed.
         megabytes: of its weights, and what they are; latency: milliseconds of image and text at batch 1.
+        runtime: that an exported file was timed in, or `torch`, beside which it was timed.
     """
 
     label: str
@@ -48,15 +56,24 @@ class Measured:
     parameters: float | None = None
     megabytes: float | None = None
     latency: tuple[float, float] | None = None
+    runtime: str | None = None
 
     def mean(self, *path: str) -> Mean | None:
         return mean_of(self.scores, *path)
 
     @property
     def size(self) -> str | None:
-        """How many images and captions retrieval is of, in all seeds."""
-        sizes = dict.fromkeys(filter(None, (retrieval_set(scores) for scores in self.scores)))
+        """How many images and captions the scores are of, in all seeds; of retrieval where there is any."""
+        sizes = dict.fromkeys(filter(None, (retrieval_set(scores) or _scored(scores) for scores in self.scores)))
         return "; ".join(sizes) or None
+
+
+def _scored(scores: Mapping[str, Any]) -> str | None:
+    """What zero-shot alone is of, in the words of `retrieval_set`."""
+    images, captions = (whole(scores, "scored", key) for key in ("images", "captions"))
+    if images is None:
+        return None
+    return f"{images:,} images, {captions:,} captions" if captions else f"{images:,} images"
 
 
 def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:
@@ -89,11 +106,17 @@ def _label(arm: Arm, role: str, num_arms: int) -> str:
     return f"{role} ({name}{where})"
 
 
-def _size(scores: Mapping[str, Any]) -> tuple[float | None, float | None, tuple[float, float] | None]:
-    """Parameters, megabytes in float32, and latency where it was measured."""
+def _size(
+    scores: Mapping[str, Any], *, files: bool = False
+) -> tuple[float | None, float | None, tuple[float, float] | None]:
+    """Parameters, megabytes in float32 or of exported files, and latency where it was measured.
+
+    Args:
+        files: whether the model is read from exported files, whose numbers may be narrower than float32.
+    """
     parameters = number(scores, "params")
-    stored = number(scores, "efficiency", "file_bytes", "fp32")
-    megabytes = stored / 1e6 if stored else None if parameters is None else 4 * parameters / 1e6
+    stored = number(scores, "efficiency", "file_bytes", "fp32") or number(scores, "efficiency", "file_bytes", "files")
+    megabytes = stored / 1e6 if stored else None if parameters is None or files else 4 * parameters / 1e6
     image, text = (number(scores, "efficiency", tower, "latency_ms", "1", "median") for tower in ("image", "text"))
     return parameters, megabytes, None if image is None or text is None else (image, text)
 
@@ -128,6 +151,7 @@ def _of_export(export: ExportFolder) -> list[Measured]:
                 number(scores, "torch", "params"),
                 sum(known) / 1e6 if known and len(known) == len(sizes) else None,
                 None if image is None or text is None else (image, text),
+                "torch" if precision == "torch" else export.form,
             )
         )
     return found
@@ -135,11 +159,11 @@ def _of_export(export: ExportFolder) -> list[Measured]:
 
 def _of_file(file: ScoresFile) -> list[Measured]:
     data = string(file.content, "data")
-    models = mapping(file.content, "models")
-    return [
-        Measured(f"{name} ({file.name})", "model", data, (mapping(models, name),), *_size(mapping(models, name)))
-        for name in models
-    ]
+    found = []
+    for name, scores in mapping(file.content, "models").items():
+        size = _size(mapping(scores), files=name.startswith("onnx:"))
+        found.append(Measured(f"{name} ({file.name})", "model", data, (mapping(scores),), *size))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ blocks
@@ -159,7 +183,7 @@ def score_blocks(models: Sequence[Measured]) -> list[Block]:
 
 
 def _has_scores(scores: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Mapping) for key, value in scores.items() if key != "efficiency")
+    return any(isinstance(value, Mapping) for key, value in scores.items() if key not in ("efficiency", "scored"))
 
 
 def _table(rows: Sequence[Measured], data: str | None) -> Table:
@@ -298,8 +322,9 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
             "Latency was not measured: run cmapkd evaluate MODEL... --tasks efficiency --json FILE, and name FILE too."
         )
         blocks.append(Paragraph(text, "quiet"))
-    if any(each.role == "export" and each.latency for each in models):
-        blocks.append(Paragraph("Latency of exports: a batch of one, onnxruntime on one thread."))
+    if timed_in := dict.fromkeys(each.runtime for each in models if each.runtime and each.latency):
+        told = [_TIMED[runtime] for runtime in timed_in if runtime in _TIMED]
+        blocks.append(Paragraph(" ".join(["Latency of exports is that of a batch of one.", *told])))
     if hardware := dict.fromkeys(filter(None, map(_hardware, models))):
         blocks.append(Paragraph(f"Latency measured on {'; '.join(hardware)}."))
     return blocks
@@ -327,71 +352,6 @@ def _hardware(each: Measured) -> str | None:
     return None if device is None else f"{device}, {threads} thread{'s'[: threads != 1]}"
 
 
-def export_blocks(exports: Sequence[ExportFolder]) -> list[Block]:
-    """How far each file lies from the model."""
-    blocks: list[Block] = []
-    for export in exports:
-        files = [each for each in sequence(export.parity, "files") if isinstance(each, Mapping)]
-        if not files:
-            blocks.append(Paragraph(f"{export.name} has no parity.json that can be read: export it again.", "bad"))
-            continue
-        blocks.append(_parity_table(export, files))
-        blocks += _score_losses(export)
-        if not mapping(export.parity, "scores"):
-            blocks.append(
-                Paragraph(f"{export.name} was compared without data: add --data SOURCE to cmapkd export.", "quiet")
-            )
-        if odd := [str(each)[:80] for each in sequence(export.parity, "texts_with_other_ids")]:
-            blocks.append(Details(f"{len(odd)} texts that its tokenizer reads otherwise", [Remarks(odd[:20])]))
-    return blocks
-
-
-def _parity_table(export: ExportFolder, files: Sequence[Mapping[str, Any]]) -> Table:
-    rows = []
-    for each in files:
-        name = string(each, "file") or f"{string(each, 'tower')} tower"
-        cosine, error = number(each, "cosine_min"), number(each, "largest_error")
-        noise, batches = number(each, "noise_to_spread"), number(each, "between_batches")
-        size, ms = number(each, "bytes"), number(each, "milliseconds")
-        sha = string(export.manifest, "files", name, "sha256")
-        rows.append(
-            [
-                Cell(name),
-                Cell(string(each, "precision") or "-"),
-                Cell("-" if size is None else f"{size / 1e6:.2f}", size),
-                Cell("-" if cosine is None else f"{cosine:.6f}", cosine),
-                *(Cell("-" if value is None else f"{value:.1e}", value) for value in (error, noise, batches)),
-                Cell("-" if ms is None else f"{ms:.2f}", ms),
-                Cell("-" if sha is None else sha[:12]),
-            ]
-        )
-    pictures, texts = (whole(export.parity, "compared_on", key) for key in ("pictures", "texts"))
-    compared = f"{pictures or '?'} pictures and {texts or '?'} texts"
-    heads = ["file", "precision", "MB", "lowest cosine", "largest error", "noise / spread", "between batches", "ms"]
-    note = "Every file was loaded in its own runtime and embeds as the model does, within the limits of cmapkd export."
-    return Table(f"{export.name}: files beside the model, on {compared}", [*heads, "sha256"], rows, words=2, note=note)
-
-
-def _score_losses(export: ExportFolder) -> list[Block]:
-    """Scores of each precision minus those of the model."""
-    scores = mapping(export.parity, "scores")
-    reference = headlines(mapping(scores, "torch"))
-    rows = []
-    for precision in scores:
-        own = headlines(mapping(scores, precision))
-        cells = [Cell("model in torch" if precision == "torch" else precision)]
-        for task in reference:
-            value = own[task][1] if task in own else None
-            lost = None if value is None or precision == "torch" else value - reference[task][1]
-            cells.append(
-                Cell("-" if value is None else f"{value:.2f}", value, "" if lost is None else f"{lost:+.2f} points")
-            )
-        rows.append(cells)
-    if not reference:
-        return []
-    heads = ["precision", *(headline.head for headline, _ in reference.values())]
-    return [Table(f"{export.name}: scores on {string(export.parity, 'scored_on') or 'unnamed data'}", heads, rows)]
-
-
 def times_smaller(large: float | None, small: float | None) -> str | None:
-    return None if not large or not small else shown(large / small, 2)
+    """How many times smaller, where it is by 5 % or more."""
+    return None if not large or not small or large / small < 1.05 else shown(large / small, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cmapkd.compare.metric import lower_is_better, metric_label
 from cmapkd.compare.statistics import Estimate
 from cmapkd.report.arms import Arm
 from cmapkd.report.blocks import Paragraph
@@ -13,6 +14,7 @@ from cmapkd.report.read import ComparisonFolder, RunFolder, model_name, short_na
 from cmapkd.report.scores import times_smaller
 
 MOST = 3  # sentences
+_LEAST = 0.05  # points; one decimal shows less as 0.0
 
 
 def arm_verdict(arm: Arm) -> list[Paragraph]:
@@ -25,21 +27,17 @@ def arm_verdict(arm: Arm) -> list[Paragraph]:
             Paragraph("Nothing was scored: the recipe names no data.test and no data.val that serves a task.", "bad")
         ]
     difference = arm.difference(*path)
-    said: list[Paragraph] = []
+    runs = _runs(arm)
+    said: list[Paragraph] = [runs] if runs.tone == "bad" else []
     if (worse := _worse(arm, headline.head, path, difference)) is not None:
         said.append(worse)
     if (kept := _kept(arm, headline.head, path)) is not None:
         said.append(kept)
     if difference is None:
         said.append(_no_baseline(arm))
-    elif not said or said[0].tone != "bad":
+    elif worse is None:
         said.append(_lead(arm, headline.head, difference))
-    said.append(_seeds(arm))
-    missing = len(arm.runs) - len(arm.finished)
-    if missing:
-        text = f"{missing} of {len(arm.runs)} runs are not finished and in no number here."
-        said.insert(0, Paragraph(text, "bad"))
-    return said[:MOST]
+    return said if runs.tone == "bad" else [*said, runs]
 
 
 def arm_about(arm: Arm) -> str:
@@ -48,11 +46,12 @@ def arm_about(arm: Arm) -> str:
     teacher, student = (model_name(config, role) for role in ("teacher", "student"))
     models = f"{teacher} to {student}" if teacher and student else student or teacher
     steps, batch = (whole(metrics, key) or whole(config, "training", key) for key in ("steps", "batch_size"))
+    total = f" of {arm.first.cut_short[1]:,}" if arm.first.cut_short else ""
     data = string(config, "data", "train", longest=200)
     parts = [
         arm.method,
         models,
-        None if steps is None else f"{steps:,} steps" + (f" of {batch:,} pairs" if batch else ""),
+        None if steps is None else f"{steps:,}{total} steps" + (f" with {batch:,} pairs each" if batch else ""),
         None if data is None else f"on {short_name(data)}",
     ]
     return ", ".join(part for part in parts if part)
@@ -73,9 +72,12 @@ def _unfinished(run: RunFolder) -> str:
 
 
 def _worse(arm: Arm, head: str, path: Sequence[str], difference: Estimate | float | None) -> Paragraph | None:
+    """Only of a difference that is resolved, or of one seed; `_lead` says the others."""
     mean = difference.mean if isinstance(difference, Estimate) else difference
     student, baseline = arm.mean("student", *path), arm.mean("baseline", *path)
     if mean is None or mean >= 0 or student is None or baseline is None:
+        return None
+    if _resolves_nothing(difference):
         return None
     interval = f", 95 % interval {_bounds(difference)}" if isinstance(difference, Estimate) else ""
     text = (
@@ -105,16 +107,24 @@ def _lead(arm: Arm, head: str, difference: Estimate | float) -> Paragraph:
     gap = arm.gap()
     closed = "" if gap is None else f" and closes {gap.value:.0f} % of the gap to the teacher"
     if not isinstance(difference, Estimate):
+        if _resolves_nothing(difference):
+            return Paragraph(f"It differs from {_baseline(arm)} by less than {_LEAST} points of {head}.", "bad")
         return Paragraph(f"It leads {_baseline(arm)} by {difference:.1f} points of {head}{closed}.")
-    low, high = difference.interval
-    if low <= 0 <= high:
+    if _resolves_nothing(difference):
         text = (
-            f"Its lead over {_baseline(arm)} is not resolved: {difference.mean:+.1f} points of {head}, 95 % "
+            f"The difference to {_baseline(arm)} is not resolved: {difference.mean:+.1f} points of {head}, 95 % "
             f"interval {_bounds(difference)}."
         )
         return Paragraph(text, "bad")
     text = f"It leads {_baseline(arm)} by {difference.mean:.1f} points of {head} ({_bounds(difference)}){closed}."
     return Paragraph(text, "good")
+
+
+def _resolves_nothing(difference: Estimate | float | None) -> bool:
+    """Whether the interval holds 0; of one seed, whether one decimal shows no difference."""
+    if isinstance(difference, Estimate):
+        return difference.interval[0] <= 0 <= difference.interval[1]
+    return difference is not None and abs(difference) < _LEAST
 
 
 def _baseline(arm: Arm) -> str:
@@ -130,8 +140,19 @@ def _no_baseline(arm: Arm) -> Paragraph:
     return Paragraph("No teacher and no baseline were measured, so these scores stand alone.", "quiet")
 
 
-def _seeds(arm: Arm) -> Paragraph:
-    count = len(arm.finished)
+def _runs(arm: Arm) -> Paragraph:
+    """How many runs the numbers are of; bad where one is missing or was not trained to its end."""
+    count, missing = len(arm.finished), len(arm.runs) - len(arm.finished)
+    if missing:
+        left = "one seed is left, so chance is not excluded" if count == 1 else f"numbers are means of {count} seeds"
+        verb = "is" if missing == 1 else "are"
+        return Paragraph(f"{missing} of {len(arm.runs)} runs {verb} not finished and in no number here; {left}.", "bad")
+    if arm.first.cut_short is not None:
+        step, total = arm.first.cut_short
+        left = "one seed, so chance is not excluded" if count == 1 else f"means of {count} seeds"
+        return Paragraph(
+            f"Training did not reach its end: scores are of step {step:,} of {total:,}, and {left}.", "bad"
+        )
     if count == 1:
         return Paragraph("This is one run with one seed: chance is not excluded.")
     return Paragraph(f"Numbers are means of {count} seeds; intervals are over seeds.")
@@ -160,7 +181,7 @@ def comparison_verdict(comparison: ComparisonFolder) -> list[Paragraph]:
         text = f"{len(lost)} of {len(records)} runs failed or are missing; the same command tries them again."
         said.append(Paragraph(text, "bad"))
     tables = [mapping(each) for each in sequence(comparison.results, "tables")]
-    contrasts = [mapping(each) for table in tables for each in sequence(table, "contrasts")]
+    contrasts = _distinct([mapping(each) for table in tables for each in sequence(table, "contrasts")])
     said += _declared(contrasts) if contrasts else [_best(tables[0])] if tables else []
     if contrasts or not tables:
         return said[:MOST]
@@ -168,13 +189,22 @@ def comparison_verdict(comparison: ComparisonFolder) -> list[Paragraph]:
     return said[:MOST]
 
 
+def _distinct(contrasts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One that stands in two tables counts once, as in Holm's correction."""
+    names, numbers = ("arm", "against", "metric"), ("difference", "p")
+    found: dict[tuple[str | float | None, ...], Mapping[str, Any]] = {}
+    for each in contrasts:
+        found.setdefault((*(string(each, key) for key in names), *(number(each, key) for key in numbers)), each)
+    return list(found.values())
+
+
 def _declared(contrasts: Sequence[Mapping[str, Any]]) -> list[Paragraph]:
     """How many declared contrasts are resolved, and the first of them."""
     resolved = [each for each in contrasts if string(each, "verdict") in ("above", "below", "equal")]
     text = f"{len(resolved)} of {len(contrasts)} declared contrasts are resolved at 5 %, with Holm's correction."
     said = [Paragraph(text, "" if resolved else "bad")]
-    below = [each for each in resolved if string(each, "verdict") == "below"]
-    first = next(iter(below or resolved), None)
+    worse = [each for each in resolved if _is_worse(each)]
+    first = next(iter(worse or resolved), None)
     if first is not None:
         arm, against, verdict = (string(first, key) or "?" for key in ("arm", "against", "verdict"))
         difference, bounds = number(first, "difference"), sequence(first, "interval")
@@ -182,12 +212,19 @@ def _declared(contrasts: Sequence[Mapping[str, Any]]) -> list[Paragraph]:
         how = "is equal to" if verdict == "equal" else f"is {verdict}"
         interval = "" if low is None or high is None else f", 95 % interval {low:+.1f} to {high:+.1f}"
         shown = "" if difference is None else f" by {difference:+.1f}{interval}" if verdict != "equal" else interval
-        said.append(Paragraph(f"{arm} {how} {against}{shown}.", "bad" if verdict == "below" else "good"))
+        metric = string(first, "metric") or ""
+        lower = f" ({metric_label(metric)}: lower is better)" if lower_is_better(metric) else ""
+        said.append(Paragraph(f"{arm} {how} {against}{shown}{lower}.", "bad" if worse else "good"))
     return said
 
 
+def _is_worse(contrast: Mapping[str, Any]) -> bool:
+    verdict = string(contrast, "verdict")
+    return verdict == ("above" if lower_is_better(string(contrast, "metric") or "") else "below")
+
+
 def _best(table: Mapping[str, Any]) -> Paragraph:
-    """The row with the highest mean, and its difference to the reference."""
+    """The row with the best mean, and its difference to the reference."""
     metric = next((text for each in sequence(table, "metrics") if (text := string({"m": each}, "m"))), None)
     rows = [mapping(each) for each in sequence(table, "rows")]
     means = [
@@ -197,8 +234,9 @@ def _best(table: Mapping[str, Any]) -> Paragraph:
     ]
     if not means or metric is None:
         return Paragraph("No run of the first table has a score.", "bad")
-    value, best = max(means, key=lambda pair: pair[0])
-    text = f"{string(best, 'row')} has the highest {metric}: {value:.1f}"
+    lower = lower_is_better(metric)
+    value, best = (min if lower else max)(means, key=lambda pair: pair[0])
+    text = f"{string(best, 'row')} has the {'lowest' if lower else 'highest'} {metric_label(metric)}: {value:.1f}"
     difference = number(best, "metrics", metric, "difference", "mean")
     if difference is None:
         return Paragraph(text + ".")

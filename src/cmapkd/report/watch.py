@@ -18,7 +18,7 @@ from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.models import DualEncoder, build_teacher, load_model
 from cmapkd.models.config import ModelConfig
-from cmapkd.report.plain import mapping, string
+from cmapkd.report.plain import mapping, shortened, string
 from cmapkd.report.read import RunFolder
 
 MAX_PICTURES = 1_000
@@ -37,12 +37,14 @@ class Watched:
         subjects: teacher, student and baseline, those that could be loaded; each has seen the same pictures.
         total: pictures of the whole source.
         notes: models that are missing, and why.
+        test: whether the source is a test split, which nobody chooses by.
     """
 
     source: Source
     subjects: dict[str, Subject]
     total: int
     notes: tuple[str, ...] = ()
+    test: bool = False
     _places: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -76,15 +78,20 @@ def watch(
     """Loads a run's models and shows them validation pictures.
 
     Args:
-        data: a source; None: the run's own validation source.
+        data: a source; None: the run's own validation source, unless `split` or the source's name makes it test data.
         split: of a source that has several.
     Raises:
-        NothingToWatch: the run has no student that loads, or no validation source that can be read.
+        NothingToWatch: the run has no student that loads, or no validation source that can be read and is no test.
         ConfigError: `data` names no source.
     """
     spec = data or string(run.config, "data", "val")
     if spec is None:
         raise NothingToWatch("this run names no validation data: add --data SOURCE")
+    if data is None and is_test(spec, split):
+        chosen = f" --split {split}" if split != "val" else ""
+        raise NothingToWatch(
+            f"{spec} with split {split} is test data: to see it all the same, add --data {spec}{chosen}"
+        )
     models, notes = _models(run)
     try:
         source = open_source(spec, split=split)
@@ -110,7 +117,7 @@ def watch(
         subjects[name] = subject
     order = [name for name in ("teacher", "student", "baseline") if name in subjects]
     told = tuple(f"The {name} is not in it: it {why}." for name, why in notes.items())
-    return Watched(source, {name: subjects[name] for name in order}, len(source), told)
+    return Watched(source, {name: subjects[name] for name in order}, len(source), told, is_test(spec, split))
 
 
 def is_test(spec: str, split: str) -> bool:
@@ -134,6 +141,8 @@ def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
             models["teacher"] = build_teacher(ModelConfig.from_mapping(config, where="teacher"))
         except Exception as error:
             notes["teacher"] = f"cannot be loaded ({_first(error)})"
+    for name in mapping(run.config, "more_teachers"):
+        notes[f"teacher {shortened(name, 60)}"] = "is a further teacher, and the page shows the first"
     folder = _baseline_folder(run)
     if folder is not None:
         try:

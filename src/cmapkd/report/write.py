@@ -14,13 +14,14 @@ from cmapkd.report.blocks import Block, Paragraph, Section
 from cmapkd.report.classes import calibration, confusions
 from cmapkd.report.compared import comparison_sections
 from cmapkd.report.curves import training_blocks, weight_blocks
+from cmapkd.report.exported import export_blocks
 from cmapkd.report.gallery import gallery as gallery_blocks
 from cmapkd.report.origins import data_blocks, origin_blocks, reproduce_blocks
 from cmapkd.report.page import Page, missing, render, section
 from cmapkd.report.read import ReportData, RunFolder, read_paths
-from cmapkd.report.scores import cost_blocks, export_blocks, gap_blocks, measured_models, score_blocks
+from cmapkd.report.scores import cost_blocks, gap_blocks, measured_models, score_blocks
 from cmapkd.report.verdict import arm_about, arm_verdict, comparison_verdict
-from cmapkd.report.watch import NothingToWatch, Watched, is_test, watch
+from cmapkd.report.watch import NothingToWatch, Watched, watch
 
 _ABOUT = 5  # arms that are described above the verdict
 
@@ -41,7 +42,7 @@ def write_report(
 
     Args:
         paths: run folders, comparison folders, export folders, and files of `cmapkd evaluate --json`, in any mixture.
-        out: the page; what stands there is replaced.
+        out: the page; one that stands there is replaced.
         gallery: cards of each outcome; with 0 no model is loaded, and the page takes seconds.
         data: pictures of the gallery; None: the run's validation source. Never its test data, unless this names them.
         split: of a source that has several.
@@ -54,10 +55,7 @@ def write_report(
         ConfigError: a path or an argument is wrong.
         DiskError: `out` cannot be written.
     """
-    if gallery < 0:
-        raise ConfigError(f"gallery is {gallery}: give the number of cards of each outcome, or 0 for none")
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder: name a file, such as {out / 'report.html'}")
+    _refuse(out, gallery, data, split)
     read = read_paths(paths)
     arms = arms_of(read.runs)
     absent: list[str] = []
@@ -65,7 +63,7 @@ def write_report(
     looked: list[Section] = []
     if watched is not None:
         looked = _looked(watched, cards=gallery, seed=seed, images=images, captions=captions)
-    if watched is not None and is_test(data or "", split):
+    if watched is not None and watched.test:
         absent.append(f"The gallery shows test data ({watched.source.name}): choose nothing by it.")
     command = _command(paths, out, gallery, data, split, images, captions, seed)
     sections = _sections(read, arms, looked, command)
@@ -74,6 +72,19 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, render(page))
     return out
+
+
+def _refuse(out: Path, gallery: int, data: str | None, split: str) -> None:
+    """Raises ConfigError where the arguments cannot be followed, before anything is read."""
+    if gallery < 0:
+        raise ConfigError(f"gallery is {gallery}: give the number of cards of each outcome, or 0 for none")
+    if not gallery and (data is not None or split != "val"):
+        given = "--split" if data is None else "--data"
+        raise ConfigError(f"{given} chooses the pictures of the gallery, and --gallery 0 asks for none: leave one out")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name a file, such as {out / 'report.html'}")
+    if out.exists() and out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"{out} is there and is no page: name a new file, or one that ends in .html")
 
 
 def _silent(_: str) -> None:

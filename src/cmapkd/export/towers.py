@@ -139,7 +139,7 @@ def text_rules(model: DualEncoder) -> TextRules:
     if isinstance(model, HfModel):
         return TextRules(own, False, model.model_type == "clip", model.tokenizer.native.eos_token_id)
     if isinstance(model, PartsModel):
-        native = model.tokenizer.native
+        native = model.text.tokenizer.native
         last = native("a")["input_ids"][-1]  # only some tokenizers end a text by a token of its own
         return TextRules(own, True, True, last if last in (native.eos_token_id, native.sep_token_id) else None)
     if isinstance(model, OpenClipModel):

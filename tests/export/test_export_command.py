@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 import torch
 import yaml
 
-from cmapkd.api import load
+from cmapkd.api import distill, load
+from cmapkd.cache.identity import weight_hash
 from cmapkd.cli import main
 from cmapkd.cli.export import _FORMS
 from cmapkd.config import ConfigError, extras
@@ -162,6 +164,26 @@ def test_a_wrong_folder_of_files_is_said(rest: str, told: str, exported: Path, t
         (places["lost"] / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=re.escape(told)):
         load(f"onnx:{rest.format(exported=exported, **places)}")
+
+
+def test_files_teach_from_a_cache_that_knows_them(exported: Path, tmp_path: Path) -> None:
+    models = [load(f"onnx:{exported}{precision}") for precision in ("", "@int8", "")]
+    first, other, again = (weight_hash(model) for model in models)
+    assert first == again != other
+    copied, texts = deepcopy(models[0]), ["a red square"]
+    assert torch.equal(copied.embed(texts=texts).texts, models[0].embed(texts=texts).texts)
+    distill(
+        teacher=f"onnx:{exported}",
+        student={"name": "tiny:debug", "options": {"embed_dim": 16}},
+        data={"train": "scenes?length=16&size=32"},
+        method="clip_kd",
+        training={"steps": 2, "batch_size": 8, "device": "cpu"},
+        optim={"warmup_steps": 1},
+        cache={"mode": "auto", "folder": str(tmp_path / "caches")},
+        out=tmp_path / "run",
+        quiet=True,
+    )
+    assert [*(tmp_path / "caches").iterdir()]
 
 
 @pytest.mark.parametrize("settings", [{"init": "scratch"}, {"options": {"a": 1}}, {"inherit": "teacher"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_text_encoders_have_levels_and_are_saved(kind: str, encoders: dict[str, 
     check_contract(model)
     assert [level.name for level in model.text_levels] == [f"blocks.{n}" for n in range(4)]
     options = check_round_trip(model, tmp_path / "saved")
-    assert options["form"] == ("open_clip" if kind == "bert" else "cmapkd")
+    assert options["form"] == "cmapkd"  # open_clip would look for the encoder in the recipe's folder
 
 
 @pytest.mark.parametrize("image", ["timm ViT", "timm MobileNet", "open_clip", "hf"])
@@ -109,8 +110,15 @@ def test_image_towers_have_levels_and_are_saved(image: str, encoders: dict[str, 
 def test_open_clip_reads_what_it_can_say(encoders: dict[str, Path], tmp_path: Path) -> None:
     import open_clip
 
-    model = parts(encoders["bert"], image_head={"kind": "mlp", "dropout": 0.3}, text_head="mlp")
-    assert check_round_trip(model, tmp_path / "saved")["form"] == "open_clip"
+    model: Any = parts(encoders["bert"], image_head={"kind": "mlp", "dropout": 0.3}, text_head="mlp")
+    model.text.hub_id = str(encoders["bert"])  # stands for a repository of the hub, which no test asks
+    before = os.umask(0o022)
+    try:
+        assert check_round_trip(model, tmp_path / "saved")["form"] == "open_clip"
+    finally:
+        os.umask(before)
+    assert (tmp_path / "saved" / "open_clip_model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert check_round_trip(load_model(tmp_path / "saved"), tmp_path / "again")["form"] == "open_clip"
     native, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'saved'}")
     ids = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'saved'}")(list(TEXTS))
     native.eval()
@@ -218,3 +226,23 @@ def test_heads_of_another_width_are_refused(encoders: dict[str, Path], tmp_path:
     save_file(weights, tmp_path / "saved" / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 of another shape \(text_head.out.weight: file \(12, 32\), model"):
         load_model(tmp_path / "saved")
+
+
+def test_towers_without_trained_weights_are_known(encoders: dict[str, Path], tmp_path: Path) -> None:
+    read, random = {"name": f"hf:{encoders['bert']}"}, {"name": f"hf:{encoders['bert']}", "init": "scratch"}
+    vit = f"hf:{save_vit(tmp_path / 'vit')}"
+    whole: Any = parts(encoders["bert"])
+    trunk = dict(whole.image.visual.trunk.state_dict())
+    save_file(trunk, tmp_path / "trunk.safetensors")
+    filled = {**CONVOLUTIONAL, "checkpoint": str(tmp_path / "trunk.safetensors")}
+    for image, text, towers in (
+        (CONVOLUTIONAL, read, ("image",)),
+        (CONVOLUTIONAL, random, ("image", "text")),
+        (filled, read, ()),
+        (vit, random, ("text",)),
+        ({"name": vit, "init": "scratch"}, read, ("image",)),
+    ):
+        assert parts(encoders["bert"], image, text=text).random_towers == towers
+    saved = parts(encoders["bert"])
+    saved.save(tmp_path / "saved")
+    assert load_model(tmp_path / "saved").random_towers == ()

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from cmapkd.config import ConfigError
 from cmapkd.data.pictures import PictureReader
 from cmapkd.data.types import Sample
 from cmapkd.data.views import View
@@ -113,3 +114,13 @@ def test_every_method_has_the_option(name: str) -> None:
         assert value.item() == pytest.approx(0.0, abs=1e-6), term
     batch.extra["pictures"] = torch.arange(6)
     assert all(value.value.item() > 0.1 for term, value in method(batch).items() if term in contrasts)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("promptkd", {}), ("c2kd", {}), ("hinton", {"form": "classes"}), ("hinton", {"task_weight": 0}), ("tinyclip", {})],
+)
+def test_the_option_is_refused_where_no_loss_reads_it(name: str, settings: dict[str, Any]) -> None:
+    make_method(name, settings=settings)
+    with pytest.raises(ConfigError, match=f"method {name}, as it is set, has no loss that reads several_positives"):
+        make_method(name, settings={**settings, "several_positives": True})

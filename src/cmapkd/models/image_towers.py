@@ -58,8 +58,10 @@ class ImageTower(nn.Module, ABC):
         width: of the pooled features.
         spec: the tower's own resize and normalisation.
         levels: shallow to deep.
+        random: whether it was just built with random weights.
     """
 
+    random: bool = False
     name: str
     width: int
     spec: ImageSpec
@@ -264,7 +266,9 @@ def _timm(rest: str, config: ImagePartConfig) -> ImageTower:
     if config.checkpoint is not None:
         _load_trunk(model.visual.trunk, config.checkpoint)
     fit_image_size(model, where=config.name)
-    return VisualTower(model.visual, config=model_config, preprocess=preprocess, headless=True, name=config.name)
+    tower = VisualTower(model.visual, config=model_config, preprocess=preprocess, headless=True, name=config.name)
+    tower.random = config.checkpoint is None and not (weights and config.init == "auto")
+    return tower
 
 
 def _load_trunk(trunk: Any, path: Path) -> None:
@@ -285,9 +289,11 @@ def _open_clip(rest: str, config: ImagePartConfig) -> ImageTower:
     if config.checkpoint is not None:
         model.load_checkpoint(config.checkpoint)
     whole: Any = model
-    return VisualTower(
+    tower = VisualTower(
         whole.model.visual, config=whole.config, preprocess=whole.preprocess, headless=False, name=config.name
     )
+    tower.random = config.checkpoint is None and "image" in model.random_towers
+    return tower
 
 
 def _transformers(rest: str, config: ImagePartConfig) -> ImageTower:
@@ -311,7 +317,9 @@ def _transformers(rest: str, config: ImagePartConfig) -> ImageTower:
     if config.checkpoint is not None:
         load_weights(model, read_weights(config.checkpoint), where=config.checkpoint)
     processor = _processor(source, fetching, config.name)
-    return TransformersImageTower(model, processor=processor, pooling=pooling, name=config.name)
+    tower = TransformersImageTower(model, processor=processor, pooling=pooling, name=config.name)
+    tower.random = scratch and config.checkpoint is None
+    return tower
 
 
 def _processor(source: str, fetching: dict[str, Any], name: str) -> Any:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,6 +90,7 @@ class GraphEncoder(DualEncoder):
     """
 
     _bias: Tensor | None
+    _graphs: Tensor
 
     def __init__(self, folder: Path, precision: str, manifest: Mapping[str, Any], *, name: str) -> None:
         super().__init__()
@@ -111,6 +113,9 @@ class GraphEncoder(DualEncoder):
         self._scale = nn.Parameter(torch.tensor(math.log(value["logit_scale"])), requires_grad=False)
         bias = value["logit_bias"]
         self.register_buffer("_bias", None if bias is None else torch.tensor(bias))
+        # what tells one export from another, for caches and resumes: the weights are in the graphs and not in here
+        digests = "".join(manifest.get("files", {}).get(files[tower], {}).get("sha256", "") for tower in sorted(files))
+        self.register_buffer("_graphs", torch.tensor([*bytes.fromhex(digests)], dtype=torch.uint8))
         costs = manifest["costs"]
         sizes = sum((folder / file).stat().st_size for file in files.values())
         self._costs = StatedCosts(costs["parameters"], costs["macs"], sizes, "cpu (onnxruntime)")
@@ -126,6 +131,13 @@ class GraphEncoder(DualEncoder):
     @property
     def parts(self) -> dict[str, frozenset[str]]:
         return {"image": frozenset(), "text": frozenset(), "projections": frozenset(), "scale": frozenset({"_scale"})}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Sessions cannot be copied. They only answer, so a copy shares them."""
+        copied = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self._vision): self._vision, id(self._text): self._text}
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def stated_costs(self) -> StatedCosts:
         return self._costs

@@ -18,6 +18,7 @@ from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebui
 from cmapkd.models.parts_model import PartsModel
 from cmapkd.models.storage import load_weights
 from cmapkd.models.text_towers import TextPartConfig, build_text_tower, rebuild_text_tower
+from cmapkd.models.types import Tower
 
 
 class PartsOptions(Config):
@@ -44,7 +45,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     image, text = options.image, options.text
     if config.init == "scratch":
         image, text = image.model_copy(update={"init": "scratch"}), text.model_copy(update={"init": "scratch"})
-    return PartsModel(
+    model = PartsModel(
         build_image_tower(image),
         build_text_tower(text),
         image_head=options.image_head,
@@ -53,6 +54,9 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
         bias=options.init_logit_bias,
         name=config.name,
     )
+    random: dict[Tower, bool] = {"image": model.image.random, "text": model.text.random}
+    model.random_towers = tuple(tower for tower, untrained in random.items() if untrained)
+    return model
 
 
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001

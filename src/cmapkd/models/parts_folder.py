@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cmapkd.models.heads import Head
 from cmapkd.models.image_towers import ImageTower, VisualTower
-from cmapkd.models.storage import WEIGHTS, read_weights, write_model_folder
+from cmapkd.models.storage import WEIGHTS, read_weights, write_model_folder, write_tensors
 from cmapkd.models.text_towers import TextTower
 
 NATIVE_CONFIG, NATIVE_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -51,7 +50,7 @@ def save(model: Joined, folder: Path) -> None:
     if config is not None:
         (folder / NATIVE_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         names = native_names(model)
-        save_file({_renamed(key, names): tensor for key, tensor in weights.items()}, folder / NATIVE_WEIGHTS)
+        write_tensors(folder / NATIVE_WEIGHTS, {_renamed(key, names): tensor for key, tensor in weights.items()})
 
 
 def read(model: Joined, folder: Path, *, form: str) -> dict[str, Tensor]:
@@ -70,21 +69,22 @@ def native_config(model: Joined) -> dict[str, Any] | None:
     """`open_clip_config.json` of the model; None where open_clip cannot build it.
 
     It can where a timm tower's pooled features go into a linear head without bias or an mlp of its own shape, and a
-    BERT or RoBERTa pooled by mean or class token into the same without any bias.
+    BERT or RoBERTa pooled by mean or class token into the same without any bias. open_clip reads the encoder's config
+    from where it came from, so that must be the main branch of a hub repository: a folder is not everybody's.
     """
     image, text = model.image, model.text
     if not isinstance(image, VisualTower) or not image.headless or text.pooling not in _POOLERS:
         return None
-    tokenizer, encoder = text.tokenizer.native, text.config
+    tokenizer, encoder, source = text.tokenizer.native, text.config, text.hub_id
     if (
-        image.visual.trunk.num_features != image.width  # a head of timm's own widens the features
+        source is None
+        or image.visual.trunk.num_features != image.width  # a head of timm's own widens the features
         or encoder.model_type not in _ENCODERS
         or encoder.pad_token_id != tokenizer.pad_token_id  # open_clip takes its mask from the config's
         or not _says(model.image_head, hidden=2 * model.embed_dim, bias=model.image_head.config.kind == "mlp")
         or not _says(model.text_head, hidden=(text.width + model.embed_dim) // 2, bias=False)
     ):
         return None
-    source = text.name.partition(":")[2]
     vision = {**image.config["vision_cfg"], "timm_proj": model.image_head.config.kind}
     config: dict[str, Any] = {
         "embed_dim": model.embed_dim,

@@ -56,7 +56,12 @@ class TextTower(nn.Module):
     Attributes:
         width: of the pooled features.
         levels: shallow to deep; none where the encoder does not keep its blocks in one list.
+        hub_id: repository whose main branch has the encoder's config and tokenizer; None: they are from elsewhere.
+        random: whether it was just built with random weights.
     """
+
+    hub_id: str | None = None
+    random: bool = False
 
     def __init__(self, model: Any, *, tokenizer: HfTokenizer, pooling: Pooling, name: str) -> None:
         super().__init__()
@@ -89,7 +94,8 @@ class TextTower(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which `rebuild_text_tower` makes the untrained encoder, beside what `save_config` writes."""
-        return {"name": self.name, "pooling": self.pooling, "context_length": self.tokenizer.context_length}
+        plain = {"name": self.name, "pooling": self.pooling, "context_length": self.tokenizer.context_length}
+        return plain if self.hub_id is None else {**plain, "hub_id": self.hub_id}
 
     def save_config(self, folder: Path) -> None:
         """The encoder's config and the tokenizer, into a model folder."""
@@ -119,7 +125,11 @@ def build_text_tower(config: TextPartConfig) -> TextTower:
     if config.checkpoint is not None:
         load_weights(model, read_weights(config.checkpoint), where=config.checkpoint)
     pooling = config.pooling or _pooling_of(Path(source))
-    return _assemble(model, native, pooling, config.context_length, config.name)
+    tower = _assemble(model, native, pooling, config.context_length, config.name)
+    if not Path(source).exists() and config.revision is None and config.tokenizer is None:
+        tower.hub_id = source
+    tower.random = scratch and config.checkpoint is None
+    return tower
 
 
 def rebuild_text_tower(description: dict[str, Any], folder: Path) -> TextTower:
@@ -127,7 +137,9 @@ def rebuild_text_tower(description: dict[str, Any], folder: Path) -> TextTower:
     name = str(description["name"])
     model = from_config(read_config(str(folder / TEXT_CONFIG), {}, name), "text", pooler=False)
     native = load_tokenizer(str(folder), {}, name)
-    return _assemble(model, native, description["pooling"], int(description["context_length"]), name)
+    tower = _assemble(model, native, description["pooling"], int(description["context_length"]), name)
+    tower.hub_id = description.get("hub_id")
+    return tower
 
 
 def _assemble(model: Any, native: Any, pooling: Pooling, length: int | None, name: str) -> TextTower:

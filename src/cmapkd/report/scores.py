@@ -295,18 +295,16 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
     blocks: list[Block] = []
     figures = []
     for data, size in dict.fromkeys((each.data, each.size) for each in models):
-        marks = [
-            Mark(each.label, each.megabytes, value, COLOUR[each.role])
-            for each in models
-            if (each.data, each.size) == (data, size)
-            and each.megabytes is not None
-            and each.megabytes > 0
-            and (value := _first_headline(each)) is not None
-        ]
-        if len(marks) > 1:
-            figures.append(
-                scatter(f"Size and score on {data}", marks, x_unit="MB of weights", y_unit="first headline, %")
-            )
+        sized = [each for each in models if (each.data, each.size) == (data, size) and each.megabytes]
+        scored = [(each, found) for each in sized if (found := _first_headline(each)) is not None]
+        for head in dict.fromkeys(head for _, (head, _) in scored):
+            marks = [
+                Mark(each.label, each.megabytes or 0.0, value, COLOUR[each.role])
+                for each, (name, value) in scored
+                if name == head
+            ]
+            if len(marks) > 1:
+                figures.append(scatter(f"Size and score on {data}", marks, x_unit="MB of weights", y_unit=f"{head}, %"))
     for tower in ("image", "text"):
         timed = [(each, *_quartiles(each, tower)) for each in models]
         rows = [
@@ -330,11 +328,11 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
     return blocks
 
 
-def _first_headline(each: Measured) -> float | None:
-    """The mean of the first headline that all seeds have."""
+def _first_headline(each: Measured) -> tuple[str, float] | None:
+    """The first headline that all seeds have: its name and its mean."""
     known = [headlines(mapping(scores)) for scores in each.scores]
     task = next((task for task in (known[0] if known else {}) if all(task in other for other in known)), None)
-    return None if task is None else sum(other[task][1] for other in known) / len(known)
+    return None if task is None else (known[0][task][0].head, sum(other[task][1] for other in known) / len(known))
 
 
 def _quartiles(each: Measured, tower: str) -> tuple[float | None, tuple[float, float] | None]:

@@ -15,6 +15,7 @@ from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import PlanSampler
 from cmapkd.methods import StepInfo
 from cmapkd.methods.cmapkd import CMAPKD
+from cmapkd.methods.cmapkd.measuring import measure_loss
 from cmapkd.methods.cmapkd.slopes import norms_of
 from cmapkd.methods.dual import task_loss
 from cmapkd.training import Trainer
@@ -93,6 +94,34 @@ def test_the_bandit_is_told_the_loss_on_all_held_out_pairs() -> None:
     assert method.measurements["selection/weight/contrastive"] == 1.0
 
 
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_many_held_out_pairs_are_encoded_a_few_at_a_time(
+    micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, batch = selected(**BANDIT), replace(batch_of(), held_out=random_batch(11, seed=7, dtype=torch.float64))
+    assert batch.held_out is not None
+    one = method.joint
+    assert isinstance(one, BanditWeighting)
+    method.eval()
+    wanted = task_loss(method.encode_student(batch.held_out)).detach()
+    sizes: list[int] = []
+    encode = method._encode_student
+
+    def noting(part: Any, number: int = 0) -> Any:
+        sizes.append(len(part))
+        return encode(part, number)
+
+    monkeypatch.setattr(method, "_encode_student", noting)
+    for number, place in ((11, "cpu"), (4, "meta")):  # pixels of many stay until they are encoded
+        moved = replace(batch, held_out=random_batch(number)).to("meta").held_out
+        assert moved is not None
+        assert moved.inputs["student"].images.device.type == place
+    method.micro_batch = micro_batch
+    measure_loss(method, one, batch, batch.held_out)
+    assert max(sizes) == (micro_batch or len(batch)) < 11
+    torch.testing.assert_close(one.before, wanted.to(one.before.dtype))
+
+
 def test_all_held_out_pairs_are_the_same_each_time() -> None:
     method = make_method("contrastive")
     source = MemorySource(24)
@@ -103,6 +132,8 @@ def test_all_held_out_pairs_are_the_same_each_time() -> None:
     assert none is None
     assert first is not None
     assert again is not None
+    alone = make_builder(method, source)
+    assert made.bytes_of(4) == alone.bytes_of(4) + alone.bytes_of(7)
     assert {*first.ids} == {f"m{i}" for i in range(17, 24)}
     assert first.ids == again.ids
     for role, each in first.inputs.items():

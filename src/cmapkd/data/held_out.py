@@ -76,7 +76,9 @@ class WithHeldOut(Dataset[Batch]):
         return source
 
     def bytes_of(self, size: int) -> int:
-        return self.builder.bytes_of(size) + self.held_out.bytes_of(self.sampler.batch_size) // self.every
+        """Of all held-out pairs together every reading process holds a batch; of others one in `every` batches."""
+        beside = self.held_out.bytes_of(self.sampler.batch_size // self.sampler.world_size)
+        return self.builder.bytes_of(size) + (beside if self.always_the_same else beside // self.every)
 
     def __getitem__(self, plan: Plan) -> Batch:
         batch = self.builder[plan]

@@ -290,12 +290,14 @@ class Batch:
         """The batch on a device; without `images` its pixels stay where they are. What roles share is moved once."""
         pixels = _once(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if images else _same
         texts = _once(lambda tokens: tokens.to(device, non_blocking))
+        other = self.held_out
+        few = other is None or len(other) <= len(self)  # more are encoded in parts, and moved then
         return replace(
             self,
             inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
             extra={name: move_extra(value, device, non_blocking) for name, value in self.extra.items()},
             stored={role: rows.to(device, non_blocking) for role, rows in self.stored.items()},
-            held_out=None if self.held_out is None else self.held_out.to(device, non_blocking, images=images),
+            held_out=None if other is None else other.to(device, non_blocking, images=images and few),
         )
 
     def pin_memory(self) -> Batch:

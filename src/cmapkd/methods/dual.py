@@ -53,7 +53,7 @@ class DualEncoderMethod(Method):
 
     several_positives: bool = False
     """Whether captions of one picture in a batch are no negatives of each other."""
-    frozen_towers: Teacher | None = None
+    stored_student: Teacher | None = None
     """Answers for the student's towers that do not learn, from a cache, in batches that bring stored rows of them."""
     stored_towers: tuple[Tower, ...] = ()
     """Which towers these are."""
@@ -220,9 +220,9 @@ class DualEncoderMethod(Method):
         return None
 
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
-        if self.frozen_towers is not None and STUDENT in part.stored:
+        if self.stored_student is not None and STUDENT in part.stored:
             inputs = part.inputs[STUDENT].to(self.device, True) if STUDENT in part.inputs else None
-            stored = self.frozen_towers(part.only(STUDENT).to(self.device, non_blocking=True))
+            stored = self.stored_student(part.only(STUDENT).to(self.device, non_blocking=True))
             joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, self.student_needs)
             return joined
         features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)

@@ -97,7 +97,7 @@ def student_from_cache(
     plan = plan_student_cache(config, method, source)
     reader = _filled(plan, config, console, f"frozen {' and '.join(towers)} of the student answer")
     reader.needs_texts = "text" not in towers
-    method.frozen_towers = plan.cached_teacher(reader, lambda: student.pooled_towers(towers))
+    method.stored_student = plan.cached_teacher(reader, lambda: student.pooled_towers(towers))
     method.stored_towers = towers
     return {STUDENT: reader}
 

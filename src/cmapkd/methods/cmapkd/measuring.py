@@ -25,6 +25,7 @@ from cmapkd.methods.cmapkd.slopes import (
     slopes_forward,
 )
 from cmapkd.methods.dual import task_loss
+from cmapkd.methods.micro_batches import join_features, micro_batches
 from cmapkd.methods.step import StepInfo
 from cmapkd.models import DualEncoder, Features, TowerFeatures
 from cmapkd.weighting import BanditWeighting, BilevelWeighting, GradientAlignmentWeighting, JointWeighting
@@ -37,6 +38,7 @@ class Measured(Protocol):
     """What a measurement asks of a method."""
 
     student: DualEncoder
+    micro_batch: int | None
     second_moment: Callable[[nn.Parameter], Tensor | None]
     step: StepInfo
 
@@ -130,11 +132,12 @@ def look_ahead(
 
 
 def measure_loss(method: Measured, weighting: BanditWeighting, batch: Batch, held_out: Batch) -> None:
-    """The held-out loss itself."""
+    """The held-out loss itself, of pairs that may be many: as many at once as the step itself encodes."""
     if weighting.wants_norms:
         weighting.observe_norms(norms_of(method.student, method.columns(batch)))
     with torch.no_grad():
-        loss: Float[Tensor, ""] = task_loss(method.encode_student(held_out))
+        parts = micro_batches(held_out, method.micro_batch or len(batch))
+        loss: Float[Tensor, ""] = task_loss(join_features([method.encode_student(part) for part in parts]))
     weighting.observe_held_out(loss, generator=method.step.generator("bandit"))
 
 

@@ -59,6 +59,8 @@ print(f"{len(photographs)} photographs with captions in {PICTURES}")
 # The parts share no photograph.
 
 # %%
+if (OUT / "train.csv").exists():
+    raise SystemExit(f"{OUT} holds what an earlier try made: name a new folder, OUT=...")
 OUT.mkdir(parents=True, exist_ok=True)
 parts = {"test": photographs[0::5], "val": photographs[1::5]}
 held_back = {*parts["test"], *parts["val"]}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from cli_support import run_commands
 
 import cmapkd
 from cmapkd.models import build_model
@@ -33,23 +32,6 @@ RECIPE = {
 }
 
 
-DRIVER = """
-import contextlib, io, json, sys, warnings
-from cmapkd.cli import main
-
-ends = []
-for arguments in json.loads(sys.argv[1]):
-    sys.argv, said, code = ["cmapkd", *arguments], io.StringIO(), 0
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-    ends.append((code, said.getvalue()))
-print(json.dumps(ends))
-"""
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("plugin")
@@ -67,14 +49,9 @@ def call(folder: Path, *commands: list[str], code: int = 0, codes: Sequence[int]
         "XDG_CACHE_HOME": str(folder / "cache"),
         "COLUMNS": "200",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(commands)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    ends = json.loads(done.stdout)
-    assert [end for end, _ in ends] == ([*codes] or [code] * len(commands)), ends
-    return [said for _, said in ends]
+    ends = run_commands(commands, cwd=folder, environment=environment)
+    assert [end for end, *_ in ends] == ([*codes] or [code] * len(commands)), ends
+    return [said for _, said, _ in ends]
 
 
 def test_the_package_takes_less_than_a_hundred_lines() -> None:

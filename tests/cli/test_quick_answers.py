@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cli_support import run_commands
 
 import cmapkd
 from cmapkd.config import ConfigError, apply_overrides, list_recipes, load_mapping, recipe_summary
@@ -20,21 +19,6 @@ from cmapkd.settings.make import make_index
 from cmapkd.settings.page import page
 
 ROOT = Path(cmapkd.__file__).parents[2]
-DRIVER = """
-import contextlib, io, json, sys
-from cmapkd.cli import main
-
-ends = []
-for arguments in json.loads(sys.argv[1]):
-    sys.argv, said, code = ["cmapkd", *arguments], io.StringIO(), 0
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-    ends.append((code, said.getvalue(), sorted({"torch", "numpy", "transformers"} & set(sys.modules))))
-print(json.dumps(ends))
-"""
 QUICK = (
     (["--version"], 0, f"cmapkd {cmapkd.__version__}"),
     (["distill", "demo", "training.stepz=1", "--out", "x"], 2, "training.stepz: unknown key (did you mean 'steps'?)"),
@@ -70,12 +54,7 @@ QUICK = (
 
 @pytest.fixture(scope="module")
 def ends() -> list[tuple[int, str, list[str]]]:
-    arguments = json.dumps([arguments for arguments, _, _ in QUICK])
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, arguments], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return [(code, said, heavy) for code, said, heavy in json.loads(done.stdout)]
+    return run_commands([arguments for arguments, _, _ in QUICK])
 
 
 @pytest.mark.parametrize("place", range(len(QUICK)), ids=[" ".join(arguments) for arguments, _, _ in QUICK])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable, Collection
 
 _KEPT = "\n\t"
 _CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, formats such as right-to-left overrides, surrogates, line ends
@@ -12,12 +13,22 @@ _MARKDOWN = str.maketrans({"|": "&#124;", "<": "&lt;", ">": "&gt;", "&": "&amp;"
 
 def printable(text: str) -> str:
     """`text` with everything that could move a cursor, colour, hide or reverse what follows written as an escape."""
+    return without_controls(text, lambda hidden: hidden.encode("unicode_escape", "surrogatepass").decode("ascii"))
+
+
+def without_controls(text: str, write: Callable[[str], str], *, more: Collection[str] = ()) -> str:
+    """`text` with what `write` says in place of each character that acts on others instead of being seen.
+
+    Args:
+        more: further categories of Unicode to replace.
+    """
     if text.isascii() and text.isprintable():
         return text
+    hidden = (*_CONTROLS, *more)
     return "".join(
         character
-        if character in _KEPT or character in _JOINERS or unicodedata.category(character) not in _CONTROLS
-        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        if character in _KEPT or character in _JOINERS or unicodedata.category(character) not in hidden
+        else write(character)
         for character in text
     )
 

@@ -17,6 +17,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import Source, TokenBatch
 from cmapkd.evaluation.embed import embed
 from cmapkd.models import DualEncoder
+from cmapkd.models.parts import within
 from cmapkd.models.types import TowerFeatures
 
 NUM_SAMPLES = 1_000  # pictures, with all their captions
@@ -69,7 +70,7 @@ class Narrowed(DualEncoder):
 
     @property
     def parts(self) -> dict[str, frozenset[str]]:
-        return {part: frozenset(f"model.{name}" for name in names) for part, names in self.model.parts.items()}
+        return within("model", self.model.parts)
 
     def num_parameters(self) -> int:
         return self.model.num_parameters()

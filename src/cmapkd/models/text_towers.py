@@ -126,7 +126,9 @@ def build_text_tower(config: TextPartConfig) -> TextTower:
         load_weights(model, read_weights(config.checkpoint), where=config.checkpoint)
     pooling = config.pooling or _pooling_of(Path(source))
     tower = _assemble(model, native, pooling, config.context_length, config.name)
-    if not Path(source).exists() and config.revision is None and config.tokenizer is None:
+    if Path(source).exists():
+        tower.name = f"hf:{Path(source).name}"  # of a folder its name alone: a saved model may be published
+    elif config.revision is None and config.tokenizer is None:
         tower.hub_id = source
     tower.random = scratch and config.checkpoint is None
     return tower

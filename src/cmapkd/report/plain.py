@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from cmapkd.config.printing import without_controls
 
 LONGEST = 280
 """Characters of a stranger's text that a page shows; the rest becomes an ellipsis."""
 
-_KEPT = "\n\t"
-_JOINERS = "\u200c\u200d"  # part of ordinary text in several scripts
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, direction marks, surrogates, private and no characters
-
-
+_NO_LETTERS = ("Co", "Cn")  # private and no characters
 _LARGEST = 1e30  # a number beyond it measures nothing that a page shows, and its square overflows
 
 
@@ -73,11 +70,4 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 def visible(text: str) -> str:
     """`text` with every character that hides, reverses or moves what follows replaced by U+FFFD."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        character
-        if character in _KEPT or character in _JOINERS or unicodedata.category(character) not in _HIDDEN
-        else "\ufffd"
-        for character in text
-    )
+    return without_controls(text, lambda _: "\ufffd", more=_NO_LETTERS)

@@ -138,23 +138,24 @@ class TokenBatch:
     per_sample: int = 1
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TokenBatch:
-        return self._map(torch.Tensor.pin_memory)
+        return self.changed(torch.Tensor.pin_memory)
 
     def part(self, start: int, stop: int) -> TokenBatch:
         """The texts of the samples from `start` to before `stop`."""
         rows = slice(start * self.per_sample, stop * self.per_sample)
-        return self._map(lambda tensor: tensor[rows])
+        return self.changed(lambda tensor: tensor[rows])
 
     def rows(self, places: Tensor) -> TokenBatch:
         """The texts of the samples at `places`, in that order."""
         if self.per_sample > 1:
             places = (places[:, None] * self.per_sample + torch.arange(self.per_sample, device=places.device)).flatten()
-        return self._map(lambda tensor: tensor[places])
+        return self.changed(lambda tensor: tensor[places])
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+    def changed(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        """With `change` of each tensor."""
         spans = None if self.spans is None else change(self.spans)
         return TokenBatch(change(self.ids), change(self.mask), spans, self.per_sample)
 
@@ -192,11 +193,11 @@ class ModelInput:
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> ModelInput:
         return self.changed(
             (lambda pixels: pixels.to(device, non_blocking=non_blocking)) if images else _same,
-            lambda texts: texts.to(device, non_blocking),
+            lambda tokens: tokens.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> ModelInput:
-        return self.changed(torch.Tensor.pin_memory, TokenBatch.pin_memory)
+        return self.changed(torch.Tensor.pin_memory, torch.Tensor.pin_memory)
 
     def part(self, start: int, stop: int, images: tuple[int, int] | None = None) -> ModelInput:
         """The pairs from `start` to before `stop`; `images` says where their pixels stand, if elsewhere."""
@@ -209,14 +210,12 @@ class ModelInput:
             {view: self.more_images[view][start * count : stop * count] for view, count in counts.items()},
         )
 
-    def changed(
-        self, change: Callable[[Tensor], Tensor], change_texts: Callable[[TokenBatch], TokenBatch]
-    ) -> ModelInput:
-        """With `change` of the pixels of every view, and `change_texts` of the texts of every pool."""
+    def changed(self, change: Callable[[Tensor], Tensor], change_texts: Callable[[Tensor], Tensor]) -> ModelInput:
+        """With `change` of the pixels of every view, and `change_texts` of the tokens of every pool."""
         return ModelInput(
             change(self.images),
-            change_texts(self.texts),
-            {pool: change_texts(texts) for pool, texts in self.more_texts.items()},
+            self.texts.changed(change_texts),
+            {pool: texts.changed(change_texts) for pool, texts in self.more_texts.items()},
             {view: change(pixels) for view, pixels in self.more_images.items()},
         )
 
@@ -289,7 +288,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> Batch:
         """The batch on a device; without `images` its pixels stay where they are. What roles share is moved once."""
         pixels = _once(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if images else _same
-        texts = _once(lambda tokens: tokens.to(device, non_blocking))
+        texts = _once(lambda tokens: tokens.to(device, non_blocking=non_blocking))
         other = self.held_out
         few = other is None or len(other) <= len(self)  # more are encoded in parts, and moved then
         return replace(
@@ -301,7 +300,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
-        pixels, texts = _once(torch.Tensor.pin_memory), _once(TokenBatch.pin_memory)
+        pixels, texts = _once(torch.Tensor.pin_memory), _once(torch.Tensor.pin_memory)
         return replace(
             self,
             inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},

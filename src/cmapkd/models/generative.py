@@ -1,0 +1,91 @@
+"""`GenerativeModel`: what a model that writes about pictures looks like to the rest of cmapkd."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cmapkd.data.dialogues import ChatInput, ChatProcessing
+from cmapkd.models.base import Model
+from cmapkd.models.token_types import LogitHead, TokenFeatures, TokenNeeds, Vocabulary
+from cmapkd.models.types import LevelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: after so many the answer ends, finished or not.
+        temperature: 0: always the likeliest token; else tokens are drawn at this temperature.
+        top_p: draws are among the likeliest tokens that together have this probability; 1: among all.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+class ChatProcessor(ChatProcessing):
+    """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without end and other special tokens."""
+
+    @abstractmethod
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens of an answer and the end token after them, as `read` appends them to a prompt."""
+
+
+class GenerativeModel(Model):
+    """A model that reads pictures and dialogues and writes answers.
+
+    Its parts are `vision`, `projector`, `embeddings`, `language`, `head` (empty where it is tied to the embeddings) and
+    `adapters` (LoRA).
+
+    Attributes:
+        processor: the model's own.
+        vocabulary: the tokens that it can write.
+        image_levels: outputs of the vision blocks (`blocks.N`), then `projector`.
+        text_levels: outputs of the language model's layers (`layers.N`); the last is after the final norm.
+    """
+
+    processor: ChatProcessor
+    vocabulary: Vocabulary
+    image_levels: tuple[LevelInfo, ...]
+    text_levels: tuple[LevelInfo, ...]
+
+    @abstractmethod
+    def forward(self, inputs: ChatInput, needs: TokenNeeds | None = None) -> TokenFeatures:
+        """What `needs` names; none: final states of the answers.
+
+        Raises:
+            ValueError: a level or layer that this model does not have.
+        """
+
+    @property
+    @abstractmethod
+    def head(self) -> LogitHead:
+        """Makes logits of final states, over the real tokens."""
+
+    def logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows size"]:
+        """Logits over the real tokens, float32."""
+        return self.head(hidden)
+
+    @abstractmethod
+    def generate(self, inputs: ChatInput, how: Decoding, keys: Sequence[int] | None = None) -> list[list[int]]:
+        """Answers to the prompts of `inputs` (`ChatInput.prompts` is taken), without gradient and in eval mode.
+
+        Args:
+            keys: one for each dialogue where tokens are drawn. The draw of a token is a pure function of the key and of
+                its place in the answer: other dialogues in the batch change nothing.
+        Returns:
+            The tokens of each answer, up to and including its end token, if it ended.
+        Raises:
+            ValueError: tokens are to be drawn, and there are no keys.
+        """

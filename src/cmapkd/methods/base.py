@@ -18,7 +18,7 @@ from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.term_weights import weighted_terms
 from cmapkd.methods.terms import AuxiliaryTerms, Term, divided
-from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, Teacher
+from cmapkd.models import FrozenTeacher, Model, MomentumTeacher, Teacher
 from cmapkd.objectives.chunks import split_rows
 from cmapkd.weighting import Weighting, WeightingConfig, make_weighting
 
@@ -30,7 +30,7 @@ class Method(MethodContract):
         self,
         config: MethodConfig,
         *,
-        student: DualEncoder,
+        student: Model,
         teacher: FrozenTeacher | None = None,
         more_teachers: Sequence[FrozenTeacher] = (),
     ) -> None:

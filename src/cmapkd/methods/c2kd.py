@@ -102,7 +102,7 @@ class C2KD(DualEncoderMethod):
     """An image and a text tower learn the classes, and from each other where they rank a sample's classes similarly."""
 
     Config: ClassVar[type[MethodConfig]] = C2KDConfig
-    not_cached: ClassVar[str | None] = "its teacher learns too, so its answers change with every step"
+    not_cached: str | None = "its teacher learns too, so its answers change with every step"
     card: ClassVar[MethodCard] = MethodCard(
         title="C2KD: cross-modal distillation through proxies, both networks learning",
         paper="Huo et al., CVPR 2024, pp. 16006-16015, https://github.com/huofushuo/C2KD",

@@ -19,7 +19,7 @@ from cmapkd.methods.learning import Learning
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, Teacher
+from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher
 
 
 class MethodContract(Learning, ABC):
@@ -32,8 +32,14 @@ class MethodContract(Learning, ABC):
     card: ClassVar[MethodCard]
     Config: ClassVar[type[MethodConfig]]
     uses_teacher: ClassVar[bool] = True
-    not_cached: ClassVar[str | None] = None
+    not_cached: str | None = None
     """Why the teacher cannot answer from a cache; None where it can."""
+    reads: ClassVar[type[Model]] = DualEncoder  # type: ignore[type-abstract]
+    """The contract that the student must keep."""
+    scratch: ClassVar[str] = "contrastive"
+    """The method without teacher that its students are compared with."""
+    in_batch: ClassVar[bool] = True
+    """Whether terms compare the samples of a batch with each other, so that they read all processes' samples."""
     several_teachers: ClassVar[bool] = False
     """Whether it takes more than one: `more_teachers` is then an argument of its `__init__`."""
     prunes: ClassVar[bool] = False
@@ -47,7 +53,7 @@ class MethodContract(Learning, ABC):
         self,
         config: MethodConfig,  # noqa: ARG002  kept by the methods, each with its own type
         *,
-        student: DualEncoder,
+        student: Model,
         teacher: FrozenTeacher | None = None,
         more_teachers: Sequence[FrozenTeacher] = (),
     ) -> None:

@@ -26,7 +26,7 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
-from cmapkd.models import Features, LevelRequest, MomentumTeacher, Teacher, TowerFeatures
+from cmapkd.models import DualEncoder, Features, LevelRequest, MomentumTeacher, Teacher, TowerFeatures
 from cmapkd.models.reach import example_output, last_matrix_behind
 from cmapkd.models.types import Tower
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
@@ -51,6 +51,7 @@ Rows = TypeVar("Rows")
 class DualEncoderMethod(Method):
     """A method whose student and teachers are `DualEncoder`s."""
 
+    student: DualEncoder
     several_positives: bool = False
     """Whether captions of one picture in a batch are no negatives of each other."""
     stored_student: Teacher | None = None

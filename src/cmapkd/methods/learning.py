@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cmapkd.config import ConfigError, closest
 from cmapkd.methods.stages import PARTS, WHOLE_RUN, ParameterPart, StageConfig
-from cmapkd.models import DualEncoder
+from cmapkd.models import Model
 
 
 class Learning(nn.Module):
@@ -18,7 +18,7 @@ class Learning(nn.Module):
     The statistics of a batch norm whose weights are frozen stay as they are.
     """
 
-    student: DualEncoder
+    student: Model
     stage: StageConfig
 
     def __init__(self) -> None:

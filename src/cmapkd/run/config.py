@@ -21,7 +21,7 @@ from cmapkd.training import OptimConfig, TrainConfig
 class RunConfig(Config):
     """Everything a run depends on. The run folder holds it resolved, so that it can be repeated."""
 
-    teacher: ModelConfig | None = Field(None, description="The model that teaches; none for method contrastive.")
+    teacher: ModelConfig | None = Field(None, description="The model that teaches; none for methods contrastive and sft.")
     more_teachers: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Further teachers by names of their own, for methods that take several."
     )
@@ -133,11 +133,12 @@ class RunConfig(Config):
 
     def scratch(self) -> RunConfig:
         """The baseline of this run: same student, data, steps and seed; nothing of a teacher, and so no stages."""
-        contrastive = METHODS["contrastive"].Config(name="contrastive")
+        name = METHODS[self.method.name].scratch
+        alone_method = METHODS[name].Config(name=name)
         training = self.training.without_stages()
         # frozen towers of the student answer from disk here as well
         cache = self.cache if self.training.train_parts is not None else None
-        alone = {"method": contrastive, "training": training, "baseline": "none", "cache": cache}
+        alone = {"method": alone_method, "training": training, "baseline": "none", "cache": cache}
         student = self.student.model_copy(update={"inherit": None})
         return self.without_teachers().model_copy(update={**alone, "student": student})
 

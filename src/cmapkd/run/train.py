@@ -18,7 +18,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.methods import Method
-from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, build_teacher
+from cmapkd.models import DualEncoder, FrozenTeacher, Model, MomentumTeacher, build_teacher
 from cmapkd.models.activation import assumption
 from cmapkd.run.build import (
     build_student,
@@ -46,7 +46,7 @@ from cmapkd.training.progress import Outlook
 class Trained:
     """What a training leaves beside its files."""
 
-    student: DualEncoder
+    student: Model
     result: TrainResult
     extra_params: int  # the method's own, beside the student's
     remarks: tuple[str, ...]  # what should be known of it
@@ -120,8 +120,8 @@ def restore(config: RunConfig, measured: Measured, checkpoint: Path, *, out: Pat
 
 def _left(prepared: Prepared, trained: TrainResult, out: Path) -> Trained:
     student = trained.student
-    assert isinstance(student, DualEncoder)
-    student.random_towers = ()
+    if isinstance(student, DualEncoder):
+        student.random_towers = ()
     if prepared.trainer.accelerator.is_main_process:
         save_student(student, out / "student")
         if isinstance(prepared.method.auxiliary, JointHeads):
@@ -204,7 +204,7 @@ def _prepare(
 def _batches(
     config: RunConfig,
     source: Source,
-    student: DualEncoder,
+    student: Model,
     method: Method,
     stored: dict[str, Answers],
     texts: TextChoice,
@@ -238,11 +238,12 @@ def _loaded_teachers(config: RunConfig, voice: Voice) -> dict[str, FrozenTeacher
     return teachers
 
 
-def _sizes(model: DualEncoder) -> str:
-    """How many parameters, and how many of them each tower has."""
+def _sizes(model: Model) -> str:
+    """How many parameters, and how many of them each of its main parts has."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     towers = {part: sum(sizes[name] for name in names if name in sizes) for part, names in model.parts.items()}
-    shown = ", ".join(f"{towers[tower]:,} in its {tower} tower" for tower in ("image", "text") if tower in towers)
+    told = {"image": "image tower", "text": "text tower", "vision": "vision tower", "language": "language model"}
+    shown = ", ".join(f"{towers[part]:,} in its {name}" for part, name in told.items() if part in towers)
     return f"{model.num_parameters():,} parameters ({shown})"
 
 
@@ -271,7 +272,7 @@ def _check_stored(contents: Contents, out: Path, voice: Voice) -> None:
         )
 
 
-def _check_parts_of_baseline(config: RunConfig, student: DualEncoder) -> None:
+def _check_parts_of_baseline(config: RunConfig, student: Model) -> None:
     """Refuses parts that only the run's method knows, before the student is trained and not after.
 
     Raises:

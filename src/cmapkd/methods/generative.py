@@ -1,0 +1,212 @@
+"""Methods over models that write: how student and teachers are read, and how sums over tokens become terms."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from cmapkd.data.types import Batch
+from cmapkd.methods.base import Method
+from cmapkd.methods.card import MethodConfig
+from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
+from cmapkd.methods.rollouts import ROLLED, OnPolicyConfig, roll_out
+from cmapkd.methods.terms import Term
+from cmapkd.features.tokens import TokenLosses, token_losses
+from cmapkd.models import Model
+from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.reach import example_rows, last_matrix_behind
+from cmapkd.models.token_types import Rows, TokenFeatures, TokenNeeds
+from cmapkd.objectives.tokens import TokenDivergence
+
+Reduction = Literal["token_mean", "sample_mean", "batch_sum"]
+
+
+class GenerativeConfig(MethodConfig):
+    """What every method over models that write can be told."""
+
+    reduction: Reduction = Field(
+        "token_mean",
+        description="token_mean: every answer token counts alike; sample_mean: every answer; batch_sum: the sum over "
+        "tokens, divided by the samples of the batch.",
+    )
+
+
+class TopRequest(NamedTuple):
+    """The `count` likeliest tokens of each row, at a temperature."""
+
+    count: int
+    temperature: float
+
+
+class Counted(NamedTuple):
+    """A sum over the rows of a part of the batch, and what it is to be divided by."""
+
+    total: Float[Tensor, ""]
+    count: Float[Tensor, ""]
+
+
+class GenerativeMethod(Method):
+    """A method whose student and teachers are `GenerativeModel`s, and whose terms are sums over rows.
+
+    A term is a sum and a count for each part of the batch. The sums of all micro-batches and processes are divided once
+    by all counts. So neither padding, micro-batches nor the number of processes changes a loss.
+    """
+
+    reads: ClassVar[type[Model]] = GenerativeModel  # type: ignore[type-abstract]
+    scratch: ClassVar[str] = "sft"
+    in_batch: ClassVar[bool] = False
+    config: GenerativeConfig
+    student: GenerativeModel
+
+    @property
+    def student_needs(self) -> TokenNeeds:
+        """What the terms read of the student."""
+        return TokenNeeds()
+
+    @property
+    def teacher_needs(self) -> TokenNeeds:
+        """What the terms read of the first teacher."""
+        return TokenNeeds()
+
+    @property
+    def teacher_top(self) -> TopRequest | None:
+        """What the terms read of the teacher's distributions, where that is not all; a cache stores no more."""
+        return None
+
+    @property
+    def on_policy(self) -> OnPolicyConfig | None:
+        """How the student's own answers take the place of given ones; None: they never do."""
+        return None
+
+    @abstractmethod
+    def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
+        """The terms of a part of the batch that the stage wants, each with its count.
+
+        A pure function of the part, the modules and `self.step`: the backward pass may repeat it.
+        """
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each term by name; a term of weight zero is none of the method's."""
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(name for name, weight in self.weights.items() if weight)
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        batch = self._rolled_out(batch)
+        parts = micro_batches(batch, self.micro_batch)
+        counted = encode_checkpointed(self._sums, parts, model=self)
+        terms = {}
+        for name, weight in self.weights.items():
+            if name in counted[0]:
+                totals, counts = zip(*(each[name] for each in counted), strict=True)
+                terms[name] = Term(torch.stack(totals).sum(), weight, torch.stack(counts).sum())
+        return terms
+
+    def _sums(self, part: Batch, _number: int = 0) -> dict[str, Counted]:
+        student: TokenFeatures = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
+        return self.sums(part, student, self.read_teacher(part))
+
+    def read_teacher(self, part: Batch, role: str | None = None) -> TokenFeatures | None:
+        """A teacher's features of a part of the batch, without gradient; None where there is no teacher.
+
+        Args:
+            role: of the teacher; None: the first.
+        """
+        if not self.teachers:
+            return None
+        first = next(iter(self.teachers))
+        teacher = self.teachers[role or first]
+        needs = self.teacher_needs if teacher.role == first else TokenNeeds()
+        features: Any = teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
+        assert isinstance(features, TokenFeatures)
+        return features
+
+    def losses(
+        self,
+        student: TokenFeatures,
+        teacher: TokenFeatures,
+        divergence: TokenDivergence,
+        hard: Float[Tensor, " rows"] | None,
+        soft: Float[Tensor, " rows"] | None,
+    ) -> TokenLosses:
+        """Sums over the answers' tokens: cross-entropy, weighted by `hard`, and divergence, weighted by `soft`.
+
+        Raises:
+            ValueError: the models have answers of different lengths.
+        """
+        rows, head = student.hidden["answer"], student.head
+        assert head is not None
+        if len(teacher.targets) != len(student.targets):
+            raise ValueError(
+                f"the answers of a batch have {len(student.targets)} tokens of the student and {len(teacher.targets)} "
+                "of the teacher: both must have one vocabulary and one end of a turn (cmapkd doctor compares them)"
+            )
+        asked = self.weights.get("answers", 0.0), self.weights.get("distillation", 0.0)
+        wanted = self.wants("answers", asked[0]), self.wants("distillation", asked[1])
+        declared = tuple(weight if want else 0.0 for weight, want in zip(asked, wanted, strict=True))
+        answered = teacher.top
+        if answered is None:
+            assert teacher.head is not None
+            answered = (teacher.hidden["answer"].values, teacher.head)
+        return token_losses(
+            rows.values, head, student.targets, teacher=answered, divergence=divergence, weights=(hard, soft),
+            declared=declared,
+        )  # fmt: skip
+
+    def weigh(
+        self, part: Batch, rows: Rows, *, wanted: Bool[Tensor, " samples"] | None = None
+    ) -> tuple[Float[Tensor, " rows"] | None, Float[Tensor, ""]]:
+        """The weight of each row in a sum, and what `reduction` divides the sum by.
+
+        Args:
+            rows: whose `sample` says which row belongs to which sample of the part.
+            wanted: samples that count; None: all. The weight of the others' rows is 0.
+        Returns:
+            Weights, None where each is 1; and the count of this part.
+        """
+        size, reduction = len(part), self.config.reduction
+        if reduction == "token_mean" and wanted is None:
+            return None, rows.values.new_tensor(len(rows.sample), dtype=torch.float32)
+        counts = torch.ones(size, device=rows.sample.device) if wanted is None else wanted.float()
+        lengths = torch.zeros(size, device=rows.sample.device).index_add_(
+            0, rows.sample, torch.ones_like(rows.sample, dtype=torch.float32)
+        )
+        if reduction == "sample_mean":
+            counts = counts * (lengths > 0)
+            return (counts / lengths.clamp(min=1))[rows.sample], counts.sum()
+        total = counts.sum() if reduction == "batch_sum" else (counts * lengths).sum()
+        return (None if wanted is None else counts[rows.sample]), total
+
+    def given(self, part: Batch) -> Bool[Tensor, " samples"] | None:
+        """Which samples of a part have the answer that the data give; None: all."""
+        rolled: Tensor | None = part.extra.get(ROLLED)
+        return None if rolled is None else ~rolled.to(self.device, non_blocking=True)
+
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The last matrix of weights below the final states, from which all terms are made."""
+        return {self._last_matrix: dict(self.student.named_parameters())[self._last_matrix]}
+
+    @cached_property
+    def _last_matrix(self) -> str:
+        return last_matrix_behind(self.student, lambda: example_rows(self.student))
+
+    def _rolled_out(self, batch: Batch) -> Batch:
+        """The batch, with the student's own answers in the place of some, where the method learns on its policy."""
+        if self.on_policy is None or not self.on_policy.share or not self.training:
+            return batch
+        teachers = {role: each.model for role, each in self.teachers.items() if each.reads == role}
+        batch, measured = roll_out(
+            batch, self.student, teachers, self.on_policy, step=self.step, at_once=self.micro_batch
+        )
+        self.measurements |= measured
+        return batch

@@ -1,0 +1,113 @@
+"""TAID, temporally adaptive interpolated distillation (Shing et al. 2025, arXiv:2501.16937).
+
+The target moves from the student's own distribution to the teacher's while the loss falls, for a large gap of sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from cmapkd.data.types import Batch
+from cmapkd.features.gather import mean_over_processes
+from cmapkd.features.tokens import token_losses
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
+from cmapkd.methods.terms import Term
+from cmapkd.models import FrozenTeacher
+from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.token_types import TokenFeatures
+from cmapkd.objectives.tokens import TokenDivergence
+
+
+class TAIDConfig(GenerativeConfig):
+    """Where the target begins and ends, and how fast it moves."""
+
+    start: float = Field(0.4, ge=0, le=1, description="Weight of the teacher in the first target.")
+    end: float = Field(1.0, ge=0, le=1, description="Weight of the teacher in the last target.")
+    rate: float = Field(5e-4, ge=0, description="alpha: how far a step moves the target, at most.")
+    momentum: float = Field(0.99, ge=0, lt=1, description="beta: weight of the past in the mean of the loss's fall.")
+    adaptive: bool = Field(True, description="Whether a falling loss moves the target ahead of the straight line.")
+    answers_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy with the answers of the data.")
+    distill_weight: float = Field(1.0, ge=0, description="Weight of the divergence from the target.")
+
+    @model_validator(mode="after")
+    def _forwards(self) -> TAIDConfig:
+        if self.start > self.end:
+            raise ValueError(f"start is {self.start:g} and end {self.end:g}: the target moves to the teacher, not away")
+        return self
+
+
+class TAID(GenerativeMethod):
+    """KL to the softmax of interpolated logits, whose place t rises at least with the steps."""
+
+    Config: ClassVar[type[MethodConfig]] = TAIDConfig
+    card: ClassVar[MethodCard] = MethodCard(
+        title="TAID: temporally adaptive interpolated distillation",
+        paper="Shing et al. 2025, arXiv:2501.16937, section 3",
+        equations=(
+            "p_t = σ((1−t) sg z_S + t z_T), L = KL(p_t ‖ q)",
+            "r = (L' − L) / (L' + 1e-15), L' the loss of the step before; M ← βM + (1−β) r",
+            "t ← min(end, max(start + (end − start) progress, t + α σ(M) (1 − t)))",
+        ),
+        needs="final states of the answers' tokens of both models, which must have one vocabulary; no cache",
+        trainable="the student",
+        departures=(
+            "The loss that moves t is the mean over all micro-batches and processes.",
+            "KL in place of the soft cross-entropy of the released code: the same gradient, and zero at agreement.",
+        ),
+        checked_against="the target and the update written out; the released TAID.update_t "
+        "(tests/methods/fixtures/taid.json)",
+    )
+    place: Tensor
+    momentum: Tensor
+    before: Tensor
+
+    def __init__(
+        self, config: TAIDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        self.config: TAIDConfig = config
+        self.not_cached = "its target mixes all logits of teacher and student, and a cache holds the likeliest alone"
+        self.register_buffer("place", torch.tensor(config.start, dtype=torch.float64))
+        self.register_buffer("momentum", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("before", torch.full((), torch.inf, dtype=torch.float64))
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
+
+    def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
+        assert teacher is not None
+        rows = student.hidden["answer"]
+        weights, count = self.weigh(part, rows)
+        losses = self.losses(student, teacher, self._target, weights, weights)
+        counted = {"answers": Counted(losses.ce, count), "distillation": Counted(losses.kd, count)}
+        return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        self._target = TokenDivergence("taid", lam=float(self.place))
+        terms = super().terms(batch)
+        self.measurements["taid/t"] = self.place.clone()
+        term = terms.get("distillation")
+        if self.training and term is not None and term.count is not None:
+            total = mean_over_processes(torch.stack([term.value.detach().double(), term.count.double()]))
+            self._move(total[0] / total[1].clamp(min=1e-15))
+        return terms
+
+    @torch.no_grad()
+    def _move(self, loss: Tensor) -> None:
+        """Moves the target after a step whose loss was `loss`; the first step is only taken note of."""
+        config = self.config
+        known = torch.isfinite(self.before)
+        change = torch.where(known, (self.before - loss) / (self.before + 1e-15), 0.0)
+        self.momentum = torch.where(known, config.momentum * self.momentum + (1 - config.momentum) * change, 0.0)
+        line = config.start + (config.end - config.start) * (self.step.step / self.step.total)
+        ahead = self.place + config.rate * torch.sigmoid(self.momentum) * (1 - self.place) if config.adaptive else line
+        moved = torch.clamp(torch.as_tensor(ahead).clamp(min=line), max=config.end)
+        self.place = torch.where(known, moved, self.place)
+        self.before = loss.double()

@@ -1,0 +1,111 @@
+"""Distillation of next-token distributions, off and on the student's policy, under any of several divergences.
+
+Many published methods are settings of this one: docs/generative.md lists them by the names that people know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from cmapkd.data.types import Batch
+from cmapkd.features.tokens import token_losses
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, TopRequest
+from cmapkd.methods.rollouts import OnPolicyConfig
+from cmapkd.models import FrozenTeacher
+from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.token_types import TokenFeatures
+from cmapkd.objectives.tokens import TokenDivergence
+
+
+class TokenKDConfig(GenerativeConfig):
+    """Which divergence, on whose answers, and what each term counts."""
+
+    divergence: Literal[
+        "forward", "reverse", "jsd", "skew_forward", "skew_reverse", "tv", "sampled_reverse"
+    ] = Field("forward", description="Between the teacher's and the student's next-token distributions.")
+    temperature: float = Field(1.0, gt=0, description="Divides both models' logits; the term is times its square.")
+    beta: float = Field(0.5, ge=0, le=1, description="jsd: weight of the teacher in the mixture; 0: forward, 1: reverse.")
+    skew: float = Field(0.1, ge=0, lt=1, description="skew_*: how much of the first distribution is in the mixture.")
+    answers_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the answers of the data.")
+    distill_weight: float = Field(1.0, ge=0, description="Weight of the divergence.")
+    top_k: int | None = Field(
+        None, ge=1, description="Teacher's likeliest tokens that are read, the rest as one; none: all. A cache needs it."
+    )
+    on_policy: OnPolicyConfig | None = Field(
+        None, description="The student's own answers take the place of some; none: they never do. Or a share alone."
+    )
+
+    @field_validator("on_policy", mode="before")
+    @classmethod
+    def _share_alone(cls, value: Any) -> Any:
+        return {"share": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class TokenKD(GenerativeMethod):
+    """The student's distribution over the next token follows the teacher's, at every token of an answer."""
+
+    Config: ClassVar[type[MethodConfig]] = TokenKDConfig
+    card: ClassVar[MethodCard] = MethodCard(
+        title="Distillation of next-token distributions",
+        paper="Hinton et al. 2015, arXiv:1503.02531; Kim & Rush 2016, arXiv:1606.07947, section 3.1 (word level); "
+        "Agarwal et al. 2024, arXiv:2306.13649 (on policy); Ko et al. 2024, arXiv:2402.03898 (skewed)",
+        equations=(
+            "p = σ(z_T/T), q = σ(z_S/T) over the tokens that both models have",
+            "forward: KL(p ‖ q); reverse: KL(q ‖ p); tv: ½ Σ |p − q|",
+            "jsd: β KL(p ‖ m) + (1−β) KL(q ‖ m), m = βp + (1−β)q",
+            "skew_forward: KL(p ‖ λp + (1−λ)q); skew_reverse: KL(q ‖ (1−λ)p + λq)",
+            "sampled_reverse: −(log p_y − sg log q_y) log q_y, y drawn by the student",
+            "L = answers_weight CE(y, q) + distill_weight T² D",
+        ),
+        needs="final states of the answers' tokens of both models, which must have one vocabulary; prompts, image sizes "
+        "and widths may differ",
+        trainable="the student",
+        departures=(
+            "Sums over tokens are divided once, over all micro-batches and processes.",
+            "Rows of a head that belong to no token are cut off in both models before any softmax.",
+            "Whether a sample's answer is the student's own is drawn for each sample, and not for each batch.",
+            "Answers of the student's own have no cross-entropy.",
+        ),
+        checked_against="the sums written out, with gradients; TRL, TAID, LLaVA-KD, LLaVA-MoD and NeMo "
+        "(tests/objectives/fixtures)",
+    )
+
+    def __init__(
+        self, config: TokenKDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        self.config: TokenKDConfig = config
+        self.divergence = TokenDivergence(
+            config.divergence, temperature=config.temperature, beta=config.beta, lam=config.skew
+        )
+        if teacher is not None:
+            check_same_vocabulary(teacher.model, student)
+
+        if config.on_policy is not None:
+            self.not_cached = "the teacher judges answers that the student has just written"
+
+    @property
+    def teacher_top(self) -> TopRequest | None:
+        return None if self.config.top_k is None else TopRequest(self.config.top_k, self.config.temperature)
+
+    @property
+    def on_policy(self) -> OnPolicyConfig | None:
+        return self.config.on_policy
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
+
+    def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
+        assert teacher is not None
+        rows, given = student.hidden["answer"], self.given(part)
+        hard, num_hard = self.weigh(part, rows, wanted=given)
+        only_own = self.config.divergence == "sampled_reverse"
+        soft, num_soft = self.weigh(part, rows, wanted=~given if only_own and given is not None else None)
+        losses = self.losses(student, teacher, self.divergence, hard, soft)
+        counted = {"answers": Counted(losses.ce, num_hard), "distillation": Counted(losses.kd, num_soft)}
+        return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}

@@ -12,18 +12,19 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.methods.base import Method
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.methods.rollouts import ROLLED, OnPolicyConfig, roll_out
 from cmapkd.methods.terms import Term
-from cmapkd.features.tokens import TokenLosses, token_losses
 from cmapkd.models import Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.reach import example_rows, last_matrix_behind
 from cmapkd.models.token_types import Rows, TokenFeatures, TokenNeeds
 from cmapkd.objectives.tokens import TokenDivergence
+from cmapkd.objectives.vocabulary import TokenLosses, likeliest_tokens, token_losses
 
 Reduction = Literal["token_mean", "sample_mean", "batch_sum"]
 
@@ -154,14 +155,28 @@ class GenerativeMethod(Method):
         asked = self.weights.get("answers", 0.0), self.weights.get("distillation", 0.0)
         wanted = self.wants("answers", asked[0]), self.wants("distillation", asked[1])
         declared = tuple(weight if want else 0.0 for weight, want in zip(asked, wanted, strict=True))
-        answered = teacher.top
-        if answered is None:
-            assert teacher.head is not None
-            answered = (teacher.hidden["answer"].values, teacher.head)
+        weights = None
+        if hard is not None or soft is not None:
+            ones = torch.ones_like(rows.sample, dtype=torch.float32)
+            weights = torch.stack([ones if each is None else each for each in (hard, soft)])
         return token_losses(
-            rows.values, head, student.targets, teacher=answered, divergence=divergence, weights=(hard, soft),
-            declared=declared,
-        )  # fmt: skip
+            rows.values,
+            head,
+            student.targets,
+            teacher=self._answered(teacher),
+            divergence=divergence,
+            row_weights=weights,
+            declared=(declared[0], declared[1]) if hard is soft else None,
+        )
+
+    def _answered(self, teacher: TokenFeatures) -> Any:
+        """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
+        top = self.teacher_top
+        if teacher.top is not None:
+            return teacher.top if top is None else teacher.top.cut(top.count)
+        assert teacher.head is not None
+        answered = teacher.hidden["answer"].values, teacher.head
+        return answered if top is None else likeliest_tokens(*answered, count=top.count, temperature=top.temperature)
 
     def weigh(
         self, part: Batch, rows: Rows, *, wanted: Bool[Tensor, " samples"] | None = None
@@ -210,3 +225,17 @@ class GenerativeMethod(Method):
         )
         self.measurements |= measured
         return batch
+
+
+def check_same_vocabulary(teacher: Any, student: Any) -> None:
+    """Refuses models whose next-token distributions are over different tokens.
+
+    Raises:
+        ConfigError: names both models, and what to do.
+    """
+    if teacher.vocabulary.digest != student.vocabulary.digest:
+        raise ConfigError(
+            f"{teacher.name} has a vocabulary of {teacher.vocabulary.size:,} tokens and {student.name} another one of "
+            f"{student.vocabulary.size:,}: their predictions cannot be compared token by token. Take a student with the "
+            "teacher's tokenizer (a tiny_vlm student gets it by inherit or by itself, docs/generative.md)"
+        )

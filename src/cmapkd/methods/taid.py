@@ -14,9 +14,8 @@ from torch import Tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.features.gather import mean_over_processes
-from cmapkd.features.tokens import token_losses
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
+from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, check_same_vocabulary
 from cmapkd.methods.terms import Term
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
@@ -43,23 +42,20 @@ class TAIDConfig(GenerativeConfig):
 
 
 class TAID(GenerativeMethod):
-    """KL to the softmax of interpolated logits, whose place t rises at least with the steps."""
+    """Cross-entropy with the softmax of interpolated logits, whose place t rises at least with the steps."""
 
     Config: ClassVar[type[MethodConfig]] = TAIDConfig
     card: ClassVar[MethodCard] = MethodCard(
         title="TAID: temporally adaptive interpolated distillation",
         paper="Shing et al. 2025, arXiv:2501.16937, section 3",
         equations=(
-            "p_t = σ((1−t) sg z_S + t z_T), L = KL(p_t ‖ q)",
+            "p_t = σ((1−t) sg z_S + t z_T), L = −Σ p_t log q",
             "r = (L' − L) / (L' + 1e-15), L' the loss of the step before; M ← βM + (1−β) r",
             "t ← min(end, max(start + (end − start) progress, t + α σ(M) (1 − t)))",
         ),
         needs="final states of the answers' tokens of both models, which must have one vocabulary; no cache",
         trainable="the student",
-        departures=(
-            "The loss that moves t is the mean over all micro-batches and processes.",
-            "KL in place of the soft cross-entropy of the released code: the same gradient, and zero at agreement.",
-        ),
+        departures=("The loss that moves t is the mean over all micro-batches and processes.",),
         checked_against="the target and the update written out; the released TAID.update_t "
         "(tests/methods/fixtures/taid.json)",
     )
@@ -67,10 +63,10 @@ class TAID(GenerativeMethod):
     momentum: Tensor
     before: Tensor
 
-    def __init__(
-        self, config: TAIDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
-    ) -> None:
+    def __init__(self, config: TAIDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
+        if teacher is not None:
+            check_same_vocabulary(teacher.model, student)
         self.config: TAIDConfig = config
         self.not_cached = "its target mixes all logits of teacher and student, and a cache holds the likeliest alone"
         self.register_buffer("place", torch.tensor(config.start, dtype=torch.float64))
@@ -90,7 +86,7 @@ class TAID(GenerativeMethod):
         return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        self._target = TokenDivergence("taid", lam=float(self.place))
+        self._target = TokenDivergence("taid", t=float(self.place))
         terms = super().terms(batch)
         self.measurements["taid/t"] = self.place.clone()
         term = terms.get("distillation")

@@ -86,6 +86,17 @@ class TopTokens:
     log_p: Float[Tensor, "rows k"]
     rest: Float[Tensor, " rows"]
 
+    def cut(self, count: int) -> TopTokens:
+        """The `count` likeliest of them; what is left out is part of the rest.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if count > self.ids.shape[1]:
+            raise ValueError(f"{count} likeliest tokens are asked for, and {self.ids.shape[1]} are known")
+        others = torch.cat([self.log_p[:, count:], self.rest[:, None]], dim=1).logsumexp(1)
+        return TopTokens(self.ids[:, :count], self.log_p[:, :count], others)
+
 
 @dataclass(frozen=True, slots=True)
 class LogitHead:

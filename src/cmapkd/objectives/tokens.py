@@ -47,7 +47,7 @@ class TokenDivergence:
     | skew_forward | KL(p, lam p + (1 - lam) q) | DistiLLM, arXiv:2402.03898 |
     | skew_reverse | KL(q, (1 - lam) p + lam q) | the same |
     | tv | sum abs(p - q) / 2 | f-distill, arXiv:2307.15190 |
-    | taid | KL(p_t, q), p_t = softmax((1 - t) z_S + t z_T), with no gradient through p_t | TAID, arXiv:2501.16937 |
+    | taid | -sum p_t log q, p_t = softmax((1 - t) z_S + t z_T), with no gradient through p_t | TAID, arXiv:2501.16937 |
     | sampled_reverse | log q_y - log p_y of the token y that the student drew | on-policy distillation |
 
     The value of `sampled_reverse` estimates the reverse divergence without bias; its gradient is that of the score
@@ -105,7 +105,8 @@ class TokenDivergence:
             student_logits, teacher_logits: over the same tokens, finite.
             targets: the tokens that stand there; read by `sampled_reverse` alone.
         Returns:
-            In nats, >= 0 and zero where both agree (but for `sampled_reverse`); float32 or wider.
+            In nats, >= 0 and zero where both agree; float32 or wider. But `sampled_reverse` may be negative, and `taid`
+            is a cross-entropy, because its value moves t.
         Raises:
             ValueError: the shapes differ, or targets are missing.
         """
@@ -198,7 +199,8 @@ def _tv(_: TokenDivergence, log_q: Tensor, log_p: Tensor) -> Measured:
 
 
 def _taid(how: TokenDivergence, log_q: Tensor, log_p: Tensor) -> Measured:
-    return _forward(how, log_q, torch.lerp(log_q.detach(), log_p, how.t).log_softmax(-1))
+    p = torch.lerp(log_q.detach(), log_p, how.t).softmax(-1)
+    return Measured(-(p * log_q).sum(-1), p.neg())
 
 
 def _sampled_reverse(log_q: Tensor, log_p: Tensor, targets: Tensor) -> Measured:

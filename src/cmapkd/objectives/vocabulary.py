@@ -7,6 +7,7 @@ are formed in the same pass where the terms' weights are known beforehand, as Li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,9 @@ from cmapkd.objectives.top_tokens import Likeliest, check_top, top_measure
 
 CHUNK_LOGITS, CHUNK_ROWS = 2**24, 128
 """64 MiB of float32 at a time, but never so few rows that reading the head takes longer than the product."""
+
+
+Factor = float | Tensor
 
 
 class Head(Protocol):
@@ -57,7 +61,7 @@ def token_losses(
     *,
     teacher: tuple[Float[Tensor, "rows teacher_width"], Head] | Likeliest | None = None,
     divergence: TokenDivergence | None = None,
-    row_weights: Float[Tensor, " rows"] | None = None,
+    row_weights: Float[Tensor, " rows"] | Float[Tensor, "2 rows"] | None = None,
     declared: tuple[float, float] | None = (1.0, 1.0),
     chunk: int | None = None,
 ) -> TokenLosses:
@@ -72,7 +76,7 @@ def token_losses(
         teacher: final states and head, over the same tokens, or its likeliest tokens at the divergence's temperature.
             It gets no gradient.
         divergence: is needed with a teacher, and refused without one.
-        row_weights: of each row in both sums; they get no gradient. None: 1.
+        row_weights: of each row in both sums, or in the one and in the other; they get no gradient. None: 1.
         declared: (weight of ce, weight of kd) in the loss that will be differentiated, up to a common factor. Then its
             gradient is formed in the forward pass. Other gradients stay right, by a second pass, as does each backward
             pass after the first. None: always by a second pass; better within `checkpoint` and for learned weights.
@@ -97,10 +101,45 @@ def token_losses(
         declared=None if not learning or declared is None else _counted(declared, divergence),
         differentiable=learning,
     )
-    weights = None if row_weights is None else row_weights.detach()
+    weights = None if row_weights is None else row_weights.detach().expand(2, -1)
     with torch.autocast(hidden.device.type, enabled=False):
         ce, kd = _TokenLosses.apply(plan, hidden, head.weight, head.bias, targets, weights, *_tensors_of(teacher))
     return TokenLosses(ce, None if divergence is None else kd)
+
+
+class LikeliestTokens(NamedTuple):
+    """See `top_tokens.Likeliest`."""
+
+    ids: Int[Tensor, "rows k"]
+    log_p: Float[Tensor, "rows k"]
+    rest: Float[Tensor, " rows"]
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    hidden: Float[Tensor, "rows width"], head: Head, *, count: int, temperature: float = 1.0, chunk: int | None = None
+) -> LikeliestTokens:
+    """The `count` likeliest tokens of each row, some rows at a time, without gradient; all where there are fewer.
+
+    Args:
+        temperature: divides the logits; > 0.
+    Returns:
+        The likeliest first; log-probabilities under the softmax over all tokens; the log-probability of all others.
+    """
+    count, shape = min(count, len(head.weight)), _shape_of(hidden, head)
+    weight = head.weight.to(shape.dtype)
+    bias = None if head.bias is None else head.bias.to(shape.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        made = []
+        for here in _slices(len(hidden), chunk_of_tokens(len(hidden), len(weight), chunk)):
+            log_p = F.log_softmax(shape.logits(hidden[here], weight, bias) / temperature, dim=-1)
+            top = log_p.topk(count)
+            made.append((top.indices, top.values, log_p.scatter(-1, top.indices, -math.inf).logsumexp(-1)))
+    if not made:
+        none = hidden.new_zeros(0, count)
+        return LikeliestTokens(none.long(), none, none.sum(-1))
+    ids, log_p, rest = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return LikeliestTokens(ids, log_p, rest)
 
 
 def chunk_of_tokens(num_rows: int, num_tokens: int, chunk: int | None) -> int:
@@ -222,13 +261,11 @@ def _in_chunks(
     compare = _comparison(plan, given)
     for here in _slices(len(given.hidden), plan.chunk):
         logits = plan.head.logits(given.hidden[here], weight, bias)
-        row_weights = None if given.row_weights is None else given.row_weights[here].to(dtype)
+        row_weights = None if given.row_weights is None else given.row_weights[:, here].to(dtype)
         of_teacher = None if compare is None else partial(compare, here)
-        rows, slopes = _of_logits(plan, logits, given.targets[here], of_teacher, factors)
+        rows, slopes = _of_logits(plan, logits, given.targets[here], of_teacher, _by_row(factors, row_weights))
         sums += (rows if row_weights is None else rows * row_weights).sum(-1)
         if slopes is not None and any(wanted):
-            if row_weights is not None:
-                slopes.mul_(row_weights[:, None])
             _add(gradients, plan.head.through(slopes, logits), here, given.hidden[here].to(weight.dtype), weight)
         del logits, slopes
     ce, kd = sums.unbind()
@@ -240,7 +277,7 @@ def _of_logits(
     logits: Float[Tensor, "rows tokens"],
     targets: Int[Tensor, " rows"],
     compare: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
-    factors: tuple[float, float] | None,
+    factors: tuple[Factor, Factor] | None,
 ) -> tuple[Float[Tensor, "2 rows"], Float[Tensor, "rows tokens"] | None]:
     """Both losses of each row, and the derivatives of their weighted sum by the logits."""
     log_q, chosen = F.log_softmax(logits, dim=-1), targets[:, None].long()
@@ -250,16 +287,25 @@ def _of_logits(
         temperature = plan.divergence.temperature
         kd, slopes = compare(log_q if temperature == 1 else plan.divergence.log_softmax(logits))
         kd = kd * temperature**2
-        slopes = None if factors is None else slopes.mul_(factors[1] * temperature)
+        slopes = None if factors is None else slopes.mul_(factors[1]).mul_(temperature)
     if factors is not None:
         q = log_q.exp_().mul_(factors[0])
         slopes = q if slopes is None else slopes.add_(q)
-        slopes.scatter_add_(-1, chosen, slopes.new_full(chosen.shape, -factors[0]))
+        slopes.scatter_add_(-1, chosen, -(factors[0] * torch.ones_like(chosen, dtype=slopes.dtype)))
     return torch.stack([ce, kd]), slopes
 
 
+def _by_row(
+    factors: tuple[float, float] | None, row_weights: Float[Tensor, "2 rows"] | None
+) -> tuple[Factor, Factor] | None:
+    """The factor of each row in the derivatives, [rows 1], or one for all."""
+    if factors is None or row_weights is None:
+        return factors
+    return factors[0] * row_weights[0][:, None], factors[1] * row_weights[1][:, None]
+
+
 def _comparison(plan: _Plan, given: _Tensors) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]] | None:
-    """Makes of rows and the student's log-probabilities their divergence and its gradient by logits, at temperature 1."""
+    """Makes of rows and the student's log-probabilities a divergence and its gradient by logits, at temperature 1."""
     how = plan.divergence
     if how is None:
         return None
@@ -378,7 +424,8 @@ def _check(
 ) -> None:
     num_rows, num_tokens = len(hidden), len(head.weight)
     _check_head("student", hidden, head)
-    if targets.shape != (num_rows,) or (row_weights is not None and row_weights.shape != (num_rows,)):
+    fitting = ((num_rows,), (2, num_rows))
+    if targets.shape != (num_rows,) or (row_weights is not None and row_weights.shape not in fitting):
         weighed = None if row_weights is None else tuple(row_weights.shape)
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and row_weights {weighed}, but there are {num_rows} rows of "

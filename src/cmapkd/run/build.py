@@ -152,7 +152,9 @@ def _refuse_in_batch(config: RunConfig) -> None:
             "with every batch. Leave it out"
         )
     if config.heads is not None:
-        raise ConfigError(f"heads learn on pictures that a student embeds, and method {name} trains none: leave heads out")
+        raise ConfigError(
+            f"heads learn on pictures that a student embeds, and method {name} trains none: leave heads out"
+        )
 
 
 def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:

@@ -21,7 +21,9 @@ from cmapkd.training import OptimConfig, TrainConfig
 class RunConfig(Config):
     """Everything a run depends on. The run folder holds it resolved, so that it can be repeated."""
 
-    teacher: ModelConfig | None = Field(None, description="The model that teaches; none for methods contrastive and sft.")
+    teacher: ModelConfig | None = Field(
+        None, description="The model that teaches; none for methods contrastive and sft."
+    )
     more_teachers: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Further teachers by names of their own, for methods that take several."
     )

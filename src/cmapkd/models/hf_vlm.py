@@ -32,18 +32,17 @@ class HfVlm(GenerativeModel):
     scale nor a cap to their logits, whatever the config of their language model says, and nor does `head`.
 
     Args:
-        model: transformers' model, with head.
-        family: what `load_model` asks to read the folder of this model back.
+        model: transformers' model, with its head.
     Raises:
         ConfigError: the tokenizer has more tokens than the head has rows.
     """
 
     processor: HfChatProcessor
 
-    def __init__(self, model: Any, *, processor: HfChatProcessor, name: str, family: str = "hf") -> None:
+    def __init__(self, model: Any, *, processor: HfChatProcessor, name: str) -> None:
         super().__init__()
         self.model: Any = model
-        self.name, self.processor, self.family = name, processor, family
+        self.name, self.processor = name, processor
         config = model.config
         self.layout = LAYOUTS[config.model_type]
         self.vocabulary = _vocabulary(model, processor, name)
@@ -138,7 +137,7 @@ class HfVlm(GenerativeModel):
             "max_tokens": self.processor.max_tokens,
             "train_on": self.processor.train_on,
         }
-        write_model_folder(folder, family=self.family, name=self.name, options=options)
+        write_model_folder(folder, family="hf", name=self.name, options=options)
         self.model.save_pretrained(folder)
         usual_rights(folder.glob("*.safetensors"))
         self.processor.native.save_pretrained(folder)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmapkd.config import ConfigError, Registry
+from cmapkd.data.asked import asked
 from cmapkd.data.classes import read_classes
 from cmapkd.data.config import StreamConfig
 from cmapkd.data.kinds import refuse_unknown_kind
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.places import existing_file, existing_folder
+from cmapkd.data.prompting import Prompting
 from cmapkd.data.spec import PART, TEXTS, Spec
 from cmapkd.data.stored import SampleFilter, StoredSource
 from cmapkd.data.streams import MAIN_STREAM, JoinedSource
@@ -106,23 +108,31 @@ def _made(spec: Spec) -> Source:
 
 
 def open_streams(
-    train: str, more: Mapping[str, StreamConfig], *, require_captions: bool = False, held_out: int = 0
+    train: str,
+    more: Mapping[str, StreamConfig],
+    *,
+    require_captions: bool = False,
+    held_out: int = 0,
+    prompting: Prompting | None = None,
 ) -> Source:
     """What a run learns from: the training split of `train`, joined with the further sources where there are any.
 
     Args:
         held_out: how many of the last samples of `train` are left out.
+        prompting: of a run that learns from dialogues; samples without a question in its share are left out.
     Raises:
         ConfigError: a source cannot be opened, or they do not go together; see `JoinedSource`.
     """
     main = open_source(train, split="train", require_captions=require_captions)
     if held_out:
         main = PartOfSource(main, 0, len(main) - held_out)
+    main = asked(main, prompting)
     if not more:
         return main
     sources = {MAIN_STREAM: main}
     for name, stream in more.items():
-        sources[name] = open_source(stream.source, split="train", require_captions=require_captions)
+        opened = open_source(stream.source, split="train", require_captions=require_captions)
+        sources[name] = asked(opened, prompting, stream=name)
     return JoinedSource(sources, {name: stream.share for name, stream in more.items()})
 
 

@@ -116,7 +116,7 @@ class DualEncoderMethod(Method):
         """
 
         def encode(part: Batch, _number: int) -> Float[Tensor, "batch dim"]:
-            pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
+            pixels = part.pairs("student").images.to(self.device, non_blocking=True)
             tower: TowerFeatures = self.student.encode_image(change(part, pixels))
             return tower.embedding
 

@@ -68,6 +68,9 @@ class Prompting:
             BadSampleError: the sample has nothing that is asked for.
         """
         kind = self._kind(sample)
+        if kind is None:
+            asked_for = "dialogue, question or caption" if self.kind == "auto" else self.kind
+            raise BadSampleError(sample.id, f"no {asked_for} that this run learns from")
         if kind == "turns":
             return sample.turns
         if kind == "questions":
@@ -83,29 +86,21 @@ class Prompting:
     def _asked(self, question: str, answer: str) -> Dialogue:
         return (Turn("user", f"{question}\n{self.suffix}" if self.suffix else question, 1), Turn("assistant", answer))
 
-    def _kind(self, sample: Sample) -> Kind:
-        wanted = KINDS if self.kind == "auto" else (self.kind,)
-        for kind in wanted:
-            if self._has(sample, kind):
-                return kind
-        lacking = "no dialogue, question or caption" if self.kind == "auto" else f"no {self.kind}"
-        few = " that is kept" if self.share < 1 and "questions" in wanted and sample.questions else ""
-        raise BadSampleError(sample.id, f"{lacking}{few}, which this run learns from")
-
-    def _has(self, sample: Sample, kind: Kind) -> bool:
-        if kind == "questions":
-            return bool(self.kept(sample))
-        return bool(sample.turns if kind == "turns" else sample.captions)
-
     def has(self, sample: Sample) -> bool:
-        """Whether there is anything to ask of the sample.
+        """Whether there is anything to ask of the sample."""
+        return self._kind(sample) is not None
 
-        Where a sample has questions and `auto` asks for them, its captions do not take the place of questions that are
-        not kept: fewer questions are then fewer samples, and nothing else changes.
+    def _kind(self, sample: Sample) -> Kind | None:
+        """What is asked of the sample; None: nothing.
+
+        A caption does not take the place of questions that are not kept: fewer questions change nothing else.
         """
-        if self.kind == "auto" and not sample.turns and _answered(sample):
-            return bool(self.kept(sample))
-        return any(self._has(sample, kind) for kind in (KINDS if self.kind == "auto" else (self.kind,)))
+        for kind in KINDS if self.kind == "auto" else (self.kind,):
+            if kind == "questions" and _answered(sample):
+                return kind if self.kept(sample) else None
+            if (kind == "turns" and sample.turns) or (kind == "captions" and sample.captions):
+                return kind
+        return None
 
     def kept(self, sample: Sample) -> tuple[QuestionAnswer, ...]:
         """The sample's questions that have an answer and are in the share that is kept."""

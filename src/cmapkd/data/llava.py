@@ -29,7 +29,7 @@ def open_llava(rest: str, *, keep: SampleFilter | None = None) -> TableSource:
     Raises:
         ConfigError: a file is missing, or is not one JSON array.
     """
-    name, _, folder = (part.strip() for part in rest.rpartition(",")[0:3])
+    name, folder = (part.strip() for part in rest.rpartition(",")[::2])
     if not name or not folder:
         raise ConfigError(f"llava:{rest} must name a file of dialogues and its images: {EXAMPLE}")
     path = existing_file(name, "llava dialogues")

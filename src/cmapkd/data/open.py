@@ -42,8 +42,8 @@ def open_source(
     Args:
         spec: `scenes[:difficulty]`, `webdataset:GLOB`, `folder:DIR`, `csv:FILE`, `jsonl:FILE`, `parquet:GLOB`,
             `coco:JSON,IMAGES`, `flickr30k:CAPTIONS,IMAGES`, `vqa:QUESTIONS,ANNOTATIONS,IMAGES`,
-            `llava:JSON,IMAGES`, `visual_genome:JSON,IMAGES`, `imagenet:DIR` or `hf:NAME`; then `@split` (scenes, coco, flickr30k, imagenet,
-            hf), then `?limit=1000&...`.
+            `llava:JSON,IMAGES`, `visual_genome:JSON,IMAGES`, `imagenet:DIR` or `hf:NAME`; then
+            `@split` (scenes, coco, flickr30k, imagenet, hf), then `?limit=1000&...`.
         split: read where the kind has splits and `spec` names none; other kinds are one split as they are.
         require_captions: leave samples without caption out; the source counts them in `num_without_caption`.
         limit: only the first so many samples; the smaller of this and the spec's own.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError, closest
-from cmapkd.data.batches import Reader
+from cmapkd.data.readers import DualReader
 from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.data.types import Batch, ModelInput
 from cmapkd.methods import METHODS, Method, StepInfo, Term, build_method
@@ -111,7 +111,7 @@ class Distiller(nn.Module):
         inputs: dict[str, ModelInput] = {}
         for role, model in models.items():
             _check_size(f"images of the {role}", len(pixels[role]), size)
-            inputs[role] = Reader(model.image_spec, model.tokenizer).input(pixels[role], list(texts), pools)
+            inputs[role] = DualReader(model.image_spec, model.tokenizer).input(pixels[role], list(texts), pools)
         if ids is None:
             ids = [f"own-{number}" for number in range(self._seen, self._seen + size)]
             self._seen += size

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.parts import CachePart
-from cmapkd.data.batches import Reader
-from cmapkd.data.texts import TextChoice, joined
+from cmapkd.data.readers import DualReader
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.data.views import ViewSpec, draw_view
 from cmapkd.data.workers import ReadAhead
@@ -50,7 +50,7 @@ class Chunks(Dataset[Chunk]):
     """Reads, shows and tokenises exactly as `BatchBuilder` does for the same view of the same sample."""
 
     def __init__(
-        self, source: Source, views: ViewSpec, reader: Reader, parts: Sequence[CachePart], texts: TextChoice
+        self, source: Source, views: ViewSpec, reader: DualReader, parts: Sequence[CachePart], texts: TextChoice
     ) -> None:
         self.source, self.views, self.reader, self.parts, self.texts = source, views, reader, parts, texts
 
@@ -73,7 +73,7 @@ class Chunks(Dataset[Chunk]):
                 continue
             ids.append(sample.id)
             chosen.append(texts)
-            checks[row] = row_check(sample.id, number, joined(texts))
+            checks[row] = row_check(sample.id, number, self.texts.named(texts))
         inputs = None
         if pixels:
             inputs = self.reader.input(torch.stack(pixels), *self.texts.columns(chosen))

@@ -14,7 +14,7 @@ import torch
 from cmapkd.cache.files import CacheError
 from cmapkd.cache.prepare import CachePlan
 from cmapkd.cache.writer import live_features
-from cmapkd.data.batches import Reader
+from cmapkd.data.readers import DualReader
 from cmapkd.data.texts import joined
 from cmapkd.data.types import BadSampleError
 from cmapkd.data.views import draw_view
@@ -50,7 +50,7 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
         reader = small.open()
         model, views = plan.teacher.model, plan.views
         view = int(small.keys[0]) // len(plan.source)
-        forms = Reader(model.image_spec, model.tokenizer)
+        forms = DualReader(model.image_spec, model.tokenizer)
         ids, indices, chosen, images = [], [], [], []
         for key in small.keys.tolist():
             if key // len(plan.source) != view:

@@ -21,7 +21,7 @@ from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.cache.writer import BuildResult, OnProgress, build, live_features, missing_shards
-from cmapkd.data.batches import Reader
+from cmapkd.data.readers import DualReader
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.data.views import ViewSpec
@@ -152,7 +152,7 @@ class CachePlan:
                 continue
             if sample.captions or not self.texts.required:
                 captions = sample.captions[:1] or ("",)
-                reader = Reader(model.image_spec, model.tokenizer)
+                reader = DualReader(model.image_spec, model.tokenizer)
                 more = {pool: captions * count for pool, count in self.texts.counts.items()}
                 return reader.input(model.image_spec(sample.image)[None], captions, more).to(device)
         raise CacheError(f"none of the first samples of {self.source.name} can be read")

@@ -74,7 +74,8 @@ class CachedTeacher(FrozenTeacher):
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
         needs = needs or LevelRequest()
-        stored, inputs = batch.stored[self.role], batch.inputs.get(self.role)
+        stored = batch.stored[self.role]
+        inputs = batch.pairs(self.role) if self.role in batch.inputs else None
         layout = self.cache.layout
         arrays = layout.decode(stored.arrays)
         if len(stored.missing):

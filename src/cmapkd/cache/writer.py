@@ -20,7 +20,7 @@ from cmapkd.cache.fidelity import Fidelity
 from cmapkd.cache.files import CacheError, digest_of_rows, explained, leftovers, new_file, write_json
 from cmapkd.cache.known import KnownPictures
 from cmapkd.cache.parts import CacheFolder, CachePart, Keys
-from cmapkd.data.batches import Reader
+from cmapkd.data.readers import DualReader
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import ModelInput, Source
 from cmapkd.data.views import ViewSpec
@@ -107,7 +107,7 @@ def build(
         MissingShards(shards.part, tuple(shard for shard in shards.shards if shard % world_size == rank))
         for shards in missing
     ]
-    reader = Reader(teacher.model.image_spec, teacher.model.tokenizer)
+    reader = DualReader(teacher.model.image_spec, teacher.model.tokenizer)
     chunks = Chunks(source, views, reader, [shards.part for shards in assigned], texts or TextChoice())
     spans = [span for number, shards in enumerate(assigned) for span in spans_of(shards.part, number, shards.shards)]
     total = sum(shards.rows for shards in assigned)

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmapkd.data.turns import Dialogue
 from cmapkd.data.types import BadSampleError, Box, QuestionAnswer, Source
 
 CAPTION_KEYS = ("captions", "caption", "texts", "text", "title", "sentences", "sentence", "alt_text")
-IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png")
+IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png", "images")
 ID_KEYS = ("id", "key", "image_id", "sample_id")
 LABEL_KEYS = ("label", "labels", "cls", "class")
 TEXT_KEYS = {"synthetic": ("synthetic", "syn_text")}  # further texts that are always read, by pool: keys that hold them
@@ -29,13 +30,20 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A sample without its image. `captions` is None where nothing is said of captions, () where there are none."""
+    """A sample without its image. `captions` is None where nothing is said of captions, () where there are none.
+
+    Attributes:
+        turns: a dialogue.
+        text_only: whether there is a dialogue, no image and nothing else that could be said of one.
+    """
 
     captions: tuple[str, ...] | None = None
     label: int | None = None
     questions: tuple[QuestionAnswer, ...] = ()
     boxes: tuple[Box, ...] = ()
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    turns: Dialogue = ()
+    text_only: bool = False
 
 
 def iter_captions(source: Source) -> Iterator[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, Batches, Reader
+from cmapkd.data.batches import BatchBuilder, Batches
 from cmapkd.data.held_out import WithHeldOut, open_held_out
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
+from cmapkd.data.readers import DualReader
 from cmapkd.data.streams import streams_of
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
@@ -197,11 +198,11 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
     return ClassPrompts(names, get_templates(config.evaluation.templates, source))
 
 
-def readers(student: DualEncoder, *teachers: Teacher | None) -> dict[str, Reader]:
+def readers(student: DualEncoder, *teachers: Teacher | None) -> dict[str, DualReader]:
     """How each model of a run reads a batch; a momentum teacher reads what the student reads."""
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
-    return {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+    return {role: DualReader(model.image_spec, model.tokenizer) for role, model in models.items()}
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

@@ -25,6 +25,7 @@ class Headline(NamedTuple):
     label: str  # in metrics.jsonl
     path: tuple[str, ...]  # in the task's scores
     head: str  # in tables
+    digits: int = 1  # decimals in tables
 
 
 class Task(ABC):

@@ -186,8 +186,13 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
         raise Unusable(f"qa is not a list of questions and answers: {type(entries).__name__}")
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("question"), str):
+            category = entry.get("category")
             yield _question(
-                entry["question"], _answer(entry), entry.get("kind"), parse_id(entry, ("question_id", "id"))
+                entry["question"],
+                _answer(entry),
+                entry.get("kind"),
+                parse_id(entry, ("question_id", "id")),
+                category if isinstance(category, str) else None,
             )
         elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
             yield _question(entry[0], entry[1])
@@ -201,7 +206,9 @@ def _answer(values: Mapping[str, Any]) -> Any:
     return next((values[key] for key in ("answer", "answers") if values.get(key) is not None), [])
 
 
-def _question(question: str, answer: Any, kind: Any = None, identity: str | None = None) -> QuestionAnswer:
+def _question(
+    question: str, answer: Any, kind: Any = None, identity: str | None = None, category: str | None = None
+) -> QuestionAnswer:
     """`kind` is read off the answers where the data does not say it."""
     entries = answer if isinstance(answer, list) else [answer]
     answers = []
@@ -214,7 +221,8 @@ def _question(question: str, answer: Any, kind: Any = None, identity: str | None
         answers.append(check_text(str(value).strip(), "answer"))
     if kind is not None and kind not in QUESTION_KINDS:
         raise Unusable(f"kind of question is unknown: {str(kind)[:40]!r} is none of {', '.join(QUESTION_KINDS)}")
-    return QuestionAnswer(check_caption(question.strip(), "question"), tuple(answers), kind or _kind(answers), identity)
+    text = check_caption(question.strip(), "question")
+    return QuestionAnswer(text, tuple(answers), kind or _kind(answers), identity, category)
 
 
 def _kind(answers: list[str]) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_support import randomise
 from PIL import Image
 
 from cmapkd.data.dialogues import ChatInput, Dialogue, Turn, join_items
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import processor_of
 from cmapkd.models.tiny_vlm_words import TEMPLATE, byte_tokenizer
+from model_support import randomise
 
 TEXTS = ("Is there a red circle?", "yes", "no", "How many squares are there?", "2", "a red circle and a blue square")
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

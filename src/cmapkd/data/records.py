@@ -186,20 +186,21 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
         raise Unusable(f"qa is not a list of questions and answers: {type(entries).__name__}")
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("question"), str):
-            category = entry.get("category")
-            yield _question(
-                entry["question"],
-                _answer(entry),
-                entry.get("kind"),
-                parse_id(entry, ("question_id", "id")),
-                category if isinstance(category, str) else None,
-            )
+            identity = parse_id(entry, ("question_id", "id"))
+            yield _question(entry["question"], _answer(entry), entry.get("kind"), identity, _category(entry))
         elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
             yield _question(entry[0], entry[1])
         else:
             raise Unusable(
                 f"qa is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
             )
+
+
+def _category(entry: Mapping[str, Any]) -> str | None:
+    category = entry.get("category")
+    if category is not None and not isinstance(category, str):
+        raise Unusable(f"category of a question is not text: {str(category)[:60]!r}")
+    return category
 
 
 def _answer(values: Mapping[str, Any]) -> Any:

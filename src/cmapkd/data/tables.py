@@ -152,7 +152,7 @@ def _check_images(name: str, names: list[str], images: Images) -> None:
 
 
 def _pack(group: _Group) -> str:
-    questions = [[q.question, q.answers, q.kind, q.id, q.category] for q in group.questions]
+    questions = [[q.question, q.answers, q.kind, q.id] for q in group.questions]
     boxes = [[b.x, b.y, b.width, b.height, b.name, b.crowd, b.area] for b in group.boxes]
     values = [group.image, group.captions, group.label, questions, boxes, group.texts]
     return json.dumps(values, separators=(",", ":"))

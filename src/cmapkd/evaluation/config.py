@@ -26,8 +26,10 @@ class WritingConfig(Config):
     )
     answer_tokens: int = Field(10, ge=1, description="Most tokens of an answer to a question.")
     caption_tokens: int = Field(64, ge=1, description="Most tokens of a description.")
-    question_suffix: str = Field("", description="What follows every question, such as a request for one word.")
-    instruction: str = Field("Describe the picture.", min_length=1, description="What asks for a description.")
+    question_suffix: str = Field(
+        "", description="Text on a line of its own after every question, as data.prompts.suffix in training."
+    )
+    instruction: str = Field("Describe the image.", description="What asks for a description; empty: the picture alone.")
 
 
 class EvaluationConfig(Config):

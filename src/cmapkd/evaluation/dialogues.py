@@ -58,7 +58,7 @@ def questions(said: Annotations, how: WritingConfig) -> list[Asked]:
     for index, sample, of_sample in zip(said.indices, said.ids, said.questions, strict=True):
         for question in of_sample:
             if question.answers:
-                text = f"{question.question} {how.question_suffix}".strip()
+                text = f"{question.question}\n{how.question_suffix}" if how.question_suffix else question.question
                 dialogue = _dialogue(text, commonest(question.answers))
                 asked.append(Asked(index, sample, "question", dialogue, question.answers, question))
     return asked

@@ -296,7 +296,7 @@ def test_gaps_are_closed_on_answers_and_else_on_bits() -> None:
 
 
 def test_prompts_are_settings() -> None:
-    table = {(0, "How many? Answer briefly."): "2"}
+    table = {(0, "How many?\nAnswer briefly."): "2"}
     found = scores_of("answering", model=LookupModel(table), writing={"question_suffix": "Answer briefly."})
     assert found["answering"]["by_kind"]["number"] == 100
     described = scores_of(

@@ -124,7 +124,7 @@ QUESTIONS = (
     (QuestionAnswer("Cat?", ("yes",), "yes/no", category="b"),),
 )
 CAPTIONS = (("a red dog runs", "the dog"), ("a cat sits here", "one cat"), ("two birds fly", "birds"))
-ASK = "Describe the picture."
+ASK = "Describe the image."
 TABLE: Table = {
     (0, "Dog?"): "Yes.",
     (0, "How many?"): "Two",

@@ -29,7 +29,9 @@ class WritingConfig(Config):
     question_suffix: str = Field(
         "", description="Text on a line of its own after every question, as data.prompts.suffix in training."
     )
-    instruction: str = Field("Describe the image.", description="What asks for a description; empty: the picture alone.")
+    instruction: str = Field(
+        "Describe the image.", description="What asks for a description; empty: the picture alone."
+    )
 
 
 class EvaluationConfig(Config):

@@ -26,6 +26,7 @@ class Headline(NamedTuple):
     path: tuple[str, ...]  # in the task's scores
     head: str  # in tables
     digits: int = 1  # decimals in tables
+    unit: str = "percent"
 
 
 class Task(ABC):

@@ -21,7 +21,7 @@ class Describing(Task):
     title = "Describing pictures, times 100"
     reads = GenerativeModel
     alone = automatic = True
-    headline = Headline("cider", ("shown", "cider"), "CIDEr-D")
+    headline = Headline("cider", ("shown", "cider"), "CIDEr-D", unit="CIDEr-D x 100")
     columns = (
         Column("BLEU-4", ("shown", "bleu_4")),
         Column("METEOR", ("shown", "meteor")),

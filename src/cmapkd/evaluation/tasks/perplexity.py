@@ -18,7 +18,7 @@ class Perplexity(Task):
     title = "Likelihood of references (lower is better)"
     reads = GenerativeModel
     alone = automatic = True
-    headline = Headline("negative_bits_per_byte", ("negative_bits_per_byte",), "-bits/byte", 3)
+    headline = Headline("negative_bits_per_byte", ("negative_bits_per_byte",), "-bits/byte", 3, "bits per byte")
     columns = (
         Column("perplexity of a token", ("perplexity",), 3),
         Column("bits per byte", ("bits_per_byte",), 3),

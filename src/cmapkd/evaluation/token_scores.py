@@ -44,7 +44,7 @@ class Agreement(NamedTuple):
     tokens: int = 0
 
     def plus(self, other: Agreement) -> Agreement:
-        return Agreement(*(a + b for a, b in zip(self, other, strict=True)))
+        return Agreement(self.divergence + other.divergence, self.same + other.same, self.tokens + other.tokens)
 
 
 def token_agreement(

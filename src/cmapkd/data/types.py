@@ -39,13 +39,15 @@ class Box:
 class QuestionAnswer:
     """A question and its accepted answers; `kind` is `yes/no`, `number` or `other`, as VQA reports them.
 
-    `id` is the question's own where the data numbers its questions, as result files name it.
+    `id` is the question's own where the data numbers its questions, as result files name it. `category` groups
+    questions that are scored apart, as POPE does; None where the data name none.
     """
 
     question: str
     answers: tuple[str, ...]
     kind: str = "other"
     id: str | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

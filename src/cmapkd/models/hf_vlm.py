@@ -16,7 +16,7 @@ from cmapkd.data.dialogues import ChatInput
 from cmapkd.models.base import eval_mode
 from cmapkd.models.chat import HfChatProcessor, vocabulary_digest
 from cmapkd.models.draws import KeyedChoice, until_end
-from cmapkd.models.generative import Decoding, GenerativeModel
+from cmapkd.models.generative import CacheShape, Decoding, GenerativeModel
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import write_model_folder
 from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, Vocabulary, Where
@@ -65,6 +65,13 @@ class HfVlm(GenerativeModel):
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
         return LogitHead(layer.weight[:size], None if layer.bias is None else layer.bias[:size])
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        text = self.model.config.text_config
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return CacheShape(text.num_hidden_layers, heads, width)
 
     @property
     def parts(self) -> Mapping[str, frozenset[str]]:
@@ -190,6 +197,7 @@ class HfVlm(GenerativeModel):
         before = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             max_new_tokens=how.max_new_tokens,
+            min_new_tokens=how.min_new_tokens or None,
             do_sample=False,
             num_beams=1,
             eos_token_id=list(self.vocabulary.end_ids),

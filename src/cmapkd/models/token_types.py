@@ -30,6 +30,8 @@ class Vocabulary:
         pad_id: fills short rows; may be an end token too.
         image_id: the placeholder of visual tokens.
         digest: of all (id, piece); equal digests are equal vocabularies.
+        pieces: by id, as the tokenizer names them; empty where they are not known. With them, two vocabularies of which
+            one has more tokens at its end can be told to agree on the others.
     """
 
     size: int
@@ -38,6 +40,7 @@ class Vocabulary:
     pad_id: int
     image_id: int
     digest: str
+    pieces: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

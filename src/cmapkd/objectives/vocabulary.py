@@ -259,7 +259,7 @@ def _of_logits(
 
 
 def _comparison(plan: _Plan, given: _Tensors) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]] | None:
-    """Makes of rows and the student's log-probabilities their divergence and its gradient by logits, at temperature 1."""
+    """Of rows and the student's log-probabilities: their divergence, and its gradient by logits at temperature 1."""
     how = plan.divergence
     if how is None:
         return None

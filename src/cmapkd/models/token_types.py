@@ -108,7 +108,9 @@ class LogitHead:
 
     def __call__(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows size"]:
         """Logits in float32 (float64 of float64)."""
-        logits = F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias)
+        logits = F.linear(
+            hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype)
+        )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale

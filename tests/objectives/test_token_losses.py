@@ -447,9 +447,9 @@ def test_divergences_are_those_of_published_code(case: dict[str, Any]) -> None:
     logits, teacher = number("student_logits").requires_grad_(), number("teacher_logits")
     value = how(logits, teacher)[rows].mean()
     (gradient,) = torch.autograd.grad(value, logits)
-    factor = how.temperature**2 if case["name"] == "divergence_by_T2" else 1.0
+    factor = how.temperature**2 if case["form"] == "divergence_by_T2" else 1.0
     entropy = torch.zeros(())
-    if case["name"] == "cross_entropy":
+    if case["form"] == "cross_entropy":
         t = how.t if how.name == "taid" else 1.0
         p = ((1 - t) * logits.detach() + t * teacher).softmax(-1)[rows]
         entropy = -(p * p.log()).sum(-1).mean()

@@ -100,26 +100,26 @@ def hybrid_distance(
     Args:
         log_p, log_q: of groups, as from `joined`; log_p is the teacher's and gets no gradient.
         matched: (teacher's id, student's id) of each token that both have, by its text.
-        divergence: over the matched tokens and as many of each model as they are, each renormalised over them; at
-            temperature 1.
+        divergence: summed over the matched tokens, whose probabilities are not renormalised; at temperature 1. Then
+            `jsd` and `tv` are >= 0, and the others may be less.
         weights: of the matched and of the other tokens. None: the share of the teacher's tokens that are matched, and
             1 less that.
         likeliest: see `ranked_distance`.
     Raises:
-        ValueError: the divergence has a temperature, or reads targets.
+        ValueError: the divergence has a temperature, or reads more than the probabilities of the matched tokens.
     Source: GOLD, as `joined`.
     """
-    if divergence.temperature != 1 or divergence.reads_targets:
+    if divergence.temperature != 1 or divergence.reads_all_tokens:
         raise ValueError(
-            f"matched tokens are compared at temperature 1 and without targets, got {divergence}: divide the logits by "
-            "the temperature before they are joined"
+            f"matched tokens are compared at temperature 1, and not by `taid` or `sampled_reverse`; got {divergence}. "
+            "Divide the logits by the temperature before they are joined."
         )
     log_p, (of_teacher, of_student) = log_p.detach(), matched.long().unbind(-1)
     share = len(matched) / log_p.shape[-1]
     by_text, by_rank = weights or (share, 1 - share)
     values = log_q.new_zeros(len(log_q))
     if len(matched):
-        values = values + by_text * divergence(log_q[:, of_student], log_p[:, of_teacher])
+        values = values + by_text * divergence.measure(log_q[:, of_student], log_p[:, of_teacher]).values
     others = (_without(log_p, of_teacher).exp(), _without(log_q, of_student).exp())
     return values + by_rank * ranked_distance(*others, likeliest=likeliest)
 

@@ -131,10 +131,14 @@ class _Shape:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
-    def through(self, slopes: Float[Tensor, "rows tokens"], logits: Float[Tensor, "rows tokens"]) -> Tensor:
+    def bend(self, logits: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens"] | None:
+        """The derivative of the cap; None where there is none."""
+        return None if self.softcap is None else logits.div(self.softcap).square_().neg_().add_(1)
+
+    def through(self, slopes: Float[Tensor, "rows tokens"], bend: Tensor | None) -> Float[Tensor, "rows tokens"]:
         """From derivatives by the logits, which are overwritten, to those by the product."""
-        if self.softcap is not None:
-            slopes.addcmul_(slopes, logits.div(self.softcap).square_(), value=-1)
+        if bend is not None:
+            slopes.mul_(bend)
         return slopes if self.scale == 1 else slopes.mul_(self.scale)
 
 
@@ -222,6 +226,7 @@ def _in_chunks(
     compare = _comparison(plan, given)
     for here in _slices(len(given.hidden), plan.chunk):
         logits = plan.head.logits(given.hidden[here], weight, bias)
+        bend = None if factors is None else plan.head.bend(logits)
         row_weights = None if given.row_weights is None else given.row_weights[here].to(dtype)
         of_teacher = None if compare is None else partial(compare, here)
         rows, slopes = _of_logits(plan, logits, given.targets[here], of_teacher, factors)
@@ -229,8 +234,8 @@ def _in_chunks(
         if slopes is not None and any(wanted):
             if row_weights is not None:
                 slopes.mul_(row_weights[:, None])
-            _add(gradients, plan.head.through(slopes, logits), here, given.hidden[here].to(weight.dtype), weight)
-        del logits, slopes
+            _add(gradients, plan.head.through(slopes, bend), here, given.hidden[here].to(weight.dtype), weight)
+        del logits, bend, slopes  # before those of the next chunk
     ce, kd = sums.unbind()
     return ce.clone(), kd.clone(), _like_inputs(gradients, given)
 
@@ -242,13 +247,15 @@ def _of_logits(
     compare: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     factors: tuple[float, float] | None,
 ) -> tuple[Float[Tensor, "2 rows"], Float[Tensor, "rows tokens"] | None]:
-    """Both losses of each row, and the derivatives of their weighted sum by the logits."""
-    log_q, chosen = F.log_softmax(logits, dim=-1), targets[:, None].long()
+    """Both losses of each row, and the derivatives of their weighted sum by the logits, which are overwritten."""
+    how, chosen = plan.divergence, targets[:, None].long()
+    soft = None if how is None or how.temperature == 1 else how.log_softmax(logits)
+    log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
     ce = -log_q.gather(-1, chosen)[:, 0]
     kd, slopes = torch.zeros_like(ce), None
-    if compare is not None and plan.divergence is not None:
-        temperature = plan.divergence.temperature
-        kd, slopes = compare(log_q if temperature == 1 else plan.divergence.log_softmax(logits))
+    if compare is not None and how is not None:
+        temperature = how.temperature
+        kd, slopes = compare(log_q if soft is None else soft)
         kd = kd * temperature**2
         slopes = None if factors is None else slopes.mul_(factors[1] * temperature)
     if factors is not None:

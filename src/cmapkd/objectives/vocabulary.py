@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cmapkd.objectives.tokens import TokenDivergence, by_logits
@@ -197,21 +196,41 @@ class _TokenLosses(torch.autograd.Function):
         return ce, kd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_ce: Tensor, of_kd: Tensor) -> Any:
+        saved, again = ctx.saved_tensors, torch.is_grad_enabled()
+        with torch.no_grad():
+            gradients = _TokenLosses._gradients(ctx, saved, of_ce, of_kd)
+        if again:  # somebody may differentiate the gradients, which is refused there
+            depends = (of_ce, of_kd, *saved[:3])
+            gradients = _Gradients(*(None if one is None else _Once.apply(one, *depends) for one in gradients))
+        return (None, *gradients, *(None for _ in saved[3:-3]))
+
+    @staticmethod
+    def _gradients(ctx: Any, saved: tuple[Tensor | None, ...], of_ce: Tensor, of_kd: Tensor) -> _Gradients:
         plan, upstream = ctx.plan, (float(of_ce), float(of_kd))
-        saved = ctx.saved_tensors
         factor = None if ctx.spent else _common_factor(plan, upstream, of_ce.dtype)
         if factor is None:
-            wanted = tuple(ctx.needs_input_grad[1:4])
             asked = plan if upstream[1] else replace(plan, divergence=None)
-            gradients = _in_chunks(asked, _given(saved[:-3]), upstream, wanted)[2]
-        else:
-            # Given away in place: a copy of the head's gradient would be as large as the head. A second backward pass
-            # forms its own. `data` has no version counter in common with the saved tensor, which that pass must skip.
-            ctx.spent = True
-            gradients = _Gradients(*(None if one is None else one.data.mul_(factor) for one in saved[-3:]))
-        return (None, *gradients, *(None for _ in saved[3:-3]))
+            return _in_chunks(asked, _given(saved[:-3]), upstream, tuple(ctx.needs_input_grad[1:4]))[2]
+        # Given away in place: a copy of the head's gradient would be as large as the head. A second backward pass
+        # forms its own. `data` has no version counter in common with the saved tensor, which that pass must skip.
+        ctx.spent = True
+        return _Gradients(*(None if one is None else one.data.mul_(factor) for one in saved[-3:]))
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that must not be differentiated: autograd would take it for a constant, without a word."""
+
+    @staticmethod
+    def forward(_: Any, gradient: Tensor, *__: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_: Any, *__: Tensor) -> Any:
+        raise RuntimeError(
+            "token_losses can be differentiated once, and its gradient was to be differentiated again. For a second "
+            "derivative, take the divergence of materialised logits: TokenDivergence(...)(student, teacher)."
+        )
 
 
 def _in_chunks(

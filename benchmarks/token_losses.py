@@ -153,14 +153,14 @@ def step_of(arm: str, size: Size) -> Callable[[], float]:
     def cross_entropy() -> float:
         loss = token_losses(hidden, head, targets).ce / size.rows
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def with_teacher() -> float:
         both = token_losses(hidden, head, targets, teacher=(states, teacher), divergence=TokenDivergence())
         assert both.kd is not None
         loss = (both.ce + both.kd) / size.rows
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def materialised() -> float:
         logits = head(hidden)
@@ -169,7 +169,7 @@ def step_of(arm: str, size: Size) -> Callable[[], float]:
         kd = F.kl_div(logits.log_softmax(-1), log_p, reduction="batchmean", log_target=True)
         loss = F.cross_entropy(logits, targets) + kd
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     steps = (cross_entropy, with_teacher, teacher_product, materialised)
     return {step.__name__: step for step in steps}[arm]

@@ -12,19 +12,21 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
+from cmapkd.features.top_tokens import ROWS as TOP_ROWS
+from cmapkd.features.top_tokens import narrowed, top_tokens
 from cmapkd.methods.base import Method
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.methods.rollouts import ROLLED, OnPolicyConfig, roll_out
 from cmapkd.methods.terms import Term
-from cmapkd.models import Model
+from cmapkd.models import FrozenTeacher, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.reach import example_rows, last_matrix_behind
-from cmapkd.models.token_types import Rows, TokenFeatures, TokenNeeds
+from cmapkd.models.shared_vocabulary import check_same_vocabulary, cut_head
+from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, TopTokens
 from cmapkd.objectives.tokens import TokenDivergence
-from cmapkd.objectives.vocabulary import TokenLosses, likeliest_tokens, token_losses
+from cmapkd.objectives.vocabulary import TokenLosses, token_losses
 
 Reduction = Literal["token_mean", "sample_mean", "batch_sum"]
 
@@ -65,6 +67,23 @@ class GenerativeMethod(Method):
     in_batch: ClassVar[bool] = False
     config: GenerativeConfig
     student: GenerativeModel
+    num_tokens: int | None = None
+    """How many tokens student and first teacher have in common, where one has more; None: all."""
+
+    def __init__(
+        self, config: GenerativeConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        self.config = config
+        if teacher is not None and self.compares_tokens:
+            common = check_same_vocabulary(teacher.model.vocabulary, student.vocabulary)
+            differ = common < max(teacher.model.vocabulary.size, student.vocabulary.size)
+            self.num_tokens = common if differ else None
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether next-token distributions of student and teacher are compared, so that they need one vocabulary."""
+        return self.uses_teacher
 
     @property
     def student_needs(self) -> TokenNeeds:
@@ -161,7 +180,7 @@ class GenerativeMethod(Method):
             weights = torch.stack([ones if each is None else each for each in (hard, soft)])
         return token_losses(
             rows.values,
-            head,
+            self.shared(head),
             student.targets,
             teacher=self._answered(teacher),
             divergence=divergence,
@@ -171,12 +190,23 @@ class GenerativeMethod(Method):
 
     def _answered(self, teacher: TokenFeatures) -> Any:
         """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
-        top = self.teacher_top
+        asked = self.teacher_top
         if teacher.top is not None:
-            return teacher.top if top is None else teacher.top.cut(top.count)
+            return teacher.top if asked is None else narrowed(teacher.top, asked.count)
         assert teacher.head is not None
-        answered = teacher.hidden["answer"].values, teacher.head
-        return answered if top is None else likeliest_tokens(*answered, count=top.count, temperature=top.temperature)
+        states, head = teacher.hidden["answer"].values, self.shared(teacher.head)
+        if asked is None:
+            return states, head
+        with torch.no_grad():
+            parts = [
+                top_tokens(head(rows), min(asked.count, len(head.weight)), temperature=asked.temperature)
+                for rows in states.split(TOP_ROWS)
+            ]
+        return TopTokens(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_p", "rest")))
+
+    def shared(self, head: LogitHead) -> LogitHead:
+        """A head over the tokens that student and teacher have in common."""
+        return head if self.num_tokens is None else cut_head(head, self.num_tokens)
 
     def weigh(
         self, part: Batch, rows: Rows, *, wanted: Bool[Tensor, " samples"] | None = None
@@ -225,17 +255,3 @@ class GenerativeMethod(Method):
         )
         self.measurements |= measured
         return batch
-
-
-def check_same_vocabulary(teacher: Any, student: Any) -> None:
-    """Refuses models whose next-token distributions are over different tokens.
-
-    Raises:
-        ConfigError: names both models, and what to do.
-    """
-    if teacher.vocabulary.digest != student.vocabulary.digest:
-        raise ConfigError(
-            f"{teacher.name} has a vocabulary of {teacher.vocabulary.size:,} tokens and {student.name} another one of "
-            f"{student.vocabulary.size:,}: their predictions cannot be compared token by token. Take a student with the "
-            "teacher's tokenizer (a tiny_vlm student gets it by inherit or by itself, docs/generative.md)"
-        )

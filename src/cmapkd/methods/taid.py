@@ -15,11 +15,12 @@ from torch import Tensor
 from cmapkd.data.types import Batch
 from cmapkd.features.gather import mean_over_processes
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, check_same_vocabulary
+from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.terms import Term
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import TokenFeatures
+from cmapkd.objectives.taid import TaidState, next_taid
 from cmapkd.objectives.tokens import TokenDivergence
 
 
@@ -65,8 +66,6 @@ class TAID(GenerativeMethod):
 
     def __init__(self, config: TAIDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
-        if teacher is not None:
-            check_same_vocabulary(teacher.model, student)
         self.config: TAIDConfig = config
         self.not_cached = "its target mixes all logits of teacher and student, and a cache holds the likeliest alone"
         self.register_buffer("place", torch.tensor(config.start, dtype=torch.float64))
@@ -95,15 +94,20 @@ class TAID(GenerativeMethod):
             self._move(total[0] / total[1].clamp(min=1e-15))
         return terms
 
-    @torch.no_grad()
     def _move(self, loss: Tensor) -> None:
-        """Moves the target after a step whose loss was `loss`; the first step is only taken note of."""
+        """Moves the target after a step whose loss was `loss`."""
         config = self.config
-        known = torch.isfinite(self.before)
-        change = torch.where(known, (self.before - loss) / (self.before + 1e-15), 0.0)
-        self.momentum = torch.where(known, config.momentum * self.momentum + (1 - config.momentum) * change, 0.0)
-        line = config.start + (config.end - config.start) * (self.step.step / self.step.total)
-        ahead = self.place + config.rate * torch.sigmoid(self.momentum) * (1 - self.place) if config.adaptive else line
-        moved = torch.clamp(torch.as_tensor(ahead).clamp(min=line), max=config.end)
-        self.place = torch.where(known, moved, self.place)
-        self.before = loss.double()
+        progress = self.step.step / self.step.total
+        state = next_taid(
+            TaidState(float(self.place), float(self.before), float(self.momentum)),
+            float(loss),
+            progress=progress,
+            start=config.start,
+            end=config.end,
+            rate=config.rate,
+            inertia=config.momentum,
+        )
+        line = min(config.end, config.start + (config.end - config.start) * progress)
+        self.place.fill_(state.t if config.adaptive else line)
+        self.before.fill_(state.previous)
+        self.momentum.fill_(state.momentum)

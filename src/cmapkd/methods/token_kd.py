@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, TopRequest, check_same_vocabulary
+from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, TopRequest
 from cmapkd.methods.rollouts import OnPolicyConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
@@ -85,8 +85,6 @@ class TokenKD(GenerativeMethod):
         self.divergence = TokenDivergence(
             config.divergence, temperature=config.temperature, beta=config.beta, lam=config.skew
         )
-        if teacher is not None:
-            check_same_vocabulary(teacher.model, student)
 
         if config.on_policy is not None:
             self.not_cached = "the teacher judges answers that the student has just written"

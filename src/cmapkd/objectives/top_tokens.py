@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cmapkd.objectives.tokens import Measured, TokenDivergence
+from cmapkd.objectives.tokens import TokenDivergence
 
 
 class Likeliest(Protocol):
@@ -88,8 +88,8 @@ def top_measure(
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows tokens"]]:
     """Values, and their gradients by the student's logits over all tokens; at temperature 1 and unchecked."""
     cells = to_cells(log_q, top.ids)
-    values, slopes = divergence.measure(cells, teacher_cells(top, log_q))
-    return values, _spread(Measured(values, slopes).slopes, cells, log_q, top.ids.long())
+    measured = divergence.measure(cells, teacher_cells(top, log_q))
+    return measured.values, _spread(measured.slopes, cells, log_q, top.ids.long())
 
 
 def _spread(slopes: Tensor, cells: Tensor, log_q: Tensor, ids: Tensor) -> Tensor:

@@ -7,26 +7,19 @@ are formed in the same pass where the terms' weights are known beforehand, as Li
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from cmapkd.objectives.tokens import TokenDivergence, by_logits
-from cmapkd.objectives.top_tokens import Likeliest, check_top, top_measure
+from cmapkd.objectives.tokens import TokenDivergence
+from cmapkd.objectives.top_tokens import Likeliest, check_top
+from cmapkd.objectives.vocabulary_pass import Gradients, HeadShape, Plan, in_chunks, tensors_given
 
 CHUNK_LOGITS, CHUNK_ROWS = 2**24, 128
 """64 MiB of float32 at a time, but never so few rows that reading the head takes longer than the product."""
-
-
-Factor = float | Tensor
 
 
 class Head(Protocol):
@@ -93,8 +86,8 @@ def token_losses(
     learning = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias)
     )
-    plan = _Plan(
-        head=_Shape(head.scale, head.softcap, _product_dtype(hidden)),
+    plan = Plan(
+        head=HeadShape(head.scale, head.softcap, _product_dtype(hidden)),
         teacher=None if not isinstance(teacher, tuple) else _shape_of(*teacher),
         divergence=divergence,
         chunk=chunk_of_tokens(len(hidden), len(head.weight), chunk),
@@ -105,41 +98,6 @@ def token_losses(
     with torch.autocast(hidden.device.type, enabled=False):
         ce, kd = _TokenLosses.apply(plan, hidden, head.weight, head.bias, targets, weights, *_tensors_of(teacher))
     return TokenLosses(ce, None if divergence is None else kd)
-
-
-class LikeliestTokens(NamedTuple):
-    """See `top_tokens.Likeliest`."""
-
-    ids: Int[Tensor, "rows k"]
-    log_p: Float[Tensor, "rows k"]
-    rest: Float[Tensor, " rows"]
-
-
-@torch.no_grad()
-def likeliest_tokens(
-    hidden: Float[Tensor, "rows width"], head: Head, *, count: int, temperature: float = 1.0, chunk: int | None = None
-) -> LikeliestTokens:
-    """The `count` likeliest tokens of each row, some rows at a time, without gradient; all where there are fewer.
-
-    Args:
-        temperature: divides the logits; > 0.
-    Returns:
-        The likeliest first; log-probabilities under the softmax over all tokens; the log-probability of all others.
-    """
-    count, shape = min(count, len(head.weight)), _shape_of(hidden, head)
-    weight = head.weight.to(shape.dtype)
-    bias = None if head.bias is None else head.bias.to(shape.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        made = []
-        for here in _slices(len(hidden), chunk_of_tokens(len(hidden), len(weight), chunk)):
-            log_p = F.log_softmax(shape.logits(hidden[here], weight, bias) / temperature, dim=-1)
-            top = log_p.topk(count)
-            made.append((top.indices, top.values, log_p.scatter(-1, top.indices, -math.inf).logsumexp(-1)))
-    if not made:
-        none = hidden.new_zeros(0, count)
-        return LikeliestTokens(none.long(), none, none.sum(-1))
-    ids, log_p, rest = (torch.cat(parts) for parts in zip(*made, strict=True))
-    return LikeliestTokens(ids, log_p, rest)
 
 
 def chunk_of_tokens(num_rows: int, num_tokens: int, chunk: int | None) -> int:
@@ -153,78 +111,14 @@ def chunk_of_tokens(num_rows: int, num_tokens: int, chunk: int | None) -> int:
     return max(1, min(num_rows, chunk or max(CHUNK_ROWS, CHUNK_LOGITS // num_tokens)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What a head does beside its product, and the type of this product."""
-
-    scale: float
-    softcap: float | None
-    dtype: torch.dtype
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Float[Tensor, "rows tokens"]:
-        logits = F.linear(hidden.to(self.dtype), weight, bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.scale != 1:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    def through(self, slopes: Float[Tensor, "rows tokens"], logits: Float[Tensor, "rows tokens"]) -> Tensor:
-        """From derivatives by the logits, which are overwritten, to those by the product."""
-        if self.softcap is not None:
-            slopes.addcmul_(slopes, logits.div(self.softcap).square_(), value=-1)
-        return slopes if self.scale == 1 else slopes.mul_(self.scale)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """All that is no tensor. `declared` is None where no gradient is formed in the forward pass."""
-
-    head: _Shape
-    teacher: _Shape | None
-    divergence: TokenDivergence | None
-    chunk: int
-    declared: tuple[float, float] | None
-    differentiable: bool
-
-
-class _Top(NamedTuple):
-    ids: Tensor
-    log_p: Tensor
-    rest: Tensor
-
-
-class _Tensors(NamedTuple):
-    """The student's states and head, what stands in the rows, and three tensors of the teacher."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    row_weights: Tensor | None
-    teacher: tuple[Tensor | None, ...]
-
-
-class _Gradients(NamedTuple):
-    """By states, weight and bias; None where nobody asks."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-_NONE = _Gradients(None, None, None)
-
-
 class _TokenLosses(torch.autograd.Function):
     """`token_losses` with its gradient written out, formed in the forward pass for declared weights."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        given = _given(tensors)
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = tensors_given(tensors)
         wanted = tuple(ctx.needs_input_grad[1:4])
-        ce, kd, gradients = _in_chunks(plan, given, plan.declared, wanted)
+        ce, kd, gradients = in_chunks(plan, given, plan.declared, wanted)
         if plan.differentiable:
             # Saved and not held by ctx, so that `checkpoint` drops them after its first pass.
             ctx.save_for_backward(*tensors, *gradients)
@@ -232,138 +126,44 @@ class _TokenLosses(torch.autograd.Function):
         return ce, kd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_ce: Tensor, of_kd: Tensor) -> Any:
-        plan, upstream = ctx.plan, (float(of_ce), float(of_kd))
-        saved = ctx.saved_tensors
-        factor = None if ctx.spent else _common_factor(plan, upstream, of_ce.dtype)
-        if factor is None:
-            wanted = tuple(ctx.needs_input_grad[1:4])
-            asked = plan if upstream[1] else replace(plan, divergence=None)
-            gradients = _in_chunks(asked, _given(saved[:-3]), upstream, wanted)[2]
-        else:
-            # Given away in place: a copy of the head's gradient would be as large as the head. A second backward pass
-            # forms its own. `data` has no version counter in common with the saved tensor, which that pass must skip.
-            ctx.spent = True
-            gradients = _Gradients(*(None if one is None else one.data.mul_(factor) for one in saved[-3:]))
+        saved, again = ctx.saved_tensors, torch.is_grad_enabled()
+        with torch.no_grad():
+            gradients = _TokenLosses._gradients(ctx, saved, of_ce, of_kd)
+        if again:  # somebody may differentiate the gradients, which is refused there
+            depends = (of_ce, of_kd, *saved[:3])
+            gradients = Gradients(*(None if one is None else _Once.apply(one, *depends) for one in gradients))
         return (None, *gradients, *(None for _ in saved[3:-3]))
 
-
-def _in_chunks(
-    plan: _Plan, given: _Tensors, factors: tuple[float, float] | None, wanted: tuple[bool, ...]
-) -> tuple[Tensor, Tensor, _Gradients]:
-    """Both sums, and the gradients of `factors[0] * ce + factors[1] * kd`, where they are given and wanted."""
-    dtype = torch.promote_types(plan.head.dtype, torch.float32)
-    weight = given.weight.to(plan.head.dtype)
-    bias = None if given.bias is None else given.bias.to(plan.head.dtype)
-    gradients = _NONE if factors is None else _zeros(given, wanted, dtype)
-    sums = torch.zeros(2, dtype=dtype, device=given.hidden.device)
-    compare = _comparison(plan, given)
-    for here in _slices(len(given.hidden), plan.chunk):
-        logits = plan.head.logits(given.hidden[here], weight, bias)
-        row_weights = None if given.row_weights is None else given.row_weights[:, here].to(dtype)
-        of_teacher = None if compare is None else partial(compare, here)
-        rows, slopes = _of_logits(plan, logits, given.targets[here], of_teacher, _by_row(factors, row_weights))
-        sums += (rows if row_weights is None else rows * row_weights).sum(-1)
-        if slopes is not None and any(wanted):
-            _add(gradients, plan.head.through(slopes, logits), here, given.hidden[here].to(weight.dtype), weight)
-        del logits, slopes
-    ce, kd = sums.unbind()
-    return ce.clone(), kd.clone(), _like_inputs(gradients, given)
+    @staticmethod
+    def _gradients(ctx: Any, saved: tuple[Tensor | None, ...], of_ce: Tensor, of_kd: Tensor) -> Gradients:
+        plan, upstream = ctx.plan, (float(of_ce.detach()), float(of_kd.detach()))
+        factor = None if ctx.spent else _common_factor(plan, upstream, of_ce.dtype)
+        if factor is None:
+            asked = plan if upstream[1] else replace(plan, divergence=None)
+            return in_chunks(asked, tensors_given(saved[:-3]), upstream, tuple(ctx.needs_input_grad[1:4]))[2]
+        # Given away in place: a copy of the head's gradient would be as large as the head. A second backward pass
+        # forms its own. `data` has no version counter in common with the saved tensor, which that pass must skip.
+        ctx.spent = True
+        return Gradients(*(None if one is None else one.data.mul_(factor) for one in saved[-3:]))
 
 
-def _of_logits(
-    plan: _Plan,
-    logits: Float[Tensor, "rows tokens"],
-    targets: Int[Tensor, " rows"],
-    compare: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
-    factors: tuple[Factor, Factor] | None,
-) -> tuple[Float[Tensor, "2 rows"], Float[Tensor, "rows tokens"] | None]:
-    """Both losses of each row, and the derivatives of their weighted sum by the logits."""
-    log_q, chosen = F.log_softmax(logits, dim=-1), targets[:, None].long()
-    ce = -log_q.gather(-1, chosen)[:, 0]
-    kd, slopes = torch.zeros_like(ce), None
-    if compare is not None and plan.divergence is not None:
-        temperature = plan.divergence.temperature
-        kd, slopes = compare(log_q if temperature == 1 else plan.divergence.log_softmax(logits))
-        kd = kd * temperature**2
-        slopes = None if factors is None else slopes.mul_(factors[1]).mul_(temperature)
-    if factors is not None:
-        q = log_q.exp_().mul_(factors[0])
-        slopes = q if slopes is None else slopes.add_(q)
-        slopes.scatter_add_(-1, chosen, -(factors[0] * torch.ones_like(chosen, dtype=slopes.dtype)))
-    return torch.stack([ce, kd]), slopes
+class _Once(torch.autograd.Function):
+    """A gradient that must not be differentiated: autograd would take it for a constant, without a word."""
 
+    @staticmethod
+    def forward(_: Any, gradient: Tensor, *__: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
 
-def _by_row(
-    factors: tuple[float, float] | None, row_weights: Float[Tensor, "2 rows"] | None
-) -> tuple[Factor, Factor] | None:
-    """The factor of each row in the derivatives, [rows 1], or one for all."""
-    if factors is None or row_weights is None:
-        return factors
-    return factors[0] * row_weights[0][:, None], factors[1] * row_weights[1][:, None]
-
-
-def _comparison(plan: _Plan, given: _Tensors) -> Callable[[slice, Tensor], tuple[Tensor, Tensor]] | None:
-    """Makes of rows and the student's log-probabilities a divergence and its gradient by logits, at temperature 1."""
-    how = plan.divergence
-    if how is None:
-        return None
-    if plan.teacher is None:
-        top = cast(tuple[Tensor, Tensor, Tensor], given.teacher)
-        return lambda here, log_q: top_measure(how, log_q, _Top(*(one[here] for one in top)))
-    shape, (hidden, head_weight, head_bias) = plan.teacher, given.teacher
-    assert hidden is not None
-    assert head_weight is not None
-    weight = head_weight.to(shape.dtype)
-    bias = None if head_bias is None else head_bias.to(shape.dtype)
-
-    def compare(here: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = how.log_softmax(shape.logits(hidden[here], weight, bias)).to(log_q.dtype)
-        values, slopes = how.measure(log_q, log_p, given.targets[here])
-        return values, by_logits(slopes, log_q)
-
-    return compare
-
-
-def _add(gradients: _Gradients, slopes: Tensor, here: slice, hidden: Tensor, weight: Tensor) -> None:
-    """Adds what comes from the derivatives by the products of some rows."""
-    if gradients.bias is not None:
-        gradients.bias.add_(slopes.sum(0))
-    slopes = slopes.to(weight.dtype)
-    if gradients.hidden is not None:
-        gradients.hidden[here] = slopes @ weight
-    if gradients.weight is not None:
-        if gradients.weight.dtype == weight.dtype:
-            gradients.weight.addmm_(slopes.T, hidden)
-        else:  # a sum in half precision over many chunks would lose its small parts
-            gradients.weight.add_(slopes.T @ hidden)
-
-
-def _zeros(given: _Tensors, wanted: tuple[bool, ...], dtype: torch.dtype) -> _Gradients:
-    inputs = (given.hidden, given.weight, given.bias)
-    return _Gradients(
-        *(
-            torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-            if is_wanted and tensor is not None
-            else None
-            for tensor, is_wanted in zip(inputs, wanted, strict=True)
+    @staticmethod
+    def backward(_: Any, *__: Tensor) -> Any:
+        raise RuntimeError(
+            "token_losses can be differentiated once, and its gradient was to be differentiated again. For a second "
+            "derivative, take the divergence of materialised logits: TokenDivergence(...)(student, teacher)."
         )
-    )
 
 
-def _like_inputs(gradients: _Gradients, given: _Tensors) -> _Gradients:
-    """In the types of what they are gradients of."""
-    inputs = (given.hidden, given.weight, given.bias)
-    return _Gradients(
-        *(
-            None if one is None or tensor is None else one.to(tensor.dtype)
-            for one, tensor in zip(gradients, inputs, strict=True)
-        )
-    )
-
-
-def _common_factor(plan: _Plan, upstream: tuple[float, float], dtype: torch.dtype) -> float | None:
+def _common_factor(plan: Plan, upstream: tuple[float, float], dtype: torch.dtype) -> float | None:
     """By which the gradient of the declared loss is that of this one; None: by none."""
     declared = plan.declared
     assert declared is not None
@@ -380,11 +180,6 @@ def _counted(declared: tuple[float, float], divergence: TokenDivergence | None) 
     return weights if any(weights) else None
 
 
-def _slices(num_rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
-
-
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """The type of the head's product: autocast's, where it would take it."""
     kind = hidden.device.type
@@ -393,8 +188,8 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _shape_of(hidden: Tensor, head: Head) -> _Shape:
-    return _Shape(head.scale, head.softcap, _product_dtype(hidden))
+def _shape_of(hidden: Tensor, head: Head) -> HeadShape:
+    return HeadShape(head.scale, head.softcap, _product_dtype(hidden))
 
 
 def _tensors_of(teacher: tuple[Tensor, Head] | Likeliest | None) -> tuple[Tensor | None, ...]:
@@ -404,14 +199,6 @@ def _tensors_of(teacher: tuple[Tensor, Head] | Likeliest | None) -> tuple[Tensor
         hidden, head = teacher
         return hidden.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach()
     return teacher.ids, teacher.log_p.detach(), teacher.rest.detach()
-
-
-def _given(tensors: tuple[Tensor | None, ...]) -> _Tensors:
-    hidden, weight, bias, targets, row_weights, *teacher = tensors
-    assert hidden is not None
-    assert weight is not None
-    assert targets is not None
-    return _Tensors(hidden, weight, bias, targets, row_weights, tuple(teacher))
 
 
 def _check(
@@ -429,7 +216,7 @@ def _check(
         weighed = None if row_weights is None else tuple(row_weights.shape)
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and row_weights {weighed}, but there are {num_rows} rows of "
-            "hidden states: give one target, and one weight or none, for each row"
+            "hidden states: give one target, and one weight, two or none, for each row"
         )
     if num_rows and not 0 <= int(targets.min()) <= int(targets.max()) < num_tokens:
         raise ValueError(

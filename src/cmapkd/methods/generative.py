@@ -42,9 +42,9 @@ class GenerativeConfig(MethodConfig):
 
 
 class TopRequest(NamedTuple):
-    """The `count` likeliest tokens of each row, at a temperature."""
+    """The `number` likeliest tokens of each row, at a temperature."""
 
-    count: int
+    number: int
     temperature: float
 
 
@@ -52,7 +52,7 @@ class Counted(NamedTuple):
     """A sum over the rows of a part of the batch, and what it is to be divided by."""
 
     total: Float[Tensor, ""]
-    count: Float[Tensor, ""]
+    number: Float[Tensor, ""]
 
 
 class GenerativeMethod(Method):
@@ -185,21 +185,22 @@ class GenerativeMethod(Method):
             teacher=self._answered(teacher),
             divergence=divergence,
             row_weights=weights,
-            declared=(declared[0], declared[1]) if hard is soft else None,
+            # a second pass costs less where the first one is repeated, or where the terms are divided by other numbers
+            declared=None if self.micro_batch is not None or hard is not soft else (declared[0], declared[1]),
         )
 
     def _answered(self, teacher: TokenFeatures) -> Any:
         """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
         asked = self.teacher_top
         if teacher.top is not None:
-            return teacher.top if asked is None else narrowed(teacher.top, asked.count)
+            return teacher.top if asked is None else narrowed(teacher.top, asked.number)
         assert teacher.head is not None
         states, head = teacher.hidden["answer"].values, self.shared(teacher.head)
         if asked is None:
             return states, head
         with torch.no_grad():
             parts = [
-                top_tokens(head(rows), min(asked.count, len(head.weight)), temperature=asked.temperature)
+                top_tokens(head(rows), min(asked.number, len(head.weight)), temperature=asked.temperature)
                 for rows in states.split(TOP_ROWS)
             ]
         return TopTokens(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_p", "rest")))
@@ -249,7 +250,9 @@ class GenerativeMethod(Method):
         """The batch, with the student's own answers in the place of some, where the method learns on its policy."""
         if self.on_policy is None or not self.on_policy.share or not self.training:
             return batch
-        teachers = {role: each.model for role, each in self.teachers.items() if each.reads == role}
+        teachers = {
+            role: each.model for role, each in self.teachers.items() if each.reads == role and role in batch.inputs
+        }
         batch, measured = roll_out(
             batch, self.student, teachers, self.on_policy, step=self.step, at_once=self.micro_batch
         )

@@ -81,6 +81,7 @@ class TAID(GenerativeMethod):
         rows = student.hidden["answer"]
         weights, count = self.weigh(part, rows)
         losses = self.losses(student, teacher, self._target, weights, weights)
+        assert losses.kd is not None
         counted = {"answers": Counted(losses.ce, count), "distillation": Counted(losses.kd, count)}
         return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}
 

@@ -108,5 +108,6 @@ class TokenKD(GenerativeMethod):
         only_own = self.config.divergence == "sampled_reverse"
         soft, num_soft = self.weigh(part, rows, wanted=~given if only_own and given is not None else None)
         losses = self.losses(student, teacher, self.divergence, hard, soft)
+        assert losses.kd is not None
         counted = {"answers": Counted(losses.ce, num_hard), "distillation": Counted(losses.kd, num_soft)}
         return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}

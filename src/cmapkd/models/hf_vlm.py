@@ -64,6 +64,8 @@ class HfVlm(GenerativeModel):
     @property
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
+        if size == len(layer.weight):  # a slice of all would be copied in the backward pass
+            return LogitHead(layer.weight, layer.bias)
         return LogitHead(layer.weight[:size], None if layer.bias is None else layer.bias[:size])
 
     @property

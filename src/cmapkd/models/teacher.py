@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmapkd.config import closest
 from cmapkd.data.types import Batch
 from cmapkd.models.average import follow
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.types import Features, LevelRequest
 
 
@@ -28,7 +28,7 @@ class Teacher(Protocol):
     """
 
     role: str
-    model: DualEncoder
+    model: Any
     from_disk: ClassVar[bool]
 
     @property
@@ -42,8 +42,9 @@ class Teacher(Protocol):
 
     def to(self, device: torch.device | str) -> Any: ...
 
-    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
-        """Features of the teacher's own form of the batch, detached."""
+    def __call__(self, batch: Batch, needs: Any = None) -> Any:
+        """What its contract calls features (`Features`, `TokenFeatures`), of the teacher's own form of the batch,
+        detached."""
         ...
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -52,7 +53,7 @@ class Teacher(Protocol):
 
 
 class FrozenTeacher:
-    """Wraps a `DualEncoder` so that nothing can train it.
+    """Wraps a `DualEncoder` or a `GenerativeModel` so that nothing can train it.
 
     Deliberately not an `nn.Module`: assigned to a method it is no submodule, so it appears in no `parameters()`, no
     `state_dict()` and no distributed wrapper, and a `train()` on the method does not reach it.
@@ -60,8 +61,8 @@ class FrozenTeacher:
 
     from_disk: ClassVar[bool] = False  # whether asking costs a look into a file, and not a pass of a model
 
-    def __init__(self, model: DualEncoder, role: str = "teacher") -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: Model, role: str = "teacher") -> None:
+        self.model: Any = model.eval().requires_grad_(False)
         self.role = role
 
     @property
@@ -70,21 +71,23 @@ class FrozenTeacher:
 
     @property
     def name(self) -> str:
-        return self.model.name
+        name: str = self.model.name
+        return name
 
     @property
     def embed_dim(self) -> int:
-        return self.model.embed_dim
+        """Width of the joint space, of a model that embeds."""
+        width: int = self.model.embed_dim
+        return width
 
     def to(self, device: torch.device | str) -> FrozenTeacher:
         self.model.to(device)
         return self
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
+    def __call__(self, batch: Batch, needs: Any = None) -> Any:
         """Features of the teacher's own form of the batch, detached."""
-        output: Features = self.model(batch.inputs[self.role], needs)
-        return output
+        return self.model(batch.inputs[self.role], needs)
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Embeddings of `num` samples that a method compares others with; only a cache has them.

@@ -18,6 +18,7 @@ from cmapkd.data.types import Batch, ModelInput
 from cmapkd.methods import METHODS, Method, StepInfo, Term, build_method
 from cmapkd.methods.terms import total_loss
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model, load_model
+from cmapkd.models.contracts import dual
 from cmapkd.models.embedding import Picture, opened
 from cmapkd.models.images import ImageSpec
 
@@ -194,7 +195,7 @@ def _photos_of(names: Sequence[str]) -> ClassPrompts:
 def _model(model: DualEncoder | str | Path) -> DualEncoder:
     if isinstance(model, DualEncoder):
         return model
-    return load_model(model) if Path(model).is_dir() else build_model(str(model))
+    return dual(load_model(model) if Path(model).is_dir() else build_model(str(model)), "an own loop")
 
 
 def _pixels(

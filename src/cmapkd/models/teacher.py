@@ -14,6 +14,7 @@ from cmapkd.config import closest
 from cmapkd.data.types import Batch
 from cmapkd.models.average import follow
 from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.contracts import dual
 from cmapkd.models.types import Features, LevelRequest
 
 
@@ -28,7 +29,7 @@ class Teacher(Protocol):
     """
 
     role: str
-    model: Any
+    model: DualEncoder
     from_disk: ClassVar[bool]
 
     @property
@@ -42,9 +43,8 @@ class Teacher(Protocol):
 
     def to(self, device: torch.device | str) -> Any: ...
 
-    def __call__(self, batch: Batch, needs: Any = None) -> Any:
-        """What its contract calls features (`Features`, `TokenFeatures`), of the teacher's own form of the batch,
-        detached."""
+    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
+        """Features of the teacher's own form of the batch, detached."""
         ...
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -53,7 +53,7 @@ class Teacher(Protocol):
 
 
 class FrozenTeacher:
-    """Wraps a `DualEncoder` or a `GenerativeModel` so that nothing can train it.
+    """Wraps a model, of either contract, so that nothing can train it.
 
     Deliberately not an `nn.Module`: assigned to a method it is no submodule, so it appears in no `parameters()`, no
     `state_dict()` and no distributed wrapper, and a `train()` on the method does not reach it.
@@ -61,8 +61,10 @@ class FrozenTeacher:
 
     from_disk: ClassVar[bool] = False  # whether asking costs a look into a file, and not a pass of a model
 
+    model: Any  # a `DualEncoder`, or a `GenerativeModel`: whoever reads it knows which one the method needs
+
     def __init__(self, model: Model, role: str = "teacher") -> None:
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.role = role
 
     @property
@@ -71,14 +73,16 @@ class FrozenTeacher:
 
     @property
     def name(self) -> str:
-        name: str = self.model.name
-        return name
+        return str(self.model.name)
 
     @property
     def embed_dim(self) -> int:
-        """Width of the joint space, of a model that embeds."""
-        width: int = self.model.embed_dim
-        return width
+        """Width of the joint space of a model that embeds.
+
+        Raises:
+            ConfigError: this one writes.
+        """
+        return dual(self.model, "a method that compares embeddings").embed_dim
 
     def to(self, device: torch.device | str) -> FrozenTeacher:
         self.model.to(device)
@@ -86,7 +90,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Any = None) -> Any:
-        """Features of the teacher's own form of the batch, detached."""
+        """`Features` of the teacher's own form of the batch, detached; `TokenFeatures` of one that writes."""
         return self.model(batch.inputs[self.role], needs)
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
-from cmapkd.models import DualEncoder, FrozenTeacher, Teacher, build_model, build_teacher
+from cmapkd.models import DualEncoder, FrozenTeacher, Teacher, build_model, build_teacher, dual
 from cmapkd.run.config import RunConfig
 
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
@@ -84,7 +84,7 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
     captions = vocabulary_captions(source)
     if not config.method.reads_captions:
         captions = _or_prompts(captions, config, source)
-    return build_model(config.student, captions=captions, teacher=teacher)
+    return dual(build_model(config.student, captions=captions, teacher=teacher), "a run")
 
 
 def _or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> Iterator[str]:

@@ -165,11 +165,16 @@ class DualReader:
 
 @dataclass(frozen=True, slots=True)
 class ChatReader:
-    """How a model that writes reads a batch: each dialogue with its picture, through the model's own processor."""
+    """How a model that writes reads a batch: each dialogue with its picture, through the model's own processor.
+
+    Attributes:
+        max_tokens: longest dialogue with its picture; None: as long as the model takes.
+    """
 
     reads_together: ClassVar[bool] = True
 
     processor: ChatProcessing
+    max_tokens: int | None = None
 
     @property
     def looks(self) -> ChatProcessing:
@@ -183,11 +188,16 @@ class ChatReader:
         """
         shown = [_cropped(picture, box)] if any(turn.pictures for turn in said) else []
         try:
-            return self.processor.read(said, shown)
+            item = self.processor.read(said, shown)
         except ConfigError:  # about the run, not about this sample
             raise
         except ValueError as error:
             raise Unusable(str(error)) from None
+        if self.max_tokens is not None and len(item.ids) > self.max_tokens:
+            raise Unusable(
+                f"the dialogue has {len(item.ids)} tokens with its picture, more than data.max_tokens={self.max_tokens}"
+            )
+        return item
 
     def without_picture(self, item: ChatItem) -> ChatItem:
         return replace(item, pictures={})

@@ -14,7 +14,8 @@ from cmapkd.data.open import same_reading
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Source
-from cmapkd.models import FAMILIES, DualEncoder, FrozenTeacher, ModelConfig
+from cmapkd.models import FAMILIES, FrozenTeacher, Model, ModelConfig
+from cmapkd.models.generative import GenerativeModel
 from cmapkd.run.config import RunConfig
 from cmapkd.training.checkpoint import Contents
 
@@ -26,7 +27,7 @@ def contents_of(
     *,
     source: Source,
     measured: Mapping[str, Source],
-    student: DualEncoder,
+    student: Model,
     teachers: Mapping[str, FrozenTeacher],
     classes: ClassPrompts | None,
 ) -> Contents:
@@ -67,12 +68,18 @@ def _data(spec: str, source: Source) -> dict[str, str]:
     return {"at": spec, "holds": f"{len(source):,} samples, fingerprint {source.fingerprint()}"}
 
 
-def _model(key: str, config: ModelConfig, model: DualEncoder, *, weights: bool) -> Contents:
+def _model(key: str, config: ModelConfig, model: Model, *, weights: bool) -> Contents:
     at = config.name if config.checkpoint is None else f"{config.name} with {config.checkpoint}"
-    spec = ", ".join(f"{name} {value}" for name, value in plain_image_spec(model).items())
     holds = {
-        f"{key}.preprocessing": f"images of {spec}",
-        f"{key}.tokenizer": f"a tokenizer, fingerprint {tokenizer_hash(model)}",
+        **(
+            {f"{key}.processor": f"a processor, fingerprint {model.processor.fingerprint()}"}
+            if isinstance(model, GenerativeModel)
+            else {
+                f"{key}.preprocessing": "images of "
+                + ", ".join(f"{name} {value}" for name, value in plain_image_spec(model).items()),
+                f"{key}.tokenizer": f"a tokenizer, fingerprint {tokenizer_hash(model)}",
+            }
+        ),
         f"{key}{_ARCHITECTURE}": f"an architecture, fingerprint {digest_of(repr(model).encode())}",
     }
     if weights:

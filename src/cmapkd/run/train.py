@@ -156,7 +156,7 @@ def _prepare(
     if config.baseline == "scratch":
         _check_parts_of_baseline(config, student)
     for model in (student, *(teacher.model for teacher in teachers.values())):
-        if (assumed := assumption(model)) is not None:
+        if isinstance(model, DualEncoder) and (assumed := assumption(model)) is not None:
             voice(assumed)
     classes = classes_of(config, source)
     if classes is not None and "teacher" in teachers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def test_a_saved_model_is_the_same(model: HfVlm, tmp_path: Path) -> None:
     model.save(tmp_path)
     again = load_model(tmp_path)
     assert isinstance(again, HfVlm)
-    assert again.processor == model.processor and again.vocabulary == model.vocabulary
+    assert again.processor == model.processor
+    assert again.vocabulary == model.vocabulary
     batch = chat(again)
     assert torch.equal(batch.texts.ids, chat(model).texts.ids)
     assert torch.equal(again(batch).hidden["answer"].values, model(batch).hidden["answer"].values)
@@ -124,8 +126,10 @@ def test_generation_is_one_by_one_and_ends(model: HfVlm) -> None:
             assert model.generate(chat(model, [number]), how, keys=[7 + number]) == [together[number]]
         for answer in together:
             ends = [token in model.vocabulary.end_ids for token in answer]
-            assert not any(ends[:-1]) and (ends[-1] or len(answer) == 5)
-            assert max(answer) < model.vocabulary.size and model.vocabulary.image_id not in answer
+            assert not any(ends[:-1])
+            assert ends[-1] or len(answer) == 5
+            assert max(answer) < model.vocabulary.size
+            assert model.vocabulary.image_id not in answer
     torch.testing.assert_close(model(batch).hidden["answer"].values, before)  # nothing of it stays behind
     with pytest.raises(ValueError, match="give a key"):
         model.generate(batch, Decoding(temperature=1.0))
@@ -179,7 +183,7 @@ def test_all_answers_are_learned_where_asked() -> None:
 
 def test_a_template_without_a_generation_prompt_is_refused() -> None:
     model = make_vlm("llava")
-    native = pickle.loads(pickle.dumps(model.processor.native))
+    native = copy.deepcopy(model.processor.native)
     native.chat_template = "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}"
     with pytest.raises(ConfigError, match="generation prompt"):
         type(model.processor)(native, image_id=3, max_tokens=60)

@@ -160,7 +160,7 @@ class GenerativeMethod(Method):
         if not self.teachers:
             return None
         first = next(iter(self.teachers))
-        teacher = self.teachers[role or first]
+        teacher: Any = self.teachers[role or first]
         needs = self.teacher_needs if teacher.role == first else TokenNeeds()
         features: Any = teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
         assert isinstance(features, TokenFeatures)
@@ -281,7 +281,7 @@ class GenerativeMethod(Method):
         """The batch, with the student's own answers in the place of some, where the method learns on its policy."""
         if self.on_policy is None or not self.on_policy.share or not self.training:
             return batch
-        teachers = {
+        teachers: dict[str, Any] = {
             role: each.model for role, each in self.teachers.items() if each.reads == role and role in batch.inputs
         }
         batch, measured = roll_out(

@@ -65,8 +65,9 @@ def roll_out(
     assert isinstance(given, ChatInput)
     how = replace(config.decoding, never=_never(student, teachers, common))
     answers: list[list[int]] = []
-    for start in range(0, len(places), at_once or len(places)):
-        some = places[start : start + (at_once or len(places))]
+    size = at_once or len(batch)
+    for start in range(0, len(places), size):
+        some = places[start : start + size]
         keys = [key_of("rollout", step.seed, step.step, batch.ids[place]) for place in some]
         answers += student.generate(given.rows(some).to(student.device, True), how, keys)
     for role in ("student", *teachers) if places else ():

@@ -24,12 +24,14 @@ class Decoding:
         temperature: 0: always the likeliest token; else tokens are drawn at this temperature.
         top_p: draws are among the likeliest tokens that together have this probability; 1: among all.
         min_new_tokens: before so many no end token is chosen; to time answers of a fixed length.
+        never: tokens that are not written, as those that a model which reads the answer does not know.
     """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     min_new_tokens: int = 0
+    never: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

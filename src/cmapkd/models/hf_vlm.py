@@ -129,7 +129,7 @@ class HfVlm(GenerativeModel):
         start = prompts.texts.ids.shape[1]
         choice = KeyedChoice(
             size=self.vocabulary.size,
-            never=(self.vocabulary.image_id,),
+            never=(self.vocabulary.image_id, *how.never),
             start=start,
             keys=None if how.temperature <= 0 else keys,
             temperature=how.temperature,
@@ -231,6 +231,7 @@ def _vocabulary(model: Any, processor: HfChatProcessor, name: str) -> Vocabulary
         pad_id=processor.pad_id,
         image_id=processor.image_id,
         digest=vocabulary_digest(tokenizer),
+        pieces=tuple(piece or "" for piece in tokenizer.convert_ids_to_tokens(range(size))),
     )
 
 

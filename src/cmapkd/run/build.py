@@ -119,6 +119,8 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
         ValueError: fewer samples than a batch has.
     """
     training, streams = config.training, streams_of(source)
+    if not method.in_batch:
+        _refuse_in_batch(config)
     sampler = PlanSampler(
         len(source), batch_size=training.batch_size, seed=config.seed, start=0, stop=0, streams=streams
     )
@@ -131,6 +133,26 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
         if stage.data is not None:
             sampler.check_stream(stage.data)
     return method
+
+
+def _refuse_in_batch(config: RunConfig) -> None:
+    """Refuses what is of no use to a method whose terms are sums over samples, each by itself.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    name, training = config.method.name, config.training
+    if training.local_loss:
+        raise ConfigError(
+            f"training.local_loss shares out the rows of in-batch losses, and method {name} has none: leave it out"
+        )
+    if training.compile:
+        raise ConfigError(
+            f"training.compile is not supported with method {name} in this version: the number of its rows changes "
+            "with every batch. Leave it out"
+        )
+    if config.heads is not None:
+        raise ConfigError(f"heads learn on pictures that a student embeds, and method {name} trains none: leave heads out")
 
 
 def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:

@@ -1,0 +1,275 @@
+"""`HfChatProcessor`: from a dialogue to tokens, by a transformers processor (tokenizer, template, pictures)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cmapkd.config import ConfigError
+from cmapkd.data.dialogues import ChatItem, Dialogue, Turn
+from cmapkd.models.errors import first_line
+from cmapkd.models.generative import ChatProcessor
+
+TrainOn = Literal["last", "all"]
+_PROBE = (Turn("user", "What is it?", pictures=1), Turn("assistant", "cmapkd"))
+_PROBE_TEXT = (Turn("user", "How many, and where?"), Turn("assistant", "2 of 10"))
+
+
+class HfChatProcessor(ChatProcessor):
+    """Reads dialogues as generation does: the prompt ends where the model begins to write.
+
+    The template is applied to all turns before the last answer, with its generation prompt, and the processor expands
+    the pictures. The answer is tokenised apart, without special tokens, and its end token is appended. Equal answers
+    therefore have equal tokens in all models that share a tokenizer.
+
+    The end token is the first special token that the template puts behind an answer; where there is none, the
+    tokenizer's own. Every tensor that the processor gives is kept.
+
+    Args:
+        native: transformers' processor.
+        image_id: the token that stands for a visual token.
+        max_tokens: longest dialogue with its picture, in tokens.
+        train_on: last: the last answer is learned; all: every answer that its turn does not exclude.
+        picture_options: for the image processor, at each call.
+        nested: whether the processor puts a batch axis before its rows of pictures (Idefics3).
+    Raises:
+        ConfigError: the template or the tokenizer cannot serve a model that writes.
+    """
+
+    def __init__(
+        self,
+        native: Any,
+        *,
+        image_id: int,
+        max_tokens: int,
+        train_on: TrainOn = "last",
+        picture_options: Mapping[str, Any] | None = None,
+        nested: bool = False,
+        name: str = "the model",
+    ) -> None:
+        self.native, self.image_id, self.max_tokens, self.train_on = native, image_id, max_tokens, train_on
+        self.picture_options, self.nested = dict(picture_options or {}), nested
+        self.end_id = self._end_token(name)
+        pad = native.tokenizer.pad_token_id
+        self.pad_id: int = self.end_id if pad is None else pad
+        self._forbidden = re.compile("|".join(map(re.escape, self._control_texts())))
+        self._numbers = self._numbers_of_tokens(name)
+
+    def read(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> ChatItem:
+        self._check(dialogue, pictures)
+        text = self._rendered(dialogue[:-1], prompt=True)
+        found = self._processed(text, pictures)
+        prompt = found.pop("input_ids")[0]
+        found.pop("attention_mask", None)
+        tail = torch.tensor(self.encode_answer(dialogue[-1].text))
+        ids = torch.cat([prompt, tail])
+        if len(ids) > self.max_tokens:
+            raise ValueError(f"the dialogue has {len(ids)} tokens with its picture, more than {self.max_tokens}")
+        visual = ids == self.image_id
+        if bool(visual.any()) != bool(pictures):
+            raise ValueError(f"{len(pictures)} pictures became {int(visual.sum())} visual tokens by the chat template")
+        answer = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), torch.ones_like(tail, dtype=torch.bool)])
+        if self.train_on == "all":
+            self._mark_earlier(answer, dialogue, text, prompt)
+        numbers = {name: self._padded(found.pop(name, None), len(ids)) for name in self._numbers}
+        return ChatItem(ids, answer, visual, numbers, {key: self._rows(rows) for key, rows in found.items()})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.native.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens of an answer and the end token after them.
+
+        Raises:
+            ValueError: the answer is empty, or its tokens do not stand for it.
+        """
+        if not text.strip():
+            raise ValueError("the answer is empty")
+        ids: list[int] = self.native.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.decode(ids) != text:
+            raise ValueError(f"the answer {text[:80]!r} does not survive the tokenizer: {self.decode(ids)[:80]!r}")
+        return [*ids, self.end_id]
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HfChatProcessor) and self.fingerprint() == other.fingerprint()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the template, of probes as they are read, and of the tokenizer's pieces."""
+        digest = hashlib.sha256(repr((self.native.chat_template, self.max_tokens, self.train_on, self.end_id)).encode())
+        for dialogue in (_PROBE, _PROBE_TEXT):
+            found = self._processed(self._rendered(dialogue[:-1], prompt=True), _probe_pictures(dialogue))
+            for key in sorted(found):
+                digest.update(f"{key} {tuple(found[key].shape)}".encode())
+                digest.update(found[key].contiguous().numpy().tobytes())
+            digest.update(repr(self.encode_answer(dialogue[-1].text)).encode())
+        digest.update(vocabulary_digest(self.native.tokenizer).encode())
+        return digest.hexdigest()[:32]
+
+    def _check(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> None:
+        if len(dialogue) < 2 or dialogue[-1].role != "assistant":
+            raise ValueError("a dialogue needs a question, and an answer of the assistant as its last turn")
+        if not dialogue[-1].learned:
+            raise ValueError("the last answer is marked as one that is not learned")
+        stated = sum(turn.pictures for turn in dialogue)
+        if stated != len(pictures) or stated > 1:
+            raise ValueError(f"the turns speak of {stated} pictures, {len(pictures)} are given; one is the most")
+        for turn in dialogue:
+            control = self._forbidden.search(turn.text)
+            if control is not None:
+                raise ValueError(f"the text of a turn has the control token {control.group()!r}")
+
+    def _mark_earlier(self, answer: Tensor, dialogue: Dialogue, text: str, prompt: Tensor) -> None:
+        """Marks the earlier answers in the prompt, where the template writes them as generation would.
+
+        Raises:
+            ValueError: the template writes an answer otherwise once more turns follow.
+        """
+        grown = len(prompt) - len(self._plain_ids(text))  # by how many tokens the processor expanded the picture
+        for number, turn in enumerate(dialogue[:-1]):
+            if turn.role != "assistant" or not turn.learned:
+                continue
+            before = dialogue[:number]
+            start = len(self._plain_ids(self._rendered(before, prompt=True)))
+            start += grown if any(earlier.pictures for earlier in before) else 0
+            ids = self.encode_answer(turn.text)
+            if prompt[start : start + len(ids)].tolist() != ids:
+                raise ValueError(
+                    f"answer {turn.text[:80]!r} has other tokens once more turns follow, so it cannot be learned there"
+                )
+            answer[start : start + len(ids)] = True
+
+    def _rendered(self, turns: Sequence[Turn], *, prompt: bool) -> str:
+        messages = [
+            {
+                "role": turn.role,
+                "content": [*({"type": "image"} for _ in range(turn.pictures)), {"type": "text", "text": turn.text}],
+            }
+            for turn in turns
+        ]
+        try:
+            text: str = self.native.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # templates raise for roles or orders that they do not know
+            raise ValueError(f"the chat template refuses the dialogue: {first_line(error)}") from None
+        return text
+
+    def _processed(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the processor gives for one dialogue, pictures expanded."""
+        options: dict[str, Any] = {"text_kwargs": {"add_special_tokens": self._adds_special(text), "padding": False}}
+        if pictures:
+            options.update(images=[[picture.convert("RGB") for picture in pictures]])
+            options["images_kwargs"] = self.picture_options
+        try:
+            found = self.native(text=[text], return_tensors="pt", **options)
+        except Exception as error:  # of seven libraries' processors, anything
+            raise ValueError(f"the processor cannot read the dialogue: {first_line(error)}") from None
+        return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.native.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
+        return ids
+
+    def _adds_special(self, text: str) -> bool:
+        """Templates that write the start token themselves are not given a second one."""
+        start = self.native.tokenizer.bos_token
+        return start is None or not text.startswith(start)
+
+    def _padded(self, numbers: Tensor | None, length: int) -> Tensor:
+        """Numbers of the prompt's tokens, 0 for those of the answer."""
+        made = torch.zeros(length, dtype=torch.long)
+        if numbers is not None:
+            made[: numbers.shape[1]] = numbers[0]
+        return made
+
+    def _rows(self, pictures: Tensor) -> Tensor:
+        return pictures[0] if self.nested else pictures
+
+    def _end_token(self, name: str) -> int:
+        template = self.native.chat_template
+        if not template:
+            raise ConfigError(
+                f"the processor of {name} has no chat template: give a model that was tuned for dialogues"
+            )
+        question, answer = _PROBE
+        prompt = self._rendered([question], prompt=True)
+        if prompt == self._rendered([question], prompt=False):
+            raise ConfigError(
+                f"the chat template of {name} has no generation prompt, so a prompt does not end where the model "
+                "begins to write: give a template that reads add_generation_prompt"
+            )
+        whole = self._rendered([question, answer], prompt=False)
+        _, found, rest = whole.rpartition(answer.text)
+        if not found:
+            raise ConfigError(f"the chat template of {name} leaves out the assistant's text")
+        if self.train_on == "all" and not whole.startswith(prompt + answer.text):
+            raise ConfigError(
+                f"the chat template of {name} writes an answer otherwise than the model would: earlier answers cannot "
+                "be learned with it. Set train_on: last."
+            )
+        special = control_ids(self.native.tokenizer)
+        behind = [token for token in self.native.tokenizer(rest, add_special_tokens=False)["input_ids"]]
+        end: int | None = next((token for token in behind if token in special), self.native.tokenizer.eos_token_id)
+        if end is None:
+            raise ConfigError(f"{name} has no end token, in its chat template or its tokenizer: it would never stop")
+        return end
+
+    def _control_texts(self) -> list[str]:
+        """Texts that would become control tokens, or that the processor would expand to a picture."""
+        tokenizer = self.native.tokenizer
+        named = [getattr(self.native, key) for key in vars(self.native) if key.endswith("_token")]
+        known = {tokenizer.convert_ids_to_tokens(token) for token in control_ids(tokenizer)}
+        known |= {text for text in named if isinstance(text, str) and text}
+        return sorted(known, key=len, reverse=True)
+
+    def _numbers_of_tokens(self, name: str) -> tuple[str, ...]:
+        """Names of the numbers that the processor gives of each token; tested with and without a picture."""
+        names: dict[str, None] = {}
+        for dialogue in (_PROBE, _PROBE_TEXT):
+            try:
+                found = self._processed(self._rendered(dialogue[:-1], prompt=True), _probe_pictures(dialogue))
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            shape = found["input_ids"].shape
+            others = found.keys() - {"input_ids", "attention_mask"}
+            names.update(dict.fromkeys(sorted(key for key in others if _is_of_tokens(found[key], shape))))
+        return tuple(names)
+
+
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of a transformers tokenizer's special tokens, of whatever purpose."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Of all (id, piece) of a transformers tokenizer."""
+    pieces = sorted((number, piece) for piece, number in tokenizer.get_vocab().items())
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()[:32]
+
+
+def _is_of_tokens(value: Tensor, shape: Iterable[int]) -> bool:
+    return not value.is_floating_point() and tuple(value.shape) == tuple(shape)
+
+
+def _probe_pictures(dialogue: Dialogue) -> list[Image.Image]:
+    """A picture with two gradients, so that another order or scale of pixels shows."""
+    if not any(turn.pictures for turn in dialogue):
+        return []
+    row = Image.linear_gradient("L").resize((56, 40))
+    return [Image.merge("RGB", (row, row.transpose(Image.Transpose.ROTATE_180), Image.new("L", (56, 40), 90)))]

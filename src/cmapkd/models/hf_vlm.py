@@ -1,0 +1,275 @@
+"""`HfVlm`: transformers' image-text models that write, behind our contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmapkd.config import ConfigError, closest
+from cmapkd.config.disk import usual_rights
+from cmapkd.data.dialogues import ChatInput
+from cmapkd.models.base import eval_mode
+from cmapkd.models.chat import HfChatProcessor, vocabulary_digest
+from cmapkd.models.draws import KeyedChoice, until_end
+from cmapkd.models.generative import Decoding, GenerativeModel
+from cmapkd.models.parts import split_by_name
+from cmapkd.models.storage import write_model_folder
+from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, Vocabulary, Where
+from cmapkd.models.types import LevelInfo
+from cmapkd.models.vlm_layouts import LAYOUTS, blocks_of
+from cmapkd.models.vlm_rows import packed_rows, positions, rows_at, tile_rows, unwindowed, visual_rows
+
+
+class HfVlm(GenerativeModel):
+    """Wraps one of the classes in `LAYOUTS`.
+
+    The model without its head is run, and only the states that somebody reads go on. These classes apply neither a
+    scale nor a cap to their logits, whatever the config of their language model says, and nor does `head`.
+
+    Args:
+        model: transformers' model, with head.
+        family: what `load_model` asks to read the folder of this model back.
+    Raises:
+        ConfigError: the tokenizer has more tokens than the head has rows.
+    """
+
+    processor: HfChatProcessor
+
+    def __init__(self, model: Any, *, processor: HfChatProcessor, name: str, family: str = "hf") -> None:
+        super().__init__()
+        self.model: Any = model
+        self.name, self.processor, self.family = name, processor, family
+        config = model.config
+        self.layout = LAYOUTS[config.model_type]
+        self.vocabulary = _vocabulary(model, processor, name)
+        vision, text = config.vision_config, config.text_config
+        self.image_levels = (
+            *_levels("blocks", len(blocks_of(self._vision)), getattr(vision, self.layout.width)),
+            LevelInfo("projector", text.hidden_size, "tokens"),
+        )
+        self.text_levels = _levels("layers", text.num_hidden_layers, text.hidden_size)
+
+    @property
+    def _vision(self) -> Any:
+        return self.model.model.get_submodule(self.layout.vision)
+
+    @property
+    def _language(self) -> Any:
+        return self.model.model.get_submodule(self.layout.language)
+
+    @property
+    def head(self) -> LogitHead:
+        layer, size = self.model.lm_head, self.vocabulary.size
+        return LogitHead(layer.weight[:size], None if layer.bias is None else layer.bias[:size])
+
+    @property
+    def parts(self) -> Mapping[str, frozenset[str]]:
+        layout = self.layout
+        prefixes = {
+            "vision": [f"model.model.{layout.vision}"],
+            "projector": [f"model.model.{name}" for name in layout.projector],
+            "embeddings": [f"model.model.{layout.language}.embed_tokens"],
+            "language": [f"model.model.{layout.language}"],
+            "head": ["model.lm_head"],
+            "adapters": [],
+        }
+        return split_by_name((name for name, _ in self.named_parameters()), prefixes)
+
+    def forward(self, inputs: ChatInput, needs: TokenNeeds | None = None) -> TokenFeatures:
+        needs = needs or TokenNeeds()
+        self._check(needs)
+        at = positions(inputs)
+        layers = [name for name in needs.levels if name.startswith("layers.")]
+        blocks = [name for name in needs.levels if name.startswith("blocks.")]
+        projected = needs.projected or "projector" in needs.levels
+        with ExitStack() as hooks:
+            language, vision = blocks_of(self._language), blocks_of(self._vision)
+            kept = hooks.enter_context(
+                _outputs(
+                    {name: language[_number(name)] for name in layers}
+                    | {name: vision[_number(name)] for name in blocks}
+                )
+            )
+            fed = hooks.enter_context(_fed_to(self._language)) if projected else {}
+            states = self.model.model(**self._arguments(inputs), use_cache=False).last_hidden_state
+        if self.text_levels[-1].name in layers:
+            kept[self.text_levels[-1].name] = states  # after the final norm
+        asked: dict[Where, Tensor] = {where: mask for where, mask in at.items() if where in needs.where}
+        levels: dict[str, Mapping[Where, Rows]] = {name: _selected(kept[name], asked) for name in layers}
+        levels |= {name: {"visual": self._patches(kept.get(name), inputs)} for name in blocks}
+        tokens = visual_rows(fed["inputs_embeds"], inputs.visual) if projected else None
+        if tokens is not None and "projector" in needs.levels:
+            levels["projector"] = {"visual": tokens}
+        return TokenFeatures(
+            hidden=_selected(states, asked),
+            targets=inputs.texts.ids[inputs.answer],
+            head=self.head,
+            projected=tokens if needs.projected else None,
+            levels=levels,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: ChatInput, how: Decoding, keys: Sequence[int] | None = None) -> list[list[int]]:
+        if how.temperature > 0 and (keys is None or len(keys) != len(inputs)):
+            raise ValueError(f"tokens are drawn for {len(inputs)} dialogues: give a key for each of them")
+        prompts = inputs.prompts()
+        start = prompts.texts.ids.shape[1]
+        choice = KeyedChoice(
+            size=self.vocabulary.size,
+            never=(self.vocabulary.image_id,),
+            start=start,
+            keys=None if how.temperature <= 0 else keys,
+            temperature=how.temperature,
+            top_p=how.top_p,
+        )
+        with eval_mode(self), self._plain_generation(how):
+            written = self.model.generate(**self._arguments(prompts), logits_processor=[choice])
+        return [until_end(row, self.vocabulary.end_ids) for row in written[:, start:].tolist()]
+
+    def save(self, folder: Path) -> None:
+        """Ours, and transformers' own: the Auto classes read model and processor from the folder."""
+        options = {
+            "model_type": self.model.config.model_type,
+            "max_tokens": self.processor.max_tokens,
+            "train_on": self.processor.train_on,
+        }
+        write_model_folder(folder, family=self.family, name=self.name, options=options)
+        self.model.save_pretrained(folder)
+        usual_rights(folder.glob("*.safetensors"))
+        self.processor.native.save_pretrained(folder)
+
+    def _arguments(self, inputs: ChatInput) -> dict[str, Tensor]:
+        pictures = {
+            name: (rows.to(self.model.dtype) if rows.is_floating_point() else rows)
+            for name, rows in inputs.pictures.items()
+            if len(rows)
+        }
+        if self.layout.nested:
+            pictures = {name: rows[None] for name, rows in pictures.items()}
+        return {
+            "input_ids": inputs.texts.ids,
+            "attention_mask": inputs.texts.mask.long(),
+            **inputs.sequence,
+            **pictures,
+        }
+
+    def _patches(self, values: Tensor | None, inputs: ChatInput) -> Rows:
+        """A vision block's output as rows of patches; none where the batch has no picture."""
+        if values is None:
+            none = inputs.texts.ids.new_zeros(0)
+            width = self.image_levels[0].width
+            return Rows(torch.zeros(0, width, device=none.device, dtype=self.model.dtype), none, none)
+        if self.layout.packed:
+            grids = inputs.pictures["image_grid_thw"]
+            if self.layout.windowed:
+                values = unwindowed(values, self._vision, grids)
+            return packed_rows(values, grids, self._vision.spatial_merge_size, inputs.extents["image_grid_thw"])
+        patch = self.model.config.vision_config.patch_size
+        side = patch if isinstance(patch, int) else patch[0]
+        return tile_rows(values, inputs.pictures["pixel_values"], side, inputs.extents["pixel_values"])
+
+    def _check(self, needs: TokenNeeds) -> None:
+        known = [level.name for level in (*self.image_levels, *self.text_levels)]
+        for name in needs.levels:
+            if name not in known:
+                raise ValueError(
+                    f"{self.name} has no level {name!r}{closest(name, known)}. It has: {', '.join(known)}."
+                )
+        if needs.attention:
+            raise ValueError(f"attention maps of {self.name} cannot be read: its layers compute none")
+
+    @contextmanager
+    def _plain_generation(self, how: Decoding) -> Iterator[None]:
+        """Without the settings of decoding that a hub's folder may bring, and without traces for the next forward."""
+        from transformers import GenerationConfig
+
+        before = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=how.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=list(self.vocabulary.end_ids),
+            pad_token_id=self.vocabulary.pad_id,
+        )
+        try:
+            yield
+        finally:
+            self.model.generation_config = before
+            if hasattr(self.model.model, "rope_deltas"):  # positions of the dialogues that were just written
+                self.model.model.rope_deltas = None
+
+
+def _vocabulary(model: Any, processor: HfChatProcessor, name: str) -> Vocabulary:
+    tokenizer = processor.native.tokenizer
+    size, rows = max(tokenizer.get_vocab().values()) + 1, int(model.lm_head.weight.shape[0])
+    if size > rows:
+        raise ConfigError(
+            f"the tokenizer of {name} has {size} tokens, but its head writes {rows}: give the tokenizer that it was "
+            "trained with"
+        )
+    stated = model.generation_config.eos_token_id
+    others = [] if stated is None else [stated] if isinstance(stated, int) else list(stated)
+    if tokenizer.eos_token_id is not None:
+        others.append(tokenizer.eos_token_id)
+    return Vocabulary(
+        size=size,
+        rows=rows,
+        end_ids=tuple(dict.fromkeys([processor.end_id, *others])),
+        pad_id=processor.pad_id,
+        image_id=processor.image_id,
+        digest=vocabulary_digest(tokenizer),
+    )
+
+
+def _levels(kind: str, count: int, width: int) -> tuple[LevelInfo, ...]:
+    return tuple(LevelInfo(f"{kind}.{number}", int(width), "tokens") for number in range(count))
+
+
+def _number(level: str) -> int:
+    return int(level.rpartition(".")[2])
+
+
+def _selected(states: Tensor, asked: Mapping[Where, Tensor]) -> dict[Where, Rows]:
+    return {
+        where: visual_rows(states, mask) if where == "visual" else rows_at(states, mask)
+        for where, mask in asked.items()
+    }
+
+
+@contextmanager
+def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What modules return inside this context, by name."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            kept[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _fed_to(language: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """`inputs_embeds` as the language model was given them: words, and visual tokens in their places."""
+    kept: dict[str, Tensor] = {}
+
+    def hook(_module: nn.Module, _arguments: Any, named: dict[str, Any]) -> None:
+        kept["inputs_embeds"] = named["inputs_embeds"]
+
+    handle = language.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield kept
+    finally:
+        handle.remove()

@@ -1,0 +1,77 @@
+"""From a folder or hub id of transformers' format to an `HfVlm`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cmapkd.config import Config, ConfigError
+from cmapkd.models.chat import HfChatProcessor, TrainOn
+from cmapkd.models.errors import first_line
+from cmapkd.models.hf_vlm import HfVlm
+from cmapkd.models.vlm_layouts import LAYOUTS
+
+
+class HfVlmOptions(Config):
+    """What can be chosen about an image-text model of transformers that writes."""
+
+    max_tokens: int | None = Field(
+        None, ge=8, description="Longest dialogue with its picture, in tokens. None: as long as the model takes."
+    )
+    train_on: Literal["last", "all"] = Field(
+        "last", description="last: a dialogue's last answer is learned; all: every answer."
+    )
+    revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
+
+
+def assemble(source: str, model: Any, options: HfVlmOptions, fetching: dict[str, Any], name: str) -> HfVlm:
+    """The model with the processor that stands at `source`.
+
+    Raises:
+        ConfigError: the processor cannot serve a model that writes.
+        ValueError: there is none that can be read.
+    """
+    native = read_processor(source, fetching, name)
+    processor = processor_of(native, model.config, name=name, max_tokens=options.max_tokens, train_on=options.train_on)
+    return HfVlm(model, processor=processor, name=name)
+
+
+def read_processor(source: str, fetching: dict[str, Any], name: str) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        native = AutoProcessor.from_pretrained(source, trust_remote_code=False, **fetching)
+        if getattr(native, "tokenizer", None) is None or getattr(native, "image_processor", None) is None:
+            raise ValueError("it has no tokenizer, or no image processor")
+    except Exception as error:
+        raise ValueError(
+            f"there is no usable processor for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). It "
+            "needs processor_config.json or preprocessor_config.json, tokenizer.json, tokenizer_config.json and "
+            "chat_template.jinja there."
+        ) from None
+    return native
+
+
+def processor_of(
+    native: Any, config: Any, *, name: str, max_tokens: int | None = None, train_on: TrainOn = "last"
+) -> HfChatProcessor:
+    """transformers' processor as the model of that config needs it.
+
+    Raises:
+        ConfigError: more tokens are allowed than the model takes, or the processor does not fit.
+    """
+    longest = int(config.text_config.max_position_embeddings)
+    if max_tokens is not None and max_tokens > longest:
+        raise ConfigError(f"max_tokens {max_tokens} is more than {name} takes: {longest} tokens")
+    layout = LAYOUTS[config.model_type]
+    image_id = getattr(config, "image_token_id", None)
+    return HfChatProcessor(
+        native,
+        image_id=int(config.image_token_index if image_id is None else image_id),
+        max_tokens=max_tokens or longest,
+        train_on=train_on,
+        picture_options=layout.picture_options,
+        nested=layout.nested,
+        name=name,
+    )

@@ -1,0 +1,44 @@
+"""A byte-level tokenizer learned from training texts, and the chat template of tiny image-text models that write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+PAD, START, END = "<pad>", "<|im_start|>", "<|im_end|>"
+
+# The form of ChatML. PICTURE is replaced by what stands for a picture. A newline is written as an expression, because
+# Jinja drops one that follows a block.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\\n' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer(texts: Iterable[str], *, size: int, special: Sequence[str] = (), **named: str) -> Any:
+    """Byte-pair encoding over bytes, so that every text survives it; a transformers tokenizer.
+
+    Args:
+        texts: what pieces are learned from; the same ones in the same order give the same pieces.
+        size: most pieces, the 256 bytes and the special ones among them.
+        special: further special tokens.
+        named: roles of special tokens for a processor, as `image_token="<image>"`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[PAD, START, END, *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, extra_special_tokens=named)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from cmapkd.cache.config import DEFAULT_VIEWS, CacheConfig
 from cmapkd.cache.files import CacheError
@@ -43,18 +43,28 @@ class Seen:
 
 
 class Asked(Protocol):
-    """What a method reads of one teacher in all its stages together."""
+    """What a method reads of one teacher in all its stages together.
 
-    def layout(self, seen: Seen) -> Layout:
-        """What is stored where no cache is there yet.
+    Attributes:
+        smaller: a setting that makes rows smaller.
+    """
+
+    smaller: ClassVar[str]
+
+    def outline(self, seen: Seen) -> Layout:
+        """The layout where no cache is there yet, but for what the data alone decide: it names the cache's folder.
 
         Raises:
             CacheError: the config asks for less than the method reads, or for what such a teacher does not have.
         """
         ...
 
-    def named(self, seen: Seen) -> dict[str, Any]:
-        """What of the layout names a cache's folder, beside the identity: what the data alone do not decide."""
+    def completed(self, outline: Any, seen: Seen) -> Layout:
+        """With what the data decide.
+
+        Raises:
+            CacheError: no sample can be read.
+        """
         ...
 
     def lacking(self, layout: Layout) -> str | None:
@@ -81,6 +91,8 @@ def asked_of(method: Method, role: str) -> Asked:
 class AskedTowers:
     """Embeddings of both towers, since any method may read them, and levels."""
 
+    smaller: ClassVar[str] = "cache.store=int8"
+
     needs: LevelRequest = LevelRequest(towers=BOTH)
     detail: TeacherDetail = "global"
     key_tokens: KeyTokens | None = None  # where the method reads them
@@ -100,7 +112,7 @@ class AskedTowers:
             )
         return config.kind
 
-    def layout(self, seen: Seen) -> RowLayout:
+    def outline(self, seen: Seen) -> RowLayout:
         """Found by asking the teacher about one sample, where it is now.
 
         Raises:
@@ -122,8 +134,8 @@ class AskedTowers:
         context = model.tokenizer.context_length
         return RowLayout.of(features, kind=kind, store=config.store, context_length=context, key_tokens=chosen)
 
-    def named(self, seen: Seen) -> dict[str, Any]:
-        return self.layout(seen).plain()
+    def completed(self, outline: RowLayout, seen: Seen) -> RowLayout:  # noqa: ARG002
+        return outline
 
     def lacking(self, layout: Layout) -> str | None:
         if not isinstance(layout, RowLayout):
@@ -135,19 +147,12 @@ class AskedTowers:
 class AskedTokens:
     """The likeliest tokens of each token of the answers."""
 
+    smaller: ClassVar[str] = "a smaller method.top_k"
+
     top: TopRequest
 
-    def layout(self, seen: Seen) -> TokenLayout:
-        """Its room is the longest answer of the data, which one pass over their texts finds.
-
-        Raises:
-            CacheError: no answer can be read.
-        """
-        named, longest = self.named(seen), seen.config.max_answer_tokens
-        return TokenLayout(**{**named, "answer_tokens": longest or longest_answer(seen)})
-
-    def named(self, seen: Seen) -> dict[str, Any]:
-        """All but the room for answers where it follows from data and processor."""
+    def outline(self, seen: Seen) -> TokenLayout:
+        """Without room for answers, where the config does not name any."""
         config, model = seen.config, seen.teacher.model
         assert isinstance(model, GenerativeModel)
         if config.kind != "auto":
@@ -164,8 +169,15 @@ class AskedTokens:
             )
         size = model.vocabulary.size
         count = min(config.top_k or self.top.count, size)
-        named = {"store": config.store, "count": count, "temperature": self.top.temperature, "size": size}
-        return named if config.max_answer_tokens is None else {**named, "answer_tokens": config.max_answer_tokens}
+        return TokenLayout(config.store, count, self.top.temperature, size, config.max_answer_tokens or 0)
+
+    def completed(self, outline: TokenLayout, seen: Seen) -> TokenLayout:
+        """With room for the longest answer of the data, which one pass over their texts finds.
+
+        Raises:
+            CacheError: no answer can be read.
+        """
+        return replace(outline, answer_tokens=longest_answer(seen)) if not outline.answer_tokens else outline
 
     def lacking(self, layout: Layout) -> str | None:
         if not isinstance(layout, TokenLayout):

@@ -56,6 +56,7 @@ def identity_of(
         "format": FORMAT,
         "teacher": weight_hash(model),
         **reading_fingerprint(model, _captions(source)),
+        **({"attention": model.attention} if isinstance(model, GenerativeModel) else {}),
         "views": view_hash(views),
         "data": f"{source.fingerprint()} of {len(source)}",
         "precision": precision,
@@ -74,7 +75,6 @@ def reading_fingerprint(model: Model, captions: Iterable[str] = ()) -> dict[str,
         return {
             "processor": model.processor.fingerprint(),
             "vocabulary": f"{vocabulary.size} tokens, {vocabulary.digest}",
-            "attention": model.attention,
         }
     assert isinstance(model, DualEncoder)
     return {"image_spec": plain_image_spec(model), "tokenizer": tokenizer_hash(model, captions)}

@@ -63,6 +63,10 @@ class HfVlm(GenerativeModel):
         return self.model.model.get_submodule(self.layout.language)
 
     @property
+    def attention(self) -> str:
+        return str(self.model.config._attn_implementation)
+
+    @property
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
         return LogitHead(layer.weight[:size], None if layer.bias is None else layer.bias[:size])

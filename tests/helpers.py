@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cmapkd.data.batches import BatchBuilder, Reader
+from cmapkd.data.batches import BatchBuilder
+from cmapkd.data.readers import DualReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
@@ -185,7 +186,7 @@ def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBui
     models = {"student": method.student} | {
         role: teacher.model for role, teacher in method.teachers.items() if teacher.reads == role
     }
-    readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+    readers = {role: DualReader(model.image_spec, model.tokenizer) for role, model in models.items()}
     options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
     options = {"texts": TextChoice(method.text_pools), **options}
     return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)

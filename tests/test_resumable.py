@@ -26,7 +26,7 @@ cache: mode folder check max_gib batch_size shard_mib
 """
 REFUSED = """
 : baseline seed
-data: train val test mix_synthetic held_out
+data: train val test mix_synthetic held_out max_tokens
 training: steps epochs batch_size precision ema evaluate_every student train_parts
 evaluation: tasks templates class_names limit shared_captions settings
 cache: store kind
@@ -38,6 +38,7 @@ REFUSED_WHOLE = (  # sections in which every setting is refused, and a new one i
     "data.views.",
     "data.more.",
     "data.more_views.",
+    "data.prompts.",
     "method.",
     "heads.",
     "training.stages.",

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cmapkd.config import apply_overrides, load_mapping, merge_mappings
-from cmapkd.models import DualEncoder, load_model
+from cmapkd.models import Model, load_model
 from cmapkd.own_loop import method
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, run
@@ -54,7 +54,7 @@ def distill(
     return run(config, out=Path(out), resume=resume, extend_to=extend_to, console=None if quiet else Console())
 
 
-def load(model: str | Path) -> DualEncoder:
+def load(model: str | Path) -> Model:
     """A model in eval mode: a run folder, its `student/`, or a name such as `tiny:scenes-teacher`.
 
     Raises:
@@ -63,7 +63,7 @@ def load(model: str | Path) -> DualEncoder:
     return load_model(model) if Path(model).is_dir() else _by_name(str(model))
 
 
-def _by_name(name: str) -> DualEncoder:
+def _by_name(name: str) -> Model:
     from cmapkd.models import build_model
 
     return build_model(name)

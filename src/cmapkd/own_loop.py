@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError, closest
-from cmapkd.data.batches import Reader
+from cmapkd.data.readers import DualReader
 from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.data.types import Batch, ModelInput
 from cmapkd.methods import METHODS, Method, StepInfo, Term, build_method
 from cmapkd.methods.terms import total_loss
 from cmapkd.models import DualEncoder, FrozenTeacher, build_model, load_model
+from cmapkd.models.contracts import dual
 from cmapkd.models.embedding import Picture, opened
 from cmapkd.models.images import ImageSpec
 
@@ -111,7 +112,7 @@ class Distiller(nn.Module):
         inputs: dict[str, ModelInput] = {}
         for role, model in models.items():
             _check_size(f"images of the {role}", len(pixels[role]), size)
-            inputs[role] = Reader(model.image_spec, model.tokenizer).input(pixels[role], list(texts), pools)
+            inputs[role] = DualReader(model.image_spec, model.tokenizer).input(pixels[role], list(texts), pools)
         if ids is None:
             ids = [f"own-{number}" for number in range(self._seen, self._seen + size)]
             self._seen += size
@@ -194,7 +195,7 @@ def _photos_of(names: Sequence[str]) -> ClassPrompts:
 def _model(model: DualEncoder | str | Path) -> DualEncoder:
     if isinstance(model, DualEncoder):
         return model
-    return load_model(model) if Path(model).is_dir() else build_model(str(model))
+    return dual(load_model(model) if Path(model).is_dir() else build_model(str(model)), "an own loop")
 
 
 def _pixels(

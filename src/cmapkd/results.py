@@ -91,8 +91,9 @@ class RunResult:
 def gap_closed(teacher: Scores | None, student: Scores | None, baseline: Scores | None) -> float | None:
     """(student - baseline) / (teacher - baseline) on the first headline of all three: 0 is the baseline, 1 the teacher.
 
-    The headline is mean R@1 where there is retrieval, then zero-shot top-1; see `evaluation.headline`. None where a
-    model is missing, they share no headline, or the baseline is no worse than the teacher, so that there is no gap.
+    The headline is mean R@1 where there is retrieval, then zero-shot top-1; of models that write the accuracy of
+    answers, then CIDEr-D, then negative bits per byte; see `evaluation.headline`. None where a model is missing, they
+    share no headline, or the baseline is no worse than the teacher, so that there is no gap.
     """
     shared = _shared_headline(teacher, student, baseline)
     if shared is None:
@@ -129,8 +130,8 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
     cells["of"] = [_set(scores) for _, scores in rows]
     heads = [headlines(scores) for _, scores in rows]
     for task in dict.fromkeys(task for each in heads for task in each if task != "retrieval"):
-        name = next(each[task][0].head for each in heads if task in each)
-        cells[name] = [_shown(each[task][1] if task in each else None) for each in heads]
+        headline = next(each[task][0] for each in heads if task in each)
+        cells[headline.head] = [_shown(each[task][1] if task in each else None, headline.digits) for each in heads]
     shown = {name: column for name, column in cells.items() if any(cell != "-" for cell in column)}
     table = Table(title=Text(printable(title)))
     for name in ("model", *shown, "parameters"):
@@ -144,8 +145,8 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
     return table
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _shown(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _set(scores: Scores) -> str:

@@ -12,8 +12,9 @@ from cache_support import LENGTH, VIEWS
 
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
 from cmapkd.cache.asked import AskedTowers
-from cmapkd.data.batches import BatchBuilder, Reader
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.plans import PlanSampler
+from cmapkd.data.readers import DualReader
 from cmapkd.features import KeyTokens
 from cmapkd.features.pyramid import grid_of, pooled
 from cmapkd.models import FrozenTeacher, LevelRequest, build_model
@@ -52,7 +53,7 @@ def test_every_level_as_live(family: str, detail: Any, tmp_path: Path) -> None:
     teacher = FrozenTeacher(model)
     needs = LevelRequest(*(tuple(info.name for info in infos) for infos in (model.image_levels, model.text_levels)))
     source = MemorySource(LENGTH)
-    readers = {"teacher": Reader(model.image_spec, model.tokenizer)}
+    readers = {"teacher": DualReader(model.image_spec, model.tokenizer)}
     plan = PlanSampler(LENGTH, batch_size=6, seed=0, start=0, stop=1).plan(0)
     live = teacher(BatchBuilder(source, VIEWS, readers, seed=0)[plan], needs)
     plans, asked = [], AskedTowers(needs, detail, KeyTokens())

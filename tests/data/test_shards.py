@@ -68,7 +68,7 @@ def test_fields(tmp_path: Path) -> None:
         ("f.png", picture()),
         (
             "f.json",
-            as_json(qa=[{"question": "2 or 3?", "answer": "2", "kind": "other", "question_id": 9}], boxes=[CROWD]),
+            as_json(qa=[ASKED | {"category": "numbers"}], boxes=[CROWD]),
         ),
         ("d.png", picture()),
         ("d.json", as_json(caption="of the json", key="d")),
@@ -83,7 +83,7 @@ def test_fields(tmp_path: Path) -> None:
     assert (b.id, b.captions, b.label) == ("s/b", ("first", "second"), 7)
     assert c.id == "12"
     assert [(q.answers, q.kind) for q in c.questions] == [(("teal",), "other"), (("2", "3"), "number")]
-    assert f.questions == (QuestionAnswer("2 or 3?", ("2",), "other", "9"),)
+    assert f.questions == (QuestionAnswer("2 or 3?", ("2",), "other", "9", "numbers"),)
     assert f.boxes == (Box(1, 2, 3, 4, "cats", crowd=True, area=5.5),)
     assert d.captions == ("of the json",)
     assert e.captions == ("of the text",)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from model_support import randomise
 from PIL import Image
 
 from cmapkd.data.dialogues import ChatInput, Dialogue, Turn, join_items
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import processor_of
-from cmapkd.models.tiny_vlm_words import TEMPLATE, byte_tokenizer
-from model_support import randomise
+from cmapkd.models.tiny_vlm_words import byte_tokenizer, template_of
 
 TEXTS = ("Is there a red circle?", "yes", "no", "How many squares are there?", "2", "a red circle and a blue square")
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -54,7 +54,7 @@ def llava() -> tuple[Any, Any]:
         tokens,
         patch_size=16,
         vision_feature_select_strategy="full",
-        chat_template=TEMPLATE.replace("PICTURE", "<image>"),
+        chat_template=template_of("<image>"),
     )
     return library.LlavaForConditionalGeneration(config), processor
 
@@ -85,9 +85,7 @@ def _nested(kind: str) -> tuple[Any, Any]:
     pixels = library.Idefics3ImageProcessor(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
     )
-    processor = library.Idefics3Processor(
-        pixels, tokens, image_seq_len=4, chat_template=TEMPLATE.replace("PICTURE", "<image>")
-    )
+    processor = library.Idefics3Processor(pixels, tokens, image_seq_len=4, chat_template=template_of("<image>"))
     return getattr(library, f"{kind}ForConditionalGeneration")(config), processor
 
 
@@ -125,7 +123,7 @@ def _qwen(module: str, kind: str, vision: dict[str, Any]) -> tuple[Any, Any]:
     sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
     pixels = library.Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 32**2, "longest_edge": 96**2})
     video = library.Qwen3VLVideoProcessor if kind == "Qwen3VL" else library.Qwen2VLVideoProcessor
-    template = TEMPLATE.replace("PICTURE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = template_of("<|vision_start|><|image_pad|><|vision_end|>")
     processor = getattr(library, f"{kind}Processor")(pixels, tokens, video(**sizes), chat_template=template)
     return getattr(library, f"{kind}ForConditionalGeneration")(config), processor
 
@@ -146,7 +144,7 @@ def internvl() -> tuple[Any, Any]:
         tokens,
         library.InternVLVideoProcessor(size=SIDE),
         image_seq_length=4,
-        chat_template=TEMPLATE.replace("PICTURE", "<IMG_CONTEXT>"),
+        chat_template=template_of("<IMG_CONTEXT>"),
     )
     return library.InternVLForConditionalGeneration(config), processor
 
@@ -165,7 +163,7 @@ def gemma3() -> tuple[Any, Any]:
         image_token_index=tokens.image_token_id,
     )
     pixels = library.Gemma3ImageProcessor(size=SIDE)
-    template = TEMPLATE.replace("PICTURE", "<boi>")
+    template = template_of("<boi>")
     processor = library.Gemma3Processor(pixels, tokens, image_seq_length=4, chat_template=template)
     return library.Gemma3ForConditionalGeneration(config), processor
 

@@ -23,7 +23,7 @@ from cmapkd.methods import Method
 from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail
 from cmapkd.methods.generative import GenerativeMethod, TopRequest
 from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
-from cmapkd.models.generative import ChatProcessor, GenerativeModel
+from cmapkd.models.generative import ChatProcessor
 from cmapkd.models.token_types import TokenNeeds
 from cmapkd.models.types import BOTH
 
@@ -122,7 +122,9 @@ class AskedTowers:
         assert isinstance(model, DualEncoder)
         for name in ("top_k", "max_answer_tokens"):
             if getattr(config, name) is not None:
-                raise CacheError(f"cache.{name} is for a teacher that writes, and {model.name} has two towers: leave it out")
+                raise CacheError(
+                    f"cache.{name} is for a teacher that writes, and {model.name} has two towers: leave it out"
+                )
         needs, kind = self.needs, self.kind(config)
         if kind != "global" and config.kind != "auto" and not (needs.image_levels or needs.text_levels):
             # asked to hold levels that this method does not read: all of them
@@ -150,26 +152,27 @@ class AskedTokens:
     smaller: ClassVar[str] = "a smaller method.top_k"
 
     top: TopRequest
+    size: int  # tokens that student and teacher have in common
 
     def outline(self, seen: Seen) -> TokenLayout:
         """Without room for answers, where the config does not name any."""
         config, model = seen.config, seen.teacher.model
-        assert isinstance(model, GenerativeModel)
         if config.kind != "auto":
             raise CacheError(
                 f"cache.kind is {config.kind}, which teachers of two towers have, and {model.name} writes: leave "
                 "cache.kind out, and set cache.top_k to hold more tokens than the method reads"
             )
-        if config.store == "int8":
-            raise CacheError("cache.store int8 is for vectors, and likeliest tokens are none: set cache.store=fp16")
-        if config.top_k is not None and config.top_k < self.top.count:
+        if config.store != "fp16":
             raise CacheError(
-                f"cache.top_k is {config.top_k}, and the method reads the {self.top.count} likeliest tokens: set "
-                f"cache.top_k={self.top.count} or more, or leave it out"
+                f"cache.store is {config.store}, and likeliest tokens are stored in fp16: set cache.store=fp16"
             )
-        size = model.vocabulary.size
-        count = min(config.top_k or self.top.count, size)
-        return TokenLayout(config.store, count, self.top.temperature, size, config.max_answer_tokens or 0)
+        if config.top_k is not None and config.top_k < self.top.number:
+            raise CacheError(
+                f"cache.top_k is {config.top_k}, and the method reads the {self.top.number} likeliest tokens: set "
+                f"cache.top_k={self.top.number} or more, or leave it out"
+            )
+        count = min(config.top_k or self.top.number, self.size)
+        return TokenLayout("fp16", count, float(self.top.temperature), self.size, config.max_answer_tokens or 0)
 
     def completed(self, outline: TokenLayout, seen: Seen) -> TokenLayout:
         """With room for the longest answer of the data, which one pass over their texts finds.
@@ -182,7 +185,7 @@ class AskedTokens:
     def lacking(self, layout: Layout) -> str | None:
         if not isinstance(layout, TokenLayout):
             return "it holds the answers of a teacher of two towers"
-        return layout.lacks(self.top)
+        return layout.lacks(self.top, self.size)
 
 
 def longest_answer(seen: Seen) -> int:
@@ -193,8 +196,7 @@ def longest_answer(seen: Seen) -> int:
     Raises:
         CacheError: no answer can be read.
     """
-    processor = seen.teacher.model.processor
-    assert isinstance(processor, ChatProcessor)
+    processor: ChatProcessor = seen.teacher.model.processor
     limit, longest = seen.views.num_views or DEFAULT_VIEWS, 0
 
     @lru_cache(_LENGTHS_KEPT)
@@ -219,20 +221,20 @@ def longest_answer(seen: Seen) -> int:
 
 
 def _tokens_of(method: GenerativeMethod, role: str) -> AskedTokens:
-    name = type(method).__name__
+    name, vocabulary = type(method).__name__, method.teachers[role].model.vocabulary
     if role != next(iter(method.teachers)):
         raise CacheError(f"teacher {role} of {name} has no answers to keep in this version: set cache: off")
     if method.teacher_top is None:
         raise CacheError(
-            f"{name} reads all of the teacher's logits, {method.teachers[role].model.vocabulary.size:,} for each token, "
-            "and a cache holds the likeliest: set method.top_k (32 for example), or cache: off"
+            f"{name} reads the teacher's probabilities of all {vocabulary.size:,} tokens, and a cache holds those of "
+            "the likeliest: set method.top_k (32 for example), or cache: off"
         )
     if method.teacher_needs != TokenNeeds():
         raise CacheError(
             f"{name}, as it is set, reads more of the teacher than its next-token distributions, and a cache holds no "
             "more in this version: set cache: off"
         )
-    return AskedTokens(method.teacher_top)
+    return AskedTokens(method.teacher_top, method.num_tokens or vocabulary.size)
 
 
 def _one_sample(seen: Seen, model: DualEncoder) -> ModelInput:

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from cmapkd.cache.files import CacheError
-from cmapkd.cache.identity import reader_of
 from cmapkd.cache.prepare import CachePlan
 from cmapkd.data.readers import Shared
 from cmapkd.data.records import Unusable
 from cmapkd.data.types import BadSampleError
 from cmapkd.data.views import draw_view
+from cmapkd.models.reading import reader_of
 
 MEASURED_ROWS = 64
 
@@ -48,7 +48,7 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
         with _timed(cost, "build"):
             small.build(device=device)
         reader = small.open()
-        views, texts, form = plan.views, plan.texts, reader_of(plan.teacher.model)
+        views, texts, form = plan.views, plan.texts, reader_of(plan.teacher.model, max_tokens=plan.max_tokens)
         view = int(small.keys[0]) // len(plan.source)
         ids, indices, chosen, items = [], [], [], []
         for key in small.keys.tolist():

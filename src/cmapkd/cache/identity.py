@@ -11,7 +11,6 @@ import torch
 
 from cmapkd.cache.files import digest_of
 from cmapkd.data.batches import Choice
-from cmapkd.data.readers import ChatReader, DualReader, Reader
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.views import ViewSpec, draw_view
@@ -37,6 +36,7 @@ _REASONS = {
     "processor": "the teacher reads dialogues otherwise (tokenizer, chat template, pictures or longest dialogue)",
     "vocabulary": "the teacher writes other tokens",
     "attention": "the teacher computes attention otherwise",
+    "max_tokens": "it leaves out dialogues of another length (data.max_tokens)",
     "views": "it holds other views of the samples (data.views)",
     "data": "it was made from other data",
     "texts": "it answers other texts of the samples (pools of further texts, or data.prompts)",
@@ -45,18 +45,27 @@ _REASONS = {
 
 
 def identity_of(
-    model: Model, source: Source, views: ViewSpec, *, precision: str, texts: Choice | None = None
+    model: Model,
+    source: Source,
+    views: ViewSpec,
+    *,
+    precision: str,
+    texts: Choice | None = None,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Everything that an answer depends on besides sample and view number, as plain data.
 
     The model is read on the CPU or wherever it is; hashing takes about a second for each GB.
+
+    Args:
+        max_tokens: longest dialogue of a teacher that writes; None: as long as it takes.
     """
     plain = texts is None or (isinstance(texts, TextChoice) and texts.plain)
     return {
         "format": FORMAT,
         "teacher": weight_hash(model),
         **reading_fingerprint(model, _captions(source)),
-        **({"attention": model.attention} if isinstance(model, GenerativeModel) else {}),
+        **({"attention": model.attention, "max_tokens": max_tokens} if isinstance(model, GenerativeModel) else {}),
         "views": view_hash(views),
         "data": f"{source.fingerprint()} of {len(source)}",
         "precision": precision,
@@ -78,14 +87,6 @@ def reading_fingerprint(model: Model, captions: Iterable[str] = ()) -> dict[str,
         }
     assert isinstance(model, DualEncoder)
     return {"image_spec": plain_image_spec(model), "tokenizer": tokenizer_hash(model, captions)}
-
-
-def reader_of(model: Model) -> Reader:
-    """How a model reads a batch."""
-    if isinstance(model, GenerativeModel):
-        return ChatReader(model.processor)
-    assert isinstance(model, DualEncoder)
-    return DualReader(model.image_spec, model.tokenizer)
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -45,6 +45,7 @@ class CachePlan:
     keys: Keys  # what the run will read
     precision: str
     texts: Choice = field(default_factory=TextChoice)
+    max_tokens: int | None = None  # longest dialogue of a teacher that writes; none: as long as it takes
 
     @classmethod
     def of_method(
@@ -58,6 +59,7 @@ class CachePlan:
         precision: str,
         role: str = "teacher",
         texts: Choice | None = None,
+        max_tokens: int | None = None,
     ) -> CachePlan:
         """Before any stage has been entered: what all stages together read of the teacher with this role.
 
@@ -65,6 +67,7 @@ class CachePlan:
 
         Args:
             texts: that the run reads; none: a caption, and what the method asks for.
+            max_tokens: longest dialogue of a teacher that writes; None: as long as it takes.
         Raises:
             CacheError: the method has no use for one.
         """
@@ -75,7 +78,7 @@ class CachePlan:
             raise CacheError(f"teacher {role} of {type(method).__name__} has no answers to keep: set cache: off")
         config = config if role == "teacher" else beside(config, role)
         texts = texts or TextChoice(method.text_pools)
-        return cls(config, teacher, asked, source, views, keys, precision, texts)
+        return cls(config, teacher, asked, source, views, keys, precision, texts, max_tokens)
 
     @classmethod
     def of_student(
@@ -117,7 +120,14 @@ class CachePlan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        return identity_of(self.teacher.model, self.source, self.views, precision=self.precision, texts=self.texts)
+        return identity_of(
+            self.teacher.model,
+            self.source,
+            self.views,
+            precision=self.precision,
+            texts=self.texts,
+            max_tokens=self.max_tokens,
+        )
 
     @cached_property
     def folder(self) -> Path:
@@ -222,6 +232,7 @@ class CachePlan:
             progress=progress,
             timeout=timeout,
             texts=self.texts,
+            max_tokens=self.max_tokens,
         )
 
     def _create(self) -> CacheFolder:
@@ -279,7 +290,7 @@ class CachePlan:
             "role": self.teacher.role,
         }
         if isinstance(self.asked, AskedTokens):
-            return CachedTokens(self.teacher.model, reader.cache, count=self.asked.top.count, **options)
+            return CachedTokens(self.teacher.model, reader.cache, **options)
         return CachedTeacher(self.teacher.model, reader.cache, **options)
 
 

@@ -1,9 +1,8 @@
-"""How well stored likeliest tokens stand for a teacher's distribution: what is left to the rest, and what is rounded."""
+"""How well stored likeliest tokens stand for a teacher: how much is left to the rest, and how much is rounded."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +10,36 @@ import torch
 from torch import Tensor
 
 from cmapkd.cache.files import check_values
-from cmapkd.features.top_logits import TopLogits, top_tokens
-
-_FLOOR = math.log(torch.finfo(torch.float32).eps)  # what probabilities that sum to 1, rounded, can still hide
+from cmapkd.models.token_types import TopTokens
 
 
 class TokenFidelity:
     """Collects over batches, for each token of an answer: the probability outside the likeliest tokens, the divergence
-    of the stored from the live cells (likeliest tokens and the rest), and whether the likeliest token is the same.
+    KL(live, stored) on the likeliest tokens and the rest, and whether the likeliest token stays the same.
 
     Args:
-        temperature, size: of the layout.
+        read: decoded arrays [batch room ...] by field, as the rows of tokens that a loss reads.
     """
 
-    def __init__(self, temperature: float, size: int) -> None:
-        self.temperature, self.size = temperature, size
+    def __init__(self, read: Callable[[Mapping[str, Tensor]], TopTokens]) -> None:
+        self.read = read
         self.rows = self.tokens = self.agreeing = 0
         self.tail_sum = self.kl_sum = self.kl_max = 0.0
 
     @torch.no_grad()
     def add(self, live: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-        """Compares arrays [batch room ...] by field."""
+        """Compares arrays [batch room ...] by field; `live` also has exact log-probabilities `log_p`."""
         self.rows += len(live["tokens"])
-        real = torch.arange(live["lse"].shape[1], device=live["lse"].device) < live["tokens"][:, None]
-        wanted, found = (self._cells(arrays, real) for arrays in (live, stored))
-        differences = (wanted.exp() * (wanted.clamp(min=_FLOOR) - found.clamp(min=_FLOOR))).sum(-1)
-        self.tokens += len(wanted)
-        self.tail_sum += float(wanted[:, -1].exp().sum())
-        self.kl_sum += float(differences.sum())
-        self.kl_max = max(self.kl_max, float(differences.max())) if len(differences) else self.kl_max
-        likeliest = stored["ids"][real].gather(1, found[:, :-1].argmax(-1, keepdim=True))[:, 0]
-        self.agreeing += int((likeliest == live["ids"][real][:, 0]).sum())
-
-    def _cells(self, arrays: Mapping[str, Tensor], real: Tensor) -> Tensor:
-        """Log-probabilities [tokens k+1] of the likeliest tokens and of the rest, float64."""
-        found = TopLogits(*(arrays[name][real] for name in TopLogits._fields))
-        top = top_tokens(found, found.ids.shape[-1], temperature=self.temperature, size=self.size)
-        return torch.cat([top.log_p, top.rest[:, None]], -1).double()
+        real = torch.arange(live["rest"].shape[1], device=live["rest"].device) < live["tokens"][:, None]
+        exact, rest, ids = (live[name][real] for name in ("log_p", "rest", "ids"))
+        found = self.read(stored)
+        lost = (exact.double().exp() * (exact.double() - found.log_p.double())).sum(-1)
+        self.tokens += len(exact)
+        self.tail_sum += float(rest.exp().sum())
+        self.kl_sum += float(lost.sum())
+        self.kl_max = max(self.kl_max, float(lost.max())) if len(lost) else self.kl_max
+        likeliest = found.ids.gather(1, found.log_p.argmax(-1, keepdim=True))[:, 0]
+        self.agreeing += int((likeliest == ids[:, 0]).sum())
 
     def plain(self) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""The row of a teacher that writes: for each token of the answer the likeliest tokens, and the softmax over all."""
+"""The row of a teacher that writes: for each token of the answer its likeliest tokens, and all others as one."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from cmapkd.cache.files import CacheError
 from cmapkd.cache.rows import CHECK, Layout, as_in_training
 from cmapkd.cache.token_fidelity import TokenFidelity
 from cmapkd.data.dialogues import ChatInput
-from cmapkd.features.top_logits import TopLogits, top_logits
+from cmapkd.features.top_tokens import ROWS, StoredTokens, pack, top_tokens, unpack
 from cmapkd.methods.generative import TopRequest
 from cmapkd.models import FrozenTeacher
-from cmapkd.models.token_types import TokenNeeds
+from cmapkd.models.shared_vocabulary import cut_head
+from cmapkd.models.token_types import TokenNeeds, TopTokens
 
 TOKENS = "tokens"
 """The kind of such a layout, in `cache.json`."""
 SMALL_IDS = 2**16  # vocabularies up to this size have ids of two bytes
-_VALUES = {"fp32": ("<f4", torch.float32), "fp16": ("<f2", torch.float16)}
+_OF_TOKENS = ("targets", "ids", "gaps", "rest")
 
 
 class Answers(NamedTuple):
     """A teacher's answers to a batch, flat: one row for each token of an answer, in the order of the samples.
 
     Attributes:
-        top: of each row.
+        ids, gaps, rest: as in `StoredTokens`, of one temperature: Int[rows k], Float16[rows k], Float[rows].
         targets: Int[rows], the token itself.
         sample: Int[rows], the dialogue in the batch; ascending.
     """
 
-    top: TopLogits
+    ids: Tensor
+    gaps: Tensor
+    rest: Tensor
     targets: Tensor
     sample: Tensor
 
     def joined(self, other: Answers) -> Answers:
         """With the rows of other samples of the same batch, in the order of the samples."""
-        sample = torch.cat([self.sample, other.sample])
-        order = sample.argsort(stable=True)
-        top = TopLogits(*(torch.cat(pair)[order] for pair in zip(self.top, other.top, strict=True)))
-        return Answers(top, torch.cat([self.targets, other.targets])[order], sample[order])
+        order = torch.cat([self.sample, other.sample]).argsort(stable=True)
+        return Answers(*(torch.cat(pair)[order] for pair in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout(Layout):
     """Room for an answer of `answer_tokens` tokens; what a shorter answer leaves of it is zero.
 
-    Stored are ids, logits minus the row's largest one, and in float32 their log-sum-exp over the whole vocabulary at
-    one temperature. Near zero, where the likeliest tokens are, fp16 has more digits for such differences than for
-    logits: a log-probability is off by at most 2^-11 of the difference, divided by the temperature.
+    `features.top_tokens` says what is stored of a token. Rounding to fp16 moves a log-probability by at most 2^-11 of
+    the token's distance from the likeliest logit, divided by the temperature, and the rest by nothing.
 
     Attributes:
-        count: likeliest tokens of each row.
-        temperature: of the log-sum-exp.
-        size: tokens of the vocabulary.
+        count: likeliest tokens of each token of an answer.
+        temperature: at which they can be read.
+        size: tokens that student and teacher have in common; the softmax is over these.
         answer_tokens: the longest answer, its end token included.
     """
 
-    store: Literal["fp16", "fp32"]
+    store: Literal["fp16"]
     count: int
     temperature: float
     size: int
@@ -70,14 +70,14 @@ class TokenLayout(Layout):
 
     @property
     def needs_texts(self) -> bool:
-        """Never: targets are in the row, so that nobody prepares a dialogue for a teacher that does not read it."""
+        """Never: targets are in the row, so that no dialogue is prepared for a teacher that does not read it."""
         return False
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
         layout = cls(**{key: value for key, value in values.items() if key != "kind"})
         numbers = (layout.count, layout.size, layout.answer_tokens)
-        if layout.store not in _VALUES or not all(isinstance(n, int) and n > 0 for n in numbers):
+        if layout.store != "fp16" or not all(isinstance(n, int) and n > 0 for n in numbers):
             raise ValueError(f"rows of {numbers} tokens in {layout.store!r}")
         if not (isinstance(layout.temperature, float) and layout.temperature > 0 and layout.count <= layout.size):
             raise ValueError(f"{layout.count} of {layout.size} tokens at temperature {layout.temperature}")
@@ -89,72 +89,75 @@ class TokenLayout(Layout):
         return {"kind": TOKENS, **asdict(self)}
 
     @property
+    def _id(self) -> str:
+        return "<i2" if self.size <= SMALL_IDS else "<i4"
+
+    @property
     def dtype(self) -> np.dtype[Any]:
-        ids, values = ("<i2" if self.size <= SMALL_IDS else "<i4"), _VALUES[self.store][0]
-        room = self.answer_tokens
-        return np.dtype(
-            [
-                (CHECK, "<u8"),
-                ("tokens", "<i4"),
-                ("targets", ids, (room,)),
-                ("ids", ids, (room, self.count)),
-                ("values", values, (room, self.count)),
-                ("lse", "<f4", (room,)),
-            ]
-        )
+        room, top = (self.answer_tokens,), (self.answer_tokens, self.count)
+        fields = [("targets", self._id, room), ("ids", self._id, top), ("gaps", "<f2", top), ("rest", "<f4", room)]
+        return np.dtype([(CHECK, "<u8"), ("tokens", "<i4"), *fields])
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token of an answer."""
-        of_id, of_value = (np.dtype(kind).itemsize for kind in ("<i2" if self.size <= SMALL_IDS else "<i4", self._value))
-        return self.count * (of_id + of_value) + of_id + 4
-
-    @property
-    def _value(self) -> str:
-        return _VALUES[self.store][0]
+        of_id = np.dtype(self._id).itemsize
+        return self.count * (of_id + 2) + of_id + 4
 
     @property
     def short(self) -> str:
-        return f"{self.count} likeliest tokens in {self.store}, {self.token_bytes:,} bytes a token"
+        return f"{self.count} likeliest tokens, {self.token_bytes:,} bytes a token"
 
     def describe(self) -> str:
         return (
-            f"the {self.count} likeliest of {self.size:,} tokens at temperature {self.temperature:g} in {self.store}: "
+            f"the {self.count} likeliest of {self.size:,} tokens at temperature {self.temperature:g}: "
             f"{self.token_bytes:,} bytes a token, room for answers of {self.answer_tokens:,} tokens"
         )
 
-    def lacks(self, asked: TopRequest) -> str | None:
-        """Why rows like these cannot answer a method, or None if they can."""
+    def lacks(self, asked: TopRequest, size: int) -> str | None:
+        """Why rows like these cannot answer a method, or None if they can.
+
+        Args:
+            size: tokens that the method's student and teacher have in common.
+        """
         if self.temperature != asked.temperature:
             return (
                 f"its probabilities are of temperature {self.temperature:g}, and the method reads them at "
                 f"{asked.temperature:g}"
             )
-        if self.count < min(asked.count, self.size):
-            return f"it holds the {self.count} likeliest tokens, and the method reads {asked.count}"
+        if self.size != size:
+            return f"its probabilities are over {self.size:,} tokens, and student and teacher share {size:,}"
+        if self.count < min(asked.number, size):
+            return f"it holds the {self.count} likeliest tokens, and the method reads {asked.number}"
         return None
 
     def check_inputs(self, inputs: ChatInput, ids: Sequence[str]) -> None:
         lengths = inputs.answer.sum(-1)
-        if len(lengths) and int(lengths.max()) > self.answer_tokens:
+        if int(lengths.max()) > self.answer_tokens:
             longest = int(lengths.argmax())
             raise CacheError(
-                f"the answer of sample {ids[longest]!r} has {int(lengths[longest])} tokens of the teacher, and the "
-                f"cache has room for {self.answer_tokens}: set cache.max_answer_tokens={int(lengths[longest])} or more, "
-                "and build into another folder"
+                f"the answer of sample {ids[longest]!r} has {int(lengths[longest])} tokens of the teacher, and a row "
+                f"of the cache has room for {self.answer_tokens}: set cache.max_answer_tokens={int(lengths[longest])} or "
+                "more, and build into another folder"
             )
 
-    def answers(self, teacher: FrozenTeacher, inputs: ChatInput, precision: str) -> Answers:
-        """What the live teacher says to a batch."""
+    def answers(self, teacher: FrozenTeacher, inputs: ChatInput, precision: str) -> tuple[Answers, Tensor]:
+        """What the live teacher says to a batch, as it is stored; and its exact log-probabilities, Float[rows k]."""
+        at = self.temperature
         with as_in_training(inputs.texts.ids.device, precision):
             features = teacher.model(inputs, TokenNeeds())
-            rows, head = features.hidden["answer"], features.head
-            top = top_logits(rows.values, head, self.count, temperature=self.temperature)
-        return Answers(top, features.targets, rows.sample)
+            rows, head = features.hidden["answer"], cut_head(features.head, self.size)
+            packed, exact = [], []
+            for states in rows.values.split(ROWS):
+                logits = head(states)
+                packed.append(pack(logits, self.count, temperatures=(at,)))
+                exact.append(top_tokens(logits, self.count, temperature=at).log_p)
+        ids, gaps, rest = (torch.cat([getattr(part, name) for part in packed]) for name in ("ids", "gaps", "rest"))
+        return Answers(ids.long(), gaps, rest[:, 0], features.targets, rows.sample), torch.cat(exact)
 
     def ask(self, teacher: FrozenTeacher, inputs: ChatInput, precision: str) -> dict[str, Tensor]:
-        """By field, [batch ...], padded with zeros to `answer_tokens`."""
-        found = self.answers(teacher, inputs, precision)
+        """By field, [batch ...], padded with zeros to `answer_tokens`; and `log_p`, which is compared, not stored."""
+        found, log_p = self.answers(teacher, inputs, precision)
         lengths = torch.bincount(found.sample, minlength=len(inputs))
         place = torch.arange(len(found.sample), device=lengths.device) - (lengths.cumsum(0) - lengths)[found.sample]
 
@@ -163,46 +166,37 @@ class TokenLayout(Layout):
             table[found.sample, place] = rows
             return table
 
-        arrays = {name: padded(rows) for name, rows in found.top._asdict().items()}
-        return {"tokens": lengths, "targets": padded(found.targets), **arrays}
+        arrays = {name: padded(getattr(found, name)) for name in _OF_TOKENS}
+        return {"tokens": lengths, **arrays, "log_p": padded(log_p)}
 
     def encode(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Ids of a small vocabulary in the two's complement of 16 bits. A value below fp16's range has no probability
-        at any temperature that is used, and is stored as the smallest one."""
-        ids, (_, values) = (torch.int16 if self.size <= SMALL_IDS else torch.int32), _VALUES[self.store]
-        return {
-            "tokens": arrays["tokens"].int(),
-            "targets": arrays["targets"].to(ids),
-            "ids": arrays["ids"].to(ids),
-            "values": arrays["values"].clamp(min=torch.finfo(values).min).to(values),
-            "lse": arrays["lse"].float(),
-        }
+        """Ids of a small vocabulary in 16 bits, the upper half of them as negative numbers."""
+        ids = torch.int16 if self.size <= SMALL_IDS else torch.int32
+        narrow = {name: arrays[name].to(ids) for name in ("targets", "ids")}
+        return {**narrow, "tokens": arrays["tokens"].int(), "gaps": arrays["gaps"], "rest": arrays["rest"]}
 
     def decode(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mask = SMALL_IDS - 1 if self.size <= SMALL_IDS else -1
-        return {
-            "tokens": arrays["tokens"].long(),
-            "targets": arrays["targets"].long() & mask,
-            "ids": arrays["ids"].long() & mask,
-            "values": arrays["values"].float(),
-            "lse": arrays["lse"],
-        }
+        wide = {name: arrays[name].long() & mask for name in ("targets", "ids")}
+        return {**arrays, **wide, "tokens": arrays["tokens"].long()}
 
     def tensors(self, rows: NDArray[Any]) -> dict[str, Tensor]:
         """Cut to the longest answer of these rows, so that a batch does not carry room that it does not use."""
         longest = int(rows["tokens"].max(initial=0))
-        cut = {name: rows[name][:, :longest] for name in ("targets", "ids", "values", "lse")}
-        return {
-            name: torch.from_numpy(np.ascontiguousarray(array))
-            for name, array in {"tokens": rows["tokens"], **cut}.items()
-        }
+        arrays = {"tokens": rows["tokens"], **{name: rows[name][:, :longest] for name in _OF_TOKENS}}
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def flat(self, decoded: Mapping[str, Tensor]) -> Answers:
         """Decoded arrays as rows of tokens; a sample without an answer has none."""
-        room = torch.arange(decoded["lse"].shape[1], device=decoded["tokens"].device)
+        room = torch.arange(decoded["rest"].shape[1], device=decoded["tokens"].device)
         sample, place = (room < decoded["tokens"][:, None]).nonzero(as_tuple=True)
-        top = TopLogits(*(decoded[name][sample, place] for name in TopLogits._fields))
-        return Answers(top, decoded["targets"][sample, place], sample)
+        columns = {name: decoded[name][sample, place] for name in _OF_TOKENS}
+        return Answers(**columns, sample=sample)
+
+    def top(self, found: Answers) -> TopTokens:
+        """As a loss reads them."""
+        stored = StoredTokens(found.ids, found.gaps, found.rest[:, None], (self.temperature,))
+        return unpack(stored, temperature=self.temperature)
 
     def fidelity(self) -> TokenFidelity:
-        return TokenFidelity(self.temperature, self.size)
+        return TokenFidelity(lambda arrays: self.top(self.flat(arrays)))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.cache.token_layout import Answers, TokenLayout
 from cmapkd.data.dialogues import ChatInput
 from cmapkd.data.types import Batch, StoredRows
-from cmapkd.features.top_logits import top_tokens
-from cmapkd.models import Model
 from cmapkd.models.token_types import TokenFeatures, TokenNeeds
 
 
@@ -22,14 +18,7 @@ class CachedTokens(CachedTeacher):
     """Answers with `TokenFeatures.top` and `targets`, in the order of a live teacher's rows; it has no states.
 
     A sample without an answer is read and answered by the live teacher, whose rows take their places among the others.
-
-    Args:
-        count: likeliest tokens that the method reads; the cache may hold more.
     """
-
-    def __init__(self, model: Model, cache: CacheFolder, *, count: int, **options: Any) -> None:
-        super().__init__(model, cache, **options)
-        self.count = count
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: TokenNeeds | None = None) -> TokenFeatures:  # type: ignore[override]
@@ -47,8 +36,7 @@ class CachedTokens(CachedTeacher):
             inputs = batch.inputs[self.role]
             assert isinstance(inputs, ChatInput)
             found = found.joined(self._answered(layout, stored, inputs))
-        top = top_tokens(found.top, self.count, temperature=layout.temperature, size=layout.size)
-        return TokenFeatures({}, found.targets, top=top)
+        return TokenFeatures({}, found.targets, top=layout.top(found))
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         raise ValueError(f"{num} reference embeddings are asked of a teacher that writes, which has none")
@@ -57,5 +45,5 @@ class CachedTokens(CachedTeacher):
         """The live teacher's answers to the samples that lack one, in their places in the batch."""
         places = stored.missing.to(inputs.texts.ids.device)
         live = self.loaded(len(places), places.device)
-        found = layout.answers(live, inputs.rows(places.tolist()), self.precision)
+        found, _ = layout.answers(live, inputs.rows(places.tolist()), self.precision)
         return found._replace(sample=places[found.sample])

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, spans_of
 from cmapkd.cache.files import CacheError, digest_of_rows, explained, leftovers, new_file, write_json
-from cmapkd.cache.identity import reader_of
 from cmapkd.cache.known import KnownPictures
 from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.parts import CacheFolder, CachePart, Keys
@@ -27,6 +26,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.models import FrozenTeacher
+from cmapkd.models.reading import reader_of
 
 OnProgress = Callable[[int, int], None]  # rows done, rows to do, of this process
 
@@ -83,6 +83,7 @@ def build(
     skip_bad: bool = True,
     progress: OnProgress | None = None,
     texts: Choice | None = None,
+    max_tokens: int | None = None,
     timeout: float = 0.0,
 ) -> BuildResult:
     """Adds the answers to `keys` that the cache lacks; of several processes each takes every `world_size`-th shard.
@@ -91,6 +92,7 @@ def build(
         teacher: on the device where it shall answer.
         precision: `fp32`, or `bf16` for autocast, as the run will use.
         batch_size, shard_bytes: of new parts; one that was begun keeps its own.
+        max_tokens: longest dialogue of a teacher that writes; None: as long as it takes.
         timeout: seconds that reading a batch may take; 0: any time.
         skip_bad: a sample that cannot be read gets a row that says so; otherwise it ends the build.
     Raises:
@@ -108,9 +110,8 @@ def build(
         MissingShards(shards.part, tuple(shard for shard in shards.shards if shard % world_size == rank))
         for shards in missing
     ]
-    chunks = Chunks(
-        source, views, reader_of(teacher.model), [shards.part for shards in assigned], texts or TextChoice()
-    )
+    reader = reader_of(teacher.model, max_tokens=max_tokens)
+    chunks = Chunks(source, views, reader, [shards.part for shards in assigned], texts or TextChoice())
     spans = [span for number, shards in enumerate(assigned) for span in spans_of(shards.part, number, shards.shards)]
     total = sum(shards.rows for shards in assigned)
     built = BuildResult()

@@ -17,7 +17,7 @@ from cmapkd.cli.command import command_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cmapkd.models import DualEncoder
+    from cmapkd.models.base import Model
 
 
 def evaluate(
@@ -44,7 +44,8 @@ def evaluate(
         str,
         typer.Option(
             help="Comma-separated: retrieval, zero_shot, linear_probe, knn, vqa, captioning, detection, calibration, "
-            "agreement, efficiency; auto: the first two; all: whatever the data serve."
+            "agreement, efficiency; of models that write: answering, yes_no, describing, perplexity, token_agreement, "
+            "generation; auto: the first two, or the first four; all: whatever the data serve."
         ),
     ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
@@ -89,23 +90,31 @@ def evaluate(
         say(f"{stopped}. {where}")
         raise typer.Exit(130) from None
     title = f"Scores on {source.name}" if source is not None else "Cost"
-    _show(console, scores, title, untrained={name: list(model.random_towers) for name, model in loaded.items()})
+    _show(console, scores, title, untrained=_untrained(loaded))
     if json_file is not None:
         _write(json_file, source.name if source is not None else None, scores, config.model_dump(mode="json"))
 
 
-def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, DualEncoder]:
+def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, Model]:
     """The models by name; each is told of, because it may take long."""
     from cmapkd.api import load
+    from cmapkd.models.base import DualEncoder
     from cmapkd.models.untrained import remark_on_untrained
 
-    loaded = {}
+    loaded: dict[str, Model] = {}
     for number, (name, model) in enumerate(named.items(), 1):
         say(f"loading model {number} of {len(named)}: {name}")
-        loaded[name] = load(model)
-        if (remark := remark_on_untrained(loaded[name])) is not None:
+        loaded[name] = made = load(model)
+        if isinstance(made, DualEncoder) and (remark := remark_on_untrained(made)) is not None:
             say(f"warning: {remark}")
     return loaded
+
+
+def _untrained(models: dict[str, Model]) -> dict[str, list[str]]:
+    """The towers with random weights, by model."""
+    from cmapkd.models.base import DualEncoder
+
+    return {name: list(model.random_towers) for name, model in models.items() if isinstance(model, DualEncoder)}
 
 
 def _show(console: Console, scores: dict[str, Any], title: str, untrained: dict[str, list[str]]) -> None:

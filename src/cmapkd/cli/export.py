@@ -61,6 +61,7 @@ def export(
     from cmapkd.export.program import need_onnx
     from cmapkd.export.runtimes import RUNTIMES, export_runtime, need_runtime
     from cmapkd.export.write import export_onnx, open_validation
+    from cmapkd.models import dual
 
     refuse_existing(out)
     if to == "onnx":
@@ -69,16 +70,17 @@ def export(
         need_runtime(to)
     terms = licence_of(teachers_of(model), licence)
     source = None if data is None else open_validation(data, split)
+    read = dual(load(model), "cmapkd export")
     known: dict[str, Any] = {"origin": origin_of(model), "licence": terms, "data": source}
     if to == "onnx":
         names = [name.strip() for name in precision.split(",")]
         ranges = None if calibrate is None else open_calibration(calibrate)
         settings: dict[str, Any] = {"precisions": names, "calibration": ranges, "dims": dims}
-        parity = export_onnx(load(model), out, accept_loss=accept_loss, **settings, **known)
+        parity = export_onnx(read, out, accept_loss=accept_loss, **settings, **known)
     elif to in RUNTIMES:
-        parity = export_runtime(load(model), out, form=to, accept_loss=accept_loss, **known)
+        parity = export_runtime(read, out, form=to, accept_loss=accept_loss, **known)
     else:
-        parity = export_library(load(model), out, form="open_clip" if to == "open_clip" else "transformers", **known)
+        parity = export_library(read, out, form="open_clip" if to == "open_clip" else "transformers", **known)
     told = [*map(_line, parity["files"]), *_score_lines(parity)]
     told += [f"licence: {terms.warning}"] if terms.warning else []
     for line in (*told, f"files and their hashes: {out}"):

@@ -3,64 +3,59 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmapkd.config import ConfigError
 from cmapkd.data.memory import SampleMemory
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.random import permuted
+from cmapkd.data.readers import Reader, Shared
+from cmapkd.data.records import Unusable
 from cmapkd.data.streams import MAIN_STREAM, Stream, streams_of
-from cmapkd.data.texts import TextChoice, joined
-from cmapkd.data.types import BadSampleError, Batch, ModelInput, Sample, Source, StoredRows, TokenBatch
-from cmapkd.data.views import CropBox, View, ViewSpec, check_more_views, draw_more_view, draw_view
+from cmapkd.data.texts import TextChoice
+from cmapkd.data.types import BadSampleError, Batch, Input, Sample, Source, StoredRows
+from cmapkd.data.unseen import unseen
+from cmapkd.data.views import View, ViewSpec, check_more_views, draw_more_view, draw_view
 from cmapkd.data.workers import ReadAhead
 
 _TEXTS_KEPT = 100_000  # samples
-_NO_PICTURE = Image.new("RGB", (1, 1))
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
 
 
-class Preprocessing(Protocol):
-    """A model's own way from pixels and texts to its input; see `models.ImageSpec` and `models.Tokenizer`."""
+class Choice(Protocol):
+    """Which of a sample's texts a batch brings, a pure function of the sample and the number of its view. Picklable.
 
-    def __call__(self, image: Image.Image, box: CropBox | None = None) -> Tensor: ...
+    Attributes:
+        plain: whether `unseen.unseen` has all that it reads.
+    """
 
+    @property
+    def plain(self) -> bool: ...
 
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """How one model reads a batch."""
+    def choose(self, sample: Sample, view: View, number: int) -> Any:
+        """What is said of this view.
 
-    preprocess: Preprocessing
-    tokenize: Callable[[Sequence[str]], TokenBatch]
-
-    def input(
-        self,
-        images: Tensor,
-        captions: Sequence[str],
-        more: Mapping[str, Sequence[str]] | None = None,
-        more_images: Mapping[str, Tensor] | None = None,
-    ) -> ModelInput:
-        """The model's input.
-
-        Args:
-            images: its own pixels of the main views, Float[batch 3 height width].
-            captions: one text of each sample.
-            more: by pool one or more texts of each sample, those of a sample together (`TextChoice.columns`).
-            more_images: its own pixels of further views by name, those of a sample together.
+        Raises:
+            BadSampleError: the sample lacks what is read.
         """
-        texts = {
-            pool: replace(self.tokenize([*texts]), per_sample=len(texts) // len(captions))
-            for pool, texts in (more or {}).items()
-        }
-        return ModelInput(images, self.tokenize([*captions]), texts, dict(more_images or {}))
+        ...
+
+    def columns(self, chosen: Sequence[Any]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+        """One text of each sample, and by pool the further texts of one sample after the other."""
+        ...
+
+    def named(self, chosen: Any) -> str:
+        """All that was chosen for a sample as one text, which names it in a cache."""
+        ...
+
+    def describe(self) -> str:
+        """Names the choice for a cache's identity."""
+        ...
 
 
 class Answers(Protocol):
@@ -145,13 +140,13 @@ class BatchBuilder(Dataset[Batch]):
         self,
         source: Source,
         views: ViewSpec,
-        readers: dict[str, Reader],
+        readers: Mapping[str, Reader],
         *,
         seed: int,
         on_bad_sample: str = "skip",
         stored: Mapping[str, Answers] | None = None,
         extras: Mapping[str, Extra] | None = None,
-        texts: TextChoice | None = None,
+        texts: Choice | None = None,
         memory: int = 0,
         more_views: Mapping[str, int] | None = None,
         view_specs: Mapping[str, ViewSpec] | None = None,
@@ -161,14 +156,25 @@ class BatchBuilder(Dataset[Batch]):
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
         self.extras = dict(extras or {})
-        self.texts = texts or TextChoice()
+        self.texts: Choice = texts or TextChoice()
         self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
         check_more_views(self.more_views, self.view_specs)
         self._live = [role for role in readers if role not in self.stored]
         self._texts_read: dict[int, Sample] = {}
-        plain = self.texts.plain and not self.extras and not self.more_views
+        self._together = [role for role in self.stored if self._reads_together(role)]
+        plain = self.texts.plain and not self.extras and not self.more_views and not self._together
         self._may_be_unseen = plain and not self._live and bool(self.stored) and hasattr(source, "id")
+        self._like = _first_alike(readers)
         self._streams = streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
+
+        if self.more_views and any(readers[role].reads_together for role in self._live):
+            raise ConfigError(
+                "further views of a sample are for models of two towers, and a model here reads dialogues"
+            )
+
+    def _reads_together(self, role: str) -> bool:
+        """Whether a role with stored answers reads texts that its picture is needed for."""
+        return role in self.readers and self.readers[role].reads_together and self.stored[role].needs_texts
 
     @property
     def source(self) -> Source:
@@ -177,9 +183,8 @@ class BatchBuilder(Dataset[Batch]):
     def bytes_of(self, size: int) -> int:
         """About the bytes of a batch of `size` samples: its pixels, without those that a cache lacks."""
         views = 1 + sum(self.more_views.values())
-        dot = Image.new("RGB", (1, 1))
-        distinct = {self.readers[role].preprocess for role in self._live}
-        return size * views * sum(preprocess(dot).nbytes for preprocess in distinct)
+        distinct = dict.fromkeys(self._like[role] for role in self._live)
+        return size * sum(self.readers[role].bytes_of(views) for role in distinct)
 
     def __getitem__(self, plan: Plan) -> Batch:
         made = _Rows(self.readers, self.more_views, self.stored, self.extras)
@@ -226,33 +231,37 @@ class BatchBuilder(Dataset[Batch]):
         sample = self.samples[index] if lacking or not self._may_be_unseen else self._unseen(index)
         view = draw_view(sample.id, number, self.views, sample.image.size)
         texts = self.texts.choose(sample, view, number)
-        images = self._read(sample.image, view, [*self._live, *lacking])
+        items = self._read(sample, view, texts, [*self._live, *lacking, *self._together])
+        for role in self._together:
+            if role not in lacking:
+                items[role] = self.readers[role].without_picture(items[role])
         further = {
             name: [
                 self._read(
-                    sample.image,
+                    sample,
                     draw_more_view(sample.id, number, name, place, self.view_specs[name], sample.image.size),
+                    texts,
                     self._live,
                 )
                 for place in range(count)
             ]
             for name, count in self.more_views.items()
         }
-        items = {name: extra.read(sample, view, epoch) for name, extra in self.extras.items()}
+        extras = {name: extra.read(sample, view, epoch) for name, extra in self.extras.items()}
         for role in lacking:
             made.missing[role].append(len(made.ids))
         made.ids.append(sample.id)
         made.indices.append(index)
         made.views.append(number)
         made.texts.append(texts)
-        for role, image in images.items():
-            made.pixels[role].append(image)
+        for role, column in made.items.items():
+            column.append(items.get(role))
         for name, shown in further.items():
             for each in shown:
-                for role, image in each.items():
-                    made.more_pixels[name][role].append(image)
-        for name, item in items.items():
-            made.extras[name].append(item)
+                for role, item in each.items():
+                    made.more_items[name][role].append(item)
+        for name, value in extras.items():
+            made.extras[name].append(value)
 
     def _unseen(self, index: int) -> Sample:
         """A sample without its picture, which nobody looks at where every answer is stored.
@@ -262,14 +271,13 @@ class BatchBuilder(Dataset[Batch]):
         """
         known = self._texts_read.get(index)
         if known is None:
-            source: Any = self.source
-            known = Sample(source.id(index), _NO_PICTURE, source.captions(index))
+            known = replace(unseen(self.source, index), boxes=())
             if len(self._texts_read) < _TEXTS_KEPT:
                 self._texts_read[index] = known
         return known
 
     def _answers(self, made: _Rows) -> dict[str, StoredRows]:
-        answered = [joined(texts) for texts in made.texts]
+        answered = [self.texts.named(chosen) for chosen in made.texts]
         views: int | list[int] = made.views[0] if len(set(made.views)) == 1 else made.views
         return {
             role: answers.read(views, made.indices, made.ids, answered, made.missing[role])
@@ -288,42 +296,48 @@ class BatchBuilder(Dataset[Batch]):
                 taken.add(index)
                 yield index
 
-    def _read(self, image: Image.Image, view: View, roles: Iterable[str]) -> dict[str, Tensor]:
-        """The view for each of `roles`, once per distinct preprocessing: models that agree on it share the tensor."""
-        picture, box = view.prepare(image)
-        done: dict[Preprocessing, Tensor] = {}
-        images: dict[str, Tensor] = {}
+    def _read(self, sample: Sample, view: View, texts: Any, roles: Iterable[str]) -> dict[str, Any]:
+        """The view as each of `roles` reads it, once for all that read alike: these share the item.
+
+        Raises:
+            BadSampleError: a role cannot read it.
+        """
+        picture, box = view.prepare(sample.image)
+        done: dict[str, Any] = {}
+        items: dict[str, Any] = {}
         for role in roles:
-            preprocess = self.readers[role].preprocess
-            if preprocess not in done:
-                done[preprocess] = preprocess(picture, box)
-            images[role] = done[preprocess]
-        return images
+            like = self._like[role]
+            if like not in done:
+                try:
+                    done[like] = self.readers[role].read(picture, box, texts)
+                except Unusable as error:
+                    raise BadSampleError(sample.id, str(error)) from None
+            items[role] = done[like]
+        return items
 
     def _inputs(
         self, made: _Rows, captions: Sequence[str], more_texts: Mapping[str, Sequence[str]]
-    ) -> dict[str, ModelInput]:
-        """By role. Models that agree on the preprocessing share the pixels, those of one tokenizer the tokens."""
-        inputs: dict[str, ModelInput] = {}
+    ) -> dict[str, Input]:
+        """By role. Models that read alike share the pixels or dialogues, those of one tokenizer the tokens."""
+        inputs: dict[str, Input] = {}
+        shared = Shared()
         for role, reader in self.readers.items():
-            if role in self.stored:
-                if not (made.pixels[role] or self.stored[role].needs_texts):
-                    continue
-                images, more_images = torch.stack(made.pixels[role]) if made.pixels[role] else torch.empty(0), {}
-            elif (like := next((other for other in inputs if self._same_pixels(role, other)), None)) is not None:
-                images, more_images = inputs[like].images, inputs[like].more_images
-            else:
-                images = torch.stack(made.pixels[role])
-                more_images = {name: torch.stack(pixels[role]) for name, pixels in made.more_pixels.items()}
-            like = next((other for other in inputs if self.readers[other].tokenize == reader.tokenize), None)
-            if like is None:
-                inputs[role] = reader.input(images, captions, more_texts, more_images)
-            else:
-                inputs[role] = ModelInput(images, inputs[like].texts, inputs[like].more_texts, more_images)
+            items = made.items[role]
+            further: dict[str, list[Any]] = {}
+            if role not in self.stored:
+                further = {name: columns[role] for name, columns in made.more_items.items()}
+            elif all(item is None for item in items) and not self.stored[role].needs_texts:
+                continue
+            inputs[role] = reader.join(items, captions, more_texts, further, shared)
         return inputs
 
-    def _same_pixels(self, role: str, other: str) -> bool:
-        return other not in self.stored and self.readers[role].preprocess == self.readers[other].preprocess
+
+def _first_alike(readers: Mapping[str, Reader]) -> dict[str, str]:
+    """For each role the first one that makes the same of a picture."""
+    first: dict[str, str] = {}
+    for role, reader in readers.items():
+        first[role] = next((other for other in first if readers[other].looks == reader.looks), role)
+    return first
 
 
 class _Rows:
@@ -336,12 +350,10 @@ class _Rows:
         self.ids: list[str] = []
         self.indices: list[int] = []
         self.views: list[int] = []
-        self.texts: list[tuple[str, ...]] = []
+        self.texts: list[Any] = []
         self.missing: dict[str, list[int]] = {role: [] for role in stored}
-        self.pixels: dict[str, list[Tensor]] = {role: [] for role in roles}
-        self.more_pixels: dict[str, dict[str, list[Tensor]]] = {
-            name: {role: [] for role in roles} for name in more_views
-        }
+        self.items: dict[str, list[Any]] = {role: [] for role in roles}
+        self.more_items: dict[str, dict[str, list[Any]]] = {name: {role: [] for role in roles} for name in more_views}
         self.extras: dict[str, list[Any]] = {name: [] for name in extras}
         self.bad: list[tuple[str, str]] = []
 

@@ -11,9 +11,10 @@ from cmapkd.config import ConfigError
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Folder, ZipReader, is_image_name
+from cmapkd.data.rows import Columns
 from cmapkd.data.splits import pick_split
 from cmapkd.data.stored import SampleFilter
-from cmapkd.data.tables import Columns, TableSource, hash_file
+from cmapkd.data.tables import TableSource, hash_file
 
 _COLUMNS = Columns(("image",), ("captions",), ("id",), ())
 

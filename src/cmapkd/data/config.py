@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import RESUMABLE, Config
+from cmapkd.data.prompting import Prompting
 from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.types import MAIN_VIEW
 from cmapkd.data.views import WHOLE, ViewSpec
@@ -21,6 +22,37 @@ class StreamConfig(Config):
     share: float = Field(gt=0, lt=1, description="Fraction of every batch that are its samples.")
 
 
+class PromptConfig(Config):
+    """How samples become dialogues, for models that write."""
+
+    kind: Literal["auto", "turns", "questions", "captions"] = Field(
+        "auto", description="What is asked; auto: a sample's dialogue, else its questions, else its captions."
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="Share of the training questions that are kept, chosen by sample and question."
+    )
+    suffix: str = Field(
+        "", description="Line after every question, such as: Answer the question using a single word or phrase."
+    )
+    plain_captions: bool = Field(
+        False, description="Whether a caption follows the picture alone, without an instruction."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, values: Any) -> Any:
+        """`prompts: questions` names the kind alone; an override makes `{name: ...}` of it."""
+        if isinstance(values, str):
+            return {"kind": values}
+        if isinstance(values, dict) and "name" in values and "kind" not in values:
+            return {"kind": values["name"]} | {key: value for key, value in values.items() if key != "name"}
+        return values
+
+    def prompting(self, *, training: bool = True) -> Prompting:
+        """The choice of dialogues; without `training` all questions are kept."""
+        return Prompting(self.kind, self.share if training else 1.0, self.suffix, self.plain_captions)
+
+
 class DataConfig(Config):
     """Training, validation and test data, by name (see docs/data.md)."""
 
@@ -33,6 +65,16 @@ class DataConfig(Config):
     more_views: dict[str, ViewSpec] = Field(
         default_factory=dict,
         description="Further views by name, for methods that read several of a sample; num_views stays none.",
+    )
+    prompts: PromptConfig = Field(
+        default_factory=PromptConfig,
+        description="How samples become dialogues, for models that write: a kind, or settings.",
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="Longest dialogue in tokens, those of the picture included; a longer one is a bad sample. None: as "
+        "many as the model can read.",
     )
     more: dict[str, StreamConfig] = Field(
         default_factory=dict,
@@ -128,7 +170,12 @@ class DataConfig(Config):
             scenes = any(source.partition(":")[0].startswith("scenes") for source in sources)
             views = WHOLE if scenes else ViewSpec()
             object.__setattr__(self, "views", views)
+            self.model_fields_set.discard("views")  # so that `for_dialogues` knows that nobody set them
         return self
+
+    def for_dialogues(self) -> Self:
+        """The same with whole pictures, unless views are set: a crop or flip can make an answer wrong."""
+        return self if "views" in self.model_fields_set else self.model_copy(update={"views": WHOLE})
 
     @property
     def final(self) -> str | None:

@@ -4,36 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from cmapkd.data.turns import Dialogue as Dialogue
+from cmapkd.data.turns import Role as Role
+from cmapkd.data.turns import Turn as Turn
 from cmapkd.data.types import TokenBatch
 
-Role = Literal["system", "user", "assistant"]
 Extents = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one side says.
-
-    Attributes:
-        text: without any placeholder of a picture.
-        pictures: how many pictures stand before the text; 0 or 1 in this version.
-        learned: whether an assistant's turn is learned; false where the data say `loss: false`.
-    """
-
-    role: Role
-    text: str
-    pictures: int = 0
-    learned: bool = True
-
-
-Dialogue = tuple[Turn, ...]
-"""Turns in their order; the last one is the assistant's, the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +70,8 @@ class ChatInput:
         visual: Bool[batch length], True at visual tokens.
         sequence: further numbers of each token by name, Int[batch length]; 0 at padding.
         pictures: the pictures' tensors by name, rows of all dialogues one after the other.
-        extents: Int[batch+1] by the same names: dialogue i has the rows from `extents[i]` to before `extents[i+1]`.
+        extents: Int[batch+1] by the same names: dialogue i has the rows from `extents[i]` to before `extents[i+1]`;
+            none where it shows no picture, or brought none because its answer is stored.
         pad_id: the token that fills short rows.
     """
 
@@ -123,16 +106,15 @@ class ChatInput:
             pictures={name: change(rows) for name, rows in self.pictures.items()},
         )
 
-    def part(self, start: int, stop: int, images: tuple[int, int] | None = None) -> ChatInput:
+    def part(self, start: int, stop: int, images: tuple[int, int] | None = None) -> ChatInput:  # noqa: ARG002
         """The dialogues from `start` to before `stop`, with the padding that they have here.
 
         Args:
-            images: where the pictures of these dialogues stand, if only some dialogues brought theirs.
+            images: not read: `extents` say which pictures each dialogue brought.
         """
-        first, last = images or (start, stop)
-        extents = {name: bounds[first : last + 1] - bounds[first] for name, bounds in self.extents.items()}
+        extents = {name: bounds[start : stop + 1] - bounds[start] for name, bounds in self.extents.items()}
         pictures = {
-            name: rows[int(self.extents[name][first]) : int(self.extents[name][last])]
+            name: rows[int(self.extents[name][start]) : int(self.extents[name][stop])]
             for name, rows in self.pictures.items()
         }
         return replace(
@@ -144,6 +126,11 @@ class ChatInput:
             pictures=pictures,
             extents=extents,
         )
+
+    def rows(self, places: Sequence[int]) -> ChatInput:
+        """The dialogues at `places`, in that order, padded on the right to the longest of them."""
+        items = self.items()
+        return join_items([items[place] for place in places], self.pad_id)
 
     def items(self) -> list[ChatItem]:
         """Each dialogue alone, without padding."""

@@ -14,9 +14,10 @@ from cmapkd.data.coco import NamedImages, open_coco
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.records import MAX_TEXT_BYTES
+from cmapkd.data.rows import Columns
 from cmapkd.data.splits import pick_split
 from cmapkd.data.stored import SampleFilter
-from cmapkd.data.tables import Columns, TableSource, hash_file
+from cmapkd.data.tables import TableSource, hash_file
 
 _COLUMNS = Columns(("image",), ("captions",), (), ())
 _TOKEN = re.compile(r"(?P<image>[^\t#]+)#(?P<number>\d+)\t(?P<caption>.*)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ class FolderSource(StoredSource):
         texts = {kind: self._images.read(file) for kind, file in self._text_files(entry).items()}
         record = read_record(texts, pools=self._pools)[0]
         label = record.label if self._labels is None else int(self._labels[entry])
-        return Record(record.captions, label, record.questions, record.boxes, record.texts)
+        return replace(record, label=label)
 
     def _image(self, entry: int) -> bytes:
         return self._images.read(self._files[entry])

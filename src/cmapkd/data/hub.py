@@ -11,14 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
+from cmapkd.data.conversations import TURN_KEYS, UNREAD_KEYS, is_dialogue, with_turns
 from cmapkd.data.places import find_files, nearest
 from cmapkd.data.reading import Folder, check_size
 from cmapkd.data.records import TEXT_KEYS, Record, Unusable, parse_captions, parse_id, parse_record
+from cmapkd.data.rows import Columns
 from cmapkd.data.splits import pick_split
 from cmapkd.data.stored import SampleFilter, StoredSource, Texts
-from cmapkd.data.tables import Columns
 
-FURTHER_COLUMNS = ("question", "answer", "answers", "qa", *(key for keys in TEXT_KEYS.values() for key in keys))
+FURTHER_COLUMNS = (
+    *("question", "answer", "answers", "qa"),
+    *(key for keys in TEXT_KEYS.values() for key in keys),
+    *TURN_KEYS,
+    *UNREAD_KEYS,
+)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -61,8 +67,13 @@ class HubSource(StoredSource):
         feature = table.features[label] if label else None
         names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         images = table.select_columns([self._column])
-        self._is_path = getattr(table.features[self._column], "dtype", None) == "string"
-        self._pictures = images if self._is_path else images.cast_column(self._column, datasets.Image(decode=False))
+        kind = table.features[self._column]
+        self._in_lists = not hasattr(kind, "dtype") and hasattr(kind, "feature")
+        single = kind.feature if self._in_lists else kind
+        self._is_path = getattr(single, "dtype", None) == "string"
+        encoded = datasets.Image(decode=False)
+        encoded = datasets.Sequence(encoded) if self._in_lists else encoded
+        self._pictures = images if self._is_path else images.cast_column(self._column, encoded)
         texts = [
             self._captions,
             id_column,
@@ -98,6 +109,8 @@ class HubSource(StoredSource):
         import pyarrow.compute as pc  # type: ignore[import-untyped]
 
         column = self._pictures.data.column(self._column)
+        if self._in_lists:
+            return [None] * len(column)
         return (column if self._is_path else pc.struct_field(column, "path")).to_pylist()  # type: ignore[no-any-return]
 
     def _find_captioned(self, keep: SampleFilter, length: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -145,10 +158,24 @@ class HubSource(StoredSource):
         unlabelled = {} if label is None or label == -1 else {"label": label}  # -1: a hub test split without labels
         asked = {name: values[name] for name in (*FURTHER_COLUMNS, *self._pools) if name in values}
         record = parse_record({**asked, **unlabelled}, caption_keys=(), texts=self._pools)
-        return Record(captions, record.label, record.questions, texts=record.texts)
+        record = Record(captions, record.label, record.questions, texts=record.texts)
+        return with_turns(record, values, pictures=self._num_pictures(entry)) if is_dialogue(values) else record
+
+    def _num_pictures(self, entry: int) -> int:
+        """How many pictures a row has, without reading them."""
+        import pyarrow as pa
+
+        value = self._pictures.data.column(self._column)[entry]
+        if not value.is_valid:
+            return 0
+        if self._in_lists:
+            return len(value)
+        return int(not isinstance(value, pa.StructScalar) or any(value[key].is_valid for key in value))
 
     def _image(self, entry: int) -> bytes:
         value = self._pictures[entry][self._column]
+        if self._in_lists:
+            value = value[0] if value else None
         if value is None:
             raise Unusable("image is missing: the row has none")
         path = value if isinstance(value, str) else value.get("path")

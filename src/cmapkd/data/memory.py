@@ -43,10 +43,11 @@ def pixel_bytes(sample: Sample) -> int:
 def size_of(sample: Sample) -> int:
     """About the bytes that a sample takes in memory: its pixels, its texts and the objects around them."""
     texts = [*sample.captions, *(text for pool in sample.texts.values() for text in pool)]
+    turns = [turn.text for turn in sample.turns]
     answers = [text for asked in sample.questions for text in (asked.question, *asked.answers)]
     return (
         pixel_bytes(sample)
-        + sum(map(sys.getsizeof, [*texts, *answers]))
-        + 200 * (len(sample.boxes) + len(sample.questions))
+        + sum(map(sys.getsizeof, [*texts, *answers, *turns]))
+        + 200 * (len(sample.boxes) + len(sample.questions) + len(sample.turns))
         + 1000
     )

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmapkd.config import ConfigError, Registry
+from cmapkd.data.asked import asked
 from cmapkd.data.classes import read_classes
 from cmapkd.data.config import StreamConfig
 from cmapkd.data.kinds import refuse_unknown_kind
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.places import existing_file, existing_folder
+from cmapkd.data.prompting import Prompting
 from cmapkd.data.spec import PART, TEXTS, Spec
 from cmapkd.data.stored import SampleFilter, StoredSource
 from cmapkd.data.streams import MAIN_STREAM, JoinedSource
@@ -21,7 +23,7 @@ from cmapkd.data.texts import CAPTIONS
 from cmapkd.data.types import Source
 
 if TYPE_CHECKING:
-    from cmapkd.data.tables import Columns
+    from cmapkd.data.rows import Columns
 
 # A glob may hold `?` and `@` too: options are told from it by their `name=value`, splits are read for some kinds only.
 _OPTIONS = re.compile(r"\?([A-Za-z_]\w*=[^&]*(?:&[A-Za-z_]\w*=[^&]*)*)$")
@@ -40,8 +42,8 @@ def open_source(
     Args:
         spec: `scenes[:difficulty]`, `webdataset:GLOB`, `folder:DIR`, `csv:FILE`, `jsonl:FILE`, `parquet:GLOB`,
             `coco:JSON,IMAGES`, `flickr30k:CAPTIONS,IMAGES`, `vqa:QUESTIONS,ANNOTATIONS,IMAGES`,
-            `visual_genome:JSON,IMAGES`, `imagenet:DIR` or `hf:NAME`; then `@split` (scenes, coco, flickr30k, imagenet,
-            hf), then `?limit=1000&...`.
+            `llava:JSON,IMAGES`, `visual_genome:JSON,IMAGES`, `imagenet:DIR` or `hf:NAME`; then
+            `@split` (scenes, coco, flickr30k, imagenet, hf), then `?limit=1000&...`.
         split: read where the kind has splits and `spec` names none; other kinds are one split as they are.
         require_captions: leave samples without caption out; the source counts them in `num_without_caption`.
         limit: only the first so many samples; the smaller of this and the spec's own.
@@ -106,23 +108,31 @@ def _made(spec: Spec) -> Source:
 
 
 def open_streams(
-    train: str, more: Mapping[str, StreamConfig], *, require_captions: bool = False, held_out: int = 0
+    train: str,
+    more: Mapping[str, StreamConfig],
+    *,
+    require_captions: bool = False,
+    held_out: int = 0,
+    prompting: Prompting | None = None,
 ) -> Source:
     """What a run learns from: the training split of `train`, joined with the further sources where there are any.
 
     Args:
         held_out: how many of the last samples of `train` are left out.
+        prompting: of a run that learns from dialogues; samples without a question in its share are left out.
     Raises:
         ConfigError: a source cannot be opened, or they do not go together; see `JoinedSource`.
     """
     main = open_source(train, split="train", require_captions=require_captions)
     if held_out:
         main = PartOfSource(main, 0, len(main) - held_out)
+    main = asked(main, prompting)
     if not more:
         return main
     sources = {MAIN_STREAM: main}
     for name, stream in more.items():
-        sources[name] = open_source(stream.source, split="train", require_captions=require_captions)
+        opened = open_source(stream.source, split="train", require_captions=require_captions)
+        sources[name] = asked(opened, prompting, stream=name)
     return JoinedSource(sources, {name: stream.share for name, stream in more.items()})
 
 
@@ -189,7 +199,8 @@ def _open_shards(spec: Spec) -> Source:
 
 def _open_folder(spec: Spec) -> Source:
     from cmapkd.data.folders import METADATA_FILE, FolderSource, open_images
-    from cmapkd.data.tables import Columns, open_jsonl
+    from cmapkd.data.rows import Columns
+    from cmapkd.data.tables import open_jsonl
 
     name = spec.need_rest("folder:train or folder:train.zip")
     classes, texts = spec.take("classes"), spec.take_texts()
@@ -207,8 +218,9 @@ def _open_folder(spec: Spec) -> Source:
 
 def _open_csv(spec: Spec) -> Source:
     from cmapkd.data.records import CAPTION_KEYS, IMAGE_KEYS
+    from cmapkd.data.rows import Columns
     from cmapkd.data.sniff import SEPARATORS, check_encoding
-    from cmapkd.data.tables import Columns, open_csv
+    from cmapkd.data.tables import open_csv
 
     path = existing_file(spec.need_rest("csv:train.csv"), "csv")
     image, caption = spec.take("csv_img_key"), spec.take("csv_caption_key")
@@ -267,6 +279,14 @@ def _open_vqa(spec: Spec) -> Source:
     return open_vqa(rest, keep=spec.keep)
 
 
+def _open_llava(spec: Spec) -> Source:
+    from cmapkd.data.llava import EXAMPLE, open_llava
+
+    rest = spec.need_rest(EXAMPLE)
+    spec.refuse_leftovers(("limit",))
+    return open_llava(rest, keep=spec.keep)
+
+
 def _open_flickr(spec: Spec) -> Source:
     from cmapkd.data.flickr import open_flickr
 
@@ -319,7 +339,7 @@ def _open_hub(spec: Spec) -> Source:
 
 def _columns(spec: Spec) -> Columns:
     """Columns by the names that the user gave, or by the usual ones."""
-    from cmapkd.data.tables import Columns
+    from cmapkd.data.rows import Columns
 
     named = {role: (name,) for role in COLUMN_OPTIONS if (name := spec.take(role))}
     texts = spec.take_texts()
@@ -342,6 +362,7 @@ KINDS: Registry[Opener] = Registry(
         "coco": _open_coco,
         "flickr30k": _open_flickr,
         "vqa": _open_vqa,
+        "llava": _open_llava,
         "visual_genome": _open_visual_genome,
         "imagenet": _open_imagenet,
         "hf": _open_hub,

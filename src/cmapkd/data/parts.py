@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Sample, Source
+from cmapkd.data.unseen import unseen
 
 
 class PartOfSource:
@@ -44,6 +45,14 @@ class PartOfSource:
             BadSampleError: what is said of the image cannot be read.
         """
         return self.source.captions(self._place(index))
+
+    def unseen(self, index: int) -> Sample:
+        """The sample at `index` without its picture, where the source reads it so.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        return unseen(self.source, self._place(index))
 
     def _place(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmapkd.data.turns import Dialogue
 from cmapkd.data.types import BadSampleError, Box, QuestionAnswer, Source
 
 CAPTION_KEYS = ("captions", "caption", "texts", "text", "title", "sentences", "sentence", "alt_text")
-IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png")
+IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png", "images")
 ID_KEYS = ("id", "key", "image_id", "sample_id")
 LABEL_KEYS = ("label", "labels", "cls", "class")
 TEXT_KEYS = {"synthetic": ("synthetic", "syn_text")}  # further texts that are always read, by pool: keys that hold them
@@ -29,13 +30,20 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A sample without its image. `captions` is None where nothing is said of captions, () where there are none."""
+    """A sample without its image. `captions` is None where nothing is said of captions, () where there are none.
+
+    Attributes:
+        turns: a dialogue.
+        text_only: whether there is a dialogue, no image and nothing else that could be said of one.
+    """
 
     captions: tuple[str, ...] | None = None
     label: int | None = None
     questions: tuple[QuestionAnswer, ...] = ()
     boxes: tuple[Box, ...] = ()
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    turns: Dialogue = ()
+    text_only: bool = False
 
 
 def iter_captions(source: Source) -> Iterator[str]:
@@ -186,9 +194,8 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
         raise Unusable(f"qa is not a list of questions and answers: {type(entries).__name__}")
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("question"), str):
-            yield _question(
-                entry["question"], _answer(entry), entry.get("kind"), parse_id(entry, ("question_id", "id"))
-            )
+            identity = parse_id(entry, ("question_id", "id"))
+            yield _question(entry["question"], _answer(entry), entry.get("kind"), identity, _category(entry))
         elif isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
             yield _question(entry[0], entry[1])
         else:
@@ -197,11 +204,20 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
             )
 
 
+def _category(entry: Mapping[str, Any]) -> str | None:
+    category = entry.get("category")
+    if category is not None and not isinstance(category, str):
+        raise Unusable(f"category of a question is not text: {str(category)[:60]!r}")
+    return category
+
+
 def _answer(values: Mapping[str, Any]) -> Any:
     return next((values[key] for key in ("answer", "answers") if values.get(key) is not None), [])
 
 
-def _question(question: str, answer: Any, kind: Any = None, identity: str | None = None) -> QuestionAnswer:
+def _question(
+    question: str, answer: Any, kind: Any = None, identity: str | None = None, category: str | None = None
+) -> QuestionAnswer:
     """`kind` is read off the answers where the data does not say it."""
     entries = answer if isinstance(answer, list) else [answer]
     answers = []
@@ -214,7 +230,8 @@ def _question(question: str, answer: Any, kind: Any = None, identity: str | None
         answers.append(check_text(str(value).strip(), "answer"))
     if kind is not None and kind not in QUESTION_KINDS:
         raise Unusable(f"kind of question is unknown: {str(kind)[:40]!r} is none of {', '.join(QUESTION_KINDS)}")
-    return QuestionAnswer(check_caption(question.strip(), "question"), tuple(answers), kind or _kind(answers), identity)
+    text = check_caption(question.strip(), "question")
+    return QuestionAnswer(text, tuple(answers), kind or _kind(answers), identity, category)
 
 
 def _kind(answers: list[str]) -> str:

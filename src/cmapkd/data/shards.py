@@ -107,13 +107,14 @@ class ShardSource(StoredSource):
 
     def _record(self, entry: int) -> Record:
         members = self._members(entry)
+        pictures = int(any(name in members for name in IMAGE_EXTENSIONS))
         texts = {}
         for name in ("json", *TEXT_EXTENSIONS, "cls", SYNTHETIC):
             if name in members:
                 if members[name][1] > MAX_TEXT_BYTES:
                     raise Unusable(f"{name} is too large: {members[name][1]} bytes, limit {MAX_TEXT_BYTES}")
                 texts[name] = self._read(entry, members[name])
-        return read_record(texts, self._labels, self._pools)[0]
+        return read_record(texts, self._labels, self._pools, pictures=pictures)[0]
 
     def _image(self, entry: int) -> bytes:
         members = self._members(entry)

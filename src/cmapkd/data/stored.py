@@ -14,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from cmapkd.config import ConfigError
@@ -22,6 +23,7 @@ from cmapkd.data.random import uniforms
 from cmapkd.data.records import Record, Unusable
 from cmapkd.data.templates import fill
 from cmapkd.data.types import BadSampleError, Sample
+from cmapkd.data.unseen import NO_PICTURE
 
 _AT_ONCE = 65_536  # texts whose places are looked up together
 
@@ -195,14 +197,12 @@ class StoredSource(ABC):
         entry, sample_id = self._find(index)
         try:
             record = self._record(entry)
-            data = self._image(entry)
+            data = None if record.text_only else self._image(entry)
         except Unusable as error:
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
             raise BadSampleError(sample_id, _unread(error)) from None
-        captions = self._said(record, sample_id)
-        image = decode_image(data, sample_id)
-        return Sample(sample_id, image, captions, record.label, record.questions, record.boxes, record.texts)
+        return self._sample(sample_id, record, NO_PICTURE if data is None else decode_image(data, sample_id))
 
     def _said(self, record: Record, sample_id: str) -> tuple[str, ...]:
         """The captions of a record: its own, or those that are made of its class name."""
@@ -221,13 +221,26 @@ class StoredSource(ABC):
         Raises:
             BadSampleError: as for the sample itself, except for what is wrong with the image.
         """
+        return self.unseen(index).captions
+
+    def unseen(self, index: int) -> Sample:
+        """The sample at `index` with a dot in the place of its image, which is not read.
+
+        Raises:
+            BadSampleError: as for the sample itself, except for what is wrong with the image.
+        """
         entry, sample_id = self._find(index)
         try:
-            return self._said(self._record(entry), sample_id)
+            return self._sample(sample_id, self._record(entry), NO_PICTURE)
         except Unusable as error:
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
             raise BadSampleError(sample_id, _unread(error)) from None
+
+    def _sample(self, sample_id: str, record: Record, image: Image.Image) -> Sample:
+        captions = self._said(record, sample_id)
+        questions, boxes, texts, turns = record.questions, record.boxes, record.texts, record.turns
+        return Sample(sample_id, image, captions, record.label, questions, boxes, texts, turns)
 
     def id(self, index: int) -> str:
         """The id of the sample at `index`, whether it is good or not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import BadSampleError, Sample, Source
+from cmapkd.data.unseen import unseen
 
 MAIN_STREAM = "train"  # that of `data.train`
 
@@ -137,9 +138,20 @@ class JoinedSource:
         Raises:
             BadSampleError: it cannot be read.
         """
+        return self._read(index, lambda source, place: source[place])
+
+    def unseen(self, index: int) -> Sample:
+        """The sample at `index` without its picture, where its source reads it so.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        return self._read(index, unseen)
+
+    def _read(self, index: int, read: Callable[[Source, int], Sample]) -> Sample:
         number, place = self._find(index)
         try:
-            sample = self.sources[number][place]
+            sample = read(self.sources[number], place)
         except BadSampleError as error:
             raise BadSampleError(self._id(number, error.sample_id), error.reason) from None
         return sample.renamed(self._id(number, sample.id)) if number else sample

@@ -6,82 +6,39 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cmapkd.config import ConfigError, closest
+from cmapkd.config import ConfigError
 from cmapkd.data.classes import Classes
+from cmapkd.data.conversations import is_dialogue
 from cmapkd.data.reading import Folder, Images
 from cmapkd.data.records import (
     CAPTION_KEYS,
-    ID_KEYS,
     IMAGE_KEYS,
-    LABEL_KEYS,
     MAX_TEXT_BYTES,
     Record,
     Unusable,
-    check_text,
-    parse_id,
     parse_json,
     parse_label,
-    parse_record,
 )
+from cmapkd.data.rows import Columns, Group, grouped
 from cmapkd.data.sniff import guess_encoding, guess_separator
 from cmapkd.data.stored import SampleFilter, StoredSource, Texts
+from cmapkd.data.turns import Turn
 from cmapkd.data.types import Box, QuestionAnswer
 
 FIRST_IMAGES = 8  # looked for when a table is opened
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Which column is what; of several names the first that a row has. `required` ones must be there.
-
-    `texts` are columns of further pools of text, called as the columns are.
-    """
-
-    image: Sequence[str] = IMAGE_KEYS
-    caption: Sequence[str] = CAPTION_KEYS
-    id: Sequence[str] = ID_KEYS
-    label: Sequence[str] = LABEL_KEYS
-    required: Sequence[str] = ()
-    texts: Sequence[str] = ()
-
-    def check(self, name: str, found: Iterable[str]) -> None:
-        """Refuses a table without a required column.
-
-        Raises:
-            ConfigError: with what the table has instead.
-        """
-        for column in self.required:
-            if column not in (known := sorted(found)):
-                raise ConfigError(
-                    f"{name} has no column {column!r}{closest(column, known)}. It has: {', '.join(known)}."
-                )
-
-
-@dataclass(slots=True)
-class _Group:
-    """What all rows of one sample say."""
-
-    id: str
-    image: str
-    captions: list[str] | None = None
-    label: Any = None
-    questions: list[QuestionAnswer] = field(default_factory=list)
-    boxes: list[Box] = field(default_factory=list)
-    texts: dict[str, list[str]] = field(default_factory=dict)
-    bad: str | None = None
 
 
 class TableSource(StoredSource):
     """Samples from rows that name an image.
 
     Rows of the same image, and of the same id where there are ids, are one sample with all their captions. The id is
-    the row's own, else the path of the image as it is written. A row that cannot be read makes its sample bad.
+    the row's own, else the path of the image as it is written. A row that cannot be read makes its sample bad. A row
+    with a dialogue is a sample of its own; where its id is taken, `#2`, `#3` and so on make another.
 
     Args:
         rows: (row number, values or the reason that there are none).
@@ -103,9 +60,9 @@ class TableSource(StoredSource):
     ) -> None:
         self._images, self._digest = images, contents
         seen: set[str] = set()
-        groups = list(_group(rows, columns, seen).values())
+        groups = list(grouped(rows, columns, seen).values())
         columns.check(name, seen)
-        _check_images(name, [group.image for group in groups if not group.bad][:FIRST_IMAGES], images)
+        _check_images(name, [group.image for group in groups if group.image and not group.bad][:FIRST_IMAGES], images)
         words = {group.label.strip() for group in groups if isinstance(group.label, str)}
         if classes is None and any(not word.isdecimal() for word in words):
             names = sorted(words)
@@ -123,17 +80,22 @@ class TableSource(StoredSource):
         )
 
     def _record(self, entry: int) -> Record:
-        _, captions, label, questions, boxes, texts = json.loads(self._rows[entry])
+        _, captions, label, questions, boxes, texts, turns, text_only = json.loads(self._rows[entry])
         return Record(
             None if captions is None else tuple(captions),
             None if label is None else parse_label(label, self._label_numbers),
             tuple(QuestionAnswer(question, tuple(answers), *rest) for question, answers, *rest in questions),
             tuple(Box(*box) for box in boxes),
             {pool: tuple(written) for pool, written in texts.items()},
+            tuple(Turn(*turn) for turn in turns),
+            text_only,
         )
 
     def _image(self, entry: int) -> bytes:
-        return self._images.read(json.loads(self._rows[entry])[0])
+        name = json.loads(self._rows[entry])[0]
+        if not name:
+            raise Unusable("image is not named")
+        return self._images.read(name)
 
     def _contents(self) -> Iterable[str]:
         """The table's own bytes; of the images only their names."""
@@ -151,57 +113,12 @@ def _check_images(name: str, names: list[str], images: Images) -> None:
         )
 
 
-def _pack(group: _Group) -> str:
+def _pack(group: Group) -> str:
     questions = [[q.question, q.answers, q.kind, q.id] for q in group.questions]
     boxes = [[b.x, b.y, b.width, b.height, b.name, b.crowd, b.area] for b in group.boxes]
-    values = [group.image, group.captions, group.label, questions, boxes, group.texts]
+    turns = [[turn.role, turn.text, turn.pictures, turn.learned] for turn in group.turns]
+    values = [group.image, group.captions, group.label, questions, boxes, group.texts, turns, group.text_only]
     return json.dumps(values, separators=(",", ":"))
-
-
-def _group(
-    rows: Iterable[tuple[int, Mapping[str, Any] | str]], columns: Columns, seen: set[str]
-) -> dict[object, _Group]:
-    """The samples of the rows, in the order of their first row; `seen` receives the names of all columns."""
-    groups: dict[object, _Group] = {}
-    for number, values in rows:
-        if isinstance(values, str):
-            groups[number] = _Group(f"row-{number}", "", bad=f"{values} (row {number})")
-            continue
-        seen.update(values)
-        try:
-            image = _image_name(values, columns)
-            identity = parse_id(values, columns.id)
-        except Unusable as error:
-            groups[number] = _Group(f"row-{number}", "", bad=f"{error} (row {number})")
-            continue
-        group = groups.setdefault((identity, image), _Group(identity or image, image))
-        try:
-            record = parse_record(values, caption_keys=columns.caption, label_keys=(), texts=columns.texts)
-        except Unusable as error:
-            group.bad = group.bad or f"{error} (row {number})"
-            continue
-        if record.captions is not None:
-            group.captions = [*(group.captions or ()), *record.captions]
-        label = next((values[key] for key in columns.label if values.get(key) is not None), None)
-        if label is not None and group.label not in (None, label):
-            group.bad = group.bad or f"labels disagree: {group.label!r} and {label!r} (row {number})"
-        if not isinstance(label, str | int | None):
-            group.bad = group.bad or f"label is not a class number: {str(label)[:40]!r} (row {number})"
-            label = None
-        group.label = label if group.label is None else group.label
-        group.questions += record.questions
-        group.boxes += record.boxes
-        for pool, texts in record.texts.items():
-            group.texts.setdefault(pool, []).extend(texts)
-    return groups
-
-
-def _image_name(values: Mapping[str, Any], columns: Columns) -> str:
-    name = next((values[key] for key in columns.image if values.get(key) is not None), None)
-    if not isinstance(name, str) or not name.strip():
-        raise Unusable("image is not named")
-    name = check_text(name.strip(), "image name")
-    return name if "://" in name else PurePosixPath(name).as_posix()
 
 
 def open_csv(
@@ -282,7 +199,12 @@ def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
         )
     }
     columns.check(f"csv {str(path)!r}", names)
-    says = present["caption"] or present["label"] or {"question", "qa"} & set(names)
+    says = (
+        present["caption"]
+        or present["label"]
+        or {"question", "qa"} & set(names)
+        or is_dialogue(dict.fromkeys(names, ""))
+    )
     if not present["image"] or not says:
         missing = "column of captions (such as title)" if present["image"] else "column of images (such as filepath)"
         raise ConfigError(

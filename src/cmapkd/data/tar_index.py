@@ -10,11 +10,12 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cmapkd.data.reading import is_safe_name
+from cmapkd.data.conversations import with_turns
+from cmapkd.data.reading import IMAGE_EXTENSIONS, is_safe_name
 from cmapkd.data.records import (
     MAX_TEXT_BYTES,
     Record,
@@ -80,12 +81,16 @@ def cache_file(path: Path, stamp: tuple[int, int]) -> Path:
 
 
 def read_record(
-    texts: dict[str, bytes], labels: dict[str, int] | None = None, pools: Sequence[str] = ()
+    texts: dict[str, bytes],
+    labels: dict[str, int] | None = None,
+    pools: Sequence[str] = (),
+    *,
+    pictures: int = 1,
 ) -> tuple[Record, str | None]:
     """What the text members of a sample say, and the id that they give it.
 
     Captions of the json go before those of a text file (image downloaders write the same caption into both). `pools`
-    are keys of the json that hold further texts.
+    are keys of the json that hold further texts. `pictures` are how many the sample has.
 
     Raises:
         Unusable: one of them is damaged.
@@ -97,6 +102,7 @@ def read_record(
         record = parse_record(
             values, caption_keys=JSON_CAPTION_KEYS, label_keys=("label", "cls"), labels=labels, texts=pools
         )
+        record = with_turns(record, values, pictures=pictures)
     captions, label = record.captions, record.label
     if captions is None:
         text = next((name for name in TEXT_EXTENSIONS if name in texts), None)
@@ -107,7 +113,8 @@ def read_record(
     further = record.texts
     if SYNTHETIC in texts:
         further = {**further, **parse_texts(parse_json(texts[SYNTHETIC]), pools)}
-    return Record(captions, label, record.questions, record.boxes, further), identity
+    silent = record.text_only and not captions and label is None
+    return replace(record, captions=captions, label=label, texts=further, text_only=silent), identity
 
 
 def build_index(path: Path, stamp: tuple[int, int]) -> TarIndex:
@@ -208,7 +215,9 @@ def _look_into(entry: Entry, file: BinaryIO) -> None:
     try:
         if any(entry.members[name][1] > MAX_TEXT_BYTES for name in names):
             return  # refused when it is read
-        record, entry.id = read_record({name: _read(file, *entry.members[name]) for name in names if name != "cls"})
+        pictures = int(any(name in entry.members for name in IMAGE_EXTENSIONS))
+        texts = {name: _read(file, *entry.members[name]) for name in names if name != "cls"}
+        record, entry.id = read_record(texts, pictures=pictures)
     except Unusable:
         return
     entry.captioned = bool(record.captions)

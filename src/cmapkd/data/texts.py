@@ -93,6 +93,10 @@ class TextChoice:
             start += count
         return captions, columns
 
+    def named(self, chosen: tuple[str, ...]) -> str:
+        """See `joined`."""
+        return joined(chosen)
+
     def describe(self) -> str:
         """Names the choice for a cache's identity."""
         pools = ",".join(pool if count == 1 else f"{pool}*{count}" for pool, count in self.counts.items())

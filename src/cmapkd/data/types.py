@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cmapkd.data.extras import move_extra, part_of_extra, pin_extra
+from cmapkd.data.turns import Dialogue
 
 T = TypeVar("T")
 
@@ -38,13 +39,15 @@ class Box:
 class QuestionAnswer:
     """A question and its accepted answers; `kind` is `yes/no`, `number` or `other`, as VQA reports them.
 
-    `id` is the question's own where the data numbers its questions, as result files name it.
+    `id` is the question's own where the data numbers its questions, as result files name it. `category` groups
+    questions that are scored apart, as POPE does; None where the data name none.
     """
 
     question: str
     answers: tuple[str, ...]
     kind: str = "other"
     id: str | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class Sample:
 
     `id` is stable: the same sample has the same id in every process, run and order of reading; views and caches are
     keyed by it. `image` is RGB, upright (EXIF applied) and of any size. `texts` are further texts by pool: `synthetic`
-    are captions that a model wrote, other pools what the user named.
+    are captions that a model wrote, other pools what the user named. `turns` are a dialogue about the image.
     """
 
     id: str
@@ -63,6 +66,7 @@ class Sample:
     questions: tuple[QuestionAnswer, ...] = ()
     boxes: tuple[Box, ...] = ()
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    turns: Dialogue = ()
 
     def renamed(self, sample_id: str) -> Sample:
         """The same sample under another id."""
@@ -160,6 +164,31 @@ class TokenBatch:
         return TokenBatch(change(self.ids), change(self.mask), spans, self.per_sample)
 
 
+class Input(Protocol):
+    """One model's own form of a batch: `ModelInput` of two towers, `dialogues.ChatInput` of a model that writes."""
+
+    @property
+    def texts(self) -> TokenBatch: ...
+
+    def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> Self:
+        """On a device; without `images` the pictures stay where they are."""
+        ...
+
+    def pin_memory(self) -> Self: ...
+
+    def part(self, start: int, stop: int, images: tuple[int, int] | None = None) -> Self:
+        """The samples from `start` to before `stop`.
+
+        Args:
+            images: where their pictures stand, of an input that holds the pictures of some samples only.
+        """
+        ...
+
+    def changed(self, change: Callable[[Tensor], Tensor], change_texts: Callable[[Tensor], Tensor]) -> Self:
+        """With `change` of the tensors of pictures, and `change_texts` of those of tokens."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInput:
     """One model's own form of the batch: pixels after its resize and normalisation, ids of its tokenizer.
@@ -254,7 +283,7 @@ class Batch:
     Attributes:
         ids: of the samples.
         inputs: by role. A role with `stored` answers may lack images, or be left out.
-        captions: the texts that were tokenised.
+        captions: the texts that were tokenised; of dialogues the answers.
         view: the view number of the samples; where streams are mixed, of those of the main stream.
         bad: (id, reason) of samples skipped while making this batch.
         extra: what `Extra`s made of the samples, by name. Each value has one row for each sample, or a method
@@ -267,7 +296,7 @@ class Batch:
     """
 
     ids: tuple[str, ...]
-    inputs: dict[str, ModelInput]
+    inputs: Mapping[str, Input]
     captions: tuple[str, ...]
     view: int = 0
     bad: tuple[tuple[str, str], ...] = field(default=())
@@ -279,6 +308,19 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def pairs(self, role: str) -> ModelInput:
+        """What a role of two towers reads.
+
+        Raises:
+            TypeError: the role reads dialogues.
+        """
+        found = self.inputs[role]
+        if not isinstance(found, ModelInput):
+            raise TypeError(
+                f"the {role} reads {type(found).__name__}, where pixels and captions of two towers are needed"
+            )
+        return found
 
     @property
     def view_of_each(self) -> tuple[int, ...]:
@@ -321,7 +363,9 @@ class Batch:
         Raises:
             TypeError, ValueError: a value of `extra` cannot be cut to a part of the samples.
         """
-        inputs = {role: each.part(start, stop) for role, each in self.inputs.items() if role not in self.stored}
+        inputs: dict[str, Input] = {
+            role: each.part(start, stop) for role, each in self.inputs.items() if role not in self.stored
+        }
         for role, rows in self.stored.items():
             if role in self.inputs:  # it holds images of the missing places only
                 first, last = (int((rows.missing < place).sum()) for place in (start, stop))

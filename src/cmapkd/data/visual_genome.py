@@ -12,8 +12,9 @@ from cmapkd.data.coco import NamedImages
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Images
+from cmapkd.data.rows import Columns
 from cmapkd.data.stored import SampleFilter
-from cmapkd.data.tables import Columns, TableSource, hash_file
+from cmapkd.data.tables import TableSource, hash_file
 
 EXAMPLE = "visual_genome:region_descriptions.json,objects.json,images"
 

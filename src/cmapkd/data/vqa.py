@@ -12,8 +12,9 @@ from cmapkd.data.coco import NamedImages
 from cmapkd.data.folders import open_images
 from cmapkd.data.places import existing_file
 from cmapkd.data.reading import Images
+from cmapkd.data.rows import Columns
 from cmapkd.data.stored import SampleFilter
-from cmapkd.data.tables import FIRST_IMAGES, Columns, TableSource, hash_file
+from cmapkd.data.tables import FIRST_IMAGES, TableSource, hash_file
 
 EXAMPLE = "vqa:v2_OpenEnded_mscoco_val2014_questions.json,v2_mscoco_val2014_annotations.json,val2014"
 

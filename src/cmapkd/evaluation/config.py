@@ -10,9 +10,28 @@ from pydantic import Field, field_validator, model_serializer
 from cmapkd.config import RESUMABLE, Config
 from cmapkd.data.config import DEFAULT_TIMEOUT
 from cmapkd.evaluation.efficiency import EfficiencyConfig
+from cmapkd.evaluation.generation import WritingCostConfig
 from cmapkd.evaluation.probes.config import CaptioningConfig, DetectionConfig, ProbeDataConfig, VQAConfig
 
 C = TypeVar("C", bound=Config)
+
+
+class WritingConfig(Config):
+    """How models that write are asked. Everything here belongs to the protocol: scores depend on it."""
+
+    batch_size: int = Field(
+        16,
+        ge=1,
+        description="Dialogues at once. In half precision other batches round differently, and answers change.",
+    )
+    answer_tokens: int = Field(10, ge=1, description="Most tokens of an answer to a question.")
+    caption_tokens: int = Field(64, ge=1, description="Most tokens of a description.")
+    question_suffix: str = Field(
+        "", description="Text on a line of its own after every question, as data.prompts.suffix in training."
+    )
+    instruction: str = Field(
+        "Describe the image.", description="What asks for a description; empty: the picture alone."
+    )
 
 
 class EvaluationConfig(Config):
@@ -22,7 +41,9 @@ class EvaluationConfig(Config):
     alone: ClassVar[bool] = True  # only tasks that need nothing but one model and the source
 
     tasks: Literal["auto", "all"] | tuple[str, ...] = Field(
-        "auto", description="What is measured; auto: retrieval and zero_shot, as far as the source serves them."
+        "auto",
+        description="What is measured; auto: retrieval and zero_shot, of models that write answering, yes_no, "
+        "describing and perplexity, as far as the source serves them.",
     )
     templates: str = Field(
         "auto",
@@ -54,6 +75,7 @@ class EvaluationConfig(Config):
     shared_captions: bool = Field(
         False, description="Whether identical captions of other images count as right; no in the standard protocol."
     )
+    writing: WritingConfig = Field(default_factory=WritingConfig, description="How models that write are asked.")
 
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Settings of tasks that installed packages add, by the task's name."
@@ -96,6 +118,9 @@ class SuiteConfig(EvaluationConfig):
     alone: ClassVar[bool] = False
 
     efficiency: EfficiencyConfig = Field(default_factory=EfficiencyConfig, description="How the cost is measured.")
+    generation: WritingCostConfig = Field(
+        default_factory=WritingCostConfig, description="How the cost of writing is measured."
+    )
     probes: ProbeDataConfig = Field(default_factory=ProbeDataConfig, description="What all probes learn from.")
     vqa: VQAConfig = Field(default_factory=VQAConfig, description="The probe that answers questions.")
     captioning: CaptioningConfig = Field(

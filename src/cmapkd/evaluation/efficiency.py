@@ -230,10 +230,10 @@ def _time_in_turns(
     names, draws = list(calls), torch.Generator().manual_seed(0)
 
     def timed(call: Callable[[], Any]) -> float:
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait_for(device)
         return time.perf_counter() - start
 
     with torch.inference_mode():
@@ -252,16 +252,22 @@ def _time_in_turns(
     return seconds
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _summary(seconds: Sequence[float], batch: int) -> dict[str, float]:
-    """Milliseconds a sample: the median over rounds, and the quartiles around it."""
-    quartiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    low, median, high = (1000 * quartiles / batch).tolist()
-    return {"median": median, "q1": low, "q3": high, "rounds": len(seconds)}
+    """Milliseconds a sample."""
+    return median_and_quartiles([1000 * each / batch for each in seconds])
+
+
+def median_and_quartiles(values: Sequence[float]) -> dict[str, float]:
+    """The median over rounds, the quartiles around it, and how many `rounds` there were."""
+    quartiles = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    low, median, high = quartiles.tolist()
+    return {"median": median, "q1": low, "q3": high, "rounds": len(values)}
 
 
 def _ratios(

@@ -52,7 +52,12 @@ def scored_set(scores: Mapping[str, Any] | None) -> str | None:
     if not (isinstance(skipped, int) and isinstance(samples, int)):
         return None
     limit = of.get("limit")
-    line = f"scored on {images:,} images and {captions:,} captions"
+    counted = [(images, "images")]
+    if isinstance(questions := of.get("questions"), int):  # of a model that writes, which reads either
+        counted += [(number, name) for number, name in ((questions, "questions"), (captions, "captions")) if number]
+    else:
+        counted.append((captions, "captions"))
+    line = "scored on " + " and ".join(f"{number:,} {name}" for number, name in counted)
     if isinstance(limit, int) and limit < samples:
         line += f", the first {limit:,} of {samples:,} samples (evaluation.limit)"
     if skipped:

@@ -18,7 +18,9 @@ from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
 from cmapkd.evaluation.probes.data import Annotations, read_annotations
 from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
 from cmapkd.evaluation.ranking import RankCounts
+from cmapkd.evaluation.writing import Writer
 from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.texts import class_vectors
 
 _NUM_FIRST_SAMPLES = 32  # samples that tell whether a source has questions or boxes
@@ -89,6 +91,28 @@ class Subject:
         """The model, for what embeds images and texts: tasks whose `reads` is `DualEncoder`."""
         assert isinstance(self.model, DualEncoder)  # the suite refused others
         return self.model
+
+    @property
+    def generative(self) -> GenerativeModel:
+        """The model, for what writes: tasks whose `reads` is `GenerativeModel`."""
+        assert isinstance(self.model, GenerativeModel)  # the suite refused others
+        return self.model
+
+    @cached_property
+    def writer(self) -> Writer:
+        """What asks the model about the scored source, and keeps its answers."""
+        bench = self.bench
+        if bench.annotations.bad and bench.on_bad_sample == "error":
+            raise BadSampleError(*bench.annotations.bad[0])
+        return Writer(
+            self.generative,
+            bench.scored,
+            bench.config,
+            bench.device,
+            bench.autocast,
+            bench.on_bad_sample,
+            bad=dict(bench.annotations.bad),
+        )
 
     @cached_property
     def embedded(self) -> Embedded:

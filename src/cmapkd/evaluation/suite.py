@@ -19,6 +19,7 @@ from cmapkd.evaluation.picture_ranks import MAX_PICTURES, PictureRanks
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks import TASKS, Task, check_tasks, make_task
 from cmapkd.models.base import Model
+from cmapkd.models.generative import GenerativeModel
 
 
 def evaluate_models(
@@ -44,12 +45,13 @@ def evaluate_models(
         on_bad_sample, autocast: see `embed`.
         picture_ranks: is given each model's ranks by picture, where a task ranked and the pictures are not too many.
     Returns:
-        For each model the scores of each task by its name; `params`; if a source was embedded, `bad_samples`, how many
-        could not be read, and `scored`: numbers of `images`, `captions` and `skipped` samples, of all `samples` of the
-        source, and the `limit` that was set, or None.
+        For each model the scores of each task by its name; `params`; if a source was read, `bad_samples`, how many
+        could not be, and `scored`: numbers of `images`, `captions`, of models that write `questions`, and `skipped`
+        samples, of all `samples` of the source, and the `limit` that was set, or None.
     Raises:
         ConfigError: a wrong name among the settings, or probes would learn from what is scored.
-        ValueError: a task that was named cannot be measured on this source, or none can.
+        ValueError: a task that was named cannot be measured on this source, or none can; or some models write and
+            others embed, so that no task measures all.
     """
     config = config or EvaluationConfig()
     if not models:
@@ -60,6 +62,8 @@ def evaluate_models(
         )
     check_tasks(config)
     wanted = _wanted(config, models)
+    if not wanted:
+        raise ValueError(_mixed(models))
     bench = Bench(
         config,
         torch.device(device),
@@ -84,6 +88,10 @@ def evaluate_models(
             scores[subject.name]["scored"] = _scored(subject)
             if picture_ranks is not None and subject.ranks and len(subject.embedded.ids) <= MAX_PICTURES:
                 picture_ranks[subject.name] = PictureRanks.of(subject.embedded, subject.ranks)
+        elif "writer" in subject.__dict__:
+            scores[subject.name]["bad_samples"] = len(subject.writer.bad)
+            scores[subject.name]["scored"] = _asked(subject)
+            _warn_of_precision(subject)
     return scores
 
 
@@ -99,8 +107,34 @@ def _scored(subject: Subject) -> dict[str, int | None]:
     }
 
 
+def _asked(subject: Subject) -> dict[str, int | None]:
+    """What the scores of a model that writes are of."""
+    writer, bench = subject.writer, subject.bench
+    more = {"skipped": len(writer.bad), "samples": len(bench.scored), "limit": bench.config.limit}
+    return writer.counts() | more
+
+
+def _warn_of_precision(subject: Subject) -> None:
+    """Half precision makes the batch part of the result: near ties of two tokens fall by rounding."""
+    if subject.writer.precision not in ("float32", "float64"):
+        subject.bench.say(
+            f"warning: {subject.name} wrote in {subject.writer.precision}: its answers depend on writing.batch_size "
+            f"({subject.writer.batch_size}). Compare models at the same one, or in float32"
+        )
+
+
+def _mixed(models: Mapping[str, Model]) -> str:
+    """Why no task is left: the models keep different contracts."""
+    writing = [name for name, model in models.items() if isinstance(model, GenerativeModel)]
+    other = [name for name in models if name not in writing]
+    return (
+        f"no task measures all of these models: {', '.join(writing) or 'none'} write answers, and "
+        f"{', '.join(other) or 'none'} embed images and texts. Evaluate the two kinds apart."
+    )
+
+
 def count_parameters(model: Model) -> dict[str, int]:
-    """`params`, the number of parameters of both towers; `params_borrowed`, how many of them are another model's."""
+    """`params`, the number of parameters; `params_borrowed`, how many of them are another model's."""
     borrowed = model.num_borrowed_parameters()
     return {"params": model.num_parameters()} | ({"params_borrowed": borrowed} if borrowed else {})
 
@@ -128,7 +162,7 @@ def _wanted(config: EvaluationConfig, models: Mapping[str, Model]) -> dict[str, 
     """`auto` takes cmapkd's own tasks alone, so that an installed package changes no run that does not name it."""
     names: Iterable[str] = config.tasks
     if config.tasks == "all":
-        names = TASKS
+        names = [name for name in TASKS if _readable(TASKS[name], models)]
     elif config.tasks == "auto":
         names = [name for name, kind in TASKS.own.items() if kind.automatic and _readable(kind, models)]
     return {name: make_task(name, config) for name in names}

@@ -8,6 +8,7 @@ from cmapkd.features.matching import LevelMatcher, Matched, Places
 from cmapkd.features.projector import PairProjector
 from cmapkd.features.pyramid import standardise, with_means
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, language_taps, visual_taps
+from cmapkd.features.top_tokens import StoredTokens, narrowed, pack, pack_states, top_tokens, unpack
 from cmapkd.features.words import Role, WordAligner, Words
 
 __all__ = [
@@ -25,15 +26,21 @@ __all__ = [
     "Places",
     "References",
     "Role",
+    "StoredTokens",
     "WordAligner",
     "Words",
     "gather_features",
     "gather_rows",
     "language_taps",
     "mean_over_processes",
+    "narrowed",
     "own_place",
+    "pack",
+    "pack_states",
     "sample_keys",
     "standardise",
+    "top_tokens",
+    "unpack",
     "visual_taps",
     "with_means",
 ]

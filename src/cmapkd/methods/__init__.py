@@ -18,11 +18,14 @@ from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
+from cmapkd.methods.sft import SFT
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
+from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
-from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.methods.token_kd import TokenKD
+from cmapkd.models import FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
@@ -36,6 +39,9 @@ _OWN: dict[str, type[Method]] = {
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,
+    "sft": SFT,
+    "token_kd": TokenKD,
+    "taid": TAID,
 }
 
 # beginnings of the names of own terms that contrast pairs, and so read which pairs are of one picture
@@ -48,10 +54,10 @@ METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)
 def build_method(
     config: MethodConfig,
     *,
-    student: DualEncoder,
+    student: Model,
     teacher: FrozenTeacher | None,
     more_teachers: Sequence[FrozenTeacher] = (),
-    auxiliary: Callable[[DualEncoder], AuxiliaryTerms | None] | None = None,
+    auxiliary: Callable[[Any], AuxiliaryTerms | None] | None = None,
     classes: ClassPrompts | None = None,
 ) -> Method:
     """The method that `config` names; teachers it does not use are left out.
@@ -66,6 +72,9 @@ def build_method(
         ValueError: the method needs a teacher and there is none, or the models lack what it reads.
     """
     kind = METHODS[config.name]
+    _check_contract(config.name, kind, student, "student")
+    if teacher is not None and kind.uses_teacher:
+        _check_contract(config.name, kind, teacher.model, "teacher")
     options: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
     if more_teachers and kind.uses_teacher:
         check_teachers(config.name, [further.role for further in more_teachers])
@@ -84,6 +93,20 @@ def build_method(
     if config.term_weighting is not None:
         method.weigh_terms(config.term_weighting)
     return method
+
+
+def _check_contract(name: str, kind: type[Method], model: Model, role: str) -> None:
+    """Refuses a model of another kind than the method is for.
+
+    Raises:
+        ConfigError: names methods that are for such a model.
+    """
+    if not isinstance(model, kind.reads):
+        able = ", ".join(other for other, each in METHODS.items() if isinstance(model, each.reads))
+        raise ConfigError(
+            f"method {name} needs a {role} that is a {kind.reads.__name__}, and {model.name} is a "
+            f"{type(model).__name__}. Methods for such models: {able or 'none'}"
+        )
 
 
 def check_teachers(name: str, more: Iterable[str]) -> None:

@@ -180,9 +180,9 @@ class C2KD(DualEncoderMethod):
 
     def _encode(self, part: Batch, _number: int = 0) -> TowerRows:
         """Both towers on a part of the batch."""
-        pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
+        pixels = part.pairs("student").images.to(self.device, non_blocking=True)
         image = self.student.encode_image(pixels, self.student_needs.image_levels)
-        texts = part.inputs["teacher"].texts.to(self.device, non_blocking=True)
+        texts = part.pairs("teacher").texts.to(self.device, non_blocking=True)
         text = self.text_model.encode_text(texts, self.teacher_needs.text_levels)
         return TowerRows(
             image.embedding,

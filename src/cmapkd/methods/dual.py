@@ -117,7 +117,7 @@ class DualEncoderMethod(Method):
         """
 
         def encode(part: Batch, _number: int) -> Float[Tensor, "batch dim"]:
-            pixels = part.inputs["student"].images.to(self.device, non_blocking=True)
+            pixels = part.pairs("student").images.to(self.device, non_blocking=True)
             tower: TowerFeatures = self.student.encode_image(change(part, pixels))
             return tower.embedding
 
@@ -222,7 +222,7 @@ class DualEncoderMethod(Method):
 
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
         if self.stored_student is not None and STUDENT in part.stored:
-            inputs = part.inputs[STUDENT].to(self.device, True) if STUDENT in part.inputs else None
+            inputs = part.pairs(STUDENT).to(self.device, True) if STUDENT in part.inputs else None
             stored = self.stored_student(part.only(STUDENT).to(self.device, non_blocking=True))
             joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, self.student_needs)
             return joined

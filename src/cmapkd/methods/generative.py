@@ -13,17 +13,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
+from cmapkd.features.top_tokens import ROWS as TOP_ROWS
+from cmapkd.features.top_tokens import narrowed, top_tokens
 from cmapkd.methods.base import Method
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.methods.rollouts import ROLLED, OnPolicyConfig, roll_out
 from cmapkd.methods.terms import Term
-from cmapkd.features.tokens import TokenLosses, token_losses
-from cmapkd.models import Model
+from cmapkd.models import FrozenTeacher, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.reach import example_rows, last_matrix_behind
-from cmapkd.models.token_types import Rows, TokenFeatures, TokenNeeds
+from cmapkd.models.shared_vocabulary import check_same_vocabulary, cut_head
+from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, TopTokens
 from cmapkd.objectives.tokens import TokenDivergence
+from cmapkd.objectives.vocabulary import TokenLosses, token_losses
 
 Reduction = Literal["token_mean", "sample_mean", "batch_sum"]
 
@@ -39,9 +42,9 @@ class GenerativeConfig(MethodConfig):
 
 
 class TopRequest(NamedTuple):
-    """The `count` likeliest tokens of each row, at a temperature."""
+    """The `number` likeliest tokens of each row, at a temperature."""
 
-    count: int
+    number: int
     temperature: float
 
 
@@ -49,7 +52,7 @@ class Counted(NamedTuple):
     """A sum over the rows of a part of the batch, and what it is to be divided by."""
 
     total: Float[Tensor, ""]
-    count: Float[Tensor, ""]
+    number: Float[Tensor, ""]
 
 
 class GenerativeMethod(Method):
@@ -64,6 +67,23 @@ class GenerativeMethod(Method):
     in_batch: ClassVar[bool] = False
     config: GenerativeConfig
     student: GenerativeModel
+    num_tokens: int | None = None
+    """How many tokens student and first teacher have in common, where one has more; None: all."""
+
+    def __init__(
+        self, config: GenerativeConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        self.config = config
+        if teacher is not None and self.compares_tokens:
+            common = check_same_vocabulary(teacher.model.vocabulary, student.vocabulary)
+            differ = common < max(teacher.model.vocabulary.size, student.vocabulary.size)
+            self.num_tokens = common if differ else None
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether next-token distributions of student and teacher are compared, so that they need one vocabulary."""
+        return self.uses_teacher
 
     @property
     def student_needs(self) -> TokenNeeds:
@@ -154,14 +174,40 @@ class GenerativeMethod(Method):
         asked = self.weights.get("answers", 0.0), self.weights.get("distillation", 0.0)
         wanted = self.wants("answers", asked[0]), self.wants("distillation", asked[1])
         declared = tuple(weight if want else 0.0 for weight, want in zip(asked, wanted, strict=True))
-        answered = teacher.top
-        if answered is None:
-            assert teacher.head is not None
-            answered = (teacher.hidden["answer"].values, teacher.head)
+        weights = None
+        if hard is not None or soft is not None:
+            ones = torch.ones_like(rows.sample, dtype=torch.float32)
+            weights = torch.stack([ones if each is None else each for each in (hard, soft)])
         return token_losses(
-            rows.values, head, student.targets, teacher=answered, divergence=divergence, weights=(hard, soft),
-            declared=declared,
-        )  # fmt: skip
+            rows.values,
+            self.shared(head),
+            student.targets,
+            teacher=self._answered(teacher),
+            divergence=divergence,
+            row_weights=weights,
+            # a second pass costs less where the first one is repeated, or where the terms are divided by other numbers
+            declared=None if self.micro_batch is not None or hard is not soft else (declared[0], declared[1]),
+        )
+
+    def _answered(self, teacher: TokenFeatures) -> Any:
+        """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
+        asked = self.teacher_top
+        if teacher.top is not None:
+            return teacher.top if asked is None else narrowed(teacher.top, min(asked.number, teacher.top.ids.shape[-1]))
+        assert teacher.head is not None
+        states, head = teacher.hidden["answer"].values, self.shared(teacher.head)
+        if asked is None:
+            return states, head
+        with torch.no_grad():
+            parts = [
+                top_tokens(head(rows), min(asked.number, len(head.weight)), temperature=asked.temperature)
+                for rows in states.split(TOP_ROWS)
+            ]
+        return TopTokens(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_p", "rest")))
+
+    def shared(self, head: LogitHead) -> LogitHead:
+        """A head over the tokens that student and teacher have in common."""
+        return head if self.num_tokens is None else cut_head(head, self.num_tokens)
 
     def weigh(
         self, part: Batch, rows: Rows, *, wanted: Bool[Tensor, " samples"] | None = None
@@ -204,7 +250,9 @@ class GenerativeMethod(Method):
         """The batch, with the student's own answers in the place of some, where the method learns on its policy."""
         if self.on_policy is None or not self.on_policy.share or not self.training:
             return batch
-        teachers = {role: each.model for role, each in self.teachers.items() if each.reads == role}
+        teachers = {
+            role: each.model for role, each in self.teachers.items() if each.reads == role and role in batch.inputs
+        }
         batch, measured = roll_out(
             batch, self.student, teachers, self.on_policy, step=self.step, at_once=self.micro_batch
         )

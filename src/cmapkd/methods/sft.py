@@ -14,7 +14,7 @@ from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMetho
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import TokenFeatures
-from cmapkd.features.tokens import token_losses
+from cmapkd.objectives.vocabulary import token_losses
 
 
 class SFTConfig(GenerativeConfig):
@@ -39,9 +39,7 @@ class SFT(GenerativeMethod):
         checked_against="the sum written out; the loss of transformers' own classes with labels",
     )
 
-    def __init__(
-        self, config: SFTConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
-    ) -> None:
+    def __init__(self, config: SFTConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.features.gather import mean_over_processes
-from cmapkd.features.tokens import token_losses
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.terms import Term
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import TokenFeatures
+from cmapkd.objectives.taid import TaidState, next_taid
 from cmapkd.objectives.tokens import TokenDivergence
 
 
@@ -43,23 +43,20 @@ class TAIDConfig(GenerativeConfig):
 
 
 class TAID(GenerativeMethod):
-    """KL to the softmax of interpolated logits, whose place t rises at least with the steps."""
+    """Cross-entropy with the softmax of interpolated logits, whose place t rises at least with the steps."""
 
     Config: ClassVar[type[MethodConfig]] = TAIDConfig
     card: ClassVar[MethodCard] = MethodCard(
         title="TAID: temporally adaptive interpolated distillation",
         paper="Shing et al. 2025, arXiv:2501.16937, section 3",
         equations=(
-            "p_t = σ((1−t) sg z_S + t z_T), L = KL(p_t ‖ q)",
+            "p_t = σ((1−t) sg z_S + t z_T), L = −Σ p_t log q",
             "r = (L' − L) / (L' + 1e-15), L' the loss of the step before; M ← βM + (1−β) r",
             "t ← min(end, max(start + (end − start) progress, t + α σ(M) (1 − t)))",
         ),
         needs="final states of the answers' tokens of both models, which must have one vocabulary; no cache",
         trainable="the student",
-        departures=(
-            "The loss that moves t is the mean over all micro-batches and processes.",
-            "KL in place of the soft cross-entropy of the released code: the same gradient, and zero at agreement.",
-        ),
+        departures=("The loss that moves t is the mean over all micro-batches and processes.",),
         checked_against="the target and the update written out; the released TAID.update_t "
         "(tests/methods/fixtures/taid.json)",
     )
@@ -67,9 +64,7 @@ class TAID(GenerativeMethod):
     momentum: Tensor
     before: Tensor
 
-    def __init__(
-        self, config: TAIDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
-    ) -> None:
+    def __init__(self, config: TAIDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config: TAIDConfig = config
         self.not_cached = "its target mixes all logits of teacher and student, and a cache holds the likeliest alone"
@@ -86,11 +81,12 @@ class TAID(GenerativeMethod):
         rows = student.hidden["answer"]
         weights, count = self.weigh(part, rows)
         losses = self.losses(student, teacher, self._target, weights, weights)
+        assert losses.kd is not None
         counted = {"answers": Counted(losses.ce, count), "distillation": Counted(losses.kd, count)}
         return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        self._target = TokenDivergence("taid", lam=float(self.place))
+        self._target = TokenDivergence("taid", t=float(self.place))
         terms = super().terms(batch)
         self.measurements["taid/t"] = self.place.clone()
         term = terms.get("distillation")
@@ -99,15 +95,20 @@ class TAID(GenerativeMethod):
             self._move(total[0] / total[1].clamp(min=1e-15))
         return terms
 
-    @torch.no_grad()
     def _move(self, loss: Tensor) -> None:
-        """Moves the target after a step whose loss was `loss`; the first step is only taken note of."""
+        """Moves the target after a step whose loss was `loss`."""
         config = self.config
-        known = torch.isfinite(self.before)
-        change = torch.where(known, (self.before - loss) / (self.before + 1e-15), 0.0)
-        self.momentum = torch.where(known, config.momentum * self.momentum + (1 - config.momentum) * change, 0.0)
-        line = config.start + (config.end - config.start) * (self.step.step / self.step.total)
-        ahead = self.place + config.rate * torch.sigmoid(self.momentum) * (1 - self.place) if config.adaptive else line
-        moved = torch.clamp(torch.as_tensor(ahead).clamp(min=line), max=config.end)
-        self.place = torch.where(known, moved, self.place)
-        self.before = loss.double()
+        progress = self.step.step / self.step.total
+        state = next_taid(
+            TaidState(float(self.place), float(self.before), float(self.momentum)),
+            float(loss),
+            progress=progress,
+            start=config.start,
+            end=config.end,
+            rate=config.rate,
+            inertia=config.momentum,
+        )
+        line = min(config.end, config.start + (config.end - config.start) * progress)
+        self.place.fill_(state.t if config.adaptive else line)
+        self.before.fill_(state.previous)
+        self.momentum.fill_(state.momentum)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from cmapkd.data.types import Batch
-from cmapkd.features.tokens import token_losses
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, TopRequest
 from cmapkd.methods.rollouts import OnPolicyConfig
@@ -24,16 +23,20 @@ from cmapkd.objectives.tokens import TokenDivergence
 class TokenKDConfig(GenerativeConfig):
     """Which divergence, on whose answers, and what each term counts."""
 
-    divergence: Literal[
-        "forward", "reverse", "jsd", "skew_forward", "skew_reverse", "tv", "sampled_reverse"
-    ] = Field("forward", description="Between the teacher's and the student's next-token distributions.")
+    divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse", "tv", "sampled_reverse"] = Field(
+        "forward", description="Between the teacher's and the student's next-token distributions."
+    )
     temperature: float = Field(1.0, gt=0, description="Divides both models' logits; the term is times its square.")
-    beta: float = Field(0.5, ge=0, le=1, description="jsd: weight of the teacher in the mixture; 0: forward, 1: reverse.")
-    skew: float = Field(0.1, ge=0, lt=1, description="skew_*: how much of the first distribution is in the mixture.")
+    beta: float = Field(
+        0.5, ge=0, le=1, description="jsd: weight of the teacher in the mixture; 0: forward, 1: reverse."
+    )
+    skew: float = Field(0.1, gt=0, lt=1, description="skew_*: how much of the first distribution is in the mixture.")
     answers_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the answers of the data.")
     distill_weight: float = Field(1.0, ge=0, description="Weight of the divergence.")
     top_k: int | None = Field(
-        None, ge=1, description="Teacher's likeliest tokens that are read, the rest as one; none: all. A cache needs it."
+        None,
+        ge=1,
+        description="Teacher's likeliest tokens that are read, the rest as one; none: all. A cache needs it.",
     )
     on_policy: OnPolicyConfig | None = Field(
         None, description="The student's own answers take the place of some; none: they never do. Or a share alone."
@@ -61,8 +64,8 @@ class TokenKD(GenerativeMethod):
             "sampled_reverse: −(log p_y − sg log q_y) log q_y, y drawn by the student",
             "L = answers_weight CE(y, q) + distill_weight T² D",
         ),
-        needs="final states of the answers' tokens of both models, which must have one vocabulary; prompts, image sizes "
-        "and widths may differ",
+        needs="final states of the answers' tokens of both models, which must have one vocabulary; prompts, image "
+        "sizes and widths may differ",
         trainable="the student",
         departures=(
             "Sums over tokens are divided once, over all micro-batches and processes.",
@@ -82,8 +85,6 @@ class TokenKD(GenerativeMethod):
         self.divergence = TokenDivergence(
             config.divergence, temperature=config.temperature, beta=config.beta, lam=config.skew
         )
-        if teacher is not None:
-            check_same_vocabulary(teacher.model, student)
 
         if config.on_policy is not None:
             self.not_cached = "the teacher judges answers that the student has just written"
@@ -107,5 +108,6 @@ class TokenKD(GenerativeMethod):
         only_own = self.config.divergence == "sampled_reverse"
         soft, num_soft = self.weigh(part, rows, wanted=~given if only_own and given is not None else None)
         losses = self.losses(student, teacher, self.divergence, hard, soft)
+        assert losses.kd is not None
         counted = {"answers": Counted(losses.ce, num_hard), "distillation": Counted(losses.kd, num_soft)}
         return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}

@@ -223,7 +223,7 @@ class HfChatProcessor(ChatProcessor):
                 "be learned with it. Set train_on: last."
             )
         special = control_ids(self.native.tokenizer)
-        behind = [token for token in self.native.tokenizer(rest, add_special_tokens=False)["input_ids"]]
+        behind = self.native.tokenizer(rest, add_special_tokens=False)["input_ids"]
         end: int | None = next((token for token in behind if token in special), self.native.tokenizer.eos_token_id)
         if end is None:
             raise ConfigError(f"{name} has no end token, in its chat template or its tokenizer: it would never stop")

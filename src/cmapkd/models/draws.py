@@ -38,7 +38,7 @@ def drawn(p: Float[Tensor, "rows size"], u: Float[Tensor, " rows"]) -> Int[Tenso
         u: in [0, 1), float64.
     """
     reached = p.cumsum(-1)
-    total = reached[:, -1:]
+    total = reached[:, -1:].contiguous()
     place = torch.searchsorted(reached, u[:, None] * total, right=True)
     last = torch.searchsorted(reached, total)  # rounding may carry u * total up to the total
     return torch.minimum(place, last)[:, 0]

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cmapkd.config import ConfigError, closest
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import Model
 from cmapkd.models.config import FAMILIES, ModelConfig
 
-Loader = Callable[[Path], DualEncoder]
+Loader = Callable[[Path], Model]
 """Reads a model folder, of whatever family."""
 
 
 @runtime_checkable
 class Family(Protocol):
-    """What a family offers: a module, or any object with these two functions."""
+    """What a family offers: a module, or any object with these two functions.
 
-    def build(self, rest: str, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:
+    A family of models that can take a teacher's tokenizer has a further argument `teacher: Model | None` of `build`.
+    """
+
+    def build(self, rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Model:
         """The model that `rest`, the name after the colon, stands for; float32, on the CPU.
 
         Args:
@@ -27,7 +30,7 @@ class Family(Protocol):
         """
         ...
 
-    def load(self, folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:
+    def load(self, folder: Path, description: dict[str, Any], load_model: Loader) -> Model:
         """The model of a folder that its `save` wrote.
 
         Args:

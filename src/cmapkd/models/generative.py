@@ -24,11 +24,32 @@ class Decoding:
         max_new_tokens: after so many the answer ends, finished or not.
         temperature: 0: always the likeliest token; else tokens are drawn at this temperature.
         top_p: draws are among the likeliest tokens that together have this probability; 1: among all.
+        min_new_tokens: before so many no end token is chosen; to time answers of a fixed length.
     """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
+    min_new_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What a language model keeps of every token while it writes: keys and values of each layer.
+
+    Attributes:
+        layers: that keep them.
+        heads: of keys and values, in each layer.
+        width: numbers of one key, and of one value.
+    """
+
+    layers: int
+    heads: int
+    width: int
+
+    def num_bytes(self, bytes_per_number: int) -> int:
+        """Of one token, visual or not."""
+        return 2 * self.layers * self.heads * self.width * bytes_per_number
 
 
 class ChatProcessor(ChatProcessing):
@@ -71,6 +92,11 @@ class GenerativeModel(Model):
     vocabulary: Vocabulary
     image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
+
+    @property
+    def cache_shape(self) -> CacheShape | None:
+        """What is kept of every token while writing; None where it is not known. Windows of attention are ignored."""
+        return None
 
     @abstractmethod
     def forward(self, inputs: ChatInput, needs: TokenNeeds | None = None) -> TokenFeatures:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from cmapkd.config import Config, ConfigError
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import Model
 from cmapkd.models.config import ModelConfig
 from cmapkd.models.errors import first_line
 from cmapkd.models.families import Loader
@@ -23,11 +23,16 @@ from cmapkd.models.hf_tokenizer import (
     load_tokenizer,
     pad_on_the_right,
 )
+from cmapkd.models.hf_vlm_build import HfVlmOptions
+from cmapkd.models.hf_vlm_build import assemble as assemble_vlm
 from cmapkd.models.hub import hub_options, locate
 from cmapkd.models.storage import check_sizes
 from cmapkd.models.types import BOTH
+from cmapkd.models.vlm_layouts import LAYOUTS
 
 SUPPORTED = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+"""Classes of models that embed, by `model_type`; those of models that write are in `LAYOUTS`."""
+
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -42,10 +47,9 @@ class HfOptions(Config):
     revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
 
 
-def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:  # noqa: ARG001
+def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Model:  # noqa: ARG001
     """The model with its weights, or with `init: scratch` its architecture with random ones."""
-    options = HfOptions.from_mapping(config.options, where=f"options of {config.name}")
-    source, fetching = locate(rest, where=config.name, revision=options.revision)
+    source, fetching = locate(rest, where=config.name, revision=config.options.get("revision"))
     local = Path(source).is_dir()
     model_config = _config(source, local, fetching, config.name)
     if config.init == "scratch":
@@ -54,15 +58,24 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
         if local:
             _check_weight_files(Path(source))
         model = _pretrained(source, model_config, fetching, config.name)
+    where = f"options of {config.name}"
+    if model_config.model_type in LAYOUTS:
+        return assemble_vlm(
+            source, model, HfVlmOptions.from_mapping(config.options, where=where), fetching, config.name
+        )
+    options = HfOptions.from_mapping(config.options, where=where)
     return _assemble(source, model, options, fetching, config.name, scratch=config.init == "scratch")
 
 
-def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001
-    """A folder that `HfModel.save` wrote; needs no network."""
-    name = str(description["name"])
-    options = HfOptions(context_length=description["options"]["context_length"])
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model:  # noqa: ARG001
+    """A folder that `HfModel.save` or `HfVlm.save` wrote; needs no network."""
+    name, stored = str(description["name"]), description["options"]
     _check_weight_files(folder)
     model = _pretrained(str(folder), _config(str(folder), True, {}, name), {}, str(folder))
+    if model.config.model_type in LAYOUTS:
+        kept = HfVlmOptions(max_tokens=stored["max_tokens"], train_on=stored["train_on"])
+        return assemble_vlm(str(folder), model, kept, {}, name)
+    options = HfOptions(context_length=stored["context_length"])
     return _assemble(str(folder), model, options, {}, name, scratch=False)
 
 
@@ -70,7 +83,7 @@ def _config(source: str, local: bool, fetching: dict[str, Any], where: str) -> A
     """The model's config, refused unless it is of a kind we support. Code in a repository is never run."""
     from transformers import AutoConfig
 
-    supported = ", ".join(f"{kind} ({name})" for kind, name in SUPPORTED.items())
+    supported = ", ".join(f"{kind} ({name})" for kind, name in _classes().items())
     if local and not (Path(source) / "config.json").is_file():
         raise ValueError(f"{source} is no transformers model folder: it has no config.json")
     try:
@@ -90,11 +103,13 @@ def _config(source: str, local: bool, fetching: dict[str, Any], where: str) -> A
             f"{where} is a NaFlex SigLIP 2 model, whose number of patches varies: use a fixed-resolution one, for "
             "example hf:google/siglip2-base-patch16-224 (its model_type is siglip)."
         )
-    if config.model_type not in SUPPORTED:
+    if config.model_type not in _classes():
         raise ConfigError(
             f"{where} has model_type {config.model_type!r}, which is not supported. Supported: {supported}."
         )
     check_sizes(config.to_dict(), where=where)
+    if config.model_type in LAYOUTS:
+        return config
     for key in ("image_size", "patch_size"):
         if not isinstance(getattr(config.vision_config, key), int):
             raise ConfigError(f"{where} has a {key} that is not square: only square ones are supported")
@@ -204,4 +219,9 @@ def _processor(source: str, fetching: dict[str, Any], config: Any, name: str, *,
 def _class(config: Any) -> Any:
     import transformers
 
-    return getattr(transformers, SUPPORTED[config.model_type])
+    return getattr(transformers, _classes()[config.model_type])
+
+
+def _classes() -> dict[str, str]:
+    """transformers' classes by `model_type`, of both contracts."""
+    return {**SUPPORTED, **{kind: layout.kind for kind, layout in LAYOUTS.items()}}

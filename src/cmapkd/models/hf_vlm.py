@@ -16,7 +16,7 @@ from cmapkd.data.dialogues import ChatInput
 from cmapkd.models.base import eval_mode
 from cmapkd.models.chat import HfChatProcessor, vocabulary_digest
 from cmapkd.models.draws import KeyedChoice, until_end
-from cmapkd.models.generative import Decoding, GenerativeModel
+from cmapkd.models.generative import CacheShape, Decoding, GenerativeModel
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import write_model_folder
 from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, Vocabulary, Where
@@ -32,18 +32,17 @@ class HfVlm(GenerativeModel):
     scale nor a cap to their logits, whatever the config of their language model says, and nor does `head`.
 
     Args:
-        model: transformers' model, with head.
-        family: what `load_model` asks to read the folder of this model back.
+        model: transformers' model, with its head.
     Raises:
         ConfigError: the tokenizer has more tokens than the head has rows.
     """
 
     processor: HfChatProcessor
 
-    def __init__(self, model: Any, *, processor: HfChatProcessor, name: str, family: str = "hf") -> None:
+    def __init__(self, model: Any, *, processor: HfChatProcessor, name: str) -> None:
         super().__init__()
         self.model: Any = model
-        self.name, self.processor, self.family = name, processor, family
+        self.name, self.processor = name, processor
         config = model.config
         self.layout = LAYOUTS[config.model_type]
         self.vocabulary = _vocabulary(model, processor, name)
@@ -69,7 +68,16 @@ class HfVlm(GenerativeModel):
     @property
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
+        if size == len(layer.weight):  # a slice of all would be copied in the backward pass
+            return LogitHead(layer.weight, layer.bias)
         return LogitHead(layer.weight[:size], None if layer.bias is None else layer.bias[:size])
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        text = self.model.config.text_config
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return CacheShape(text.num_hidden_layers, heads, width)
 
     @property
     def parts(self) -> Mapping[str, frozenset[str]]:
@@ -142,7 +150,7 @@ class HfVlm(GenerativeModel):
             "max_tokens": self.processor.max_tokens,
             "train_on": self.processor.train_on,
         }
-        write_model_folder(folder, family=self.family, name=self.name, options=options)
+        write_model_folder(folder, family="hf", name=self.name, options=options)
         self.model.save_pretrained(folder)
         usual_rights(folder.glob("*.safetensors"))
         self.processor.native.save_pretrained(folder)
@@ -195,6 +203,7 @@ class HfVlm(GenerativeModel):
         before = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             max_new_tokens=how.max_new_tokens,
+            min_new_tokens=how.min_new_tokens or None,
             do_sample=False,
             num_beams=1,
             eos_token_id=list(self.vocabulary.end_ids),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.contracts import dual
 from cmapkd.models.families import Loader
 from cmapkd.models.heads import ProjectorKind, make_projector
 from cmapkd.models.parts import joined_parts, split_by_name, within
@@ -144,7 +145,7 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualE
     options = description["options"]
     shape = options["prompts"]
     prompts = None if shape is None else DeepPrompts(shape[2], depth=shape[0], count=shape[1])
-    image, text = load_model(folder / "image"), load_model(folder / "text")
+    image, text = (dual(load_model(folder / part), "a joined model") for part in ("image", "text"))
     model = JoinedEncoder(image, text, projector=options["projector"], prompts=prompts)
     weights = {key: value for key, value in model.state_dict().items() if key.startswith(_MODELS)}
     if weights.keys() != model.state_dict().keys():

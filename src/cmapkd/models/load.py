@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 
 import torch
 
 from cmapkd.config import ConfigError
 from cmapkd.data.random import key_of
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.config import FAMILIES, InheritConfig, ModelConfig
+from cmapkd.models.contracts import dual
 from cmapkd.models.errors import explained
 from cmapkd.models.families import family as family_of
+from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.inherit import inherit_weights
 from cmapkd.models.storage import DESCRIPTION, read_description
 
 
 def build_model(
-    config: ModelConfig | str, *, captions: Iterable[str] | None = None, teacher: DualEncoder | None = None
-) -> DualEncoder:
+    config: ModelConfig | str, *, captions: Iterable[str] | None = None, teacher: Model | None = None
+) -> Model:
     """The model that `config` names, in eval mode, float32, on the CPU.
 
     Args:
-        captions: training texts, read only by an untrained `tiny` model to learn its vocabulary.
-        teacher: what `inherit: teacher` takes the weights from.
+        captions: training texts, read only by an untrained `tiny` or `tiny_vlm` model to learn its vocabulary.
+        teacher: what `inherit: teacher` takes the weights from, and an untrained `tiny_vlm` model its tokenizer.
     Raises:
         ConfigError: the name or an option is unknown, or there is nothing to inherit from.
         ValueError: weights are missing or do not fit.
@@ -35,7 +38,7 @@ def build_model(
     family, colon, rest = config.name.partition(":")
     if family in FAMILIES and colon:
         with explained(config.name) if Path(rest).exists() else nullcontext():
-            model = _checked(family_of(family).build(rest, config, captions), family)
+            model = _checked(_built(family, rest, config, captions, teacher), family)
     elif folder.is_dir():
         if config.options:
             raise ConfigError(
@@ -53,14 +56,14 @@ def build_model(
         )
     if config.inherit is not None:
         model = _inherited(model, config.inherit, teacher)
-        model.random_towers = ()
     if config.checkpoint is not None:
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
+    if isinstance(model, DualEncoder) and (config.inherit is not None or config.checkpoint is not None):
         model.random_towers = ()
-    return model.eval()
+    return _of_dtype(model, config).eval()
 
 
-def build_teacher(config: ModelConfig, role: str = "teacher") -> DualEncoder:
+def build_teacher(config: ModelConfig, role: str = "teacher") -> Model:
     """The teacher that `config` names, the same at every start and in every process, also where part of it is random.
 
     A teacher may have no weights for one tower. Its random ones are drawn from a seed of its role; the stream of random
@@ -76,16 +79,38 @@ def build_teacher(config: ModelConfig, role: str = "teacher") -> DualEncoder:
         return build_model(config)
 
 
-def _inherited(model: DualEncoder, config: InheritConfig, teacher: DualEncoder | None) -> DualEncoder:
-    if config.name == "teacher" and teacher is None:
-        raise ConfigError("inherit: teacher, but there is no teacher here: name a model or a folder")
-    source = teacher if config.name == "teacher" and teacher is not None else build_model(config.name)
-    model = model.with_tokenizer_of(source)
-    inherit_weights(model, source, depth=config.depth)
+def _built(
+    family: str, rest: str, config: ModelConfig, captions: Iterable[str] | None, teacher: Model | None
+) -> object:
+    """What the family gives; it is told of the teacher if it asks for one."""
+    build = family_of(family).build
+    if "teacher" in signature(build).parameters:
+        return build(rest, config, captions, teacher=teacher)  # type: ignore[call-arg]
+    return build(rest, config, captions)
+
+
+def _of_dtype(model: Model, config: ModelConfig) -> Model:
+    """The model with parameters of the config's precision; buffers, as tables of positions, stay as they are."""
+    if config.dtype == "fp32":
+        return model
+    if not isinstance(model, GenerativeModel):
+        raise ConfigError(f"dtype: {config.dtype} is for models that write, and {model.name} is none: leave it out")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
-def load_model(folder: str | Path) -> DualEncoder:
+def _inherited(model: Model, config: InheritConfig, teacher: Model | None) -> DualEncoder:
+    if config.name == "teacher" and teacher is None:
+        raise ConfigError("inherit: teacher, but there is no teacher here: name a model or a folder")
+    source = teacher if config.name == "teacher" and teacher is not None else build_model(config.name)
+    student, larger = dual(model, "inherit"), dual(source, "inherit")
+    student = student.with_tokenizer_of(larger)
+    inherit_weights(student, larger, depth=config.depth)
+    return student
+
+
+def load_model(folder: str | Path) -> Model:
     """A model that cmapkd saved: a `student/` folder, or the run folder around it.
 
     Raises:
@@ -107,11 +132,11 @@ def load_model(folder: str | Path) -> DualEncoder:
         return _checked(family_of(name).load(folder, description, load_model), name).eval()
 
 
-def _checked(model: object, family: str) -> DualEncoder:
+def _checked(model: object, family: str) -> Model:
     """What a family of whatever package gave, if it is a model."""
-    if not isinstance(model, DualEncoder):
+    if not isinstance(model, Model):
         raise ConfigError(
             f"model family {family!r} of {FAMILIES.origin(family)} gave a {type(model).__name__}, which is no "
-            "cmapkd.models.DualEncoder"
+            "cmapkd.models.Model"
         )
     return model

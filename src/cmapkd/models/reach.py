@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmapkd.data.dialogues import Turn, join_items
 from cmapkd.models.base import DualEncoder, eval_mode
+from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.types import Tower
 
 
@@ -84,3 +86,12 @@ def example_output(model: DualEncoder, tower: Tower, level: str | None = None) -
         else:
             features = model.encode_text(model.tokenizer(["a"]).to(scale.device, non_blocking=True), levels)
     return features.embedding if level is None else features.levels[level].values
+
+
+def example_rows(model: GenerativeModel) -> Tensor:
+    """Final states of the answer "a" to "a", without a picture; the model is left as it was."""
+    item = model.processor.read((Turn("user", "a"), Turn("assistant", "a")), [])
+    with eval_mode(model):
+        features = model(join_items([item], model.vocabulary.pad_id).to(model.device))
+    values: Tensor = features.hidden["answer"].values
+    return values

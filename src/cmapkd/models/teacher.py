@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cmapkd.config import closest
 from cmapkd.data.types import Batch
 from cmapkd.models.average import follow
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.contracts import dual
 from cmapkd.models.types import Features, LevelRequest
 
 
@@ -52,7 +53,7 @@ class Teacher(Protocol):
 
 
 class FrozenTeacher:
-    """Wraps a `DualEncoder` so that nothing can train it.
+    """Wraps a model, of either contract, so that nothing can train it.
 
     Deliberately not an `nn.Module`: assigned to a method it is no submodule, so it appears in no `parameters()`, no
     `state_dict()` and no distributed wrapper, and a `train()` on the method does not reach it.
@@ -60,7 +61,9 @@ class FrozenTeacher:
 
     from_disk: ClassVar[bool] = False  # whether asking costs a look into a file, and not a pass of a model
 
-    def __init__(self, model: DualEncoder, role: str = "teacher") -> None:
+    model: Any  # a `DualEncoder`, or a `GenerativeModel`: whoever reads it knows which one the method needs
+
+    def __init__(self, model: Model, role: str = "teacher") -> None:
         self.model = model.eval().requires_grad_(False)
         self.role = role
 
@@ -70,21 +73,25 @@ class FrozenTeacher:
 
     @property
     def name(self) -> str:
-        return self.model.name
+        return str(self.model.name)
 
     @property
     def embed_dim(self) -> int:
-        return self.model.embed_dim
+        """Width of the joint space of a model that embeds.
+
+        Raises:
+            ConfigError: this one writes.
+        """
+        return dual(self.model, "a method that compares embeddings").embed_dim
 
     def to(self, device: torch.device | str) -> FrozenTeacher:
         self.model.to(device)
         return self
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
-        """Features of the teacher's own form of the batch, detached."""
-        output: Features = self.model(batch.inputs[self.role], needs)
-        return output
+    def __call__(self, batch: Batch, needs: Any = None) -> Any:
+        """`Features` of the teacher's own form of the batch, detached; `TokenFeatures` of one that writes."""
+        return self.model(batch.inputs[self.role], needs)
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Embeddings of `num` samples that a method compares others with; only a cache has them.

@@ -7,15 +7,25 @@ from typing import Any
 
 PAD, START, END = "<pad>", "<|im_start|>", "<|im_end|>"
 
-# The form of ChatML. PICTURE is replaced by what stands for a picture. A newline is written as an expression, because
-# Jinja drops one that follows a block.
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] + '\\n' }}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}PICTURE{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\\n' }}{% endif %}"
-)
+
+def template_of(picture: str, *, start: str = START, end: str = END) -> str:
+    """A chat template in the form of ChatML, with a generation prompt.
+
+    Args:
+        picture: what stands for a picture.
+        start, end: the tokens around each turn.
+    """
+    newline = "{{ '\\n' }}"  # an expression, because Jinja drops a newline that follows a block
+    return (
+        "{% for message in messages %}"
+        f"{start}{{{{ message['role'] }}}}{newline}"
+        "{% for part in message['content'] %}"
+        f"{{% if part['type'] == 'image' %}}{picture}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+        "{% endfor %}"
+        f"{end}{newline}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{start}assistant{newline}{{% endif %}}"
+    )
 
 
 def byte_tokenizer(texts: Iterable[str], *, size: int, special: Sequence[str] = (), **named: str) -> Any:

@@ -30,6 +30,8 @@ class Vocabulary:
         pad_id: fills short rows; may be an end token too.
         image_id: the placeholder of visual tokens.
         digest: of all (id, piece); equal digests are equal vocabularies.
+        pieces: by id, as the tokenizer names them; empty where they are not known. With them, two vocabularies of which
+            one has more tokens at its end can be told to agree on the others.
     """
 
     size: int
@@ -38,6 +40,7 @@ class Vocabulary:
     pad_id: int
     image_id: int
     digest: str
+    pieces: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,9 @@ class LogitHead:
 
     def __call__(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows size"]:
         """Logits in float32 (float64 of float64)."""
-        logits = F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias)
+        logits = F.linear(
+            hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype)
+        )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale

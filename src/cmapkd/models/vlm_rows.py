@@ -1,4 +1,4 @@
-"""Flat rows of a batch of dialogues: which positions are read, and the patches of vision blocks in the picture's order."""
+"""Flat rows of a batch of dialogues: the positions that are read, and patches in the order of their picture."""
 
 from __future__ import annotations
 

@@ -16,8 +16,15 @@ from cmapkd.objectives.relation import layer_relation_distance, relation_distanc
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
 from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
+from cmapkd.objectives.taid import TaidState, next_taid
+from cmapkd.objectives.tokens import TokenDivergence
+from cmapkd.objectives.top_tokens import top_divergence
+from cmapkd.objectives.vocabulary import TokenLosses, token_losses
 
 __all__ = [
+    "TaidState",
+    "TokenDivergence",
+    "TokenLosses",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -36,6 +43,7 @@ __all__ = [
     "labelled_cross_entropy",
     "layer_relation_distance",
     "level_distance",
+    "next_taid",
     "non_target_divergence",
     "prior_coupling",
     "pyramid_divergence",
@@ -46,5 +54,7 @@ __all__ = [
     "smooth_distance",
     "sparsity_constraint",
     "target_sparsity",
+    "token_losses",
+    "top_divergence",
     "vertical_divergence",
 ]

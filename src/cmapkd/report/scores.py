@@ -191,7 +191,7 @@ def _table(rows: Sequence[Measured], data: str | None) -> Table:
     seeds = max(len(each.scores) for each in rows)
     size = rows[0].size
     caption = f"Scores on {data or 'unnamed data'}" + (f": {size}" if size else "")
-    note = "Scores are percent." + (
+    note = "Scores are percent, where their head names no other unit." + (
         " Below a mean over seeds stands its 95 % t interval over seeds." if seeds > 1 else ""
     )
     heads = ["model", *(["seeds"] if seeds > 1 else []), *columns, *_cost_heads(rows)]
@@ -260,7 +260,8 @@ def _figure(rows: Sequence[Measured]) -> Figures | None:
                 )
                 for each, mean in places
             ]
-            figures.append(dots(f"{headline.head}", points, unit="percent", least=5.0))
+            least = 5.0 if headline.unit == "percent" else 0.1
+            figures.append(dots(f"{headline.head}", points, unit=headline.unit, least=least))
     return Figures(figures) if figures else None
 
 

@@ -18,6 +18,7 @@ from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.models import DualEncoder, build_teacher, load_model
 from cmapkd.models.config import ModelConfig
+from cmapkd.models.contracts import dual
 from cmapkd.report.plain import mapping, shortened, string
 from cmapkd.report.read import RunFolder
 
@@ -120,6 +121,9 @@ def watch(
     return Watched(source, {name: subjects[name] for name in order}, len(source), told, is_test(spec, split))
 
 
+_PAGE = "the page of pictures"
+
+
 def is_test(spec: str, split: str) -> bool:
     """Whether a source is a test split."""
     with suppress(ConfigError):
@@ -130,7 +134,7 @@ def is_test(spec: str, split: str) -> bool:
 def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
     """The student first, then the others that load, and why some do not."""
     try:
-        models = {"student": load_model(run.path / "student")}
+        models = {"student": dual(load_model(run.path / "student"), _PAGE)}
     except Exception as error:
         raise NothingToWatch(f"there is no student that loads ({_first(error)})") from error
     notes: dict[str, str] = {}
@@ -138,7 +142,7 @@ def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
     if teacher:
         try:
             config = mapping(run.config, "teacher") or {"name": str(teacher)}
-            models["teacher"] = build_teacher(ModelConfig.from_mapping(config, where="teacher"))
+            models["teacher"] = dual(build_teacher(ModelConfig.from_mapping(config, where="teacher")), _PAGE)
         except Exception as error:
             notes["teacher"] = f"cannot be loaded ({_first(error)})"
     for name in mapping(run.config, "more_teachers"):
@@ -146,7 +150,7 @@ def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
     folder = _baseline_folder(run)
     if folder is not None:
         try:
-            models["baseline"] = load_model(folder)
+            models["baseline"] = dual(load_model(folder), _PAGE)
         except Exception as error:
             notes["baseline"] = f"cannot be loaded ({_first(error)})"
     return models, notes

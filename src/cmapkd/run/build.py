@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, Batches, Reader
+from cmapkd.data.batches import BatchBuilder, Batches, Choice
 from cmapkd.data.held_out import WithHeldOut, open_held_out
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
+from cmapkd.data.readers import Reader
 from cmapkd.data.streams import streams_of
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
-from cmapkd.models import DualEncoder, FrozenTeacher, Teacher, build_model, build_teacher
+from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher
+from cmapkd.models.reading import reader_of
 from cmapkd.run.config import RunConfig
 
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
@@ -27,8 +30,9 @@ def open_training(config: RunConfig) -> Source:
     return open_streams(
         config.data.train,
         config.data.more,
-        require_captions=config.method.reads_captions,
+        require_captions=config.method.reads_captions and not config.writes,
         held_out=held_out if isinstance(held_out, int) else 0,
+        prompting=config.data.prompts.prompting() if config.writes else None,
     )
 
 
@@ -77,9 +81,12 @@ def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
     return {role: FrozenTeacher(build_teacher(model, role), role) for role, model in config.teachers.items()}
 
 
-def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> DualEncoder:
+def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> Model:
     """The student before its first step."""
     teacher = teachers["teacher"].model if "teacher" in teachers else None
+    if config.writes:
+        words = config.data.prompts.prompting().vocabulary(source)
+        return build_model(config.student, captions=words, teacher=teacher)
     captions = vocabulary_captions(source)
     if not config.method.reads_captions:
         captions = _or_prompts(captions, config, source)
@@ -98,9 +105,9 @@ def _or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> I
 
 def method_of(
     config: RunConfig,
-    student: DualEncoder,
+    student: Model,
     teachers: Mapping[str, FrozenTeacher],
-    heads: Callable[[DualEncoder], AuxiliaryTerms | None] | None = None,
+    heads: Callable[[Any], AuxiliaryTerms | None] | None = None,
     classes: ClassPrompts | None = None,
 ) -> Method:
     """The run's method over these models."""
@@ -152,10 +159,12 @@ def _refuse_in_batch(config: RunConfig) -> None:
             "with every batch. Leave it out"
         )
     if config.heads is not None:
-        raise ConfigError(f"heads learn on pictures that a student embeds, and method {name} trains none: leave heads out")
+        raise ConfigError(
+            f"heads learn on pictures that a student embeds, and method {name} trains none: leave heads out"
+        )
 
 
-def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:
+def texts_of(config: RunConfig, method: Method, source: Source) -> Choice:
     """Which texts of a sample the run reads.
 
     Raises:
@@ -166,7 +175,10 @@ def texts_of(config: RunConfig, method: Method, source: Source) -> TextChoice:
     return choice
 
 
-def text_choice(config: RunConfig, method: Method) -> TextChoice:
+def text_choice(config: RunConfig, method: Method) -> Choice:
+    """How a sample's texts are chosen: its prompt and answer for a method over models that write, else captions."""
+    if config.writes:
+        return config.data.prompts.prompting()
     return TextChoice(method.text_pools, config.data.mix_synthetic, required=config.method.reads_captions)
 
 
@@ -195,11 +207,11 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
     return ClassPrompts(names, get_templates(config.evaluation.templates, source))
 
 
-def readers(student: DualEncoder, *teachers: Teacher | None) -> dict[str, Reader]:
+def readers(student: Model, *teachers: Teacher | None, max_tokens: int | None = None) -> dict[str, Reader]:
     """How each model of a run reads a batch; a momentum teacher reads what the student reads."""
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
-    return {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+    return {role: reader_of(model, max_tokens=max_tokens) for role, model in models.items()}
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

@@ -15,13 +15,16 @@ from cmapkd.evaluation.run import EvaluationConfig
 from cmapkd.evaluation.tasks import TASKS, check_tasks
 from cmapkd.methods import METHODS, MethodConfig, check_teachers
 from cmapkd.models import ModelConfig
+from cmapkd.models.generative import GenerativeModel
 from cmapkd.training import OptimConfig, TrainConfig
 
 
 class RunConfig(Config):
     """Everything a run depends on. The run folder holds it resolved, so that it can be repeated."""
 
-    teacher: ModelConfig | None = Field(None, description="The model that teaches; none for methods contrastive and sft.")
+    teacher: ModelConfig | None = Field(
+        None, description="The model that teaches; none for methods contrastive and sft."
+    )
     more_teachers: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Further teachers by names of their own, for methods that take several."
     )
@@ -69,6 +72,12 @@ class RunConfig(Config):
     def _known_tasks(cls, value: EvaluationConfig) -> EvaluationConfig:
         check_tasks(value)
         return value
+
+    @model_validator(mode="after")
+    def _whole_pictures_of_dialogues(self) -> Self:
+        if self.writes:
+            object.__setattr__(self, "data", self.data.for_dialogues())
+        return self
 
     @model_validator(mode="after")
     def _views_cycle_with_a_cache(self) -> Self:
@@ -145,6 +154,11 @@ class RunConfig(Config):
     def without_teachers(self) -> RunConfig:
         """The same for a method that uses none."""
         return self.model_copy(update={"teacher": None, "more_teachers": {}})
+
+    @property
+    def writes(self) -> bool:
+        """Whether the student is a model that writes, by what its method reads."""
+        return issubclass(METHODS[self.method.name].reads, GenerativeModel)
 
     @property
     def teachers(self) -> dict[str, ModelConfig]:

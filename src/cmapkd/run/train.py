@@ -13,8 +13,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from cmapkd.config import ConfigError, writing
-from cmapkd.data.batches import Answers, BatchBuilder, Batches
-from cmapkd.data.texts import TextChoice
+from cmapkd.data.batches import Answers, BatchBuilder, Batches, Choice
 from cmapkd.data.types import Source
 from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.methods import Method
@@ -207,13 +206,13 @@ def _batches(
     student: Model,
     method: Method,
     stored: dict[str, Answers],
-    texts: TextChoice,
+    texts: Choice,
 ) -> Batches:
     assert config.data.views is not None
     builder = BatchBuilder(
         source,
         config.data.views,
-        readers(student, *method.teachers.values()),
+        readers(student, *method.teachers.values(), max_tokens=config.data.max_tokens),
         seed=config.seed,
         on_bad_sample=config.data.on_bad_sample,
         stored=stored,

@@ -62,14 +62,16 @@ def _about(family: str) -> str:
 
 
 def _options(family: str) -> type[Config]:
-    """The class of a family's options: the one of its module whose name ends so."""
+    """The class of a family's options: those of its module whose names end so, joined where there are several."""
     module = import_module(f"cmapkd.models.{family}_family")
-    (found,) = (
+    first, *others = [
         kind
         for name, kind in vars(module).items()
         if name.endswith("Options") and isinstance(kind, type) and issubclass(kind, Config)
-    )
-    return found
+    ]
+    if not others:
+        return first
+    return type(f"{family.title()}FamilyOptions", (first, *others), {"__doc__": first.__doc__})
 
 
 def _closure(roots: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:

@@ -9,6 +9,7 @@ from typing import Any
 from cmapkd.config import ConfigError
 from cmapkd.evaluation.efficiency import EfficiencyConfig, efficiency, weight_bytes
 from cmapkd.models import DualEncoder, ModelConfig, build_model
+from cmapkd.models.contracts import dual
 
 LADDER: tuple[dict[str, Any], ...] = (
     {
@@ -65,7 +66,7 @@ def choose_student(*, max_mb: float, max_ms: float | None, say: Callable[[str], 
     light: list[tuple[dict[str, Any], DualEncoder, float]] = []
     for values in LADDER:
         say(f"building {values['name']}")
-        model = build_model(ModelConfig.from_mapping(values, where="student"))
+        model = dual(build_model(ModelConfig.from_mapping(values, where="student")), "cmapkd init")
         megabytes = weight_bytes(model)["fp32"] / 1e6
         if megabytes > max_mb:
             if not light:

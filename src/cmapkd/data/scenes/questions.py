@@ -46,7 +46,7 @@ def _existence(draws: Draws, scene: Scene) -> list[QuestionAnswer]:
         if len(there) == 1 and len(asked) == 1 and "yes" in asked.values():  # nothing else to say yes to
             asked[_absent(draws, there)] = "no"
     return [
-        QuestionAnswer(f"Is there {_a(f'{colour} {shape}')}?", (answer,), "yes/no")
+        QuestionAnswer(f"Is there {_a(f'{colour} {shape}')}?", (answer,), "yes/no", category="existence")
         for (colour, shape), answer in asked.items()
     ]
 
@@ -115,7 +115,8 @@ def _relation(draws: Draws, scene: Scene) -> QuestionAnswer | None:
             right = draws.chance(0.5)
             asked = _SIDES[where if right else _OPPOSITE[where]]
             answer = "yes" if right else "no"
-            return QuestionAnswer(f"Is the {first.name} {asked} the {second.name}?", (answer,), "yes/no")
+            question = f"Is the {first.name} {asked} the {second.name}?"
+            return QuestionAnswer(question, (answer,), "yes/no", category="relation")
     return None
 
 

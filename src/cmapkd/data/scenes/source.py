@@ -18,6 +18,7 @@ from cmapkd.data.scenes.spec import CLASS_NAMES, DIFFICULTIES, SPLITS, WORLD_VER
 from cmapkd.data.scenes.world import WORLD_SEED, Scene, scene_at
 from cmapkd.data.scenes.wrong import with_wrong
 from cmapkd.data.types import Box, QuestionAnswer, Sample
+from cmapkd.data.unseen import NO_PICTURE
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ class SceneSample(Sample):
         for name, value in (given | {"_language": language, "_wrong": wrong}).items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_made", {})
+        object.__setattr__(self, "turns", ())
 
     def _make(self, name: str, maker: Callable[[], tuple[T, ...]]) -> tuple[T, ...]:
         if name not in self._made:
@@ -149,7 +151,13 @@ class ScenesSource:
             IndexError: the index is negative, or not below the length.
         """
         scene = self.scene(index)
-        image = render(scene, self.size)
+        return self._sample(index, scene, render(scene, self.size))
+
+    def unseen(self, index: int) -> Sample:
+        """The sample at `index` with a dot in the place of its picture, which is not drawn."""
+        return self._sample(index, self.scene(index), NO_PICTURE)
+
+    def _sample(self, index: int, scene: Scene, image: Image.Image) -> Sample:
         return SceneSample(f"{self.name}/{self.start + index:09d}", image, self.size, scene, self.language, self.wrong)
 
     def scene(self, index: int) -> Scene:

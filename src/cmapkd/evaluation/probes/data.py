@@ -29,6 +29,7 @@ class Annotations:
     captions: tuple[tuple[str, ...], ...]
     questions: tuple[tuple[QuestionAnswer, ...], ...]
     boxes: tuple[tuple[Box, ...], ...]
+    bad: tuple[tuple[str, str], ...] = ()  # id and reason of the samples that cannot be read
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -41,15 +42,18 @@ def read_annotations(source: Source, *, limit: int | None = None) -> Annotations
         ValueError: none can.
     """
     rows: list[tuple[int, str, tuple[int, int], tuple[str, ...], tuple[QuestionAnswer, ...], tuple[Box, ...]]] = []
+    bad: list[tuple[str, str]] = []
     for index in range(len(source) if limit is None else min(limit, len(source))):
         try:
             sample = source[index]
-        except BadSampleError:  # counted by the embedding pass, which reads the same samples
+        except BadSampleError as error:
+            bad.append((error.sample_id, error.reason))
             continue
         rows.append((index, sample.id, sample.image.size, sample.captions, sample.questions, sample.boxes))
     if not rows:
-        raise ValueError(f"no sample of {source.name} could be read")
-    return Annotations(*(tuple(column) for column in zip(*rows, strict=True)))
+        why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
+        raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
+    return Annotations(*(tuple(column) for column in zip(*rows, strict=True)), bad=tuple(bad))
 
 
 class ProbeBatches(Dataset[Batch]):

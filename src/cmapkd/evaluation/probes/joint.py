@@ -86,7 +86,7 @@ class JointHeads(AuxiliaryTerms):
 
         def part_sums(part: Batch, number: int) -> dict[str, Float[Tensor, 2]]:
             """Sum and count of each head's loss over a micro-batch; heads that learn nothing from it are left out."""
-            pictures = part.inputs["student"].images.to(device, non_blocking=True)
+            pictures = part.pairs("student").images.to(device, non_blocking=True)
             tower = student.encode_image(pictures, (patch_level(student).name,))
             patches, _ = patches_of(student, tower)
             sums = {}

@@ -89,7 +89,7 @@ class Probe(DualEncoderMethod):
 
     def _encode(self, batch: Batch) -> HeadInput:
         image, text = self._names
-        inputs = batch.inputs["student"].to(self._head_device, True)
+        inputs = batch.pairs("student").to(self._head_device, True)
         tower = self.student.encode_image(inputs.images, (image,))
         patches, _ = patches_of(self.student, tower)
         if not len(inputs.texts.ids):

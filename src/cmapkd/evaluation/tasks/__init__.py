@@ -3,13 +3,19 @@
 from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.tasks.agreement import Agreement
+from cmapkd.evaluation.tasks.answering import Answering
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.tasks.captioning import Captioning
+from cmapkd.evaluation.tasks.describing import Describing
 from cmapkd.evaluation.tasks.detection import Detection
 from cmapkd.evaluation.tasks.efficiency import Efficiency
+from cmapkd.evaluation.tasks.generation import Generation
 from cmapkd.evaluation.tasks.linear import LinearProbe, Neighbours
+from cmapkd.evaluation.tasks.perplexity import Perplexity
 from cmapkd.evaluation.tasks.retrieval import Retrieval
+from cmapkd.evaluation.tasks.token_agreement import TokenAgreement
 from cmapkd.evaluation.tasks.vqa import VQA
+from cmapkd.evaluation.tasks.yes_no import YesNo
 from cmapkd.evaluation.tasks.zero_shot import Calibration, ZeroShot
 
 TASKS: Registry[type[Task]] = Registry(
@@ -25,6 +31,12 @@ TASKS: Registry[type[Task]] = Registry(
         "calibration": Calibration,
         "agreement": Agreement,
         "efficiency": Efficiency,
+        "answering": Answering,
+        "yes_no": YesNo,
+        "describing": Describing,
+        "perplexity": Perplexity,
+        "token_agreement": TokenAgreement,
+        "generation": Generation,
     },
     base=Task,
 )

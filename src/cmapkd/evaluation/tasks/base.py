@@ -25,6 +25,8 @@ class Headline(NamedTuple):
     label: str  # in metrics.jsonl
     path: tuple[str, ...]  # in the task's scores
     head: str  # in tables
+    digits: int = 1  # decimals in tables
+    unit: str = "percent"
 
 
 class Task(ABC):

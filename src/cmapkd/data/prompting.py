@@ -1,0 +1,178 @@
+"""`Prompting`: what is said about a picture, as a dialogue whose last answer a model learns to write."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cmapkd.config import ConfigError
+from cmapkd.data.random import uniforms
+from cmapkd.data.texts import LOOKED_AT, joined
+from cmapkd.data.turns import Dialogue, Turn
+from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample, Source
+from cmapkd.data.unseen import unseen
+from cmapkd.data.views import View
+
+Kind = Literal["turns", "questions", "captions"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What a sample can be asked about, the first one that it has before the others."""
+
+INSTRUCTIONS = (
+    "Describe the image.",
+    "What does the image show?",
+    "Write a caption for this image.",
+    "Say in a sentence what can be seen here.",
+    "What is in this picture?",
+    "Give a short description of the image.",
+)
+"""What a caption answers; one of them is drawn for each view."""
+
+VOCABULARY_SAMPLES = 20_000  # whose texts are read to learn a vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Prompting:
+    """A pure function of the sample and the number of its view, as the view is; a sibling of `texts.TextChoice`.
+
+    Attributes:
+        kind: `turns`, `questions` or `captions`; `auto`: the first of these that a sample has.
+        share: of the questions, in (0, 1]: a fixed pseudo-random choice among all pairs of sample and question.
+        suffix: stands after every question, on a line of its own.
+        plain_captions: a caption is the answer to the picture alone, without an instruction.
+    Raises:
+        ValueError: an unknown kind, or a share out of range.
+    """
+
+    kind: Literal["auto", "turns", "questions", "captions"] = "auto"
+    share: float = 1.0
+    suffix: str = ""
+    plain_captions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("auto", *KINDS):
+            raise ValueError(f"prompts of kind {self.kind!r}: choose auto, {', '.join(KINDS)}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"a share of {self.share:g} of the questions: give a number above 0, up to 1")
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is said of a picture can be chosen without it: it always can."""
+        return True
+
+    def choose(self, sample: Sample, view: View, number: int) -> Dialogue:
+        """The dialogue of this view: of several questions or captions the one that the view draws.
+
+        Raises:
+            BadSampleError: the sample has nothing that is asked for.
+        """
+        kind = self._kind(sample)
+        if kind is None:
+            asked_for = "dialogue, question or caption" if self.kind == "auto" else self.kind
+            raise BadSampleError(sample.id, f"no {asked_for} that this run learns from")
+        if kind == "turns":
+            return sample.turns
+        if kind == "questions":
+            asked = self.kept(sample)
+            question = asked[int(view.caption * len(asked))]
+            return self._asked(question.question, commonest(question.answers))
+        caption = view.choose(sample.captions)
+        if self.plain_captions:
+            return (Turn("user", "", 1), Turn("assistant", caption))
+        drawn = uniforms(1, "instruction", sample.id, number)[0]
+        return (Turn("user", INSTRUCTIONS[int(drawn * len(INSTRUCTIONS))], 1), Turn("assistant", caption))
+
+    def _asked(self, question: str, answer: str) -> Dialogue:
+        return (Turn("user", f"{question}\n{self.suffix}" if self.suffix else question, 1), Turn("assistant", answer))
+
+    def has(self, sample: Sample) -> bool:
+        """Whether there is anything to ask of the sample."""
+        return self._kind(sample) is not None
+
+    def _kind(self, sample: Sample) -> Kind | None:
+        """What is asked of the sample; None: nothing.
+
+        A caption does not take the place of questions that are not kept: fewer questions change nothing else.
+        """
+        for kind in KINDS if self.kind == "auto" else (self.kind,):
+            if kind == "questions" and _answered(sample):
+                return kind if self.kept(sample) else None
+            if (kind == "turns" and sample.turns) or (kind == "captions" and sample.captions):
+                return kind
+        return None
+
+    def kept(self, sample: Sample) -> tuple[QuestionAnswer, ...]:
+        """The sample's questions that have an answer and are in the share that is kept."""
+        asked = _answered(sample)
+        if self.share == 1:
+            return tuple(question for _, question in asked)
+        return tuple(question for place, question in asked if uniforms(1, "question", sample.id, place)[0] < self.share)
+
+    def columns(self, chosen: Sequence[Dialogue]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+        """The answers; there are no further texts."""
+        return tuple(turns[-1].text for turns in chosen), {}
+
+    def named(self, chosen: Dialogue) -> str:
+        """Prompt and answer as one text, which names them in a cache."""
+        return joined(f"{turn.role} {turn.pictures} {turn.learned:d} {turn.text}" for turn in chosen)
+
+    def describe(self) -> str:
+        """Names the choice for a cache's identity."""
+        how = "plain" if self.plain_captions else "instructed"
+        return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}"
+
+    def check(self, source: Source) -> None:
+        """Refuses data that seem to lack what is to be asked.
+
+        Raises:
+            ConfigError: none of the first samples has anything of this kind.
+        """
+        for index in range(min(LOOKED_AT, len(source))):
+            try:
+                if self.has(unseen(source, index)):
+                    return
+            except BadSampleError:
+                continue
+        what = "a dialogue, a question with an answer, or a caption" if self.kind == "auto" else f"any {self.kind}"
+        raise ConfigError(
+            f"this run learns to answer, but none of the first {LOOKED_AT} samples of {source.name} has {what}: set "
+            "data.prompts to what the data have (auto, turns, questions or captions), see docs/data.md"
+        )
+
+    def vocabulary(self, source: Source, most: int = VOCABULARY_SAMPLES) -> Iterator[str]:
+        """Every text that may be read or written of up to `most` samples, spread evenly over the source.
+
+        Lazily, and without pictures where the source can read it so. Unreadable samples are passed over.
+        """
+        yield from (self.suffix,) if self.suffix else ()
+        if self.kind in ("auto", "captions") and not self.plain_captions:
+            yield from INSTRUCTIONS
+        stride = max(1, len(source) // most)
+        for index in range(0, min(len(source), stride * most), stride):
+            try:
+                sample = unseen(source, index)
+            except BadSampleError:  # the training meets it again, and counts it or stops
+                continue
+            yield from self._said(sample)
+
+    def _said(self, sample: Sample) -> Iterator[str]:
+        if self.kind in ("auto", "turns"):
+            yield from (turn.text for turn in sample.turns if turn.text)
+        if self.kind in ("auto", "questions"):
+            for _, question in _answered(sample):
+                yield question.question
+                yield commonest(question.answers)
+        if self.kind in ("auto", "captions"):
+            yield from sample.captions
+
+
+def commonest(answers: Sequence[str]) -> str:
+    """The answer that most people gave; among equally frequent ones the first. Empty answers do not count."""
+    counts = Counter(answer for answer in answers if answer)
+    return max(counts, key=counts.__getitem__)  # of equals the one that was met first
+
+
+def _answered(sample: Sample) -> list[tuple[int, QuestionAnswer]]:
+    """The questions that have an answer, each with its place among all."""
+    return [(place, asked) for place, asked in enumerate(sample.questions) if any(asked.answers) and asked.question]

@@ -1,0 +1,239 @@
+"""How one model reads a batch: two towers read pixels and captions apart, a model that writes reads whole dialogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cmapkd.config import ConfigError
+from cmapkd.data.dialogues import ChatInput, ChatItem, ChatProcessing, join_items
+from cmapkd.data.records import Unusable
+from cmapkd.data.turns import Turn
+from cmapkd.data.types import Input, ModelInput, TokenBatch
+from cmapkd.data.views import CropBox
+
+T = TypeVar("T")
+
+_TYPICAL_SIDE = 448  # pixels of the picture by which the memory of a dialogue is estimated
+
+
+class Shared:
+    """What the models of one batch have in common, made once and found by equal keys."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[Any, Any]] = []
+
+    def __call__(self, key: Any, make: Callable[[], T]) -> T:
+        for known, value in self._made:
+            if known == key:
+                found: T = value
+                return found
+        made = make()
+        self._made.append((key, made))
+        return made
+
+
+class Reader(Protocol):
+    """How one model reads a batch. Picklable: it works inside data workers.
+
+    Attributes:
+        reads_together: whether texts are read together with the picture, so that they need it.
+        looks: equal of readers that make the same of a picture.
+    """
+
+    reads_together: ClassVar[bool]
+
+    @property
+    def looks(self) -> Any: ...
+
+    def read(self, picture: Image.Image, box: CropBox | None, said: Any) -> Any:
+        """One sample's view, as the model reads it.
+
+        Args:
+            box: the crop, in pixels of `picture`; None for all of it.
+            said: the texts that were chosen for it, see `Choice.choose`.
+        Raises:
+            Unusable: the model cannot read it.
+        """
+        ...
+
+    def without_picture(self, item: Any) -> Any:
+        """What is left of an item where the answer to its picture is stored; None: nothing."""
+        ...
+
+    def join(
+        self,
+        items: Sequence[Any],
+        captions: Sequence[str],
+        more_texts: Mapping[str, Sequence[str]],
+        more_items: Mapping[str, Sequence[Any]],
+        shared: Shared,
+    ) -> Input:
+        """The model's input.
+
+        Args:
+            items: one of each sample, None where it reads nothing of the picture.
+            captions: one text of each sample.
+            more_texts: by pool one or more texts of each sample, those of a sample together.
+            more_items: by name of a further view, those of a sample together.
+        """
+        ...
+
+    def bytes_of(self, views: int) -> int:
+        """About the bytes of one sample of so many views."""
+        ...
+
+
+class Preprocessing(Protocol):
+    """A model's own way from pixels and texts to its input; see `models.ImageSpec` and `models.Tokenizer`."""
+
+    def __call__(self, image: Image.Image, box: CropBox | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DualReader:
+    """How a model of two towers reads a batch."""
+
+    reads_together: ClassVar[bool] = False
+
+    preprocess: Preprocessing
+    tokenize: Callable[[Sequence[str]], TokenBatch]
+
+    @property
+    def looks(self) -> Preprocessing:
+        return self.preprocess
+
+    def read(self, picture: Image.Image, box: CropBox | None, said: Any) -> Tensor:  # noqa: ARG002
+        """Float[3 height width]."""
+        return self.preprocess(picture, box)
+
+    def without_picture(self, item: Tensor) -> None:  # noqa: ARG002
+        return None
+
+    def join(
+        self,
+        items: Sequence[Tensor | None],
+        captions: Sequence[str],
+        more_texts: Mapping[str, Sequence[str]],
+        more_items: Mapping[str, Sequence[Tensor]],
+        shared: Shared,
+    ) -> ModelInput:
+        """`images` holds the pixels of the samples that have an item."""
+
+        def stacked(pixels: Sequence[Tensor]) -> Tensor:
+            return shared(("pixels", [*map(id, pixels)]), lambda: torch.stack([*pixels]))
+
+        shown = [item for item in items if item is not None]
+        texts, pools = shared(("texts", self.tokenize), lambda: self._texts(captions, more_texts))
+        images = stacked(shown) if shown else torch.empty(0)
+        return ModelInput(images, texts, pools, {name: stacked(pixels) for name, pixels in more_items.items()})
+
+    def input(
+        self,
+        images: Tensor,
+        captions: Sequence[str],
+        more: Mapping[str, Sequence[str]] | None = None,
+        more_images: Mapping[str, Tensor] | None = None,
+    ) -> ModelInput:
+        """The model's input.
+
+        Args:
+            images: its own pixels of the main views, Float[batch 3 height width].
+            captions: one text of each sample.
+            more: by pool one or more texts of each sample, those of a sample together (`TextChoice.columns`).
+            more_images: its own pixels of further views by name, those of a sample together.
+        """
+        return ModelInput(images, *self._texts(captions, more or {}), dict(more_images or {}))
+
+    def _texts(
+        self, captions: Sequence[str], more: Mapping[str, Sequence[str]]
+    ) -> tuple[TokenBatch, dict[str, TokenBatch]]:
+        pools = {
+            pool: replace(self.tokenize([*texts]), per_sample=len(texts) // len(captions))
+            for pool, texts in more.items()
+        }
+        return self.tokenize([*captions]), pools
+
+    def bytes_of(self, views: int) -> int:
+        return views * self.preprocess(Image.new("RGB", (1, 1))).nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReader:
+    """How a model that writes reads a batch: each dialogue with its picture, through the model's own processor.
+
+    Attributes:
+        max_tokens: longest dialogue with its picture; None: as long as the model takes.
+    """
+
+    reads_together: ClassVar[bool] = True
+
+    processor: ChatProcessing
+    max_tokens: int | None = None
+
+    @property
+    def looks(self) -> ChatProcessing:
+        return self.processor
+
+    def read(self, picture: Image.Image, box: CropBox | None, said: tuple[Turn, ...]) -> ChatItem:
+        """The dialogue in the model's tokens, with the crop of its picture if it shows one.
+
+        Raises:
+            Unusable: the processor cannot use it, with the processor's reason.
+        """
+        shown = [_cropped(picture, box)] if any(turn.pictures for turn in said) else []
+        try:
+            item = self.processor.read(said, shown)
+        except ConfigError:  # about the run, not about this sample
+            raise
+        except ValueError as error:
+            raise Unusable(str(error)) from None
+        if self.max_tokens is not None and len(item.ids) > self.max_tokens:
+            raise Unusable(
+                f"the dialogue has {len(item.ids)} tokens with its picture, more than data.max_tokens={self.max_tokens}"
+            )
+        return item
+
+    def without_picture(self, item: ChatItem) -> ChatItem:
+        return replace(item, pictures={})
+
+    def join(
+        self,
+        items: Sequence[ChatItem | None],
+        captions: Sequence[str],  # noqa: ARG002
+        more_texts: Mapping[str, Sequence[str]],  # noqa: ARG002
+        more_items: Mapping[str, Sequence[ChatItem]],  # noqa: ARG002
+        shared: Shared,
+    ) -> ChatInput:
+        """A sample without item has a row without tokens."""
+        return shared(("dialogues", self.processor, [*map(id, items)]), lambda: self._joined(items))
+
+    def _joined(self, items: Sequence[ChatItem | None]) -> ChatInput:
+        some = next(item for item in items if item is not None)
+        empty = ChatItem(
+            some.ids[:0], some.answer[:0], some.visual[:0], {key: each[:0] for key, each in some.sequence.items()}
+        )
+        return join_items([empty if item is None else item for item in items], self.processor.pad_id)
+
+    def bytes_of(self, views: int) -> int:
+        picture = Image.new("RGB", (_TYPICAL_SIDE, _TYPICAL_SIDE), "grey")
+        try:
+            item = self.read(picture, None, (Turn("user", "a", 1), Turn("assistant", "a")))
+        except Unusable:  # too long for a model of small pictures
+            return views * 12 * _TYPICAL_SIDE**2
+        tensors = (item.ids, item.answer, item.visual, *item.sequence.values(), *item.pictures.values())
+        return views * sum(tensor.nbytes for tensor in tensors)
+
+
+def _cropped(picture: Image.Image, box: CropBox | None) -> Image.Image:
+    """The crop to whole pixels, at least one."""
+    if box is None:
+        return picture
+    left, top = (min(int(side), length - 1) for side, length in zip(box[:2], picture.size, strict=True))
+    right, bottom = round(box[2]), round(box[3])
+    return picture.crop((left, top, max(left + 1, right), max(top + 1, bottom)))

@@ -1,0 +1,107 @@
+"""The dialogues of an evaluation of models that write: each sample's questions and captions, asked as in training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cmapkd.data.dialogues import Dialogue, Turn
+from cmapkd.data.types import QuestionAnswer
+from cmapkd.evaluation.config import WritingConfig
+from cmapkd.evaluation.probes.data import Annotations
+
+Kind = Literal["question", "description", "caption"]
+
+UNREAD = "yes"
+"""The answer of dialogues whose prompt alone is read. A fixed one, so that no reference decides what can be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One dialogue about one sample's picture.
+
+    Attributes:
+        index: of the sample in its source.
+        sample: the sample's id.
+        kind: a `question`; a `description` is to be written; a `caption` is to be read.
+        dialogue: the prompt and a reference, or `UNREAD` of a description.
+        references: every accepted answer, or every caption of the picture.
+        question: as the source has it; None for captions.
+    """
+
+    index: int
+    sample: str
+    kind: Kind
+    dialogue: Dialogue
+    references: tuple[str, ...]
+    question: QuestionAnswer | None = None
+
+    @property
+    def prompt(self) -> Dialogue:
+        return self.dialogue[:-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of what is learned of the dialogue, without end tokens."""
+        return sum(len(turn.text.encode()) for turn in self.dialogue if turn.role == "assistant" and turn.learned)
+
+    def unread(self) -> Dialogue:
+        """The prompt with the answer of dialogues whose answer nobody reads."""
+        return (*self.prompt, Turn("assistant", UNREAD))
+
+
+def questions(said: Annotations, how: WritingConfig) -> list[Asked]:
+    """Every question that has an answer, in the order of the source. The reference is the commonest answer."""
+    asked = []
+    for index, sample, of_sample in zip(said.indices, said.ids, said.questions, strict=True):
+        for question in of_sample:
+            if question.answers:
+                text = f"{question.question}\n{how.question_suffix}" if how.question_suffix else question.question
+                dialogue = _dialogue(text, commonest(question.answers))
+                asked.append(Asked(index, sample, "question", dialogue, question.answers, question))
+    return asked
+
+
+def descriptions(said: Annotations, how: WritingConfig) -> list[Asked]:
+    """One dialogue for every picture that has captions, to be described."""
+    return [
+        Asked(index, sample, "description", _dialogue(how.instruction, UNREAD), captions)
+        for index, sample, captions in zip(said.indices, said.ids, said.captions, strict=True)
+        if captions
+    ]
+
+
+def references(said: Annotations, how: WritingConfig) -> list[Asked]:
+    """What is read in place of written: the answers to all questions; of a source without questions every caption."""
+    asked = questions(said, how)
+    if asked:
+        return asked
+    return [
+        Asked(index, sample, "caption", _dialogue(how.instruction, caption), captions)
+        for index, sample, captions in zip(said.indices, said.ids, said.captions, strict=True)
+        for caption in captions
+    ]
+
+
+def other_pictures(asked: Sequence[Asked]) -> list[int] | None:
+    """For each dialogue the index of another sample, whose picture is shown in place of its own; None: there is one.
+
+    Samples are paired half the source apart, since neighbours are often pictures of the same thing.
+    """
+    indices = list(dict.fromkeys(each.index for each in asked))
+    if len(indices) < 2:
+        return None
+    half = len(indices) // 2
+    other = {index: indices[(place + half) % len(indices)] for place, index in enumerate(indices)}
+    return [other[each.index] for each in asked]
+
+
+def commonest(answers: Sequence[str]) -> str:
+    """The answer that most annotators gave; of several the one that stands first."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+def _dialogue(prompt: str, answer: str) -> Dialogue:
+    return (Turn("user", prompt, pictures=1), Turn("assistant", answer))

@@ -1,0 +1,80 @@
+"""Task `answering`: a model that writes answers the source's questions, scored by the VQA rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cmapkd.evaluation.dialogues import Asked, commonest, questions
+from cmapkd.evaluation.subject import Subject
+from cmapkd.evaluation.tasks.base import Column, Headline, Task
+from cmapkd.evaluation.vqa import normalise_answer, vqa_scores
+from cmapkd.models.generative import GenerativeModel
+
+
+class Answering(Task):
+    title = "Question answering, accuracy in percent"
+    reads = GenerativeModel
+    alone = automatic = True
+    headline = Headline("answering", ("overall",), "answers")
+    columns = (
+        Column("overall", ("overall",)),
+        Column("yes/no", ("by_kind", "yes/no")),
+        Column("number", ("by_kind", "number")),
+        Column("other", ("by_kind", "other")),
+        Column("exact match", ("exact",)),
+        Column("always the commonest", ("prior",)),
+        Column("without an end %", ("unended",)),
+        Column("of questions", ("num_questions",), 0),
+    )
+
+    def missing(self, subject: Subject) -> str | None:
+        return no_question(subject)
+
+    def score(self, subject: Subject) -> dict[str, Any]:
+        """Greedy answers. The prior gives every scored question the answer that is right most often."""
+        bench, writer = subject.bench, subject.writer
+        how = bench.config.writing
+        asked = questions(bench.annotations, how)
+        if not asked:
+            raise ValueError(f"{bench.scored.name} has no question with an answer")
+        bench.say(f"{subject.name}: answering {len(asked):,} questions of {bench.scored.name}")
+        answers = writer.written(asked, most=how.answer_tokens)
+        pairs = [(each, answer) for each, answer in zip(asked, answers, strict=True) if answer is not None]
+        known = [each for each, _ in pairs]
+        said = [answer.text for _, answer in pairs]
+        usual = commonest([normalise_answer(commonest(each.references)) for each in known])
+        exact = [
+            normalise_answer(text) in {normalise_answer(right) for right in each.references}
+            for each, text in zip(known, said, strict=True)
+        ]
+        return _accuracies(known, said) | {
+            "exact": 100 * sum(exact) / len(exact),
+            "prior": _accuracies(known, [usual] * len(known))["overall"],
+            "commonest": usual,
+            "unended": 100 * sum(not answer.ended for _, answer in pairs) / len(pairs),
+            "empty": 100 * sum(not text for text in said) / len(said),
+            "num_questions": len(known),
+            "num_not_asked": len(asked) - len(known),
+            "protocol": writer.protocol(max_new_tokens=how.answer_tokens, question_suffix=how.question_suffix),
+        }
+
+
+def no_question(subject: Subject, *, kinds: Sequence[str] = ()) -> str | None:
+    """Why the source has nothing to answer, or None; judged by its first samples."""
+    first = subject.bench.first_samples
+    asked = [question for sample in first for question in sample.questions if question.answers]
+    if not any(not kinds or question.kind in kinds for question in asked):
+        return f"none of its first {len(first)} samples has a {' or '.join((*kinds, ''))}question with an answer"
+    return None
+
+
+def _accuracies(asked: Sequence[Asked], said: Sequence[str]) -> dict[str, Any]:
+    numbered = {str(number): each for number, each in enumerate(asked)}
+    kinds = {number: each.question.kind for number, each in numbered.items() if each.question is not None}
+    scores = vqa_scores(
+        dict(zip(numbered, said, strict=True)),
+        {number: each.references for number, each in numbered.items()},
+        kinds=kinds,
+    )
+    return {"overall": scores.overall, "by_kind": scores.by_kind}

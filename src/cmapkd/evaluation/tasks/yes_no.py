@@ -1,0 +1,129 @@
+"""Task `yes_no`: questions whose answer is yes or no, scored as POPE does, and by the odds of the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmapkd.evaluation.dialogues import Asked, commonest, questions
+from cmapkd.evaluation.subject import Bench, Subject
+from cmapkd.evaluation.tasks.answering import no_question
+from cmapkd.evaluation.tasks.base import Column, Task
+from cmapkd.evaluation.token_scores import first_log_odds
+from cmapkd.evaluation.writing import Writer
+from cmapkd.evaluation.yes_no import YesNoScores, is_clear, is_yes
+from cmapkd.models.generative import GenerativeModel
+
+SPELLINGS = {"yes": ("yes", "Yes"), "no": ("no", "No")}
+"""Answers whose first tokens count as yes and as no."""
+
+
+class YesNo(Task):
+    title = "Yes-no questions as POPE scores them, in percent"
+    reads = GenerativeModel
+    alone = automatic = True
+    columns = (
+        Column("accuracy", ("accuracy",)),
+        Column("precision", ("precision",)),
+        Column("recall", ("recall",)),
+        Column("F1", ("f1",)),
+        Column("mean F1 of categories", ("mean_f1",)),
+        Column("says yes", ("yes_ratio",)),
+        Column("unclear", ("unclear",)),
+        Column("accuracy by odds", ("by_odds", "accuracy")),
+        Column("F1 by odds", ("by_odds", "f1")),
+        Column("of questions", ("num_questions",), 0),
+    )
+
+    def missing(self, subject: Subject) -> str | None:
+        return no_question(subject, kinds=("yes/no",))
+
+    def score(self, subject: Subject) -> dict[str, Any]:
+        bench, writer, how = subject.bench, subject.writer, subject.bench.config.writing
+        asked = _asked(bench)
+        if not asked:
+            raise ValueError(f"{bench.scored.name} has no question of kind yes/no whose answer is yes or no")
+        bench.say(f"{subject.name}: {len(asked):,} yes-no questions of {bench.scored.name}")
+        answers = writer.written(asked, most=how.answer_tokens)
+        known = [each for each, answer in zip(asked, answers, strict=True) if answer is not None]
+        said = [answer.text for answer in answers if answer is not None]
+        right = [_is_right(each) for each in known]
+        yes = [is_yes(text) for text in said]
+        unclear = [not is_clear(text) for text in said]
+        strict = [a == b and not odd for a, b, odd in zip(yes, right, unclear, strict=True)]
+        by_category = {name: _of(places, yes, right) for name, places in _categories(known).items()}
+        return YesNoScores.of(yes, right).to_dict() | {
+            "unclear": 100 * sum(unclear) / len(unclear),
+            "num_unclear": sum(unclear),
+            "accuracy_strict": 100 * sum(strict) / len(strict),
+            "by_category": by_category,
+            "mean_f1": _mean([scores["f1"] for scores in by_category.values()]),
+            "by_odds": _by_odds(writer, known, right),
+            "num_not_asked": len(asked) - len(known),
+            "protocol": writer.protocol(max_new_tokens=how.answer_tokens, question_suffix=how.question_suffix),
+        }
+
+
+def _asked(bench: Bench) -> list[Asked]:
+    """The questions of kind yes/no; those whose commonest answer is neither are left out, as nobody can score them."""
+    every = questions(bench.annotations, bench.config.writing)
+    of_kind = [each for each in every if each.question is not None and each.question.kind == "yes/no"]
+    return [each for each in of_kind if _commonest(each) in ("yes", "no")]
+
+
+def _commonest(asked: Asked) -> str:
+    return commonest(asked.references).strip().lower()
+
+
+def _is_right(asked: Asked) -> bool:
+    """Whether yes is the answer."""
+    return _commonest(asked) == "yes"
+
+
+def _categories(asked: Sequence[Asked]) -> dict[str, list[int]]:
+    """Places by category, of the questions that have one."""
+    places: dict[str, list[int]] = {}
+    for place, each in enumerate(asked):
+        if each.question is not None and each.question.category is not None:
+            places.setdefault(each.question.category, []).append(place)
+    return dict(sorted(places.items()))
+
+
+def _of(places: Sequence[int], yes: Sequence[bool], right: Sequence[bool]) -> dict[str, Any]:
+    return YesNoScores.of([yes[place] for place in places], [right[place] for place in places]).to_dict()
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _by_odds(writer: Writer, asked: Sequence[Asked], right: Sequence[bool]) -> dict[str, Any] | None:
+    """The same scores where yes is said if its first token is likelier; None where yes and no begin alike."""
+    tokens = _first_tokens(writer.model)
+    if tokens is None:
+        return None
+    yes, no = tokens["yes"].to(writer.device), tokens["no"].to(writer.device)
+    odds = torch.zeros(len(asked))
+    for places, items in writer.batches(asked, [each.unread() for each in asked]):
+        with writer.computing():
+            odds[places] = first_log_odds(writer.model, writer.features(items), yes, no).cpu()
+    said = (odds > 0).tolist()
+    scores = YesNoScores.of(said, right).to_dict()
+    margins = torch.where(torch.tensor(right), odds, -odds)
+    return scores | {"mean_margin": float(margins.double().mean())}  # nats in favour of the right answer
+
+
+def _first_tokens(model: GenerativeModel) -> Mapping[str, Tensor] | None:
+    """The tokens that begin yes and no; those that begin both are left out."""
+    first = {
+        word: {model.processor.encode_answer(spelling)[0] for spelling in spellings}
+        for word, spellings in SPELLINGS.items()
+    }
+    both = first["yes"] & first["no"]
+    if first["yes"] <= both or first["no"] <= both:
+        return None
+    return {word: torch.tensor(sorted(ids - both)) for word, ids in first.items()}

@@ -1,0 +1,37 @@
+"""Which of the two contracts a model meets, where a command or a method needs one of them."""
+
+from __future__ import annotations
+
+from cmapkd.config import ConfigError
+from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.generative import GenerativeModel
+
+
+def dual(model: Model, what: str) -> DualEncoder:
+    """The model as one that embeds pictures and texts.
+
+    Args:
+        what: who needs one, as the subject of a sentence: `cmapkd export`.
+    Raises:
+        ConfigError: it is another kind of model.
+    """
+    if not isinstance(model, DualEncoder):
+        raise ConfigError(
+            f"{what} needs a model that embeds pictures and texts, and {model.name} does not: it writes answers. "
+            "Name an image-text model, see docs/models.md."
+        )
+    return model
+
+
+def writing(model: Model, what: str) -> GenerativeModel:
+    """The model as one that writes answers.
+
+    Raises:
+        ConfigError: it is another kind of model.
+    """
+    if not isinstance(model, GenerativeModel):
+        raise ConfigError(
+            f"{what} needs a model that writes answers, and {model.name} does not: it embeds pictures and texts. "
+            "Name one that does, for example tiny_vlm:small, see docs/models.md."
+        )
+    return model

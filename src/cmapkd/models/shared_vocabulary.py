@@ -1,0 +1,57 @@
+"""Whether two models write the same tokens, and the part of a head that both have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cmapkd.config import ConfigError
+from cmapkd.models.token_types import LogitHead, Vocabulary
+
+
+def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
+    """How many tokens both models have in common: the first ones, by id.
+
+    Models of one family often differ in tokens that were added at the end. Predictions are then compared over the
+    common ones: cut both heads by `cut_head`.
+
+    Raises:
+        ConfigError: the tokens differ, it is not known whether they do, or an end token is none of the common ones.
+    """
+    if teacher.digest == student.digest and teacher.size == student.size:
+        return student.size
+    common = min(teacher.size, student.size)
+    if not teacher.pieces or not student.pieces:
+        raise ConfigError(
+            f"the teacher has {teacher.size} tokens (digest {teacher.digest[:12]}) and the student {student.size} "
+            f"({student.digest[:12]}), and the pieces of one are not known. Take two models with one tokenizer."
+        )
+    pairs = zip(teacher.pieces[:common], student.pieces[:common], strict=True)
+    different = [number for number, (one, other) in enumerate(pairs) if one != other]
+    if different:
+        first = different[0]
+        raise ConfigError(
+            f"teacher and student have different tokenizers: {len(different)} of their first {common} tokens differ. "
+            f"The first is token {first}: {teacher.pieces[first]!r} of the teacher, {student.pieces[first]!r} of the "
+            "student. A divergence compares predictions token by token. Take two models with one tokenizer."
+        )
+    lost = [number for number in (*teacher.end_ids, *student.end_ids) if number >= common]
+    if lost:
+        raise ConfigError(
+            f"end tokens {lost} are known to one model only: teacher and student share their first {common} tokens. "
+            "Give both models an end token that both know."
+        )
+    return common
+
+
+def cut_head(head: LogitHead, size: int) -> LogitHead:
+    """The head over its first `size` tokens: itself where it has no more, so that no gradient is copied.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    num_tokens = len(head.weight)
+    if size > num_tokens:
+        raise ValueError(f"the head has {num_tokens} tokens, fewer than {size}")
+    if size == num_tokens:
+        return head
+    return replace(head, weight=head.weight[:size], bias=None if head.bias is None else head.bias[:size])

@@ -1,0 +1,306 @@
+"""Tasks of models that write, against numbers that were worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from writing_support import ASK, CAPTIONS, SHARPNESS, SIZE, TABLE, AskedSource, LookupModel
+
+from cmapkd.data.types import BadSampleError
+from cmapkd.evaluation import SuiteConfig, caption_tools, evaluate_models
+from cmapkd.evaluation.captioning import caption_scores
+from cmapkd.evaluation.headline import headlines, scored_set
+from cmapkd.evaluation.table import score_table
+from cmapkd.evaluation.tools import MissingToolError
+from cmapkd.evaluation.yes_no import YesNoScores, is_clear, is_yes
+from cmapkd.results import gap_closed
+from cmapkd.results import score_table as result_table
+from helpers import make_model
+
+Z = math.exp(SHARPNESS) + SIZE - 1
+HIT, MISS = math.log(Z) - SHARPNESS, math.log(Z)  # nats of a token that the model would write, and of any other
+
+
+def scores_of(*tasks: str, model: Any = None, source: Any = None, **settings: Any) -> dict[str, Any]:
+    config = SuiteConfig.from_mapping({**({"tasks": tasks} if tasks else {}), **settings})
+    models = {"m": model or LookupModel(TABLE)}
+    return evaluate_models(models, source or AskedSource(), config, device="cpu")["m"]
+
+
+def test_answers_by_the_rules_of_vqa() -> None:
+    scores = scores_of("answering")
+    found = scores["answering"]
+    assert found["overall"] == pytest.approx(40)  # `Yes.` and `Two` are right; `maybe` and a cut answer are not
+    assert found["by_kind"] == {"yes/no": pytest.approx(100 / 3), "number": 100, "other": 0}
+    assert found["exact"] == pytest.approx(40)
+    assert (found["commonest"], found["prior"]) == ("yes", pytest.approx(40))
+    assert found["unended"] == pytest.approx(20)  # `dark red w`, after ten bytes
+    assert (found["num_questions"], found["num_not_asked"]) == (5, 0)
+    assert found["protocol"] == {
+        "batch_size": 16,
+        "precision": "float32",
+        "max_new_tokens": 10,
+        "question_suffix": "",
+    }
+    assert scores["scored"] == {
+        "images": 3, "captions": 0, "questions": 5, "skipped": 0, "samples": 3, "limit": None
+    }  # fmt: skip
+    assert scored_set(scores) == "scored on 3 images and 5 questions"
+
+
+def test_yes_and_no_as_pope_counts_them() -> None:
+    found = scores_of("yes_no")["yes_no"]
+    assert found["accuracy"] == pytest.approx(200 / 3)  # the published rule takes `maybe` for yes
+    assert found["precision"] == pytest.approx(200 / 3)
+    assert (found["recall"], found["f1"], found["yes_ratio"]) == (100, pytest.approx(80), 100)
+    assert (found["num_unclear"], found["accuracy_strict"]) == (1, pytest.approx(100 / 3))
+    assert {name: each["f1"] for name, each in found["by_category"].items()} == {"a": pytest.approx(200 / 3), "b": 100}
+    assert found["mean_f1"] == pytest.approx((200 / 3 + 100) / 2)
+    odds = found["by_odds"]  # of Y and y against N and n, as the answers begin: Y, y, m
+    assert (odds["accuracy"], odds["yes_ratio"]) == (pytest.approx(100 / 3), pytest.approx(200 / 3))
+    tilt = math.log((math.exp(SHARPNESS) + 1) / 2)
+    assert odds["mean_margin"] == pytest.approx((tilt - tilt + 0) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("answer", "yes", "clear"),
+    [
+        ("Yes", True, True),
+        ("No", False, True),
+        ("no, there is none", False, True),
+        ("There is not a dog.", False, True),
+        ("Yes. No dog is hidden", True, False),
+        ("NO", True, True),  # the published parser knows no other spelling
+        ("no\nyes", True, False),  # nor other blanks
+        ("no.", False, True),
+        (" no", False, True),
+        ("nothing", True, False),
+        ("maybe", True, False),
+        ("", True, False),
+    ],
+)
+def test_answers_are_read_as_the_published_parser_reads_them(answer: str, yes: bool, clear: bool) -> None:
+    assert is_yes(answer) is yes
+    assert is_clear(answer) is clear
+
+
+def test_yes_no_scores_without_any_yes() -> None:
+    found = YesNoScores.of([False, False], [False, True]).to_dict()
+    assert (found["accuracy"], found["precision"], found["recall"], found["f1"]) == (50, None, 0, 0)
+    assert YesNoScores.of([False], [False]).to_dict()["f1"] is None
+
+
+def test_bits_per_byte_and_what_the_picture_is_worth() -> None:
+    found = scores_of("perplexity")["perplexity"]
+    nats = 2 * HIT + 15 * MISS  # `es` of the first yes, of 17 tokens
+    assert (found["num_tokens"], found["num_bytes"], found["num_references"]) == (17, 12, 5)
+    assert found["nll"] == pytest.approx(nats / 17)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / 17))
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / 12)
+    assert found["negative_bits_per_byte"] == -found["bits_per_byte"]
+    wrong = (8 * HIT + 9 * MISS) / math.log(2) / 12  # each picture's questions with the next picture
+    assert found["wrong_picture"]["bits_per_byte"] == pytest.approx(wrong)
+    assert found["visual_gain"] == pytest.approx(wrong - found["bits_per_byte"])
+
+
+def test_logits_are_made_of_few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scores_of("perplexity")["perplexity"]["bits_per_byte"]
+    sizes = []
+
+    class Counted(LookupModel):
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(hidden))
+            return super().logits(hidden)
+
+    monkeypatch.setattr("cmapkd.evaluation.token_scores._BLOCK_LOGITS", 3 * SIZE + 1)
+    assert scores_of("perplexity", model=Counted(TABLE))["perplexity"]["bits_per_byte"] == pytest.approx(whole)
+    assert max(sizes) == 3
+    assert sum(sizes) == 2 * 17
+
+
+def test_captions_are_read_where_nothing_is_asked() -> None:
+    scores = scores_of("perplexity", source=AskedSource(questions=False))
+    found = scores["perplexity"]
+    assert (found["of"], found["num_references"]) == ("captions", 6)
+    assert found["num_bytes"] == sum(len(text) for texts in CAPTIONS for text in texts)
+    assert found["num_tokens"] == found["num_bytes"] + 6
+    assert scored_set(scores) == "scored on 3 images and 6 captions"
+
+
+def test_descriptions_with_and_without_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_tool = scores_of("describing")["describing"]
+    said = dict(zip(("s0", "s1", "s2"), ("a red dog", "one cat", ""), strict=True))
+    given = {f"s{number}": list(texts) for number, texts in enumerate(CAPTIONS)}
+    assert with_tool["cider"] == caption_scores(said, given).corpus["cider"]
+    assert with_tool["shown"]["cider"] == 100 * with_tool["cider"]
+    assert with_tool["examples"] == said
+    assert with_tool["empty"] == pytest.approx(100 / 3)
+
+    def missing() -> None:
+        raise MissingToolError("no such package")
+
+    monkeypatch.setattr(caption_tools, "library_folder", missing)
+    scores = scores_of("describing")
+    found = scores["describing"]
+    assert found["unavailable"] == "no such package"
+    # without articles, and `one` is 1: red dog of red dog runs; 1 cat of 1 cat; nothing of birds
+    assert found["word_f1"] == pytest.approx(100 * (4 / 5 + 1 + 0) / 3)
+    assert found["exact"] == pytest.approx(100 / 3)
+    assert (found["num_words"], found["median_words"]) == (pytest.approx(5 / 3), 2)
+    assert "describing" not in headlines(scores)
+
+
+def test_agreement_token_by_token() -> None:
+    models = {"t": LookupModel(TABLE), "s": LookupModel({**TABLE, (20, "Cat?"): "yes"})}
+    config = SuiteConfig(tasks=("token_agreement",))
+    found = evaluate_models(models, AskedSource(), config, device="cpu")
+    teacher, student = (found[name]["token_agreement"] for name in ("t", "s"))
+    assert (teacher["top1"], teacher["kl"]) == (100, 0)
+    assert student["top1"] == pytest.approx(100 * 13 / 17)  # they differ in all of `yes` and its end
+    assert student["kl"] == pytest.approx(4 * SHARPNESS * (math.exp(SHARPNESS) - 1) / Z / 17, rel=1e-5)
+    assert (student["num_tokens"], student["teacher"]) == (17, "t")
+
+
+def test_agreement_is_over_what_all_can_read() -> None:
+    models = {"t": LookupModel(TABLE), "s": LookupModel(TABLE, most=10)}  # which cannot read three of the questions
+    config = SuiteConfig.from_mapping({"tasks": ["token_agreement"], "writing": {"batch_size": 1}})
+    found = evaluate_models(models, AskedSource(), config, device="cpu")
+    assert found["s"]["token_agreement"]["num_not_asked"] == 2
+    assert found["t"]["token_agreement"]["num_tokens"] == 4 + 3 + 4
+    assert (found["t"]["bad_samples"], found["s"]["bad_samples"]) == (0, 2)
+
+
+def test_agreement_refuses_other_vocabularies() -> None:
+    models = {"t": LookupModel(TABLE), "s": LookupModel(TABLE, pieces="others")}
+    with pytest.raises(ValueError, match=r"same vocabulary: t has 259 tokens .*, s 259 .*bits per byte"):
+        evaluate_models(models, AskedSource(), SuiteConfig(tasks=("token_agreement",)), device="cpu")
+
+
+def test_each_answer_is_written_once() -> None:
+    model = LookupModel(TABLE)
+    scores_of("yes_no", "answering", model=model)
+    assert model.num_written == 5
+    assert model.training  # as it was before
+
+
+def test_scores_do_not_depend_on_the_batch() -> None:
+    tasks = ("answering", "yes_no", "describing", "perplexity")
+    by_size = [scores_of(*tasks, model=LookupModel(TABLE), writing={"batch_size": size}) for size in (1, 8)]
+    for scores in by_size:
+        for task in tasks:
+            del scores[task]["protocol"]
+    one, eight = (json.loads(json.dumps(scores), parse_float=lambda text: round(float(text), 9)) for scores in by_size)
+    assert one == eight
+
+
+def test_auto_is_what_the_source_serves() -> None:
+    assert scores_of().keys() >= {"answering", "yes_no", "describing", "perplexity"}
+    scores = scores_of(source=AskedSource(questions=False))
+    assert "answering" not in scores
+    assert scores.keys() >= {"describing", "perplexity"}
+
+
+def test_what_cannot_be_read_is_counted() -> None:
+    scores = scores_of("answering", source=AskedSource(bad=[1]))
+    assert scores["bad_samples"] == 1
+    assert scores["answering"]["num_questions"] == 3
+    long = scores_of("answering", model=LookupModel(TABLE, most=10))
+    assert (long["bad_samples"], long["scored"]["questions"]) == (2, 3)
+    assert long["answering"]["num_not_asked"] == 2
+    with pytest.raises(
+        ValueError, match=r"could read no dialogue of asked \(5 tried\); the first: sample 's0': the di"
+    ):
+        scores_of("answering", model=LookupModel(TABLE, most=5))
+    with pytest.raises(BadSampleError, match="s1"):
+        evaluate_models(
+            {"m": LookupModel(TABLE)},
+            AskedSource(bad=[1]),
+            SuiteConfig(tasks=("answering",)),
+            device="cpu",
+            on_bad_sample="error",
+        )
+
+
+def test_what_the_source_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="answering: none of its first 3 samples has a question"):
+        scores_of("answering", source=AskedSource(questions=False))
+    with pytest.raises(ValueError, match="describing: none of its first 3 samples has a caption"):
+        scores_of("describing", source=AskedSource(captions=False))
+
+
+def test_models_of_two_kinds_are_evaluated_apart() -> None:
+    models = {"writes": LookupModel(TABLE), "embeds": make_model()}
+    with pytest.raises(ValueError, match=r"no task measures all .* writes write answers, and embeds embed images"):
+        evaluate_models(models, AskedSource(), device="cpu")
+    with pytest.raises(ValueError, match=r"answering: it reads a GenerativeModel, and .* is none"):
+        evaluate_models(models, AskedSource(), SuiteConfig(tasks=("answering",)), device="cpu")
+
+
+def test_half_precision_is_told_of() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    evaluate_models(
+        {"m": LookupModel(TABLE).to(torch.bfloat16)},
+        AskedSource(),
+        SuiteConfig(tasks=("answering",)),
+        device="cpu",
+        console=console,
+    )
+    assert "warning: m wrote in bfloat16: its answers depend on writing.batch_size (16)" in console.export_text()
+
+
+def test_the_cost_of_writing() -> None:
+    models = {"a": LookupModel(TABLE), "b": LookupModel(TABLE)}
+    config = SuiteConfig.from_mapping(
+        {"tasks": ["generation"], "generation": {"batch_size": 2, "new_tokens": 6, "rounds": 3, "picture_size": 16}}
+    )
+    found = evaluate_models(models, None, config, device="cpu")["b"]["generation"]
+    length = 2 + len("Describe the picture in detail.")
+    assert (found["image_tokens"], found["prompt_tokens"]) == (2, length)
+    assert found["kv_bytes_per_token"] == 2 * 2 * 3 * 5 * 4
+    assert found["kv_bytes"] == found["kv_bytes_per_token"] * (length + 6)
+    assert found["prefill_ms"]["rounds"] == 3
+    assert found["tokens_per_second"]["median"] > 0
+    assert found["peak_bytes"] > 4 * (SIZE + 5) * SIZE
+    assert found["ratio"]["kv_bytes"] == 1
+
+    class Short(LookupModel):
+        obeys = False
+
+    with pytest.raises(ValueError, match="wrote 2 tokens where 6 were asked for"):
+        evaluate_models({"m": Short({})}, None, config, device="cpu")
+
+
+def test_scores_are_shown() -> None:
+    scores = {"m": scores_of()}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(score_table(scores, title="t"), result_table([("m", scores["m"])], title="t"))
+    text = console.export_text()
+    for word in ("mean F1 of categories", "bits per byte", "CIDEr-D", "-bits/byte", "without an end %"):
+        assert word in text
+    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+
+
+def test_gaps_are_closed_on_answers_and_else_on_bits() -> None:
+    by_bits = [{"perplexity": {"negative_bits_per_byte": -bits}, "params": 1} for bits in (1.0, 1.5, 2.0)]
+    assert gap_closed(*by_bits) == pytest.approx(0.5)
+    with_answers = [
+        each | {"answering": {"overall": right}} for each, right in zip(by_bits, (80.0, 70.0, 40.0), strict=True)
+    ]
+    assert gap_closed(*with_answers) == pytest.approx(0.75)
+
+
+def test_prompts_are_settings() -> None:
+    table = {(0, "How many?\nAnswer briefly."): "2"}
+    found = scores_of("answering", model=LookupModel(table), writing={"question_suffix": "Answer briefly."})
+    assert found["answering"]["by_kind"]["number"] == 100
+    described = scores_of(
+        "describing", model=LookupModel({(0, "What is it?"): "the dog"}), writing={"instruction": "What is it?"}
+    )
+    assert described["describing"]["examples"]["s0"] == "the dog"
+    assert ASK not in str(described["describing"]["protocol"])

@@ -184,7 +184,7 @@ class TokenLayout(Layout):
         """Cut to the longest answer of these rows, so that a batch does not carry room that it does not use."""
         longest = int(rows["tokens"].max(initial=0))
         arrays = {"tokens": rows["tokens"], **{name: rows[name][:, :longest] for name in _OF_TOKENS}}
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
     def flat(self, decoded: Mapping[str, Tensor]) -> Answers:
         """Decoded arrays as rows of tokens; a sample without an answer has none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
@@ -93,7 +93,7 @@ class AskedTowers:
 
     smaller: ClassVar[str] = "cache.store=int8"
 
-    needs: LevelRequest = LevelRequest(towers=BOTH)
+    needs: LevelRequest = field(default_factory=lambda: LevelRequest(towers=BOTH))
     detail: TeacherDetail = "global"
     key_tokens: KeyTokens | None = None  # where the method reads them
 

@@ -1,4 +1,4 @@
-"""How well stored answers stand for live ones, whichever kind of teacher gave them: records of shards, and their sum."""
+"""How well stored answers stand for live ones, of either kind of teacher: records of shards, and their sum."""
 
 from __future__ import annotations
 

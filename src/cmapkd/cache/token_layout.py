@@ -133,12 +133,12 @@ class TokenLayout(Layout):
 
     def check_inputs(self, inputs: ChatInput, ids: Sequence[str]) -> None:
         lengths = inputs.answer.sum(-1)
-        if int(lengths.max()) > self.answer_tokens:
-            longest = int(lengths.argmax())
+        longest, most = int(lengths.argmax()), int(lengths.max())
+        if most > self.answer_tokens:
             raise CacheError(
-                f"the answer of sample {ids[longest]!r} has {int(lengths[longest])} tokens of the teacher, and a row "
-                f"of the cache has room for {self.answer_tokens}: set cache.max_answer_tokens={int(lengths[longest])} or "
-                "more, and build into another folder"
+                f"the answer of sample {ids[longest]!r} has {most} tokens of the teacher, and a row of the cache has "
+                f"room for {self.answer_tokens}: set cache.max_answer_tokens={most} or more, and build into another "
+                "folder"
             )
 
     def answers(self, teacher: FrozenTeacher, inputs: ChatInput, precision: str) -> tuple[Answers, Tensor]:

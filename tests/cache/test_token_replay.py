@@ -56,7 +56,7 @@ def test_stored_tokens_are_the_live_ones(temperature: float, tmp_path: Path) -> 
         gaps = (wanted.log_p[:, :1] - wanted.log_p).abs()
         error = (found.top.log_p - wanted.log_p).abs()
         assert (error <= 2 * ROUNDING * gaps.amax(1, keepdim=True) + 1e-5).all()
-        assert gaps.max() > 1
+        assert gaps.max() * temperature > 1
     assert len(seen) > 6  # samples of both epochs were asked different questions
 
 

@@ -16,7 +16,6 @@ from cmapkd.data.plans import PlanSampler
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import BadSampleError, Batch, QuestionAnswer, Sample
 from cmapkd.data.views import ViewSpec
-from cmapkd.methods import build_method
 from cmapkd.methods.token_kd import TokenKD, TokenKDConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.config import ModelConfig
@@ -83,13 +82,9 @@ def make_writer(*, width: int = 16, seed: int = 0, **options: Any) -> HfVlm:
 
 
 def token_kd(teacher: HfVlm | None = None, **settings: Any) -> TokenKD:
-    made = build_method(
-        TokenKDConfig(**{"top_k": 8, **settings}),
-        student=make_writer(seed=1),
-        teacher=FrozenTeacher(teacher or make_writer(width=24, seed=7)),
-    )
-    assert isinstance(made, TokenKD)
-    return made
+    config = TokenKDConfig(**{"top_k": 8, **settings})
+    frozen = FrozenTeacher(teacher or make_writer(width=24, seed=7))
+    return TokenKD(config, student=make_writer(seed=1), teacher=frozen)
 
 
 def token_plan(folder: Path | None, method: Any, **changes: Any) -> CachePlan:

@@ -153,7 +153,8 @@ class TokenLayout(Layout):
                 packed.append(pack(logits, self.count, temperatures=(at,)))
                 exact.append(top_tokens(logits, self.count, temperature=at).log_p)
         ids, gaps, rest = (torch.cat([getattr(part, name) for part in packed]) for name in ("ids", "gaps", "rest"))
-        return Answers(ids.long(), gaps, rest[:, 0], features.targets, rows.sample), torch.cat(exact)
+        rest = rest[:, 0].clamp(min=torch.finfo(rest.dtype).min)  # where there are no others it is -inf, never read
+        return Answers(ids.long(), gaps, rest, features.targets, rows.sample), torch.cat(exact)
 
     def ask(self, teacher: FrozenTeacher, inputs: ChatInput, precision: str) -> dict[str, Tensor]:
         """By field, [batch ...], padded with zeros to `answer_tokens`; and `log_p`, which is compared, not stored."""

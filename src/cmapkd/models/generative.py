@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from cmapkd.data.dialogues import ChatInput, ChatProcessing
+from cmapkd.data.dialogues import ChatInput, ChatProcessing, Dialogue, Turn
 from cmapkd.models.base import Model
 from cmapkd.models.token_types import LogitHead, TokenFeatures, TokenNeeds, Vocabulary
 from cmapkd.models.types import LevelInfo
@@ -54,7 +55,18 @@ class CacheShape:
 
 
 class ChatProcessor(ChatProcessing):
-    """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones."""
+    """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones.
+
+    Attributes:
+        train_on: last: the last answer of a dialogue is learned; all: every answer that its turn does not exclude.
+    """
+
+    train_on: Literal["last", "all"] = "last"
+
+    def learned(self, dialogue: Dialogue) -> list[Turn]:
+        """The turns whose tokens `read` marks as answers."""
+        *earlier, last = (turn for turn in dialogue if turn.role == "assistant")
+        return [turn for turn in earlier if turn.learned and self.train_on == "all"] + [last]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -95,6 +107,11 @@ class GenerativeModel(Model):
         Raises:
             ValueError: a level or layer that this model does not have.
         """
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed, where that may change the last digits; part of a cache's identity."""
+        return ""
 
     @property
     @abstractmethod

@@ -62,6 +62,10 @@ class HfVlm(GenerativeModel):
         return self.model.model.get_submodule(self.layout.language)
 
     @property
+    def attention(self) -> str:
+        return str(self.model.config._attn_implementation)
+
+    @property
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
         if size == len(layer.weight):  # a slice of all would be copied in the backward pass

@@ -38,6 +38,7 @@ def plan_cache(
         precision=config.training.precision,
         role=role,
         texts=text_choice(config, method),
+        max_tokens=config.data.max_tokens,
     )
 
 

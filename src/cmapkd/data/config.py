@@ -37,6 +37,14 @@ class PromptConfig(Config):
     plain_captions: bool = Field(
         False, description="Whether a caption follows the picture alone, without an instruction."
     )
+    join: bool = Field(
+        False,
+        description="Whether all questions of a picture stand in one dialogue, in an order that the view draws; else "
+        "each view asks one of them.",
+    )
+    learn: Literal["all", "last"] = Field(
+        "all", description="all: every answer of a dialogue is learned, but for those that the data exclude; last: one."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -50,7 +58,8 @@ class PromptConfig(Config):
 
     def prompting(self, *, training: bool = True) -> Prompting:
         """The choice of dialogues; without `training` all questions are kept."""
-        return Prompting(self.kind, self.share if training else 1.0, self.suffix, self.plain_captions)
+        share = self.share if training else 1.0
+        return Prompting(self.kind, share, self.suffix, self.plain_captions, self.join, self.learn)
 
 
 class DataConfig(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cmapkd.config import ConfigError
@@ -41,6 +41,8 @@ class Prompting:
         share: of the questions, in (0, 1]: a fixed pseudo-random choice among all pairs of sample and question.
         suffix: stands after every question, on a line of its own.
         plain_captions: a caption is the answer to the picture alone, without an instruction.
+        join: all questions of a picture stand in one dialogue, in an order that the view draws; else one of them.
+        learn: all: every answer of a dialogue that the data do not exclude; last: the last one alone.
     Raises:
         ValueError: an unknown kind, or a share out of range.
     """
@@ -49,6 +51,8 @@ class Prompting:
     share: float = 1.0
     suffix: str = ""
     plain_captions: bool = False
+    join: bool = False
+    learn: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", *KINDS):
@@ -62,11 +66,17 @@ class Prompting:
         return True
 
     def choose(self, sample: Sample, view: View, number: int) -> Dialogue:
-        """The dialogue of this view: of several questions or captions the one that the view draws.
+        """The dialogue of this view: of several questions or captions the one that the view draws, or all questions.
 
         Raises:
             BadSampleError: the sample has nothing that is asked for.
         """
+        turns = self._chosen(sample, view, number)
+        if self.learn == "all":
+            return turns
+        return (*(replace(turn, learned=False) for turn in turns[:-1]), turns[-1])
+
+    def _chosen(self, sample: Sample, view: View, number: int) -> Dialogue:
         kind = self._kind(sample)
         if kind is None:
             asked_for = "dialogue, question or caption" if self.kind == "auto" else self.kind
@@ -74,17 +84,24 @@ class Prompting:
         if kind == "turns":
             return sample.turns
         if kind == "questions":
-            asked = self.kept(sample)
-            question = asked[int(view.caption * len(asked))]
-            return self._asked(question.question, commonest(question.answers))
+            return self._questions(sample, view, number)
         caption = view.choose(sample.captions)
         if self.plain_captions:
             return (Turn("user", "", 1), Turn("assistant", caption))
         drawn = uniforms(1, "instruction", sample.id, number)[0]
         return (Turn("user", INSTRUCTIONS[int(drawn * len(INSTRUCTIONS))], 1), Turn("assistant", caption))
 
-    def _asked(self, question: str, answer: str) -> Dialogue:
-        return (Turn("user", f"{question}\n{self.suffix}" if self.suffix else question, 1), Turn("assistant", answer))
+    def _questions(self, sample: Sample, view: View, number: int) -> Dialogue:
+        asked = self.kept(sample)
+        shown = [asked[int(view.caption * len(asked))]]
+        if self.join:
+            order = uniforms(len(asked), "order of questions", sample.id, number).argsort(kind="stable")
+            shown = [asked[place] for place in order.tolist()]
+        turns: list[Turn] = []
+        for question in shown:
+            text = f"{question.question}\n{self.suffix}" if self.suffix else question.question
+            turns += [Turn("user", text, int(not turns)), Turn("assistant", commonest(question.answers))]
+        return tuple(turns)
 
     def has(self, sample: Sample) -> bool:
         """Whether there is anything to ask of the sample."""
@@ -120,7 +137,8 @@ class Prompting:
     def describe(self) -> str:
         """Names the choice for a cache's identity."""
         how = "plain" if self.plain_captions else "instructed"
-        return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}"
+        joined_too = ", all questions of a picture" * self.join + ", the last answer learned" * (self.learn == "last")
+        return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}{joined_too}"
 
     def check(self, source: Source) -> None:
         """Refuses data that seem to lack what is to be asked.

@@ -144,7 +144,6 @@ class HfVlm(GenerativeModel):
         options = {
             "model_type": self.model.config.model_type,
             "max_tokens": self.processor.max_tokens,
-            "train_on": self.processor.train_on,
         }
         write_model_folder(folder, family="hf", name=self.name, options=options)
         self.model.save_pretrained(folder)

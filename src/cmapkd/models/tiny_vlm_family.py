@@ -39,9 +39,6 @@ class TinyVlmOptions(Config):
         "auto", description="auto: the teacher's, where it writes too; own: learned from the training texts."
     )
     max_tokens: int = Field(256, ge=16, description="Longest dialogue with its picture, in tokens.")
-    train_on: Literal["last", "all"] = Field(
-        "last", description="last: a dialogue's last answer is learned; all: every answer."
-    )
 
 
 PRESETS = {
@@ -135,7 +132,7 @@ def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name
         image_token=picture,
         chat_template=template_of(picture, start=start, end=end),
     )
-    processor = processor_of(native, config, name=name, train_on=options.train_on)
+    processor = processor_of(native, config, name=name)
     return HfVlm(LlavaForConditionalGeneration(config).float(), processor=processor, name=name)
 
 

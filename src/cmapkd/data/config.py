@@ -25,8 +25,10 @@ class StreamConfig(Config):
 class PromptConfig(Config):
     """How samples become dialogues, for models that write."""
 
-    kind: Literal["auto", "turns", "questions", "captions"] = Field(
-        "auto", description="What is asked; auto: a sample's dialogue, else its questions, else its captions."
+    kind: Literal["auto", "turns", "questions", "captions", "both"] = Field(
+        "auto",
+        description="What is asked; auto: a sample's dialogue, else its questions, else its captions; both: questions "
+        "and a caption.",
     )
     share: float = Field(
         1.0, gt=0, le=1, description="Share of the training questions that are kept, chosen by sample and question."
@@ -39,8 +41,8 @@ class PromptConfig(Config):
     )
     join: bool = Field(
         False,
-        description="Whether all questions of a picture stand in one dialogue, in an order that the view draws; else "
-        "each view asks one of them.",
+        description="Whether all questions of a picture (of kind both also a caption) stand in one dialogue, in an order "
+        "that the view draws; else each view asks one of them.",
     )
     learn: Literal["all", "last"] = Field(
         "all", description="all: every answer of a dialogue is learned, but for those that the data exclude; last: one."

@@ -53,7 +53,8 @@ def read_annotations(source: Source, *, limit: int | None = None) -> Annotations
     if not rows:
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
-    return Annotations(*(tuple(column) for column in zip(*rows, strict=True)), bad=tuple(bad))
+    indices, ids, sizes, captions, questions, boxes = zip(*rows, strict=True)
+    return Annotations(indices, ids, sizes, captions, questions, boxes, tuple(bad))
 
 
 class ProbeBatches(Dataset[Batch]):

@@ -75,8 +75,9 @@ def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> 
 
 def reads_stored_student(method: Method) -> TypeGuard[DualEncoderMethod]:
     """Whether the image tower of the method's student is frozen, and what it answers can be stored and read."""
-    able = isinstance(method, DualEncoderMethod) and method.why_student_live is None
-    return able and "image" in method.student.frozen_towers
+    if not isinstance(method, DualEncoderMethod) or method.why_student_live is not None:
+        return False
+    return "image" in method.student.frozen_towers
 
 
 def student_from_cache(
@@ -88,9 +89,11 @@ def student_from_cache(
         Nothing where the student's image tower learns, where the student cannot go on from stored features, or where
         the method needs it whole.
     """
+    if not isinstance(method, DualEncoderMethod):
+        return {}
     student = method.student
     if not reads_stored_student(method):
-        reason = method.why_student_live if isinstance(method, DualEncoderMethod) else None
+        reason = method.why_student_live
         if reason and "image" in student.frozen_towers and console is not None and PartialState().is_main_process:
             console.print(f"cache: the student's frozen towers answer live: {reason}", highlight=False)
         return {}

@@ -14,6 +14,7 @@ from cmapkd.cache.progress import BuildDisplay
 from cmapkd.data.batches import Answers
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.methods import Method
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod
@@ -47,6 +48,8 @@ def plan_student_cache(
 ) -> CachePlan:
     """What the run asks of the student's towers that do not learn; of a method that can read stored answers."""
     assert config.data.views is not None
+    texts = text_choice(config, method)
+    assert isinstance(texts, TextChoice)  # its student embeds
     return CachePlan.of_student(
         config.cache or CacheConfig(),
         method.student,
@@ -54,7 +57,7 @@ def plan_student_cache(
         views=config.data.views,
         keys=_keys(config, method, source, whole=whole),
         precision=config.training.precision,
-        texts=text_choice(config, method),
+        texts=texts,
     )
 
 

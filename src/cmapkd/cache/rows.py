@@ -100,9 +100,7 @@ class Layout(ABC):
 
     def tensors(self, rows: NDArray[Any]) -> dict[str, Tensor]:
         """The arrays [rows ...] of numpy records, in the numbers that are stored."""
-        return {
-            name: torch.from_numpy(rows[name].copy()) for name in self.dtype.names or () if name != CHECK
-        }
+        return {name: torch.from_numpy(rows[name].copy()) for name in self.dtype.names or () if name != CHECK}
 
 
 @contextmanager

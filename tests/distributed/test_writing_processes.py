@@ -1,4 +1,4 @@
-"""Two processes equal one for models that write: uneven numbers of answer tokens, own answers, shares of the weights."""
+"""Two processes equal one for models that write: uneven answers, answers of their own, shares of the weights."""
 
 from __future__ import annotations
 

@@ -57,6 +57,8 @@ def distill(
 def load(model: str | Path) -> Model:
     """A model in eval mode: a run folder, its `student/`, or a name such as `tiny:scenes-teacher`.
 
+    A `DualEncoder` has `embed`, and a `GenerativeModel` has `answer`: `isinstance` tells them apart.
+
     Raises:
         ValueError: nothing loadable is there.
     """

@@ -33,7 +33,7 @@ def report(
     images: Annotated[bool, typer.Option("--images/--no-images", help="Whether the page shows pictures.")] = True,
     captions: Annotated[bool, typer.Option("--captions/--no-captions", help="Whether it shows captions.")] = True,
 ) -> None:
-    """Write one self-contained page: verdict, scores, cost, curves, retrievals to look at, origins."""
+    """Write one self-contained page: verdict, scores, cost, curves, examples to look at, origins."""
     from rich.console import Console
 
     from cmapkd.report import write_report
@@ -68,7 +68,7 @@ def leave_page(folder: Path, console: Any, *, gallery: int = 0) -> None:
     else:
         told = f"report: {written}"
         if not gallery and (folder / "student").is_dir():
-            told += f" (with retrievals to look at: {command_line('report', str(folder))})"
+            told += f" (with examples to look at: {command_line('report', str(folder))})"
     console.print(printable(told), markup=False, highlight=False, soft_wrap=True)
 
 

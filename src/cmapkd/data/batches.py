@@ -53,6 +53,18 @@ class Choice(Protocol):
         """All that was chosen for a sample as one text, which names it in a cache."""
         ...
 
+    def check(self, source: Source) -> None:
+        """Refuses data that seem to lack what is to be read.
+
+        Raises:
+            ConfigError: none of the first samples has it.
+        """
+        ...
+
+    def describe(self) -> str:
+        """Names the choice for a cache's identity."""
+        ...
+
 
 class Answers(Protocol):
     """A model's answers to views, read instead of computed; see `cache.CacheReader`. Picklable."""

@@ -25,8 +25,10 @@ class StreamConfig(Config):
 class PromptConfig(Config):
     """How samples become dialogues, for models that write."""
 
-    kind: Literal["auto", "turns", "questions", "captions"] = Field(
-        "auto", description="What is asked; auto: a sample's dialogue, else its questions, else its captions."
+    kind: Literal["auto", "turns", "questions", "captions", "both"] = Field(
+        "auto",
+        description="What is asked; auto: a sample's dialogue, else its questions, else its captions; both: questions "
+        "and a caption.",
     )
     share: float = Field(
         1.0, gt=0, le=1, description="Share of the training questions that are kept, chosen by sample and question."
@@ -36,6 +38,14 @@ class PromptConfig(Config):
     )
     plain_captions: bool = Field(
         False, description="Whether a caption follows the picture alone, without an instruction."
+    )
+    join: bool = Field(
+        False,
+        description="Whether all questions of a picture (of kind both also a caption) stand in one dialogue, in an "
+        "order that the view draws; else each view asks one of them.",
+    )
+    learn: Literal["all", "last"] = Field(
+        "all", description="all: every answer of a dialogue is learned, but for those that the data exclude; last: one."
     )
 
     @model_validator(mode="before")
@@ -50,7 +60,8 @@ class PromptConfig(Config):
 
     def prompting(self, *, training: bool = True) -> Prompting:
         """The choice of dialogues; without `training` all questions are kept."""
-        return Prompting(self.kind, self.share if training else 1.0, self.suffix, self.plain_captions)
+        share = self.share if training else 1.0
+        return Prompting(self.kind, share, self.suffix, self.plain_captions, self.join, self.learn)
 
 
 class DataConfig(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cmapkd.config import ConfigError
@@ -15,8 +15,8 @@ from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.views import View
 
-Kind = Literal["turns", "questions", "captions"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["turns", "questions", "captions", "both"]
+KINDS: tuple[Kind, ...] = ("turns", "questions", "captions")
 """What a sample can be asked about, the first one that it has before the others."""
 
 INSTRUCTIONS = (
@@ -37,22 +37,27 @@ class Prompting:
     """A pure function of the sample and the number of its view, as the view is; a sibling of `texts.TextChoice`.
 
     Attributes:
-        kind: `turns`, `questions` or `captions`; `auto`: the first of these that a sample has.
+        kind: `turns`, `questions` or `captions`; `both`: questions and a caption; `auto`: the first of the three that a
+            sample has.
         share: of the questions, in (0, 1]: a fixed pseudo-random choice among all pairs of sample and question.
         suffix: stands after every question, on a line of its own.
         plain_captions: a caption is the answer to the picture alone, without an instruction.
+        join: all that is asked of a picture stands in one dialogue, in an order that the view draws; else one of it.
+        learn: all: every answer of a dialogue that the data do not exclude; last: the last one alone.
     Raises:
         ValueError: an unknown kind, or a share out of range.
     """
 
-    kind: Literal["auto", "turns", "questions", "captions"] = "auto"
+    kind: Literal["auto", "turns", "questions", "captions", "both"] = "auto"
     share: float = 1.0
     suffix: str = ""
     plain_captions: bool = False
+    join: bool = False
+    learn: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("auto", *KINDS):
-            raise ValueError(f"prompts of kind {self.kind!r}: choose auto, {', '.join(KINDS)}")
+        if self.kind not in ("auto", *get_args(Kind)):
+            raise ValueError(f"prompts of kind {self.kind!r}: choose auto, {', '.join(get_args(Kind))}")
         if not 0 < self.share <= 1:
             raise ValueError(f"a share of {self.share:g} of the questions: give a number above 0, up to 1")
 
@@ -62,29 +67,50 @@ class Prompting:
         return True
 
     def choose(self, sample: Sample, view: View, number: int) -> Dialogue:
-        """The dialogue of this view: of several questions or captions the one that the view draws.
+        """The dialogue of this view: of several questions or captions the one that the view draws, or all questions.
 
         Raises:
             BadSampleError: the sample has nothing that is asked for.
         """
+        turns = self._chosen(sample, view, number)
+        if self.learn == "all":
+            return turns
+        return (*(replace(turn, learned=False) for turn in turns[:-1]), turns[-1])
+
+    def _chosen(self, sample: Sample, view: View, number: int) -> Dialogue:
         kind = self._kind(sample)
         if kind is None:
             asked_for = "dialogue, question or caption" if self.kind == "auto" else self.kind
             raise BadSampleError(sample.id, f"no {asked_for} that this run learns from")
         if kind == "turns":
             return sample.turns
-        if kind == "questions":
-            asked = self.kept(sample)
-            question = asked[int(view.caption * len(asked))]
-            return self._asked(question.question, commonest(question.answers))
-        caption = view.choose(sample.captions)
-        if self.plain_captions:
-            return (Turn("user", "", 1), Turn("assistant", caption))
-        drawn = uniforms(1, "instruction", sample.id, number)[0]
-        return (Turn("user", INSTRUCTIONS[int(drawn * len(INSTRUCTIONS))], 1), Turn("assistant", caption))
+        asked = self._questions(sample) if kind in ("questions", "both") else []
+        if kind in ("captions", "both"):
+            asked += self._captions(sample, view, number)
+        if kind == "captions":
+            shown = asked
+        elif self.join:
+            order = uniforms(len(asked), "order of questions", sample.id, number).argsort(kind="stable")
+            shown = [asked[place] for place in order.tolist()]
+        else:
+            shown = [asked[int(view.caption * len(asked))]]
+        turns: list[Turn] = []
+        for prompt, answer in shown:
+            turns += [Turn("user", prompt, int(not turns)), Turn("assistant", answer)]
+        return tuple(turns)
 
-    def _asked(self, question: str, answer: str) -> Dialogue:
-        return (Turn("user", f"{question}\n{self.suffix}" if self.suffix else question, 1), Turn("assistant", answer))
+    def _questions(self, sample: Sample) -> list[tuple[str, str]]:
+        """Prompt and answer of each question that is kept."""
+        behind = f"\n{self.suffix}" if self.suffix else ""
+        return [(asked.question + behind, commonest(asked.answers)) for asked in self.kept(sample)]
+
+    def _captions(self, sample: Sample, view: View, number: int) -> list[tuple[str, str]]:
+        """The caption of this view behind an instruction; nothing where the sample has none."""
+        if not sample.captions:
+            return []
+        drawn = uniforms(1, "instruction", sample.id, number)[0]
+        instruction = "" if self.plain_captions else INSTRUCTIONS[int(drawn * len(INSTRUCTIONS))]
+        return [(instruction, view.choose(sample.captions))]
 
     def has(self, sample: Sample) -> bool:
         """Whether there is anything to ask of the sample."""
@@ -99,6 +125,8 @@ class Prompting:
             if kind == "questions" and _answered(sample):
                 return kind if self.kept(sample) else None
             if (kind == "turns" and sample.turns) or (kind == "captions" and sample.captions):
+                return kind
+            if kind == "both" and (sample.captions or self.kept(sample)):
                 return kind
         return None
 
@@ -120,7 +148,8 @@ class Prompting:
     def describe(self) -> str:
         """Names the choice for a cache's identity."""
         how = "plain" if self.plain_captions else "instructed"
-        return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}"
+        joined_too = ", all questions of a picture" * self.join + ", the last answer learned" * (self.learn == "last")
+        return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}{joined_too}"
 
     def check(self, source: Source) -> None:
         """Refuses data that seem to lack what is to be asked.
@@ -146,7 +175,7 @@ class Prompting:
         Lazily, and without pictures where the source can read it so. Unreadable samples are passed over.
         """
         yield from (self.suffix,) if self.suffix else ()
-        if self.kind in ("auto", "captions") and not self.plain_captions:
+        if self.kind in ("auto", "captions", "both") and not self.plain_captions:
             yield from INSTRUCTIONS
         stride = max(1, len(source) // most)
         for index in range(0, min(len(source), stride * most), stride):
@@ -159,11 +188,11 @@ class Prompting:
     def _said(self, sample: Sample) -> Iterator[str]:
         if self.kind in ("auto", "turns"):
             yield from (turn.text for turn in sample.turns if turn.text)
-        if self.kind in ("auto", "questions"):
+        if self.kind in ("auto", "questions", "both"):
             for _, question in _answered(sample):
                 yield question.question
                 yield commonest(question.answers)
-        if self.kind in ("auto", "captions"):
+        if self.kind in ("auto", "captions", "both"):
             yield from sample.captions
 
 

@@ -114,7 +114,7 @@ def _check_images(name: str, names: list[str], images: Images) -> None:
 
 
 def _pack(group: Group) -> str:
-    questions = [[q.question, q.answers, q.kind, q.id] for q in group.questions]
+    questions = [[q.question, q.answers, q.kind, q.id, q.category] for q in group.questions]
     boxes = [[b.x, b.y, b.width, b.height, b.name, b.crowd, b.area] for b in group.boxes]
     turns = [[turn.role, turn.text, turn.pictures, turn.learned] for turn in group.turns]
     values = [group.image, group.captions, group.label, questions, boxes, group.texts, turns, group.text_only]

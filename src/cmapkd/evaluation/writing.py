@@ -107,7 +107,8 @@ class Writer:
 
     def features(self, items: Sequence[ChatItem]) -> TokenFeatures:
         """Final states of the answers of a batch, on the device; called inside `computing`."""
-        return self.model(self.joined(items), TokenNeeds())
+        features: TokenFeatures = self.model(self.joined(items), TokenNeeds())
+        return features
 
     def joined(self, items: Sequence[ChatItem]) -> ChatInput:
         return join_items(items, self.model.processor.pad_id).to(self.device)

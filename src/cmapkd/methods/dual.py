@@ -238,7 +238,8 @@ class DualEncoderMethod(Method):
         first = next(iter(self.teachers))
         teacher = self.teachers[role or first]
         needs = self.teacher_needs if teacher.role == first else None
-        return teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
+        features: Features = teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
+        return features
 
 
 def task_loss(student: Features) -> Float[Tensor, ""]:

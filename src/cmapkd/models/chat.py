@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +17,6 @@ from cmapkd.data.dialogues import ChatItem, Dialogue, Turn
 from cmapkd.models.errors import first_line
 from cmapkd.models.generative import ChatProcessor
 
-TrainOn = Literal["last", "all"]
 _PROBE = (Turn("user", "What is it?", pictures=1), Turn("assistant", "cmapkd"))
 _PROBE_TEXT = (Turn("user", "How many, and where?"), Turn("assistant", "2 of 10"))
 
@@ -27,7 +26,8 @@ class HfChatProcessor(ChatProcessor):
 
     The template is applied to all turns before the last answer, with its generation prompt, and the processor expands
     the pictures. The answer is tokenised apart, without special tokens, and its end token is appended. Equal answers
-    therefore have equal tokens in all models that share a tokenizer.
+    therefore have equal tokens in all models that share a tokenizer. Earlier answers are learned too, but for those
+    whose turn says that they are not.
 
     The end token is the first special token that the template puts behind an answer; where there is none, the
     tokenizer's own. Every tensor that the processor gives is kept.
@@ -36,7 +36,6 @@ class HfChatProcessor(ChatProcessor):
         native: transformers' processor.
         image_id: the token that stands for a visual token.
         max_tokens: longest dialogue with its picture, in tokens.
-        train_on: last: the last answer is learned; all: every answer that its turn does not exclude.
         picture_options: for the image processor, at each call.
         nested: whether the processor puts a batch axis before its rows of pictures (Idefics3).
     Raises:
@@ -49,12 +48,11 @@ class HfChatProcessor(ChatProcessor):
         *,
         image_id: int,
         max_tokens: int,
-        train_on: TrainOn = "last",
         picture_options: Mapping[str, Any] | None = None,
         nested: bool = False,
         name: str = "the model",
     ) -> None:
-        self.native, self.image_id, self.max_tokens, self.train_on = native, image_id, max_tokens, train_on
+        self.native, self.image_id, self.max_tokens = native, image_id, max_tokens
         self.picture_options, self.nested = dict(picture_options or {}), nested
         self.end_id = self._end_token(name)
         pad = native.tokenizer.pad_token_id
@@ -76,8 +74,7 @@ class HfChatProcessor(ChatProcessor):
         if bool(visual.any()) != bool(pictures):
             raise ValueError(f"{len(pictures)} pictures became {int(visual.sum())} visual tokens by the chat template")
         answer = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), torch.ones_like(tail, dtype=torch.bool)])
-        if self.train_on == "all":
-            self._mark_earlier(answer, dialogue, text, prompt)
+        self._mark_earlier(answer, dialogue, text, prompt)
         numbers = {name: self._padded(found.pop(name, None), len(ids)) for name in self._numbers}
         return ChatItem(ids, answer, visual, numbers, {key: self._rows(rows) for key, rows in found.items()})
 
@@ -112,7 +109,7 @@ class HfChatProcessor(ChatProcessor):
     @cached_property
     def _fingerprint(self) -> str:
         """Of the template, of probes as they are read, and of the tokenizer's pieces."""
-        digest = hashlib.sha256(repr((self.native.chat_template, self.max_tokens, self.train_on, self.end_id)).encode())
+        digest = hashlib.sha256(repr((self.native.chat_template, self.max_tokens, self.end_id)).encode())
         for dialogue in (_PROBE, _PROBE_TEXT):
             found = self._processed(self._rendered(dialogue[:-1], prompt=True), _probe_pictures(dialogue))
             for key in sorted(found):
@@ -141,17 +138,18 @@ class HfChatProcessor(ChatProcessor):
         Raises:
             ValueError: the template writes an answer otherwise once more turns follow.
         """
-        grown = len(prompt) - len(self._plain_ids(text))  # by how many tokens the processor expanded the picture
-        for number, turn in enumerate(dialogue[:-1]):
-            if turn.role != "assistant" or not turn.learned:
-                continue
+        learned = [number for number, turn in enumerate(dialogue[:-1]) if turn.role == "assistant" and turn.learned]
+        grown = len(prompt) - len(self._plain_ids(text)) if learned else 0  # tokens of the expanded picture
+        for number in learned:
+            turn = dialogue[number]
             before = dialogue[:number]
             start = len(self._plain_ids(self._rendered(before, prompt=True)))
             start += grown if any(earlier.pictures for earlier in before) else 0
             ids = self.encode_answer(turn.text)
             if prompt[start : start + len(ids)].tolist() != ids:
                 raise ValueError(
-                    f"answer {turn.text[:80]!r} has other tokens once more turns follow, so it cannot be learned there"
+                    f"answer {turn.text[:80]!r} has other tokens once more turns follow, so it cannot be learned "
+                    "there: set data.prompts.learn: last"
                 )
             answer[start : start + len(ids)] = True
 
@@ -207,8 +205,7 @@ class HfChatProcessor(ChatProcessor):
                 f"the processor of {name} has no chat template: give a model that was tuned for dialogues"
             )
         question, answer = _PROBE
-        prompt = self._rendered([question], prompt=True)
-        if prompt == self._rendered([question], prompt=False):
+        if self._rendered([question], prompt=True) == self._rendered([question], prompt=False):
             raise ConfigError(
                 f"the chat template of {name} has no generation prompt, so a prompt does not end where the model "
                 "begins to write: give a template that reads add_generation_prompt"
@@ -217,11 +214,6 @@ class HfChatProcessor(ChatProcessor):
         _, found, rest = whole.rpartition(answer.text)
         if not found:
             raise ConfigError(f"the chat template of {name} leaves out the assistant's text")
-        if self.train_on == "all" and not whole.startswith(prompt + answer.text):
-            raise ConfigError(
-                f"the chat template of {name} writes an answer otherwise than the model would: earlier answers cannot "
-                "be learned with it. Set train_on: last."
-            )
         special = control_ids(self.native.tokenizer)
         behind = self.native.tokenizer(rest, add_special_tokens=False)["input_ids"]
         end: int | None = next((token for token in behind if token in special), self.native.tokenizer.eos_token_id)

@@ -73,7 +73,7 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model
     _check_weight_files(folder)
     model = _pretrained(str(folder), _config(str(folder), True, {}, name), {}, str(folder))
     if model.config.model_type in LAYOUTS:
-        kept = HfVlmOptions(max_tokens=stored["max_tokens"], train_on=stored["train_on"])
+        kept = HfVlmOptions(max_tokens=stored["max_tokens"])
         return assemble_vlm(str(folder), model, kept, {}, name)
     options = HfOptions(context_length=stored["context_length"])
     return _assemble(str(folder), model, options, {}, name, scratch=False)

@@ -62,6 +62,10 @@ class HfVlm(GenerativeModel):
         return self.model.model.get_submodule(self.layout.language)
 
     @property
+    def attention(self) -> str:
+        return str(self.model.config._attn_implementation)
+
+    @property
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
         if size == len(layer.weight):  # a slice of all would be copied in the backward pass
@@ -144,7 +148,6 @@ class HfVlm(GenerativeModel):
         options = {
             "model_type": self.model.config.model_type,
             "max_tokens": self.processor.max_tokens,
-            "train_on": self.processor.train_on,
         }
         write_model_folder(folder, family="hf", name=self.name, options=options)
         self.model.save_pretrained(folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from cmapkd.config import Config, ConfigError
-from cmapkd.models.chat import HfChatProcessor, TrainOn
+from cmapkd.models.chat import HfChatProcessor
 from cmapkd.models.errors import first_line
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.vlm_layouts import LAYOUTS
@@ -18,9 +18,6 @@ class HfVlmOptions(Config):
 
     max_tokens: int | None = Field(
         None, ge=8, description="Longest dialogue with its picture, in tokens. None: as long as the model takes."
-    )
-    train_on: Literal["last", "all"] = Field(
-        "last", description="last: a dialogue's last answer is learned; all: every answer."
     )
     revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
 
@@ -33,7 +30,7 @@ def assemble(source: str, model: Any, options: HfVlmOptions, fetching: dict[str,
         ValueError: there is none that can be read.
     """
     native = read_processor(source, fetching, name)
-    processor = processor_of(native, model.config, name=name, max_tokens=options.max_tokens, train_on=options.train_on)
+    processor = processor_of(native, model.config, name=name, max_tokens=options.max_tokens)
     return HfVlm(model, processor=processor, name=name)
 
 
@@ -53,9 +50,7 @@ def read_processor(source: str, fetching: dict[str, Any], name: str) -> Any:
     return native
 
 
-def processor_of(
-    native: Any, config: Any, *, name: str, max_tokens: int | None = None, train_on: TrainOn = "last"
-) -> HfChatProcessor:
+def processor_of(native: Any, config: Any, *, name: str, max_tokens: int | None = None) -> HfChatProcessor:
     """transformers' processor as the model of that config needs it.
 
     Raises:
@@ -70,7 +65,6 @@ def processor_of(
         native,
         image_id=int(config.image_token_index if image_id is None else image_id),
         max_tokens=max_tokens or longest,
-        train_on=train_on,
         picture_options=layout.picture_options,
         nested=layout.nested,
         name=name,

@@ -69,7 +69,8 @@ class JoinedEncoder(DualEncoder):
         if self.text is not None:
             return self.text
         assert self._frozen is not None
-        return self._frozen.model
+        model: DualEncoder = self._frozen.model
+        return model
 
     @property
     def log_logit_scale(self) -> nn.Parameter:

@@ -18,9 +18,11 @@ from cmapkd.models.errors import explained
 from cmapkd.models.families import family as family_of
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.inherit import inherit_weights
+from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
 
 
+@quiet()
 def build_model(
     config: ModelConfig | str, *, captions: Iterable[str] | None = None, teacher: Model | None = None
 ) -> Model:
@@ -110,6 +112,7 @@ def _inherited(model: Model, config: InheritConfig, teacher: Model | None) -> Du
     return student
 
 
+@quiet()
 def load_model(folder: str | Path) -> Model:
     """A model that cmapkd saved: a `student/` folder, or the run folder around it.
 

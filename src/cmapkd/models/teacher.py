@@ -29,7 +29,7 @@ class Teacher(Protocol):
     """
 
     role: str
-    model: DualEncoder
+    model: Any
     from_disk: ClassVar[bool]
 
     @property
@@ -43,8 +43,8 @@ class Teacher(Protocol):
 
     def to(self, device: torch.device | str) -> Any: ...
 
-    def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:
-        """Features of the teacher's own form of the batch, detached."""
+    def __call__(self, batch: Batch, needs: Any = None) -> Any:
+        """`Features` of the teacher's own form of the batch, detached; `TokenFeatures` of one that writes."""
         ...
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -7,7 +7,7 @@ from cmapkd.models.base import DualEncoder
 
 def remark_on_untrained(model: DualEncoder) -> str | None:
     """One line that says which towers have random weights, and what to name instead; None where none has."""
-    if not model.random_towers:
+    if not getattr(model, "random_towers", ()):
         return None
     towers = " and ".join(model.random_towers)
     what = f"{model.name} is untrained" if len(model.random_towers) > 1 else f"the {towers} tower is untrained"

@@ -13,6 +13,7 @@ import yaml
 from cmapkd.config import ConfigError, fixed_differences, refuse_secrets, writing
 from cmapkd.config.disk import flush, usual_rights, write_text
 from cmapkd.models import Model
+from cmapkd.models.quiet import quiet
 from cmapkd.provenance import describe_environment
 from cmapkd.run.config import RunConfig
 from cmapkd.run.contents import may_have_moved
@@ -117,7 +118,8 @@ def save_student(student: Model, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(folder.parent):
         try:
-            student.save(temporary)
+            with quiet():
+                student.save(temporary)
             usual_rights(file for file in temporary.rglob("*") if file.is_file())
             for file in temporary.rglob("*"):
                 flush(file)

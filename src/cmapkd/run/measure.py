@@ -80,6 +80,8 @@ def _evaluate(
         OutOfMemory: says which settings take less, all of which may change at a resume.
     """
     settings = config.evaluation
+    if config.writes:  # asked as in training
+        settings = settings.model_copy(update={"writing": settings.writing.like(config.data.prompts)})
     try:
         return evaluate(
             model.to(device),

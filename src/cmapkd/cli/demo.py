@@ -8,14 +8,23 @@ from typing import Annotated
 import typer
 
 from cmapkd.cli.command import command_line
+from cmapkd.cli.demo_generative import demo_generative
 from cmapkd.cli.report import CARDS, leave_page
 
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; by default a new one under runs/.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[generative] [KEY=VALUE]...", help="generative: models that write; then settings to change."
+        ),
+    ] = None,
 ) -> None:
     """Distil a packaged teacher into a small student. The same student trained alone stands beside it."""
+    if overrides and overrides[0] == "generative":
+        demo_generative(out, overrides[1:])
+        return
     import time
 
     from rich.console import Console

@@ -34,7 +34,7 @@ def table_notes(
     yield from _gap_notes(table, rows, metrics)
     yield from table.remarks()
     if table.reference_name is None:
-        yield "No differences: there is no one arm of method contrastive, and no reference was named."
+        yield "No differences: there is no one arm that trains without a teacher, and no reference was named."
     for row, finished, reference in zip(rows, done, table.reference, strict=True):
         assert row.row is not None
         for seed, error in row.errors.items():

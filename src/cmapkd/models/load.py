@@ -22,7 +22,6 @@ from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
 
 
-@quiet()
 def build_model(
     config: ModelConfig | str, *, captions: Iterable[str] | None = None, teacher: Model | None = None
 ) -> Model:
@@ -85,10 +84,11 @@ def _built(
     family: str, rest: str, config: ModelConfig, captions: Iterable[str] | None, teacher: Model | None
 ) -> object:
     """What the family gives; it is told of the teacher if it asks for one."""
-    build = family_of(family).build
-    if "teacher" in signature(build).parameters:
-        return build(rest, config, captions, teacher=teacher)  # type: ignore[call-arg]
-    return build(rest, config, captions)
+    with quiet(family):
+        build = family_of(family).build
+        if "teacher" in signature(build).parameters:
+            return build(rest, config, captions, teacher=teacher)  # type: ignore[call-arg]
+        return build(rest, config, captions)
 
 
 def _of_dtype(model: Model, config: ModelConfig) -> Model:
@@ -112,7 +112,6 @@ def _inherited(model: Model, config: InheritConfig, teacher: Model | None) -> Du
     return student
 
 
-@quiet()
 def load_model(folder: str | Path) -> Model:
     """A model that cmapkd saved: a `student/` folder, or the run folder around it.
 
@@ -132,7 +131,8 @@ def load_model(folder: str | Path) -> Model:
     description = read_description(folder)
     with explained(f"model folder {folder}"):
         name = str(description["family"])
-        return _checked(family_of(name).load(folder, description, load_model), name).eval()
+        with quiet(name):
+            return _checked(family_of(name).load(folder, description, load_model), name).eval()
 
 
 def _checked(model: object, family: str) -> Model:

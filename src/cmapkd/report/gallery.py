@@ -15,18 +15,12 @@ from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.retrieval import RanksBothWays, rank_both_ways
 from cmapkd.evaluation.subject import Subject
 from cmapkd.report.blocks import Answer, Answers, Block, Card, Cell, Gallery, Paragraph, Picture, Table
+from cmapkd.report.outcomes import ALONE, OUTCOMES
 from cmapkd.report.plain import shortened
 from cmapkd.report.thumbnails import SIDES, thumbnail
 from cmapkd.report.watch import Watched, named
 
 DIRECTIONS = {"t2i": "Caption finds picture", "i2t": "Picture finds caption"}
-OUTCOMES = {
-    "lost": "Teacher right, student wrong",
-    "won": "Student right, teacher wrong",
-    "both": "Both right",
-    "neither": "Both wrong",
-}
-ALONE = {"wrong": "Student wrong", "right": "Student right"}
 _SHOWN = 3  # answers of each model
 _PICTURE_BYTES = 3_500_000  # of all thumbnails of a page
 

@@ -128,7 +128,7 @@ def _resolves_nothing(difference: Estimate | float | None) -> bool:
 
 
 def _baseline(arm: Arm) -> str:
-    return "the same student trained alone" if arm.baseline_name == "scratch" else arm.baseline_name
+    return "the same student trained alone" if arm.baseline_name in ("scratch", "sft") else arm.baseline_name
 
 
 def _no_baseline(arm: Arm) -> Paragraph:

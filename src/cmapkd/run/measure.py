@@ -148,7 +148,15 @@ def measure(
 def baseline_name(config: RunConfig, baseline: Path | None) -> str | None:
     if baseline is None:
         return None
-    return "scratch" if config.baseline == "scratch" else baseline.name
+    if config.baseline != "scratch":
+        return baseline.name
+    return config.scratch().method.name if config.writes else "scratch"  # `contrastive` is what scratch always meant
+
+
+def _by_part(trained: TrainResult) -> dict[str, float]:
+    """What was told apart, and the steps themselves."""
+    parts = {name: round(seconds, 1) for name, seconds in trained.parts.items()}
+    return {**parts, "steps": round(max(0.0, trained.seconds - sum(trained.parts.values())), 1)}
 
 
 def account(config: RunConfig, trained: TrainResult, extra_params: int, source: Source | None) -> dict[str, Any]:
@@ -162,6 +170,7 @@ def account(config: RunConfig, trained: TrainResult, extra_params: int, source: 
         "total_steps": trained.total,  # that the run is to have: more where it was stopped
         "batch_size": config.training.batch_size,
         "train_seconds": round(trained.seconds, 1),
+        "seconds_by_part": _by_part(trained),
         "extra_params": extra_params,  # trained beside the student's
         "peak_memory_bytes": trained.peak_memory,
         "best_step": trained.best_step,

@@ -165,7 +165,9 @@ def gemma3() -> tuple[Any, Any]:
     pixels = library.Gemma3ImageProcessor(size=SIDE)
     template = template_of("<boi>")
     processor = library.Gemma3Processor(pixels, tokens, image_seq_length=4, chat_template=template)
-    return library.Gemma3ForConditionalGeneration(config), processor
+    model = library.Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)  # zeros at first
+    return model, processor
 
 
 MAKERS: dict[str, Callable[[], tuple[Any, Any]]] = {

@@ -67,7 +67,8 @@ class Case:
         logits, targets = self.head(self.hidden), self.targets
         ce = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         kd = how(logits, self.teacher[1](self.teacher[0]), targets=targets)
-        return TokenLosses((ce * self.row_weights).sum(), (kd * self.row_weights).sum())
+        hard, soft = self.row_weights.expand(2, -1)
+        return TokenLosses((ce * hard).sum(), (kd * soft).sum())
 
     def ours(self, how: TokenDivergence | None, **more: Any) -> TokenLosses:
         options: dict[str, Any] = {"teacher": self.teacher if how else None, "divergence": how}
@@ -106,6 +107,9 @@ def in_loops(name: str, q: list[float], p: list[float], y: int, *, beta: float, 
     def kl(one: list[float], other: list[float]) -> float:
         return sum(a * math.log(a / b) for a, b in zip(one, other, strict=True))
 
+    def cross_entropy(one: list[float], other: list[float]) -> float:
+        return -sum(a * math.log(b) for a, b in zip(one, other, strict=True))
+
     def mixed(share: float, one: list[float], other: list[float]) -> list[float]:
         return [share * a + (1 - share) * b for a, b in zip(one, other, strict=True)]
 
@@ -118,7 +122,7 @@ def in_loops(name: str, q: list[float], p: list[float], y: int, *, beta: float, 
         "skew_forward": lambda: kl(p, mixed(lam, p, q)),
         "skew_reverse": lambda: kl(q, mixed(lam, q, p)),
         "tv": lambda: sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2,
-        "taid": lambda: kl([power / sum(powers) for power in powers], q),
+        "taid": lambda: cross_entropy([power / sum(powers) for power in powers], q),
         "sampled_reverse": lambda: math.log(q[y] / p[y]),
     }[name]()
 
@@ -156,11 +160,12 @@ def test_a_divergence_has_the_gradient_of_its_differences(name: DivergenceName) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_agreement_is_zero_and_constants_do_not_matter(name: DivergenceName) -> None:
+def test_agreement_is_the_least_and_constants_do_not_matter(name: DivergenceName) -> None:
     c = case()
     how, logits = TokenDivergence(name), c.head(c.hidden).detach()
     shifted = logits + torch.arange(ROWS, dtype=logits.dtype)[:, None]
-    assert float(how(logits, shifted, targets=c.targets).abs().max()) < 1e-12
+    least = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1) if name == "taid" else 0.0  # a cross-entropy's floor
+    assert float((how(logits, shifted, targets=c.targets) - least).abs().max()) < 1e-12
     teacher = c.teacher[1](c.teacher[0])
     torch.testing.assert_close(how(shifted, teacher, targets=c.targets), how(logits, teacher, targets=c.targets))
 
@@ -237,6 +242,30 @@ def test_gradient_of_differences(declared: tuple[float, float] | None) -> None:
         return summed(one.ours(TokenDivergence("jsd"), chunk=3, declared=declared), 1.0, 1.0)
 
     assert gradcheck(losses, c.learned)
+
+
+@pytest.mark.parametrize(
+    ("name", "top"),
+    [*((name, None) for name in ("forward", "reverse", "sampled_reverse", "taid")), ("forward", 4), ("reverse", 4)],
+)
+def test_each_sum_may_weigh_the_rows_its_own_way(name: DivergenceName, top: int | None) -> None:
+    """As where some rows have no cross-entropy, and others no divergence."""
+    c, how = case(), TokenDivergence(name, t=0.6)
+    c.row_weights = torch.stack([c.row_weights, c.row_weights.flip(0)])
+    c.row_weights[0, :3] = 0
+    c.row_weights[1, 4] = 0
+    whole, options = c.whole(how), {}
+    if top is not None:
+        options["teacher"] = likeliest = top_tokens(c.teacher[1](c.teacher[0]), top)
+        whole = whole._replace(kd=(top_divergence(c.head(c.hidden), likeliest, how) * c.row_weights[1]).sum())
+    for factors in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0)):
+        expected = torch.autograd.grad(summed(whole, *factors), c.learned, retain_graph=True)
+        for declared in (None, (1.0, 1.0), (0.25, 1.0)):  # formed again, formed again, and declared but for a factor
+            losses = c.ours(how, chunk=3, declared=declared, **options)
+            torch.testing.assert_close(losses, whole, **EXACT)
+            torch.testing.assert_close(torch.autograd.grad(summed(losses, *factors), c.learned), expected, **EXACT)
+    with pytest.raises(ValueError, match="two or none"):
+        c.ours(how, row_weights=torch.ones(3, ROWS), **options)
 
 
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float] | None]:
@@ -365,7 +394,7 @@ def test_a_chunk_is_64_mebibytes_or_128_rows(rows: int, tokens: int, chunk: int 
     [
         (lambda c: {"targets": c.targets - 100}, "leave out rows without a target"),
         (lambda c: {"targets": c.targets[1:]}, "one target"),
-        (lambda c: {"row_weights": c.row_weights[1:]}, "one weight or none"),
+        (lambda c: {"row_weights": c.row_weights[1:]}, "one weight, two or none"),
         (lambda c: {"divergence": None}, "both or neither"),
         (lambda c: {"teacher": None}, "both or neither"),
         (lambda c: {"teacher": (c.teacher[0][1:], c.teacher[1])}, "the same answers"),
@@ -446,16 +475,18 @@ def number(name: str) -> Tensor:
 
 @pytest.mark.parametrize("case", PUBLISHED["cases"], ids=lambda case: f"{case['source']} {case['function']}")
 def test_divergences_are_those_of_published_code(case: dict[str, Any]) -> None:
-    """Its cross-entropies have our gradient and add the target's entropy; GKD's leave out the squared temperature."""
+    """Its cross-entropies have our gradient and add the target's entropy. GKD's leave out the squared temperature.
+
+    TAID's is a cross-entropy here as well, because its value moves the target.
+    """
     how, rows = TokenDivergence(**case["ours"]), torch.tensor(PUBLISHED["labels"]) != -100
     logits, teacher = number("student_logits").requires_grad_(), number("teacher_logits")
     value = how(logits, teacher)[rows].mean()
     (gradient,) = torch.autograd.grad(value, logits)
     factor = how.temperature**2 if case["form"] == "divergence_by_T2" else 1.0
     entropy = torch.zeros(())
-    if case["form"] == "cross_entropy":
-        t = how.t if how.name == "taid" else 1.0
-        p = ((1 - t) * logits.detach() + t * teacher).softmax(-1)[rows]
+    if case["form"] == "cross_entropy" and how.name != "taid":
+        p = teacher.softmax(-1)[rows]
         entropy = -(p * p.log()).sum(-1).mean()
     exact = 1e-9 if case["dtype"] == "float64" else 1e-5
     assert float((value / factor + entropy).detach()) == pytest.approx(case["value"], rel=exact)

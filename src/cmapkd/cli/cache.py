@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -103,15 +104,27 @@ def info(
         f"{found['bytes_per_row']:,} bytes, {in_bytes(found['bytes'])}; {found['shards_missing']} of "
         f"{found['shards']} shards missing"
     )
-    fidelity = found["fidelity"]
-    for name, mean in fidelity["cosine_mean"].items():
-        typer.echo(
-            f"  {name}: cosine with the live teacher {mean:.6f} on average, {fidelity['cosine_min'][name]:.6f} least"
-        )
-    if fidelity["same_nearest"] is not None:
-        typer.echo(f"  nearest neighbour in a batch unchanged: {100 * fidelity['same_nearest']:.2f} %")
+    for line in _of_tokens(found["fidelity"]) if "tokens" in found["fidelity"] else _of_towers(found["fidelity"]):
+        typer.echo(f"  {line}")
     for line in found["damaged"]:
         typer.echo(f"  damaged: {line}")
+
+
+def _of_towers(fidelity: dict[str, Any]) -> Iterator[str]:
+    for name, mean in fidelity["cosine_mean"].items():
+        yield f"{name}: cosine with the live teacher {mean:.6f} on average, {fidelity['cosine_min'][name]:.6f} least"
+    if fidelity["same_nearest"] is not None:
+        yield f"nearest neighbour in a batch unchanged: {100 * fidelity['same_nearest']:.2f} %"
+
+
+def _of_tokens(fidelity: dict[str, Any]) -> Iterator[str]:
+    if fidelity["tokens"]:
+        yield (
+            f"{fidelity['tokens']:,} tokens of answers; {100 * fidelity['tail_mean']:.2f} % of the probability is "
+            "outside the likeliest tokens"
+        )
+        yield f"KL(live, stored) {fidelity['kl_mean']:.2g} nats on average, {fidelity['kl_max']:.2g} at most"
+        yield f"likeliest token unchanged: {100 * fidelity['same_likeliest']:.2f} %"
 
 
 @app.command(epilog=examples("verify"))

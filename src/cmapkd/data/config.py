@@ -41,8 +41,8 @@ class PromptConfig(Config):
     )
     join: bool = Field(
         False,
-        description="Whether all questions of a picture (of kind both also a caption) stand in one dialogue, in an order "
-        "that the view draws; else each view asks one of them.",
+        description="Whether all questions of a picture (of kind both also a caption) stand in one dialogue, in an "
+        "order that the view draws; else each view asks one of them.",
     )
     learn: Literal["all", "last"] = Field(
         "all", description="all: every answer of a dialogue is learned, but for those that the data exclude; last: one."

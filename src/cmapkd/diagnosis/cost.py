@@ -20,6 +20,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.methods import Method
+from cmapkd.models.reading import reader_of
 from cmapkd.run import RunConfig, plan_cache, readers
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
@@ -128,11 +129,11 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
     per_epoch = len(source) // config.training.batch_size
     epochs = config.training.num_steps(per_epoch) / per_epoch
     views = config.data.views.num_views or DEFAULT_VIEWS
-    prepared = plan.teacher.model.image_spec != method.student.image_spec
+    prepared = reader_of(plan.teacher.model).looks != reader_of(method.student).looks
     live = cost.answer + (cost.prepare if prepared else 0.0)
     detail = (
         f"{'cache: auto would store' if settings is None else 'it stores'} {in_bytes(size)} ({len(plan.keys):,} "
-        f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.kind} in {plan.layout.store}); here a pair takes the "
+        f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.short}); here a pair takes the "
         f"teacher {1000 * live:.2f} ms live, {1000 * cost.build:.2f} ms to store and {1000 * cost.read:.3f} ms to read"
     )
     if settings is not None and size > settings.max_gib * 2**30:

@@ -27,7 +27,7 @@ class WritingConfig(Config):
     )
     answer_tokens: int = Field(10, ge=1, description="Most tokens of an answer to a question.")
     caption_tokens: int = Field(64, ge=1, description="Most tokens of a description.")
-    asks: Literal["auto", "turns", "questions", "captions"] | None = Field(
+    asks: Literal["auto", "turns", "questions", "captions", "both"] | None = Field(
         None,
         description="What of a sample is asked, as data.prompts.kind in training; none: data.prompts in a run, else "
         "auto.",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from cmapkd.methods.base import Method
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.methods.rollouts import ROLLED, OnPolicyConfig, roll_out
+from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
 from cmapkd.models import FrozenTeacher, Model
 from cmapkd.models.generative import GenerativeModel
@@ -26,7 +27,7 @@ from cmapkd.models.reach import example_rows, last_matrix_behind
 from cmapkd.models.shared_vocabulary import check_same_vocabulary, cut_head
 from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, TopTokens
 from cmapkd.objectives.tokens import TokenDivergence
-from cmapkd.objectives.vocabulary import TokenLosses, token_losses
+from cmapkd.objectives.vocabulary import token_losses
 
 Reduction = Literal["token_mean", "sample_mean", "batch_sum"]
 
@@ -55,6 +56,13 @@ class Counted(NamedTuple):
     number: Float[Tensor, ""]
 
 
+class Weighed(NamedTuple):
+    """The weight of each row in a sum, None where each is 1; and what the sum is to be divided by."""
+
+    rows: Float[Tensor, " rows"] | None
+    number: Float[Tensor, ""]
+
+
 class GenerativeMethod(Method):
     """A method whose student and teachers are `GenerativeModel`s, and whose terms are sums over rows.
 
@@ -65,6 +73,8 @@ class GenerativeMethod(Method):
     reads: ClassVar[type[Model]] = GenerativeModel  # type: ignore[type-abstract]
     scratch: ClassVar[str] = "sft"
     in_batch: ClassVar[bool] = False
+    of_teacher: ClassVar[frozenset[str]] = frozenset({"distillation"})
+    """The terms that read a teacher; it is not asked where the stage wants none of them."""
     config: GenerativeConfig
     student: GenerativeModel
     num_tokens: int | None = None
@@ -124,7 +134,9 @@ class GenerativeMethod(Method):
     def terms(self, batch: Batch) -> dict[str, Term]:
         batch = self._rolled_out(batch)
         parts = micro_batches(batch, self.micro_batch)
-        counted = encode_checkpointed(self._sums, parts, model=self)
+        # kept between the passes: a few rows of states, where the backward pass would ask the teacher again
+        answered: dict[int, TokenFeatures | None] = {}
+        counted = encode_checkpointed(partial(self._sums, answered), parts, model=self)
         terms = {}
         for name, weight in self.weights.items():
             if name in counted[0]:
@@ -132,9 +144,12 @@ class GenerativeMethod(Method):
                 terms[name] = Term(torch.stack(totals).sum(), weight, torch.stack(counts).sum())
         return terms
 
-    def _sums(self, part: Batch, _number: int = 0) -> dict[str, Counted]:
+    def _sums(self, answered: dict[int, TokenFeatures | None], part: Batch, number: int) -> dict[str, Counted]:
         student: TokenFeatures = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
-        return self.sums(part, student, self.read_teacher(part))
+        if number not in answered:
+            asked = any(self.wants(name, self.weights.get(name, 0.0)) for name in self.of_teacher)
+            answered[number] = self.read_teacher(part) if asked else None
+        return self.sums(part, student, answered[number])
 
     def read_teacher(self, part: Batch, role: str | None = None) -> TokenFeatures | None:
         """A teacher's features of a part of the batch, without gradient; None where there is no teacher.
@@ -145,7 +160,7 @@ class GenerativeMethod(Method):
         if not self.teachers:
             return None
         first = next(iter(self.teachers))
-        teacher = self.teachers[role or first]
+        teacher: Any = self.teachers[role or first]
         needs = self.teacher_needs if teacher.role == first else TokenNeeds()
         features: Any = teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
         assert isinstance(features, TokenFeatures)
@@ -154,46 +169,61 @@ class GenerativeMethod(Method):
     def losses(
         self,
         student: TokenFeatures,
-        teacher: TokenFeatures,
-        divergence: TokenDivergence,
-        hard: Float[Tensor, " rows"] | None,
-        soft: Float[Tensor, " rows"] | None,
-    ) -> TokenLosses:
-        """Sums over the answers' tokens: cross-entropy, weighted by `hard`, and divergence, weighted by `soft`.
+        hard: Weighed,
+        *,
+        teacher: TokenFeatures | None = None,
+        divergence: TokenDivergence | None = None,
+        soft: Weighed | None = None,
+    ) -> dict[str, Counted]:
+        """The terms over the answers' tokens that the stage wants: `answers`, a cross-entropy over all tokens that the
+        student has, and `distillation`, a divergence over those that it has in common with the teacher.
 
+        Args:
+            hard, soft: weights and counts of the two.
+            teacher: None where the stage does not want `distillation`.
         Raises:
             ValueError: the models have answers of different lengths.
         """
-        rows, head = student.hidden["answer"], student.head
+        counts = {"answers": hard.number} | ({} if soft is None else {"distillation": soft.number})
+        wanted = {name: self.weights[name] for name in counts if self.wants(name, self.weights[name])}
+        rows, head = student.hidden["answer"].values, student.head
         assert head is not None
+        # a second pass costs less where the first one is repeated, or where the terms are divided by other numbers
+        once = self.micro_batch is None and (soft is None or soft is hard)
+        compared = self.shared(head) if "distillation" in wanted else head
+        sums: dict[str, Tensor | None] = {}
+        if "distillation" in wanted:
+            assert teacher is not None
+            assert soft is not None
+            self._check_lengths(student, teacher)
+            declared = wanted.get("answers", 0.0) if compared is head else 0.0, wanted["distillation"]
+            losses = token_losses(
+                rows,
+                compared,
+                student.targets,
+                teacher=self._answered(teacher),
+                divergence=divergence,
+                row_weights=_of_both(hard.rows, soft.rows, student.targets),
+                declared=declared if once else None,
+            )
+            sums = {"answers": losses.ce, "distillation": losses.kd}
+        if "answers" in wanted and (compared is not head or not sums):
+            whole = (1.0, 0.0) if once else None
+            sums["answers"] = token_losses(rows, head, student.targets, row_weights=hard.rows, declared=whole).ce
+        return {name: Counted(total, counts[name]) for name in wanted if (total := sums[name]) is not None}
+
+    def _check_lengths(self, student: TokenFeatures, teacher: TokenFeatures) -> None:
         if len(teacher.targets) != len(student.targets):
             raise ValueError(
                 f"the answers of a batch have {len(student.targets)} tokens of the student and {len(teacher.targets)} "
                 "of the teacher: both must have one vocabulary and one end of a turn (cmapkd doctor compares them)"
             )
-        asked = self.weights.get("answers", 0.0), self.weights.get("distillation", 0.0)
-        wanted = self.wants("answers", asked[0]), self.wants("distillation", asked[1])
-        declared = tuple(weight if want else 0.0 for weight, want in zip(asked, wanted, strict=True))
-        weights = None
-        if hard is not None or soft is not None:
-            ones = torch.ones_like(rows.sample, dtype=torch.float32)
-            weights = torch.stack([ones if each is None else each for each in (hard, soft)])
-        return token_losses(
-            rows.values,
-            self.shared(head),
-            student.targets,
-            teacher=self._answered(teacher),
-            divergence=divergence,
-            row_weights=weights,
-            # a second pass costs less where the first one is repeated, or where the terms are divided by other numbers
-            declared=None if self.micro_batch is not None or hard is not soft else (declared[0], declared[1]),
-        )
 
     def _answered(self, teacher: TokenFeatures) -> Any:
         """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
         asked = self.teacher_top
         if teacher.top is not None:
-            return teacher.top if asked is None else narrowed(teacher.top, asked.number)
+            return teacher.top if asked is None else narrowed(teacher.top, min(asked.number, teacher.top.ids.shape[-1]))
         assert teacher.head is not None
         states, head = teacher.hidden["answer"].values, self.shared(teacher.head)
         if asked is None:
@@ -209,34 +239,35 @@ class GenerativeMethod(Method):
         """A head over the tokens that student and teacher have in common."""
         return head if self.num_tokens is None else cut_head(head, self.num_tokens)
 
-    def weigh(
-        self, part: Batch, rows: Rows, *, wanted: Bool[Tensor, " samples"] | None = None
-    ) -> tuple[Float[Tensor, " rows"] | None, Float[Tensor, ""]]:
-        """The weight of each row in a sum, and what `reduction` divides the sum by.
+    def weigh(self, part: Batch, rows: Rows, *, wanted: Bool[Tensor, " samples"] | None = None) -> Weighed:
+        """The weight of each row in a sum, and what `reduction` divides the sum by, in this part.
 
         Args:
             rows: whose `sample` says which row belongs to which sample of the part.
             wanted: samples that count; None: all. The weight of the others' rows is 0.
-        Returns:
-            Weights, None where each is 1; and the count of this part.
         """
-        size, reduction = len(part), self.config.reduction
-        if reduction == "token_mean" and wanted is None:
-            return None, rows.values.new_tensor(len(rows.sample), dtype=torch.float32)
-        counts = torch.ones(size, device=rows.sample.device) if wanted is None else wanted.float()
-        lengths = torch.zeros(size, device=rows.sample.device).index_add_(
-            0, rows.sample, torch.ones_like(rows.sample, dtype=torch.float32)
-        )
+        size, reduction, owners = len(part), self.config.reduction, rows.sample
+        dtype = torch.promote_types(rows.values.dtype, torch.float32)
+        counts = torch.ones(size, dtype=dtype, device=owners.device) if wanted is None else wanted.to(dtype)
+        lengths = torch.zeros_like(counts).index_add_(0, owners, torch.ones_like(owners, dtype=dtype))
         if reduction == "sample_mean":
             counts = counts * (lengths > 0)
-            return (counts / lengths.clamp(min=1))[rows.sample], counts.sum()
-        total = counts.sum() if reduction == "batch_sum" else (counts * lengths).sum()
-        return (None if wanted is None else counts[rows.sample]), total
+            return Weighed((counts / lengths.clamp(min=1))[owners], counts.sum())
+        number = counts.sum() if reduction == "batch_sum" else (counts * lengths).sum()
+        return Weighed(None if wanted is None else counts[owners], number)
 
     def given(self, part: Batch) -> Bool[Tensor, " samples"] | None:
         """Which samples of a part have the answer that the data give; None: all."""
         rolled: Tensor | None = part.extra.get(ROLLED)
         return None if rolled is None else ~rolled.to(self.device, non_blocking=True)
+
+    def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
+        if self.on_policy is not None and self.on_policy.share:
+            return (
+                "method.on_policy writes answers of different lengths in every process, and shared weights would be "
+                "gathered for each token, by all processes at once: leave on_policy out"
+            )
+        return super().why_whole(stages)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """The last matrix of weights below the final states, from which all terms are made."""
@@ -250,11 +281,26 @@ class GenerativeMethod(Method):
         """The batch, with the student's own answers in the place of some, where the method learns on its policy."""
         if self.on_policy is None or not self.on_policy.share or not self.training:
             return batch
-        teachers = {
+        teachers: dict[str, Any] = {
             role: each.model for role, each in self.teachers.items() if each.reads == role and role in batch.inputs
         }
         batch, measured = roll_out(
-            batch, self.student, teachers, self.on_policy, step=self.step, at_once=self.micro_batch
+            batch,
+            self.student,
+            teachers,
+            self.on_policy,
+            step=self.step,
+            common=self.num_tokens,
+            at_once=self.micro_batch,
         )
         self.measurements |= measured
         return batch
+
+
+def _of_both(hard: Tensor | None, soft: Tensor | None, like: Tensor) -> Float[Tensor, "2 rows"] | Tensor | None:
+    """Weights of the rows in two sums as `token_losses` reads them."""
+    if hard is soft:
+        return hard
+    known = next(each for each in (hard, soft) if each is not None)
+    ones = torch.ones_like(like, dtype=known.dtype)
+    return torch.stack([ones if each is None else each for each in (hard, soft)])

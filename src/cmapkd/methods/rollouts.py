@@ -14,6 +14,7 @@ from cmapkd.config import Config
 from cmapkd.data.dialogues import ChatInput, join_items
 from cmapkd.data.random import key_of, uniforms
 from cmapkd.data.types import Batch
+from cmapkd.features import mean_over_processes
 from cmapkd.methods.step import StepInfo
 from cmapkd.models.generative import Decoding, GenerativeModel
 
@@ -44,39 +45,39 @@ def roll_out(
     config: OnPolicyConfig,
     *,
     step: StepInfo,
+    common: int | None = None,
     at_once: int | None = None,
 ) -> tuple[Batch, dict[str, Tensor]]:
     """The batch with drawn answers for the samples whose coin says so, and what is worth logging of them.
 
-    Coin and draws are functions of (seed, step, sample id): neither batch, process nor resume changes them.
+    Coin and draws are functions of (seed, step, sample id): neither batch, process nor resume changes them. Every
+    process must call it in the same step, because what is logged is measured over all of them.
 
     Args:
-        teachers: by role, those that judge the answers: they read them behind their own prompts.
+        teachers: by role, those that judge the answers: they read the same tokens behind their own prompts.
+        common: how many tokens they have in common with the student, the first ones; no others are drawn. None: all.
         at_once: prompts that are answered at once; None: all.
     """
     began = perf_counter()
-    drawn = [_coin(step, sample_id) < config.share for sample_id in batch.ids]
-    rolled = torch.tensor(drawn)
-    places = [place for place, own in enumerate(drawn) if own]
-    extra = {**batch.extra, ROLLED: rolled}
-    if not places:
-        return replace(batch, extra=extra), _measured([], student, len(batch), perf_counter() - began)
-    given = batch.inputs["student"]
+    own = [_coin(step, sample_id) < config.share for sample_id in batch.ids]
+    places = [place for place, is_own in enumerate(own) if is_own]
+    given, inputs = batch.inputs["student"], dict(batch.inputs)
     assert isinstance(given, ChatInput)
+    how = replace(config.decoding, never=_never(student, teachers, common))
     answers: list[list[int]] = []
-    for start in range(0, len(places), at_once or len(places)):
-        some = places[start : start + (at_once or len(places))]
-        prompts = _some(given, some).to(student.device, True)
+    size = at_once or len(batch)
+    for start in range(0, len(places), size):
+        some = places[start : start + size]
         keys = [key_of("rollout", step.seed, step.step, batch.ids[place]) for place in some]
-        answers += student.generate(prompts, config.decoding, keys)
-    inputs = dict(batch.inputs)
-    inputs["student"] = _replaced(given, places, answers)
-    for role, teacher in teachers.items():
-        theirs = inputs[role]
+        answers += student.generate(given.rows(some).to(student.device, True), how, keys)
+    for role in ("student", *teachers) if places else ():
+        theirs = batch.inputs[role]
         assert isinstance(theirs, ChatInput)
-        same = teacher.vocabulary.digest == student.vocabulary.digest
-        inputs[role] = _replaced(theirs, places, answers if same else _translated(answers, student, teacher))
-    measured = _measured(answers, student, len(batch), perf_counter() - began)
+        inputs[role] = (
+            inputs["student"] if role != "student" and theirs is given else _replaced(theirs, places, answers)
+        )
+    extra = {**batch.extra, ROLLED: torch.tensor(own)}
+    measured = _measured(answers, student, size=len(batch), seconds=perf_counter() - began)
     return replace(batch, inputs=inputs, extra=extra), measured
 
 
@@ -84,41 +85,30 @@ def _coin(step: StepInfo, sample_id: str) -> float:
     return float(uniforms(1, "on_policy", step.seed, step.step, sample_id)[0])
 
 
-def _some(inputs: ChatInput, places: Sequence[int]) -> ChatInput:
-    items = inputs.items()
-    return join_items([items[place] for place in places], inputs.pad_id)
+def _never(student: GenerativeModel, teachers: Mapping[str, GenerativeModel], common: int | None) -> tuple[int, ...]:
+    """Tokens that a teacher could not read in an answer: it has no such token, or one that stands for a picture."""
+    size = student.vocabulary.size
+    pictures = {teacher.vocabulary.image_id for teacher in teachers.values()}
+    return (*sorted(token for token in pictures if token < size), *range(size if common is None else common, size))
 
 
 def _replaced(inputs: ChatInput, places: Sequence[int], answers: Sequence[Sequence[int]]) -> ChatInput:
     """With other last answers at some places."""
     items = inputs.items()
-    changed = _some(inputs, places).with_answers(answers).items()
-    for place, item in zip(places, changed, strict=True):
+    for place, item in zip(places, inputs.rows(places).with_answers(answers).items(), strict=True):
         items[place] = item
     return join_items(items, inputs.pad_id)
 
 
-def _translated(
-    answers: Sequence[Sequence[int]], student: GenerativeModel, teacher: GenerativeModel
-) -> list[list[int]]:
-    """The answers in the teacher's tokens; one without an end stays without one."""
-    translated = []
-    for answer in answers:
-        ended = bool(answer) and answer[-1] in student.vocabulary.end_ids
-        theirs = teacher.processor.encode_answer(student.processor.decode(answer))
-        translated.append(theirs if ended else theirs[:-1])
-    return translated
-
-
 def _measured(
-    answers: Sequence[Sequence[int]], student: GenerativeModel, size: int, seconds: float
+    answers: Sequence[Sequence[int]], student: GenerativeModel, *, size: int, seconds: float
 ) -> dict[str, Tensor]:
-    number = max(1, len(answers))
+    """Over all processes: the share of samples with answers of the student's own, their length, and how many did not
+    end; and the seconds that a process took for them."""
     ended = sum(bool(answer) and answer[-1] in student.vocabulary.end_ids for answer in answers)
-    values = {
-        "share": len(answers) / size,
-        "tokens": sum(map(len, answers)) / number,
-        "unfinished": (len(answers) - ended) / number,
-        "seconds": seconds,
-    }
-    return {f"rollouts/{name}": torch.tensor(value) for name, value in values.items()}
+    counts = [size, len(answers), sum(map(len, answers)), len(answers) - ended]
+    own = torch.tensor([*counts, seconds], dtype=torch.float64).to(student.device, non_blocking=True)
+    samples, number, tokens, unfinished, took = mean_over_processes(own).unbind()
+    values = {"share": number / samples, "tokens": tokens / number.clamp(min=1e-9), "seconds": took}
+    values["unfinished"] = unfinished / number.clamp(min=1e-9)
+    return {f"rollouts/{name}": value for name, value in values.items()}

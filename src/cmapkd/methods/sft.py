@@ -14,7 +14,6 @@ from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMetho
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import TokenFeatures
-from cmapkd.objectives.vocabulary import token_losses
 
 
 class SFTConfig(GenerativeConfig):
@@ -48,8 +47,4 @@ class SFT(GenerativeMethod):
         return {"answers": 1.0}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:  # noqa: ARG002
-        rows = student.hidden["answer"]
-        weights, count = self.weigh(part, rows)
-        assert student.head is not None
-        losses = token_losses(rows.values, student.head, student.targets, row_weights=weights)
-        return {"answers": Counted(losses.ce, count)}
+        return self.losses(student, self.weigh(part, student.hidden["answer"]))

@@ -58,7 +58,7 @@ class TAID(GenerativeMethod):
         trainable="the student",
         departures=("The loss that moves t is the mean over all micro-batches and processes.",),
         checked_against="the target and the update written out; the released TAID.update_t "
-        "(tests/methods/fixtures/taid.json)",
+        "(tests/objectives/fixtures/token_losses.json)",
     )
     place: Tensor
     momentum: Tensor
@@ -77,13 +77,8 @@ class TAID(GenerativeMethod):
         return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
-        assert teacher is not None
-        rows = student.hidden["answer"]
-        weights, count = self.weigh(part, rows)
-        losses = self.losses(student, teacher, self._target, weights, weights)
-        assert losses.kd is not None
-        counted = {"answers": Counted(losses.ce, count), "distillation": Counted(losses.kd, count)}
-        return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}
+        weighed = self.weigh(part, student.hidden["answer"])
+        return self.losses(student, weighed, teacher=teacher, divergence=self._target, soft=weighed)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         self._target = TokenDivergence("taid", t=float(self.place))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
@@ -46,6 +46,19 @@ class TokenKDConfig(GenerativeConfig):
     @classmethod
     def _share_alone(cls, value: Any) -> Any:
         return {"share": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> TokenKDConfig:
+        for name, readers in (("beta", ("jsd",)), ("skew", ("skew_forward", "skew_reverse"))):
+            if self.divergence not in readers and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is read by divergence {' and '.join(readers)} alone: leave it out")
+        if self.divergence != "sampled_reverse":
+            return self
+        if self.on_policy is None or not self.on_policy.share:
+            raise ValueError("sampled_reverse is measured on tokens that the student has drawn: set on_policy")
+        if self.top_k is not None:
+            raise ValueError("sampled_reverse reads the teacher's probability of any token: leave top_k out")
+        return self
 
 
 class TokenKD(GenerativeMethod):
@@ -85,7 +98,6 @@ class TokenKD(GenerativeMethod):
         self.divergence = TokenDivergence(
             config.divergence, temperature=config.temperature, beta=config.beta, lam=config.skew
         )
-
         if config.on_policy is not None:
             self.not_cached = "the teacher judges answers that the student has just written"
 
@@ -102,12 +114,8 @@ class TokenKD(GenerativeMethod):
         return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
-        assert teacher is not None
         rows, given = student.hidden["answer"], self.given(part)
-        hard, num_hard = self.weigh(part, rows, wanted=given)
-        only_own = self.config.divergence == "sampled_reverse"
-        soft, num_soft = self.weigh(part, rows, wanted=~given if only_own and given is not None else None)
-        losses = self.losses(student, teacher, self.divergence, hard, soft)
-        assert losses.kd is not None
-        counted = {"answers": Counted(losses.ce, num_hard), "distillation": Counted(losses.kd, num_soft)}
-        return {name: counted[name] for name, weight in self.weights.items() if self.wants(name, weight)}
+        hard = soft = self.weigh(part, rows, wanted=given)
+        if given is not None:
+            soft = self.weigh(part, rows, wanted=~given if self.divergence.reads_targets else None)
+        return self.losses(student, hard, teacher=teacher, divergence=self.divergence, soft=soft)

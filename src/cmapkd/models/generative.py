@@ -6,11 +6,12 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from cmapkd.data.dialogues import ChatInput, ChatProcessing, join_items
+from cmapkd.data.dialogues import ChatInput, ChatProcessing, Dialogue, Turn, join_items
 from cmapkd.models.asking import dialogues
 from cmapkd.models.base import Model
 from cmapkd.models.embedding import Picture
@@ -27,12 +28,14 @@ class Decoding:
         temperature: 0: always the likeliest token; else tokens are drawn at this temperature.
         top_p: draws are among the likeliest tokens that together have this probability; 1: among all.
         min_new_tokens: before so many no end token is chosen; to time answers of a fixed length.
+        never: tokens that are not written, as those that a model which reads the answer does not know.
     """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     min_new_tokens: int = 0
+    never: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,18 @@ class CacheShape:
 
 
 class ChatProcessor(ChatProcessing):
-    """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones."""
+    """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones.
+
+    Attributes:
+        train_on: last: the last answer of a dialogue is learned; all: every answer that its turn does not exclude.
+    """
+
+    train_on: Literal["last", "all"] = "last"
+
+    def learned(self, dialogue: Dialogue) -> list[Turn]:
+        """The turns whose tokens `read` marks as answers."""
+        *earlier, last = (turn for turn in dialogue if turn.role == "assistant")
+        return [turn for turn in earlier if turn.learned and self.train_on == "all"] + [last]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -96,6 +110,11 @@ class GenerativeModel(Model):
         Raises:
             ValueError: a level or layer that this model does not have.
         """
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed, where that may change the last digits; part of a cache's identity."""
+        return ""
 
     @property
     @abstractmethod

@@ -62,6 +62,10 @@ class HfVlm(GenerativeModel):
         return self.model.model.get_submodule(self.layout.language)
 
     @property
+    def attention(self) -> str:
+        return str(self.model.config._attn_implementation)
+
+    @property
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
         if size == len(layer.weight):  # a slice of all would be copied in the backward pass
@@ -129,7 +133,7 @@ class HfVlm(GenerativeModel):
         start = prompts.texts.ids.shape[1]
         choice = KeyedChoice(
             size=self.vocabulary.size,
-            never=(self.vocabulary.image_id,),
+            never=(self.vocabulary.image_id, *how.never),
             start=start,
             keys=None if how.temperature <= 0 else keys,
             temperature=how.temperature,
@@ -231,6 +235,7 @@ def _vocabulary(model: Any, processor: HfChatProcessor, name: str) -> Vocabulary
         pad_id=processor.pad_id,
         image_id=processor.image_id,
         digest=vocabulary_digest(tokenizer),
+        pieces=tuple(piece or "" for piece in tokenizer.convert_ids_to_tokens(range(size))),
     )
 
 

@@ -141,7 +141,10 @@ class RunConfig(Config):
         return self
 
     def scratch(self) -> RunConfig:
-        """The baseline of this run: same student, data, steps and seed; nothing of a teacher, and so no stages."""
+        """The baseline of this run: same student, data, steps and seed; nothing of a teacher, and so no stages.
+
+        A student that writes may have its teacher's tokenizer: the teacher is still named, though it teaches nothing.
+        """
         name = METHODS[self.method.name].scratch
         alone_method = METHODS[name].Config(name=name)
         training = self.training.without_stages()
@@ -149,7 +152,8 @@ class RunConfig(Config):
         cache = self.cache if self.training.train_parts is not None else None
         alone = {"method": alone_method, "training": training, "baseline": "none", "cache": cache}
         student = self.student.model_copy(update={"inherit": None})
-        return self.without_teachers().model_copy(update={**alone, "student": student})
+        named = self.teacher if self.writes else None
+        return self.model_copy(update={**alone, "student": student, "teacher": named, "more_teachers": {}})
 
     def without_teachers(self) -> RunConfig:
         """The same for a method that uses none."""

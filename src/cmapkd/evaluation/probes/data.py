@@ -59,7 +59,7 @@ def read_annotations(source: Source, *, limit: int | None = None) -> Annotations
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
     indices, ids, sizes, captions, questions, boxes, turns = zip(*rows, strict=True)
-    return Annotations(indices, ids, sizes, captions, questions, boxes, turns, bad=tuple(bad))
+    return Annotations(indices, ids, sizes, captions, questions, boxes, turns, tuple(bad))
 
 
 class ProbeBatches(Dataset[Batch]):

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -58,18 +57,12 @@ class CacheShape:
 
 
 class ChatProcessor(ChatProcessing):
-    """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones.
-
-    Attributes:
-        train_on: last: the last answer of a dialogue is learned; all: every answer that its turn does not exclude.
-    """
-
-    train_on: Literal["last", "all"] = "last"
+    """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones."""
 
     def learned(self, dialogue: Dialogue) -> list[Turn]:
         """The turns whose tokens `read` marks as answers."""
         *earlier, last = (turn for turn in dialogue if turn.role == "assistant")
-        return [turn for turn in earlier if turn.learned and self.train_on == "all"] + [last]
+        return [turn for turn in earlier if turn.learned] + [last]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -38,7 +38,7 @@ class TinyVlmOptions(Config):
     tokenizer: Literal["auto", "own"] = Field(
         "auto", description="auto: the teacher's, where it writes too; own: learned from the training texts."
     )
-    max_tokens: int = Field(256, ge=16, description="Longest dialogue with its picture, in tokens.")
+    max_tokens: int = Field(512, ge=16, description="Longest dialogue with its picture, in tokens.")
 
 
 PRESETS = {

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.base import DualEncoder
 
 
-def remark_on_untrained(model: Model) -> str | None:
-    """One line that says which towers have random weights, and what to name instead; None where none has.
-
-    Nothing is known of a model that writes.
-    """
-    if not isinstance(model, DualEncoder) or not model.random_towers:
+def remark_on_untrained(model: DualEncoder) -> str | None:
+    """One line that says which towers have random weights, and what to name instead; None where none has."""
+    if not getattr(model, "random_towers", ()):
         return None
     towers = " and ".join(model.random_towers)
     what = f"{model.name} is untrained" if len(model.random_towers) > 1 else f"the {towers} tower is untrained"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmapkd.data.dialogues import ChatInput, ChatProcessing
 from cmapkd.models.base import Model
-from cmapkd.models.token_types import LogitHead, TokenFeatures, TokenNeeds, Vocabulary
+from cmapkd.models.token_types import LogitHead, Seen, TokenFeatures, TokenNeeds, Vocabulary
 from cmapkd.models.types import LevelInfo
 
 
@@ -95,6 +95,27 @@ class GenerativeModel(Model):
         Raises:
             ValueError: a level or layer that this model does not have.
         """
+
+    def see(self, inputs: ChatInput) -> Seen:  # noqa: ARG002  for models that can be taken apart there
+        """The visual tokens of the batch's pictures, as the language model is fed with them; with gradient.
+
+        Raises:
+            ValueError: this model cannot be taken apart between its vision tower and its language model.
+        """
+        raise ValueError(f"{self.name} does not give the visual tokens that its language model is fed with")
+
+    def forward_seeing(self, inputs: ChatInput, seen: Seen, needs: TokenNeeds | None = None) -> TokenFeatures:  # noqa: ARG002
+        """As `forward`, but the language model is fed with visual tokens that were made elsewhere.
+
+        With its own, `model.forward_seeing(inputs, model.see(inputs))`, it gives what `forward` gives. Gradients reach
+        whatever made the tokens, also through a frozen language model.
+
+        Args:
+            seen: as many tokens as `inputs.visual` marks, in their order, as wide as the language model.
+        Raises:
+            ValueError: the tokens do not fit, or outputs of vision blocks are asked for.
+        """
+        raise ValueError(f"{self.name} cannot be fed with visual tokens that were made elsewhere")
 
     @property
     @abstractmethod

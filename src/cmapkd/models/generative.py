@@ -76,12 +76,14 @@ class GenerativeModel(Model):
         vocabulary: the tokens that it can write.
         image_levels: outputs of the vision blocks (`blocks.N`), then `projector`.
         text_levels: outputs of the language model's layers (`layers.N`); the last is after the final norm.
+        random_parts: the parts that have random weights, of a model that was just built; () once it was trained.
     """
 
     processor: ChatProcessor
     vocabulary: Vocabulary
     image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
+    random_parts: tuple[str, ...] = ()
 
     @property
     def cache_shape(self) -> CacheShape | None:

@@ -17,8 +17,10 @@ from cmapkd.models.base import eval_mode
 from cmapkd.models.chat import HfChatProcessor, vocabulary_digest
 from cmapkd.models.draws import KeyedChoice, until_end
 from cmapkd.models.generative import CacheShape, Decoding, GenerativeModel
+from cmapkd.models.lora import LoraConfig, adapter_names, adapters_of, add_adapters, merge, merged
+from cmapkd.models.lora_files import read_adapters, write_adapters
 from cmapkd.models.parts import split_by_name
-from cmapkd.models.storage import write_model_folder
+from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.tap_attention import attention_of
 from cmapkd.models.token_types import LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, Vocabulary, Where
 from cmapkd.models.types import LevelInfo
@@ -90,7 +92,7 @@ class HfVlm(GenerativeModel):
             "embeddings": [f"model.model.{layout.language}.embed_tokens"],
             "language": [f"model.model.{layout.language}"],
             "head": ["model.lm_head"],
-            "adapters": [],
+            "adapters": [f"model.{name}" for name in adapter_names(self.model)],
         }
         return split_by_name((name for name, _ in self.named_parameters()), prefixes)
 
@@ -185,15 +187,48 @@ class HfVlm(GenerativeModel):
         return [until_end(row, self.vocabulary.end_ids) for row in written[:, start:].tolist()]
 
     def save(self, folder: Path) -> None:
-        """Ours, and transformers' own: the Auto classes read model and processor from the folder."""
+        """Ours, and transformers' own: the Auto classes read model and processor from the folder.
+
+        Adapters are merged into the weights, and written a second time by themselves, in `adapters/`, as peft does.
+        """
         options = {
             "model_type": self.model.config.model_type,
             "max_tokens": self.processor.max_tokens,
         }
         write_model_folder(folder, family="hf", name=self.name, options=options)
-        self.model.save_pretrained(folder)
+        with merged(self.model):
+            self.model.save_pretrained(folder)
+        if adapters_of(self.model):
+            write_adapters(self.model, folder / "adapters", base=self.name)
         usual_rights(folder.glob("*.safetensors"))
         self.processor.native.save_pretrained(folder)
+
+    def adapt(self, config: LoraConfig) -> None:
+        """Puts adapters beside layers of the language model. From then on they learn, and what `config.learn` names.
+
+        Raises:
+            ConfigError, ValueError: there are no such layers, or the adapters of a folder do not fit.
+        """
+        if config.folder is None:
+            add_adapters(self._language, config, name=self.name)
+        else:
+            read_adapters(self.model, f"model.{self.layout.language}", config.folder)
+        parts = self.parts
+        learning = frozenset().union(*(parts[part] for part in ("adapters", *config.learn)))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in learning)
+
+    def merge_adapters(self) -> None:
+        """Leaves an ordinary model behind: every adapter is added to its layer's weight."""
+        merge(self.model)
+
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        """Also takes the weights that adapters are to be learned on: the adapters stay as they are then."""
+        weights, own = read_weights(path, averaged=averaged), self.state_dict()
+        adapters = [f"model.{name}" for name in adapter_names(self.model)]
+        if not any(name in weights for name in adapters):
+            weights |= {name: own[name] for name in adapters}
+        load_weights(self, weights, where=path)
 
     def _arguments(self, inputs: ChatInput, *, pixels: bool = True) -> dict[str, Tensor]:
         """What transformers' model reads. Without pixels, grids of pictures still say where visual tokens stand."""

@@ -71,7 +71,7 @@ class HfVlm(GenerativeModel):
 
     @property
     def _vision_blocks(self) -> Sequence[nn.Module]:
-        return blocks_of(self._vision)
+        return tuple(blocks_of(self._vision))
 
     @property
     def head(self) -> LogitHead:

@@ -135,6 +135,23 @@ def test_student_is_read_back_with_equal_outputs(finished: RunResult) -> None:
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in student.state_dict().items())
 
 
+def test_the_students_card_says_how_to_use_it(finished: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (finished.folder / "student" / "README.md").read_text(encoding="utf-8")
+    scores = finished.metrics["student"]
+    assert f"| this student | {scores['retrieval']['mean_r@1']:.1f} | {scores['zero_shot']['top1']:.1f} |" in card
+    assert "| scratch |" in card
+    assert "recall is of 40 images, 200 captions" in card
+    assert "scenes" not in card  # where data lie is nobody's business
+    monkeypatch.chdir(finished.folder)
+    for number, name in enumerate(("a.jpg", "b.jpg")):
+        open_source(VAL)[number].image.save(name)
+    names: dict[str, Any] = {}
+    exec(card.split("```python")[1].split("```")[0], names)  # the card's own example
+    for name in ("a.jpg", "b.jpg"):
+        Path(name).unlink()
+    assert names["found"].similarity.shape == (2, 2)
+
+
 def test_baseline_is_the_same_student_trained_alone(finished: RunResult) -> None:
     folder = finished.folder / "baseline"
     config = load_config(RunConfig, folder / "config.yaml")
@@ -242,8 +259,9 @@ def test_processes_that_torchrun_started_again_resume(
 
 
 def test_folder_with_a_run_is_refused(finished: RunResult, teacher: Path) -> None:
-    with pytest.raises(ConfigError, match="is not empty: add --resume"):
+    with pytest.raises(ConfigError, match="is not empty: resume the run in it, or name another folder") as refused:
         cmapkd.distill(**settings(teacher), out=finished.folder)
+    assert refused.value.__notes__ == ["Resume it by the same call with resume=True."]
 
 
 def test_folder_with_something_else_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -506,7 +524,7 @@ def test_memory_that_ends_while_scoring_leaves_a_run_that_can_be_finished(
         return evaluate(model, source, config, **more)
 
     monkeypatch.setattr("cmapkd.run.measure.evaluate", large)
-    with pytest.raises(OutOfMemory, match=r"--resume and evaluation\.batch_size=64 \(now 256\)"):
+    with pytest.raises(OutOfMemory, match=r"resume the run with evaluation\.batch_size=64 \(now 256\)"):
         cmapkd.distill(**settings(teacher), out=tmp_path / "a")
     done = cmapkd.distill(**settings(teacher), out=tmp_path / "a", resume=True, overrides=["evaluation.batch_size=64"])
     assert done.metrics["student"]["retrieval"]

@@ -12,6 +12,8 @@ from cmapkd.config import (
     ConfigError,
     apply_overrides,
     closest,
+    counted,
+    in_bytes,
     list_recipes,
     load_config,
     load_mapping,
@@ -25,6 +27,23 @@ MINIMAL: dict[str, Any] = {
     "method": "contrastive",
     "training": {"steps": 1},
 }
+
+
+@pytest.mark.parametrize(
+    ("number", "thing", "said"),
+    [
+        (1, "sample", "1 sample"),
+        (0, "sample", "0 samples"),
+        (1200, "picture", "1,200 pictures"),
+        (2, "class", "2 classes"),
+        (3, "cache entry", "3 cache entries"),
+        (2, "key", "2 keys"),
+        (2, "batch", "2 batches"),
+    ],
+)
+def test_numbers_are_said_with_what_they_count(number: int, thing: str, said: str) -> None:
+    assert counted(number, thing) == said
+    assert in_bytes(1) == "1 byte"
 
 
 def problems(values: dict[str, Any]) -> tuple[str, ...]:

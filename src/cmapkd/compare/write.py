@@ -126,19 +126,26 @@ def _records(
 
 def _csv(records: list[dict[str, Any]], metrics: list[str]) -> str:
     axes = list(dict.fromkeys(key for record in records for key in record["axes"]))
+    axes = [key for key in axes if any(record["axes"].get(key) != record.get(key) for record in records)]
+    names = [f"{key} (axis)" if records and key in records[0] else key for key in axes]
     plain = ("steps", "batch_size", "train_seconds", "seconds_per_step", "peak_memory_bytes", "extra_params")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "row", "arm", *axes, "method", "seed", "status", *metrics, "params", *plain, "error"])
+    writer.writerow(["run", "row", "arm", *names, "method", "seed", "status", *metrics, "params", *plain, "error"])
     for record in records:
         writer.writerow(
             [record[key] for key in ("run", "row", "arm")]
             + [record["axes"].get(key) for key in axes]
             + [record[key] for key in ("method", "seed", "status")]
-            + [lookup(record["student"], path) for path in metrics]
+            + [_rounded(lookup(record["student"], path)) for path in metrics]
             + [(record["student"] or {}).get("params"), *(record[key] for key in plain), record["error"]]
         )
     return text.getvalue()
+
+
+def _rounded(value: float | None) -> float | None:
+    """A metric without the last bits of its arithmetic: 0.11, not 0.11000000000000001."""
+    return None if value is None else round(value, 10)
 
 
 def _plain_table(table: TableSummary) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.data.images import decode_image
 from cmapkd.data.random import uniforms
 from cmapkd.data.records import Record, Unusable
@@ -235,7 +235,7 @@ class StoredSource(ABC):
 
     def _entry(self, index: int) -> int:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} samples, there is no sample {index}")
+            raise IndexError(f"{self.name} has {counted(len(self), 'sample')}, there is no sample {index}")
         return int(self._entries[index])
 
     def _find(self, index: int) -> tuple[int, str]:

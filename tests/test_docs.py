@@ -151,6 +151,10 @@ def test_only_long_lines_of_prose_are_found() -> None:
     assert long_lines(text) == [2, 11]
 
 
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_prose_line_of_a_page_is_long(path: Path) -> None:
     assert long_lines(path.read_text(encoding="utf-8")) == []

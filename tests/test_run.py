@@ -32,6 +32,7 @@ from cmapkd.run import (
     plan_cache,
     vocabulary_captions,
 )
+from cmapkd.run.measure import measure
 from cmapkd.training import Interrupted, TrainConfig
 from cmapkd.training.memory import OutOfMemory
 from helpers import MemorySource, make_model, random_batch
@@ -262,6 +263,27 @@ def test_folder_with_a_run_is_refused(finished: RunResult, teacher: Path) -> Non
     with pytest.raises(ConfigError, match="is not empty: resume the run in it, or name another folder") as refused:
         cmapkd.distill(**settings(teacher), out=finished.folder)
     assert refused.value.__notes__ == ["Resume it by the same call with resume=True."]
+
+
+def test_what_somebody_removes_during_a_run_is_there_in_the_end(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(*given: Any, out: Path, **more: Any) -> Any:
+        for name in ("config.yaml", "environment.json"):
+            (out / name).unlink()
+        return measure(*given, out=out, **more)
+
+    monkeypatch.setattr("cmapkd.run.execute.measure", removed)
+    cmapkd.distill(**settings(teacher, seed=4), out=tmp_path / "a")
+    assert load_config(RunConfig, tmp_path / "a" / "config.yaml").seed == 4
+    assert json.loads((tmp_path / "a" / "environment.json").read_text())["seed"] == 4
+
+
+@pytest.mark.parametrize("seed", [10**23, 2**64, -1])
+def test_seeds_that_no_generator_takes_are_refused_in_words(teacher: Path, seed: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seed: must be "):
+        cmapkd.distill(**settings(teacher, seed=seed), out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_folder_with_something_else_is_refused(teacher: Path, tmp_path: Path) -> None:

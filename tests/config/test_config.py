@@ -109,7 +109,7 @@ def test_missing_section_is_said_to_be_missing() -> None:
         ({"method": "hinton"}, "method hinton distils from a teacher: add teacher"),
         ({"baseline": "scratch"}, "it is the scratch baseline itself"),
         ({"training": {}}, "give either steps or epochs, not neither"),
-        ({"training": {"steps": 1, "epochs": 1}}, "give either steps or epochs, not both"),
+        ({"training": {"steps": 1, "epochs": 1}}, r"give either steps or epochs, not both: add training\.epochs=null"),
         ({"training": {"steps": 1, "student": "best"}}, "best needs evaluate_every"),
         ({"training": {"steps": 1, "evaluate_every": 1}}, r"nothing to validate on: add data\.val"),
         ({"student": "tini:debug"}, r"unknown model family 'tini' .*did you mean 'tiny'"),

@@ -61,8 +61,11 @@ def demo(
 
 def _plan(config: RunConfig) -> list[str]:
     """Who learns from whom, how, and how long."""
+    from cmapkd.config import counted
+
     assert config.teacher is not None
-    lengths = f"{config.training.steps:,} steps" if config.training.steps else f"{config.training.epochs:g} epochs"
+    steps = config.training.steps
+    lengths = counted(steps, "step") if steps else f"{config.training.epochs:g} epochs"
     return [
         f"Teacher {config.teacher.name}, student {config.student.name}, method {config.method.name}, pictures "
         f"{config.data.train}.",
@@ -77,6 +80,7 @@ def lesson_of(metrics: dict[str, Any]) -> str | None:
     Args:
         metrics: what `metrics.json` holds.
     """
+    from cmapkd.config import counted
     from cmapkd.evaluation.headline import number_at
 
     roles = ("teacher", "student", "baseline")
@@ -84,11 +88,12 @@ def lesson_of(metrics: dict[str, Any]) -> str | None:
     steps = metrics.get("steps")
     if teacher is None or student is None or scratch is None or not steps:
         return None
+    length = counted(steps, "step")
     found = f"{student:.1f} % of its searches, and {scratch:.1f} % where it learned alone"
     if student - scratch < 1.0:
-        return f"After {steps} steps the student is right in {found}: so few steps show nothing yet."
+        return f"After {length} the student is right in {found}: so short a training shows nothing yet."
     smaller = metrics["teacher"]["params"] / metrics["student"]["params"]
     return (
         f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. The pictures and "
-        f"the {steps} steps were the same: the teacher made the difference. The teacher is right in {teacher:.1f} %."
+        f"the {length} were the same: the teacher made the difference. The teacher is right in {teacher:.1f} %."
     )

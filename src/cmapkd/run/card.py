@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cmapkd.config import in_markdown
+from cmapkd.config import counted, in_markdown
 from cmapkd.evaluation.headline import headlines, retrieval_set
 from cmapkd.run.config import RunConfig
 
@@ -30,8 +30,8 @@ def student_card(config: RunConfig, metrics: Mapping[str, Any]) -> str:
         f"# {in_markdown(config.student.name)}, method {in_markdown(config.method.name)}",
         "",
         f"A dual encoder of images and texts with {student['params']:,} parameters. It was trained with cmapkd, method "
-        f"{in_markdown(config.method.name)}{teacher}: {metrics['steps']:,} steps of {metrics['batch_size']:,} pairs, "
-        f"seed {metrics['seed']}.",
+        f"{in_markdown(config.method.name)}{teacher}: {counted(metrics['steps'], 'step')} of "
+        f"{counted(metrics['batch_size'], 'pair')}, seed {metrics['seed']}.",
         "",
         _USE,
         "",

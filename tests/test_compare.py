@@ -29,7 +29,7 @@ from cmapkd.compare import (
 from cmapkd.compare.config import parse_arm, parse_axis
 from cmapkd.compare.left import TimeLeft
 from cmapkd.compare.picture_table import PictureTable
-from cmapkd.compare.write import rich_table
+from cmapkd.compare.write import _value, rich_table
 from cmapkd.config import ConfigError
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
@@ -136,6 +136,12 @@ def test_a_method_as_an_axis_is_one_column(recipe: Path, fake: FakeRun, tmp_path
     head, *lines = list(csv.reader((tmp_path / "out" / "results.csv").read_text().splitlines()))
     assert len(set(head)) == len(head)
     assert [line[head.index("method (axis)")] for line in lines] == ["alone", "taught"]
+
+
+def test_a_gap_that_is_nearly_none_has_no_minus() -> None:
+    assert _value(summarize([-0.2, 0.1]), 0) == "0 ± 0"
+    assert _value(summarize([-0.7]), 0) == "-1"
+    assert _value(summarize([-0.04]), 1) == "0.0"
 
 
 def test_the_time_left_is_that_of_runs_like_the_finished_ones(recipe: Path) -> None:

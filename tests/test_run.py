@@ -136,13 +136,17 @@ def test_student_is_read_back_with_equal_outputs(finished: RunResult) -> None:
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in student.state_dict().items())
 
 
-def test_the_students_card_says_how_to_use_it(finished: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_students_card_says_how_to_use_it(
+    finished: RunResult, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     card = (finished.folder / "student" / "README.md").read_text(encoding="utf-8")
     scores = finished.metrics["student"]
     assert f"| this student | {scores['retrieval']['mean_r@1']:.1f} | {scores['zero_shot']['top1']:.1f} |" in card
     assert "| scratch |" in card
     assert "recall is of 40 images, 200 captions" in card
-    assert "scenes" not in card  # where data lie is nobody's business
+    assert "scenes" not in card  # where data and models lie is nobody's business
+    assert str(teacher.parent) not in card
+    assert f"from the teacher {teacher.name}: 3 steps of 16 pairs, seed 4." in " ".join(card.split())
     monkeypatch.chdir(finished.folder)
     for number, name in enumerate(("a.jpg", "b.jpg")):
         open_source(VAL)[number].image.save(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cmapkd.config import counted, in_markdown
@@ -25,9 +26,9 @@ def student_card(config: RunConfig, metrics: Mapping[str, Any]) -> str:
         metrics: what `metrics.json` holds.
     """
     student = metrics["student"]
-    teacher = "" if config.teacher is None else f" from the teacher {in_markdown(config.teacher.name)}"
+    teacher = "" if config.teacher is None else f" from the teacher {_model(config.teacher.name)}"
     lines = [
-        f"# {in_markdown(config.student.name)}, method {in_markdown(config.method.name)}",
+        f"# {_model(config.student.name)}, method {in_markdown(config.method.name)}",
         "",
         f"A dual encoder of images and texts with {student['params']:,} parameters. It was trained with cmapkd, method "
         f"{in_markdown(config.method.name)}{teacher}: {counted(metrics['steps'], 'step')} of "
@@ -39,6 +40,13 @@ def student_card(config: RunConfig, metrics: Mapping[str, Any]) -> str:
         "The licences of the teacher, of the student's first weights and of the data hold for this student too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _model(name: str) -> str:
+    """A model by its name, of a folder the last part alone: where it lies may be private."""
+    family, colon, rest = name.rpartition(":")
+    is_folder = not colon or rest.startswith(("/", ".", "~"))
+    return in_markdown(f"{family}{colon}{Path(rest).name}" if is_folder else name)
 
 
 def _scores(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -207,6 +207,13 @@ def test_a_name_that_is_too_long_is_said_in_words(cli: Any) -> None:
     assert "File name too long" in errors
 
 
+def test_a_misspelt_run_folder_gets_the_nearest(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    code, _, errors = cli("report", str(tmp_path / "firts"))
+    assert code == 2
+    assert f"there is no {tmp_path / 'firts'} (did you mean '{tmp_path / 'first'}'?)" in errors
+
+
 def test_a_gap_that_is_nearly_none_has_no_minus() -> None:
     metrics = {**result().metrics, "baseline": result().metrics["student"], "gap_closed": -0.003}
     caption = RunResult(Path("run"), metrics).table().caption

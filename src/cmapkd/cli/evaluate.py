@@ -60,8 +60,11 @@ def evaluate(
 
     from cmapkd.config import counted
     from cmapkd.config.disk import check_writable
+    from cmapkd.settings import check_source
 
     named, values = _named(models), _settings(tasks, settings or [])
+    for given in filter(None, (data, train)):
+        check_source(given)
     if json_file is not None:
         check_writable(json_file)
 

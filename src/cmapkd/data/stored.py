@@ -106,7 +106,7 @@ class StoredSource(ABC):
     they are not bad, they say nothing. Of entries with the same id only the first is good.
 
     Args:
-        name: as the user wrote it.
+        name: as the user wrote it; `part` is added to it, because two parts are other samples.
         ids: of all entries.
         captioned: for each entry whether it has a caption; None: all of them may.
         bad: reasons of entries known to be unusable.
@@ -126,7 +126,7 @@ class StoredSource(ABC):
         class_names: Sequence[str] | None = None,
         warnings: Iterable[str] = (),
     ) -> None:
-        self.name = name
+        self.name = name if keep.part is None else f"{name}?part={keep.part[0]:g}-{keep.part[1]:g}"
         self.warnings = tuple(warnings)
         self._ids = ids if isinstance(ids, Texts) else Texts(ids)
         self._class_names = None if class_names is None else tuple(class_names)

@@ -59,9 +59,13 @@ def evaluate(
     """Score models side by side. Retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
+    from cmapkd.config import counted
     from cmapkd.config.disk import check_writable
+    from cmapkd.settings import check_source
 
     named, values = _named(models), _settings(tasks, settings or [])
+    for given in filter(None, (data, train)):
+        check_source(given)
     if json_file is not None:
         check_writable(json_file)
 
@@ -81,7 +85,7 @@ def evaluate(
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     loaded = _loaded(named, say)
     if source is not None:
-        say(f"evaluating {len(loaded)} model{'s'[: len(loaded) > 1]} on {len(source):,} samples of {source.name}")
+        say(f"evaluating {counted(len(loaded), 'model')} on {counted(len(source), 'sample')} of {source.name}")
     try:
         heads_from = training_source(train, data)
         scores = evaluate_models(loaded, source, config, device=device, train=heads_from, work=work, console=console)

@@ -25,6 +25,7 @@ from cmapkd.models import GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, finalize, run
+from cmapkd.starter import check_teacher
 from writers import STUDENT, TEACHER, TEXTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,9 +126,11 @@ def test_a_resumed_run_is_the_run_bit_for_bit(
 
 
 def test_a_run_is_finalized_and_extended(finished: tuple[Path, str], recipe: dict[str, Any], tmp_path: Path) -> None:
-    config = of(recipe, training={**recipe["training"], "checkpoint_every": 1, "keep_checkpoints": 3})
-    run(config, out=tmp_path / "run", keep=3)
-    assert finalize(tmp_path / "run", step="1").metrics["steps"] == 1
+    config = of(recipe)
+    run(config, out=tmp_path / "run")
+    best = finalize(tmp_path / "run", step="best").metrics
+    assert best["steps"] == best["best_step"]
+    assert best["student"]["answering"]["num_questions"] > 0
     longer = run(config, out=tmp_path / "run", extend_to=3)
     assert longer.metrics["steps"] == longer.metrics["total_steps"] == 3
     assert longer.metrics["extended"] == [{"at": 2, "from": 2}]
@@ -165,7 +168,7 @@ def test_arms_that_write_are_compared(recipe: dict[str, Any], tmp_path: Path) ->
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
     values = {"base": str(tmp_path / "base.yaml"), "seeds": [0, 1]}
     values["arms"] = {"sft": {"method": "sft"}, "kd": {"method": "token_kd"}}
-    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     result = compare(load_comparison(tmp_path / "comparison.yaml"), out=tmp_path / "out")
     (table,) = result.tables
     assert table.metrics == ("answering.overall", "perplexity.negative_bits_per_byte")
@@ -189,7 +192,7 @@ def test_trials_are_not_judged_by_what_students_lack(recipe: dict[str, Any], tmp
         "tuning": tuning,
         "arms": {"kd": {}, "sft": "method=sft"},
     }
-    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     with pytest.raises(ConfigError, match=r"retrieval\.mean_r@1, which measures a DualEncoder.*answering\.overall"):
         compare(load_comparison(tmp_path / "comparison.yaml"), out=tmp_path / "out")
 
@@ -212,6 +215,9 @@ def test_commands_of_models_that_embed_refuse(finished: tuple[Path, str], tmp_pa
     out, _ = finished
     refused = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / "x")])
     assert "cmapkd export needs a model that embeds" in str(refused.exception)
+    for teacher in ("tiny_vlm:small", str(out)):
+        with pytest.raises(ConfigError, match="writes answers, and cmapkd init makes recipes"):
+            check_teacher(teacher)
     with pytest.raises(ConfigError, match="'sft' trains models that write"):
         cmapkd.method("sft", student=str(out))
     with pytest.raises(ConfigError, match="a training loop of one's own needs a model that embeds"):

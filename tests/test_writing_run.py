@@ -158,6 +158,9 @@ def test_the_report_shows_answers(finished: tuple[Path, str], tmp_path: Path) ->
     assert "answers" in page
     assert "Say one word." in page
     assert "Gallery of retrievals" not in page
+    assert "Training by part: " in page
+    assert "rollouts share" in page or "rollouts/share" in page
+    assert "3 images, 21 questions" in page
     plain = write_report([out], tmp_path / "plain.html", gallery=0).read_text()
     assert "Answers to look at" not in plain
     hidden = write_report([out], tmp_path / "hidden.html", gallery=1, captions=False).read_text()

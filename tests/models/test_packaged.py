@@ -14,7 +14,7 @@ from cmapkd.data.open import open_source
 from cmapkd.evaluation.run import EvaluationConfig, evaluate
 from cmapkd.models import ModelConfig, build_model, packaged, tiny_vlm_family
 from cmapkd.models.hf_vlm import HfVlm
-from cmapkd.models.packaged import packaged_models
+from cmapkd.models.packaged import packaged_folder, packaged_models
 
 MAX_BYTES = {"tiny": 10_000_000, "tiny_vlm": 17_000_000}
 SHIPPED = [(family, name) for family in MAX_BYTES for name in packaged_models(family)]
@@ -68,6 +68,9 @@ def test_a_model_that_writes_is_found_under_its_own_family_alone(shipped: HfVlm)
     assert packaged_models() == {}
     assert list(packaged_models("tiny_vlm")) == ["mine"]
     assert tiny_vlm_family.names() == ["small", "base", "mine"]
+    assert packaged_models("tiny_vlm")["mine"].name == packaged_folder("tiny_vlm:mine")
+    with pytest.raises(ValueError, match="'open_clip:mine' names no model that may ship"):
+        packaged_folder("open_clip:mine")
 
 
 def test_a_packaged_model_that_writes_loads_in_full_precision_under_its_name(shipped: HfVlm) -> None:

@@ -98,23 +98,22 @@ def evaluate(
 def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, Model]:
     """The models by name; each is told of, because it may take long."""
     from cmapkd.api import load
-    from cmapkd.models.base import DualEncoder
     from cmapkd.models.untrained import remark_on_untrained
 
     loaded: dict[str, Model] = {}
     for number, (name, model) in enumerate(named.items(), 1):
         say(f"loading model {number} of {len(named)}: {name}")
         loaded[name] = made = load(model)
-        if isinstance(made, DualEncoder) and (remark := remark_on_untrained(made)) is not None:
+        if (remark := remark_on_untrained(made)) is not None:
             say(f"warning: {remark}")
     return loaded
 
 
 def _untrained(models: dict[str, Model]) -> dict[str, list[str]]:
-    """The towers with random weights, by model."""
-    from cmapkd.models.base import DualEncoder
+    """The towers or parts with random weights, by model."""
+    from cmapkd.models.untrained import random_parts
 
-    return {name: list(model.random_towers) for name, model in models.items() if isinstance(model, DualEncoder)}
+    return {name: list(random_parts(model)) for name, model in models.items()}
 
 
 def _show(console: Console, scores: dict[str, Any], title: str, untrained: dict[str, list[str]]) -> None:

@@ -20,6 +20,7 @@ from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.inherit import inherit_weights
 from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
+from cmapkd.models.untrained import note_trained
 
 
 def build_model(
@@ -59,8 +60,8 @@ def build_model(
         model = _inherited(model, config.inherit, teacher)
     if config.checkpoint is not None:
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
-    if isinstance(model, DualEncoder) and (config.inherit is not None or config.checkpoint is not None):
-        model.random_towers = ()
+    if config.inherit is not None or config.checkpoint is not None:
+        note_trained(model)
     return _of_dtype(model, config).eval()
 
 

@@ -23,3 +23,17 @@ def packaged_models(family: str = "tiny") -> dict[str, Path]:
         and entry.name.startswith(before)
         and (before or not entry.name.startswith(tuple(others)))
     }
+
+
+def packaged_folder(name: str) -> str:
+    """The folder under `weights/` of a model by its whole name, as `tiny:scenes-teacher`.
+
+    Raises:
+        ValueError: models of that family do not ship.
+    """
+    family, _, rest = name.partition(":")
+    if family not in _BEFORE_THE_NAME or not rest:
+        raise ValueError(
+            f"{name!r} names no model that may ship: write one of {', '.join(_BEFORE_THE_NAME)}, then :NAME"
+        )
+    return f"{_BEFORE_THE_NAME[family]}{rest}"

@@ -69,11 +69,13 @@ class Measured:
 
 
 def _scored(scores: Mapping[str, Any]) -> str | None:
-    """What zero-shot alone is of, in the words of `retrieval_set`."""
+    """What scores without retrieval are of, in the words of `retrieval_set`."""
     images, captions = (whole(scores, "scored", key) for key in ("images", "captions"))
     if images is None:
         return None
-    return f"{images:,} images, {captions:,} captions" if captions else f"{images:,} images"
+    asked = whole(scores, "scored", "questions")
+    counted = [(images, "images"), (asked, "questions"), (captions, "captions")]
+    return ", ".join(f"{number:,} {name}" for number, name in counted if number)
 
 
 def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:

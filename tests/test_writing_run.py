@@ -20,12 +20,15 @@ import cmapkd
 from cmapkd.cli import app
 from cmapkd.compare import compare, load_comparison
 from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source
 from cmapkd.diagnosis import diagnose
 from cmapkd.models import GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, finalize, run
+from cmapkd.run.measure import num_measured, validated
 from cmapkd.starter import check_teacher
+from helpers import MemorySource
 from writers import STUDENT, TEACHER, TEXTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +91,7 @@ def test_a_run_ends_with_scores_of_student_teacher_and_sft(finished: tuple[Path,
     for role in ("teacher", "student", "baseline"):
         assert metrics[role]["answering"]["num_questions"] > 0
         assert metrics[role]["answering"]["protocol"]["question_suffix"] == "Say one word."  # as in training
+        assert sum(metrics[role]["params_by_part"].values()) == metrics[role]["params"]
         assert metrics[role]["perplexity"]["protocol"]["question_suffix"] == "Say one word."
         assert metrics[role]["perplexity"]["num_tokens"] == metrics["student"]["perplexity"]["num_tokens"]
     table = table_of(result)
@@ -95,6 +99,18 @@ def test_a_run_ends_with_scores_of_student_teacher_and_sft(finished: tuple[Path,
         assert word in table
     assert "rollouts" in said
     assert "of the time" in said
+
+
+def test_validations_are_bounded_and_ask_what_can_be_answered(recipe: dict[str, Any]) -> None:
+    source = open_source("scenes@val?length=9")
+    auto = {"tasks": "auto", "writing": {"validation_samples": 2}}
+    chosen = validated(of(recipe, evaluation=auto), source).evaluation
+    assert (chosen.tasks, chosen.limit) == (("answering",), 2)
+    assert validated(of(recipe, evaluation=auto | {"limit": 1}), source).evaluation.limit == 1
+    named = validated(of(recipe, evaluation={"tasks": ["perplexity"]}), source)
+    assert (named.evaluation.tasks, named.evaluation.limit) == (("perplexity",), 256)
+    assert num_measured(named, source) == 9
+    assert validated(of(recipe, evaluation=auto), MemorySource(4)).evaluation.tasks == ("perplexity",)
 
 
 def test_seconds_are_told_by_part(finished: tuple[Path, str]) -> None:

@@ -27,6 +27,7 @@ from cmapkd.report import write_report
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, finalize, run
 from cmapkd.run.measure import num_measured, validated
+from cmapkd.run.prompts import prompts_of_runs
 from cmapkd.starter import check_teacher
 from helpers import MemorySource
 from writers import STUDENT, TEACHER, TEXTS
@@ -162,8 +163,26 @@ def test_a_finished_run_answers_and_is_evaluated(finished: tuple[Path, str], tmp
     words = ["evaluate", f"mine={out}", "--data", "scenes?length=2", "--tasks", "answering", "--json", str(scores)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert json.loads(scores.read_text())["models"]["mine"]["answering"]["num_questions"] > 0
+    found = json.loads(scores.read_text())["models"]["mine"]["answering"]
+    assert found["num_questions"] > 0
+    assert found["protocol"]["question_suffix"] == "Say one word."  # of the run
     assert "exact match" in done.output
+    assert "was trained (data.prompts)" in done.output.replace("\n", " ")
+
+
+def test_runs_of_different_prompts_are_asked_in_words_of_ones_own(tmp_path: Path) -> None:
+    for name, suffix in (("a", "Briefly."), ("b", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"data": {"prompts": {"suffix": suffix}}}))
+    folders = [tmp_path / "a", tmp_path / "none"]
+    prompts, told = prompts_of_runs(folders)
+    assert prompts is not None
+    assert prompts.suffix == "Briefly."
+    assert "was trained" in told
+    prompts, told = prompts_of_runs([*folders, tmp_path / "b"])
+    assert prompts is None
+    assert told.startswith("warning: the runs were trained with different prompts")
+    assert prompts_of_runs([tmp_path / "none"]) == (None, "")
 
 
 def test_the_report_shows_answers(finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -59,9 +59,13 @@ def evaluate(
     """Score models side by side. Retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
+    from cmapkd.config import counted
     from cmapkd.config.disk import check_writable
+    from cmapkd.settings import check_source
 
     named, values = _named(models), _settings(tasks, settings or [])
+    for given in filter(None, (data, train)):
+        check_source(given)
     if json_file is not None:
         check_writable(json_file)
 
@@ -81,7 +85,7 @@ def evaluate(
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     loaded = _loaded(named, say)
     if source is not None:
-        say(f"evaluating {len(loaded)} model{'s'[: len(loaded) > 1]} on {len(source):,} samples of {source.name}")
+        say(f"evaluating {counted(len(loaded), 'model')} on {counted(len(source), 'sample')} of {source.name}")
     try:
         heads_from = training_source(train, data)
         scores = evaluate_models(loaded, source, config, device=device, train=heads_from, work=work, console=console)
@@ -98,23 +102,22 @@ def evaluate(
 def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, Model]:
     """The models by name; each is told of, because it may take long."""
     from cmapkd.api import load
-    from cmapkd.models.base import DualEncoder
     from cmapkd.models.untrained import remark_on_untrained
 
     loaded: dict[str, Model] = {}
     for number, (name, model) in enumerate(named.items(), 1):
         say(f"loading model {number} of {len(named)}: {name}")
         loaded[name] = made = load(model)
-        if isinstance(made, DualEncoder) and (remark := remark_on_untrained(made)) is not None:
+        if (remark := remark_on_untrained(made)) is not None:
             say(f"warning: {remark}")
     return loaded
 
 
 def _untrained(models: dict[str, Model]) -> dict[str, list[str]]:
-    """The towers with random weights, by model."""
-    from cmapkd.models.base import DualEncoder
+    """The towers or parts with random weights, by model."""
+    from cmapkd.models.untrained import random_parts
 
-    return {name: list(model.random_towers) for name, model in models.items() if isinstance(model, DualEncoder)}
+    return {name: list(random_parts(model)) for name, model in models.items()}
 
 
 def _show(console: Console, scores: dict[str, Any], title: str, untrained: dict[str, list[str]]) -> None:

@@ -9,13 +9,14 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cmapkd.config import counted
 from cmapkd.data.records import iter_captions
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.evaluation.efficiency import weight_bytes
-from cmapkd.models import DualEncoder
+from cmapkd.models import DualEncoder, Model
 from cmapkd.models.activation import activation_losses, assumption
-from cmapkd.models.untrained import remark_on_untrained
+from cmapkd.models.untrained import named_parts, remark_on_untrained
 from cmapkd.objectives.common import unit
 
 SANITY_PAIRS = 32
@@ -38,7 +39,7 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
     tokens = model.tokenizer(texts)
     full = (tokens.mask.sum(1) >= model.tokenizer.context_length).float().mean().item()
     detail = (
-        f"vocabulary {model.tokenizer.vocab_size:,}, longest of {len(texts)} captions "
+        f"vocabulary {model.tokenizer.vocab_size:,}, longest of {counted(len(texts), 'caption')} "
         f"{int(tokens.mask.sum(1).max())} of {model.tokenizer.context_length} tokens"
     )
     if full > 0.05:
@@ -47,8 +48,8 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
         yield Finding("ok", f"{role} tokenizer", detail)
 
 
-def check_weights(role: str, model: DualEncoder, *, teaches: bool) -> Iterator[Finding]:
-    """Whether towers have random weights: fatal in a teacher, usual in a student."""
+def check_weights(role: str, model: Model, *, teaches: bool) -> Iterator[Finding]:
+    """Whether towers, or parts of a model that writes, have random weights: fatal in a teacher, usual in a student."""
     why = remark_on_untrained(model)
     if why is not None:
         yield (
@@ -57,7 +58,7 @@ def check_weights(role: str, model: DualEncoder, *, teaches: bool) -> Iterator[F
             else Finding(
                 "ok",
                 f"{role} weights",
-                f"random in the {' and '.join(model.random_towers)} tower: it learns from scratch",
+                f"random in the {named_parts(model)}: it learns from scratch",
             )
         )
 

@@ -11,7 +11,7 @@ from cmapkd.models.generative import ChatProcessor, Decoding, GenerativeModel
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.load import build_model, build_teacher, load_model
 from cmapkd.models.teacher import FrozenTeacher, MomentumTeacher, Teacher
-from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, TopTokens, Vocabulary
+from cmapkd.models.token_types import LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, TopTokens, Vocabulary
 from cmapkd.models.types import Features, Level, LevelInfo, LevelRequest, TowerFeatures
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "MomentumTeacher",
     "MovingAverage",
     "Rows",
+    "Seen",
     "Teacher",
     "TokenFeatures",
     "TokenNeeds",

@@ -14,7 +14,7 @@ from cmapkd.data.dialogues import ChatInput, ChatProcessing, Dialogue, Turn, joi
 from cmapkd.models.asking import dialogues
 from cmapkd.models.base import Model
 from cmapkd.models.embedding import Picture
-from cmapkd.models.token_types import LogitHead, TokenFeatures, TokenNeeds, Vocabulary
+from cmapkd.models.token_types import LogitHead, Seen, TokenFeatures, TokenNeeds, Vocabulary
 from cmapkd.models.types import LevelInfo
 
 
@@ -84,12 +84,14 @@ class GenerativeModel(Model):
         vocabulary: the tokens that it can write.
         image_levels: outputs of the vision blocks (`blocks.N`), then `projector`.
         text_levels: outputs of the language model's layers (`layers.N`); the last is after the final norm.
+        random_parts: the parts that have random weights, of a model that was just built; () once it was trained.
     """
 
     processor: ChatProcessor
     vocabulary: Vocabulary
     image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
+    random_parts: tuple[str, ...] = ()
 
     @property
     def cache_shape(self) -> CacheShape | None:
@@ -103,6 +105,27 @@ class GenerativeModel(Model):
         Raises:
             ValueError: a level or layer that this model does not have.
         """
+
+    def see(self, inputs: ChatInput) -> Seen:  # noqa: ARG002  for models that can be taken apart there
+        """The visual tokens of the batch's pictures, as the language model is fed with them; with gradient.
+
+        Raises:
+            ValueError: this model cannot be taken apart between its vision tower and its language model.
+        """
+        raise ValueError(f"{self.name} does not give the visual tokens that its language model is fed with")
+
+    def forward_seeing(self, inputs: ChatInput, seen: Seen, needs: TokenNeeds | None = None) -> TokenFeatures:  # noqa: ARG002
+        """As `forward`, but the language model is fed with visual tokens that were made elsewhere.
+
+        With its own, `model.forward_seeing(inputs, model.see(inputs))`, it gives what `forward` gives. Gradients reach
+        whatever made the tokens, also through a frozen language model.
+
+        Args:
+            seen: as many tokens as `inputs.visual` marks, in their order, as wide as the language model.
+        Raises:
+            ValueError: the tokens do not fit, or outputs of vision blocks are asked for.
+        """
+        raise ValueError(f"{self.name} cannot be fed with visual tokens that were made elsewhere")
 
     @property
     def attention(self) -> str:

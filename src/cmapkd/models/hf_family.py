@@ -60,9 +60,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Mod
         model = _pretrained(source, model_config, fetching, config.name)
     where = f"options of {config.name}"
     if model_config.model_type in LAYOUTS:
-        return assemble_vlm(
-            source, model, HfVlmOptions.from_mapping(config.options, where=where), fetching, config.name
-        )
+        chosen = HfVlmOptions.from_mapping(config.options, where=where)
+        return assemble_vlm(source, model, chosen, fetching, config.name, scratch=config.init == "scratch")
     options = HfOptions.from_mapping(config.options, where=where)
     return _assemble(source, model, options, fetching, config.name, scratch=config.init == "scratch")
 
@@ -74,7 +73,7 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model
     model = _pretrained(str(folder), _config(str(folder), True, {}, name), {}, str(folder))
     if model.config.model_type in LAYOUTS:
         kept = HfVlmOptions(max_tokens=stored["max_tokens"])
-        return assemble_vlm(str(folder), model, kept, {}, name)
+        return assemble_vlm(str(folder), model, kept, {}, name, scratch=False)
     options = HfOptions(context_length=stored["context_length"])
     return _assemble(str(folder), model, options, {}, name, scratch=False)
 

@@ -17,12 +17,16 @@ from cmapkd.models.base import eval_mode
 from cmapkd.models.chat import HfChatProcessor, vocabulary_digest
 from cmapkd.models.draws import KeyedChoice, until_end
 from cmapkd.models.generative import CacheShape, Decoding, GenerativeModel
+from cmapkd.models.lora import LoraConfig, adapter_names, adapters_of, add_adapters, merge, merged
+from cmapkd.models.lora_files import read_adapters, write_adapters
 from cmapkd.models.parts import split_by_name
-from cmapkd.models.storage import write_model_folder
-from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, Vocabulary, Where
+from cmapkd.models.storage import load_weights, read_weights, write_model_folder
+from cmapkd.models.tap_attention import attention_of
+from cmapkd.models.token_types import LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, Vocabulary, Where
 from cmapkd.models.types import LevelInfo
+from cmapkd.models.vlm_hooks import fed_to, feeding, outputs
 from cmapkd.models.vlm_layouts import LAYOUTS, blocks_of
-from cmapkd.models.vlm_rows import packed_rows, positions, rows_at, tile_rows, unwindowed, visual_rows
+from cmapkd.models.vlm_rows import packed_rows, positions, rows_at, tile_rows, unwindowed, visual_places, visual_rows
 
 
 class HfVlm(GenerativeModel):
@@ -66,6 +70,10 @@ class HfVlm(GenerativeModel):
         return str(self.model.config._attn_implementation)
 
     @property
+    def _vision_blocks(self) -> Sequence[nn.Module]:
+        return tuple(blocks_of(self._vision))
+
+    @property
     def head(self) -> LogitHead:
         layer, size = self.model.lm_head, self.vocabulary.size
         if size == len(layer.weight):  # a slice of all would be copied in the backward pass
@@ -88,27 +96,65 @@ class HfVlm(GenerativeModel):
             "embeddings": [f"model.model.{layout.language}.embed_tokens"],
             "language": [f"model.model.{layout.language}"],
             "head": ["model.lm_head"],
-            "adapters": [],
+            "adapters": [f"model.{name}" for name in adapter_names(self.model)],
         }
         return split_by_name((name for name, _ in self.named_parameters()), prefixes)
 
     def forward(self, inputs: ChatInput, needs: TokenNeeds | None = None) -> TokenFeatures:
+        return self._features(inputs, needs or TokenNeeds(), None)
+
+    def see(self, inputs: ChatInput) -> Seen:
+        pictures = {name: rows for name, rows in self._arguments(inputs).items() if name in inputs.pictures}
+        sample, place = visual_places(inputs.visual)
+        if not pictures:
+            width = self.image_levels[-1].width
+            none = torch.zeros(0, width, device=self.device, dtype=self.model.dtype)
+            return Seen(Rows(none, sample, place))
+        found = self.model.model.get_image_features(**pictures, return_dict=True)
+        deeper = getattr(found, "deepstack_features", None) or ()
+        tokens = _flat(found.pooler_output)
+        if len(tokens) != len(sample):
+            raise ValueError(f"{len(sample)} places of visual tokens got {len(tokens)} from the pictures")
+        return Seen(Rows(tokens, sample, place), tuple(_flat(each) for each in deeper))
+
+    def forward_seeing(self, inputs: ChatInput, seen: Seen, needs: TokenNeeds | None = None) -> TokenFeatures:
         needs = needs or TokenNeeds()
+        inside = [name for name in needs.levels if name.startswith("blocks.")]
+        if inside:
+            raise ValueError(f"{', '.join(inside)} of {self.name} cannot be read: its vision tower sees nothing here")
+        deep = getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ()
+        if len(seen.deeper) != len(deep) and len(seen.tokens.values):
+            raise ValueError(
+                f"{self.name} adds {len(deep)} further outputs of its vision tower to its first layers, and "
+                f"{len(seen.deeper)} are given: feed a model without them, or what such a model's see() gave"
+            )
+        shape, width = tuple(seen.tokens.values.shape), self.image_levels[-1].width
+        if shape != (int(inputs.visual.sum()), width):
+            raise ValueError(
+                f"visual tokens have shape {shape}, {self.name} reads ({int(inputs.visual.sum())}, {width}) here"
+            )
+        return self._features(inputs, needs, seen)
+
+    def _features(self, inputs: ChatInput, needs: TokenNeeds, seen: Seen | None) -> TokenFeatures:
         self._check(needs)
         at = positions(inputs)
         layers = [name for name in needs.levels if name.startswith("layers.")]
         blocks = [name for name in needs.levels if name.startswith("blocks.")]
         projected = needs.projected or "projector" in needs.levels
         with ExitStack() as hooks:
-            language, vision = blocks_of(self._language), blocks_of(self._vision)
+            language, vision = blocks_of(self._language), self._vision_blocks
             kept = hooks.enter_context(
-                _outputs(
+                outputs(
                     {name: language[_number(name)] for name in layers}
                     | {name: vision[_number(name)] for name in blocks}
                 )
             )
-            fed = hooks.enter_context(_fed_to(self._language)) if projected else {}
-            states = self.model.model(**self._arguments(inputs), use_cache=False).last_hidden_state
+            if seen is not None:
+                hooks.enter_context(feeding(self._language, inputs.visual, seen.tokens.values, seen.deeper))
+            fed = hooks.enter_context(fed_to(self._language)) if projected else {}
+            maps = hooks.enter_context(attention_of(self._language, needs.attention))
+            arguments = self._arguments(inputs, pixels=seen is None)
+            states = self.model.model(**arguments, use_cache=False).last_hidden_state
         if self.text_levels[-1].name in layers:
             kept[self.text_levels[-1].name] = states  # after the final norm
         asked: dict[Where, Tensor] = {where: mask for where, mask in at.items() if where in needs.where}
@@ -123,6 +169,7 @@ class HfVlm(GenerativeModel):
             head=self.head,
             projected=tokens if needs.projected else None,
             levels=levels,
+            attention=maps,
         )
 
     @torch.no_grad()
@@ -144,21 +191,55 @@ class HfVlm(GenerativeModel):
         return [until_end(row, self.vocabulary.end_ids) for row in written[:, start:].tolist()]
 
     def save(self, folder: Path) -> None:
-        """Ours, and transformers' own: the Auto classes read model and processor from the folder."""
+        """Ours, and transformers' own: the Auto classes read model and processor from the folder.
+
+        Adapters are merged into the weights, and written a second time by themselves, in `adapters/`, as peft does.
+        """
         options = {
             "model_type": self.model.config.model_type,
             "max_tokens": self.processor.max_tokens,
         }
         write_model_folder(folder, family="hf", name=self.name, options=options)
-        self.model.save_pretrained(folder)
+        with merged(self.model):
+            self.model.save_pretrained(folder)
+        if adapters_of(self.model):
+            write_adapters(self.model, folder / "adapters", base=self.name)
         usual_rights(folder.glob("*.safetensors"))
         self.processor.native.save_pretrained(folder)
 
-    def _arguments(self, inputs: ChatInput) -> dict[str, Tensor]:
+    def adapt(self, config: LoraConfig) -> None:
+        """Puts adapters beside layers of the language model. From then on they learn, and what `config.learn` names.
+
+        Raises:
+            ConfigError, ValueError: there are no such layers, or the adapters of a folder do not fit.
+        """
+        if config.folder is None:
+            add_adapters(self._language, config, name=self.name)
+        else:
+            read_adapters(self.model, f"model.{self.layout.language}", config.folder)
+        parts = self.parts
+        learning = frozenset().union(*(parts[part] for part in ("adapters", *config.learn)))
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in learning)
+
+    def merge_adapters(self) -> None:
+        """Leaves an ordinary model behind: every adapter is added to its layer's weight."""
+        merge(self.model)
+
+    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        """Also takes the weights that adapters are to be learned on: the adapters stay as they are then."""
+        weights, own = read_weights(path, averaged=averaged), self.state_dict()
+        adapters = [f"model.{name}" for name in adapter_names(self.model)]
+        if not any(name in weights for name in adapters):
+            weights |= {name: own[name] for name in adapters}
+        load_weights(self, weights, where=path)
+
+    def _arguments(self, inputs: ChatInput, *, pixels: bool = True) -> dict[str, Tensor]:
+        """What transformers' model reads. Without pixels, grids of pictures still say where visual tokens stand."""
         pictures = {
             name: (rows.to(self.model.dtype) if rows.is_floating_point() else rows)
             for name, rows in inputs.pictures.items()
-            if len(rows)
+            if len(rows) and (pixels or name == "image_grid_thw")
         }
         if self.layout.nested:
             pictures = {name: rows[None] for name, rows in pictures.items()}
@@ -191,8 +272,9 @@ class HfVlm(GenerativeModel):
                 raise ValueError(
                     f"{self.name} has no level {name!r}{closest(name, known)}. It has: {', '.join(known)}."
                 )
-        if needs.attention:
-            raise ValueError(f"attention maps of {self.name} cannot be read: its layers compute none")
+        wrong = [layer for layer in needs.attention if not 0 <= layer < len(self.text_levels)]
+        if wrong:
+            raise ValueError(f"{self.name} has layers 0 to {len(self.text_levels) - 1}, no {wrong}")
 
     @contextmanager
     def _plain_generation(self, how: Decoding) -> Iterator[None]:
@@ -247,42 +329,14 @@ def _number(level: str) -> int:
     return int(level.rpartition(".")[2])
 
 
+def _flat(found: Any) -> Tensor:
+    """Float[rows width] of a picture's, a list of pictures', or a table of tiles' visual tokens."""
+    rows = found if isinstance(found, Tensor) else torch.cat(list(found))
+    return rows.reshape(-1, rows.shape[-1])
+
+
 def _selected(states: Tensor, asked: Mapping[Where, Tensor]) -> dict[Where, Rows]:
     return {
         where: visual_rows(states, mask) if where == "visual" else rows_at(states, mask)
         for where, mask in asked.items()
     }
-
-
-@contextmanager
-def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What modules return inside this context, by name."""
-    kept: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            kept[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _fed_to(language: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """`inputs_embeds` as the language model was given them: words, and visual tokens in their places."""
-    kept: dict[str, Tensor] = {}
-
-    def hook(_module: nn.Module, _arguments: Any, named: dict[str, Any]) -> None:
-        kept["inputs_embeds"] = named["inputs_embeds"]
-
-    handle = language.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield kept
-    finally:
-        handle.remove()

@@ -10,6 +10,7 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.models.chat import HfChatProcessor
 from cmapkd.models.errors import first_line
 from cmapkd.models.hf_vlm import HfVlm
+from cmapkd.models.lora import LoraConfig
 from cmapkd.models.vlm_layouts import LAYOUTS
 
 
@@ -19,19 +20,29 @@ class HfVlmOptions(Config):
     max_tokens: int | None = Field(
         None, ge=8, description="Longest dialogue with its picture, in tokens. None: as long as the model takes."
     )
+    lora: LoraConfig | None = Field(None, description="Low-rank adapters of a student that learns little else.")
     revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
 
 
-def assemble(source: str, model: Any, options: HfVlmOptions, fetching: dict[str, Any], name: str) -> HfVlm:
+def assemble(
+    source: str, model: Any, options: HfVlmOptions, fetching: dict[str, Any], name: str, *, scratch: bool
+) -> HfVlm:
     """The model with the processor that stands at `source`.
 
+    Args:
+        scratch: whether its weights are random.
     Raises:
         ConfigError: the processor cannot serve a model that writes.
         ValueError: there is none that can be read.
     """
     native = read_processor(source, fetching, name)
     processor = processor_of(native, model.config, name=name, max_tokens=options.max_tokens)
-    return HfVlm(model, processor=processor, name=name)
+    made = HfVlm(model, processor=processor, name=name)
+    if scratch:
+        made.random_parts = tuple(part for part, names in made.parts.items() if names)
+    if options.lora is not None:
+        made.adapt(options.lora)
+    return made
 
 
 def read_processor(source: str, fetching: dict[str, Any], name: str) -> Any:

@@ -20,9 +20,9 @@ from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.inherit import inherit_weights
 from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
+from cmapkd.models.untrained import note_trained
 
 
-@quiet()
 def build_model(
     config: ModelConfig | str, *, captions: Iterable[str] | None = None, teacher: Model | None = None
 ) -> Model:
@@ -60,8 +60,8 @@ def build_model(
         model = _inherited(model, config.inherit, teacher)
     if config.checkpoint is not None:
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
-    if isinstance(model, DualEncoder) and (config.inherit is not None or config.checkpoint is not None):
-        model.random_towers = ()
+    if config.inherit is not None or config.checkpoint is not None:
+        note_trained(model)
     return _of_dtype(model, config).eval()
 
 
@@ -85,10 +85,11 @@ def _built(
     family: str, rest: str, config: ModelConfig, captions: Iterable[str] | None, teacher: Model | None
 ) -> object:
     """What the family gives; it is told of the teacher if it asks for one."""
-    build = family_of(family).build
-    if "teacher" in signature(build).parameters:
-        return build(rest, config, captions, teacher=teacher)  # type: ignore[call-arg]
-    return build(rest, config, captions)
+    with quiet(family):
+        build = family_of(family).build
+        if "teacher" in signature(build).parameters:
+            return build(rest, config, captions, teacher=teacher)  # type: ignore[call-arg]
+        return build(rest, config, captions)
 
 
 def _of_dtype(model: Model, config: ModelConfig) -> Model:
@@ -112,7 +113,6 @@ def _inherited(model: Model, config: InheritConfig, teacher: Model | None) -> Du
     return student
 
 
-@quiet()
 def load_model(folder: str | Path) -> Model:
     """A model that cmapkd saved: a `student/` folder, or the run folder around it.
 
@@ -132,7 +132,8 @@ def load_model(folder: str | Path) -> Model:
     description = read_description(folder)
     with explained(f"model folder {folder}"):
         name = str(description["family"])
-        return _checked(family_of(name).load(folder, description, load_model), name).eval()
+        with quiet(name):
+            return _checked(family_of(name).load(folder, description, load_model), name).eval()
 
 
 def _checked(model: object, family: str) -> Model:

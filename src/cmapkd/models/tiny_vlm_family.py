@@ -17,6 +17,7 @@ from cmapkd.models.families import Loader
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import processor_of
+from cmapkd.models.lora import LoraConfig
 from cmapkd.models.packaged import packaged_models
 from cmapkd.models.tiny_vlm_words import END, START, byte_tokenizer, template_of
 
@@ -38,6 +39,7 @@ class TinyVlmOptions(Config):
     tokenizer: Literal["auto", "own"] = Field(
         "auto", description="auto: the teacher's, where it writes too; own: learned from the training texts."
     )
+    lora: LoraConfig | None = Field(None, description="Low-rank adapters, of a model with trained weights.")
     max_tokens: int = Field(512, ge=16, description="Longest dialogue with its picture, in tokens.")
 
 
@@ -135,7 +137,11 @@ def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name
         chat_template=template_of(picture, start=start, end=end),
     )
     processor = processor_of(native, config, name=name)
-    return HfVlm(LlavaForConditionalGeneration(config).float(), processor=processor, name=name)
+    made = HfVlm(LlavaForConditionalGeneration(config).float(), processor=processor, name=name)
+    made.random_parts = tuple(part for part, names in made.parts.items() if names)
+    if options.lora is not None:
+        made.adapt(options.lora)
+    return made
 
 
 def _vision(options: TinyVlmOptions) -> Any:

@@ -76,6 +76,20 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What a language model is fed of the pictures of a batch.
+
+    Attributes:
+        tokens: projected visual tokens, dialogue by dialogue.
+        deeper: Float[rows width] each, further outputs of the vision tower that are added to the states of visual
+            tokens after the first layers (Qwen3-VL); of other models none.
+    """
+
+    tokens: Rows
+    deeper: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TopTokens:
     """The likeliest tokens that a cached teacher knows of each row.
 

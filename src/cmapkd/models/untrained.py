@@ -1,17 +1,42 @@
-"""Towers that nobody has trained: a model by a name without weights is random, and scores at chance."""
+"""Parts of models that nobody has trained: a model by a name without weights is random, and scores at chance."""
 
 from __future__ import annotations
 
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.generative import GenerativeModel
 
 
-def remark_on_untrained(model: DualEncoder) -> str | None:
-    """One line that says which towers have random weights, and what to name instead; None where none has."""
-    if not getattr(model, "random_towers", ()):
+def random_parts(model: Model) -> tuple[str, ...]:
+    """The towers of a model that embeds, or the parts of one that writes, that have random weights."""
+    if isinstance(model, DualEncoder):
+        return model.random_towers
+    return model.random_parts if isinstance(model, GenerativeModel) else ()
+
+
+def note_trained(model: Model) -> None:
+    """Says that no part of the model is random any more."""
+    if isinstance(model, DualEncoder):
+        model.random_towers = ()
+    elif isinstance(model, GenerativeModel):
+        model.random_parts = ()
+
+
+def named_parts(model: Model) -> str:
+    """`text tower`, or `projector and head`, for a sentence: what has random weights."""
+    names = list(random_parts(model))
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"{listed} tower" if isinstance(model, DualEncoder) else listed
+
+
+def remark_on_untrained(model: Model) -> str | None:
+    """One line that says what has random weights, and what to name instead; None where nothing has."""
+    random = random_parts(model)
+    if not random:
         return None
-    towers = " and ".join(model.random_towers)
-    what = f"{model.name} is untrained" if len(model.random_towers) > 1 else f"the {towers} tower is untrained"
+    whole = len(random) > 1 if isinstance(model, DualEncoder) else {"vision", "language"} <= set(random)
+    what = f"{model.name} is untrained" if whole else f"the {named_parts(model)} is untrained"
+    named = "open_clip:ARCHITECTURE/TAG" if isinstance(model, DualEncoder) else "hf:FOLDER"
     return (
         f"{what}: its weights are random{'' if model.name in what else f' ({model.name})'}. Name trained ones, such as "
-        "open_clip:ARCHITECTURE/TAG, a model's folder, or a checkpoint."
+        f"{named}, a model's folder, or a checkpoint."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cmapkd.data.dialogues import ChatInput
@@ -37,8 +37,13 @@ def rows_at(states: Float[Tensor, "batch length width"], where: Tensor) -> Rows:
 
 def visual_rows(states: Float[Tensor, "batch length width"], visual: Tensor) -> Rows:
     """The same of visual tokens, whose place is their number among those of their dialogue."""
+    return Rows(states[visual], *visual_places(visual))
+
+
+def visual_places(visual: Bool[Tensor, "batch length"]) -> tuple[Tensor, Tensor]:
+    """The dialogue of each visual token, and its number among those of the dialogue."""
     sample, place = visual.nonzero(as_tuple=True)
-    return Rows(states[sample, place], sample, (visual.cumsum(-1) - 1)[sample, place])
+    return sample, (visual.cumsum(-1) - 1)[sample, place]
 
 
 def tile_rows(values: Float[Tensor, "tiles tokens width"], pixels: Tensor, patch: int, extents: Tensor) -> Rows:

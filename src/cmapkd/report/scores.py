@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmapkd.config import counted
 from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
 from cmapkd.report.arms import Arm, Mean, mean_of
 from cmapkd.report.blocks import Block, Cell, Figure, Figures, Paragraph, Remarks, Table
@@ -73,7 +74,7 @@ def _scored(scores: Mapping[str, Any]) -> str | None:
     images, captions = (whole(scores, "scored", key) for key in ("images", "captions"))
     if images is None:
         return None
-    return f"{images:,} images, {captions:,} captions" if captions else f"{images:,} images"
+    return ", ".join([counted(images, "image"), *([counted(captions, "caption")] if captions else [])])
 
 
 def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:

@@ -82,7 +82,16 @@ def load_teachers(config: RunConfig) -> dict[str, FrozenTeacher]:
 
 
 def build_student(config: RunConfig, source: Source, teachers: Mapping[str, FrozenTeacher]) -> Model:
-    """The student before its first step."""
+    """The student before its first step.
+
+    Raises:
+        ConfigError: its weights are to be stored in half precision.
+    """
+    if config.student.dtype != "fp32":
+        raise ConfigError(
+            f"student.dtype is {config.student.dtype}, but weights that learn are kept in fp32: set "
+            "training.precision: bf16 to compute in half precision"
+        )
     teacher = teachers["teacher"].model if "teacher" in teachers else None
     if config.writes:
         words = config.data.prompts.prompting().vocabulary(source)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from cmapkd.config import RESUME, counted
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.evaluation.headline import headlines
@@ -96,8 +97,8 @@ def _evaluate(
             raise
         fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
         raise OutOfMemory(
-            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). Go on with --resume "
-            f"and evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
+            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). To go on, {RESUME} "
+            f"with evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
             "scores stay the same, and what was trained is kept"
         ) from error
 
@@ -128,7 +129,7 @@ def measure(
         if source is None:
             return count_parameters(model)
         size = num_measured(config, source)
-        say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {size:,} samples of {source.name}")
+        say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {counted(size, 'sample')} of {source.name}")
         return _evaluate(model, source, config, device=device, ranks_file=ranks_file)
 
     teacher = teacher_scores
@@ -148,7 +149,15 @@ def measure(
 def baseline_name(config: RunConfig, baseline: Path | None) -> str | None:
     if baseline is None:
         return None
-    return "scratch" if config.baseline == "scratch" else baseline.name
+    if config.baseline != "scratch":
+        return baseline.name
+    return config.scratch().method.name if config.writes else "scratch"  # `contrastive` is what scratch always meant
+
+
+def _by_part(trained: TrainResult) -> dict[str, float]:
+    """What was told apart, and the steps themselves."""
+    parts = {name: round(seconds, 1) for name, seconds in trained.parts.items()}
+    return {**parts, "steps": round(max(0.0, trained.seconds - sum(trained.parts.values())), 1)}
 
 
 def account(config: RunConfig, trained: TrainResult, extra_params: int, source: Source | None) -> dict[str, Any]:
@@ -162,6 +171,7 @@ def account(config: RunConfig, trained: TrainResult, extra_params: int, source: 
         "total_steps": trained.total,  # that the run is to have: more where it was stopped
         "batch_size": config.training.batch_size,
         "train_seconds": round(trained.seconds, 1),
+        "seconds_by_part": _by_part(trained),
         "extra_params": extra_params,  # trained beside the student's
         "peak_memory_bytes": trained.peak_memory,
         "best_step": trained.best_step,

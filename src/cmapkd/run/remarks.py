@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from cmapkd.config import counted
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.types import Source
 from cmapkd.evaluation.suite import same_samples
-from cmapkd.models import FrozenTeacher
+from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.untrained import remark_on_untrained
 from cmapkd.run.config import RunConfig
 from cmapkd.run.measure import Measured
@@ -41,13 +42,14 @@ def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:
     if total <= warmup:
         last = learning_rate(total - 1, total=total, config=config.optim)
         yield (
-            f"the run has {total} steps, and optim.warmup_steps is {warmup}: the learning rate ends at {last:.2g} of "
-            f"{peak:.2g} and never falls. Set optim.warmup_steps={max(1, total // 10)}, or train longer."
+            f"the run has {counted(total, 'step')}, and optim.warmup_steps is {warmup}: the learning rate ends at "
+            f"{last:.2g} of {peak:.2g} and never falls. Set optim.warmup_steps={max(1, total // 10)}, or train longer."
         )
 
 
 def remarks_on_teachers(teachers: Mapping[str, FrozenTeacher]) -> Iterator[str]:
     """A sentence for each teacher that nobody has trained."""
     for role, teacher in teachers.items():
-        if (remark := remark_on_untrained(teacher.model)) is not None:
+        model = teacher.model
+        if isinstance(model, DualEncoder) and (remark := remark_on_untrained(model)) is not None:
             yield f"{role if role == 'teacher' else f'teacher {role}'}: {remark}"

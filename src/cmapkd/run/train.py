@@ -19,6 +19,7 @@ from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, MomentumTeacher, build_teacher
 from cmapkd.models.activation import assumption
+from cmapkd.models.untrained import note_trained
 from cmapkd.run.build import (
     build_student,
     check_training,
@@ -119,8 +120,7 @@ def restore(config: RunConfig, measured: Measured, checkpoint: Path, *, out: Pat
 
 def _left(prepared: Prepared, trained: TrainResult, out: Path) -> Trained:
     student = trained.student
-    if isinstance(student, DualEncoder):
-        student.random_towers = ()
+    note_trained(student)
     if prepared.trainer.accelerator.is_main_process:
         save_student(student, out / "student")
         if isinstance(prepared.method.auxiliary, JointHeads):

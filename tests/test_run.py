@@ -143,7 +143,7 @@ def test_the_students_card_says_how_to_use_it(
     scores = finished.metrics["student"]
     assert f"| this student | {scores['retrieval']['mean_r@1']:.1f} | {scores['zero_shot']['top1']:.1f} |" in card
     assert "| scratch |" in card
-    assert "recall is of 40 images, 200 captions" in card
+    assert "Recall is of 40 images, 200 captions" in card
     assert "scenes" not in card  # where data and models lie is nobody's business
     assert str(teacher.parent) not in card
     assert f"from the teacher {teacher.name}: 3 steps of 16 pairs, seed 4." in " ".join(card.split())

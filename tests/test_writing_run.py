@@ -26,6 +26,7 @@ from cmapkd.models import GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, finalize, run
+from cmapkd.run.card import student_card
 from cmapkd.run.measure import num_measured, validated
 from cmapkd.run.prompts import prompts_of_runs
 from cmapkd.starter import check_teacher
@@ -168,6 +169,36 @@ def test_a_finished_run_answers_and_is_evaluated(finished: tuple[Path, str], tmp
     assert found["protocol"]["question_suffix"] == "Say one word."  # of the run
     assert "exact match" in done.output
     assert "was trained (data.prompts)" in done.output.replace("\n", " ")
+
+
+def test_the_last_line_is_a_call_that_answers(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    done = CliRunner().invoke(app, ["finalize", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    last = done.output.replace("\n", "").partition("use the student in Python: ")[2]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg")
+    picture = repr(str(tmp_path / "a.jpg"))
+    assert len(eval(last.replace("'a.jpg'", picture), {"cmapkd": cmapkd})) == 1
+
+
+def test_the_card_shows_how_to_ask(finished: tuple[Path, str], recipe: dict[str, Any], tmp_path: Path) -> None:
+    out, _ = finished
+    card = (out / "student" / "README.md").read_text()
+    assert "A model that answers questions about images, with " in card
+    assert "from the teacher model: 2 steps of 4 samples" in card
+    assert "dual encoder" not in card
+    metrics = json.loads((out / "metrics.json").read_text())
+    student = metrics["student"]
+    shown = f"{student['answering']['overall']:.1f} | {student['perplexity']['negative_bits_per_byte']:.3f}"
+    assert f"| this student | {shown} |" in card
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    asked: list[str] = []
+    code = code.replace('"student"', repr(str(out))).replace('"a.jpg", "b.jpg"', f"{str(tmp_path / 'a.jpg')!r}, None")
+    exec(code, {"print": asked.append})
+    assert len(asked[0]) == 2
+    assert "Say one word." in code  # as it was trained
+    assert "from the teacher" not in student_card(of(recipe, method="sft"), metrics)  # it names one, and uses none
 
 
 def test_runs_of_different_prompts_are_asked_in_words_of_ones_own(tmp_path: Path) -> None:

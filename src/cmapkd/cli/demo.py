@@ -65,7 +65,7 @@ def demo(
     if (lesson := lesson_of(result.metrics)) is not None:
         console.print(lesson, markup=False, highlight=False)
     scored = command_line("evaluate", str(out), "--data", str(config.data.final))
-    tell_end(out, console, again=f" (scored again by: {scored})", gallery=CARDS)
+    tell_end(out, console, writes=False, again=f" (scored again by: {scored})", gallery=CARDS)
 
 
 def _plan(config: RunConfig) -> list[str]:

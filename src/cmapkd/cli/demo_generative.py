@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmapkd.cli.command import command_line
-from cmapkd.cli.report import leave_page
+from cmapkd.cli.ending import tell_end
 
 if TYPE_CHECKING:
     from cmapkd.run import RunConfig
@@ -63,8 +63,7 @@ def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
     if (lesson := lesson_of(result.metrics)) is not None:
         console.print(lesson, markup=False, highlight=False)
     again = command_line("evaluate", str(out), "--data", str(config.data.final))
-    console.print(f"student and evidence: {out} (scored again by: {again})", markup=False, highlight=False)
-    leave_page(out, console)
+    tell_end(out, console, writes=True, again=f" (scored again by: {again})", gallery=0)
 
 
 def _plan(config: RunConfig) -> Iterator[str]:

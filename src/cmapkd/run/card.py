@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cmapkd.config import counted, in_markdown
 from cmapkd.evaluation.headline import headlines, retrieval_set
+from cmapkd.evaluation.tasks import Headline
+from cmapkd.methods import METHODS
 from cmapkd.run.config import RunConfig
 
-_USE = """```python
+_EMBEDS = """```python
 import cmapkd
 
 student = cmapkd.load("student")  # this folder, or the run folder around it
 found = student.embed(images=["a.jpg", "b.jpg"], texts=["a cat", "a dog"])  # unit vectors
 print(found.similarity)  # cosines, images x texts
+```"""
+
+_WRITES = """```python
+import cmapkd
+
+student = cmapkd.load("student")  # this folder, or the run folder around it
+print(student.answer(["a.jpg", "b.jpg"], {questions}))  # an answer each
 ```"""
 
 
@@ -26,20 +36,31 @@ def student_card(config: RunConfig, metrics: Mapping[str, Any]) -> str:
         metrics: what `metrics.json` holds.
     """
     student = metrics["student"]
-    teacher = "" if config.teacher is None else f" from the teacher {_model(config.teacher.name)}"
+    teacher = ""
+    if config.teacher is not None and METHODS[config.method.name].uses_teacher:
+        teacher = f" from the teacher {_model(config.teacher.name)}"
+    what, unit = ("A dual encoder of images and texts", "pair")
+    if config.writes:
+        what, unit = ("A model that answers questions about images,", "sample")
     lines = [
         f"# {_model(config.student.name)}, method {in_markdown(config.method.name)}",
         "",
-        f"A dual encoder of images and texts with {student['params']:,} parameters. It was trained with cmapkd, method "
+        f"{what} with {student['params']:,} parameters. It was trained with cmapkd, method "
         f"{in_markdown(config.method.name)}{teacher}: {counted(metrics['steps'], 'step')} of "
-        f"{counted(metrics['batch_size'], 'pair')}, seed {metrics['seed']}.",
+        f"{counted(metrics['batch_size'], unit)}, seed {metrics['seed']}.",
         "",
-        _USE,
+        _asks(config.data.prompts.suffix) if config.writes else _EMBEDS,
         "",
         *_scores(metrics),
         "The licences of the teacher, of the student's first weights and of the data hold for this student too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _asks(suffix: str) -> str:
+    """How a model that writes is asked: with the line that ended every question of its training."""
+    texts = [f"{text}\n{suffix}" if suffix else text for text in ("What is it?", "Is it red?")]
+    return _WRITES.format(questions=json.dumps(texts, ensure_ascii=False))
 
 
 def _model(name: str) -> str:
@@ -55,14 +76,21 @@ def _scores(metrics: Mapping[str, Any]) -> Iterator[str]:
     found = {role: headlines(metrics.get(role)) for role in names}
     if not found["student"]:
         return
-    heads = {task: headline.head for task, (headline, _) in found["student"].items()}
+    heads = {task: _head(headline) for task, (headline, _) in found["student"].items()}
     yield "| model | " + " | ".join(map(in_markdown, heads.values())) + " |"
     yield "| --- |" + " ---: |" * len(heads)
     for role, numbers in found.items():
         if numbers:
-            cells = [f"{numbers[task][1]:.1f}" if task in numbers else "-" for task in heads]
+            shown = {task: f"{number:.{headline.digits}f}" for task, (headline, number) in numbers.items()}
+            cells = [shown.get(task, "-") for task in heads]
             yield f"| {in_markdown(names[role])} | " + " | ".join(cells) + " |"
     of = retrieval_set(metrics["student"])
     yield ""
-    yield "R@1 and accuracies are per cent" + (f", recall is of {of}" if of else "") + ". One seed."
+    recall = f" Recall is of {of}." if of else ""
+    yield f"Scores are percent, where their head names no other unit.{recall} One seed."
     yield ""
+
+
+def _head(headline: Headline) -> str:
+    """With the unit, where the head does not name it."""
+    return headline.unit if headline.unit.startswith(headline.head) else headline.head

@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
-from writing_support import ASK, CAPTIONS, SHARPNESS, SIZE, TABLE, AskedSource, LookupModel
+from writing_support import ASK, CAPTIONS, SHARPNESS, SIZE, TABLE, AskedSource, ByteProcessor, LookupModel
 
-from cmapkd.data.types import BadSampleError
+from cmapkd.data.dialogues import ChatItem, Dialogue
+from cmapkd.data.records import kind_of
+from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample
 from cmapkd.evaluation import SuiteConfig, caption_tools, evaluate_models
 from cmapkd.evaluation.captioning import caption_scores
 from cmapkd.evaluation.headline import headlines, scored_set
@@ -182,6 +187,75 @@ def test_agreement_refuses_other_vocabularies() -> None:
         evaluate_models(models, AskedSource(), SuiteConfig(tasks=("token_agreement",)), device="cpu")
 
 
+def test_other_vocabularies_cost_no_other_score() -> None:
+    models = {"t": LookupModel(TABLE), "s": LookupModel(TABLE, pieces="others")}
+    said = Console(file=io.StringIO(), width=400)
+    config = SuiteConfig.from_mapping({"tasks": "all", "generation": {"new_tokens": 2, "rounds": 1}})
+    found = evaluate_models(models, AskedSource(), config, device="cpu", console=said)
+    assert found["s"].keys() >= {"answering", "describing", "perplexity", "generation"}
+    assert "token_agreement" not in found["s"]
+    assert "not measured: token_agreement: it compares models with the same vocabulary" in said.file.getvalue()  # type: ignore[attr-defined]
+
+
+class Answers(AskedSource):
+    """The usual pictures, each with one question and the answers that a test gives."""
+
+    def __init__(self, *answers: str) -> None:
+        super().__init__(captions=False)
+        self.answers = answers
+
+    def __getitem__(self, index: int) -> Sample:
+        given = (self.answers[index],)
+        return replace(super().__getitem__(index), questions=(QuestionAnswer("So?", given, kind_of(given)),))
+
+
+def test_true_and_false_are_no_yes_and_no() -> None:
+    source = Answers("true", "false", "true")  # of kind yes/no
+    found = scores_of(source=source)
+    assert "answering" in found
+    assert "yes_no" not in found
+    with pytest.raises(ValueError, match="yes_no: none of its 3 readable samples has a yes/no question whose answer"):
+        scores_of("yes_no", source=source)
+
+
+def test_a_limit_is_kept_where_it_is_asked_what_can_be_measured() -> None:
+    found = scores_of(source=Answers("red", "blue", "yes"), limit=2)
+    assert found["answering"]["num_questions"] == 2
+    assert "yes_no" not in found
+    assert "yes_no" in scores_of(source=Answers("red", "blue", "yes"))
+
+
+def test_what_was_not_trained_is_not_asked() -> None:
+    def tasks(asks: str, **source: bool) -> set[str]:
+        found = scores_of(source=AskedSource(**source), writing={"asks": asks})
+        return found.keys() & {"answering", "yes_no", "describing", "perplexity"}
+
+    assert tasks("captions") == {"describing", "perplexity"}
+    assert tasks("questions") == {"answering", "yes_no", "perplexity"}
+    assert tasks("both") == tasks("auto") == {"answering", "yes_no", "describing", "perplexity"}
+    assert tasks("captions", captions=False) == tasks("turns") == {"perplexity"}  # of what there is
+    with pytest.raises(ValueError, match=r"answering: .* asked for captions alone \(writing\.asks\)"):
+        scores_of("answering", writing={"asks": "captions"})
+
+
+def test_a_task_whose_dialogues_are_too_long_costs_no_other_score() -> None:
+    source = Answers("red", "yes", "blue")
+
+    class Selective(ByteProcessor):
+        def read(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> ChatItem:
+            if pictures[0].getpixel((0, 0))[0] == 10:  # type: ignore[index]
+                raise ValueError("too long")
+            return super().read(dialogue, pictures)
+
+    model = LookupModel(TABLE)
+    model.processor = Selective()
+    found = scores_of(model=model, source=source)
+    assert found["answering"]["num_questions"] == 2
+    assert "yes_no" not in found  # its one question is the one that cannot be read
+    with pytest.raises(ValueError, match="could read no dialogue of asked"):
+        scores_of("answering", "yes_no", model=model, source=source)
+
+
 def test_each_answer_is_written_once() -> None:
     model = LookupModel(TABLE)
     scores_of("yes_no", "answering", model=model)
@@ -227,10 +301,48 @@ def test_what_cannot_be_read_is_counted() -> None:
         )
 
 
+def test_samples_of_which_a_part_was_asked_are_not_left_out() -> None:
+    class Short(ByteProcessor):
+        def read(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> ChatItem:
+            if "How many" in dialogue[0].text:
+                raise ValueError("too long")
+            return super().read(dialogue, pictures)
+
+    model = LookupModel(TABLE)
+    model.processor = Short()
+    found = scores_of("answering", model=model, source=AskedSource(bad=[1]))
+    assert found["bad_samples"] == 2  # one cannot be read, one of another's questions cannot be asked
+    assert found["scored"]["images"] == 2
+    assert scored_set(found) == (
+        "scored on 2 images and 2 questions; 1 of 3 samples could not be read and are left out"
+    )
+
+
+def test_a_wrong_picture_that_does_not_fit_makes_no_sample_bad() -> None:
+    class Large(ByteProcessor):
+        def read(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> ChatItem:
+            if pictures[0].getpixel((0, 0))[0] == 20 and "Cat" not in dialogue[0].text:  # type: ignore[index]
+                raise ValueError("too long with the last picture")
+            return super().read(dialogue, pictures)
+
+    model = LookupModel(TABLE)
+    model.processor = Large()
+    scores = scores_of("perplexity", model=model)
+    found = scores["perplexity"]
+    assert (scores["bad_samples"], found["num_references"]) == (0, 5)
+    assert found["wrong_picture"]["num_references"] == 3  # two questions would be shown the last picture
+    whole = scores_of("perplexity")["perplexity"]
+    assert found["bits_per_byte"] == pytest.approx(whole["bits_per_byte"])
+    lengths = {name: found["wrong_picture"][name] for name in ("num_bytes", "num_tokens")}
+    assert lengths == {"num_bytes": 7, "num_tokens": 10}  # yes, 2 and yes; each with its end
+    gain = (6 * HIT + 4 * MISS) - (2 * HIT + 8 * MISS)  # of these three alone
+    assert found["visual_gain"] == pytest.approx(gain / math.log(2) / 7)
+
+
 def test_what_the_source_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="answering: none of its first 3 samples has a question"):
+    with pytest.raises(ValueError, match="answering: none of its 3 readable samples has a question with"):
         scores_of("answering", source=AskedSource(questions=False))
-    with pytest.raises(ValueError, match="describing: none of its first 3 samples has a caption"):
+    with pytest.raises(ValueError, match="describing: none of its 3 readable samples has a caption"):
         scores_of("describing", source=AskedSource(captions=False))
 
 

@@ -57,9 +57,11 @@ def questions(said: Annotations, how: WritingConfig) -> list[Asked]:
     """Every dialogue, and of samples without one every question that has an answer, in the order of the source.
 
     The reference of a question is the commonest answer; of a dialogue it is the last turn, and the earlier ones are
-    given. `how.asks` may leave dialogues or questions out.
+    given. `how.asks` may leave dialogues or questions out; where it is `captions`, nothing is asked.
     """
-    asked = []
+    asked: list[Asked] = []
+    if how.asks == "captions":
+        return asked
     rows = zip(said.indices, said.ids, said.turns, said.questions, strict=True)
     for index, sample, turns, of_sample in rows:
         if turns and how.asks in ("auto", "turns"):
@@ -83,7 +85,9 @@ def _last_answer(index: int, sample: str, turns: Dialogue) -> Asked:
 
 
 def descriptions(said: Annotations, how: WritingConfig) -> list[Asked]:
-    """One dialogue for every picture that has captions, to be described."""
+    """One dialogue for every picture that has captions, to be described; none where `how.asks` leaves captions out."""
+    if how.asks in ("turns", "questions"):
+        return []
     return [
         Asked(index, sample, "description", _dialogue(_request(how), UNREAD), captions)
         for index, sample, captions in zip(said.indices, said.ids, said.captions, strict=True)
@@ -92,10 +96,22 @@ def descriptions(said: Annotations, how: WritingConfig) -> list[Asked]:
 
 
 def references(said: Annotations, how: WritingConfig) -> list[Asked]:
-    """What is read in place of written: all answers; of a source without any, or asked for captions, every caption."""
-    asked = [] if how.asks == "captions" and any(said.captions) else questions(said, how)
-    if asked:
-        return asked
+    """What is read in place of written: all answers; of a source without any, or asked for captions, every caption.
+
+    Where the source has nothing that `how.asks` names, all else that it has is read.
+    """
+    asked = questions(said, how) or _captions(said, how)
+    return asked or questions(said, how.model_copy(update={"asks": "auto"}))
+
+
+def lacking(said: Annotations, how: WritingConfig, what: str) -> str:
+    """A sentence about data that have no `what` to ask for."""
+    narrowed = "" if how.asks in ("auto", "both") else f", asked for {how.asks} alone (writing.asks)"
+    return f"none of its {len(said):,} readable samples has {what}{narrowed}"
+
+
+def _captions(said: Annotations, how: WritingConfig) -> list[Asked]:
+    """Every caption, to be read."""
     return [
         Asked(index, sample, "caption", _dialogue(_request(how), caption), captions)
         for index, sample, captions in zip(said.indices, said.ids, said.captions, strict=True)

@@ -23,7 +23,7 @@ from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.texts import class_vectors
 
-_NUM_FIRST_SAMPLES = 32  # samples that tell whether a source has questions or boxes
+_NUM_FIRST_SAMPLES = 32  # samples that tell whether probes have anything to score
 
 
 @dataclass
@@ -47,6 +47,12 @@ class Bench:
         return self.source
 
     @property
+    def num_scored(self) -> int:
+        """Samples of the source that are looked at, readable or not."""
+        limit = self.config.limit
+        return len(self.scored) if limit is None else min(limit, len(self.scored))
+
+    @property
     def suite(self) -> SuiteConfig:
         """The settings of probes and efficiency: the defaults where only a run's were given."""
         return self.config if isinstance(self.config, SuiteConfig) else SuiteConfig()
@@ -62,9 +68,9 @@ class Bench:
 
     @cached_property
     def first_samples(self) -> tuple[Sample, ...]:
-        """A few readable samples of the scored source, to see what it has."""
+        """A few readable ones of the samples that are scored, to see what they have."""
         samples = []
-        for index in range(min(_NUM_FIRST_SAMPLES, len(self.scored))):
+        for index in range(min(_NUM_FIRST_SAMPLES, self.num_scored)):
             try:
                 samples.append(self.scored[index])
             except BadSampleError:  # counted when it is embedded

@@ -18,6 +18,7 @@ from cmapkd.evaluation.embed import OnBadSample
 from cmapkd.evaluation.picture_ranks import MAX_PICTURES, PictureRanks
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks import TASKS, Task, check_tasks, make_task
+from cmapkd.evaluation.writing import NothingReadError
 from cmapkd.models.base import Model
 from cmapkd.models.generative import GenerativeModel
 
@@ -77,10 +78,7 @@ def evaluate_models(
     )
     subjects = [Subject(name, model, bench) for name, model in models.items()]
     measured = _measurable(wanted, subjects, bench)
-    scores: dict[str, dict[str, Any]] = {name: {} for name in models}
-    for name, task in measured.items():
-        for subject, result in zip(subjects, task.measure(subjects, bench), strict=True):
-            scores[subject.name][name] = result
+    scores = _measure(measured, subjects, bench)
     for subject in subjects:
         scores[subject.name] |= count_parameters(subject.model)
         if "embedded" in subject.__dict__:
@@ -92,6 +90,26 @@ def evaluate_models(
             scores[subject.name]["bad_samples"] = len(subject.writer.bad)
             scores[subject.name]["scored"] = _asked(subject)
             _warn_of_precision(subject)
+    return scores
+
+
+def _measure(measured: Mapping[str, Task], subjects: list[Subject], bench: Bench) -> dict[str, dict[str, Any]]:
+    """Scores by model and task. A task that nobody named is left out where a model can read none of its dialogues."""
+    scores: dict[str, dict[str, Any]] = {subject.name: {} for subject in subjects}
+    unread: NothingReadError | None = None
+    for name, task in measured.items():
+        try:
+            results = task.measure(subjects, bench)
+        except NothingReadError as error:
+            if bench.config.tasks not in ("auto", "all"):
+                raise
+            bench.say(f"not measured: {name}: {error}")
+            unread = error
+            continue
+        for subject, result in zip(subjects, results, strict=True):
+            scores[subject.name][name] = result
+    if unread is not None and not any(scores.values()):
+        raise unread
     return scores
 
 
@@ -110,7 +128,7 @@ def _scored(subject: Subject) -> dict[str, int | None]:
 def _asked(subject: Subject) -> dict[str, int | None]:
     """What the scores of a model that writes are of."""
     writer, bench = subject.writer, subject.bench
-    more = {"skipped": len(writer.bad), "samples": len(bench.scored), "limit": bench.config.limit}
+    more = {"skipped": writer.num_skipped, "samples": len(bench.scored), "limit": bench.config.limit}
     return writer.counts() | more
 
 
@@ -198,7 +216,7 @@ def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Benc
     named = bench.config.tasks not in ("auto", "all")
     if not (refused and named):
         for name, task in wanted.items():
-            if name not in refused and (why := task.missing(subjects[0])) is not None:
+            if name not in refused and (why := task.unlike(subjects) or task.missing(subjects[0])) is not None:
                 refused[name] = why
     if refused and (named or len(refused) == len(wanted)):
         where = bench.source.name if bench.source is not None else "this"

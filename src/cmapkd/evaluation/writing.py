@@ -39,6 +39,10 @@ class Written:
     ended: bool
 
 
+class NothingReadError(ValueError):
+    """A model can read none of the dialogues that it is asked."""
+
+
 @dataclass
 class Writer:
     """One model's answers to the dialogues of one source.
@@ -66,6 +70,11 @@ class Writer:
             "captions": sum(captioned.values()),
             "questions": sum(each.question is not None for each in self.asked.values()),
         }
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples of which nothing could be asked; of the other bad ones a part was."""
+        return len(self.bad.keys() - {each.sample for each in self.asked.values()})
 
     @property
     def batch_size(self) -> int:
@@ -97,13 +106,16 @@ class Writer:
         decoding, ends = Decoding(max_new_tokens=most), set(self.model.vocabulary.end_ids)
         for places, items in self.batches(todo, [each.unread() for each in todo]):
             with self.computing():
-                answers = self.model.generate(self.joined(items), decoding)
-            for place, ids in zip(places, answers, strict=True):
+                generated = self.model.generate(self.joined(items), decoding)
+            for place, ids in zip(places, generated, strict=True):
                 each = todo[place]
                 ended = bool(ids) and ids[-1] in ends
                 text = self.model.processor.decode(ids[:-1] if ended else ids).strip()
                 self._written[each.index, each.prompt, most] = Written(text, len(ids), ended)
-        return [self._written[each.index, each.prompt, most] for each in asked]
+        answers = [self._written[each.index, each.prompt, most] for each in asked]
+        if asked and not any(answers):  # of which none is new
+            raise self._nothing_read(len(asked))
+        return answers
 
     def features(self, items: Sequence[ChatItem]) -> TokenFeatures:
         """Final states of the answers of a batch, on the device; called inside `computing`."""
@@ -126,9 +138,10 @@ class Writer:
 
         Args:
             dialogues: what is read of each of `asked`.
-            pictures: indices of the samples whose pictures are shown, if not their own.
+            pictures: indices of the samples whose pictures are shown, if not their own. No sample is bad because
+                another one's picture makes its dialogue too long.
         Raises:
-            ValueError: there is something to ask, and not one dialogue could be read.
+            NothingReadError: there is something to ask, and not one dialogue could be read with its own picture.
             BadSampleError: of the first that could not, with `on_bad_sample="error"`.
         """
         shown = [each.index for each in asked] if pictures is None else list(pictures)
@@ -143,7 +156,7 @@ class Writer:
         )
         num_read = 0
         for chunk in chunks:
-            for place, reason in chunk.bad:
+            for place, reason in chunk.bad if pictures is None else ():
                 if self.on_bad_sample == "error":
                     raise BadSampleError(asked[place].sample, reason)
                 self.bad.setdefault(asked[place].sample, reason)
@@ -151,12 +164,15 @@ class Writer:
                 self.asked.setdefault((asked[place].index, asked[place].dialogue), asked[place])
             num_read += len(chunk.places)
             yield chunk.places, chunk.items
-        if asked and not num_read:
-            sample, reason = next(iter(self.bad.items()))
-            raise ValueError(
-                f"{self.model.name} could read no dialogue of {self.source.name} ({len(asked)} tried); the first: "
-                f"sample {sample!r}: {reason}"
-            )
+        if asked and not num_read and pictures is None:
+            raise self._nothing_read(len(asked))
+
+    def _nothing_read(self, tried: int) -> NothingReadError:
+        sample, reason = next(iter(self.bad.items()))
+        return NothingReadError(
+            f"{self.model.name} could read no dialogue of {self.source.name} ({tried} tried); the first: sample "
+            f"{sample!r}: {reason}"
+        )
 
 
 class _Chunk(NamedTuple):

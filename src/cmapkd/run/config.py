@@ -126,6 +126,18 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _tasks_fit_method(self) -> Self:
+        reads, tasks = METHODS[self.method.name].reads, self.evaluation.tasks
+        other = [name for name in tasks if not self._measures(name)] if isinstance(tasks, tuple) else []
+        if other:
+            able = ", ".join(name for name, task in TASKS.own.items() if task.alone and self._measures(name))
+            raise ValueError(
+                f"evaluation.tasks names {', '.join(other)}, and method {self.method.name} trains a {reads.__name__}, "
+                f"which cannot be measured so: choose among {able}, or auto"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_has_data(self) -> Self:
         if self.training.evaluate_every is not None and self.data.val is None:
             raise ValueError("training.evaluate_every is set, but there is nothing to validate on: add data.val")
@@ -133,7 +145,9 @@ class RunConfig(Config):
         if self.training.evaluate_every is None or not isinstance(tasks, tuple):
             return self
         if not any(TASKS[name].headline for name in tasks):
-            able = " or ".join(name for name, task in TASKS.own.items() if task.alone and task.headline)
+            able = " or ".join(
+                name for name, task in TASKS.own.items() if task.alone and task.headline and self._measures(name)
+            )
             raise ValueError(
                 f"training.evaluate_every is set, and the best step is chosen by {able}, but evaluation.tasks is "
                 f"{', '.join(tasks)}: add one of them"
@@ -158,6 +172,10 @@ class RunConfig(Config):
     def without_teachers(self) -> RunConfig:
         """The same for a method that uses none."""
         return self.model_copy(update={"teacher": None, "more_teachers": {}})
+
+    def _measures(self, task: str) -> bool:
+        """Whether the task reads models such as the method trains."""
+        return issubclass(METHODS[self.method.name].reads, TASKS[task].reads)
 
     @property
     def writes(self) -> bool:

@@ -69,18 +69,27 @@ def validated(config: RunConfig, source: Source | None) -> RunConfig:
     bounds = [each for each in (settings.limit, settings.writing.validation_samples) if each is not None]
     chosen: dict[str, Any] = {"limit": min(bounds, default=None)}
     if settings.tasks == "auto":
-        chosen["tasks"] = ("answering",) if _is_asked(source) else ("perplexity",)
+        asks = settings.writing.like(config.data.prompts).asks
+        chosen["tasks"] = ("answering",) if _is_asked(source, asks, chosen["limit"]) else ("perplexity",)
     return config.model_copy(update={"evaluation": settings.model_copy(update=chosen)})
 
 
-def _is_asked(source: Source) -> bool:
-    """Whether one of the first samples has a question with an answer, or a dialogue."""
-    for index in range(min(LOOKED_AT, len(source))):
+def _is_asked(source: Source, asks: str | None, limit: int | None) -> bool:
+    """Whether one of the first samples has a question with an answer, or a dialogue, and `asks` leaves it in.
+
+    Args:
+        limit: as many samples are asked about.
+    """
+    if asks == "captions":
+        return False
+    for index in range(min(LOOKED_AT, len(source), limit or LOOKED_AT)):
         try:
             sample = unseen(source, index)
         except BadSampleError:
             continue
-        if sample.turns or any(question.answers for question in sample.questions):
+        if asks in ("auto", "turns") and sample.turns:
+            return True
+        if asks != "turns" and any(question.answers for question in sample.questions):
             return True
     return False
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cmapkd.data.records import kind_of
-from cmapkd.evaluation.dialogues import Asked, commonest, questions
+from cmapkd.evaluation.dialogues import Asked, commonest, lacking, questions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.vqa import normalise_answer, vqa_scores
@@ -30,15 +29,18 @@ class Answering(Task):
     )
 
     def missing(self, subject: Subject) -> str | None:
-        return no_question(subject)
+        bench = subject.bench
+        return (
+            None
+            if questions(bench.annotations, bench.how)
+            else lacking(bench.annotations, bench.how, "a question with an answer")
+        )
 
     def score(self, subject: Subject) -> dict[str, Any]:
         """Greedy answers. The prior gives every scored question the answer that is right most often."""
         bench, writer = subject.bench, subject.writer
         how = bench.how
         asked = questions(bench.annotations, how)
-        if not asked:
-            raise ValueError(f"{bench.scored.name} has no question with an answer")
         bench.say(f"{subject.name}: answering {len(asked):,} questions of {bench.scored.name}")
         answers = writer.written(asked, most=how.answer_tokens)
         pairs = [(each, answer) for each, answer in zip(asked, answers, strict=True) if answer is not None]
@@ -59,16 +61,6 @@ class Answering(Task):
             "num_not_asked": len(asked) - len(known),
             "protocol": writer.protocol(max_new_tokens=how.answer_tokens, question_suffix=how.question_suffix),
         }
-
-
-def no_question(subject: Subject, *, kinds: Sequence[str] = ()) -> str | None:
-    """Why the source has nothing to answer, or None; judged by its first samples."""
-    first = subject.bench.first_samples
-    asked = [question.kind for sample in first for question in sample.questions if question.answers]
-    asked += [kind_of((sample.turns[-1].text,)) for sample in first if sample.turns]
-    if not any(not kinds or kind in kinds for kind in asked):
-        return f"none of its first {len(first)} samples has a {' or '.join((*kinds, ''))}question with an answer"
-    return None
 
 
 def _accuracies(asked: Sequence[Asked], said: Sequence[str]) -> dict[str, Any]:

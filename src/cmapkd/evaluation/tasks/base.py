@@ -58,6 +58,10 @@ class Task(ABC):
         """Why this source cannot be measured, or None."""
         return None
 
+    def unlike(self, subjects: Sequence[Subject]) -> str | None:  # noqa: ARG002
+        """Why these models cannot be measured beside each other, or None."""
+        return None
+
     def measure(self, subjects: Sequence[Subject], bench: Bench) -> list[dict[str, Any]]:  # noqa: ARG002
         """Plain scores of each model, in order."""
         return [self.score(subject) for subject in subjects]

@@ -9,7 +9,7 @@ from typing import Any
 
 from cmapkd.evaluation import caption_tools
 from cmapkd.evaluation.captioning import caption_scores
-from cmapkd.evaluation.dialogues import descriptions
+from cmapkd.evaluation.dialogues import descriptions, lacking
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.tools import MissingToolError
@@ -35,15 +35,15 @@ class Describing(Task):
     )
 
     def missing(self, subject: Subject) -> str | None:
-        first = subject.bench.first_samples
-        return None if any(each.captions for each in first) else f"none of its first {len(first)} samples has a caption"
+        bench = subject.bench
+        return (
+            None if descriptions(bench.annotations, bench.how) else lacking(bench.annotations, bench.how, "a caption")
+        )
 
     def score(self, subject: Subject) -> dict[str, Any]:
         """Greedy descriptions; the metrics of the COCO tool only where it and Java are installed."""
         bench, writer, how = subject.bench, subject.writer, subject.bench.how
         asked = descriptions(bench.annotations, how)
-        if not asked:
-            raise ValueError(f"{bench.scored.name} has no captions")
         bench.say(f"{subject.name}: describing {len(asked):,} pictures of {bench.scored.name}")
         answers = writer.written(asked, most=how.caption_tokens)
         pairs = [(each, answer) for each, answer in zip(asked, answers, strict=True) if answer is not None]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from cmapkd.evaluation.dialogues import Asked, other_pictures, references
+from cmapkd.evaluation.dialogues import Asked, lacking, other_pictures, references
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
-from cmapkd.evaluation.token_scores import negative_log_likelihoods
+from cmapkd.evaluation.token_scores import answer_rows, negative_log_likelihoods
 from cmapkd.evaluation.writing import Writer
 from cmapkd.models.generative import GenerativeModel
 
@@ -34,25 +34,26 @@ class Perplexity(Task):
         """With each picture, and with another sample's: what the right picture is worth is the `visual_gain`."""
         bench, writer, how = subject.bench, subject.writer, subject.bench.how
         asked = references(bench.annotations, how)
-        if not asked:
-            raise ValueError(f"{bench.scored.name} has neither a question with an answer nor a caption")
         bench.say(f"{subject.name}: reading {len(asked):,} references of {bench.scored.name}")
-        own = _read(writer, asked)
-        scores = own.to_dict()
+        read = _read(writer, asked)
+        scores = _sum(read.values()).to_dict()
         result = scores | {
             # steps are chosen by the highest number
             "negative_bits_per_byte": -scores["bits_per_byte"],
-            "num_references": own.references,
-            "num_not_asked": len(asked) - own.references,
+            "num_references": len(read),
+            "num_not_asked": len(asked) - len(read),
             "of": "captions" if asked[0].kind == "caption" else "questions",
             "protocol": writer.protocol(question_suffix=how.question_suffix, instruction=how.instruction),
         }
-        if (pictures := other_pictures(asked)) is None:
+        pictures = other_pictures(asked)
+        other = {} if pictures is None else _read(writer, asked, pictures)
+        both = read.keys() & other.keys()  # another picture may make a dialogue too long
+        if not both:
             return result
-        wrong = _read(writer, asked, pictures).to_dict()
+        wrong, right = (_sum(each[place] for place in sorted(both)).to_dict() for each in (other, read))
         return result | {
-            "wrong_picture": wrong,
-            "visual_gain": wrong["bits_per_byte"] - scores["bits_per_byte"],
+            "wrong_picture": wrong | {"num_references": len(both)},
+            "visual_gain": wrong["bits_per_byte"] - right["bits_per_byte"],
         }
 
 
@@ -60,7 +61,6 @@ class _Sums(NamedTuple):
     nats: float
     tokens: int
     num_bytes: int
-    references: int
 
     def to_dict(self) -> dict[str, Any]:
         """Sums over tokens divided once: long references count for more. End tokens are tokens, and have no bytes."""
@@ -75,20 +75,27 @@ class _Sums(NamedTuple):
 
 
 def nothing_to_read(subject: Subject) -> str | None:
-    """Why the source has no reference, or None; judged by its first samples."""
-    first = subject.bench.first_samples
-    if any(each.turns or each.captions or any(asked.answers for asked in each.questions) for each in first):
+    """Why the source has no reference, or None."""
+    bench = subject.bench
+    if references(bench.annotations, bench.how):
         return None
-    return f"none of its first {len(first)} samples has a dialogue, a question with an answer, or a caption"
+    return lacking(bench.annotations, bench.how, "a dialogue, a question with an answer, or a caption")
 
 
-def _read(writer: Writer, asked: Sequence[Asked], pictures: Sequence[int] | None = None) -> _Sums:
-    nats, tokens, num_bytes, count = 0.0, 0, 0, 0
+def _read(writer: Writer, asked: Sequence[Asked], pictures: Sequence[int] | None = None) -> dict[int, _Sums]:
+    """By place, of the references that can be read."""
+    sums: dict[int, _Sums] = {}
     for places, items in writer.batches(asked, [each.dialogue for each in asked], pictures):
         with writer.computing():
-            losses = negative_log_likelihoods(writer.model, writer.features(items))
-        nats += float(losses.sum())
-        tokens += len(losses)
-        num_bytes += sum(asked[place].num_bytes for place in places)
-        count += len(places)
-    return _Sums(nats, tokens, num_bytes, count)
+            features = writer.features(items)
+            losses = negative_log_likelihoods(writer.model, features)
+        row_of = answer_rows(features).sample
+        nats = losses.new_zeros(len(items)).index_add(0, row_of, losses).tolist()
+        tokens = row_of.bincount(minlength=len(items)).tolist()
+        sums |= {place: _Sums(nats[row], tokens[row], asked[place].num_bytes) for row, place in enumerate(places)}
+    return sums
+
+
+def _sum(parts: Iterable[_Sums]) -> _Sums:
+    nats, tokens, num_bytes = zip(*parts, strict=True)
+    return _Sums(math.fsum(nats), sum(tokens), sum(num_bytes))

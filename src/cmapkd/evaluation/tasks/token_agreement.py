@@ -11,6 +11,7 @@ from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.evaluation.tasks.perplexity import nothing_to_read
 from cmapkd.evaluation.token_scores import Agreement, token_agreement
+from cmapkd.evaluation.writing import NothingReadError
 from cmapkd.models.generative import GenerativeModel
 
 
@@ -27,12 +28,22 @@ class TokenAgreement(Task):
     def missing(self, subject: Subject) -> str | None:
         return nothing_to_read(subject)
 
+    def unlike(self, subjects: Sequence[Subject]) -> str | None:
+        """Models whose tokens differ are not compared: their probabilities are of different things."""
+        teacher = subjects[0]
+        for subject in subjects[1:]:
+            theirs, own = teacher.generative.vocabulary, subject.generative.vocabulary
+            if (theirs.size, theirs.digest) != (own.size, own.digest):
+                return (
+                    f"it compares models with the same vocabulary: {teacher.name} has {theirs.size:,} tokens "
+                    f"({theirs.digest[:8]}), {subject.name} {own.size:,} ({own.digest[:8]}). Compare their bits per "
+                    "byte instead (perplexity)"
+                )
+        return None
+
     def measure(self, subjects: Sequence[Subject], bench: Bench) -> list[dict[str, Any]]:
         """The first model's own row is what perfect agreement looks like. All read the dialogues that all can read."""
-        _check_vocabularies(subjects)
         asked = references(bench.annotations, bench.how)
-        if not asked:
-            raise ValueError(f"{bench.scored.name} has neither a question with an answer nor a caption")
         bench.say(f"comparing {len(subjects)} models on {len(asked):,} references of {bench.scored.name}")
         sums, num_read = [Agreement() for _ in subjects], 0
         dialogues = [each.dialogue for each in asked]
@@ -45,7 +56,7 @@ class TokenAgreement(Task):
                 found = _compare(subjects, [[of_model[place] for place in common] for of_model in read])
                 sums = [each.plus(more) for each, more in zip(sums, found, strict=True)]
         if not num_read:
-            raise ValueError(f"no dialogue of {bench.scored.name} could be read by all models")
+            raise NothingReadError(f"no dialogue of {bench.scored.name} could be read by all models")
         counts = {"num_references": num_read, "num_not_asked": len(asked) - num_read}
         return [
             {"teacher": subjects[0].name, "top1": 100 * each.same / each.tokens, "kl": each.divergence / each.tokens}
@@ -66,16 +77,3 @@ def _compare(subjects: Sequence[Subject], items: Sequence[Sequence[ChatItem]]) -
             own = theirs if subject is teacher else subject.writer.features(own_items)
             found.append(token_agreement(teacher.generative, theirs, subject.generative, own))
     return found
-
-
-def _check_vocabularies(subjects: Sequence[Subject]) -> None:
-    """Refuses models whose tokens differ: their probabilities are of different things."""
-    teacher = subjects[0]
-    for subject in subjects[1:]:
-        theirs, own = teacher.generative.vocabulary, subject.generative.vocabulary
-        if (theirs.size, theirs.digest) != (own.size, own.digest):
-            raise ValueError(
-                f"token_agreement compares models with the same vocabulary: {teacher.name} has {theirs.size:,} tokens "
-                f"({theirs.digest[:8]}), {subject.name} {own.size:,} ({own.digest[:8]}). Compare their bits per byte "
-                "instead (perplexity)."
-            )

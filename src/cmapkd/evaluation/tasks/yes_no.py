@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmapkd.evaluation.dialogues import Asked, commonest, questions
+from cmapkd.evaluation.dialogues import Asked, commonest, lacking, questions
 from cmapkd.evaluation.subject import Bench, Subject
-from cmapkd.evaluation.tasks.answering import no_question
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.evaluation.token_scores import first_log_odds
 from cmapkd.evaluation.writing import Writer
@@ -39,13 +38,16 @@ class YesNo(Task):
     )
 
     def missing(self, subject: Subject) -> str | None:
-        return no_question(subject, kinds=("yes/no",))
+        bench = subject.bench
+        return (
+            None
+            if _asked(bench)
+            else lacking(bench.annotations, bench.how, "a yes/no question whose answer is yes or no")
+        )
 
     def score(self, subject: Subject) -> dict[str, Any]:
         bench, writer, how = subject.bench, subject.writer, subject.bench.how
         asked = _asked(bench)
-        if not asked:
-            raise ValueError(f"{bench.scored.name} has no question of kind yes/no whose answer is yes or no")
         bench.say(f"{subject.name}: {len(asked):,} yes-no questions of {bench.scored.name}")
         answers = writer.written(asked, most=how.answer_tokens)
         known = [each for each, answer in zip(asked, answers, strict=True) if answer is not None]

@@ -10,6 +10,8 @@ import pytest
 
 from cmapkd.compare import ComparisonConfig, summarize
 from cmapkd.compare.curves import late_rise, read_validations
+from cmapkd.compare.gap import GapStart, check_start
+from cmapkd.compare.rows import Row
 from cmapkd.compare.statistics import is_bimodal
 from cmapkd.config import ConfigError
 from cmapkd.run import RunConfig
@@ -169,6 +171,14 @@ def test_a_gap_that_was_not_checked_says_so(
     (note,) = [each for each in table.notes if "was not checked" in each]
     assert note.startswith("Whether contrastive, where the gap begins, still rises was not checked:")
     assert reason in note
+
+
+def test_points_say_nothing_of_bits_per_byte() -> None:
+    row = Row("sft", {}, {})
+    start = check_start(row, "perplexity.negative_bits_per_byte", {}, {}, 1.0)
+    assert start == GapStart(
+        False, "Whether sft, where the gap begins, still rises was not checked: -bits/byte is no percent."
+    )
 
 
 def test_a_negative_allowance_is_refused(recipe: Path) -> None:

@@ -22,13 +22,15 @@ from cmapkd.compare import compare, load_comparison
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
 from cmapkd.diagnosis import diagnose
-from cmapkd.models import GenerativeModel, ModelConfig, build_model
+from cmapkd.diagnosis.models import check_weights
+from cmapkd.models import FrozenTeacher, GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, finalize, run
 from cmapkd.run.card import student_card
 from cmapkd.run.measure import num_measured, validated
 from cmapkd.run.prompts import prompts_of_runs
+from cmapkd.run.remarks import remarks_on_teachers
 from cmapkd.starter import check_teacher
 from helpers import MemorySource
 from writers import STUDENT, TEACHER, TEXTS
@@ -113,6 +115,35 @@ def test_validations_are_bounded_and_ask_what_can_be_answered(recipe: dict[str, 
     assert (named.evaluation.tasks, named.evaluation.limit) == (("perplexity",), 256)
     assert num_measured(named, source) == 9
     assert validated(of(recipe, evaluation=auto), MemorySource(4)).evaluation.tasks == ("perplexity",)
+    data = {**recipe["data"], "prompts": {"kind": "captions"}}  # what is not trained is not asked
+    assert validated(of(recipe, evaluation=auto, data=data), source).evaluation.tasks == ("perplexity",)
+
+
+def test_tasks_of_models_that_embed_are_refused_before_the_training(recipe: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"names retrieval, and method token_kd trains a GenerativeModel, .* among ans"
+    ):
+        of(recipe, evaluation={"tasks": ["answering", "retrieval"]})
+    embeds = {"teacher": "tiny:debug", "student": "tiny:debug", "method": "clip_kd"}
+    embeds |= {"data": {"train": "scenes", "val": "scenes@val"}, "training": {"steps": 2, "evaluate_every": 1}}
+    with pytest.raises(ConfigError, match="names answering, and method clip_kd trains a DualEncoder"):
+        RunConfig.from_mapping({**embeds, "evaluation": {"tasks": ["answering"]}})
+    embeds["evaluation"] = {"tasks": ["yes_no"]}
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.from_mapping(embeds)
+    assert "describing" not in str(refused.value)
+    no_headline = {**recipe, "evaluation": {"tasks": ["yes_no"]}}
+    with pytest.raises(ConfigError, match="is chosen by answering or describing or perplexity, but evaluation"):
+        RunConfig.from_mapping(no_headline)
+
+
+def test_a_teacher_that_writes_and_is_random_is_told_of() -> None:
+    config = ModelConfig(name="tiny_vlm:small", options={**OPTIONS, **TEACHER})
+    model = build_model(config, captions=list(TEXTS) * 4)
+    (said,) = remarks_on_teachers({"teacher": FrozenTeacher(model)})
+    assert said.startswith("teacher: tiny_vlm:small is untrained: its weights are random")
+    (finding,) = check_weights("teacher", model, teaches=True)
+    assert finding.level == "problem"
 
 
 def test_seconds_are_told_by_part(finished: tuple[Path, str]) -> None:

@@ -38,6 +38,16 @@ def scores_of(*tasks: str, model: Any = None, source: Any = None, **settings: An
     return evaluate_models(models, source or AskedSource(), config, device="cpu")["m"]
 
 
+@pytest.fixture
+def no_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The COCO tool takes seconds, and is tested for itself."""
+
+    def missing() -> str:
+        raise MissingToolError("no Java")
+
+    monkeypatch.setattr(caption_tools, "java", missing)
+
+
 def test_answers_by_the_rules_of_vqa() -> None:
     scores = scores_of("answering")
     found = scores["answering"]
@@ -187,10 +197,12 @@ def test_agreement_refuses_other_vocabularies() -> None:
         evaluate_models(models, AskedSource(), SuiteConfig(tasks=("token_agreement",)), device="cpu")
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_other_vocabularies_cost_no_other_score() -> None:
     models = {"t": LookupModel(TABLE), "s": LookupModel(TABLE, pieces="others")}
     said = Console(file=io.StringIO(), width=400)
-    config = SuiteConfig.from_mapping({"tasks": "all", "generation": {"new_tokens": 2, "rounds": 1}})
+    cost = {"new_tokens": 2, "rounds": 3, "warmup": 0, "picture_size": 16}
+    config = SuiteConfig.from_mapping({"tasks": "all", "generation": cost})
     found = evaluate_models(models, AskedSource(), config, device="cpu", console=said)
     assert found["s"].keys() >= {"answering", "describing", "perplexity", "generation"}
     assert "token_agreement" not in found["s"]
@@ -209,6 +221,7 @@ class Answers(AskedSource):
         return replace(super().__getitem__(index), questions=(QuestionAnswer("So?", given, kind_of(given)),))
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_true_and_false_are_no_yes_and_no() -> None:
     source = Answers("true", "false", "true")  # of kind yes/no
     found = scores_of(source=source)
@@ -218,6 +231,7 @@ def test_true_and_false_are_no_yes_and_no() -> None:
         scores_of("yes_no", source=source)
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_a_limit_is_kept_where_it_is_asked_what_can_be_measured() -> None:
     found = scores_of(source=Answers("red", "blue", "yes"), limit=2)
     assert found["answering"]["num_questions"] == 2
@@ -225,6 +239,7 @@ def test_a_limit_is_kept_where_it_is_asked_what_can_be_measured() -> None:
     assert "yes_no" in scores_of(source=Answers("red", "blue", "yes"))
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_what_was_not_trained_is_not_asked() -> None:
     def tasks(asks: str, **source: bool) -> set[str]:
         found = scores_of(source=AskedSource(**source), writing={"asks": asks})
@@ -238,6 +253,7 @@ def test_what_was_not_trained_is_not_asked() -> None:
         scores_of("answering", writing={"asks": "captions"})
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_a_task_whose_dialogues_are_too_long_costs_no_other_score() -> None:
     source = Answers("red", "yes", "blue")
 
@@ -273,6 +289,7 @@ def test_scores_do_not_depend_on_the_batch() -> None:
     assert one == eight
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_auto_is_what_the_source_serves() -> None:
     assert scores_of().keys() >= {"answering", "yes_no", "describing", "perplexity"}
     scores = scores_of(source=AskedSource(questions=False))

@@ -11,6 +11,7 @@ import torch
 import yaml
 from report_support import write_pictures, write_run
 
+from cmapkd.compare.metric import metric_digits
 from cmapkd.config import ConfigError
 from cmapkd.report import write_report
 from cmapkd.report.arms import arms_of
@@ -98,6 +99,47 @@ def test_a_student_that_is_larger_is_not_called_smaller(tmp_path: Path) -> None:
     large = write_metrics(tmp_path / "large", 20.0, 10.0, params=4_000)
     assert not any("fewer" in each.text for each in said(large))
     assert any("2 times fewer" in each.text for each in said(write_metrics(tmp_path / "small", 20.0, 10.0)))
+
+
+def bits(value: float) -> dict[str, Any]:
+    return {"perplexity": {"negative_bits_per_byte": value, "bits_per_byte": -value}, "params": 1_000}
+
+
+def write_bits(folder: Path, student: float, baseline: float, *, seed: int = 0) -> Path:
+    models = {"teacher": bits(-0.5), "student": bits(student), "baseline": bits(baseline), "baseline_name": "sft"}
+    metrics = json.loads((write_metrics(folder, 0.0, None, seed=seed) / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | models | {"method": "token_kd"}))
+    return folder
+
+
+def test_bits_per_byte_have_their_decimals_and_no_share(tmp_path: Path) -> None:
+    kept = said(write_bits(tmp_path / "one", -0.912, -0.934))[0].text
+    assert kept == "The student reaches -0.912 in -bits/byte, its teacher -0.500."
+    lead = said(tmp_path / "one")[1].text
+    assert lead == "It leads the same student trained alone by 0.022 in -bits/byte."
+    worse = said(write_bits(tmp_path / "worse", -0.95, -0.934))[0]
+    assert (worse.tone, "-bits/byte -0.950 against -0.934 (-0.016)." in worse.text) == ("bad", True)
+    same = said(write_bits(tmp_path / "same", -0.9341, -0.934))[1].text
+    assert same == "It differs from the same student trained alone by less than 0.0005 in -bits/byte."
+    config = {"training": {"steps": 600, "batch_size": 8}}
+    folder = write_metrics(tmp_path / "about", 1.0, None, method="token_kd", config=config)
+    assert "600 steps with 8 samples each" in arm_about(arms_of(read_paths([folder]).runs)[0])
+    seeds = [write_bits(tmp_path / f"s{seed}", -0.912 - 0.001 * seed, -0.934, seed=seed) for seed in (1, 2, 3)]
+    assert any("by 0.020 in -bits/byte (+0.018 to +0.022)" in each.text for each in said(*seeds))
+    data = read_paths([tmp_path / "one"])
+    models = measured_models(data, arms_of(data.runs))
+    (table,) = [each for each in score_blocks(models) if isinstance(each, Table)]
+    assert {row[1].text for row in table.rows} == {"-0.500", "-0.912", "-0.934"}
+    page = write_report([tmp_path / "one"], tmp_path / "page.html", gallery=0).read_text()
+    assert "-bits/byte, %" not in page
+
+
+def test_a_comparison_shows_the_decimals_of_its_metric() -> None:
+    path = "perplexity.negative_bits_per_byte"
+    assert (metric_digits(path), metric_digits(f"other.{path}"), metric_digits("retrieval.mean_r@1")) == (3, 3, 1)
+    each = contrast(path, "above", 0.012)
+    text = " ".join(part.text for part in comparison_verdict(comparison({"contrasts": [each]})))
+    assert "by +0.012, 95 % interval -0.988 to +1.012." in text
 
 
 def test_two_learning_rates_have_two_names(tmp_path: Path) -> None:

@@ -32,7 +32,11 @@ def check_start(
         allowed: points over the last quarter of the steps, in the mean over seeds; None: not checked.
     """
     kind = TASKS.own.get(path.partition(".")[0])
-    name = kind.headline.label if kind is not None and kind.headline is not None else "score"
+    headline = kind.headline if kind is not None else None
+    name = headline.label if headline is not None else "score"
+    if headline is not None and headline.unit != "percent":
+        note = f"Whether {row.label}, where the gap begins, still rises was not checked: {headline.head} is no percent."
+        return GapStart(False, note)
     if allowed is None:
         note = f"Whether {row.label}, where the gap begins, still rises was not checked: gap_rising is none."
         return GapStart(False, note)

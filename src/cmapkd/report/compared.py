@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmapkd.compare.curves import read_validations
-from cmapkd.compare.metric import lower_is_better, metric_label
+from cmapkd.compare.metric import lower_is_better, metric_digits, metric_label
 from cmapkd.report.blocks import Block, Cell, Details, Figure, Figures, Paragraph, Remarks, Section, Table, Tone
 from cmapkd.report.figures import COLOURS, Curve, Dot, dots, lines, shown
 from cmapkd.report.plain import mapping, number, sequence, string, whole
@@ -67,7 +67,8 @@ def _scores(
         line = [Cell(_teacher(name), tone="quiet"), Cell("-"), Cell("-")]
         for metric in metrics:
             value = number(mapping(scores), metric)
-            line += [Cell("-" if value is None else f"{value:.1f}", value)] + [Cell("-")] * compared[metric]
+            line += [Cell("-" if value is None else f"{value:.{metric_digits(metric)}f}", value)]
+            line += [Cell("-")] * compared[metric]
         cells.append(line + [Cell("-")] * (plateau + gap + len(costs)))
     for row in rows:
         first = metrics[0] if metrics else ""
@@ -116,10 +117,11 @@ def _mean(row: Mapping[str, Any], metric: str) -> Cell:
     )
     if mean is None:
         return Cell("-")
-    below = "" if deviation is None else f"± {deviation:.1f}"
+    digits = metric_digits(metric)
+    below = "" if deviation is None else f"± {deviation:.{digits}f}"
     if median is not None and mapping(row, "metrics", metric, "summary").get("bimodal") is True:
-        return Cell(f"{mean:.1f}", mean, f"{below}, in two groups, median {median:.1f}", "bad")
-    return Cell(f"{mean:.1f}", mean, below)
+        return Cell(f"{mean:.{digits}f}", mean, f"{below}, in two groups, median {median:.{digits}f}", "bad")
+    return Cell(f"{mean:.{digits}f}", mean, below)
 
 
 def _difference(row: Mapping[str, Any], metric: str) -> float | None:
@@ -136,8 +138,9 @@ def _paired(row: Mapping[str, Any], metric: str) -> Cell:
     mean = _difference(row, metric)
     if mean is None:
         return Cell("-")
+    digits = metric_digits(metric)
     parts = [
-        f"{words} {bounds[0]:+.1f} to {bounds[1]:+.1f}"
+        f"{words} {bounds[0]:+.{digits}f} to {bounds[1]:+.{digits}f}"
         for words, key in (("seeds", "difference"), ("and pictures", "two_way"))
         if (bounds := _bounds(row, "metrics", metric, key, "interval")) is not None
     ]
@@ -148,7 +151,7 @@ def _paired(row: Mapping[str, Any], metric: str) -> Cell:
     parts += [f"{wins}/{len(seeds)} won"] if wins is not None else []
     bounds = _bounds(row, "metrics", metric, "difference", "interval")
     tone: Tone = "" if bounds is None or bounds[0] <= 0 <= bounds[1] else tone_of(mean > 0, metric)
-    return Cell(f"{mean:+.1f}", mean, "; ".join(parts), tone)
+    return Cell(f"{mean:+.{digits}f}", mean, "; ".join(parts), tone)
 
 
 def _gap(row: Mapping[str, Any], metric: str) -> Cell:
@@ -162,14 +165,15 @@ def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> Table:
     for each in contrasts:
         verdict = string(each, "verdict") or "-"
         difference, bounds = number(each, "difference"), _bounds(each, "interval")
-        interval = "" if bounds is None else f"{bounds[0]:+.1f} to {bounds[1]:+.1f}"
+        digits = metric_digits(string(each, "metric") or "")
+        interval = "" if bounds is None else f"{bounds[0]:+.{digits}f} to {bounds[1]:+.{digits}f}"
         smallest = number(each, "smallest")
         rows.append(
             [
                 Cell(f"{string(each, 'arm')} − {string(each, 'against')}", below=string(each, "remark") or ""),
                 Cell(verdict, below=string(each, "reason") or "", tone=_tone(verdict, string(each, "metric") or "")),
                 Cell(metric_label(string(each, "metric") or "-")),
-                Cell("-" if difference is None else f"{difference:+.1f}", difference, interval),
+                Cell("-" if difference is None else f"{difference:+.{digits}f}", difference, interval),
                 Cell(string(each, "covers") or "-"),
                 *(_p(number(each, key)) for key in ("p", "p_holm")),
                 Cell("-" if smallest is None else f"± {smallest:g}", smallest),

@@ -95,11 +95,13 @@ def gap_bar(caption: str, start: tuple[str, float], own: tuple[str, float], end:
     return Figure(_svg(80, f"{caption}. {said}", parts), caption, Table(caption, ["", "score"], rows))
 
 
-def scatter(caption: str, marks: Sequence[Mark], *, x_unit: str, y_unit: str, wide: bool = False) -> Figure:
-    """Labelled points over a logarithmic x axis; `x` is positive."""
+def scatter(
+    caption: str, marks: Sequence[Mark], *, x_unit: str, y_unit: str, least: float = 5.0, wide: bool = False
+) -> Figure:
+    """Labelled points over a logarithmic x axis; `x` is positive, and y has a range of `least` or more."""
     height = 240
     across = _Axis.over([mark.x for mark in marks], 46, WIDTH - 26, log=True)
-    up = _Axis.over([mark.y for mark in marks], height - 46, 22, least=5.0)
+    up = _Axis.over([mark.y for mark in marks], height - 46, 22, least=least)
     parts = [*_grid_x(across, 10, height - 40), *_grid_y(up, 40, WIDTH - 10)]
     taken: list[tuple[float, float]] = []
     for mark in marks:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmapkd.compare.metric import metric_digits
 from cmapkd.config import counted
 from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
+from cmapkd.evaluation.tasks import Headline
 from cmapkd.report.arms import Arm, Mean, mean_of
 from cmapkd.report.blocks import Block, Cell, Figure, Figures, Paragraph, Remarks, Table
 from cmapkd.report.figures import Dot, Mark, dots, gap_bar, scatter, shown
@@ -202,7 +204,7 @@ def _table(rows: Sequence[Measured], data: str | None) -> Table:
     for each in rows:
         cells = [Cell(each.label, tone="good" if each.role == "student" else "")]
         cells += [Cell(str(len(each.scores)), len(each.scores))] if seeds > 1 else []
-        cells += [_cell(each.mean(*path), digits=3 if "GMACs" in head else 1) for head, path in columns.items()]
+        cells += [_cell(each.mean(*path), digits=_digits(path)) for path in columns.values()]
         table.append(cells + _cost_cells(each, rows))
     return Table(caption, heads, table, note=note)
 
@@ -216,6 +218,11 @@ def _columns(rows: Sequence[Measured]) -> dict[str, tuple[str, ...]]:
                 columns[headline.head] = (task, *headline.path)
     columns |= {head: path for head, path in _FURTHER if head.startswith(("ECE", "image"))}
     return {head: path for head, path in columns.items() if any(each.mean(*path) for each in rows)}
+
+
+def _digits(path: tuple[str, ...]) -> int:
+    """Decimals of a column; 3 of GMACs."""
+    return 3 if path[-1] == "image_gmacs" else metric_digits(".".join(path))
 
 
 def _cell(mean: Mean | None, *, digits: int = 1) -> Cell:
@@ -263,8 +270,7 @@ def _figure(rows: Sequence[Measured]) -> Figures | None:
                 )
                 for each, mean in places
             ]
-            least = 5.0 if headline.unit == "percent" else 0.1
-            figures.append(dots(f"{headline.head}", points, unit=headline.unit, least=least))
+            figures.append(dots(f"{headline.head}", points, unit=headline.unit, least=_least(headline)))
     return Figures(figures) if figures else None
 
 
@@ -301,14 +307,15 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
     for data, size in dict.fromkeys((each.data, each.size) for each in models):
         sized = [each for each in models if (each.data, each.size) == (data, size) and each.megabytes]
         scored = [(each, found) for each in sized if (found := _first_headline(each)) is not None]
-        for head in dict.fromkeys(head for _, (head, _) in scored):
+        for headline in dict.fromkeys(headline for _, (headline, _) in scored):
             marks = [
                 Mark(each.label, each.megabytes or 0.0, value, COLOUR[each.role])
-                for each, (name, value) in scored
-                if name == head
+                for each, (of, value) in scored
+                if of == headline
             ]
             if len(marks) > 1:
-                figures.append(scatter(f"Size and score on {data}", marks, x_unit="MB of weights", y_unit=f"{head}, %"))
+                units = {"x_unit": "MB of weights", "y_unit": _axis(headline), "least": _least(headline)}
+                figures.append(scatter(f"Size and score on {data}", marks, **units))
     for tower in ("image", "text"):
         timed = [(each, *_quartiles(each, tower)) for each in models]
         rows = [
@@ -332,11 +339,23 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
     return blocks
 
 
-def _first_headline(each: Measured) -> tuple[str, float] | None:
-    """The first headline that all seeds have: its name and its mean."""
+def _axis(headline: Headline) -> str:
+    """Head and unit, of which one may name the other."""
+    if headline.unit == "percent":
+        return f"{headline.head}, %"
+    return headline.unit if headline.unit.startswith(headline.head) else headline.head
+
+
+def _least(headline: Headline) -> float:
+    """The least range of an axis: smaller differences are not drawn large."""
+    return 0.1 if headline.unit == "bits per byte" else 5.0
+
+
+def _first_headline(each: Measured) -> tuple[Headline, float] | None:
+    """The first headline that all seeds have, and its mean."""
     known = [headlines(mapping(scores)) for scores in each.scores]
     task = next((task for task in (known[0] if known else {}) if all(task in other for other in known)), None)
-    return None if task is None else (known[0][task][0].head, sum(other[task][1] for other in known) / len(known))
+    return None if task is None else (known[0][task][0], sum(other[task][1] for other in known) / len(known))
 
 
 def _quartiles(each: Measured, tower: str) -> tuple[float | None, tuple[float, float] | None]:

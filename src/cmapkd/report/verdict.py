@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cmapkd.compare.metric import lower_is_better, metric_label
+from cmapkd.compare.metric import lower_is_better, metric_digits, metric_label
 from cmapkd.compare.statistics import Estimate
+from cmapkd.evaluation.tasks import Headline
+from cmapkd.methods import METHODS
+from cmapkd.models import GenerativeModel
 from cmapkd.report.arms import Arm
 from cmapkd.report.blocks import Paragraph
 from cmapkd.report.plain import mapping, number, sequence, string, whole
@@ -14,7 +17,6 @@ from cmapkd.report.read import ComparisonFolder, RunFolder, model_name, short_na
 from cmapkd.report.scores import times_smaller
 
 MOST = 3  # sentences
-_LEAST = 0.05  # points; one decimal shows less as 0.0
 
 
 def arm_verdict(arm: Arm) -> list[Paragraph]:
@@ -29,14 +31,14 @@ def arm_verdict(arm: Arm) -> list[Paragraph]:
     difference = arm.difference(*path)
     runs = _runs(arm)
     said: list[Paragraph] = [runs] if runs.tone == "bad" else []
-    if (worse := _worse(arm, headline.head, path, difference)) is not None:
+    if (worse := _worse(arm, headline, path, difference)) is not None:
         said.append(worse)
-    if (kept := _kept(arm, headline.head, path)) is not None:
+    if (kept := _kept(arm, headline, path)) is not None:
         said.append(kept)
     if difference is None:
         said.append(_no_baseline(arm))
     elif worse is None:
-        said.append(_lead(arm, headline.head, difference))
+        said.append(_lead(arm, headline, difference))
     return said if runs.tone == "bad" else [*said, runs]
 
 
@@ -51,10 +53,17 @@ def arm_about(arm: Arm) -> str:
     parts = [
         arm.method,
         models,
-        None if steps is None else f"{steps:,}{total} steps" + (f" with {batch:,} pairs each" if batch else ""),
+        None
+        if steps is None
+        else f"{steps:,}{total} steps" + (f" with {batch:,} {_samples(arm.method)} each" if batch else ""),
         None if data is None else f"on {short_name(data)}",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _samples(method: str) -> str:
+    """What a batch has so many of."""
+    return "samples" if method in METHODS.own and issubclass(METHODS[method].reads, GenerativeModel) else "pairs"
 
 
 def _unfinished(run: RunFolder) -> str:
@@ -71,63 +80,72 @@ def _unfinished(run: RunFolder) -> str:
     return f"{why}{reached} Go on with cmapkd distill RECIPE --out FOLDER --resume, in Python with resume=True."
 
 
-def _worse(arm: Arm, head: str, path: Sequence[str], difference: Estimate | float | None) -> Paragraph | None:
+def _worse(arm: Arm, headline: Headline, path: Sequence[str], difference: Estimate | float | None) -> Paragraph | None:
     """Only of a difference that is resolved, or of one seed; `_lead` says the others."""
     mean = difference.mean if isinstance(difference, Estimate) else difference
     student, baseline = arm.mean("student", *path), arm.mean("baseline", *path)
     if mean is None or mean >= 0 or student is None or baseline is None:
         return None
-    if _resolves_nothing(difference):
+    if _resolves_nothing(difference, headline):
         return None
-    interval = f", 95 % interval {_bounds(difference)}" if isinstance(difference, Estimate) else ""
+    interval = f", 95 % interval {_bounds(difference, headline)}" if isinstance(difference, Estimate) else ""
+    points = " points" if headline.unit == "percent" else ""
     text = (
-        f"The student is worse than {_baseline(arm)}: {head} {student.value:.1f} against {baseline.value:.1f} "
-        f"({mean:+.1f} points{interval})."
+        f"The student is worse than {_baseline(arm)}: {headline.head} {headline.shown(student.value)} against "
+        f"{headline.shown(baseline.value)} ({headline.shown(mean, '+')}{points}{interval})."
     )
     return Paragraph(text, "bad")
 
 
-def _kept(arm: Arm, head: str, path: Sequence[str]) -> Paragraph | None:
+def _kept(arm: Arm, headline: Headline, path: Sequence[str]) -> Paragraph | None:
     """What share of the teacher's score is kept, at what share of its size."""
     student, teacher = arm.mean("student", *path), arm.mean("teacher", *path)
     if student is None:
         return None
     sizes = [arm.mean(role, "params") for role in ("teacher", "student")]
     smaller = None if None in sizes else times_smaller(*(size.value for size in sizes if size is not None))
+    reached = f"The student reaches {headline.shown(student.value)} in {headline.head}"
     if teacher is None:
-        return Paragraph(f"The student reaches {student.value:.1f} in {head}; no teacher was measured beside it.")
-    if teacher.value <= 0:  # a share of it would say nothing
-        beside = f"The student reaches {student.value:.1f} in {head}, its teacher {teacher.value:.1f}"
+        return Paragraph(f"{reached}; no teacher was measured beside it.")
+    if headline.unit != "percent" or teacher.value <= 0:  # a share of it would say nothing
+        beside = f"{reached}, its teacher {headline.shown(teacher.value)}"
         return Paragraph(beside + (f", with {smaller} times fewer parameters." if smaller else "."))
     text = (
-        f"The student keeps {100 * student.value / teacher.value:.0f} % of the teacher's {head} "
-        f"({student.value:.1f} of {teacher.value:.1f})"
+        f"The student keeps {100 * student.value / teacher.value:.0f} % of the teacher's {headline.head} "
+        f"({headline.shown(student.value)} of {headline.shown(teacher.value)})"
     )
     return Paragraph(text + (f" with {smaller} times fewer parameters." if smaller else "."))
 
 
-def _lead(arm: Arm, head: str, difference: Estimate | float) -> Paragraph:
+def _lead(arm: Arm, headline: Headline, difference: Estimate | float) -> Paragraph:
     gap = arm.gap()
     closed = "" if gap is None else f" and closes {gap.value:.0f} % of the gap to the teacher"
     if not isinstance(difference, Estimate):
-        if _resolves_nothing(difference):
-            return Paragraph(f"It differs from {_baseline(arm)} by less than {_LEAST} points of {head}.", "bad")
-        return Paragraph(f"It leads {_baseline(arm)} by {difference:.1f} points of {head}{closed}.")
-    if _resolves_nothing(difference):
+        if _resolves_nothing(difference, headline):
+            least = headline._replace(digits=headline.digits + 1).amount(_least(headline))
+            return Paragraph(f"It differs from {_baseline(arm)} by less than {least}.", "bad")
+        return Paragraph(f"It leads {_baseline(arm)} by {headline.amount(difference)}{closed}.")
+    if _resolves_nothing(difference, headline):
         text = (
-            f"The difference to {_baseline(arm)} is not resolved: {difference.mean:+.1f} points of {head}, 95 % "
-            f"interval {_bounds(difference)}."
+            f"The difference to {_baseline(arm)} is not resolved: {headline.amount(difference.mean, '+')}, 95 % "
+            f"interval {_bounds(difference, headline)}."
         )
         return Paragraph(text, "bad")
-    text = f"It leads {_baseline(arm)} by {difference.mean:.1f} points of {head} ({_bounds(difference)}){closed}."
+    by = f"{headline.amount(difference.mean)} ({_bounds(difference, headline)})"
+    text = f"It leads {_baseline(arm)} by {by}{closed}."
     return Paragraph(text, "good")
 
 
-def _resolves_nothing(difference: Estimate | float | None) -> bool:
-    """Whether the interval holds 0; of one seed, whether one decimal shows no difference."""
+def _resolves_nothing(difference: Estimate | float | None, headline: Headline) -> bool:
+    """Whether the interval holds 0; of one seed, whether the decimals of the headline show no difference."""
     if isinstance(difference, Estimate):
         return difference.interval[0] <= 0 <= difference.interval[1]
-    return difference is not None and abs(difference) < _LEAST
+    return difference is not None and abs(difference) < _least(headline)
+
+
+def _least(headline: Headline) -> float:
+    """Less is shown as 0."""
+    return 0.5 * 0.1**headline.digits
 
 
 def _baseline(arm: Arm) -> str:
@@ -161,9 +179,8 @@ def _runs(arm: Arm) -> Paragraph:
     return Paragraph(f"Numbers are means of {count} seeds; intervals are over seeds.")
 
 
-def _bounds(estimate: Estimate) -> str:
-    low, high = estimate.interval
-    return f"{low:+.1f} to {high:+.1f}"
+def _bounds(estimate: Estimate, headline: Headline) -> str:
+    return " to ".join(headline.shown(bound, "+") for bound in estimate.interval)
 
 
 # ------------------------------------------------------------------------------------------------ comparisons
@@ -213,9 +230,11 @@ def _declared(contrasts: Sequence[Mapping[str, Any]]) -> list[Paragraph]:
         difference, bounds = number(first, "difference"), sequence(first, "interval")
         low, high = (number({"bound": bound}, "bound") for bound in bounds) if len(bounds) == 2 else (None, None)
         how = "is equal to" if verdict == "equal" else f"is {verdict}"
-        interval = "" if low is None or high is None else f", 95 % interval {low:+.1f} to {high:+.1f}"
-        shown = "" if difference is None else f" by {difference:+.1f}{interval}" if verdict != "equal" else interval
         metric = string(first, "metric") or ""
+        digits = metric_digits(metric)
+        interval = "" if low is None or high is None else f", 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+        by = "" if difference is None else f" by {difference:+.{digits}f}{interval}"
+        shown = interval if difference is not None and verdict == "equal" else by
         lower = f" ({metric_label(metric)}: lower is better)" if lower_is_better(metric) else ""
         said.append(Paragraph(f"{arm} {how} {against}{shown}{lower}.", "bad" if worse else "good"))
     return said
@@ -238,15 +257,17 @@ def _best(table: Mapping[str, Any]) -> Paragraph:
     if not means or metric is None:
         return Paragraph("No run of the first table has a score.", "bad")
     lower = lower_is_better(metric)
+    digits = metric_digits(metric)
     value, best = (min if lower else max)(means, key=lambda pair: pair[0])
-    text = f"{string(best, 'row')} has the {'lowest' if lower else 'highest'} {metric_label(metric)}: {value:.1f}"
+    text = (
+        f"{string(best, 'row')} has the {'lowest' if lower else 'highest'} {metric_label(metric)}: {value:.{digits}f}"
+    )
     difference = number(best, "metrics", metric, "difference", "mean")
     if difference is None:
         return Paragraph(text + ".")
     bounds = [
         number({"bound": bound}, "bound") for bound in sequence(best, "metrics", metric, "difference", "interval")
     ]
-    interval = (
-        f", 95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}" if len(bounds) == 2 and None not in bounds else ""
-    )
-    return Paragraph(f"{text}, {difference:+.1f} from {string(table, 'reference')}{interval}.")
+    known = [f"{bound:+.{digits}f}" for bound in bounds if bound is not None]
+    interval = f", 95 % interval {' to '.join(known)}" if len(known) == 2 else ""
+    return Paragraph(f"{text}, {difference:+.{digits}f} from {string(table, 'reference')}{interval}.")

@@ -28,6 +28,15 @@ class Headline(NamedTuple):
     digits: int = 1  # decimals in tables
     unit: str = "percent"
 
+    def shown(self, value: float, sign: str = "") -> str:
+        """The number with its decimals; of `sign` `+` always with its sign."""
+        return f"{value:{sign}.{self.digits}f}"
+
+    def amount(self, value: float, sign: str = "") -> str:
+        """A difference, in a sentence: `1.2 points of answers`, `0.034 in -bits/byte`."""
+        of = "points of" if self.unit == "percent" else "in"
+        return f"{self.shown(value, sign)} {of} {self.head}"
+
 
 class Task(ABC):
     """One way to measure models. A new one is a file with a subclass, and its line in `TASKS`; see docs/extending.md.

@@ -174,7 +174,7 @@ def test_a_gap_that_was_not_checked_says_so(
 
 
 def test_points_say_nothing_of_bits_per_byte() -> None:
-    row = Row("sft", {}, {})
+    row = Row({}, "sft", {})
     start = check_start(row, "perplexity.negative_bits_per_byte", {}, {}, 1.0)
     assert start == GapStart(
         False, "Whether sft, where the gap begins, still rises was not checked: -bits/byte is no percent."

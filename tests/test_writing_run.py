@@ -245,6 +245,9 @@ def test_runs_of_different_prompts_are_asked_in_words_of_ones_own(tmp_path: Path
     assert prompts is None
     assert told.startswith("warning: the runs were trained with different prompts")
     assert prompts_of_runs([tmp_path / "none"]) == (None, "")
+    alone, _ = prompts_of_runs([tmp_path / "a" / "student"])
+    assert alone is not None
+    assert alone.suffix == "Briefly."
 
 
 def test_the_report_shows_answers(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -304,6 +307,7 @@ def test_the_doctor_looks_at_tokens_and_pictures(recipe: dict[str, Any]) -> None
     assert "ends an answer with token" in found["student vocabulary"].detail
     assert found["student dialogues"].detail.startswith("of 24 read: 4 visual tokens of a picture, ")
     assert "of a model that knows nothing" in found["student start"].detail
+    assert found["student weights"].detail.startswith("random in the ")
     assert "both write the same" in found["pair"].detail
     assert found["teacher sanity"].level in ("ok", "note", "problem")
     assert "its 8 likeliest tokens leave out" in found["teacher tokens"].detail

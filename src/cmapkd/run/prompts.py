@@ -13,12 +13,13 @@ def prompts_of_runs(folders: Iterable[Path]) -> tuple[PromptConfig | None, str]:
     """What all run folders among these were asked in, and a sentence about it.
 
     Args:
-        folders: some of them runs; others say nothing.
+        folders: some of them runs, or the `student` of one; others say nothing.
     Returns:
         None and an empty sentence where there is no run; None and a warning where runs differ.
     """
     found: dict[Path, PromptConfig] = {}
-    for folder in folders:
+    for named in folders:
+        folder = named.resolve().parent if named.name == "student" else named  # the model of a run lies in the run
         if (folder / "config.yaml").is_file():
             try:
                 data = load_mapping(folder / "config.yaml").get("data")

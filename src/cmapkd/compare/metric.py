@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cmapkd.evaluation.tasks import TASKS
+from cmapkd.evaluation.tasks import TASKS, Column, Headline
 
 _LOWER = (
     "median_rank", "mean_rank", "params", "bad_samples",
@@ -28,7 +28,8 @@ def metric_label(path: str) -> str:
 def metric_digits(path: str) -> int:
     """Decimals in which a metric is read: those of its task's headline or column, else 1."""
     for name, task in TASKS.own.items():
-        numbers = [*task.columns, *([task.headline] if task.headline else [])]
+        numbers: list[Column | Headline] = [*task.columns]
+        numbers += [task.headline] if task.headline else []
         for number in numbers:
             if f".{path}".endswith("." + ".".join((name, *number.path))):  # further test data stand before the task
                 return number.digits

@@ -314,8 +314,9 @@ def cost_blocks(models: Sequence[Measured]) -> list[Block]:
                 if of == headline
             ]
             if len(marks) > 1:
-                units = {"x_unit": "MB of weights", "y_unit": _axis(headline), "least": _least(headline)}
-                figures.append(scatter(f"Size and score on {data}", marks, **units))
+                unit, least = _axis(headline), _least(headline)
+                name = f"Size and score on {data}"
+                figures.append(scatter(name, marks, x_unit="MB of weights", y_unit=unit, least=least))
     for tower in ("image", "text"):
         timed = [(each, *_quartiles(each, tower)) for each in models]
         rows = [

@@ -208,9 +208,7 @@ def test_models_that_read_one_input_share_what_is_drawn() -> None:
 
 
 def test_of_a_dialogue_with_two_answers_an_own_last_one_is_learned_alone() -> None:
-    method = on_policy(
-        student=make_writer(train_on="all"), teacher=make_judge(train_on="all"), on_policy={**SHORT, "share": 1.0}
-    )
+    method = on_policy(on_policy={**SHORT, "share": 1.0})
     asked, said = Turn("user", "How many squares?"), Turn("assistant", "2")
     inputs = {}
     for role, model in (("student", method.student), ("teacher", method.teachers["teacher"].model)):

@@ -20,11 +20,16 @@ import cmapkd
 from cmapkd.cli import app
 from cmapkd.compare import compare, load_comparison
 from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source
 from cmapkd.diagnosis import diagnose
 from cmapkd.models import GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, finalize, run
+from cmapkd.run.measure import num_measured, validated
+from cmapkd.run.prompts import prompts_of_runs
+from cmapkd.starter import check_teacher
+from helpers import MemorySource
 from writers import STUDENT, TEACHER, TEXTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +92,7 @@ def test_a_run_ends_with_scores_of_student_teacher_and_sft(finished: tuple[Path,
     for role in ("teacher", "student", "baseline"):
         assert metrics[role]["answering"]["num_questions"] > 0
         assert metrics[role]["answering"]["protocol"]["question_suffix"] == "Say one word."  # as in training
+        assert sum(metrics[role]["params_by_part"].values()) == metrics[role]["params"]
         assert metrics[role]["perplexity"]["protocol"]["question_suffix"] == "Say one word."
         assert metrics[role]["perplexity"]["num_tokens"] == metrics["student"]["perplexity"]["num_tokens"]
     table = table_of(result)
@@ -94,6 +100,18 @@ def test_a_run_ends_with_scores_of_student_teacher_and_sft(finished: tuple[Path,
         assert word in table
     assert "rollouts" in said
     assert "of the time" in said
+
+
+def test_validations_are_bounded_and_ask_what_can_be_answered(recipe: dict[str, Any]) -> None:
+    source = open_source("scenes@val?length=9")
+    auto = {"tasks": "auto", "writing": {"validation_samples": 2}}
+    chosen = validated(of(recipe, evaluation=auto), source).evaluation
+    assert (chosen.tasks, chosen.limit) == (("answering",), 2)
+    assert validated(of(recipe, evaluation=auto | {"limit": 1}), source).evaluation.limit == 1
+    named = validated(of(recipe, evaluation={"tasks": ["perplexity"]}), source)
+    assert (named.evaluation.tasks, named.evaluation.limit) == (("perplexity",), 256)
+    assert num_measured(named, source) == 9
+    assert validated(of(recipe, evaluation=auto), MemorySource(4)).evaluation.tasks == ("perplexity",)
 
 
 def test_seconds_are_told_by_part(finished: tuple[Path, str]) -> None:
@@ -125,9 +143,11 @@ def test_a_resumed_run_is_the_run_bit_for_bit(
 
 
 def test_a_run_is_finalized_and_extended(finished: tuple[Path, str], recipe: dict[str, Any], tmp_path: Path) -> None:
-    config = of(recipe, training={**recipe["training"], "checkpoint_every": 1, "keep_checkpoints": 3})
-    run(config, out=tmp_path / "run", keep=3)
-    assert finalize(tmp_path / "run", step="1").metrics["steps"] == 1
+    config = of(recipe)
+    run(config, out=tmp_path / "run")
+    best = finalize(tmp_path / "run", step="best").metrics
+    assert best["steps"] == best["best_step"]
+    assert best["student"]["answering"]["num_questions"] > 0
     longer = run(config, out=tmp_path / "run", extend_to=3)
     assert longer.metrics["steps"] == longer.metrics["total_steps"] == 3
     assert longer.metrics["extended"] == [{"at": 2, "from": 2}]
@@ -143,8 +163,26 @@ def test_a_finished_run_answers_and_is_evaluated(finished: tuple[Path, str], tmp
     words = ["evaluate", f"mine={out}", "--data", "scenes?length=2", "--tasks", "answering", "--json", str(scores)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert json.loads(scores.read_text())["models"]["mine"]["answering"]["num_questions"] > 0
+    found = json.loads(scores.read_text())["models"]["mine"]["answering"]
+    assert found["num_questions"] > 0
+    assert found["protocol"]["question_suffix"] == "Say one word."  # of the run
     assert "exact match" in done.output
+    assert "was trained (data.prompts)" in done.output.replace("\n", " ")
+
+
+def test_runs_of_different_prompts_are_asked_in_words_of_ones_own(tmp_path: Path) -> None:
+    for name, suffix in (("a", "Briefly."), ("b", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"data": {"prompts": {"suffix": suffix}}}))
+    folders = [tmp_path / "a", tmp_path / "none"]
+    prompts, told = prompts_of_runs(folders)
+    assert prompts is not None
+    assert prompts.suffix == "Briefly."
+    assert "was trained" in told
+    prompts, told = prompts_of_runs([*folders, tmp_path / "b"])
+    assert prompts is None
+    assert told.startswith("warning: the runs were trained with different prompts")
+    assert prompts_of_runs([tmp_path / "none"]) == (None, "")
 
 
 def test_the_report_shows_answers(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -155,6 +193,9 @@ def test_the_report_shows_answers(finished: tuple[Path, str], tmp_path: Path) ->
     assert "answers" in page
     assert "Say one word." in page
     assert "Gallery of retrievals" not in page
+    assert "Training by part: " in page
+    assert "rollouts share" in page or "rollouts/share" in page
+    assert "3 images, 21 questions" in page
     plain = write_report([out], tmp_path / "plain.html", gallery=0).read_text()
     assert "Answers to look at" not in plain
     hidden = write_report([out], tmp_path / "hidden.html", gallery=1, captions=False).read_text()
@@ -165,7 +206,7 @@ def test_arms_that_write_are_compared(recipe: dict[str, Any], tmp_path: Path) ->
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
     values = {"base": str(tmp_path / "base.yaml"), "seeds": [0, 1]}
     values["arms"] = {"sft": {"method": "sft"}, "kd": {"method": "token_kd"}}
-    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     result = compare(load_comparison(tmp_path / "comparison.yaml"), out=tmp_path / "out")
     (table,) = result.tables
     assert table.metrics == ("answering.overall", "perplexity.negative_bits_per_byte")
@@ -189,7 +230,7 @@ def test_trials_are_not_judged_by_what_students_lack(recipe: dict[str, Any], tmp
         "tuning": tuning,
         "arms": {"kd": {}, "sft": "method=sft"},
     }
-    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     with pytest.raises(ConfigError, match=r"retrieval\.mean_r@1, which measures a DualEncoder.*answering\.overall"):
         compare(load_comparison(tmp_path / "comparison.yaml"), out=tmp_path / "out")
 
@@ -212,6 +253,9 @@ def test_commands_of_models_that_embed_refuse(finished: tuple[Path, str], tmp_pa
     out, _ = finished
     refused = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / "x")])
     assert "cmapkd export needs a model that embeds" in str(refused.exception)
+    for teacher in ("tiny_vlm:small", str(out)):
+        with pytest.raises(ConfigError, match="writes answers, and cmapkd init makes recipes"):
+            check_teacher(teacher)
     with pytest.raises(ConfigError, match="'sft' trains models that write"):
         cmapkd.method("sft", student=str(out))
     with pytest.raises(ConfigError, match="a training loop of one's own needs a model that embeds"):

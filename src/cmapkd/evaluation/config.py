@@ -27,6 +27,11 @@ class WritingConfig(Config):
     )
     answer_tokens: int = Field(10, ge=1, description="Most tokens of an answer to a question.")
     caption_tokens: int = Field(64, ge=1, description="Most tokens of a description.")
+    validation_samples: int | None = Field(
+        256,
+        ge=1,
+        description="Most samples that a validation during the training asks about, as answers take long; none: all.",
+    )
     asks: Literal["auto", "turns", "questions", "captions", "both"] | None = Field(
         None,
         description="What of a sample is asked, as data.prompts.kind in training; none: data.prompts in a run, else "

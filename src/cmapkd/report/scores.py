@@ -70,11 +70,13 @@ class Measured:
 
 
 def _scored(scores: Mapping[str, Any]) -> str | None:
-    """What zero-shot alone is of, in the words of `retrieval_set`."""
+    """What scores without retrieval are of, in the words of `retrieval_set`."""
     images, captions = (whole(scores, "scored", key) for key in ("images", "captions"))
     if images is None:
         return None
-    return ", ".join([counted(images, "image"), *([counted(captions, "caption")] if captions else [])])
+    asked = whole(scores, "scored", "questions")
+    parts = [(images, "image"), (asked, "question"), (captions, "caption")]
+    return ", ".join(counted(number, name) for number, name in parts if number)
 
 
 def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:

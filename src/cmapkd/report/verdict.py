@@ -94,8 +94,11 @@ def _kept(arm: Arm, head: str, path: Sequence[str]) -> Paragraph | None:
         return None
     sizes = [arm.mean(role, "params") for role in ("teacher", "student")]
     smaller = None if None in sizes else times_smaller(*(size.value for size in sizes if size is not None))
-    if teacher is None or teacher.value <= 0:
+    if teacher is None:
         return Paragraph(f"The student reaches {student.value:.1f} in {head}; no teacher was measured beside it.")
+    if teacher.value <= 0:  # a share of it would say nothing
+        beside = f"The student reaches {student.value:.1f} in {head}, its teacher {teacher.value:.1f}"
+        return Paragraph(beside + (f", with {smaller} times fewer parameters." if smaller else "."))
     text = (
         f"The student keeps {100 * student.value / teacher.value:.0f} % of the teacher's {head} "
         f"({student.value:.1f} of {teacher.value:.1f})"

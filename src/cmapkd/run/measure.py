@@ -11,7 +11,9 @@ import torch
 
 from cmapkd.config import RESUME, counted
 from cmapkd.data.open import open_source
-from cmapkd.data.types import Source
+from cmapkd.data.texts import LOOKED_AT
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.unseen import unseen
 from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import evaluate
 from cmapkd.evaluation.suite import count_parameters
@@ -56,10 +58,38 @@ def num_measured(config: RunConfig, source: Source | None) -> int:
     return len(source) if config.evaluation.limit is None else min(len(source), config.evaluation.limit)
 
 
+def validated(config: RunConfig, source: Source | None) -> RunConfig:
+    """The config of a validation on the way: of models that write it asks about fewer samples.
+
+    Where the recipe names no tasks, it measures answers alone, or likelihoods where there is nothing to answer.
+    """
+    if not config.writes or source is None:
+        return config
+    settings = config.evaluation
+    bounds = [each for each in (settings.limit, settings.writing.validation_samples) if each is not None]
+    chosen: dict[str, Any] = {"limit": min(bounds, default=None)}
+    if settings.tasks == "auto":
+        chosen["tasks"] = ("answering",) if _is_asked(source) else ("perplexity",)
+    return config.model_copy(update={"evaluation": settings.model_copy(update=chosen)})
+
+
+def _is_asked(source: Source) -> bool:
+    """Whether one of the first samples has a question with an answer, or a dialogue."""
+    for index in range(min(LOOKED_AT, len(source))):
+        try:
+            sample = unseen(source, index)
+        except BadSampleError:
+            continue
+        if sample.turns or any(question.answers for question in sample.questions):
+            return True
+    return False
+
+
 def validator_of(config: RunConfig, source: Source | None) -> Any:
     """Measures a student on the validation source; None where there is none."""
     if source is None:
         return None
+    config = validated(config, source)
 
     def validate(student: Model) -> dict[str, float]:
         scores = _evaluate(student, source, config, device=student.device)

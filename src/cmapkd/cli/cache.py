@@ -38,7 +38,7 @@ def build(
     config = read_recipe(recipe, overrides)
 
     from cmapkd.cache import CacheConfig, CacheError
-    from cmapkd.config import in_bytes
+    from cmapkd.config import counted, in_bytes
     from cmapkd.run import RunConfig
 
     if config.cache is None:  # validated again: the views of a run with a cache cycle
@@ -69,7 +69,8 @@ def build(
     cuda = torch.cuda.is_available() and not config.training.on_cpu
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
     for plan in plans:
-        size = f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {in_bytes(plan.bytes_missing())} missing"
+        rows, missing = counted(len(plan.keys), "row"), in_bytes(plan.bytes_missing())
+        size = f"{rows} of {plan.layout.row_bytes:,} bytes, {missing} missing"
         console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
         built = plan.build(
             device=device,
@@ -80,8 +81,8 @@ def build(
             progress=BuildDisplay(console),
             timeout=config.data.timeout,
         )
-        bad = f"; {len(built.bad)} samples could not be read, the first {built.bad[0]}" if built.bad else ""
-        console.print(f"built {built.rows:,} rows{bad}", highlight=False, soft_wrap=True)
+        bad = f"; {counted(len(built.bad), 'sample')} could not be read, the first {built.bad[0]}" if built.bad else ""
+        console.print(f"built {counted(built.rows, 'row')}{bad}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog=examples("info"))
@@ -92,7 +93,7 @@ def info(
     """Say what a cache holds, how faithful it is, and what is missing."""
     from cmapkd.cache.parts import CacheFolder
     from cmapkd.cache.verify import describe
-    from cmapkd.config import in_bytes
+    from cmapkd.config import counted, in_bytes
 
     found = describe(CacheFolder.open(folder))
     if as_json:
@@ -102,7 +103,7 @@ def info(
     typer.echo(
         f"{found['rows_done']:,} of {found['rows']:,} rows ({found['rows_without_answer']:,} without answer) of "
         f"{found['bytes_per_row']:,} bytes, {in_bytes(found['bytes'])}; {found['shards_missing']} of "
-        f"{found['shards']} shards missing"
+        f"{counted(found['shards'], 'shard')} missing"
     )
     for line in _of_tokens(found["fidelity"]) if "tokens" in found["fidelity"] else _of_towers(found["fidelity"]):
         typer.echo(f"  {line}")

@@ -70,7 +70,8 @@ def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
 def _plan(config: RunConfig) -> Iterator[str]:
     """Who learns from whom, how, and how long."""
     teacher = config.teacher.name if config.teacher is not None else "none"
-    yield f"Teacher {teacher}, student {config.student.name}, method {config.method.name}, pictures {config.data.train}."
+    names = f"Teacher {teacher}, student {config.student.name}, method {config.method.name}"
+    yield f"{names}, pictures {config.data.train}."
     share = (
         f"one question in {round(1 / config.data.prompts.share)}" if config.data.prompts.share < 1 else "all questions"
     )
@@ -137,6 +138,6 @@ def lesson_of(metrics: Mapping[str, Any]) -> str | None:
         return f"The student is right in {found}: so short a training shows no gain yet."
     smaller = metrics["teacher"]["params"] / metrics["student"]["params"]
     return (
-        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions and steps "
+        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions, steps "
         f"were the same: the teacher made the difference. The teacher is right in {teacher:.1f} %."
     )

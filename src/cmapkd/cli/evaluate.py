@@ -60,9 +60,13 @@ def evaluate(
     """Score models side by side. Retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
+    from cmapkd.config import counted
     from cmapkd.config.disk import check_writable
+    from cmapkd.settings import check_source
 
     named, values = _named(models), _settings(tasks, settings or [])
+    for given in filter(None, (data, train)):
+        check_source(given)
     if json_file is not None:
         check_writable(json_file)
 
@@ -83,7 +87,7 @@ def evaluate(
     loaded = _loaded(named, say)
     config = _asked_as_trained(config, named, loaded, say)
     if source is not None:
-        say(f"evaluating {len(loaded)} model{'s'[: len(loaded) > 1]} on {len(source):,} samples of {source.name}")
+        say(f"evaluating {counted(len(loaded), 'model')} on {counted(len(source), 'sample')} of {source.name}")
     try:
         heads_from = training_source(train, data)
         scores = evaluate_models(loaded, source, config, device=device, train=heads_from, work=work, console=console)

@@ -36,6 +36,8 @@ def report(
     """Write one self-contained page: verdict, scores, cost, curves, examples to look at, origins."""
     from rich.console import Console
 
+    _refuse_missing(paths)
+
     from cmapkd.report import write_report
 
     console = Console()
@@ -51,6 +53,20 @@ def report(
         say=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
     )
     console.print(f"report: {written} ({written.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False)
+
+
+def _refuse_missing(paths: list[Path]) -> None:
+    """Answers a misspelt path before torch is imported.
+
+    Raises:
+        ConfigError: nothing is at a path; with what is there under a similar name.
+    """
+    from cmapkd.config import ConfigError, closest
+
+    for path in paths:
+        if not path.exists():
+            beside = sorted(str(path.parent / each.name) for each in path.parent.glob("*"))
+            raise ConfigError(f"there is no {path}{closest(str(path), beside)}")
 
 
 def leave_page(folder: Path, console: Any, *, gallery: int = 0) -> None:

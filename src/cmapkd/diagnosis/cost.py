@@ -12,7 +12,7 @@ import torch
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.cache.cost import measure
-from cmapkd.config import in_bytes
+from cmapkd.config import counted, in_bytes
 from cmapkd.data.batches import BatchBuilder, Choice
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
@@ -166,7 +166,7 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
         return
     pays = views * cost.build / (live - cost.read)
     detail += (
-        f". With {views} view{'s'[: views > 1]} it pays from {pays:.1f} epochs on, over all runs that share it; this "
+        f". With {counted(views, 'view')} it pays from {pays:.1f} epochs on, over all runs that share it; this "
         f"run has {epochs:.3g}"
     )
     yield Finding("note" if settings is not None and epochs < pays else "ok", what, detail)

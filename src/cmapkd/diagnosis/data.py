@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from cmapkd.config import counted
 from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.diagnosis.finding import Finding
@@ -40,7 +41,7 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
         yield Finding(
             "ok",
             what,
-            f"{length:,} samples; of {len(captions)} read: {statistics.mean(captions):.1f} captions "
+            f"{counted(length, 'sample')}; of {len(captions)} read: {statistics.mean(captions):.1f} captions "
             + (f"and {statistics.mean(asked):.1f} questions or dialogues " if config.writes else "")
             + f"each, short side {min(sizes)}-{max(sizes)} px, {labelled} with a label",
         )
@@ -55,7 +56,8 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
             yield Finding(
                 "problem",
                 what,
-                f"{length} samples do not fill one batch of {config.training.batch_size}: lower training.batch_size",
+                f"{counted(length, 'sample')} cannot fill one batch of {config.training.batch_size}: lower "
+                "training.batch_size",
             )
         elif captions and not all(captions) and config.method.reads_captions and not config.writes:
             yield Finding(

@@ -50,11 +50,8 @@ class HfVlm(GenerativeModel):
         config = model.config
         self.layout = LAYOUTS[config.model_type]
         self.vocabulary = _vocabulary(model, processor, name)
-        vision, text = config.vision_config, config.text_config
-        self.image_levels = (
-            *_levels("blocks", len(blocks_of(self._vision)), getattr(vision, self.layout.width)),
-            LevelInfo("projector", text.hidden_size, "tokens"),
-        )
+        text = config.text_config
+        self.image_levels = (*self._image_levels(), LevelInfo("projector", text.hidden_size, "tokens"))
         self.text_levels = _levels("layers", text.num_hidden_layers, text.hidden_size)
 
     @property
@@ -71,7 +68,7 @@ class HfVlm(GenerativeModel):
 
     @property
     def _vision_blocks(self) -> Sequence[nn.Module]:
-        return blocks_of(self._vision)
+        return tuple(blocks_of(self._vision))
 
     @property
     def head(self) -> LogitHead:
@@ -119,7 +116,8 @@ class HfVlm(GenerativeModel):
 
     def forward_seeing(self, inputs: ChatInput, seen: Seen, needs: TokenNeeds | None = None) -> TokenFeatures:
         needs = needs or TokenNeeds()
-        inside = [name for name in needs.levels if name.startswith("blocks.")]
+        seeing = {info.name for info in self.image_levels[:-1]}
+        inside = [name for name in needs.levels if name in seeing]
         if inside:
             raise ValueError(f"{', '.join(inside)} of {self.name} cannot be read: its vision tower sees nothing here")
         deep = getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ()
@@ -139,16 +137,13 @@ class HfVlm(GenerativeModel):
         self._check(needs)
         at = positions(inputs)
         layers = [name for name in needs.levels if name.startswith("layers.")]
-        blocks = [name for name in needs.levels if name.startswith("blocks.")]
+        widths = {info.name: info.width for info in self.image_levels[:-1]}
+        blocks = [name for name in needs.levels if name in widths]
         projected = needs.projected or "projector" in needs.levels
         with ExitStack() as hooks:
-            language, vision = blocks_of(self._language), self._vision_blocks
-            kept = hooks.enter_context(
-                outputs(
-                    {name: language[_number(name)] for name in layers}
-                    | {name: vision[_number(name)] for name in blocks}
-                )
-            )
+            language = blocks_of(self._language)
+            kept = hooks.enter_context(outputs({name: language[_number(name)] for name in layers}))
+            shown = hooks.enter_context(self._vision_outputs(blocks))
             if seen is not None:
                 hooks.enter_context(feeding(self._language, inputs.visual, seen.tokens.values, seen.deeper))
             fed = hooks.enter_context(fed_to(self._language)) if projected else {}
@@ -159,7 +154,7 @@ class HfVlm(GenerativeModel):
             kept[self.text_levels[-1].name] = states  # after the final norm
         asked: dict[Where, Tensor] = {where: mask for where, mask in at.items() if where in needs.where}
         levels: dict[str, Mapping[Where, Rows]] = {name: _selected(kept[name], asked) for name in layers}
-        levels |= {name: {"visual": self._patches(kept.get(name), inputs)} for name in blocks}
+        levels |= {name: {"visual": self._patches(shown.get(name), inputs, width=widths[name])} for name in blocks}
         tokens = visual_rows(fed["inputs_embeds"], inputs.visual) if projected else None
         if tokens is not None and "projector" in needs.levels:
             levels["projector"] = {"visual": tokens}
@@ -250,11 +245,20 @@ class HfVlm(GenerativeModel):
             **pictures,
         }
 
-    def _patches(self, values: Tensor | None, inputs: ChatInput) -> Rows:
+    def _image_levels(self) -> tuple[LevelInfo, ...]:
+        width = getattr(self.model.config.vision_config, self.layout.width)
+        return _levels("blocks", len(self._vision_blocks), width)
+
+    @contextmanager
+    def _vision_outputs(self, levels: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """What the vision tower gives at these levels inside this context, as `_patches` takes it."""
+        with outputs({name: self._vision_blocks[_number(name)] for name in levels}) as kept:
+            yield kept
+
+    def _patches(self, values: Tensor | None, inputs: ChatInput, *, width: int) -> Rows:
         """A vision block's output as rows of patches; none where the batch has no picture."""
         if values is None:
             none = inputs.texts.ids.new_zeros(0)
-            width = self.image_levels[0].width
             return Rows(torch.zeros(0, width, device=none.device, dtype=self.model.dtype), none, none)
         if self.layout.packed:
             grids = inputs.pictures["image_grid_thw"]

@@ -8,23 +8,27 @@ from typing import Any
 PAD, START, END = "<pad>", "<|im_start|>", "<|im_end|>"
 
 
-def template_of(picture: str, *, start: str = START, end: str = END) -> str:
+def template_of(picture: str, *, start: str = START, end: str = END, assistant: str = "assistant") -> str:
     """A chat template in the form of ChatML, with a generation prompt.
 
     Args:
         picture: what stands for a picture.
         start, end: the tokens around each turn.
+        assistant: the name of who answers.
     """
+    role = "message['role']"
+    if assistant != "assistant":
+        role = f"{assistant!r} if {role} == 'assistant' else {role}"
     newline = "{{ '\\n' }}"  # an expression, because Jinja drops a newline that follows a block
     return (
         "{% for message in messages %}"
-        f"{start}{{{{ message['role'] }}}}{newline}"
+        f"{start}{{{{ {role} }}}}{newline}"
         "{% for part in message['content'] %}"
         f"{{% if part['type'] == 'image' %}}{picture}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
         "{% endfor %}"
         f"{end}{newline}"
         "{% endfor %}"
-        f"{{% if add_generation_prompt %}}{start}assistant{newline}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{start}{assistant}{newline}{{% endif %}}"
     )
 
 

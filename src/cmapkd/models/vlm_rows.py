@@ -54,12 +54,17 @@ def tile_rows(values: Float[Tensor, "tiles tokens width"], pixels: Tensor, patch
         extents: Int[batch+1], which tiles each dialogue has.
     """
     patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-    values = values[:, -patches:]
+    return grid_rows(values[:, -patches:], extents)
+
+
+def grid_rows(values: Float[Tensor, "tiles tokens width"], extents: Tensor) -> Rows:
+    """Tokens of tiles, one tile of a dialogue after the other."""
+    tokens = values.shape[1]
     sample = _owners(extents, values.device)
     first = extents.to(values.device)[sample]
-    place = (torch.arange(len(values), device=values.device) - first)[:, None] * patches
-    place = place + torch.arange(patches, device=values.device)
-    return Rows(values.flatten(0, 1), sample.repeat_interleave(patches), place.flatten())
+    place = (torch.arange(len(values), device=values.device) - first)[:, None] * tokens
+    place = place + torch.arange(tokens, device=values.device)
+    return Rows(values.flatten(0, 1), sample.repeat_interleave(tokens), place.flatten())
 
 
 def packed_rows(

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cmapkd.config import counted
 from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.retrieval import RanksBothWays, rank_both_ways
 from cmapkd.evaluation.subject import Subject
@@ -66,8 +67,9 @@ def _about(watched: Watched) -> Paragraph:
     part = f"the first {tried:,} of {watched.total:,}" if tried < watched.total else f"all {watched.total:,}"
     unread = f" Pictures that could not be read: {len(seen.bad):,}." if seen.bad else ""
     return Paragraph(
-        f"Models embedded {part} pictures of {watched.source.name}, with {len(seen.texts):,} captions.{unread} Right "
-        "means that a right answer stands first. Cards are drawn by chance within each outcome."
+        f"Models embedded {part} pictures of {watched.source.name}, with "
+        f"{counted(len(seen.texts), 'caption')}.{unread} Right means that a right answer stands first. "
+        "Cards are drawn by chance within each outcome."
     )
 
 

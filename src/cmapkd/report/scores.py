@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmapkd.config import counted
 from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
 from cmapkd.report.arms import Arm, Mean, mean_of
 from cmapkd.report.blocks import Block, Cell, Figure, Figures, Paragraph, Remarks, Table
@@ -74,8 +75,8 @@ def _scored(scores: Mapping[str, Any]) -> str | None:
     if images is None:
         return None
     asked = whole(scores, "scored", "questions")
-    counted = [(images, "images"), (asked, "questions"), (captions, "captions")]
-    return ", ".join(f"{number:,} {name}" for number, name in counted if number)
+    parts = [(images, "image"), (asked, "question"), (captions, "caption")]
+    return ", ".join(counted(number, name) for number, name in parts if number)
 
 
 def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:

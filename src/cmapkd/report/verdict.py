@@ -68,7 +68,7 @@ def _unfinished(run: RunFolder) -> str:
         if damaged
         else "This run is not finished: it has no scores."
     )
-    return f"{why}{reached} Give the command that started it once more, with --resume."
+    return f"{why}{reached} Go on with cmapkd distill RECIPE --out FOLDER --resume, in Python with resume=True."
 
 
 def _worse(arm: Arm, head: str, path: Sequence[str], difference: Estimate | float | None) -> Paragraph | None:

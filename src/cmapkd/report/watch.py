@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.data.config import PromptConfig
 from cmapkd.data.open import open_source, split_of
 from cmapkd.data.types import BadSampleError, Sample, Source
@@ -107,7 +107,7 @@ def watch(
     bench = Bench(_settings(run, pictures), _device(), source)
     subjects: dict[str, Subject] = {}
     for name, model in models.items():
-        say(f"{name}: embedding {min(pictures, len(source)):,} pictures of {source.name}")
+        say(f"{name}: embedding {counted(min(pictures, len(source)), 'picture')} of {source.name}")
         subject = Subject(name, model, bench)
         try:
             seen = subject.embedded

@@ -71,7 +71,7 @@ def write_report(
     about = [arm_about(arm) for arm in arms[:_ABOUT]]
     page = Page(read.title, about, _verdicts(read, arms), read.notes, [*sections, missing(absent)], cmapkd.__version__)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render(page))
+    write_text(out, render(page), again="write the page again")
     return out
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from cmapkd.config import RESUME, counted
 from cmapkd.data.open import open_source
 from cmapkd.data.texts import LOOKED_AT
 from cmapkd.data.types import BadSampleError, Source
@@ -126,8 +127,8 @@ def _evaluate(
             raise
         fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
         raise OutOfMemory(
-            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). Go on with --resume "
-            f"and evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
+            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). To go on, {RESUME} "
+            f"with evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
             "scores stay the same, and what was trained is kept"
         ) from error
 
@@ -158,7 +159,7 @@ def measure(
         if source is None:
             return count_parameters(model)
         size = num_measured(config, source)
-        say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {size:,} samples of {source.name}")
+        say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {counted(size, 'sample')} of {source.name}")
         return _evaluate(model, source, config, device=device, ranks_file=ranks_file)
 
     teacher = teacher_scores

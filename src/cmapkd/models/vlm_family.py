@@ -1,0 +1,98 @@
+"""Names after `vlm:`: models that write, made of an image tower and a causal language model that the options name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from cmapkd.config import Config, ConfigError
+from cmapkd.models.base import Model
+from cmapkd.models.chat import HfChatProcessor
+from cmapkd.models.config import ModelConfig
+from cmapkd.models.families import Loader
+from cmapkd.models.hf_vlm_build import processor_of, read_processor
+from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
+from cmapkd.models.lora import LoraConfig
+from cmapkd.models.storage import WEIGHTS, load_weights, read_weights
+from cmapkd.models.vlm_language import LanguageConfig, build_language, processor_for, rebuild_language
+from cmapkd.models.vlm_model import LANGUAGE, PROCESSOR, AssembledVlm, joined
+from cmapkd.models.vlm_tower import Projector, ProjectorKind, VisualTokens
+
+_OF_LANGUAGE = ("embeddings", "language", "head")
+
+
+class VlmOptions(Config):
+    """The two halves, and the projector between them."""
+
+    image: ImagePartConfig = Field(description="The image tower: a name, or a name with its settings.")
+    text: LanguageConfig = Field(description="The language model, likewise.")
+    level: str | None = Field(None, description="The level of the image tower that is read. None: its last one.")
+    projector: ProjectorKind = Field("mlp", description="A norm, and behind it: linear, or mlp, two layers.")
+    frozen: tuple[Literal["vision", "projector", "embeddings", "language", "head"], ...] = Field(
+        (), description="Parts that never learn, and stay in eval mode."
+    )
+    lora: LoraConfig | None = Field(None, description="Low-rank adapters of the language model.")
+    max_tokens: int | None = Field(
+        None, ge=8, description="Longest dialogue with its picture, in tokens. None: as long as the model takes."
+    )
+
+
+def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Model:  # noqa: ARG001
+    """`vlm:WORD`, where the word is a name of the user's own; `init: scratch` leaves both halves untrained."""
+    if not {"image", "text"} <= config.options.keys():
+        raise ConfigError(
+            f"{config.name} is made of parts: name them as options.image and options.text, for example "
+            "image: timm:resnet18/pretrained, text: hf:google/gemma-3-270m"
+        )
+    options = VlmOptions.from_mapping(config.options, where=f"options of {config.name}")
+    if options.lora is not None and options.frozen:
+        raise ConfigError(f"{config.name}: with lora nothing learns but what lora.learn names: leave out frozen")
+    image, text = options.image, options.text
+    if config.init == "scratch":
+        image, text = image.model_copy(update={"init": "scratch"}), text.model_copy(update={"init": "scratch"})
+    vision = VisualTokens(build_image_tower(image), options.level)
+    language = build_language(text, where=config.name)
+    words = language.model.get_input_embeddings()
+    with torch.no_grad():
+        scale = float(words(torch.arange(min(4096, words.num_embeddings))).square().mean().sqrt())
+    projector = Projector(options.projector, vision.width, words.embedding_dim, scale=scale)
+    picture = language.tokenizer.convert_tokens_to_ids(language.picture)
+    whole = joined(vision, projector, language.model, picture)
+    native = processor_for(language, vision.tower.spec, vision.count)
+    processor = processor_of(native, whole.config, name=config.name, max_tokens=options.max_tokens)
+    model = _finished(whole, processor, config.name)
+    random = {"vision": vision.tower.random, "projector": True, **dict.fromkeys(_OF_LANGUAGE, text.init == "scratch")}
+    model.random_parts = tuple(part for part, names in model.parts.items() if names and random.get(part))
+    if options.lora is not None:
+        model.adapt(options.lora)
+    parts, parameters = model.parts, dict(model.named_parameters())
+    for name in frozenset().union(*(parts[part] for part in options.frozen)):
+        parameters[name].requires_grad_(False)
+    return model
+
+
+def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model:  # noqa: ARG001
+    """A folder that `AssembledVlm.save` wrote; needs no network."""
+    name, options = str(description["name"]), description["options"]
+    vision = VisualTokens(rebuild_image_tower(options["image"], folder), str(options["level"]))
+    language = rebuild_language(folder / LANGUAGE)
+    kind: ProjectorKind = "mlp" if options["projector"] == "mlp" else "linear"
+    projector = Projector(kind, vision.width, language.get_input_embeddings().embedding_dim, scale=1.0)
+    native = read_processor(str(folder / PROCESSOR), {}, name)
+    picture = native.tokenizer.convert_tokens_to_ids(native.image_token)
+    whole = joined(vision, projector, language, picture)
+    processor = processor_of(native, whole.config, name=name, max_tokens=int(options["max_tokens"]))
+    model = _finished(whole, processor, name)
+    weights = read_weights(folder / WEIGHTS)
+    if model.tied:
+        weights["model.lm_head.weight"] = weights["model.model.language_model.embed_tokens.weight"]
+    load_weights(model, weights, where=folder)
+    return model
+
+
+def _finished(whole: Any, processor: HfChatProcessor, name: str) -> AssembledVlm:
+    return AssembledVlm(whole, processor=processor, name=name).eval()

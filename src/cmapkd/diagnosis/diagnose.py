@@ -118,8 +118,8 @@ def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
     asked = None
     if config.writes:
         asked = Asked.of(train, config.data.prompts.prompting())
-        for model in (student, *teachers.values()):
-            model.to(device_of(config))  # answers of large models are judged there
+        for judged in (student, *teachers.values()):
+            judged.to(device_of(config))  # answers of large models are judged there
     yield from _of_student(config, student, train, asked)
     for role, teacher in teachers.items():
         say(f"asking teacher {teacher.name}")

@@ -63,7 +63,7 @@ class HfVlm(GenerativeModel):
         return self.model.model.get_submodule(self.layout.language)
 
     @property
-    def _vision_blocks(self) -> Sequence[nn.Module]:
+    def _vision_blocks(self) -> nn.ModuleList:
         return blocks_of(self._vision)
 
     @property

@@ -27,8 +27,9 @@ import torch
 
 from cmapkd.cache import CacheReader
 from cmapkd.cache.files import write_json
-from cmapkd.cache.layout import CHECK, Field, RowLayout
+from cmapkd.cache.layout import Field, RowLayout
 from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.rows import CHECK
 from cmapkd.features import EmbeddingBank
 from cmapkd.objectives import bank_divergence
 from cmapkd.provenance import describe_environment

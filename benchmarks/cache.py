@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 
 from cmapkd.cache import CacheConfig, CachePlan, CacheReader, all_keys, describe
+from cmapkd.cache.asked import AskedTowers
 from cmapkd.cache.chunks import Chunks, spans_of
 from cmapkd.cache.files import write_json
 from cmapkd.cache.identity import row_check
-from cmapkd.cache.layout import CHECK, DETAILS, Field, RowLayout
+from cmapkd.cache.layout import DETAILS, Field, RowLayout
 from cmapkd.cache.parts import CacheFolder, CachePart
-from cmapkd.cache.writer import live_features
+from cmapkd.cache.rows import CHECK, live_features
 from cmapkd.data.batches import Reader
 from cmapkd.data.types import ModelInput, Sample
 from cmapkd.data.views import WHOLE
@@ -112,7 +113,7 @@ def measure(
     ]
     needs = LevelRequest() if kind == "global" else LevelRequest(*taps)
     config = CacheConfig(folder=folder, store=store, max_gib=1e6)
-    plan = CachePlan(config, teacher, needs, kind, source, WHOLE, all_keys(len(source), 1), "fp32")
+    plan = CachePlan(config, teacher, AskedTowers(needs, kind), source, WHOLE, all_keys(len(source), 1), "fp32")
     _ = plan.identity, plan.layout
     batch = config.batch_size
     images = model.image_spec(source.image).repeat(batch, 1, 1, 1)
@@ -132,7 +133,7 @@ def measure(
     build = (clock() - start) / len(source)
     live = (before + forward(times)) / 2  # of both sides, as the machine may have become slower or faster
     part = CacheFolder.open(folder).parts()[0]
-    chunks = Chunks(source, WHOLE, Reader(model.image_spec, model.tokenizer), [part])
+    chunks = Chunks(source, WHOLE, Reader(model.image_spec, model.tokenizer), [part], TextChoice())
     start = clock()
     for place in spans_of(part, 0, range(part.num_shards)):  # what data workers do beside the teacher; here none do
         chunks[place]

@@ -25,8 +25,9 @@ import torch
 from cmapkd.cache import CacheReader
 from cmapkd.cache.files import write_json
 from cmapkd.cache.identity import row_check
-from cmapkd.cache.layout import CHECK, RowLayout
+from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.rows import CHECK
 from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.data.types import Batch, ModelInput
 from cmapkd.methods import METHODS, build_method

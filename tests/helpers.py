@@ -27,6 +27,9 @@ from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
 from cmapkd.training import OptimConfig, TrainConfig, Trainer
 
+DUAL = tuple(name for name, kind in METHODS.items() if kind.reads is DualEncoder)
+"""Methods over models of two towers; `writers.py` has those over models that write."""
+
 CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "square tree"), ("{}", "a {} near tree"))
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 

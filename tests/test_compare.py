@@ -27,8 +27,9 @@ from cmapkd.compare import (
     t_critical,
 )
 from cmapkd.compare.config import parse_arm, parse_axis
+from cmapkd.compare.left import TimeLeft
 from cmapkd.compare.picture_table import PictureTable
-from cmapkd.compare.write import rich_table
+from cmapkd.compare.write import _value, rich_table
 from cmapkd.config import ConfigError
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
@@ -116,6 +117,61 @@ def test_recall_stands_beside_the_images_and_captions_that_it_is_of(
     place = head.index("retrieval.num_images")
     assert {line[place] for line in lines} == {"1000.0", "900.0"}
     assert not result.failed
+
+
+def test_a_method_as_an_axis_is_one_column(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+    def uneven(config: RunConfig, out: Path) -> None:
+        BONUS["hinton"] = 100 * 0.0511  # 5.109999999999999
+
+    fake.before = uneven
+    both = {"arms": {}, "axes": {"method": ["contrastive", "hinton"]}, "seeds": [0]}
+    compare(comparison(recipe, **both), out=tmp_path / "out")
+    BONUS["hinton"] = 5.0
+    head, *lines = list(csv.reader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    assert head.count("method") == 1
+    assert [line[head.index("method")] for line in lines] == ["contrastive", "hinton"]
+    assert max(len(line[head.index("retrieval.mean_r@1")]) for line in lines) < 8
+    named = both | {"axes": {"method": {"alone": "contrastive", "taught": "hinton"}}}
+    compare(comparison(recipe, **named), out=tmp_path / "out")
+    head, *lines = list(csv.reader((tmp_path / "out" / "results.csv").read_text().splitlines()))
+    assert len(set(head)) == len(head)
+    assert [line[head.index("method (axis)")] for line in lines] == ["alone", "taught"]
+
+
+def test_a_gap_that_is_nearly_none_has_no_minus() -> None:
+    assert _value(summarize([-0.2, 0.1]), 0) == "0 ± 0"
+    assert _value(summarize([-0.7]), 0) == "-1"
+    assert _value(summarize([-0.04]), 1) == "0.0"
+
+
+def test_the_time_left_is_that_of_runs_like_the_finished_ones(recipe: Path) -> None:
+    short, longer = (make_plan(comparison(recipe, overrides=[f"training.steps={steps}"])).runs for steps in (10, 30))
+    left = TimeLeft()
+    assert left.seconds(short) is None
+    assert left.said([*short]) == ""
+    left.finished(short[0], 20.0, 10)
+    left.finished(short[1], 40.0, 10)
+    same = [run for run in short[2:] if run.config.method.name == short[0].config.method.name]
+    assert left.seconds(same) == 20.0  # another seed of the first
+    assert left.seconds(longer[:1]) == 30 * 3.0  # 30 steps at the mean of 2 and 4 seconds a step
+    assert left.said([*longer[:2]]) == "; about 3:00 left for 2 runs"
+    assert left.said([*longer[:1]]) == "; about 1:30 left for 1 run"
+    epochs = make_plan(comparison(recipe, overrides=["training.steps=null", "training.epochs=2"])).runs
+    assert left.seconds(epochs[:1]) == 30.0
+
+
+def test_the_time_left_stands_beside_the_next_run(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+    console = Console(width=120, file=io.StringIO())
+    compare(comparison(recipe), out=tmp_path / "out", console=console)
+    heads = [line for line in console.file.getvalue().splitlines() if line.startswith("[")]  # type: ignore[attr-defined]
+    assert "left" not in heads[0]
+    assert [line.rpartition(" left for ")[2] for line in heads[1:]] == [f"{n} runs" for n in range(5, 1, -1)] + [
+        "1 run"
+    ]
+    compare(comparison(recipe), out=tmp_path / "out", console=console)
+    again = [line for line in console.file.getvalue().splitlines() if "read back" in line]  # type: ignore[attr-defined]
+    assert len(again) == 6
+    assert not any("left" in line for line in again)
 
 
 @pytest.fixture

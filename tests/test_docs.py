@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from cmapkd.compare import load_comparison, make_plan
+from cmapkd.config import load_config
+from cmapkd.run import RunConfig
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -25,6 +29,25 @@ with pytest.MonkeyPatch.context() as patched:
 
 def test_every_measured_number_of_the_docs_is_its_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main([]) == 0, capsys.readouterr().err
+
+
+def test_the_demo_has_the_setting_of_the_runs_that_the_readme_shows() -> None:
+    demo = load_config(RunConfig, "demo").plain()
+    plan = make_plan(load_comparison(ROOT / "examples" / "cmapkd_final.yaml"))
+    for method in ("cmapkd", "contrastive"):
+        (shown,) = (
+            run.config.plain()
+            for run in plan.runs
+            if (run.config.method.name, run.config.student.name) == (method, "tiny:base")
+            and (run.config.training.steps, run.config.seed) == (400, 0)
+        )
+        same = load_config(RunConfig, "demo").scratch().plain() if method == "contrastive" else demo
+        same["cache"] = shown["cache"]  # answers are the same to half precision
+        same["baseline"] = "none"  # which is run beside
+        same["data"]["val"] = shown["data"]["val"]  # which is looked at on the way
+        same["data"]["test"] = shown["data"]["test"]
+        same["training"]["evaluate_every"] = None
+        assert same == shown
 
 
 TIED = """Three seeds: exploratory, uncorrected.
@@ -149,6 +172,10 @@ def test_only_long_lines_of_prose_are_found() -> None:
     long = "x" * (LONGEST_LINE + 1)
     text = f"{long[1:]}\n{long}\n| {long} |\n\n```bash\n{long}\n```\n<!-- table: a.csv\n{long}\n-->\n- {long[1:]}\n"
     assert long_lines(text) == [2, 11]
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

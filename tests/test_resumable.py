@@ -171,7 +171,7 @@ def test_a_damaged_config_is_another() -> None:
 def test_advice_after_memory_ran_out_names_resume_for_what_may_change() -> None:
     advice = memory_advice(TrainConfig(steps=1, batch_size=64), on_device="CPU", live_teacher=True, workers=2)
     kept, _, anew = advice.partition("in a new folder:")
-    assert "--resume" in kept
+    assert "when you resume the run" in kept
     for key in ("training.micro_batch=16", "data.workers", "data.memory"):
         assert key in kept
         assert key.partition("=")[0] in keys(MAY_CHANGE)

@@ -32,6 +32,7 @@ from cmapkd.run import (
     plan_cache,
     vocabulary_captions,
 )
+from cmapkd.run.measure import measure
 from cmapkd.training import Interrupted, TrainConfig
 from cmapkd.training.memory import OutOfMemory
 from helpers import MemorySource, make_model, random_batch
@@ -133,6 +134,27 @@ def test_student_is_read_back_with_equal_outputs(finished: RunResult) -> None:
     assert scores == finished.metrics["student"]
     again = cmapkd.load(finished.folder / "student")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in student.state_dict().items())
+
+
+def test_the_students_card_says_how_to_use_it(
+    finished: RunResult, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = (finished.folder / "student" / "README.md").read_text(encoding="utf-8")
+    scores = finished.metrics["student"]
+    assert f"| this student | {scores['retrieval']['mean_r@1']:.1f} | {scores['zero_shot']['top1']:.1f} |" in card
+    assert "| scratch |" in card
+    assert "recall is of 40 images, 200 captions" in card
+    assert "scenes" not in card  # where data and models lie is nobody's business
+    assert str(teacher.parent) not in card
+    assert f"from the teacher {teacher.name}: 3 steps of 16 pairs, seed 4." in " ".join(card.split())
+    monkeypatch.chdir(finished.folder)
+    for number, name in enumerate(("a.jpg", "b.jpg")):
+        open_source(VAL)[number].image.save(name)
+    names: dict[str, Any] = {}
+    exec(card.split("```python")[1].split("```")[0], names)  # the card's own example
+    for name in ("a.jpg", "b.jpg"):
+        Path(name).unlink()
+    assert names["found"].similarity.shape == (2, 2)
 
 
 def test_baseline_is_the_same_student_trained_alone(finished: RunResult) -> None:
@@ -242,8 +264,30 @@ def test_processes_that_torchrun_started_again_resume(
 
 
 def test_folder_with_a_run_is_refused(finished: RunResult, teacher: Path) -> None:
-    with pytest.raises(ConfigError, match="is not empty: add --resume"):
+    with pytest.raises(ConfigError, match="is not empty: resume the run in it, or name another folder") as refused:
         cmapkd.distill(**settings(teacher), out=finished.folder)
+    assert refused.value.__notes__ == ["Resume it by the same call with resume=True."]
+
+
+def test_what_somebody_removes_during_a_run_is_there_in_the_end(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(*given: Any, out: Path, **more: Any) -> Any:
+        for name in ("config.yaml", "environment.json"):
+            (out / name).unlink()
+        return measure(*given, out=out, **more)
+
+    monkeypatch.setattr("cmapkd.run.execute.measure", removed)
+    cmapkd.distill(**settings(teacher, seed=4), out=tmp_path / "a")
+    assert load_config(RunConfig, tmp_path / "a" / "config.yaml").seed == 4
+    assert json.loads((tmp_path / "a" / "environment.json").read_text())["seed"] == 4
+
+
+@pytest.mark.parametrize("seed", [10**23, 2**64, -1])
+def test_seeds_that_no_generator_takes_are_refused_in_words(teacher: Path, seed: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seed: must be "):
+        cmapkd.distill(**settings(teacher, seed=seed), out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_folder_with_something_else_is_refused(teacher: Path, tmp_path: Path) -> None:
@@ -506,7 +550,7 @@ def test_memory_that_ends_while_scoring_leaves_a_run_that_can_be_finished(
         return evaluate(model, source, config, **more)
 
     monkeypatch.setattr("cmapkd.run.measure.evaluate", large)
-    with pytest.raises(OutOfMemory, match=r"--resume and evaluation\.batch_size=64 \(now 256\)"):
+    with pytest.raises(OutOfMemory, match=r"resume the run with evaluation\.batch_size=64 \(now 256\)"):
         cmapkd.distill(**settings(teacher), out=tmp_path / "a")
     done = cmapkd.distill(**settings(teacher), out=tmp_path / "a", resume=True, overrides=["evaluation.batch_size=64"])
     assert done.metrics["student"]["retrieval"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from cmapkd.data.open import open_source
@@ -49,6 +50,16 @@ def test_data_that_prove_nothing_are_told_of() -> None:
         (said,) = said_of(config(**{key: "scenes@train?length=30&size=32"}))
         assert said.startswith(f"data.{key} and the training data are the same samples")
     assert said_of(config(val="scenes@val?length=10&size=32")) == []
+
+
+def test_two_parts_of_one_folder_are_other_samples(tmp_path: Path) -> None:
+    for number in range(30):
+        Image.new("RGB", (32, 32), (8 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"red {number}")
+    parts = config(train=f"folder:{tmp_path}?part=0-0.7", val=f"folder:{tmp_path}?part=0.7-1")
+    assert said_of(parts) == []
+    whole = config(train=f"folder:{tmp_path}", val=f"folder:{tmp_path}")
+    assert len(said_of(whole)) == 1
 
 
 def test_a_warm_up_longer_than_the_run_is_told_of() -> None:

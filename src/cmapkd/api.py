@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cmapkd.config import apply_overrides, load_mapping, merge_mappings
+from cmapkd.config import apply_overrides, load_mapping, merge_mappings, resumed_by
 from cmapkd.models import Model, load_model
 from cmapkd.own_loop import method
 from cmapkd.results import RunResult
@@ -51,11 +51,14 @@ def distill(
     values = load_mapping(recipe) if recipe is not None else {}
     values = merge_mappings(values, {key: value for key, value in given.items() if value is not None})
     config = RunConfig.from_mapping(apply_overrides(values, overrides, where=where), where=where)
-    return run(config, out=Path(out), resume=resume, extend_to=extend_to, console=None if quiet else Console())
+    with resumed_by("Resume it by the same call with resume=True."):
+        return run(config, out=Path(out), resume=resume, extend_to=extend_to, console=None if quiet else Console())
 
 
 def load(model: str | Path) -> Model:
     """A model in eval mode: a run folder, its `student/`, or a name such as `tiny:scenes-teacher`.
+
+    A `DualEncoder` has `embed`, and a `GenerativeModel` has `answer`: `isinstance` tells them apart.
 
     Raises:
         ValueError: nothing loadable is there.

@@ -17,10 +17,12 @@ from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.data.types import Batch, ModelInput
 from cmapkd.methods import METHODS, Method, StepInfo, Term, build_method
 from cmapkd.methods.terms import total_loss
-from cmapkd.models import DualEncoder, FrozenTeacher, build_model, load_model
+from cmapkd.models import DualEncoder, FrozenTeacher, Model, build_model, load_model
 from cmapkd.models.contracts import dual
 from cmapkd.models.embedding import Picture, opened
 from cmapkd.models.images import ImageSpec
+
+_LOOP = "a training loop of one's own"
 
 Pixels = Float[Tensor, "batch 3 height width"]
 
@@ -51,7 +53,7 @@ class Distiller(nn.Module):
 
     @property
     def student(self) -> DualEncoder:
-        return self.method.student
+        return dual(self.method.student, _LOOP)
 
     def forward(
         self,
@@ -172,13 +174,18 @@ def method(
         seed: of the random numbers that terms draw.
         settings: of the method, as they stand in a recipe: `feature_weight=16`.
     Raises:
-        ConfigError: an unknown method, or a wrong setting.
+        ConfigError: an unknown method, one of models that write, a model that writes, or a wrong setting.
         ValueError: the method needs a teacher and got none, or a model cannot be loaded.
     """
     if total < 1:
         raise ConfigError(f"total is {total}: give the number of optimizer steps, >= 1")
     if name not in METHODS:
         raise ConfigError(f"there is no method {name!r}{closest(name, METHODS)}. Known: {', '.join(METHODS)}.")
+    if not issubclass(METHODS[name].reads, DualEncoder):
+        raise ConfigError(
+            f"method {name!r} trains models that write, and a loop of one's own takes models that embed pictures and "
+            "texts in this version: train it with cmapkd.distill"
+        )
     config = METHODS[name].Config.from_mapping({"name": name, **settings}, where=f"method {name!r}")
     if config.reads_classes and not classes:
         raise ConfigError(f"method {name!r} with these settings reads the names of classes: give classes=[...]")
@@ -192,10 +199,10 @@ def _photos_of(names: Sequence[str]) -> ClassPrompts:
     return ClassPrompts(tuple(names), get_templates("photo"))
 
 
-def _model(model: DualEncoder | str | Path) -> DualEncoder:
-    if isinstance(model, DualEncoder):
-        return model
-    return dual(load_model(model) if Path(model).is_dir() else build_model(str(model)), "an own loop")
+def _model(model: Model | str | Path) -> DualEncoder:
+    if isinstance(model, Model):
+        return dual(model, _LOOP)
+    return dual(load_model(model) if Path(model).is_dir() else build_model(str(model)), _LOOP)
 
 
 def _pixels(

@@ -11,6 +11,7 @@ import torch
 from cache_support import LENGTH, VIEWS
 
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
+from cmapkd.cache.asked import AskedTowers
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import DualReader
@@ -55,10 +56,10 @@ def test_every_level_as_live(family: str, detail: Any, tmp_path: Path) -> None:
     readers = {"teacher": DualReader(model.image_spec, model.tokenizer)}
     plan = PlanSampler(LENGTH, batch_size=6, seed=0, start=0, stop=1).plan(0)
     live = teacher(BatchBuilder(source, VIEWS, readers, seed=0)[plan], needs)
-    plans = []
+    plans, asked = [], AskedTowers(needs, detail, KeyTokens())
     for store in COSINE:
         config = CacheConfig(folder=tmp_path / store, store=store, batch_size=4)  # type: ignore[arg-type]
-        plans.append(CachePlan(config, teacher, needs, detail, source, VIEWS, all_keys(LENGTH, 1), "fp32", KeyTokens()))
+        plans.append(CachePlan(config, teacher, asked, source, VIEWS, all_keys(LENGTH, 1), "fp32"))
         plans[-1].build(device="cpu")
     for made in plans:
         reader = made.open()

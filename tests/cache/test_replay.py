@@ -111,7 +111,7 @@ def test_features_are_the_live_ones(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(mine.embedding, theirs.embedding, rtol=1e-5, atol=1e-6)
             assert mine.levels.keys() == theirs.levels.keys()
             for level, values in mine.levels.items():
-                if plan.kind != "dense":
+                if plan.layout.kind != "dense":
                     continue
                 wanted = theirs.levels[level]
                 assert (values.layout, values.num_prefix, values.grid) == (
@@ -130,7 +130,7 @@ def test_pooled_rows_do_not_serve_distances_place_by_place(tmp_path: Path) -> No
     with pytest.raises(
         CacheError, match=r"cache.kind is pooled, but this method, as it is set, reads the teacher dense"
     ):
-        _ = cache_plan(tmp_path, method, kind="pooled").kind
+        _ = cache_plan(tmp_path, method, kind="pooled").layout
     pooled = make_method("cmapkd", settings=POOLED)
     cache_plan(tmp_path / "c", pooled).build(device="cpu")
     with pytest.raises(CacheError, match="place by place, which needs dense"):

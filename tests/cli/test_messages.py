@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shlex
 import sys
@@ -17,9 +18,10 @@ from test_cli import call
 import cmapkd.cli
 from cmapkd.cache import CacheError, CacheFolder
 from cmapkd.cli.command import command_line
+from cmapkd.cli.demo import lesson_of
 from cmapkd.cli.examples import EXAMPLES, examples
 from cmapkd.cli.show import show
-from cmapkd.config import install_advice
+from cmapkd.config import install_advice, writing
 from cmapkd.config.disk import DiskError, check_writable
 from cmapkd.results import RunResult
 
@@ -48,6 +50,64 @@ def test_help_has_two_examples_that_the_command_understands(name: str) -> None:
         words = shlex.split(line)
         assert words[: 1 + len(name.split())] == ["cmapkd", *name.split()]
         command.make_context(name, words[1 + len(name.split()) :], resilient_parsing=False)
+
+
+def test_a_folder_with_a_run_is_refused_with_the_command_that_resumes(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("")
+    given = ("training.steps=2", "--out", str(tmp_path))
+    for command in ("demo", "distill demo"):
+        code, _, errors = cli(*command.split(), *given)
+        assert code == 2
+        assert f"{tmp_path} is not empty: resume the run in it, or name another folder\n" in errors
+        resume = f"Resume it with:\n  cmapkd distill demo training.steps=2 --out {tmp_path} --resume\n"
+        assert errors.endswith(resume)
+    (tmp_path / "config.yaml").unlink()  # then there is nothing to resume
+    code, _, errors = cli("demo", *given)
+    assert code == 2
+    assert errors == f"error: {tmp_path} is not empty: name another folder\n"
+
+
+def test_a_full_disk_under_a_comparison_names_the_comparison(
+    cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        with writing(tmp_path):
+            raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("cmapkd.compare.compare", full)
+    code, _, errors = cli("compare", "demo", "--arms", "a:", "b: seed=1", "--out", str(tmp_path))
+    assert code == 2
+    assert "is full: free some space and resume the run" in errors
+    assert errors.endswith(f"Resume it with:\n  cmapkd compare {tmp_path}/comparison.yaml --out {tmp_path}\n")
+
+
+def test_the_demo_says_what_it_does_before_torch_is_imported(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any) -> None:
+        raise ValueError("torch would be imported here")
+
+    monkeypatch.setattr("cmapkd.cli.recipe.config_of", late)
+    code, printed, errors = cli("demo")
+    assert (code, errors) == (2, "error: torch would be imported here\n")
+    assert printed.startswith("A small model (the student) learns to match pictures and captions from a large one")
+
+
+def test_the_demo_ends_in_one_sentence() -> None:
+    def scores(recall: float, params: int) -> dict[str, Any]:
+        return {"retrieval": {"mean_r@1": recall}, "params": params}
+
+    metrics = {"teacher": scores(68.8, 27), "student": scores(36.6, 5), "baseline": scores(4.6, 5), "steps": 400}
+    lesson = lesson_of(metrics)
+    assert lesson is not None
+    assert "5.4 times smaller than its teacher, the student is right in 36.6 % of its searches" in lesson
+    assert "4.6 % where it learned alone" in lesson
+    assert "right in 68.8 %" in lesson
+    early = lesson_of(metrics | {"student": scores(4.7, 5), "steps": 20})
+    assert early is not None
+    assert early.startswith("After 20 steps the student is right in 4.7 % of its searches, and 4.6 %")
+    assert "made the difference" not in early
+    assert lesson_of(metrics | {"baseline": None}) is None
+    assert lesson_of(metrics | {"student": {"params": 5}}) is None
 
 
 def test_settings_written_as_options_are_put_right(cli: Any) -> None:
@@ -145,6 +205,13 @@ def test_a_name_that_is_too_long_is_said_in_words(cli: Any) -> None:
     code, _, errors = cli("evaluate", "tiny:scenes-teacher", "--data", "scenes", "--json", "x" * 300)
     assert code == 2
     assert "File name too long" in errors
+
+
+def test_a_misspelt_run_folder_gets_the_nearest(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    code, _, errors = cli("report", str(tmp_path / "firts"))
+    assert code == 2
+    assert f"there is no {tmp_path / 'firts'} (did you mean '{tmp_path / 'first'}'?)" in errors
 
 
 def test_a_gap_that_is_nearly_none_has_no_minus() -> None:

@@ -12,6 +12,8 @@ from cmapkd.config import (
     ConfigError,
     apply_overrides,
     closest,
+    counted,
+    in_bytes,
     list_recipes,
     load_config,
     load_mapping,
@@ -25,6 +27,23 @@ MINIMAL: dict[str, Any] = {
     "method": "contrastive",
     "training": {"steps": 1},
 }
+
+
+@pytest.mark.parametrize(
+    ("number", "thing", "said"),
+    [
+        (1, "sample", "1 sample"),
+        (0, "sample", "0 samples"),
+        (1200, "picture", "1,200 pictures"),
+        (2, "class", "2 classes"),
+        (3, "cache entry", "3 cache entries"),
+        (2, "key", "2 keys"),
+        (2, "batch", "2 batches"),
+    ],
+)
+def test_numbers_are_said_with_what_they_count(number: int, thing: str, said: str) -> None:
+    assert counted(number, thing) == said
+    assert in_bytes(1) == "1 byte"
 
 
 def problems(values: dict[str, Any]) -> tuple[str, ...]:
@@ -90,7 +109,7 @@ def test_missing_section_is_said_to_be_missing() -> None:
         ({"method": "hinton"}, "method hinton distils from a teacher: add teacher"),
         ({"baseline": "scratch"}, "it is the scratch baseline itself"),
         ({"training": {}}, "give either steps or epochs, not neither"),
-        ({"training": {"steps": 1, "epochs": 1}}, "give either steps or epochs, not both"),
+        ({"training": {"steps": 1, "epochs": 1}}, r"give either steps or epochs, not both: add training\.epochs=null"),
         ({"training": {"steps": 1, "student": "best"}}, "best needs evaluate_every"),
         ({"training": {"steps": 1, "evaluate_every": 1}}, r"nothing to validate on: add data\.val"),
         ({"student": "tini:debug"}, r"unknown model family 'tini' .*did you mean 'tiny'"),

@@ -134,6 +134,7 @@ def test_parts_share_no_picture_and_leave_none_out(classes: Path) -> None:
     assert ids[1]
     assert ids[2]
     assert train.fingerprint() != whole.fingerprint()
+    assert (train.name, val.name) == (f"folder:{classes}?part=0-0.7", f"folder:{classes}?part=0.7-1")
     for wrong in ("0.9-0.1", "0-2", "half", "0.5"):
         with pytest.raises(ConfigError, match="part is two numbers from 0 to 1"):
             open_source(f"folder:{classes}?part={wrong}")

@@ -121,8 +121,9 @@ def test_paths_may_leave_the_folder_of_a_table_that_the_user_wrote(folder: Path)
 
 def test_no_image_is_there(folder: Path) -> None:
     write_lines(folder / "t.csv", ["filepath\ttitle", "images/0.png\tx"])
-    with pytest.raises(ConfigError, match=r"none of the first 1 images .* 'images/0.png': check the folder"):
+    with pytest.raises(ConfigError, match=r"none of the first 1 images .* 'images/0.png': check the folder") as no:
         open_source(f"csv:{folder}/t.csv")
+    assert f"names start at '{folder}'" in str(no.value)
 
 
 def test_jsonl(folder: Path) -> None:

@@ -47,6 +47,7 @@ from contracted import Contracted, NormedStudent
 from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
+    DUAL,
     GRADNORM,
     MASKED,
     MemorySource,
@@ -85,7 +86,7 @@ POLICY = {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1}
 CASES: dict[
     str, tuple[str | type[Method], dict[str, Any]]
 ] = {  # name: (method, settings); every method as it comes, and more
-    **{name: (name, {}) for name in METHODS},
+    **{name: (name, {}) for name in DUAL},
     "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
     "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
     "cmapkd, everything": ("cmapkd", {**CMAPKD_EXACT, "weighting": "gate"}),
@@ -97,7 +98,7 @@ CASES: dict[
     "hinton, the teacher's classes in micro-batches": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
     "clip_kd, balanced terms": ("clip_kd", {"term_weighting": GRADNORM}),
     "clip_kd, balanced terms in micro-batches": ("clip_kd", {"term_weighting": GRADNORM}),
-    **{f"{name}, in micro-batches": (name, {}) for name in METHODS},  # one process: the whole batch at once
+    **{f"{name}, in micro-batches": (name, {}) for name in DUAL},  # one process: the whole batch at once
     "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
     "mobileclip, two teachers": ("mobileclip", {"synthetic": True}),
     "mobileclip, two teachers in micro-batches": ("mobileclip", {"synthetic": True}),

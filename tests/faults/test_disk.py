@@ -85,7 +85,7 @@ def test_a_real_full_disk_keeps_the_last_checkpoint_and_resumes(disk: Path, whol
         save()
 
     running._save = fill_then_save  # type: ignore[method-assign]
-    with pytest.raises(DiskError, match=r"the disk of .*checkpoints is full: free some space and go on with --resume"):
+    with pytest.raises(DiskError, match=r"the disk of .*checkpoints is full: free some space and resume the run"):
         running.run()
     assert names(out) == ["step-000000002"]  # and nothing half written, which would take up space
     assert read_checkpoint(list_checkpoints(out / "checkpoints")[-1])[1].step == 2

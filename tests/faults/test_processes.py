@@ -330,7 +330,13 @@ def test_memory_that_runs_out_becomes_advice(error: Exception, tmp_path: Path, m
     with pytest.raises(OutOfMemory, match="memory ran out at step 3") as stopped:
         running.run()
     message = str(stopped.value)
-    for advice in ("training.micro_batch=2 (now none)", "cache=auto", "training.precision=bf16", "(now 8)", "--resume"):
+    for advice in (
+        "training.micro_batch=2 (now none)",
+        "cache=auto",
+        "training.precision=bf16",
+        "(now 8)",
+        "resume the run",
+    ):
         assert advice in message
     assert isinstance(stopped.value, RunStopped)
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "step-000000002"

@@ -41,7 +41,7 @@ from cmapkd.data.images import decode_image
 from cmapkd.data.open import open_source
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.models import build_model, load_model
-from cmapkd.models.tiny_family import packaged_models
+from cmapkd.models.packaged import packaged_models
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.training.checkpoint import Progress, checkpoint_path, read_checkpoint, write_checkpoint

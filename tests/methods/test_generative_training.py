@@ -11,13 +11,11 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
-from cmapkd.methods import StageConfig, StepInfo
-from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.run.build import check_training
 from cmapkd.run.config import RunConfig
 from cmapkd.training import Trainer
 from helpers import read_lines
-from writers import WRITERS, Dialogues, assert_same, batch_of, make_run, make_task, make_writer, results
+from writers import WRITERS, Dialogues, assert_same, make_run, make_task, make_writer, results
 
 ON_POLICY = {"share": 0.5, "max_new_tokens": 4}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -25,7 +23,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "on policy": ("token_kd", {"on_policy": ON_POLICY, "divergence": "reverse", "top_k": 8}),
     "taid, fast": ("taid", {"rate": 0.2, "momentum": 0.5, "answers_weight": 1.0}),
 }
-SECOND = [{"name": "a", "steps": 2, "terms": ["answers"]}, {"name": "b", "steps": 4}]
 
 
 class _PowerCut(Exception):
@@ -53,7 +50,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_cut_ends_as_one_that_was_not(name: str, tmp_path: Path) -> None:
     """Bit for bit: weights, optimizer, average, rollouts and where TAID's target stands; in micro-batches, with bad
-    samples and workers."""
+    samples, and a teacher of another precision."""
     kind, settings = RUNS[name]
 
     def trainer(out: str) -> Trainer:
@@ -61,8 +58,6 @@ def test_a_run_that_was_cut_ends_as_one_that_was_not(name: str, tmp_path: Path) 
         options: dict[str, Any] = {"ema": 0.8, "micro_batch": 3, "checkpoint_every": 3}
         return make_run(tmp_path / out, task, source=Dialogues(bad=(3, 17)), **options)
 
-    if (teacher := make_task(kind, **settings).teacher) is not None:
-        assert teacher.model.model.dtype == torch.float64  # other precisions of student and teacher meet
     whole, cut, again = trainer("whole"), trainer("cut"), trainer("cut")
     whole.run()
     cut_after(cut, 5)
@@ -112,11 +107,7 @@ def test_an_average_of_the_student_is_kept(tmp_path: Path) -> None:
     learned = dict(trainer.method.student.named_parameters())
     averaged = dict(result.student.named_parameters())
     assert any(not torch.equal(averaged[name], learned[name]) for name in learned)
-    assert (
-        averaged["model.lm_head.weight"].shape == learned["model.lm_head.weight"].shape
-        if ("model.lm_head.weight" in averaged)
-        else "model.model.language_model.embed_tokens.weight" in averaged
-    )
+    assert {name: each.shape for name, each in averaged.items()} == {n: each.shape for n, each in learned.items()}
 
 
 @pytest.mark.parametrize("weighting", ["gradnorm", "uncertainty"])
@@ -178,12 +169,3 @@ def test_a_baseline_has_its_student_s_tokenizer() -> None:
     assert alone.method.name == "sft"
     assert alone.teacher is not None
     assert not alone.more_teachers
-
-
-def test_a_step_of_any_size_is_a_function_of_its_step(tmp_path: Path) -> None:
-    """Where the run stands is what the trainer says, not what a method counts itself."""
-    task: GenerativeMethod = make_task("token_kd", on_policy={**ON_POLICY, "share": 1.0})
-    first, second, again = (float(task(batch_of(task), StepInfo(step))["distillation"].value) for step in (0, 1, 0))
-    assert first == again != second
-    assert task.step == StepInfo(0)
-    task.enter(StageConfig(name="a", steps=1))

@@ -429,7 +429,12 @@ def test_commands_leave_a_page(
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
-    assert f"report: {tmp_path / 'demo' / 'report.html'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"report: {tmp_path / 'demo' / 'report.html'}" in printed
+    assert "After 2 steps the student is right in" in printed
+    assert f"(scored again by: cmapkd evaluate {tmp_path / 'demo'} --data 'scenes@test?length=12')" in printed
+    use = f"cmapkd.load('{tmp_path / 'demo'}').embed(images=['a.jpg'], texts=['a dog'])"
+    assert printed.splitlines()[-1] == f"use the student in Python: {use}"
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert HOLE not in page
     assert 'id="gallery"' in page

@@ -107,8 +107,8 @@ def test_caches_of_any_name_stay_in_the_folder(name: str, monkeypatch: pytest.Mo
 
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     named: Any = SimpleNamespace(name=name)
-    plan = CachePlan(CacheConfig(), named, *(None,) * 2, named, None, None, "fp32")  # type: ignore[arg-type]
-    plan.__dict__["identity"], plan.__dict__["layout"] = {}, SimpleNamespace(plain=dict)
+    plan = CachePlan(CacheConfig(), named, None, named, None, None, "fp32")  # type: ignore[arg-type]
+    plan.__dict__["identity"], plan.__dict__["_outline"] = {}, SimpleNamespace(plain=dict)
     assert plan.folder.resolve().is_relative_to("/caches/cmapkd")
     assert re.fullmatch(r"[\w.-]{1,200}", plan.folder.name)
 

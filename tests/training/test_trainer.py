@@ -13,14 +13,14 @@ from rich.console import Console
 from torch import nn
 
 from cmapkd.data.check import TooManyBadSamples
-from cmapkd.methods import METHODS, DualEncoderMethod, Method
+from cmapkd.methods import DualEncoderMethod, Method
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder
 from cmapkd.training import NonFiniteLossError, OptimConfig, TrainConfig
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
 from cmapkd.training.optim import learning_rate, make_optimizer
 from cmapkd.training.trackers import JsonlTracker, make_trackers
-from helpers import MemorySource, make_method, make_model, make_trainer, read_lines
+from helpers import DUAL, MemorySource, make_method, make_model, make_trainer, read_lines
 
 # ------------------------------------------------------------------------------------------------ optimiser
 
@@ -153,7 +153,7 @@ def test_bf16_runs_close_to_fp32_with_weights_in_fp32(method: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [3, 64])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DUAL)
 def test_micro_batches_train_the_same_model(name: str, size: int, tmp_path: Path) -> None:
     runs = {}
     for micro_batch in (None, size):

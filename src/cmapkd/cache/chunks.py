@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.parts import CachePart
-from cmapkd.data.readers import DualReader
-from cmapkd.data.texts import TextChoice
-from cmapkd.data.types import BadSampleError, ModelInput, Source
+from cmapkd.data.batches import Choice
+from cmapkd.data.readers import Reader, Shared
+from cmapkd.data.records import Unusable
+from cmapkd.data.types import BadSampleError, Input, Source
 from cmapkd.data.views import ViewSpec, draw_view
 from cmapkd.data.workers import ReadAhead
 
@@ -36,7 +35,7 @@ class Chunk:
     """The readable views of a span, and where in it they stand."""
 
     span: RowSpan
-    inputs: ModelInput | None  # none: nothing in it could be read
+    inputs: Input | None  # none: nothing in it could be read
     checks: NDArray[np.uint64]  # of every row; 0 where the sample cannot be read
     ids: tuple[str, ...]  # of the readable ones
     bad: tuple[BadSampleError, ...]
@@ -50,16 +49,16 @@ class Chunks(Dataset[Chunk]):
     """Reads, shows and tokenises exactly as `BatchBuilder` does for the same view of the same sample."""
 
     def __init__(
-        self, source: Source, views: ViewSpec, reader: DualReader, parts: Sequence[CachePart], texts: TextChoice
+        self, source: Source, views: ViewSpec, reader: Reader, parts: Sequence[CachePart], texts: Choice
     ) -> None:
         self.source, self.views, self.reader, self.parts, self.texts = source, views, reader, parts, texts
 
     def __getitem__(self, span: RowSpan) -> Chunk:
         keys = self.parts[span.part].keys(span.first, span.last)
         checks = np.zeros(len(keys), np.uint64)
-        pixels: list[Tensor] = []
+        items: list[Any] = []
         ids: list[str] = []
-        chosen: list[tuple[str, ...]] = []
+        chosen: list[Any] = []
         bad: list[BadSampleError] = []
         for row, key in enumerate(keys.tolist()):
             number, index = divmod(key, len(self.source))
@@ -67,16 +66,19 @@ class Chunks(Dataset[Chunk]):
                 sample = self.source[index]
                 view = draw_view(sample.id, number, self.views, sample.image.size)
                 texts = self.texts.choose(sample, view, number)
-                pixels.append(self.reader.preprocess(*view.prepare(sample.image)))
+                items.append(self.reader.read(*view.prepare(sample.image), texts))
             except BadSampleError as error:
                 bad.append(error)
+                continue
+            except Unusable as error:
+                bad.append(BadSampleError(sample.id, str(error)))
                 continue
             ids.append(sample.id)
             chosen.append(texts)
             checks[row] = row_check(sample.id, number, self.texts.named(texts))
         inputs = None
-        if pixels:
-            inputs = self.reader.input(torch.stack(pixels), *self.texts.columns(chosen))
+        if items:
+            inputs = self.reader.join(items, *self.texts.columns(chosen), {}, Shared())
         return Chunk(span, inputs, checks, tuple(ids), tuple(bad))
 
 
@@ -104,6 +106,6 @@ def load_chunks(
         workers=workers,
         pin_memory=pin_memory,
         timeout=timeout,
-        item_bytes=rows * chunks.reader.preprocess(Image.new("RGB", (1, 1))).nbytes,
+        item_bytes=rows * chunks.reader.bytes_of(1),
         name=name,
     )

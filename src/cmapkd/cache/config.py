@@ -32,6 +32,16 @@ class CacheConfig(Config):
     kind: Literal["auto", "global", "pooled", "key_tokens", "dense"] = Field(
         "auto", description="auto: what the method reads; or more than that, for other methods to read as well."
     )
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="Of a teacher that writes: likeliest tokens to hold; none: as many as the method reads.",
+    )
+    max_answer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Of a teacher that writes: room of a row; none: the data's longest answer, found in a pass.",
+    )
     check: Check = Field(
         "first_use",
         description="When checksums are compared: of rows when first read, of all on opening, or never (sizes are).",

@@ -13,11 +13,11 @@ import torch
 
 from cmapkd.cache.files import CacheError
 from cmapkd.cache.prepare import CachePlan
-from cmapkd.cache.writer import live_features
-from cmapkd.data.readers import DualReader
-from cmapkd.data.texts import joined
+from cmapkd.data.readers import Shared
+from cmapkd.data.records import Unusable
 from cmapkd.data.types import BadSampleError
 from cmapkd.data.views import draw_view
+from cmapkd.models.reading import reader_of
 
 MEASURED_ROWS = 64
 
@@ -48,35 +48,32 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
         with _timed(cost, "build"):
             small.build(device=device)
         reader = small.open()
-        model, views = plan.teacher.model, plan.views
+        views, texts, form = plan.views, plan.texts, reader_of(plan.teacher.model, max_tokens=plan.max_tokens)
         view = int(small.keys[0]) // len(plan.source)
-        forms = DualReader(model.image_spec, model.tokenizer)
-        ids, indices, chosen, images = [], [], [], []
+        ids, indices, chosen, items = [], [], [], []
         for key in small.keys.tolist():
             if key // len(plan.source) != view:
                 break
             try:
                 with _timed(cost, "fetch"):
                     sample = plan.source[key % len(plan.source)]
-            except BadSampleError:
+                drawn = draw_view(sample.id, view, views, sample.image.size)
+                said = texts.choose(sample, drawn, view)
+                with _timed(cost, "prepare"):
+                    item = form.read(*drawn.prepare(sample.image), said)
+            except (BadSampleError, Unusable):
                 continue
-            drawn = draw_view(sample.id, view, views, sample.image.size)
-            try:
-                texts = plan.texts.choose(sample, drawn, view)
-            except BadSampleError:
-                continue
-            with _timed(cost, "prepare"):
-                images.append(model.image_spec(*drawn.prepare(sample.image)))
+            items.append(item)
             ids.append(sample.id)
             indices.append(key % len(plan.source))
-            chosen.append(texts)
+            chosen.append(said)
         if not ids:
             raise CacheError(f"none of the first samples of {plan.source.name} can be read")
-        inputs = forms.input(torch.stack(images), *plan.texts.columns(chosen)).to(device)
-        answered = [joined(texts) for texts in chosen]
+        inputs = form.join(items, *texts.columns(chosen), {}, Shared()).to(device)
+        answered = [texts.named(said) for said in chosen]
         with _timed(cost, "answer"):
-            features = live_features(plan.teacher, inputs, plan.needs, plan.precision)
-            features.image.embedding.sum().item()  # a GPU has finished only now
+            live = reader.cache.layout.ask(plan.teacher, inputs, plan.precision)
+            next(iter(live.values())).sum().item()  # a GPU has finished only now
         reader.read(view, indices, ids, answered, [])
         with _timed(cost, "read"):
             reader.read(view, indices, ids, answered, [])

@@ -1,83 +1,28 @@
-"""How well stored numbers stand for live ones: cosines, and whether the nearest neighbour stays the same."""
+"""How well stored answers stand for live ones, of either kind of teacher: records of shards, and their sum."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from cmapkd.cache.token_fidelity import check_tokens, summary_of_tokens
+from cmapkd.cache.tower_fidelity import check_towers, summary_of_towers
 
-from cmapkd.cache.files import check_values
-
-
-class Fidelity:
-    """Collects both over batches; every number in it goes into the shard's record."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.queries = 0
-        self.agreeing = 0
-        self._sums: dict[str, float] = {}
-        self._smallest: dict[str, float] = {}
-
-    @torch.no_grad()
-    def add(self, live: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-        """Compares arrays [batch ...] by field; ranks the batch's images and texts against each other, both ways."""
-        self.rows += len(live["image"])
-        for name, array in live.items():
-            if not array.is_floating_point() or not array.shape[-1]:  # a tower that is not stored
-                continue
-            cosines = F.cosine_similarity(array.flatten(1).double(), stored[name].flatten(1).double())
-            self._sums[name] = self._sums.get(name, 0.0) + float(cosines.sum())
-            self._smallest[name] = min(self._smallest.get(name, 1.0), float(cosines.min()))
-        if live["image"].shape[1] != live["text"].shape[1]:  # pooled features, which no head has joined yet
-            return
-        similarities = [
-            F.normalize(side["image"], dim=-1) @ F.normalize(side["text"], dim=-1).T for side in (live, stored)
-        ]
-        for dim in (0, 1):
-            nearest = [similarity.argmax(dim) for similarity in similarities]
-            self.agreeing += int((nearest[0] == nearest[1]).sum())
-            self.queries += len(nearest[0])
-
-    def plain(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "queries": self.queries,
-            "agreeing": self.agreeing,
-            "cosine_sum": {name: round(value, 9) for name, value in self._sums.items()},
-            "cosine_min": {name: round(value, 9) for name, value in self._smallest.items()},
-        }
+_OF_TOKENS = "kl_sum"  # in the records of teachers that write alone
 
 
 def check_fidelity(path: Path, record: Mapping[str, Any]) -> None:
-    """Refuses a record that `Fidelity.plain` cannot have written.
+    """Refuses a record that no build can have written.
 
     Raises:
         CacheError: names the value.
     """
-    check_values(path, record, rows=int, queries=int, agreeing=int, cosine_sum=dict, cosine_min=dict)
-    for part in ("cosine_sum", "cosine_min"):
-        check_values(path, record[part], **dict.fromkeys(record["cosine_sum"], float))
+    check = check_tokens if _OF_TOKENS in record else check_towers
+    check(path, record)
 
 
-def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of all shards together: mean and smallest cosine by field, share of nearest neighbours that stay the same."""
-    rows = queries = agreeing = 0
-    sums: dict[str, float] = {}
-    smallest: dict[str, float] = {}
-    for record in records:
-        rows, queries = rows + record["rows"], queries + record["queries"]
-        agreeing += record["agreeing"]
-        for name, value in record["cosine_sum"].items():
-            sums[name] = sums.get(name, 0.0) + value
-            smallest[name] = min(smallest.get(name, 1.0), record["cosine_min"][name])
-    return {
-        "rows": rows,
-        "same_nearest": agreeing / queries if queries else None,
-        "cosine_mean": {name: value / rows for name, value in sums.items()} if rows else {},
-        "cosine_min": smallest,
-    }
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of all shards of a cache together."""
+    of_tokens = any(_OF_TOKENS in record for record in records)
+    return summary_of_tokens(records) if of_tokens else summary_of_towers(records)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from cmapkd.cache.files import digest_of
+from cmapkd.data.batches import Choice
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.views import ViewSpec, draw_view
-from cmapkd.models import DualEncoder
+from cmapkd.models import DualEncoder, Model
+from cmapkd.models.generative import GenerativeModel
 
 FORMAT = 1
 _TEXTS = (
@@ -31,30 +33,60 @@ _REASONS = {
     "teacher": "it holds the answers of other weights",
     "image_spec": "the teacher's image preprocessing differs",
     "tokenizer": "the teacher's tokenizer differs",
+    "processor": "the teacher reads dialogues otherwise (tokenizer, chat template, pictures or longest dialogue)",
+    "vocabulary": "the teacher writes other tokens",
+    "attention": "the teacher computes attention otherwise",
+    "max_tokens": "it leaves out dialogues of another length (data.max_tokens)",
     "views": "it holds other views of the samples (data.views)",
     "data": "it was made from other data",
-    "texts": "it answers other texts of the samples (pools of further texts)",
+    "texts": "it answers other texts of the samples (pools of further texts, or data.prompts)",
     "precision": "the teacher answered in another precision (training.precision)",
 }
 
 
 def identity_of(
-    model: DualEncoder, source: Source, views: ViewSpec, *, precision: str, texts: TextChoice | None = None
+    model: Model,
+    source: Source,
+    views: ViewSpec,
+    *,
+    precision: str,
+    texts: Choice | None = None,
+    max_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Everything that an answer depends on besides sample and view number, as plain data.
 
     The model is read on the CPU or wherever it is; hashing takes about a second for each GB.
+
+    Args:
+        max_tokens: longest dialogue of a teacher that writes; None: as long as it takes.
     """
+    plain = texts is None or (isinstance(texts, TextChoice) and texts.plain)
     return {
         "format": FORMAT,
         "teacher": weight_hash(model),
-        "image_spec": plain_image_spec(model),
-        "tokenizer": tokenizer_hash(model, _captions(source)),
+        **reading_fingerprint(model, _captions(source)),
+        **({"attention": model.attention, "max_tokens": max_tokens} if isinstance(model, GenerativeModel) else {}),
         "views": view_hash(views),
         "data": f"{source.fingerprint()} of {len(source)}",
         "precision": precision,
-        **({} if texts is None or texts.plain else {"texts": texts.describe()}),
+        **({} if texts is None or plain else {"texts": texts.describe()}),
     }
+
+
+def reading_fingerprint(model: Model, captions: Iterable[str] = ()) -> dict[str, Any]:
+    """What decides how a model reads pictures and texts, beside its weights, as plain data by name.
+
+    Args:
+        captions: on which a tokenizer is tried too, of a model whose tokenizer has no fingerprint of its own.
+    """
+    if isinstance(model, GenerativeModel):
+        vocabulary = model.vocabulary
+        return {
+            "processor": model.processor.fingerprint(),
+            "vocabulary": f"{vocabulary.size} tokens, {vocabulary.digest}",
+        }
+    assert isinstance(model, DualEncoder)
+    return {"image_spec": plain_image_spec(model), "tokenizer": tokenizer_hash(model, captions)}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -66,7 +98,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     ]
 
 
-def weight_hash(model: DualEncoder) -> str:
+def weight_hash(model: Model) -> str:
     """Of every tensor's name, type, shape and bytes."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):

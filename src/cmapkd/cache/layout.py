@@ -10,19 +10,20 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cmapkd.cache.config import Store
 from cmapkd.cache.files import CacheError
-from cmapkd.data.types import TokenBatch
+from cmapkd.cache.rows import CHECK, Layout, live_features
+from cmapkd.cache.tower_fidelity import TowerFidelity
+from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.features import KeyTokens
 from cmapkd.features.pyramid import cells_of, pooled
 from cmapkd.methods.dual import TeacherDetail
-from cmapkd.models import Features, Level, LevelRequest, TowerFeatures
+from cmapkd.models import Features, FrozenTeacher, Level, LevelRequest, TowerFeatures
+from cmapkd.models.types import BOTH
 
 TowerName = str  # image, text, or text/POOL for the texts of a further pool
-CHECK = "check"  # a row's own number: which sample, view and caption it answers; 0: no answer
 DETAILS: tuple[TeacherDetail, ...] = ("global", "pooled", "key_tokens", "dense")
 _NUMPY = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
 _PLACES = "<i2"  # of key tokens
@@ -59,8 +60,8 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class RowLayout:
-    """Fixed-width rows of named arrays, packed without gaps."""
+class RowLayout(Layout):
+    """Embeddings of both towers, of further texts, and levels."""
 
     kind: TeacherDetail
     store: Store
@@ -141,8 +142,26 @@ class RowLayout:
         return RowLayout("global", self.store, tuple(field for field in self.fields if field.name in ("image", "text")))
 
     @property
-    def row_bytes(self) -> int:
-        return int(self.dtype.itemsize)
+    def needs_texts(self) -> bool:
+        """Whether masks and lengths of text levels are the tokens' own."""
+        return self.kind in ("key_tokens", "dense") and any(
+            field.tower == "text" and field.level is not None for field in self.fields
+        )
+
+    @property
+    def needs(self) -> LevelRequest:
+        """What a teacher is asked for."""
+        levels = [field for field in self.fields if field.level is not None]
+        image, text = (
+            tuple(dict.fromkeys(str(field.level) for field in levels if field.tower == tower)) for tower in BOTH
+        )
+        return LevelRequest(image, text)
+
+    def ask(self, teacher: FrozenTeacher, inputs: ModelInput, precision: str) -> dict[str, Tensor]:
+        return self.arrays(live_features(teacher, inputs, self.needs, precision), inputs.texts)
+
+    def fidelity(self) -> TowerFidelity:
+        return TowerFidelity()
 
     def lacks(self, needs: LevelRequest, kind: TeacherDetail, key_tokens: KeyTokens | None = None) -> str | None:
         """Why rows like these cannot answer a method, or None if they can."""
@@ -198,10 +217,7 @@ class RowLayout:
         return arrays
 
     def encode(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Arrays of `arrays` in the numbers that are stored; with int8 also a scale [...] for each vector [... width].
-
-        A number that does not fit becomes infinite.
-        """
+        """With int8 also a scale [...] for each vector [... width]."""
         if self.store == "fp32":
             return dict(arrays)
         if self.store == "fp16":
@@ -228,20 +244,6 @@ class RowLayout:
                 array * arrays[_scale(field.name)].float()[..., None] if self.store == "int8" else array
             )
         return decoded
-
-    def rows(self, encoded: Mapping[str, Tensor], checks: NDArray[np.uint64]) -> NDArray[Any]:
-        """Rows as numpy records, one for each of `checks`, from arrays [rows ...] of `encode`."""
-        rows = np.zeros(len(checks), self.dtype)
-        rows[CHECK] = checks
-        for name, array in encoded.items():
-            rows[name] = array.cpu().numpy()
-        return rows
-
-    def tensors(self, rows: NDArray[Any]) -> dict[str, Tensor]:
-        """The arrays [rows ...] of numpy records, in the numbers that are stored."""
-        return {
-            name: torch.from_numpy(np.ascontiguousarray(rows[name])) for name in self.dtype.names or () if name != CHECK
-        }
 
     def features(
         self,
@@ -285,8 +287,11 @@ class RowLayout:
         values = values[:, : texts.ids.shape[1]]
         return Level(values, "tokens", field.num_prefix, None, texts.mask if field.masked else None)
 
+    @property
+    def short(self) -> str:
+        return f"{self.kind} in {self.store}"
+
     def describe(self) -> str:
-        """One line for people."""
         levels = [field.name for field in self.fields if field.level is not None and field.part == "values"]
         widths = ", ".join(f"{field.name} {math.prod(field.shape):,}" for field in self.fields if field.level is None)
         kind = self.kind if self.key_tokens is None else f"{self.key_tokens.count} key tokens by {self.key_tokens.by}"

@@ -24,6 +24,8 @@ from cmapkd.cache.files import (
     write_json,
 )
 from cmapkd.cache.layout import RowLayout
+from cmapkd.cache.rows import Layout
+from cmapkd.cache.token_layout import TOKENS, TokenLayout
 from cmapkd.config.disk import flush
 
 GROUP_BYTES = 2**18
@@ -44,7 +46,7 @@ class CachePart:
     start: int | None  # first key of a range; none: the keys are listed
 
     @classmethod
-    def open(cls, folder: Path, layout: RowLayout) -> Self:
+    def open(cls, folder: Path, layout: Layout) -> Self:
         """Reads `part.json` and checks the list of keys.
 
         Raises:
@@ -166,9 +168,9 @@ class CacheFolder:
 
     path: Path
     identity: Mapping[str, Any]
-    layout: RowLayout
+    layout: Layout
     about: Mapping[str, Any]  # names of teacher and data, for people
-    logit_scale: float
+    logit_scale: float | None  # none: of a teacher that writes
     logit_bias: float | None
     length: int  # samples of the source: keys are view * length + index
 
@@ -203,12 +205,12 @@ class CacheFolder:
             identity=dict,
             layout=dict,
             about=dict,
-            logit_scale=float,
+            logit_scale=float | None,
             logit_bias=float | None,
             length=int,
         )
         try:
-            return cls(path, **{**values, "layout": RowLayout.from_plain(values["layout"])})
+            return cls(path, **{**values, "layout": _layout_of(values["layout"])})
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CacheError(
                 f"{path / CACHE_FILE} was written by another version of cmapkd, or is damaged ({error}): remove the "
@@ -263,3 +265,8 @@ class CacheFolder:
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
+
+
+def _layout_of(values: Mapping[str, Any]) -> Layout:
+    """The layout that `Layout.plain` described."""
+    return TokenLayout.from_plain(values) if values["kind"] == TOKENS else RowLayout.from_plain(values)

@@ -6,30 +6,29 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cmapkd.cache.asked import Asked, AskedTokens, AskedTowers, Seen, asked_of
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
 from cmapkd.cache.identity import differences, identity_of, weight_hash
-from cmapkd.cache.layout import DETAILS, RowLayout
 from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
+from cmapkd.cache.rows import Layout
 from cmapkd.cache.teacher import CachedTeacher
-from cmapkd.cache.writer import BuildResult, OnProgress, build, live_features, missing_shards
-from cmapkd.data.readers import DualReader
+from cmapkd.cache.token_teacher import CachedTokens
+from cmapkd.cache.writer import BuildResult, OnProgress, build, missing_shards
+from cmapkd.data.batches import Choice
 from cmapkd.data.texts import TextChoice
-from cmapkd.data.types import BadSampleError, ModelInput, Source
+from cmapkd.data.types import Source
 from cmapkd.data.views import ViewSpec
-from cmapkd.features import KeyTokens
 from cmapkd.methods import Method
-from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
-from cmapkd.models.types import BOTH
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest, Model
 
 GIB = 2**30
 
@@ -40,14 +39,13 @@ class CachePlan:
 
     config: CacheConfig
     teacher: FrozenTeacher  # live
-    needs: LevelRequest
-    detail: TeacherDetail
+    asked: Asked
     source: Source
     views: ViewSpec
     keys: Keys  # what the run will read
     precision: str
-    key_tokens: KeyTokens | None = None  # where the method reads them
-    texts: TextChoice = field(default_factory=TextChoice)
+    texts: Choice = field(default_factory=TextChoice)
+    max_tokens: int | None = None  # longest dialogue of a teacher that writes; none: as long as it takes
 
     @classmethod
     def of_method(
@@ -60,7 +58,8 @@ class CachePlan:
         keys: Keys,
         precision: str,
         role: str = "teacher",
-        texts: TextChoice | None = None,
+        texts: Choice | None = None,
+        max_tokens: int | None = None,
     ) -> CachePlan:
         """Before any stage has been entered: what all stages together read of the teacher with this role.
 
@@ -68,22 +67,18 @@ class CachePlan:
 
         Args:
             texts: that the run reads; none: a caption, and what the method asks for.
+            max_tokens: longest dialogue of a teacher that writes; None: as long as it takes.
         Raises:
             CacheError: the method has no use for one.
         """
         if method.not_cached is not None:
             raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
-        teacher, texts = method.teachers[role], texts or TextChoice(method.text_pools)
-        if not isinstance(method, DualEncoderMethod) or not isinstance(teacher, FrozenTeacher):
+        teacher, asked = method.teachers[role], asked_of(method, role)
+        if not isinstance(teacher, FrozenTeacher):
             raise CacheError(f"teacher {role} of {type(method).__name__} has no answers to keep: set cache: off")
-        detail: TeacherDetail
-        if role == "teacher":
-            detail, needs, key_tokens = method.teacher_detail, method.teacher_needs, method.key_tokens
-        else:
-            detail, needs, key_tokens = "global", LevelRequest(), None
-            config = beside(config, role)
-        needs = replace(needs, towers=BOTH)  # both: any method may read it
-        return cls(config, teacher, needs, detail, source, views, keys, precision, key_tokens, texts)
+        config = config if role == "teacher" else beside(config, role)
+        texts = texts or TextChoice(method.text_pools)
+        return cls(config, teacher, asked, source, views, keys, precision, texts, max_tokens)
 
     @classmethod
     def of_student(
@@ -103,63 +98,36 @@ class CachePlan:
         """
         config = beside(config, "student").model_copy(update={"kind": "global"})
         towers = FrozenTeacher(student.pooled_towers(student.frozen_towers), role="student")
-        return cls(config, towers, LevelRequest(), "global", source, views, keys, precision, texts=texts)
+        return cls(config, towers, AskedTowers(LevelRequest()), source, views, keys, precision, texts)
 
     @property
-    def kind(self) -> TeacherDetail:
-        """What is stored where no cache is there yet.
-
-        Raises:
-            CacheError: the config asks for less than the method reads.
-        """
-        if self.config.kind == "auto":
-            return self.detail
-        if DETAILS.index(self.config.kind) < DETAILS.index(self.detail):
-            raise CacheError(
-                f"cache.kind is {self.config.kind}, but this method, as it is set, reads the teacher {self.detail}: "
-                f"leave cache.kind at auto, or give the levels' weights as zero"
-            )
-        return self.config.kind
+    def _seen(self) -> Seen:
+        return Seen(self.teacher, self.source, self.views, self.texts, self.precision, self.config)
 
     @cached_property
-    def layout(self) -> RowLayout:
-        """Found by asking the teacher about one sample, where it is now.
+    def _outline(self) -> Layout:
+        return self.asked.outline(self._seen)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """That of the cache, or the one that it will have.
 
         Raises:
-            CacheError: no sample can be read, or the teacher's rows are not alike.
+            CacheError: the cache does not fit, or no sample can be read.
         """
-        needs = self.needs
-        if self.kind != "global" and self.config.kind != "auto" and not (needs.image_levels or needs.text_levels):
-            model = self.teacher.model  # asked to hold levels that this method does not read: all of them
-            needs = LevelRequest(
-                tuple(info.name for info in model.image_levels), tuple(info.name for info in model.text_levels)
-            )
-        model = self.teacher.model
-        features = live_features(self.teacher, self._one_sample(), needs, self.precision)
-        context = model.tokenizer.context_length
-        chosen = (self.key_tokens or KeyTokens()) if self.kind == "key_tokens" else None
-        return RowLayout.of(
-            features, kind=self.kind, store=self.config.store, context_length=context, key_tokens=chosen
-        )
-
-    def _one_sample(self) -> ModelInput:
-        model = self.teacher.model
-        device = model.device
-        for index in range(min(len(self.source), 1000)):
-            try:
-                sample = self.source[index]
-            except BadSampleError:
-                continue
-            if sample.captions or not self.texts.required:
-                captions = sample.captions[:1] or ("",)
-                reader = DualReader(model.image_spec, model.tokenizer)
-                more = {pool: captions * count for pool, count in self.texts.counts.items()}
-                return reader.input(model.image_spec(sample.image)[None], captions, more).to(device)
-        raise CacheError(f"none of the first samples of {self.source.name} can be read")
+        cache = self.existing()
+        return self.asked.completed(self._outline, self._seen) if cache is None else cache.layout
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        return identity_of(self.teacher.model, self.source, self.views, precision=self.precision, texts=self.texts)
+        return identity_of(
+            self.teacher.model,
+            self.source,
+            self.views,
+            precision=self.precision,
+            texts=self.texts,
+            max_tokens=self.max_tokens,
+        )
 
     @cached_property
     def folder(self) -> Path:
@@ -168,7 +136,7 @@ class CachePlan:
             return self.config.folder
         root = os.environ.get("XDG_CACHE_HOME")
         base = Path(root) if root else Path("~/.cache").expanduser()
-        content = repr((sorted(self.identity.items()), self.layout.plain())).encode()
+        content = repr((sorted(self.identity.items()), self._outline.plain())).encode()
         name = re.sub(r"[^\w.-]+", "-", f"{self.teacher.name}-{self.source.name}").strip("-")
         return base / "cmapkd" / "teachers" / f"{name[:80]}-{digest_of(content)[:12]}"
 
@@ -182,7 +150,7 @@ class CachePlan:
             return None
         cache = CacheFolder.open(self.folder)
         reasons = differences(cache.identity, self.identity)
-        lacking = cache.layout.lacks(self.needs, self.detail, self.key_tokens)
+        lacking = self.asked.lacking(cache.layout)
         reasons += [lacking] if lacking else []
         if self.config.store != cache.layout.store:
             reasons.append(f"it stores {cache.layout.store}, and cache.store is {self.config.store}")
@@ -217,7 +185,7 @@ class CachePlan:
         )
         advice = (
             "read fewer samples (for scenes: data.train=scenes?length=50000), fewer views (data.views.num_views), or "
-            "store less (cache.store=int8)"
+            f"store less ({self.asked.smaller})"
         )
         if needed > self.config.max_gib * GIB:
             raise CacheError(f"{what}, more than cache.max_gib {self.config.max_gib:g}: {advice}; or raise the limit")
@@ -264,19 +232,23 @@ class CachePlan:
             progress=progress,
             timeout=timeout,
             texts=self.texts,
+            max_tokens=self.max_tokens,
         )
 
     def _create(self) -> CacheFolder:
         model = self.teacher.model
-        bias = model.logit_bias
         about: Mapping[str, Any] = {"teacher": model.name, "data": self.source.name}
+        scale = bias = None
+        if isinstance(model, DualEncoder):
+            scale = float(model.log_logit_scale.detach().exp().reshape(()))
+            bias = None if model.logit_bias is None else float(model.logit_bias.detach())
         return CacheFolder.create(
             self.folder,
             identity=self.identity,
             layout=self.layout,
             about=about,
-            logit_scale=float(model.log_logit_scale.detach().exp().reshape(())),
-            logit_bias=None if bias is None else float(bias.detach()),
+            logit_scale=scale,
+            logit_bias=bias,
             length=len(self.source),
         )
 
@@ -301,24 +273,25 @@ class CachePlan:
             )
         return reader
 
-    def cached_teacher(self, reader: CacheReader, reload: Callable[[], DualEncoder]) -> CachedTeacher:
+    def cached_teacher(self, reader: CacheReader, reload: Callable[[], Model]) -> CachedTeacher:
         """What answers in the live teacher's place, without its weights: they go with whoever else holds them."""
         identity = self.identity["teacher"]
 
-        def checked() -> DualEncoder:
+        def checked() -> Any:
             model = reload()
             if weight_hash(model) != identity:
                 raise CacheError(f"the teacher {model.name} has other weights than when this run began")
             return model
 
-        return CachedTeacher(
-            self.teacher.model,
-            reader.cache,
-            reload=checked,
-            precision=self.precision,
-            check=reader.check,
-            role=self.teacher.role,
-        )
+        options: dict[str, Any] = {
+            "reload": checked,
+            "precision": self.precision,
+            "check": reader.check,
+            "role": self.teacher.role,
+        }
+        if isinstance(self.asked, AskedTokens):
+            return CachedTokens(self.teacher.model, reader.cache, **options)
+        return CachedTeacher(self.teacher.model, reader.cache, **options)
 
 
 def beside(config: CacheConfig, role: str) -> CacheConfig:

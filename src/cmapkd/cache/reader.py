@@ -14,8 +14,9 @@ from cmapkd.cache.checks import Checks
 from cmapkd.cache.config import Check
 from cmapkd.cache.files import CacheError
 from cmapkd.cache.identity import row_check
-from cmapkd.cache.layout import CHECK
+from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.parts import CacheFolder, Keys
+from cmapkd.cache.rows import CHECK
 from cmapkd.data.types import StoredRows
 
 _WINDOW = 2**21  # bytes of a shard that are mapped at once where embeddings are drawn
@@ -34,9 +35,7 @@ class CacheReader:
             CacheError: something is damaged.
         """
         self.cache, self.check = cache, check
-        self.needs_texts = cache.layout.kind in ("key_tokens", "dense") and any(
-            field.tower == "text" and field.level is not None for field in cache.layout.fields
-        )
+        self.needs_texts = cache.layout.needs_texts
         self.parts = cache.parts()
         self._finished = [np.array([part.is_finished(n) for n in range(part.num_shards)], bool) for part in self.parts]
         self._checks = Checks(self.parts, self._finished, check)
@@ -129,6 +128,7 @@ class CacheReader:
         total = int(starts[-1])
         chosen = np.random.default_rng(seed).choice(total, min(num, total), replace=False, shuffle=False)
         chosen.sort()  # from one end of the disk to the other
+        assert isinstance(self.cache.layout, RowLayout), "a teacher of two towers alone has embeddings"
         layout = self.cache.layout.embeddings()
         window = max(1, _WINDOW // self.cache.layout.row_bytes)
         for (number, shard, first, last), start in zip(extents, starts, strict=False):

@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cmapkd.cache.config import Check
+from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.reader import CacheReader
-from cmapkd.cache.writer import live_features
 from cmapkd.data.types import Batch, ModelInput, StoredRows
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
-from cmapkd.models.types import BOTH
+from cmapkd.models import Features, FrozenTeacher, LevelRequest, Model
 
 REFERENCE_SEED = 0  # the same reference set in every process, and after a resume
 
 
-def _description(model: DualEncoder) -> DualEncoder:
+def _description(model: Any) -> Any:
     """A copy without weights. Whoever else holds the model keeps them: a student whose texts it embeds."""
     empty: dict[int, Tensor] = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
@@ -48,10 +48,10 @@ class CachedTeacher(FrozenTeacher):
 
     def __init__(
         self,
-        model: DualEncoder,
+        model: Model,
         cache: CacheFolder,
         *,
-        reload: Callable[[], DualEncoder],
+        reload: Callable[[], Any],
         precision: str = "fp32",
         check: Check = "first_use",
         role: str = "teacher",
@@ -77,41 +77,44 @@ class CachedTeacher(FrozenTeacher):
         stored = batch.stored[self.role]
         inputs = batch.pairs(self.role) if self.role in batch.inputs else None
         layout = self.cache.layout
+        assert isinstance(layout, RowLayout)
         arrays = layout.decode(stored.arrays)
         if len(stored.missing):
             assert inputs is not None
-            self._answer(arrays, stored, inputs)
+            self._answer(layout, arrays, stored, inputs)
         device = arrays["image"].device
-        bias = self.cache.logit_bias
+        scale, bias = self.cache.logit_scale, self.cache.logit_bias
+        assert scale is not None
         return layout.features(
             arrays,
             needs,
             None if inputs is None else inputs.texts,
-            logit_scale=torch.tensor(self.cache.logit_scale, device=device),
+            logit_scale=torch.tensor(scale, device=device),
             logit_bias=None if bias is None else torch.tensor(bias, device=device),
         )
 
-    def _answer(self, arrays: dict[str, Tensor], stored: StoredRows, inputs: ModelInput) -> None:
-        """Fills in the rows of `arrays` ([batch ...] each) that have no answer, from the live teacher."""
+    def loaded(self, missing: int, device: torch.device) -> FrozenTeacher:
+        """The live teacher, for samples without an answer; warns when it is loaded.
+
+        Args:
+            missing: such samples in the first batch that has any.
+        """
         if self.live is None:
             answers = "the student answers live" if self.role == "student" else "the teacher is loaded to answer"
             warnings.warn(
-                f"the cache {self.cache.path} lacks {len(stored.missing)} samples of a batch (not foreseen, or not "
-                f"readable when it was built): {answers} for such samples",
+                f"the cache {self.cache.path} lacks {missing} samples of a batch (not foreseen, or not readable when "
+                f"it was built): {answers} for such samples",
                 CacheWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-            self.live = FrozenTeacher(self.reload()).to(inputs.images.device)
+            self.live = FrozenTeacher(self.reload()).to(device)
+        return self.live
+
+    def _answer(self, layout: RowLayout, arrays: dict[str, Tensor], stored: StoredRows, inputs: ModelInput) -> None:
+        """Fills in the rows of `arrays` ([batch ...] each) that have no answer, from the live teacher."""
+        live = self.loaded(len(stored.missing), inputs.images.device)
         places = stored.missing.to(inputs.images.device)
         texts = inputs.texts.rows(places)
         more = {pool: tokens.rows(places) for pool, tokens in inputs.more_texts.items()}
-        lacking = ModelInput(inputs.images, texts, more)
-        layout = self.cache.layout
-        levels = [field for field in layout.fields if field.level is not None]
-        of_image, of_text = (
-            tuple(dict.fromkeys(str(field.level) for field in levels if field.tower == tower)) for tower in BOTH
-        )
-        needs = LevelRequest(of_image, of_text)
-        features = live_features(self.live, lacking, needs, self.precision)
-        for name, values in layout.arrays(features, texts).items():
+        for name, values in layout.ask(live, ModelInput(inputs.images, texts, more), self.precision).items():
             arrays[name][places] = values.to(arrays[name].dtype)

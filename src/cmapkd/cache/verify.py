@@ -43,7 +43,7 @@ def describe(cache: CacheFolder) -> dict[str, Any]:
         "shards_missing": missing,
         "damaged": damaged,
         "samples": cache.length,
-        "logit_scale": cache.logit_scale,
+        **({} if cache.logit_scale is None else {"logit_scale": cache.logit_scale}),
         "fidelity": summary(fidelity),
         "identity": dict(cache.identity),
     }

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, spans_of
-from cmapkd.cache.fidelity import Fidelity
 from cmapkd.cache.files import CacheError, digest_of_rows, explained, leftovers, new_file, write_json
 from cmapkd.cache.known import KnownPictures
+from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.parts import CacheFolder, CachePart, Keys
-from cmapkd.data.readers import DualReader
+from cmapkd.cache.rows import Fidelity, Layout
+from cmapkd.data.batches import Choice
 from cmapkd.data.texts import TextChoice
-from cmapkd.data.types import ModelInput, Source
+from cmapkd.data.types import Source
 from cmapkd.data.views import ViewSpec
-from cmapkd.models import FrozenTeacher, LevelRequest
-from cmapkd.models.types import BOTH
+from cmapkd.models import FrozenTeacher
+from cmapkd.models.reading import reader_of
 
 OnProgress = Callable[[int, int], None]  # rows done, rows to do, of this process
 
@@ -81,7 +82,8 @@ def build(
     world_size: int = 1,
     skip_bad: bool = True,
     progress: OnProgress | None = None,
-    texts: TextChoice | None = None,
+    texts: Choice | None = None,
+    max_tokens: int | None = None,
     timeout: float = 0.0,
 ) -> BuildResult:
     """Adds the answers to `keys` that the cache lacks; of several processes each takes every `world_size`-th shard.
@@ -90,6 +92,7 @@ def build(
         teacher: on the device where it shall answer.
         precision: `fp32`, or `bf16` for autocast, as the run will use.
         batch_size, shard_bytes: of new parts; one that was begun keeps its own.
+        max_tokens: longest dialogue of a teacher that writes; None: as long as it takes.
         timeout: seconds that reading a batch may take; 0: any time.
         skip_bad: a sample that cannot be read gets a row that says so; otherwise it ends the build.
     Raises:
@@ -107,15 +110,14 @@ def build(
         MissingShards(shards.part, tuple(shard for shard in shards.shards if shard % world_size == rank))
         for shards in missing
     ]
-    reader = DualReader(teacher.model.image_spec, teacher.model.tokenizer)
+    reader = reader_of(teacher.model, max_tokens=max_tokens)
     chunks = Chunks(source, views, reader, [shards.part for shards in assigned], texts or TextChoice())
     spans = [span for number, shards in enumerate(assigned) for span in spans_of(shards.part, number, shards.shards)]
     total = sum(shards.rows for shards in assigned)
     built = BuildResult()
     device = teacher.model.device
     loader = load_chunks(chunks, spans, workers=workers, pin_memory=device.type == "cuda", timeout=timeout)
-    known = KnownPictures(cache.layout) if views.shows_all and cache.layout.key_tokens is None else None
-    answer = _RowMaker(cache, teacher, device, precision, known)
+    answer = _RowMaker(cache.layout, teacher, device, precision, _known(cache.layout, views))
     with ExitStack() as stack:
         shard: _Shard | None = None
         for chunk in loader:
@@ -126,7 +128,7 @@ def build(
             span = chunk.span
             part = assigned[span.part].part
             if shard is None:
-                shard = stack.enter_context(_Shard(part, span.shard))
+                shard = stack.enter_context(_Shard(part, span.shard, cache.layout.fidelity()))
             samples = part.keys(span.first, span.last) % len(source)
             shard.write(answer(chunk, samples, shard.fidelity), num_bad=len(chunk.bad))
             built.rows += span.last - span.first
@@ -139,31 +141,32 @@ def build(
     return built
 
 
+def _known(layout: Layout, views: ViewSpec) -> KnownPictures | None:
+    """Pictures that need no second answer, where a teacher of two towers sees the same ones in every view."""
+    if not isinstance(layout, RowLayout) or layout.key_tokens is not None or not views.shows_all:
+        return None
+    return KnownPictures(layout)
+
+
 class _RowMaker:
     """A chunk to rows as they are stored."""
 
     def __init__(
-        self,
-        cache: CacheFolder,
-        teacher: FrozenTeacher,
-        device: torch.device,
-        precision: str,
-        known: KnownPictures | None,
+        self, layout: Layout, teacher: FrozenTeacher, device: torch.device, precision: str, known: KnownPictures | None
     ) -> None:
-        self.layout, self.teacher, self.device, self.precision = cache.layout, teacher, device, precision
+        self.layout, self.teacher, self.device, self.precision = layout, teacher, device, precision
         self.known = known
-        levels = [level for level in cache.layout.fields if level.level is not None]
-        image, text = (
-            tuple(dict.fromkeys(str(level.level) for level in levels if level.tower == tower)) for tower in BOTH
-        )
-        self.needs = LevelRequest(image, text)
 
     @torch.no_grad()
     def __call__(self, chunk: Chunk, samples: NDArray[np.int64], fidelity: Fidelity) -> Any:
         if chunk.inputs is None:
             return self.layout.rows({}, chunk.checks)
-        inputs = chunk.inputs.to(self.device, non_blocking=True)
-        live = self._live(inputs, samples[chunk.checks != 0].tolist())
+        inputs: Any = chunk.inputs.to(self.device, non_blocking=True)
+        self.layout.check_inputs(inputs, chunk.ids)
+        if self.known is None:
+            live = self.layout.ask(self.teacher, inputs, self.precision)
+        else:
+            live = self.known.ask(self.teacher, inputs, self.precision, samples[chunk.checks != 0].tolist())
         encoded = self.layout.encode(live)
         stored = self.layout.decode(encoded)
         self._check(live, stored, chunk.ids)
@@ -173,21 +176,6 @@ class _RowMaker:
         rows[chunk.checks != 0] = good
         return rows
 
-    def _live(self, inputs: ModelInput, samples: list[int]) -> dict[str, Tensor]:
-        """The answers by field, [batch ...]; pictures that were answered in another view are not encoded again."""
-        found = None if self.known is None else self.known.find(samples, self.device)
-        if found is not None:
-            needs = replace(self.needs, image_levels=(), towers=("text",))
-            of_texts = replace(self.layout, fields=tuple(f for f in self.layout.fields if f.tower != "image"))
-            return {
-                **found,
-                **of_texts.arrays(live_features(self.teacher, inputs, needs, self.precision), inputs.texts),
-            }
-        live = self.layout.arrays(live_features(self.teacher, inputs, self.needs, self.precision), inputs.texts)
-        if self.known is not None:
-            self.known.keep(samples, live)
-        return live
-
     def _check(self, live: dict[str, Tensor], stored: dict[str, Tensor], ids: tuple[str, ...]) -> None:
         """Refuses answers that are not finite, in arrays [batch ...] by field.
 
@@ -195,6 +183,8 @@ class _RowMaker:
             CacheError: names the field and the sample.
         """
         for name, array in live.items():
+            if name not in stored or not array.is_floating_point():
+                continue
             for values, why in ((array, "the teacher's answer"), (stored[name], f"its copy in {self.layout.store}")):
                 finite = values.flatten(1).isfinite().all(1)
                 if not bool(finite.all()):
@@ -203,19 +193,11 @@ class _RowMaker:
                     raise CacheError(f"{name} of sample {first!r} is not finite in {why}: {remedy}")
 
 
-def live_features(teacher: FrozenTeacher, inputs: ModelInput, needs: LevelRequest, precision: str) -> Any:
-    """The teacher's answers as a training step in this precision would have them."""
-    device = inputs.images.device
-    # without autocast's own cache: entries made here must not be used by a training step
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-        return teacher.model(inputs, needs)
-
-
 class _Shard:
     """One shard under way: under another name until its last row is written; gone if it is not finished."""
 
-    def __init__(self, part: CachePart, number: int) -> None:
-        self.part, self.number, self.fidelity = part, number, Fidelity()
+    def __init__(self, part: CachePart, number: int, fidelity: Fidelity) -> None:
+        self.part, self.number, self.fidelity = part, number, fidelity
         self._digest = hashlib.blake2b(digest_size=16)
         self._groups: list[int] = []
         self._group = b""  # rows of a group that is not full

@@ -98,4 +98,4 @@ def _is_users(error: Exception) -> bool:
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}. Choose another place"
-    return str(error)
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,7 +38,7 @@ def build(
     config = read_recipe(recipe, overrides)
 
     from cmapkd.cache import CacheConfig, CacheError
-    from cmapkd.config import in_bytes
+    from cmapkd.config import counted, in_bytes
     from cmapkd.run import RunConfig
 
     if config.cache is None:  # validated again: the views of a run with a cache cycle
@@ -68,7 +69,8 @@ def build(
     cuda = torch.cuda.is_available() and not config.training.on_cpu
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
     for plan in plans:
-        size = f"{len(plan.keys):,} rows of {plan.layout.row_bytes:,} bytes, {in_bytes(plan.bytes_missing())} missing"
+        rows, missing = counted(len(plan.keys), "row"), in_bytes(plan.bytes_missing())
+        size = f"{rows} of {plan.layout.row_bytes:,} bytes, {missing} missing"
         console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
         built = plan.build(
             device=device,
@@ -79,8 +81,8 @@ def build(
             progress=BuildDisplay(console),
             timeout=config.data.timeout,
         )
-        bad = f"; {len(built.bad)} samples could not be read, the first {built.bad[0]}" if built.bad else ""
-        console.print(f"built {built.rows:,} rows{bad}", highlight=False, soft_wrap=True)
+        bad = f"; {counted(len(built.bad), 'sample')} could not be read, the first {built.bad[0]}" if built.bad else ""
+        console.print(f"built {counted(built.rows, 'row')}{bad}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog=examples("info"))
@@ -91,7 +93,7 @@ def info(
     """Say what a cache holds, how faithful it is, and what is missing."""
     from cmapkd.cache.parts import CacheFolder
     from cmapkd.cache.verify import describe
-    from cmapkd.config import in_bytes
+    from cmapkd.config import counted, in_bytes
 
     found = describe(CacheFolder.open(folder))
     if as_json:
@@ -101,17 +103,29 @@ def info(
     typer.echo(
         f"{found['rows_done']:,} of {found['rows']:,} rows ({found['rows_without_answer']:,} without answer) of "
         f"{found['bytes_per_row']:,} bytes, {in_bytes(found['bytes'])}; {found['shards_missing']} of "
-        f"{found['shards']} shards missing"
+        f"{counted(found['shards'], 'shard')} missing"
     )
-    fidelity = found["fidelity"]
-    for name, mean in fidelity["cosine_mean"].items():
-        typer.echo(
-            f"  {name}: cosine with the live teacher {mean:.6f} on average, {fidelity['cosine_min'][name]:.6f} least"
-        )
-    if fidelity["same_nearest"] is not None:
-        typer.echo(f"  nearest neighbour in a batch unchanged: {100 * fidelity['same_nearest']:.2f} %")
+    for line in _of_tokens(found["fidelity"]) if "tokens" in found["fidelity"] else _of_towers(found["fidelity"]):
+        typer.echo(f"  {line}")
     for line in found["damaged"]:
         typer.echo(f"  damaged: {line}")
+
+
+def _of_towers(fidelity: dict[str, Any]) -> Iterator[str]:
+    for name, mean in fidelity["cosine_mean"].items():
+        yield f"{name}: cosine with the live teacher {mean:.6f} on average, {fidelity['cosine_min'][name]:.6f} least"
+    if fidelity["same_nearest"] is not None:
+        yield f"nearest neighbour in a batch unchanged: {100 * fidelity['same_nearest']:.2f} %"
+
+
+def _of_tokens(fidelity: dict[str, Any]) -> Iterator[str]:
+    if fidelity["tokens"]:
+        yield (
+            f"{fidelity['tokens']:,} tokens of answers; {100 * fidelity['tail_mean']:.2f} % of the probability is "
+            "outside the likeliest tokens"
+        )
+        yield f"KL(live, stored) {fidelity['kl_mean']:.2g} nats on average, {fidelity['kl_max']:.2g} at most"
+        yield f"likeliest token unchanged: {100 * fidelity['same_likeliest']:.2f} %"
 
 
 @app.command(epilog=examples("verify"))

@@ -56,7 +56,7 @@ def compare(
     from rich.console import Console
 
     from cmapkd.cli.show import show
-    from cmapkd.config import ConfigError
+    from cmapkd.config import ConfigError, resumed_by
 
     if source is not None and ablation is not None and "=" in source:
         overrides, source = [source, *(overrides or [])], None
@@ -87,22 +87,23 @@ def compare(
         _list_runs(comparison, out, console)
         return
     assert out is not None
+    command = command_line("compare", str(out / "comparison.yaml"), "--out", str(out))
+    command += " --tune-only" * tune_only + "".join(f" --family {shlex.quote(name)}" for name in family or ())
     try:
-        if tune_only:
-            if comparison.tuning is None and comparison.equal_time is None:
-                raise ConfigError("--tune-only: there is nothing to tune or to measure: add tuning or equal_time")
-            if family:
-                tune(comparison, out=out, console=console, families=family)
-            else:
-                prepare(comparison, out=out, console=console)
-            kept = ("tuning.csv", "tuning.json", "tuned.yaml", "seconds.json")
-            files = ", ".join(name for name in kept if (out / name).is_file())
-            _say(console, f"{out}: {files}")
-            return
-        result = carry_out(comparison, out=out, console=console)
+        with resumed_by(f"Resume it with:\n  {command}"):
+            if tune_only:
+                if comparison.tuning is None and comparison.equal_time is None:
+                    raise ConfigError("--tune-only: there is nothing to tune or to measure: add tuning or equal_time")
+                if family:
+                    tune(comparison, out=out, console=console, families=family)
+                else:
+                    prepare(comparison, out=out, console=console)
+                kept = ("tuning.csv", "tuning.json", "tuned.yaml", "seconds.json")
+                files = ", ".join(name for name in kept if (out / name).is_file())
+                _say(console, f"{out}: {files}")
+                return
+            result = carry_out(comparison, out=out, console=console)
     except (Interrupted, KeyboardInterrupt) as stopped:
-        command = command_line("compare", str(out / "comparison.yaml"), "--out", str(out))
-        command += " --tune-only" * tune_only + "".join(f" --family {shlex.quote(name)}" for name in family or ())
         why = str(stopped) or "stopped"
         _say(console, f"{why}. What is finished is in {out}. Go on with:\n  {command}")
         raise typer.Exit(130) from None
@@ -158,6 +159,7 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
     from cmapkd.compare.search import read_tuning
     from cmapkd.compare.seconds import read_seconds
     from cmapkd.compare.tune import budget_in_words
+    from cmapkd.config import counted
 
     say = partial(_say, console)
     races, tuned = read_tuning(comparison, out)
@@ -180,8 +182,8 @@ def _list_runs(comparison: Any, out: Path | None, console: Any) -> None:
     todo = sum(plan.state(run, out) != "finished" for run in plan.runs) if out is not None else len(plan.runs)
     rows = sum(len(table.rows) for table in plan.tables)
     say(
-        f"{rows} rows x {len(comparison.seeds)} seeds in {len(plan.tables)} table{'s'[: len(plan.tables) > 1]}: "
-        f"{len(plan.runs)} different runs, {todo} to do"
+        f"{counted(rows, 'row')} x {counted(len(comparison.seeds), 'seed')} in {counted(len(plan.tables), 'table')}: "
+        f"{counted(len(plan.runs), 'different run')}, {todo} to do"
     )
     if races and tuned is None:
         arms = "; ".join(arm for each in races for arm in each.family.arms)

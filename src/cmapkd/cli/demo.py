@@ -3,47 +3,106 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cmapkd.cli.command import command_line
-from cmapkd.cli.report import CARDS, leave_page
+from cmapkd.cli.demo_generative import demo_generative
+from cmapkd.cli.ending import tell_end
+from cmapkd.cli.report import CARDS
+
+if TYPE_CHECKING:
+    from cmapkd.run import RunConfig
+
+_OPENING = (
+    "A small model (the student) learns to match pictures and captions from a large one (the teacher). Then the same "
+    "student learns alone. In the end all three are scored. The data are drawn, so nothing is downloaded."
+)
 
 
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run folder; by default a new one under runs/.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change: key=value ...")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[generative] [KEY=VALUE]...", help="generative: models that write; then settings to change."
+        ),
+    ] = None,
 ) -> None:
     """Distil a packaged teacher into a small student. The same student trained alone stands beside it."""
+    if overrides and overrides[0] == "generative":
+        demo_generative(out, overrides[1:])
+        return
     import time
 
     from rich.console import Console
 
-    from cmapkd.cli.recipe import read_recipe
+    from cmapkd.cli.recipe import checked_recipe, config_of
+    from cmapkd.config import resumed_by
 
-    config = read_recipe("demo", overrides)
+    values, console = checked_recipe("demo", overrides), Console()
+    console.print(_OPENING, markup=False, highlight=False)  # before torch is imported, which takes seconds
+    config = config_of("demo", values)
 
     from cmapkd.cli.show import show
     from cmapkd.run import run
     from cmapkd.training import Interrupted
 
-    console = Console()
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    assert config.teacher is not None
-    console.print(
-        f"Teacher {config.teacher.name}, student {config.student.name}, method {config.method.name}, built-in world "
-        f"{config.data.train}: the student is trained twice, with the teacher and without.",
-        highlight=False,
-    )
+    for line in _plan(config):
+        console.print(line, markup=False, highlight=False)
+    command = command_line("distill", "demo", *(overrides or []), "--out", str(out), "--resume")
     try:
-        result = run(config, out=out, console=console)
+        with resumed_by(f"Resume it with:\n  {command}"):
+            result = run(config, out=out, console=console)
     except Interrupted as stopped:
-        command = command_line("distill", "demo", *(overrides or []), "--out", str(out), "--resume")
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+    if not result.metrics:  # not the first of several processes
+        return
     show(console, result.table())
-    again = command_line("evaluate", str(out), "--data", "scenes", "--split", "test")
-    console.print(f"student and evidence: {out} (read back: {again})", markup=False, highlight=False, soft_wrap=True)
-    if result.metrics:
-        leave_page(out, console, gallery=CARDS)
+    if (lesson := lesson_of(result.metrics)) is not None:
+        console.print(lesson, markup=False, highlight=False)
+    scored = command_line("evaluate", str(out), "--data", str(config.data.final))
+    tell_end(out, console, again=f" (scored again by: {scored})", gallery=CARDS)
+
+
+def _plan(config: RunConfig) -> list[str]:
+    """Who learns from whom, how, and how long."""
+    from cmapkd.config import counted
+
+    assert config.teacher is not None
+    steps = config.training.steps
+    lengths = counted(steps, "step") if steps else f"{config.training.epochs:g} epochs"
+    return [
+        f"Teacher {config.teacher.name}, student {config.student.name}, method {config.method.name}, pictures "
+        f"{config.data.train}.",
+        f"Each of the two trainings takes {lengths} of {config.training.batch_size} pairs. R@1 is how often (%) the "
+        "right caption or picture comes first.",
+    ]
+
+
+def lesson_of(metrics: dict[str, Any]) -> str | None:
+    """The one sentence to take home; None where teacher, student and scratch share no recall.
+
+    Args:
+        metrics: what `metrics.json` holds.
+    """
+    from cmapkd.config import counted
+    from cmapkd.evaluation.headline import number_at
+
+    roles = ("teacher", "student", "baseline")
+    teacher, student, scratch = (number_at(metrics.get(role), ("retrieval", "mean_r@1")) for role in roles)
+    steps = metrics.get("steps")
+    if teacher is None or student is None or scratch is None or not steps:
+        return None
+    length = counted(steps, "step")
+    found = f"{student:.1f} % of its searches, and {scratch:.1f} % where it learned alone"
+    if student - scratch < 1.0:
+        return f"After {length} the student is right in {found}: so short a training shows nothing yet."
+    smaller = metrics["teacher"]["params"] / metrics["student"]["params"]
+    return (
+        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. The pictures and "
+        f"the {length} were the same: the teacher made the difference. The teacher is right in {teacher:.1f} %."
+    )

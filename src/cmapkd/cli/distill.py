@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cmapkd.cli.command import command_line
-from cmapkd.cli.report import leave_page
+from cmapkd.cli.ending import tell_end
 
 
 def distill(
@@ -25,7 +25,7 @@ def distill(
     from rich.console import Console
 
     from cmapkd.cli.recipe import read_recipe
-    from cmapkd.config import ConfigError, list_recipes, recipe_summary
+    from cmapkd.config import ConfigError, list_recipes, recipe_summary, resumed_by
 
     console = Console()
     if recipe == "list":
@@ -42,15 +42,15 @@ def distill(
     from cmapkd.run import run
     from cmapkd.training import Interrupted
 
+    how = ["--resume"] if extend_to is None else ["--extend-to", str(extend_to)]
+    command = command_line("distill", recipe, *(overrides or []), "--out", str(out), *how)
     try:
-        result = run(config, out=out, resume=resume, extend_to=extend_to, console=console)
+        with resumed_by(f"Resume it with:\n  {command}"):
+            result = run(config, out=out, resume=resume, extend_to=extend_to, console=console)
     except Interrupted as stopped:
-        how = ["--resume"] if extend_to is None else ["--extend-to", str(extend_to)]
-        command = command_line("distill", recipe, *(overrides or []), "--out", str(out), *how)
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if result.metrics:
         if config.data.final is not None:
             show(console, result.table())
-        console.print(f"student and evidence: {out}", highlight=False)
-        leave_page(out, console)
+        tell_end(out, console, gallery=0)

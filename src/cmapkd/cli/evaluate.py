@@ -17,6 +17,7 @@ from cmapkd.cli.command import command_line
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cmapkd.evaluation.config import SuiteConfig
     from cmapkd.models.base import Model
 
 
@@ -59,9 +60,13 @@ def evaluate(
     """Score models side by side. Retrieval, zero-shot, questions, captions, detection, calibration, agreement, cost."""
     from rich.console import Console
 
+    from cmapkd.config import counted
     from cmapkd.config.disk import check_writable
+    from cmapkd.settings import check_source
 
     named, values = _named(models), _settings(tasks, settings or [])
+    for given in filter(None, (data, train)):
+        check_source(given)
     if json_file is not None:
         check_writable(json_file)
 
@@ -80,8 +85,9 @@ def evaluate(
 
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     loaded = _loaded(named, say)
+    config = _asked_as_trained(config, named, loaded, say)
     if source is not None:
-        say(f"evaluating {len(loaded)} model{'s'[: len(loaded) > 1]} on {len(source):,} samples of {source.name}")
+        say(f"evaluating {counted(len(loaded), 'model')} on {counted(len(source), 'sample')} of {source.name}")
     try:
         heads_from = training_source(train, data)
         scores = evaluate_models(loaded, source, config, device=device, train=heads_from, work=work, console=console)
@@ -107,6 +113,21 @@ def _loaded(named: dict[str, str], say: Callable[[str], None]) -> dict[str, Mode
         if (remark := remark_on_untrained(made)) is not None:
             say(f"warning: {remark}")
     return loaded
+
+
+def _asked_as_trained(
+    config: SuiteConfig, named: dict[str, str], loaded: dict[str, Model], say: Callable[[str], None]
+) -> SuiteConfig:
+    """With the prompts of the runs among the models that write, where no others are set."""
+    from cmapkd.models import GenerativeModel
+    from cmapkd.run.prompts import prompts_of_runs
+
+    prompts, told = prompts_of_runs(Path(named[name]) for name in loaded if isinstance(loaded[name], GenerativeModel))
+    if told:
+        say(told)
+    if prompts is None:
+        return config
+    return config.model_copy(update={"writing": config.writing.like(prompts)})
 
 
 def _untrained(models: dict[str, Model]) -> dict[str, list[str]]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cmapkd.cli.ending import tell_end
+
 
 def finalize(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
@@ -29,4 +31,4 @@ def finalize(
     console = Console()
     result = finalize(run, step=step, overrides=overrides or [], console=console)
     show(console, result.table())
-    console.print(f"student and evidence: {run}", highlight=False, soft_wrap=True)
+    tell_end(run, console)

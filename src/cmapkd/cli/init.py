@@ -37,8 +37,9 @@ def init(
     if not data.exists():
         raise ConfigError(f"there is no file or folder {str(data)!r}. {nearest(str(data))}")
 
-    from cmapkd.starter import choose_student, compose, look, write_recipe
+    from cmapkd.starter import check_teacher, choose_student, compose, look, write_recipe
 
+    check_teacher(teacher)
     console = Console()
     with console.status(escape(f"reading {data}")) as status:
         looked = look(data)

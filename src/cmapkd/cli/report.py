@@ -33,8 +33,10 @@ def report(
     images: Annotated[bool, typer.Option("--images/--no-images", help="Whether the page shows pictures.")] = True,
     captions: Annotated[bool, typer.Option("--captions/--no-captions", help="Whether it shows captions.")] = True,
 ) -> None:
-    """Write one self-contained page: verdict, scores, cost, curves, retrievals to look at, origins."""
+    """Write one self-contained page: verdict, scores, cost, curves, examples to look at, origins."""
     from rich.console import Console
+
+    _refuse_missing(paths)
 
     from cmapkd.report import write_report
 
@@ -53,6 +55,20 @@ def report(
     console.print(f"report: {written} ({written.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False)
 
 
+def _refuse_missing(paths: list[Path]) -> None:
+    """Answers a misspelt path before torch is imported.
+
+    Raises:
+        ConfigError: nothing is at a path; with what is there under a similar name.
+    """
+    from cmapkd.config import ConfigError, closest
+
+    for path in paths:
+        if not path.exists():
+            beside = sorted(str(path.parent / each.name) for each in path.parent.glob("*"))
+            raise ConfigError(f"there is no {path}{closest(str(path), beside)}")
+
+
 def leave_page(folder: Path, console: Any, *, gallery: int = 0) -> None:
     """Writes the page of a folder that was just finished, and names it.
 
@@ -68,7 +84,7 @@ def leave_page(folder: Path, console: Any, *, gallery: int = 0) -> None:
     else:
         told = f"report: {written}"
         if not gallery and (folder / "student").is_dir():
-            told += f" (with retrievals to look at: {command_line('report', str(folder))})"
+            told += f" (with examples to look at: {command_line('report', str(folder))})"
     console.print(printable(told), markup=False, highlight=False, soft_wrap=True)
 
 

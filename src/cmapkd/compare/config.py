@@ -67,13 +67,18 @@ class ComparisonConfig(_ArmsAndAxes):
         default_factory=dict, description="Title -> table; none: one table of all arms. Equal runs are shared."
     )
     reference: str | None = Field(
-        None, description="Differences are taken to this arm or axis value; none: the one of method contrastive."
+        None,
+        description="Differences are taken to this arm or axis value; none: the one of a method that uses no teacher.",
     )
     gap_from: str | None = Field(
-        None, description="Where the gap to the teacher begins; none: the arm or axis value of method contrastive."
+        None,
+        description="Where the gap to the teacher begins; none: the arm or axis value of a method that uses "
+        "no teacher.",
     )
     metrics: tuple[str, ...] | None = Field(
-        None, description="Dotted paths in the student's scores; none: mean R@1 and zero-shot, wherever measured."
+        None,
+        description="Dotted paths in the student's scores; none: the first number of each task that was "
+        "measured, such as mean R@1, zero-shot top-1 or answering overall.",
     )
     gap_rising: float | None = Field(
         1.0,

@@ -8,7 +8,7 @@ from typing import Any
 
 from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.rows import PlannedRun, Row, config_digest, planned_run
-from cmapkd.config import ConfigError, closest
+from cmapkd.config import ConfigError, closest, counted
 from cmapkd.run import RunConfig
 from cmapkd.training import OptimConfig
 
@@ -90,7 +90,7 @@ def with_equal_time(rows: list[Row], unique: dict[str, PlannedRun], seconds: Sec
             raise ConfigError(f"equal_time counts steps, and {row.label} has none: give it training.steps")
         own, theirs = (seconds.of(each.label, each.coordinates["arm"], each.config) for each in (row, clock))
         steps = max(1, round(clock.config.training.steps * theirs / own))
-        told.append(f"{row.label} {own:.3g} s/step, {steps:,} steps")
+        told.append(f"{row.label} {own:.3g} s/step, {counted(steps, 'step')}")
         runs = {}
         for seed, run in row.runs.items():
             training = run.config.training.model_copy(update={"steps": steps})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rich.console import Console
 from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.config import ComparisonConfig
 from cmapkd.compare.equal_time import Seconds
+from cmapkd.compare.left import TimeLeft
 from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.pictures import ranks_name
 from cmapkd.compare.plan import Plan, make_plan
@@ -81,17 +83,24 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         for remark in plan.remarks():
             console.print(remark, markup=False, highlight=False)
     outcomes = {planned.digest: Outcome(plan.folder(planned, out)) for planned in plan.runs}
+    left = TimeLeft()
     looked = False  # whether a finished run was looked through for the metrics that the tables name
     try:
         for number, planned in enumerate(plan.runs, 1):
             state = plan.state(planned, out)
             if console is not None:
                 doing = {"finished": "read back", "begun": "going on", "new": "starting"}[state]
-                head = f"[{number}/{len(plan.runs)}] {planned.name}: {doing}"
+                todo = [each for each in plan.runs[number - 1 :] if plan.state(each, out) != "finished"]
+                told = "" if state == "finished" else left.said(todo)
+                head = f"[{number}/{len(plan.runs)}] {planned.name}: {doing}{told}"
                 console.print(head, markup=False, highlight=False, soft_wrap=True)
-            known = _known_teacher(planned, plan.runs, outcomes)
+            known, started = _known_teacher(planned, plan.runs, outcomes), time.monotonic()
             outcome = _carry_out(planned, plan.folder(planned, out), comparison.evaluate, sources, console, known)
             outcomes[planned.digest] = outcome
+            if outcome.status == "finished":
+                trained = float(outcome.metrics.get("train_seconds") or 0.0)  # of all its sittings
+                took = time.monotonic() - started if state == "new" else trained
+                left.finished(planned, took, int(outcome.metrics.get("steps") or 0))
             if state != "finished":
                 gc.collect()  # a trainer is full of circles: its memory would otherwise last into the next run
             if console is not None and outcome.error is not None:

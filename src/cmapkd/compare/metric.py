@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_LOWER = ("median_rank", "mean_rank", "params", "bad_samples")
+_LOWER = (
+    "median_rank", "mean_rank", "params", "bad_samples",
+    "nll", "perplexity", "bits_per_byte", "unended", "empty", "unclear",
+)  # fmt: skip
 
 
 def lookup(scores: Any, path: str) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 from cmapkd.compare.metric import lower_is_better, metric_label
 from cmapkd.compare.plan import Plan, PlannedTable
 from cmapkd.compare.tables import RowSummary
+from cmapkd.config import counted
 from cmapkd.evaluation.headline import remark_on_retrieval, retrieval_set
 from cmapkd.run import RunConfig
 
@@ -27,14 +28,14 @@ def table_notes(
     if num_seeds == 1:
         yield "One seed: no deviation and no interval; a difference may be chance."
     else:
-        yield f"Mean ± sample standard deviation over {num_seeds} seeds."
+        yield f"Mean ± sample standard deviation over {counted(num_seeds, 'seed')}."
         yield from _difference_notes(table, rows)
     yield from _interval_notes(rows)
     yield from _plateau_notes(rows, metrics, plateau)
     yield from _gap_notes(table, rows, metrics)
     yield from table.remarks()
     if table.reference_name is None:
-        yield "No differences: there is no one arm of method contrastive, and no reference was named."
+        yield "No differences: there is no one arm that trains without a teacher, and no reference was named."
     for row, finished, reference in zip(rows, done, table.reference, strict=True):
         assert row.row is not None
         for seed, error in row.errors.items():

@@ -13,6 +13,8 @@ from cmapkd.compare.bootstrap import Floats, Part, two_way_estimate
 from cmapkd.compare.rows import config_digest
 from cmapkd.compare.statistics import Estimate, PairedDifference
 from cmapkd.evaluation.picture_ranks import PictureRanks
+from cmapkd.evaluation.tasks import TASKS
+from cmapkd.models import GenerativeModel
 from cmapkd.run.measure import RANKS
 
 _BOTH_WAYS = re.compile(r"retrieval\.mean_(r@\d+)")
@@ -64,6 +66,9 @@ def measures_of(path: str) -> tuple[str, ...]:
         return (match[1],)
     if path in ("zero_shot.top1", "zero_shot.top5"):
         return (path,)
+    task = TASKS.own.get(path.partition(".")[0])
+    if task is not None and issubclass(task.reads, GenerativeModel):
+        raise NoPictures("runs keep no scores of single answers")
     raise NoPictures(f"{path} is no mean over pictures")
 
 

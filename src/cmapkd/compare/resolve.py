@@ -11,7 +11,10 @@ from cmapkd.config import ConfigError, apply_overrides, load_mapping, merge_mapp
 from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
 
-_OURS = {"seed": "list the seeds in `seeds`", "baseline": "make scratch training an arm (method: contrastive)"}
+_OURS = {
+    "seed": "list the seeds in `seeds`",
+    "baseline": "make scratch training an arm (method: contrastive; of models that write, sft)",
+}
 
 
 @dataclass(frozen=True, slots=True)

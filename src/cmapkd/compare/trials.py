@@ -13,6 +13,8 @@ from cmapkd.compare.space import Space, draw
 from cmapkd.compare.tuning import RungConfig, TuningConfig
 from cmapkd.config import ConfigError, closest
 from cmapkd.data.open import split_of
+from cmapkd.evaluation.tasks import TASKS
+from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
 
 
@@ -68,12 +70,31 @@ def plan_trials(comparison: ComparisonConfig, resolver: Resolver) -> tuple[Famil
     return tuple(families)
 
 
+def _check_metric(config: RunConfig, metric: str) -> None:
+    """Refuses to judge trials by a task that these students cannot be measured by.
+
+    Raises:
+        ConfigError: names the headline of a task that measures them.
+    """
+    task = TASKS.own.get(metric.partition(".")[0])
+    reads = METHODS[config.method.name].reads
+    if task is None or issubclass(reads, task.reads):
+        return
+    able = [f"{name}.{'.'.join(each.headline.path)}" for name, each in TASKS.own.items()
+            if each.headline is not None and issubclass(reads, each.reads)]  # fmt: skip
+    raise ConfigError(
+        f"tuning.metric is {metric}, which measures a {task.reads.__name__}, and method {config.method.name} trains a "
+        f"{reads.__name__}: set tuning.metric to {' or '.join(able)}"
+    )
+
+
 def _family(comparison: ComparisonConfig, tuning: TuningConfig, name: str, resolver: Resolver) -> Family:
     arms, space = tuning.arms_of(name), tuning.space_of(name)
     layers = [settings_of(comparison.arms[arms[0]], f"arm {arms[0]!r}")]
     layers += layers_of({axis: comparison.axes[axis][label] for axis, label in tuning.at.items()}, "axes")
     declared, _ = resolver.resolve(layers, seed=tuning.seeds[0], where=name)
     _check_data(declared, comparison)
+    _check_metric(declared, tuning.metric)
     for key in space:
         _check_key(key, declared)
     number = tuning.trials_of(name)

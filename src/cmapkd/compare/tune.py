@@ -18,7 +18,7 @@ from cmapkd.compare.space import edges
 from cmapkd.compare.trials import Family, Trial
 from cmapkd.compare.tuning import TuningConfig
 from cmapkd.compare.winners import Round, Tuned, TunedFamily, write_tuned
-from cmapkd.config import ConfigError, closest
+from cmapkd.config import ConfigError, closest, counted
 from cmapkd.config.disk import write_text
 from cmapkd.config.leaves import leaves
 from cmapkd.provenance import describe_environment
@@ -194,5 +194,5 @@ def budget_in_words(family: Family) -> str:
     sizes = family.entering()
     parts = [f"{size} of {length}" for size, length in zip(sizes, family.lengths, strict=True)]
     steps = [size * length * seeds for size, length in zip(sizes, family.steps, strict=True) if length is not None]
-    times = f", each with {seeds} seeds" * (seeds > 1)
-    return ", ".join(parts) + times + (f": {sum(steps):,} steps" if len(steps) == len(parts) else "")
+    times = f", each with {counted(seeds, 'seed')}" * (seeds > 1)
+    return ", ".join(parts) + times + (f": {counted(sum(steps), 'step')}" if len(steps) == len(parts) else "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cmapkd.compare.statistics import CONFIDENCE, Estimate, PairedDifference, holm
+from cmapkd.config import counted
 
 EXPLORATORY_SEEDS = 3
 """With so many seeds or fewer there are no verdicts, and a table is called exploratory."""
@@ -103,5 +104,5 @@ def _reason(contrast: Contrast) -> str:
         return "the two rows have no seed in common"
     count = len(contrast.difference.seeds)
     if count <= EXPLORATORY_SEEDS:
-        return f"{count} seed{'s'[: count > 1]}: a verdict needs {EXPLORATORY_SEEDS + 1} or more"
+        return f"{counted(count, 'seed')}: a verdict needs {EXPLORATORY_SEEDS + 1} or more"
     return ""

@@ -126,19 +126,27 @@ def _records(
 
 def _csv(records: list[dict[str, Any]], metrics: list[str]) -> str:
     axes = list(dict.fromkeys(key for record in records for key in record["axes"]))
+    axes = [key for key in axes if any(record["axes"].get(key) != record.get(key) for record in records)]
+    names = [f"{key} (axis)" if records and key in records[0] else key for key in axes]
     plain = ("steps", "batch_size", "train_seconds", "seconds_per_step", "peak_memory_bytes", "extra_params")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "row", "arm", *axes, "method", "seed", "status", *metrics, "params", *plain, "error"])
+    writer.writerow(["run", "row", "arm", *names, "method", "seed", "status", *metrics, "params", *plain, "error"])
     for record in records:
-        writer.writerow(
+        cells = (
             [record[key] for key in ("run", "row", "arm")]
             + [record["axes"].get(key) for key in axes]
             + [record[key] for key in ("method", "seed", "status")]
             + [lookup(record["student"], path) for path in metrics]
             + [(record["student"] or {}).get("params"), *(record[key] for key in plain), record["error"]]
         )
+        writer.writerow(map(_rounded, cells))
     return text.getvalue()
+
+
+def _rounded(value: Any) -> Any:
+    """A number without the last bits of its arithmetic: 0.11, not 0.11000000000000001. Anything else as it is."""
+    return round(value, 10) if isinstance(value, float) else value
 
 
 def _plain_table(table: TableSummary) -> dict[str, Any]:
@@ -299,7 +307,9 @@ def _value(summary: Summary | None, digits: int, *, median: bool = False) -> str
     if summary is None:
         return "-"
     deviation = "" if summary.deviation is None else f" ± {summary.deviation:.{digits}f}"
-    return f"{summary.mean:.{digits}f}{deviation}" + (f" (median {summary.median:.{digits}f})" if median else "")
+    mean = f"{summary.mean:.{digits}f}"
+    mean = mean if float(mean) else mean.removeprefix("-")  # nearly none has no minus
+    return f"{mean}{deviation}" + (f" (median {summary.median:.{digits}f})" if median else "")
 
 
 def _difference(cell: Cell, digits: int) -> list[str]:

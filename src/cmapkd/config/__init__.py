@@ -5,12 +5,13 @@ from cmapkd.config.disk import DiskError, writing
 from cmapkd.config.extras import install_advice
 from cmapkd.config.load import apply_overrides, list_recipes, load_config, load_mapping, merge_mappings, recipe_summary
 from cmapkd.config.plugins import PluginWarning, Registry
-from cmapkd.config.printing import in_bytes, in_markdown, printable
-from cmapkd.config.resumable import RESUMABLE, fixed_differences, resumable_keys
+from cmapkd.config.printing import counted, in_bytes, in_markdown, printable
+from cmapkd.config.resumable import RESUMABLE, RESUME, fixed_differences, resumable_keys, resumed_by
 from cmapkd.config.secrets import redact, refuse_secrets
 
 __all__ = [
     "RESUMABLE",
+    "RESUME",
     "Config",
     "ConfigError",
     "DiskError",
@@ -19,6 +20,7 @@ __all__ = [
     "RunStopped",
     "apply_overrides",
     "closest",
+    "counted",
     "fixed_differences",
     "in_bytes",
     "in_markdown",
@@ -32,5 +34,6 @@ __all__ = [
     "redact",
     "refuse_secrets",
     "resumable_keys",
+    "resumed_by",
     "writing",
 ]

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cmapkd.config.resumable import RESUME
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NAMES = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -23,7 +25,7 @@ class DiskError(ValueError):
 
 
 @contextmanager
-def writing(folder: Path, *, again: str = "go on with --resume") -> Iterator[None]:
+def writing(folder: Path, *, again: str = RESUME) -> Iterator[None]:
     """Turns what the disk of a run's folder refuses into a `DiskError`; other errors pass.
 
     Args:
@@ -109,12 +111,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str, *, again: str = "go on with --resume") -> None:
+def write_text(path: Path, text: str, *, again: str = RESUME) -> None:
     """Writes a file whole or not at all; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"), again=again)
 
 
-def write_bytes(path: Path, content: bytes, *, again: str = "go on with --resume") -> None:
+def write_bytes(path: Path, content: bytes, *, again: str = RESUME) -> None:
     """Writes a file whole or not at all: under another name, flushed and renamed.
 
     Raises:

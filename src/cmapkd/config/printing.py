@@ -38,9 +38,24 @@ def in_markdown(text: str) -> str:
     return " ".join(printable(text).split()).translate(_MARKDOWN).replace("](", "]\\(")
 
 
+def counted(number: int, thing: str) -> str:
+    """A number with what it counts, one or several: `1 sample`, `1,200 samples`, `2 classes`, `3 cache entries`.
+
+    Args:
+        thing: in the singular. Its plural is regular.
+    """
+    if number == 1:
+        return f"1 {thing}"
+    if thing.endswith(("s", "x", "ch", "sh")):
+        return f"{number:,} {thing}es"
+    if thing.endswith("y") and thing[-2] not in "aeiou":
+        return f"{number:,} {thing[:-1]}ies"
+    return f"{number:,} {thing}s"
+
+
 def in_bytes(number: float) -> str:
     """A size in the unit that shows it: `329 kB`, `1.7 GB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:,.3g} {unit}"
-    return f"{number:.0f} bytes"
+    return counted(round(number), "byte")

@@ -7,6 +7,7 @@ looked at, or when to give up. A setting that changes the weights or the scores 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, get_args
 
 from pydantic import BaseModel
@@ -14,6 +15,20 @@ from pydantic.fields import FieldInfo
 
 RESUMABLE: Final[dict[str, Any]] = {"resumable": True}
 """Give a field `json_schema_extra=RESUMABLE`."""
+
+RESUME: Final = "resume the run"
+"""The words by which a message advises a resume. The command line and the Python API each add how to do it there."""
+
+
+@contextmanager
+def resumed_by(how: str) -> Iterator[None]:
+    """Adds `how`, a sentence of this interface, to an error whose message advises a resume."""
+    try:
+        yield
+    except Exception as error:
+        if RESUME in str(error):
+            error.add_note(how)
+        raise
 
 
 def is_resumable(field: FieldInfo) -> bool:

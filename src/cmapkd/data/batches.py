@@ -61,6 +61,10 @@ class Choice(Protocol):
         """
         ...
 
+    def describe(self) -> str:
+        """Names the choice for a cache's identity."""
+        ...
+
 
 class Answers(Protocol):
     """A model's answers to views, read instead of computed; see `cache.CacheReader`. Picklable."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cmapkd.config import RunStopped
+from cmapkd.config import RunStopped, counted
 from cmapkd.config.disk import usual_rights
 
 NO_CAPTION = "no caption"
@@ -80,14 +80,14 @@ class SampleLedger:
         sample_id, reason = self.bad[0]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(4))
         raise TooManyBadSamples(
-            f"{self.num_bad} of {total} samples ({100 * share:.2g} %) could not be read, more than max_bad_share "
-            f"{100 * max_share:.4g} %: first: {sample_id}: {reason}. By kind: {kinds}. Repair the data, or raise "
-            "max_bad_share."
+            f"{self.num_bad} of {counted(total, 'sample')} ({100 * share:.2g} %) could not be read, more than "
+            f"max_bad_share {100 * max_share:.4g} %: first: {sample_id}: {reason}. By kind: {kinds}. Repair the data, "
+            "or raise max_bad_share."
         )
 
     def summary(self) -> str:
         """One line for the log."""
-        line = f"{self.num_good} samples read, {self.num_bad} bad"
+        line = f"{counted(self.num_good, 'sample')} read, {self.num_bad} bad"
         if self.kinds:
             line += " (" + ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common()) + ")"
         return line + (f", {self.num_without_caption} without caption" if self.num_without_caption else "")

@@ -112,7 +112,7 @@ class ChatInput:
         Args:
             images: not read: `extents` say which pictures each dialogue brought.
         """
-        stop = min(stop, len(self))
+        stop = min(stop, len(self))  # the last micro-batch may ask for more than there is
         extents = {name: bounds[start : stop + 1] - bounds[start] for name, bounds in self.extents.items()}
         pictures = {
             name: rows[int(self.extents[name][start]) : int(self.extents[name][stop])]

@@ -36,5 +36,7 @@ def refuse_unknown_kind(text: str, known: Iterable[str], *, kind: str | None = N
     if kind in kinds:
         return
     fitting = "folder" if Path(text).expanduser().is_dir() else BY_SUFFIX.get(Path(text.partition("?")[0]).suffix)
-    near = f" (did you mean '{fitting}:{text}'?)" if fitting else closest(kind, kinds)
+    near = closest(kind, kinds)  # of `cvs:train.csv`, which has a kind that is misspelt
+    if fitting and not (near and text.startswith(f"{kind}:")):
+        near = f" (did you mean '{fitting}:{text}'?)"
     raise ConfigError(f"data {text!r}: there is no kind of data {kind!r}{near}. Known: {', '.join(kinds)}.")

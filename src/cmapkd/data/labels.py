@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import Sample
 from cmapkd.data.views import View
@@ -35,8 +35,8 @@ class LabelReader:
             return NO_LABEL
         if self.num_classes is not None and sample.label >= self.num_classes:
             raise ConfigError(
-                f"sample {sample.id!r} has label {sample.label}, but there are only {self.num_classes} classes: give "
-                "the class names that the labels were numbered by"
+                f"sample {sample.id!r} has label {sample.label}, but there are only "
+                f"{counted(self.num_classes, 'class')}: give the class names that the labels were numbered by"
             )
         return sample.label
 

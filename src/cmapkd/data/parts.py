@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.data.types import Sample, Source
 from cmapkd.data.unseen import unseen
 
@@ -20,8 +20,8 @@ class PartOfSource:
     def __init__(self, source: Source, start: int, stop: int) -> None:
         if not 0 <= start < stop <= len(source):
             raise ConfigError(
-                f"{source.name} has {len(source)} samples, of which {start} to {stop - 1} are asked for: lower "
-                "data.held_out, or read more data"
+                f"{source.name} has {counted(len(source), 'sample')}, of which {start} to {stop - 1} are asked for: "
+                "lower data.held_out, or read more data"
             )
         self.source, self.start, self.stop = source, start, stop
         self.name = source.name
@@ -56,7 +56,7 @@ class PartOfSource:
 
     def _place(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"this part of {self.name} has {len(self)} samples, there is no sample {index}")
+            raise IndexError(f"this part of {self.name} has {counted(len(self), 'sample')}, there is no sample {index}")
         return self.start + index
 
     @property

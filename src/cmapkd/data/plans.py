@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from cmapkd.config import ConfigError, closest
+from cmapkd.config import ConfigError, closest, counted
 from cmapkd.data.random import permuted
 from cmapkd.data.streams import MAIN_STREAM, Cursor, Stream, interleaved, stream_sizes
 
@@ -76,7 +76,7 @@ class PlanSampler(Sampler[Plan]):
     ) -> None:
         if length < batch_size:
             raise ValueError(
-                f"the training data has {length} sample{'s'[: length != 1]}, fewer than one batch of {batch_size}: "
+                f"the training data has {counted(length, 'sample')}, fewer than one batch of {batch_size}: "
                 "lower training.batch_size"
             )
         if batch_size % world_size:
@@ -106,8 +106,8 @@ class PlanSampler(Sampler[Plan]):
         length = self.streams[names.index(name)].length
         if length < self.batch_size:
             raise ConfigError(
-                f"stream {name!r} has {length} samples, fewer than one batch of {self.batch_size}, so no stage can "
-                "read it alone: lower training.batch_size"
+                f"stream {name!r} has {counted(length, 'sample')}, fewer than one batch of {self.batch_size}, so no "
+                "stage can read it alone: lower training.batch_size"
             )
 
     def plan(self, step: int) -> Plan:

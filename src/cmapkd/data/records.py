@@ -231,10 +231,11 @@ def _question(
     if kind is not None and kind not in QUESTION_KINDS:
         raise Unusable(f"kind of question is unknown: {str(kind)[:40]!r} is none of {', '.join(QUESTION_KINDS)}")
     text = check_caption(question.strip(), "question")
-    return QuestionAnswer(text, tuple(answers), kind or _kind(answers), identity, category)
+    return QuestionAnswer(text, tuple(answers), kind or kind_of(answers), identity, category)
 
 
-def _kind(answers: list[str]) -> str:
+def kind_of(answers: Sequence[str]) -> str:
+    """`yes/no`, `number` or `other`, read off the answers."""
     if answers and all(answer.lower() in ("yes", "no", "true", "false") for answer in answers):
         return "yes/no"
     if answers and all(answer.isdecimal() for answer in answers):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.data.images import decode_image
 from cmapkd.data.random import uniforms
 from cmapkd.data.records import Record, Unusable
@@ -108,7 +108,7 @@ class StoredSource(ABC):
     they are not bad, they say nothing. Of entries with the same id only the first is good.
 
     Args:
-        name: as the user wrote it.
+        name: as the user wrote it; `part` is added to it, because two parts are other samples.
         ids: of all entries.
         captioned: for each entry whether it has a caption; None: all of them may.
         bad: reasons of entries known to be unusable.
@@ -128,7 +128,7 @@ class StoredSource(ABC):
         class_names: Sequence[str] | None = None,
         warnings: Iterable[str] = (),
     ) -> None:
-        self.name = name
+        self.name = name if keep.part is None else f"{name}?part={keep.part[0]:g}-{keep.part[1]:g}"
         self.warnings = tuple(warnings)
         self._ids = ids if isinstance(ids, Texts) else Texts(ids)
         self._class_names = None if class_names is None else tuple(class_names)
@@ -248,7 +248,7 @@ class StoredSource(ABC):
 
     def _entry(self, index: int) -> int:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} samples, there is no sample {index}")
+            raise IndexError(f"{self.name} has {counted(len(self), 'sample')}, there is no sample {index}")
         return int(self._entries[index])
 
     def _find(self, index: int) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
 
@@ -80,8 +80,8 @@ def stream_sizes(batch_size: int, streams: Sequence[Stream]) -> tuple[int, ...]:
             )
         if stream.length < size:
             raise ConfigError(
-                f"stream {stream.name!r} has {stream.length} samples, fewer than the {size} that each batch of "
-                f"{batch_size} takes of it: lower its share or training.batch_size"
+                f"stream {stream.name!r} has {counted(stream.length, 'sample')}, fewer than the {size} that each batch "
+                f"of {batch_size} takes of it: lower its share or training.batch_size"
             )
     return tuple(sizes)
 
@@ -170,7 +170,7 @@ class JoinedSource:
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} samples, there is no sample {index}")
+            raise IndexError(f"{self.name} has {counted(len(self), 'sample')}, there is no sample {index}")
         number = bisect_right(self._starts, index) - 1
         return number, index - self._starts[number]
 
@@ -207,7 +207,7 @@ def _agreed_classes(sources: Mapping[str, Source]) -> tuple[str, ...] | None:
             how = (
                 f"class {place} is {one[place]!r} in one and {two[place]!r} in the other"
                 if place is not None
-                else f"one has {len(one)} classes, the other {len(two)}"
+                else f"one has {counted(len(one), 'class')}, the other {len(two)}"
             )
             raise ConfigError(
                 f"streams {first!r} and {other!r} name their classes differently ({how}), so one label would mean two "

@@ -105,16 +105,17 @@ class TableSource(StoredSource):
 def _check_images(name: str, names: list[str], images: Images) -> None:
     """A wrong folder is found here rather than after a run's first thousand samples."""
     if names and not any(images.has(image) for image in names):
-        hint = (
-            "URLs are not fetched: download the images first" if "://" in names[0] else "check the folder of the images"
-        )
+        where = f" (names start at {str(images.path)!r})" if isinstance(images, Folder) else ""
+        hint = f"check the folder of the images{where}"
+        if "://" in names[0]:
+            hint = "URLs are not fetched: download the images first"
         raise ConfigError(
             f"none of the first {len(names)} images that {name} names is there, such as {names[0]!r}: {hint}."
         )
 
 
 def _pack(group: Group) -> str:
-    questions = [[q.question, q.answers, q.kind, q.id] for q in group.questions]
+    questions = [[q.question, q.answers, q.kind, q.id, q.category] for q in group.questions]
     boxes = [[b.x, b.y, b.width, b.height, b.name, b.crowd, b.area] for b in group.boxes]
     turns = [[turn.role, turn.text, turn.pictures, turn.learned] for turn in group.turns]
     values = [group.image, group.captions, group.label, questions, boxes, group.texts, turns, group.text_only]

@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cmapkd.config import RunStopped
+from cmapkd.config import RESUME, RunStopped
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -126,7 +126,7 @@ class ReadAhead(Generic[P, T]):
     def _late(self, done: int) -> ReadTimeout:
         return ReadTimeout(
             f"nothing came for {self.timeout:g} seconds while reading {self._place(done)}: the disk or network drive "
-            "under the data may hang. Check it and go on with --resume, or raise data.timeout, in an evaluation "
+            f"under the data may hang. Check it and {RESUME}, or raise data.timeout, in an evaluation "
             "evaluation.timeout (0: wait for ever)"
         )
 
@@ -137,7 +137,7 @@ class ReadAhead(Generic[P, T]):
             raise WorkerDied(
                 f"data workers died {deaths} times, the last {how} while reading {where}. The system kills "
                 "processes when memory runs out: lower data.workers, data.memory or training.batch_size (bus error: "
-                "/dev/shm is full, give the container more or set data.workers=0), and go on with --resume"
+                f"/dev/shm is full, give the container more or set data.workers=0), and {RESUME}"
             )
         warnings.warn(
             f"a data worker died ({how}) while reading {where}: new ones go on from there with the same "

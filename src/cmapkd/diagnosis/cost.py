@@ -12,14 +12,15 @@ import torch
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.cache.cost import measure
-from cmapkd.config import in_bytes
-from cmapkd.data.batches import BatchBuilder
+from cmapkd.config import counted, in_bytes
+from cmapkd.data.batches import BatchBuilder, Choice
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
-from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.methods import Method
+from cmapkd.methods.generative import GenerativeMethod
+from cmapkd.models.reading import reader_of
 from cmapkd.run import RunConfig, plan_cache, readers
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
@@ -27,7 +28,7 @@ from cmapkd.training.peak_memory import peak_bytes
 WARM_STEPS, MEASURED_STEPS = 1, 4
 
 
-def measure_steps(method: Method, source: Source, config: RunConfig, texts: TextChoice) -> Iterator[Finding]:
+def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choice) -> Iterator[Finding]:
     """Time and memory of a few real steps, and what they predict for the whole run."""
     assert config.data.views is not None
     device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
@@ -47,7 +48,7 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Text
     except ValueError as error:
         yield Finding("problem", "steps", str(error))
         return
-    models = readers(method.student, *method.teachers.values())
+    models = readers(method.student, *method.teachers.values(), max_tokens=config.data.max_tokens)
     builder = BatchBuilder(
         source,
         config.data.views,
@@ -91,7 +92,24 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Text
         yield Finding("note", "steps", f"reading is slower than computing: data.workers={needed} would hide it")
     peak = peak_bytes(device)
     kind = "GPU" if device.type == "cuda" else "process"
+    if isinstance(method, GenerativeMethod):
+        yield _parts_of_step(method, batch, compute)
     yield Finding("ok", "memory", f"{kind} peak {peak / 2**30:.2f} GiB")
+
+
+@torch.no_grad()
+def _parts_of_step(method: GenerativeMethod, batch: Batch, compute: float) -> Finding:
+    """Seconds of the teacher, and of the student's own answers in the last step; the rest of a step is the student."""
+    start = time.perf_counter()
+    method.read_teacher(batch)
+    if method.device.type == "cuda":
+        torch.cuda.synchronize(method.device)
+    parts = {"the teacher": time.perf_counter() - start} if method.teachers else {}
+    if (wrote := method.measurements.get("rollouts/seconds")) is not None:
+        parts["answers of the student's own"] = float(wrote)
+    parts["the student"] = max(0.0, compute - sum(parts.values()))
+    told = ", ".join(f"{1000 * seconds:.0f} ms {part}" for part, seconds in parts.items())
+    return Finding("ok", "parts of a step", told)
 
 
 def predict_disk(method: Method, config: RunConfig) -> Iterator[Finding]:
@@ -128,11 +146,11 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
     per_epoch = len(source) // config.training.batch_size
     epochs = config.training.num_steps(per_epoch) / per_epoch
     views = config.data.views.num_views or DEFAULT_VIEWS
-    prepared = plan.teacher.model.image_spec != method.student.image_spec
+    prepared = reader_of(plan.teacher.model).looks != reader_of(method.student).looks
     live = cost.answer + (cost.prepare if prepared else 0.0)
     detail = (
         f"{'cache: auto would store' if settings is None else 'it stores'} {in_bytes(size)} ({len(plan.keys):,} "
-        f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.kind} in {plan.layout.store}); here a pair takes the "
+        f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.short}); here a pair takes the "
         f"teacher {1000 * live:.2f} ms live, {1000 * cost.build:.2f} ms to store and {1000 * cost.read:.3f} ms to read"
     )
     if settings is not None and size > settings.max_gib * 2**30:
@@ -143,7 +161,7 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
         return
     pays = views * cost.build / (live - cost.read)
     detail += (
-        f". With {views} view{'s'[: views > 1]} it pays from {pays:.1f} epochs on, over all runs that share it; this "
+        f". With {counted(views, 'view')} it pays from {pays:.1f} epochs on, over all runs that share it; this "
         f"run has {epochs:.3g}"
     )
     yield Finding("note" if settings is not None and epochs < pays else "ok", what, detail)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from cmapkd.config import counted
 from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.diagnosis.finding import Finding
@@ -22,6 +23,7 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
     indices = range(0, length, step)[:CHECKED_SAMPLES]
     bad: list[BadSampleError] = []
     captions: list[int] = []
+    asked: list[int] = []
     sizes: list[int] = []
     labelled = 0
     for index in indices:
@@ -31,6 +33,7 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
             bad.append(error)
             continue
         captions.append(len(sample.captions))
+        asked.append(1 if sample.turns else len(sample.questions))
         sizes.append(min(sample.image.size))
         labelled += sample.label is not None
     what = f"data.{role}"
@@ -38,8 +41,9 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
         yield Finding(
             "ok",
             what,
-            f"{length:,} samples; of {len(captions)} read: {statistics.mean(captions):.1f} captions each, short side "
-            f"{min(sizes)}-{max(sizes)} px, {labelled} with a label",
+            f"{counted(length, 'sample')}; of {len(captions)} read: {statistics.mean(captions):.1f} captions "
+            + (f"and {statistics.mean(asked):.1f} questions or dialogues " if config.writes else "")
+            + f"each, short side {min(sizes)}-{max(sizes)} px, {labelled} with a label",
         )
     if bad:
         share = len(bad) / len(indices)
@@ -52,9 +56,10 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
             yield Finding(
                 "problem",
                 what,
-                f"{length} samples do not fill one batch of {config.training.batch_size}: lower training.batch_size",
+                f"{counted(length, 'sample')} cannot fill one batch of {config.training.batch_size}: lower "
+                "training.batch_size",
             )
-        elif captions and not all(captions) and config.method.reads_captions:
+        elif captions and not all(captions) and config.method.reads_captions and not config.writes:
             yield Finding(
                 "problem", what, f"{captions.count(0)} of {len(captions)} samples have no caption to train on"
             )

@@ -21,7 +21,18 @@ from cmapkd.diagnosis.models import (
     check_weights,
     compare_sizes,
 )
-from cmapkd.models import DualEncoder, FrozenTeacher, build_model
+from cmapkd.diagnosis.writing import (
+    Asked,
+    check_dialogues,
+    check_looks,
+    check_start,
+    check_top,
+    check_writer,
+    compare_writers,
+    padding_share,
+)
+from cmapkd.methods.generative import GenerativeMethod
+from cmapkd.models import DualEncoder, FrozenTeacher, GenerativeModel, Model, build_model
 from cmapkd.run import (
     RunConfig,
     build_student,
@@ -87,7 +98,7 @@ def check_warmup(config: RunConfig, train: Source) -> Iterator[Finding]:
 def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
     """The models, and then the training that they are for."""
     torch.manual_seed(config.seed)
-    teachers: dict[str, DualEncoder] = {}
+    teachers: dict[str, Model] = {}
     for role, model in config.teachers.items():
         say(f"loading teacher {model.name}")
         teacher, problem = _attempt(_named(role), partial(build_model, model))
@@ -104,26 +115,59 @@ def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
         assert problem is not None
         yield problem
         return
-    yield from check_model("student", student, train)
-    yield from check_weights("student", student, teaches=False)
-    yield from check_size("student", student)
-    yield from check_activation("student", student, train)
+    asked = Asked.of(train, config.data.prompts.prompting()) if config.writes else None
+    yield from _of_student(config, student, train, asked)
     for role, teacher in teachers.items():
         say(f"asking teacher {teacher.name}")
-        yield from check_model(_named(role), teacher, train)
-        yield from check_weights(_named(role), teacher, teaches=True)
-        yield from check_size(_named(role), teacher)
-        yield from compare_sizes(student, teacher)
-        yield from check_activation(_named(role), teacher, train)
-        yield from check_sanity(_named(role), teacher, train)
-    yield from _training(config, train, student, frozen, say)
+        yield from _of_teacher(config, _named(role), teacher, student, train, asked)
+    yield from _training(config, train, student, frozen, asked, say)
+
+
+def _of_student(config: RunConfig, student: Model, train: Source, asked: Asked | None) -> Iterator[Finding]:
+    if isinstance(student, GenerativeModel) and asked is not None:
+        yield from check_writer("student", student)
+        yield from check_weights("student", student, teaches=False)
+        yield from check_dialogues("student", student, asked, max_tokens=config.data.max_tokens)
+        yield from check_start(student, asked)
+    elif isinstance(student, DualEncoder):
+        yield from check_model("student", student, train)
+        yield from check_weights("student", student, teaches=False)
+        yield from check_size("student", student)
+        yield from check_activation("student", student, train)
+
+
+def _of_teacher(
+    config: RunConfig, what: str, teacher: Model, student: Model, train: Source, asked: Asked | None
+) -> Iterator[Finding]:
+    """What a teacher is, alone and beside the student; the method refuses one of the other contract."""
+    if isinstance(teacher, GenerativeModel) and asked is not None:
+        yield from check_writer(what, teacher)
+        yield from check_weights(what, teacher, teaches=True)
+        yield from check_dialogues(what, teacher, asked, max_tokens=config.data.max_tokens)
+        if isinstance(student, GenerativeModel):
+            yield from compare_writers(student, teacher)
+        yield from check_looks(what, teacher, asked)
+    elif isinstance(teacher, DualEncoder) and asked is None:
+        yield from check_model(what, teacher, train)
+        yield from check_weights(what, teacher, teaches=True)
+        yield from check_size(what, teacher)
+        if isinstance(student, DualEncoder):
+            yield from compare_sizes(student, teacher)
+        yield from check_activation(what, teacher, train)
+        yield from check_sanity(what, teacher, train)
 
 
 def _training(
-    config: RunConfig, train: Source, student: DualEncoder, teachers: dict[str, FrozenTeacher], say: Say
+    config: RunConfig,
+    train: Source,
+    student: Model,
+    teachers: dict[str, FrozenTeacher],
+    asked: Asked | None,
+    say: Say,
 ) -> Iterator[Finding]:
-    heads = partial(heads_of, config, train)
-    _, of_heads = _attempt("heads", partial(heads, student))  # a problem of theirs bears their name
+    heads, of_heads = partial(heads_of, config, train), None
+    if isinstance(student, DualEncoder):
+        _, of_heads = _attempt("heads", partial(heads, student))  # a problem of theirs bears their name
     classes, of_classes = _attempt("classes", partial(classes_of, config, train))
     problems = [each for each in (of_heads, of_classes) if each is not None]
     yield from problems
@@ -142,12 +186,23 @@ def _training(
         if problem is not None:
             yield problem
             return
+        if asked is not None and isinstance(method, GenerativeMethod):
+            yield from _of_distributions(method, asked, config)
         for role in (role for role in config.teachers if role in method.teachers):
             say("storing a few answers of the teacher")
             yield from predict_cache(role, method, train, config)
     yield from predict_disk(method, config)
     say("taking a few steps")
     yield from measure_steps(method, train, config, texts)
+
+
+def _of_distributions(method: GenerativeMethod, asked: Asked, config: RunConfig) -> Iterator[Finding]:
+    """What a method reads of its first teacher's distributions, and the padding of its batches."""
+    top, first = method.teacher_top, next(iter(method.teachers.values()), None)
+    if top is not None and first is not None and isinstance(first.model, GenerativeModel):
+        yield from check_top("teacher", first.model, asked, top.number, top.temperature)
+    share = 100 * padding_share(method.student, asked, config.training.batch_size)
+    yield Finding("ok", "padding", f"{share:.0f} % of a batch's tokens are padding")
 
 
 def _named(role: str) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cmapkd.config import counted
 from cmapkd.data.records import iter_captions
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.diagnosis.finding import Finding
@@ -38,7 +39,7 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
     tokens = model.tokenizer(texts)
     full = (tokens.mask.sum(1) >= model.tokenizer.context_length).float().mean().item()
     detail = (
-        f"vocabulary {model.tokenizer.vocab_size:,}, longest of {len(texts)} captions "
+        f"vocabulary {model.tokenizer.vocab_size:,}, longest of {counted(len(texts), 'caption')} "
         f"{int(tokens.mask.sum(1).max())} of {model.tokenizer.context_length} tokens"
     )
     if full > 0.05:

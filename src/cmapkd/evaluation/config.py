@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import Field, field_validator, model_serializer
 
 from cmapkd.config import RESUMABLE, Config
-from cmapkd.data.config import DEFAULT_TIMEOUT
+from cmapkd.data.config import DEFAULT_TIMEOUT, PromptConfig
+from cmapkd.data.prompting import INSTRUCTIONS
 from cmapkd.evaluation.efficiency import EfficiencyConfig
 from cmapkd.evaluation.generation import WritingCostConfig
 from cmapkd.evaluation.probes.config import CaptioningConfig, DetectionConfig, ProbeDataConfig, VQAConfig
@@ -26,12 +27,39 @@ class WritingConfig(Config):
     )
     answer_tokens: int = Field(10, ge=1, description="Most tokens of an answer to a question.")
     caption_tokens: int = Field(64, ge=1, description="Most tokens of a description.")
-    question_suffix: str = Field(
-        "", description="Text on a line of its own after every question, as data.prompts.suffix in training."
+    validation_samples: int | None = Field(
+        256,
+        ge=1,
+        description="Most samples that a validation during the training asks about, as answers take long; none: all.",
     )
-    instruction: str = Field(
-        "Describe the image.", description="What asks for a description; empty: the picture alone."
+    asks: Literal["auto", "turns", "questions", "captions", "both"] | None = Field(
+        None,
+        description="What of a sample is asked, as data.prompts.kind in training; none: data.prompts in a run, else "
+        "auto.",
     )
+    question_suffix: str | None = Field(
+        None,
+        description="Text on a line of its own after every question; none: data.prompts.suffix in a run, else no text.",
+    )
+    instruction: str | None = Field(
+        None,
+        description="What asks for a description, empty: the picture alone; none: as data.prompts says in a run, else "
+        "Describe the image.",
+    )
+
+    def like(self, prompts: PromptConfig) -> WritingConfig:
+        """With the prompts of a training where no others are set here."""
+        as_trained = {
+            "asks": prompts.kind,
+            "question_suffix": prompts.suffix,
+            "instruction": "" if prompts.plain_captions else INSTRUCTIONS[0],
+        }
+        return self.model_copy(update={key: as_trained[key] for key in as_trained if getattr(self, key) is None})
+
+    @property
+    def resolved(self) -> WritingConfig:
+        """With the defaults of an evaluation that belongs to no run."""
+        return self.like(PromptConfig())
 
 
 class EvaluationConfig(Config):

@@ -1,13 +1,14 @@
-"""The dialogues of an evaluation of models that write: each sample's questions and captions, asked as in training."""
+"""The dialogues of an evaluation of models that write: each sample's dialogue, questions and captions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cmapkd.data.dialogues import Dialogue, Turn
+from cmapkd.data.records import kind_of
 from cmapkd.data.types import QuestionAnswer
 from cmapkd.evaluation.config import WritingConfig
 from cmapkd.evaluation.probes.data import Annotations
@@ -28,7 +29,7 @@ class Asked:
         kind: a `question`; a `description` is to be written; a `caption` is to be read.
         dialogue: the prompt and a reference, or `UNREAD` of a description.
         references: every accepted answer, or every caption of the picture.
-        question: as the source has it; None for captions.
+        question: as the source has it, or the last one of a dialogue; None for captions.
     """
 
     index: int
@@ -53,10 +54,18 @@ class Asked:
 
 
 def questions(said: Annotations, how: WritingConfig) -> list[Asked]:
-    """Every question that has an answer, in the order of the source. The reference is the commonest answer."""
+    """Every dialogue, and of samples without one every question that has an answer, in the order of the source.
+
+    The reference of a question is the commonest answer; of a dialogue it is the last turn, and the earlier ones are
+    given. `how.asks` may leave dialogues or questions out.
+    """
     asked = []
-    for index, sample, of_sample in zip(said.indices, said.ids, said.questions, strict=True):
-        for question in of_sample:
+    rows = zip(said.indices, said.ids, said.turns, said.questions, strict=True)
+    for index, sample, turns, of_sample in rows:
+        if turns and how.asks in ("auto", "turns"):
+            asked.append(_last_answer(index, sample, turns))
+            continue
+        for question in of_sample if how.asks != "turns" else ():
             if question.answers:
                 text = f"{question.question}\n{how.question_suffix}" if how.question_suffix else question.question
                 dialogue = _dialogue(text, commonest(question.answers))
@@ -64,22 +73,31 @@ def questions(said: Annotations, how: WritingConfig) -> list[Asked]:
     return asked
 
 
+def _last_answer(index: int, sample: str, turns: Dialogue) -> Asked:
+    """A dialogue of the data, whose last answer alone is judged."""
+    given = (replace(turn, learned=False) if turn.role == "assistant" else turn for turn in turns[:-1])
+    said = [turn.text for turn in turns if turn.role == "user"]
+    references = (turns[-1].text,)
+    question = QuestionAnswer(said[-1] if said else "", references, kind_of(references))
+    return Asked(index, sample, "question", (*given, turns[-1]), references, question)
+
+
 def descriptions(said: Annotations, how: WritingConfig) -> list[Asked]:
     """One dialogue for every picture that has captions, to be described."""
     return [
-        Asked(index, sample, "description", _dialogue(how.instruction, UNREAD), captions)
+        Asked(index, sample, "description", _dialogue(_request(how), UNREAD), captions)
         for index, sample, captions in zip(said.indices, said.ids, said.captions, strict=True)
         if captions
     ]
 
 
 def references(said: Annotations, how: WritingConfig) -> list[Asked]:
-    """What is read in place of written: the answers to all questions; of a source without questions every caption."""
-    asked = questions(said, how)
+    """What is read in place of written: all answers; of a source without any, or asked for captions, every caption."""
+    asked = [] if how.asks == "captions" and any(said.captions) else questions(said, how)
     if asked:
         return asked
     return [
-        Asked(index, sample, "caption", _dialogue(how.instruction, caption), captions)
+        Asked(index, sample, "caption", _dialogue(_request(how), caption), captions)
         for index, sample, captions in zip(said.indices, said.ids, said.captions, strict=True)
         for caption in captions
     ]
@@ -101,6 +119,12 @@ def other_pictures(asked: Sequence[Asked]) -> list[int] | None:
 def commonest(answers: Sequence[str]) -> str:
     """The answer that most annotators gave; of several the one that stands first."""
     return Counter(answers).most_common(1)[0][0]
+
+
+def _request(how: WritingConfig) -> str:
+    """What asks for a description; `how` is resolved."""
+    assert how.instruction is not None
+    return how.instruction
 
 
 def _dialogue(prompt: str, answer: str) -> Dialogue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cmapkd.config import counted
 from cmapkd.evaluation.tasks import TASKS, Headline
 
 
@@ -34,7 +35,9 @@ def retrieval_set(scores: Mapping[str, Any] | None) -> str | None:
     """
     of = scores.get("retrieval", scores) if isinstance(scores, Mapping) else {}
     images, texts = number_at(of, ("num_images",)), number_at(of, ("num_texts",))
-    return None if images is None or texts is None else f"{images:,.0f} images, {texts:,.0f} captions"
+    if images is None or texts is None:
+        return None
+    return f"{counted(int(images), 'image')}, {counted(int(texts), 'caption')}"
 
 
 def scored_set(scores: Mapping[str, Any] | None) -> str | None:
@@ -52,12 +55,12 @@ def scored_set(scores: Mapping[str, Any] | None) -> str | None:
     if not (isinstance(skipped, int) and isinstance(samples, int)):
         return None
     limit = of.get("limit")
-    counted = [(images, "images")]
+    parts = [counted(images, "image")]
     if isinstance(questions := of.get("questions"), int):  # of a model that writes, which reads either
-        counted += [(number, name) for number, name in ((questions, "questions"), (captions, "captions")) if number]
+        parts += [counted(number, name) for number, name in ((questions, "question"), (captions, "caption")) if number]
     else:
-        counted.append((captions, "captions"))
-    line = "scored on " + " and ".join(f"{number:,} {name}" for number, name in counted)
+        parts.append(counted(captions, "caption"))
+    line = "scored on " + " and ".join(parts)
     if isinstance(limit, int) and limit < samples:
         line += f", the first {limit:,} of {samples:,} samples (evaluation.limit)"
     if skipped:

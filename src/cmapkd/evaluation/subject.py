@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmapkd.data.templates import get_class_names, get_templates
 from cmapkd.data.types import BadSampleError, Sample, Source
-from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig
+from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig, WritingConfig
 from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
 from cmapkd.evaluation.probes.data import Annotations, read_annotations
 from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
@@ -50,6 +50,11 @@ class Bench:
     def suite(self) -> SuiteConfig:
         """The settings of probes and efficiency: the defaults where only a run's were given."""
         return self.config if isinstance(self.config, SuiteConfig) else SuiteConfig()
+
+    @property
+    def how(self) -> WritingConfig:
+        """How models that write are asked."""
+        return self.config.writing.resolved
 
     def say(self, message: str) -> None:
         if self.console is not None:

@@ -133,10 +133,18 @@ def _mixed(models: Mapping[str, Model]) -> str:
     )
 
 
-def count_parameters(model: Model) -> dict[str, int]:
-    """`params`, the number of parameters; `params_borrowed`, how many of them are another model's."""
+def count_parameters(model: Model) -> dict[str, Any]:
+    """`params`, the number of parameters; `params_borrowed`, how many of them are another model's.
+
+    Of models that write also `params_by_part`.
+    """
     borrowed = model.num_borrowed_parameters()
-    return {"params": model.num_parameters()} | ({"params_borrowed": borrowed} if borrowed else {})
+    counts: dict[str, Any] = {"params": model.num_parameters()}
+    if isinstance(model, GenerativeModel):
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        parts = {part: sum(sizes[name] for name in names) for part, names in model.parts.items()}
+        counts["params_by_part"] = {part: number for part, number in parts.items() if number}
+    return counts | ({"params_borrowed": borrowed} if borrowed else {})
 
 
 def training_source(train: str | None, data: str | None) -> Source | None:

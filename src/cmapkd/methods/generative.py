@@ -223,7 +223,7 @@ class GenerativeMethod(Method):
         """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
         asked = self.teacher_top
         if teacher.top is not None:
-            return teacher.top if asked is None else narrowed(teacher.top, asked.number)
+            return teacher.top if asked is None else narrowed(teacher.top, min(asked.number, teacher.top.ids.shape[-1]))
         assert teacher.head is not None
         states, head = teacher.hidden["answer"].values, self.shared(teacher.head)
         if asked is None:

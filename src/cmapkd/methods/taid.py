@@ -50,8 +50,9 @@ class TAID(GenerativeMethod):
         title="TAID: temporally adaptive interpolated distillation",
         paper="Shing et al. 2025, arXiv:2501.16937, section 3",
         equations=(
-            "p_t = σ((1−t) sg z_S + t z_T), L = −Σ p_t log q",
-            "r = (L' − L) / (L' + 1e-15), L' the loss of the step before; M ← βM + (1−β) r",
+            "p_t = σ((1−t) sg z_S + t z_T)",
+            "L = answers_weight CE(y, q) − distill_weight Σ p_t log q",
+            "r = (l' − l) / (l' + 1e-15), l = −Σ p_t log q of this step and l' of the one before; M ← βM + (1−β) r",
             "t ← min(end, max(start + (end − start) progress, t + α σ(M) (1 − t)))",
         ),
         needs="final states of the answers' tokens of both models, which must have one vocabulary; no cache",

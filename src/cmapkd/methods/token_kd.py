@@ -83,6 +83,7 @@ class TokenKD(GenerativeMethod):
         departures=(
             "Sums over tokens are divided once, over all micro-batches and processes.",
             "Rows of a head that belong to no token are cut off in both models before any softmax.",
+            "Tokens that one model alone has are cut off in the divergence, and not in the cross-entropy.",
             "Whether a sample's answer is the student's own is drawn for each sample, and not for each batch.",
             "Answers of the student's own have no cross-entropy.",
         ),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from jaxtyping import Float
 from torch import Tensor
 
-from cmapkd.data.dialogues import ChatInput, ChatProcessing
+from cmapkd.data.dialogues import ChatInput, ChatProcessing, Dialogue, Turn, join_items
+from cmapkd.models.asking import dialogues
 from cmapkd.models.base import Model
+from cmapkd.models.embedding import Picture
 from cmapkd.models.token_types import LogitHead, Seen, TokenFeatures, TokenNeeds, Vocabulary
 from cmapkd.models.types import LevelInfo
 
@@ -55,6 +58,11 @@ class CacheShape:
 
 class ChatProcessor(ChatProcessing):
     """A model's processor: tokenizer, template and picture processing; see `chat.py` for transformers' ones."""
+
+    def learned(self, dialogue: Dialogue) -> list[Turn]:
+        """The turns whose tokens `read` marks as answers."""
+        *earlier, last = (turn for turn in dialogue if turn.role == "assistant")
+        return [turn for turn in earlier if turn.learned] + [last]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -120,6 +128,11 @@ class GenerativeModel(Model):
         raise ValueError(f"{self.name} cannot be fed with visual tokens that were made elsewhere")
 
     @property
+    def attention(self) -> str:
+        """How attention is computed, where that may change the last digits; part of a cache's identity."""
+        return ""
+
+    @property
     @abstractmethod
     def head(self) -> LogitHead:
         """Makes logits of final states, over the real tokens."""
@@ -140,3 +153,43 @@ class GenerativeModel(Model):
         Raises:
             ValueError: tokens are to be drawn, and there are no keys.
         """
+
+    def answer(
+        self,
+        pictures: Picture | Iterable[Picture | None] | None,
+        questions: str | Iterable[str],
+        *,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """Greedy answers to questions about pictures, by the model's own template and preprocessing.
+
+        The model computes on the device where it is, in eval mode and without gradient. Its modes are restored after.
+
+        Args:
+            pictures: paths, bytes of image files or PIL images; one for all questions, or one for each. None: the
+                question has no picture.
+            questions: one for all pictures, or one for each.
+            max_new_tokens: after so many tokens an answer ends, finished or not.
+            batch_size: how many are answered at once; in half precision it may change answers.
+        Returns:
+            An answer for each pair, without its end token.
+        Raises:
+            ValueError: the numbers of pictures and questions differ, a number is below 1, or the model cannot read a
+                question, with the reason.
+            FileNotFoundError: a picture's file is not there.
+            BadSampleError: a picture cannot be read; the message names it.
+            TypeError: an item is no picture, or no text.
+        """
+        if batch_size < 1 or max_new_tokens < 1:
+            raise ValueError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}: give whole numbers >= 1")
+        asked = dialogues(pictures, questions)
+        answers: list[str] = []
+        while batch := list(islice(asked, batch_size)):
+            items = [self.processor.read(dialogue, seen) for dialogue, seen in batch]
+            inputs = join_items(items, self.processor.pad_id).to(self.device)
+            written = self.generate(inputs, Decoding(max_new_tokens=max_new_tokens))
+            ends = self.vocabulary.end_ids
+            whole = (ids[:-1] if ids and ids[-1] in ends else ids for ids in written)
+            answers += [self.processor.decode(ids).strip() for ids in whole]
+        return answers

@@ -63,8 +63,12 @@ class HfVlm(GenerativeModel):
         return self.model.model.get_submodule(self.layout.language)
 
     @property
-    def _vision_blocks(self) -> nn.ModuleList:
-        return blocks_of(self._vision)
+    def attention(self) -> str:
+        return str(self.model.config._attn_implementation)
+
+    @property
+    def _vision_blocks(self) -> Sequence[nn.Module]:
+        return tuple(blocks_of(self._vision))
 
     @property
     def head(self) -> LogitHead:

@@ -18,6 +18,7 @@ from cmapkd.models.errors import explained
 from cmapkd.models.families import family as family_of
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.inherit import inherit_weights
+from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
 from cmapkd.models.untrained import note_trained
 
@@ -84,10 +85,11 @@ def _built(
     family: str, rest: str, config: ModelConfig, captions: Iterable[str] | None, teacher: Model | None
 ) -> object:
     """What the family gives; it is told of the teacher if it asks for one."""
-    build = family_of(family).build
-    if "teacher" in signature(build).parameters:
-        return build(rest, config, captions, teacher=teacher)  # type: ignore[call-arg]
-    return build(rest, config, captions)
+    with quiet(family):
+        build = family_of(family).build
+        if "teacher" in signature(build).parameters:
+            return build(rest, config, captions, teacher=teacher)  # type: ignore[call-arg]
+        return build(rest, config, captions)
 
 
 def _of_dtype(model: Model, config: ModelConfig) -> Model:
@@ -130,7 +132,8 @@ def load_model(folder: str | Path) -> Model:
     description = read_description(folder)
     with explained(f"model folder {folder}"):
         name = str(description["family"])
-        return _checked(family_of(name).load(folder, description, load_model), name).eval()
+        with quiet(name):
+            return _checked(family_of(name).load(folder, description, load_model), name).eval()
 
 
 def _checked(model: object, family: str) -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from cmapkd.config import ConfigError, closest
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.config import ModelConfig
 from cmapkd.models.families import Loader
-from cmapkd.models.storage import DESCRIPTION, WEIGHTS, load_weights, read_description, read_weights
+from cmapkd.models.packaged import packaged_models
+from cmapkd.models.storage import WEIGHTS, load_weights, read_description, read_weights
 from cmapkd.models.tiny import PRESETS, TinyDualEncoder, TinyOptions
 from cmapkd.models.types import BOTH
 from cmapkd.models.vocabulary import TrainedTokenizer
@@ -46,14 +46,6 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001
     """A folder that `TinyDualEncoder.save` wrote."""
     return _read(folder, description)
-
-
-def packaged_models() -> dict[str, Path]:
-    """Trained models that ship with cmapkd, by the name they have after `tiny:`."""
-    root = Path(str(resources.files("cmapkd"))) / "weights"
-    if not root.is_dir():
-        return {}
-    return {entry.name: entry for entry in sorted(root.iterdir()) if (entry / DESCRIPTION).exists()}
 
 
 def _read(folder: Path, description: dict[str, Any]) -> DualEncoder:

@@ -1,4 +1,4 @@
-"""Names after `tiny_vlm:`: small untrained models that write, in the form of LLaVA, from transformers' own classes."""
+"""Names after `tiny_vlm:`: small models that write, in the form of LLaVA; a trained one ships with cmapkd."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import processor_of
 from cmapkd.models.lora import LoraConfig
+from cmapkd.models.packaged import packaged_models
 from cmapkd.models.tiny_vlm_words import END, START, byte_tokenizer, template_of
 
 _PICTURE = "<image>"
@@ -39,7 +40,7 @@ class TinyVlmOptions(Config):
         "auto", description="auto: the teacher's, where it writes too; own: learned from the training texts."
     )
     lora: LoraConfig | None = Field(None, description="Low-rank adapters, of a model with trained weights.")
-    max_tokens: int = Field(256, ge=16, description="Longest dialogue with its picture, in tokens.")
+    max_tokens: int = Field(512, ge=16, description="Longest dialogue with its picture, in tokens.")
 
 
 PRESETS = {
@@ -49,13 +50,17 @@ PRESETS = {
 
 
 def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teacher: Model | None = None) -> HfVlm:
-    """A preset with random weights, and the teacher's tokenizer or one learned from `captions`.
+    """A preset with random weights, and the teacher's tokenizer or one learned from `captions`; or a packaged model.
 
     Raises:
-        ConfigError: there is no such preset, an option does not fit, or there is nothing to learn a tokenizer from.
+        ConfigError: there is no such model, an option does not fit, or there is nothing to learn a tokenizer from.
     """
+    packaged = packaged_models("tiny_vlm")
+    if rest in packaged and config.init == "auto":
+        return _trained(packaged[rest], config)
     if rest not in PRESETS:
-        raise ConfigError(f"there is no model tiny_vlm:{rest}{closest(rest, PRESETS)}; known: {', '.join(PRESETS)}")
+        known = names()
+        raise ConfigError(f"there is no model tiny_vlm:{rest}{closest(rest, known)}; known: {', '.join(known)}")
     values = {**PRESETS[rest].model_dump(), **config.options}
     options = TinyVlmOptions.from_mapping(values, where=f"options of tiny_vlm:{rest}")
     _check(options, rest)
@@ -80,7 +85,17 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model
 
 
 def names() -> list[str]:
-    return list(PRESETS)
+    return [*PRESETS, *packaged_models("tiny_vlm")]
+
+
+def _trained(folder: Path, config: ModelConfig) -> HfVlm:
+    """A packaged model, under the name that it is asked by."""
+    others = sorted(config.options.keys() - {"lora"})
+    if others:
+        raise ConfigError(f"{config.name} is trained: its sizes are fixed, options {others} do not apply")
+    model = hf_family.build(str(folder), config, None)
+    assert isinstance(model, HfVlm)
+    return model
 
 
 def _check(options: TinyVlmOptions, rest: str) -> None:

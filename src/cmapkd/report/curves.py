@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from cmapkd.report.arms import Arm, curves_of
 from cmapkd.report.blocks import Block, Details, Figure, Figures, Paragraph
 from cmapkd.report.figures import Curve, lines, stacked, thinned
+from cmapkd.report.plain import mapping, number
 
 Curves = Mapping[str, list[list[tuple[float, float]]]]
 
@@ -37,9 +38,15 @@ def training_blocks(arms: Sequence[Arm]) -> list[Block]:
         terms = [key for key in student if key.startswith("terms/")]
         rest = [key for key in _NAMES if key in student]
         other = [key for key in student if "/" not in key and key not in (*_NAMES, "loss")]
+        beside = [key for key in student if f"{key.partition('/')[0]}/seconds" in student]
         first = [_drawn(key, student, baseline, arm) for key in [*validation, "loss"] if key in student]
         blocks.append(Figures(first[:_MOST]))
-        for title, keys in (("Terms of the loss, unweighted", terms), ("Rates and norms", [*rest, *other])):
+        groups = (
+            ("Terms of the loss, unweighted", terms),
+            ("What the method does beside its step", beside),
+            ("Rates and norms", [*rest, *other]),
+        )
+        for title, keys in groups:
             if keys:
                 figures = [_drawn(key, student, baseline, arm) for key in keys[:_MOST]]
                 blocks.append(Details(title, [Figures(figures)]))
@@ -48,10 +55,24 @@ def training_blocks(arms: Sequence[Arm]) -> list[Block]:
         )
         if best:
             blocks.append(Paragraph(f"Best validation at step {', '.join(map(str, best))}."))
+        if (parts := _parts(arm)) is not None:
+            blocks.append(parts)
         if not validation:
             text = "No validation was logged: set training.evaluate_every to see scores over steps."
             blocks.append(Paragraph(text, "quiet"))
     return blocks
+
+
+def _parts(arm: Arm) -> Paragraph | None:
+    """Seconds of training by part, where there is more than reading and steps; of several seeds the means."""
+    runs = [mapping(run.metrics, "seconds_by_part") for run in arm.finished]
+    names = dict.fromkeys(name for parts in runs for name in parts)
+    if not {*names} - {"reading", "steps"}:
+        return None
+    means = {name: sum(number(parts, name) or 0.0 for parts in runs) / len(runs) for name in names}
+    total = sum(means.values()) or 1.0
+    told = ", ".join(f"{name} {seconds:,.1f} s ({100 * seconds / total:.0f} %)" for name, seconds in means.items())
+    return Paragraph(f"Training by part: {told}.")
 
 
 def _drawn(key: str, student: Curves, baseline: Curves, arm: Arm) -> Figure:

@@ -11,22 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cmapkd.config import counted
 from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.retrieval import RanksBothWays, rank_both_ways
 from cmapkd.evaluation.subject import Subject
 from cmapkd.report.blocks import Answer, Answers, Block, Card, Cell, Gallery, Paragraph, Picture, Table
+from cmapkd.report.outcomes import ALONE, OUTCOMES
 from cmapkd.report.plain import shortened
 from cmapkd.report.thumbnails import SIDES, thumbnail
 from cmapkd.report.watch import Watched, named
 
 DIRECTIONS = {"t2i": "Caption finds picture", "i2t": "Picture finds caption"}
-OUTCOMES = {
-    "lost": "Teacher right, student wrong",
-    "won": "Student right, teacher wrong",
-    "both": "Both right",
-    "neither": "Both wrong",
-}
-ALONE = {"wrong": "Student wrong", "right": "Student right"}
 _SHOWN = 3  # answers of each model
 _PICTURE_BYTES = 3_500_000  # of all thumbnails of a page
 
@@ -72,8 +67,9 @@ def _about(watched: Watched) -> Paragraph:
     part = f"the first {tried:,} of {watched.total:,}" if tried < watched.total else f"all {watched.total:,}"
     unread = f" Pictures that could not be read: {len(seen.bad):,}." if seen.bad else ""
     return Paragraph(
-        f"Models embedded {part} pictures of {watched.source.name}, with {len(seen.texts):,} captions.{unread} Right "
-        "means that a right answer stands first. Cards are drawn by chance within each outcome."
+        f"Models embedded {part} pictures of {watched.source.name}, with "
+        f"{counted(len(seen.texts), 'caption')}.{unread} Right means that a right answer stands first. "
+        "Cards are drawn by chance within each outcome."
     )
 
 

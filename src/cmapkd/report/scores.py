@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cmapkd.config import counted
 from cmapkd.evaluation.headline import headlines, remark_on_retrieval, retrieval_set
 from cmapkd.report.arms import Arm, Mean, mean_of
 from cmapkd.report.blocks import Block, Cell, Figure, Figures, Paragraph, Remarks, Table
@@ -69,11 +70,13 @@ class Measured:
 
 
 def _scored(scores: Mapping[str, Any]) -> str | None:
-    """What zero-shot alone is of, in the words of `retrieval_set`."""
+    """What scores without retrieval are of, in the words of `retrieval_set`."""
     images, captions = (whole(scores, "scored", key) for key in ("images", "captions"))
     if images is None:
         return None
-    return f"{images:,} images, {captions:,} captions" if captions else f"{images:,} images"
+    asked = whole(scores, "scored", "questions")
+    parts = [(images, "image"), (asked, "question"), (captions, "caption")]
+    return ", ".join(counted(number, name) for number, name in parts if number)
 
 
 def measured_models(data: ReportData, arms: Sequence[Arm]) -> list[Measured]:

@@ -68,7 +68,7 @@ def _unfinished(run: RunFolder) -> str:
         if damaged
         else "This run is not finished: it has no scores."
     )
-    return f"{why}{reached} Give the command that started it once more, with --resume."
+    return f"{why}{reached} Go on with cmapkd distill RECIPE --out FOLDER --resume, in Python with resume=True."
 
 
 def _worse(arm: Arm, head: str, path: Sequence[str], difference: Estimate | float | None) -> Paragraph | None:
@@ -94,8 +94,11 @@ def _kept(arm: Arm, head: str, path: Sequence[str]) -> Paragraph | None:
         return None
     sizes = [arm.mean(role, "params") for role in ("teacher", "student")]
     smaller = None if None in sizes else times_smaller(*(size.value for size in sizes if size is not None))
-    if teacher is None or teacher.value <= 0:
+    if teacher is None:
         return Paragraph(f"The student reaches {student.value:.1f} in {head}; no teacher was measured beside it.")
+    if teacher.value <= 0:  # a share of it would say nothing
+        beside = f"The student reaches {student.value:.1f} in {head}, its teacher {teacher.value:.1f}"
+        return Paragraph(beside + (f", with {smaller} times fewer parameters." if smaller else "."))
     text = (
         f"The student keeps {100 * student.value / teacher.value:.0f} % of the teacher's {head} "
         f"({student.value:.1f} of {teacher.value:.1f})"
@@ -128,7 +131,7 @@ def _resolves_nothing(difference: Estimate | float | None) -> bool:
 
 
 def _baseline(arm: Arm) -> str:
-    return "the same student trained alone" if arm.baseline_name == "scratch" else arm.baseline_name
+    return "the same student trained alone" if arm.baseline_name in ("scratch", "sft") else arm.baseline_name
 
 
 def _no_baseline(arm: Arm) -> Paragraph:

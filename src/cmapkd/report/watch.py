@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
+from cmapkd.data.config import PromptConfig
 from cmapkd.data.open import open_source, split_of
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.subject import Bench, Subject
-from cmapkd.models import DualEncoder, build_teacher, load_model
+from cmapkd.models import GenerativeModel, Model, build_teacher, dual, load_model, writing
 from cmapkd.models.config import ModelConfig
-from cmapkd.models.contracts import dual
 from cmapkd.report.plain import mapping, shortened, string
+from cmapkd.report.questioned import MAX_PICTURES as MAX_ASKED
+from cmapkd.report.questioned import Questioned, question
 from cmapkd.report.read import RunFolder
 
 MAX_PICTURES = 1_000
@@ -75,8 +77,8 @@ class Watched:
 
 def watch(
     run: RunFolder, *, data: str | None, split: str, pictures: int = MAX_PICTURES, say: Callable[[str], None]
-) -> Watched:
-    """Loads a run's models and shows them validation pictures.
+) -> Watched | Questioned:
+    """Loads a run's models and shows them validation pictures; models that write are asked about these.
 
     Args:
         data: a source; None: the run's own validation source, unless `split` or the source's name makes it test data.
@@ -100,10 +102,12 @@ def watch(
         if data is not None:
             raise
         raise NothingToWatch(f"{spec} cannot be read ({_first(error)}): name other data with --data") from error
+    if isinstance(models["student"], GenerativeModel):
+        return _questioned(run, models, notes, source, test=is_test(spec, split), say=say)
     bench = Bench(_settings(run, pictures), _device(), source)
     subjects: dict[str, Subject] = {}
     for name, model in models.items():
-        say(f"{name}: embedding {min(pictures, len(source)):,} pictures of {source.name}")
+        say(f"{name}: embedding {counted(min(pictures, len(source)), 'picture')} of {source.name}")
         subject = Subject(name, model, bench)
         try:
             seen = subject.embedded
@@ -121,7 +125,23 @@ def watch(
     return Watched(source, {name: subjects[name] for name in order}, len(source), told, is_test(spec, split))
 
 
-_PAGE = "the page of pictures"
+def _questioned(
+    run: RunFolder,
+    models: Mapping[str, Model],
+    notes: Mapping[str, str],
+    source: Source,
+    *,
+    test: bool,
+    say: Callable[[str], None],
+) -> Questioned:
+    """Raises NothingToWatch: there is nothing to ask, or the student reads no dialogue."""
+    bench = Bench(_settings(run, min(MAX_ASKED, len(source))), _device(), source)
+    try:
+        seen = question(bench, models, say)
+    except ValueError as error:
+        raise NothingToWatch(f"the student cannot be asked about {source.name} ({_first(error)})") from error
+    told = tuple(f"The {name} is not in it: it {why}." for name, why in notes.items())
+    return replace(seen, notes=(*told, *seen.notes), test=test)
 
 
 def is_test(spec: str, split: str) -> bool:
@@ -131,18 +151,20 @@ def is_test(spec: str, split: str) -> bool:
     return False
 
 
-def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
-    """The student first, then the others that load, and why some do not."""
+def _models(run: RunFolder) -> tuple[dict[str, Model], dict[str, str]]:
+    """The student first, then the others of its contract that load, and why some do not."""
     try:
-        models = {"student": dual(load_model(run.path / "student"), _PAGE)}
+        student = load_model(run.path / "student")
     except Exception as error:
         raise NothingToWatch(f"there is no student that loads ({_first(error)})") from error
+    models: dict[str, Model] = {"student": student}
+    fits = writing if isinstance(student, GenerativeModel) else dual
     notes: dict[str, str] = {}
     teacher = run.config.get("teacher")
     if teacher:
         try:
             config = mapping(run.config, "teacher") or {"name": str(teacher)}
-            models["teacher"] = dual(build_teacher(ModelConfig.from_mapping(config, where="teacher")), _PAGE)
+            models["teacher"] = fits(build_teacher(ModelConfig.from_mapping(config, where="teacher")), "this page")
         except Exception as error:
             notes["teacher"] = f"cannot be loaded ({_first(error)})"
     for name in mapping(run.config, "more_teachers"):
@@ -150,7 +172,7 @@ def _models(run: RunFolder) -> tuple[dict[str, DualEncoder], dict[str, str]]:
     folder = _baseline_folder(run)
     if folder is not None:
         try:
-            models["baseline"] = dual(load_model(folder), _PAGE)
+            models["baseline"] = fits(load_model(folder), "this page")
         except Exception as error:
             notes["baseline"] = f"cannot be loaded ({_first(error)})"
     return models, notes
@@ -167,9 +189,11 @@ def _settings(run: RunFolder, pictures: int) -> EvaluationConfig:
     """The run's own templates and class names; defaults where its config cannot be read."""
     own = mapping(run.config, "evaluation")
     kept = {key: own[key] for key in ("templates", "class_names", "batch_size") if own.get(key) is not None}
-    values: dict[str, Any] = {**kept, "limit": pictures}
+    values: dict[str, Any] = {**kept, "limit": pictures, "writing": mapping(run.config, "evaluation", "writing")}
     try:
-        return EvaluationConfig.from_mapping(values, where="evaluation")
+        settings = EvaluationConfig.from_mapping(values, where="evaluation")
+        prompts = PromptConfig.from_mapping(mapping(run.config, "data", "prompts"), where="data.prompts")
+        return settings.model_copy(update={"writing": settings.writing.like(prompts)})
     except ConfigError:
         return EvaluationConfig(limit=pictures)
 

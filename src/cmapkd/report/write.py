@@ -18,6 +18,7 @@ from cmapkd.report.exported import export_blocks
 from cmapkd.report.gallery import gallery as gallery_blocks
 from cmapkd.report.origins import data_blocks, origin_blocks, reproduce_blocks
 from cmapkd.report.page import Page, missing, render, section
+from cmapkd.report.questioned import Questioned, answer_blocks
 from cmapkd.report.read import ReportData, RunFolder, read_paths
 from cmapkd.report.scores import cost_blocks, gap_blocks, measured_models, score_blocks
 from cmapkd.report.verdict import arm_about, arm_verdict, comparison_verdict
@@ -70,7 +71,7 @@ def write_report(
     about = [arm_about(arm) for arm in arms[:_ABOUT]]
     page = Page(read.title, about, _verdicts(read, arms), read.notes, [*sections, missing(absent)], cmapkd.__version__)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render(page))
+    write_text(out, render(page), again="write the page again")
     return out
 
 
@@ -127,7 +128,7 @@ def _sections(
 
 def _watched(
     arms: Sequence[Arm], gallery: int, data: str | None, split: str, absent: list[str], say: Callable[[str], None]
-) -> Watched | None:
+) -> Watched | Questioned | None:
     """The models of the first run that is finished, on pictures; or why not, in `absent`."""
     runs: list[RunFolder] = [run for arm in arms for run in arm.runs]
     if not runs:
@@ -136,13 +137,15 @@ def _watched(
         return None
     if not gallery:
         names = " ".join(str(run.path) for run in runs[:1])
-        absent.append(f"A gallery of retrievals, confusions and calibration: cmapkd report {names} --gallery 6")
+        absent.append(
+            f"A gallery of examples, with confusions and calibration of classes: cmapkd report {names} --gallery 6"
+        )
         return None
     run = next((run for run in runs if run.finished), runs[0])
     try:
         watched = watch(run, data=data, split=split, say=say)
     except NothingToWatch as error:
-        absent.append(f"A gallery of retrievals: {error}.")
+        absent.append(f"A gallery of examples: {error}.")
         return None
     absent += watched.notes
     if len(runs) > 1:
@@ -150,7 +153,11 @@ def _watched(
     return watched
 
 
-def _looked(watched: Watched, *, cards: int, seed: int, images: bool, captions: bool) -> list[Section]:
+def _looked(watched: Watched | Questioned, *, cards: int, seed: int, images: bool, captions: bool) -> list[Section]:
+    if isinstance(watched, Questioned):
+        drawn = partial(answer_blocks, watched, cards=cards, seed=seed, images=images, captions=captions)
+        return [section("gallery", "Answers to look at", drawn)]
+
     def cards_drawn() -> list[Block]:
         return gallery_blocks(watched, cards=cards, seed=seed, images=images, captions=captions)
 

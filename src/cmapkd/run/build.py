@@ -10,15 +10,15 @@ from cmapkd.data.batches import BatchBuilder, Batches, Choice
 from cmapkd.data.held_out import WithHeldOut, open_held_out
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
-from cmapkd.data.readers import ChatReader, DualReader, Reader
+from cmapkd.data.readers import Reader
 from cmapkd.data.streams import streams_of
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
-from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher, dual
-from cmapkd.models.generative import GenerativeModel
+from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher
+from cmapkd.models.reading import reader_of
 from cmapkd.run.config import RunConfig
 
 VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
@@ -221,18 +221,6 @@ def readers(student: Model, *teachers: Teacher | None, max_tokens: int | None = 
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
     return {role: reader_of(model, max_tokens=max_tokens) for role, model in models.items()}
-
-
-def reader_of(model: Model, *, max_tokens: int | None = None) -> Reader:
-    """How a model of either contract reads a batch.
-
-    Args:
-        max_tokens: longest dialogue with its picture, for models that write; None: as long as the model takes.
-    """
-    if isinstance(model, GenerativeModel):
-        return ChatReader(model.processor, max_tokens)
-    embedding = dual(model, "a batch of captions")
-    return DualReader(embedding.image_spec, embedding.tokenizer)
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

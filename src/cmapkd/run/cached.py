@@ -14,6 +14,7 @@ from cmapkd.cache.progress import BuildDisplay
 from cmapkd.data.batches import Answers
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.methods import Method
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod
@@ -38,6 +39,7 @@ def plan_cache(
         precision=config.training.precision,
         role=role,
         texts=text_choice(config, method),
+        max_tokens=config.data.max_tokens,
     )
 
 
@@ -46,6 +48,8 @@ def plan_student_cache(
 ) -> CachePlan:
     """What the run asks of the student's towers that do not learn; of a method that can read stored answers."""
     assert config.data.views is not None
+    texts = text_choice(config, method)
+    assert isinstance(texts, TextChoice)  # its student embeds
     return CachePlan.of_student(
         config.cache or CacheConfig(),
         method.student,
@@ -53,7 +57,7 @@ def plan_student_cache(
         views=config.data.views,
         keys=_keys(config, method, source, whole=whole),
         precision=config.training.precision,
-        texts=text_choice(config, method),
+        texts=texts,
     )
 
 
@@ -74,8 +78,9 @@ def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> 
 
 def reads_stored_student(method: Method) -> TypeGuard[DualEncoderMethod]:
     """Whether the image tower of the method's student is frozen, and what it answers can be stored and read."""
-    able = isinstance(method, DualEncoderMethod) and method.why_student_live is None
-    return able and "image" in method.student.frozen_towers
+    if not isinstance(method, DualEncoderMethod) or method.why_student_live is not None:
+        return False
+    return "image" in method.student.frozen_towers
 
 
 def student_from_cache(
@@ -87,9 +92,11 @@ def student_from_cache(
         Nothing where the student's image tower learns, where the student cannot go on from stored features, or where
         the method needs it whole.
     """
+    if not isinstance(method, DualEncoderMethod):
+        return {}
     student = method.student
     if not reads_stored_student(method):
-        reason = method.why_student_live if isinstance(method, DualEncoderMethod) else None
+        reason = method.why_student_live
         if reason and "image" in student.frozen_towers and console is not None and PartialState().is_main_process:
             console.print(f"cache: the student's frozen towers answer live: {reason}", highlight=False)
         return {}

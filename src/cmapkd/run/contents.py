@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cmapkd.cache.files import digest_of
-from cmapkd.cache.identity import plain_image_spec, tokenizer_hash, view_hash, weight_hash
+from cmapkd.cache.identity import reading_fingerprint, view_hash, weight_hash
 from cmapkd.config import ConfigError
 from cmapkd.data.held_out import open_held_out
 from cmapkd.data.open import same_reading
@@ -15,7 +15,6 @@ from cmapkd.data.streams import JoinedSource
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Source
 from cmapkd.models import FAMILIES, FrozenTeacher, Model, ModelConfig
-from cmapkd.models.generative import GenerativeModel
 from cmapkd.run.config import RunConfig
 from cmapkd.training.checkpoint import Contents
 
@@ -71,21 +70,22 @@ def _data(spec: str, source: Source) -> dict[str, str]:
 def _model(key: str, config: ModelConfig, model: Model, *, weights: bool) -> Contents:
     at = config.name if config.checkpoint is None else f"{config.name} with {config.checkpoint}"
     holds = {
-        **(
-            {f"{key}.processor": f"a processor, fingerprint {model.processor.fingerprint()}"}
-            if isinstance(model, GenerativeModel)
-            else {
-                f"{key}.preprocessing": "images of "
-                + ", ".join(f"{name} {value}" for name, value in plain_image_spec(model).items()),
-                f"{key}.tokenizer": f"a tokenizer, fingerprint {tokenizer_hash(model)}",
-            }
-        ),
+        **{f"{key}.{name}": told for name, told in _reading(model)},
         f"{key}{_ARCHITECTURE}": f"an architecture, fingerprint {digest_of(repr(model).encode())}",
     }
     if weights:
         count = f"{model.num_parameters():,} parameters"
         holds[f"{key}.weights"] = f"{count}, fingerprint {weight_hash(model)}"
     return {name: {"at": at, "holds": value} for name, value in holds.items()}
+
+
+def _reading(model: Model) -> Iterator[tuple[str, str]]:
+    """How the model reads pictures and texts, by the name of each part."""
+    for name, value in reading_fingerprint(model).items():
+        if isinstance(value, dict):
+            yield "preprocessing", "images of " + ", ".join(f"{key} {each}" for key, each in value.items())
+        else:
+            yield name, f"a {name}, fingerprint {value}"
 
 
 def _all_from_files(config: ModelConfig) -> bool:

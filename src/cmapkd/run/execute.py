@@ -11,8 +11,10 @@ from accelerate import PartialState
 from rich.console import Console
 
 from cmapkd.config import ConfigError, closest, printable, writing
+from cmapkd.config.disk import write_text
 from cmapkd.results import RunResult, Scores
 from cmapkd.run.build import open_training
+from cmapkd.run.card import student_card
 from cmapkd.run.config import RunConfig
 from cmapkd.run.folder import prepare_folder, write_begun, write_json, write_yaml
 from cmapkd.run.lock import locked
@@ -121,6 +123,7 @@ class Command:
         if student.remarks:
             metrics["remarks"] = list(student.remarks)
         write_begun(out, config)
+        write_text(out / "student" / "README.md", student_card(config, metrics))
         write_json(out / "metrics.json", metrics)
         return metrics
 

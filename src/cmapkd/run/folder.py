@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from cmapkd.config import ConfigError, fixed_differences, refuse_secrets, writing
+from cmapkd.config import RESUME, ConfigError, fixed_differences, refuse_secrets, writing
 from cmapkd.config.disk import flush, usual_rights, write_text
 from cmapkd.models import Model
+from cmapkd.models.quiet import quiet
 from cmapkd.provenance import describe_environment
 from cmapkd.run.config import RunConfig
 from cmapkd.run.contents import may_have_moved
@@ -60,7 +61,8 @@ def prepare_folder(out: Path, config: RunConfig, *, resume: bool, write: bool, l
     refuse_secrets(config.plain(), where="recipe")
     # where a run ended before its training began, over a wrong model name for example, there is nothing to keep
     if out.exists() and (not out.is_dir() or any(entry.name not in _FIRST_FILES for entry in out.iterdir())):
-        raise ConfigError(f"{out} is not empty: add --resume to go on with the run in it, or name another folder")
+        how = f"{RESUME} in it, or " if stored.is_file() else ""
+        raise ConfigError(f"{out} is not empty: {how}name another folder")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_yaml(stored, config.plain())
@@ -117,7 +119,8 @@ def save_student(student: Model, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(folder.parent):
         try:
-            student.save(temporary)
+            with quiet():
+                student.save(temporary)
             usual_rights(file for file in temporary.rglob("*") if file.is_file())
             for file in temporary.rglob("*"):
                 flush(file)

@@ -9,8 +9,11 @@ from typing import Any, Self
 
 import torch
 
+from cmapkd.config import RESUME, counted
 from cmapkd.data.open import open_source
-from cmapkd.data.types import Source
+from cmapkd.data.texts import LOOKED_AT
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.unseen import unseen
 from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import evaluate
 from cmapkd.evaluation.suite import count_parameters
@@ -55,10 +58,38 @@ def num_measured(config: RunConfig, source: Source | None) -> int:
     return len(source) if config.evaluation.limit is None else min(len(source), config.evaluation.limit)
 
 
+def validated(config: RunConfig, source: Source | None) -> RunConfig:
+    """The config of a validation on the way: of models that write it asks about fewer samples.
+
+    Where the recipe names no tasks, it measures answers alone, or likelihoods where there is nothing to answer.
+    """
+    if not config.writes or source is None:
+        return config
+    settings = config.evaluation
+    bounds = [each for each in (settings.limit, settings.writing.validation_samples) if each is not None]
+    chosen: dict[str, Any] = {"limit": min(bounds, default=None)}
+    if settings.tasks == "auto":
+        chosen["tasks"] = ("answering",) if _is_asked(source) else ("perplexity",)
+    return config.model_copy(update={"evaluation": settings.model_copy(update=chosen)})
+
+
+def _is_asked(source: Source) -> bool:
+    """Whether one of the first samples has a question with an answer, or a dialogue."""
+    for index in range(min(LOOKED_AT, len(source))):
+        try:
+            sample = unseen(source, index)
+        except BadSampleError:
+            continue
+        if sample.turns or any(question.answers for question in sample.questions):
+            return True
+    return False
+
+
 def validator_of(config: RunConfig, source: Source | None) -> Any:
     """Measures a student on the validation source; None where there is none."""
     if source is None:
         return None
+    config = validated(config, source)
 
     def validate(student: Model) -> dict[str, float]:
         scores = _evaluate(student, source, config, device=student.device)
@@ -80,6 +111,8 @@ def _evaluate(
         OutOfMemory: says which settings take less, all of which may change at a resume.
     """
     settings = config.evaluation
+    if config.writes:  # asked as in training
+        settings = settings.model_copy(update={"writing": settings.writing.like(config.data.prompts)})
     try:
         return evaluate(
             model.to(device),
@@ -94,8 +127,8 @@ def _evaluate(
             raise
         fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
         raise OutOfMemory(
-            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). Go on with --resume "
-            f"and evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
+            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). To go on, {RESUME} "
+            f"with evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
             "scores stay the same, and what was trained is kept"
         ) from error
 
@@ -126,7 +159,7 @@ def measure(
         if source is None:
             return count_parameters(model)
         size = num_measured(config, source)
-        say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {size:,} samples of {source.name}")
+        say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {counted(size, 'sample')} of {source.name}")
         return _evaluate(model, source, config, device=device, ranks_file=ranks_file)
 
     teacher = teacher_scores
@@ -146,7 +179,15 @@ def measure(
 def baseline_name(config: RunConfig, baseline: Path | None) -> str | None:
     if baseline is None:
         return None
-    return "scratch" if config.baseline == "scratch" else baseline.name
+    if config.baseline != "scratch":
+        return baseline.name
+    return config.scratch().method.name if config.writes else "scratch"  # `contrastive` is what scratch always meant
+
+
+def _by_part(trained: TrainResult) -> dict[str, float]:
+    """What was told apart, and the steps themselves."""
+    parts = {name: round(seconds, 1) for name, seconds in trained.parts.items()}
+    return {**parts, "steps": round(max(0.0, trained.seconds - sum(trained.parts.values())), 1)}
 
 
 def account(config: RunConfig, trained: TrainResult, extra_params: int, source: Source | None) -> dict[str, Any]:
@@ -160,6 +201,7 @@ def account(config: RunConfig, trained: TrainResult, extra_params: int, source: 
         "total_steps": trained.total,  # that the run is to have: more where it was stopped
         "batch_size": config.training.batch_size,
         "train_seconds": round(trained.seconds, 1),
+        "seconds_by_part": _by_part(trained),
         "extra_params": extra_params,  # trained beside the student's
         "peak_memory_bytes": trained.peak_memory,
         "best_step": trained.best_step,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 from cmapkd.run.config import RunConfig
 from cmapkd.training.checkpoint import read_progress
@@ -32,7 +32,7 @@ def prolonged(config: RunConfig, out: Path, steps: int) -> RunConfig:
         )
     had = progress.total or progress.step
     if steps <= had and _stored_steps(stored) != steps:
-        raise ConfigError(f"--extend-to {steps}: {out} has {had} steps already, name more")
+        raise ConfigError(f"--extend-to {steps}: {out} has {counted(had, 'step')} already, name more")
     return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps, "epochs": None})})
 
 
@@ -64,12 +64,12 @@ def told(config: RunConfig, out: Path) -> str:
     assert total is not None
     step, optim, had = progress.step, config.optim, progress.total or progress.step
     if step >= total:
-        return f"the run has its {total} steps: it is measured again"
+        return f"the run has its {counted(total, 'step')}: it is measured again"
     before, after = (learning_rate(step, total=each, config=optim) for each in (had, total))
     line = f"going on from step {step} to step {total}"
     if before == after:
         return line
     return (
-        f"{line}. The schedule is that of {total} steps: the learning rate goes on at {after:.3g}, where that of {had} "
-        f"steps had come to {before:.3g}"
+        f"{line}. The schedule is that of {counted(total, 'step')}: the learning rate goes on at {after:.3g}, where "
+        f"that of {had} steps had come to {before:.3g}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from cmapkd.config import counted
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.types import Source
 from cmapkd.evaluation.suite import same_samples
@@ -41,8 +42,8 @@ def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:
     if total <= warmup:
         last = learning_rate(total - 1, total=total, config=config.optim)
         yield (
-            f"the run has {total} steps, and optim.warmup_steps is {warmup}: the learning rate ends at {last:.2g} of "
-            f"{peak:.2g} and never falls. Set optim.warmup_steps={max(1, total // 10)}, or train longer."
+            f"the run has {counted(total, 'step')}, and optim.warmup_steps is {warmup}: the learning rate ends at "
+            f"{last:.2g} of {peak:.2g} and never falls. Set optim.warmup_steps={max(1, total // 10)}, or train longer."
         )
 
 

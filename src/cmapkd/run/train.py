@@ -35,7 +35,7 @@ from cmapkd.run.cached import answer_from_cache, student_from_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.contents import check_contents, contents_of
 from cmapkd.run.folder import save_student
-from cmapkd.run.measure import Measured, num_measured, validator_of
+from cmapkd.run.measure import Measured, num_measured, validated, validator_of
 from cmapkd.run.remarks import remarks_on_data, remarks_on_length, remarks_on_teachers
 from cmapkd.training import Trainer, TrainResult
 from cmapkd.training.checkpoint import Contents, checkpoint_path, read_checkpoint, read_progress
@@ -175,7 +175,11 @@ def _prepare(
     if config.cache and answers:
         stored |= student_from_cache(config, method, source, voice.console)
     teachers.clear()  # a cached one has no weights, and this would keep them
-    outlook = Outlook(num_measured(config, measured.val), more_trainings, num_measured(config, measured.final))
+    outlook = Outlook(
+        num_measured(validated(config, measured.val), measured.val),
+        more_trainings,
+        num_measured(config, measured.final),
+    )
     trainer = Trainer(
         method,
         _batches(config, source, student, method, stored, texts),
@@ -241,7 +245,8 @@ def _sizes(model: Model) -> str:
     """How many parameters, and how many of them each of its main parts has."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     towers = {part: sum(sizes[name] for name in names if name in sizes) for part, names in model.parts.items()}
-    told = {"image": "image tower", "text": "text tower", "vision": "vision tower", "language": "language model"}
+    told = {"image": "image tower", "text": "text tower", "vision": "vision tower", "projector": "projector"}
+    told |= {"embeddings": "embeddings", "language": "language model"}
     shown = ", ".join(f"{towers[part]:,} in its {name}" for part, name in told.items() if part in towers)
     return f"{model.num_parameters():,} parameters ({shown})"
 

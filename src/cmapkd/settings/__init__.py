@@ -3,7 +3,7 @@
 `make.py` writes `settings.json` from the config classes; a test fails when it is stale.
 """
 
-from cmapkd.settings.check import check_evaluation, check_recipe
+from cmapkd.settings.check import check_evaluation, check_recipe, check_source
 from cmapkd.settings.index import Index, Setting, read_index
 
-__all__ = ["Index", "Setting", "check_evaluation", "check_recipe", "read_index"]
+__all__ = ["Index", "Setting", "check_evaluation", "check_recipe", "check_source", "read_index"]

@@ -62,6 +62,15 @@ def check_evaluation(values: Any, *, where: str) -> None:
             raise ConfigError(f"tasks: unknown task {name!r}{closest(str(name), known)}; known: {', '.join(known)}")
 
 
+def check_source(text: str) -> None:
+    """Refuses the name of a data source whose kind nobody reads.
+
+    Raises:
+        ConfigError: with the nearest kind.
+    """
+    refuse_unknown_kind(text, [*read_index().kinds, *_offered("cmapkd.sources")])
+
+
 class _Outline:
     """Classes of settings, made from the index. They know fields and ranges, and none of the classes' own rules."""
 

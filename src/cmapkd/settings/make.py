@@ -21,8 +21,8 @@ from cmapkd.evaluation.config import SuiteConfig
 from cmapkd.evaluation.tasks import TASKS
 from cmapkd.methods import METHODS, MethodConfig
 from cmapkd.models import FAMILIES
+from cmapkd.models.packaged import packaged_models
 from cmapkd.models.tiny import PRESETS
-from cmapkd.models.tiny_family import packaged_models
 from cmapkd.run import RunConfig
 from cmapkd.settings.index import FILE, Index
 from cmapkd.settings.page import page

@@ -50,6 +50,11 @@ def look(path: Path) -> Looked:
         raise ConfigError(f"none of the first samples of {opened.name} can be read: cmapkd doctor says why")
     classes = tuple(opened.class_names or ())
     if not captioned:
+        if len(classes) < 2 and _is_asked(opened):
+            raise ConfigError(
+                f"{opened.name} has questions or dialogues and no captions. cmapkd init makes recipes for models that "
+                "embed pictures and texts: start from a recipe of models that write, see docs/generative.md"
+            )
         if len(classes) < 2:
             raise ConfigError(
                 f"{opened.name} has neither captions nor several class folders: a student learns from pictures with "
@@ -90,6 +95,18 @@ def _captions(source: Source) -> tuple[bool, int]:
             continue
         read += 1
     return 2 * said > read, read
+
+
+def _is_asked(source: Source) -> bool:
+    """Whether one of the first samples has a question or a dialogue."""
+    for index in range(min(_LOOKED_AT, len(source))):
+        try:
+            sample = source[index]
+        except BadSampleError:
+            continue
+        if sample.questions or sample.turns:
+            return True
+    return False
 
 
 def _with(source: str, option: str) -> str:

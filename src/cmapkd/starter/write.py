@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
 from cmapkd.config.disk import writing
 from cmapkd.provenance import describe_environment
 from cmapkd.run import RunConfig
@@ -49,13 +49,13 @@ def compose(looked: Looked, chosen: Measured, *, teacher: str | None, command: s
         "# How it learns: cmapkd methods lists the others. Only contrastive needs no teacher.",
         f"method: {'contrastive' if teacher is None else 'clip_kd'}",
         "",
-        f"# {looked.samples:,} pictures to train on, with {said}. Paths start where the command runs.",
+        f"# {counted(looked.samples, 'picture')} to train on, with {said}. Paths start where the command runs.",
         *(f"# {remark}." for remark in looked.remarks),
         "data:",
         *(f"  {role}: {_text(source)}" for role, source in looked.sources.items()),
         "  workers: 0                # processes that read pictures; doctor says when more would help",
         "",
-        f"# {EPOCHS} passes over the data are {steps:,} steps here. More of them, and larger batches, teach more.",
+        f"# {EPOCHS} passes over the data are {counted(steps, 'step')} here. More, and larger batches, teach more.",
         "training:",
         f"  epochs: {EPOCHS}",
         f"  batch_size: {batch}",
@@ -85,7 +85,7 @@ def write_recipe(path: Path, text: str) -> None:
     """
     RunConfig.from_mapping(OmegaConf.to_container(OmegaConf.create(text), resolve=False), where=f"recipe {path}")
     try:
-        with writing(path.parent), path.open("x", encoding="utf-8") as file:
+        with writing(path.parent, again="write the recipe again"), path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise ConfigError(f"{path} exists, and init overwrites nothing: name another file with --out") from None

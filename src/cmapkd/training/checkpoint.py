@@ -47,11 +47,15 @@ class Progress:
     best_score: float | None = None
     best_step: int | None = None
     seconds: float = 0.0  # of training, over all sittings
+    parts: dict[str, float] = field(default_factory=dict)  # of these seconds, those of what is told apart
     ledger: dict[str, Any] = field(default_factory=dict)  # counts of good and bad samples
     structure: dict[str, Any] = field(default_factory=dict)  # sizes that the method's modules have by now
     total: int = 0  # steps that the run was to have; 0: a checkpoint of a version that did not say
     extended: list[dict[str, int]] = field(default_factory=list)  # `at` which step it was prolonged, `from` how many
     contents: Contents = field(default_factory=dict)  # that it was trained with; empty: of such a version
+
+    def add_part(self, name: str, seconds: float) -> None:
+        self.parts[name] = self.parts.get(name, 0.0) + seconds
 
 
 def checkpoint_path(folder: Path, step: int, kind: Kind = "step") -> Path:

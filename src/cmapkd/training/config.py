@@ -105,7 +105,7 @@ class TrainConfig(Config):
             if given:
                 raise ValueError(f"the stages state their own {kind}: leave {' and '.join(given)} out (null)")
         elif len(given) != 1:
-            which = "both: write null for the other" if given else "neither"
+            which = "both: add training.epochs=null, or training.steps=null" if given else "neither"
             raise ValueError(f"give either steps or epochs, not {which}")
         if self.student == "best" and self.evaluate_every is None:
             raise ValueError("student: best needs evaluate_every, the number of steps between validations")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cmapkd.config import RunStopped, resumable_keys
+from cmapkd.config import RESUME, RunStopped, resumable_keys
 from cmapkd.data.config import DataConfig
 from cmapkd.training.config import TrainConfig
 
@@ -28,7 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(config: TrainConfig, *, on_device: str, live_teacher: bool, workers: int) -> str:
-    """What this run has not yet done to take less: first what --resume takes, then what makes it another run.
+    """What this run has not yet done to take less: first what a resume takes, then what makes it another run.
 
     Args:
         on_device: the error's words, which tell a GPU's memory from the machine's.
@@ -51,8 +51,7 @@ def memory_advice(config: TrainConfig, *, on_device: str, live_teacher: bool, wo
     kept = "; ".join(key + how for key, how in advice.items() if key in _RESUMABLE)
     anew = "; ".join(key + how for key, how in advice.items() if key not in _RESUMABLE)
     return (
-        f"What takes less, and may change while the run goes on with --resume: {kept}. What makes it another run, in a "
-        f"new folder: {anew}"
+        f"What takes less, and may change when you {RESUME}: {kept}. What makes it another run, in a new folder: {anew}"
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cmapkd.data.types import Batch
 
 SILENCE = 30.0  # seconds after which a line is printed where there is no bar
 
@@ -51,7 +54,19 @@ class Pace:
         self.outlook, self.total, self.batch_size, self.evaluate_every = outlook, total, batch_size, evaluate_every
         self._steps, self._seconds, self._first = 0, 0.0, 0.0
         self._line_steps, self._line_seconds = 0, 0.0
+        self.waited = 0.0
         self.go()
+
+    def reading(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; `waited` is how long the training waited for the last one."""
+        remaining = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(remaining, None)
+            self.waited = time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def go(self) -> None:
         """Starts the clock, at the beginning or after what is no step."""
@@ -99,6 +114,25 @@ def shown_rate(pairs_per_second: float) -> str:
     return f"{pairs_per_second:,.0f} pairs/s" if pairs_per_second >= 10 else f"{pairs_per_second:.2g} pairs/s"
 
 
+READING = "reading"
+"""The part of a training in which it waits for batches."""
+
+
+def shown_parts(parts: Mapping[str, float], seconds: float, values: Mapping[str, float]) -> str:
+    """What a method does beside its step, as `rollouts 62 % of the time, 12 % unfinished`; empty where it tells none.
+
+    Args:
+        parts: seconds of each part, of all `seconds`.
+        values: of the last step; `PART/unfinished` is a share.
+    """
+    told = []
+    for part in (part for part in parts if part != READING and seconds > 0):
+        text = f"{part} {100 * parts[part] / seconds:.0f} % of the time"
+        cut = values.get(f"{part}/unfinished", 0.0)
+        told.append(f"{text}, {100 * cut:.0f} % unfinished" if cut else text)
+    return "  ".join(told)
+
+
 class TrainingDisplay:
     """Loss, throughput and the time left of the whole command; silent when `console` is None (all processes but the
     first)."""
@@ -126,13 +160,15 @@ class TrainingDisplay:
         elif time.monotonic() - self._spoke > SILENCE:
             self._line(step, f"{shown_rate(pairs_per_second)}  {shown_time(seconds_left)} left")
 
-    def update(self, step: int, *, loss: float, pairs_per_second: float, seconds_left: float) -> None:
+    def update(self, step: int, *, loss: float, pairs_per_second: float, seconds_left: float, parts: str = "") -> None:
         """Shows the state after `step` steps.
 
         Args:
             seconds_left: of the whole command.
+            parts: see `shown_parts`.
         """
         numbers, left = f"loss {loss:.3f}  {shown_rate(pairs_per_second)}", f"{shown_time(seconds_left)} left"
+        numbers += f"  {parts}" if parts else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers, left=left)
         elif step % self.line_every == 0 or step == self.total:

@@ -30,6 +30,7 @@ class TrainResult:
     steps: int
     total: int  # steps that the run is to have
     seconds: float
+    parts: dict[str, float]  # of these, see `Progress`
     best_step: int | None
     best_score: float | None
     extended: list[dict[str, int]]  # see `Progress`

@@ -128,5 +128,5 @@ class FiniteWatch:
             f"the loss or its gradient is not finite at step {step} ({values}, gradient norm {float(norm):g}). Samples "
             f"of this batch: {shown}. Last good checkpoint: {kept[-1].name if kept else 'none yet'}. Lower "
             "optim.learning_rate, lengthen optim.warmup_steps, or use training.precision=fp32, in a new run folder: "
-            "--resume repeats this run as it was."
+            "a resume repeats this run as it was."
         )

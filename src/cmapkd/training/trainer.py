@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from cmapkd.training.memory import OutOfMemory, first_line, is_out_of_memory, me
 from cmapkd.training.optim import learning_rate, set_learning_rate
 from cmapkd.training.peak_memory import forget_peak, peak_bytes
 from cmapkd.training.processes import start_processes, wait_for_all
-from cmapkd.training.progress import Outlook, Pace, TrainingDisplay
+from cmapkd.training.progress import READING, Outlook, Pace, TrainingDisplay, shown_parts
 from cmapkd.training.state import RunState, Tensors, TrainResult
 from cmapkd.training.stopping import Agreement, FiniteWatch, Interrupted, signals
 from cmapkd.training.trackers import Tracker, make_trackers
@@ -229,7 +229,8 @@ class Trainer:
     def _result(self, ledger: SampleLedger) -> TrainResult:
         progress, peak = self.progress, peak_bytes(self.accelerator.device)
         return TrainResult(
-            self.student, progress.step, self.total, progress.seconds, progress.best_step, progress.best_score,
+            self.student, progress.step, self.total, progress.seconds, progress.parts,
+            progress.best_step, progress.best_score,
             progress.extended, ledger, peak,
         )  # fmt: skip
 
@@ -239,7 +240,7 @@ class Trainer:
         every, size = self.config.evaluate_every, self.config.batch_size
         pace = Pace(self.outlook, total=self.total, batch_size=size, evaluate_every=every)
         self.method.train()
-        for batch in batches:
+        for batch in pace.reading(batches):
             self._enter_stage(display)
             values = self._step(batch)
             step = self.progress.step
@@ -249,6 +250,7 @@ class Trainer:
             if logged or saved or self._validates(step):
                 self.finite.check(self._kept)
             self.progress.seconds += pace.lap()
+            self._count_parts(pace.waited, values)
             display.tick(step, pairs_per_second=pace.rate, seconds_left=pace.seconds_left(step))
             if logged:
                 self._log({name: float(value) for name, value in values.items()}, pace, trackers, display)
@@ -326,11 +328,20 @@ class Trainer:
         return self.validate is not None and every is not None and (step % every == 0 or step == self.total)
 
     def _log(self, numbers: dict[str, float], pace: Pace, trackers: list[Tracker], display: TrainingDisplay) -> None:
-        step, rate = self.progress.step, pace.line_rate()
+        step, rate, progress = self.progress.step, pace.line_rate(), self.progress
         with writing(self.out):
             for tracker in trackers:
                 tracker.log(step, {**numbers, "pairs_per_second": rate})
-        display.update(step, loss=numbers["loss"], pairs_per_second=rate, seconds_left=pace.seconds_left(step))
+        parts = shown_parts(progress.parts, progress.seconds, numbers)
+        left = pace.seconds_left(step)
+        display.update(step, loss=numbers["loss"], pairs_per_second=rate, seconds_left=left, parts=parts)
+
+    def _count_parts(self, waited: float, values: Mapping[str, Tensor | float]) -> None:
+        """Seconds that the step waited for its batch, and those that the method told on the host as `PART/seconds`."""
+        self.progress.add_part(READING, waited)
+        for name, value in values.items():
+            if name.endswith("/seconds"):
+                self.progress.add_part(name.removesuffix("/seconds"), float(value))
 
     def _validate(self, trackers: list[Tracker], display: TrainingDisplay) -> None:
         """Measures the student on the first process, and keeps it if it is the best so far."""

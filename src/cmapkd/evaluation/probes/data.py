@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmapkd.data.plans import Plan
+from cmapkd.data.turns import Dialogue
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Source, TokenBatch
 from cmapkd.evaluation.probes.features import ImageFeatures, TextFeatures, whole_picture
 from cmapkd.models.base import DualEncoder
@@ -29,6 +31,7 @@ class Annotations:
     captions: tuple[tuple[str, ...], ...]
     questions: tuple[tuple[QuestionAnswer, ...], ...]
     boxes: tuple[tuple[Box, ...], ...]
+    turns: tuple[Dialogue, ...]
     bad: tuple[tuple[str, str], ...] = ()  # id and reason of the samples that cannot be read
 
     def __len__(self) -> int:
@@ -41,7 +44,7 @@ def read_annotations(source: Source, *, limit: int | None = None) -> Annotations
     Raises:
         ValueError: none can.
     """
-    rows: list[tuple[int, str, tuple[int, int], tuple[str, ...], tuple[QuestionAnswer, ...], tuple[Box, ...]]] = []
+    rows: list[tuple[Any, ...]] = []
     bad: list[tuple[str, str]] = []
     for index in range(len(source) if limit is None else min(limit, len(source))):
         try:
@@ -49,12 +52,14 @@ def read_annotations(source: Source, *, limit: int | None = None) -> Annotations
         except BadSampleError as error:
             bad.append((error.sample_id, error.reason))
             continue
-        rows.append((index, sample.id, sample.image.size, sample.captions, sample.questions, sample.boxes))
+        rows.append(
+            (index, sample.id, sample.image.size, sample.captions, sample.questions, sample.boxes, sample.turns)
+        )
     if not rows:
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
-    indices, ids, sizes, captions, questions, boxes = zip(*rows, strict=True)
-    return Annotations(indices, ids, sizes, captions, questions, boxes, tuple(bad))
+    indices, ids, sizes, captions, questions, boxes, turns = zip(*rows, strict=True)
+    return Annotations(indices, ids, sizes, captions, questions, boxes, turns, tuple(bad))
 
 
 class ProbeBatches(Dataset[Batch]):

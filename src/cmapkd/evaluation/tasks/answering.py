@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cmapkd.data.records import kind_of
 from cmapkd.evaluation.dialogues import Asked, commonest, questions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
@@ -34,7 +35,7 @@ class Answering(Task):
     def score(self, subject: Subject) -> dict[str, Any]:
         """Greedy answers. The prior gives every scored question the answer that is right most often."""
         bench, writer = subject.bench, subject.writer
-        how = bench.config.writing
+        how = bench.how
         asked = questions(bench.annotations, how)
         if not asked:
             raise ValueError(f"{bench.scored.name} has no question with an answer")
@@ -63,8 +64,9 @@ class Answering(Task):
 def no_question(subject: Subject, *, kinds: Sequence[str] = ()) -> str | None:
     """Why the source has nothing to answer, or None; judged by its first samples."""
     first = subject.bench.first_samples
-    asked = [question for sample in first for question in sample.questions if question.answers]
-    if not any(not kinds or question.kind in kinds for question in asked):
+    asked = [question.kind for sample in first for question in sample.questions if question.answers]
+    asked += [kind_of((sample.turns[-1].text,)) for sample in first if sample.turns]
+    if not any(not kinds or kind in kinds for kind in asked):
         return f"none of its first {len(first)} samples has a {' or '.join((*kinds, ''))}question with an answer"
     return None
 

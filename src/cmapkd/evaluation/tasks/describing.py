@@ -40,7 +40,7 @@ class Describing(Task):
 
     def score(self, subject: Subject) -> dict[str, Any]:
         """Greedy descriptions; the metrics of the COCO tool only where it and Java are installed."""
-        bench, writer, how = subject.bench, subject.writer, subject.bench.config.writing
+        bench, writer, how = subject.bench, subject.writer, subject.bench.how
         asked = descriptions(bench.annotations, how)
         if not asked:
             raise ValueError(f"{bench.scored.name} has no captions")

@@ -16,7 +16,6 @@ class Efficiency(Task):
     settings: EfficiencyConfig
     needs_source = False
     columns = (
-        Column("params M", ("shown", "params"), 2),
         Column("image M", ("shown", "image"), 2),
         Column("text M", ("shown", "text"), 2),
         Column("image GMACs", ("shown", "image_gmacs"), 3),
@@ -38,7 +37,6 @@ def _shown(result: dict[str, Any]) -> dict[str, float]:
     """The round numbers of the table, in units that people read."""
     parameters = result["parameters"]
     return {
-        "params": parameters["total"] / 1e6,
         "image": parameters["image"] / 1e6,
         "text": parameters["text"] / 1e6,
         "image_gmacs": result["image"]["macs"] / 1e9,

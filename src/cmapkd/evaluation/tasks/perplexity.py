@@ -32,7 +32,7 @@ class Perplexity(Task):
 
     def score(self, subject: Subject) -> dict[str, Any]:
         """With each picture, and with another sample's: what the right picture is worth is the `visual_gain`."""
-        bench, writer, how = subject.bench, subject.writer, subject.bench.config.writing
+        bench, writer, how = subject.bench, subject.writer, subject.bench.how
         asked = references(bench.annotations, how)
         if not asked:
             raise ValueError(f"{bench.scored.name} has neither a question with an answer nor a caption")
@@ -77,9 +77,9 @@ class _Sums(NamedTuple):
 def nothing_to_read(subject: Subject) -> str | None:
     """Why the source has no reference, or None; judged by its first samples."""
     first = subject.bench.first_samples
-    if any(sample.captions or any(question.answers for question in sample.questions) for sample in first):
+    if any(each.turns or each.captions or any(asked.answers for asked in each.questions) for each in first):
         return None
-    return f"none of its first {len(first)} samples has a question with an answer, or a caption"
+    return f"none of its first {len(first)} samples has a dialogue, a question with an answer, or a caption"
 
 
 def _read(writer: Writer, asked: Sequence[Asked], pictures: Sequence[int] | None = None) -> _Sums:

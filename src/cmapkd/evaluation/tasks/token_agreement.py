@@ -30,7 +30,7 @@ class TokenAgreement(Task):
     def measure(self, subjects: Sequence[Subject], bench: Bench) -> list[dict[str, Any]]:
         """The first model's own row is what perfect agreement looks like. All read the dialogues that all can read."""
         _check_vocabularies(subjects)
-        asked = references(bench.annotations, bench.config.writing)
+        asked = references(bench.annotations, bench.how)
         if not asked:
             raise ValueError(f"{bench.scored.name} has neither a question with an answer nor a caption")
         bench.say(f"comparing {len(subjects)} models on {len(asked):,} references of {bench.scored.name}")

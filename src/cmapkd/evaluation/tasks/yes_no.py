@@ -42,7 +42,7 @@ class YesNo(Task):
         return no_question(subject, kinds=("yes/no",))
 
     def score(self, subject: Subject) -> dict[str, Any]:
-        bench, writer, how = subject.bench, subject.writer, subject.bench.config.writing
+        bench, writer, how = subject.bench, subject.writer, subject.bench.how
         asked = _asked(bench)
         if not asked:
             raise ValueError(f"{bench.scored.name} has no question of kind yes/no whose answer is yes or no")
@@ -69,7 +69,7 @@ class YesNo(Task):
 
 def _asked(bench: Bench) -> list[Asked]:
     """The questions of kind yes/no; those whose commonest answer is neither are left out, as nobody can score them."""
-    every = questions(bench.annotations, bench.config.writing)
+    every = questions(bench.annotations, bench.how)
     of_kind = [each for each in every if each.question is not None and each.question.kind == "yes/no"]
     return [each for each in of_kind if _commonest(each) in ("yes", "no")]
 

@@ -1,0 +1,143 @@
+"""`cmapkd demo generative`: see a small model learn to answer questions about pictures from a large one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmapkd.cli.command import command_line
+from cmapkd.cli.report import leave_page
+
+if TYPE_CHECKING:
+    from cmapkd.run import RunConfig
+
+RECIPE = "demo_generative"
+SHOWN = 6
+"""Questions whose answers are printed."""
+
+_OPENING = (
+    "A small model (the student) learns to answer questions about pictures from a large one (the teacher). It is shown "
+    "few of the answers. Then the same student learns from these answers alone. In the end all three are scored. The "
+    "data are drawn, so nothing is downloaded."
+)
+
+
+def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
+    """Distils a teacher that writes into a small student. The same student trained alone stands beside it.
+
+    Args:
+        out: run folder; None: a new one under runs/.
+        overrides: settings to change, key=value.
+    """
+    import time
+
+    import typer
+    from rich.console import Console
+
+    console = Console()
+    console.print(_OPENING, markup=False, highlight=False)  # before torch is imported, which takes seconds
+
+    from cmapkd.cli.recipe import read_recipe
+    from cmapkd.cli.show import show
+
+    config = read_recipe(RECIPE, list(overrides))
+
+    from cmapkd.run import run
+    from cmapkd.training import Interrupted
+
+    out = out or Path("runs") / time.strftime("demo-generative-%Y%m%d-%H%M%S")
+    for line in _plan(config):
+        console.print(line, markup=False, highlight=False)
+    try:
+        result = run(config, out=out, console=console)
+    except Interrupted as stopped:
+        command = command_line("distill", RECIPE, *overrides, "--out", str(out), "--resume")
+        console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    if not result.metrics:  # not the first of several processes
+        return
+    show(console, result.table())
+    for line in _answered(config, out):
+        console.print(line, markup=False, highlight=False)
+    if (lesson := lesson_of(result.metrics)) is not None:
+        console.print(lesson, markup=False, highlight=False)
+    again = command_line("evaluate", str(out), "--data", str(config.data.final))
+    console.print(f"student and evidence: {out} (scored again by: {again})", markup=False, highlight=False)
+    leave_page(out, console)
+
+
+def _plan(config: RunConfig) -> Iterator[str]:
+    """Who learns from whom, how, and how long."""
+    teacher = config.teacher.name if config.teacher is not None else "none"
+    names = f"Teacher {teacher}, student {config.student.name}, method {config.method.name}"
+    yield f"{names}, pictures {config.data.train}."
+    share = (
+        f"one question in {round(1 / config.data.prompts.share)}" if config.data.prompts.share < 1 else "all questions"
+    )
+    yield (
+        f"Each of the two trainings sees {share} and takes {config.training.steps} steps of "
+        f"{config.training.batch_size} pictures. First the teacher's likeliest tokens are stored."
+    )
+
+
+def _answered(config: RunConfig, out: Path) -> Iterator[str]:
+    """Some questions of the final data, the first of each picture, with the answers of all models."""
+    from cmapkd.data.open import open_source
+    from cmapkd.models import build_teacher, load_model
+    from cmapkd.models.generative import GenerativeModel
+
+    if config.data.final is None or config.teacher is None:
+        return
+    source = open_source(config.data.final, split="test" if config.data.test else "val")
+    samples = [source[index] for index in range(min(SHOWN, len(source)))]
+    asked = [
+        (sample, sample.questions[place % len(sample.questions)])
+        for place, sample in enumerate(samples)
+        if sample.questions
+    ]
+    models: dict[str, Any] = {"teacher": build_teacher(config.teacher), "student": load_model(out)}
+    if (out / "baseline").is_dir():
+        models["alone"] = load_model(out / "baseline")
+    pictures, texts = [sample.image for sample, _ in asked], [question.question for _, question in asked]
+    said: dict[str, list[str]] = {}
+    for name, model in models.items():
+        assert isinstance(model, GenerativeModel)
+        said[name] = model.answer(pictures, texts, max_new_tokens=10) if asked else []
+    yield from answers_in_words(
+        [(text, question.answers) for text, (_, question) in zip(texts, asked, strict=True)], said
+    )
+
+
+def answers_in_words(asked: Sequence[tuple[str, Sequence[str]]], said: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """A line for each question: the right answer, and what each model says.
+
+    Args:
+        asked: questions, each with its accepted answers.
+        said: by model, an answer to each question.
+    """
+    for place, (question, right) in enumerate(asked):
+        answers = ", ".join(f"{name}: {answers[place] or '(nothing)'}" for name, answers in said.items())
+        yield f"{question}  right: {right[0]}, {answers}"
+
+
+def lesson_of(metrics: Mapping[str, Any]) -> str | None:
+    """The one sentence to take home; None where teacher, student and scratch were not all asked.
+
+    Args:
+        metrics: what `metrics.json` holds.
+    """
+    from cmapkd.evaluation.headline import number_at
+
+    roles = ("teacher", "student", "baseline")
+    teacher, student, scratch = (number_at(metrics.get(role), ("answering", "overall")) for role in roles)
+    if teacher is None or student is None or scratch is None:
+        return None
+    found = f"{student:.1f} % of its answers, and in {scratch:.1f} % where it learned alone"
+    if student - scratch < 1.0:
+        return f"The student is right in {found}: so short a training shows no gain yet."
+    smaller = metrics["teacher"]["params"] / metrics["student"]["params"]
+    return (
+        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions, steps "
+        f"were the same: the teacher made the difference. The teacher is right in {teacher:.1f} %."
+    )

@@ -1,0 +1,20 @@
+"""How a model of either contract reads a batch."""
+
+from __future__ import annotations
+
+from cmapkd.data.readers import ChatReader, DualReader, Reader
+from cmapkd.models.base import Model
+from cmapkd.models.contracts import dual
+from cmapkd.models.generative import GenerativeModel
+
+
+def reader_of(model: Model, *, max_tokens: int | None = None) -> Reader:
+    """How a model of either contract reads a batch.
+
+    Args:
+        max_tokens: longest dialogue with its picture, for models that write; None: as long as the model takes.
+    """
+    if isinstance(model, GenerativeModel):
+        return ChatReader(model.processor, max_tokens)
+    embedding = dual(model, "a batch of captions")
+    return DualReader(embedding.image_spec, embedding.tokenizer)

@@ -1,0 +1,9 @@
+"""How a query of a gallery ends, by name and label: with a teacher beside the student, and without."""
+
+OUTCOMES = {
+    "lost": "Teacher right, student wrong",
+    "won": "Student right, teacher wrong",
+    "both": "Both right",
+    "neither": "Both wrong",
+}
+ALONE = {"wrong": "Student wrong", "right": "Student right"}

@@ -1,0 +1,151 @@
+"""Building and refusing caches of a teacher that writes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cache_support import contents
+from token_support import LENGTH, Asked, built, make_writer, token_kd, token_plan
+
+from cmapkd.cache import CacheError, all_keys, describe, verify
+from cmapkd.cache.cost import measure
+from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.token_layout import TokenLayout
+from cmapkd.data.prompting import Prompting
+
+forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+BYTES = {(16, 512): 70, (32, 512): 134, (64, 512): 262, (128, 512): 518}
+BYTES |= {(16, 151_936): 104, (32, 151_936): 200, (64, 151_936): 392, (128, 151_936): 776}
+
+
+@pytest.mark.parametrize(("count", "size"), BYTES)
+def test_bytes_of_a_token(count: int, size: int) -> None:
+    """As in docs/cache.md: ids and gaps, the token itself and the rest."""
+    layout = TokenLayout("fp16", count, 1.0, size, 100)
+    assert layout.token_bytes == BYTES[count, size]
+    assert layout.row_bytes == 100 * layout.token_bytes + 8 + 4
+    assert f"{layout.token_bytes} bytes a token" in layout.describe()
+    assert TokenLayout.from_plain(layout.plain()) == layout
+
+
+def test_ids_above_half_of_sixteen_bits_come_back() -> None:
+    layout = TokenLayout("fp16", 2, 1.0, 2**16, 1)
+    ids = torch.tensor([[[65_535, 40_000]]])
+    zeros = torch.zeros(1, 1, 2)
+    arrays = {"tokens": torch.tensor([1]), "targets": torch.tensor([[50_000]]), "ids": ids, "gaps": zeros.half()}
+    encoded = layout.encode({**arrays, "rest": torch.zeros(1, 1), "log_p": zeros})
+    rows = layout.rows(encoded, np.array([1], np.uint64))
+    decoded = layout.decode(layout.tensors(rows))
+    assert decoded["ids"].tolist() == ids.tolist()
+    assert decoded["targets"].tolist() == [[50_000]]
+
+
+def test_what_a_cache_says_of_itself(tmp_path: Path) -> None:
+    method = token_kd()
+    plan = token_plan(tmp_path / "c", method)
+    plan.build(device="cpu")
+    longest = max(len(method.student.processor.encode_answer(f"a {c} thing, number 8")) for c in ("green", "blue"))
+    layout = plan.layout
+    assert isinstance(layout, TokenLayout)
+    assert layout.answer_tokens <= longest  # of the answers that the two views show
+    found = describe(CacheFolder.open(tmp_path / "c"))
+    assert found["rows_done"] == 2 * LENGTH
+    assert "logit_scale" not in found
+    fidelity = found["fidelity"]
+    assert fidelity["same_likeliest"] == 1.0
+    assert 0 < fidelity["tail_mean"] < 1
+    assert abs(fidelity["kl_mean"]) < 1e-4
+    assert 2 * LENGTH < fidelity["tokens"] <= 2 * LENGTH * layout.answer_tokens
+    assert all(problem is None for _, problem in verify(CacheFolder.open(tmp_path / "c")))
+    shard = next((tmp_path / "c").rglob("*.rows"))
+    data = bytearray(shard.read_bytes())
+    data[20] ^= 1
+    shard.write_bytes(data)
+    assert sum(problem is not None for _, problem in verify(CacheFolder.open(tmp_path / "c"))) == 1
+    cost = measure(token_plan(tmp_path / "d", method), device="cpu")
+    assert min(cost.answer, cost.build, cost.read, cost.prepare) > 0
+
+
+@forks
+def test_killed_at_random_moments_it_ends_byte_identical(tmp_path: Path) -> None:
+    method = token_kd()
+    built(tmp_path / "whole", method)
+    whole = contents(tmp_path / "whole")
+    assert sum(name.endswith(".rows") for name in whole) >= 4
+    draws, kills = random.Random(0), 0
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            try:
+                token_plan(tmp_path / "killed", method).build(device="cpu")
+            finally:
+                os._exit(0)
+        time.sleep(draws.uniform(0.0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert kills
+    built(tmp_path / "killed", method)
+    assert contents(tmp_path / "killed") == whole
+    for rank in range(2):
+        token_plan(tmp_path / "shared", method).build(device="cpu", rank=rank, world_size=2)
+    assert contents(tmp_path / "shared") == whole
+
+
+def test_other_answers_are_refused_with_the_reason(tmp_path: Path) -> None:
+    method = token_kd()
+    built(tmp_path / "c", method)
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "temperature 1, and the method reads them at 2": (token_kd(temperature=2.0), {}),
+        "it holds the 8 likeliest tokens, and the method reads 9": (token_kd(top_k=9), {}),
+        "answers of other weights": (token_kd(make_writer(width=24, seed=8)), {}),
+        "the teacher reads dialogues otherwise": (token_kd(make_writer(width=24, seed=7, max_tokens=60)), {}),
+        "it answers other texts": (method, {"texts": Prompting(suffix="Answer shortly.")}),
+        "it leaves out dialogues of another length": (method, {"max_tokens": 50}),
+        "made from other data": (method, {"source": Asked(LENGTH + 1)}),
+    }
+    for reason, (other, changes) in cases.items():
+        with pytest.raises(CacheError, match=reason):
+            token_plan(tmp_path / "c", other, **changes).open()
+
+
+def test_a_changed_template_or_vocabulary_is_refused(tmp_path: Path) -> None:
+    teacher = make_writer(width=24, seed=7)
+    built(tmp_path / "c", token_kd(teacher))
+    other = make_writer(width=24, seed=7)
+    native = other.processor.native
+    native.chat_template = native.chat_template.replace("assistant", "helper")
+    changed = make_writer(width=24, seed=7)
+    method = token_kd(changed)
+    changed.processor.__dict__.update(
+        type(other.processor)(native, image_id=other.processor.image_id, max_tokens=64).__dict__
+    )
+    with pytest.raises(CacheError, match="the teacher reads dialogues otherwise"):
+        token_plan(tmp_path / "c", method).open()
+
+
+def test_what_cannot_be_cached_says_why(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"set method.top_k \(32 for example\), or cache: off"):
+        token_plan(tmp_path, token_kd(top_k=None))
+    with pytest.raises(CacheError, match="judges answers that the student has just written"):
+        token_plan(tmp_path, token_kd(on_policy=0.5))
+    for settings, reason in (
+        ({"kind": "dense"}, "cache.kind is dense, which teachers of two towers have"),
+        ({"store": "int8"}, "cache.store is int8, and likeliest tokens are stored in fp16"),
+        ({"top_k": 4}, "cache.top_k is 4, and the method reads the 8 likeliest"),
+    ):
+        with pytest.raises(CacheError, match=reason):
+            _ = token_plan(tmp_path / "x", token_kd(), **settings).layout
+
+
+def test_an_answer_that_has_no_room_is_named(tmp_path: Path) -> None:
+    plan = token_plan(tmp_path / "c", token_kd(), max_answer_tokens=1, keys=all_keys(LENGTH, 2))
+    with pytest.raises(CacheError, match=r"the answer of sample 'a\d' has \d+ tokens .* cache.max_answer_tokens="):
+        plan.build(device="cpu")

@@ -1,0 +1,262 @@
+"""Everything that a run has, for a model that writes: scores, resume, finalize, evaluation, report, comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import cmapkd
+from cmapkd.cli import app
+from cmapkd.compare import compare, load_comparison
+from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source
+from cmapkd.diagnosis import diagnose
+from cmapkd.models import GenerativeModel, ModelConfig, build_model
+from cmapkd.report import write_report
+from cmapkd.results import RunResult
+from cmapkd.run import RunConfig, finalize, run
+from cmapkd.run.measure import num_measured, validated
+from cmapkd.run.prompts import prompts_of_runs
+from cmapkd.starter import check_teacher
+from helpers import MemorySource
+from writers import STUDENT, TEACHER, TEXTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OPTIONS = {"heads": 2, "vocab_size": 300, "max_tokens": 128}
+
+
+def save_teacher(folder: Path) -> Path:
+    torch.manual_seed(3)
+    config = ModelConfig(name="tiny_vlm:small", options={**OPTIONS, **TEACHER})
+    model = build_model(config, captions=list(TEXTS) * 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {
+        "teacher": str(save_teacher(tmp_path_factory.mktemp("teacher") / "model")),
+        "student": {"name": "tiny_vlm:small", "options": {**OPTIONS, **STUDENT}},
+        "method": {"name": "token_kd", "on_policy": {"share": 0.5, "max_new_tokens": 3}},
+        "data": {
+            "train": "scenes?length=24",
+            "val": "scenes@val?length=3",
+            "prompts": {"kind": "questions", "suffix": "Say one word."},
+        },
+        "training": {"steps": 2, "batch_size": 4, "evaluate_every": 1, "log_every": 1, "device": "cpu"},
+        "optim": {"warmup_steps": 1},
+        "evaluation": {"tasks": ["answering", "perplexity"], "writing": {"answer_tokens": 2}},
+    }
+
+
+def of(recipe: dict[str, Any], **changes: Any) -> RunConfig:
+    return RunConfig.from_mapping({**recipe, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run with a baseline, and what it said."""
+    out = tmp_path_factory.mktemp("run") / "first"
+    said = io.StringIO()
+    run(of(recipe, baseline="scratch"), out=out, console=Console(file=said, width=200))
+    return out, said.getvalue()
+
+
+def table_of(result: RunResult) -> str:
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(result.table())
+    return shown.getvalue()
+
+
+def test_a_run_ends_with_scores_of_student_teacher_and_sft(finished: tuple[Path, str]) -> None:
+    out, said = finished
+    result = RunResult.read(out)
+    metrics = result.metrics
+    assert metrics["baseline_name"] == "sft"
+    for role in ("teacher", "student", "baseline"):
+        assert metrics[role]["answering"]["num_questions"] > 0
+        assert metrics[role]["answering"]["protocol"]["question_suffix"] == "Say one word."  # as in training
+        assert sum(metrics[role]["params_by_part"].values()) == metrics[role]["params"]
+        assert metrics[role]["perplexity"]["protocol"]["question_suffix"] == "Say one word."
+        assert metrics[role]["perplexity"]["num_tokens"] == metrics["student"]["perplexity"]["num_tokens"]
+    table = table_of(result)
+    for word in ("teacher", "sft", "token_kd", "answers", "-bits/byte", "questions"):
+        assert word in table
+    assert "rollouts" in said
+    assert "of the time" in said
+
+
+def test_validations_are_bounded_and_ask_what_can_be_answered(recipe: dict[str, Any]) -> None:
+    source = open_source("scenes@val?length=9")
+    auto = {"tasks": "auto", "writing": {"validation_samples": 2}}
+    chosen = validated(of(recipe, evaluation=auto), source).evaluation
+    assert (chosen.tasks, chosen.limit) == (("answering",), 2)
+    assert validated(of(recipe, evaluation=auto | {"limit": 1}), source).evaluation.limit == 1
+    named = validated(of(recipe, evaluation={"tasks": ["perplexity"]}), source)
+    assert (named.evaluation.tasks, named.evaluation.limit) == (("perplexity",), 256)
+    assert num_measured(named, source) == 9
+    assert validated(of(recipe, evaluation=auto), MemorySource(4)).evaluation.tasks == ("perplexity",)
+
+
+def test_seconds_are_told_by_part(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    parts = metrics["seconds_by_part"]
+    assert set(parts) == {"reading", "rollouts", "steps"}
+    assert sum(parts.values()) == pytest.approx(metrics["train_seconds"], abs=0.3)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"rollouts/share", "rollouts/tokens", "rollouts/unfinished", "rollouts/seconds"} <= lines[0].keys()
+    assert any("validation/answering" in line for line in lines)
+
+
+def test_a_resumed_run_is_the_run_bit_for_bit(
+    finished: tuple[Path, str], recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    out, _ = finished
+    whole = load_file(out / "student" / "model.safetensors")
+    config = of(recipe, training={**recipe["training"], "checkpoint_every": 1, "keep_checkpoints": 2})
+    run(config, out=tmp_path / "whole")
+    for name in ("student", "metrics.json", "metrics.jsonl"):
+        path = tmp_path / "whole" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (tmp_path / "whole" / "checkpoints").glob("*-000000002"):
+        shutil.rmtree(path)
+    run(config, out=tmp_path / "whole", resume=True)
+    again = load_file(tmp_path / "whole" / "student" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_run_is_finalized_and_extended(finished: tuple[Path, str], recipe: dict[str, Any], tmp_path: Path) -> None:
+    config = of(recipe)
+    run(config, out=tmp_path / "run")
+    best = finalize(tmp_path / "run", step="best").metrics
+    assert best["steps"] == best["best_step"]
+    assert best["student"]["answering"]["num_questions"] > 0
+    longer = run(config, out=tmp_path / "run", extend_to=3)
+    assert longer.metrics["steps"] == longer.metrics["total_steps"] == 3
+    assert longer.metrics["extended"] == [{"at": 2, "from": 2}]
+
+
+def test_a_finished_run_answers_and_is_evaluated(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = finished
+    student = cmapkd.load(out)
+    assert isinstance(student, GenerativeModel)
+    said = student.answer(Image.new("RGB", (32, 32)), ["Is there a red circle?", "How many?"], max_new_tokens=2)
+    assert len(said) == 2
+    scores = tmp_path / "scores.json"
+    words = ["evaluate", f"mine={out}", "--data", "scenes?length=2", "--tasks", "answering", "--json", str(scores)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads(scores.read_text())["models"]["mine"]["answering"]
+    assert found["num_questions"] > 0
+    assert found["protocol"]["question_suffix"] == "Say one word."  # of the run
+    assert "exact match" in done.output
+    assert "was trained (data.prompts)" in done.output.replace("\n", " ")
+
+
+def test_runs_of_different_prompts_are_asked_in_words_of_ones_own(tmp_path: Path) -> None:
+    for name, suffix in (("a", "Briefly."), ("b", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"data": {"prompts": {"suffix": suffix}}}))
+    folders = [tmp_path / "a", tmp_path / "none"]
+    prompts, told = prompts_of_runs(folders)
+    assert prompts is not None
+    assert prompts.suffix == "Briefly."
+    assert "was trained" in told
+    prompts, told = prompts_of_runs([*folders, tmp_path / "b"])
+    assert prompts is None
+    assert told.startswith("warning: the runs were trained with different prompts")
+    assert prompts_of_runs([tmp_path / "none"]) == (None, "")
+
+
+def test_the_report_shows_answers(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = finished
+    page = write_report([out], tmp_path / "page.html", gallery=2).read_text()
+    assert "Answers to look at" in page
+    assert "Models answered" in page
+    assert "answers" in page
+    assert "Say one word." in page
+    assert "Gallery of retrievals" not in page
+    assert "Training by part: " in page
+    assert "rollouts share" in page or "rollouts/share" in page
+    assert "3 images, 21 questions" in page
+    plain = write_report([out], tmp_path / "plain.html", gallery=0).read_text()
+    assert "Answers to look at" not in plain
+    hidden = write_report([out], tmp_path / "hidden.html", gallery=1, captions=False).read_text()
+    assert "Say one word." not in hidden.partition("Answers to look at")[2].partition("<h2")[0]
+
+
+def test_arms_that_write_are_compared(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
+    values = {"base": str(tmp_path / "base.yaml"), "seeds": [0, 1]}
+    values["arms"] = {"sft": {"method": "sft"}, "kd": {"method": "token_kd"}}
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    result = compare(load_comparison(tmp_path / "comparison.yaml"), out=tmp_path / "out")
+    (table,) = result.tables
+    assert table.metrics == ("answering.overall", "perplexity.negative_bits_per_byte")
+    assert (table.reference_name, table.gap_name) == ("sft", "sft")
+    assert [row.label for row in table.rows] == ["sft", "kd"]
+    assert not any(row.errors for row in table.rows)
+    assert table.rows[1].cells["answering.overall"].seeds_alone == "runs keep no scores of single answers"
+    assert "perplexity.negative_bits_per_byte" in table.teachers[0].cells
+    page = write_report([tmp_path / "out"], tmp_path / "page.html", gallery=0).read_text()
+    assert "answering overall" in page
+
+
+def test_trials_are_not_judged_by_what_students_lack(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump(recipe | {"data": recipe["data"] | {"test": "scenes@test?length=3"}})
+    )
+    tuning = {"trials": 2, "seeds": [7], "space": {"optim.learning_rate": [0.001, 0.01]}, "families": ["kd"]}
+    values = {
+        "base": str(tmp_path / "base.yaml"),
+        "seeds": [0],
+        "tuning": tuning,
+        "arms": {"kd": {}, "sft": "method=sft"},
+    }
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"retrieval\.mean_r@1, which measures a DualEncoder.*answering\.overall"):
+        compare(load_comparison(tmp_path / "comparison.yaml"), out=tmp_path / "out")
+
+
+def test_the_doctor_looks_at_tokens_and_pictures(recipe: dict[str, Any]) -> None:
+    method = {**recipe["method"], "top_k": 8}
+    found = {finding.what: finding for finding in diagnose(of(recipe, method=method))}
+    assert "questions or dialogues each" in found["data.train"].detail
+    assert "ends an answer with token" in found["student vocabulary"].detail
+    assert found["student dialogues"].detail.startswith("of 24 read: 4 visual tokens of a picture, ")
+    assert "of a model that knows nothing" in found["student start"].detail
+    assert "both write the same" in found["pair"].detail
+    assert found["teacher sanity"].level in ("ok", "note", "problem")
+    assert "its 8 likeliest tokens leave out" in found["teacher tokens"].detail
+    assert "answers of the student's own" in found["parts of a step"].detail
+    assert found["padding"].level == "ok"
+
+
+def test_commands_of_models_that_embed_refuse(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = finished
+    refused = CliRunner().invoke(app, ["export", str(out), "--out", str(tmp_path / "x")])
+    assert "cmapkd export needs a model that embeds" in str(refused.exception)
+    for teacher in ("tiny_vlm:small", str(out)):
+        with pytest.raises(ConfigError, match="writes answers, and cmapkd init makes recipes"):
+            check_teacher(teacher)
+    with pytest.raises(ConfigError, match="'sft' trains models that write"):
+        cmapkd.method("sft", student=str(out))
+    with pytest.raises(ConfigError, match="a training loop of one's own needs a model that embeds"):
+        cmapkd.method("contrastive", student=str(out))

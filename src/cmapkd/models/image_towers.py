@@ -1,4 +1,4 @@
-"""Image towers as parts of a model: timm's, open_clip's and transformers', each with its pooled features and levels."""
+"""Image towers as parts of a model: timm's, open_clip's, transformers' and our tiny ones, each with its pooled features and levels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layer
 class ImagePartConfig(Config):
     """An image tower by name. In a recipe the name alone is enough: `image: timm:vit_tiny_patch16_224/pretrained`."""
 
-    name: str = Field(description="timm:NAME[/pretrained], open_clip:NAME[/TAG], hf:FOLDER or hub id.")
+    name: str = Field(description="timm:NAME[/pretrained], open_clip:NAME[/TAG], hf:FOLDER or hub id, tiny:NAME.")
     init: Literal["auto", "scratch"] = Field(
         "auto", description="auto: the weights the name stands for; scratch: random ones."
     )
@@ -211,13 +211,15 @@ def build_image_tower(config: ImagePartConfig) -> ImageTower:
         ValueError: weights are missing or do not fit.
     """
     family, _, rest = config.name.partition(":")
-    builders = {"timm": _timm, "open_clip": _open_clip, "hf": _transformers}
+    builders = {"timm": _timm, "open_clip": _open_clip, "hf": _transformers, "tiny": _tiny}
     if family not in builders or not rest:
         raise ConfigError(
-            f"an image part is named timm:NAME, timm:NAME/pretrained, open_clip:NAME/TAG or hf:FOLDER, not "
+            "an image part is named timm:NAME, timm:NAME/pretrained, open_clip:NAME/TAG, hf:FOLDER or tiny:NAME, not "
             f"{config.name!r}"
         )
-    poolings = {"timm": ("avg", "max", "token", "map"), "hf": ("mean", "class", "pooler"), "open_clip": ()}[family]
+    poolings = {"timm": ("avg", "max", "token", "map"), "hf": ("mean", "class", "pooler"), "open_clip": (), "tiny": ()}[
+        family
+    ]
     if config.pooling is not None and config.pooling not in poolings:
         raise ConfigError(
             f"{config.name} cannot pool by {config.pooling!r}: {', '.join(poolings) or 'leave pooling out'}"
@@ -233,6 +235,10 @@ def rebuild_image_tower(description: Mapping[str, Any], folder: Path) -> ImageTo
         pooling = str(description["pooling"])
         model = from_config(read_config(source, {}, name), "image", pooler=pooling == "pooler")
         return TransformersImageTower(model, processor=_processor(source, {}, name), pooling=pooling, name=name)
+    if description["kind"] == "tiny":
+        from cmapkd.models.tiny_tower import rebuild_tiny_tower
+
+        return rebuild_tiny_tower(description)
     config, preprocess = description["config"], description["preprocess"]
     model = construct(config, preprocess, where=name)
     fit_image_size(model, where=name)
@@ -294,6 +300,12 @@ def _open_clip(rest: str, config: ImagePartConfig) -> ImageTower:
     )
     tower.random = config.checkpoint is None and "image" in model.random_towers
     return tower
+
+
+def _tiny(rest: str, config: ImagePartConfig) -> ImageTower:
+    from cmapkd.models.tiny_tower import build_tiny_tower
+
+    return build_tiny_tower(rest, config)
 
 
 def _transformers(rest: str, config: ImagePartConfig) -> ImageTower:

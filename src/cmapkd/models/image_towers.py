@@ -1,4 +1,4 @@
-"""Image towers as parts of a model: timm's, open_clip's, transformers' and our tiny ones, each with its pooled features and levels."""
+"""Image towers as parts of a model, of every family that has them, each with its pooled features and levels."""
 
 from __future__ import annotations
 

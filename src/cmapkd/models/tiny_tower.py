@@ -1,60 +1,51 @@
-"""The image tower of a `tiny:` model as a part of another model."""
+"""The image tower of a `tiny` model as a part of another model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmapkd.models import tiny_family
-from cmapkd.models.config import ModelConfig
-from cmapkd.models.image_towers import ImagePartConfig, ImageTower
-from cmapkd.models.images import ImageSpec
-from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.tiny import TinyDualEncoder, TinyOptions, VisionTower
+from cmapkd.models.image_towers import ImageTower
+from cmapkd.models.tiny import TinyDualEncoder, TinyOptions, VisionTower, image_spec_of
 from cmapkd.models.types import LevelInfo, TowerFeatures
-
-_CAPTIONS = ("a picture",) * 9  # for the words of a text tower that is dropped at once
 
 
 class TinyImageTower(ImageTower):
-    """Its pooled features are the projected class token."""
+    """`tiny`'s image tower with its projection: the pooled features are its embeddings. Levels are `blocks.N`."""
 
-    def __init__(self, vision: VisionTower, *, options: TinyOptions, spec: ImageSpec, name: str) -> None:
+    def __init__(self, visual: VisionTower, options: TinyOptions, *, name: str) -> None:
         super().__init__()
-        self.vision, self.options, self.spec, self.name = vision, options, spec, name
+        self.visual, self.options, self.name = visual, options, name
+        self.spec = image_spec_of(options)
         self.levels = tuple(
-            LevelInfo(f"blocks.{number}", options.vision_width, "tokens") for number in range(len(vision.blocks))
+            LevelInfo(f"blocks.{number}", options.vision_width, "tokens") for number in range(options.vision_depth)
         )
         self.width = options.embed_dim
 
+    @classmethod
+    def of(cls, model: TinyDualEncoder, name: str) -> TinyImageTower:
+        """The image tower of a whole model, whose text tower is let go."""
+        tower = cls(model.vision, model.options, name=name)
+        tower.random = "image" in model.random_towers
+        return tower
+
+    @classmethod
+    def rebuilt(cls, description: Mapping[str, Any], folder: Path) -> TinyImageTower:
+        """The untrained tower that `describe` described."""
+        options = TinyOptions.from_mapping(description["options"], where=f"image tower of {folder}")
+        return cls(VisionTower(options), options, name=str(description["name"]))
+
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
-        found: TowerFeatures = self.vision(images, levels)
-        return found
+        output: TowerFeatures = self.visual(images, levels)
+        return output
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
-        return tuple(self.vision.blocks)
+        return tuple(self.visual.blocks)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "tiny", "name": self.name, "options": self.options.model_dump(mode="json", exclude_none=True)}
-
-
-def build_tiny_tower(rest: str, config: ImagePartConfig) -> TinyImageTower:
-    """A preset's tower with random weights, or that of a packaged trained model."""
-    options = {} if config.image_size is None else {"image_size": config.image_size}
-    model: Any = tiny_family.build(rest, ModelConfig(name=config.name, init=config.init, options=options), _CAPTIONS)
-    tower = TinyImageTower(model.vision, options=model.options, spec=model.image_spec, name=config.name)
-    if config.checkpoint is not None:
-        load_weights(tower.vision, read_weights(config.checkpoint), where=config.checkpoint)
-    tower.random = config.checkpoint is None and "image" in model.random_towers
-    return tower
-
-
-def rebuild_tiny_tower(description: Mapping[str, Any]) -> TinyImageTower:
-    """The untrained tower that `TinyImageTower.describe` described."""
-    name = str(description["name"])
-    options = TinyOptions.from_mapping(description["options"], where=name)
-    return TinyImageTower(VisionTower(options), options=options, spec=TinyDualEncoder.spec_of(options), name=name)
+        return {"kind": "tiny", "name": self.name, "options": self.options.model_dump(exclude_none=True)}

@@ -335,7 +335,7 @@ class Batch:
         few = other is None or len(other) <= len(self)  # more are encoded in parts, and moved then
         return replace(
             self,
-            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
+            inputs=_changed(self.inputs, pixels, texts),
             extra={name: move_extra(value, device, non_blocking) for name, value in self.extra.items()},
             stored={role: rows.to(device, non_blocking) for role, rows in self.stored.items()},
             held_out=None if other is None else other.to(device, non_blocking, images=images and few),
@@ -345,7 +345,7 @@ class Batch:
         pixels, texts = _once(torch.Tensor.pin_memory), _once(torch.Tensor.pin_memory)
         return replace(
             self,
-            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
+            inputs=_changed(self.inputs, pixels, texts),
             extra={name: pin_extra(value) for name, value in self.extra.items()},
             stored={role: rows.pin_memory() for role, rows in self.stored.items()},
             held_out=None if self.held_out is None else self.held_out.pin_memory(),
@@ -382,6 +382,14 @@ class Batch:
             views=self.views[start:stop],
             held_out=None,
         )
+
+
+def _changed(
+    inputs: Mapping[str, Input], change: Callable[[Tensor], Tensor], change_texts: Callable[[Tensor], Tensor]
+) -> dict[str, Input]:
+    """By role. Roles that have one input before have one afterwards."""
+    changed = _once(lambda each: each.changed(change, change_texts))
+    return {role: changed(each) for role, each in inputs.items()}
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.run import EvaluationConfig
 from cmapkd.evaluation.tasks import TASKS, check_tasks
 from cmapkd.methods import METHODS, MethodConfig, check_teachers
+from cmapkd.methods.generative import GenerativeConfig
 from cmapkd.models import ModelConfig
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.training import OptimConfig, TrainConfig
@@ -146,7 +147,8 @@ class RunConfig(Config):
         A student that writes may have its teacher's tokenizer: the teacher is still named, though it teaches nothing.
         """
         name = METHODS[self.method.name].scratch
-        alone_method = METHODS[name].Config(name=name)
+        kept = {"reduction": self.method.reduction} if isinstance(self.method, GenerativeConfig) else {}
+        alone_method = METHODS[name].Config(name=name, **kept)
         training = self.training.without_stages()
         # frozen towers of the student answer from disk here as well
         cache = self.cache if self.training.train_parts is not None else None

@@ -130,6 +130,7 @@ def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
 def _of_student(config: RunConfig, student: Model, train: Source, asked: Asked | None) -> Iterator[Finding]:
     if isinstance(student, GenerativeModel) and asked is not None:
         yield from check_writer("student", student)
+        yield from check_weights("student", student, teaches=False)
         yield from check_dialogues("student", student, asked, max_tokens=config.data.max_tokens)
         yield from check_start(student, asked)
     elif isinstance(student, DualEncoder):
@@ -145,6 +146,7 @@ def _of_teacher(
     """What a teacher is, alone and beside the student; the method refuses one of the other contract."""
     if isinstance(teacher, GenerativeModel) and asked is not None:
         yield from check_writer(what, teacher)
+        yield from check_weights(what, teacher, teaches=True)
         yield from check_dialogues(what, teacher, asked, max_tokens=config.data.max_tokens)
         if isinstance(student, GenerativeModel):
             yield from compare_writers(student, teacher)

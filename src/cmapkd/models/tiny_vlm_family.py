@@ -90,10 +90,9 @@ def names() -> list[str]:
 
 def _trained(folder: Path, config: ModelConfig) -> HfVlm:
     """A packaged model, under the name that it is asked by."""
-    if config.options:
-        raise ConfigError(
-            f"{config.name} is trained: its sizes are fixed, options {sorted(config.options)} do not apply"
-        )
+    others = sorted(config.options.keys() - {"lora"})
+    if others:
+        raise ConfigError(f"{config.name} is trained: its sizes are fixed, options {others} do not apply")
     model = hf_family.build(str(folder), config, None)
     assert isinstance(model, HfVlm)
     return model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmapkd.cli.demonstrate import Demo, demonstrate
+from cmapkd.cli.report import CARDS
 
 if TYPE_CHECKING:
     from cmapkd.run import RunConfig
@@ -29,7 +30,7 @@ def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
         out: run folder; None: a new one under runs/.
         overrides: settings to change, key=value.
     """
-    demonstrate(Demo(RECIPE, _OPENING, _plan, _lines, gallery=0), out, overrides)
+    demonstrate(Demo(RECIPE, _OPENING, _plan, _lines, CARDS), out, overrides)
 
 
 def _plan(config: RunConfig) -> Iterator[str]:

@@ -33,7 +33,9 @@ _NO_TEXT = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 1, "layer
 class ImagePartConfig(Config):
     """An image tower by name. In a recipe the name alone is enough: `image: timm:vit_tiny_patch16_224/pretrained`."""
 
-    name: str = Field(description="timm:NAME[/pretrained], open_clip:NAME[/TAG], hf:FOLDER or hub id.")
+    name: str = Field(
+        description="timm:NAME[/pretrained], open_clip:NAME[/TAG], hf:FOLDER or hub id, tiny:NAME, tiny:RUN."
+    )
     init: Literal["auto", "scratch"] = Field(
         "auto", description="auto: the weights the name stands for; scratch: random ones."
     )
@@ -211,13 +213,13 @@ def build_image_tower(config: ImagePartConfig) -> ImageTower:
         ValueError: weights are missing or do not fit.
     """
     family, _, rest = config.name.partition(":")
-    builders = {"timm": _timm, "open_clip": _open_clip, "hf": _transformers}
+    builders = {"timm": _timm, "open_clip": _open_clip, "hf": _transformers, "tiny": _tiny}
     if family not in builders or not rest:
         raise ConfigError(
-            f"an image part is named timm:NAME, timm:NAME/pretrained, open_clip:NAME/TAG or hf:FOLDER, not "
+            f"an image part is named timm:NAME, timm:NAME/pretrained, open_clip:NAME/TAG, hf:FOLDER or tiny:NAME, not "
             f"{config.name!r}"
         )
-    poolings = {"timm": ("avg", "max", "token", "map"), "hf": ("mean", "class", "pooler"), "open_clip": ()}[family]
+    poolings = {"timm": ("avg", "max", "token", "map"), "hf": ("mean", "class", "pooler")}.get(family, ())
     if config.pooling is not None and config.pooling not in poolings:
         raise ConfigError(
             f"{config.name} cannot pool by {config.pooling!r}: {', '.join(poolings) or 'leave pooling out'}"
@@ -228,6 +230,10 @@ def build_image_tower(config: ImagePartConfig) -> ImageTower:
 def rebuild_image_tower(description: Mapping[str, Any], folder: Path) -> ImageTower:
     """The untrained tower that `ImageTower.describe` described, of a model folder."""
     name = str(description["name"])
+    if description["kind"] == "tiny":
+        from cmapkd.models.tiny_tower import TinyImageTower
+
+        return TinyImageTower.rebuilt(description, folder)
     if description["kind"] == "hf":
         source = str(folder / IMAGE_CONFIG)
         pooling = str(description["pooling"])
@@ -294,6 +300,28 @@ def _open_clip(rest: str, config: ImagePartConfig) -> ImageTower:
     )
     tower.random = config.checkpoint is None and "image" in model.random_towers
     return tower
+
+
+def _tiny(rest: str, config: ImagePartConfig) -> ImageTower:
+    """Of a `tiny` model by name, or of a folder: one that was saved, or a run with such a student."""
+    from cmapkd.models.load import build_model, load_model
+    from cmapkd.models.tiny import TinyDualEncoder
+    from cmapkd.models.tiny_tower import TinyImageTower
+
+    if Path(rest).is_dir():
+        model = load_model(rest)
+    else:
+        model = build_model(ModelConfig(name=config.name, init=config.init), captions=("a",))
+    if not isinstance(model, TinyDualEncoder):
+        raise ConfigError(f"{config.name}: {rest} holds {model.name}, which is no tiny model")
+    if config.checkpoint is not None:
+        model.load_checkpoint(config.checkpoint)
+        model.random_towers = ()
+    if config.image_size not in (None, model.options.image_size):
+        raise ConfigError(
+            f"{config.name} takes images of {model.options.image_size} pixels only, image_size is {config.image_size}"
+        )
+    return TinyImageTower.of(model, config.name)
 
 
 def _transformers(rest: str, config: ImagePartConfig) -> ImageTower:

@@ -165,6 +165,11 @@ def _blocks(sizes: TowerSizes) -> nn.ModuleList:
     return nn.ModuleList(Block(sizes.width, heads, units) for heads, units in layers)
 
 
+def image_spec_of(options: TinyOptions) -> ImageSpec:
+    """How pictures are resized and normalised."""
+    return ImageSpec(options.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fit=options.fit)
+
+
 class VisionTower(nn.Module):
     """Stem of stride-two convolutions, a class token, learned positions, blocks; the class token is projected."""
 
@@ -234,7 +239,7 @@ class TinyDualEncoder(DualEncoder):
         options = options.model_copy(update={"vocab_size": tokenizer.vocab_size})
         self.name, self.options, self.tokenizer = name, options, tokenizer
         self.embed_dim = options.embed_dim
-        self.image_spec = ImageSpec(options.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), fit=options.fit)
+        self.image_spec = image_spec_of(options)
         self.vision, self.text = VisionTower(options), TextTower(options)
         self._log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.image_levels = tuple(

@@ -32,5 +32,4 @@ def finalize(
     console = Console()
     result = finalize(run, step=step, overrides=overrides or [], console=console)
     show(console, result.table())
-    config = load_config(RunConfig, run / "config.yaml", overrides or [])
-    tell_end(run, console, writes=config.writes)
+    tell_end(run, console, writes=load_config(RunConfig, run / "config.yaml").writes)

@@ -10,7 +10,7 @@ import torch
 
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
-from cmapkd.diagnosis.cost import measure_steps, predict_cache, predict_disk
+from cmapkd.diagnosis.cost import device_of, measure_steps, predict_cache, predict_disk
 from cmapkd.diagnosis.data import check_overlap, check_source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.diagnosis.models import (
@@ -115,7 +115,11 @@ def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
         assert problem is not None
         yield problem
         return
-    asked = Asked.of(train, config.data.prompts.prompting()) if config.writes else None
+    asked = None
+    if config.writes:
+        asked = Asked.of(train, config.data.prompts.prompting())
+        for judged in (student, *teachers.values()):
+            judged.to(device_of(config))  # answers of large models are judged there
     yield from _of_student(config, student, train, asked)
     for role, teacher in teachers.items():
         say(f"asking teacher {teacher.name}")

@@ -35,24 +35,26 @@ def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
     import typer
     from rich.console import Console
 
-    console = Console()
+    from cmapkd.cli.recipe import checked_recipe, config_of
+    from cmapkd.config import resumed_by
+
+    values, console = checked_recipe(RECIPE, overrides), Console()
     console.print(_OPENING, markup=False, highlight=False)  # before torch is imported, which takes seconds
 
-    from cmapkd.cli.recipe import read_recipe
+    config = config_of(RECIPE, values)
+
     from cmapkd.cli.show import show
-
-    config = read_recipe(RECIPE, list(overrides))
-
     from cmapkd.run import run
     from cmapkd.training import Interrupted
 
     out = out or Path("runs") / time.strftime("demo-generative-%Y%m%d-%H%M%S")
     for line in _plan(config):
         console.print(line, markup=False, highlight=False)
+    command = command_line("distill", RECIPE, *overrides, "--out", str(out), "--resume")
     try:
-        result = run(config, out=out, console=console)
+        with resumed_by(f"Resume it with:\n  {command}"):
+            result = run(config, out=out, console=console)
     except Interrupted as stopped:
-        command = command_line("distill", RECIPE, *overrides, "--out", str(out), "--resume")
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if not result.metrics:  # not the first of several processes
@@ -63,22 +65,27 @@ def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
     if (lesson := lesson_of(result.metrics)) is not None:
         console.print(lesson, markup=False, highlight=False)
     again = command_line("evaluate", str(out), "--data", str(config.data.final))
-    console.print(f"student and evidence: {out} (scored again by: {again})", markup=False, highlight=False)
+    console.print(
+        f"student and evidence: {out} (scored again by: {again})", markup=False, highlight=False, soft_wrap=True
+    )
     leave_page(out, console)
 
 
 def _plan(config: RunConfig) -> Iterator[str]:
     """Who learns from whom, how, and how long."""
+    from cmapkd.config import counted
+
     teacher = config.teacher.name if config.teacher is not None else "none"
     names = f"Teacher {teacher}, student {config.student.name}, method {config.method.name}"
     yield f"{names}, pictures {config.data.train}."
     share = (
         f"one question in {round(1 / config.data.prompts.share)}" if config.data.prompts.share < 1 else "all questions"
     )
-    yield (
-        f"Each of the two trainings sees {share} and takes {config.training.steps} steps of "
-        f"{config.training.batch_size} pictures. First the teacher's likeliest tokens are stored."
-    )
+    steps = config.training.steps
+    lengths = counted(steps, "step") if steps else f"{config.training.epochs:g} epochs"
+    stored = " First the teacher's likeliest tokens are stored." if config.cache is not None else ""
+    batch = f"{config.training.batch_size} pictures"
+    yield f"Each of the two trainings sees {share} and takes {lengths} of {batch}.{stored}"
 
 
 def _answered(config: RunConfig, out: Path) -> Iterator[str]:
@@ -138,6 +145,6 @@ def lesson_of(metrics: Mapping[str, Any]) -> str | None:
         return f"The student is right in {found}: so short a training shows no gain yet."
     smaller = metrics["teacher"]["params"] / metrics["student"]["params"]
     return (
-        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions, steps "
-        f"were the same: the teacher made the difference. The teacher is right in {teacher:.1f} %."
+        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions and "
+        f"steps were the same, so the teacher made the difference. The teacher is right in {teacher:.1f} %."
     )

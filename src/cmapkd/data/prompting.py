@@ -197,9 +197,9 @@ class Prompting:
 
 
 def commonest(answers: Sequence[str]) -> str:
-    """The answer that most people gave; among equally frequent ones the first. Empty answers do not count."""
+    """The answer that most people gave; among equally frequent ones the first. Empty ones count only where all are."""
     counts = Counter(answer for answer in answers if answer)
-    return max(counts, key=counts.__getitem__)  # of equals the one that was met first
+    return max(counts, key=counts.__getitem__, default="")  # of equals the one that was met first
 
 
 def _answered(sample: Sample) -> list[tuple[int, QuestionAnswer]]:

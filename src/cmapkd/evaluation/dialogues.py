@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from cmapkd.data.dialogues import Dialogue, Turn
+from cmapkd.data.prompting import commonest
 from cmapkd.data.records import kind_of
 from cmapkd.data.types import QuestionAnswer
 from cmapkd.evaluation.config import WritingConfig
@@ -114,11 +114,6 @@ def other_pictures(asked: Sequence[Asked]) -> list[int] | None:
     half = len(indices) // 2
     other = {index: indices[(place + half) % len(indices)] for place, index in enumerate(indices)}
     return [other[each.index] for each in asked]
-
-
-def commonest(answers: Sequence[str]) -> str:
-    """The answer that most annotators gave; of several the one that stands first."""
-    return Counter(answers).most_common(1)[0][0]
 
 
 def _request(how: WritingConfig) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cmapkd.data.prompting import commonest
 from cmapkd.data.records import kind_of
-from cmapkd.evaluation.dialogues import Asked, commonest, questions
+from cmapkd.evaluation.dialogues import Asked, questions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.vqa import normalise_answer, vqa_scores

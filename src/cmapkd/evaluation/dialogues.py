@@ -66,7 +66,7 @@ def questions(said: Annotations, how: WritingConfig) -> list[Asked]:
             asked.append(_last_answer(index, sample, turns))
             continue
         for question in of_sample if how.asks != "turns" else ():
-            if question.answers:
+            if any(question.answers):
                 text = f"{question.question}\n{how.question_suffix}" if how.question_suffix else question.question
                 dialogue = _dialogue(text, commonest(question.answers))
                 asked.append(Asked(index, sample, "question", dialogue, question.answers, question))

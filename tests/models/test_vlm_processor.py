@@ -1,0 +1,27 @@
+"""Processors of published models that cannot be read, and what the error advises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from vlm_support import smolvlm
+
+from cmapkd.models import ModelConfig, build_model
+
+
+def test_a_processor_that_lacks_a_package_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = smolvlm()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    stored = tmp_path / "processor_config.json"
+    values = json.loads(stored.read_text()) | {"processor_class": "SmolVLMProcessor"}
+    stored.write_text(json.dumps(values))
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    with pytest.raises(ValueError, match=r"needs a package that is not installed: .*num2words") as caught:
+        build_model(ModelConfig(name=f"hf:{tmp_path}"))
+    assert "processor_config.json" not in str(caught.value)  # no file is missing
+    stored.write_text("{")
+    with pytest.raises(ValueError, match=r"no usable processor .* needs processor_config\.json"):
+        build_model(ModelConfig(name=f"hf:{tmp_path}"))

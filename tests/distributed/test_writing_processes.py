@@ -50,8 +50,11 @@ def test_terms_and_gradients_of_two_equal_those_of_one(of_two: list[dict[str, Te
 def test_training_in_two_processes_gives_the_same_model(
     of_two: list[dict[str, Tensor]], name: str, tmp_path: Path
 ) -> None:
+    """Also where one process took the first steps, and two go on."""
     start = f"trained/{name}/"
     expected = trained(name, tmp_path)
     assert_same(of(of_two[0], start), expected, tolerance=1e-7)
     for key, value in of(of_two[1], f"{start}method/").items():
         assert torch.equal(value, of_two[0][key]), key
+    went_on = {key.replace("went on/", "trained/"): value for key, value in of(of_two[0], f"went on/{name}/").items()}
+    assert_same(went_on, expected, tolerance=1e-7)

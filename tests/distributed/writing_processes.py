@@ -6,6 +6,8 @@ import os
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +68,32 @@ def learned_from(name: str, rank: int | None) -> dict[str, Tensor]:
     return {f"{name}/{key}": value for key, value in (values | whole_tensors(found)).items()}
 
 
-def trained(name: str, out: Path) -> dict[str, Tensor]:
-    """Weights and optimizer after a few steps on data with bad samples, resumed once on the way."""
+def trainer(name: str, out: Path, steps: int) -> Trainer:
     kind, settings = CASES[name]
+    options = {"source": Dialogues(40, bad=(3, 17)), "batch_size": BATCH, "checkpoint_every": 2}
+    return make_run(out, make_task(kind, **settings), steps=steps, **options)
 
-    def trainer(steps: int) -> Trainer:
-        source = Dialogues(40, bad=(3, 17))
-        options = {"source": source, "batch_size": BATCH, "checkpoint_every": 2}
-        return make_run(out, make_task(kind, **settings), steps=steps, **options)
 
-    trainer(3).run()
-    again = trainer(5)
+def trained(name: str, out: Path, *, begun: bool = False) -> dict[str, Tensor]:
+    """Weights and optimizer after a few steps on data with bad samples, resumed once on the way.
+
+    Args:
+        begun: the first steps are done, by another number of processes.
+    """
+    if not begun:
+        trainer(name, out, 3).run()
+    again = trainer(name, out, 5)
     again.run(resume=True)
     held = {f"{group}/{key}": each for group, states in again.learned_state().items() for key, each in states.items()}
-    return {f"trained/{name}/{key}": value.clone() for key, value in held.items()}
+    start = f"went on/{name}" if begun else f"trained/{name}"
+    return {f"{start}/{key}": value.clone() for key, value in held.items()}
+
+
+def begin(out: Path) -> None:
+    """What one process does of the runs that two go on with."""
+    warnings.simplefilter("ignore")
+    for name in TRAINED:
+        trainer(name, out / f"{name}, begun by one", 3).run()
 
 
 def work(rank: int, port: int, out: Path) -> None:
@@ -97,6 +111,7 @@ def work(rank: int, port: int, out: Path) -> None:
         found |= learned_from(name, rank)
     for name in TRAINED:
         found |= trained(name, out / name)
+        found |= trained(name, out / f"{name}, begun by one", begun=True)
     torch.save(found, out / f"rank-{rank}.pt")
 
 
@@ -104,10 +119,14 @@ def main(out: Path) -> None:
     torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
     make_task("token_kd")  # and transformers
     context = get_context("fork")
+    run_all([context.Process(target=begin, args=(out,))])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=work, args=(rank, port, out)) for rank in range(TWO)]
+    run_all([context.Process(target=work, args=(rank, port, out)) for rank in range(TWO)])
+
+
+def run_all(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.start()
     for process in processes:

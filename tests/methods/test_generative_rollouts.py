@@ -159,6 +159,20 @@ def test_answers_end_with_their_end_token_which_is_learned(monkeypatch: pytest.M
     assert float(method.measurements["rollouts/unfinished"]) == 0
 
 
+def test_they_are_written_in_half_precision_too() -> None:
+    method = on_policy(on_policy={**SHORT, "share": 1.0})
+    method.float()
+    method.teachers["teacher"].model.float()
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = method(batch_of(method), STEP)
+        loss_of(terms).backward()
+        found.append({name: term.value.detach() for name, term in terms.items()})
+    assert float(found[0]["distillation"]) > 0
+    assert_same(found[1], found[0], 1e-12)
+
+
 @pytest.mark.parametrize("size", [None, 2])
 def test_empty_answers_count_zero_and_leave_a_graph(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     method = on_policy(on_policy={**SHORT, "share": 1.0})
@@ -208,9 +222,7 @@ def test_models_that_read_one_input_share_what_is_drawn() -> None:
 
 
 def test_of_a_dialogue_with_two_answers_an_own_last_one_is_learned_alone() -> None:
-    method = on_policy(
-        student=make_writer(train_on="all"), teacher=make_judge(train_on="all"), on_policy={**SHORT, "share": 1.0}
-    )
+    method = on_policy(on_policy={**SHORT, "share": 1.0})
     asked, said = Turn("user", "How many squares?"), Turn("assistant", "2")
     inputs = {}
     for role, model in (("student", method.student), ("teacher", method.teachers["teacher"].model)):

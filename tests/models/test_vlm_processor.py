@@ -22,12 +22,10 @@ def test_a_processor_that_lacks_a_package_names_the_package(tmp_path: Path, monk
         """What SmolVLM's files lead to; without its video processor, which these folders lack."""
         return SmolVLMProcessor(processor.image_processor, processor.tokenizer, None)
 
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(ValueError, match=r"needs a package that is not installed: .*num2words") as caught,
-    ):
+    with monkeypatch.context() as patched:
         patched.setattr("transformers.AutoProcessor.from_pretrained", published)
-        build_model(ModelConfig(name=f"hf:{tmp_path}"))
+        with pytest.raises(ValueError, match=r"needs a package that is not installed: .*num2words") as caught:
+            build_model(ModelConfig(name=f"hf:{tmp_path}"))
     assert "processor_config.json" not in str(caught.value)  # no file is missing
     (tmp_path / "processor_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"no usable processor .* needs processor_config\.json"):

@@ -27,8 +27,8 @@ def finalize(
     from rich.console import Console
 
     from cmapkd.cli.show import show
-    from cmapkd.config import resumed_by
-    from cmapkd.run import finalize
+    from cmapkd.config import load_config, resumed_by
+    from cmapkd.run import RunConfig, finalize
 
     console = Console()
     chosen = [] if step is None else ["--step", step]
@@ -36,4 +36,4 @@ def finalize(
     with resumed_by(f"Here that is, with the settings that change added:\n  {command}"):
         result = finalize(run, step=step, overrides=overrides or [], console=console)
     show(console, result.table())
-    tell_end(run, console)
+    tell_end(run, console, writes=load_config(RunConfig, run / "config.yaml").writes)

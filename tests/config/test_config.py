@@ -68,11 +68,9 @@ def leaves(values: dict[str, Any], above: str = "") -> set[str]:
     return found
 
 
-WRITERS = {
+LATER = {
     "cache.top_k": 4,
     "cache.max_answer_tokens": 5,
-    "data.max_tokens": 100,
-    "data.prompts.share": 0.5,
     "evaluation.writing.answer_tokens": 3,
     "evaluation.timeout": 7.0,
     "data.timeout": 7.0,
@@ -86,12 +84,14 @@ def test_a_run_of_two_towers_has_the_plain_form_of_before_there_were_models_that
     assert not [key for key in kept if "writing" in key or "prompts" in key or "token" in key or "top_k" in key]
     assert {"cache.folder", "evaluation.templates", "data.workers", "training.batch_size"} <= kept
     assert "cache" not in RunConfig.from_mapping(MINIMAL).plain()
+    writer = RunConfig.from_mapping(MINIMAL | {"student": "tiny_vlm:small", "method": "sft"})
+    assert {"data.prompts.share", "data.max_tokens"} <= leaves(writer.plain())
 
 
-@pytest.mark.parametrize("key", WRITERS)
+@pytest.mark.parametrize("key", LATER)
 def test_a_setting_that_came_later_is_written_where_it_is_set(key: str) -> None:
     values = MINIMAL | {"teacher": "tiny:debug", "method": "clip_kd", "cache": "auto"}
-    config = RunConfig.from_mapping(apply_overrides(values, [f"{key}={WRITERS[key]}".lower()], where="test"))
+    config = RunConfig.from_mapping(apply_overrides(values, [f"{key}={LATER[key]}".lower()], where="test"))
     assert key in leaves(config.plain())
     assert RunConfig.from_mapping(config.plain()) == config
 

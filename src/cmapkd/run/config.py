@@ -22,23 +22,21 @@ from cmapkd.training import OptimConfig, TrainConfig
 _LATER = (
     "more_teachers",
     "heads",
-    "cache.top_k",
-    "cache.max_answer_tokens",
     "cache",
     "data.mix_synthetic",
     "data.more",
     "data.more_views",
     "data.held_out",
     "data.timeout",
-    "data.prompts",
-    "data.max_tokens",
     "evaluation.timeout",
-    "evaluation.writing",
     "training.local_loss",
     "training.sharding",
     "training.shard_teacher",
 )
 """Settings that came later than the first runs. At its default each is left out: the run is what it was before."""
+
+_OF_WRITERS = ("cache.top_k", "cache.max_answer_tokens", "data.prompts", "data.max_tokens")
+"""Settings that came with models that write. Runs of other models leave them out in the same way."""
 
 
 class RunConfig(Config):
@@ -200,11 +198,11 @@ class RunConfig(Config):
         return {} if self.teacher is None else {"teacher": self.teacher, **self.more_teachers}
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, every default written out but those of `_LATER`."""
+        """As plain data, every default written out but those of `_LATER` and `_OF_WRITERS`."""
         values = self.model_dump(mode="json")
         if not values["method"]["several_positives"]:
             del values["method"]["several_positives"]
-        for path in _LATER:
+        for path in (*(() if self.writes else _OF_WRITERS), *_LATER):
             *above, name = path.split(".")
             section: Config | None = self
             written = values

@@ -80,8 +80,10 @@ def _options(family: str) -> type[Config]:
                 field = copy(field)
                 field.description = f"{field.description} Only {vars(kind)['takers']} take it."
             fields[name] = (field.annotation, field)
-    joined: type[Config] = create_model(f"{family.title()}FamilyOptions", __base__=tuple(kinds), **fields)
-    joined.__doc__ = kinds[0].__doc__
+    make: Any = create_model  # its types know no bases that are found at run time
+    joined: type[Config] = make(
+        f"{family.title()}FamilyOptions", __base__=tuple(kinds), __doc__=kinds[0].__doc__, **fields
+    )
     return joined
 
 

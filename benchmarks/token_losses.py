@@ -11,8 +11,8 @@ Each arm runs in its own process. Memory is the highest resident size during the
 and targets stand ready and do not count, gradients and all that the step makes do. Time is the process's own. Results
 are added to the file, so arms and numbers of rows can be measured one after the other.
 
-    uv run python benchmarks/token_losses.py --rows 512 --rounds 3 --json docs/results/token_losses.json
-    uv run python benchmarks/token_losses.py --rows 4096 --arms cross_entropy with_teacher --json FILE
+    uv run python benchmarks/token_losses.py --arms cross_entropy with_teacher teacher_product --json FILE
+    uv run python benchmarks/token_losses.py --rows 4096 --rounds 3 --arms cross_entropy with_teacher --json FILE
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from test_cli import call
 
-from cmapkd.cli.demo_generative import answers_in_words, lesson_of
+from cmapkd.cli.demo_generative import RECIPE, _plan, answers_in_words, lesson_of
+from cmapkd.cli.recipe import read_recipe
 from cmapkd.models import ModelConfig, build_model
 
 SMALL = {"vision_width": 24, "vision_layers": 1, "width": 32, "layers": 1, "patch_size": 16}
@@ -29,6 +30,24 @@ def test_it_says_what_it_does_before_torch_is_imported(cli: Any, monkeypatch: py
     assert " ".join(printed.split()).startswith("A small model (the student) learns to answer questions about pictures")
 
 
+def test_a_wrong_setting_is_refused_before_anything_is_said(cli: Any) -> None:
+    code, printed, errors = cli("demo", "generative", "training.stepz=3")
+    assert (code, printed) == (2, "")
+    assert "training.stepz" in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "end"),
+    [
+        ([], "takes 240 steps of 32 pictures. First the teacher's likeliest tokens are stored."),
+        (["training.steps=null", "training.epochs=1.5", "cache=off"], "takes 1.5 epochs of 32 pictures."),
+        (["training.steps=1"], "takes 1 step of 32 pictures. First the teacher's likeliest tokens are stored."),
+    ],
+)
+def test_the_plan_says_how_long_and_what_is_stored(change: list[str], end: str) -> None:
+    assert list(_plan(read_recipe(RECIPE, change)))[-1].endswith(end)
+
+
 def metrics(teacher: float, student: float, alone: float) -> dict[str, Any]:
     scores = {"teacher": teacher, "student": student, "baseline": alone}
     sizes = {"teacher": 800, "student": 100, "baseline": 100}
@@ -40,6 +59,7 @@ def test_the_sentence_to_take_home_has_the_numbers() -> None:
     assert lesson is not None
     assert lesson.startswith("Take home: 8.0 times smaller than its teacher, the student is right in 60.2 %")
     assert "in 50.0 % where it learned alone" in lesson
+    assert "Questions and steps were the same, so the teacher made the difference." in lesson
     assert lesson.endswith("The teacher is right in 90.0 %.")
 
 

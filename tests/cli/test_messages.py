@@ -56,16 +56,28 @@ def test_a_folder_with_a_run_is_refused_with_the_command_that_resumes(cli: Any, 
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("")
     given = ("training.steps=2", "--out", str(tmp_path))
-    for command in ("demo", "distill demo"):
+    for command, recipe in (("demo", "demo"), ("distill demo", "demo"), ("demo generative", "demo_generative")):
         code, _, errors = cli(*command.split(), *given)
         assert code == 2
         assert f"{tmp_path} is not empty: resume the run in it, or name another folder\n" in errors
-        resume = f"Resume it with:\n  cmapkd distill demo training.steps=2 --out {tmp_path} --resume\n"
+        resume = f"Resume it with:\n  cmapkd distill {recipe} training.steps=2 --out {tmp_path} --resume\n"
         assert errors.endswith(resume)
     (tmp_path / "config.yaml").unlink()  # then there is nothing to resume
     code, _, errors = cli("demo", *given)
     assert code == 2
     assert errors == f"error: {tmp_path} is not empty: name another folder\n"
+
+
+def test_a_full_disk_under_finalize_names_finalize(cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        with writing(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cmapkd.run.finalize", full)
+    code, _, errors = cli("finalize", str(tmp_path), "evaluation.batch_size=8", "--step", "best")
+    assert code == 2
+    command = f"cmapkd finalize {tmp_path} evaluation.batch_size=8 --step best"
+    assert errors.endswith(f"Here that is, with the settings that change added:\n  {command}\n")
 
 
 def test_a_full_disk_under_a_comparison_names_the_comparison(

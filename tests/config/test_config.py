@@ -60,6 +60,42 @@ def test_minimal_config_has_every_default_written_out() -> None:
     assert RunConfig.from_mapping(config.plain()) == config
 
 
+def leaves(values: dict[str, Any], above: str = "") -> set[str]:
+    """Dotted keys of all settings."""
+    found: set[str] = set()
+    for key, value in values.items():
+        found |= leaves(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}"}
+    return found
+
+
+LATER = {
+    "cache.top_k": 4,
+    "cache.max_answer_tokens": 5,
+    "evaluation.writing.answer_tokens": 3,
+    "evaluation.timeout": 7.0,
+    "data.timeout": 7.0,
+    "training.local_loss": True,
+}
+
+
+def test_a_run_of_two_towers_has_the_plain_form_of_before_there_were_models_that_write() -> None:
+    config = RunConfig.from_mapping(MINIMAL | {"teacher": "tiny:debug", "method": "clip_kd", "cache": "auto"})
+    kept = leaves(config.plain())
+    assert not [key for key in kept if "writing" in key or "prompts" in key or "token" in key or "top_k" in key]
+    assert {"cache.folder", "evaluation.templates", "data.workers", "training.batch_size"} <= kept
+    assert "cache" not in RunConfig.from_mapping(MINIMAL).plain()
+    writer = RunConfig.from_mapping(MINIMAL | {"student": "tiny_vlm:small", "method": "sft"})
+    assert {"data.prompts.share", "data.max_tokens"} <= leaves(writer.plain())
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_setting_that_came_later_is_written_where_it_is_set(key: str) -> None:
+    values = MINIMAL | {"teacher": "tiny:debug", "method": "clip_kd", "cache": "auto"}
+    config = RunConfig.from_mapping(apply_overrides(values, [f"{key}={LATER[key]}".lower()], where="test"))
+    assert key in leaves(config.plain())
+    assert RunConfig.from_mapping(config.plain()) == config
+
+
 @pytest.mark.parametrize(
     ("path", "nearest"),
     [

@@ -129,6 +129,7 @@ def test_a_prompt_is_a_question_of_the_sample_and_its_commonest_answer() -> None
 
 def test_the_commonest_answer_is_the_first_of_the_most_frequent() -> None:
     assert commonest(("no", "yes", "yes", "no", "", "", "")) == "no"
+    assert commonest(("", "")) == ""
 
 
 def test_auto_takes_turns_then_questions_then_captions() -> None:

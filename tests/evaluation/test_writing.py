@@ -16,11 +16,16 @@ from rich.console import Console
 from writing_support import ASK, CAPTIONS, SHARPNESS, SIZE, TABLE, AskedSource, ByteProcessor, LookupModel
 
 from cmapkd.data.dialogues import ChatItem, Dialogue
+from cmapkd.data.prompting import Prompting
 from cmapkd.data.records import kind_of
 from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample
+from cmapkd.data.views import WHOLE, draw_view
 from cmapkd.evaluation import SuiteConfig, caption_tools, evaluate_models
 from cmapkd.evaluation.captioning import caption_scores
+from cmapkd.evaluation.config import WritingConfig
+from cmapkd.evaluation.dialogues import questions
 from cmapkd.evaluation.headline import headlines, scored_set
+from cmapkd.evaluation.probes.data import Annotations
 from cmapkd.evaluation.table import score_table
 from cmapkd.evaluation.tools import MissingToolError
 from cmapkd.evaluation.yes_no import YesNoScores, is_clear, is_yes
@@ -67,6 +72,17 @@ def test_answers_by_the_rules_of_vqa() -> None:
         "images": 3, "captions": 0, "questions": 5, "skipped": 0, "samples": 3, "limit": None
     }  # fmt: skip
     assert scored_set(scores) == "scored on 3 images and 5 questions"
+
+
+def test_the_reference_is_the_answer_that_a_training_learns() -> None:
+    asked_of_it = (QuestionAnswer("What color?", ("", "red")), QuestionAnswer("Which one?", ("", "")))
+    said = Annotations((0,), ("one",), ((4, 4),), ((),), (asked_of_it,), ((),), ((),))
+    (asked,) = questions(said, WritingConfig().resolved)  # the second question has no answer
+    sample = Sample("one", Image.new("RGB", (4, 4)), questions=asked_of_it)
+    assert Prompting().kept(sample) == (asked.question,)
+    learned = Prompting().choose(sample, draw_view("one", 0, WHOLE, (4, 4)), 0)
+    assert asked.dialogue == learned
+    assert learned[-1].text == "red"
 
 
 def test_yes_and_no_as_pope_counts_them() -> None:

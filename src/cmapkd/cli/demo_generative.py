@@ -35,16 +35,19 @@ def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
 
 def _plan(config: RunConfig) -> Iterator[str]:
     """Who learns from whom, how, and how long."""
+    from cmapkd.config import counted
+
     teacher = config.teacher.name if config.teacher is not None else "none"
     names = f"Teacher {teacher}, student {config.student.name}, method {config.method.name}"
     yield f"{names}, pictures {config.data.train}."
     share = (
         f"one question in {round(1 / config.data.prompts.share)}" if config.data.prompts.share < 1 else "all questions"
     )
-    yield (
-        f"Each of the two trainings sees {share} and takes {config.training.steps} steps of "
-        f"{config.training.batch_size} pictures. First the teacher's likeliest tokens are stored."
-    )
+    steps = config.training.steps
+    lengths = counted(steps, "step") if steps else f"{config.training.epochs:g} epochs"
+    stored = " First the teacher's likeliest tokens are stored." if config.cache is not None else ""
+    batch = f"{config.training.batch_size} pictures"
+    yield f"Each of the two trainings sees {share} and takes {lengths} of {batch}.{stored}"
 
 
 def _lines(config: RunConfig, out: Path, metrics: dict[str, Any]) -> Iterator[str]:
@@ -111,6 +114,6 @@ def lesson_of(metrics: Mapping[str, Any]) -> str | None:
         return f"The student is right in {found}: so short a training shows no gain yet."
     smaller = metrics["teacher"]["params"] / metrics["student"]["params"]
     return (
-        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions, steps "
-        f"were the same: the teacher made the difference. The teacher is right in {teacher:.1f} %."
+        f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions and "
+        f"steps were the same, so the teacher made the difference. The teacher is right in {teacher:.1f} %."
     )

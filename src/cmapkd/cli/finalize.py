@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cmapkd.cli.command import command_line
 from cmapkd.cli.ending import tell_end
 
 
@@ -26,10 +27,13 @@ def finalize(
     from rich.console import Console
 
     from cmapkd.cli.show import show
-    from cmapkd.config import load_config
+    from cmapkd.config import load_config, resumed_by
     from cmapkd.run import RunConfig, finalize
 
     console = Console()
-    result = finalize(run, step=step, overrides=overrides or [], console=console)
+    chosen = [] if step is None else ["--step", step]
+    command = command_line("finalize", str(run), *(overrides or []), *chosen)
+    with resumed_by(f"Here that is, with the settings that change added:\n  {command}"):
+        result = finalize(run, step=step, overrides=overrides or [], console=console)
     show(console, result.table())
     tell_end(run, console, writes=load_config(RunConfig, run / "config.yaml").writes)

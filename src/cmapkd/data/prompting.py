@@ -1,4 +1,4 @@
-"""`Prompting`: what is said about a picture, as a dialogue whose last answer a model learns to write."""
+"""`Prompting`: what is said about a picture, as a dialogue whose answers a model learns to write."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Prompting:
         what = "a dialogue, a question with an answer, or a caption" if self.kind == "auto" else f"any {self.kind}"
         raise ConfigError(
             f"this run learns to answer, but none of the first {LOOKED_AT} samples of {source.name} has {what}: set "
-            "data.prompts to what the data have (auto, turns, questions or captions), see docs/data.md"
+            "data.prompts to what the data have (auto, turns, questions, captions or both), see docs/data.md"
         )
 
     def vocabulary(self, source: Source, most: int = VOCABULARY_SAMPLES) -> Iterator[str]:
@@ -197,9 +197,9 @@ class Prompting:
 
 
 def commonest(answers: Sequence[str]) -> str:
-    """The answer that most people gave; among equally frequent ones the first. Empty answers do not count."""
+    """The answer that most people gave; among equally frequent ones the first. Empty ones count only where all are."""
     counts = Counter(answer for answer in answers if answer)
-    return max(counts, key=counts.__getitem__)  # of equals the one that was met first
+    return max(counts, key=counts.__getitem__, default="")  # of equals the one that was met first
 
 
 def _answered(sample: Sample) -> list[tuple[int, QuestionAnswer]]:

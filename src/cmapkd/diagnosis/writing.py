@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from cmapkd.config import ConfigError, in_bytes
+from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatItem, Dialogue, join_items
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import BadSampleError, Source
@@ -191,13 +191,12 @@ def check_top(what: str, teacher: GenerativeModel, asked: Asked, number: int, te
             top = top_tokens(teacher.logits(values[block]), number, temperature=temperature)
             rest += float(top.rest.exp().double().sum())
         rows += len(values)
-    stored = number * 8 + 8  # ids and log-probabilities in 4 bytes each, log-sum-exp and rest
     return [
         Finding(
             "ok",
             f"{what} tokens",
             f"its {number} likeliest tokens leave out {100 * rest / rows:.2g} % of the probability, over {rows:,} "
-            f"tokens of answers; uncompressed they take {in_bytes(stored)} a token",
+            f"tokens of answers",
         )
     ]
 

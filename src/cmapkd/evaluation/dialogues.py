@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from cmapkd.data.dialogues import Dialogue, Turn
+from cmapkd.data.prompting import commonest
 from cmapkd.data.records import kind_of
 from cmapkd.data.types import QuestionAnswer
 from cmapkd.evaluation.config import WritingConfig
@@ -68,7 +68,7 @@ def questions(said: Annotations, how: WritingConfig) -> list[Asked]:
             asked.append(_last_answer(index, sample, turns))
             continue
         for question in of_sample if how.asks != "turns" else ():
-            if question.answers:
+            if any(question.answers):
                 text = f"{question.question}\n{how.question_suffix}" if how.question_suffix else question.question
                 dialogue = _dialogue(text, commonest(question.answers))
                 asked.append(Asked(index, sample, "question", dialogue, question.answers, question))
@@ -130,11 +130,6 @@ def other_pictures(asked: Sequence[Asked]) -> list[int] | None:
     half = len(indices) // 2
     other = {index: indices[(place + half) % len(indices)] for place, index in enumerate(indices)}
     return [other[each.index] for each in asked]
-
-
-def commonest(answers: Sequence[str]) -> str:
-    """The answer that most annotators gave; of several the one that stands first."""
-    return Counter(answers).most_common(1)[0][0]
 
 
 def _request(how: WritingConfig) -> str:

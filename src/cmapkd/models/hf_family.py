@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -39,6 +39,8 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 class HfOptions(Config):
     """What can be chosen about a transformers model; its sizes are in its config.json."""
+
+    takers: ClassVar[str] = "models that embed"
 
     context_length: int | None = Field(
         None, ge=2, description="Longest text, in tokens. None: as long as the model takes."

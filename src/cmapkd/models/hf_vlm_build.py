@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from cmapkd.models.vlm_layouts import LAYOUTS
 
 class HfVlmOptions(Config):
     """What can be chosen about an image-text model of transformers that writes."""
+
+    takers: ClassVar[str] = "models that write"
 
     max_tokens: int | None = Field(
         None, ge=8, description="Longest dialogue with its picture, in tokens. None: as long as the model takes."
@@ -52,6 +54,10 @@ def read_processor(source: str, fetching: dict[str, Any], name: str) -> Any:
         native = AutoProcessor.from_pretrained(source, trust_remote_code=False, **fetching)
         if getattr(native, "tokenizer", None) is None or getattr(native, "image_processor", None) is None:
             raise ValueError("it has no tokenizer, or no image processor")
+    except ImportError as error:
+        raise ValueError(
+            f"the processor of {name} needs a package that is not installed: {first_line(error)}"
+        ) from None
     except Exception as error:
         raise ValueError(
             f"there is no usable processor for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). It "

@@ -1,4 +1,4 @@
-"""Names after `tiny_vlm:`: small models that write, in the form of LLaVA; a trained one ships with cmapkd."""
+"""Names after `tiny_vlm:`: small models that write, in the form of LLaVA; a trained one may ship with cmapkd."""
 
 from __future__ import annotations
 

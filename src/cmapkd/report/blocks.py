@@ -107,7 +107,7 @@ class Answer:
     """One of the first answers of a model."""
 
     place: int
-    right: bool
+    right: bool | None  # None: nobody can tell, as of a description
     remark: str  # `right`, `wrong`, or what else is to be known
     text: str | None = None
     picture: Picture | None = None
@@ -134,6 +134,7 @@ class Card:
     models: Sequence[Answers]
     right: Picture | None = None  # the right picture, where no model shows it
     right_text: str | None = None
+    right_title: str = "The right answer"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""How a query of a gallery ends, by name and label: with a teacher beside the student, and without."""
+"""How a query of a gallery ends, by name and label: with a teacher beside the student, without, and unjudged."""
 
 OUTCOMES = {
     "lost": "Teacher right, student wrong",
@@ -7,3 +7,4 @@ OUTCOMES = {
     "neither": "Both wrong",
 }
 ALONE = {"wrong": "Student wrong", "right": "Student right"}
+UNJUDGED = {"described": "Descriptions"}

@@ -13,7 +13,7 @@ from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.models import Model
 from cmapkd.report.blocks import Answer, Answers, Block, Card, Cell, Gallery, Paragraph, Picture, Table
-from cmapkd.report.outcomes import ALONE, OUTCOMES
+from cmapkd.report.outcomes import ALONE, OUTCOMES, UNJUDGED
 from cmapkd.report.plain import shortened
 from cmapkd.report.thumbnails import SIDES, thumbnail
 
@@ -44,8 +44,15 @@ class Questioned:
     notes: tuple[str, ...] = ()
     test: bool = False
 
+    @property
+    def described(self) -> bool:
+        """Whether descriptions were asked for: many are right, so none is called wrong."""
+        return self.asked[0].kind == "description"
+
     def outcome(self, place: int) -> str:
-        """Who is right: a key of `OUTCOMES`, or of `ALONE` where there is no teacher."""
+        """Who is right: a key of `OUTCOMES`, of `ALONE` where there is no teacher, of `UNJUDGED` of a description."""
+        if self.described:
+            return "described"
         own = self.is_right("student", place)
         if "teacher" not in self.said:
             return "right" if own else "wrong"
@@ -76,7 +83,8 @@ def question(bench: Bench, models: Mapping[str, Model], say: Callable[[str], Non
     said: dict[str, list[str | None]] = {}
     notes: list[str] = []
     for name, model in models.items():
-        say(f"{name}: answering {len(asked):,} questions of {bench.scored.name}")
+        what = "writing {:,} descriptions" if asked[0].kind == "description" else "answering {:,} questions"
+        say(f"{name}: {what.format(len(asked))} of {bench.scored.name}")
         try:
             written = Subject(name, model, bench).writer.written(asked, most=most)
         except ValueError as error:
@@ -96,18 +104,14 @@ def answer_blocks(seen: Questioned, *, cards: int, seed: int, images: bool, capt
         cards: of each outcome, drawn by `seed`.
         images, captions: whether pictures, and words of the data and of the models, are shown.
     """
-    outcomes = OUTCOMES if "teacher" in seen.said else ALONE
+    outcomes = UNJUDGED if seen.described else OUTCOMES if "teacher" in seen.said else ALONE
     groups: dict[str, list[int]] = {}
     for place in range(len(seen.asked)):
         groups.setdefault(seen.outcome(place), []).append(place)
-    pictures = len({each.index for each in seen.asked})
-    about = Paragraph(
-        f"Models answered {len(seen.asked):,} questions about {pictures:,} of {seen.total:,} pictures of "
-        f"{seen.source.name}. Right means that the answer is one of the references, after the normalisation of VQA. "
-        "Cards are drawn by chance within each outcome."
-    )
-    rows = [_count(label, len(groups.get(outcome, ())), len(seen.asked)) for outcome, label in outcomes.items()]
-    blocks: list[Block] = [about, Table("All questions by outcome", ["outcome", "questions"], rows)]
+    blocks: list[Block] = [Paragraph(_about(seen))]
+    if not seen.described:
+        rows = [_count(label, len(groups.get(outcome, ())), len(seen.asked)) for outcome, label in outcomes.items()]
+        blocks.append(Table("All questions by outcome", ["outcome", "questions"], rows))
     if not (images or captions):
         return [*blocks, Paragraph("Pictures and words are left out on request.", "quiet")]
     drawn = []
@@ -118,6 +122,17 @@ def answer_blocks(seen: Questioned, *, cards: int, seed: int, images: bool, capt
     return [*blocks, Gallery(_DIRECTION, outcomes, drawn)]
 
 
+def _about(seen: Questioned) -> str:
+    pictures = len({each.index for each in seen.asked})
+    of_source = f"{pictures:,} of {seen.total:,} pictures of {seen.source.name}"
+    if seen.described:
+        return f"Models described {of_source}. Descriptions are not judged here. Cards are drawn by chance."
+    return (
+        f"Models answered {len(seen.asked):,} questions about {of_source}. Right means that the answer is one of the "
+        "references, after the normalisation of VQA. Cards are drawn by chance within each outcome."
+    )
+
+
 def _count(label: str, count: int, total: int) -> list[Cell]:
     return [Cell(label), Cell(f"{count:,}", count, f"{100 * count / total:.1f} %")]
 
@@ -126,11 +141,11 @@ def _card(seen: Questioned, place: int, outcome: str, *, images: bool, captions:
     asked = seen.asked[place]
     models = []
     for name, said in seen.said.items():
-        text, right = said[place], seen.is_right(name, place)
+        text, right = said[place], None if seen.described else seen.is_right(name, place)
         shown = "(could not be asked)" if text is None else text or "(empty)"
         answer = Answer(1, right, "right" if right else "wrong", text=shortened(shown) if captions else None)
         models.append(Answers(name, "", [answer]))
-    someone = any(seen.is_right(name, place) for name in seen.said)
+    someone = not seen.described and any(seen.is_right(name, place) for name in seen.said)
     return Card(
         "answers",
         outcome,
@@ -139,6 +154,7 @@ def _card(seen: Questioned, place: int, outcome: str, *, images: bool, captions:
         _picture(seen, asked) if images else None,
         models,
         right_text=None if someone or not captions else shortened(asked.references[0]),
+        right_title="A caption of the data" if seen.described else "The right answer",
     )
 
 

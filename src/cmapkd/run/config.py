@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.config import Config, closest
-from cmapkd.data.config import DEFAULT_TIMEOUT, DataConfig, PromptConfig
+from cmapkd.data.config import DataConfig, PromptConfig
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.run import EvaluationConfig
 from cmapkd.evaluation.tasks import TASKS, check_tasks
@@ -18,6 +18,25 @@ from cmapkd.methods.generative import GenerativeConfig
 from cmapkd.models import ModelConfig
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.training import OptimConfig, TrainConfig
+
+_LATER = (
+    "more_teachers",
+    "heads",
+    "cache",
+    "data.mix_synthetic",
+    "data.more",
+    "data.more_views",
+    "data.held_out",
+    "data.timeout",
+    "evaluation.timeout",
+    "training.local_loss",
+    "training.sharding",
+    "training.shard_teacher",
+)
+"""Settings that came later than the first runs. At its default each is left out: the run is what it was before."""
+
+_OF_WRITERS = ("cache.top_k", "cache.max_answer_tokens", "data.prompts", "data.max_tokens")
+"""Settings that came with models that write. Runs of other models leave them out in the same way."""
 
 
 class RunConfig(Config):
@@ -197,28 +216,18 @@ class RunConfig(Config):
         return {} if self.teacher is None else {"teacher": self.teacher, **self.more_teachers}
 
     def plain(self) -> dict[str, Any]:
-        """As plain data, every default written out."""
+        """As plain data, every default written out but those of `_LATER` and `_OF_WRITERS`."""
         values = self.model_dump(mode="json")
-        if self.cache is None:  # a run without cache is the run that it was before there were caches
-            del values["cache"]
-        if self.heads is None:  # and likewise for heads, further teachers and synthetic captions
-            del values["heads"]
         if not values["method"]["several_positives"]:
             del values["method"]["several_positives"]
-        if not self.more_teachers:
-            del values["more_teachers"]
-        for name in ("mix_synthetic", "more", "more_views"):
-            if not values["data"][name]:
-                del values["data"][name]
-        if not self.writes:  # and for the prompts of models that write
-            del values["data"]["prompts"], values["data"]["max_tokens"]
-        if self.data.held_out is None:
-            del values["data"]["held_out"]
-        if self.data.timeout == DEFAULT_TIMEOUT:
-            del values["data"]["timeout"]
-        if self.evaluation.timeout == DEFAULT_TIMEOUT:
-            del values["evaluation"]["timeout"]
-        for name in ("local_loss", "sharding", "shard_teacher"):  # and for how the processes share the work
-            if values["training"][name] == TrainConfig.model_fields[name].default:
-                del values["training"][name]
+        for path in (*(() if self.writes else _OF_WRITERS), *_LATER):
+            *above, name = path.split(".")
+            section: Config | None = self
+            written = values
+            for each in above:
+                section, written = getattr(section, each), written[each]
+            if section is None:  # no cache
+                continue
+            if getattr(section, name) == type(section).model_fields[name].get_default(call_default_factory=True):
+                del written[name]
         return values

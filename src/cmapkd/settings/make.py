@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 from cmapkd.compare.config import ComparisonConfig
 from cmapkd.config import Config
@@ -64,14 +65,26 @@ def _about(family: str) -> str:
 def _options(family: str) -> type[Config]:
     """The class of a family's options: those of its module whose names end so, joined where there are several."""
     module = import_module(f"cmapkd.models.{family}_family")
-    first, *others = [
+    kinds = [
         kind
         for name, kind in vars(module).items()
         if name.endswith("Options") and isinstance(kind, type) and issubclass(kind, Config)
     ]
-    if not others:
-        return first
-    return type(f"{family.title()}FamilyOptions", (first, *others), {"__doc__": first.__doc__})
+    kinds.sort(key=lambda kind: kind.__module__ != module.__name__)  # the family's own sentence is about all
+    if len(kinds) == 1:
+        return kinds[0]
+    fields: dict[str, Any] = {}
+    for kind in kinds:
+        for name, field in kind.model_fields.items():
+            if not all(name in each.model_fields for each in kinds):
+                field = copy(field)
+                field.description = f"{field.description} Only {vars(kind)['takers']} take it."
+            fields[name] = (field.annotation, field)
+    make: Any = create_model  # its types know no bases that are found at run time
+    joined: type[Config] = make(
+        f"{family.title()}FamilyOptions", __base__=tuple(kinds), __doc__=kinds[0].__doc__, **fields
+    )
+    return joined
 
 
 def _closure(roots: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:

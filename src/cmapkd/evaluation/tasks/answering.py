@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cmapkd.evaluation.dialogues import Asked, commonest, lacking, questions
+from cmapkd.data.prompting import commonest
+from cmapkd.evaluation.dialogues import Asked, lacking, questions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.vqa import normalise_answer, vqa_scores

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmapkd.evaluation.dialogues import Asked, commonest, lacking, questions
+from cmapkd.data.prompting import commonest
+from cmapkd.evaluation.dialogues import Asked, lacking, questions
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.evaluation.token_scores import first_log_odds

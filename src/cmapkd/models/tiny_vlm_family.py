@@ -70,7 +70,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
             raise ConfigError(f"the tokenizer of {teacher.name} is none of transformers: set the option tokenizer: own")
         tokens, picture = copy.deepcopy(native.tokenizer), teacher.vocabulary.image_id
         end = tokens.convert_ids_to_tokens(teacher.vocabulary.end_ids[0])
-        return _assemble(options, tokens, tokens.convert_ids_to_tokens(picture), end, config.name)
+        word, lead = tokens.convert_ids_to_tokens(picture), teacher.vocabulary.lead
+        return _assemble(options, tokens, word, end, config.name, lead=lead)
     if captions is None:
         raise ConfigError(
             f"tiny_vlm:{rest} is untrained and learns its tokenizer from texts: give it data, or a teacher that writes"
@@ -114,7 +115,7 @@ def _check(options: TinyVlmOptions, rest: str) -> None:
         raise ConfigError(f"options of tiny_vlm:{rest}: {'; '.join(problems)}")
 
 
-def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str) -> HfVlm:
+def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, *, lead: str = "") -> HfVlm:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessor
 
     side = options.image_size
@@ -134,7 +135,7 @@ def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name
         patch_size=options.patch_size,
         vision_feature_select_strategy="full",
         image_token=picture,
-        chat_template=template_of(picture, start=start, end=end),
+        chat_template=template_of(picture, start=start, end=end, lead=lead),
     )
     processor = processor_of(native, config, name=name)
     made = HfVlm(LlavaForConditionalGeneration(config).float(), processor=processor, name=name)

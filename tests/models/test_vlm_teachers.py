@@ -52,6 +52,7 @@ def test_a_teacher_in_half_precision_answers_as_the_whole_one_does(folder: Path)
 def test_a_student_in_half_precision_is_refused() -> None:
     student = {"name": "tiny_vlm:small", "dtype": "bf16"}
     values = {"student": student, "method": {"name": "sft"}, "data": {"train": "scenes?length=4"}}
+    values |= {"training": {"steps": 1}}
     config = RunConfig.from_mapping(values, where="this test")
     with pytest.raises(ConfigError, match=r"student.dtype is bf16, but weights that learn are kept in fp32"):
         build_student(config, None, {})  # type: ignore[arg-type]

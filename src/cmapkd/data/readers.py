@@ -170,12 +170,14 @@ class ChatReader:
 
     Attributes:
         max_tokens: longest dialogue with its picture; None: as long as the model takes.
+        num_tokens: how many tokens, the first by id, answers may have, because all models know them; None: all.
     """
 
     reads_together: ClassVar[bool] = True
 
     processor: ChatProcessing
     max_tokens: int | None = None
+    num_tokens: int | None = None
 
     @property
     def looks(self) -> ChatProcessing:
@@ -185,7 +187,8 @@ class ChatReader:
         """The dialogue in the model's tokens, with the crop of its picture if it shows one.
 
         Raises:
-            Unusable: the processor cannot use it, with the processor's reason.
+            Unusable: the processor cannot use it, with the processor's reason; or it is too long, or an answer has a
+                token that another model does not know.
         """
         shown = [_cropped(picture, box)] if any(turn.pictures for turn in said) else []
         try:
@@ -197,6 +200,12 @@ class ChatReader:
         if self.max_tokens is not None and len(item.ids) > self.max_tokens:
             raise Unusable(
                 f"the dialogue has {len(item.ids)} tokens with its picture, more than data.max_tokens={self.max_tokens}"
+            )
+        learned = item.ids[item.answer]
+        if self.num_tokens is not None and len(unknown := learned[learned >= self.num_tokens]):
+            raise Unusable(
+                f"an answer has token {int(unknown[0])}, and the models of this run have only their first "
+                f"{self.num_tokens} tokens in common"
             )
         return item
 

@@ -8,7 +8,7 @@ from cmapkd.config import counted
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.types import Source
 from cmapkd.evaluation.suite import same_samples
-from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models import FrozenTeacher
 from cmapkd.models.untrained import remark_on_untrained
 from cmapkd.run.config import RunConfig
 from cmapkd.run.measure import Measured
@@ -51,5 +51,5 @@ def remarks_on_teachers(teachers: Mapping[str, FrozenTeacher]) -> Iterator[str]:
     """A sentence for each teacher that nobody has trained."""
     for role, teacher in teachers.items():
         model = teacher.model
-        if isinstance(model, DualEncoder) and (remark := remark_on_untrained(model)) is not None:
+        if (remark := remark_on_untrained(model)) is not None:
             yield f"{role if role == 'teacher' else f'teacher {role}'}: {remark}"

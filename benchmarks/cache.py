@@ -30,7 +30,8 @@ from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import DETAILS, Field, RowLayout
 from cmapkd.cache.parts import CacheFolder, CachePart
 from cmapkd.cache.rows import CHECK, live_features
-from cmapkd.data.batches import Reader
+from cmapkd.data.readers import DualReader
+from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import ModelInput, Sample
 from cmapkd.data.views import WHOLE
 from cmapkd.features.taps import language_taps, visual_taps
@@ -133,7 +134,7 @@ def measure(
     build = (clock() - start) / len(source)
     live = (before + forward(times)) / 2  # of both sides, as the machine may have become slower or faster
     part = CacheFolder.open(folder).parts()[0]
-    chunks = Chunks(source, WHOLE, Reader(model.image_spec, model.tokenizer), [part], TextChoice())
+    chunks = Chunks(source, WHOLE, DualReader(model.image_spec, model.tokenizer), [part], TextChoice())
     start = clock()
     for place in spans_of(part, 0, range(part.num_shards)):  # what data workers do beside the teacher; here none do
         chunks[place]

@@ -109,15 +109,17 @@ def spoil(picture: bytes, text: bytes, kind: str) -> tuple[bytes | None, bytes]:
 
 def measure(folder: Path, arguments: argparse.Namespace, *, epoch: int) -> dict[str, Any]:
     """Pairs a second of one round."""
-    from cmapkd.data.batches import BatchBuilder, Reader, make_loader
+    from cmapkd.data.batches import BatchBuilder
+    from cmapkd.data.loading import make_loader
     from cmapkd.data.open import open_source
     from cmapkd.data.plans import PlanSampler
+    from cmapkd.data.readers import DualReader
     from cmapkd.data.views import ViewSpec
     from cmapkd.models import build_model
 
     source = open_source(f"webdataset:{folder}/*.tar", require_captions=True)
     model = build_model("tiny:scenes-teacher")
-    readers = {"student": Reader(model.image_spec, model.tokenizer)}
+    readers = {"student": DualReader(model.image_spec, model.tokenizer)}
     builder = BatchBuilder(source, ViewSpec(), readers, seed=epoch)
     warm = 2
     sampler = PlanSampler(

@@ -285,13 +285,14 @@ def _name(name: str, role: str, folder: Path) -> str:
 
 def _batch(pair: Pair, student: Any, teacher: Any = None, reader: Any = None) -> Any:
     """The one batch of all arms; with the rows of a cache in place of the teacher's input, where there is one."""
-    from cmapkd.data.batches import BatchBuilder, Reader
+    from cmapkd.data.batches import BatchBuilder
     from cmapkd.data.plans import PlanSampler
+    from cmapkd.data.readers import DualReader
     from cmapkd.data.views import WHOLE
 
     source = Noise(pair.batch_size, student.image_spec.size)
     models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    readers = {role: Reader(model.image_spec, model.tokenizer) for role, model in models.items()}
+    readers = {role: DualReader(model.image_spec, model.tokenizer) for role, model in models.items()}
     builder = BatchBuilder(source, WHOLE, readers, seed=0, stored={"teacher": reader} if reader is not None else None)
     plan = PlanSampler(len(source), batch_size=pair.batch_size, seed=0, start=0, stop=1).plan(0)
     return builder[plan]

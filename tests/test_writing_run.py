@@ -117,6 +117,23 @@ def test_validations_are_bounded_and_ask_what_can_be_answered(recipe: dict[str, 
     assert validated(of(recipe, evaluation=auto), MemorySource(4)).evaluation.tasks == ("perplexity",)
 
 
+def test_runs_of_models_that_embed_keep_their_configs() -> None:
+    values = {"student": "tiny:small", "method": "contrastive", "data": {"train": "scenes"}, "training": {"steps": 3}}
+    plain = RunConfig.from_mapping(values).plain()
+    assert "writing" not in plain["evaluation"]  # comparisons know a run by its config
+    assert not {"prompts", "max_tokens"} & plain["data"].keys()
+    for data in ({"prompts": "questions"}, {"max_tokens": 9}):
+        with pytest.raises(ConfigError, match="is for models that write, and method contrastive trains none"):
+            RunConfig.from_mapping({**values, "data": {"train": "scenes", **data}})
+
+
+def test_what_a_writing_run_was_asked_is_in_its_config(recipe: dict[str, Any]) -> None:
+    plain = of(recipe).plain()
+    assert plain["data"]["prompts"]["suffix"] == "Say one word."
+    assert plain["evaluation"]["writing"]["answer_tokens"] == 2
+    assert RunConfig.from_mapping(plain) == of(recipe)
+
+
 def test_seconds_are_told_by_part(finished: tuple[Path, str]) -> None:
     out, _ = finished
     metrics = json.loads((out / "metrics.json").read_text())

@@ -23,7 +23,7 @@ def test_it_says_what_it_does_before_torch_is_imported(cli: Any, monkeypatch: py
     def late(*_: Any) -> None:
         raise ValueError("torch would be imported here")
 
-    monkeypatch.setattr("cmapkd.cli.recipe.read_recipe", late)
+    monkeypatch.setattr("cmapkd.cli.recipe.config_of", late)
     code, printed, errors = cli("demo", "generative")
     assert (code, errors) == (2, "error: torch would be imported here\n")
     assert " ".join(printed.split()).startswith("A small model (the student) learns to answer questions about pictures")
@@ -68,7 +68,7 @@ def test_a_whole_demo(cli: Any, tmp_path: Path) -> None:
         f"teacher={tmp_path / 'teacher'}",
         *(f"student.options.{name}={value}" for name, value in SMALL.items()),
         "data.train=scenes?length=60",
-        "data.val=null",
+        "data.val=scenes@val?length=4",
         "data.test=scenes@test?length=4",
         f"cache.folder={tmp_path / 'cache'}",
         "training.steps=2",
@@ -82,4 +82,6 @@ def test_a_whole_demo(cli: Any, tmp_path: Path) -> None:
     assert "Each of the two trainings sees one question in 20 and takes 2 steps of 4 pictures." in said
     assert said.count(", alone: ") == 4
     assert "where it learned alone" in said
+    assert ".answer(['a.jpg'], ['What is this?'])" in said
+    assert "no report" not in said
     assert (tmp_path / "run" / "report.html").is_file()

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cmapkd.data.batches import BatchBuilder, make_loader
+from cmapkd.data.batches import BatchBuilder
+from cmapkd.data.loading import make_loader
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.types import BadSampleError, Batch
 from cmapkd.data.views import WHOLE, ViewSpec, draw_view

@@ -14,9 +14,10 @@ from PIL import Image
 
 from cmapkd.config import ConfigError
 from cmapkd.data.asked import AskedSource, asked
-from cmapkd.data.batches import BatchBuilder, make_loader
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.config import DataConfig, PromptConfig
 from cmapkd.data.dialogues import ChatInput, ChatItem
+from cmapkd.data.loading import make_loader
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.prompting import INSTRUCTIONS, Prompting, commonest

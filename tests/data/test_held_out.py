@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, make_loader
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.config import DataConfig
 from cmapkd.data.held_out import WithHeldOut, open_held_out
+from cmapkd.data.loading import make_loader
 from cmapkd.data.open import open_source, open_streams
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import PlanSampler

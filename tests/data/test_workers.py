@@ -17,8 +17,9 @@ import torch
 from making import picture, write_tar
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, make_loader
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.labels import LabelReader
+from cmapkd.data.loading import make_loader
 from cmapkd.data.open import open_source
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.readers import DualReader

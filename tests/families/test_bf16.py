@@ -13,7 +13,7 @@ import torch
 from family_support import FAMILIES, has_batch_norm, make, method_for
 from torch import Tensor
 
-from cmapkd.data.batches import PlanSampler
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method
 from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, DUAL, MemorySource, make_builder, make_method, random_batch

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cmapkd.config import RunStopped
-from cmapkd.data.batches import make_loader
 from cmapkd.data.check import TooManyBadSamples
+from cmapkd.data.loading import make_loader
 from cmapkd.data.open import open_source
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.workers import MAX_DEATHS, ReadAhead, ReadTimeout, WorkerDied, WorkerWarning

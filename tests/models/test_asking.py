@@ -70,7 +70,7 @@ def test_a_saved_model_answers_alike_and_its_modes_stay(model: GenerativeModel, 
 def test_wrong_questions_and_numbers_are_told(model: GenerativeModel) -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
         model.answer(RED, "What?", batch_size=0)
-    with pytest.raises(ValueError, match="more than 256"):
+    with pytest.raises(ValueError, match="more than 512"):
         model.answer(RED, "word " * 400)
     with pytest.raises(FileNotFoundError, match="image 0"):
         model.answer("nowhere.png", "What?")

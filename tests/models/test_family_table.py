@@ -78,7 +78,7 @@ def test_a_family_of_another_package_builds_saves_and_loads(tmp_path: Path) -> N
 
 
 def test_what_another_package_offers_is_checked() -> None:
-    with pytest.raises(ConfigError, match=r"model family 'odd' of .* gave a str, which is no cmapkd\.models\.DualEnc"):
+    with pytest.raises(ConfigError, match=r"model family 'odd' of .* gave a str, which is no cmapkd\.models\.Model"):
         build_model("odd:x")
     with pytest.raises(ConfigError, match=r"'empty' of .* is no model family: it needs the functions build and load"):
         build_model("empty:x")

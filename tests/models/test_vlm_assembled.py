@@ -23,6 +23,7 @@ EVERYWHERE = frozenset({"answer", "visual", "prompt"})
 TOWERS: dict[str, dict[str, Any]] = {
     "convolutions": {"name": "timm:test_efficientnet", "image_size": 64},
     "transformer": {"name": "timm:test_vit", "image_size": 48},
+    "trained": {"name": "tiny:scenes-teacher"},
 }
 LANGUAGES = ("llama", "gemma3")
 
@@ -76,7 +77,9 @@ def assembled(folder: Path, tower: Any = "convolutions", **options: Any) -> Asse
     return model
 
 
-@pytest.mark.parametrize(("tower", "kind"), [("convolutions", "llama"), ("transformer", "gemma3"), ("hf", "llama")])
+@pytest.mark.parametrize(
+    ("tower", "kind"), [("convolutions", "llama"), ("transformer", "gemma3"), ("hf", "llama"), ("trained", "llama")]
+)
 def test_the_contract(folders: dict[str, Path], tower: str, kind: str, tmp_path: Path) -> None:
     model = assembled(folders[kind], f"hf:{folders['hf']}" if tower == "hf" else tower)
     batch = chat(model)
@@ -166,9 +169,31 @@ def test_frozen_parts_neither_learn_nor_change_their_statistics(folders: dict[st
     assert not learning_vision._language.training
 
 
+@pytest.mark.parametrize("kind", LANGUAGES)
+def test_a_language_model_with_fewer_layers(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    whole = assembled(folders[kind])
+    found, batch = whole(chat(whole), TokenNeeds(levels=("layers.0",))), chat(whole)
+    with torch.no_grad():
+        expected = whole._language.norm(found.levels["layers.0"]["answer"].values)
+    cut = assembled(folders[kind], text={"name": f"hf:{folders[kind]}", "layers": 1})
+    assert len(cut.text_levels) == 1
+    torch.testing.assert_close(cut(batch).hidden["answer"].values, expected)
+    written = cut.generate(batch, Decoding(max_new_tokens=3))
+    cut.save(tmp_path)
+    again = load_model(tmp_path)
+    assert isinstance(again, AssembledVlm)
+    assert torch.equal(again(batch).hidden["answer"].values, cut(batch).hidden["answer"].values)
+    assert again.generate(batch, Decoding(max_new_tokens=3)) == written
+    same = assembled(folders[kind], text={"name": f"hf:{folders[kind]}", "layers": 2})
+    assert torch.equal(same(batch).hidden["answer"].values, whole(batch).hidden["answer"].values)
+    with pytest.raises(ConfigError, match="layers is 3, but the model has 2"):
+        assembled(folders[kind], text={"name": f"hf:{folders[kind]}", "layers": 3})
+
+
 def test_random_parts_and_wrong_options(folders: dict[str, Path], tmp_path: Path) -> None:
     model = assembled(folders["llama"])
     assert model.random_parts == ("vision", "projector")  # no weights are named for the tower
+    assert assembled(folders["llama"], "trained").random_parts == ("projector",)
     adapted = assembled(folders["llama"], lora={"rank": 2, "learn": ["projector"]})
     assert len(adapters_of(adapted)) == 4
     adapted.save(tmp_path)

@@ -34,6 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@torch.no_grad()
 def test_a_teacher_in_half_precision_answers_as_the_whole_one_does(folder: Path) -> None:
     whole = load_model(folder)
     half = build_teacher(ModelConfig(name=str(folder), dtype="bf16"))
@@ -51,8 +52,8 @@ def test_a_teacher_in_half_precision_answers_as_the_whole_one_does(folder: Path)
 
 def test_a_student_in_half_precision_is_refused() -> None:
     student = {"name": "tiny_vlm:small", "dtype": "bf16"}
-    values = {"student": student, "method": {"name": "sft"}, "data": {"train": "scenes?length=4"}}
-    values |= {"training": {"steps": 1}}
+    values: dict[str, Any] = {"student": student, "method": {"name": "sft"}, "data": {"train": "scenes?length=4"}}
+    values["training"] = {"steps": 2}
     config = RunConfig.from_mapping(values, where="this test")
     with pytest.raises(ConfigError, match=r"student.dtype is bf16, but weights that learn are kept in fp32"):
         build_student(config, None, {})  # type: ignore[arg-type]

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmapkd.cli.command import command_line
 from cmapkd.cli.demo_generative import demo_generative
-from cmapkd.cli.ending import tell_end
+from cmapkd.cli.demonstrate import Demo, demonstrate
 from cmapkd.cli.report import CARDS
 
 if TYPE_CHECKING:
@@ -34,38 +33,7 @@ def demo(
     if overrides and overrides[0] == "generative":
         demo_generative(out, overrides[1:])
         return
-    import time
-
-    from rich.console import Console
-
-    from cmapkd.cli.recipe import checked_recipe, config_of
-    from cmapkd.config import resumed_by
-
-    values, console = checked_recipe("demo", overrides), Console()
-    console.print(_OPENING, markup=False, highlight=False)  # before torch is imported, which takes seconds
-    config = config_of("demo", values)
-
-    from cmapkd.cli.show import show
-    from cmapkd.run import run
-    from cmapkd.training import Interrupted
-
-    out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    for line in _plan(config):
-        console.print(line, markup=False, highlight=False)
-    command = command_line("distill", "demo", *(overrides or []), "--out", str(out), "--resume")
-    try:
-        with resumed_by(f"Resume it with:\n  {command}"):
-            result = run(config, out=out, console=console)
-    except Interrupted as stopped:
-        console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    if not result.metrics:  # not the first of several processes
-        return
-    show(console, result.table())
-    if (lesson := lesson_of(result.metrics)) is not None:
-        console.print(lesson, markup=False, highlight=False)
-    scored = command_line("evaluate", str(out), "--data", str(config.data.final))
-    tell_end(out, console, again=f" (scored again by: {scored})", gallery=CARDS)
+    demonstrate(Demo("demo", _OPENING, _plan, _lines, CARDS), out, overrides or ())
 
 
 def _plan(config: RunConfig) -> list[str]:
@@ -81,6 +49,11 @@ def _plan(config: RunConfig) -> list[str]:
         f"Each of the two trainings takes {lengths} of {config.training.batch_size} pairs. R@1 is how often (%) the "
         "right caption or picture comes first.",
     ]
+
+
+def _lines(config: RunConfig, out: Path, metrics: dict[str, Any]) -> list[str]:  # noqa: ARG001
+    lesson = lesson_of(metrics)
+    return [] if lesson is None else [lesson]
 
 
 def lesson_of(metrics: dict[str, Any]) -> str | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmapkd.cli.command import command_line
-from cmapkd.cli.report import leave_page
+from cmapkd.cli.demonstrate import Demo, demonstrate
+from cmapkd.cli.report import CARDS
 
 if TYPE_CHECKING:
     from cmapkd.run import RunConfig
@@ -30,41 +30,7 @@ def demo_generative(out: Path | None, overrides: Sequence[str]) -> None:
         out: run folder; None: a new one under runs/.
         overrides: settings to change, key=value.
     """
-    import time
-
-    import typer
-    from rich.console import Console
-
-    console = Console()
-    console.print(_OPENING, markup=False, highlight=False)  # before torch is imported, which takes seconds
-
-    from cmapkd.cli.recipe import read_recipe
-    from cmapkd.cli.show import show
-
-    config = read_recipe(RECIPE, list(overrides))
-
-    from cmapkd.run import run
-    from cmapkd.training import Interrupted
-
-    out = out or Path("runs") / time.strftime("demo-generative-%Y%m%d-%H%M%S")
-    for line in _plan(config):
-        console.print(line, markup=False, highlight=False)
-    try:
-        result = run(config, out=out, console=console)
-    except Interrupted as stopped:
-        command = command_line("distill", RECIPE, *overrides, "--out", str(out), "--resume")
-        console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    if not result.metrics:  # not the first of several processes
-        return
-    show(console, result.table())
-    for line in _answered(config, out):
-        console.print(line, markup=False, highlight=False)
-    if (lesson := lesson_of(result.metrics)) is not None:
-        console.print(lesson, markup=False, highlight=False)
-    again = command_line("evaluate", str(out), "--data", str(config.data.final))
-    console.print(f"student and evidence: {out} (scored again by: {again})", markup=False, highlight=False)
-    leave_page(out, console)
+    demonstrate(Demo(RECIPE, _OPENING, _plan, _lines, CARDS), out, overrides)
 
 
 def _plan(config: RunConfig) -> Iterator[str]:
@@ -81,8 +47,15 @@ def _plan(config: RunConfig) -> Iterator[str]:
     )
 
 
+def _lines(config: RunConfig, out: Path, metrics: dict[str, Any]) -> Iterator[str]:
+    yield from _answered(config, out)
+    lesson = lesson_of(metrics)
+    if lesson is not None:
+        yield lesson
+
+
 def _answered(config: RunConfig, out: Path) -> Iterator[str]:
-    """Some questions of the final data, the first of each picture, with the answers of all models."""
+    """One question about each of the first pictures of the final data, with the answers of all models."""
     from cmapkd.data.open import open_source
     from cmapkd.models import build_teacher, load_model
     from cmapkd.models.generative import GenerativeModel

@@ -53,4 +53,4 @@ def distill(
     if result.metrics:
         if config.data.final is not None:
             show(console, result.table())
-        tell_end(out, console, gallery=0)
+        tell_end(out, console, writes=config.writes, gallery=0)

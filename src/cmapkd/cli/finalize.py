@@ -26,9 +26,10 @@ def finalize(
     from rich.console import Console
 
     from cmapkd.cli.show import show
-    from cmapkd.run import finalize
+    from cmapkd.config import load_config
+    from cmapkd.run import RunConfig, finalize
 
     console = Console()
     result = finalize(run, step=step, overrides=overrides or [], console=console)
     show(console, result.table())
-    tell_end(run, console)
+    tell_end(run, console, writes=load_config(RunConfig, run / "config.yaml").writes)

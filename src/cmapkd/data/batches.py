@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from cmapkd.config import ConfigError
 from cmapkd.data.memory import SampleMemory
-from cmapkd.data.plans import Plan, PlanSampler
+from cmapkd.data.plans import Plan
 from cmapkd.data.random import permuted
 from cmapkd.data.readers import Reader, Shared
 from cmapkd.data.records import Unusable
@@ -21,7 +21,6 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Input, Sample, Source, StoredRows
 from cmapkd.data.unseen import unseen
 from cmapkd.data.views import View, ViewSpec, check_more_views, draw_more_view, draw_view
-from cmapkd.data.workers import ReadAhead
 
 _TEXTS_KEPT = 100_000  # samples
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
@@ -364,42 +363,3 @@ class _Rows:
         self.more_items: dict[str, dict[str, list[Any]]] = {name: {role: [] for role in roles} for name in more_views}
         self.extras: dict[str, list[Any]] = {name: [] for name in extras}
         self.bad: list[tuple[str, str]] = []
-
-
-def make_loader(
-    builder: Batches, sampler: PlanSampler, *, workers: int, pin_memory: bool, timeout: float = 0.0
-) -> Generator[Batch]:
-    """Batches in the sampler's order, made by `workers` processes (0: by this one), none of which may take longer than
-    `timeout` seconds (0: any time). See `ReadAhead`.
-    """
-
-    def name(plan: Plan) -> str:
-        samples = ", ".join(map(str, plan.mine[:8])) + ", ..." * (len(plan.mine) > 8)
-        return f"the batch of step {plan.step + 1}, samples {samples}"
-
-    ahead = ReadAhead(
-        _Carrying(builder),
-        sampler,
-        workers=workers,
-        pin_memory=pin_memory,
-        timeout=timeout,
-        item_bytes=builder.bytes_of(sampler.batch_size // sampler.world_size) if workers else 0,
-        name=name,
-    )
-    for made in ahead:
-        if isinstance(made, ValueError):
-            raise made
-        yield made
-
-
-class _Carrying(Dataset["Batch | ValueError"]):
-    """Hands an error about the data over as a value: raised in a worker, torch would make another error of it."""
-
-    def __init__(self, builder: Batches) -> None:
-        self.builder = builder
-
-    def __getitem__(self, plan: Plan) -> Batch | ValueError:
-        try:
-            return self.builder[plan]
-        except (BadSampleError, ConfigError) as error:
-            return error

@@ -1,13 +1,15 @@
-"""What a batch brings beside pixels and texts: cut to a part of the samples, pinned, and moved to a device."""
+"""What a batch brings beside pixels and texts, cut to a part of the samples, pinned, and moved; each thing once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def part_of_extra(value: Any, start: int, stop: int, *, size: int, name: str) -> Any:
@@ -60,3 +62,20 @@ def pin_extra(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: pin_extra(each) for key, each in value.items()}
     return value.pin_memory() if hasattr(value, "pin_memory") else value
+
+
+def once(change: Callable[[T], T]) -> Callable[[T], T]:
+    """`change`, made once of each object, however often it is asked for."""
+    made: dict[int, T] = {}
+
+    def changed(value: T) -> T:
+        if id(value) not in made:
+            made[id(value)] = change(value)
+        return made[id(value)]
+
+    return changed
+
+
+def same(tensor: Tensor) -> Tensor:
+    """What leaves a tensor as it is."""
+    return tensor

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cmapkd.data.extras import move_extra, part_of_extra, pin_extra
+from cmapkd.data.extras import move_extra, once, part_of_extra, pin_extra, same
 from cmapkd.data.turns import Dialogue
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ class ModelInput:
 
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> ModelInput:
         return self.changed(
-            (lambda pixels: pixels.to(device, non_blocking=non_blocking)) if images else _same,
+            (lambda pixels: pixels.to(device, non_blocking=non_blocking)) if images else same,
             lambda tokens: tokens.to(device, non_blocking=non_blocking),
         )
 
@@ -331,23 +331,23 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False, *, images: bool = True) -> Batch:
         """The batch on a device; without `images` its pixels stay where they are. What roles share is moved once."""
-        pixels = _once(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if images else _same
-        texts = _once(lambda tokens: tokens.to(device, non_blocking=non_blocking))
+        pixels = once(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if images else same
+        texts = once(lambda tokens: tokens.to(device, non_blocking=non_blocking))
         other = self.held_out
         few = other is None or len(other) <= len(self)  # more are encoded in parts, and moved then
         return replace(
             self,
-            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
+            inputs=_changed(self.inputs, pixels, texts),
             extra={name: move_extra(value, device, non_blocking) for name, value in self.extra.items()},
             stored={role: rows.to(device, non_blocking) for role, rows in self.stored.items()},
             held_out=None if other is None else other.to(device, non_blocking, images=images and few),
         )
 
     def pin_memory(self) -> Batch:
-        pixels, texts = _once(torch.Tensor.pin_memory), _once(torch.Tensor.pin_memory)
+        pixels, texts = once(torch.Tensor.pin_memory), once(torch.Tensor.pin_memory)
         return replace(
             self,
-            inputs={role: each.changed(pixels, texts) for role, each in self.inputs.items()},
+            inputs=_changed(self.inputs, pixels, texts),
             extra={name: pin_extra(value) for name, value in self.extra.items()},
             stored={role: rows.pin_memory() for role, rows in self.stored.items()},
             held_out=None if self.held_out is None else self.held_out.pin_memory(),
@@ -386,17 +386,9 @@ class Batch:
         )
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _once(change: Callable[[T], T]) -> Callable[[T], T]:
-    """`change`, made once of each object, however often it is asked for."""
-    made: dict[int, T] = {}
-
-    def changed(value: T) -> T:
-        if id(value) not in made:
-            made[id(value)] = change(value)
-        return made[id(value)]
-
-    return changed
+def _changed(
+    inputs: Mapping[str, Input], change: Callable[[Tensor], Tensor], change_texts: Callable[[Tensor], Tensor]
+) -> dict[str, Input]:
+    """By role. Roles that have one input before have one afterwards."""
+    changed = once(lambda each: each.changed(change, change_texts))
+    return {role: changed(each) for role, each in inputs.items()}

@@ -28,10 +28,15 @@ from cmapkd.training.peak_memory import peak_bytes
 WARM_STEPS, MEASURED_STEPS = 1, 4
 
 
+def device_of(config: RunConfig) -> torch.device:
+    """Where the run would train."""
+    return torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
+
+
 def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choice) -> Iterator[Finding]:
     """Time and memory of a few real steps, and what they predict for the whole run."""
     assert config.data.views is not None
-    device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
+    device = device_of(config)
     method.to(device)
     method.micro_batch = config.training.micro_batch
     for teacher in method.teachers.values():
@@ -135,7 +140,7 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
         values = {**config.plain(), "cache": CacheConfig().model_dump(mode="json")}
         config = RunConfig.from_mapping(values)
     assert config.data.views is not None
-    device = torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
+    device = device_of(config)
     try:
         plan = plan_cache(config, method, source, role=role)
         size = len(plan.keys) * plan.layout.row_bytes

@@ -10,7 +10,7 @@ import torch
 
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
-from cmapkd.diagnosis.cost import measure_steps, predict_cache, predict_disk
+from cmapkd.diagnosis.cost import device_of, measure_steps, predict_cache, predict_disk
 from cmapkd.diagnosis.data import check_overlap, check_source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.diagnosis.models import (
@@ -115,7 +115,11 @@ def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
         assert problem is not None
         yield problem
         return
-    asked = Asked.of(train, config.data.prompts.prompting()) if config.writes else None
+    asked = None
+    if config.writes:
+        asked = Asked.of(train, config.data.prompts.prompting())
+        for judged in (student, *teachers.values()):
+            judged.to(device_of(config))  # answers of large models are judged there
     yield from _of_student(config, student, train, asked)
     for role, teacher in teachers.items():
         say(f"asking teacher {teacher.name}")
@@ -126,6 +130,7 @@ def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
 def _of_student(config: RunConfig, student: Model, train: Source, asked: Asked | None) -> Iterator[Finding]:
     if isinstance(student, GenerativeModel) and asked is not None:
         yield from check_writer("student", student)
+        yield from check_weights("student", student, teaches=False)
         yield from check_dialogues("student", student, asked, max_tokens=config.data.max_tokens)
         yield from check_start(student, asked)
     elif isinstance(student, DualEncoder):
@@ -141,6 +146,7 @@ def _of_teacher(
     """What a teacher is, alone and beside the student; the method refuses one of the other contract."""
     if isinstance(teacher, GenerativeModel) and asked is not None:
         yield from check_writer(what, teacher)
+        yield from check_weights(what, teacher, teaches=True)
         yield from check_dialogues(what, teacher, asked, max_tokens=config.data.max_tokens)
         if isinstance(student, GenerativeModel):
             yield from compare_writers(student, teacher)

@@ -123,9 +123,16 @@ class EvaluationConfig(Config):
 
     @model_serializer(mode="wrap")
     def _without_empty_settings(self, handler: Any) -> dict[str, Any]:
-        """An evaluation by cmapkd's own tasks is written as it was before packages could add any."""
+        """An evaluation is written as it was before packages could add tasks, and before there were models that write.
+
+        So runs and comparisons of earlier versions are still found by what their configs hold.
+        """
         values: dict[str, Any] = handler(self)
-        return values if self.settings else {key: value for key, value in values.items() if key != "settings"}
+        if not self.settings:
+            del values["settings"]
+        if self.writing == WritingConfig():
+            del values["writing"]
+        return values
 
     def of_task(self, name: str, kind: type[C]) -> C:
         """The settings of a task: the section of its name, or what `settings` holds for it.

@@ -37,7 +37,7 @@ class GenerativeConfig(MethodConfig):
 
     reduction: Reduction = Field(
         "token_mean",
-        description="token_mean: every answer token counts alike; sample_mean: every answer; batch_sum: the sum over "
+        description="token_mean: every answer token counts alike; sample_mean: every dialogue; batch_sum: the sum over "
         "tokens, divided by the samples of the batch.",
     )
 

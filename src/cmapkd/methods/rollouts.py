@@ -66,10 +66,13 @@ def roll_out(
     how = replace(config.decoding, never=_never(student, teachers, common))
     answers: list[list[int]] = []
     size = at_once or len(batch)
+    items = given.items() if places else []
     for start in range(0, len(places), size):
         some = places[start : start + size]
         keys = [key_of("rollout", step.seed, step.step, batch.ids[place]) for place in some]
-        answers += student.generate(given.rows(some).to(student.device, True), how, keys)
+        prompts = join_items([items[place] for place in some], given.pad_id)
+        answers += student.generate(prompts.to(student.device, True), how, keys)
+    torch.clear_autocast_cache()  # weights that were cast without gradient are not those of the forward pass
     for role in ("student", *teachers) if places else ():
         theirs = batch.inputs[role]
         assert isinstance(theirs, ChatInput)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -18,10 +16,12 @@ from cmapkd.models.config import ModelConfig
 from cmapkd.models.errors import first_line
 from cmapkd.models.hf_model import image_spec as spec_of_processor
 from cmapkd.models.hub import locate
-from cmapkd.models.images import ImageSpec
+from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec
 from cmapkd.models.open_clip_levels import image_levels, outputs_of, visual_blocks, visual_features
 from cmapkd.models.storage import load_weights, read_weights
+from cmapkd.models.tiny import TinyDualEncoder
+from cmapkd.models.tiny_tower import TinyImageTower
 from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
@@ -51,60 +51,6 @@ class ImagePartConfig(Config):
     @classmethod
     def _from_name(cls, values: Any) -> Any:
         return {"name": str(values)} if isinstance(values, str | Path) else values
-
-
-class ImageTower(nn.Module, ABC):
-    """Pixels to pooled features [batch width], not projected, and levels.
-
-    Attributes:
-        width: of the pooled features.
-        spec: the tower's own resize and normalisation.
-        levels: shallow to deep.
-        random: whether it was just built with random weights.
-    """
-
-    random: bool = False
-    name: str
-    width: int
-    spec: ImageSpec
-    levels: tuple[LevelInfo, ...]
-
-    @abstractmethod
-    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures: ...
-
-    @property
-    def blocks(self) -> tuple[nn.Module, ...]:
-        """See `DualEncoder.image_blocks`."""
-        return ()
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Plain data from which `rebuild` makes the untrained tower."""
-
-    def save_config(self, folder: Path) -> None:
-        """Writes what `describe` cannot hold into a model folder."""
-
-    @torch.no_grad()
-    def measure_width(self) -> int:
-        """The width of the features, found by a run on an empty picture; refuses a size that does not fit.
-
-        Raises:
-            ConfigError: the tower cannot take pictures of its size, or returns no vectors.
-        """
-        size = self.spec.size
-        try:
-            pooled = self.eval()(torch.zeros(1, 3, size, size)).embedding
-        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
-            raise ConfigError(
-                f"{self.name} does not take pictures of {size} pixels: {first_line(error)}. Set image_size to one that "
-                "it takes."
-            ) from None
-        if pooled.dim() != 2:
-            raise ConfigError(
-                f"{self.name} gives features of shape {tuple(pooled.shape[1:])} for a picture and not one vector: "
-                "choose a pooling"
-            )
-        return int(pooled.shape[1])
 
 
 class VisualTower(ImageTower):
@@ -231,8 +177,6 @@ def rebuild_image_tower(description: Mapping[str, Any], folder: Path) -> ImageTo
     """The untrained tower that `ImageTower.describe` described, of a model folder."""
     name = str(description["name"])
     if description["kind"] == "tiny":
-        from cmapkd.models.tiny_tower import TinyImageTower
-
         return TinyImageTower.rebuilt(description, folder)
     if description["kind"] == "hf":
         source = str(folder / IMAGE_CONFIG)
@@ -305,8 +249,6 @@ def _open_clip(rest: str, config: ImagePartConfig) -> ImageTower:
 def _tiny(rest: str, config: ImagePartConfig) -> ImageTower:
     """Of a `tiny` model by name, or of a folder: one that was saved, or a run with such a student."""
     from cmapkd.models.load import build_model, load_model
-    from cmapkd.models.tiny import TinyDualEncoder
-    from cmapkd.models.tiny_tower import TinyImageTower
 
     if Path(rest).is_dir():
         model = load_model(rest)

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cmapkd.models.heads import Head
-from cmapkd.models.image_towers import ImageTower, VisualTower
+from cmapkd.models.image_tower import ImageTower
+from cmapkd.models.image_towers import VisualTower
 from cmapkd.models.storage import WEIGHTS, read_weights, write_model_folder, write_tensors
 from cmapkd.models.text_towers import TextTower
 

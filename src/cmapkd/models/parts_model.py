@@ -16,7 +16,7 @@ from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models import parts_folder
 from cmapkd.models.base import DualEncoder, eval_mode
 from cmapkd.models.heads import Head, HeadConfig
-from cmapkd.models.image_towers import ImageTower
+from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.text_towers import TextTower

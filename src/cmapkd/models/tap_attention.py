@@ -74,7 +74,8 @@ def _attend(
         causal = settings.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         asked[1][module.layer_idx] = _map(query, key, attention_mask, settings.get("scaling"), causal=bool(causal))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    return output
 
 
 def _map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, *, causal: bool) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmapkd.models.image_towers import ImageTower
+from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions, VisionTower, image_spec_of
 from cmapkd.models.types import LevelInfo, TowerFeatures
 

@@ -10,23 +10,34 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cmapkd.config import Config, ConfigError, closest
-from cmapkd.models import hf_family
+from cmapkd.models import hf_family, vlm_family
 from cmapkd.models.base import Model
 from cmapkd.models.config import ModelConfig
 from cmapkd.models.families import Loader
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import processor_of
+from cmapkd.models.image_towers import ImagePartConfig, build_image_tower
+from cmapkd.models.load import load_model
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.packaged import packaged_models
 from cmapkd.models.tiny_vlm_words import END, START, byte_tokenizer, template_of
+from cmapkd.models.vlm_language import Language
+from cmapkd.models.vlm_tower import VisualTokens
 
 _PICTURE = "<image>"
 
 
 class TinyVlmOptions(Config):
-    """Sizes of a small model that writes: a SigLIP vision tower, a projector of two layers, a Qwen2 language model."""
+    """Sizes of a small model that writes: a SigLIP vision tower, a projector of two layers, a Qwen2 language model.
 
+    With `image` the sizes of the vision tower and of its pictures are not read.
+    """
+
+    image: ImagePartConfig | None = Field(
+        None, description="A trained image tower by name, as tiny:scenes-teacher, in the place of an untrained one."
+    )
+    image_level: str | None = Field(None, description="The level of `image` that is read. None: the last but one.")
     image_size: int = Field(64, ge=8, le=1024, description="Side of the square picture, in pixels.")
     patch_size: int = Field(8, ge=2, description="Side of a patch, in pixels. Each patch is one visual token.")
     vision_width: int = Field(96, ge=8, description="Width of the vision tower.")
@@ -71,7 +82,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
         tokens, picture = copy.deepcopy(native.tokenizer), teacher.vocabulary.image_id
         end = tokens.convert_ids_to_tokens(teacher.vocabulary.end_ids[0])
         word, lead = tokens.convert_ids_to_tokens(picture), teacher.vocabulary.lead
-        return _assemble(options, tokens, word, end, config.name, lead=lead)
+        return _assemble(options, tokens, word, end, config.name, lead)
     if captions is None:
         raise ConfigError(
             f"tiny_vlm:{rest} is untrained and learns its tokenizer from texts: give it data, or a teacher that writes"
@@ -91,22 +102,26 @@ def names() -> list[str]:
 
 def _trained(folder: Path, config: ModelConfig) -> HfVlm:
     """A packaged model, under the name that it is asked by."""
-    if config.options:
-        raise ConfigError(
-            f"{config.name} is trained: its sizes are fixed, options {sorted(config.options)} do not apply"
-        )
-    model = hf_family.build(str(folder), config, None)
+    others = sorted(config.options.keys() - {"lora"})
+    if others:
+        raise ConfigError(f"{config.name} is trained: its sizes are fixed, options {others} do not apply")
+    lora = TinyVlmOptions.from_mapping(config.options, where=f"options of {config.name}").lora
+    model = load_model(folder)
     assert isinstance(model, HfVlm)
+    model.name = config.name
+    if lora is not None:
+        model.adapt(lora)
     return model
 
 
 def _check(options: TinyVlmOptions, rest: str) -> None:
+    own = () if options.image is not None else (("image_size", "patch_size"), ("vision_width", "vision_heads"))
     problems = [
         f"{whole} {getattr(options, whole)} is no multiple of {part} {getattr(options, part)}"
-        for whole, part in (("image_size", "patch_size"), ("vision_width", "vision_heads"), ("width", "heads"))
+        for whole, part in (*own, ("width", "heads"))
         if getattr(options, whole) % getattr(options, part)
     ]
-    visual = (options.image_size // options.patch_size) ** 2
+    visual = 0 if options.image is not None else (options.image_size // options.patch_size) ** 2
     if visual + 16 > options.max_tokens:
         problems.append(f"max_tokens {options.max_tokens} leaves no room for words beside {visual} visual tokens")
     if (options.width // options.heads) % 2:
@@ -115,7 +130,29 @@ def _check(options: TinyVlmOptions, rest: str) -> None:
         raise ConfigError(f"options of tiny_vlm:{rest}: {'; '.join(problems)}")
 
 
-def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, *, lead: str = "") -> HfVlm:
+def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, lead: str = "") -> HfVlm:
+    made = (_untrained if options.image is None else _around_tower)(options, tokens, picture, end, name, lead)
+    parts = [part for part, names in made.parts.items() if names]
+    made.random_parts = tuple(part for part in parts if part != "vision" or options.image is None)
+    if options.lora is not None:
+        made.adapt(options.lora)
+    return made
+
+
+def _around_tower(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, lead: str) -> HfVlm:
+    """An untrained language model behind an image tower of another model."""
+    from transformers import Qwen2ForCausalLM
+
+    assert options.image is not None
+    tower = build_image_tower(options.image)
+    # of a tower that pools its class token nothing trains the patches behind the last block (LLaVA reads -2, too)
+    level = options.image_level or (tower.levels[-2].name if len(tower.levels) > 1 else None)
+    vision = VisualTokens(tower, level)
+    model = Qwen2ForCausalLM(_language(options, tokens, end)).float()
+    return vlm_family.assembled(vision, Language(model, tokens, picture, lead), "mlp", name=name)
+
+
+def _untrained(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, lead: str) -> HfVlm:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessor
 
     side = options.image_size
@@ -138,11 +175,7 @@ def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name
         chat_template=template_of(picture, start=start, end=end, lead=lead),
     )
     processor = processor_of(native, config, name=name)
-    made = HfVlm(LlavaForConditionalGeneration(config).float(), processor=processor, name=name)
-    made.random_parts = tuple(part for part, names in made.parts.items() if names)
-    if options.lora is not None:
-        made.adapt(options.lora)
-    return made
+    return HfVlm(LlavaForConditionalGeneration(config).float(), processor=processor, name=name)
 
 
 def _vision(options: TinyVlmOptions) -> Any:

@@ -18,7 +18,7 @@ from cmapkd.models.hf_vlm_build import processor_of, read_processor
 from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights
-from cmapkd.models.vlm_language import LanguageConfig, build_language, processor_for, rebuild_language
+from cmapkd.models.vlm_language import Language, LanguageConfig, build_language, processor_for, rebuild_language
 from cmapkd.models.vlm_model import LANGUAGE, PROCESSOR, AssembledVlm, joined
 from cmapkd.models.vlm_tower import Projector, ProjectorKind, VisualTokens
 
@@ -56,15 +56,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Mod
         image, text = image.model_copy(update={"init": "scratch"}), text.model_copy(update={"init": "scratch"})
     vision = VisualTokens(build_image_tower(image), options.level)
     language = build_language(text, where=config.name)
-    words = language.model.get_input_embeddings()
-    with torch.no_grad():
-        scale = float(words(torch.arange(min(4096, words.num_embeddings))).square().mean().sqrt())
-    projector = Projector(options.projector, vision.width, words.embedding_dim, scale=scale)
-    picture = language.tokenizer.convert_tokens_to_ids(language.picture)
-    whole = joined(vision, projector, language.model, picture)
-    native = processor_for(language, vision.tower.spec, vision.count)
-    processor = processor_of(native, whole.config, name=config.name, max_tokens=options.max_tokens)
-    model = _finished(whole, processor, config.name)
+    model = assembled(vision, language, options.projector, name=config.name, max_tokens=options.max_tokens)
     random = {"vision": vision.tower.random, "projector": True, **dict.fromkeys(_OF_LANGUAGE, text.init == "scratch")}
     model.random_parts = tuple(part for part, names in model.parts.items() if names and random.get(part))
     if options.lora is not None:
@@ -73,6 +65,23 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Mod
     for name in frozenset().union(*(parts[part] for part in options.frozen)):
         parameters[name].requires_grad_(False)
     return model
+
+
+def assembled(
+    vision: VisualTokens, language: Language, kind: ProjectorKind, *, name: str, max_tokens: int | None = None
+) -> AssembledVlm:
+    """Both halves with an untrained projector between them.
+
+    Args:
+        max_tokens: longest dialogue with its picture; None: as long as the language model takes.
+    """
+    words = language.model.get_input_embeddings()
+    with torch.no_grad():
+        scale = float(words(torch.arange(min(4096, words.num_embeddings))).square().mean().sqrt())
+    projector = Projector(kind, vision.width, words.embedding_dim, scale=scale)
+    whole = joined(vision, projector, language.model, language.tokenizer.convert_tokens_to_ids(language.picture))
+    native = processor_for(language, vision.tower.spec, vision.count)
+    return _finished(whole, processor_of(native, whole.config, name=name, max_tokens=max_tokens), name)
 
 
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model:  # noqa: ARG001

@@ -29,6 +29,9 @@ class LanguageConfig(Config):
     init: Literal["auto", "scratch"] = Field(
         "auto", description="auto: its weights; scratch: its architecture with random ones."
     )
+    layers: int | None = Field(
+        None, ge=1, description="Keeps so many layers, spread from the first to the last. None: all of them."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -38,11 +41,12 @@ class LanguageConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """A language model with its head, the tokenizer, and the token that stands for a picture."""
+    """A language model with its head, the tokenizer, the token that stands for a picture, and what begins answers."""
 
     model: Any
     tokenizer: Any
     picture: str
+    lead: str = ""
 
 
 def build_language(config: LanguageConfig, *, where: str) -> Language:
@@ -64,6 +68,8 @@ def build_language(config: LanguageConfig, *, where: str) -> Language:
         ) from None
     check_sizes(settings.to_dict(), where=name)
     model = _untrained(settings, name) if config.init == "scratch" else _trained(source, fetching, name)
+    if config.layers is not None:
+        _keep_layers(model, config.layers, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **fetching)
     except Exception as error:
@@ -141,21 +147,40 @@ def processor_for(language: Language, spec: ImageSpec, count: int) -> Any:
         num_additional_image_tokens=count - 1,
         vision_feature_select_strategy="full",
         image_token=language.picture,
-        chat_template=_template(tokens, language.picture),
+        chat_template=_template(tokens, language.picture, language.lead),
     )
 
 
-def _template(tokens: Any, picture: str) -> str:
+def _template(tokens: Any, picture: str, lead: str) -> str:
     known = tokens.get_vocab()
     if START in known and END in known:
-        return template_of(picture)
+        return template_of(picture, lead=lead)
     if {"<start_of_turn>", "<end_of_turn>"} <= known.keys():
-        return template_of(picture, start="<start_of_turn>", end="<end_of_turn>", assistant="model")
+        return template_of(picture, start="<start_of_turn>", end="<end_of_turn>", assistant="model", lead=lead)
     if tokens.eos_token is None:
         raise ConfigError(
             "the tokenizer has no end token (eos_token), so answers would never end: set one in its files"
         )
-    return template_of(picture, start="", end=tokens.eos_token)
+    return template_of(picture, start="", end=tokens.eos_token, lead=lead)
+
+
+def _keep_layers(model: Any, count: int, name: str) -> None:
+    """Takes layers out, in place; the config's lists of what each layer is follow."""
+    layers = blocks_of(model.base_model)
+    depth = len(layers)
+    if count > depth:
+        raise ConfigError(f"{name}: layers is {count}, but the model has {depth}")
+    kept = [round(place * (depth - 1) / max(1, count - 1)) for place in range(count)]
+    model.base_model.layers = torch.nn.ModuleList(layers[place] for place in kept)
+    settings = model.config
+    for key, value in settings.to_dict().items():
+        if isinstance(value, list) and len(value) == depth:  # as layer_types
+            setattr(settings, key, [value[place] for place in kept])
+    settings.num_hidden_layers = count
+    for number, layer in enumerate(model.base_model.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # under which keys and values are kept while writing
+                module.layer_idx = number
 
 
 def _trained(source: str, fetching: dict[str, Any], name: str) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cmapkd.config import ConfigError, closest
 from cmapkd.models.base import eval_mode
-from cmapkd.models.image_towers import ImageTower
+from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.types import Level
 
 ProjectorKind = Literal["linear", "mlp"]

@@ -97,5 +97,6 @@ def _spread(slopes: Tensor, cells: Tensor, log_q: Tensor, ids: Tensor) -> Tensor
     k, total, q = ids.shape[-1], slopes.sum(-1, keepdim=True), log_q.exp()
     chosen = slopes[:, :k] - total * cells[:, :k].exp()
     if k < log_q.shape[-1]:
-        q.mul_(slopes[:, k:] * cells[:, k:].neg().exp() - total)
+        share = (log_q - cells[:, k:]).exp()  # of the rest, which may be too small for its reciprocal
+        q = slopes[:, k:] * share - total * q
     return q.scatter_(-1, ids, chosen)

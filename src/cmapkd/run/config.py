@@ -9,11 +9,12 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.config import Config, closest
-from cmapkd.data.config import DEFAULT_TIMEOUT, DataConfig
+from cmapkd.data.config import DEFAULT_TIMEOUT, DataConfig, PromptConfig
 from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.run import EvaluationConfig
 from cmapkd.evaluation.tasks import TASKS, check_tasks
 from cmapkd.methods import METHODS, MethodConfig, check_teachers
+from cmapkd.methods.generative import GenerativeConfig
 from cmapkd.models import ModelConfig
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.training import OptimConfig, TrainConfig
@@ -77,6 +78,13 @@ class RunConfig(Config):
     def _whole_pictures_of_dialogues(self) -> Self:
         if self.writes:
             object.__setattr__(self, "data", self.data.for_dialogues())
+            return self
+        unread = {"data.prompts": self.data.prompts != PromptConfig(), "data.max_tokens": self.data.max_tokens}
+        for name, given in unread.items():
+            if given:
+                raise ValueError(
+                    f"{name} is for models that write, and method {self.method.name} trains none: leave it out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -146,7 +154,8 @@ class RunConfig(Config):
         A student that writes may have its teacher's tokenizer: the teacher is still named, though it teaches nothing.
         """
         name = METHODS[self.method.name].scratch
-        alone_method = METHODS[name].Config(name=name)
+        kept = {"reduction": self.method.reduction} if isinstance(self.method, GenerativeConfig) else {}
+        alone_method = METHODS[name].Config(name=name, **kept)
         training = self.training.without_stages()
         # frozen towers of the student answer from disk here as well
         cache = self.cache if self.training.train_parts is not None else None
@@ -183,6 +192,8 @@ class RunConfig(Config):
         for name in ("mix_synthetic", "more", "more_views"):
             if not values["data"][name]:
                 del values["data"][name]
+        if not self.writes:  # and for the prompts of models that write
+            del values["data"]["prompts"], values["data"]["max_tokens"]
         if self.data.held_out is None:
             del values["data"]["held_out"]
         if self.data.timeout == DEFAULT_TIMEOUT:

@@ -50,6 +50,5 @@ def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:
 def remarks_on_teachers(teachers: Mapping[str, FrozenTeacher]) -> Iterator[str]:
     """A sentence for each teacher that nobody has trained."""
     for role, teacher in teachers.items():
-        model = teacher.model
-        if (remark := remark_on_untrained(model)) is not None:
+        if (remark := remark_on_untrained(teacher.model)) is not None:
             yield f"{role if role == 'teacher' else f'teacher {role}'}: {remark}"

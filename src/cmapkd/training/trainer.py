@@ -17,8 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from cmapkd.config import writing
-from cmapkd.data.batches import Batches, make_loader
+from cmapkd.data.batches import Batches
 from cmapkd.data.check import SampleLedger
+from cmapkd.data.loading import make_loader
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Batch

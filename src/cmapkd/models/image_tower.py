@@ -1,0 +1,71 @@
+"""`ImageTower`: what an image tower, as a part of a model, looks like to the rest of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmapkd.config import ConfigError
+from cmapkd.models.errors import first_line
+from cmapkd.models.images import ImageSpec
+from cmapkd.models.types import LevelInfo, TowerFeatures
+
+
+class ImageTower(nn.Module, ABC):
+    """Pixels to pooled features [batch width], not projected, and levels.
+
+    Attributes:
+        width: of the pooled features.
+        spec: the tower's own resize and normalisation.
+        levels: shallow to deep.
+        random: whether it was just built with random weights.
+    """
+
+    random: bool = False
+    name: str
+    width: int
+    spec: ImageSpec
+    levels: tuple[LevelInfo, ...]
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures: ...
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """See `DualEncoder.image_blocks`."""
+        return ()
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `rebuild` makes the untrained tower."""
+
+    def save_config(self, folder: Path) -> None:
+        """Writes what `describe` cannot hold into a model folder."""
+
+    @torch.no_grad()
+    def measure_width(self) -> int:
+        """The width of the features, found by a run on an empty picture; refuses a size that does not fit.
+
+        Raises:
+            ConfigError: the tower cannot take pictures of its size, or returns no vectors.
+        """
+        size = self.spec.size
+        try:
+            pooled = self.eval()(torch.zeros(1, 3, size, size)).embedding
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            raise ConfigError(
+                f"{self.name} does not take pictures of {size} pixels: {first_line(error)}. Set image_size to one that "
+                "it takes."
+            ) from None
+        if pooled.dim() != 2:
+            raise ConfigError(
+                f"{self.name} gives features of shape {tuple(pooled.shape[1:])} for a picture and not one vector: "
+                "choose a pooling"
+            )
+        return int(pooled.shape[1])

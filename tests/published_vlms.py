@@ -97,8 +97,9 @@ def _smolvlm(large: bool) -> tuple[Any, Any]:
     square = {"longest_edge": side}
     pixels = library.Idefics3ImageProcessor(size=square, max_image_size=square, do_image_splitting=False)
     visual = (side // patch // factor) ** 2
+    template = importlib.import_module("transformers.models.smolvlm.processing_smolvlm").DEFAULT_CHAT_TEMPLATE
     return library.SmolVLMForConditionalGeneration(config), library.Idefics3Processor(
-        pixels, tokens, image_seq_len=visual, chat_template=template_of("<image>")
+        pixels, tokens, image_seq_len=visual, chat_template=template
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import shutil
@@ -21,12 +22,14 @@ from cmapkd.cli import app
 from cmapkd.compare import compare, load_comparison
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
+from cmapkd.data.records import Unusable
+from cmapkd.data.turns import Turn
 from cmapkd.diagnosis import diagnose
 from cmapkd.diagnosis.models import check_weights
 from cmapkd.models import FrozenTeacher, GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
 from cmapkd.results import RunResult
-from cmapkd.run import RunConfig, finalize, run
+from cmapkd.run import RunConfig, finalize, method_of, readers_of, run
 from cmapkd.run.card import student_card
 from cmapkd.run.measure import num_measured, validated
 from cmapkd.run.prompts import prompts_of_runs
@@ -247,6 +250,23 @@ def test_the_card_shows_how_to_ask(finished: tuple[Path, str], recipe: dict[str,
     assert len(asked[0]) == 2
     assert "Say one word." in code  # as it was trained
     assert "from the teacher" not in student_card(of(recipe, method="sft"), metrics)  # it names one, and uses none
+
+
+def test_answers_have_only_tokens_that_both_models_know(recipe: dict[str, Any]) -> None:
+    config = RunConfig.from_mapping(recipe)
+    teacher = build_model(str(recipe["teacher"]))
+    longer = copy.deepcopy(teacher)
+    longer.processor.native.tokenizer.add_tokens(["<think>"])  # as reasoning models have it; it is not special
+    student = build_model(config.student, teacher=longer)
+    method = method_of(config, student, {"teacher": FrozenTeacher(teacher)})
+    said = (Turn("user", "What is it?"), Turn("assistant", "a <think> box"))
+    size = student.vocabulary.size
+    assert size == teacher.vocabulary.size + 1
+    reader = readers_of(method, config)["student"]
+    with pytest.raises(Unusable, match=f"an answer has token {size - 1}, .* only their first {size - 1} tokens in"):
+        reader.read(Image.new("RGB", (8, 8)), None, said)
+    asked = (Turn("user", "<think> What is it?"), Turn("assistant", "a box"))
+    assert (reader.read(Image.new("RGB", (8, 8)), None, asked).ids == size - 1).sum() == 1
 
 
 def test_runs_of_different_prompts_are_asked_in_words_of_ones_own(tmp_path: Path) -> None:

@@ -62,6 +62,23 @@ class ByteChat:
         return str(self.longest)
 
 
+class Listed:
+    """A source of pictures about which nothing is said; the last position cannot be read."""
+
+    name = "listed"
+
+    def __init__(self, pictures: Sequence[Image.Image]) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures) + 1
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == len(self.pictures):
+            raise BadSampleError("last", "broken")
+        return Sample(str(index), self.pictures[index])
+
+
 class Answered:
     """A cache without arrays that has the answers to the samples of even index."""
 
@@ -324,6 +341,15 @@ def test_memory_is_estimated() -> None:
     assert builder_of().bytes_of(3) == 3 * builder_of().bytes_of(1) > 0
     short = builder_of(readers={"student": ChatReader(ByteChat(longest=5))})
     assert short.bytes_of(1) > 10**6
+
+
+def test_memory_grows_with_the_pictures_of_the_data() -> None:
+    def of(*widths: int) -> int:
+        return ChatReader(ByteChat()).bytes_of(1, Listed([Image.new("RGB", (width, 8)) for width in widths]))
+
+    small, large = of(16), of(16, 1600, 24)
+    assert large - small == (1600 - 16) // 8 * (3 * 4 + 8 + 1 + 1 + 8)  # of pixels, ids, two marks and a number each
+    assert of(16, 80_000) > 10**6  # longer than the model reads
 
 
 def test_workers_make_the_same_batches_in_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from making import picture, write_tar
 from cmapkd.config import ConfigError
 from cmapkd.data.conversations import parse_turns
 from cmapkd.data.open import open_source
+from cmapkd.data.prompting import Prompting
 from cmapkd.data.records import Unusable
+from cmapkd.data.rows import Columns, grouped
 from cmapkd.data.turns import Turn
 from cmapkd.data.types import BadSampleError
+from cmapkd.data.views import View
 
 ASKED = (Turn("user", "Is it red?", 1), Turn("assistant", "yes"))
 
@@ -281,3 +285,76 @@ def test_parquet(tmp_path: Path) -> None:
     assert found[1][1:] == ((Turn("user", "a"), Turn("assistant", "b")), (1, 1))
     assert "2 pictures" in found[2][1]
     assert "1 placeholders of pictures, but 0" in found[3][1]
+
+
+CALL = {"messages": [{"role": "tool", "content": "y"}]}
+BROKEN = "role is unknown: 'tool'"
+
+
+def test_a_broken_dialogue_is_no_matter_for_models_that_read_captions(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "0.png").write_bytes(picture(0))
+    lines = [
+        {"image": "0.png", "caption": "x", **CALL},
+        {"image": "0.png", "label": 1, **CALL},
+        {"image": "0.png", **CALL},
+        {"caption": "x", **CALL},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    members = {"0.png": picture(0), "0.json": json.dumps(CALL).encode(), "0.txt": b"x"}
+    members |= {"1.png": picture(1), "1.json": json.dumps(CALL).encode()}
+    write_tar(tmp_path / "a.tar", members.items())
+    table = {
+        "image": [{"bytes": picture(0), "path": None}] * 2,
+        "caption": ["x", None],
+        **{"messages": [CALL["messages"]] * 2},
+    }
+    features = datasets.Features(
+        image=datasets.Image(),
+        caption=datasets.Value("string"),
+        messages=[{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+    )
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "a.parquet")
+    for name, good in (("jsonl:{}/a.jsonl", [0, 1]), ("webdataset:{}/a.tar", [0]), ("parquet:{}/a.parquet", [0])):
+        source = open_source(name.format(tmp_path))
+        for index in range(len(source)):
+            if index not in good:
+                assert outcome(source, index)[1].startswith(BROKEN), (name, index)
+                continue
+            sample = source[index]
+            assert sample.captions == (("x",) if index == 0 else ())
+            assert str(sample.no_turns).startswith(BROKEN)
+            with pytest.raises(BadSampleError, match=BROKEN):
+                Prompting("turns").choose(sample, View(), 0)
+            with pytest.raises(BadSampleError, match=BROKEN):
+                Prompting().choose(sample, View(), 0)
+        assert Prompting("captions").choose(source[0], View(), 0)[-1].text == "x"
+        with pytest.raises(ConfigError, match="none of the first"):
+            Prompting().check(source)
+
+
+def test_names_that_are_given_to_repeated_rows_are_no_others(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    ids = ("a", "a", "a#2", "b", "a", "a#2")
+    lines = [{"id": each, "image": "0.png", **FORMS["swift"]} for each in ids]
+    lines.append({"id": "b", "image": "0.png", "caption": "x"})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_source(f"jsonl:{tmp_path}/a.jsonl")
+    found = [outcome(source, index) for index in range(len(source))]
+    assert [each[0] for each in found] == ["a", "a#3", "a#2", "b#2", "a#4", "a#2#2", "b"]
+    assert [each[1] for each in found] == [ASKED] * 6 + [()]
+
+
+def test_dialogues_wait_for_the_last_row_as_text() -> None:
+    turns = [user("<image>Is it red?"), assistant("yes")] * 200
+    turns[2::2] = [user("Is it red?")] * 199
+    rows = ((number, {"image": f"{number}.png", "messages": turns}) for number in range(400))
+    tracemalloc.start()
+    try:
+        groups = grouped(rows, Columns(), set())
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(groups) == 400
+    assert held < 400 * 400 * 45  # bytes of a turn as JSON; an object alone takes more

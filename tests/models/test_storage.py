@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from cmapkd.config import ConfigError
 from cmapkd.models import ModelConfig, build_model, load_model
-from cmapkd.models.storage import load_weights, read_description, read_weights, write_model_folder
+from cmapkd.models.storage import check_sizes, load_weights, read_description, read_weights, write_model_folder
 
 
 def test_weights_come_back_from_either_format(tmp_path: Path) -> None:
@@ -70,6 +71,13 @@ def test_descriptions(tmp_path: Path) -> None:
         (tmp_path / "cmapkd.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             read_description(tmp_path)
+
+
+def test_sizes_that_no_model_has_are_refused_and_bases_of_positions_are_no_sizes() -> None:
+    check_sizes({"text_config": {"rope_theta": 1e9, "rope_parameters": {"full": {"rope_theta": 5e10}}}}, where="a")
+    for key, value in (("vocab_size", 10**8), ("num_hidden_layers", 1001), ("rope_theta", math.inf)):
+        with pytest.raises(ValueError, match=f"a: {key} is .*, more than any model has"):
+            check_sizes({key: value}, where="a")
 
 
 def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:

@@ -106,6 +106,6 @@ def load_chunks(
         workers=workers,
         pin_memory=pin_memory,
         timeout=timeout,
-        item_bytes=rows * chunks.reader.bytes_of(1),
+        item_bytes=rows * chunks.reader.bytes_of(1, chunks.source) if workers else 0,
         name=name,
     )

@@ -191,7 +191,7 @@ class BatchBuilder(Dataset[Batch]):
         """About the bytes of a batch of `size` samples: its pixels, without those that a cache lacks."""
         views = 1 + sum(self.more_views.values())
         distinct = dict.fromkeys(self._like[role] for role in self._live)
-        return size * sum(self.readers[role].bytes_of(views) for role in distinct)
+        return size * sum(self.readers[role].bytes_of(views, self.source) for role in distinct)
 
     def __getitem__(self, plan: Plan) -> Batch:
         made = _Rows(self.readers, self.more_views, self.stored, self.extras)

@@ -42,16 +42,28 @@ class _Said:
 def with_turns(record: Record, values: Mapping[str, Any], *, pictures: int) -> Record:
     """The record with the dialogue that stands beside it, if there is one.
 
+    A dialogue that cannot be used leaves its reason in `no_turns`: models that read captions do without it. Once the
+    record is whole, `checked_turns` refuses one that says nothing else.
+
     Args:
         pictures: how many the record names.
-    Raises:
-        Unusable: see `parse_turns`.
     """
-    turns = parse_turns(values, pictures=pictures)
-    if not turns:
-        return record
-    silent = not (record.captions or record.label is not None or record.questions or record.boxes)
-    return replace(record, turns=turns, text_only=silent and not pictures)
+    try:
+        turns = parse_turns(values, pictures=pictures)
+    except Unusable as error:
+        return replace(record, no_turns=str(error))
+    return replace(record, turns=turns, text_only=record.silent and not pictures) if turns else record
+
+
+def checked_turns(record: Record) -> Record:
+    """The record itself.
+
+    Raises:
+        Unusable: a dialogue that cannot be used is all that it says.
+    """
+    if record.no_turns is not None and record.silent:
+        raise Unusable(record.no_turns)
+    return record
 
 
 def is_dialogue(values: Mapping[str, Any]) -> bool:

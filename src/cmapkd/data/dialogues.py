@@ -56,7 +56,10 @@ class ChatProcessing(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Changes when the same dialogue would be read otherwise: tokenizer, template, preprocessing, lengths."""
+        """Changes when a dialogue could be read otherwise: tokenizer, template, all settings for pictures, lengths.
+
+        Settings count by themselves. Two that read every picture alike may have two fingerprints.
+        """
         ...
 
 

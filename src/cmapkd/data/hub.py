@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
-from cmapkd.data.conversations import TURN_KEYS, UNREAD_KEYS, is_dialogue, with_turns
+from cmapkd.data.conversations import TURN_KEYS, UNREAD_KEYS, checked_turns, is_dialogue, with_turns
 from cmapkd.data.places import find_files, nearest
 from cmapkd.data.reading import Folder, check_size
 from cmapkd.data.records import TEXT_KEYS, Record, Unusable, parse_captions, parse_id, parse_record
@@ -159,7 +159,9 @@ class HubSource(StoredSource):
         asked = {name: values[name] for name in (*FURTHER_COLUMNS, *self._pools) if name in values}
         record = parse_record({**asked, **unlabelled}, caption_keys=(), texts=self._pools)
         record = Record(captions, record.label, record.questions, texts=record.texts)
-        return with_turns(record, values, pictures=self._num_pictures(entry)) if is_dialogue(values) else record
+        if not is_dialogue(values):
+            return record
+        return checked_turns(with_turns(record, values, pictures=self._num_pictures(entry)))
 
     def _num_pictures(self, entry: int) -> int:
         """How many pictures a row has, without reading them."""

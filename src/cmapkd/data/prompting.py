@@ -70,7 +70,7 @@ class Prompting:
         """The dialogue of this view: of several questions or captions the one that the view draws, or all questions.
 
         Raises:
-            BadSampleError: the sample has nothing that is asked for.
+            BadSampleError: the sample has nothing that is asked for, or its dialogue cannot be used.
         """
         turns = self._chosen(sample, view, number)
         if self.learn == "all":
@@ -83,6 +83,8 @@ class Prompting:
             asked_for = "dialogue, question or caption" if self.kind == "auto" else self.kind
             raise BadSampleError(sample.id, f"no {asked_for} that this run learns from")
         if kind == "turns":
+            if sample.no_turns is not None:
+                raise BadSampleError(sample.id, sample.no_turns)
             return sample.turns
         asked = self._questions(sample) if kind in ("questions", "both") else []
         if kind in ("captions", "both"):
@@ -113,18 +115,21 @@ class Prompting:
         return [(instruction, view.choose(sample.captions))]
 
     def has(self, sample: Sample) -> bool:
-        """Whether there is anything to ask of the sample."""
+        """Whether there is anything to ask of the sample; true of a dialogue that turns out to be unusable."""
         return self._kind(sample) is not None
 
     def _kind(self, sample: Sample) -> Kind | None:
         """What is asked of the sample; None: nothing.
 
-        A caption does not take the place of questions that are not kept: fewer questions change nothing else.
+        A caption does not take the place of questions that are not kept: fewer questions change nothing else. Nor does
+        it take the place of a dialogue that cannot be used.
         """
         for kind in KINDS if self.kind == "auto" else (self.kind,):
             if kind == "questions" and _answered(sample):
                 return kind if self.kept(sample) else None
-            if (kind == "turns" and sample.turns) or (kind == "captions" and sample.captions):
+            if (kind == "turns" and (sample.turns or sample.no_turns is not None)) or (
+                kind == "captions" and sample.captions
+            ):
                 return kind
             if kind == "both" and (sample.captions or self.kept(sample)):
                 return kind
@@ -159,8 +164,8 @@ class Prompting:
         """
         for index in range(min(LOOKED_AT, len(source))):
             try:
-                if self.has(unseen(source, index)):
-                    return
+                self.choose(unseen(source, index), View(), 0)
+                return
             except BadSampleError:
                 continue
         what = "a dialogue, a question with an answer, or a caption" if self.kind == "auto" else f"any {self.kind}"

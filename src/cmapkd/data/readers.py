@@ -14,12 +14,13 @@ from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatInput, ChatItem, ChatProcessing, join_items
 from cmapkd.data.records import Unusable
 from cmapkd.data.turns import Turn
-from cmapkd.data.types import Input, ModelInput, TokenBatch
+from cmapkd.data.types import BadSampleError, Input, ModelInput, Source, TokenBatch
 from cmapkd.data.views import CropBox
 
 T = TypeVar("T")
 
-_TYPICAL_SIDE = 448  # pixels of the picture by which the memory of a dialogue is estimated
+_MEASURED = 16  # samples whose pictures tell the memory of a dialogue
+_UNKNOWN = 12 * 448**2  # bytes of a dialogue where its picture cannot tell: float32 pixels of a usual resolution
 
 
 class Shared:
@@ -84,8 +85,8 @@ class Reader(Protocol):
         """
         ...
 
-    def bytes_of(self, views: int) -> int:
-        """About the bytes of one sample of so many views."""
+    def bytes_of(self, views: int, source: Source) -> int:
+        """About the bytes of one sample of the source, of so many views."""
         ...
 
 
@@ -159,7 +160,7 @@ class DualReader:
         }
         return self.tokenize([*captions]), pools
 
-    def bytes_of(self, views: int) -> int:
+    def bytes_of(self, views: int, source: Source) -> int:  # noqa: ARG002
         return views * self.preprocess(Image.new("RGB", (1, 1))).nbytes
 
 
@@ -169,12 +170,14 @@ class ChatReader:
 
     Attributes:
         max_tokens: longest dialogue with its picture; None: as long as the model takes.
+        num_tokens: how many tokens, the first by id, answers may have, because all models know them; None: all.
     """
 
     reads_together: ClassVar[bool] = True
 
     processor: ChatProcessing
     max_tokens: int | None = None
+    num_tokens: int | None = None
 
     @property
     def looks(self) -> ChatProcessing:
@@ -184,7 +187,8 @@ class ChatReader:
         """The dialogue in the model's tokens, with the crop of its picture if it shows one.
 
         Raises:
-            Unusable: the processor cannot use it, with the processor's reason.
+            Unusable: the processor cannot use it, with the processor's reason; or it is too long, or an answer has a
+                token that another model does not know.
         """
         shown = [_cropped(picture, box)] if any(turn.pictures for turn in said) else []
         try:
@@ -196,6 +200,12 @@ class ChatReader:
         if self.max_tokens is not None and len(item.ids) > self.max_tokens:
             raise Unusable(
                 f"the dialogue has {len(item.ids)} tokens with its picture, more than data.max_tokens={self.max_tokens}"
+            )
+        learned = item.ids[item.answer]
+        if self.num_tokens is not None and len(unknown := learned[learned >= self.num_tokens]):
+            raise Unusable(
+                f"an answer has token {int(unknown[0])}, and the models of this run have only their first "
+                f"{self.num_tokens} tokens in common"
             )
         return item
 
@@ -220,14 +230,28 @@ class ChatReader:
         )
         return join_items([empty if item is None else item for item in items], self.processor.pad_id)
 
-    def bytes_of(self, views: int) -> int:
-        picture = Image.new("RGB", (_TYPICAL_SIDE, _TYPICAL_SIDE), "grey")
+    def bytes_of(self, views: int, source: Source) -> int:
+        """Of the sample with most bytes of a few: processors of any resolution give more of a larger picture."""
+        return views * max(map(self._bytes_of_picture, _sizes(source)), default=_UNKNOWN)
+
+    def _bytes_of_picture(self, size: tuple[int, int]) -> int:
         try:
-            item = self.read(picture, None, (Turn("user", "a", 1), Turn("assistant", "a")))
-        except Unusable:  # too long for a model of small pictures
-            return views * 12 * _TYPICAL_SIDE**2
+            item = self.read(Image.new("RGB", size, "grey"), None, (Turn("user", "a", 1), Turn("assistant", "a")))
+        except Unusable:  # so large a picture is never read: others are, and there may be no room for many
+            return _UNKNOWN
         tensors = (item.ids, item.answer, item.visual, *item.sequence.values(), *item.pictures.values())
-        return views * sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def _sizes(source: Source) -> set[tuple[int, int]]:
+    """Widths and heights of the pictures of a few samples, spread evenly over the source."""
+    sizes = set()
+    for index in range(0, len(source), max(1, len(source) // _MEASURED))[:_MEASURED]:
+        try:
+            sizes.add(source[index].image.size)
+        except BadSampleError:  # the run meets it again
+            continue
+    return sizes
 
 
 def _cropped(picture: Image.Image, box: CropBox | None) -> Image.Image:

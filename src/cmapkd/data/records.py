@@ -34,6 +34,7 @@ class Record:
 
     Attributes:
         turns: a dialogue.
+        no_turns: why the dialogue that stands there cannot be used; none where it can, or where there is no dialogue.
         text_only: whether there is a dialogue, no image and nothing else that could be said of one.
     """
 
@@ -44,6 +45,12 @@ class Record:
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     turns: Dialogue = ()
     text_only: bool = False
+    no_turns: str | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is said beside a dialogue."""
+        return not (self.captions or self.label is not None or self.questions or self.boxes)
 
 
 def iter_captions(source: Source) -> Iterator[str]:

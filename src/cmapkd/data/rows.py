@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from cmapkd.config import ConfigError, closest
-from cmapkd.data.conversations import is_dialogue, with_turns
+from cmapkd.data.conversations import checked_turns, is_dialogue, with_turns
 from cmapkd.data.records import (
     CAPTION_KEYS,
     ID_KEYS,
@@ -20,7 +20,6 @@ from cmapkd.data.records import (
     parse_id,
     parse_record,
 )
-from cmapkd.data.turns import Dialogue
 from cmapkd.data.types import Box, QuestionAnswer
 
 
@@ -53,7 +52,7 @@ class Columns:
 
 @dataclass(slots=True)
 class Group:
-    """What all rows of one sample say."""
+    """What all rows of one sample say. A dialogue is kept as JSON: as objects, its turns need several times as much."""
 
     id: str
     image: str
@@ -62,7 +61,8 @@ class Group:
     questions: list[QuestionAnswer] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
     texts: dict[str, list[str]] = field(default_factory=dict)
-    turns: Dialogue = ()
+    turns: str = "[]"
+    no_turns: str | None = None
     text_only: bool = False
     bad: str | None = None
 
@@ -72,7 +72,6 @@ def grouped(
 ) -> dict[object, Group]:
     """The samples of the rows, in the order of their first row; `seen` receives the names of all columns."""
     groups: dict[object, Group] = {}
-    dialogues: Counter[str] = Counter()  # by the name that they would have
     for number, values in rows:
         if isinstance(values, str):
             groups[number] = Group(f"row-{number}", "", bad=f"{values} (row {number})")
@@ -85,29 +84,46 @@ def grouped(
             groups[number] = Group(f"row-{number}", "", bad=f"{error} (row {number})")
             continue
         if is_dialogue(values):
-            name = identity or image or f"row-{number}"
-            dialogues[name] += 1
-            again = f"#{dialogues[name]}" if dialogues[name] > 1 else ""
-            group = groups[number] = Group(name + again, image)
+            group = groups[number] = Group(identity or image or f"row-{number}", image)
         else:
             group = groups.setdefault((identity, image), Group(identity or image or f"row-{number}", image))
         _add(group, values, columns, number)
+    _number_repeated(groups)
     return groups
+
+
+def _number_repeated(groups: Mapping[object, Group]) -> None:
+    """Gives rows that are samples of their own `#2`, `#3` and so on where another sample has their name."""
+    taken = {group.id for key, group in groups.items() if not isinstance(key, int)}
+    repeated = []
+    for key, group in groups.items():
+        if isinstance(key, int):
+            repeated += [group] * (group.id in taken)
+            taken.add(group.id)
+    following: dict[str, int] = {}
+    for group in repeated:
+        name, number = group.id, following.get(group.id, 2)
+        while f"{name}#{number}" in taken:  # the data may use such a name themselves
+            number += 1
+        group.id, following[name] = f"{name}#{number}", number + 1
+        taken.add(group.id)
 
 
 def _add(group: Group, values: Mapping[str, Any], columns: Columns, number: int) -> None:
     """Adds what a row says to its sample."""
+    label = next((values[key] for key in columns.label if values.get(key) is not None), None)
     try:
         record = parse_record(values, caption_keys=columns.caption, label_keys=(), texts=columns.texts)
         record = with_turns(record, values, pictures=1 if group.image else 0)
+        if label is None:
+            checked_turns(record)
         if not group.image and not record.turns:
-            raise Unusable("image is not named")
+            raise Unusable(record.no_turns or "image is not named")
     except Unusable as error:
         group.bad = group.bad or f"{error} (row {number})"
         return
     if record.captions is not None:
         group.captions = [*(group.captions or ()), *record.captions]
-    label = next((values[key] for key in columns.label if values.get(key) is not None), None)
     if label is not None and group.label not in (None, label):
         group.bad = group.bad or f"labels disagree: {group.label!r} and {label!r} (row {number})"
     if not isinstance(label, str | int | None):
@@ -116,7 +132,10 @@ def _add(group: Group, values: Mapping[str, Any], columns: Columns, number: int)
     group.label = label if group.label is None else group.label
     group.questions += record.questions
     group.boxes += record.boxes
-    group.turns, group.text_only = record.turns, record.text_only and label is None
+    group.text_only, group.no_turns = record.text_only and label is None, record.no_turns
+    if record.turns:
+        turns = [[turn.role, turn.text, turn.pictures, turn.learned] for turn in record.turns]
+        group.turns = json.dumps(turns, separators=(",", ":"))
     for pool, texts in record.texts.items():
         group.texts.setdefault(pool, []).extend(texts)
 

@@ -240,7 +240,8 @@ class StoredSource(ABC):
     def _sample(self, sample_id: str, record: Record, image: Image.Image) -> Sample:
         captions = self._said(record, sample_id)
         questions, boxes, texts, turns = record.questions, record.boxes, record.texts, record.turns
-        return Sample(sample_id, image, captions, record.label, questions, boxes, texts, turns)
+        no_turns = record.no_turns
+        return Sample(sample_id, image, captions, record.label, questions, boxes, texts, turns, no_turns)
 
     def id(self, index: int) -> str:
         """The id of the sample at `index`, whether it is good or not."""

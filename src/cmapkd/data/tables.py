@@ -80,15 +80,16 @@ class TableSource(StoredSource):
         )
 
     def _record(self, entry: int) -> Record:
-        _, captions, label, questions, boxes, texts, turns, text_only = json.loads(self._rows[entry])
+        _, captions, label, questions, boxes, texts, turns, text_only, no_turns = json.loads(self._rows[entry])
         return Record(
             None if captions is None else tuple(captions),
             None if label is None else parse_label(label, self._label_numbers),
             tuple(QuestionAnswer(question, tuple(answers), *rest) for question, answers, *rest in questions),
             tuple(Box(*box) for box in boxes),
             {pool: tuple(written) for pool, written in texts.items()},
-            tuple(Turn(*turn) for turn in turns),
+            tuple(Turn(*turn) for turn in json.loads(turns)),
             text_only,
+            no_turns,
         )
 
     def _image(self, entry: int) -> bytes:
@@ -117,8 +118,8 @@ def _check_images(name: str, names: list[str], images: Images) -> None:
 def _pack(group: Group) -> str:
     questions = [[q.question, q.answers, q.kind, q.id, q.category] for q in group.questions]
     boxes = [[b.x, b.y, b.width, b.height, b.name, b.crowd, b.area] for b in group.boxes]
-    turns = [[turn.role, turn.text, turn.pictures, turn.learned] for turn in group.turns]
-    values = [group.image, group.captions, group.label, questions, boxes, group.texts, turns, group.text_only]
+    dialogue = [group.turns, group.text_only, group.no_turns]
+    values = [group.image, group.captions, group.label, questions, boxes, group.texts, *dialogue]
     return json.dumps(values, separators=(",", ":"))
 
 

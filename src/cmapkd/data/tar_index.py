@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cmapkd.data.conversations import with_turns
+from cmapkd.data.conversations import checked_turns, with_turns
 from cmapkd.data.reading import IMAGE_EXTENSIONS, is_safe_name
 from cmapkd.data.records import (
     MAX_TEXT_BYTES,
@@ -29,7 +29,7 @@ from cmapkd.data.records import (
     parse_texts,
 )
 
-INDEX_VERSION = 1  # raised with any change of what an index says of the same tar
+INDEX_VERSION = 2  # raised with any change of what an index says of the same tar
 
 JSON_CAPTION_KEYS = ("captions", "caption")
 TEXT_EXTENSIONS = ("txt", "text", "caption")
@@ -114,7 +114,8 @@ def read_record(
     if SYNTHETIC in texts:
         further = {**further, **parse_texts(parse_json(texts[SYNTHETIC]), pools)}
     silent = record.text_only and not captions and label is None
-    return replace(record, captions=captions, label=label, texts=further, text_only=silent), identity
+    record = replace(record, captions=captions, label=label, texts=further, text_only=silent)
+    return checked_turns(record), identity
 
 
 def build_index(path: Path, stamp: tuple[int, int]) -> TarIndex:

@@ -56,7 +56,8 @@ class Sample:
 
     `id` is stable: the same sample has the same id in every process, run and order of reading; views and caches are
     keyed by it. `image` is RGB, upright (EXIF applied) and of any size. `texts` are further texts by pool: `synthetic`
-    are captions that a model wrote, other pools what the user named. `turns` are a dialogue about the image.
+    are captions that a model wrote, other pools what the user named. `turns` are a dialogue about the image; where one
+    stands there that cannot be used, `no_turns` says why, and the rest of the sample is good.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Sample:
     boxes: tuple[Box, ...] = ()
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     turns: Dialogue = ()
+    no_turns: str | None = None
 
     def renamed(self, sample_id: str) -> Sample:
         """The same sample under another id."""

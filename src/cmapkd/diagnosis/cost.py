@@ -21,7 +21,7 @@ from cmapkd.diagnosis.finding import Finding
 from cmapkd.methods import Method
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models.reading import reader_of
-from cmapkd.run import RunConfig, plan_cache, readers
+from cmapkd.run import RunConfig, plan_cache, readers_of
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
 
@@ -53,7 +53,7 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choi
     except ValueError as error:
         yield Finding("problem", "steps", str(error))
         return
-    models = readers(method.student, *method.teachers.values(), max_tokens=config.data.max_tokens)
+    models = readers_of(method, config)
     builder = BatchBuilder(
         source,
         config.data.views,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +20,7 @@ from cmapkd.models.generative import ChatProcessor
 
 _PROBE = (Turn("user", "What is it?", pictures=1), Turn("assistant", "cmapkd"))
 _PROBE_TEXT = (Turn("user", "How many, and where?"), Turn("assistant", "2 of 10"))
+_NAMES = ("image_processor_type", "processor_class", "auto_map")  # of a saved image processor; none is a setting
 
 
 class HfChatProcessor(ChatProcessor):
@@ -26,8 +28,11 @@ class HfChatProcessor(ChatProcessor):
 
     The template is applied to all turns before the last answer, with its generation prompt, and the processor expands
     the pictures. The answer is tokenised apart, without special tokens, and its end token is appended. Equal answers
-    therefore have equal tokens in all models that share a tokenizer. Earlier answers are learned too, but for those
-    whose turn says that they are not.
+    therefore have equal tokens in all models that share a tokenizer and write the same before an answer. Earlier
+    answers are learned too, but for those whose turn says that they are not.
+
+    Some templates write a space before an answer that their generation prompt leaves to the model (SmolVLM). The model
+    learns that space as the beginning of the answer, and `decode` leaves it out.
 
     The end token is the first special token that the template puts behind an answer; where there is none, the
     tokenizer's own. Every tensor that the processor gives is kept.
@@ -38,6 +43,8 @@ class HfChatProcessor(ChatProcessor):
         max_tokens: longest dialogue with its picture, in tokens.
         picture_options: for the image processor, at each call.
         nested: whether the processor puts a batch axis before its rows of pictures (Idefics3).
+    Attributes:
+        lead: whitespace that the model writes before each answer; mostly none.
     Raises:
         ConfigError: the template or the tokenizer cannot serve a model that writes.
     """
@@ -55,6 +62,7 @@ class HfChatProcessor(ChatProcessor):
         self.native, self.image_id, self.max_tokens = native, image_id, max_tokens
         self.picture_options, self.nested = dict(picture_options or {}), nested
         self.end_id = self._end_token(name)
+        self.lead = self._before_answers()
         pad = native.tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
         self._forbidden = re.compile("|".join(map(re.escape, self._control_texts())))
@@ -82,17 +90,17 @@ class HfChatProcessor(ChatProcessor):
         text: str = self.native.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text
+        return text.removeprefix(self.lead)
 
     def encode_answer(self, text: str) -> list[int]:
-        """The tokens of an answer and the end token after them.
+        """The tokens of an answer, with what the model writes before it, and the end token after them.
 
         Raises:
             ValueError: the answer is empty, or its tokens do not stand for it.
         """
         if not text.strip():
             raise ValueError("the answer is empty")
-        ids: list[int] = self.native.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._bare_ids(self.lead + text)
         if self.decode(ids) != text:
             raise ValueError(f"the answer {text[:80]!r} does not survive the tokenizer: {self.decode(ids)[:80]!r}")
         return [*ids, self.end_id]
@@ -108,8 +116,12 @@ class HfChatProcessor(ChatProcessor):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Of the template, of probes as they are read, and of the tokenizer's pieces."""
-        digest = hashlib.sha256(repr((self.native.chat_template, self.max_tokens, self.end_id)).encode())
+        """Of the template, of all settings for pictures, of probes as they are read, and of the tokenizer's pieces.
+
+        Probes are small. They do not show limits that only large pictures reach, so the settings count too.
+        """
+        settings = (self.native.chat_template, self.max_tokens, self.end_id, self.image_id, self._picture_settings())
+        digest = hashlib.sha256(repr(settings).encode())
         for dialogue in (_PROBE, _PROBE_TEXT):
             found = self._processed(self._rendered(dialogue[:-1], prompt=True), _probe_pictures(dialogue))
             for key in sorted(found):
@@ -118,6 +130,15 @@ class HfChatProcessor(ChatProcessor):
             digest.update(repr(self.encode_answer(dialogue[-1].text)).encode())
         digest.update(vocabulary_digest(self.native.tokenizer).encode())
         return digest.hexdigest()[:32]
+
+    def _picture_settings(self) -> str:
+        """All settings of the image processor, but for the name of its class, as JSON."""
+        settings = {
+            key: value
+            for key, value in self.native.image_processor.to_dict().items()
+            if value is not None and key not in _NAMES
+        }
+        return json.dumps([settings, self.picture_options], sort_keys=True, default=str)
 
     def _check(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> None:
         if len(dialogue) < 2 or dialogue[-1].role != "assistant":
@@ -183,6 +204,10 @@ class HfChatProcessor(ChatProcessor):
         ids: list[int] = self.native.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
         return ids
 
+    def _bare_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.native.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
     def _adds_special(self, text: str) -> bool:
         """Templates that write the start token themselves are not given a second one."""
         start = self.native.tokenizer.bos_token
@@ -215,11 +240,26 @@ class HfChatProcessor(ChatProcessor):
         if not found:
             raise ConfigError(f"the chat template of {name} leaves out the assistant's text")
         special = control_ids(self.native.tokenizer)
-        behind = self.native.tokenizer(rest, add_special_tokens=False)["input_ids"]
-        end: int | None = next((token for token in behind if token in special), self.native.tokenizer.eos_token_id)
+        end: int | None = next(
+            (token for token in self._bare_ids(rest) if token in special), self.native.tokenizer.eos_token_id
+        )
         if end is None:
             raise ConfigError(f"{name} has no end token, in its chat template or its tokenizer: it would never stop")
         return end
+
+    def _before_answers(self) -> str:
+        """Whitespace of the template between its generation prompt and an answer.
+
+        It is none where the tokenizer puts a space before a text by itself, as Llama's does.
+        """
+        question, answer = _PROBE
+        prompt, whole = self._rendered([question], prompt=True), self._rendered([question, answer], prompt=False)
+        start = whole.rfind(answer.text)
+        lead = whole[len(prompt) : start]
+        if not whole.startswith(prompt) or lead.strip():
+            return ""
+        written = self._plain_ids(whole[: start + len(answer.text)])
+        return "" if written == [*self._plain_ids(prompt), *self._bare_ids(answer.text)] else lead
 
     def _control_texts(self) -> list[str]:
         """Texts that would become control tokens, or that the processor would expand to a picture."""

@@ -23,7 +23,7 @@ from cmapkd.models.hf_tokenizer import (
     load_tokenizer,
     pad_on_the_right,
 )
-from cmapkd.models.hf_vlm_build import HfVlmOptions
+from cmapkd.models.hf_vlm_build import HfVlmOptions, check_library
 from cmapkd.models.hf_vlm_build import assemble as assemble_vlm
 from cmapkd.models.hub import hub_options, locate
 from cmapkd.models.storage import check_sizes
@@ -59,7 +59,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Mod
     else:
         if local:
             _check_weight_files(Path(source))
-        model = _pretrained(source, model_config, fetching, config.name)
+        half = config.dtype == "bf16" and model_config.model_type in LAYOUTS
+        model = _pretrained(source, model_config, fetching, config.name, torch.bfloat16 if half else torch.float32)
     where = f"options of {config.name}"
     if model_config.model_type in LAYOUTS:
         chosen = HfVlmOptions.from_mapping(config.options, where=where)
@@ -110,6 +111,7 @@ def _config(source: str, local: bool, fetching: dict[str, Any], where: str) -> A
         )
     check_sizes(config.to_dict(), where=where)
     if config.model_type in LAYOUTS:
+        check_library(where)
         return config
     for key in ("image_size", "patch_size"):
         if not isinstance(getattr(config.vision_config, key), int):
@@ -129,15 +131,19 @@ def _scratch(config: Any) -> Any:
     return model
 
 
-def _pretrained(source: str, config: Any, fetching: dict[str, Any], where: str) -> Any:
-    """Weights as float32, from safetensors or from a file that loads without unpickling objects.
+def _pretrained(
+    source: str, config: Any, fetching: dict[str, Any], where: str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Weights from safetensors, or from a file that loads without unpickling objects.
 
+    Args:
+        dtype: of the weights, from the start: a model in half precision never takes the memory of a whole one.
     Raises:
         ValueError: they are missing, unsafe or do not fit.
     """
     try:
         model, report = _class(config).from_pretrained(
-            source, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True, **fetching
+            source, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **fetching
         )
     except Exception as error:
         raise ValueError(

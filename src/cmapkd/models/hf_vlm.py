@@ -322,6 +322,7 @@ def _vocabulary(model: Any, processor: HfChatProcessor, name: str) -> Vocabulary
         image_id=processor.image_id,
         digest=vocabulary_digest(tokenizer),
         pieces=tuple(piece or "" for piece in tokenizer.convert_ids_to_tokens(range(size))),
+        lead=processor.lead,
     )
 
 

@@ -13,6 +13,9 @@ from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.vlm_layouts import LAYOUTS
 
+OLDEST = 5
+"""Major version of transformers, below which these models have other parts and processors."""
+
 
 class HfVlmOptions(Config):
     """What can be chosen about an image-text model of transformers that writes."""
@@ -47,6 +50,22 @@ def assemble(
     return made
 
 
+def check_library(name: str) -> None:
+    """Refuses a transformers whose models that write have other parts than `LAYOUTS` says.
+
+    Raises:
+        ConfigError: it is older than 5.
+    """
+    import transformers
+
+    found = str(transformers.__version__)
+    if int(found.partition(".")[0]) < OLDEST:
+        raise ConfigError(
+            f"{name} writes, and models that write need transformers {OLDEST} or newer. Installed is {found}: "
+            "pip install --upgrade transformers"
+        )
+
+
 def read_processor(source: str, fetching: dict[str, Any], name: str) -> Any:
     from transformers import AutoProcessor
 
@@ -71,8 +90,10 @@ def processor_of(native: Any, config: Any, *, name: str, max_tokens: int | None 
     """transformers' processor as the model of that config needs it.
 
     Raises:
-        ConfigError: more tokens are allowed than the model takes, or the processor does not fit.
+        ConfigError: more tokens are allowed than the model takes, the processor does not fit, or transformers is too
+            old.
     """
+    check_library(name)
     longest = int(config.text_config.max_position_embeddings)
     if max_tokens is not None and max_tokens > longest:
         raise ConfigError(f"max_tokens {max_tokens} is more than {name} takes: {longest} tokens")

@@ -8,13 +8,14 @@ from cmapkd.models.contracts import dual
 from cmapkd.models.generative import GenerativeModel
 
 
-def reader_of(model: Model, *, max_tokens: int | None = None) -> Reader:
+def reader_of(model: Model, *, max_tokens: int | None = None, num_tokens: int | None = None) -> Reader:
     """How a model of either contract reads a batch.
 
     Args:
         max_tokens: longest dialogue with its picture, for models that write; None: as long as the model takes.
+        num_tokens: tokens that their answers may have, the first by id; None: all.
     """
     if isinstance(model, GenerativeModel):
-        return ChatReader(model.processor, max_tokens)
+        return ChatReader(model.processor, max_tokens, num_tokens)
     embedding = dual(model, "a batch of captions")
     return DualReader(embedding.image_spec, embedding.tokenizer)

@@ -15,8 +15,14 @@ def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
     common ones: cut both heads by `cut_head`.
 
     Raises:
-        ConfigError: the tokens differ, it is not known whether they do, or an end token is none of the common ones.
+        ConfigError: the tokens differ, it is not known whether they do, an end token is none of the common ones, or
+            the chat templates write other whitespace before an answer.
     """
+    if teacher.lead != student.lead:
+        raise ConfigError(
+            f"the teacher writes {teacher.lead!r} before an answer and the student {student.lead!r}, so their answers "
+            "have other tokens. Give the student a chat template that writes the teacher's text there."
+        )
     if teacher.digest == student.digest and teacher.size == student.size:
         return student.size
     common = min(teacher.size, student.size)

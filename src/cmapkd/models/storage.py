@@ -31,7 +31,12 @@ WEIGHTS = "model.safetensors"
 MAX_LAYERS = 1000
 MAX_WIDTH = 65_536
 MAX_SIZE = 10_000_000  # of anything else that a config counts: vocabularies, pixels, places
-_LIMITS = ((("layers", "depth"), MAX_LAYERS), (("width", "dim", "hidden"), MAX_WIDTH))  # by words in a key
+MAX_BASE = 10**30  # of rotary positions: a number that only enters a formula, 1e9 in models of long contexts
+_LIMITS = (  # by words in a key
+    (("theta", "base_freq"), MAX_BASE),
+    (("layers", "depth"), MAX_LAYERS),
+    (("width", "dim", "hidden"), MAX_WIDTH),
+)
 
 
 def check_sizes(config: Mapping[str, Any], *, where: str | Path) -> None:

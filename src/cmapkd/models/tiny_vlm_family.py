@@ -81,7 +81,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
             raise ConfigError(f"the tokenizer of {teacher.name} is none of transformers: set the option tokenizer: own")
         tokens, picture = copy.deepcopy(native.tokenizer), teacher.vocabulary.image_id
         end = tokens.convert_ids_to_tokens(teacher.vocabulary.end_ids[0])
-        return _assemble(options, tokens, tokens.convert_ids_to_tokens(picture), end, config.name)
+        word, lead = tokens.convert_ids_to_tokens(picture), teacher.vocabulary.lead
+        return _assemble(options, tokens, word, end, config.name, lead)
     if captions is None:
         raise ConfigError(
             f"tiny_vlm:{rest} is untrained and learns its tokenizer from texts: give it data, or a teacher that writes"
@@ -129,8 +130,8 @@ def _check(options: TinyVlmOptions, rest: str) -> None:
         raise ConfigError(f"options of tiny_vlm:{rest}: {'; '.join(problems)}")
 
 
-def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str) -> HfVlm:
-    made = (_untrained if options.image is None else _around_tower)(options, tokens, picture, end, name)
+def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, lead: str = "") -> HfVlm:
+    made = (_untrained if options.image is None else _around_tower)(options, tokens, picture, end, name, lead)
     parts = [part for part, names in made.parts.items() if names]
     made.random_parts = tuple(part for part in parts if part != "vision" or options.image is None)
     if options.lora is not None:
@@ -138,7 +139,7 @@ def _assemble(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name
     return made
 
 
-def _around_tower(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str) -> HfVlm:
+def _around_tower(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, lead: str) -> HfVlm:
     """An untrained language model behind an image tower of another model."""
     from transformers import Qwen2ForCausalLM
 
@@ -148,10 +149,10 @@ def _around_tower(options: TinyVlmOptions, tokens: Any, picture: str, end: str, 
     level = options.image_level or (tower.levels[-2].name if len(tower.levels) > 1 else None)
     vision = VisualTokens(tower, level)
     model = Qwen2ForCausalLM(_language(options, tokens, end)).float()
-    return vlm_family.assembled(vision, Language(model, tokens, picture), "mlp", name=name)
+    return vlm_family.assembled(vision, Language(model, tokens, picture, lead), "mlp", name=name)
 
 
-def _untrained(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str) -> HfVlm:
+def _untrained(options: TinyVlmOptions, tokens: Any, picture: str, end: str, name: str, lead: str) -> HfVlm:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessor
 
     side = options.image_size
@@ -171,7 +172,7 @@ def _untrained(options: TinyVlmOptions, tokens: Any, picture: str, end: str, nam
         patch_size=options.patch_size,
         vision_feature_select_strategy="full",
         image_token=picture,
-        chat_template=template_of(picture, start=start, end=end),
+        chat_template=template_of(picture, start=start, end=end, lead=lead),
     )
     processor = processor_of(native, config, name=name)
     return HfVlm(LlavaForConditionalGeneration(config).float(), processor=processor, name=name)

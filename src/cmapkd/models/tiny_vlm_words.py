@@ -8,21 +8,26 @@ from typing import Any
 PAD, START, END = "<pad>", "<|im_start|>", "<|im_end|>"
 
 
-def template_of(picture: str, *, start: str = START, end: str = END, assistant: str = "assistant") -> str:
+def template_of(
+    picture: str, *, start: str = START, end: str = END, assistant: str = "assistant", lead: str = ""
+) -> str:
     """A chat template in the form of ChatML, with a generation prompt.
 
     Args:
         picture: what stands for a picture.
         start, end: the tokens around each turn.
         assistant: the name of who answers.
+        lead: whitespace before each answer, which a generation prompt leaves to the model.
     """
     role = "message['role']"
     if assistant != "assistant":
         role = f"{assistant!r} if {role} == 'assistant' else {role}"
+    before = f"{{% if message['role'] == 'assistant' %}}{{{{ {lead!r} }}}}{{% endif %}}" if lead else ""
     newline = "{{ '\\n' }}"  # an expression, because Jinja drops a newline that follows a block
     return (
         "{% for message in messages %}"
         f"{start}{{{{ {role} }}}}{newline}"
+        f"{before}"
         "{% for part in message['content'] %}"
         f"{{% if part['type'] == 'image' %}}{picture}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
         "{% endfor %}"

@@ -32,6 +32,7 @@ class Vocabulary:
         digest: of all (id, piece); equal digests are equal vocabularies.
         pieces: by id, as the tokenizer names them; empty where they are not known. With them, two vocabularies of which
             one has more tokens at its end can be told to agree on the others.
+        lead: whitespace that is written before each answer and is no part of its text; mostly none.
     """
 
     size: int
@@ -41,6 +42,7 @@ class Vocabulary:
     image_id: int
     digest: str
     pieces: tuple[str, ...] = field(default=(), repr=False)
+    lead: str = ""
 
 
 @dataclass(frozen=True, slots=True)

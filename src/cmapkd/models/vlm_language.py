@@ -41,11 +41,12 @@ class LanguageConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """A language model with its head, the tokenizer, and the token that stands for a picture."""
+    """A language model with its head, the tokenizer, the token that stands for a picture, and what begins answers."""
 
     model: Any
     tokenizer: Any
     picture: str
+    lead: str = ""
 
 
 def build_language(config: LanguageConfig, *, where: str) -> Language:
@@ -146,21 +147,21 @@ def processor_for(language: Language, spec: ImageSpec, count: int) -> Any:
         num_additional_image_tokens=count - 1,
         vision_feature_select_strategy="full",
         image_token=language.picture,
-        chat_template=_template(tokens, language.picture),
+        chat_template=_template(tokens, language.picture, language.lead),
     )
 
 
-def _template(tokens: Any, picture: str) -> str:
+def _template(tokens: Any, picture: str, lead: str) -> str:
     known = tokens.get_vocab()
     if START in known and END in known:
-        return template_of(picture)
+        return template_of(picture, lead=lead)
     if {"<start_of_turn>", "<end_of_turn>"} <= known.keys():
-        return template_of(picture, start="<start_of_turn>", end="<end_of_turn>", assistant="model")
+        return template_of(picture, start="<start_of_turn>", end="<end_of_turn>", assistant="model", lead=lead)
     if tokens.eos_token is None:
         raise ConfigError(
             "the tokenizer has no end token (eos_token), so answers would never end: set one in its files"
         )
-    return template_of(picture, start="", end=tokens.eos_token)
+    return template_of(picture, start="", end=tokens.eos_token, lead=lead)
 
 
 def _keep_layers(model: Any, count: int, name: str) -> None:

@@ -47,7 +47,7 @@ LAYOUTS: Mapping[str, VlmLayout] = {
     "qwen2_vl": VlmLayout("Qwen2VLForConditionalGeneration", *_PACKED, packed=True, width="embed_dim"),
     "qwen2_5_vl": VlmLayout("Qwen2_5_VLForConditionalGeneration", *_PACKED, packed=True, windowed=True),
     "qwen3_vl": VlmLayout("Qwen3VLForConditionalGeneration", *_PACKED, packed=True),
-    # Its processor's own default, to cut pictures into tiles, wins over the image processor's settings.
+    # The processor's own default, to cut pictures into tiles, wins over the folder's settings: pictures are whole here.
     "internvl": VlmLayout("InternVLForConditionalGeneration", *_TILES, picture_options={"crop_to_patches": False}),
     "gemma3": VlmLayout("Gemma3ForConditionalGeneration", *_TILES),
 }

@@ -9,6 +9,7 @@ from cmapkd.run.build import (
     method_of,
     open_training,
     readers,
+    readers_of,
     texts_of,
     vocabulary_captions,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "open_training",
     "plan_cache",
     "readers",
+    "readers_of",
     "run",
     "texts_of",
     "vocabulary_captions",

@@ -17,6 +17,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
+from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher
 from cmapkd.models.reading import reader_of
 from cmapkd.run.config import RunConfig
@@ -216,11 +217,20 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
     return ClassPrompts(names, get_templates(config.evaluation.templates, source))
 
 
-def readers(student: Model, *teachers: Teacher | None, max_tokens: int | None = None) -> dict[str, Reader]:
+def readers(
+    student: Model, *teachers: Teacher | None, max_tokens: int | None = None, num_tokens: int | None = None
+) -> dict[str, Reader]:
     """How each model of a run reads a batch; a momentum teacher reads what the student reads."""
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
-    return {role: reader_of(model, max_tokens=max_tokens) for role, model in models.items()}
+    return {role: reader_of(model, max_tokens=max_tokens, num_tokens=num_tokens) for role, model in models.items()}
+
+
+def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:
+    """The readers of a method's models. Where next tokens are compared, answers have only tokens that both know."""
+    num_tokens = method.num_tokens if isinstance(method, GenerativeMethod) else None
+    limits = {"max_tokens": config.data.max_tokens, "num_tokens": num_tokens}
+    return readers(method.student, *method.teachers.values(), **limits)
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

@@ -27,7 +27,7 @@ from cmapkd.run.build import (
     heads_of,
     method_of,
     open_training,
-    readers,
+    readers_of,
     texts_of,
     with_held_out,
 )
@@ -182,7 +182,7 @@ def _prepare(
     )
     trainer = Trainer(
         method,
-        _batches(config, source, student, method, stored, texts),
+        _batches(config, source, method, stored, texts),
         config.training,
         config.optim,
         out=out,
@@ -207,7 +207,6 @@ def _prepare(
 def _batches(
     config: RunConfig,
     source: Source,
-    student: Model,
     method: Method,
     stored: dict[str, Answers],
     texts: Choice,
@@ -216,7 +215,7 @@ def _batches(
     builder = BatchBuilder(
         source,
         config.data.views,
-        readers(student, *method.teachers.values(), max_tokens=config.data.max_tokens),
+        readers_of(method, config),
         seed=config.seed,
         on_bad_sample=config.data.on_bad_sample,
         stored=stored,

@@ -43,10 +43,10 @@ class SceneSample(Sample):
     ) -> None:
         label = _LABELS[scene.objects[0].name]
         given = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene}
-        for name, value in (given | {"_language": language, "_wrong": wrong}).items():
+        given |= {"_language": language, "_wrong": wrong, "turns": (), "no_turns": None}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_made", {})
-        object.__setattr__(self, "turns", ())
 
     def _make(self, name: str, maker: Callable[[], tuple[T, ...]]) -> tuple[T, ...]:
         if name not in self._made:

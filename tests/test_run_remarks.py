@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from cmapkd.data.open import open_source
+from cmapkd.diagnosis.writing import compare_writers
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.headline import scored_set
 from cmapkd.evaluation.run import evaluate
@@ -20,9 +22,10 @@ from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.run.lock import locked
 from cmapkd.run.measure import Measured
-from cmapkd.run.remarks import remarks_on_data, remarks_on_length, remarks_on_teachers
+from cmapkd.run.remarks import remarks_on_data, remarks_on_ends, remarks_on_length, remarks_on_teachers
 from cmapkd.training.progress import Outlook, Pace, TrainingDisplay, shown_rate, shown_time
 from helpers import MemorySource, make_model
+from writers import make_task
 
 TIMM = {"embed_dim": 16, "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": 12, "image_size": 64}
 TRAIN = "scenes?length=30&size=32"
@@ -67,6 +70,21 @@ def test_a_warm_up_longer_than_the_run_is_told_of() -> None:
     assert "the run has 60 steps, and optim.warmup_steps is 100: the learning rate ends at 0.0006 of 0.001" in said
     assert "optim.warmup_steps=6" in said
     assert not [*remarks_on_length(config(), 101)]
+
+
+def test_answers_that_end_with_different_tokens_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make_task("token_kd")
+    assert not [*remarks_on_ends(method)]
+    words = method.student.vocabulary
+    first, other = words.end_ids[0], words.pad_id + 1 if words.pad_id == words.end_ids[0] else words.pad_id
+    monkeypatch.setattr(method.student, "vocabulary", replace(words, end_ids=(other, first)))
+    (said,) = remarks_on_ends(method)
+    assert f"teacher: the student's answers end with token {other} {words.pieces[other]!r}" in said
+    assert f"and the teacher's with token {first} {words.pieces[first]!r}" in said
+    found = compare_writers(method.student, method.teachers["teacher"].model)  # type: ignore[arg-type]
+    assert found[-1].level == "note"
+    assert found[-1].detail in said
+    assert not [*remarks_on_ends(make_task("sft", student=method.student))]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ from cmapkd.config import counted
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.types import Source
 from cmapkd.evaluation.suite import same_samples
+from cmapkd.methods import Method
+from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models.shared_vocabulary import remark_on_ends
 from cmapkd.models.untrained import remark_on_untrained
 from cmapkd.run.config import RunConfig
 from cmapkd.run.measure import Measured
@@ -34,6 +37,15 @@ def remarks_on_data(config: RunConfig, source: Source, measured: Measured) -> It
             "data.test and data.val are the same samples: the best step is chosen by the scores that are reported. "
             "Name others for data.test."
         )
+
+
+def remarks_on_ends(method: Method) -> Iterator[str]:
+    """A sentence where the answers of a student end with another token than those of the teacher it is compared to."""
+    if not isinstance(method, GenerativeMethod) or not method.teachers or not method.compares_tokens:
+        return
+    (role, teacher), *_ = method.teachers.items()
+    if (remark := remark_on_ends(teacher.model.vocabulary, method.student.vocabulary)) is not None:
+        yield f"{role}: {remark}"
 
 
 def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:

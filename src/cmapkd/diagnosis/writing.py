@@ -20,7 +20,7 @@ from cmapkd.features.top_tokens import top_tokens
 from cmapkd.models.base import eval_mode
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.shared_vocabulary import check_same_vocabulary, named_token, remark_on_ends
-from cmapkd.models.token_types import TokenFeatures, TokenNeeds, Vocabulary
+from cmapkd.models.token_types import TokenFeatures, TokenNeeds
 
 READ_DIALOGUES = 64  # spread over the source
 JUDGED_DIALOGUES = 32  # of them, whose answers are judged with the right picture and with another one

@@ -49,9 +49,9 @@ def remark_on_ends(teacher: Vocabulary, student: Vocabulary) -> str | None:
     if theirs == own:
         return None
     return (
-        f"the student's answers end with {named_token(student, own)}, and the teacher's with {named_token(teacher, theirs)}: "
-        "behind every answer the data teach the one and the teacher teaches the other. Give both models one chat "
-        "template, for example the instruct version of the student"
+        f"the student's answers end with {named_token(student, own)}, and the teacher's with "
+        f"{named_token(teacher, theirs)}: behind an answer the data teach the one, and the teacher teaches the other. "
+        "Give both models one chat template, for example the instruct version of the student"
     )
 
 

@@ -21,7 +21,7 @@ def uniforms(count: int, *parts: object) -> NDArray[np.float64]:
 
 
 class _Numbers(threading.local):
-    """A generator of each thread that is set to the beginning of a key, which costs about a seventh of a new generator."""
+    """A generator of each thread, set to the beginning of a key: about a seventh of the cost of a new generator."""
 
     def __init__(self) -> None:
         bits = np.random.Philox(key=0)

@@ -22,7 +22,13 @@ from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.run.lock import locked
 from cmapkd.run.measure import Measured
-from cmapkd.run.remarks import remarks_on_data, remarks_on_ends, remarks_on_length, remarks_on_teachers
+from cmapkd.run.remarks import (
+    remarks_on_data,
+    remarks_on_ends,
+    remarks_on_length,
+    remarks_on_questions,
+    remarks_on_teachers,
+)
 from cmapkd.training.progress import Outlook, Pace, TrainingDisplay, shown_rate, shown_time
 from helpers import MemorySource, make_model
 from writers import make_task
@@ -85,6 +91,26 @@ def test_answers_that_end_with_different_tokens_are_told_of(monkeypatch: pytest.
     assert found[-1].level == "note"
     assert found[-1].detail in said
     assert not [*remarks_on_ends(make_task("sft", student=method.student))]
+
+
+def test_questions_that_are_never_asked_are_told_of() -> None:
+    def said(cache: str = "auto", **data: Any) -> list[str]:
+        values = {"student": "tiny_vlm:small", "teacher": "tiny_vlm:scenes-teacher", "data": {"train": TRAIN, **data}}
+        values |= {"method": {"name": "token_kd", "top_k": 8}, "training": {"steps": 9, "batch_size": 8}}
+        settings = RunConfig.from_mapping({**values, "cache": cache})
+        return [*remarks_on_questions(settings, open_source(TRAIN, split="train"))]
+
+    (warned,) = said(prompts="questions")
+    source = open_source(TRAIN, split="train")
+    mean = sum(len(source[index].questions) for index in range(16)) / 16
+    assert mean > 4
+    assert f"about {mean:.0f} questions, and its 4 views repeat" in warned
+    assert f"data.views.num_views={4 * round(mean)}" in warned
+    assert not said(prompts={"kind": "questions", "share": 0.1})
+    assert not said(prompts={"kind": "questions", "join": True})
+    assert not said(prompts="captions")
+    assert not said(prompts="questions", views={"num_views": 4 * round(mean), "crop_scale": [1.0, 1.0]})
+    assert not said("off", prompts="questions")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from cmapkd.data.open import open_source
+from cmapkd.diagnosis.writing import compare_writers
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.headline import scored_set
 from cmapkd.evaluation.run import evaluate
@@ -20,9 +22,16 @@ from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.run.lock import locked
 from cmapkd.run.measure import Measured
-from cmapkd.run.remarks import remarks_on_data, remarks_on_length, remarks_on_teachers
+from cmapkd.run.remarks import (
+    remarks_on_data,
+    remarks_on_ends,
+    remarks_on_length,
+    remarks_on_questions,
+    remarks_on_teachers,
+)
 from cmapkd.training.progress import Outlook, Pace, TrainingDisplay, shown_rate, shown_time
 from helpers import MemorySource, make_model
+from writers import make_task
 
 TIMM = {"embed_dim": 16, "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": 12, "image_size": 64}
 TRAIN = "scenes?length=30&size=32"
@@ -67,6 +76,41 @@ def test_a_warm_up_longer_than_the_run_is_told_of() -> None:
     assert "the run has 60 steps, and optim.warmup_steps is 100: the learning rate ends at 0.0006 of 0.001" in said
     assert "optim.warmup_steps=6" in said
     assert not [*remarks_on_length(config(), 101)]
+
+
+def test_answers_that_end_with_different_tokens_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make_task("token_kd")
+    assert not [*remarks_on_ends(method)]
+    words = method.student.vocabulary
+    first, other = words.end_ids[0], words.pad_id + 1 if words.pad_id == words.end_ids[0] else words.pad_id
+    monkeypatch.setattr(method.student, "vocabulary", replace(words, end_ids=(other, first)))
+    (said,) = remarks_on_ends(method)
+    assert f"teacher: the student's answers end with token {other} {words.pieces[other]!r}" in said
+    assert f"and the teacher's with token {first} {words.pieces[first]!r}" in said
+    found = compare_writers(method.student, method.teachers["teacher"].model)  # type: ignore[arg-type]
+    assert found[-1].level == "note"
+    assert found[-1].detail in said
+    assert not [*remarks_on_ends(make_task("sft", student=method.student))]
+
+
+def test_questions_that_are_never_asked_are_told_of() -> None:
+    def said(cache: str = "auto", **data: Any) -> list[str]:
+        values = {"student": "tiny_vlm:small", "teacher": "tiny_vlm:scenes-teacher", "data": {"train": TRAIN, **data}}
+        values |= {"method": {"name": "token_kd", "top_k": 8}, "training": {"steps": 9, "batch_size": 8}}
+        settings = RunConfig.from_mapping({**values, "cache": cache})
+        return [*remarks_on_questions(settings, open_source(TRAIN, split="train"))]
+
+    (warned,) = said(prompts="questions")
+    source = open_source(TRAIN, split="train")
+    mean = sum(len(source[index].questions) for index in range(16)) / 16
+    assert mean > 4
+    assert f"about {mean:.0f} questions, and its 4 views repeat" in warned
+    assert f"data.views.num_views={4 * round(mean)}" in warned
+    assert not said(prompts={"kind": "questions", "share": 0.1})
+    assert not said(prompts={"kind": "questions", "join": True})
+    assert not said(prompts="captions")
+    assert not said(prompts="questions", views={"num_views": 4 * round(mean), "crop_scale": [1.0, 1.0]})
+    assert not said("off", prompts="questions")
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,12 @@ from cmapkd.data.records import Unusable
 from cmapkd.data.turns import Turn
 from cmapkd.diagnosis import diagnose
 from cmapkd.diagnosis.models import check_weights
+from cmapkd.methods.generative import GenerativeConfig
 from cmapkd.models import FrozenTeacher, GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig, finalize, method_of, readers_of, run
+from cmapkd.run.build import build_student, check_training, load_teachers, open_training
 from cmapkd.run.card import student_card
 from cmapkd.run.measure import num_measured, validated
 from cmapkd.run.prompts import prompts_of_runs
@@ -164,6 +166,24 @@ def test_what_a_writing_run_was_asked_is_in_its_config(recipe: dict[str, Any]) -
     assert plain["data"]["prompts"]["suffix"] == "Say one word."
     assert plain["evaluation"]["writing"]["answer_tokens"] == 2
     assert RunConfig.from_mapping(plain) == of(recipe)
+
+
+def test_the_baseline_counts_tokens_as_the_run_does(recipe: dict[str, Any]) -> None:
+    for reduction in ("sample_mean", "batch_sum"):
+        whole = of(recipe, method={**recipe["method"], "reduction": reduction}, baseline="scratch")
+        alone = whole.scratch().method
+        assert isinstance(alone, GenerativeConfig)
+        assert (alone.name, alone.reduction) == ("sft", reduction)
+
+
+def test_a_teacher_in_shares_is_refused_before_anything_is_built(recipe: dict[str, Any]) -> None:
+    shared = {**recipe["training"], "sharding": "fsdp2", "shard_teacher": True}
+    settings = of(recipe, training=shared)
+    source = open_training(settings)
+    teachers = load_teachers(settings)
+    method = method_of(settings, build_student(settings, source, teachers), teachers)
+    with pytest.raises(ConfigError, match=r"training.shard_teacher .* method token_kd"):
+        check_training(settings, method, source)
 
 
 def test_seconds_are_told_by_part(finished: tuple[Path, str]) -> None:

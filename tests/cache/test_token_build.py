@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from cache_support import contents
-from token_support import LENGTH, Asked, built, make_writer, token_kd, token_plan
+from token_support import LENGTH, Asked, batch_of, built, make_writer, token_kd, token_plan
 
 from cmapkd.cache import CacheError, all_keys, describe, verify
 from cmapkd.cache.cost import measure
 from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.token_layout import TokenLayout
 from cmapkd.data.prompting import Prompting
+from cmapkd.data.types import QuestionAnswer, Sample
 
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 BYTES = {(16, 512): 70, (32, 512): 134, (64, 512): 262, (128, 512): 518}
@@ -145,7 +147,37 @@ def test_what_cannot_be_cached_says_why(tmp_path: Path) -> None:
             _ = token_plan(tmp_path / "x", token_kd(), **settings).layout
 
 
-def test_an_answer_that_has_no_room_is_named(tmp_path: Path) -> None:
-    plan = token_plan(tmp_path / "c", token_kd(), max_answer_tokens=1, keys=all_keys(LENGTH, 2))
-    with pytest.raises(CacheError, match=r"the answer of sample 'a\d' has \d+ tokens .* cache.max_answer_tokens="):
-        plan.build(device="cpu")
+def test_an_answer_that_has_no_room_is_named_before_the_teacher_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = token_kd()
+    longest = token_plan(tmp_path / "a", method).layout.answer_tokens  # type: ignore[attr-defined]
+    plan = token_plan(tmp_path / "c", method, max_answer_tokens=longest - 1, keys=all_keys(LENGTH, 1)[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenLayout, "ask", lambda *_: pytest.fail("the teacher was asked"))
+        with pytest.raises(
+            CacheError, match=rf"sample 'a\d' has {longest} tokens .*cache.max_answer_tokens={longest} or"
+        ):
+            plan.build(device="cpu")
+    assert not (tmp_path / "c").exists()
+    wide = token_plan(tmp_path / "d", method, max_answer_tokens=longest + 2)
+    assert wide.layout.answer_tokens == longest + 2  # type: ignore[attr-defined]
+    wide.build(device="cpu")
+    inputs = batch_of(method, 0).inputs["teacher"]
+    with pytest.raises(CacheError, match=r"the answer of sample '.' has \d+ tokens .* cache.max_answer_tokens="):
+        replace(wide.layout, answer_tokens=1).check_inputs(inputs, "abcdef")  # type: ignore[type-var,attr-defined]
+
+
+def test_the_room_is_that_of_all_samples_and_answers_too_long_for_the_teacher_do_not_count(tmp_path: Path) -> None:
+    method = token_kd()
+    whole = token_plan(tmp_path / "a", method).layout
+    assert token_plan(tmp_path / "b", method, keys=all_keys(LENGTH, 1)[:1]).layout == whole  # later runs may read more
+    source = Asked()
+    say = source.unseen
+
+    def one_is_long(index: int) -> Sample:
+        sample = say(index)
+        return replace(sample, questions=(QuestionAnswer("what?", ("a thing " * 100,)),)) if index == 3 else sample
+
+    source.unseen = one_is_long  # type: ignore[method-assign]
+    assert token_plan(tmp_path / "c", method, source=source).layout == whole

@@ -37,6 +37,7 @@ class ByteChat:
 
     longest: int = 400
     pad_id: int = 0
+    max_tokens: int | None = None
 
     def read(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> ChatItem:
         assert len(pictures) == sum(turn.pictures for turn in dialogue)
@@ -262,6 +263,26 @@ def test_a_sample_too_long_for_its_processor_is_bad() -> None:
     builder = builder_of(readers={"student": ChatReader(ByteChat(longest=5))}, on_bad_sample="error")
     with pytest.raises(BadSampleError, match=r"scenes/standard/train/000000002.*more than 5"):
         builder[plan(2)]
+
+
+def test_an_input_knows_the_longest_dialogue_that_its_reader_takes() -> None:
+    for own, allowed, expected in ((None, None, None), (300, None, 300), (None, 200, 200), (300, 200, 200)):
+        batch = builder_of(readers={"student": ChatReader(ByteChat(max_tokens=own), allowed)})[plan(0, 1)]
+        found = chat(batch)
+        assert found.max_tokens == chat(batch.part(0, 1)).max_tokens == expected
+        prompts = found.prompts().texts.mask.sum(1).tolist()
+        assert found.room() == (None if expected is None else [expected - length for length in prompts])
+
+
+def test_what_two_roles_share_stays_one_object_when_it_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # without a GPU there is none
+    batch = builder_of()[plan(0, 1)]
+    batch = replace(batch, inputs={"student": batch.inputs["student"], "teacher": batch.inputs["student"]})
+    moved = [batch.to("meta"), batch.to("meta", images=False), batch.pin_memory()]
+    for each in moved:
+        assert each.inputs["teacher"] is each.inputs["student"] is not batch.inputs["student"]
+    assert chat(moved[1]).texts.ids.is_meta
+    assert chat(moved[2]).texts.ids.data_ptr() != chat(batch).texts.ids.data_ptr()
 
 
 def test_parts_are_the_rows_of_the_whole() -> None:

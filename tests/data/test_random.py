@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from numpy.random import Generator, Philox
 
 from cmapkd.data.random import key_of, permuted, uniforms
+
+
+def test_uniform_numbers_are_those_of_a_new_generator() -> None:
+    """Whatever was drawn before, in whichever thread."""
+
+    def drawn(number: int) -> list[list[float]]:
+        return [uniforms(count, "a", number, count).tolist() for count in (0, 1, 9, 4, 1000, 2)]
+
+    expected = [
+        [Generator(Philox(key=key_of("a", number, count))).random(count).tolist() for count in (0, 1, 9, 4, 1000, 2)]
+        for number in range(40)
+    ]
+    assert [drawn(number) for number in range(40)] == expected
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(drawn, range(40))] == expected
 
 
 @pytest.mark.parametrize("length", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 4096, 4097])

@@ -149,6 +149,26 @@ def test_what_is_logged_counts_unfinished_answers() -> None:
     assert measured["seconds"] > 0
 
 
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_no_dialogue_outgrows_what_a_reader_takes(who: str) -> None:
+    """Answers are those without limit, cut where the dialogue is as long as it may be; cut ones are unfinished."""
+    free, method = (on_policy(on_policy={**SHORT, "share": 1.0, "max_new_tokens": 12}) for _ in range(2))
+    whole, batch = rolled(free, range(6)), batch_of(method, range(6))
+    given: Any = batch.inputs[who]
+    prompts = given.prompts().texts.mask.sum(1).tolist()
+    most = max(prompts) + 2
+    batch = replace(batch, inputs={**batch.inputs, who: replace(given, max_tokens=most)})
+    method.step = STEP
+    seen: Any = method._rolled_out(batch).inputs
+    expected = [answer[: most - length] for (_, answer), length in zip(whole.values(), prompts, strict=True)]
+    assert expected != [answer for _, answer in whole.values()]
+    assert seen["student"].answers() == seen["teacher"].answers() == expected
+    assert int(seen[who].texts.mask.sum(1).max()) == most
+    assert seen[who].max_tokens == most
+    ended = [answer[-1] in method.student.vocabulary.end_ids for answer in expected]
+    assert float(method.measurements["rollouts/unfinished"]) == pytest.approx(1 - sum(ended) / 6)
+
+
 def test_answers_end_with_their_end_token_which_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     method = on_policy(on_policy={**SHORT, "share": 1.0})
     end = method.student.vocabulary.end_ids[0]

@@ -463,6 +463,21 @@ def test_a_rest_of_nothing_gives_finite_losses_and_gradients() -> None:
         assert slope.isfinite().all()
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_a_sure_student_has_the_finite_gradient_of_autograd(name: DivergenceName) -> None:
+    """The rest has a probability whose reciprocal is too large for float32."""
+    hidden, weight = torch.tensor([[100.0, 0.0, 0.0]]), torch.eye(3)
+    top = TopTokens(torch.tensor([[0]]), torch.tensor([[0.8]]).log(), torch.tensor([0.2]).log())
+    how, found = TokenDivergence(name), hidden.clone().requires_grad_()
+    kd = token_losses(found, LogitHead(weight), torch.zeros(1, dtype=torch.long), teacher=top, divergence=how).kd
+    assert kd is not None
+    (slope,) = torch.autograd.grad(kd, found)
+    exact = hidden.double().requires_grad_()
+    wide = TopTokens(top.ids, top.log_p.double(), top.rest.double())
+    (expected,) = torch.autograd.grad(top_divergence(exact, wide, how).sum(), exact)
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ published code
 
 

@@ -178,9 +178,15 @@ class AskedTokens:
         """With room for the longest answer of the data, which one pass over their texts finds.
 
         Raises:
-            CacheError: no answer can be read.
+            CacheError: no answer can be read, or one is longer than the config allows.
         """
-        return replace(outline, answer_tokens=longest_answer(seen)) if not outline.answer_tokens else outline
+        room, (longest, sample_id) = outline.answer_tokens, longest_answer(seen)
+        if room and longest > room:  # told now, since the build may meet it after hours
+            raise CacheError(
+                f"cache.max_answer_tokens is {room}, and an answer of sample {sample_id!r} has {longest} tokens of the "
+                f"teacher: set cache.max_answer_tokens={longest} or more, leave it out, or take out such samples"
+            )
+        return replace(outline, answer_tokens=room or longest)
 
     def lacking(self, layout: Layout) -> str | None:
         if not isinstance(layout, TokenLayout):
@@ -188,16 +194,18 @@ class AskedTokens:
         return layout.lacks(self.top, self.size)
 
 
-def longest_answer(seen: Seen) -> int:
-    """Tokens of the teacher in the longest answer that any view of any sample shows, its end token included.
+def longest_answer(seen: Seen) -> tuple[int, str]:
+    """Tokens of the teacher in the longest answer that any view of any sample shows, its end token included; and the
+    sample's id.
 
-    Pictures are not decoded where the source can be read without them.
+    All samples are read and not only a run's own: later runs that read others share the cache. Answers longer than any
+    dialogue that the teacher takes do not count. Pictures are not decoded where the source can be read without them.
 
     Raises:
         CacheError: no answer can be read.
     """
     processor: ChatProcessor = seen.teacher.model.processor
-    limit, longest = seen.views.num_views or DEFAULT_VIEWS, 0
+    limit, longest, most = seen.views.num_views or DEFAULT_VIEWS, (0, ""), processor.max_tokens
 
     @lru_cache(_LENGTHS_KEPT)
     def length(text: str) -> int:
@@ -212,10 +220,12 @@ def longest_answer(seen: Seen) -> int:
             for number in range(limit):
                 view = draw_view(sample.id, number, seen.views, sample.image.size)
                 dialogue: Dialogue = seen.texts.choose(sample, view, number)
-                longest = max(longest, sum(length(turn.text) for turn in processor.learned(dialogue)))
+                tokens = sum(length(turn.text) for turn in processor.learned(dialogue))
+                if tokens > longest[0] and (most is None or tokens <= most):
+                    longest = tokens, sample.id
         except BadSampleError:
             continue
-    if not longest:
+    if not longest[0]:
         raise CacheError(f"no answer of {seen.source.name} can be read by {seen.teacher.name}")
     return longest
 

@@ -43,9 +43,11 @@ class ChatProcessing(Protocol):
 
     Attributes:
         pad_id: the token that fills short rows.
+        max_tokens: longest dialogue with its picture that the model takes; None: any.
     """
 
     pad_id: int
+    max_tokens: int | None = None
 
     def read(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> ChatItem:
         """The dialogue in this model's tokens, with its pictures.
@@ -76,6 +78,7 @@ class ChatInput:
         extents: Int[batch+1] by the same names: dialogue i has the rows from `extents[i]` to before `extents[i+1]`;
             none where it shows no picture, or brought none because its answer is stored.
         pad_id: the token that fills short rows.
+        max_tokens: longest dialogue that its reader takes; None: any.
     """
 
     texts: TokenBatch
@@ -85,6 +88,7 @@ class ChatInput:
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
     extents: Extents = field(default_factory=dict)
     pad_id: int = 0
+    max_tokens: int | None = None
 
     def __len__(self) -> int:
         return len(self.texts.ids)
@@ -158,6 +162,12 @@ class ChatInput:
     def answers(self) -> list[list[int]]:
         """The tokens of each dialogue's last answer, its end token among them."""
         return [item.ids[_last_answer(item.answer) :].tolist() for item in self.items()]
+
+    def room(self) -> list[int] | None:
+        """How many tokens each last answer can have before its dialogue is longer than `max_tokens`; None: any."""
+        if self.max_tokens is None:
+            return None
+        return [max(0, self.max_tokens - _last_answer(item.answer)) for item in self.items()]
 
     def prompts(self) -> ChatInput:
         """What stands before each last answer, padded on the left, as generation reads it."""

@@ -228,7 +228,9 @@ class ChatReader:
         empty = ChatItem(
             some.ids[:0], some.answer[:0], some.visual[:0], {key: each[:0] for key, each in some.sequence.items()}
         )
-        return join_items([empty if item is None else item for item in items], self.processor.pad_id)
+        made = join_items([empty if item is None else item for item in items], self.processor.pad_id)
+        limits = [each for each in (self.processor.max_tokens, self.max_tokens) if each is not None]
+        return replace(made, max_tokens=min(limits, default=None))
 
     def bytes_of(self, views: int, source: Source) -> int:
         """Of the sample with most bytes of a few: processors of any resolution give more of a larger picture."""

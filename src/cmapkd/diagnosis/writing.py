@@ -19,8 +19,8 @@ from cmapkd.evaluation.token_scores import negative_log_likelihoods, row_blocks
 from cmapkd.features.top_tokens import top_tokens
 from cmapkd.models.base import eval_mode
 from cmapkd.models.generative import GenerativeModel
-from cmapkd.models.shared_vocabulary import check_same_vocabulary
-from cmapkd.models.token_types import TokenFeatures, TokenNeeds, Vocabulary
+from cmapkd.models.shared_vocabulary import check_same_vocabulary, named_token, remark_on_ends
+from cmapkd.models.token_types import TokenFeatures, TokenNeeds
 
 READ_DIALOGUES = 64  # spread over the source
 JUDGED_DIALOGUES = 32  # of them, whose answers are judged with the right picture and with another one
@@ -66,7 +66,7 @@ def check_writer(role: str, model: GenerativeModel) -> list[Finding]:
     parts = {part: sum(sizes[name] for name in names) for part, names in model.parts.items()}
     told = ", ".join(f"{part} {number:,}" for part, number in parts.items() if number)
     words = model.vocabulary
-    ends, pad = ", ".join(_named(words, number) for number in words.end_ids), _named(words, words.pad_id)
+    ends, pad = ", ".join(named_token(words, number) for number in words.end_ids), named_token(words, words.pad_id)
     detail = f"{words.size:,} tokens in a head of {words.rows:,} rows, ends an answer with {ends}, pads with {pad}"
     return [
         Finding("ok", role, f"{model.name}: {model.num_parameters():,} parameters ({told})"),
@@ -126,7 +126,9 @@ def compare_writers(student: GenerativeModel, teacher: GenerativeModel) -> list[
     same = f"both write the same {common:,} tokens" if max(sizes) == common else (
         f"they have the first {common:,} tokens in common, of {sizes[0]:,} and {sizes[1]:,}"
     )  # fmt: skip
-    return [*findings, Finding("ok", "pair", same)]
+    findings.append(Finding("ok", "pair", same))
+    ends = remark_on_ends(teacher.vocabulary, student.vocabulary)
+    return findings if ends is None else [*findings, Finding("note", "pair", ends)]
 
 
 def check_looks(what: str, teacher: GenerativeModel, asked: Asked) -> list[Finding]:
@@ -238,10 +240,6 @@ def _readable(model: GenerativeModel, asked: Asked) -> list[ChatItem]:
         if len(items) == JUDGED_DIALOGUES:
             break
     return items
-
-
-def _named(words: Vocabulary, number: int) -> str:
-    return f"token {number}" + (f" {words.pieces[number]!r}" if number < len(words.pieces) else "")
 
 
 def _shows(dialogue: Dialogue) -> bool:

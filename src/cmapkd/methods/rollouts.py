@@ -13,7 +13,7 @@ from torch import Tensor
 from cmapkd.config import Config
 from cmapkd.data.dialogues import ChatInput, join_items
 from cmapkd.data.random import key_of, uniforms
-from cmapkd.data.types import Batch
+from cmapkd.data.types import Batch, Input
 from cmapkd.features import mean_over_processes
 from cmapkd.methods.step import StepInfo
 from cmapkd.models.generative import Decoding, GenerativeModel
@@ -53,6 +53,9 @@ def roll_out(
     Coin and draws are functions of (seed, step, sample id): neither batch, process nor resume changes them. Every
     process must call it in the same step, because what is logged is measured over all of them.
 
+    An answer is also cut where its dialogue would be longer than a reader of the batch takes, with any of the models'
+    prompts: it counts as unfinished.
+
     Args:
         teachers: by role, those that judge the answers: they read the same tokens behind their own prompts.
         common: how many tokens they have in common with the student, the first ones; no others are drawn. None: all.
@@ -67,11 +70,13 @@ def roll_out(
     answers: list[list[int]] = []
     size = at_once or len(batch)
     items = given.items() if places else []
+    room = _room([batch.inputs[role] for role in ("student", *teachers)], places, how.max_new_tokens)
     for start in range(0, len(places), size):
-        some = places[start : start + size]
+        some, limits = places[start : start + size], room[start : start + size]
         keys = [key_of("rollout", step.seed, step.step, batch.ids[place]) for place in some]
         prompts = join_items([items[place] for place in some], given.pad_id)
-        answers += student.generate(prompts.to(student.device, True), how, keys)
+        written = student.generate(prompts.to(student.device, True), replace(how, max_new_tokens=max(1, *limits)), keys)
+        answers += [answer[:limit] for answer, limit in zip(written, limits, strict=True)]
     torch.clear_autocast_cache()  # weights that were cast without gradient are not those of the forward pass
     for role in ("student", *teachers) if places else ():
         theirs = batch.inputs[role]
@@ -88,6 +93,14 @@ def _coin(step: StepInfo, sample_id: str) -> float:
     return float(uniforms(1, "on_policy", step.seed, step.step, sample_id)[0])
 
 
+def _room(inputs: Sequence[Input], places: Sequence[int], most: int) -> list[int]:
+    """How many tokens the answers at some places may have: `most`, or as many as every reader's limit leaves."""
+    if not places:
+        return []
+    left = [each.room() for each in inputs if isinstance(each, ChatInput)]
+    return [min([most, *(room[place] for room in left if room is not None)]) for place in places]
+
+
 def _never(student: GenerativeModel, teachers: Mapping[str, GenerativeModel], common: int | None) -> tuple[int, ...]:
     """Tokens that a teacher could not read in an answer: it has no such token, or one that stands for a picture."""
     size = student.vocabulary.size
@@ -100,7 +113,7 @@ def _replaced(inputs: ChatInput, places: Sequence[int], answers: Sequence[Sequen
     items = inputs.items()
     for place, item in zip(places, inputs.rows(places).with_answers(answers).items(), strict=True):
         items[place] = item
-    return join_items(items, inputs.pad_id)
+    return replace(join_items(items, inputs.pad_id), max_tokens=inputs.max_tokens)
 
 
 def _measured(

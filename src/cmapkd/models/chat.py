@@ -49,6 +49,8 @@ class HfChatProcessor(ChatProcessor):
         ConfigError: the template or the tokenizer cannot serve a model that writes.
     """
 
+    max_tokens: int
+
     def __init__(
         self,
         native: Any,

@@ -1,4 +1,4 @@
-"""Whether two models write the same tokens, and the part of a head that both have."""
+"""Whether two models write the same tokens and end their answers alike, and the part of a head that both have."""
 
 from __future__ import annotations
 
@@ -47,6 +47,23 @@ def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
             "Give both models an end token that both know."
         )
     return common
+
+
+def remark_on_ends(teacher: Vocabulary, student: Vocabulary) -> str | None:
+    """A sentence where two models with common tokens end their answers with different ones; else None."""
+    theirs, own = teacher.end_ids[0], student.end_ids[0]
+    if theirs == own:
+        return None
+    return (
+        f"the student's answers end with {named_token(student, own)}, and the teacher's with "
+        f"{named_token(teacher, theirs)}: behind an answer the data teach the one, and the teacher teaches the other. "
+        "Give both models one chat template, for example the instruct version of the student"
+    )
+
+
+def named_token(vocabulary: Vocabulary, number: int) -> str:
+    """The token's number, and its piece where it is known."""
+    return f"token {number}" + (f" {vocabulary.pieces[number]!r}" if number < len(vocabulary.pieces) else "")
 
 
 def cut_head(head: LogitHead, size: int) -> LogitHead:

@@ -168,6 +168,11 @@ def _refuse_in_batch(config: RunConfig) -> None:
             f"training.compile is not supported with method {name} in this version: the number of its rows changes "
             "with every batch. Leave it out"
         )
+    if training.shard_teacher:
+        raise ConfigError(
+            f"training.shard_teacher takes a teacher's head apart after each pass, and method {name} reads the head "
+            "behind it: leave it out"
+        )
     if config.heads is not None:
         raise ConfigError(
             f"heads learn on pictures that a student embeds, and method {name} trains none: leave heads out"

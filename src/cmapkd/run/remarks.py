@@ -6,9 +6,14 @@ from collections.abc import Iterator, Mapping
 
 from cmapkd.config import counted
 from cmapkd.data.streams import JoinedSource
-from cmapkd.data.types import Source
+from cmapkd.data.texts import LOOKED_AT
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.unseen import unseen
 from cmapkd.evaluation.suite import same_samples
+from cmapkd.methods import Method
+from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import FrozenTeacher
+from cmapkd.models.shared_vocabulary import remark_on_ends
 from cmapkd.models.untrained import remark_on_untrained
 from cmapkd.run.config import RunConfig
 from cmapkd.run.measure import Measured
@@ -34,6 +39,37 @@ def remarks_on_data(config: RunConfig, source: Source, measured: Measured) -> It
             "data.test and data.val are the same samples: the best step is chosen by the scores that are reported. "
             "Name others for data.test."
         )
+
+
+def remarks_on_questions(config: RunConfig, source: Source) -> Iterator[str]:
+    """A sentence where views repeat before the questions of a picture have been asked; few samples are looked at."""
+    views, prompts = config.data.views, config.data.prompts
+    if not config.writes or views is None or views.num_views is None or prompts.join:
+        return
+    if prompts.kind not in ("auto", "questions", "both"):
+        return
+    asked, prompting = [], prompts.prompting()
+    for index in range(min(LOOKED_AT, len(source))):
+        try:
+            sample = unseen(source, index)
+        except BadSampleError:
+            continue
+        asked.append(0 if prompts.kind == "auto" and sample.turns else len(prompting.kept(sample)))
+    if asked and (mean := sum(asked) / len(asked)) > views.num_views:
+        yield (
+            f"a picture has about {mean:.0f} questions, and its {views.num_views} views repeat: each view draws one "
+            f"question, so the others are never asked. Set data.prompts.join=true, which asks all at once, or "
+            f"data.views.num_views={4 * round(mean)}, which draws nearly all."
+        )
+
+
+def remarks_on_ends(method: Method) -> Iterator[str]:
+    """A sentence where the answers of a student end with another token than those of the teacher it is compared to."""
+    if not isinstance(method, GenerativeMethod) or not method.teachers or not method.compares_tokens:
+        return
+    (role, teacher), *_ = method.teachers.items()
+    if (remark := remark_on_ends(teacher.model.vocabulary, method.student.vocabulary)) is not None:
+        yield f"{role}: {remark}"
 
 
 def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:

@@ -36,7 +36,13 @@ from cmapkd.run.config import RunConfig
 from cmapkd.run.contents import check_contents, contents_of
 from cmapkd.run.folder import save_student
 from cmapkd.run.measure import Measured, num_measured, validated, validator_of
-from cmapkd.run.remarks import remarks_on_data, remarks_on_length, remarks_on_teachers
+from cmapkd.run.remarks import (
+    remarks_on_data,
+    remarks_on_ends,
+    remarks_on_length,
+    remarks_on_questions,
+    remarks_on_teachers,
+)
 from cmapkd.training import Trainer, TrainResult
 from cmapkd.training.checkpoint import Contents, checkpoint_path, read_checkpoint, read_progress
 from cmapkd.training.progress import Outlook
@@ -148,7 +154,7 @@ def _prepare(
     remarks = _said(voice, remarks_on_data(config, source, measured)) if voice.title == "student" else []
     teachers = _loaded_teachers(config, voice)
     if voice.title == "student":
-        remarks += _said(voice, remarks_on_teachers(teachers))
+        remarks += _said(voice, [*remarks_on_questions(config, source), *remarks_on_teachers(teachers)])
     torch.manual_seed(config.seed)
     voice(f"building {config.student.name}")
     student = build_student(config, source, teachers)
@@ -169,6 +175,7 @@ def _prepare(
     torch.manual_seed(config.seed)
     random.seed(config.seed)  # nothing of ours draws from it, but a library may, and checkpoints hold its state
     method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
+    remarks += _said(voice, remarks_on_ends(method)) if voice.title == "student" else []
     texts = texts_of(config, method, source)
     check_training(config, method, source)
     stored = answer_from_cache(config, method, source, voice.console) if config.cache and answers else {}

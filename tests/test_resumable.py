@@ -29,7 +29,7 @@ REFUSED = """
 data: train val test mix_synthetic held_out max_tokens
 training: steps epochs batch_size precision ema evaluate_every student train_parts
 evaluation: tasks templates class_names limit shared_captions settings
-cache: store kind
+cache: store kind top_k max_answer_tokens
 """
 REFUSED_WHOLE = (  # sections in which every setting is refused, and a new one is without more ado
     "teacher.",
@@ -39,6 +39,7 @@ REFUSED_WHOLE = (  # sections in which every setting is refused, and a new one i
     "data.more.",
     "data.more_views.",
     "data.prompts.",
+    "evaluation.writing.",
     "method.",
     "heads.",
     "training.stages.",

@@ -30,7 +30,7 @@ def test_too_many() -> None:
     ledger.check_share(0.037)
     with pytest.raises(
         TooManyBadSamples,
-        match=r"37 of 1000 samples \(3\.7 %\) could not be read, more than max_bad_share 1 %: first: s0: image",
+        match=r"37 of 1,000 samples \(3\.7 %\) could not be read, more than max_bad_share 1 %: first: s0: image",
     ):
         ledger.check_share(0.01)
 

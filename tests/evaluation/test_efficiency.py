@@ -115,7 +115,7 @@ def test_models_are_timed_in_turns(model: TinyDualEncoder, monkeypatch: pytest.M
     assert times["rounds"] == 3
     assert times["median"] >= 20
     assert results["student"]["image"]["flops"] == 2 * results["student"]["image"]["macs"]
-    monkeypatch.setattr(module, "_wait", lambda _: time.sleep(0.01))
+    monkeypatch.setattr(module, "wait_for", lambda _: time.sleep(0.01))
     impatient = efficiency(models, EfficiencyConfig(batch_size=2, rounds=9, warmup=0, seconds=0.01), device="cpu")
     assert impatient["teacher"]["text"]["latency_ms"]["1"]["rounds"] == 3
 

@@ -140,6 +140,7 @@ def quantise(source: Path, target: Path, feeds: Sequence[dict[str, np.ndarray]])
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            reduce_range=True,
             calibrate_method=CalibrationMethod.MinMax,
         )
 

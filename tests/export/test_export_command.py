@@ -91,6 +91,16 @@ def test_the_files_keep_retrieval_and_zero_shot(exported: Path) -> None:
     assert sizes["int8-calibrated"] < 0.35 * sizes["fp32"]
 
 
+def test_calibrated_weights_fit_cpus_that_add_products_in_16_bits(exported: Path) -> None:
+    import onnx
+
+    for name in ("vision_model_uint8.onnx", "text_model_uint8.onnx"):
+        weights = [onnx.numpy_helper.to_array(each) for each in onnx.load(exported / "onnx" / name).graph.initializer]
+        matrices = [each for each in weights if each.dtype == np.int8 and each.ndim > 1]
+        assert matrices
+        assert max(int(np.abs(each.astype(int)).max()) for each in matrices) <= 64
+
+
 def test_smaller_embeddings_are_rows_of_parity_and_card(exported: Path) -> None:
     parity = json.loads((exported / "parity.json").read_text())
     table = {(row["width"], row["rotated"]): row["forms"] for row in parity["embeddings"]["rows"]}

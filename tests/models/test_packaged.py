@@ -87,3 +87,9 @@ def test_a_packaged_model_has_no_options_and_no_scratch(shipped: HfVlm) -> None:
         build_model(ModelConfig(name="tiny_vlm:mine", options={"layers": 2}))
     with pytest.raises(ConfigError, match="there is no model tiny_vlm:mine"):
         build_model(ModelConfig(name="tiny_vlm:mine", init="scratch"))
+
+
+@pytest.mark.skipif("scenes-teacher" in packaged_models("tiny_vlm"), reason="the teacher that writes ships")
+def test_a_teacher_that_does_not_ship_says_how_to_make_it() -> None:
+    with pytest.raises(ConfigError, match="Make it with: cmapkd distill sft_scenes_teacher --out runs/teacher"):
+        build_model("tiny_vlm:scenes-teacher")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXAMPLES: dict[str, tuple[str, str]] = {
-    "demo": ("cmapkd demo training.steps=300 --out runs/demo", "cmapkd demo generative"),
+    "demo": ("cmapkd demo training.steps=300 --out runs/demo", "cmapkd demo generative teacher=runs/teacher"),
     "init": ("cmapkd init my_photos", "cmapkd init train.csv --max-mb 20 --max-ms 10 --out my_recipe.yaml"),
     "distill": (
         "cmapkd distill my_recipe.yaml --out runs/first",

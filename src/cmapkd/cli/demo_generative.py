@@ -110,8 +110,9 @@ def lesson_of(metrics: Mapping[str, Any]) -> str | None:
     if teacher is None or student is None or scratch is None:
         return None
     found = f"{student:.1f} % of its answers, and in {scratch:.1f} % where it learned alone"
-    if student - scratch < 1.0:
-        return f"The student is right in {found}: so short a training shows no gain yet."
+    asked = number_at(metrics["student"], ("scored", "questions")) or 1
+    if student - scratch < 300 / (2 * asked) ** 0.5:  # three standard errors of a difference of shares near a half
+        return f"The student is right in {found}: so few steps and questions show no clear gain."
     smaller = metrics["teacher"]["params"] / metrics["student"]["params"]
     return (
         f"Take home: {smaller:.1f} times smaller than its teacher, the student is right in {found}. Questions and "

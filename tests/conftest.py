@@ -19,6 +19,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
 )
+# Set by `uv run pytest`: messages would then name commands as `uv run cmapkd`. The test of those words sets it itself.
+os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -119,6 +119,18 @@ def test_strangers_text_stays_text(page: str) -> None:
     assert 'id="confusions"' in page
 
 
+@pytest.mark.parametrize(("end", "blocks"), [(1.0, 0), (1.03, 3), (3.0, 2)])
+def test_weights_are_shown_where_a_weighting_chose_any(tmp_path: Path, end: float, blocks: int) -> None:
+    """Equal weights from first to last are the weighting `uniform`: no section, and no word of a failed selection."""
+    from cmapkd.report.arms import Arm
+    from cmapkd.report.curves import weight_blocks
+    from cmapkd.report.read import RunFolder
+
+    log = [{"step": step, "visual/weight/P2": 1.0, "visual/weight/P5": each} for step, each in ((1, 1.0), (9, end))]
+    run = RunFolder(tmp_path, {}, {}, {}, tuple(log), (), (), ())
+    assert len(weight_blocks([Arm((run,))])) == blocks
+
+
 def test_only_figures_make_markup() -> None:
     import cmapkd.report
 

@@ -85,7 +85,7 @@ def _drawn(key: str, student: Curves, baseline: Curves, arm: Arm) -> Figure:
 
 
 def weight_blocks(arms: Sequence[Arm]) -> list[Block]:
-    """The weights of levels and terms over steps, where a weighting logged them; empty for other runs."""
+    """The weights of levels and terms over steps, where a weighting chose any; empty for other runs."""
     blocks: list[Block] = []
     figures: list[Figure] = []
     for arm in arms:
@@ -95,6 +95,8 @@ def weight_blocks(arms: Sequence[Arm]) -> list[Block]:
             if (found := _WEIGHT.match(key)) is not None:
                 groups.setdefault(found[1] or "weights", {})[found[2]] = runs[0]  # of the first seed
         for group, items in groups.items():
+            if not _moved(items):
+                continue  # the weighting `uniform`, which is no selection
             if (figure := _area(f"{arm.name}: {group}", items)) is not None:
                 figures.append(figure)
                 if (told := _uniform(f"{arm.name}: {group}", items)) is not None:
@@ -102,6 +104,12 @@ def weight_blocks(arms: Sequence[Arm]) -> list[Block]:
     seeds = any(len(arm.runs) > 1 for arm in arms)
     about = "Each item's share of the weights, over steps" + (", in the first seed." if seeds else ".")
     return [Paragraph(about), Figures(figures), *blocks] if figures else []
+
+
+def _moved(items: Mapping[str, Sequence[tuple[float, float]]]) -> bool:
+    """Whether any weight of the group ever differed from another one, by more than rounding."""
+    values = [value for points in items.values() for _, value in points]
+    return max(values) - min(values) > 1e-6 * max(abs(value) for value in values)
 
 
 def _area(caption: str, items: Mapping[str, Sequence[tuple[float, float]]]) -> Figure | None:

@@ -174,6 +174,8 @@ def test_names_tell_every_choice_apart() -> None:
         Prompting(share=0.5),
         Prompting(suffix="x"),
         Prompting(plain_captions=True),
+        Prompting("both", join=True),
+        Prompting("both", join=True, captions=2),
     ]
     assert len({each.describe() for each in every}) == len(every)
 
@@ -184,7 +186,33 @@ def test_data_without_what_is_asked_for_are_refused() -> None:
         Prompting("turns").check(ScenesSource(length=8))
 
 
-@pytest.mark.parametrize("values", [{"kind": "question"}, {"share": 0.0}, {"share": 1.5}])
+@pytest.mark.parametrize("kind", ["captions", "both"])
+def test_several_captions_stand_in_one_dialogue_each_once(kind: Any) -> None:
+    said = ("one", "two", "three")
+    sample = Sample("a", RED, said, questions=(QuestionAnswer("q", ("r",)),))
+    of_views = []
+    for number in range(40):
+        turns = Prompting(kind, join=True, captions=2).choose(sample, draw_view("a", number, WHOLE, (8, 8)), number)
+        answers = [turn.text for turn in turns if turn.role == "assistant" and turn.text != "r"]
+        assert len(set(answers)) == 2
+        assert [turn.pictures for turn in turns] == [1, *[0] * (len(turns) - 1)]
+        of_views.append(tuple(answers))
+    assert {each for answers in of_views for each in answers} == {*said}
+    more = Prompting(kind, join=True, captions=9).choose(sample, draw_view("a", 0, WHOLE, (8, 8)), 0)
+    assert {turn.text for turn in more} >= {*said}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kind": "question"},
+        {"share": 0.0},
+        {"share": 1.5},
+        {"kind": "both", "join": True, "captions": 0},
+        {"kind": "both", "captions": 2},
+        {"kind": "questions", "join": True, "captions": 2},
+    ],
+)
 def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         PromptConfig.from_mapping(values)

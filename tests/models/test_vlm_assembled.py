@@ -28,6 +28,14 @@ TOWERS: dict[str, dict[str, Any]] = {
 LANGUAGES = ("llama", "gemma3")
 
 
+def test_the_names_of_who_speaks_are_one_piece_each() -> None:
+    """A turn's frame is a third of a short dialogue: spelled by bytes it would be most of it."""
+    tokens = byte_tokenizer(TEXTS * 4, size=330)
+    for name in ("user", "assistant"):
+        assert len(tokens.encode(name, add_special_tokens=False)) == 1
+        assert tokens.decode(tokens.encode(name, add_special_tokens=False)) == name
+
+
 def language(folder: Path, kind: str) -> Path:
     """A small causal language model in transformers' format; Gemma 3 scales its words and ties its head."""
     import transformers as library

@@ -47,6 +47,9 @@ class PromptConfig(Config):
     learn: Literal["all", "last"] = Field(
         "all", description="all: every answer of a dialogue is learned, but for those that the data exclude; last: one."
     )
+    captions: int = Field(
+        1, ge=1, description="Captions of a picture that stand in a joined dialogue, of kind captions or both."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -58,10 +61,15 @@ class PromptConfig(Config):
             return {"kind": values["name"]} | {key: value for key, value in values.items() if key != "name"}
         return values
 
+    @model_validator(mode="after")
+    def _several_captions_are_joined(self) -> Self:
+        self.prompting()
+        return self
+
     def prompting(self, *, training: bool = True) -> Prompting:
         """The choice of dialogues; without `training` all questions are kept."""
         share = self.share if training else 1.0
-        return Prompting(self.kind, share, self.suffix, self.plain_captions, self.join, self.learn)
+        return Prompting(self.kind, share, self.suffix, self.plain_captions, self.join, self.learn, self.captions)
 
 
 class DataConfig(Config):

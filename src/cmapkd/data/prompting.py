@@ -44,8 +44,9 @@ class Prompting:
         plain_captions: a caption is the answer to the picture alone, without an instruction.
         join: all that is asked of a picture stands in one dialogue, in an order that the view draws; else one of it.
         learn: all: every answer of a dialogue that the data do not exclude; last: the last one alone.
+        captions: of a picture that stand in a joined dialogue, as many as it has at most; the view draws which.
     Raises:
-        ValueError: an unknown kind, or a share out of range.
+        ValueError: an unknown kind, a share out of range, or several captions of dialogues that are not joined.
     """
 
     kind: Literal["auto", "turns", "questions", "captions", "both"] = "auto"
@@ -54,12 +55,18 @@ class Prompting:
     plain_captions: bool = False
     join: bool = False
     learn: Literal["all", "last"] = "all"
+    captions: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", *get_args(Kind)):
             raise ValueError(f"prompts of kind {self.kind!r}: choose auto, {', '.join(get_args(Kind))}")
         if not 0 < self.share <= 1:
             raise ValueError(f"a share of {self.share:g} of the questions: give a number above 0, up to 1")
+        if self.captions != 1 and (self.captions < 1 or not self.join or self.kind not in ("captions", "both")):
+            raise ValueError(
+                f"captions: {self.captions} asks for several captions in a dialogue: that takes a number of at least 1, "
+                "join: true, and the kind captions or both"
+            )
 
     @property
     def plain(self) -> bool:
@@ -89,13 +96,11 @@ class Prompting:
         asked = self._questions(sample) if kind in ("questions", "both") else []
         if kind in ("captions", "both"):
             asked += self._captions(sample, view, number)
-        if kind == "captions":
-            shown = asked
-        elif self.join:
+        if self.join:
             order = uniforms(len(asked), "order of questions", sample.id, number).argsort(kind="stable")
             shown = [asked[place] for place in order.tolist()]
         else:
-            shown = [asked[int(view.caption * len(asked))]]
+            shown = [asked[int(view.caption * len(asked))]]  # of captions there is the one of this view
         turns: list[Turn] = []
         for prompt, answer in shown:
             turns += [Turn("user", prompt, int(not turns)), Turn("assistant", answer)]
@@ -107,12 +112,15 @@ class Prompting:
         return [(asked.question + behind, commonest(asked.answers)) for asked in self.kept(sample)]
 
     def _captions(self, sample: Sample, view: View, number: int) -> list[tuple[str, str]]:
-        """The caption of this view behind an instruction; nothing where the sample has none."""
+        """The captions of this view, each behind an instruction; nothing where the sample has none."""
         if not sample.captions:
             return []
-        drawn = uniforms(1, "instruction", sample.id, number)[0]
-        instruction = "" if self.plain_captions else INSTRUCTIONS[int(drawn * len(INSTRUCTIONS))]
-        return [(instruction, view.choose(sample.captions))]
+        drawn = uniforms(self.captions, "instruction", sample.id, number).tolist()
+        instructions = ["" if self.plain_captions else INSTRUCTIONS[int(each * len(INSTRUCTIONS))] for each in drawn]
+        if self.captions == 1:
+            return [(instructions[0], view.choose(sample.captions))]
+        order = uniforms(len(sample.captions), "captions", sample.id, number).argsort(kind="stable").tolist()
+        return list(zip(instructions, (sample.captions[place] for place in order), strict=False))
 
     def has(self, sample: Sample) -> bool:
         """Whether there is anything to ask of the sample; true of a dialogue that turns out to be unusable."""
@@ -154,6 +162,7 @@ class Prompting:
         """Names the choice for a cache's identity."""
         how = "plain" if self.plain_captions else "instructed"
         joined_too = ", all questions of a picture" * self.join + ", the last answer learned" * (self.learn == "last")
+        joined_too += f", {self.captions} captions of a picture" * (self.captions > 1)
         return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}{joined_too}"
 
     def check(self, source: Source) -> None:

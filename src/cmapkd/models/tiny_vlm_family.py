@@ -47,7 +47,7 @@ class TinyVlmOptions(Config):
     width: int = Field(128, ge=8, description="Width of the language model.")
     layers: int = Field(3, ge=1, description="Layers of the language model.")
     heads: int = Field(4, ge=2, multiple_of=2, description="Attention heads of the language model.")
-    vocab_size: int = Field(512, ge=300, description="Most tokens that a new tokenizer learns.")
+    vocab_size: int = Field(1024, ge=300, description="Most tokens that a new tokenizer learns.")
     tokenizer: Literal["auto", "own"] = Field(
         "auto", description="auto: the teacher's, where it writes too; own: learned from the training texts."
     )

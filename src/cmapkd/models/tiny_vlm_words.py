@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 PAD, START, END = "<pad>", "<|im_start|>", "<|im_end|>"
+_SPEAKERS = ("user", "assistant")
 
 
 def template_of(
@@ -41,7 +42,8 @@ def byte_tokenizer(texts: Iterable[str], *, size: int, special: Sequence[str] = 
     """Byte-pair encoding over bytes, so that every text survives it; a transformers tokenizer.
 
     Args:
-        texts: what pieces are learned from; the same ones in the same order give the same pieces.
+        texts: what pieces are learned from; the same ones in the same order give the same pieces. The names of who
+            speaks are learned beside each text, since a dialogue has them there: else they would take a dozen pieces.
         size: most pieces, the 256 bytes and the special ones among them.
         special: further special tokens.
         named: roles of special tokens for a processor, as `image_token="<image>"`.
@@ -59,5 +61,5 @@ def byte_tokenizer(texts: Iterable[str], *, size: int, special: Sequence[str] = 
         special_tokens=[PAD, START, END, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in (text, *_SPEAKERS)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, extra_special_tokens=named)

@@ -64,7 +64,7 @@ class Prompting:
             raise ValueError(f"a share of {self.share:g} of the questions: give a number above 0, up to 1")
         if self.captions != 1 and (self.captions < 1 or not self.join or self.kind not in ("captions", "both")):
             raise ValueError(
-                f"captions: {self.captions} asks for several captions in a dialogue: that takes a number of at least 1, "
+                f"captions: {self.captions} asks for several captions in a dialogue: that takes at least 1, "
                 "join: true, and the kind captions or both"
             )
 

@@ -25,9 +25,10 @@ os.environ.pop("UV_RUN_RECURSION_DEPTH", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _remove_cache() -> Iterator[None]:
+def _leave_nothing() -> Iterator[None]:
     yield
     _CACHE.cleanup()
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

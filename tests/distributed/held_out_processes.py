@@ -5,6 +5,7 @@ A script, because the trainer starts the process group itself.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -78,6 +79,8 @@ def work(rank: int, port: int, out: Path) -> None:
 
 
 def main(out: Path) -> None:
+    torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
+    gc.freeze()  # each run of the children looks for circles, and need not look here
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -5,6 +5,7 @@ A script, so that importing torch is paid once. A group finds what the ones befo
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -453,6 +454,7 @@ def work(rank: int, size: int, port: int, out: Path) -> None:
 def main(out: Path) -> None:
     torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
     write_shards(out / "shards")
+    gc.freeze()  # each run of the children looks for circles, and need not look here
     context = get_context("fork")
     for size in (1, TWO, FOUR):
         with socket.socket() as free:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -118,6 +119,7 @@ def work(rank: int, port: int, out: Path) -> None:
 def main(out: Path) -> None:
     torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
     make_task("token_kd")  # and transformers
+    gc.freeze()  # each run of the children looks for circles, and need not look here
     context = get_context("fork")
     run_all([context.Process(target=begin, args=(out,))])
     with socket.socket() as free:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,6 @@ from cmapkd.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a red square", "a", "A Red SQUARE, and blue!", " ".join(["red"] * 200)]
-TRANSFORMERS = ("open_clip", "hf CLIP", "hf SigLIP")
-OPEN_CLIP = ("open_clip", "open_clip RN50-like", "timm")
 
 ALONE = {
     "transformers": """
@@ -53,56 +53,60 @@ import sys, json
 sys.modules["cmapkd"] = None  # importing it is an error
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
-folder, texts = sys.argv[1], json.loads(sys.argv[2])
-picture = Image.open(sys.argv[3])
+texts, answers = json.loads(sys.argv[1]), []
+for place in sys.argv[2:]:
+    folder, picture = place + "/out", Image.open(place + "/picture.png")
 {body}
-print(json.dumps([F.normalize(each, dim=-1).tolist() for each in (image, text)]))
+    answers.append([F.normalize(each, dim=-1).tolist() for each in (image, text)])
+print(json.dumps(answers))
 """
 
 
-def loaded_alone(form: str, out: Path, picture: Path) -> tuple[np.ndarray, np.ndarray]:
-    code = FRAME.format(body=ALONE[form])
+def loaded_alone(form: str, places: Sequence[Path]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Embeddings of the picture and the texts by the models in `out` of each place, in one new process."""
+    code = FRAME.format(body=indent(ALONE[form], "    "))
     done = subprocess.run(
-        [sys.executable, "-c", code, str(out), json.dumps(TEXTS), str(picture)],
+        [sys.executable, "-c", code, json.dumps(TEXTS), *map(str, places)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    image, text = json.loads(done.stdout.splitlines()[-1])
-    return np.array(image), np.array(text)
-
-
-FAST = {("transformers", "hf CLIP"), ("open_clip", "open_clip"), ("open_clip", "timm")}  # importing takes ten seconds
+    return [(np.array(image), np.array(text)) for image, text in json.loads(done.stdout.splitlines()[-1])]
 
 
 @pytest.mark.parametrize(
-    ("form", "family"),
+    ("form", "families"),
     [
-        pytest.param(form, name, marks=() if (form, name) in FAST else pytest.mark.slow)
-        for form, names in (("transformers", TRANSFORMERS), ("open_clip", OPEN_CLIP))
-        for name in names
+        ("transformers", ("hf CLIP",)),
+        ("open_clip", ("open_clip", "timm")),
+        pytest.param("transformers", ("open_clip", "hf SigLIP"), marks=pytest.mark.slow),
+        pytest.param("open_clip", ("open_clip RN50-like",), marks=pytest.mark.slow),
     ],
 )
-def test_the_library_loads_the_folder_without_us(form: Any, family: str, tmp_path: Path) -> None:
-    model = model_of(family, tmp_path)
-    size = model.image_spec.size
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size, size, 3), dtype=np.uint8))
-    picture.save(tmp_path / "picture.png")
-    out = tmp_path / "out"
-    parity = export_library(model, out, form=form, origin=ORIGIN, licence=FREE)
-    assert min(row["cosine_min"] for row in parity["files"]) > 1 - 1e-6
-    image, text = loaded_alone(form, out, tmp_path / "picture.png")
-    with torch.no_grad():
-        own_image = model.encode_image(model.image_spec(picture)[None]).embedding.numpy()
-        own_text = torch.cat([model.encode_text(model.tokenizer([each])).embedding for each in TEXTS]).numpy()
-    for own, theirs in ((own_image, image), (own_text, text)):
-        unit = own / np.linalg.norm(own, axis=-1, keepdims=True)
-        assert (unit * theirs).sum(-1).min() > 1 - 1e-6
-    assert not (out / "cmapkd.json").exists()
-    for path in out.rglob("*"):
-        assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), path.name
+def test_the_library_loads_the_folder_without_us(form: Any, families: Sequence[str], tmp_path: Path) -> None:
+    """Importing takes ten seconds, so one process loads the folders of several families."""
+    models = {tmp_path / str(number): model_of(family, tmp_path) for number, family in enumerate(families)}
+    pictures: list[Image.Image] = []
+    for place, model in models.items():
+        parity = export_library(model, place / "out", form=form, origin=ORIGIN, licence=FREE)
+        assert min(row["cosine_min"] for row in parity["files"]) > 1 - 1e-6, place
+        size = model.image_spec.size
+        pixels = np.random.default_rng(1).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        pictures.append(Image.fromarray(pixels))
+        pictures[-1].save(place / "picture.png")
+    for model, picture, found in zip(models.values(), pictures, loaded_alone(form, [*models]), strict=True):
+        with torch.no_grad():
+            own_image = model.encode_image(model.image_spec(picture)[None]).embedding.numpy()
+            own_text = torch.cat([model.encode_text(model.tokenizer([each])).embedding for each in TEXTS]).numpy()
+        for own, theirs in zip((own_image, own_text), found, strict=True):
+            unit = own / np.linalg.norm(own, axis=-1, keepdims=True)
+            assert (unit * theirs).sum(-1).min() > 1 - 1e-6, model.name
+    for out in (place / "out" for place in models):
+        assert not (out / "cmapkd.json").exists()
+        for path in out.rglob("*"):
+            assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), path.name
 
 
 def test_the_converted_model_is_read_back_by_our_own_family(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A script, so that importing torch is paid once.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import socket
 import sys
@@ -67,6 +68,7 @@ def run_two(students: dict[str, DualEncoder], out: Path) -> bool:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    gc.freeze()  # each run of the children looks for circles, and need not look here
     context = get_context("fork")
     processes = [context.Process(target=work, args=(students, rank, port, out)) for rank in range(TWO)]
     for process in processes:

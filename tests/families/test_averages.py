@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -33,31 +34,49 @@ def averaging(name: str, folder: Path, steps: int = STEPS) -> tuple[Trainer, lis
     return trainer, after
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_average_is_of_weights_and_statistics_and_the_rest_is_the_students(name: str, tmp_path: Path) -> None:
-    trainer, after = averaging(name, tmp_path)
-    average = all_tensors(trainer.run().student)
-    assert len(after) == STEPS
-    assert average.keys() == after[0].keys()
-    for key, last in after[-1].items():
-        if not is_averaged(key, trainer.method.student):
-            assert torch.equal(average[key], last), f"{key} is no weight, and must be as the student has it"
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A run that nothing interrupted.
+
+    Attributes:
+        after: the learning student's tensors after each step.
+        average: the tensors of the student that would be saved.
+    """
+
+    name: str
+    last: DualEncoder
+    student: DualEncoder
+    after: list[dict[str, Tensor]]
+    average: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    trainer, after = averaging(request.param, tmp_path_factory.mktemp("whole"))
+    student = trainer.run().student
+    return Whole(request.param, trainer.method.student, student, after, all_tensors(student))
+
+
+def test_the_average_is_of_weights_and_statistics_and_the_rest_is_the_students(whole: Whole) -> None:
+    assert len(whole.after) == STEPS
+    assert whole.average.keys() == whole.after[0].keys()
+    for key, last in whole.after[-1].items():
+        if not is_averaged(key, whole.last):
+            assert torch.equal(whole.average[key], last), f"{key} is no weight, and must be as the student has it"
             continue
-        expected = after[0][key]
-        for step in after[1:]:
+        expected = whole.after[0][key]
+        for step in whole.after[1:]:
             expected = DECAY * expected + (1 - DECAY) * step[key]
         torch.testing.assert_close(
-            average[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+            whole.average[key], expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
         )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_saved_is_what_is_measured(name: str, tmp_path: Path) -> None:
-    trainer, _ = averaging(name, tmp_path)
-    student = trainer.run().student.eval()
+def test_what_is_saved_is_what_is_measured(whole: Whole, tmp_path: Path) -> None:
+    student = whole.student.eval()
     measured = features(student, inputs(student))
     assert all(bool(value.isfinite().all()) for value in measured)
-    raw = features(trainer.method.student.eval(), inputs(student))
+    raw = features(whole.last.eval(), inputs(student))
     assert not torch.equal(measured[0], raw[0])  # the average is another model than the last step's
     student.save(tmp_path / "saved")
     loaded = load_model(tmp_path / "saved")
@@ -65,13 +84,10 @@ def test_what_is_saved_is_what_is_measured(name: str, tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_resumed_average_is_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
-    whole, _ = averaging(name, tmp_path / "whole")
-    expected = all_tensors(whole.run().student)
-    averaging(name, tmp_path / "cut", steps=2)[0].run()
-    resumed, _ = averaging(name, tmp_path / "cut")
+def test_a_resumed_average_is_the_same_to_the_last_bit(whole: Whole, tmp_path: Path) -> None:
+    averaging(whole.name, tmp_path / "cut", steps=2)[0].run()
+    resumed, _ = averaging(whole.name, tmp_path / "cut")
     found = all_tensors(resumed.run(resume=True).student)
-    assert found.keys() == expected.keys()
-    differing = [key for key, value in expected.items() if not torch.equal(found[key], value)]
+    assert found.keys() == whole.average.keys()
+    differing = [key for key, value in whole.average.items() if not torch.equal(found[key], value)]
     assert not differing

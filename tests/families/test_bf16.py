@@ -44,10 +44,11 @@ def measured(method: Method, earlier: Batch, batch: Batch, *, bf16: bool) -> tup
 
 def check(make_it: Callable[[], Method], earlier: Batch, batch: Batch) -> None:
     """Each term by itself: a large one does not hide a small one that is wrong."""
-    exact, exact_gradient = measured(make_it(), earlier, batch, bf16=False)
+    method = make_it()
+    exact, exact_gradient = measured(method, earlier, batch, bf16=False)
     rounded, rounded_gradient = measured(make_it(), earlier, batch, bf16=True)
     assert rounded.keys() == exact.keys()
-    normed = has_batch_norm(make_it())
+    normed = has_batch_norm(method)
     for name, value in exact.items():
         error = float((rounded[name] - value).abs() / value.abs())
         assert error < TERMS[normed], f"{name} is {float(rounded[name]):g} in bf16 and {float(value):g} in fp32"

@@ -27,6 +27,7 @@ SECONDS = 20  # of processor time
 WAITING = 240  # on the clock of a machine that may have much else to do
 ROOM = 3 * 2**30  # of address space: a picture at the limit of pixels takes 0.7 GB, and is copied once
 OURS = Path(cmapkd.__file__).parent
+_COMPILED = os.path.realpath(sys.pycache_prefix) if sys.pycache_prefix else None
 
 Ending = Literal["read", "skipped", "refused", "failure"]
 
@@ -82,7 +83,7 @@ class _Watch:
         if isinstance(path, int):
             return
         text = os.path.realpath(os.fsdecode(path))
-        if "__pycache__" in text:  # of a library that is imported late
+        if "__pycache__" in text or (_COMPILED and text.startswith(_COMPILED)):  # of a library that is imported late
             return
         allowed = self.allowed or ()
         if not any(text == root or text.startswith(root + "/") for root in (*allowed, "/dev/null", "/dev/shm")):

@@ -91,11 +91,12 @@ def test_the_average_and_the_best_are_of_the_smaller_student(whole: Trainer, tmp
         assert torch.equal(again(batch).image.embedding, whole.student.eval()(batch).image.embedding)
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 6, 7, 9, 10])
+@pytest.mark.parametrize("steps", [(2, 4, 7, 10), (3, 6, 9)])
 def test_a_run_interrupted_before_at_and_after_the_shrink_ends_the_same(
-    whole: Trainer, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Trainer, steps: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(pruning(tmp_path, **OPTIONS), step, monkeypatch)
+    for step in steps:
+        interrupt(pruning(tmp_path, **OPTIONS), step, monkeypatch, resume=step > steps[0])
     again = pruning(tmp_path, **OPTIONS)
     again.run(resume=True)
     assert_same_end(whole, again)

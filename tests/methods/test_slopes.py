@@ -257,11 +257,11 @@ def trainer(out: Path, *, steps: int = 8, **options: Any) -> Trainer:
     return made
 
 
-@pytest.mark.parametrize("step", [1, 4, 5])
-def test_a_run_resumes_bit_identically(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_bit_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trainer(tmp_path / "whole")
     whole.run()
-    interrupt(trainer(tmp_path / "parts"), step, monkeypatch)
+    for step in (1, 4, 5):
+        interrupt(trainer(tmp_path / "parts"), step, monkeypatch, resume=step > 1)
     again = trainer(tmp_path / "parts")
     again.run(resume=True)
     assert_same_end(whole, again)

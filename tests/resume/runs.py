@@ -6,6 +6,7 @@ hidden by steps that are clipped, decayed or normalised.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -168,6 +169,7 @@ def run_group(cases: list[str], number: int, out: Path) -> bool:
 
 def main(out: Path) -> None:
     torch.optim.AdamW([torch.zeros(1)])  # imports half of torch: once, before the fork
+    gc.freeze()  # each run of the children looks for circles, and need not look here
     for number in range(len(SITTINGS)):
         cases = [*CASES]
         while cases and not run_group(cases, number, out):

@@ -32,8 +32,8 @@ class StopAfter(threading.Event):
         return self.running.progress.step >= self.step
 
 
-def interrupt(running: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs until the signal comes; returns the checkpoint."""
+def interrupt(running: Trainer, step: int, monkeypatch: pytest.MonkeyPatch, *, resume: bool = False) -> Path:
+    """Runs, or goes on, until the signal comes; returns the checkpoint."""
 
     @contextmanager
     def signals() -> Iterator[threading.Event]:
@@ -42,7 +42,7 @@ def interrupt(running: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> P
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "signals", signals)
         with pytest.raises(Interrupted, match=f"stopped after step {step}") as stopped:
-            running.run()
+            running.run(resume=resume)
     return stopped.value.checkpoint
 
 
@@ -74,9 +74,9 @@ def score(student: DualEncoder) -> dict[str, float]:
     return {"score": float(sum(parameter.detach().abs().sum() for parameter in student.parameters()))}
 
 
-# name: (method, student class, options of the trainer, steps after which it is interrupted)
+# name: (method, student class, options of the trainer, steps after which it is interrupted, one after the other)
 CASES: dict[str, tuple[Any, Any, dict[str, Any], tuple[int, ...]]] = {
-    "contrastive": ("contrastive", None, {}, (1, 2, 3, 4, 5, 6)),
+    **{f"contrastive, {first}": ("contrastive", None, {}, (first, first + 3)) for first in (1, 2, 3)},
     "averaged": ("contrastive", None, {"ema": 0.8}, (1, 4)),
     "dropout": ("contrastive", DropoutStudent, {}, (2, 5)),
     "bf16": ("contrastive", None, {"precision": "bf16"}, (3,)),
@@ -106,25 +106,15 @@ def start(name: str, out: Path, *, seed: int = 0) -> Trainer:
 def test_resume_is_exact(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = start(name, tmp_path / "whole")
     whole.run()
-    for step in CASES[name][3]:
-        out = tmp_path / f"after-{step}"
-        interrupt(start(name, out), step, monkeypatch)
-        resumed = start(name, out, seed=99)  # other weights and another random state, both to be replaced
-        resumed.run(resume=True)
-        assert resumed.progress.step == STEPS
-        assert_same_end(resumed, whole)
-
-
-def test_two_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = start("dropout", tmp_path / "whole")
-    whole.run()
-    interrupt(start("dropout", tmp_path / "cut"), 2, monkeypatch)
-    second = start("dropout", tmp_path / "cut", seed=5)
-    monkeypatch.setattr(Trainer, "run", lambda self, run=Trainer.run: run(self, resume=True))
-    interrupt(second, 5, monkeypatch)
-    third = start("dropout", tmp_path / "cut", seed=6)
-    third.run()
-    assert_same_end(third, whole)
+    first, *later = CASES[name][3]
+    interrupt(start(name, tmp_path / "cut"), first, monkeypatch)
+    for step in later:
+        # other weights and another random state, both to be replaced
+        interrupt(start(name, tmp_path / "cut", seed=90 + step), step, monkeypatch, resume=True)
+    resumed = start(name, tmp_path / "cut", seed=99)
+    resumed.run(resume=True)
+    assert resumed.progress.step == STEPS
+    assert_same_end(resumed, whole)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +147,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypat
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -> None:
-    whole, other = start("contrastive", tmp_path / "a"), start("contrastive", tmp_path / "b")
+    whole, other = start("contrastive, 1", tmp_path / "a"), start("contrastive, 1", tmp_path / "b")
     whole.run()
     (other.out / "metrics.jsonl").write_text('{"step": 1, "loss": 0}\n')
     other.run(resume=True)
@@ -230,19 +220,19 @@ def test_a_kill_before_the_rename_leaves_the_previous_checkpoint(
     def no_rename(self: Path, target: Path) -> Path:
         raise KeyboardInterrupt
 
-    running = start("contrastive", tmp_path)
+    running = start("contrastive, 1", tmp_path)
     interrupt(running, 2, monkeypatch)
     (kept,) = list_checkpoints(tmp_path / "checkpoints")[-1:]
-    stopped = start("contrastive", tmp_path, seed=9)
+    stopped = start("contrastive, 1", tmp_path, seed=9)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", no_rename)
         with pytest.raises(KeyboardInterrupt):
             stopped.run(resume=True)
     assert list_checkpoints(tmp_path / "checkpoints")[-1] == kept
     assert read_checkpoint(kept)[1].step == 2
-    resumed = start("contrastive", tmp_path, seed=9)
+    resumed = start("contrastive, 1", tmp_path, seed=9)
     resumed.run(resume=True)
-    whole = start("contrastive", tmp_path / "whole")
+    whole = start("contrastive, 1", tmp_path / "whole")
     whole.run()
     assert_same_end(resumed, whole)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]

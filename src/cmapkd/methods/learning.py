@@ -91,8 +91,9 @@ class Learning(nn.Module):
             self._learning = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
             self._momenta = {name: norm.momentum for name, norm in self._batch_norms()}
         self.stage = stage
+        learning = self._learning & self._learning_in(stage)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self._learning and self._learns_in(stage, name))
+            parameter.requires_grad_(name in learning)
         for name, norm in self._batch_norms():
             norm.momentum = self._momenta[name]
             if f"{name}.weight" in self._learning and not norm.weight.requires_grad:
@@ -114,15 +115,15 @@ class Learning(nn.Module):
                 norm.momentum = 0.0
 
     def _something_learns(self, stage: StageConfig) -> bool:
-        return any(
-            parameter.requires_grad and self._learns_in(stage, name) for name, parameter in self.named_parameters()
-        )
+        learning = self._learning_in(stage)
+        return any(parameter.requires_grad and name in learning for name, parameter in self.named_parameters())
 
-    def _learns_in(self, stage: StageConfig, name: str) -> bool:
+    def _learning_in(self, stage: StageConfig) -> frozenset[str]:
+        """Names of the parameters that belong to what the stage trains."""
         parts = self.student_parts
-        of_student = name.removeprefix("student.")
-        return self.part_of(name) in stage.train or (
-            of_student != name and any(of_student in parts[part] for part in stage.train if part in parts)
+        named = {f"student.{name}" for part in stage.train if part in parts for name in parts[part]}
+        return frozenset(
+            name for name, _ in self.named_parameters() if name in named or self.part_of(name) in stage.train
         )
 
     def _batch_norms(self) -> list[tuple[str, _BatchNorm]]:

@@ -86,9 +86,17 @@ class GenerativeMethod(Method):
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
         if teacher is not None and self.compares_tokens:
-            common = check_same_vocabulary(teacher.model.vocabulary, student.vocabulary)
-            differ = common < max(teacher.model.vocabulary.size, student.vocabulary.size)
-            self.num_tokens = common if differ else None
+            self.relate(teacher.model)
+
+    def relate(self, teacher: GenerativeModel) -> None:
+        """Finds the tokens that student and teacher have in common.
+
+        Raises:
+            ConfigError: their tokens differ.
+        """
+        common = check_same_vocabulary(teacher.vocabulary, self.student.vocabulary)
+        differ = common < max(teacher.vocabulary.size, self.student.vocabulary.size)
+        self.num_tokens = common if differ else None
 
     @property
     def compares_tokens(self) -> bool:
@@ -201,7 +209,7 @@ class GenerativeMethod(Method):
                 rows,
                 compared,
                 student.targets,
-                teacher=self._answered(teacher),
+                teacher=self.answered(teacher),
                 divergence=divergence,
                 row_weights=_of_both(hard.rows, soft.rows, student.targets),
                 declared=declared if once else None,
@@ -219,7 +227,7 @@ class GenerativeMethod(Method):
                 "of the teacher: both must have one vocabulary and one end of a turn (cmapkd doctor compares them)"
             )
 
-    def _answered(self, teacher: TokenFeatures) -> Any:
+    def answered(self, teacher: TokenFeatures) -> Any:
         """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
         asked = self.teacher_top
         if teacher.top is not None:

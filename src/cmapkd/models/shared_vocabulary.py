@@ -21,7 +21,8 @@ def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
     if teacher.lead != student.lead:
         raise ConfigError(
             f"the teacher writes {teacher.lead!r} before an answer and the student {student.lead!r}, so their answers "
-            "have other tokens. Give the student a chat template that writes the teacher's text there."
+            "have other tokens. Give the student a chat template that writes the teacher's text there, or set "
+            "method.alignment=bytes (token_kd)."
         )
     if teacher.digest == student.digest and teacher.size == student.size:
         return student.size
@@ -38,7 +39,8 @@ def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
         raise ConfigError(
             f"teacher and student have different tokenizers: {len(different)} of their first {common} tokens differ. "
             f"The first is token {first}: {teacher.pieces[first]!r} of the teacher, {student.pieces[first]!r} of the "
-            "student. A divergence compares predictions token by token. Take two models with one tokenizer."
+            "student. A divergence compares predictions token by token. Take two models with one tokenizer, or method "
+            "token_kd with method.alignment=bytes."
         )
     lost = [number for number in (*teacher.end_ids, *student.end_ids) if number >= common]
     if lost:

@@ -20,7 +20,7 @@ from cmapkd.features.top_tokens import top_tokens
 from cmapkd.methods.byte_alignment import ByteAlignment
 from cmapkd.models.base import eval_mode
 from cmapkd.models.generative import GenerativeModel
-from cmapkd.models.shared_vocabulary import check_same_vocabulary, named_token, remark_on_ends
+from cmapkd.models.shared_vocabulary import check_same_vocabulary, kept_of, named_token, remark_on_ends
 from cmapkd.models.token_types import TokenFeatures, TokenNeeds
 
 READ_DIALOGUES = 64  # spread over the source
@@ -123,6 +123,10 @@ def compare_writers(student: GenerativeModel, teacher: GenerativeModel, *, by_by
     ratio = teacher.num_parameters() / student.num_parameters()
     size = f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f}x smaller)"
     findings = [Finding("ok" if ratio > 1 else "note", "pair", size)]
+    kept = kept_of(teacher.vocabulary, student.vocabulary)
+    if kept is not None and not by_bytes:
+        told = f"the student writes {len(kept):,} of the teacher's {teacher.vocabulary.size:,} tokens"
+        return [*findings, Finding("ok", "pair", f"{told}; the teacher's probabilities are taken among these")]
     try:
         common = check_same_vocabulary(teacher.vocabulary, student.vocabulary)
     except ConfigError as error:

@@ -19,6 +19,7 @@ from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMetho
 from cmapkd.methods.rollouts import OnPolicyConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.shared_vocabulary import kept_of
 from cmapkd.models.token_types import Rows, TokenFeatures
 from cmapkd.objectives.tokens import TokenDivergence
 
@@ -145,7 +146,8 @@ class TokenKD(GenerativeMethod):
         """Also tokens of two tokenizers by their bytes, where the config says so and one tokenizer is not enough."""
         if self.config.alignment == "ids":
             return super().relate(teacher)
-        if self.config.compare != "ranked":
+        cut = kept_of(teacher.vocabulary, self.student.vocabulary) is not None  # any text has tokens of both then
+        if self.config.compare != "ranked" and not cut:
             with suppress(ConfigError):  # of one tokenizer every token is a cell
                 return super().relate(teacher)
         self.aligned = ByteAlignment(teacher, self.student)

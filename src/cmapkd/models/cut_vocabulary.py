@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,12 @@ from cmapkd.models.vlm_language import Language
 
 VocabularyChoice = Literal["whole", "texts"]
 ABOUT_VOCABULARY = (
-    "whole: the tokens of the tokenizer. texts: those that the training texts need, control tokens and bytes; any other "
-    "text has shorter tokens."
+    "whole: all tokens of the tokenizer. texts: those that the training texts need, control tokens and bytes; any "
+    "other text has shorter tokens."
 )
+
+
+_MARK = "0123456789"  # in the place of a text
 
 
 def texts_given(texts: Iterable[str] | None, name: str) -> Iterable[str]:
@@ -32,20 +35,23 @@ def texts_given(texts: Iterable[str] | None, name: str) -> Iterable[str]:
     """
     if texts is None:
         raise ConfigError(
-            f"{name} has the option vocabulary: texts and no texts: give it data, or leave the option out"
+            f"vocabulary: texts needs training texts, and {name} is given none: leave the option out here"
         )
     return texts
 
 
-def cut_to_texts(model: Any, native: Any, texts: Iterable[str], *, name: str) -> tuple[Any, Any]:
+def cut_to_texts(model: Any, native: Any, texts: Iterable[str], *, name: str, lead: str = "") -> tuple[Any, Any]:
     """transformers' model with its head, and its processor, with the tokens that the texts need.
 
     The model is another one, with the same weights but for the rows that are left out.
 
+    Args:
+        texts: are read as an answer and within a dialogue.
+        lead: what stands before each answer.
     Raises:
         ConfigError: tokens cannot be left out of such a tokenizer.
     """
-    kept = kept_tokens(native.tokenizer, texts, name=name)
+    kept = kept_tokens(native.tokenizer, _in_dialogues(texts, native, lead), name=name)
     native = copy.deepcopy(native)
     native.tokenizer = cut_tokenizer(native.tokenizer, kept, name=name)
     with TemporaryDirectory() as folder:  # processors keep ids beside their tokenizer, and find them when they are read
@@ -56,7 +62,7 @@ def cut_to_texts(model: Any, native: Any, texts: Iterable[str], *, name: str) ->
 
 def cut_language(language: Language, texts: Iterable[str], *, name: str) -> Language:
     """A language model that is to be joined with an image tower, likewise."""
-    kept = kept_tokens(language.tokenizer, texts, name=name)
+    kept = kept_tokens(language.tokenizer, with_turns(texts), name=name)
     tokenizer = cut_tokenizer(language.tokenizer, kept, name=name)
     return replace(language, model=cut_rows(language.model, kept), tokenizer=tokenizer)
 
@@ -85,6 +91,23 @@ def cut_rows(model: Any, kept: Sequence[int]) -> Any:
     smaller.generation_config = generation
     smaller.set_attn_implementation(model.config._attn_implementation)
     return smaller.train(model.training)
+
+
+def with_turns(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, and what the templates of `tiny_vlm_words` write around turns."""
+    yield from ("user\n", "assistant\n", "model\n", "system\n", "\n")
+    yield from texts
+
+
+def _in_dialogues(texts: Iterable[str], native: Any, lead: str) -> Iterator[str]:
+    """Each text alone, as an answer, and as both turns of a dialogue in the model's template."""
+    turns = [{"role": role, "content": [{"type": "text", "text": _MARK}]} for role in ("user", "assistant")]
+    turns[0]["content"].insert(0, {"type": "image"})  # type: ignore[attr-defined]
+    frame = native.apply_chat_template(turns, tokenize=False)
+    yield native.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    for text in texts:
+        yield lead + text
+        yield frame.replace(_MARK, text)
 
 
 def _configs(config: Any) -> list[Any]:

@@ -53,7 +53,8 @@ def assemble(
     """
     native = read_processor(source, fetching, name)
     if options.vocabulary == "texts":
-        model, native = cut_to_texts(model, native, texts_given(texts, name), name=name)
+        lead = processor_of(native, model.config, name=name).lead
+        model, native = cut_to_texts(model, native, texts_given(texts, name), name=name, lead=lead)
     processor = processor_of(native, model.config, name=name, max_tokens=options.max_tokens)
     made = HfVlm(model, processor=processor, name=name)
     if scratch:

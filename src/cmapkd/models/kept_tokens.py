@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from cmapkd.config import ConfigError
@@ -111,8 +112,8 @@ def _parts(piece: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
     """Every token that comes up while the merges make this one, itself too."""
     symbols, seen = list(piece), list(piece)
     while len(symbols) > 1:
-        found = [(rank, at) for at, pair in enumerate(zip(symbols, symbols[1:], strict=False))
-                 if (rank := ranks.get(pair)) is not None]  # fmt: skip
+        places = {at: ranks.get(pair) for at, pair in enumerate(pairwise(symbols))}
+        found = [(rank, at) for at, rank in places.items() if rank is not None]
         if not found:
             break
         _, at = min(found)

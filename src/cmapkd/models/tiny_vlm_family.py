@@ -13,7 +13,7 @@ from cmapkd.config import Config, ConfigError, closest
 from cmapkd.models import hf_family, vlm_family
 from cmapkd.models.base import Model
 from cmapkd.models.config import ModelConfig
-from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, texts_given
+from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, texts_given, with_turns
 from cmapkd.models.families import Loader
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.hf_vlm import HfVlm
@@ -90,7 +90,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
             raise ConfigError(f"the tokenizer of {teacher.name} is none of transformers: set the option tokenizer: own")
         tokens, picture = copy.deepcopy(native.tokenizer), teacher.vocabulary.image_id
         if options.vocabulary == "texts":
-            kept = kept_tokens(tokens, texts_given(captions, config.name), name=teacher.name)
+            kept = kept_tokens(tokens, with_turns(texts_given(captions, config.name)), name=teacher.name)
             tokens = cut_tokenizer(tokens, kept, name=teacher.name)
         end = native.tokenizer.convert_ids_to_tokens(teacher.vocabulary.end_ids[0])
         word, lead = native.tokenizer.convert_ids_to_tokens(picture), teacher.vocabulary.lead

@@ -152,6 +152,8 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
         build_model(ModelConfig(name=name, options={"vocabulary": "texts"}))
     with pytest.raises(ConfigError, match="vocabulary"):
         cut_of(name, vocabulary="some")
+    with pytest.raises(ConfigError, match="set vocab_size instead"):
+        cut_of("tiny_vlm:small")
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     with pytest.raises(ConfigError, match="the tokenizer of it is WordLevel"):
         kept_tokens(PreTrainedTokenizerFast(tokenizer_object=words), ["a"], name="it")

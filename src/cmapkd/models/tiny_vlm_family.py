@@ -95,6 +95,11 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
         end = native.tokenizer.convert_ids_to_tokens(teacher.vocabulary.end_ids[0])
         word, lead = native.tokenizer.convert_ids_to_tokens(picture), teacher.vocabulary.lead
         return _assemble(options, tokens, word, end, config.name, lead)
+    if options.vocabulary == "texts":
+        raise ConfigError(
+            f"vocabulary: texts cuts the tokenizer of a teacher that writes, and tiny_vlm:{rest} learns one of its own: "
+            "set vocab_size instead"
+        )
     if captions is None:
         raise ConfigError(
             f"tiny_vlm:{rest} is untrained and learns its tokenizer from texts: give it data, or a teacher that writes"

@@ -101,8 +101,11 @@ def with_turns(texts: Iterable[str]) -> Iterator[str]:
 
 def _in_dialogues(texts: Iterable[str], native: Any, lead: str) -> Iterator[str]:
     """Each text alone, as an answer, and as both turns of a dialogue in the model's template."""
-    turns = [{"role": role, "content": [{"type": "text", "text": _MARK}]} for role in ("user", "assistant")]
-    turns[0]["content"].insert(0, {"type": "image"})  # type: ignore[attr-defined]
+    said, shown = {"type": "text", "text": _MARK}, {"type": "image"}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": [shown, said]},
+        {"role": "assistant", "content": [said]},
+    ]
     frame = native.apply_chat_template(turns, tokenize=False)
     yield native.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     for text in texts:

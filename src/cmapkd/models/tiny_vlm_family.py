@@ -97,8 +97,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
         return _assemble(options, tokens, word, end, config.name, lead)
     if options.vocabulary == "texts":
         raise ConfigError(
-            f"vocabulary: texts cuts the tokenizer of a teacher that writes, and tiny_vlm:{rest} learns one of its own: "
-            "set vocab_size instead"
+            f"vocabulary: texts cuts the tokenizer of a teacher that writes, and tiny_vlm:{rest} learns one of its "
+            "own: set vocab_size instead"
         )
     if captions is None:
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 
 from cmapkd.models import GenerativeModel, ModelConfig, build_model, load_model
 from cmapkd.run import RunConfig, run
+from helpers import read_lines
 from writers import STUDENT, TEACHER, TEXTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,9 +49,8 @@ def test_a_student_with_a_tokenizer_of_its_own(recipe: dict[str, Any], cache: st
     assert isinstance(student, GenerativeModel)
     assert isinstance(teacher, GenerativeModel)
     assert student.vocabulary.digest != teacher.vocabulary.digest
-    assert '"distillation"' in (tmp_path / "run" / "metrics.jsonl").read_text().replace("terms/", "").replace(
-        "loss/", ""
-    )
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert any("distillation" in key for key in lines[0])
 
 
 def test_a_student_with_a_part_of_the_teachers_tokens(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from token_support import Asked, batch_of, built, make_writer, token_kd, token_plan
+from token_support import Asked, batch_of, built, make_writer, other_tokenizer, token_kd, token_plan
 
 from cmapkd.cache import CacheError, CacheWarning
 from cmapkd.cache.token_layout import TokenLayout
@@ -80,6 +80,33 @@ def test_losses_and_gradients_are_the_live_ones_in_micro_batches_too(tmp_path: P
     torch.testing.assert_close(whole[1], live[1], rtol=2e-2, atol=2e-3 * float(live[1].abs().max()))
     torch.testing.assert_close(parts[0], whole[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts[1], whole[1], rtol=1e-3, atol=1e-5 * float(live[1].abs().max()))
+
+
+def test_a_teacher_of_another_tokenizer_is_stored_in_its_own_tokens(tmp_path: Path) -> None:
+    """With alignment bytes; some tokens of its answers are not among its 8 likeliest."""
+    method = token_kd(other_tokenizer(), alignment="bytes")
+    assert method.aligned is not None
+    cached, reader = replayed(tmp_path / "c", method)
+    batches = (batch_of(method, 0), batch_of(cached, 0, stored=reader))  # type: ignore[arg-type]
+    tokens = [int(batches[0].inputs[role].answer.sum()) for role in ("student", "teacher")]  # type: ignore[attr-defined]
+    assert tokens[0] != tokens[1]
+    gradients, values = [], []
+    for made, batch in zip((method, cached), batches, strict=True):
+        terms = made(batch)
+        sum(term.weight * term.value for term in terms.values()).backward()  # type: ignore[union-attr]
+        gradients.append(
+            torch.cat([each.grad.flatten() for each in made.student.parameters() if each.grad is not None])
+        )
+        values.append(terms["distillation"].value.detach())
+    assert float(values[0]) > 0.01
+    torch.testing.assert_close(values[1], values[0], rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-3 * float(gradients[0].abs().max()))
+
+
+def test_ranked_distances_have_no_cache(tmp_path: Path) -> None:
+    method = token_kd(other_tokenizer(), alignment="bytes", compare="ranked")
+    assert method.not_cached is not None
+    assert "compare: ranked reads all" in method.not_cached
 
 
 def test_more_stored_tokens_serve_a_method_that_reads_fewer(tmp_path: Path) -> None:

@@ -81,6 +81,17 @@ def make_writer(*, width: int = 16, seed: int = 0, **options: Any) -> HfVlm:
     return model.eval()
 
 
+def other_tokenizer() -> HfVlm:
+    """A teacher whose tokens stand for other pieces of the same answers."""
+    config = ModelConfig(name="tiny_vlm:small", options={**SIZES, "width": 24, "vocab_size": 340})
+    torch.manual_seed(3)
+    model = build("small", config, ["re d", "gr een", "blue thing, number"] * 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
+    return model.eval()
+
+
 def token_kd(teacher: HfVlm | None = None, **settings: Any) -> TokenKD:
     config = TokenKDConfig(**{"top_k": 8, **settings})
     frozen = FrozenTeacher(teacher or make_writer(width=24, seed=7))

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from cmapkd.methods import METHODS
 from cmapkd.methods.terms import total_loss
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import Decoding, GenerativeModel
+from cmapkd.models.token_bytes import Spelling, TokenPairs
 from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, Vocabulary
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = json.loads((ROOT / "tests/objectives/fixtures/token_losses.json").read_text())
+GOLD = json.loads((ROOT / "tests/objectives/fixtures/gold.json").read_text())
 COUNTED = [row for row, label in enumerate(PUBLISHED["labels"]) if label != -100]
 TARGETS = torch.tensor([PUBLISHED["labels"][row] for row in COUNTED])
 SAMPLES = torch.tensor([0, 1, 1])  # whose answers these tokens are
@@ -66,6 +69,38 @@ class Written(GenerativeModel):
         raise NotImplementedError
 
 
+class Spelled(Written):
+    """One answer of GOLD's case, in the tokens of one of its models."""
+
+    def __init__(self, who: str) -> None:
+        nn.Module.__init__(self)
+        self.values = nn.Parameter(torch.tensor(GOLD[f"{who}_logits"], dtype=torch.float64))
+        self.targets = torch.tensor(GOLD[f"{who}_ids"])
+        size = self.values.shape[1]
+        self.vocabulary = Vocabulary(size, size, (0,), 0, 1, who)
+        lengths = dict(zip(GOLD[f"{who}_ids"], GOLD[f"{who}_bytes"], strict=True))
+        pieces = tuple(b"x" * lengths.get(number, 9) for number in range(size))
+        self.processor = SimpleNamespace(spelling=lambda _: Spelling(pieces, b"", size))  # type: ignore[assignment]
+
+    def forward(self, inputs: ChatInput, needs: TokenNeeds | None = None) -> TokenFeatures:
+        number = len(self.targets)
+        rows = Rows(self.values, torch.zeros(number, dtype=torch.long), torch.arange(number))
+        return TokenFeatures({"answer": rows}, self.targets, self.head)
+
+
+def by_bytes(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """As `by_settings`, of two models with two tokenizers; which tokens are the same ones, GOLD's case says itself."""
+    student = Spelled("student")
+    config = METHODS[settings["name"]].Config.from_mapping(settings, where="docs/generative.md")
+    method: Any = METHODS[settings["name"]](config, student=student, teacher=FrozenTeacher(Spelled("teacher"))).eval()
+    pairs = torch.tensor(GOLD["matched"])
+    method.aligned.pairs = method.aligned.first_pairs = TokenPairs(pairs[:, 0], pairs[:, 1])
+    item = ChatItem(torch.tensor([2, 3]), torch.tensor([False, True]), torch.zeros(2, dtype=torch.bool))
+    inputs = join_items([item], pad_id=0)
+    loss = total_loss(method(Batch(("a",), {"student": inputs, "teacher": inputs}, ("",))))
+    return loss, torch.autograd.grad(loss, student.values)[0]
+
+
 def by_settings(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Loss and gradient by the student's logits, through everything that a run does with a batch of given answers."""
     student, kind = Written("student_logits"), METHODS[settings["name"]]
@@ -103,6 +138,10 @@ def mixed(*parts: tuple[float, tuple[float, Tensor]]) -> tuple[float, Tensor]:
     return sum(values), torch.stack(gradients).sum(0)
 
 
+def gold(which: str) -> tuple[float, Tensor]:
+    return GOLD[which]["value"], torch.tensor(GOLD[which]["gradient"], dtype=torch.float64)
+
+
 TRL, TAID, NEMO, LLAVA_KD = "huggingface/trl", "SakanaAI/TAID", "NVIDIA-NeMo/Automodel", "Fantasyele/LLaVA-KD"
 PER_SAMPLE = len(COUNTED) / 2  # a sum over tokens by the samples of the batch, in means over tokens
 EXPECTED = {
@@ -121,13 +160,16 @@ EXPECTED = {
     "LLaVA-KD, response term": mixed((1, answers()), (1, published("forward_kl", LLAVA_KD))),
     "MaTVLM, mmMamba: the last stage's logits": mixed((PER_SAMPLE, published("KDLoss", NEMO, temperature=1.0))),
     "InfiniteVL: the second stage": mixed((PER_SAMPLE, published("KDLoss", NEMO, temperature=2.0))),
+    "GOLD": gold("hybrid"),
+    "ULD": gold("ranked"),
     "TAID": mixed((1, published("TAID.compute_loss", TAID))),
 }
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_settings_of_a_name_give_its_published_numbers(name: str) -> None:
-    loss, gradient = by_settings(named()[name])
+    settings = named()[name]
+    loss, gradient = (by_bytes if settings.get("alignment") == "bytes" else by_settings)(settings)
     value, slopes = EXPECTED[name]
     if name == "TAID":  # a cross-entropy with its moving target, here as in the published code
         value = next(case["value"] for case in PUBLISHED["cases"] if case["function"] == "TAID.compute_loss")

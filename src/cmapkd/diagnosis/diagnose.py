@@ -149,7 +149,7 @@ def _of_teacher(
         yield from check_weights(what, teacher, teaches=True)
         yield from check_dialogues(what, teacher, asked, max_tokens=config.data.max_tokens)
         if isinstance(student, GenerativeModel):
-            yield from compare_writers(student, teacher)
+            yield from compare_writers(student, teacher, by_bytes=config.method.reads_bytes)
         yield from check_looks(what, teacher, asked)
     elif isinstance(teacher, DualEncoder) and asked is None:
         yield from check_model(what, teacher, train)

@@ -17,9 +17,10 @@ from cmapkd.data.views import WHOLE, draw_view
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.evaluation.token_scores import negative_log_likelihoods, row_blocks
 from cmapkd.features.top_tokens import top_tokens
+from cmapkd.methods.byte_alignment import ByteAlignment
 from cmapkd.models.base import eval_mode
 from cmapkd.models.generative import GenerativeModel
-from cmapkd.models.shared_vocabulary import check_same_vocabulary, named_token, remark_on_ends
+from cmapkd.models.shared_vocabulary import check_same_vocabulary, kept_of, named_token, remark_on_ends
 from cmapkd.models.token_types import TokenFeatures, TokenNeeds
 
 READ_DIALOGUES = 64  # spread over the source
@@ -113,15 +114,23 @@ def check_dialogues(role: str, model: GenerativeModel, asked: Asked, *, max_toke
     return findings
 
 
-def compare_writers(student: GenerativeModel, teacher: GenerativeModel) -> list[Finding]:
-    """Sizes, and how many tokens both models have in common."""
+def compare_writers(student: GenerativeModel, teacher: GenerativeModel, *, by_bytes: bool = False) -> list[Finding]:
+    """Sizes, and how many tokens both models have in common.
+
+    Args:
+        by_bytes: whether the method lets tokens of two tokenizers meet at the bytes of a text.
+    """
     ratio = teacher.num_parameters() / student.num_parameters()
     size = f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f}x smaller)"
     findings = [Finding("ok" if ratio > 1 else "note", "pair", size)]
+    kept = kept_of(teacher.vocabulary, student.vocabulary)
+    if kept is not None and not by_bytes:
+        told = f"the student writes {len(kept):,} of the teacher's {teacher.vocabulary.size:,} tokens"
+        return [*findings, Finding("ok", "pair", f"{told}; the teacher's probabilities are taken among these")]
     try:
         common = check_same_vocabulary(teacher.vocabulary, student.vocabulary)
     except ConfigError as error:
-        return [*findings, Finding("note", "pair", f"{error}")]
+        return [*findings, _met_at_bytes(student, teacher) if by_bytes else Finding("note", "pair", f"{error}")]
     sizes = (teacher.vocabulary.size, student.vocabulary.size)
     same = f"both write the same {common:,} tokens" if max(sizes) == common else (
         f"they have the first {common:,} tokens in common, of {sizes[0]:,} and {sizes[1]:,}"
@@ -129,6 +138,20 @@ def compare_writers(student: GenerativeModel, teacher: GenerativeModel) -> list[
     findings.append(Finding("ok", "pair", same))
     ends = remark_on_ends(teacher.vocabulary, student.vocabulary)
     return findings if ends is None else [*findings, Finding("note", "pair", ends)]
+
+
+def _met_at_bytes(student: GenerativeModel, teacher: GenerativeModel) -> Finding:
+    """Of two tokenizers, how many tokens stand for the same text."""
+    try:
+        pairs = len(ByteAlignment(teacher, student).pairs)
+    except ConfigError as error:
+        return Finding("problem", "pair", f"{error}")
+    sizes = (student.vocabulary.size, teacher.vocabulary.size)
+    detail = (
+        f"{pairs:,} of the student's {sizes[0]:,} tokens stand for the text of one of the teacher's {sizes[1]:,}; they "
+        "are compared where tokens of both begin at the same byte"
+    )
+    return Finding("ok" if pairs > sizes[0] / 4 else "note", "pair", detail)
 
 
 def check_looks(what: str, teacher: GenerativeModel, asked: Asked) -> list[Finding]:

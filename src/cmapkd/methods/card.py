@@ -47,6 +47,11 @@ class MethodConfig(Config):
         """Whether the method, with these settings, reads captions. If not, pictures without captions will do."""
         return True
 
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether tokens of two tokenizers may meet where both begin at the same byte of a text."""
+        return False
+
     @field_validator("term_weighting", mode="before")
     @classmethod
     def _weighting_by_name(cls, value: Any) -> Any:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.features.top_tokens import ROWS as TOP_ROWS
 from cmapkd.features.top_tokens import narrowed, top_tokens
@@ -24,7 +25,7 @@ from cmapkd.methods.terms import Term
 from cmapkd.models import FrozenTeacher, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.reach import example_rows, last_matrix_behind
-from cmapkd.models.shared_vocabulary import check_same_vocabulary, cut_head
+from cmapkd.models.shared_vocabulary import check_same_vocabulary, cut_head, kept_of, picked_head
 from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, TopTokens
 from cmapkd.objectives.tokens import TokenDivergence
 from cmapkd.objectives.vocabulary import token_losses
@@ -77,6 +78,8 @@ class GenerativeMethod(Method):
     """The terms that read a teacher; it is not asked where the stage wants none of them."""
     config: GenerativeConfig
     student: GenerativeModel
+    kept: Tensor | None = None
+    """Of each of the student's tokens the id that it has in the teacher, whose vocabulary it is cut out of."""
     num_tokens: int | None = None
     """How many tokens student and first teacher have in common, where one has more; None: all."""
 
@@ -86,9 +89,30 @@ class GenerativeMethod(Method):
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
         if teacher is not None and self.compares_tokens:
-            common = check_same_vocabulary(teacher.model.vocabulary, student.vocabulary)
-            differ = common < max(teacher.model.vocabulary.size, student.vocabulary.size)
-            self.num_tokens = common if differ else None
+            self.relate(teacher.model)
+
+    def relate(self, teacher: GenerativeModel) -> None:
+        """Finds the tokens that student and teacher have in common.
+
+        Raises:
+            ConfigError: their tokens differ.
+        """
+        kept = kept_of(teacher.vocabulary, self.student.vocabulary)
+        if kept is not None:
+            if self.on_policy is not None and self.on_policy.share:
+                raise ConfigError(
+                    "the student's vocabulary is cut out of the teacher's, whose ids are others, and on_policy lets "
+                    "the teacher read the student's own ids: leave on_policy out, or the option vocabulary: texts"
+                )
+            self.kept = torch.tensor(kept, dtype=torch.long)
+            self.not_cached = (
+                "the student's vocabulary is a part of the teacher's, and a cache holds the teacher's likeliest tokens "
+                "of all: method.alignment=bytes (token_kd) can read one"
+            )
+            return
+        common = check_same_vocabulary(teacher.vocabulary, self.student.vocabulary)
+        differ = common < max(teacher.vocabulary.size, self.student.vocabulary.size)
+        self.num_tokens = common if differ else None
 
     @property
     def compares_tokens(self) -> bool:
@@ -201,7 +225,7 @@ class GenerativeMethod(Method):
                 rows,
                 compared,
                 student.targets,
-                teacher=self._answered(teacher),
+                teacher=self.answered(teacher),
                 divergence=divergence,
                 row_weights=_of_both(hard.rows, soft.rows, student.targets),
                 declared=declared if once else None,
@@ -213,19 +237,29 @@ class GenerativeMethod(Method):
         return {name: Counted(total, counts[name]) for name in wanted if (total := sums[name]) is not None}
 
     def _check_lengths(self, student: TokenFeatures, teacher: TokenFeatures) -> None:
+        if self.kept is not None:
+            own = self.kept.to(student.targets.device)[student.targets]
+            if not torch.equal(own, teacher.targets.to(own)):
+                raise ValueError(
+                    "an answer has tokens of the teacher that were cut out of the student's vocabulary, so both read "
+                    "it in different tokens. Cut it with all training texts, or set method.alignment=bytes (token_kd)"
+                )
+            return
         if len(teacher.targets) != len(student.targets):
             raise ValueError(
                 f"the answers of a batch have {len(student.targets)} tokens of the student and {len(teacher.targets)} "
                 "of the teacher: both must have one vocabulary and one end of a turn (cmapkd doctor compares them)"
             )
 
-    def _answered(self, teacher: TokenFeatures) -> Any:
+    def answered(self, teacher: TokenFeatures) -> Any:
         """What `token_losses` reads of a teacher: its states and head, or as many likeliest tokens as are asked for."""
         asked = self.teacher_top
         if teacher.top is not None:
             return teacher.top if asked is None else narrowed(teacher.top, min(asked.number, teacher.top.ids.shape[-1]))
         assert teacher.head is not None
         states, head = teacher.hidden["answer"].values, self.shared(teacher.head)
+        if self.kept is not None:
+            head = picked_head(teacher.head, self.kept.to(states.device))
         if asked is None:
             return states, head
         with torch.no_grad():

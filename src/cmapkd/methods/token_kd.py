@@ -6,17 +6,21 @@ Many published methods are settings of this one: docs/generative.md lists them b
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
+from cmapkd.methods.byte_alignment import ByteAlignment
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, TopRequest
 from cmapkd.methods.rollouts import OnPolicyConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
-from cmapkd.models.token_types import TokenFeatures
+from cmapkd.models.shared_vocabulary import kept_of
+from cmapkd.models.token_types import Rows, TokenFeatures
 from cmapkd.objectives.tokens import TokenDivergence
 
 
@@ -38,9 +42,23 @@ class TokenKDConfig(GenerativeConfig):
         ge=1,
         description="Teacher's likeliest tokens that are read, the rest as one; none: all. A cache needs it.",
     )
+    alignment: Literal["ids", "bytes"] = Field(
+        "ids",
+        description="How tokens of two models meet. ids: they have one tokenizer; bytes: of two tokenizers, where "
+        "tokens of both begin at the same byte of an answer.",
+    )
+    compare: Literal["text", "hybrid", "ranked"] = Field(
+        "text",
+        description="alignment bytes: what is compared. text: what stands for the same text (ours); hybrid: tokens by "
+        "text and the others by rank (GOLD); ranked: probabilities by rank (ULD).",
+    )
     on_policy: OnPolicyConfig | None = Field(
         None, description="The student's own answers take the place of some; none: they never do. Or a share alone."
     )
+
+    @property
+    def reads_bytes(self) -> bool:
+        return self.alignment == "bytes"
 
     @field_validator("on_policy", mode="before")
     @classmethod
@@ -52,6 +70,7 @@ class TokenKDConfig(GenerativeConfig):
         for name, readers in (("beta", ("jsd",)), ("skew", ("skew_forward", "skew_reverse"))):
             if self.divergence not in readers and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is read by divergence {' and '.join(readers)} alone: leave it out")
+        self._alignment_is_read()
         if self.divergence != "sampled_reverse":
             return self
         if self.on_policy is None or not self.on_policy.share:
@@ -59,6 +78,19 @@ class TokenKDConfig(GenerativeConfig):
         if self.top_k is not None:
             raise ValueError("sampled_reverse reads the teacher's probability of any token: leave top_k out")
         return self
+
+    def _alignment_is_read(self) -> None:
+        if self.alignment == "ids":
+            if self.compare != "text":
+                raise ValueError("compare is read by alignment bytes alone: leave it out, or set alignment: bytes")
+            return
+        if self.divergence == "sampled_reverse" or (self.on_policy is not None and self.on_policy.share):
+            raise ValueError(
+                "alignment: bytes compares the answers of the data alone, which both models read in tokens of their "
+                "own: leave on_policy out, and take another divergence than sampled_reverse"
+            )
+        if self.compare == "ranked" and self.divergence != "forward":
+            raise ValueError("compare: ranked is a distance by itself and reads no divergence: leave divergence out")
 
 
 class TokenKD(GenerativeMethod):
@@ -75,10 +107,11 @@ class TokenKD(GenerativeMethod):
             "jsd: β KL(p ‖ m) + (1−β) KL(q ‖ m), m = βp + (1−β)q",
             "skew_forward: KL(p ‖ λp + (1−λ)q); skew_reverse: KL(q ‖ (1−λ)p + λq)",
             "sampled_reverse: −(log p_y − sg log q_y) log q_y, y drawn by the student",
+            "alignment bytes: p, q over what stands for the same text where tokens of both begin at one byte",
             "L = answers_weight CE(y, q) + distill_weight T² D",
         ),
-        needs="final states of the answers' tokens of both models, which must have one vocabulary; prompts, image "
-        "sizes and widths may differ",
+        needs="final states of the answers' tokens of both models, which must have one vocabulary, but for alignment "
+        "bytes; prompts, image sizes and widths may differ",
         trainable="the student",
         departures=(
             "Sums over tokens are divided once, over all micro-batches and processes.",
@@ -86,25 +119,49 @@ class TokenKD(GenerativeMethod):
             "Tokens that one model alone has are cut off in the divergence, and not in the cross-entropy.",
             "Whether a sample's answer is the student's own is drawn for each sample, and not for each batch.",
             "Answers of the student's own have no cross-entropy.",
+            "alignment bytes: the cells of `compare: text` are of no paper. GOLD and ULD are `hybrid` and `ranked`.",
         ),
         checked_against="the sums written out, with gradients; TRL, TAID, LLaVA-KD, LLaVA-MoD and NeMo "
         "(tests/objectives/fixtures)",
     )
 
+    config: TokenKDConfig
+    aligned: ByteAlignment | None = None
+    """How tokens of two tokenizers meet; None where they have one."""
+
     def __init__(
         self, config: TokenKDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
-        self.config: TokenKDConfig = config
+        self.config = config
         self.divergence = TokenDivergence(
             config.divergence, temperature=config.temperature, beta=config.beta, lam=config.skew
         )
+        if self._by_rank:
+            self.not_cached = f"compare: {config.compare} reads all of the teacher's probabilities"
         if config.on_policy is not None:
             self.not_cached = "the teacher judges answers that the student has just written"
 
+    def relate(self, teacher: GenerativeModel) -> None:
+        """Also tokens of two tokenizers by their bytes, where the config says so and one tokenizer is not enough."""
+        if self.config.alignment == "ids":
+            return super().relate(teacher)
+        cut = kept_of(teacher.vocabulary, self.student.vocabulary) is not None  # any text has tokens of both then
+        if self.config.compare != "ranked" and not cut:
+            with suppress(ConfigError):  # of one tokenizer every token is a cell
+                return super().relate(teacher)
+        self.aligned = ByteAlignment(teacher, self.student)
+        return None
+
+    @property
+    def compares_tokens(self) -> bool:
+        return super().compares_tokens and self.aligned is None
+
     @property
     def teacher_top(self) -> TopRequest | None:
-        return None if self.config.top_k is None else TopRequest(self.config.top_k, self.config.temperature)
+        if self.config.top_k is None or self._by_rank:
+            return None
+        return TopRequest(self.config.top_k, self.config.temperature)
 
     @property
     def on_policy(self) -> OnPolicyConfig | None:
@@ -115,8 +172,37 @@ class TokenKD(GenerativeMethod):
         return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
+        if self.aligned is not None:
+            return self._aligned_sums(part, student, teacher, self.aligned)
         rows, given = student.hidden["answer"], self.given(part)
         hard = soft = self.weigh(part, rows, wanted=given)
         if given is not None:
             soft = self.weigh(part, rows, wanted=~given if self.divergence.reads_targets else None)
         return self.losses(student, hard, teacher=teacher, divergence=self.divergence, soft=soft)
+
+    @property
+    def _by_rank(self) -> bool:
+        return self.aligned is not None and self.config.compare != "text"
+
+    def _aligned_sums(
+        self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None, aligned: ByteAlignment
+    ) -> dict[str, Counted]:
+        """As `sums`, but the divergence is of groups of tokens, which count as tokens do."""
+        rows = student.hidden["answer"]
+        counted = self.losses(student, self.weigh(part, rows))
+        if not self.wants("distillation", self.config.distill_weight):
+            return counted
+        assert teacher is not None
+        groups = aligned.groups(student.targets, teacher.targets)
+        begin = groups.student.start
+        weighed = self.weigh(part, Rows(rows.values[begin], rows.sample[begin], rows.place[begin]))
+        value = aligned.total(
+            student,
+            (teacher.targets, self.answered(teacher)),
+            groups,
+            weights=weighed.rows,
+            divergence=self.divergence,
+            compare=self.config.compare,
+            likeliest=self.config.top_k,
+        )
+        return counted | {"distillation": Counted(value, weighed.number)}

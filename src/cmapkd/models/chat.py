@@ -17,6 +17,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatItem, Dialogue, Turn
 from cmapkd.models.errors import first_line
 from cmapkd.models.generative import ChatProcessor
+from cmapkd.models.token_bytes import Spelling, token_bytes
 
 _PROBE = (Turn("user", "What is it?", pictures=1), Turn("assistant", "cmapkd"))
 _PROBE_TEXT = (Turn("user", "How many, and where?"), Turn("assistant", "2 of 10"))
@@ -106,6 +107,18 @@ class HfChatProcessor(ChatProcessor):
         if self.decode(ids) != text:
             raise ValueError(f"the answer {text[:80]!r} does not survive the tokenizer: {self.decode(ids)[:80]!r}")
         return [*ids, self.end_id]
+
+    def spelling(self, size: int) -> Spelling:
+        tokenizer = self.native.tokenizer
+        control, name = control_ids(tokenizer), type(tokenizer).__name__
+        pieces = token_bytes(tokenizer, size=size, control=control | {self.end_id}, name=name)
+        probe = "a"  # some tokenizers put a space before a text, beside what the template writes
+        written = b"".join(pieces[number] for number in self.encode_answer(probe))
+        if not written.endswith(probe.encode()):
+            raise ConfigError(
+                f"the tokens of {name} do not spell {probe!r}, but {written!r}: their bytes are not known"
+            )
+        return Spelling(pieces, written[: -len(probe)], self.end_id)
 
     def fingerprint(self) -> str:
         return self._fingerprint

@@ -10,10 +10,12 @@ from itertools import islice
 from jaxtyping import Float
 from torch import Tensor
 
+from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatInput, ChatProcessing, Dialogue, Turn, join_items
 from cmapkd.models.asking import dialogues
 from cmapkd.models.base import Model
 from cmapkd.models.embedding import Picture
+from cmapkd.models.token_bytes import Spelling
 from cmapkd.models.token_types import LogitHead, Seen, TokenFeatures, TokenNeeds, Vocabulary
 from cmapkd.models.types import LevelInfo
 
@@ -71,6 +73,14 @@ class ChatProcessor(ChatProcessing):
     @abstractmethod
     def encode_answer(self, text: str) -> list[int]:
         """The tokens of an answer and the end token after them, as `read` appends them to a prompt."""
+
+    def spelling(self, size: int) -> Spelling:
+        """The bytes of the first `size` tokens.
+
+        Raises:
+            ConfigError: they are not known.
+        """
+        raise ConfigError(f"the bytes of the {size} tokens of a {type(self).__name__} are not known")
 
 
 class GenerativeModel(Model):

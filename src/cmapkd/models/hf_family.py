@@ -49,8 +49,12 @@ class HfOptions(Config):
     revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
 
 
-def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Model:  # noqa: ARG001
-    """The model with its weights, or with `init: scratch` its architecture with random ones."""
+def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Model:
+    """The model with its weights, or with `init: scratch` its architecture with random ones.
+
+    Args:
+        captions: training texts, read where the options ask for their tokens alone.
+    """
     source, fetching = locate(rest, where=config.name, revision=config.options.get("revision"))
     local = Path(source).is_dir()
     model_config = _config(source, local, fetching, config.name)
@@ -64,7 +68,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Mod
     where = f"options of {config.name}"
     if model_config.model_type in LAYOUTS:
         chosen = HfVlmOptions.from_mapping(config.options, where=where)
-        return assemble_vlm(source, model, chosen, fetching, config.name, scratch=config.init == "scratch")
+        scratch = config.init == "scratch"
+        return assemble_vlm(source, model, chosen, fetching, config.name, scratch=scratch, texts=captions)
     options = HfOptions.from_mapping(config.options, where=where)
     return _assemble(source, model, options, fetching, config.name, scratch=config.init == "scratch")
 

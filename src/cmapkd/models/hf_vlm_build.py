@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.models.chat import HfChatProcessor
-from cmapkd.models.errors import first_line
+from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, cut_to_texts, texts_given
 from cmapkd.models.hf_vlm import HfVlm
+from cmapkd.models.hf_vlm_read import read_processor
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.vlm_layouts import LAYOUTS
 
@@ -26,21 +28,33 @@ class HfVlmOptions(Config):
         None, ge=8, description="Longest dialogue with its picture, in tokens. None: as long as the model takes."
     )
     lora: LoraConfig | None = Field(None, description="Low-rank adapters of a student that learns little else.")
+    vocabulary: VocabularyChoice = Field("whole", description=ABOUT_VOCABULARY)
     revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
 
 
 def assemble(
-    source: str, model: Any, options: HfVlmOptions, fetching: dict[str, Any], name: str, *, scratch: bool
+    source: str,
+    model: Any,
+    options: HfVlmOptions,
+    fetching: dict[str, Any],
+    name: str,
+    *,
+    scratch: bool,
+    texts: Iterable[str] | None = None,
 ) -> HfVlm:
     """The model with the processor that stands at `source`.
 
     Args:
         scratch: whether its weights are random.
+        texts: whose tokens stay, where the options say so.
     Raises:
-        ConfigError: the processor cannot serve a model that writes.
+        ConfigError: there are no such texts, or the processor cannot serve a model that writes.
         ValueError: there is none that can be read.
     """
     native = read_processor(source, fetching, name)
+    if options.vocabulary == "texts":
+        lead = processor_of(native, model.config, name=name).lead
+        model, native = cut_to_texts(model, native, texts_given(texts, name), name=name, lead=lead)
     processor = processor_of(native, model.config, name=name, max_tokens=options.max_tokens)
     made = HfVlm(model, processor=processor, name=name)
     if scratch:
@@ -64,26 +78,6 @@ def check_library(name: str) -> None:
             f"{name} writes, and models that write need transformers {OLDEST} or newer. Installed is {found}: "
             "pip install --upgrade transformers"
         )
-
-
-def read_processor(source: str, fetching: dict[str, Any], name: str) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        native = AutoProcessor.from_pretrained(source, trust_remote_code=False, **fetching)
-        if getattr(native, "tokenizer", None) is None or getattr(native, "image_processor", None) is None:
-            raise ValueError("it has no tokenizer, or no image processor")
-    except ImportError as error:
-        raise ValueError(
-            f"the processor of {name} needs a package that is not installed: {first_line(error)}"
-        ) from None
-    except Exception as error:
-        raise ValueError(
-            f"there is no usable processor for {name} in {source!r} ({type(error).__name__}: {first_line(error)}). It "
-            "needs processor_config.json or preprocessor_config.json, tokenizer.json, tokenizer_config.json and "
-            "chat_template.jinja there."
-        ) from None
-    return native
 
 
 def processor_of(native: Any, config: Any, *, name: str, max_tokens: int | None = None) -> HfChatProcessor:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+
+from jaxtyping import Int
+from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.models.token_types import LogitHead, Vocabulary
@@ -21,7 +25,8 @@ def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
     if teacher.lead != student.lead:
         raise ConfigError(
             f"the teacher writes {teacher.lead!r} before an answer and the student {student.lead!r}, so their answers "
-            "have other tokens. Give the student a chat template that writes the teacher's text there."
+            "have other tokens. Give the student a chat template that writes the teacher's text there, or set "
+            "method.alignment=bytes (token_kd)."
         )
     if teacher.digest == student.digest and teacher.size == student.size:
         return student.size
@@ -38,7 +43,8 @@ def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
         raise ConfigError(
             f"teacher and student have different tokenizers: {len(different)} of their first {common} tokens differ. "
             f"The first is token {first}: {teacher.pieces[first]!r} of the teacher, {student.pieces[first]!r} of the "
-            "student. A divergence compares predictions token by token. Take two models with one tokenizer."
+            "student. A divergence compares predictions token by token. Take two models with one tokenizer, or method "
+            "token_kd with method.alignment=bytes."
         )
     lost = [number for number in (*teacher.end_ids, *student.end_ids) if number >= common]
     if lost:
@@ -47,6 +53,22 @@ def check_same_vocabulary(teacher: Vocabulary, student: Vocabulary) -> int:
             "Give both models an end token that both know."
         )
     return common
+
+
+def kept_of(teacher: Vocabulary, student: Vocabulary) -> tuple[int, ...] | None:
+    """The teacher's id of each token of a student whose vocabulary was cut out of the teacher's; else None.
+
+    A cut vocabulary has the teacher's pieces in the teacher's order, and the same control tokens.
+    """
+    if not 0 < len(student.pieces) < len(teacher.pieces) or teacher.lead != student.lead:
+        return None
+    if student.pieces == teacher.pieces[: len(student.pieces)]:
+        return None  # the first ones, which need no table
+    numbers = {piece: number for number, piece in enumerate(teacher.pieces)}
+    found = tuple(numbers.get(piece, -1) for piece in student.pieces)
+    in_order = found[0] >= 0 and all(one < other for one, other in pairwise(found))
+    ends_alike = found[student.end_ids[0]] == teacher.end_ids[0]
+    return found if in_order and ends_alike else None
 
 
 def remark_on_ends(teacher: Vocabulary, student: Vocabulary) -> str | None:
@@ -64,6 +86,11 @@ def remark_on_ends(teacher: Vocabulary, student: Vocabulary) -> str | None:
 def named_token(vocabulary: Vocabulary, number: int) -> str:
     """The token's number, and its piece where it is known."""
     return f"token {number}" + (f" {vocabulary.pieces[number]!r}" if number < len(vocabulary.pieces) else "")
+
+
+def picked_head(head: LogitHead, ids: Int[Tensor, " kept"]) -> LogitHead:
+    """The head over some of its tokens, in that order."""
+    return replace(head, weight=head.weight[ids], bias=None if head.bias is None else head.bias[ids])
 
 
 def cut_head(head: LogitHead, size: int) -> LogitHead:

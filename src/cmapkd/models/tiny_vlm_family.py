@@ -13,11 +13,13 @@ from cmapkd.config import Config, ConfigError, closest
 from cmapkd.models import hf_family, vlm_family
 from cmapkd.models.base import Model
 from cmapkd.models.config import ModelConfig
+from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, texts_given, with_turns
 from cmapkd.models.families import Loader
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import processor_of
 from cmapkd.models.image_towers import ImagePartConfig, build_image_tower
+from cmapkd.models.kept_tokens import cut_tokenizer, kept_tokens
 from cmapkd.models.load import load_model
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.packaged import packaged_models
@@ -51,6 +53,7 @@ class TinyVlmOptions(Config):
     tokenizer: Literal["auto", "own"] = Field(
         "auto", description="auto: the teacher's, where it writes too; own: learned from the training texts."
     )
+    vocabulary: VocabularyChoice = Field("whole", description=f"Of the teacher's tokenizer. {ABOUT_VOCABULARY}")
     lora: LoraConfig | None = Field(None, description="Low-rank adapters, of a model with trained weights.")
     max_tokens: int = Field(512, ge=16, description="Longest dialogue with its picture, in tokens.")
 
@@ -86,9 +89,17 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
         if native is None:
             raise ConfigError(f"the tokenizer of {teacher.name} is none of transformers: set the option tokenizer: own")
         tokens, picture = copy.deepcopy(native.tokenizer), teacher.vocabulary.image_id
-        end = tokens.convert_ids_to_tokens(teacher.vocabulary.end_ids[0])
-        word, lead = tokens.convert_ids_to_tokens(picture), teacher.vocabulary.lead
+        if options.vocabulary == "texts":
+            kept = kept_tokens(tokens, with_turns(texts_given(captions, config.name)), name=teacher.name)
+            tokens = cut_tokenizer(tokens, kept, name=teacher.name)
+        end = native.tokenizer.convert_ids_to_tokens(teacher.vocabulary.end_ids[0])
+        word, lead = native.tokenizer.convert_ids_to_tokens(picture), teacher.vocabulary.lead
         return _assemble(options, tokens, word, end, config.name, lead)
+    if options.vocabulary == "texts":
+        raise ConfigError(
+            f"vocabulary: texts cuts the tokenizer of a teacher that writes, and tiny_vlm:{rest} learns one of its "
+            "own: set vocab_size instead"
+        )
     if captions is None:
         raise ConfigError(
             f"tiny_vlm:{rest} is untrained and learns its tokenizer from texts: give it data, or a teacher that writes"

@@ -13,8 +13,10 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.models.base import Model
 from cmapkd.models.chat import HfChatProcessor
 from cmapkd.models.config import ModelConfig
+from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, cut_language, texts_given
 from cmapkd.models.families import Loader
-from cmapkd.models.hf_vlm_build import processor_of, read_processor
+from cmapkd.models.hf_vlm_build import processor_of
+from cmapkd.models.hf_vlm_read import read_processor
 from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights
@@ -36,12 +38,13 @@ class VlmOptions(Config):
         (), description="Parts that never learn, and stay in eval mode."
     )
     lora: LoraConfig | None = Field(None, description="Low-rank adapters of the language model.")
+    vocabulary: VocabularyChoice = Field("whole", description=ABOUT_VOCABULARY)
     max_tokens: int | None = Field(
         None, ge=8, description="Longest dialogue with its picture, in tokens. None: as long as the model takes."
     )
 
 
-def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Model:  # noqa: ARG001
+def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Model:  # noqa: ARG001  rest
     """`vlm:WORD`, where the word is a name of the user's own; `init: scratch` leaves both halves untrained."""
     if not {"image", "text"} <= config.options.keys():
         raise ConfigError(
@@ -56,6 +59,8 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Mod
         image, text = image.model_copy(update={"init": "scratch"}), text.model_copy(update={"init": "scratch"})
     vision = VisualTokens(build_image_tower(image), options.level)
     language = build_language(text, where=config.name)
+    if options.vocabulary == "texts":
+        language = cut_language(language, texts_given(captions, config.name), name=config.name)
     model = assembled(vision, language, options.projector, name=config.name, max_tokens=options.max_tokens)
     random = {"vision": vision.tower.random, "projector": True, **dict.fromkeys(_OF_LANGUAGE, text.init == "scratch")}
     model.random_parts = tuple(part for part, names in model.parts.items() if names and random.get(part))

@@ -22,25 +22,26 @@ def byte_groups(one: Sequence[int], other: Sequence[int]) -> list[Group]:
     """The shortest runs of tokens that end at the same byte of a text.
 
     Args:
-        one, other: bytes of each token of the same text, in order. Tokens without bytes (the end of an answer) may
-            stand at the end alone.
+        one, other: bytes of each token of the same text, in order. Tokens without bytes may stand at the start (a space
+            that is no part of the text) or at the end (the end of an answer), and nowhere else.
     Returns:
-        In order; every token with bytes is in one group. Tokens without bytes are one group more where both models have
-        them; otherwise they are left out.
+        In order; every token with bytes is in one group, and the tokens without bytes before them in the first one.
+        Those at the end are one group more where both models have them; otherwise they are left out.
     Raises:
-        ValueError: the texts have different lengths, or a token without bytes stands before one with bytes.
+        ValueError: the texts have different lengths, or a token without bytes stands between others.
     """
     ends, other_ends = _covering(one), _covering(other)
     if sum(one) != sum(other):
         raise ValueError(f"one model's tokens cover {sum(one)} bytes, the other's {sum(other)}: give the same text")
     groups: list[Group] = []
-    start = other_start = at = other_at = bytes_here = other_bytes = 0
+    start = other_start = at = other_at = bytes_here = other_bytes = closed = 0
     while at < ends or other_at < other_ends:
         if bytes_here <= other_bytes:
             bytes_here, at = bytes_here + one[at], at + 1
         else:
             other_bytes, other_at = other_bytes + other[other_at], other_at + 1
-        if bytes_here == other_bytes:
+        if bytes_here == other_bytes > closed:
+            closed = bytes_here
             groups.append((slice(start, at), slice(other_start, other_at)))
             start, other_start = at, other_at
     if ends < len(one) and other_ends < len(other):
@@ -125,11 +126,13 @@ def hybrid_distance(
 
 
 def _covering(lengths: Sequence[int]) -> int:
-    """How many tokens have bytes: all but the last ones."""
-    num_tokens = sum(length > 0 for length in lengths)
-    if any(length <= 0 for length in lengths[:num_tokens]):
-        raise ValueError(f"tokens without bytes must stand at the end, got lengths {list(lengths)}")
-    return num_tokens
+    """How many tokens stand before the end of the text."""
+    places = [place for place, length in enumerate(lengths) if length > 0]
+    if not places:
+        return 0
+    if len(places) <= places[-1] - places[0]:
+        raise ValueError(f"tokens without bytes must stand at the start or at the end, got lengths {list(lengths)}")
+    return places[-1] + 1
 
 
 def _sorted(probabilities: Tensor, k: int) -> Tensor:

@@ -95,7 +95,9 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
         )
     teacher = teachers["teacher"].model if "teacher" in teachers else None
     if config.writes:
-        words = config.data.prompts.prompting().vocabulary(source)
+        prompting = config.data.prompts.prompting()
+        whole = config.student.options.get("vocabulary") == "texts"  # then no token of a training text may be missed
+        words = prompting.vocabulary(source, len(source)) if whole else prompting.vocabulary(source)
         return build_model(config.student, captions=words, teacher=teacher)
     captions = vocabulary_captions(source)
     if not config.method.reads_captions:

@@ -67,6 +67,8 @@ def remarks_on_ends(method: Method) -> Iterator[str]:
     """A sentence where the answers of a student end with another token than those of the teacher it is compared to."""
     if not isinstance(method, GenerativeMethod) or not method.teachers or not method.compares_tokens:
         return
+    if method.config.reads_bytes:
+        yield "teacher and student have one tokenizer: alignment bytes compares every token of it, as ids does."
     (role, teacher), *_ = method.teachers.items()
     if (remark := remark_on_ends(teacher.model.vocabulary, method.student.vocabulary)) is not None:
         yield f"{role}: {remark}"

@@ -10,6 +10,9 @@ from the cache, and is the trainer's own. The arms are:
 They step in turn in one process, so that what else happens on the machine meets both. Time is the process's own.
 Memory is the highest resident size during a step less that before it, taken in steps whose time does not count.
 
+Beside this it measures how the student's reader reads one dialogue with its picture, by the whole processor and by its
+parts (`models/chat_pictures.py`), in turn.
+
     taskset -c 0 uv run python benchmarks/token_step.py --json docs/results/token_step.json
 """
 
@@ -76,7 +79,7 @@ def main() -> None:
         for _ in range(arguments.memory_steps):
             for name, arm in arms.items():
                 peaks[name].append(added_mib(arm.step))
-    result = {**settings, **summary(arms, peaks)}
+    result = {**settings, **summary(arms, peaks), "milliseconds_of_a_dialogue": reading(arms["sft"])}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result["ratios"], indent=2))
@@ -143,6 +146,25 @@ def arm_of(config: Any, source: Any, teachers: Any, tokens_of: Any, out: Path) -
     trainer = Trainer(method, batches, config.training, config.optim, out=out, seed=config.seed)
     trainer.engine.wrapped.train()
     return Arm(batches, trainer)
+
+
+def reading(arm: Arm, rounds: int = 100) -> dict[str, float]:
+    """Medians of reading one dialogue, in milliseconds."""
+    from cmapkd.data.turns import Turn
+
+    reader, picture = arm.batches.readers["student"], arm.batches.samples[0].image
+    said = (Turn("user", "How many circles are there?", pictures=1), Turn("assistant", "2"))
+    known = reader.processor._sizes._ways
+    parts = known[picture.size]
+    assert parts is not None
+    spent: dict[str, list[float]] = {"processor": [], "parts": []}
+    for _ in range(rounds):
+        for name, way in (("processor", None), ("parts", parts)):
+            known[picture.size] = way
+            start = time.process_time()
+            reader.read(picture, None, said)
+            spent[name].append(1000 * (time.process_time() - start))
+    return {name: round(statistics.median(values), 2) for name, values in spent.items()}
 
 
 def added_mib(step: Callable[[], Any]) -> float:

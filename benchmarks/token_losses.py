@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -76,8 +77,10 @@ def vars_of(size: Size) -> dict[str, int]:
 
 def add(path: Path, size: Size, arm: str, one: dict[str, Any]) -> None:
     """Adds a measurement to the file, and what follows from all of them."""
+    from cmapkd.provenance import describe_environment
+
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"float": "float32", "sizes": []}
-    result |= {"torch": one.pop("torch"), "threads": one.pop("threads")}
+    result["environment"] = describe_environment()
     entry = next((entry for entry in result["sizes"] if entry["size"] == vars_of(size)), None)
     if entry is None:
         entry = {"size": vars_of(size), "runs": {}}
@@ -105,6 +108,7 @@ def ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
 def measure(arm: str, size: Size) -> dict[str, Any]:
     import torch
 
+    torch.set_num_threads(1)  # so that the process's own time is the step's
     step_of(arm, Size(4, 16, 8, 8))()  # libraries load
     step = step_of(arm, size)
     Path("/proc/self/clear_refs").write_text("5")  # the highest size so far is now this one
@@ -115,8 +119,7 @@ def measure(arm: str, size: Size) -> dict[str, Any]:
         "peak_mib": round((peak - before) / 1024, 1),
         "seconds": round(seconds, 3),
         "value": round(value, 4),
-        "torch": torch.__version__.partition("+")[0],
-        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

@@ -25,8 +25,9 @@ from cmapkd.objectives import (
     token_losses,
     top_divergence,
     vocabulary,
+    vocabulary_pass,
 )
-from cmapkd.objectives.tokens import DivergenceName, by_logits
+from cmapkd.objectives.tokens import DivergenceName
 
 ROWS, TOKENS, WIDTH, TEACHER_WIDTH = 7, 11, 5, 6
 NAMES = get_args(DivergenceName)
@@ -149,7 +150,8 @@ def test_slopes_make_the_gradient_by_logits(how: TokenDivergence) -> None:
     (expected,) = torch.autograd.grad(how(logits, teacher, targets=c.targets).sum(), logits)
     log_q, log_p = how.log_softmax(logits.detach()), how.log_softmax(teacher)
     slopes = how.measure(log_q, log_p, c.targets).slopes
-    torch.testing.assert_close(by_logits(slopes, log_q) * how.temperature, expected, **EXACT)
+    by_logits = slopes - slopes.sum(-1, keepdim=True) * log_q.exp()
+    torch.testing.assert_close(by_logits * how.temperature, expected, **EXACT)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("taid", "sampled_reverse", "tv")])
@@ -217,6 +219,24 @@ def test_losses_and_gradients_are_those_of_materialised_logits(how: TokenDiverge
                 torch.testing.assert_close(losses, whole, **EXACT)
                 got = torch.autograd.grad(summed(losses, *factors), c.learned)
                 torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize("top", [None, 4, TOKENS])
+@pytest.mark.parametrize("weighed", ["once", "twice"])
+def test_sums_of_few_rows_at_a_time_are_those_of_the_chunk(
+    top: int | None, weighed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one and of two rows, in chunks that they divide and others."""
+    c, how = case(softcap=4.0, scale=0.7), TokenDivergence("jsd", temperature=1.5)
+    c.row_weights = c.row_weights if weighed == "once" else torch.stack([c.row_weights, c.row_weights.flip(0)])
+    teacher = c.teacher if top is None else top_tokens(c.teacher[1](c.teacher[0]), top, temperature=1.5)
+    whole = c.ours(how, teacher=teacher)
+    expected = torch.autograd.grad(summed(whole, 0.5, 2.0), c.learned)
+    for block, chunk in ((1, 3), (2 * TOKENS, None), (2 * TOKENS + 1, 3), (2 * TOKENS, 4)):
+        monkeypatch.setattr(vocabulary_pass, "BLOCK_LOGITS", block)
+        losses = c.ours(how, teacher=teacher, chunk=chunk, declared=(0.5, 2.0))
+        torch.testing.assert_close(losses, whole, **EXACT)
+        torch.testing.assert_close(torch.autograd.grad(summed(losses, 0.5, 2.0), c.learned), expected, **EXACT)
 
 
 @pytest.mark.parametrize("k", [1, 4, TOKENS])

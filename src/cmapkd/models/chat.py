@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatItem, Dialogue, Turn
+from cmapkd.models.chat_pictures import PictureSizes
 from cmapkd.models.errors import first_line
 from cmapkd.models.generative import ChatProcessor
 from cmapkd.models.token_bytes import Spelling, token_bytes
@@ -69,12 +70,13 @@ class HfChatProcessor(ChatProcessor):
         pad = native.tokenizer.pad_token_id
         self.pad_id: int = self.end_id if pad is None else pad
         self._forbidden = re.compile("|".join(map(re.escape, self._control_texts())))
+        self._sizes = PictureSizes(native, image_id, self.picture_options, self._control_texts())
         self._numbers = self._numbers_of_tokens(name)
 
     def read(self, dialogue: Dialogue, pictures: Sequence[Image.Image]) -> ChatItem:
         self._check(dialogue, pictures)
         text = self._rendered(dialogue[:-1], prompt=True)
-        found = self._processed(text, pictures)
+        found = self._seen(text, pictures)
         prompt = found.pop("input_ids")[0]
         found.pop("attention_mask", None)
         tail = torch.tensor(self.encode_answer(dialogue[-1].text))
@@ -202,6 +204,14 @@ class HfChatProcessor(ChatProcessor):
         except Exception as error:  # templates raise for roles or orders that they do not know
             raise ValueError(f"the chat template refuses the dialogue: {first_line(error)}") from None
         return text
+
+    def _seen(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the processor gives for one dialogue, by a shorter way for pictures of a size that is known."""
+        if len(pictures) != 1:
+            return self._processed(text, pictures)
+        picture = pictures[0].convert("RGB")
+        known = self._sizes.read(text, picture, self._adds_special(text), self._processed)
+        return self._processed(text, [picture]) if known is None else known
 
     def _processed(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the processor gives for one dialogue, pictures expanded."""

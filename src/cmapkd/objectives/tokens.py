@@ -1,7 +1,8 @@
 """Divergences between what two models predict for each token, each with its gradient written out.
 
 Every one is a sum over cells: the tokens of a vocabulary, or a teacher's likeliest ones and the rest (`top_tokens.py`).
-Its slopes are the derivatives by the student's log-probabilities of the cells. `by_logits` makes gradients of them.
+Its slopes are the derivatives by the student's log-probabilities of the cells. Those by its logits at temperature 1 are
+`slopes - slopes.sum(-1) * q`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Measured(NamedTuple):
 
     Attributes:
         values: Float[rows] in nats.
-        slopes: Float[rows cells], d value / d log q of each cell. Any multiple of q may be missing: `by_logits` would
-            make zero of it.
+        slopes: Float[rows cells], d value / d log q of each cell. Any multiple of q may be missing: derivatives by
+            logits have none of it.
     """
 
     values: Tensor
@@ -148,13 +149,6 @@ class TokenDivergence:
             assert targets is not None  # by `check_targets`
             return _sampled_reverse(log_q, log_p, targets)
         return _MEASURES[self.name](self, log_q, log_p)
-
-
-def by_logits(
-    slopes: Float[Tensor, "rows tokens"], log_q: Float[Tensor, "rows tokens"]
-) -> Float[Tensor, "rows tokens"]:
-    """d value / d logit of the softmax at temperature 1, from the slopes, which are overwritten."""
-    return slopes.addcmul_(log_q.exp(), slopes.sum(-1, keepdim=True), value=-1)
 
 
 def _forward(_: TokenDivergence, log_q: Tensor, log_p: Tensor) -> Measured:

@@ -85,18 +85,20 @@ def teacher_cells(top: Likeliest, like: Float[Tensor, "rows tokens"]) -> Float[T
 
 def top_measure(
     divergence: TokenDivergence, log_q: Float[Tensor, "rows tokens"], top: Likeliest
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows tokens"]]:
-    """Values, and their gradients by the student's logits over all tokens; at temperature 1 and unchecked."""
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows tokens"], Float[Tensor, "rows 1"]]:
+    """Values, and `dense` and `totals` of their gradient `dense - totals * q` by the student's logits over all tokens.
+
+    At temperature 1, and unchecked.
+    """
     cells = to_cells(log_q, top.ids)
-    measured = divergence.measure(cells, teacher_cells(top, log_q))
-    return measured.values, _spread(measured.slopes, cells, log_q, top.ids.long())
+    values, slopes = divergence.measure(cells, teacher_cells(top, log_q))
+    return values, _spread(slopes, cells, log_q, top.ids.long()), slopes.sum(-1, keepdim=True)
 
 
 def _spread(slopes: Tensor, cells: Tensor, log_q: Tensor, ids: Tensor) -> Tensor:
-    """d value / d logit of every token. A token of the rest moves its cell by its share of the cell."""
-    k, total, q = ids.shape[-1], slopes.sum(-1, keepdim=True), log_q.exp()
-    chosen = slopes[:, :k] - total * cells[:, :k].exp()
-    if k < log_q.shape[-1]:
-        share = (log_q - cells[:, k:]).exp()  # of the rest, which may be too small for its reciprocal
-        q = slopes[:, k:] * share - total * q
-    return q.scatter_(-1, ids, chosen)
+    """From slopes by cells to those by tokens. A token of the rest moves its cell by its share of the cell."""
+    k = ids.shape[-1]
+    if k == log_q.shape[-1]:
+        return torch.empty_like(log_q).scatter_(-1, ids, slopes)
+    shares = log_q.sub(cells[:, k:]).exp_()  # of the rest, which may be too small for its reciprocal
+    return shares.mul_(slopes[:, k:]).scatter_(-1, ids, slopes[:, :k])

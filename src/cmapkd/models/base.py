@@ -141,7 +141,8 @@ class DualEncoder(Model):
         """Why texts are always padded to the tokenizer's `context_length`; None: to the longest text of their batch.
 
         A tower may leave out the padding that all texts of a batch share where nothing that is read depends on it: the
-        attention is causal, or masks padding, and what is pooled is a real token. The family says so to the tokenizer.
+        attention is causal, or masks padding, and what is pooled is a real token. A family says so to its tokenizer,
+        as `whole_because`, and the tokenizer gives tokens that are `TokenBatch.measured` where there is no reason.
         """
         because: str | None = getattr(self.tokenizer, "whole_because", None)
         return because

@@ -62,7 +62,8 @@ def encode_short(
     length = ids.shape[1]
     cast = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(ids).to(cast) + tower.positional_embedding[:length].to(cast)
-    mask, values = tower.attn_mask[:length, :length], {}
+    mask = tower.attn_mask[:length, :length]
+    values: dict[int, Tensor] = {}
     if numbers:
         x, found = tower.transformer.forward_intermediates(x, attn_mask=mask, indices=list(numbers))
         values = dict(zip(numbers, found, strict=True))

@@ -49,10 +49,18 @@ class Pair:
     steps: int  # measured in a round, after one of warm-up
     apart: bool = False  # one arm in memory at a time, always
     micro_batch: int | None = None  # of our arms but those that say `whole_batch`; open_clip has none with distillation
+    options: dict[str, Any] | None = None  # of the student
 
 
 PAIRS = {
     "small": Pair("", "", batch_size=64, steps=8),
+    # small image towers beside CLIP's text tower of 512 channels and 12 blocks
+    "edge": Pair(
+        "open_clip:ViT-B-32", "timm:mobilenetv3_small_100", batch_size=16, steps=3, options={"image_size": 224}
+    ),
+    "edge_vit": Pair(
+        "open_clip:ViT-B-32", "timm:vit_tiny_patch16_224", batch_size=16, steps=3, options={"image_size": 224}
+    ),
     "vit_l14_b16": Pair("open_clip:ViT-L-14", "open_clip:ViT-B-16", batch_size=16, steps=2, apart=True, micro_batch=4),
 }
 EVERY = {"visual_levels": {"P2": 16.0, "P3": 16.0, "P4": 16.0, "P5": 1.0}}  # by default P3 and P4 are not read
@@ -68,10 +76,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "online_hinton": {"name": "hinton"},
     "online_clip_kd": {"name": "clip_kd"},
     "open_clip_distill": {},
+    "open_clip_student_only": {},
     "student_only_compiled": {"name": "contrastive"},
     "student_only_channels_last": {"name": "contrastive"},
 }
 DEFAULT = ("student_only", "cached_cmapkd", "cached_cmapkd_whole_bank", "online_hinton", "open_clip_distill")
+WORDS = ("a", "dog", "runs", "on", "the", "beach", "with", "two", "red", "balls")  # each is one token of CLIP's
 ANSWER = "answer: "
 PARTS = ("read", "teacher", "student", "terms", "backward", "update")
 
@@ -138,6 +148,7 @@ def summarise(pair: str, batch_size: int, runs: dict[str, list[dict[str, Any]]])
     whole = "cached_cmapkd_whole_batch"
     ratio(f"{whole}_over_student_only_whole_batch", step, whole, "student_only_whole_batch")
     ratio(f"open_clip_distill_over_{whole}", step, "open_clip_distill", whole)
+    ratio("open_clip_student_only_over_student_only", step, "open_clip_student_only", "student_only")
     ratio("peak_memory_ratio_whole_batch", memory, whole, "open_clip_distill")
     ratio("online_cmapkd_over_online_clip_kd", step, "online_cmapkd", "online_clip_kd")
     ratio("open_clip_distill_over_online_hinton", step, "open_clip_distill", "online_hinton")
@@ -207,7 +218,7 @@ def serve(arm: str, pair: Pair, threads: int | None, folder: Path) -> None:
     """The child's side: one step of warm-up, then one for each line it is sent, and at the end its memory."""
     import torch
 
-    from cmapkd.models import build_model
+    from cmapkd.models import ModelConfig, build_model
     from cmapkd.training.peak_memory import forget_peak, peak_bytes
 
     if threads:
@@ -216,14 +227,14 @@ def serve(arm: str, pair: Pair, threads: int | None, folder: Path) -> None:
     alone = torch.get_num_threads() == 1 and not gpu
     clock = time.process_time if alone else time.perf_counter
     torch.manual_seed(0)
-    asks = arm == "build" or ARMS[arm].get("name") != "contrastive"
+    asks = arm != "open_clip_student_only" and (arm == "build" or ARMS[arm].get("name") != "contrastive")
     teacher = build_model(_name(pair.teacher, "teacher", folder)) if asks else None
     torch.manual_seed(1)
-    student = build_model(_name(pair.student, "student", folder))
+    student = build_model(ModelConfig(name=_name(pair.student, "student", folder), options=pair.options or {}))
     parameters = {"student": student.num_parameters()} | ({"teacher": teacher.num_parameters()} if teacher else {})
     spent: dict[str, list[float]] = {}
     step: Callable[[], float]
-    if arm == "open_clip_distill":
+    if arm.startswith("open_clip"):
         step = _open_clip(student, teacher, _batch(pair, student, teacher), pair, clock)
     else:
         trainer, read = _trainer(arm, student, teacher, pair, folder)
@@ -269,10 +280,16 @@ class Noise:
         return Sample(str(index), Image.fromarray(pixels), self.captions(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return (f"a photo of {index} dogs on a beach",)
+        """As many words as captions have: a gamma distribution with the mean (14.1 tokens) and the 99th centile (26) of
+        Flickr8k's 30,000, where 42 tokens are the most. Each word is one token of CLIP's."""
+        import numpy as np
+
+        draws = np.random.default_rng([index, 14])
+        count = int(np.clip(round(draws.gamma(7.2, 12.1 / 7.2)), 2, 40))
+        return (" ".join(draws.choice(WORDS, count)),)
 
     def fingerprint(self) -> str:
-        return f"noise-{self.length}-{self.size}"
+        return f"noise-{self.length}-{self.size}-{self.captions(0)[0]}"
 
 
 def _name(name: str, role: str, folder: Path) -> str:
@@ -392,7 +409,8 @@ def _cmapkd(trainer: Any, read: Any, clock: Any, spent: dict[str, list[float]]) 
 
 
 def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -> Callable[[], float]:
-    """open_clip's own training loop with its distillation loss, on the models that the adapters wrap."""
+    """open_clip's own training loop, with its distillation loss if there is a teacher, on the models that the adapters
+    wrap. Its texts are padded to the full length, because it takes no others."""
     import open_clip
     import torch
     from open_clip_train.train import train_one_epoch
@@ -401,7 +419,7 @@ def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -
     args = SimpleNamespace(
         device=device,
         precision="fp32",
-        distill=True,
+        distill=teacher is not None,
         accum_freq=1,
         skip_scheduler=True,
         horovod=False,
@@ -419,9 +437,11 @@ def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -
         siglip=False,
         save_logs=False,
     )
-    model, distilled = student.model.to(device), teacher.model.to(device).eval().requires_grad_(False)
+    model = student.model.to(device)
+    distilled = None if teacher is None else teacher.model.to(device).eval().requires_grad_(False)
     for module in (model, distilled):
-        module.output_dict = True
+        if module is not None:
+            module.output_dict = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     class Ready:
@@ -431,12 +451,13 @@ def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -
             self.num_batches, self.num_samples, self.dataloader = steps, steps * pair.batch_size, self
 
         def __iter__(self) -> Any:
-            return iter([(images, texts.ids)] * self.num_batches)
+            return iter([(images, ids)] * self.num_batches)
 
         def set_epoch(self, epoch: int) -> None:
             """The loop announces each epoch; the batches stay the same."""
 
-    images, texts = batch.inputs["student"].images, batch.inputs["student"].texts
+    images = batch.inputs["student"].images
+    ids = student.tokenizer.native(list(batch.captions), context_length=student.tokenizer.context_length)
     loss = open_clip.create_loss(args)
 
     def step() -> float:

@@ -255,6 +255,27 @@ def test_tokens_without_spans_are_the_same_or_refused() -> None:
         aligned_words(tokens, TokenBatch(ids[:, :4], mask[:, :4]), look=False)
 
 
+@pytest.mark.parametrize("look", [True, False])
+def test_how_far_a_tokenizer_pads_is_no_difference(look: bool) -> None:
+    """One model's texts may be cut to the longest of the batch where the other's are read whole."""
+    ids, mask = torch.arange(24).view(2, 12), torch.arange(12)[None] < torch.tensor([[5], [3]])
+    spans = (torch.arange(12)[None, :, None] * 3 + torch.tensor([0, 2])) * mask[..., None]
+    spans[:, 0] = 0  # the start token, which is no word where tokens differ
+    for known in (spans, None):
+        padded = TokenBatch(ids, mask, known)
+        cut = replace(padded, ids=torch.where(mask, ids, 7)).measured().cut()
+        assert cut.ids.shape == (2, 8)
+        values = torch.randn(2, 12, WIDTH)
+        expected, real = aligned_words(padded, padded, look=look).pool("student", values)
+        for student, teacher in ((cut, padded), (padded, cut)):
+            words = aligned_words(student, teacher, look=look)
+            for role, tokens in (("student", student), ("teacher", teacher)):
+                found, there = words.pool(role, values[:, : tokens.ids.shape[1]])
+                torch.testing.assert_close(found, expected[:, : words.count])
+                assert torch.equal(there, real[:, : words.count])
+                assert not real[:, words.count :].any()
+
+
 def test_words_pool_the_mean_of_their_tokens() -> None:
     values = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     numbers = torch.tensor([[-1, 0, 1, 1, -1], [0, 0, 0, -1, -1]])

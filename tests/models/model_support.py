@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -154,6 +155,12 @@ def check_round_trip(model: DualEncoder, folder: Path) -> DualEncoder:
     assert loaded.name == model.name
     assert (loaded.image_levels, loaded.text_levels) == (model.image_levels, model.text_levels)
     return loaded
+
+
+def whole(model: DualEncoder, texts: TokenBatch) -> TokenBatch:
+    """The same texts padded to the full length, as the library's own tokenizer pads them with 0."""
+    more = model.tokenizer.context_length - texts.ids.shape[1]
+    return TokenBatch(F.pad(texts.ids, (0, more)), F.pad(texts.mask, (0, more)))
 
 
 def same_tokens(left: TokenBatch, right: TokenBatch) -> bool:

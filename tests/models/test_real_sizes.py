@@ -48,7 +48,7 @@ def test_transformers_clip_at_224_pixels() -> None:
 
     model = HfModel(
         CLIPModel(CLIPConfig()).eval(),  # the default config is ViT-B/32
-        tokenizer=HfTokenizer(Numbers(), context_length=77, to_full_length=False),
+        tokenizer=HfTokenizer(Numbers(), context_length=77),
         processor=CLIPImageProcessor(),
         name="hf:clip",
     )

@@ -115,13 +115,13 @@ def test_transformers_tokenizer_of_open_clip(tmp_path: Path) -> None:
     assert OpenClipTokenizer(tokenizer.native, context_length=8)._spans is None
 
 
-@pytest.mark.parametrize("to_full_length", [False, True])
-def test_transformers_tokenizer(to_full_length: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_because", [None, "it pools the last place"])
+def test_transformers_tokenizer(whole_because: str | None, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     save_word_tokenizer(tmp_path)
     native = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer = HfTokenizer(native, context_length=7, to_full_length=to_full_length)
+    tokenizer = HfTokenizer(native, context_length=7, whole_because=whole_because)
     tokens = tokenizer(TEXTS)
     assert spelled(tokens, TEXTS) == [text.split()[:6] for text in TEXTS]
     check_specials_have_no_span(tokens, num_special=1)
@@ -138,7 +138,7 @@ def test_slow_tokenizers_tell_nothing() -> None:
             assert not return_offsets_mapping
             return {"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3)}
 
-    assert HfTokenizer(Slow(), context_length=3, to_full_length=False)(["a"]).spans is None
+    assert HfTokenizer(Slow(), context_length=3)(["a"]).spans is None
 
 
 def test_spans_travel(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmapkd.data.extras import move_extra, once, part_of_extra, pin_extra, same
+from cmapkd.data.tokens import TokenBatch as TokenBatch
 from cmapkd.data.turns import Dialogue
 
 T = TypeVar("T")
@@ -122,48 +123,6 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the samples do and not when they are copied: a hash of names and sizes, not of every byte."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """Token ids of a batch of texts, which positions are not padding, and where in its text each token stands.
-
-    A span is the first character of a token and the one after its last, in the text as it was given, before any
-    cleaning. It is 0 0 for special tokens, padding, and tokens whose characters cleaning has changed beyond matching.
-
-    Attributes:
-        ids: Int[batch*per_sample length]: all texts of the first sample, then all of the second.
-        mask: Bool[batch*per_sample length], True where a real token stands (special tokens included).
-        spans: Int[batch*per_sample length 2]; None where the tokenizer cannot tell.
-        per_sample: texts of each sample.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    spans: Tensor | None = None
-    per_sample: int = 1
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        return self.changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> TokenBatch:
-        return self.changed(torch.Tensor.pin_memory)
-
-    def part(self, start: int, stop: int) -> TokenBatch:
-        """The texts of the samples from `start` to before `stop`."""
-        rows = slice(start * self.per_sample, stop * self.per_sample)
-        return self.changed(lambda tensor: tensor[rows])
-
-    def rows(self, places: Tensor) -> TokenBatch:
-        """The texts of the samples at `places`, in that order."""
-        if self.per_sample > 1:
-            places = (places[:, None] * self.per_sample + torch.arange(self.per_sample, device=places.device)).flatten()
-        return self.changed(lambda tensor: tensor[places])
-
-    def changed(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
-        """With `change` of each tensor."""
-        spans = None if self.spans is None else change(self.spans)
-        return TokenBatch(change(self.ids), change(self.mask), spans, self.per_sample)
 
 
 class Input(Protocol):

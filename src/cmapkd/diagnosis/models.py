@@ -42,6 +42,8 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
         f"vocabulary {model.tokenizer.vocab_size:,}, longest of {counted(len(texts), 'caption')} "
         f"{int(tokens.mask.sum(1).max())} of {model.tokenizer.context_length} tokens"
     )
+    if model.whole_texts is not None:
+        detail += f"; texts are padded to {model.tokenizer.context_length}: {model.whole_texts}"
     if full > 0.05:
         yield Finding("note", f"{role} tokenizer", f"{detail}; {100 * full:.0f} % fill the context and may be cut off")
     else:

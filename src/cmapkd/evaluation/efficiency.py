@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer
 from cmapkd.models.reach import differentiable, parameters_behind
 from cmapkd.models.types import BOTH
 
@@ -188,8 +190,9 @@ def _examine(
     size, batch = model.image_spec.size, config.batch_size
     draws = torch.Generator().manual_seed(0)
     pixels = torch.randn(batch, 3, size, size, generator=draws).to(device)
-    texts = model.tokenizer([TEXTS[place % len(TEXTS)] for place in range(batch)]).to(device)
-    one, first = pixels[:1].clone(), texts.part(0, 1)
+    texts = _captions(model, batch).to(device)
+    first = replace(texts, lengths=None).part(0, 1)  # as long as the whole batch
+    one = pixels[:1].clone()
     calls: dict[str, dict[int, Callable[[], Any]]] = {
         "image": {1: lambda: model.encode_image(one), batch: lambda: model.encode_image(pixels)},
         "text": {1: lambda: model.encode_text(first), batch: lambda: model.encode_text(texts)},
@@ -216,6 +219,14 @@ def _examine(
     for tower in BOTH:
         result[tower] |= {"macs": macs[tower], "flops": 2 * macs[tower]}
     return calls, result
+
+
+def _captions(model: DualEncoder, number: int) -> TokenBatch:
+    """Texts of an open_clip model at full length, as publications count their cost; of others as they are read."""
+    tokenizer = model.tokenizer
+    if isinstance(tokenizer, OpenClipTokenizer):
+        tokenizer = tokenizer.padded("publications count it so")
+    return tokenizer([TEXTS[place % len(TEXTS)] for place in range(number)])
 
 
 def _time_in_turns(

@@ -17,7 +17,9 @@ from cmapkd.export.narrow import Narrowed
 from cmapkd.models import DualEncoder
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.open_clip_levels import has_transformers_text
 from cmapkd.models.open_clip_model import OpenClipModel
+from cmapkd.models.open_clip_text import is_causal, pool_type
 from cmapkd.models.parts_model import PartsModel
 from cmapkd.models.tiny import TinyDualEncoder
 
@@ -144,24 +146,15 @@ def text_rules(model: DualEncoder) -> TextRules:
         return TextRules(own, True, True, last if last in (native.eos_token_id, native.sep_token_id) else None)
     if isinstance(model, OpenClipModel):
         end, inner = model.tokenizer.end_id, model.model
-        if hasattr(getattr(inner, "text", None), "pooler"):  # transformers': its mask is made of the padding's id
-            return TextRules(own, False, True, end)
+        any_length = model.whole_texts is None
+        if has_transformers_text(inner):  # its mask is made of the padding's id
+            return TextRules(own, False, any_length, end)
         tower = getattr(inner, "text", inner)
-        if _pools_at_the_end(tower):
+        if any_length and is_causal(tower):  # so it never sees what stands behind the end token, where it pools
             return TextRules(lambda ids, _: _causal_text(tower, ids), False, True, end)
         pads_with_zero = not hasattr(model.tokenizer.native, "tokenizer")  # open_clip's own tokenizer
         return TextRules(own, False, False, end, 0 if pads_with_zero else None)
     return TextRules(own, True, True, None)
-
-
-def _pools_at_the_end(tower: Any) -> bool:
-    """Whether open_clip's text tower is causal and pools at a token, so that it never sees what stands behind."""
-    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
-    return plain and tower.attn_mask is not None and _pool_type(tower) in ("argmax", "eos")
-
-
-def _pool_type(tower: Any) -> str:
-    return str(getattr(tower, "pool_type", None) or tower.text_pool_type)
 
 
 def _causal_text(tower: Any, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
@@ -171,7 +164,7 @@ def _causal_text(tower: Any, ids: Int[Tensor, "batch length"]) -> Float[Tensor, 
     mask = torch.where(places[None, :] > places[:, None], float("-inf"), 0.0)
     x = tower.ln_final(tower.transformer(x, attn_mask=mask))
     end: Any = getattr(tower, "eos_id", None) or getattr(tower, "text_eos_id", None)
-    pooled = ids if _pool_type(tower) == "argmax" else torch.eq(ids, end)
+    pooled = ids if pool_type(tower) == "argmax" else torch.eq(ids, end)
     # int32: some runtimes have no ArgMax over int64
     x = x[torch.arange(x.shape[0], device=ids.device), pooled.to(torch.int32).argmax(-1)]
     projection = tower.text_projection

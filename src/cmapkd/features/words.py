@@ -83,7 +83,8 @@ def aligned_words(student: TokenBatch, teacher: TokenBatch, *, look: bool = True
     Args:
         look: whether the host may read from the device. Free on the CPU; on a GPU it waits for all that was launched.
             Without, there are as many numbers as the model with fewer tokens has, and the device compares the tokens.
-            If a tokenizer gives no spans, tokens of equal shape are then taken to be the same.
+            If a tokenizer gives no spans, tokens of equal shape are then taken to be the same, and so are those of
+            which one model's alone are cut to the longest text.
     Returns:
         The words. With `look` there are no more numbers than the longest text has words.
     Raises:
@@ -93,22 +94,23 @@ def aligned_words(student: TokenBatch, teacher: TokenBatch, *, look: bool = True
         raise ValueError(
             f"the student has {len(student.ids)} texts, the teacher {len(teacher.ids)}: row i of both must be the same"
         )
-    equal_shapes = student.ids.shape == teacher.ids.shape
+    length = min(student.ids.shape[1], teacher.ids.shape[1])
     if look and _are_same(student, teacher):
         numbers = _places(student)
-        return Words(numbers, numbers, int(numbers.max()) + 1 if numbers.numel() else 0, are_tokens=True)
+        count = int(numbers.max()) + 1 if numbers.numel() else 0
+        return Words(numbers, _places(teacher), count, are_tokens=True)
     if student.spans is None or teacher.spans is None:
-        if equal_shapes and not look:
-            return Words(_places(student), _places(teacher), student.ids.shape[1], are_tokens=True)
+        one_is_cut = (student.lengths is None) != (teacher.lengths is None)
+        if not look and (student.ids.shape == teacher.ids.shape or one_is_cut):
+            return Words(_places(student), _places(teacher), length, are_tokens=True)
         raise _cannot_be_matched(student, teacher)
     of_student, of_teacher, shared = _numbers(student.spans, teacher.spans)
     if look:
         return Words(of_student, of_teacher, int(shared.sum(1).max()))
-    if equal_shapes:
-        same = (student.ids == teacher.ids).all() & (student.mask == teacher.mask).all()
-        of_student = torch.where(same, _places(student), of_student)
-        of_teacher = torch.where(same, _places(teacher), of_teacher)
-    return Words(of_student, of_teacher, min(student.ids.shape[1], teacher.ids.shape[1]))
+    same = _differences(student, teacher) == 0
+    of_student = torch.where(same, _places(student), of_student)
+    of_teacher = torch.where(same, _places(teacher), of_teacher)
+    return Words(of_student, of_teacher, length)
 
 
 def pool_words(
@@ -141,8 +143,16 @@ def _places(tokens: TokenBatch) -> Int[Tensor, "batch tokens"]:
 
 def _are_same(student: TokenBatch, teacher: TokenBatch) -> bool:
     """Whether both have the same tokens; on a GPU the host waits for the answer."""
-    same_ids = student.ids.shape == teacher.ids.shape and torch.equal(student.ids, teacher.ids)
-    return same_ids and torch.equal(student.mask, teacher.mask)
+    return int(_differences(student, teacher)) == 0
+
+
+def _differences(student: TokenBatch, teacher: TokenBatch) -> Int[Tensor, ""]:
+    """Places at which real tokens differ. How far and with what a tokenizer pads is no difference."""
+    length = min(student.ids.shape[1], teacher.ids.shape[1])
+    in_both = student.mask[:, :length] & teacher.mask[:, :length]
+    ids = (student.ids[:, :length] != teacher.ids[:, :length]) & in_both
+    in_one = student.mask[:, :length] ^ teacher.mask[:, :length]
+    return ids.sum() + in_one.sum() + student.mask[:, length:].sum() + teacher.mask[:, length:].sum()
 
 
 def _cannot_be_matched(student: TokenBatch, teacher: TokenBatch) -> ValueError:

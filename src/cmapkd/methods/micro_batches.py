@@ -134,17 +134,32 @@ def _join_towers(parts: Sequence[TowerFeatures]) -> TowerFeatures:
 
 
 def _join_levels(parts: Sequence[Level]) -> Level:
-    def joined(tensors: Iterable[Tensor | None]) -> Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(present) if present else None
+    """Tokens of texts are padded to the longest part, which is as long as the whole batch would be."""
 
+    def joined(tensors: Iterable[Tensor | None], fill: float = 0) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(_of_one_length(present, fill)) if present else None
+
+    values = [part.values for part in parts]
     return replace(
         parts[0],
-        values=torch.cat([part.values for part in parts]),
+        values=torch.cat(values if parts[0].layout == "map" else _of_one_length(values)),
         mask=joined(part.mask for part in parts),
-        places=joined(part.places for part in parts),
+        places=joined((part.places for part in parts), fill=-1),
         mean=joined(part.mean for part in parts),
     )
+
+
+def _of_one_length(tensors: Sequence[Tensor], fill: float = 0) -> list[Tensor]:
+    """[batch tokens ...] each, with as many tokens as the longest has."""
+    length = max(tensor.shape[1] for tensor in tensors)
+
+    def padded(tensor: Tensor) -> Tensor:
+        missing = length - tensor.shape[1]
+        more = tensor.new_full((len(tensor), missing, *tensor.shape[2:]), fill)
+        return torch.cat([tensor, more], dim=1) if missing else tensor
+
+    return [padded(tensor) for tensor in tensors]
 
 
 def _contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

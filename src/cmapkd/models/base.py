@@ -137,6 +137,17 @@ class DualEncoder(Model):
         return None
 
     @property
+    def whole_texts(self) -> str | None:
+        """Why texts are always padded to the tokenizer's `context_length`; None: to the longest text of their batch.
+
+        A tower may leave out the padding that all texts of a batch share where nothing that is read depends on it: the
+        attention is causal, or masks padding, and what is pooled is a real token. A family says so to its tokenizer,
+        as `whole_because`, and the tokenizer gives tokens that are `TokenBatch.measured` where there is no reason.
+        """
+        because: str | None = getattr(self.tokenizer, "whole_because", None)
+        return because
+
+    @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
         """The image tower's blocks in their order, where each maps [batch tokens width] to the same, for any number of
         tokens; empty for other towers."""

@@ -202,7 +202,8 @@ def _assemble(
         pad_on_the_right(native)
         # Also for transformers, which reads the saved folder by its config alone.
         config.text_config.eos_token_id = model.text_model.eos_token_id = check_end_token(native, name=name)
-    tokenizer = HfTokenizer(native, context_length=length, to_full_length=siglip, canonical=siglip)
+    whole = "SigLIP pools the last place of a text, and was trained with padding there" if siglip else None
+    tokenizer = HfTokenizer(native, context_length=length, whole_because=whole, canonical=siglip)
     processor = _processor(source, fetching, config, name, scratch=scratch)
     assembled = HfModel(model, tokenizer=tokenizer, processor=processor, name=name)
     assembled.random_towers = BOTH if scratch else ()

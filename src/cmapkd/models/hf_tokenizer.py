@@ -13,16 +13,20 @@ from cmapkd.models.types import text_list
 
 
 class HfTokenizer:
-    """A transformers tokenizer; `to_full_length` pads to `context_length`, otherwise to the longest of the batch.
+    """A transformers tokenizer; pads to the longest of the batch.
 
     Only the library's fast tokenizers know where their tokens stand in the text.
 
     Args:
+        whole_because: why texts are padded to `context_length` instead, see `DualEncoder.whole_texts`; None: they are
+            not.
         canonical: cleans texts first as SigLIP's were: lower case, without ASCII punctuation, single spaces.
     """
 
-    def __init__(self, tokenizer: Any, *, context_length: int, to_full_length: bool, canonical: bool = False) -> None:
-        self.native, self.context_length, self.to_full_length = tokenizer, context_length, to_full_length
+    def __init__(
+        self, tokenizer: Any, *, context_length: int, whole_because: str | None = None, canonical: bool = False
+    ) -> None:
+        self.native, self.context_length, self.whole_because = tokenizer, context_length, whole_because
         self.vocab_size: int = len(tokenizer)
         self._clean = canonicalizer() if canonical else None
 
@@ -31,7 +35,7 @@ class HfTokenizer:
         cleaned = texts if self._clean is None else [self._clean(text) for text in texts]
         encoded = self.native(
             cleaned,
-            padding="max_length" if self.to_full_length else "longest",
+            padding="longest" if self.whole_because is None else "max_length",
             truncation=True,
             max_length=self.context_length,
             return_attention_mask=True,
@@ -41,7 +45,8 @@ class HfTokenizer:
         spans = encoded.get("offset_mapping")
         if spans is not None and self._clean is not None:
             spans = moved_spans(spans.tolist(), texts, cleaned, canonical=True)
-        return TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), spans)
+        tokens = TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), spans)
+        return tokens.measured() if self.whole_because is None else tokens
 
 
 def load_tokenizer(source: str, fetching: dict[str, Any], name: str) -> Any:

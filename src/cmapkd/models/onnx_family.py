@@ -108,7 +108,8 @@ class GraphEncoder(DualEncoder):
         )
         self._text_inputs = [each.name for each in self._text.get_inputs()]
         length = self._text.get_inputs()[0].shape[1]
-        self.tokenizer = _tokenizer(folder, value["context_length"], to_full_length=isinstance(length, int))
+        whole = f"its graph takes texts of {length} tokens only" if isinstance(length, int) else None
+        self.tokenizer = _tokenizer(folder, value["context_length"], whole)
         self.image_levels = self.text_levels = ()
         self._scale = nn.Parameter(torch.tensor(math.log(value["logit_scale"])), requires_grad=False)
         bias = value["logit_bias"]
@@ -205,11 +206,11 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _tokenizer(folder: Path, context_length: int, *, to_full_length: bool) -> HfTokenizer:
+def _tokenizer(folder: Path, context_length: int, whole_because: str | None) -> HfTokenizer:
     from transformers import AutoTokenizer
 
     native = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    return HfTokenizer(native, context_length=context_length, to_full_length=to_full_length)
+    return HfTokenizer(native, context_length=context_length, whole_because=whole_because)
 
 
 def _split(rest: str) -> tuple[Path, str]:

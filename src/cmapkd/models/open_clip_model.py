@@ -24,6 +24,7 @@ from cmapkd.models.open_clip_levels import (
     visual_features,
 )
 from cmapkd.models.open_clip_pruning import prunable_towers, resize
+from cmapkd.models.open_clip_text import encode_short, is_causal, why_whole
 from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.prunable import PrunableTower, TowerSizes
@@ -31,6 +32,7 @@ from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.types import Level, LevelInfo, Tower, TowerFeatures
 
 NATIVE_CONFIG, NATIVE_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_SHORT_TEXTS = ("a", "a red circle")
 TEXT_CONFIG = "text_tower"  # a transformers text tower's own config, inside a model folder
 
 
@@ -62,7 +64,9 @@ class OpenClipModel(DualEncoder):
         self.model: Any = model
         self.sizes, self.either_activation = sizes, either_activation
         self.config, self.preprocess = deepcopy(dict(config)), dict(preprocess)
-        self.name, self.family, self.tokenizer = name, family, tokenizer
+        self.name, self.family = name, family
+        examples = tokenizer.padded("these show where it pools")(_SHORT_TEXTS)
+        self.tokenizer = tokenizer.padded(why_whole(model, examples))
         self.embed_dim = int(config["embed_dim"])
         self.image_spec = image_spec(self.model.visual, preprocess)
         self._indices = image_levels(self.model.visual)
@@ -125,20 +129,25 @@ class OpenClipModel(DualEncoder):
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)
-        if not levels:
-            return TowerFeatures(self.model.encode_text(texts.ids))
         wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
-        if has_transformers_text(self.model):
-            with outputs_of(text_blocks(self.model), wanted) as values:
-                embedding = self.model.encode_text(texts.ids)
-        else:
-            output = self.model.forward_intermediates(text=texts.ids, text_indices=wanted, normalize=False)
-            values = dict(zip(wanted, output["text_intermediates"], strict=True))
-            embedding = output["text_features"]
+        embedding, values = self._encode_text(texts.ids, wanted)
         taken = {name: values[int(name.removeprefix("blocks."))] for name in levels}
         return TowerFeatures(
             embedding, {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()}
         )
+
+    def _encode_text(self, ids: Tensor, wanted: Sequence[int]) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """Embeddings, and what the wanted blocks return; by open_clip's own code where that takes such texts."""
+        transformers, tower = has_transformers_text(self.model), getattr(self.model, "text", self.model)
+        if not transformers and ids.shape[1] < self.tokenizer.context_length and is_causal(tower):
+            return encode_short(tower, ids, wanted)
+        if not wanted:
+            return self.model.encode_text(ids), {}
+        if transformers:
+            with outputs_of(text_blocks(self.model), wanted) as values:
+                return self.model.encode_text(ids), values
+        output = self.model.forward_intermediates(text=ids, text_indices=wanted, normalize=False)
+        return output["text_features"], dict(zip(wanted, output["text_intermediates"], strict=True))
 
     def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
         weights = read_weights(path, averaged=averaged)

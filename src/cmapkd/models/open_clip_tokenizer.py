@@ -31,10 +31,15 @@ _FILES = (
 
 
 class OpenClipTokenizer:
-    """open_clip's own tokenizer, with the mask and the spans that it does not return."""
+    """open_clip's own tokenizer, with the mask and the spans that it does not return.
 
-    def __init__(self, tokenizer: Any, *, context_length: int) -> None:
-        self.context_length = context_length
+    Args:
+        whole_because: why texts are padded to `context_length`, as open_clip pads them; None: to the longest of the
+            batch, see `DualEncoder.whole_texts`.
+    """
+
+    def __init__(self, tokenizer: Any, *, context_length: int, whole_because: str | None = "open_clip does so") -> None:
+        self.context_length, self.whole_because = context_length, whole_because
         self.native = tokenizer
         self.vocab_size: int = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
         self._spans = span_finder(tokenizer)
@@ -45,10 +50,19 @@ class OpenClipTokenizer:
         texts = text_list(texts)
         if self._spans is None:
             ids = self.native(texts, context_length=self.context_length).long()
-            return TokenBatch(ids, self._real(ids))
+            return self._shortened(TokenBatch(ids, self._real(ids)))
         cleaned = [self.native.clean_fn(text) for text in texts]
         ids = self._of_cleaned(cleaned, context_length=self.context_length).long()
-        return TokenBatch(ids, self._real(ids), self._spans(texts, cleaned, self.context_length))
+        return self._shortened(TokenBatch(ids, self._real(ids), self._spans(texts, cleaned, self.context_length)))
+
+    def padded(self, whole_because: str | None) -> OpenClipTokenizer:
+        """The same, which pads texts to full length for this reason, or for None does not."""
+        other = copy(self)
+        other.whole_because = whole_because
+        return other
+
+    def _shortened(self, tokens: TokenBatch) -> TokenBatch:
+        return tokens.measured().cut() if self.whole_because is None else tokens
 
     @property
     def end_id(self) -> int | None:

@@ -159,7 +159,7 @@ def _assemble(model: Any, native: Any, pooling: Pooling, length: int | None, nam
     pad_on_the_right(native)
     _check_pooling(native, pooling, name)
     length = length or min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
-    tokenizer = HfTokenizer(native, context_length=length, to_full_length=False)
+    tokenizer = HfTokenizer(native, context_length=length)
     return TextTower(model.eval(), tokenizer=tokenizer, pooling=pooling, name=name)
 
 

@@ -71,4 +71,4 @@ class TrainedTokenizer:
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.long)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
         spans = np.array([encoding.offsets for encoding in encodings], dtype=np.int64)
-        return TokenBatch(ids, mask, torch.from_numpy(spans.reshape(*ids.shape, 2)))
+        return TokenBatch(ids, mask, torch.from_numpy(spans.reshape(*ids.shape, 2))).measured()

@@ -36,6 +36,9 @@ ODD_KEYS = frozenset(
     {"label", "cls", "question", "qa", "boxes", "synthetic", "syn_text", "messages", "conversations"}
     | {"prompt", "completion", "query", "response", "history", "system"}
 )
+_TEXT_FILES = [name.encode() for name in TEXT_EXTENSIONS]
+_TEXTS = frozenset((b"json", b"cls", *_TEXT_FILES))
+_PLAIN_NAME = re.compile(rb"([A-Za-z0-9_-]+)\.([a-z0-9]+)\0")
 _PLAIN_PAX = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 _UNREAD_PAX = ("mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment")
@@ -91,8 +94,10 @@ class _Walk:
     def __init__(self, file: int, size: int) -> None:
         self.file, self.size = file, size
         self.window, self.start = b"", 0
-        self.keys: list[str] = []
-        self.fields: dict[str, int] = {}
+        self.keys: list[bytes] = []
+        self.by_key: dict[bytes, int] = {}  # the last sample of a key
+        self.last_key, self.last = b"", -1
+        self.fields: dict[bytes, int] = {}
         self.rows: list[tuple[int, int, int, int]] = []  # sample, field, offset, size
         self.has: list[int] = []  # for each sample its fields as bits
         self.json: dict[int, int] = {}  # what the JSON of a sample says, where that is no caption
@@ -115,9 +120,11 @@ class _Walk:
             _Irregular: the tar is not regular. ValueError: a number or a name in it is not.
         """
         at, headers, long_name = 0, [], None
-        by_key: dict[str, int] = {}
         while True:
-            header = self.bytes_at(at, BLOCK)
+            start = at - self.start
+            header = self.window[start : start + BLOCK] if start >= 0 else b""
+            if len(header) < BLOCK:
+                header = self.bytes_at(at, BLOCK)
             kind = header[156]
             if kind == 0 and long_name is None and not header.strip(b"\0"):
                 break  # the end mark
@@ -132,10 +139,14 @@ class _Walk:
             if kind in (0x78, 0x4C) and long_name is None:  # x: pax records; L: a long name, as GNU tar writes it
                 long_name = self.name_of_next(kind, data, length, at)
                 continue
-            if kind not in (0x30, 0) and not (kind == 0x35 and not length):
+            if kind == 0x30 or kind == 0:
+                plain = None if long_name or header[345] else _PLAIN_NAME.match(header)
+                if plain is not None:
+                    self.add(plain[1], plain[2], data, length)
+                else:
+                    self.add_any(long_name or _name(header), data, length)
+            elif kind != 0x35 or length:  # a folder is passed over
                 raise _Irregular
-            if kind != 0x35:  # a folder is passed over
-                self.add(long_name or _name(header), data, length, by_key)
             long_name = None
         check_headers(headers)
         return self.columns()
@@ -152,42 +163,51 @@ class _Walk:
             return ""
         return _pax_name(content, length)
 
-    def add(self, name: str, data: int, length: int, by_key: dict[str, int]) -> None:
-        """One member: to its sample, or to a new one."""
+    def add_any(self, name: str, data: int, length: int) -> None:
+        """A member whose name is not of the plainest form."""
         name = name.removeprefix("./")
         if not is_safe_name(name) or name.endswith("/"):
             raise _Irregular
         found = key_and_field(name)
-        if found is None:
-            return
-        key, field_name = found
+        if found is not None:
+            key, field_name = found
+            self.add(
+                key.encode("utf-8", "surrogateescape"), field_name.encode("utf-8", "surrogateescape"), data, length
+            )
+
+    def add(self, key: bytes, field_name: bytes, data: int, length: int) -> None:
+        """One member: to its sample, or to a new one."""
         number = self.fields.setdefault(field_name, len(self.fields))
         if number >= _MAX_FIELDS:
             raise _Irregular
-        sample = by_key.get(key, -1)
-        if sample < 0 or self.has[sample] >> number & 1:  # the same member twice begins a second sample: a duplicate
-            sample = by_key[key] = len(self.keys)
+        bit = 1 << number
+        if key != self.last_key:
+            self.last_key, self.last = key, self.by_key.get(key, -1)
+        sample, has = self.last, self.has
+        if sample < 0 or has[sample] & bit:  # the same member twice begins a second sample: a duplicate
+            self.last = self.by_key[key] = sample = len(has)
             self.keys.append(key)
-            self.has.append(0)
-        self.has[sample] |= 1 << number
+            has.append(bit)
+        else:
+            has[sample] |= bit
         self.rows.append((sample, number, data, length))
-        if field_name == "json" or field_name == "cls" or field_name in TEXT_EXTENSIONS:
+        if field_name in _TEXTS:
             if length > _LARGE:
                 raise _Irregular
-            if field_name == "json":
+            if field_name == b"json":
                 said, identity = glance(self.bytes_at(data, length))
                 if said != SAYS:
                     self.json[sample] = said
                 if identity is not None:
                     self.ids[sample] = identity
-            elif field_name != "cls":
+            elif field_name != b"cls":
                 self.look_at_text(sample, data, length)
 
     def look_at_text(self, sample: int, data: int, length: int) -> None:
-        number = self.fields.get("json")
+        number = self.fields.get(b"json")
         if number is not None and self.has[sample] >> number & 1 and sample not in self.json:
             return  # the JSON has a caption, which goes before
-        texts = sum(self.has[sample] >> self.fields[name] & 1 for name in TEXT_EXTENSIONS if name in self.fields)
+        texts = sum(self.has[sample] >> self.fields[name] & 1 for name in _TEXT_FILES if name in self.fields)
         said = glance_at_text(self.bytes_at(data, length)) if texts == 1 else ODD
         self.text[sample] = said
 
@@ -196,7 +216,7 @@ class _Walk:
         if (np.diff(table[:, 0]) < 0).any():
             table = table[np.argsort(table[:, 0], kind="stable")]
         silent, unclear = [], []
-        has_json = 1 << self.fields["json"] if "json" in self.fields else 0
+        has_json = 1 << self.fields[b"json"] if b"json" in self.fields else 0
         for sample in sorted({*self.json, *self.text, *self._without_json(has_json)}):
             said = self.json.get(sample, SAYS) if self.has[sample] & has_json else NOT_THERE
             text = self.text.get(sample, NOT_THERE)
@@ -206,7 +226,10 @@ class _Walk:
             elif said == EMPTY or (said in (NOT_THERE, NO_KEY) and text in (NOT_THERE, EMPTY)):
                 silent.append(sample)
         columns = (np.ascontiguousarray(table[:, column]) for column in range(4))
-        return Members(self.keys, list(self.fields), *columns, ids=self.ids, silent=silent, unclear=unclear)
+        keys, fields = (
+            [name.decode("utf-8", "surrogateescape") for name in names] for names in (self.keys, self.fields)
+        )
+        return Members(keys, fields, *columns, ids=self.ids, silent=silent, unclear=unclear)
 
     def _without_json(self, has_json: int) -> Iterable[int]:
         return (sample for sample, fields in enumerate(self.has) if not fields & has_json)
@@ -289,12 +312,17 @@ def glance(data: bytes) -> tuple[int, str | None]:
         identity = str(identity).strip() if type(identity) is int and abs(identity) < 2**63 else identity
         if type(identity) is not str or not (identity := identity.strip()) or not _is_short(identity):
             return ODD, None
-    said = next((values[key] for key in JSON_CAPTION_KEYS if values.get(key) is not None), None)
-    return (NO_KEY if said is None else glance_at_captions(said)), identity
+    for key in JSON_CAPTION_KEYS:
+        said = values.get(key)
+        if said is not None:
+            return glance_at_captions(said), identity
+    return NO_KEY, identity
 
 
 def glance_at_captions(said: Any) -> int:
     """Whether the value of a JSON's caption key has a caption."""
+    if type(said) is str and said.isascii() and 0 < len(said) <= _LONG and not said[0].isspace():
+        return SAYS
     found = EMPTY
     for text in said if type(said) is list else (said,):
         if type(text) is not str or not _is_short(text):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import tarfile
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ from cmapkd.data.listed import ListedSource
 from cmapkd.data.open import open_source
 from cmapkd.data.records import Record, Unusable
 from cmapkd.data.shards import ShardSource
-from cmapkd.data.stored import SampleFilter
-from cmapkd.data.tar_index import Entry, build_index
+from cmapkd.data.stored import SampleFilter, Texts
+from cmapkd.data.tar_index import Entry, TarIndex, build_index
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     each = arguments.samples // arguments.shards
     for shard in range(arguments.shards):
         make_tar(folder / "tars" / f"{shard:05}.tar", shard, each)
-    seconds: dict[str, dict[str, list[float]]] = {arm: {"cold": [], "warm": []} for arm in ARMS}
+    seconds: dict[str, dict[str, list[float]]] = {arm: {"cold": [], "warm": [], "fingerprint": []} for arm in ARMS}
     for number in range(arguments.rounds):
         for arm, opened in ARMS.items():
             with cache(folder / f"cache {arm} {number}"):
@@ -74,7 +75,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     source = opened(f"{folder}/tars")
                     seconds[arm][state].append(time.process_time() - start)
                     assert len(source) == each * arguments.shards
-                    del source
+                start = time.process_time()
+                source.fingerprint()
+                seconds[arm]["fingerprint"].append(time.process_time() - start)
+                del source
     many = folder / "many"
     many.mkdir()
     for shard in sorted((folder / "tars").iterdir()):
@@ -148,28 +152,35 @@ class ListSource(ListedSource):
     """Shards as they were opened before: a list of entries of each, columns of int64, and every id kept."""
 
     def __init__(self, folder: str) -> None:
-        columns = [array("q") for _ in range(5)]
+        shards, fields, offsets, sizes, ends = array("q"), array("q"), array("q"), array("q"), array("q", [0])
         ids: list[str] = []
         captioned: list[bool] = []
         names: dict[str, int] = {}
         bad: dict[int, str] = {}
+        self._digests: list[str] = []
         for number, path in enumerate(sorted(Path(folder).glob("*.tar"))):
-            for entry in entries_of(path):
+            index = index_tar(path)
+            digest = hashlib.blake2b(f"{path.stem}\0{index.stamp[0]}".encode(), digest_size=16)
+            for entry in index.entries:
                 if entry.bad:
                     bad[len(ids)] = entry.bad
                 ids.append(entry.id or f"{path.stem}/{entry.key}")
                 captioned.append(entry.captioned is not False)
-                columns[0].append(number)
+                shards.append(number)
                 for name, (offset, size) in entry.members.items():
-                    columns[1].append(names.setdefault(name, len(names)))
-                    columns[2].append(offset)
-                    columns[3].append(size)
-                columns[4].append(len(columns[1]))
-        self._columns = [torch.tensor(column, dtype=torch.int64) for column in columns]
-        super().__init__(folder, ids, keep=SampleFilter(), captioned=np.array(captioned, dtype=np.bool_), bad=bad)
+                    fields.append(names.setdefault(name, len(names)))
+                    offsets.append(offset)
+                    sizes.append(size)
+                ends.append(len(fields))
+                digest.update(f"{entry.key}\0{entry.members}".encode("utf-8", "surrogatepass"))
+            self._digests.append(digest.hexdigest())
+        self._columns = [torch.tensor(column, dtype=torch.int64) for column in (shards, fields, offsets, sizes, ends)]
+        super().__init__(
+            folder, Texts(ids), keep=SampleFilter(), captioned=np.array(captioned, dtype=np.bool_), bad=bad
+        )
 
-    def _contents(self) -> Iterator[str]:
-        yield ""
+    def _contents(self) -> Iterable[str]:
+        return self._digests
 
     def _record(self, entry: int) -> Record:
         raise Unusable(f"only opened: {entry}")
@@ -178,18 +189,44 @@ class ListSource(ListedSource):
         raise Unusable(f"only opened: {entry}")
 
 
-def entries_of(path: Path) -> list[Entry]:
+def index_tar(path: Path) -> TarIndex:
+    """The index of a tar, from its JSON if the tar has not changed since."""
     status = path.stat()
-    stored = Path(os.environ["XDG_CACHE_HOME"]) / f"{path.name}.json"
-    if stored.exists():
-        rows = json.loads(stored.read_text())
-        places = ({str(name): (int(at), int(size)) for name, (at, size) in row[4].items()} for row in rows)
-        return [Entry(row[0], place, row[1], row[2], row[3]) for row, place in zip(rows, places, strict=True)]
-    entries = build_index(path, (status.st_size, status.st_mtime_ns)).entries
-    stored.parent.mkdir(exist_ok=True)
-    rows = [[entry.key, entry.id, entry.captioned, entry.bad, entry.members] for entry in entries]
-    stored.write_text(json.dumps(rows, separators=(",", ":")))
-    return entries
+    stamp = (status.st_size, status.st_mtime_ns)
+    name = hashlib.blake2b(f"2\0{path.absolute()}\0{stamp}".encode(), digest_size=16)
+    cached = Path(os.environ["XDG_CACHE_HOME"]) / "cmapkd" / "index" / f"{name.hexdigest()}.json"
+    index = load(cached, stamp)
+    if index is None:
+        index = build_index(path, stamp)
+        save(cached, index)
+    return index
+
+
+def save(path: Path, index: TarIndex) -> None:
+    values = {
+        "version": 2,
+        "stamp": index.stamp,
+        "warnings": index.warnings,
+        "entries": [[e.key, e.id, e.captioned, e.bad, e.members] for e in index.entries],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with path.open("w", encoding="ascii") as file:
+        json.dump(values, file, separators=(",", ":"))
+
+
+def load(path: Path, stamp: tuple[int, int]) -> TarIndex | None:
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="ascii"))
+    entries = []
+    for key, identity, captioned, bad, members in values["entries"]:
+        places = {str(name): (int(offset), int(size)) for name, (offset, size) in members.items()}
+        whole = all(min(offset, size) >= 0 and offset + size <= stamp[0] for offset, size in places.values())
+        types = isinstance(key, str) and isinstance(identity, str | None) and isinstance(bad, str | None)
+        if not (whole or bad) or not types or captioned not in (True, False, None):
+            return None
+        entries.append(Entry(key, places, identity, captioned, bad))
+    return TarIndex(stamp, entries, [str(warning) for warning in values["warnings"]])
 
 
 ARMS = {"lists": ListSource, "files": ShardSource}

@@ -241,7 +241,11 @@ class ListSource(ListedSource):
         bad: dict[int, str] = {}
         for path in sorted(folder.glob("*.tar")):
             status = path.stat()
-            for entry in build_index(path, (status.st_size, status.st_mtime_ns)).entries:
+            try:
+                entries = build_index(path, (status.st_size, status.st_mtime_ns)).entries
+            except Unusable:
+                continue
+            for entry in entries:
                 if entry.bad:
                     bad[len(ids)] = entry.bad
                 ids.append(entry.id or f"{path.stem}/{entry.key}")

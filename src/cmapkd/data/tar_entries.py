@@ -20,11 +20,11 @@ def whole_way(path: Path, stamp: tuple[int, int]) -> Members:
     index = build_index(path, stamp)
     fields: dict[str, int] = {}
     rows = [
-        (sample, fields.setdefault(name, len(fields)), *place)
+        (sample, fields.setdefault(name, len(fields)), _bounded(offset), _bounded(size))
         for sample, entry in enumerate(index.entries)
-        for name, place in entry.members.items()
+        for name, (offset, size) in entry.members.items()
     ]
-    table = np.array(rows, dtype=np.int64).reshape(-1, 4).clip(min=0)  # a damaged header may have a negative size
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     members = Members([entry.key for entry in index.entries], list(fields), *table.T)
     members.warnings = index.warnings
     for sample, entry in enumerate(index.entries):
@@ -32,6 +32,11 @@ def whole_way(path: Path, stamp: tuple[int, int]) -> Members:
         if entry.bad:
             members.bad[sample] = entry.bad
     return members
+
+
+def _bounded(number: int) -> int:
+    """A damaged header may have a negative size, or one beyond all files."""
+    return min(max(0, number), 2**62)
 
 
 def read_texts(members: Members, file: BinaryIO) -> None:

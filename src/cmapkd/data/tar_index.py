@@ -97,6 +97,8 @@ def build_index(path: Path, stamp: tuple[int, int]) -> TarIndex:
     with path.open("rb") as file:
         truncated = False
         for member in _members(path, file, index.warnings):
+            if member.isdir():
+                continue
             name = member.name.removeprefix("./")
             why = _refusal(member, name)
             parts = key_and_field(name)
@@ -169,8 +171,6 @@ def _members(path: Path, file: BinaryIO, warnings: list[str]) -> Any:
 
 
 def _refusal(member: tarfile.TarInfo, name: str) -> str | None:
-    if member.isdir():
-        return None  # a folder's name has no field: it is passed over
     if member.issym() or member.islnk():
         return "links"
     if not member.isreg() or member.issparse():

@@ -20,7 +20,7 @@ from cmapkd.data.conversations import TURN_KEYS
 from cmapkd.data.records import TEXT_KEYS, Unusable
 from cmapkd.data.shard_index import build, pack
 from cmapkd.data.tar_entries import whole_way
-from cmapkd.data.tar_index import read_record
+from cmapkd.data.tar_index import build_index, read_record
 from cmapkd.data.tar_walk import EMPTY, NO_KEY, ODD, ODD_KEYS, SAYS, Members, glance, glance_at_text, walk
 
 FORMS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
@@ -223,6 +223,14 @@ def test_a_hostile_tar_is_walked_in_bounded_time(tmp_path: Path) -> None:
     file.write(header)
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
     compare(tmp_path / "a.tar")
+    back = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    back[124:136] = b"\xff" * 10 + b"\xfd\xff"  # -513: back to this very header
+    back[148:156] = b" " * 8
+    back[148:156] = b"%06o\0 " % sum(back)
+    (tmp_path / "c.tar").write_bytes(tar_of(pairs(1))[:2048] + bytes(back) + bytes(1024))
+    compare(tmp_path / "c.tar")
+    index = build_index(tmp_path / "c.tar", (0, 0))
+    assert index.warnings == ["c.tar is damaged at byte 2048: a size below 0; what precedes is read"]
     long = tarfile.TarInfo("././@LongLink")
     long.type, long.size = tarfile.GNUTYPE_LONGNAME, 2**33
     (tmp_path / "b.tar").write_bytes(long.tobuf(tarfile.GNU_FORMAT) + bytes(2048))

@@ -40,9 +40,14 @@ def write_indexes(shards: Sequence[tuple[str, Stamp]]) -> None:
         shards: path and stamp of each.
     """
     workers = min(num_cores(), len(shards))
-    if workers < 2 or len(shards) < LEAST_SHARDS or sum(stamp[0] for _, stamp in shards) < LEAST_BYTES:
+    if (
+        not sys.executable
+        or workers < 2
+        or len(shards) < LEAST_SHARDS
+        or sum(stamp[0] for _, stamp in shards) < LEAST_BYTES
+    ):
         return
-    queue, lock = iter(shards), threading.Lock()
+    queue, lock, stopped = iter(shards), threading.Lock(), threading.Event()
 
     def work() -> None:
         with suppress(OSError), _server() as server:
@@ -51,7 +56,7 @@ def write_indexes(shards: Sequence[tuple[str, Stamp]]) -> None:
             while True:
                 with lock:
                     shard = next(queue, None)
-                if shard is None:
+                if shard is None or stopped.is_set():
                     return
                 server.stdin.write(json.dumps(shard) + "\n")
                 server.stdin.flush()
@@ -61,8 +66,11 @@ def write_indexes(shards: Sequence[tuple[str, Stamp]]) -> None:
     threads = [threading.Thread(target=work) for _ in range(workers)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        stopped.set()  # where waiting was interrupted, each process ends with the shard that it reads
 
 
 @contextmanager

@@ -35,8 +35,8 @@ def whole_way(path: Path, stamp: tuple[int, int]) -> Members:
 
 
 def _bounded(number: int) -> int:
-    """A damaged header may have a negative size, or one beyond all files."""
-    return min(max(0, number), 2**62)
+    """A damaged header may have a size beyond all files. Its sample is bad."""
+    return min(number, 2**62)
 
 
 def read_texts(members: Members, file: BinaryIO) -> None:

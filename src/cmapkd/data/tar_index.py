@@ -130,11 +130,11 @@ class _Bounded:
     """Reads no more than there is: a long name may declare a size of gigabytes, for which a buffer would be made."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
+        self._file, self.size = file, size
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int) -> bytes:
-        return self._file.read(max(0, min(count, self._size - self._file.tell())))
+        return self._file.read(max(0, min(count, self.size - self._file.tell())))
 
 
 def _members(path: Path, file: BinaryIO, warnings: list[str]) -> Any:
@@ -161,11 +161,14 @@ def _members(path: Path, file: BinaryIO, warnings: list[str]) -> Any:
             )
             return
         if member is None:
-            block = os.pread(file.fileno(), 512, archive.offset)
+            block = os.pread(file.fileno(), 512, archive.offset) if archive.offset < bounded.size else b""
             if len(block) < 512:
                 warnings.append(f"{path.name} has no end mark and is probably truncated; what is there is read")
             elif block.strip(b"\0"):
                 warnings.append(f"{path.name} is damaged at byte {archive.offset}; what precedes is read")
+            return
+        if member.size < 0:  # tarfile would go back, and might do so for ever
+            warnings.append(f"{path.name} is damaged at byte {member.offset}: a size below 0; what precedes is read")
             return
         yield member
 

@@ -7,11 +7,12 @@ nor Pillow, because processes that index shards start with it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,11 @@ class Members:
     field: NDArray[np.int64]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
-    ids: dict[int, str] = field(default_factory=dict)
-    silent: list[int] = field(default_factory=list)
-    bad: dict[int, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    unclear: list[int] = field(default_factory=list)
+    ids: dict[int, str] = dataclasses.field(default_factory=dict)
+    silent: list[int] = dataclasses.field(default_factory=list)
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    unclear: list[int] = dataclasses.field(default_factory=list)
 
 
 class _Irregular(Exception):
@@ -244,11 +245,11 @@ class _Walk:
                 self.ids.pop(sample, None)
             elif said == EMPTY or (said in (NOT_THERE, NO_KEY) and text in (NOT_THERE, EMPTY)):
                 silent.append(sample)
-        columns = (np.ascontiguousarray(table[:, column]) for column in range(4))
+        sample_of, field, offset, size = np.ascontiguousarray(table.T)
         keys, fields = (
             [name.decode("utf-8", "surrogateescape") for name in names] for names in (self.keys, self.fields)
         )
-        return Members(keys, fields, *columns, ids=self.ids, silent=silent, unclear=unclear)
+        return Members(keys, fields, sample_of, field, offset, size, self.ids, silent, unclear=unclear)
 
     def _without_json(self, has_json: int) -> Iterable[int]:
         return (sample for sample, fields in enumerate(self.has) if not fields & has_json)
@@ -323,7 +324,8 @@ def _sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
     words = rows.view("<u8")
     halves = np.uint64(0x00FF00FF00FF00FF)
     lanes = ((words & halves) + ((words >> np.uint64(8)) & halves)).sum(axis=1, dtype=np.uint64)
-    return np.ascontiguousarray(lanes).view("<u2").reshape(-1, 4).sum(axis=1, dtype=np.int64)
+    sums: NDArray[np.int64] = lanes.view("<u2").reshape(-1, 4).sum(axis=1, dtype=np.int64)
+    return sums
 
 
 def glance(data: bytes) -> tuple[int, str | None]:

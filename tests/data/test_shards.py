@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import pickle
@@ -15,7 +14,6 @@ import pytest
 from making import as_json, picture, write_tar
 
 from cmapkd.config import ConfigError
-from cmapkd.data import tar_index
 from cmapkd.data.open import SourceWarning, open_source
 from cmapkd.data.shards import ShardSource
 from cmapkd.data.stored import SampleFilter
@@ -272,30 +270,6 @@ def test_class_names(tmp_path: Path) -> None:
     source = open_source(f"webdataset:{tmp_path}/s.tar?classes={tmp_path}/classes.json")
     assert source.class_names == ("cat", "dog")
     assert [sample.label for sample in source] == [1, 0]
-
-
-def test_index_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = write_tar(tmp_path / "s.tar", pairs(3))
-    expected = ShardSource(str(path)).fingerprint()
-    (cached,) = (tmp_path / "cache" / "cmapkd" / "index").iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(tar_index, "build_index", None)  # not needed again
-        assert ShardSource(str(path)).fingerprint() == expected
-    good = json.loads(cached.read_text())
-    outside = {**good, "entries": [["k", None, True, None, {"png": [0, 10**9]}]]}
-    for text in (
-        "",
-        "{",
-        "[]",
-        json.dumps({**good, "version": 0}),
-        json.dumps(outside),
-        '{"version": 1}',
-        "[" * 100_000,
-    ):
-        cached.write_text(text)
-        assert ShardSource(str(path)).fingerprint() == expected
-        assert json.loads(cached.read_text()) == good
 
 
 def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

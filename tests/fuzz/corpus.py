@@ -35,7 +35,7 @@ from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.verify import describe, verify
 from cmapkd.compare import load_comparison, make_plan
 from cmapkd.config import apply_overrides, load_config
-from cmapkd.data import tar_index
+from cmapkd.data import shard_index
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.images import decode_image
 from cmapkd.data.open import open_source
@@ -259,19 +259,22 @@ def tar_contents(draws: Random, folder: Path) -> Attempt:
 
 
 def tar_index_file(draws: Random, folder: Path) -> Attempt:
-    """A spoiled index in the user's cache is made anew, and never believed."""
+    """A spoiled index in the user's cache, or a spoiled table of the shards, is made anew, and never believed."""
     path = write(folder / "a.tar", tar_of(pairs(3)))
 
     def attempt() -> tuple[int, int]:
         status = path.stat()
-        cached = tar_index.cache_file(Path("a.tar"), (status.st_size, status.st_mtime_ns))
+        index = shard_index.index_file("a.tar", (status.st_size, status.st_mtime_ns))
         open_source("webdataset:a.tar")
-        values = json.loads(cached.read_text())
-        cached.write_bytes(odd_json(values, draws))
+        tables = [*index.parent.glob("*.set")]
+        table = max(tables, key=lambda file: file.stat().st_mtime_ns)
+        for file in draws.choice(([index], [table], [index, table])):
+            file.write_bytes(spoil(file.read_bytes(), draws))
         try:
-            return reads("webdataset:a.tar")()
+            return reads("webdataset:a.tar", captions={f"a/{number:04}": f"number {number}" for number in range(3)})()
         finally:
-            cached.unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+            table.unlink(missing_ok=True)
 
     return attempt
 

@@ -26,9 +26,9 @@ from cmapkd.cache.files import CacheError, read_json, write_json
 from cmapkd.config import ConfigError, apply_overrides, in_markdown, load_config, printable
 from cmapkd.data.images import decode_image
 from cmapkd.data.open import open_source
-from cmapkd.data.reading import is_safe_name
 from cmapkd.data.records import Record, Unusable, parse_json, parse_record
 from cmapkd.data.tar_index import build_index
+from cmapkd.data.tar_names import is_safe_name
 from cmapkd.data.types import BadSampleError
 from cmapkd.models.storage import read_weights
 from cmapkd.run import RunConfig

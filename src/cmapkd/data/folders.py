@@ -13,10 +13,11 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.data.classes import Classes, parse_classes, read_classes
+from cmapkd.data.listed import ListedSource
 from cmapkd.data.places import nearest, refuse_url
 from cmapkd.data.reading import Folder, ZipReader, is_image_name
 from cmapkd.data.records import Record, Unusable
-from cmapkd.data.stored import SampleFilter, StoredSource, Texts
+from cmapkd.data.stored import SampleFilter, Texts
 from cmapkd.data.tar_index import read_record
 
 CLASSES_FILE = "classes.json"
@@ -38,7 +39,7 @@ def open_images(name: str, what: str) -> Folder | ZipReader:
     raise ConfigError(f"{what} {name!r} is neither a folder nor a .zip. {nearest(name)}")
 
 
-class FolderSource(StoredSource):
+class FolderSource(ListedSource):
     """Images of a folder or zip, sorted by path; the id is the path in it.
 
     The folders that hold the images are classes; folders around all of them (`train/` in a zip) are passed over.

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
 from cmapkd.data.conversations import TURN_KEYS, UNREAD_KEYS, checked_turns, is_dialogue, with_turns
+from cmapkd.data.listed import ListedSource
 from cmapkd.data.places import find_files, nearest
 from cmapkd.data.reading import Folder, check_size
 from cmapkd.data.records import TEXT_KEYS, Record, Unusable, parse_captions, parse_id, parse_record
 from cmapkd.data.rows import Columns
 from cmapkd.data.splits import pick_split
-from cmapkd.data.stored import SampleFilter, StoredSource, Texts
+from cmapkd.data.stored import SampleFilter, Texts
 
 FURTHER_COLUMNS = (
     *("question", "answer", "answers", "qa"),
@@ -29,7 +30,7 @@ FURTHER_COLUMNS = (
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-class HubSource(StoredSource):
+class HubSource(ListedSource):
     """The rows of a `datasets.Dataset`, one sample a row.
 
     The id is the id column's; without one the path stored with the image, where those are relative and all different;

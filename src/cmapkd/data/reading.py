@@ -15,23 +15,7 @@ from typing import Protocol
 from cmapkd.config import ConfigError
 from cmapkd.data.images import MAX_IMAGE_BYTES
 from cmapkd.data.records import Unusable
-
-IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "bmp",
-    "gif",
-    "tif",
-    "tiff",
-    "ppm",
-    "pgm",
-    "pbm",
-    "jp2",
-    "avif",
-    "jfif",
-)
+from cmapkd.data.tar_names import IMAGE_EXTENSIONS, is_safe_name
 
 MAX_OPEN_FILES = 64
 
@@ -39,12 +23,6 @@ MAX_OPEN_FILES = 64
 def is_image_name(name: str) -> bool:
     base = name.rpartition("/")[2]
     return not base.startswith(".") and base.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and "." in base
-
-
-def is_safe_name(name: str) -> bool:
-    """Whether an archive's member name stays inside: not absolute, no `..`, no drive, no NUL."""
-    parts = name.replace("\\", "/").split("/")
-    return bool(parts[0]) and ".." not in parts and parts[0][1:2] != ":" and "\0" not in name
 
 
 class Images(Protocol):

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, short_names
-from cmapkd.data.reading import IMAGE_EXTENSIONS, RangeReader, check_size
+from cmapkd.data.reading import RangeReader, check_size
 from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unusable
-from cmapkd.data.stored import SampleFilter, StoredSource, Texts
-from cmapkd.data.tar_index import SYNTHETIC, TEXT_EXTENSIONS, index_tar, read_record
+from cmapkd.data.shard_set import ShardSet, said_repaired
+from cmapkd.data.stored import SampleFilter, StoredSource
+from cmapkd.data.tar_index import read_record
+from cmapkd.data.tar_names import IMAGE_EXTENSIONS, SYNTHETIC, TEXT_EXTENSIONS
+from cmapkd.data.types import BadSampleError
+
+Entry = tuple[int, int]
+"""The number of a shard, and of a sample in it."""
 
 
 class ShardSource(StoredSource):
     """The samples of tar shards, in the order of the shards and then of their first member.
+
+    Where samples lie is looked up in indexes that are mapped into memory. The memory of a source and the time to open
+    it grow with the number of shards, not of samples; with `part`, ids decide, so that every one of them is read.
 
     Args:
         pattern: a tar, a folder of tars, a glob, or braces as in `{000000..000012}`.
@@ -37,75 +45,116 @@ class ShardSource(StoredSource):
         classes: Sequence[str] | None = None,
         texts: Sequence[str] = (),
     ) -> None:
-        paths = find_files(pattern, suffix=".tar", what="webdataset:")
-        self._paths, self._pools = [str(path) for path in paths], tuple(texts)
+        keep, paths = keep or SampleFilter(), find_files(pattern, suffix=".tar", what="webdataset:")
+        self._pools = tuple(texts)
         self._labels = None if classes is None else {name: number for number, name in enumerate(classes)}
-        shards, fields, offsets, sizes, ends = array("q"), array("q"), array("q"), array("q"), array("q", [0])
-        names: dict[str, int] = {}  # of fields, such as jpg and json
-        ids: list[str] = []
-        captioned: list[bool] = []
-        bad: dict[int, str] = {}
-        warnings: list[str] = []
-        self._stamps: list[tuple[int, int]] = []
-        self._digests: list[str] = []
-        dotted: list[tuple[str, str]] = []  # (key, field) of samples whose image is behind a second dot
-        for number, (path, short) in enumerate(zip(paths, short_names(paths), strict=True)):
-            try:
-                index = index_tar(path)
-            except (Unusable, OSError) as error:
-                if len(paths) == 1:
-                    raise ConfigError(f"webdataset:{pattern} cannot be read: {error}") from None
-                warnings.append(f"{path.name} is left out: {error}")
-                self._stamps.append((0, 0))
-                continue
-            self._stamps.append(index.stamp)
-            warnings += index.warnings
-            digest = hashlib.blake2b(f"{short}\0{index.stamp[0]}".encode(), digest_size=16)
-            for entry in index.entries:
-                if entry.bad:
-                    bad[len(ids)] = entry.bad
-                ids.append(entry.id or f"{short}/{entry.key}")
-                captioned.append(entry.captioned is not False)
-                shards.append(number)
-                if (hidden := _hidden_image(entry.members)) is not None:
-                    dotted.append((entry.key, hidden))
-                for name, (offset, size) in entry.members.items():
-                    fields.append(names.setdefault(name, len(names)))
-                    offsets.append(offset)
-                    sizes.append(size)
-                ends.append(len(fields))
-                digest.update(f"{entry.key}\0{entry.members}".encode("utf-8", "surrogatepass"))
-            self._digests.append(digest.hexdigest())
-        self._shards, self._fields, self._offsets, self._sizes, self._ends = (
-            torch.tensor(column, dtype=torch.int64) for column in (shards, fields, offsets, sizes, ends)
-        )
-        if dotted:
-            said = _dots(dotted, len(ids))
-            if len(dotted) == len(ids):
+        try:
+            self._set = ShardSet([str(path) for path in paths], short_names(paths))
+        except (Unusable, OSError) as error:
+            raise ConfigError(f"webdataset:{pattern} cannot be read: {error}") from None
+        table = self._set.table
+        warnings = [*table.warnings]
+        total = int(table.rows["samples"].sum(dtype=np.int64))
+        if table.hidden[0]:
+            said = _dots(table.hidden, total)
+            if table.hidden[0] == total:
                 raise ConfigError(f"webdataset:{pattern}: {said}")
             warnings.append(said)
-        self._names = list(names)
         self._reader = RangeReader()
         super().__init__(
             f"webdataset:{pattern}",
-            Texts(ids),
-            keep=keep or SampleFilter(),
-            captioned=np.array(captioned, dtype=np.bool_),
-            bad=bad,
+            keep=keep,
             class_names=classes,
-            warnings=warnings,
+            warnings=[*warnings, *said_repaired(self._set.repaired)],
         )
+        self._counts = table.rows["captioned" if self._leaves_out_silent else "samples"].astype(np.int64)
+        self._ends = np.cumsum(self._counts)
+        self._chosen = (
+            None if keep.part is None else self._choose()
+        )  # Int[samples], places among all that say something
+        known = int(self._ends[-1]) if self._chosen is None else len(self._chosen)
+        if keep.part is None:
+            self.num_without_caption = total - known
+        self._length = known if keep.limit is None else min(known, keep.limit)
+        if not self._length:
+            raise ConfigError(self._why_empty(total, part_is_empty=not self._some_of_part))
+        self._repeated = self._find_repeated()
 
-    def _members(self, entry: int) -> dict[str, tuple[int, int]]:
-        span = slice(*self._ends[entry : entry + 2].tolist())
-        places = zip(self._offsets[span].tolist(), self._sizes[span].tolist(), strict=True)
-        return {self._names[field]: place for field, place in zip(self._fields[span].tolist(), places, strict=True)}
+    _some_of_part = True
 
-    def _read(self, entry: int, place: tuple[int, int]) -> bytes:
-        shard = int(self._shards[entry])
-        return self._reader.read(self._paths[shard], *place, stamp=self._stamps[shard])
+    def _choose(self) -> NDArray[np.int64]:
+        """The part of the samples whose ids fall into it; counts those that have no caption."""
+        chosen, silent, some = [], 0, False
+        for shard, index in self._set.indexes():
+            short = self._set.shorts[shard]
+            of_part = self._of_part((index.id(sample, short) for sample in range(index.samples)), index.samples)
+            some = some or bool(of_part.any())
+            if self._leaves_out_silent and index.kept is not None:
+                silent += int(of_part.sum() - of_part[index.kept].sum())
+                of_part = of_part[index.kept]
+            chosen.append(np.flatnonzero(of_part) + (int(self._ends[shard]) - int(self._counts[shard])))
+        self.num_without_caption, self._some_of_part = silent, some
+        return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
 
-    def _record(self, entry: int) -> Record:
+    def _find_repeated(self) -> dict[Entry, str]:
+        """Later samples of an id that came before, among those that are kept."""
+        found = {}
+        for group in self._set.table.repeated:
+            places = [(place, entry) for entry in group if (place := self._place(entry)) is not None]
+            for _, entry in places[1:]:
+                found[entry] = f"duplicate id: the sample at position {places[0][0]} has it already"
+        return found
+
+    def _place(self, entry: Entry) -> int | None:
+        """At which position an entry stands; None where it is left out."""
+        shard, place = entry
+        if self._leaves_out_silent and (kept := self._set.index(shard).kept) is not None:
+            sample, place = place, int(np.searchsorted(kept, place))
+            if place == len(kept) or int(kept[place]) != sample:
+                return None
+        place += int(self._ends[shard]) - int(self._counts[shard])
+        if self._chosen is not None:
+            before, place = place, int(np.searchsorted(self._chosen, place))
+            if place == len(self._chosen) or int(self._chosen[place]) != before:
+                return None
+        return place if place < self._length else None
+
+    def __len__(self) -> int:
+        """Number of samples, readable or not."""
+        return self._length
+
+    def _entry(self, index: int) -> Entry:
+        if not -self._length <= index < self._length:
+            raise self._outside(index)
+        place = index % self._length
+        if self._chosen is not None:
+            place = int(self._chosen[place])
+        shard = int(np.searchsorted(self._ends, place, "right"))
+        sample = place - int(self._ends[shard]) + int(self._counts[shard])
+        if self._leaves_out_silent and (kept := self._set.index(shard).kept) is not None:
+            sample = int(kept[sample])
+        return shard, sample
+
+    def id(self, index: int) -> str:
+        """The id of the sample at `index`, whether it is good or not."""
+        shard, sample = self._entry(index)
+        return self._set.index(shard).id(sample, self._set.shorts[shard])
+
+    def _find(self, index: int) -> tuple[Entry, str]:
+        entry, sample_id = self._entry(index), self.id(index)
+        reason = self._repeated.get(entry) or self._set.index(entry[0]).bad(entry[1])
+        if reason is not None:
+            raise BadSampleError(sample_id, reason)
+        return entry, sample_id
+
+    def _members(self, entry: Entry) -> dict[str, tuple[int, int]]:
+        return self._set.index(entry[0]).members(entry[1])
+
+    def _read(self, entry: Entry, place: tuple[int, int]) -> bytes:
+        size, changed = self._set.stamps[entry[0]].tolist()
+        return self._reader.read(self._set.paths[entry[0]], *place, stamp=(size, changed))
+
+    def _record(self, entry: Entry) -> Record:
         members = self._members(entry)
         pictures = int(any(name in members for name in IMAGE_EXTENSIONS))
         texts = {}
@@ -116,7 +165,7 @@ class ShardSource(StoredSource):
                 texts[name] = self._read(entry, members[name])
         return read_record(texts, self._labels, self._pools, pictures=pictures)[0]
 
-    def _image(self, entry: int) -> bytes:
+    def _image(self, entry: Entry) -> bytes:
         members = self._members(entry)
         place = next((members[name] for name in IMAGE_EXTENSIONS if name in members), None)
         if place is None:
@@ -124,27 +173,31 @@ class ShardSource(StoredSource):
         check_size(place[1])
         return self._read(entry, place)
 
-    def _contents(self) -> Iterable[str]:
-        """Of every shard its name, its size and its index: keys, fields, offsets and sizes."""
-        return self._digests
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits over names and digests of the shards, and over which of their samples are kept.
+
+        A digest covers a tar's size, and of its samples the ids, which of them have captions, and the fields, offsets
+        and sizes of their members; not the tar's path or time.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (type(self).__name__, *(self._class_names or ()), *self._keep.templates):
+            digest.update(b"%d:" % len(part.encode()) + part.encode())
+        rows = self._set.table.rows
+        for shard in np.flatnonzero(rows["samples"]).tolist():
+            short = self._set.shorts[shard].encode("utf-8", "surrogatepass")
+            digest.update(b"%d:" % len(short) + short + rows["digest"][shard].tobytes())
+        left_out = self._leaves_out_silent and self.num_without_caption > 0
+        digest.update(b"%d of %d" % (self._length, int(rows["samples"].sum(dtype=np.int64)) if not left_out else -1))
+        if self._chosen is not None:
+            digest.update(np.ascontiguousarray(self._chosen[: self._length]).tobytes())
+        return digest.hexdigest()
 
 
-def _hidden_image(members: Iterable[str]) -> str | None:
-    """The field of a sample without image whose last part is an image's extension; None where there is none.
-
-    webdataset ends the key at the first dot, so that the image `S_02.wav.jpg` is the field `wav.jpg` of `S_02`.
-    """
-    fields = [*members]
-    if any(name in IMAGE_EXTENSIONS for name in fields):
-        return None
-    return next((name for name in fields if "." in name and name.rpartition(".")[2] in IMAGE_EXTENSIONS), None)
-
-
-def _dots(dotted: Sequence[tuple[str, str]], total: int) -> str:
-    key, field = dotted[0]
+def _dots(hidden: tuple[int, str, str], total: int) -> str:
+    count, key, field = hidden
     stem, _, extension = field.rpartition(".")
     return (
-        f"{len(dotted)} of {total} samples have no image, because the key of a sample ends at the first dot of a name: "
+        f"{count} of {total} samples have no image, because the key of a sample ends at the first dot of a name: "
         f"'{key}.{field}' is the field {field!r} of {key!r}. Name the files with one dot, such as "
         f"'{key}_{stem.replace('.', '_')}.{extension}'"
     )

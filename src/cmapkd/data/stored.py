@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -101,39 +100,25 @@ def _unread(error: OSError) -> str:
 
 
 class StoredSource(ABC):
-    """A `Source` over entries found when it was opened.
-
-    A subclass finds the entries, then reads the record and the encoded image of one of them; this class does the
-    rest. Entries without caption are left out where captions are required, and counted in `num_without_caption`:
-    they are not bad, they say nothing. Of entries with the same id only the first is good.
+    """A `Source` on disk. A subclass reads the record and the encoded image of a sample; the rest is done here.
 
     Args:
         name: as the user wrote it; `part` is added to it, because two parts are other samples.
-        ids: of all entries.
-        captioned: for each entry whether it has a caption; None: all of them may.
-        bad: reasons of entries known to be unusable.
         warnings: what the user should know of, such as a truncated shard.
+    Raises:
+        ConfigError: captions are to be made of class names, and there are none.
     """
 
     templates: tuple[str, ...] = ()
+    num_without_caption: int
 
     def __init__(
-        self,
-        name: str,
-        ids: Iterable[str],
-        *,
-        keep: SampleFilter,
-        captioned: NDArray[np.bool_] | None = None,
-        bad: Mapping[int, str] | None = None,
-        class_names: Sequence[str] | None = None,
-        warnings: Iterable[str] = (),
+        self, name: str, *, keep: SampleFilter, class_names: Sequence[str] | None = None, warnings: Iterable[str] = ()
     ) -> None:
         self.name = name if keep.part is None else f"{name}?part={keep.part[0]:g}-{keep.part[1]:g}"
         self.warnings = tuple(warnings)
-        self._ids = ids if isinstance(ids, Texts) else Texts(ids)
         self._class_names = None if class_names is None else tuple(class_names)
-        known_bad = dict(bad or {})
-        kept = np.ones(len(self._ids), dtype=np.bool_)
+        self._keep = keep
         if keep.templates:
             if class_names is None:
                 raise ConfigError(
@@ -141,52 +126,35 @@ class StoredSource(ABC):
                     "classes with ?classes=FILE"
                 )
             self.templates = keep.templates  # zero-shot then asks with the same words
-        elif keep.require_captions and captioned is not None:
-            kept = captioned.copy()
-            kept[list(known_bad)] = True  # it may have had a caption: count it as bad, not as silent
-        of_part = np.ones(len(self._ids), dtype=np.bool_)
-        if keep.part is not None:
-            low, high = keep.part
-            places = (uniforms(1, "part", sample_id)[0] for sample_id in self._ids)
-            of_part = np.fromiter((low <= place < high for place in places), dtype=np.bool_, count=len(kept))
-        self.num_without_caption = int((of_part & ~kept).sum())
-        kept &= of_part
-        self._entries = torch.from_numpy(np.flatnonzero(kept)[: keep.limit].astype(np.int64))
-        if not len(self._entries):
-            raise ConfigError(self._why_empty(keep, of_part))
-        self._bad = {**known_bad, **self._duplicates()}
-        self._keep = keep
 
-    def _why_empty(self, keep: SampleFilter, of_part: NDArray[np.bool_]) -> str:
-        if not len(self._ids):
+    @property
+    def _leaves_out_silent(self) -> bool:
+        return self._keep.require_captions and not self._keep.templates
+
+    def _why_empty(self, total: int, *, part_is_empty: bool) -> str:
+        if not total:
             notes = "".join(f" {warning}." for warning in self.warnings[:3])
             return f"{self.name} holds no samples.{notes} See docs/data.md for the layouts that are read."
-        if keep.part is not None and not of_part.any():
-            return (
-                f"the part {keep.part[0]:g} to {keep.part[1]:g} of the {len(self._ids)} samples of {self.name} is empty"
-            )
-        return f"none of the {len(self._ids)} samples of {self.name} has a caption, and this use needs captions: " + (
+        if self._keep.part is not None and part_is_empty:
+            low, high = self._keep.part
+            return f"the part {low:g} to {high:g} of the {total} samples of {self.name} is empty"
+        return f"none of the {total} samples of {self.name} has a caption, and this use needs captions: " + (
             "make them of its class names with ?captions=a photo of a {}., or give data with captions."
             if self._class_names
             else "use it for classification or question answering, or give data with captions."
         )
 
-    def _duplicates(self) -> dict[int, str]:
-        """Later entries of an id that came before, found by hash first: 12 million ids need no set of strings."""
-        hashes = np.fromiter(map(hash, self._ids.encoded(self._entries)), dtype=np.int64, count=len(self._entries))
-        _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-        first: dict[str, int] = {}
-        duplicates = {}
-        for position in np.flatnonzero(counts[which] > 1).tolist():
-            entry = int(self._entries[position])
-            before = first.setdefault(self._ids[entry], position)
-            if before != position:
-                duplicates[entry] = f"duplicate id: the sample at position {before} has it already"
-        return duplicates
+    def _of_part(self, ids: Iterable[str], count: int) -> NDArray[np.bool_]:
+        """Which of the samples with these ids belong to the part that is kept."""
+        if self._keep.part is None:
+            return np.ones(count, dtype=np.bool_)
+        low, high = self._keep.part
+        places = (uniforms(1, "part", sample_id)[0] for sample_id in ids)
+        return np.fromiter((low <= place < high for place in places), dtype=np.bool_, count=count)
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of samples, readable or not."""
-        return len(self._entries)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index`, its image decoded.
@@ -243,43 +211,34 @@ class StoredSource(ABC):
         no_turns = record.no_turns
         return Sample(sample_id, image, captions, record.label, questions, boxes, texts, turns, no_turns)
 
-    def id(self, index: int) -> str:
-        """The id of the sample at `index`, whether it is good or not."""
-        return self._ids[self._entry(index)]
-
-    def _entry(self, index: int) -> int:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {counted(len(self), 'sample')}, there is no sample {index}")
-        return int(self._entries[index])
-
-    def _find(self, index: int) -> tuple[int, str]:
-        entry = self._entry(index)
-        if entry in self._bad:
-            raise BadSampleError(self._ids[entry], self._bad[entry])
-        return entry, self._ids[entry]
-
     @property
     def class_names(self) -> Sequence[str] | None:
         """Names of the labels, by number; None where samples carry no label or it has no name."""
         return self._class_names
 
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits over the ids in order, class names, and what `_contents` covers; not over paths."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (type(self).__name__, *(self._class_names or ()), *self._keep.templates, *self._contents()):
-            digest.update(b"%d:" % len(part.encode()) + part.encode())
-        for text in self._ids.encoded(self._entries):
-            digest.update(b"%d:" % len(text) + text)
-        return digest.hexdigest()
+    def _outside(self, index: int) -> IndexError:
+        return IndexError(f"{self.name} has {counted(len(self), 'sample')}, there is no sample {index}")
 
     @abstractmethod
-    def _record(self, entry: int) -> Record:
+    def id(self, index: int) -> str:
+        """The id of the sample at `index`, whether it is good or not."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that change with the data, and not when they are copied."""
+
+    @abstractmethod
+    def _find(self, index: int) -> tuple[Any, str]:
+        """The entry of a sample, whatever the subclass reads it by, and its id.
+
+        Raises:
+            BadSampleError: it is known to be unusable. IndexError: there is no such sample.
+        """
+
+    @abstractmethod
+    def _record(self, entry: Any) -> Record:
         """What is said of an entry. Raises Unusable or OSError."""
 
     @abstractmethod
-    def _image(self, entry: int) -> bytes:
+    def _image(self, entry: Any) -> bytes:
         """An entry's encoded image. Raises Unusable or OSError."""
-
-    @abstractmethod
-    def _contents(self) -> Iterable[str]:
-        """Texts that change when the data does and not when it is copied."""

@@ -14,6 +14,7 @@ import numpy as np
 from cmapkd.config import ConfigError
 from cmapkd.data.classes import Classes
 from cmapkd.data.conversations import is_dialogue
+from cmapkd.data.listed import ListedSource
 from cmapkd.data.reading import Folder, Images
 from cmapkd.data.records import (
     CAPTION_KEYS,
@@ -26,14 +27,14 @@ from cmapkd.data.records import (
 )
 from cmapkd.data.rows import Columns, Group, grouped
 from cmapkd.data.sniff import guess_encoding, guess_separator
-from cmapkd.data.stored import SampleFilter, StoredSource, Texts
+from cmapkd.data.stored import SampleFilter, Texts
 from cmapkd.data.turns import Turn
 from cmapkd.data.types import Box, QuestionAnswer
 
 FIRST_IMAGES = 8  # looked for when a table is opened
 
 
-class TableSource(StoredSource):
+class TableSource(ListedSource):
     """Samples from rows that name an image.
 
     Rows of the same image, and of the same id where there are ids, are one sample with all their captions. The id is

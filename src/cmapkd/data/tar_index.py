@@ -1,13 +1,9 @@
-"""The index of one tar: which samples it holds and where their bytes lie, found by its headers and kept in a cache."""
+"""What a tar holds, as `tarfile` reads it: its samples, where their bytes lie, and what is damaged or refused."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cmapkd.data.conversations import checked_turns, with_turns
-from cmapkd.data.reading import IMAGE_EXTENSIONS, is_safe_name
 from cmapkd.data.records import (
     MAX_TEXT_BYTES,
     Record,
@@ -28,15 +23,14 @@ from cmapkd.data.records import (
     parse_record,
     parse_texts,
 )
-
-INDEX_VERSION = 2  # raised with any change of what an index says of the same tar
-
-JSON_CAPTION_KEYS = ("captions", "caption")
-TEXT_EXTENSIONS = ("txt", "text", "caption")
-SYNTHETIC = "syn.json"  # synthetic captions in a member of their own, as DataCompDR has them
-
-# webdataset's convention: the key is the path up to the first dot of the base name, the rest is the field
-_NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]+)", re.DOTALL)
+from cmapkd.data.tar_names import (
+    IMAGE_EXTENSIONS,
+    JSON_CAPTION_KEYS,
+    SYNTHETIC,
+    TEXT_EXTENSIONS,
+    is_safe_name,
+    key_and_field,
+)
 
 
 @dataclass(slots=True)
@@ -55,29 +49,6 @@ class TarIndex:
     stamp: tuple[int, int]  # the tar's size and modification time in ns
     entries: list[Entry]
     warnings: list[str]
-
-
-def index_tar(path: Path) -> TarIndex:
-    """The index of a tar, from the cache if the tar has not changed since; the cache may be read-only or absent.
-
-    Raises:
-        Unusable: it is no uncompressed tar.
-    """
-    status = path.stat()
-    stamp = (status.st_size, status.st_mtime_ns)
-    cached = cache_file(path, stamp)
-    index = _load(cached, stamp)
-    if index is None:
-        index = build_index(path, stamp)
-        _save(cached, index)
-    return index
-
-
-def cache_file(path: Path, stamp: tuple[int, int]) -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(root) if root else Path("~/.cache").expanduser()
-    name = hashlib.blake2b(f"{INDEX_VERSION}\0{path.absolute()}\0{stamp}".encode("utf-8", "replace"), digest_size=16)
-    return folder / "cmapkd" / "index" / f"{name.hexdigest()}.json"
 
 
 def read_record(
@@ -126,24 +97,26 @@ def build_index(path: Path, stamp: tuple[int, int]) -> TarIndex:
     with path.open("rb") as file:
         truncated = False
         for member in _members(path, file, index.warnings):
+            if member.isdir():
+                continue
             name = member.name.removeprefix("./")
             why = _refusal(member, name)
-            parts = _NAME.fullmatch(name)
+            parts = key_and_field(name)
             if why:
                 refused[why] += 1
             if why or parts is None:
                 continue
-            entry = by_key.get(parts[1])
-            extension = parts[2].lower()
+            key, extension = parts
+            entry = by_key.get(key)
             if entry is None or extension in entry.members:  # the same member twice begins a second sample: a duplicate
-                entry = by_key[parts[1]] = Entry(parts[1])
+                entry = by_key[key] = Entry(key)
                 index.entries.append(entry)
             entry.members[extension] = (member.offset_data, member.size)
             if member.offset_data + member.size > stamp[0]:
                 entry.bad = f"shard is truncated: it ends within this sample's {extension}"
                 truncated = True
         for entry in index.entries:
-            _look_into(entry, file)
+            look_into(entry, file)
         truncated = truncated or bool(index.warnings)
         if truncated and index.entries and not index.entries[-1].bad and not index.entries[-1].captioned:
             index.entries[-1].bad = "shard is truncated: it ends within this sample"
@@ -157,11 +130,11 @@ class _Bounded:
     """Reads no more than there is: a long name may declare a size of gigabytes, for which a buffer would be made."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
+        self._file, self.size = file, size
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int) -> bytes:
-        return self._file.read(max(0, min(count, self._size - self._file.tell())))
+        return self._file.read(max(0, min(count, self.size - self._file.tell())))
 
 
 def _members(path: Path, file: BinaryIO, warnings: list[str]) -> Any:
@@ -188,18 +161,19 @@ def _members(path: Path, file: BinaryIO, warnings: list[str]) -> Any:
             )
             return
         if member is None:
-            block = os.pread(file.fileno(), 512, archive.offset)
+            block = os.pread(file.fileno(), 512, archive.offset) if archive.offset < bounded.size else b""
             if len(block) < 512:
                 warnings.append(f"{path.name} has no end mark and is probably truncated; what is there is read")
             elif block.strip(b"\0"):
                 warnings.append(f"{path.name} is damaged at byte {archive.offset}; what precedes is read")
             return
+        if member.size < 0:  # tarfile would go back, and might do so for ever
+            warnings.append(f"{path.name} is damaged at byte {member.offset}: a size below 0; what precedes is read")
+            return
         yield member
 
 
 def _refusal(member: tarfile.TarInfo, name: str) -> str | None:
-    if member.isdir():
-        return None  # a folder's name has no field: it is passed over
     if member.issym() or member.islnk():
         return "links"
     if not member.isreg() or member.issparse():
@@ -209,7 +183,8 @@ def _refusal(member: tarfile.TarInfo, name: str) -> str | None:
     return None
 
 
-def _look_into(entry: Entry, file: BinaryIO) -> None:
+def look_into(entry: Entry, file: BinaryIO) -> None:
+    """Reads the text members of a sample for its id and whether it has a caption."""
     if entry.bad:
         return
     names = [name for name in ("json", *TEXT_EXTENSIONS, "cls") if name in entry.members]
@@ -226,43 +201,3 @@ def _look_into(entry: Entry, file: BinaryIO) -> None:
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     return os.pread(file.fileno(), size, offset)
-
-
-def _save(path: Path, index: TarIndex) -> None:
-    values = {
-        "version": INDEX_VERSION,
-        "stamp": index.stamp,
-        "warnings": index.warnings,
-        "entries": [[e.key, e.id, e.captioned, e.bad, e.members] for e in index.entries],
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                json.dump(values, file, separators=(",", ":"))
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError:
-        return  # without a cache the next opening reads the headers again
-
-
-def _load(path: Path, stamp: tuple[int, int]) -> TarIndex | None:
-    """A cached index that is whole and belongs to this tar; anything else is made anew."""
-    try:
-        values = json.loads(path.read_text(encoding="ascii"))
-        if values["version"] != INDEX_VERSION or tuple(values["stamp"]) != stamp:
-            return None
-        entries = []
-        for key, identity, captioned, bad, members in values["entries"]:
-            places = {str(name): (int(offset), int(size)) for name, (offset, size) in members.items()}
-            whole = all(min(offset, size) >= 0 and offset + size <= stamp[0] for offset, size in places.values())
-            types = isinstance(key, str) and isinstance(identity, str | None) and isinstance(bad, str | None)
-            if not (whole or bad) or not types or captioned not in (True, False, None):
-                return None
-            entries.append(Entry(key, places, identity, captioned, bad))
-        return TarIndex(stamp, entries, [str(warning) for warning in values["warnings"]])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None

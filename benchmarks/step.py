@@ -436,7 +436,8 @@ def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -
         def set_epoch(self, epoch: int) -> None:
             """The loop announces each epoch; the batches stay the same."""
 
-    images, texts = batch.inputs["student"].images, batch.inputs["student"].texts
+    inputs = batch.inputs["student"]
+    images, texts = student.image_spec.to_model(inputs.images), inputs.texts  # this loop takes them normalised
     loss = open_clip.create_loss(args)
 
     def step() -> float:

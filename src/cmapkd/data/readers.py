@@ -138,7 +138,7 @@ class DualReader:
 
         shown = [item for item in items if item is not None]
         texts, pools = shared(("texts", self.tokenize), lambda: self._texts(captions, more_texts))
-        images = stacked(shown) if shown else torch.empty(0, dtype=torch.uint8)
+        images = stacked(shown) if shown else torch.empty(0)
         return ModelInput(images, texts, pools, {name: stacked(pixels) for name, pixels in more_items.items()})
 
     def input(

@@ -456,7 +456,7 @@ def _open_clip(student: Any, teacher: Any, batch: Any, pair: Pair, clock: Any) -
         def set_epoch(self, epoch: int) -> None:
             """The loop announces each epoch; the batches stay the same."""
 
-    images = batch.inputs["student"].images
+    images = student.image_spec.to_model(batch.inputs["student"].images)  # this loop takes them normalised
     ids = student.tokenizer.native(list(batch.captions), context_length=student.tokenizer.context_length)
     loss = open_clip.create_loss(args)
 

@@ -86,8 +86,17 @@ def test_pictures_go_through_each_models_own_preprocessing() -> None:
     batch = distiller("clip_kd").batch(pictures, texts)
     for role, side in (("student", 16), ("teacher", 24)):
         assert batch.inputs[role].images.shape == (3, 3, side, side)
-    expected = make_model().image_spec(pictures[1])
-    assert torch.equal(batch.inputs["student"].images[1], expected)
+    spec = make_model().image_spec
+    assert torch.equal(spec.to_model(batch.inputs["student"].images)[1], spec(pictures[1]))
+
+
+def test_pixels_in_bytes_and_normalised_ones_give_the_same_loss() -> None:
+    pictures, texts = pairs(4)
+    models = {"student": make_model(), "teacher": make_teacher().model}
+    raw = {role: torch.stack([each.image_spec.raw(picture) for picture in pictures]) for role, each in models.items()}
+    made = {role: torch.stack([each.image_spec(picture) for picture in pictures]) for role, each in models.items()}
+    losses = [distiller("clip_kd")(images, texts).item() for images in (pictures, raw, made)]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_each_step_draws_anew_and_a_bank_never_compares_a_sample_with_itself() -> None:

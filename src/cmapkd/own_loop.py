@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError, closest
@@ -20,11 +20,10 @@ from cmapkd.methods.terms import total_loss
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, build_model, load_model
 from cmapkd.models.contracts import dual
 from cmapkd.models.embedding import Picture, opened
-from cmapkd.models.images import ImageSpec
 
 _LOOP = "a training loop of one's own"
 
-Pixels = Float[Tensor, "batch 3 height width"]
+Pixels = Float[Tensor, "batch 3 height width"] | UInt8[Tensor, "batch 3 height width"]
 
 
 class Distiller(nn.Module):
@@ -69,7 +68,7 @@ class Distiller(nn.Module):
         Args:
             images: paths, bytes or PIL images, which every model preprocesses its own way; or pixels that are
                 preprocessed already, by role (`{"student": ..., "teacher": ...}`), or one tensor where all models read
-                the same pixels.
+                the same pixels. Those in uint8 have the model's size and are normalised by it.
             texts: one of each picture.
             ids: name the samples; a method with a bank never compares a sample with itself. None: no picture returns.
             labels: class numbers, Int[batch], -1 where there is none; for methods that read them.
@@ -225,11 +224,12 @@ def _pixels(
                 )
         return {role: images[role] for role in models}
     pictures = [opened(picture, place) for place, picture in enumerate(images)]
-    made: dict[ImageSpec, Pixels] = {}
+    made: dict[Any, Pixels] = {}
     for model in models.values():
-        if model.image_spec not in made:
-            made[model.image_spec] = torch.stack([model.image_spec(picture) for picture in pictures])
-    return {role: made[model.image_spec] for role, model in models.items()}
+        spec = model.image_spec
+        if spec.raw_form not in made:
+            made[spec.raw_form] = torch.stack([spec.raw(picture) for picture in pictures])
+    return {role: made[model.image_spec.raw_form] for role, model in models.items()}
 
 
 def _check_size(what: str, found: int, expected: int) -> None:

@@ -141,7 +141,7 @@ def test_a_batch_brings_the_views_that_are_asked_for() -> None:
             sample = source[index]
             for place in range(3):
                 view = draw_more_view(sample.id, 4, "local", place, SPECS["local"], sample.image.size)
-                expected = builder.readers[role].preprocess(*view.prepare(sample.image))
+                expected = builder.readers[role].preprocess.raw(*view.prepare(sample.image))
                 torch.testing.assert_close(inputs["local"][3 * row + place], expected, rtol=0, atol=0)
     with pytest.raises(KeyError, match=r"no view 'locale', only main, local, other"):
         batch.inputs["student"]["locale"]

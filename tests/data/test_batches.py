@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -133,7 +134,10 @@ def test_both_models_see_one_view_each_through_its_own_preprocessing() -> None:
         for role, side in (("student", 16), ("teacher", 24)):
             pixels = batch.inputs[role].images[row]
             assert pixels.shape == (3, side, side)
-            torch.testing.assert_close(pixels, made.readers[role].preprocess(picture, box), rtol=0, atol=0)
+            spec = made.readers[role].preprocess
+            assert pixels.dtype == torch.uint8
+            assert torch.equal(pixels, spec.raw(picture, box))
+            assert torch.equal(spec.to_model(pixels), spec(picture, box))
         assert batch.captions[row] == view.choose(sample.captions)
     tokens = make_model().tokenizer(batch.captions)
     assert torch.equal(batch.inputs["student"].texts.ids, tokens.ids)
@@ -145,6 +149,26 @@ def test_models_that_agree_on_preprocessing_share_the_pixels() -> None:
     assert agreeing.inputs["student"].images is agreeing.inputs["teacher"].images
     differing = builder()[plan_of(0, 1)]
     assert differing.inputs["student"].images is not differing.inputs["teacher"].images
+
+
+def test_models_of_one_size_share_the_pixels_whatever_their_means() -> None:
+    """On a device, too; each then normalises them its own way."""
+    teacher = make_teacher(image_size=16)
+    teacher.model.image_spec = replace(teacher.model.image_spec, mean=(0.4, 0.45, 0.5), std=(0.2, 0.3, 0.4))
+    source = MemorySource()
+    made = make_builder(make_method("hinton", teacher=teacher), source, views=WHOLE)
+    batch = made[plan_of(0, 1)]
+    for each in (batch, batch.to("cpu"), batch.part(0, 1)):
+        pixels = [each.inputs[role].images for role in ("student", "teacher")]
+        assert pixels[0].data_ptr() == pixels[1].data_ptr()
+    assert made.bytes_of(1) == 3 * 16 * 16
+    for row in (0, 1):
+        seen = []
+        for role in ("student", "teacher"):
+            spec = made.readers[role].preprocess
+            seen.append(spec.to_model(batch.inputs[role].images)[row])
+            assert torch.equal(seen[-1], spec(source[row].image))
+        assert not torch.allclose(seen[0], seen[1])
 
 
 def test_views_repeat_when_their_number_is_limited() -> None:
@@ -160,7 +184,8 @@ def test_views_repeat_when_their_number_is_limited() -> None:
 def test_without_a_view_pictures_are_fitted_as_in_evaluation() -> None:
     source = MemorySource()
     batch = builder(source, views=WHOLE)[plan_of(2)]
-    torch.testing.assert_close(batch.inputs["teacher"].images[0], make_teacher().model.image_spec(source[2].image))
+    spec = make_teacher().model.image_spec
+    assert torch.equal(spec.to_model(batch.inputs["teacher"].images[0]), spec(source[2].image))
 
 
 def same(one: Batch, other: Batch) -> bool:

@@ -63,7 +63,8 @@ class InFloat64:
     def __getitem__(self, plan: Any) -> Batch:
         batch: Batch = self.batches[plan]
         for role, model_input in batch.inputs.items():
-            object.__setattr__(batch.inputs[role], "images", model_input.images.double())
+            pixels = self.batches.readers[role].preprocess.to_model(model_input.images)
+            object.__setattr__(batch.inputs[role], "images", pixels.double())
         return batch
 
     def __getattr__(self, name: str) -> Any:

@@ -259,5 +259,5 @@ def _one_sample(seen: Seen, model: DualEncoder) -> ModelInput:
             captions = sample.captions[:1] or ("",)
             reader = DualReader(model.image_spec, model.tokenizer)
             more = {pool: captions * count for pool, count in texts.counts.items()}
-            return reader.input(model.image_spec(sample.image)[None], captions, more).to(model.device)
+            return reader.input(model.image_spec.raw(sample.image)[None], captions, more).to(model.device)
     raise CacheError(f"none of the first samples of {seen.source.name} can be read")

@@ -91,9 +91,16 @@ class Reader(Protocol):
 
 
 class Preprocessing(Protocol):
-    """A model's own way from pixels and texts to its input; see `models.ImageSpec` and `models.Tokenizer`."""
+    """A model's own way from a picture to its input, as far as it is made in bytes; see `models.ImageSpec`.
 
-    def __call__(self, image: Image.Image, box: CropBox | None = None) -> Tensor: ...
+    Attributes:
+        raw_form: equal where `raw` is.
+    """
+
+    @property
+    def raw_form(self) -> Any: ...
+
+    def raw(self, image: Image.Image, box: CropBox | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +113,12 @@ class DualReader:
     tokenize: Callable[[Sequence[str]], TokenBatch]
 
     @property
-    def looks(self) -> Preprocessing:
-        return self.preprocess
+    def looks(self) -> Any:
+        return self.preprocess.raw_form
 
     def read(self, picture: Image.Image, box: CropBox | None, said: Any) -> Tensor:  # noqa: ARG002
-        """Float[3 height width]."""
-        return self.preprocess(picture, box)
+        """UInt8[3 height width]."""
+        return self.preprocess.raw(picture, box)
 
     def without_picture(self, item: Tensor) -> None:  # noqa: ARG002
         return None
@@ -144,7 +151,7 @@ class DualReader:
         """The model's input.
 
         Args:
-            images: its own pixels of the main views, Float[batch 3 height width].
+            images: its own pixels of the main views, [batch 3 height width]; see `ModelInput`.
             captions: one text of each sample.
             more: by pool one or more texts of each sample, those of a sample together (`TextChoice.columns`).
             more_images: its own pixels of further views by name, those of a sample together.
@@ -161,7 +168,7 @@ class DualReader:
         return self.tokenize([*captions]), pools
 
     def bytes_of(self, views: int, source: Source) -> int:  # noqa: ARG002
-        return views * self.preprocess(Image.new("RGB", (1, 1))).nbytes
+        return views * self.preprocess.raw(Image.new("RGB", (1, 1))).nbytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,14 +152,17 @@ class Input(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelInput:
-    """One model's own form of the batch: pixels after its resize and normalisation, ids of its tokenizer.
+    """One model's own form of the batch: pixels after its resize, ids of its tokenizer.
+
+    Pixels are bytes until the model reads them on its device: `image_spec.to_model` normalises them there, so models of
+    one size share them. Floating-point pixels are normalised already.
 
     Attributes:
-        images: Float[batch 3 height width], the main view.
+        images: UInt8[batch 3 height width] or Float[batch 3 height width], the main view.
         texts: the caption of each sample, Int[batch length].
         more_texts: by pool, `per_sample` further texts of each sample, Int[batch*per_sample length].
-        more_images: by name of the view, Float[batch*count 3 height width]: all `count` views of the first sample, then
-            all of the second.
+        more_images: by name of the view, [batch*count 3 height width] likewise: all `count` views of the first sample,
+            then all of the second.
     """
 
     images: Tensor

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -91,8 +91,8 @@ def embed(
     bad: list[tuple[str, str]] = []
     with evaluating(model, device, autocast):
         length = len(source) if limit is None else min(limit, len(source))
-        chunks = _Whole(source, model.image_spec, batch_size=batch_size, length=length)
-        size = batch_size * 3 * model.image_spec.size**2 * 4
+        chunks = _Whole(source, model.image_spec.raw, batch_size=batch_size, length=length)
+        size = batch_size * 3 * model.image_spec.size**2
         places = range(len(chunks))
         for chunk in ReadAhead(chunks, places, workers=workers, timeout=timeout, item_bytes=size, name=chunks.name):
             for failure in chunk.bad:
@@ -100,7 +100,8 @@ def embed(
                     raise BadSampleError(*failure)
                 bad.append(failure)
             if chunk.pixels is not None:
-                images.add(model.encode_image(chunk.pixels.to(device), images.names))
+                pixels = model.image_spec.to_model(chunk.pixels.to(device))
+                images.add(model.encode_image(pixels, images.names))
             for sample in chunk.samples:
                 captions.extend(sample.captions)
                 image_of_text.extend([len(ids)] * len(sample.captions))
@@ -177,17 +178,15 @@ class _Text(NamedTuple):
 
 class _Chunk(NamedTuple):
     samples: list[_Text]
-    pixels: Float[Tensor, "batch 3 height width"] | None
+    pixels: UInt8[Tensor, "batch 3 height width"] | None
     bad: list[tuple[str, str]]
 
 
 class _Whole(Dataset[_Chunk]):
-    """Chunk `i` of the source: whole images in the model's form. Works inside data workers."""
+    """Chunk `i` of the source: whole images at the model's size. Works inside data workers."""
 
-    def __init__(
-        self, source: Source, preprocess: Callable[[Image.Image], Tensor], *, batch_size: int, length: int
-    ) -> None:
-        self.source, self.preprocess = source, preprocess
+    def __init__(self, source: Source, read: Callable[[Image.Image], Tensor], *, batch_size: int, length: int) -> None:
+        self.source, self.read = source, read
         self.batch_size, self.length = batch_size, length
 
     def __len__(self) -> int:
@@ -204,7 +203,7 @@ class _Whole(Dataset[_Chunk]):
         for index in range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.length)):
             try:
                 sample = self.source[index]
-                pixels.append(self.preprocess(sample.image))
+                pixels.append(self.read(sample.image))
             except BadSampleError as error:
                 bad.append((error.sample_id, error.reason))
             else:

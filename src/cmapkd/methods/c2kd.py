@@ -180,8 +180,7 @@ class C2KD(DualEncoderMethod):
 
     def _encode(self, part: Batch, _number: int = 0) -> TowerRows:
         """Both towers on a part of the batch."""
-        pixels = part.pairs("student").images.to(self.device, non_blocking=True)
-        image = self.student.encode_image(pixels, self.student_needs.image_levels)
+        image = self.student.encode_image(self.student_pixels(part), self.student_needs.image_levels)
         texts = part.pairs("teacher").texts.to(self.device, non_blocking=True)
         text = self.text_model.encode_text(texts, self.teacher_needs.text_levels)
         return TowerRows(

@@ -111,18 +111,21 @@ class DualEncoderMethod(Method):
         """The student's embeddings [batch dim] of its pictures as the method changes them, over all processes.
 
         Args:
-            change: of a part of the batch and its pixels [batch 3 height width], as the student's model reads them, to
-                the pixels that the student shall see. A pure function of the part's samples: the backward pass may
-                repeat it.
+            change: of a part of the batch and its pixels, see `student_pixels`, to those that the student shall see. A
+                pure function of the part's samples: the backward pass may repeat it.
         """
 
         def encode(part: Batch, _number: int) -> Float[Tensor, "batch dim"]:
-            pixels = part.pairs("student").images.to(self.device, non_blocking=True)
+            pixels = self.student_pixels(part)
             tower: TowerFeatures = self.student.encode_image(change(part, pixels))
             return tower.embedding
 
         parts = micro_batches(batch, self.micro_batch)
         return gather_rows(torch.cat(encode_checkpointed(encode, parts, model=self)))
+
+    def student_pixels(self, part: Batch) -> Float[Tensor, "batch 3 height width"]:
+        """The pictures of a part of the batch as the student's image tower reads them: normalised, on its device."""
+        return self.student.image_spec.to_model(part.pairs(STUDENT).images.to(self.device, non_blocking=True))
 
     def encode_both(
         self, batch: Batch, read: Callable[[Batch, Features, Features], Rows]

@@ -119,7 +119,7 @@ class PromptKD(DualEncoderMethod):
 
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
         """The student's embedding before its projector, whose batch norm wants the whole batch."""
-        images = part.pairs("student").images.to(self.device, non_blocking=True)
+        images = self.student_pixels(part)
         scale = self.prompted.log_logit_scale.exp().reshape(())
         nothing = TowerFeatures(scale.new_empty(len(images), 0))
         return Features(self.prompted.before_projector(images), nothing, scale)

@@ -197,6 +197,8 @@ class DualEncoder(Model):
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         """Image embedding [batch, embed_dim], not normalised, and the named levels.
 
+        Args:
+            images: normalised pixels: `image_spec(picture)` of each, or `image_spec.to_model` of a batch's pixels.
         Raises:
             ValueError: a level that this tower does not have.
         """
@@ -219,10 +221,14 @@ class DualEncoder(Model):
 
     def forward(self, inputs: ModelInput, needs: LevelRequest | None = None) -> Features:
         needs = needs or LevelRequest()
-        nothing = TowerFeatures(self.log_logit_scale.new_empty(len(inputs.texts.ids), 0))
+        image = text = TowerFeatures(self.log_logit_scale.new_empty(len(inputs.texts.ids), 0))
+        if "image" in needs.towers:
+            image = self.encode_image(self.image_spec.to_model(inputs.images), needs.image_levels)
+        if "text" in needs.towers:
+            text = self.encode_text(inputs.texts, needs.text_levels)
         return Features(
-            image=self.encode_image(inputs.images, needs.image_levels) if "image" in needs.towers else nothing,
-            text=self.encode_text(inputs.texts, needs.text_levels) if "text" in needs.towers else nothing,
+            image=image,
+            text=text,
             logit_scale=self.log_logit_scale.exp().reshape(()),  # some libraries store it as a vector of one
             logit_bias=self.logit_bias,
             more_texts={pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()},

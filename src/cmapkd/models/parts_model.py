@@ -122,7 +122,7 @@ class PartsModel(DualEncoder):
         if "image" in towers:
             image = replace(image, embedding=self.image_head(image.embedding))
         elif inputs is not None and "image" in needs.towers:
-            image = self.encode_image(inputs.images, needs.image_levels)
+            image = self.encode_image(self.image_spec.to_model(inputs.images), needs.image_levels)
         if "text" in towers:
             text = replace(stored.text, embedding=self.text_head(stored.text.embedding))
             more = {

@@ -109,7 +109,7 @@ class ProbeBatches(Dataset[Batch]):
 
     def bytes_of(self, size: int) -> int:
         """About the bytes of a batch of `size` examples; those of features are small, and already in memory."""
-        return 0 if self.spec is None else size * 3 * self.spec.size**2 * 4
+        return 0 if self.spec is None else size * 3 * self.spec.size**2
 
     def _live(self, rows: list[int], places: Tensor) -> ModelInput:
         assert self.pictures is not None

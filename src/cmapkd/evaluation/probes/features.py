@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -39,9 +39,12 @@ class TextFeatures:
     embeddings: Float[Tensor, "texts dim"]
 
 
-def whole_picture(spec: ImageSpec, image: Image.Image) -> Float[Tensor, "3 size size"]:
-    """The whole picture squashed to the model's square: nothing is cropped away that a box or question is about."""
-    return spec(image, (0.0, 0.0, float(image.width), float(image.height)))
+def whole_picture(spec: ImageSpec, image: Image.Image) -> UInt8[Tensor, "3 size size"]:
+    """The whole picture squashed to the model's square: nothing is cropped away that a box or question is about.
+
+    In bytes; `spec.to_model` normalises them.
+    """
+    return spec.raw(image, (0.0, 0.0, float(image.width), float(image.height)))
 
 
 def patch_level(model: DualEncoder) -> LevelInfo:
@@ -102,7 +105,7 @@ def encode_images(
         for first in range(0, len(indices), batch_size):
             pictures = [source[index].image for index in indices[first : first + batch_size]]
             pixels = torch.stack([whole_picture(model.image_spec, picture) for picture in pictures])
-            tower = model.encode_image(pixels.to(device), (name,))
+            tower = model.encode_image(model.image_spec.to_model(pixels.to(device)), (name,))
             patches, grid = patches_of(model, tower)
             needed = len(indices) * (2 * patches[0].numel() + 4 * tower.embedding[0].numel()) / 2**30
             if needed > memory:

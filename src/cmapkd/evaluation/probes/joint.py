@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
@@ -87,7 +87,7 @@ class JointHeads(AuxiliaryTerms):
         def part_sums(part: Batch, number: int) -> dict[str, Float[Tensor, 2]]:
             """Sum and count of each head's loss over a micro-batch; heads that learn nothing from it are left out."""
             pictures = part.pairs("student").images.to(device, non_blocking=True)
-            tower = student.encode_image(pictures, (patch_level(student).name,))
+            tower = student.encode_image(student.image_spec.to_model(pictures), (patch_level(student).name,))
             patches, _ = patches_of(student, tower)
             sums = {}
             for name, head in heads.items():
@@ -246,7 +246,7 @@ def _head_input(
     return HeadInput(patches, embedding, tower.levels[level].values, texts.mask, tower.embedding)
 
 
-def _pictures_alone(pictures: Float[Tensor, "pictures 3 size size"], device: torch.device) -> Batch:
+def _pictures_alone(pictures: UInt8[Tensor, "pictures 3 size size"], device: torch.device) -> Batch:
     """As a batch, which is what is cut into micro-batches; no texts."""
     number = len(pictures)
     none = TokenBatch(torch.zeros(number, 0, dtype=torch.long, device=device), torch.zeros(number, 0, device=device))

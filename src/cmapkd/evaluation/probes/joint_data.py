@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from cmapkd.data.random import uniforms
@@ -128,13 +128,13 @@ class JointBatch:
     """What all heads learn from a batch: whole pictures of the samples that some head learns from.
 
     Attributes:
-        pictures: as the student reads them.
+        pictures: at the student's size, in bytes.
         by_head: each head's part, by the head's name.
         num_samples: of the batch; samples that are in no row of a head are masked there.
         samples: the sample of the batch that each picture belongs to, ascending.
     """
 
-    pictures: Float[Tensor, "pictures 3 size size"]
+    pictures: UInt8[Tensor, "pictures 3 size size"]
     by_head: dict[str, HeadBatch]
     num_samples: int
     samples: Int[Tensor, " pictures"]
@@ -167,7 +167,7 @@ class JointExtra:
         sample: Sample,
         view: View,  # noqa: ARG002  heads see whole pictures
         epoch: int,
-    ) -> tuple[Float[Tensor, "3 size size"] | None, dict[str, Any]]:
+    ) -> tuple[UInt8[Tensor, "3 size size"] | None, dict[str, Any]]:
         """The whole picture, where a head learns from the sample, and each head's item."""
         items = {name: maker.read(sample, epoch) for name, maker in self.targets.items()}
         wanted = any(item is not None for item in items.values())
@@ -181,8 +181,8 @@ class JointExtra:
             rows = [row for row, (_, of_heads) in enumerate(shown) if of_heads[name] is not None]
             parts = maker.join([shown[row][1][name] for row in rows]) if rows else ({}, None)
             by_head[name] = HeadBatch(torch.tensor(rows, dtype=torch.long), *parts)
-        size = self.spec.size
-        pictures = torch.stack([picture for picture, _ in shown]) if shown else torch.zeros(0, 3, size, size)
+        none = torch.zeros(0, 3, self.spec.size, self.spec.size, dtype=torch.uint8)
+        pictures = torch.stack([picture for picture, _ in shown]) if shown else none
         return JointBatch(pictures, by_head, len(items), samples)
 
 

@@ -90,7 +90,7 @@ class Probe(DualEncoderMethod):
     def _encode(self, batch: Batch) -> HeadInput:
         image, text = self._names
         inputs = batch.pairs("student").to(self._head_device, True)
-        tower = self.student.encode_image(inputs.images, (image,))
+        tower = self.student.encode_image(self.student.image_spec.to_model(inputs.images), (image,))
         patches, _ = patches_of(self.student, tower)
         if not len(inputs.texts.ids):
             return HeadInput(patches, tower.embedding)

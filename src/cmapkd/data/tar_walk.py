@@ -8,19 +8,17 @@ nor Pillow, because processes that index shards start with it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cmapkd.data.tar_glance import EMPTY, NO_KEY, NOT_THERE, ODD, SAYS, glance, glance_at_text
 from cmapkd.data.tar_names import (
-    JSON_CAPTION_KEYS,
     TEXT_EXTENSIONS,
     is_safe_name,
     key_and_field,
@@ -30,14 +28,8 @@ BLOCK = 512
 _WINDOW = 8192  # bytes that one read brings: the headers and texts of a sample mostly lie side by side
 _CHECKED_AT_ONCE = 512  # headers
 _LARGE = 2**20  # texts and extended headers above are left to the whole way, below every limit of `records`
-_LONG = 1000  # characters of a text or an id, likewise
 _MAX_FIELDS = 60  # different fields of a shard, which are bits of one number
 
-# Keys whose values need more than a look: parse_record, parse_id and with_turns read them.
-ODD_KEYS = frozenset(
-    {"label", "cls", "question", "qa", "boxes", "synthetic", "syn_text", "messages", "conversations"}
-    | {"prompt", "completion", "query", "response", "history", "system"}
-)
 _TEXT_FILES = [name.encode() for name in TEXT_EXTENSIONS]
 _TEXTS = frozenset((b"json", b"cls", *_TEXT_FILES))
 _MOST_OF_A_MEMBER = 3 * BLOCK  # an extended header, its records, and the member's own header
@@ -48,15 +40,11 @@ _PLAIN_MEMBER = re.compile(
     rb"(?=([A-Za-z0-9_-]+)\.([a-z0-9]+)\0).{124}([0-7]{11})[\0 ].{20}0.{188}\0",
     re.DOTALL,
 )
-_PLAIN_JSON = re.compile(rb'\s*\{\s*"caption"\s*:\s*"[!#-\[\]-~]')  # an object that begins with a caption
 _EIGHTS = np.array([8**place for place in range(5, -1, -1)], dtype=np.int64)
 _PLAIN_PAX = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 _UNREAD_PAX = ("mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment")
 _UNREAD_PAX_STARTS = ("SCHILY.", "LIBARCHIVE.")
-
-# What a text member says of its sample.
-NOT_THERE, SAYS, NO_KEY, EMPTY, ODD = range(5)
 
 
 @dataclass(slots=True)
@@ -298,6 +286,8 @@ def check_headers(headers: list[bytes]) -> None:
     Raises:
         _Irregular: there is one.
     """
+    if not headers:
+        return
     blocks = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK)
     numbers = np.ascontiguousarray(blocks[:, 124:156])  # size, mtime, checksum
     owners, devices = blocks[:, 100:124], blocks[:, 329:345]  # mode, uid and gid; alike in most tars
@@ -343,65 +333,3 @@ def _sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
     lanes = ((words & halves) + ((words >> np.uint64(8)) & halves)).sum(axis=1, dtype=np.uint64)
     sums: NDArray[np.int64] = lanes.view("<u2").reshape(-1, 4).sum(axis=1, dtype=np.int64)
     return sums
-
-
-def glance(data: bytes) -> tuple[int, str | None]:
-    """Whether a sample's JSON has a caption, and its id; ODD where `read_record` must tell.
-
-    A damaged JSON may seem to have a caption. Its sample is not silent either, and has no id of its own.
-    """
-    if (
-        _PLAIN_JSON.match(data) is not None
-        and data.count(b'"caption"') == 1
-        and b'"captions"' not in data
-        and b'"id"' not in data
-        and b"\\u" not in data  # with which these keys could be written in other letters
-    ):
-        return SAYS, None
-    try:
-        values = _decode(data.decode())
-    except (ValueError, RecursionError):
-        return ODD, None
-    if type(values) is not dict or not ODD_KEYS.isdisjoint(values):
-        return ODD, None
-    identity = values.get("id")
-    if identity is not None:
-        identity = str(identity).strip() if type(identity) is int and abs(identity) < 2**63 else identity
-        if type(identity) is not str or not (identity := identity.strip()) or not _is_short(identity):
-            return ODD, None
-    for key in JSON_CAPTION_KEYS:
-        said = values.get(key)
-        if said is not None:
-            return glance_at_captions(said), identity
-    return NO_KEY, identity
-
-
-def glance_at_captions(said: Any) -> int:
-    """Whether the value of a JSON's caption key has a caption."""
-    if type(said) is str and said.isascii() and 0 < len(said) <= _LONG and not said[0].isspace():
-        return SAYS
-    found = EMPTY
-    for text in said if type(said) is list else (said,):
-        if type(text) is not str or not _is_short(text):
-            return ODD
-        if found == EMPTY and text.strip():
-            found = SAYS
-    return found
-
-
-def glance_at_text(data: bytes) -> int:
-    """Whether a text file has a caption."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return ODD
-    if not _is_short(text):
-        return ODD
-    return SAYS if text.strip() else EMPTY
-
-
-def _is_short(text: str) -> bool:
-    return len(text) <= _LONG and (text.isascii() or not any(0xD800 <= ord(letter) < 0xE000 for letter in text))
-
-
-_decode = json.JSONDecoder().decode

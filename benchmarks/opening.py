@@ -32,7 +32,6 @@ import numpy as np
 import torch
 
 from cmapkd.data.listed import ListedSource
-from cmapkd.data.open import open_source
 from cmapkd.data.records import Record, Unusable
 from cmapkd.data.shards import ShardSource
 from cmapkd.data.stored import SampleFilter, Texts
@@ -46,10 +45,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--names", type=int, default=20, help="under how many names each shard is opened for memory")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # arm and folder: a child's
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # a folder: a child's
     arguments = parser.parse_args()
     if arguments.memory:
-        print(json.dumps(private_bytes(*arguments.memory)))
+        print(json.dumps(private_bytes(arguments.memory)))
         return
     with tempfile.TemporaryDirectory(prefix="cmapkd-opening-") as name:
         result = measure(arguments, Path(name))
@@ -84,11 +83,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for shard in sorted((folder / "tars").iterdir()):
         for number in range(arguments.names):
             os.link(shard, many / f"{number:03}{shard.name}")
-    kept = {}
     with cache(folder / "cache of many"):
         ShardSource(str(many))
-        kept["files"] = child("files", many)
-        kept["lists"] = child("lists", folder / "tars")
+        kept = child(many)
     median = {
         arm: {state: statistics.median(values) for state, values in found.items()} for arm, found in seconds.items()
     }
@@ -101,11 +98,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "cold_ratio": median["lists"]["cold"] / median["files"]["cold"],
         "warm_ratio": median["lists"]["warm"] / median["files"]["warm"],
         "warm_seconds_of_files": median["files"]["warm"],
-        "private_bytes_per_sample": {
-            "files": kept["files"] / (count * arguments.names),
-            "lists": kept["lists"] / count,
-        },
-        "samples_of_memory": {"files": count * arguments.names, "lists": count},
+        "private_bytes_per_sample": {"files": kept / (count * arguments.names)},
+        "samples_of_memory": {"files": count * arguments.names},
         "environment": describe_environment(),
     }
 
@@ -232,21 +226,19 @@ def load(path: Path, stamp: tuple[int, int]) -> TarIndex | None:
 ARMS = {"lists": ListSource, "files": ShardSource}
 
 
-def child(arm: str, folder: Path) -> int:
-    command = [sys.executable, __file__, "--memory", arm, str(folder)]
+def child(folder: Path) -> int:
+    command = [sys.executable, __file__, "--memory", str(folder)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def private_bytes(arm: str, folder: str) -> int:
+def private_bytes(folder: str) -> int:
     """Memory that stays when shards are open and a few samples were read; not pages of files, which processes share."""
-    ARMS[arm](f"{folder}")  # what is imported or made once
+    ShardSource(folder)  # what is imported or made once
     gc.collect()
     before = private()
-    source = ARMS[arm](f"{folder}")
-    if isinstance(source, ShardSource):
-        for index in range(0, len(source), max(1, len(source) // 100)):
-            source.captions(index)
-        assert len(source) == len(open_source(f"webdataset:{folder}"))
+    source = ShardSource(folder)
+    for index in range(0, len(source), max(1, len(source) // 100)):
+        source.captions(index)
     gc.collect()
     return private() - before
 

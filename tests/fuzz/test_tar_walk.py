@@ -20,8 +20,9 @@ from cmapkd.data.conversations import TURN_KEYS
 from cmapkd.data.records import TEXT_KEYS, Unusable
 from cmapkd.data.shard_index import build, pack
 from cmapkd.data.tar_entries import whole_way
+from cmapkd.data.tar_glance import EMPTY, NO_KEY, ODD, ODD_KEYS, SAYS, glance, glance_at_text
 from cmapkd.data.tar_index import build_index, read_record
-from cmapkd.data.tar_walk import EMPTY, NO_KEY, ODD, ODD_KEYS, SAYS, Members, glance, glance_at_text, walk
+from cmapkd.data.tar_walk import Members, walk
 
 FORMS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
 
@@ -74,6 +75,7 @@ def member(name: str, data: bytes, **values: Any) -> tuple[tarfile.TarInfo, byte
 def test_the_forms_that_writers_use_are_walked(form: str, tmp_path: Path) -> None:
     long, accents = "x" * 120, "zwölf/été"
     lists = {
+        "empty": [],
         "plain": pairs(5),
         "one window is too small": [(f"{n}.{kind}", bytes(9000 * n)) for n in range(4) for kind in ("png", "bin")],
         "apart": [*pairs(4)[::2], *pairs(4)[1::2]],

@@ -8,18 +8,17 @@ nor Pillow, because processes that index shards start with it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cmapkd.data.tar_glance import EMPTY, NO_KEY, NOT_THERE, ODD, SAYS, glance, glance_at_text
 from cmapkd.data.tar_names import (
-    JSON_CAPTION_KEYS,
     TEXT_EXTENSIONS,
     is_safe_name,
     key_and_field,
@@ -29,14 +28,8 @@ BLOCK = 512
 _WINDOW = 8192  # bytes that one read brings: the headers and texts of a sample mostly lie side by side
 _CHECKED_AT_ONCE = 512  # headers
 _LARGE = 2**20  # texts and extended headers above are left to the whole way, below every limit of `records`
-_LONG = 1000  # characters of a text or an id, likewise
 _MAX_FIELDS = 60  # different fields of a shard, which are bits of one number
 
-# Keys whose values need more than a look: parse_record, parse_id and with_turns read them.
-ODD_KEYS = frozenset(
-    {"label", "cls", "question", "qa", "boxes", "synthetic", "syn_text", "messages", "conversations"}
-    | {"prompt", "completion", "query", "response", "history", "system"}
-)
 _TEXT_FILES = [name.encode() for name in TEXT_EXTENSIONS]
 _TEXTS = frozenset((b"json", b"cls", *_TEXT_FILES))
 _MOST_OF_A_MEMBER = 3 * BLOCK  # an extended header, its records, and the member's own header
@@ -47,14 +40,11 @@ _PLAIN_MEMBER = re.compile(
     rb"(?=([A-Za-z0-9_-]+)\.([a-z0-9]+)\0).{124}([0-7]{11})[\0 ].{20}0.{188}\0",
     re.DOTALL,
 )
-_PLAIN_JSON = re.compile(rb'\s*\{\s*"caption"\s*:\s*"[!#-\[\]-~]')  # an object that begins with a caption
+_EIGHTS = np.array([8**place for place in range(5, -1, -1)], dtype=np.int64)
 _PLAIN_PAX = re.compile(rb"(\d+) mtime=[0-9.]+\n")
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 _UNREAD_PAX = ("mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment")
 _UNREAD_PAX_STARTS = ("SCHILY.", "LIBARCHIVE.")
-
-# What a text member says of its sample.
-NOT_THERE, SAYS, NO_KEY, EMPTY, ODD = range(5)
 
 
 @dataclass(slots=True)
@@ -107,7 +97,8 @@ class _Walk:
         self.by_key: dict[bytes, int] = {}  # the last sample of a key
         self.last_key, self.last = b"", -1
         self.fields: dict[bytes, int] = {}
-        self.rows: list[tuple[int, int, int, int]] = []  # sample, field, offset, size
+        self.json_bit = 0
+        self.rows = array("q")  # sample, field, offset and size of each member
         self.has: list[int] = []  # for each sample its fields as bits
         self.json: dict[int, int] = {}  # what the JSON of a sample says, where that is no caption
         self.text: dict[int, int] = {}  # what its text file says, likewise
@@ -150,7 +141,7 @@ class _Walk:
                     break  # the end mark
                 headers.append(header)
                 length = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-            data, at = at + BLOCK, at + BLOCK + (length + BLOCK - 1) // BLOCK * BLOCK
+            data, at = at + BLOCK, at + BLOCK + (length + 511 & ~511)
             if length < 0 or data + length > self.size:
                 raise _Irregular
             if len(headers) >= _CHECKED_AT_ONCE:
@@ -198,6 +189,7 @@ class _Walk:
         number = self.fields.get(field_name)
         if number is None:
             number = self.fields[field_name] = len(self.fields)
+            self.json_bit = self.json_bit or (field_name == b"json") << number
             if number >= _MAX_FIELDS:
                 raise _Irregular
         bit = 1 << number
@@ -210,7 +202,7 @@ class _Walk:
             has.append(bit)
         else:
             has[sample] |= bit
-        self.rows.append((sample, number, data, length))
+        self.rows.extend((sample, number, data, length))
         if field_name in _TEXTS:
             if length > _LARGE:
                 raise _Irregular
@@ -220,23 +212,20 @@ class _Walk:
                     self.json[sample] = said
                 if identity is not None:
                     self.ids[sample] = identity
-            elif field_name != b"cls":
-                self.look_at_text(sample, data, length)
+            elif field_name != b"cls" and (not self.json_bit & has[sample] or sample in self.json):
+                self.look_at_text(sample, data, length)  # else the JSON has a caption, which goes before
 
     def look_at_text(self, sample: int, data: int, length: int) -> None:
-        number = self.fields.get(b"json")
-        if number is not None and self.has[sample] >> number & 1 and sample not in self.json:
-            return  # the JSON has a caption, which goes before
         texts = sum(self.has[sample] >> self.fields[name] & 1 for name in _TEXT_FILES if name in self.fields)
         said = glance_at_text(self.bytes_at(data, length)) if texts == 1 else ODD
         self.text[sample] = said
 
     def columns(self) -> Members:
-        table = np.array(self.rows, dtype=np.int64).reshape(-1, 4)
+        table = np.frombuffer(self.rows or bytes(0), dtype=np.int64).reshape(-1, 4)
         if (np.diff(table[:, 0]) < 0).any():
             table = table[np.argsort(table[:, 0], kind="stable")]
         silent, unclear = [], []
-        has_json = 1 << self.fields[b"json"] if b"json" in self.fields else 0
+        has_json = self.json_bit
         for sample in sorted({*self.json, *self.text, *self._without_json(has_json)}):
             said = self.json.get(sample, SAYS) if self.has[sample] & has_json else NOT_THERE
             text = self.text.get(sample, NOT_THERE)
@@ -297,26 +286,44 @@ def check_headers(headers: list[bytes]) -> None:
     Raises:
         _Irregular: there is one.
     """
+    if not headers:
+        return
     blocks = np.frombuffer(b"".join(headers), dtype=np.uint8).reshape(-1, BLOCK)
-    numbers = blocks[:, 100:156].copy()  # mode, uid, gid, size, mtime, checksum
-    devices = blocks[:, 329:345].copy()
-    for first, last in ((8, 16), (16, 24), (36, 48)):  # uid, gid and mtime in base 256 are numbers, whatever they are
-        wide = (numbers[:, first] == 0x80) | (numbers[:, first] == 0xFF)
-        if wide.any():
-            numbers[wide, first:last] = 0
-    for values, starts in ((numbers, (8, 16, 24, 36, 48)), (devices, (8,))):
-        digits = (values & 0xF8) == 0x30
-        behind = digits[:, 1:] & ~digits[:, :-1]
-        behind[:, [start - 1 for start in starts]] = False  # the first of a field has nothing of its own before it
-        if behind.any() or not (digits | (values == 0) | (values == 0x20)).all():
+    numbers = np.ascontiguousarray(blocks[:, 124:156])  # size, mtime, checksum
+    owners, devices = blocks[:, 100:124], blocks[:, 329:345]  # mode, uid and gid; alike in most tars
+    if (owners == owners[0]).all() and (devices == devices[0]).all():
+        owners, devices = owners[:1], devices[:1]
+    for values, starts, may_be_wide in (
+        (numbers, (0, 12, 24), (12,)),
+        (owners, (0, 8, 16), (8, 16)),
+        (devices, (0, 8), ()),
+    ):
+        if not (_are_octal(values, starts) or _are_octal(_without_wide(values, may_be_wide), starts)):
             raise _Irregular
-    expected = np.zeros(len(blocks), dtype=np.int64)
-    for column in range(48, 56):
-        digit = numbers[:, column].astype(np.int64) - 0x30
-        expected = np.where(digit >= 0, expected * 8 + digit, expected)
-    sums = _sums(blocks) - _sums(np.ascontiguousarray(blocks[:, 148:156])) + 8 * 0x20
+    checksum = numbers[:, 24:]
+    if (checksum[:, 6:] >= 0x30).any() or (checksum[:, :6] < 0x30).any():  # all writers give it six digits
+        raise _Irregular
+    expected = (checksum[:, :6].astype(np.int64) - 0x30) @ _EIGHTS
+    sums = _sums(blocks) - _sums(np.ascontiguousarray(checksum)) + 8 * 0x20
     if (sums != expected).any():
         raise _Irregular
+
+
+def _are_octal(values: NDArray[np.uint8], starts: tuple[int, ...]) -> bool:
+    """Whether each field, which begin at `starts`, holds octal digits and then only spaces and NULs."""
+    digits = (values & 0xF8) == 0x30
+    behind = digits[:, 1:] > digits[:, :-1]
+    behind[:, [start - 1 for start in starts if start]] = False  # the first of a field has nothing of its own before it
+    return not behind.any() and bool((digits | (values == 0) | (values == 0x20)).all())
+
+
+def _without_wide(values: NDArray[np.uint8], starts: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The fields without those in base 256: they are numbers, whatever they are."""
+    values = values.copy()
+    for start in starts:
+        wide = (values[:, start] == 0x80) | (values[:, start] == 0xFF)
+        values[wide, start : start + (12 if values.shape[1] == 32 else 8)] = 0
+    return values
 
 
 def _sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -326,65 +333,3 @@ def _sums(rows: NDArray[np.uint8]) -> NDArray[np.int64]:
     lanes = ((words & halves) + ((words >> np.uint64(8)) & halves)).sum(axis=1, dtype=np.uint64)
     sums: NDArray[np.int64] = lanes.view("<u2").reshape(-1, 4).sum(axis=1, dtype=np.int64)
     return sums
-
-
-def glance(data: bytes) -> tuple[int, str | None]:
-    """Whether a sample's JSON has a caption, and its id; ODD where `read_record` must tell.
-
-    A damaged JSON may seem to have a caption. Its sample is not silent either, and has no id of its own.
-    """
-    if (
-        _PLAIN_JSON.match(data) is not None
-        and data.count(b'"caption"') == 1
-        and b'"captions"' not in data
-        and b'"id"' not in data
-        and b"\\u" not in data  # with which these keys could be written in other letters
-    ):
-        return SAYS, None
-    try:
-        values = _decode(data.decode())
-    except (ValueError, RecursionError):
-        return ODD, None
-    if type(values) is not dict or not ODD_KEYS.isdisjoint(values):
-        return ODD, None
-    identity = values.get("id")
-    if identity is not None:
-        identity = str(identity).strip() if type(identity) is int and abs(identity) < 2**63 else identity
-        if type(identity) is not str or not (identity := identity.strip()) or not _is_short(identity):
-            return ODD, None
-    for key in JSON_CAPTION_KEYS:
-        said = values.get(key)
-        if said is not None:
-            return glance_at_captions(said), identity
-    return NO_KEY, identity
-
-
-def glance_at_captions(said: Any) -> int:
-    """Whether the value of a JSON's caption key has a caption."""
-    if type(said) is str and said.isascii() and 0 < len(said) <= _LONG and not said[0].isspace():
-        return SAYS
-    found = EMPTY
-    for text in said if type(said) is list else (said,):
-        if type(text) is not str or not _is_short(text):
-            return ODD
-        if found == EMPTY and text.strip():
-            found = SAYS
-    return found
-
-
-def glance_at_text(data: bytes) -> int:
-    """Whether a text file has a caption."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return ODD
-    if not _is_short(text):
-        return ODD
-    return SAYS if text.strip() else EMPTY
-
-
-def _is_short(text: str) -> bool:
-    return len(text) <= _LONG and (text.isascii() or not any(0xD800 <= ord(letter) < 0xE000 for letter in text))
-
-
-_decode = json.JSONDecoder().decode

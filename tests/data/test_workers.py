@@ -86,7 +86,7 @@ def test_a_builder_knows_the_size_of_its_batches() -> None:
         views = [each for inputs in batch.inputs.values() for each in (inputs.images, *inputs.more_images.values())]
         assert builder.bytes_of(3) == sum(each.nbytes for each in views)
     alike = make_builder(make_method("hinton", teacher=make_teacher(image_size=16)))
-    assert alike.bytes_of(1) == 3 * 16 * 16 * 4  # shared
+    assert alike.bytes_of(1) == 3 * 16 * 16  # shared
 
 
 # ------------------------------------------------------------------------------------------------ shared between models

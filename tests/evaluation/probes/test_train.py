@@ -163,7 +163,7 @@ def test_nothing_is_cropped_away(encoder: TinyDualEncoder) -> None:
     picture = ScenesSource("val", size=64, length=1)[0].image.resize((90, 40))
     assert whole_picture(encoder.image_spec, picture).shape == (3, 32, 32)
     squashed = encoder.image_spec(picture.resize((32, 32), 3))
-    torch.testing.assert_close(whole_picture(encoder.image_spec, picture), squashed)
+    torch.testing.assert_close(encoder.image_spec.to_model(whole_picture(encoder.image_spec, picture)), squashed)
 
 
 def test_patches_come_from_the_block_before_the_last(encoder: TinyDualEncoder) -> None:

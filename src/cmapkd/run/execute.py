@@ -29,7 +29,7 @@ from cmapkd.training.processes import start_processes, wait_for_all, was_restart
 def run(
     config: RunConfig,
     *,
-    out: Path,
+    out: str | Path,
     resume: bool = False,
     extend_to: int | None = None,
     console: Console | None = None,
@@ -51,6 +51,7 @@ def run(
         ConfigError: a name in the config is unknown, or `out` holds another run, or is being written by one.
         Interrupted, NonFiniteLossError, ValueError: see `Trainer.run`.
     """
+    out = Path(out)
     if isinstance(config.baseline, Path) and not config.baseline.is_dir():
         known = ("none", "scratch")
         raise ConfigError(

@@ -36,13 +36,13 @@ class Looked:
     remarks: tuple[str, ...]
 
 
-def look(path: Path) -> Looked:
+def look(path: str | Path) -> Looked:
     """Finds the data at `path`, opens them and reads a few samples.
 
     Raises:
         ConfigError: nothing there can be read, or it has neither captions nor classes.
     """
-    sources = find_sources(path)
+    sources = find_sources(Path(path))
     remarks: list[str] = []
     opened = _open(sources["train"], remarks)
     captioned, readable = _captions(opened)

@@ -77,12 +77,13 @@ def compose(looked: Looked, chosen: Measured, *, teacher: str | None, command: s
     return "\n".join(lines) + "\n"
 
 
-def write_recipe(path: Path, text: str) -> None:
+def write_recipe(path: str | Path, text: str) -> None:
     """Writes the recipe to a new file, once it is known to be one.
 
     Raises:
         ConfigError: there is a file of that name, or its folder is not there.
     """
+    path = Path(path)
     RunConfig.from_mapping(OmegaConf.to_container(OmegaConf.create(text), resolve=False), where=f"recipe {path}")
     try:
         with writing(path.parent, again="write the recipe again"), path.open("x", encoding="utf-8") as file:

@@ -12,7 +12,7 @@
 # This notebook makes a student from your own photographs, scores it, uses it, and exports it.
 # The notebook is a Python file in cells. Run it as a script, or open it in an editor that knows `# %%` cells:
 #
-#     uv sync --extra onnx
+#     uv sync --inexact --extra onnx
 #     uv run python examples/own_photographs.py
 #
 # `jupytext --to ipynb examples/own_photographs.py` makes an `.ipynb` of it.
@@ -32,7 +32,7 @@ OUT = Path(os.environ.get("OUT", "runs/notebook"))  # a new folder for what this
 TEACHER = os.environ.get("TEACHER", "tiny:scenes-teacher")  # for photographs: open_clip:ViT-B-32/laion2b_s34b_b79k
 STUDENT = os.environ.get("STUDENT", "tiny:base")  # for photographs: timm:mobilenetv3_small_100.lamb_in1k/pretrained
 STEPS = int(os.environ.get("STEPS", "60"))
-BATCH = int(os.environ.get("BATCH", "64"))
+BATCH = int(os.environ.get("BATCH", "64"))  # at most: fewer where there are fewer photographs
 
 # %% [markdown]
 # ## 1. The photographs
@@ -51,6 +51,8 @@ if "PICTURES" not in os.environ and not PICTURES.exists():
 
 photographs = sorted(path for path in PICTURES.iterdir() if path.with_suffix(".txt").exists() and path.suffix != ".txt")
 print(f"{len(photographs)} photographs with captions in {PICTURES}")
+if len(photographs) < 20:
+    raise SystemExit("they are too few for three parts that say anything: this notebook needs at least 20")
 
 # %% [markdown]
 # ## 2. Three parts
@@ -85,7 +87,7 @@ result = cmapkd.distill(
     student=STUDENT,
     method="cmapkd",
     data={part: f"csv:{OUT / part}.csv" for part in ("train", "val", "test")},
-    training={"steps": STEPS, "batch_size": BATCH, "device": "cpu"},
+    training={"steps": STEPS, "batch_size": min(BATCH, len(parts["train"])), "device": "cpu"},
     optim={"warmup_steps": STEPS // 10},
     baseline="scratch",
     out=OUT / "run",

@@ -13,6 +13,7 @@ import pytest
 
 from cmapkd.compare import load_comparison, make_plan
 from cmapkd.config import load_config
+from cmapkd.data import records
 from cmapkd.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -181,6 +182,36 @@ def test_the_readme_stays_short() -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_prose_line_of_a_page_is_long(path: Path) -> None:
     assert long_lines(path.read_text(encoding="utf-8")) == []
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of a page's first block of shell commands in which `cmapkd` is called."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = [re.findall(r"^(?:.*[ /])?cmapkd .*", block, flags=re.MULTILINE) for block in blocks]
+    return next((lines for lines in found if lines), [])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_first_commands_of_a_page_run_in_a_clone(path: Path) -> None:
+    assert [line for line in commands(path) if line.startswith("cmapkd ")] == []
+
+
+def test_an_extra_is_installed_in_one_way() -> None:
+    for path in [*PAGES, *(ROOT / "examples").iterdir()]:
+        text = path.read_text(encoding="utf-8")
+        assert re.findall(r"uv (?:run|sync) (?!--inexact )[^`\n]*--extra", text) == [], path
+
+
+def test_the_names_of_columns_are_those_that_are_found() -> None:
+    rows = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("<!-- names of columns -->")[2]
+    table = dict(re.findall(r"^\| (\w+) \| (`.*`) \|$", rows.partition("\n\n")[0], flags=re.MULTILINE))
+    told = {column: re.findall(r"`(\w+)`", names) for column, names in table.items()}
+    first = {"image": ("filepath", *records.IMAGE_KEYS), "caption": ("title", *records.CAPTION_KEYS)}
+    known = {**first, "label": records.LABEL_KEYS, "id": records.ID_KEYS}
+    assert told == {column: [*dict.fromkeys(names)] for column, names in known.items()}
 
 
 # ------------------------------------------------------------------------------------------------ links

@@ -25,7 +25,7 @@ def test_the_notebook_runs_from_pictures_to_an_export(
         drawn[index].image.save(pictures / f"{index}.jpg")
         (pictures / f"{index}.txt").write_text("\n".join(drawn[index].captions), encoding="utf-8")
     drawn[0].image.save(pictures / "without a caption.jpg")  # is left out
-    for name, value in {"PICTURES": pictures, "OUT": out, "STUDENT": "tiny:debug", "STEPS": 2, "BATCH": 4}.items():
+    for name, value in {"PICTURES": pictures, "OUT": out, "STUDENT": "tiny:debug", "STEPS": 2}.items():
         monkeypatch.setenv(name, str(value))
 
     left = runpy.run_path(str(NOTEBOOK))
@@ -39,6 +39,7 @@ def test_the_notebook_runs_from_pictures_to_an_export(
     }
     torch.testing.assert_close(left["found"].images.norm(dim=-1), torch.ones(4))
     assert sorted(path.name for path in (out / "onnx" / "onnx").iterdir()) == ["text_model.onnx", "vision_model.onnx"]
+    assert "batch_size: 12" in (out / "run" / "config.yaml").read_text(encoding="utf-8")  # all that are trained on
     said = capsys.readouterr().out
     assert "20 photographs with captions" in said
     assert "measured on 4 photographs" in said
@@ -48,3 +49,15 @@ def test_every_cell_of_the_notebook_says_what_it_does() -> None:
     cells = NOTEBOOK.read_text(encoding="utf-8").split("\n# %%")[1:]
     kinds = ["text" if cell.startswith(" [markdown]") else "code" for cell in cells]
     assert kinds == ["text", "code"] * (len(cells) // 2)
+
+
+def test_too_few_photographs_are_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(19):
+        (tmp_path / f"{number}.jpg").touch()
+        (tmp_path / f"{number}.txt").touch()
+    monkeypatch.setenv("PICTURES", str(tmp_path))
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="needs at least 20"):
+        runpy.run_path(str(NOTEBOOK))
+    assert not (tmp_path / "out").exists()
+    assert "at least 20 photographs" in (NOTEBOOK.parents[1] / "docs" / "my_data.md").read_text(encoding="utf-8")

@@ -81,6 +81,18 @@ def test_a_student_learns_in_ten_lines() -> None:
     assert not any(name.startswith("teacher") for name, _ in kd.named_parameters())
 
 
+def test_an_untrained_tiny_student_learns_its_words_from_texts() -> None:
+    pictures, texts = pairs(8)
+    with pytest.raises(ConfigError, match="learns its vocabulary from captions: give it texts"):
+        cmapkd.method("contrastive", student="tiny:debug")
+    kd = cmapkd.method("contrastive", student="tiny:debug", texts=texts)
+    first, other = kd.student.tokenizer([texts[0], "unknown words"]).ids
+    assert not torch.equal(first, other)
+    assert kd(pictures, texts).isfinite()
+    with pytest.raises(ConfigError, match="texts is one text"):
+        cmapkd.method("contrastive", student="tiny:debug", texts="a dog")
+
+
 def test_pictures_go_through_each_models_own_preprocessing() -> None:
     pictures, texts = pairs(3)
     batch = distiller("clip_kd").batch(pictures, texts)

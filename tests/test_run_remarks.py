@@ -11,7 +11,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from cmapkd.config import ConfigError
+from cmapkd.data.left_out import without_caption
 from cmapkd.data.open import open_source
+from cmapkd.diagnosis import diagnose
+from cmapkd.diagnosis.data import check_source
 from cmapkd.diagnosis.writing import compare_writers
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.headline import scored_set
@@ -19,7 +23,7 @@ from cmapkd.evaluation.run import evaluate
 from cmapkd.models import FrozenTeacher, ModelConfig, build_model
 from cmapkd.models.untrained import remark_on_untrained
 from cmapkd.results import RunResult
-from cmapkd.run import RunConfig
+from cmapkd.run import RunConfig, open_training, run
 from cmapkd.run.lock import locked
 from cmapkd.run.measure import Measured
 from cmapkd.run.remarks import (
@@ -69,6 +73,42 @@ def test_two_parts_of_one_folder_are_other_samples(tmp_path: Path) -> None:
     assert said_of(parts) == []
     whole = config(train=f"folder:{tmp_path}", val=f"folder:{tmp_path}")
     assert len(said_of(whole)) == 1
+
+
+def test_samples_that_say_nothing_are_counted_and_said(tmp_path: Path) -> None:
+    def rows(name: str, silent: int) -> str:
+        lines = [f"{name}{number}.png,{'' if number < silent else 'a cat'}" for number in range(12)]
+        for number in range(12):
+            Image.new("RGB", (32, 32), (8 * number, silent, 0)).save(tmp_path / f"{name}{number}.png")
+        (tmp_path / f"{name}.csv").write_text("\n".join(["filepath,title", *lines]), encoding="utf-8")
+        return f"csv:{tmp_path}/{name}.csv"
+
+    first, second = rows("a", 3), rows("b", 1)
+    silent = config(train=first, val="scenes@val?length=10&size=32")
+    (said,) = remarks_on_data(silent, open_training(silent), Measured.open(silent))
+    assert said == "3 training samples without a caption: left out. 9 are read."
+    notes = [each.detail for each in check_source("train", open_training(silent), silent) if each.level == "note"]
+    assert notes == ["3 samples without a caption: left out"]
+    both = config(train=first, more={"b": {"source": second, "share": 0.5}}, val="scenes@val?length=10&size=32")
+    assert without_caption(open_training(both)) == 4
+    assert without_caption(open_training(config(train=first, held_out=2))) == 3
+
+
+def test_what_is_wrong_with_data_bears_the_name_of_their_setting(tmp_path: Path) -> None:
+    classes = {"name": "hinton", "form": "classes"}
+    values = {"student": "tiny:debug", "teacher": "tiny:debug", "method": classes, "baseline": "scratch"}
+    values |= {"data": {"train": f"folder:{tmp_path}/nope"}, "training": {"steps": 1, "batch_size": 4}}
+    with pytest.raises(ConfigError, match=r"^data\.train: folder: .*nope' is neither a folder nor a .zip") as refused:
+        run(RunConfig.from_mapping(values), out=tmp_path / "run")
+    assert "baseline" not in str(refused.value)
+    for role in ("val", "test"):
+        with pytest.raises(ConfigError, match=rf"^data\.{role}: csv"):
+            Measured.open(config(**{role: "csv:nope.csv"}))
+    with pytest.raises(ConfigError, match=r"^data\.more\.b: csv"):
+        open_training(config(more={"b": {"source": "csv:nope.csv", "share": 0.5}}))
+    told = [each.detail for each in diagnose(config(train="csv:nope.csv")) if each.level == "problem"]
+    assert len(told) == 1
+    assert told[0].startswith("csv")  # the finding has the name beside it
 
 
 def test_a_warm_up_longer_than_the_run_is_told_of() -> None:

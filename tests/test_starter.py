@@ -11,7 +11,7 @@ from PIL import Image
 from cmapkd.config import ConfigError, load_config
 from cmapkd.data.open import open_source
 from cmapkd.run import RunConfig, run
-from cmapkd.starter import choose_student, compose, look, write_recipe
+from cmapkd.starter import Looked, choose_student, compose, look, weights_said, write_recipe
 from cmapkd.starter.find import find_sources
 from cmapkd.starter.student import LADDER, Measured
 
@@ -153,7 +153,8 @@ def test_the_recipe_is_one_and_runs(
     path = tmp_path / "recipe.yaml"
     write_recipe(path, text)
     config = load_config(RunConfig, path)
-    assert config.method.name == ("contrastive" if teacher is None else "clip_kd")
+    assert config.method.name == ("contrastive" if teacher is None else "hinton")
+    assert teacher is None or config.method.reads_classes  # which is what README and docs/choose_method.md advise
     assert config.student.name == smallest.student["name"]
     assert f"{smallest.megabytes:.1f} MB of weights" in text
     assert all(len(line) <= 150 for line in text.splitlines())
@@ -164,6 +165,73 @@ def test_the_recipe_is_one_and_runs(
         short = ["training.epochs=null", "training.steps=1", "training.device=cpu", "training.batch_size=4"]
         result = run(load_config(RunConfig, path, [*short, "baseline=none"]), out=tmp_path / "run")
         assert "zero_shot" in result.metrics["student"]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Sixteen pictures in a table with odd names of columns; four have no caption."""
+    rows = ["bild;worte"]
+    for number in range(16):
+        Image.new("RGB", (20, 20), (9 * number, 9, 9)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png;{'' if number % 4 == 3 else f'a picture of {number}'}")
+    (tmp_path / "odd.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return tmp_path / "odd.csv"
+
+
+def test_a_source_with_its_options_is_looked_at(table: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"Name the columns in the source, csv:{table}\?csv_img_key="):
+        look(table)
+    source = f"csv:{table}?csv_img_key=bild&csv_caption_key=worte&separator=semicolon"
+    looked = look(source)
+    assert looked.sources == {"train": f"{source}&part=0-0.9", "val": f"{source}&part=0.9-1"}
+    assert looked.captioned
+    assert [remark for remark in looked.remarks if "without a caption" in remark]
+    opened = open_source(looked.sources["train"], require_captions=True)
+    assert looked.samples == len(opened) < 13
+    with pytest.raises(ConfigError, match=r"no kind of data 'cvs'.*did you mean 'csv"):
+        look(f"cvs:{table}")
+
+
+def test_a_source_with_splits_is_read_by_its_role() -> None:
+    looked = look("scenes?length=20")
+    assert looked.sources == {"train": "scenes?length=20", "val": "scenes?length=20"}
+
+
+def test_a_file_without_splits_is_not_measured_on_itself(tmp_path: Path) -> None:
+    for number in range(20):
+        Image.new("RGB", (20, 20), (9 * number, 9, 9)).save(tmp_path / f"{number}.jpg")
+    rows = [f"{number}.jpg,a picture of {number}" for number in range(20)]
+    (tmp_path / "captions.txt").write_text("image,caption\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    source = f"flickr30k:{tmp_path}/captions.txt,{tmp_path}"
+    assert look(source).sources == {"train": f"{source}?part=0-0.9", "val": f"{source}?part=0.9-1"}
+
+
+def test_it_is_said_where_the_weights_of_a_teacher_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cached: list[tuple[str, ...]] = []
+
+    def cached_folder(repository: str, files: Any) -> Path | None:
+        cached.append((repository, *files))
+        return tmp_path if repository == "here/here" else None
+
+    monkeypatch.setattr("cmapkd.starter.weights.cached_folder", cached_folder)
+    assert "are not on this machine; doctor or distill downloads" in str(weights_said("open_clip:ViT-B-32/openai"))
+    assert cached[0][0].count("/") == 1  # asked by the name of its repository
+    assert "are not on this machine" in str(weights_said("hf:not/here"))
+    for name in ("hf:here/here", str(tmp_path), "tiny:scenes-teacher"):
+        assert str(weights_said(name)).endswith("are on this machine")
+    for name in ("open_clip:ViT-B-32", "open_clip:no-such/model", "timm:x"):
+        assert weights_said(name) is None
+    (tmp_path / ".cache" / "clip").mkdir(parents=True)
+    (tmp_path / ".cache" / "clip" / "w.pt").touch()
+    entry = {"url": "https://example.org/w.pt"}
+    monkeypatch.setattr("open_clip.get_pretrained_cfg", lambda *_: entry)
+    assert str(weights_said("open_clip:ViT-B-32/openai")).endswith("are on this machine")
+
+
+def test_pictures_with_captions_of_their_own_get_a_method_that_reads_them(smallest: Measured) -> None:
+    looked = Looked({"train": "csv:a.csv", "val": "csv:b.csv"}, 40, ("cat", "dog"), True, ())
+    assert "\nmethod: clip_kd\n" in compose(looked, smallest, teacher="tiny:scenes-teacher", command="cmapkd init")
 
 
 def test_the_command_writes_beside_nothing(tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

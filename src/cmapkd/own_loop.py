@@ -159,6 +159,7 @@ def method(
     student: DualEncoder | str | Path,
     teacher: DualEncoder | FrozenTeacher | str | Path | None = None,
     classes: ClassPrompts | Sequence[str] | None = None,
+    texts: Sequence[str] | None = None,
     total: int = 1,
     seed: int = 0,
     **settings: Any,
@@ -169,13 +170,18 @@ def method(
         name: of the method, as `cmapkd methods` lists them.
         student, teacher: models, or names and folders of models; the teacher is frozen.
         classes: names of the classes by label, for methods that read them; with prompts of your own a `ClassPrompts`.
+        texts: captions of the training data, from which an untrained `tiny:` student learns its vocabulary; other
+            students read none.
         total: optimizer steps of the run, for methods whose weights follow the progress.
         seed: of the random numbers that terms draw.
         settings: of the method, as they stand in a recipe: `feature_weight=16`.
     Raises:
-        ConfigError: an unknown method, one of models that write, a model that writes, or a wrong setting.
+        ConfigError: an unknown method, one of models that write, a model that writes, a wrong setting, or `texts` is
+            one text.
         ValueError: the method needs a teacher and got none, or a model cannot be loaded.
     """
+    if isinstance(texts, str):
+        raise ConfigError("texts is one text: give a list of captions")
     if total < 1:
         raise ConfigError(f"total is {total}: give the number of optimizer steps, >= 1")
     if name not in METHODS:
@@ -190,7 +196,7 @@ def method(
         raise ConfigError(f"method {name!r} with these settings reads the names of classes: give classes=[...]")
     prompts = classes if classes is None or isinstance(classes, ClassPrompts) else _photos_of(classes)
     frozen = teacher if teacher is None or isinstance(teacher, FrozenTeacher) else FrozenTeacher(_model(teacher))
-    made = build_method(config, student=_model(student), teacher=frozen, classes=prompts)
+    made = build_method(config, student=_model(student, texts), teacher=frozen, classes=prompts)
     return Distiller(made.train(), total=total, seed=seed)
 
 
@@ -198,10 +204,10 @@ def _photos_of(names: Sequence[str]) -> ClassPrompts:
     return ClassPrompts(tuple(names), get_templates("photo"))
 
 
-def _model(model: Model | str | Path) -> DualEncoder:
+def _model(model: Model | str | Path, texts: Sequence[str] | None = None) -> DualEncoder:
     if isinstance(model, Model):
         return dual(model, _LOOP)
-    return dual(load_model(model) if Path(model).is_dir() else build_model(str(model)), _LOOP)
+    return dual(load_model(model) if Path(model).is_dir() else build_model(str(model), captions=texts), _LOOP)
 
 
 def _pixels(

@@ -39,12 +39,13 @@ class RunResult:
     metrics: dict[str, Any]
 
     @classmethod
-    def read(cls, folder: Path) -> RunResult:
+    def read(cls, folder: str | Path) -> RunResult:
         """Reads a finished run.
 
         Raises:
             ValueError: the folder holds no finished run.
         """
+        folder = Path(folder)
         path = folder / "metrics.json"
         if not path.is_file():
             raise ValueError(f"{folder} holds no finished run: it has no metrics.json")

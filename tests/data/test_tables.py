@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from making import as_json, picture, write_lines
 
 from cmapkd.config import ConfigError
-from cmapkd.data.open import open_source
+from cmapkd.data.open import SourceWarning, open_source
 from cmapkd.data.records import iter_captions
 from cmapkd.data.stored import Texts
 from cmapkd.data.types import BadSampleError, Source
@@ -60,6 +61,16 @@ def test_named_columns_separator_and_lone_quotes(folder: Path) -> None:
     assert source[0].captions == ('"lone quote',)
     assert source.class_names == ("cat", "dog")
     assert [source[i].label for i in range(3)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("header", ["picture;description", "Photo,Alt_Text", "image_name\tTitle", "filename|text"])
+def test_usual_names_of_columns_are_found(folder: Path, header: str) -> None:
+    separator = next(mark for mark in "\t,;|" if mark in header)
+    write_lines(folder / "t.csv", [header, f"0.png{separator}a red cat"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SourceWarning)
+        source = open_source(f"csv:{folder}/t.csv")
+    assert source[0].captions == ("a red cat",)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +265,8 @@ def test_parquet_ids_paths_and_columns(tmp_path: Path, write_parquet: Callable[.
     assert source[3].image.getpixel((0, 0)) == (6, 0, 0)
     with pytest.raises(ConfigError, match=r"no column 'wrods' .did you mean 'words'"):
         open_source(f"parquet:{tmp_path}/b.parquet?image=img&caption=wrods")
-    write_parquet(tmp_path / "d.parquet", [{"key": "x", "photo": "y", "words": "z"}])
-    with pytest.raises(ConfigError, match="no image column among key, photo, words"):
+    write_parquet(tmp_path / "d.parquet", [{"key": "x", "drawing": "y", "words": "z"}])
+    with pytest.raises(ConfigError, match="no image column among drawing, key, words"):
         open_source(f"parquet:{tmp_path}/d.parquet")
 
 

@@ -76,7 +76,7 @@ class LookupModel(GenerativeModel):
     def head(self) -> LogitHead:
         return LogitHead(self.weight[:SIZE])
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         raise NotImplementedError
 
     def forward(self, inputs: ChatInput, needs: TokenNeeds | None = None) -> TokenFeatures:

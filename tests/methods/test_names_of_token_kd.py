@@ -62,7 +62,7 @@ class Written(GenerativeModel):
     def parts(self) -> Mapping[str, frozenset[str]]:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         raise NotImplementedError
 
     def generate(self, inputs: ChatInput, how: Decoding, keys: Any = None) -> list[list[int]]:

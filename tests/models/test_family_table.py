@@ -22,7 +22,7 @@ from cmapkd.models.vocabulary import TrainedTokenizer
 
 
 class Little(TinyDualEncoder):
-    def save(self, folder):
+    def write(self, folder):
         write_model_folder(folder, family="little", name=self.name, options={}, weights=self.state_dict())
         self.tokenizer.save(folder)
 

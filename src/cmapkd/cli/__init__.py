@@ -26,6 +26,7 @@ from cmapkd.cli import (
 )
 from cmapkd.cli.command import Command
 from cmapkd.cli.examples import examples
+from cmapkd.cli.warned import plain_warnings
 
 app = typer.Typer(
     name="cmapkd",
@@ -69,7 +70,8 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  as long as the process
     _print_what_the_terminal_can()
     try:
-        app()
+        with plain_warnings():
+            app()
     except Exception as error:
         if not _is_users(error):
             raise

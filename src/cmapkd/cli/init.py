@@ -14,7 +14,12 @@ TEACHER = "open_clip:ViT-B-32/openai"
 
 
 def init(
-    data: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of pictures, tables or tars, or one file.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="A folder of pictures, tables or tars, one file, or a source as recipes name it."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The recipe: a new file.")] = Path("recipe.yaml"),
     max_mb: Annotated[float, typer.Option(help="Most megabytes of the student's weights, in float32.")] = 100.0,
     max_ms: Annotated[
@@ -34,17 +39,17 @@ def init(
     if out.exists():  # before the work for it; `write_recipe` makes sure
         raise ConfigError(f"{out} exists, and init overwrites nothing: name another file with --out")
 
-    if not data.exists():
-        raise ConfigError(f"there is no file or folder {str(data)!r}. {nearest(str(data))}")
+    if not Path(data).exists() and ":" not in data and data.partition("@")[0] != "scenes":  # a path, not a source
+        raise ConfigError(f"there is no file or folder {data!r}. {nearest(data)}")
 
-    from cmapkd.starter import check_teacher, choose_student, compose, look, write_recipe
+    from cmapkd.starter import check_teacher, choose_student, compose, look, weights_said, write_recipe
 
     check_teacher(teacher)
     console = Console()
     with console.status(escape(f"reading {data}")) as status:
         looked = look(data)
         chosen = choose_student(max_mb=max_mb, max_ms=max_ms, say=lambda what: status.update(escape(what)))
-    given = ["cmapkd", "init", str(data), "--max-mb", f"{max_mb:g}"]
+    given = ["cmapkd", "init", data, "--max-mb", f"{max_mb:g}"]
     given += ["--max-ms", f"{max_ms:g}"] if max_ms is not None else []
     given += ["--teacher", teacher] if teacher != TEACHER else []
     named = None if teacher == "none" else teacher
@@ -55,6 +60,7 @@ def init(
     lines += [
         f"student: {chosen.student['name']}, {chosen.megabytes:.1f} MB in float32; here {chosen.image_ms:.1f} ms a "
         f"picture and {chosen.text_ms:.1f} ms a text, one at a time, {threads}",
+        *filter(None, [None if named is None else weights_said(named)]),
         f"wrote {out}. Next:",
         f"  {command_line('doctor', str(out))}",
         f"  {command_line('distill', str(out), '--out', 'runs/first')}",

@@ -64,7 +64,7 @@ class ComparisonResult:
         return {names[digest]: str(end.error) for digest, end in self.outcomes.items() if end.status == "failed"}
 
 
-def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None = None) -> ComparisonResult:
+def compare(comparison: ComparisonConfig, *, out: str | Path, console: Console | None = None) -> ComparisonResult:
     """Tunes arms where the comparison says so, runs what is not yet finished, and leaves tables of all that is.
 
     Args:
@@ -77,6 +77,7 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
         ConfigError: something in the comparison is wrong; nothing was run.
         Interrupted, KeyboardInterrupt: asked to stop. The run under way was saved, the outputs hold what is finished.
     """
+    out = Path(out)
     sources = {name: open_source(spec, split="test") for name, spec in comparison.evaluate.items()}
     plan = prepare(comparison, out=out, console=console)
     if console is not None:
@@ -116,7 +117,7 @@ def compare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
     return _finish(plan, outcomes, teachers, out)
 
 
-def prepare(comparison: ComparisonConfig, *, out: Path, console: Console | None = None) -> Plan:
+def prepare(comparison: ComparisonConfig, *, out: str | Path, console: Console | None = None) -> Plan:
     """Chooses the settings of tuned arms and measures seconds a step, where the comparison asks for them.
 
     Args:
@@ -126,6 +127,7 @@ def prepare(comparison: ComparisonConfig, *, out: Path, console: Console | None 
     Raises:
         ConfigError, RunStopped, Interrupted, KeyboardInterrupt: as `tune` and a run do.
     """
+    out = Path(out)
     make_plan(comparison)
     tuned: Tuned | None = None
     if comparison.tuning is not None:
@@ -188,7 +190,7 @@ def _timed(
 
 
 def tune(
-    comparison: ComparisonConfig, *, out: Path, console: Console | None = None, families: Sequence[str] = ()
+    comparison: ComparisonConfig, *, out: str | Path, console: Console | None = None, families: Sequence[str] = ()
 ) -> Tuned | None:
     """Runs the trials of a comparison's tuning, reading back those that are finished, and chooses the winners.
 
@@ -203,7 +205,7 @@ def tune(
         RunStopped: all trials of a family were lost.
         Interrupted, KeyboardInterrupt: asked to stop; the same call goes on.
     """
-    tuning = comparison.tuning
+    out, tuning = Path(out), comparison.tuning
     if tuning is None or tuning.winners is not None:
         given = "nothing: add tuning to it" if tuning is None else f"nothing: its winners are given, {tuning.winners}"
         raise ConfigError(f"this comparison tunes {given}")

@@ -123,7 +123,7 @@ def open_streams(
     Raises:
         ConfigError: a source cannot be opened, or they do not go together; see `JoinedSource`.
     """
-    main = open_source(train, split="train", require_captions=require_captions)
+    main = _of_role("data.train", train, require_captions)
     if held_out:
         main = PartOfSource(main, 0, len(main) - held_out)
     main = asked(main, prompting)
@@ -131,9 +131,17 @@ def open_streams(
         return main
     sources = {MAIN_STREAM: main}
     for name, stream in more.items():
-        opened = open_source(stream.source, split="train", require_captions=require_captions)
+        opened = _of_role(f"data.more.{name}", stream.source, require_captions)
         sources[name] = asked(opened, prompting, stream=name)
     return JoinedSource(sources, {name: stream.share for name, stream in more.items()})
+
+
+def _of_role(key: str, spec: str, require_captions: bool) -> Source:
+    """A training source; what is wrong with it bears the name of its setting."""
+    try:
+        return open_source(spec, split="train", require_captions=require_captions)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _parse(text: str, split: str | None, require_captions: bool, limit: int | None) -> Spec:

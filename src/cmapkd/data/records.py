@@ -11,8 +11,13 @@ from typing import Any
 from cmapkd.data.turns import Dialogue
 from cmapkd.data.types import BadSampleError, Box, QuestionAnswer, Source
 
-CAPTION_KEYS = ("captions", "caption", "texts", "text", "title", "sentences", "sentence", "alt_text")
-IMAGE_KEYS = ("image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png", "images")
+CAPTION_KEYS = (
+    "captions", "caption", "texts", "text", "title", "sentences", "sentence", "alt_text", "description", "descriptions",
+)  # fmt: skip
+IMAGE_KEYS = (
+    "image", "filepath", "file_name", "filename", "file", "path", "image_path", "img", "jpg", "png", "images",
+    "image_file", "image_name", "img_path", "picture", "photo", "photograph",
+)  # fmt: skip
 ID_KEYS = ("id", "key", "image_id", "sample_id")
 LABEL_KEYS = ("label", "labels", "cls", "class")
 TEXT_KEYS = {"synthetic": ("synthetic", "syn_text")}  # further texts that are always read, by pool: keys that hold them

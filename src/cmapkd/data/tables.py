@@ -211,8 +211,9 @@ def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
     if not present["image"] or not says:
         missing = "column of captions (such as title)" if present["image"] else "column of images (such as filepath)"
         raise ConfigError(
-            f"csv {str(path)!r} has no {missing}. It has: {', '.join(names)}. Name the columns with "
-            "?csv_img_key=...&csv_caption_key=..., and the separator with separator=tab, comma, semicolon or pipe."
+            f"csv {str(path)!r} has no {missing}. It has: {', '.join(names)}. Name the columns in the source, "
+            f"csv:{path}?csv_img_key=...&csv_caption_key=..., and the separator with &separator=tab, comma, semicolon "
+            "or pipe; in a shell, quotes belong around such a name. docs/data.md has the names that are found."
         )
     id_columns = tuple(name for name in present["id"] if name not in present["image"])
     return Columns(present["image"], present["caption"], id_columns, present["label"], texts=columns.texts)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from cmapkd.config import counted
+from cmapkd.data.left_out import without_caption
 from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.diagnosis.finding import Finding
@@ -51,6 +52,8 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
         yield Finding(
             level, what, f"{len(bad)} of {len(indices)} samples cannot be used ({100 * share:.1f} %), first: {bad[0]}"
         )
+    if left_out := without_caption(source):
+        yield Finding("note", what, f"{counted(left_out, 'sample')} without a caption: left out")
     if role == "train":
         if length < config.training.batch_size:
             yield Finding(

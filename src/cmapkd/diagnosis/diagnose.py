@@ -219,4 +219,4 @@ def _attempt(what: str, build: Callable[[], T]) -> tuple[T | None, Finding | Non
     try:
         return build(), None
     except (ValueError, OSError) as error:
-        return None, Finding("problem", what, str(error))
+        return None, Finding("problem", what, str(error).removeprefix(f"{what}: "))

@@ -62,7 +62,7 @@ class PictureRanks:
         digest = hashlib.sha256(names + captions.numpy().tobytes()).hexdigest()[:32]
         return cls(digest, captions, embedded.labels >= 0, dict(ranks))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes a safetensors file: whole numbers, each column as narrow as its largest value allows.
 
         One column of `captions`, and for each task one to three of counts: what ties with nothing needs one. With five
@@ -77,10 +77,10 @@ class PictureRanks:
                 column = getattr(counts, name)
                 if name not in _USUAL or bool((column != _USUAL[name]).any()):
                     columns[f"{task}.{name}"] = _narrow(column)
-        write_bytes(path, save(columns, metadata={"digest": self.digest}))
+        write_bytes(Path(path), save(columns, metadata={"digest": self.digest}))
 
     @classmethod
-    def load(cls, path: Path) -> PictureRanks:
+    def load(cls, path: str | Path) -> PictureRanks:
         """Reads what `save` wrote.
 
         Raises:

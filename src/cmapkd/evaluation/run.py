@@ -25,7 +25,7 @@ def evaluate(
     device: torch.device | str,
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
-    ranks_file: Path | None = None,
+    ranks_file: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores of `model` on `source`, ready for JSON; see `evaluate_models` for several, and for tasks that need more.
 

@@ -36,7 +36,7 @@ Encoders = tuple[Callable[[Any], Tensor], Callable[[str], Tensor]]
 
 def export_library(
     model: DualEncoder,
-    out: Path,
+    out: str | Path,
     *,
     form: Form,
     origin: Origin,
@@ -57,6 +57,7 @@ def export_library(
         ConfigError: `out` is there already.
         ValueError: the library has no form for this model, or gives other embeddings; nothing is left then.
     """
+    out = Path(out)
     refuse_existing(out)
     licence = licence or licence_of(origin.teachers, None)
     probes = draw_probes(data if data is not None else open_source("scenes", split="val"))

@@ -86,5 +86,5 @@ class Narrowed(DualEncoder):
         found = self.model.encode_text(texts, levels)
         return TowerFeatures(self.narrow(found.embedding), found.levels)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         raise ValueError(f"{self.name} was narrowed for an export and is not saved in {folder}: save the model itself")

@@ -51,7 +51,7 @@ class Runtime:
 
 def export_runtime(
     model: DualEncoder,
-    out: Path,
+    out: str | Path,
     *,
     form: str,
     origin: Origin,
@@ -75,6 +75,7 @@ def export_runtime(
     """
     runtime = RUNTIMES[form]
     need_runtime(form)
+    out = Path(out)
     refuse_existing(out)
     check_loss(accept_loss)
     licence = licence or licence_of(origin.teachers, None)

@@ -54,7 +54,7 @@ TOWERS = ("vision_model", "text_model")
 
 def export_onnx(
     model: DualEncoder,
-    out: Path,
+    out: str | Path,
     *,
     origin: Origin,
     licence: Licence | None = None,
@@ -82,6 +82,7 @@ def export_onnx(
         ValueError: a tower cannot be captured, or a file is too far from the model; nothing is left then.
     """
     need_onnx()
+    out = Path(out)
     refuse_existing(out)
     names = _checked(precisions, calibration, accept_loss, reads_training=dims is not None or data is not None)
     if dims is not None and not 0 < dims <= model.embed_dim:

@@ -81,11 +81,19 @@ class Model(nn.Module, ABC):
         """Scalars worth logging, detached, on the model's device: reading them is left to who logs them."""
         return {}
 
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes weights (safetensors), architecture and tokenizer so that `load_model(folder)` reads them back."""
+    def save(self, folder: str | Path) -> None:
+        """Writes weights (safetensors), architecture and tokenizer so that `cmapkd.load(folder)` reads them back.
 
-    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+        Args:
+            folder: made where it is missing; files of an earlier save in it are replaced.
+        """
+        self.write(Path(folder))
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """What `save` does, in the way of the family."""
+
+    def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         """Loads a weight file over this model; adapters also take their library's own names.
 
         Args:

@@ -102,12 +102,12 @@ class HfModel(DualEncoder):
         kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in _take(output, levels).items()}
         return TowerFeatures(embedding, kept)
 
-    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+    def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         weights = read_weights(path, averaged=averaged)
         ours = all(key.startswith("model.") for key in weights)
         load_weights(self if ours else self.model, _without_positions(weights), where=path)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Ours, and transformers' own: the Auto classes read model, tokenizer and image processor from the folder."""
         options = {"model_type": self.model_type, "context_length": self.tokenizer.context_length}
         write_model_folder(folder, family="hf", name=self.name, options=options)

@@ -185,7 +185,7 @@ class HfVlm(GenerativeModel):
             written = self.model.generate(**self._arguments(prompts), logits_processor=[choice])
         return [until_end(row, self.vocabulary.end_ids) for row in written[:, start:].tolist()]
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Ours, and transformers' own: the Auto classes read model and processor from the folder.
 
         Adapters are merged into the weights, and written a second time by themselves, in `adapters/`, as peft does.
@@ -221,7 +221,7 @@ class HfVlm(GenerativeModel):
         """Leaves an ordinary model behind: every adapter is added to its layer's weight."""
         merge(self.model)
 
-    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+    def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         """Also takes the weights that adapters are to be learned on: the adapters stay as they are then."""
         weights, own = read_weights(path, averaged=averaged), self.state_dict()
         adapters = [f"model.{name}" for name in adapter_names(self.model)]

@@ -132,7 +132,7 @@ class JoinedEncoder(DualEncoder):
         sizes = {name: parameter.numel() for name, parameter in text.named_parameters()}
         return sum(sizes[name] for name in parameters_behind(text, partial(example_output, text, "text")))
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         tokens = None if self.prompts is None else self.prompts.tokens.shape
         options = {"projector": self.projector_kind, "prompts": None if tokens is None else [*tokens]}
         own = {key: value for key, value in self.state_dict().items() if not key.startswith(_MODELS)}

@@ -132,7 +132,7 @@ class MaskedEncoder(DualEncoder):
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         return self._encode("text", texts, levels)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Writes the smaller model."""
         self.shrunk().save(folder)
 

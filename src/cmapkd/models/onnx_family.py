@@ -167,7 +167,7 @@ class GraphEncoder(DualEncoder):
         [embedding] = self._text.run(None, {name: feed[name] for name in self._text_inputs})
         return _features(embedding, texts.ids.device)
 
-    def save(self, folder: Path) -> None:  # noqa: ARG002  as it is called
+    def write(self, folder: Path) -> None:  # noqa: ARG002  as it is called
         raise ValueError(f"{self.name} is a set of exported files: copy their folder, or save the model they are of")
 
 

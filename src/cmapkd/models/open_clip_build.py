@@ -75,7 +75,7 @@ def fit_image_size(model: Any, *, where: str) -> None:
         raise ConfigError(f"{where} takes images of {own[0]} pixels only, image_size is {size[0]}")
 
 
-def load_native_weights(model: Any, weights: dict[str, Tensor], *, where: Path) -> None:
+def load_native_weights(model: Any, weights: dict[str, Tensor], *, where: str | Path) -> None:
     """Weights under open_clip's names, or those of the projects that it converts from, as its own loader takes them.
 
     Position embeddings are resampled to the model's size.

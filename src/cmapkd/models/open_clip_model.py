@@ -149,7 +149,7 @@ class OpenClipModel(DualEncoder):
         output = self.model.forward_intermediates(text=ids, text_indices=wanted, normalize=False)
         return output["text_features"], dict(zip(wanted, output["text_intermediates"], strict=True))
 
-    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+    def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         weights = read_weights(path, averaged=averaged)
         if all(key.startswith("model.") for key in weights):  # our own names
             load_weights(self, weights, where=path)
@@ -175,7 +175,7 @@ class OpenClipModel(DualEncoder):
         )
         return twin.to(self.device).train(self.training)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Ours, and open_clip's: `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads it too.
 
         A timm ViT whose `image_size` is not its own is an exception: open_clip builds it at its own size first. So is a

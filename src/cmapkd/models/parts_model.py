@@ -135,10 +135,10 @@ class PartsModel(DualEncoder):
             more = {pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()}
         return Features(image, text, self.logit_scale.exp(), self.learned_bias, more)
 
-    def load_checkpoint(self, path: Path, *, averaged: bool = False) -> None:
+    def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         load_weights(self, read_weights(path, averaged=averaged), where=path)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Ours; in open_clip's own format where open_clip has words for these towers and heads."""
         with eval_mode(self):
             parts_folder.save(self, folder)
@@ -197,7 +197,7 @@ class PooledTowers(DualEncoder):
         tower: TowerFeatures = self.text(texts, levels)
         return tower
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         raise NotImplementedError("towers without heads are a part of a model: save the model")
 
 

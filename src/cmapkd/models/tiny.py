@@ -315,7 +315,7 @@ class TinyDualEncoder(DualEncoder):
             )
         return type(self)(self.options, other.tokenizer, name=self.name)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         write_model_folder(
             folder,
             family="tiny",

@@ -34,7 +34,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     )
     if captions is None:
         raise ConfigError(
-            f"tiny:{rest} is untrained and learns its vocabulary from captions: give it data, or name a trained model "
+            f"tiny:{rest} is untrained and learns its vocabulary from captions: give it texts, or name a trained model "
             f"({', '.join('tiny:' + name for name in packaged) or 'a run folder'})"
         )
     tokenizer = TrainedTokenizer.train(captions, vocab_size=options.vocab_size, context_length=options.context_length)

@@ -44,7 +44,7 @@ class AssembledVlm(HfVlm):
         self._settle()
         return super().see(inputs)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Ours: one weight file, the config of each part, and transformers' processor. Adapters are merged."""
         projector: Projector = self.model.model.multi_modal_projector
         options = {

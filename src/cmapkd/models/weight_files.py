@@ -25,7 +25,7 @@ _COMPILED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module") 
 _COUNT = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
-def read_weights(path: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, averaged: bool = False) -> dict[str, Tensor]:
     """Tensors of a weight file: `.safetensors`, or a torch file that loads with `weights_only=True`.
 
     Names lose the wrappers that DDP, `torch.compile` and FSDP put in front of them, in any order.
@@ -36,6 +36,7 @@ def read_weights(path: Path, *, averaged: bool = False) -> dict[str, Tensor]:
         ValueError: missing, truncated, without the weights that were asked for, or it holds objects other than
             tensors and numbers; says how to convert this file.
     """
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no weight file {path}")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, averaged=averaged)

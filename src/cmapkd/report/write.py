@@ -28,8 +28,8 @@ _ABOUT = 5  # arms that are described above the verdict
 
 
 def write_report(
-    paths: Sequence[Path],
-    out: Path,
+    paths: str | Path | Sequence[str | Path],
+    out: str | Path,
     *,
     gallery: int = 6,
     data: str | None = None,
@@ -42,7 +42,8 @@ def write_report(
     """Writes one self-contained page on runs, comparisons, exports and files of scores.
 
     Args:
-        paths: run folders, comparison folders, export folders, and files of `cmapkd evaluate --json`, in any mixture.
+        paths: run folders, comparison folders, export folders, and files of `cmapkd evaluate --json`, in any mixture;
+            one alone needs no list.
         out: the page; one that stands there is replaced.
         gallery: cards of each outcome; with 0 no model is loaded, and the page takes seconds.
         data: pictures of the gallery; None: the run's validation source. Never its test data, unless this names them.
@@ -56,8 +57,10 @@ def write_report(
         ConfigError: a path or an argument is wrong.
         DiskError: `out` cannot be written.
     """
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    out = Path(out)
     _refuse(out, gallery, data, split)
-    read = read_paths(paths)
+    read = read_paths(given)
     arms = arms_of(read.runs)
     absent: list[str] = []
     watched = _watched(arms, gallery, data, split, absent, say or _silent)
@@ -66,7 +69,7 @@ def write_report(
         looked = _looked(watched, cards=gallery, seed=seed, images=images, captions=captions)
     if watched is not None and watched.test:
         absent.append(f"The gallery shows test data ({watched.source.name}): choose nothing by it.")
-    command = _command(paths, out, gallery, data, split, images, captions, seed)
+    command = _command(given, out, gallery, data, split, images, captions, seed)
     sections = _sections(read, arms, looked, command)
     about = [arm_about(arm) for arm in arms[:_ABOUT]]
     page = Page(read.title, about, _verdicts(read, arms), read.notes, [*sections, missing(absent)], cmapkd.__version__)

@@ -29,7 +29,7 @@ from cmapkd.training.processes import start_processes, wait_for_all, was_restart
 def run(
     config: RunConfig,
     *,
-    out: Path,
+    out: str | Path,
     resume: bool = False,
     extend_to: int | None = None,
     console: Console | None = None,
@@ -51,6 +51,7 @@ def run(
         ConfigError: a name in the config is unknown, or `out` holds another run, or is being written by one.
         Interrupted, NonFiniteLossError, ValueError: see `Trainer.run`.
     """
+    out = Path(out)
     if isinstance(config.baseline, Path) and not config.baseline.is_dir():
         known = ("none", "scratch")
         raise ConfigError(
@@ -58,10 +59,12 @@ def run(
             f"{' nor '.join(known)}, and there is no such run folder"
         )
     if config.baseline == "scratch" and not config.method.reads_captions:
+        open_training(config)  # what is wrong with the data themselves is no matter of the baseline
         try:
             open_training(config.scratch())
         except ConfigError as error:
-            raise ConfigError(f"baseline scratch, which learns from captions: {error} Or set baseline=none.") from None
+            told = str(error).removeprefix("data.train: ")
+            raise ConfigError(f"baseline scratch, which learns from captions: {told} Or set baseline=none.") from None
     if extend_to is not None:
         config = prolonged(config, out, extend_to)
     measured = Measured.open(config)  # first, so that a wrong name shows before the training and not after it

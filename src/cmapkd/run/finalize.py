@@ -22,7 +22,7 @@ BEST = "best"
 
 
 def finalize(
-    out: Path, *, step: str | None = None, overrides: Sequence[str] = (), console: Console | None = None
+    out: str | Path, *, step: str | None = None, overrides: Sequence[str] = (), console: Console | None = None
 ) -> RunResult:
     """Writes `student/` and `metrics.json` of a run from one of its checkpoints, without a step of training.
 
@@ -37,6 +37,7 @@ def finalize(
         ConfigError: no run is there, or no such checkpoint; a setting may not change; data or models have changed.
         ValueError: the checkpoint is damaged.
     """
+    out = Path(out)
     stored = out / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"there is no run in {out}: it has no config.yaml")

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from cmapkd.config import RESUME, counted
+from cmapkd.config import RESUME, ConfigError, counted
 from cmapkd.data.open import open_source
 from cmapkd.data.texts import LOOKED_AT
 from cmapkd.data.types import BadSampleError, Source
@@ -39,16 +39,24 @@ class Measured:
         """Raises ConfigError: a source cannot be opened."""
         data, final = config.data, None
         if data.final is not None:
-            final = open_source(data.final, split="test" if data.test else "val")
+            final = _of_role(data.final, "test" if data.test else "val")
         if data.val is None or config.training.evaluate_every is None:
             return cls(None, final)
-        return cls(open_source(data.val, split="val") if data.test else final, final)
+        return cls(_of_role(data.val, "val") if data.test else final, final)
 
     def named(self, config: RunConfig) -> dict[str, Source]:
         """Those that there are, by their settings."""
         final = "data.test" if config.data.test else "data.val"
         pairs = (("data.val", self.val), (final, self.final))
         return {key: source for key, source in pairs if source is not None}
+
+
+def _of_role(spec: str, role: str) -> Source:
+    """A source that is measured on; what is wrong with it bears the name of its setting."""
+    try:
+        return open_source(spec, split=role)
+    except ConfigError as error:
+        raise ConfigError(f"data.{role}: {error}") from None
 
 
 def num_measured(config: RunConfig, source: Source | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from cmapkd.config import counted
+from cmapkd.data.left_out import without_caption
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.texts import LOOKED_AT
 from cmapkd.data.types import BadSampleError, Source
@@ -22,6 +23,8 @@ from cmapkd.training.optim import learning_rate
 
 def remarks_on_data(config: RunConfig, source: Source, measured: Measured) -> Iterator[str]:
     """A sentence for each thing that should be known about the data of training and measurement."""
+    if left_out := without_caption(source):
+        yield f"{counted(left_out, 'training sample')} without a caption: left out. {len(source):,} are read."
     if measured.final is None:
         yield (
             "no evaluation data are named: the run ends without scores. Name held-out data with data.val or data.test."

@@ -1,4 +1,4 @@
-"""From a folder or a file to sources by role, by names alone: nothing is opened."""
+"""From a folder, a file or a source's name to sources by role, by names alone: nothing is opened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cmapkd.config import ConfigError
-from cmapkd.data.kinds import BY_SUFFIX
+from cmapkd.data.kinds import BY_SUFFIX, kind_of, refuse_unknown_kind
+from cmapkd.data.open import KINDS, split_of
 from cmapkd.data.places import nearest
 from cmapkd.data.reading import is_image_name
 
@@ -36,12 +37,15 @@ _SEVERAL = ("parquet", "webdataset")  # kinds that read several files as one sou
 _METADATA = "metadata.jsonl"
 
 
-def find_sources(path: Path) -> Roles:
-    """The sources at `path`.
+def find_sources(path: str | Path) -> Roles:
+    """The sources at `path`, or the one that it names, as `csv:table.csv?csv_img_key=picture` does.
 
     Raises:
         ConfigError: there is nothing there that cmapkd reads, or several tables whose roles no name tells.
     """
+    if not Path(path).exists() and (":" in str(path) or kind_of(str(path)) in KINDS):
+        return _named(str(path))
+    path = Path(path)
     if path.is_file():
         kind = BY_SUFFIX.get(path.suffix.lower())
         if kind is None:
@@ -58,6 +62,14 @@ def find_sources(path: Path) -> Roles:
         f"{path} holds nothing that cmapkd reads: no pictures, no csv, jsonl, parquet or tar files, no COCO captions. "
         "docs/data.md shows the layouts."
     )
+
+
+def _named(source: str) -> Roles:
+    """A source as it is named; where its kind has splits and none is named, its `val` is what that role reads."""
+    refuse_unknown_kind(source, KINDS)
+    if split_of(source) is None and split_of(source, default="val") is not None:
+        return {"train": source, "val": source}
+    return {"train": source}
 
 
 def _tables(folder: Path) -> Iterator[Roles]:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, counted
+from cmapkd.data.left_out import without_caption
 from cmapkd.data.open import SourceWarning, open_source
 from cmapkd.data.types import BadSampleError, Source
+from cmapkd.evaluation.suite import same_samples
 from cmapkd.starter.find import find_sources
 
 TEMPLATE = "a photo of a {}."
@@ -36,8 +38,8 @@ class Looked:
     remarks: tuple[str, ...]
 
 
-def look(path: Path) -> Looked:
-    """Finds the data at `path`, opens them and reads a few samples.
+def look(path: str | Path) -> Looked:
+    """Finds the data at `path`, or that it names as a source, opens them and reads a few samples.
 
     Raises:
         ConfigError: nothing there can be read, or it has neither captions nor classes.
@@ -45,6 +47,8 @@ def look(path: Path) -> Looked:
     sources = find_sources(path)
     remarks: list[str] = []
     opened = _open(sources["train"], remarks)
+    if sources.get("val") == sources["train"] and same_samples(opened, _open(sources["val"], [], split="val")):
+        del sources["val"]  # a kind that may have splits, and a file that has none
     captioned, readable = _captions(opened)
     if not readable:
         raise ConfigError(f"none of the first samples of {opened.name} can be read: cmapkd doctor says why")
@@ -69,16 +73,18 @@ def look(path: Path) -> Looked:
         )
         train = sources["train"]
         sources = {**sources, "train": _with(train, f"part=0-{share}"), "val": _with(train, f"part={share}-1")}
-    num_samples = len(_open(sources["train"], []))
+    used = _open(sources["train"], [], require_captions=True)
+    if left_out := without_caption(used):
+        remarks.append(f"{counted(left_out, 'picture')} to train on without a caption: left out")
     ordered: dict[str, str] = {role: sources[role] for role in ("train", "val", "test") if role in sources}
-    return Looked(ordered, num_samples, classes, captioned, tuple(dict.fromkeys(remarks)))
+    return Looked(ordered, len(used), classes, captioned, tuple(dict.fromkeys(remarks)))
 
 
-def _open(spec: str, remarks: list[str]) -> Source:
+def _open(spec: str, remarks: list[str], *, split: str = "train", require_captions: bool = False) -> Source:
     """The source; what it warns of becomes a remark."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        source = open_source(spec, split="train")
+        source = open_source(spec, split=split, require_captions=require_captions)
     for each in caught:
         if issubclass(each.category, SourceWarning):
             remarks.append(str(each.message))

@@ -46,8 +46,7 @@ def compose(looked: Looked, chosen: Measured, *, teacher: str | None, command: s
         f"{chosen.text_ms:.1f} ms, one at a time; another machine differs.",
         f"student: {json.dumps(chosen.student)}",
         "",
-        "# How it learns: cmapkd methods lists the others. Only contrastive needs no teacher.",
-        f"method: {'contrastive' if teacher is None else 'clip_kd'}",
+        *_method(looked, teacher),
         "",
         f"# {counted(looked.samples, 'picture')} to train on, with {said}. Paths start where the command runs.",
         *(f"# {remark}." for remark in looked.remarks),
@@ -77,12 +76,27 @@ def compose(looked: Looked, chosen: Measured, *, teacher: str | None, command: s
     return "\n".join(lines) + "\n"
 
 
-def write_recipe(path: Path, text: str) -> None:
+def _method(looked: Looked, teacher: str | None) -> list[str]:
+    """The lines of the method: of classes where nothing else is said of the pictures."""
+    others = "cmapkd methods lists the others."
+    if teacher is None:
+        return [f"# How it learns: without a teacher. {others}", "method: contrastive"]
+    if looked.captioned:
+        return [f"# How it learns: {others} Only contrastive needs no teacher.", "method: clip_kd"]
+    return [
+        "# How it learns: as the teacher tells the classes apart. Captions of one class are all the same, so methods",
+        f"# that compare pictures with captions learn less from them. {others}",
+        "method: {name: hinton, form: classes}",
+    ]
+
+
+def write_recipe(path: str | Path, text: str) -> None:
     """Writes the recipe to a new file, once it is known to be one.
 
     Raises:
         ConfigError: there is a file of that name, or its folder is not there.
     """
+    path = Path(path)
     RunConfig.from_mapping(OmegaConf.to_container(OmegaConf.create(text), resolve=False), where=f"recipe {path}")
     try:
         with writing(path.parent, again="write the recipe again"), path.open("x", encoding="utf-8") as file:

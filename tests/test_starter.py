@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,14 @@ def test_classes_without_captions_and_validation_data(photographs: Path) -> None
     assert any("no validation data" in remark for remark in looked.remarks)
 
 
+def test_pictures_that_cannot_be_read_are_counted(photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(photographs, tmp_path / "photographs")
+    first = next(path for path in sorted((tmp_path / "photographs").rglob("*")) if path.is_file())
+    first.write_bytes(b"no picture")
+    remarks = look(tmp_path / "photographs").remarks
+    assert any("1 of 40 samples that were looked at cannot be read" in each for each in remarks)
+
+
 def test_pictures_that_say_nothing_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match="neither captions nor several class folders"):
@@ -153,7 +162,8 @@ def test_the_recipe_is_one_and_runs(
     path = tmp_path / "recipe.yaml"
     write_recipe(path, text)
     config = load_config(RunConfig, path)
-    assert config.method.name == ("contrastive" if teacher is None else "clip_kd")
+    assert config.method.name == ("contrastive" if teacher is None else "hinton")
+    assert teacher is None or config.method.form == "classes"  # as docs/choose_method.md says of class folders
     assert config.student.name == smallest.student["name"]
     assert f"{smallest.megabytes:.1f} MB of weights" in text
     assert all(len(line) <= 150 for line in text.splitlines())

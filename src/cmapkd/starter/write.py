@@ -16,6 +16,7 @@ from cmapkd.starter.student import Measured
 
 LARGEST_BATCH = 256
 EPOCHS = 10
+HINTON = "method: {name: hinton, form: classes}"
 
 
 def compose(looked: Looked, chosen: Measured, *, teacher: str | None, command: str) -> str:
@@ -46,8 +47,7 @@ def compose(looked: Looked, chosen: Measured, *, teacher: str | None, command: s
         f"{chosen.text_ms:.1f} ms, one at a time; another machine differs.",
         f"student: {json.dumps(chosen.student)}",
         "",
-        "# How it learns: cmapkd methods lists the others. Only contrastive needs no teacher.",
-        f"method: {'contrastive' if teacher is None else 'clip_kd'}",
+        *_method(looked, teacher),
         "",
         f"# {counted(looked.samples, 'picture')} to train on, with {said}. Paths start where the command runs.",
         *(f"# {remark}." for remark in looked.remarks),
@@ -75,6 +75,16 @@ def compose(looked: Looked, chosen: Measured, *, teacher: str | None, command: s
             "evaluation: {tasks: zero_shot}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _method(looked: Looked, teacher: str | None) -> list[str]:
+    """The method that docs/choose_method.md names for such data."""
+    known = "# How it learns: cmapkd methods lists the others. Only contrastive needs no teacher."
+    if teacher is None:
+        return [known, "method: contrastive"]
+    if looked.captioned:
+        return [known, "method: clip_kd"]
+    return [known, "# classes: the student learns which classes the teacher sees in a picture.", HINTON]
 
 
 def write_recipe(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from cmapkd.config import counted
+from cmapkd.data.check import percent
 from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.diagnosis.finding import Finding
@@ -48,8 +49,12 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
     if bad:
         share = len(bad) / len(indices)
         level: Literal["note", "problem"] = "problem" if share > config.data.max_bad_share else "note"
+        limit = config.data.max_bad_share
         yield Finding(
-            level, what, f"{len(bad)} of {len(indices)} samples cannot be used ({100 * share:.1f} %), first: {bad[0]}"
+            level,
+            what,
+            f"{len(bad)} of {len(indices)} samples cannot be used ({percent(share, beside=limit)}; training stops "
+            f"above data.max_bad_share, {100 * limit:.4g} %), first: {bad[0]}",
         )
     if role == "train":
         if length < config.training.batch_size:

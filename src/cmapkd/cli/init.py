@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cmapkd.cli.command import command_line
+from cmapkd.cli.command import command_line, tell_start
 
 TEACHER = "open_clip:ViT-B-32/openai"
 
@@ -37,13 +37,15 @@ def init(
     if not data.exists():
         raise ConfigError(f"there is no file or folder {str(data)!r}. {nearest(str(data))}")
 
+    tell_start(f"looking at {data}: starting PyTorch")
     from cmapkd.starter import check_teacher, choose_student, compose, look, write_recipe
 
     check_teacher(teacher)
     console = Console()
     with console.status(escape(f"reading {data}")) as status:
         looked = look(data)
-        chosen = choose_student(max_mb=max_mb, max_ms=max_ms, say=lambda what: status.update(escape(what)))
+        steps = (lambda what: status.update(escape(what))) if console.is_terminal else tell_start
+        chosen = choose_student(max_mb=max_mb, max_ms=max_ms, say=steps)
     given = ["cmapkd", "init", str(data), "--max-mb", f"{max_mb:g}"]
     given += ["--max-ms", f"{max_ms:g}"] if max_ms is not None else []
     given += ["--teacher", teacher] if teacher != TEACHER else []

@@ -15,6 +15,7 @@ from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.views import WHOLE, draw_view
 from cmapkd.diagnosis.finding import Finding
+from cmapkd.diagnosis.models import size_beside
 from cmapkd.evaluation.token_scores import negative_log_likelihoods, row_blocks
 from cmapkd.features.top_tokens import top_tokens
 from cmapkd.models.base import eval_mode
@@ -116,8 +117,7 @@ def check_dialogues(role: str, model: GenerativeModel, asked: Asked, *, max_toke
 def compare_writers(student: GenerativeModel, teacher: GenerativeModel) -> list[Finding]:
     """Sizes, and how many tokens both models have in common."""
     ratio = teacher.num_parameters() / student.num_parameters()
-    size = f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f}x smaller)"
-    findings = [Finding("ok" if ratio > 1 else "note", "pair", size)]
+    findings = [Finding("ok" if ratio > 1 else "note", "pair", size_beside(ratio))]
     try:
         common = check_same_vocabulary(teacher.vocabulary, student.vocabulary)
     except ConfigError as error:

@@ -249,7 +249,7 @@ def test_circle_of_bases_is_refused(tmp_path: Path) -> None:
     [
         ("seed: ${oc.env:HOME}", "plain data, write the value out"),
         ("seed: [1", "not readable YAML"),
-        ("seed: 1\nteacher tiny\nstudent: x\n", r"r\.yaml is not readable YAML: line 3, column 8: .*begins in line 2"),
+        ("seed: 1\nteacher tiny\nstudent: x\n", r"r\.yaml is not readable YAML: line 2: .*, seen in line 3"),
         ("- a\n- b\n", "must be a mapping"),
         ("base: [a, b]", "base must be one recipe's name or file"),
         ("base: hinton_scene", "no recipe 'hinton_scene' \\(did you mean 'hinton_scenes'\\?\\)"),

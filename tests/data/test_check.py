@@ -50,7 +50,7 @@ def test_few_samples_prove_nothing_unless_asked() -> None:
     ledger.check_share(0.0)
     ledger.add(1, [("a", "x")])
     ledger.check_share(0.01)
-    with pytest.raises(TooManyBadSamples, match="1 of 2 samples"):
+    with pytest.raises(TooManyBadSamples, match="1 of 2 readings"):
         ledger.check_share(0.01, minimum=2)
 
 

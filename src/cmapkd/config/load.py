@@ -108,10 +108,10 @@ def yaml_problem(error: Exception) -> str:
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
         return str(error)
     mark, begins = error.problem_mark, error.context_mark
-    text = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
     if begins is not None and begins.line != mark.line:
-        text += f" ({error.context}, which begins in line {begins.line + 1})"
-    return f"{text}. The cause may stand in the line before" if mark.line else text
+        return f"line {begins.line + 1}: {error.problem} {error.context}, seen in line {mark.line + 1}"
+    before = ". The cause may stand in the line before" if mark.line else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{before}"
 
 
 def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:

@@ -340,7 +340,10 @@ def test_numbers_of_a_comparison_by_hand(recipe: Path, fake: FakeRun, tmp_path: 
     assert hinton.values == pytest.approx({0: 35.02, 1: 37.02, 2: 39.02})
     assert (hinton.summary.mean, hinton.summary.deviation) == (pytest.approx(37.02), pytest.approx(2.0))
     assert (hinton.difference.mean, hinton.difference.wins) == (pytest.approx(5.0), 3)
-    assert hinton.difference.interval == pytest.approx((5.0, 5.0))
+    assert hinton.difference.interval is None  # 5 points in every seed: no spread, so no interval of width 0
+    text = (tmp_path / "c" / "table.md").read_text()
+    assert "+5.0 (no spread in 3 seeds), 3/3" in text
+    assert "No spread: all seeds have the same difference" in text
     assert hinton.gap == pytest.approx({seed: 5 / (TEACHER_SCORE - 30.02 - 2 * seed) for seed in (0, 1, 2)})
     scratch = cell(result, "contrastive")
     assert scratch.difference is None
@@ -418,7 +421,7 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     text = (out / "table.md").read_text().splitlines()
     assert text[0] == "## Exploratory, uncorrected: 2 seeds"
     assert text[2].startswith("| arm | mean R@1 | − contrastive [95 %], wins | zero-shot top1 |")
-    assert "| clip_kd, steps=4 | 43.0 ± 1.4 | +12.0 [+12.0, +12.0], 2/2 |" in "\n".join(text)
+    assert "| clip_kd, steps=4 | 43.0 ± 1.4 | +12.0 (no spread in 2 seeds), 2/2 |" in "\n".join(text)
     assert len({line.count("|") for line in text if line.startswith("|")}) == 1
     assert text[2].endswith("| s/step | peak MiB | extra parameters |")
     assert any(line.endswith("| 1,500 | 70,000 |") for line in text)
@@ -429,7 +432,14 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
     console.print(rich_table(result.tables[0]))
     console.file.close()
     shown = (out / "terminal.txt").read_text()
-    for part in ("contrastive, steps=2 (reference)", "43.0 ± 1.4", "+12.0 [+12.0, +12.0]", "gap closed", "s/step"):
+    for part in (
+        "contrastive, steps=2 (reference)",
+        "43.0 ± 1.4",
+        "no spread in 2 seeds",
+        "won 2/2",
+        "gap closed",
+        "s/step",
+    ):
         assert part in shown
 
 
@@ -562,8 +572,11 @@ def test_a_real_comparison(recipe: Path, tmp_path: Path) -> None:
     found = cell(result, "clip_kd", "other.retrieval.mean_r@1")
     assert set(found.values) == set(found.difference.seeds) == {0, 1}
     for path in ("retrieval.mean_r@1", "other.retrieval.mean_r@1"):  # the ranks that the runs kept give their scores
-        two_way = cell(result, "clip_kd", path).two_way
-        assert two_way.mean == pytest.approx(cell(result, "clip_kd", path).difference.mean)
+        two_way, difference = cell(result, "clip_kd", path).two_way, cell(result, "clip_kd", path).difference
+        if two_way is None:  # not one hit of six samples differs
+            assert difference.spreadless
+        else:
+            assert two_way.mean == pytest.approx(difference.mean)
     table = PictureTable(tmp_path / "c" / "pictures.csv")
     for run in result.plan.runs:
         for data, student in (("", "retrieval"), ("other", "other")):

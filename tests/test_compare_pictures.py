@@ -102,7 +102,7 @@ TRUE_LEAD = _true_lead()
 
 def test_the_error_is_that_of_an_analysis_of_variance() -> None:
     """Of seeds, pictures and rest, each counted once: the pigeonhole bootstrap alone counts the rest three times."""
-    values = next(normal_worlds(0.1, 1.0, 2.0))
+    values = next(normal_worlds(0.5, 1.0, 2.0))
     rest = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
     mean_square = (rest**2).sum() / (SEEDS - 1) / (PICTURES - 1)
     expected = values.mean(1).var(ddof=1) / SEEDS + values.mean(0).var(ddof=1) / PICTURES
@@ -124,17 +124,27 @@ def test_many_pictures_are_resampled_in_groups() -> None:
     estimate = two_way_estimate([Part(sums, queries)])
     assert estimate is not None
     assert estimate.mean == pytest.approx(sums.sum() / 4 / queries.sum())
-    of_seeds = (sums.sum(1) / queries.sum()).std(ddof=1) / 2
-    assert estimate.error == pytest.approx(of_seeds, rel=0.6)
-    assert estimate.error >= of_seeds
+    assert estimate.error == pytest.approx(1 / 3 / (4 * count) ** 0.5, rel=0.1)  # the truth: deviation 1, 3 queries
+    assert estimate.error >= (sums.sum(1) / queries.sum()).std(ddof=1) / 2
 
 
 def test_one_seed_or_one_picture_has_no_two_way_interval() -> None:
     assert two_way_estimate([Part(np.ones((1, 9)), np.ones(9))]) is None
     assert two_way_estimate([Part(np.ones((9, 1)), np.ones(1))]) is None
-    certain = two_way_estimate([Part(np.ones((3, 9)), np.ones(9))])
-    assert certain is not None
-    assert (certain.mean, certain.error, certain.interval) == (1.0, 0.0, (1.0, 1.0))
+    assert two_way_estimate([Part(np.ones((3, 9)), np.ones(9))]) is None  # nothing differs: no chance is seen
+
+
+def test_seeds_that_agree_by_chance_leave_the_chance_of_pictures() -> None:
+    """Two seeds each gain one picture, another one: without a floor the variance is that of the seeds, zero."""
+    sums = np.zeros((2, 1000))
+    sums[0, [3, 5, 900]] = (100, 100, -100)
+    sums[1, [7, 9, 901]] = (100, 100, -100)
+    estimate = two_way_estimate([Part(sums, np.ones(1000))])
+    assert estimate is not None
+    assert estimate.mean == pytest.approx(0.1)
+    alone = sums.mean(0).std(ddof=1) / 1000**0.5
+    assert estimate.error >= alone > 0
+    assert estimate.interval[0] < 0 < estimate.interval[1]
 
 
 def test_which_metrics_are_means_over_pictures() -> None:

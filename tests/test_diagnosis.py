@@ -18,7 +18,7 @@ from cmapkd.data.open import open_source
 from cmapkd.diagnosis import Finding, diagnose, examine, verdict
 from cmapkd.diagnosis.data import check_overlap
 from cmapkd.diagnosis.diagnose import check_warmup
-from cmapkd.diagnosis.models import check_activation, check_size, check_weights, millions
+from cmapkd.diagnosis.models import check_activation, check_size, check_weights, millions, size_beside
 from cmapkd.models import DualEncoder, ModelConfig, build_model
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.run import RunConfig, run
@@ -73,7 +73,10 @@ def test_undecodable_images_are_counted(tmp_path: Path) -> None:
                 file.write_bytes(content)
                 shard.add(file, file.name)
     findings = diagnose(_config(data={"train": f"webdataset:{tmp_path}/bad.tar"}))
-    assert "16 of 16 samples cannot be used" in _by_what(findings, "problem")["data.train"]
+    assert (
+        "16 of 16 samples cannot be used (100 %; training stops above data.max_bad_share, 1 %)"
+        in _by_what(findings, "problem")["data.train"]
+    )
 
 
 def test_a_teacher_that_sees_nothing_fails_the_sanity_check(tmp_path: Path) -> None:
@@ -274,3 +277,8 @@ def test_expected_disk_is_what_a_run_takes(tmp_path: Path) -> None:
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     size = sum(file.stat().st_size for file in kept[-1].rglob("*") if file.is_file())
     assert float(number) * {"kB": 1e3, "MB": 1e6}[unit] == pytest.approx(size, rel=0.1)
+
+
+def test_a_larger_student_is_not_called_smaller() -> None:
+    assert size_beside(0.117).startswith("the student has 8.55 times the parameters of the teacher: it is larger")
+    assert size_beside(5.0) == "the student has 20.0% of the teacher's parameters (5.0 times smaller)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def test_classes_without_captions_and_validation_data(photographs: Path) -> None
     assert opened["val"].captions(0)[0] in ("a photo of a cat.", "a photo of a dog.")
     assert any("no captions" in remark for remark in looked.remarks)
     assert any("no validation data" in remark for remark in looked.remarks)
+
+
+def test_pictures_that_cannot_be_read_are_counted(photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(photographs, tmp_path / "photographs")
+    first = next(path for path in sorted((tmp_path / "photographs").rglob("*")) if path.is_file())
+    first.write_bytes(b"no picture")
+    remarks = look(tmp_path / "photographs").remarks
+    assert any("1 of 40 samples that were looked at cannot be read" in each for each in remarks)
 
 
 def test_pictures_that_say_nothing_are_refused(tmp_path: Path) -> None:

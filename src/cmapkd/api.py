@@ -51,7 +51,7 @@ def distill(
     values = load_mapping(recipe) if recipe is not None else {}
     values = merge_mappings(values, {key: value for key, value in given.items() if value is not None})
     config = RunConfig.from_mapping(apply_overrides(values, overrides, where=where), where=where)
-    with resumed_by("Resume it by the same call with resume=True."):
+    with resumed_by(_same_call):
         return run(config, out=Path(out), resume=resume, extend_to=extend_to, console=None if quiet else Console())
 
 
@@ -64,6 +64,11 @@ def load(model: str | Path) -> Model:
         ValueError: nothing loadable is there.
     """
     return load_model(model) if Path(model).is_dir() else _by_name(str(model))
+
+
+def _same_call(settings: tuple[str, ...]) -> str:
+    changed = f" and overrides={list(settings)!r} beside those given" if settings else ""
+    return f"Resume it by the same call with resume=True{changed}."
 
 
 def _by_name(name: str) -> Model:

@@ -147,7 +147,7 @@ def score_table(rows: list[tuple[str, Scores]], *, title: str) -> Table:
 
 
 def _shown(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:z.{digits}f}"
 
 
 def _set(scores: Scores) -> str:

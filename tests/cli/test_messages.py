@@ -13,16 +13,18 @@ import pytest
 import typer.main
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from test_cli import call
 
 import cmapkd.cli
 from cmapkd.cache import CacheError, CacheFolder
-from cmapkd.cli.command import command_line
+from cmapkd.cli.command import command_line, resume_line
 from cmapkd.cli.demo import lesson_of
 from cmapkd.cli.examples import EXAMPLES, examples
 from cmapkd.cli.show import show
-from cmapkd.config import install_advice, writing
+from cmapkd.config import install_advice, resumed_by, writing
 from cmapkd.config.disk import DiskError, check_writable
+from cmapkd.data.check import TooManyBadSamples
 from cmapkd.results import RunResult
 
 
@@ -148,6 +150,47 @@ def test_a_table_of_scores_keeps_its_names_and_numbers_at_any_width(width: int) 
     for expected in ("teacher", "clip_kd", "31.2", "30.1", "64,500,000"):
         assert expected in text
     assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_remarks_are_not_wrapped_to_the_width_of_a_narrow_table() -> None:
+    table = Table("name", "value", caption=Text("a remark that is longer than the table above it is wide"))
+    table.add_row("a", "1")
+    console = Console(width=80, file=io.StringIO(), record=True)
+    show(console, table)
+    assert "a remark that is longer than the table above it is wide" in console.export_text().splitlines()
+    assert table.caption is not None
+
+
+def test_every_line_of_a_listed_cell_stands_below_its_name() -> None:
+    table = Table("arm", "R@1")
+    table.add_row("clip_kd", "43.0 ± 1.4\ndifference +12.0\nseeds [+10.0, +14.0]")
+    for column in table.columns:
+        column.no_wrap = True
+    console = Console(width=25, file=io.StringIO(), record=True)
+    show(console, table)
+    assert [line.rstrip() for line in console.export_text().splitlines()] == [
+        "clip_kd", "  R@1: 43.0 ± 1.4", "    difference +12.0", "    seeds [+10.0, +14.0]",
+    ]  # fmt: skip
+
+
+def test_a_command_speaks_before_torch_is_imported(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any) -> None:
+        raise ValueError("torch would be imported here")
+
+    for module in ("distill", "doctor"):
+        monkeypatch.setattr("cmapkd.cli.recipe.config_of", late)
+        code, printed, errors = cli(module, "demo", *(("--out", "x") if module == "distill" else ()))
+        assert (code, printed) == (2, "")
+        assert errors.splitlines()[0].endswith(": starting PyTorch ...")
+        assert errors.splitlines()[1] == "error: torch would be imported here"
+
+
+def test_a_resume_names_the_settings_that_it_needs() -> None:
+    line = resume_line("distill", "r.yaml", "--out", "x", "--resume")
+    assert line(("data.max_bad_share=0.02",)).endswith("cmapkd distill r.yaml --out x --resume data.max_bad_share=0.02")
+    with pytest.raises(TooManyBadSamples) as stopped, resumed_by(line):
+        raise TooManyBadSamples("repair, and resume the run", settings=["data.max_bad_share=0.02"])
+    assert "data.max_bad_share=0.02" in stopped.value.__notes__[0]
 
 
 def test_a_table_that_fits_stays_a_table() -> None:

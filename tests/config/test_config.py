@@ -249,6 +249,7 @@ def test_circle_of_bases_is_refused(tmp_path: Path) -> None:
     [
         ("seed: ${oc.env:HOME}", "plain data, write the value out"),
         ("seed: [1", "not readable YAML"),
+        ("seed: 1\nteacher tiny\nstudent: x\n", r"r\.yaml is not readable YAML: line 2: .*, seen in line 3"),
         ("- a\n- b\n", "must be a mapping"),
         ("base: [a, b]", "base must be one recipe's name or file"),
         ("base: hinton_scene", "no recipe 'hinton_scene' \\(did you mean 'hinton_scenes'\\?\\)"),
@@ -257,6 +258,11 @@ def test_circle_of_bases_is_refused(tmp_path: Path) -> None:
 def test_unusable_recipes(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_mapping(write(tmp_path / "r.yaml", text))
+
+
+def test_a_folder_is_no_recipe_but_init_makes_one_of_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder, and a recipe is a YAML file.*cmapkd init .* --out"):
+        load_mapping(tmp_path)
 
 
 def test_recipe_that_is_not_text(tmp_path: Path) -> None:

@@ -30,9 +30,19 @@ def test_too_many() -> None:
     ledger.check_share(0.037)
     with pytest.raises(
         TooManyBadSamples,
-        match=r"37 of 1,000 samples \(3\.7 %\) could not be read, more than max_bad_share 1 %: first: s0: image",
+        match=r"37 of 1,000 readings of samples \(3\.7 %\) failed, more than max_bad_share 1 %: first: s0: image",
     ):
         ledger.check_share(0.01)
+
+
+def test_a_share_just_above_the_limit_does_not_look_like_it() -> None:
+    ledger = SampleLedger()
+    ledger.add(96, [("s0", "image is empty (0 bytes)")])
+    with pytest.raises(TooManyBadSamples) as stopped:
+        ledger.check_share(0.01, minimum=1, ended=True)
+    assert "1 of 97 readings of samples (1.03 %) failed, more than max_bad_share 1 %" in str(stopped.value)
+    assert "All steps are trained and saved." in str(stopped.value)
+    assert stopped.value.settings == ("data.max_bad_share=0.02",)  # enough, so that the same command ends
 
 
 def test_few_samples_prove_nothing_unless_asked() -> None:
@@ -40,7 +50,7 @@ def test_few_samples_prove_nothing_unless_asked() -> None:
     ledger.check_share(0.0)
     ledger.add(1, [("a", "x")])
     ledger.check_share(0.01)
-    with pytest.raises(TooManyBadSamples, match="1 of 2 samples"):
+    with pytest.raises(TooManyBadSamples, match="1 of 2 readings"):
         ledger.check_share(0.01, minimum=2)
 
 

@@ -154,7 +154,8 @@ def noise(size: tuple[int, int] = (64, 64)) -> Image.Image:
     ("data", "reason"),
     [
         (b"", "image is empty"),
-        (b"<html>not found</html>", "not an image in a known format"),
+        (b"<html>not found</html>", r'not an image in a known format: it begins with 3c 68 .* \("<html>no"\)'),
+        (b"\x00\x01\x02\x03\x04\x05\x06\x07", "it begins with 00 01 02 03 04 05 06 07$"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "not an image in a known format"),
         (encode(noise(), "JPEG")[:-900], "image is truncated"),
         (encode(noise(), "PNG")[:-900], "image is truncated"),

@@ -299,7 +299,7 @@ def test_a_shard_that_disappears_on_the_way(how: str, shards: Path, tmp_path: Pa
     assert {each for each, _ in counted.ledger.bad} <= {f"1/{index}" for index in range(32, 64)}
     said = {"gone": r"No such file or directory \(1.tar\)", "cut": "changed", "replaced": "changed"}[how]
     stopped = make_trainer(tmp_path / "few", source=source, steps=40, max_bad_share=0.01)
-    with pytest.raises(TooManyBadSamples, match=rf"could not be read, more than max_bad_share 1 %.*{said}"):
+    with pytest.raises(TooManyBadSamples, match=rf"failed, more than max_bad_share 1 %.*{said}"):
         stopped.run()
 
 

@@ -10,7 +10,9 @@ from model_support import TEXTS, check_contract, check_round_trip, hooked, image
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
-from cmapkd.models import ModelConfig, build_model
+from cmapkd.models import ModelConfig, build_model, load_model
+from cmapkd.models.load import check_name
+from cmapkd.models.storage import DESCRIPTION
 from cmapkd.models.tiny import PRESETS, TinyDualEncoder
 from cmapkd.models.vocabulary import TrainedTokenizer
 
@@ -110,3 +112,29 @@ def test_unknown_level_names_the_closest() -> None:
     model = small()
     with pytest.raises(ValueError, match=r"no image level 'block\.0' \(did you mean 'blocks\.0'\?\)"):
         model.encode_image(images(model), ["block.0"])
+
+
+def test_what_is_neither_picture_nor_text_is_said(tmp_path: Path) -> None:
+    model = build_model("tiny:scenes-teacher")
+    with pytest.raises(IsADirectoryError, match="is a folder: give the files in it"):
+        model.embed(images=[tmp_path])
+    with pytest.raises(TypeError, match="texts is of type int: give one, or a list of them"):
+        model.embed(texts=5)  # type: ignore[arg-type]
+
+
+def test_a_wrong_name_is_refused_without_building(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no model tiny:smal \(did you mean 'small'\?\)"):
+        check_name("tiny:smal")
+    for known in ("tiny:small", "tiny_vlm:small", "open_clip:ViT-B-32/openai", str(tmp_path)):
+        check_name(known)
+    with pytest.raises(ConfigError, match="names no family"):
+        check_name("nothing")
+
+
+def test_a_folder_of_runs_names_them_and_a_misspelt_one_is_known(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "first" / "student").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "student" / DESCRIPTION).write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is no model, but has .*runs/first: name one of them"):
+        load_model(tmp_path / "runs")
+    with pytest.raises(ConfigError, match=r"did you mean '.*runs/first'"):
+        build_model(str(tmp_path / "runs" / "firts"))

@@ -101,6 +101,31 @@ def test_a_student_that_is_larger_is_not_called_smaller(tmp_path: Path) -> None:
     assert any("2 times fewer" in each.text for each in said(write_metrics(tmp_path / "small", 20.0, 10.0)))
 
 
+def zero_shot(top1: float, *, classes: int, pictures: int) -> dict[str, Any]:
+    return {"zero_shot": {"top1": top1, "num_classes": classes, "num_images": pictures}, "params": 1_000}
+
+
+def test_nothing_is_kept_of_a_teacher_at_chance(tmp_path: Path) -> None:
+    few = {"teacher": zero_shot(14.3, classes=3, pictures=7), "student": zero_shot(28.6, classes=3, pictures=7)}
+    text = " ".join(each.text for each in said(write_metrics(tmp_path / "few", 0.0, None, **few)))
+    assert "keeps" not in text
+    assert "Its teacher, with 14.3, is not clearly above chance (33.3)" in text
+    assert "Scores are of 7 pictures: one is 14.3 points." in text
+    many = {"teacher": zero_shot(60.0, classes=3, pictures=900), "student": zero_shot(45.0, classes=3, pictures=900)}
+    text = " ".join(each.text for each in said(write_metrics(tmp_path / "many", 0.0, None, **many)))
+    assert "keeps 75 % of the teacher's zero-shot" in text
+    assert "Scores are of" not in text
+
+
+def test_equal_scores_of_all_seeds_have_no_interval(tmp_path: Path) -> None:
+    folders = [write_metrics(tmp_path / f"seed{seed}", 20.0, 10.0, seed=seed) for seed in (0, 1)]
+    (arm,) = arms_of(read_paths(folders).runs)
+    mean = arm.mean("student", "retrieval", "mean_r@1")
+    assert mean is not None
+    assert mean.interval is None
+    assert arm.difference("retrieval", "mean_r@1") == 10.0
+
+
 def bits(value: float) -> dict[str, Any]:
     return {"perplexity": {"negative_bits_per_byte": value, "bits_per_byte": -value}, "params": 1_000}
 
@@ -194,7 +219,32 @@ def test_the_best_rank_is_the_lowest() -> None:
     metric = "retrieval.t2i.median_rank"
     rows = [{"row": name, "metrics": {metric: {"summary": {"mean": mean}}}} for name, mean in (("a", 4.0), ("b", 9.0))]
     first, *_ = comparison_verdict(comparison({"metrics": [metric], "rows": rows}))
-    assert first.text.startswith("a has the lowest t2i median rank: 4.0")
+    assert first.text.startswith("a has the lowest t2i median rank of the trained arms: 4.0")
+
+
+def arm(name: str, *values: float) -> dict[str, Any]:
+    kept = {str(seed): value for seed, value in enumerate(values)}
+    summary = {"mean": sum(values) / len(values)}
+    return {"row": name, "metrics": {"retrieval.mean_r@1": {"summary": summary, "values": kept}}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ((0.12, 0.20), (0.08, 0.16), "is the same in all 2 seeds, which show no spread"),
+        ((0.10, 0.22), (0.16, 0.08), "is not resolved: 95 % interval"),
+        ((9.0,), (4.0,), "is of one seed, so chance is not excluded"),
+        ((9.0, 9.1, 9.2), (4.0, 4.2, 4.1), ""),
+    ],
+)
+def test_the_best_arm_is_praised_only_where_seeds_tell_it_apart(
+    first: tuple[float, ...], second: tuple[float, ...], told: str
+) -> None:
+    table = {"metrics": ["retrieval.mean_r@1"], "rows": [arm("a", *first), arm("b", *second)]}
+    sentence, *_ = comparison_verdict(comparison(table))
+    assert "a has the highest mean R@1 of the trained arms: " in sentence.text
+    assert told in sentence.text
+    assert (sentence.tone == "bad") == bool(told)
 
 
 # ------------------------------------------------------------------------------------------------ test data

@@ -174,6 +174,19 @@ def test_the_groups_hold_every_query(run: Path, page: str) -> None:
     assert 100 * right / retrieval["num_texts"] == pytest.approx(retrieval["t2i"]["r@1"], abs=0.01)
 
 
+def test_captions_of_classes_are_right_for_every_picture_of_the_class(tmp_path: Path) -> None:
+    """Where most captions are said of several pictures, another picture of the same class is no wrong answer."""
+    source = write_pictures(tmp_path / "data", count=9, captions=("a photo of a cat.", "a photo of a dog."))
+    kept = (tmp_path / "data" / "val.jsonl").read_text(encoding="utf-8").splitlines()[::2]  # one caption a picture
+    (tmp_path / "data" / "val.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    folder = write_run(tmp_path / "run", source=source)
+    page = write_report([folder], tmp_path / "page.html", gallery=4).read_text(encoding="utf-8")
+    assert "A caption is right for every picture of which the same is said." in page
+    assert "also said of this picture" not in page
+    assert "✓ same caption" in page
+    assert "✗ same caption" not in page
+
+
 def test_without_pictures_and_captions(run: Path, tmp_path: Path) -> None:
     page = write_report([run], tmp_path / "a.html", gallery=1, images=False).read_text(encoding="utf-8")
     assert "<img" not in page

@@ -213,7 +213,8 @@ def test_too_many_bad_samples_end_a_short_run_too(teacher: str, tmp_path: Path) 
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
     (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
     values = settings(teacher, data={"train": f"csv:{tmp_path}/train.csv", "val": "scenes@val?length=10&size=32"})
-    with pytest.raises(TooManyBadSamples, match="more than max_bad_share 1 %"):
+    with pytest.raises(TooManyBadSamples, match="more than max_bad_share 1 %") as stopped:
         cmapkd.distill(**values, out=tmp_path / "run")
+    assert any("resume=True and overrides=['data.max_bad_share=0." in note for note in stopped.value.__notes__)
     result = cmapkd.distill(**values, out=tmp_path / "run", resume=True, overrides=["data.max_bad_share=0.9"])
     assert result.metrics["bad_samples"]["num_bad"] > 0

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmapkd.cli.command import Command, command_line
+from cmapkd.cli.command import Command, command_line, tell_start
 from cmapkd.cli.report import leave_page
 
 _FOLLOWS = {"--seeds": re.compile(r"\d+$"), "--arms": re.compile(r"[^=:]+:(\s|$)")}
@@ -67,6 +67,7 @@ def compare(
 
     if ablation is None and not axis:
         _check_early(source, overrides or [], arms or [])
+    tell_start(f"{'listing' if dry_run else 'preparing'} the comparison: starting PyTorch")
 
     from cmapkd.compare import compare as carry_out
     from cmapkd.compare import load_comparison, prepare, tune

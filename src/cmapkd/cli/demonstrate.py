@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmapkd.cli.command import command_line
+from cmapkd.cli.command import command_line, resume_line
 from cmapkd.cli.ending import tell_end
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ def demonstrate(demo: Demo, out: Path | None, overrides: Sequence[str]) -> None:
     out = out or Path("runs") / time.strftime(f"{demo.recipe}-%Y%m%d-%H%M%S")
     for line in demo.plan(config):
         console.print(line, markup=False, highlight=False)
-    command = command_line("distill", demo.recipe, *overrides, "--out", str(out), "--resume")
+    words = ("distill", demo.recipe, *overrides, "--out", str(out), "--resume")
+    command = command_line(*words)
     try:
-        with resumed_by(f"Resume it with:\n  {command}"):
+        with resumed_by(resume_line(*words)):
             result = run(config, out=out, console=console)
     except Interrupted as stopped:
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cmapkd.cli.command import command_line
+from cmapkd.cli.command import command_line, resume_line, tell_start
 from cmapkd.cli.ending import tell_end
 
 
@@ -24,7 +24,7 @@ def distill(
     """Train a student from a recipe and measure it beside its teacher."""
     from rich.console import Console
 
-    from cmapkd.cli.recipe import read_recipe
+    from cmapkd.cli.recipe import checked_recipe, config_of
     from cmapkd.config import ConfigError, list_recipes, recipe_summary, resumed_by
 
     console = Console()
@@ -36,16 +36,19 @@ def distill(
     if out is None:
         raise ConfigError("name the run folder: --out DIR")
 
-    config = read_recipe(recipe, overrides)
+    values = checked_recipe(recipe, overrides)
+    tell_start(f"{'going on with' if resume or extend_to else 'distilling'} {recipe} in {out}: starting PyTorch")
+    config = config_of(recipe, values)
 
     from cmapkd.cli.show import show
     from cmapkd.run import run
     from cmapkd.training import Interrupted
 
     how = ["--resume"] if extend_to is None else ["--extend-to", str(extend_to)]
-    command = command_line("distill", recipe, *(overrides or []), "--out", str(out), *how)
+    words = ("distill", recipe, *(overrides or []), "--out", str(out), *how)
+    command = command_line(*words)
     try:
-        with resumed_by(f"Resume it with:\n  {command}"):
+        with resumed_by(resume_line(*words)):
             result = run(config, out=out, resume=resume, extend_to=extend_to, console=console)
     except Interrupted as stopped:
         console.print(f"{stopped}. Go on with:\n  {command}", markup=False, highlight=False, soft_wrap=True)

@@ -20,9 +20,12 @@ def doctor(
     from rich.console import Console
     from rich.markup import escape
 
-    from cmapkd.cli.recipe import read_recipe
+    from cmapkd.cli.command import tell_start
+    from cmapkd.cli.recipe import checked_recipe, config_of
 
-    config = read_recipe(recipe, overrides)
+    values = checked_recipe(recipe, overrides)
+    tell_start(f"checking {recipe}: starting PyTorch")
+    config = config_of(recipe, values)
 
     from cmapkd.diagnosis import examine, verdict
 

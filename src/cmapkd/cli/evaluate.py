@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmapkd.cli.command import command_line
+from cmapkd.cli.command import command_line, tell_start
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +70,7 @@ def evaluate(
     if json_file is not None:
         check_writable(json_file)
 
+    tell_start(f"scoring {counted(len(named), 'model')}: starting PyTorch")
     import torch
 
     from cmapkd.data.open import open_source

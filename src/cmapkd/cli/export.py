@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cmapkd.cli.command import tell_start
+
 
 def export(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a name such as tiny:scenes-teacher.")],
@@ -52,6 +54,7 @@ def export(
     if to in ("transformers", "open_clip") and accept_loss is not None:
         raise ConfigError("--accept-loss is for files of a runtime: libraries get the weights as they are")
 
+    tell_start(f"exporting {model} to {out}: starting PyTorch")
     from cmapkd.api import load
     from cmapkd.export.calibration import open_calibration
     from cmapkd.export.folder import refuse_existing
@@ -71,6 +74,7 @@ def export(
     terms = licence_of(teachers_of(model), licence)
     source = None if data is None else open_validation(data, split)
     read = dual(load(model), "cmapkd export")
+    tell_start(f"writing {to} ({precision}) and comparing every file with {model}; large models take minutes")
     known: dict[str, Any] = {"origin": origin_of(model), "licence": terms, "data": source}
     if to == "onnx":
         names = [name.strip() for name in precision.split(",")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cmapkd.cli.command import command_line
+from cmapkd.cli.command import command_line, tell_start
 
 TEACHER = "open_clip:ViT-B-32/openai"
 
@@ -42,13 +42,15 @@ def init(
     if not Path(data).exists() and ":" not in data and data.partition("@")[0] != "scenes":  # a path, not a source
         raise ConfigError(f"there is no file or folder {data!r}. {nearest(data)}")
 
+    tell_start(f"looking at {data}: starting PyTorch")
     from cmapkd.starter import check_teacher, choose_student, compose, look, weights_said, write_recipe
 
     check_teacher(teacher)
     console = Console()
     with console.status(escape(f"reading {data}")) as status:
         looked = look(data)
-        chosen = choose_student(max_mb=max_mb, max_ms=max_ms, say=lambda what: status.update(escape(what)))
+        steps = (lambda what: status.update(escape(what))) if console.is_terminal else tell_start
+        chosen = choose_student(max_mb=max_mb, max_ms=max_ms, say=steps)
     given = ["cmapkd", "init", data, "--max-mb", f"{max_mb:g}"]
     given += ["--max-ms", f"{max_ms:g}"] if max_ms is not None else []
     given += ["--teacher", teacher] if teacher != TEACHER else []

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmapkd.cli.command import command_line
+from cmapkd.cli.command import command_line, tell_start
 
 CARDS = 6
 """Of each outcome and direction, by default."""
@@ -36,7 +36,10 @@ def report(
     """Write one self-contained page: verdict, scores, cost, curves, examples to look at, origins."""
     from rich.console import Console
 
+    from cmapkd.config import in_bytes
+
     _refuse_missing(paths)
+    tell_start(f"reading {', '.join(map(str, paths))}: starting PyTorch")
 
     from cmapkd.report import write_report
 
@@ -52,7 +55,7 @@ def report(
         seed=seed,
         say=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
     )
-    console.print(f"report: {written} ({written.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False)
+    console.print(f"report: {written} ({in_bytes(written.stat().st_size)})", markup=False, highlight=False)
 
 
 def _refuse_missing(paths: list[Path]) -> None:

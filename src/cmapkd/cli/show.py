@@ -17,11 +17,17 @@ def show(console: Console, table: Table | str) -> None:
     if isinstance(table, str):
         console.print(table, markup=False, highlight=False)
         return
-    if not table.columns or _narrowest(table) <= console.width:
-        console.print(table)
-        return
-    for line in _lists(table):
-        console.print(line, soft_wrap=False)
+    remarks, table.caption = table.caption, None  # below it, and not wrapped to the width of a narrow table
+    try:
+        if not table.columns or _narrowest(table) <= console.width:
+            console.print(table)
+        else:
+            for line in _lists(table):
+                console.print(line, soft_wrap=False)
+    finally:
+        table.caption = remarks
+    if remarks:
+        console.print(Text(_plain(remarks)))
 
 
 def _narrowest(table: Table) -> int:
@@ -45,9 +51,8 @@ def _lists(table: Table) -> Iterator[Text]:
             yield Text(cells[0], "bold")
         for head, cell in zip(heads[1:], cells[1:], strict=True):
             if cell and cell != "-":
+                cell = cell.replace("\n", "\n    ")
                 yield Text(f"  {head}: {cell}" if head else f"  {cell}")
-    if table.caption:
-        yield Text(_plain(table.caption))
 
 
 def _plain(cell: object) -> str:

@@ -17,6 +17,7 @@ RESAMPLES = 2000
 MAX_GROUPS = 10_000
 """More pictures than this are first summed up in so many random groups, which are then resampled."""
 
+_ROUNDING = 1e-12  # a standard error below this share of the largest value is none
 _BLOCK = 4_000_000  # weights of pictures held at once
 
 
@@ -39,7 +40,8 @@ def two_way_estimate(parts: Sequence[Part], *, resamples: int = RESAMPLES, seed:
       surplus times are taken off, by the mean square of the rest in a two-way analysis of variance.
 
     The interval is mean ± t x error. The degrees of freedom are Satterthwaite's, rounded down: about those of the seeds
-    where seeds dominate, and many where pictures do. The variance is at least that of the seeds alone.
+    where seeds dominate, and many where pictures do. The variance is at least that of the seeds alone, of the pictures
+    alone, and of the rest alone. Each of them is a lower bound that the estimate can miss by chance.
 
     Covered: other random seeds, and other pictures with captions from where these came from. Not covered: other
     training data, another teacher, or pictures of another kind.
@@ -49,7 +51,7 @@ def two_way_estimate(parts: Sequence[Part], *, resamples: int = RESAMPLES, seed:
         resamples: the error of the standard error is 1 / sqrt(2 x resamples), 1.6 % with 2,000.
         seed: of the random draws.
     Returns:
-        None with fewer than two seeds or two pictures.
+        None with fewer than two seeds or two pictures, or where every seed has the same difference at every picture.
     """
     num_seeds, num_pictures = parts[0].sums.shape
     if num_seeds < 2 or num_pictures < 2:
@@ -63,10 +65,13 @@ def two_way_estimate(parts: Sequence[Part], *, resamples: int = RESAMPLES, seed:
     rest = linear - linear.mean(0) - linear.mean(1, keepdims=True) + linear.mean()
     of_rest = float((rest**2).sum()) / ((num_seeds - 1) * (num_pictures - 1)) / (num_seeds * num_pictures)
     drawn = float(_resampled_means(parts, resamples, random).var(ddof=1))
-    variance = max(drawn - 2 * of_rest, of_seeds)
+    pictures_alone = float(linear.mean(0).var(ddof=1)) / num_pictures
+    variance = max(drawn - 2 * of_rest, of_seeds, pictures_alone, of_rest)
+    if variance <= (_ROUNDING * float(np.abs(linear).max())) ** 2:
+        return None
     of_pictures = variance - of_seeds
     spread = of_seeds**2 / (num_seeds - 1) + of_pictures**2 / (num_pictures - 1)
-    degrees = max(num_seeds - 1, math.floor(variance**2 / spread)) if spread > 0 else num_seeds - 1
+    degrees = max(num_seeds - 1, math.floor(variance**2 / spread))
     return Estimate(mean, math.sqrt(variance), degrees, "seeds and pictures")
 
 

@@ -15,6 +15,7 @@ from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.declared import ContrastConfig
 from cmapkd.compare.tuning import TuningConfig
 from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
+from cmapkd.config.load import yaml_problem
 from cmapkd.evaluation.tasks import TASKS
 
 Arm = dict[str, Any] | tuple[str, ...]  # settings over the base, as a mapping or as key=value
@@ -385,7 +386,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (YAMLError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+        raise ConfigError(f"{path} is not readable YAML: {yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of keys, not {type(values).__name__}")
     read: dict[str, Any] = {str(key): value for key, value in values.items()}

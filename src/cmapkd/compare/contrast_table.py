@@ -101,9 +101,9 @@ def _shown_difference(tested: TestedContrast, digits: int) -> str:
     if difference is None:
         return "-"
     if estimate is None:
-        return f"{difference.mean:+.{digits}f}"
+        return f"{difference.mean:+z.{digits}f}"
     low, high = estimate.interval
-    return f"{difference.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{difference.mean:+z.{digits}f} [{low:+z.{digits}f}, {high:+z.{digits}f}]"
 
 
 def _shown_p(p: float | None) -> str:

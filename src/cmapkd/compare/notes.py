@@ -72,6 +72,11 @@ def _difference_notes(table: PlannedTable, rows: Sequence[RowSummary]) -> Iterat
             "The interval over pictures also covers another draw of test pictures, by a bootstrap over seeds "
             "and pictures (Owen 2007)."
         )
+    if any(cell.difference and cell.difference.spreadless for row in rows for cell in row.cells.values()):
+        yield (
+            "No spread: all seeds have the same difference, so there is no interval over seeds. This is no evidence "
+            "that another seed would have it, too."
+        )
 
 
 def _interval_notes(rows: Sequence[RowSummary]) -> Iterator[str]:

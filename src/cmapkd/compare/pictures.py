@@ -164,7 +164,7 @@ def resampled_difference(
     Returns:
         None with one seed.
     Raises:
-        NoPictures: says why there is no such estimate.
+        NoPictures: says why there is no such estimate. All seeds may agree at every picture, too.
     """
     measures = measures_of(path)
     digests: set[str] = set()
@@ -184,4 +184,7 @@ def resampled_difference(
         kept = float(np.mean(means))
         if abs(kept - expected) > max(_TOLERANCE, 1e-4 * abs(expected)):
             raise NoPictures(f"the pictures of seed {seed} give a difference of {kept:.3f}, the scores {expected:.3f}")
-    return two_way_estimate([Part(np.stack(rows), each) for rows, each in zip(sums, queries, strict=True)])
+    estimate = two_way_estimate([Part(np.stack(rows), each) for rows, each in zip(sums, queries, strict=True)])
+    if estimate is None and len(difference.seeds) > 1:
+        raise NoPictures("every seed and picture has the same difference")
+    return estimate

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-12  # of the largest score: 0.20 - 0.16 and 0.12 - 0.08 are the same difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +63,23 @@ class PairedDifference:
     left_out: tuple[int, ...]  # those that only one has: no part of any number here
     differences: tuple[float, ...]
     mean: float
-    deviation: float | None
+    deviation: float | None  # of the sample; None with one seed, 0 where all differences are equal
     wins: int  # seeds in which the arm is strictly better
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % t interval of the mean over seeds; None with one seed."""
+        """The 95 % t interval of the mean over seeds; None with one seed, or where all seeds differ equally."""
         return None if self.estimate is None else self.estimate.interval
 
     @property
+    def spreadless(self) -> bool:
+        """Whether several seeds have the same difference: chance then cannot be judged by them."""
+        return self.deviation == 0
+
+    @property
     def estimate(self) -> Estimate | None:
-        """The mean with its standard error over seeds; None with one seed."""
-        if self.deviation is None:
+        """The mean with its standard error over seeds; None where `interval` is."""
+        if not self.deviation:
             return None
         count = len(self.seeds)
         return Estimate(self.mean, self.deviation / math.sqrt(count), count - 1, "seeds")
@@ -123,12 +129,16 @@ def paired_difference(
     differences = tuple(values[seed] - reference[seed] for seed in seeds)
     summary = summarize(differences)
     assert summary is not None
+    deviation = summary.deviation
+    largest = max(abs(each[seed]) for each in (values, reference) for seed in seeds)
+    if deviation is not None and deviation <= _ROUNDING * largest:
+        deviation = 0.0
     return PairedDifference(
         seeds=seeds,
         left_out=tuple(sorted(values.keys() ^ reference.keys())),
         differences=differences,
         mean=summary.mean,
-        deviation=summary.deviation,
+        deviation=deviation,
         wins=sum(difference < 0 if lower_is_better else difference > 0 for difference in differences),
     )
 

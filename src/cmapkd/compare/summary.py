@@ -82,7 +82,7 @@ class _Evidence:
         try:
             two_way = resampled_difference(self.ranks, runs, others, *split_metric(path, self.data), paired)
         except NoPictures as error:
-            return _Difference(paired, None, str(error))
+            return _Difference(paired, None, "" if paired.spreadless else str(error))
         return _Difference(paired, two_way, "")
 
     def gap_start(self, row: Row, path: str) -> GapStart:
@@ -100,7 +100,7 @@ def off_plateau(values: Mapping[int, float], path: str, plateau: float) -> tuple
 class _Difference(NamedTuple):
     paired: PairedDifference | None
     two_way: Estimate | None
-    reason: str  # why there is no two-way estimate; empty where there is one, or too few seeds
+    reason: str  # why there is no two-way estimate; empty where there is one, or where seeds give none either
 
 
 def summarize_tables(

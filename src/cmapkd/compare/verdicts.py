@@ -24,7 +24,7 @@ class Contrast:
     metric: str
     smallest: float | None  # the smallest difference that matters, in units of the metric
     difference: PairedDifference | None  # None where the rows have no seed in common
-    estimate: Estimate | None  # what is tested; None with fewer than two seeds
+    estimate: Estimate | None  # what is tested; None with fewer than two seeds, or without any spread
     family_key: object  # contrasts of equal keys are one test, in whatever tables they stand
     remark: str = ""  # why the estimate covers seeds alone
 
@@ -105,4 +105,6 @@ def _reason(contrast: Contrast) -> str:
     count = len(contrast.difference.seeds)
     if count <= EXPLORATORY_SEEDS:
         return f"{counted(count, 'seed')}: a verdict needs {EXPLORATORY_SEEDS + 1} or more"
+    if contrast.estimate is None:
+        return f"all {count} seeds have the same difference, so they show no spread to judge chance by"
     return ""

@@ -261,7 +261,7 @@ def rich_table(table: TableSummary) -> Table:
         for path, digits in _digits(table).items():
             cell = row.cells[path]
             lines = [_value(cell.summary, digits, median=row.median_shown(path))]
-            cells.append("\n".join([*lines, *_difference(cell, digits)]))
+            cells.append("\n".join([*lines, *_difference(cell, digits, labelled=True)]))
         cells += [_off_plateau(row)] * plateau + ([_gap(row, table)] if gap else [])
         cells += [_cost(row, name) for name in costs]
         shown.add_row(*(Text(printable(cell)) for cell in cells))
@@ -306,28 +306,34 @@ def _digits(table: TableSummary) -> dict[str, int]:
 def _value(summary: Summary | None, digits: int, *, median: bool = False) -> str:
     if summary is None:
         return "-"
-    deviation = "" if summary.deviation is None else f" ± {summary.deviation:.{digits}f}"
-    mean = f"{summary.mean:.{digits}f}"
-    mean = mean if float(mean) else mean.removeprefix("-")  # nearly none has no minus
-    return f"{mean}{deviation}" + (f" (median {summary.median:.{digits}f})" if median else "")
+    deviation = "" if summary.deviation is None else f" ± {summary.deviation:z.{digits}f}"
+    return f"{summary.mean:z.{digits}f}{deviation}" + (f" (median {summary.median:z.{digits}f})" if median else "")
 
 
-def _difference(cell: Cell, digits: int) -> list[str]:
-    """The difference with its interval over seeds, that over seeds and pictures, and the seeds won."""
+def _difference(cell: Cell, digits: int, *, labelled: bool = False) -> list[str]:
+    """The difference with its interval over seeds, that over seeds and pictures, and the seeds won.
+
+    Args:
+        labelled: each part says what it is, as no head of a column does.
+    """
     difference = cell.difference
     if difference is None:
         return []
-    shown = [f"{difference.mean:+.{digits}f}"]
+    shown, count = ["difference " * labelled + f"{difference.mean:+z.{digits}f}"], len(difference.seeds)
     if difference.interval is not None:
-        shown[0] += f" {_interval(difference.interval, digits)}"
+        interval = _interval(difference.interval, digits)
+        shown = [*shown, f"seeds {interval}"] if labelled else [f"{shown[0]} {interval}"]
+    elif difference.spreadless:
+        none = f"no spread in {count} seeds"
+        shown = [*shown, none] if labelled else [f"{shown[0]} ({none})"]
     if cell.two_way is not None:
-        shown.append(_interval(cell.two_way.interval, digits))
-    return [*shown, f"{difference.wins}/{len(difference.seeds)}"]
+        shown.append("and pictures " * labelled + _interval(cell.two_way.interval, digits))
+    return [*shown, "won " * labelled + f"{difference.wins}/{count}"]
 
 
 def _interval(interval: tuple[float, float], digits: int) -> str:
     low, high = interval
-    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"[{low:+z.{digits}f}, {high:+z.{digits}f}]"
 
 
 def _off_plateau(row: RowSummary) -> str:

@@ -101,6 +101,19 @@ def _layers(recipe: str | Path, seen: tuple[str, ...]) -> list[dict[str, Any]]:
     return [*_layers(beside if beside.suffix and beside.exists() else base, (*seen, here)), values]
 
 
+def yaml_problem(error: Exception) -> str:
+    """What is wrong with a YAML text, and in which line; of other errors their own words."""
+    from yaml import MarkedYAMLError
+
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    mark, begins = error.problem_mark, error.context_mark
+    if begins is not None and begins.line != mark.line:
+        return f"line {begins.line + 1}: {error.problem} {error.context}, seen in line {mark.line + 1}"
+    before = ". The cause may stand in the line before" if mark.line else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{before}"
+
+
 def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
     from omegaconf import OmegaConf
     from yaml import YAMLError
@@ -109,6 +122,11 @@ def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         packaged = resources.files("cmapkd.recipes") / f"{recipe}.yaml"
         if path.suffix or not packaged.is_file():
+            if path.is_dir():
+                raise ConfigError(
+                    f"{str(recipe)!r} is a folder, and a recipe is a YAML file. Make one for the pictures in it: "
+                    f"cmapkd init {recipe} --out my_recipe.yaml"
+                )
             known = list_recipes()
             raise ConfigError(
                 f"there is no recipe {str(recipe)!r}{closest(str(recipe), known)}: give a YAML file or one of "
@@ -122,7 +140,7 @@ def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
     except (YAMLError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"recipe {path} is not readable YAML: {error}") from None
+        raise ConfigError(f"recipe {path} is not readable YAML: {yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} must be a mapping of keys, not {type(values).__name__}")
     return {str(key): value for key, value in values.items()}, str(path)

@@ -6,7 +6,7 @@ looked at, or when to give up. A setting that changes the weights or the scores 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, get_args
 
@@ -21,13 +21,17 @@ RESUME: Final = "resume the run"
 
 
 @contextmanager
-def resumed_by(how: str) -> Iterator[None]:
-    """Adds `how`, a sentence of this interface, to an error whose message advises a resume."""
+def resumed_by(how: str | Callable[[tuple[str, ...]], str]) -> Iterator[None]:
+    """Adds `how`, a sentence of this interface, to an error whose message advises a resume.
+
+    Args:
+        how: the sentence; or what makes it of the settings (`key=value`) that the error says the resume needs.
+    """
     try:
         yield
     except Exception as error:
         if RESUME in str(error):
-            error.add_note(how)
+            error.add_note(how if isinstance(how, str) else how(tuple(getattr(error, "settings", ()))))
         raise
 
 

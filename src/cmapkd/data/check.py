@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cmapkd.config import RunStopped, counted
+from cmapkd.config import RESUME, RunStopped, counted
 from cmapkd.config.disk import usual_rights
 
 NO_CAPTION = "no caption"
@@ -21,8 +22,25 @@ OTHER_KINDS = "other reasons"
 _MOST_CHARACTERS = 500  # of a listed id or reason
 
 
+def percent(share: float, *, beside: float) -> str:
+    """A share in percent, with so many decimals that it does not look like the limit `beside` it: `1.03 %`."""
+    for digits in range(2, 8):
+        text = f"{100 * share:.{digits}g}"
+        if share == beside or float(text) != float(f"{100 * beside:.{digits}g}"):
+            break
+    return f"{text} %"
+
+
 class TooManyBadSamples(RunStopped):
-    """More of the data was unreadable than the run allows."""
+    """More of the data was unreadable than the run allows.
+
+    Attributes:
+        settings: with which the resumed run goes on, as `key=value`.
+    """
+
+    def __init__(self, message: str, *, settings: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.settings = tuple(settings)
 
 
 class SampleLedger:
@@ -68,9 +86,11 @@ class SampleLedger:
         """Bad readings over all, in [0, 1]."""
         return self.num_bad / max(1, self.num_good + self.num_bad)
 
-    def check_share(self, max_share: float, minimum: int = 100) -> None:
+    def check_share(self, max_share: float, minimum: int = 100, *, ended: bool = False) -> None:
         """Stops a run whose data is broken, once `minimum` samples were read.
 
+        Args:
+            ended: whether the last step is trained and saved, so that only the scores are missing.
         Raises:
             TooManyBadSamples: the share of bad readings is above `max_share`.
         """
@@ -79,10 +99,12 @@ class SampleLedger:
             return
         sample_id, reason = self.bad[0]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common(4))
+        saved = "All steps are trained and saved. To get the scores, repair" if ended else "Repair"
         raise TooManyBadSamples(
-            f"{self.num_bad} of {counted(total, 'sample')} ({100 * share:.2g} %) could not be read, more than "
-            f"max_bad_share {100 * max_share:.4g} %: first: {sample_id}: {reason}. By kind: {kinds}. Repair the data, "
-            "or raise max_bad_share."
+            f"{self.num_bad} of {counted(total, 'reading')} of samples ({percent(share, beside=max_share)}) failed, "
+            f"more than max_bad_share {100 * max_share:.4g} %: first: {sample_id}: {reason}. By kind: {kinds}. "
+            f"{saved} the data or raise data.max_bad_share, and {RESUME}.",
+            settings=[f"data.max_bad_share={math.ceil(100 * share + 1e-9) / 100:g}"],
         )
 
     def summary(self) -> str:

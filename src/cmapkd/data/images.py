@@ -61,12 +61,18 @@ def decode_image(data: bytes, sample_id: str, *, max_pixels: int = MAX_PIXELS) -
         except Image.DecompressionBombError:
             raise BadSampleError(sample_id, "image is too large: over Pillow's limit of pixels") from None
         except UnidentifiedImageError:
-            start = data[:8].hex(" ")
-            raise BadSampleError(sample_id, f"not an image in a known format: it begins with {start}") from None
+            raise BadSampleError(sample_id, f"not an image in a known format: it begins with {_start(data)}") from None
         except Exception as error:  # damaged bytes raise anything: OSError, SyntaxError, struct.error, zlib.error, ...
             detail = str(error) or type(error).__name__
             kind = "image is truncated" if "truncated" in detail.lower() else "image cannot be decoded"
             raise BadSampleError(sample_id, f"{kind}: {detail}") from None
+
+
+def _start(data: bytes) -> str:
+    """The first bytes, as text too where they are: `74 65 78 74 ("text")`."""
+    first = data[:8]
+    text = first.decode("ascii", "replace")
+    return first.hex(" ") + (f' ("{text}")' if text.isprintable() and text.isascii() else "")
 
 
 def upright_rgb(image: Image.Image, sample_id: str) -> Image.Image:

@@ -46,6 +46,21 @@ class _Phase:
     cursors: tuple[Cursor, ...]
 
 
+def check_length(length: int, batch_size: int) -> None:
+    """Refuses data that cannot fill one batch.
+
+    Args:
+        length: of the training data, in samples.
+    Raises:
+        ValueError: there are fewer samples than a batch takes.
+    """
+    if length < batch_size:
+        raise ValueError(
+            f"the training data has {counted(length, 'sample')}, fewer than one batch of {batch_size}: "
+            "lower training.batch_size"
+        )
+
+
 class PlanSampler(Sampler[Plan]):
     """Plans for steps `start` to `stop`: every epoch is a new permutation; what does not fill a batch is left out.
 
@@ -74,11 +89,7 @@ class PlanSampler(Sampler[Plan]):
         streams: Sequence[Stream] = (),
         only: Callable[[int], str | None] | None = None,
     ) -> None:
-        if length < batch_size:
-            raise ValueError(
-                f"the training data has {counted(length, 'sample')}, fewer than one batch of {batch_size}: "
-                "lower training.batch_size"
-            )
+        check_length(length, batch_size)
         if batch_size % world_size:
             raise ValueError(
                 f"batch size {batch_size} does not divide among {world_size} processes, whose parts must be equal: "

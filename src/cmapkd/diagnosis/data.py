@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from cmapkd.config import counted
+from cmapkd.data.check import percent
 from cmapkd.data.left_out import without_caption
 from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
@@ -49,8 +50,12 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
     if bad:
         share = len(bad) / len(indices)
         level: Literal["note", "problem"] = "problem" if share > config.data.max_bad_share else "note"
+        limit = config.data.max_bad_share
         yield Finding(
-            level, what, f"{len(bad)} of {len(indices)} samples cannot be used ({100 * share:.1f} %), first: {bad[0]}"
+            level,
+            what,
+            f"{len(bad)} of {len(indices)} samples cannot be used ({percent(share, beside=limit)}; training stops "
+            f"above data.max_bad_share, {100 * limit:.4g} %), first: {bad[0]}",
         )
     if left_out := without_caption(source):
         yield Finding("note", what, f"{counted(left_out, 'sample')} without a caption: left out")

@@ -90,10 +90,21 @@ def check_size(role: str, model: DualEncoder) -> Iterator[Finding]:
         yield Finding("ok", f"{role} size", detail)
 
 
+def size_beside(ratio: float) -> str:
+    """The student's size beside the teacher's.
+
+    Args:
+        ratio: the teacher's parameters over the student's.
+    """
+    if ratio < 1:
+        return f"the student has {1 / ratio:.3g} times the parameters of the teacher: it is larger, so nothing is saved"
+    return f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f} times smaller)"
+
+
 def compare_sizes(student: DualEncoder, teacher: DualEncoder) -> Iterator[Finding]:
     ratio = teacher.num_parameters() / student.num_parameters()
     level: Literal["ok", "note"] = "ok" if ratio > 1 else "note"
-    yield Finding(level, "pair", f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f}x smaller)")
+    yield Finding(level, "pair", size_beside(ratio))
     if student.embed_dim != teacher.embed_dim:
         yield Finding(
             "ok",

@@ -15,6 +15,7 @@ from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.views import WHOLE, draw_view
 from cmapkd.diagnosis.finding import Finding
+from cmapkd.diagnosis.models import size_beside
 from cmapkd.evaluation.token_scores import negative_log_likelihoods, row_blocks
 from cmapkd.features.top_tokens import top_tokens
 from cmapkd.methods.byte_alignment import ByteAlignment
@@ -121,8 +122,7 @@ def compare_writers(student: GenerativeModel, teacher: GenerativeModel, *, by_by
         by_bytes: whether the method lets tokens of two tokenizers meet at the bytes of a text.
     """
     ratio = teacher.num_parameters() / student.num_parameters()
-    size = f"the student has {1 / ratio:.1%} of the teacher's parameters ({ratio:.1f}x smaller)"
-    findings = [Finding("ok" if ratio > 1 else "note", "pair", size)]
+    findings = [Finding("ok" if ratio > 1 else "note", "pair", size_beside(ratio))]
     kept = kept_of(teacher.vocabulary, student.vocabulary)
     if kept is not None and not by_bytes:
         told = f"the student writes {len(kept):,} of the teacher's {teacher.vocabulary.size:,} tokens"

@@ -113,7 +113,7 @@ def shared_captions(captions: Sequence[str], image_of_text: Int[Tensor, " texts"
     """
     members: defaultdict[str, list[int]] = defaultdict(list)
     for text, caption in enumerate(captions):
-        members[_normalised(caption)].append(text)
+        members[normalised_caption(caption)].append(text)
     added = []
     for texts in members.values():
         group = torch.tensor(texts)
@@ -124,7 +124,8 @@ def shared_captions(captions: Sequence[str], image_of_text: Int[Tensor, " texts"
     return torch.cat(added) if added else torch.empty(0, 2, dtype=torch.long)
 
 
-def _normalised(caption: str) -> str:
+def normalised_caption(caption: str) -> str:
+    """A caption without what `shared_captions` overlooks: case, spacing and the final full stop."""
     return " ".join(unicodedata.normalize("NFKC", caption).casefold().split()).rstrip(" .")
 
 

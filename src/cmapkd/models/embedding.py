@@ -57,7 +57,7 @@ def embedded_images(
 ) -> Float[Tensor, "images dim"]:
     """The unit embeddings of pictures; see `DualEncoder.embed`."""
     rows = [torch.empty(0, dim)]
-    listed: Iterable[Picture] = [images] if isinstance(images, _ONE) else images
+    listed: Iterable[Picture] = [images] if isinstance(images, _ONE) else _several(images, "images")
     for batch in _batches(enumerate(listed), batch_size):
         pixels = torch.stack([preprocess(opened(picture, place)) for place, picture in batch])
         rows.append(_unit(encode(pixels)))
@@ -77,7 +77,7 @@ def embedded_texts(
         TypeError: a text is none.
     """
     rows = [torch.empty(0, dim)]
-    for batch in _batches(enumerate([texts] if isinstance(texts, str) else texts), batch_size):
+    for batch in _batches(enumerate([texts] if isinstance(texts, str) else _several(texts, "texts")), batch_size):
         for place, text in batch:
             if not isinstance(text, str):
                 raise TypeError(f"text {place} is of type {type(text).__name__}: give texts as str")
@@ -91,6 +91,17 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[Sequence[Item]]:
         yield batch
 
 
+def _several(items: Iterable[Item], what: str) -> Iterable[Item]:
+    """`items`, if they can be gone through.
+
+    Raises:
+        TypeError: they are a number or something else that is neither one item nor several.
+    """
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{what} is of type {type(items).__name__}: give one, or a list of them")
+    return items
+
+
 def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
     return F.normalize(embedding.float(), dim=-1).cpu()
 
@@ -101,7 +112,7 @@ def opened(picture: Picture, place: int) -> Image.Image:
     Args:
         place: among the pictures, to name one that has no file.
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: no such file; or it is a folder.
         BadSampleError: the file or the bytes are no picture that can be read.
         TypeError: it is neither a file, nor bytes, nor a picture of Pillow.
     """
@@ -114,6 +125,11 @@ def opened(picture: Picture, place: int) -> Image.Image:
             f"image {place} is of type {type(picture).__name__}: give a path, bytes of an image file, or a PIL image"
         )
     path = Path(picture)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"image {place}: {str(path)!r} is a folder: give the files in it, for example "
+            f"sorted(Path({str(path)!r}).iterdir())"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"image {place}: there is no file {str(path)!r}")
     return decode_image(path.read_bytes(), str(path))

@@ -96,10 +96,16 @@ def _config(source: str, local: bool, fetching: dict[str, Any], where: str) -> A
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **fetching)
     except (OSError, ConnectionError) as error:
+        offline = "local_files_only" in fetching
+        why = (
+            "the Hugging Face hub cannot be reached, and this machine's cache does not have it"
+            if offline
+            else f"the Hugging Face hub gave no config.json ({first_line(error)})"
+        )
         raise ValueError(
-            f"there is no model {where}: {source!r} is no local folder, and the Hugging Face hub gave no config.json "
-            f"({first_line(error)}). Check the name; without a network, "
-            "download the repository elsewhere and give its folder."
+            f"there is no model {where}: {source!r} is no local folder, and {why}. Check the name"
+            + (" and the network" if offline else "")
+            + "; without a network, download the repository elsewhere and give its folder."
         ) from None
     except Exception as error:  # of a damaged config, anything
         raise ConfigError(

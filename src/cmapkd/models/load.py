@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, closest
 from cmapkd.data.random import key_of
 from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.config import FAMILIES, InheritConfig, ModelConfig
@@ -21,6 +22,9 @@ from cmapkd.models.inherit import inherit_weights
 from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
 from cmapkd.models.untrained import note_trained
+
+_LISTING = ("tiny", "tiny_vlm")  # families that know all of their names
+_LISTED = 5  # folders that a message names
 
 
 def build_model(
@@ -52,10 +56,7 @@ def build_model(
         if config.inherit is not None:
             raise ConfigError(f"inherit would replace every weight of the trained model in {folder}: name a family's")
     else:
-        raise ConfigError(
-            f"there is no model {config.name!r}: it is no folder, and names no family "
-            f"({', '.join(name + ':' for name in FAMILIES)})"
-        )
+        raise _unknown(config.name)
     if config.inherit is not None:
         model = _inherited(model, config.inherit, teacher)
     if config.checkpoint is not None:
@@ -121,7 +122,7 @@ def load_model(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"there is no model folder {folder}")
+        raise ValueError(f"there is no model folder {folder}{_beside(folder)}")
     if not (folder / DESCRIPTION).exists() and (folder / "student" / DESCRIPTION).exists():
         folder = folder / "student"
     if not (folder / DESCRIPTION).exists() and (folder / "config.yaml").exists():
@@ -129,11 +130,60 @@ def load_model(folder: str | Path) -> Model:
             f"{folder} is a run without student: it was stopped before its end. Go on with it (cmapkd distill RECIPE "
             f"--out {folder} --resume), or make one of a checkpoint: cmapkd finalize {folder}"
         )
+    if not (folder / DESCRIPTION).exists() and (inside := _models_in(folder)):
+        raise ValueError(f"{folder} is no model, but has {_listed(inside)}: name one of them")
     description = read_description(folder)
     with explained(f"model folder {folder}"):
         name = str(description["family"])
         with quiet(name):
             return _checked(family_of(name).load(folder, description, load_model), name).eval()
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that can mean no model, without building or fetching one.
+
+    Only families that list all of their names can be asked: `tiny:` and `tiny_vlm:`.
+
+    Raises:
+        ConfigError: it is no folder and names no family, or no model of one; with the closest name.
+    """
+    family, colon, rest = name.partition(":")
+    if family in FAMILIES and colon:
+        asked: Any = family_of(family)
+        known = asked.names() if family in _LISTING else [rest]
+        if rest not in (*known, *getattr(asked, "TO_BE_MADE", ())):
+            raise ConfigError(f"there is no model {name}{closest(rest, known)}; known: {', '.join(known)}")
+    elif not Path(name).is_dir():
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        f"there is no model {name!r}{_beside(Path(name))}: it is no folder, and names no family "
+        f"({', '.join(family + ':' for family in FAMILIES)})"
+    )
+
+
+def _beside(path: Path) -> str:
+    """The closest folder where a missing one was looked for, as a question; empty where none is near."""
+    try:
+        folders = [str(path.parent / each.name) for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return ""
+    return closest(str(path), folders)
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """Runs and models right inside a folder, or in `runs` of a comparison."""
+    try:
+        inside = sorted(each for place in (folder, folder / "runs") if place.is_dir() for each in place.iterdir())
+    except OSError:
+        return []
+    return [each for each in inside if (each / DESCRIPTION).exists() or (each / "student" / DESCRIPTION).exists()]
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:_LISTED])) + (f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else "")
 
 
 def _checked(model: object, family: str) -> Model:

@@ -43,6 +43,10 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     return model
 
 
+def names() -> list[str]:
+    return [*PRESETS, *packaged_models()]
+
+
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001
     """A folder that `TinyDualEncoder.save` wrote."""
     return _read(folder, description)

@@ -159,7 +159,7 @@ def mean_from(values: Sequence[float]) -> Mean | None:
     summary = summarize(values)
     if summary is None:
         return None
-    if summary.deviation is None:
+    if not summary.deviation:  # equal values of all seeds are no evidence that the next would be equal
         return Mean(summary.mean, None, tuple(values))
     half = t_critical(summary.count - 1) * summary.deviation / summary.count**0.5
     return Mean(summary.mean, (summary.mean - half, summary.mean + half), tuple(values))

@@ -118,10 +118,10 @@ def _mean(row: Mapping[str, Any], metric: str) -> Cell:
     if mean is None:
         return Cell("-")
     digits = metric_digits(metric)
-    below = "" if deviation is None else f"± {deviation:.{digits}f}"
+    below = "" if deviation is None else f"± {deviation:z.{digits}f}"
     if median is not None and mapping(row, "metrics", metric, "summary").get("bimodal") is True:
-        return Cell(f"{mean:.{digits}f}", mean, f"{below}, in two groups, median {median:.{digits}f}", "bad")
-    return Cell(f"{mean:.{digits}f}", mean, below)
+        return Cell(f"{mean:z.{digits}f}", mean, f"{below}, in two groups, median {median:z.{digits}f}", "bad")
+    return Cell(f"{mean:z.{digits}f}", mean, below)
 
 
 def _difference(row: Mapping[str, Any], metric: str) -> float | None:
@@ -140,7 +140,7 @@ def _paired(row: Mapping[str, Any], metric: str) -> Cell:
         return Cell("-")
     digits = metric_digits(metric)
     parts = [
-        f"{words} {bounds[0]:+.{digits}f} to {bounds[1]:+.{digits}f}"
+        f"{words} {bounds[0]:+z.{digits}f} to {bounds[1]:+z.{digits}f}"
         for words, key in (("seeds", "difference"), ("and pictures", "two_way"))
         if (bounds := _bounds(row, "metrics", metric, key, "interval")) is not None
     ]
@@ -151,13 +151,13 @@ def _paired(row: Mapping[str, Any], metric: str) -> Cell:
     parts += [f"{wins}/{len(seeds)} won"] if wins is not None else []
     bounds = _bounds(row, "metrics", metric, "difference", "interval")
     tone: Tone = "" if bounds is None or bounds[0] <= 0 <= bounds[1] else tone_of(mean > 0, metric)
-    return Cell(f"{mean:+.{digits}f}", mean, "; ".join(parts), tone)
+    return Cell(f"{mean:+z.{digits}f}", mean, "; ".join(parts), tone)
 
 
 def _gap(row: Mapping[str, Any], metric: str) -> Cell:
     share = number(row, "metrics", metric, "gap_closed", "summary", "mean")
     remark = string(row, "metrics", metric, "gap_closed", "remark") or ""
-    return Cell("-", below=remark) if share is None else Cell(f"{100 * share:.0f} %", share, remark)
+    return Cell("-", below=remark) if share is None else Cell(f"{100 * share:z.0f} %", share, remark)
 
 
 def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> Table:
@@ -166,14 +166,14 @@ def _contrasts(contrasts: Sequence[Mapping[str, Any]]) -> Table:
         verdict = string(each, "verdict") or "-"
         difference, bounds = number(each, "difference"), _bounds(each, "interval")
         digits = metric_digits(string(each, "metric") or "")
-        interval = "" if bounds is None else f"{bounds[0]:+.{digits}f} to {bounds[1]:+.{digits}f}"
+        interval = "" if bounds is None else f"{bounds[0]:+z.{digits}f} to {bounds[1]:+z.{digits}f}"
         smallest = number(each, "smallest")
         rows.append(
             [
                 Cell(f"{string(each, 'arm')} − {string(each, 'against')}", below=string(each, "remark") or ""),
                 Cell(verdict, below=string(each, "reason") or "", tone=_tone(verdict, string(each, "metric") or "")),
                 Cell(metric_label(string(each, "metric") or "-")),
-                Cell("-" if difference is None else f"{difference:+.{digits}f}", difference, interval),
+                Cell("-" if difference is None else f"{difference:+z.{digits}f}", difference, interval),
                 Cell(string(each, "covers") or "-"),
                 *(_p(number(each, key)) for key in ("p", "p_holm")),
                 Cell("-" if smallest is None else f"± {smallest:g}", smallest),

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmapkd.config import counted
 from cmapkd.evaluation.embed import Embedded
-from cmapkd.evaluation.retrieval import RanksBothWays, rank_both_ways
+from cmapkd.evaluation.retrieval import RanksBothWays, normalised_caption, rank_both_ways, shared_captions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.report.blocks import Answer, Answers, Block, Card, Cell, Gallery, Paragraph, Picture, Table
 from cmapkd.report.outcomes import ALONE, OUTCOMES
@@ -44,31 +44,45 @@ def gallery(watched: Watched, *, cards: int, seed: int, images: bool, captions: 
     seen = watched.seen
     if not len(seen.texts):
         return [Paragraph("These pictures have no captions, so nothing is retrieved.", "quiet")]
+    pairs = _also_right(watched)
     ranks = {
-        name: rank_both_ways(each.embedded.images, each.embedded.texts, seen.image_of_text)
+        name: rank_both_ways(each.embedded.images, each.embedded.texts, seen.image_of_text, also_positive=pairs)
         for name, each in subjects.items()
     }
     outcomes = OUTCOMES if len(subjects) > 1 else ALONE
     groups = {direction: _groups(ranks, direction) for direction in DIRECTIONS}
-    blocks: list[Block] = [_about(watched), _counts(groups, outcomes)]
+    blocks: list[Block] = [_about(watched, shared=pairs is not None), _counts(groups, outcomes)]
     if not (images or captions):
         return [*blocks, Paragraph("Pictures and captions are left out on request.", "quiet")]
     drawn = _draw(groups, ranks, cards, seed)
     side, drawn = _affordable(drawn) if images else (0, drawn)
-    maker = _Maker(watched, subjects, ranks, side=side, captions=captions)
+    maker = _Maker(watched, subjects, ranks, side=side, captions=captions, shared=pairs is not None)
     if images and side < SIDES[0]:
         blocks.append(Paragraph(f"Thumbnails are {side} pixels wide, so that the page stays small.", "quiet"))
     return [*blocks, Gallery(DIRECTIONS, outcomes, [maker.card(each) for each in drawn])]
 
 
-def _about(watched: Watched) -> Paragraph:
+def _also_right(watched: Watched) -> Int[Tensor, "pairs 2"] | None:
+    """Further right (text, image) pairs where most captions, such as those of classes, are said of several pictures.
+
+    None: only a picture's own captions are right, as in the standard protocol.
+    """
+    seen = watched.seen
+    pairs = shared_captions(seen.captions, seen.image_of_text)
+    asked = watched.subjects["student"].bench.config.shared_captions
+    several = len(torch.unique(pairs[:, 0]))
+    return pairs if several and (asked or 2 * several > len(seen.texts)) else None
+
+
+def _about(watched: Watched, *, shared: bool) -> Paragraph:
     seen = watched.seen
     tried = len(seen.ids) + len(seen.bad)
     part = f"the first {tried:,} of {watched.total:,}" if tried < watched.total else f"all {watched.total:,}"
+    equal = " A caption is right for every picture of which the same is said." if shared else ""
     unread = f" Pictures that could not be read: {len(seen.bad):,}." if seen.bad else ""
     return Paragraph(
         f"Models embedded {part} pictures of {watched.source.name}, with "
-        f"{counted(len(seen.texts), 'caption')}.{unread} Right means that a right answer stands first. "
+        f"{counted(len(seen.texts), 'caption')}.{unread} Right means that a right answer stands first.{equal} "
         "Cards are drawn by chance within each outcome."
     )
 
@@ -140,6 +154,7 @@ class _Maker:
 
     Args:
         side: of thumbnails; 0: none are shown.
+        shared: whether the same caption of another picture is right.
     """
 
     def __init__(
@@ -150,7 +165,9 @@ class _Maker:
         *,
         side: int,
         captions: bool,
+        shared: bool = False,
     ) -> None:
+        self.shared = shared
         self.watched, self.ranks, self.side, self.captions = watched, ranks, side, captions
         self.embedded: dict[str, Embedded] = {name: each.embedded for name, each in subjects.items()}
         self.seen = watched.seen
@@ -164,16 +181,16 @@ class _Maker:
     def _of_caption(self, drawn: _Drawn) -> Card:
         text = int(next(iter(self.ranks.values())).t2i.query[drawn.query])
         own = int(self.seen.image_of_text[text])
-        models, seen = [], set()
+        models, found = [], False
         for name, each in self.embedded.items():
             first = _best(each.texts[text], each.images)
-            seen.update(first)
             answers = [
-                Answer(place, image == own, self._remark(text, image, own), picture=self._picture(image))
+                Answer(place, self._right(text, image), self._remark(text, image), picture=self._picture(image))
                 for place, image in enumerate(first, 1)
             ]
+            found |= any(answer.right for answer in answers)
             models.append(Answers(name, self._rank(name, drawn), answers))
-        right = None if own in seen else self._picture(own)
+        right = None if found else self._picture(own)
         return Card(drawn.direction, drawn.outcome, self._id(own), self._caption(text), None, models, right)
 
     def _of_picture(self, drawn: _Drawn) -> Card:
@@ -183,9 +200,10 @@ class _Maker:
             first = _best(each.images[image], each.texts)
             answers = []
             for place, text in enumerate(first, 1):
-                right = int(self.seen.image_of_text[text]) == image
+                right = self._right(text, image)
                 found |= right
-                remark = "right" if right else "also said of this picture" if self._said(text, image) else "wrong"
+                same = not right and self._said(text, image)
+                remark = "also said of this picture" if same else "right" if right else "wrong"
                 answers.append(Answer(place, right, remark, text=self._caption(text)))
             models.append(Answers(name, self._rank(name, drawn), answers))
         own = (self.seen.image_of_text == image).nonzero().flatten().tolist()
@@ -194,13 +212,19 @@ class _Maker:
             drawn.direction, drawn.outcome, self._id(image), None, self._picture(image), models, right_text=right_text
         )
 
-    def _remark(self, text: int, image: int, own: int) -> str:
-        """`wrong`, unless the same words are said of that picture too, which recall does not count as right."""
-        return "right" if image == own else "same caption" if self._said(text, image) else "wrong"
+    def _right(self, text: int, image: int) -> bool:
+        return int(self.seen.image_of_text[text]) == image or (self.shared and self._said(text, image))
+
+    def _remark(self, text: int, image: int) -> str:
+        """`same caption`: the same is said of another picture, which recall does not count as right by itself."""
+        if int(self.seen.image_of_text[text]) == image:
+            return "right"
+        return "same caption" if self._said(text, image) else "wrong"
 
     def _said(self, text: int, image: int) -> bool:
         others = (self.seen.image_of_text == image).nonzero().flatten().tolist()
-        return any(self.seen.captions[other] == self.seen.captions[text] for other in others)
+        own = normalised_caption(self.seen.captions[text])
+        return any(normalised_caption(self.seen.captions[other]) == own for other in others)
 
     def _rank(self, name: str, drawn: _Drawn) -> str:
         ranks = getattr(self.ranks[name], drawn.direction)

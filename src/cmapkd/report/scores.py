@@ -228,8 +228,8 @@ def _digits(path: tuple[str, ...]) -> int:
 def _cell(mean: Mean | None, *, digits: int = 1) -> Cell:
     if mean is None:
         return Cell("-")
-    below = "" if mean.interval is None else " to ".join(f"{bound:.{digits}f}" for bound in mean.interval)
-    return Cell(f"{mean.value:.{digits}f}", mean.value, below)
+    below = "" if mean.interval is None else " to ".join(f"{bound:z.{digits}f}" for bound in mean.interval)
+    return Cell(f"{mean.value:z.{digits}f}", mean.value, below)
 
 
 def _cost_heads(rows: Sequence[Measured]) -> list[str]:
@@ -287,11 +287,11 @@ def gap_blocks(arms: Sequence[Arm]) -> list[Block]:
         low_high = (
             ""
             if gap.interval is None
-            else f", 95 % interval over seeds {gap.interval[0]:.0f} to {gap.interval[1]:.0f} %"
+            else f", 95 % interval over seeds {gap.interval[0]:z.0f} to {gap.interval[1]:z.0f} %"
         )
         blocks.append(
             Paragraph(
-                f"{arm.name} closes {gap.value:.0f} % of the gap in {headline.head} from {arm.baseline_name} to the "
+                f"{arm.name} closes {gap.value:z.0f} % of the gap in {headline.head} from {arm.baseline_name} to the "
                 f"teacher{low_high}. 0 % is the baseline and 100 % the teacher."
             )
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmapkd.compare.metric import lower_is_better, metric_digits, metric_label
-from cmapkd.compare.statistics import Estimate
+from cmapkd.compare.statistics import Estimate, paired_difference
 from cmapkd.evaluation.tasks import Headline
 from cmapkd.methods import METHODS
 from cmapkd.models import GenerativeModel
@@ -17,6 +17,7 @@ from cmapkd.report.read import ComparisonFolder, RunFolder, model_name, short_na
 from cmapkd.report.scores import times_smaller
 
 MOST = 3  # sentences
+_FEW = 100  # pictures: with fewer, one picture moves a score by more than a point
 
 
 def arm_verdict(arm: Arm) -> list[Paragraph]:
@@ -105,21 +106,48 @@ def _kept(arm: Arm, headline: Headline, path: Sequence[str]) -> Paragraph | None
     sizes = [arm.mean(role, "params") for role in ("teacher", "student")]
     smaller = None if None in sizes else times_smaller(*(size.value for size in sizes if size is not None))
     reached = f"The student reaches {headline.shown(student.value)} in {headline.head}"
+    few = _few(arm, path)
     if teacher is None:
-        return Paragraph(f"{reached}; no teacher was measured beside it.")
+        return Paragraph(f"{reached}; no teacher was measured beside it.{few}")
+    chance = _chance(arm, path)
+    if chance is not None and teacher.value <= chance[0] + 2 * chance[1]:
+        text = (
+            f"{reached}. Its teacher, with {headline.shown(teacher.value)}, is not clearly above chance "
+            f"({headline.shown(chance[0])}), so a share of it would say nothing."
+        )
+        return Paragraph(text + few, "bad")
     if headline.unit != "percent" or teacher.value <= 0:  # a share of it would say nothing
         beside = f"{reached}, its teacher {headline.shown(teacher.value)}"
-        return Paragraph(beside + (f", with {smaller} times fewer parameters." if smaller else "."))
+        return Paragraph(beside + (f", with {smaller} times fewer parameters." if smaller else ".") + few)
     text = (
-        f"The student keeps {100 * student.value / teacher.value:.0f} % of the teacher's {headline.head} "
+        f"The student keeps {100 * student.value / teacher.value:z.0f} % of the teacher's {headline.head} "
         f"({headline.shown(student.value)} of {headline.shown(teacher.value)})"
     )
-    return Paragraph(text + (f" with {smaller} times fewer parameters." if smaller else "."))
+    return Paragraph(text + (f" with {smaller} times fewer parameters." if smaller else ".") + few)
+
+
+def _chance(arm: Arm, path: Sequence[str]) -> tuple[float, float] | None:
+    """Percent that guessing reaches, and its standard deviation on so many pictures; None where it is not known."""
+    count = {"zero_shot": "num_classes", "retrieval": "num_images"}.get(path[0])
+    options, pictures = (None if key is None else arm.mean("teacher", path[0], key) for key in (count, "num_images"))
+    if options is None or pictures is None or options.value < 1 or pictures.value < 1:
+        return None
+    share = 1 / options.value
+    return 100 * share, 100 * (share * (1 - share) / pictures.value) ** 0.5
+
+
+def _few(arm: Arm, path: Sequence[str]) -> str:
+    """Of how few pictures the scores are; empty where there are enough."""
+    pictures = arm.mean("student", path[0], "num_images")
+    if pictures is None or not 1 <= pictures.value < _FEW:
+        return ""
+    count = round(pictures.value)
+    return f" Scores are of {count} picture{'s'[: count != 1]}: one is {100 / count:.1f} points."
 
 
 def _lead(arm: Arm, headline: Headline, difference: Estimate | float) -> Paragraph:
     gap = arm.gap()
-    closed = "" if gap is None else f" and closes {gap.value:.0f} % of the gap to the teacher"
+    closed = "" if gap is None else f" and closes {gap.value:z.0f} % of the gap to the teacher"
     if not isinstance(difference, Estimate):
         if _resolves_nothing(difference, headline):
             least = headline._replace(digits=headline.digits + 1).amount(_least(headline))
@@ -232,8 +260,8 @@ def _declared(contrasts: Sequence[Mapping[str, Any]]) -> list[Paragraph]:
         how = "is equal to" if verdict == "equal" else f"is {verdict}"
         metric = string(first, "metric") or ""
         digits = metric_digits(metric)
-        interval = "" if low is None or high is None else f", 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
-        by = "" if difference is None else f" by {difference:+.{digits}f}{interval}"
+        interval = "" if low is None or high is None else f", 95 % interval {low:+z.{digits}f} to {high:+z.{digits}f}"
+        by = "" if difference is None else f" by {difference:+z.{digits}f}{interval}"
         shown = interval if difference is not None and verdict == "equal" else by
         lower = f" ({metric_label(metric)}: lower is better)" if lower_is_better(metric) else ""
         said.append(Paragraph(f"{arm} {how} {against}{shown}{lower}.", "bad" if worse else "good"))
@@ -257,17 +285,44 @@ def _best(table: Mapping[str, Any]) -> Paragraph:
     if not means or metric is None:
         return Paragraph("No run of the first table has a score.", "bad")
     lower = lower_is_better(metric)
-    digits = metric_digits(metric)
-    value, best = (min if lower else max)(means, key=lambda pair: pair[0])
+    means.sort(key=lambda pair: pair[0], reverse=not lower)
+    value, best = means[0]
+    digits = metric_digits(metric) + (abs(value) < 1)
     text = (
-        f"{string(best, 'row')} has the {'lowest' if lower else 'highest'} {metric_label(metric)}: {value:.{digits}f}"
+        f"{string(best, 'row')} has the {'lowest' if lower else 'highest'} {metric_label(metric)} of the trained arms: "
+        f"{value:z.{digits}f}"
     )
+    if len(means) > 1 and (doubt := _doubt(best, means[1][1], metric, digits)):
+        return Paragraph(f"{text}. {doubt}", "bad")
     difference = number(best, "metrics", metric, "difference", "mean")
     if difference is None:
         return Paragraph(text + ".")
     bounds = [
         number({"bound": bound}, "bound") for bound in sequence(best, "metrics", metric, "difference", "interval")
     ]
-    known = [f"{bound:+.{digits}f}" for bound in bounds if bound is not None]
+    known = [f"{bound:+z.{digits}f}" for bound in bounds if bound is not None]
     interval = f", 95 % interval {' to '.join(known)}" if len(known) == 2 else ""
-    return Paragraph(f"{text}, {difference:+.{digits}f} from {string(table, 'reference')}{interval}.")
+    return Paragraph(f"{text}, {difference:+z.{digits}f} from {string(table, 'reference')}{interval}.")
+
+
+def _doubt(best: Mapping[str, Any], second: Mapping[str, Any], metric: str, digits: int) -> str:
+    """Why the best row may not be better than the next one; empty where the seeds tell them apart."""
+    of_both = [
+        {seed: value for seed in values if (value := number(values, seed)) is not None}
+        for row in (best, second)
+        for values in [mapping(row, "metrics", metric, "values")]
+    ]
+    paired = paired_difference(
+        *({int(seed): value for seed, value in each.items() if seed.isdigit()} for each in of_both)
+    )
+    if paired is None:
+        return ""
+    beside = f"Its difference to {string(second, 'row')}, {paired.mean:+z.{digits}f},"
+    if len(paired.seeds) == 1:
+        return f"{beside} is of one seed, so chance is not excluded."
+    if paired.spreadless:
+        return f"{beside} is the same in all {len(paired.seeds)} seeds, which show no spread to judge chance by."
+    low, high = paired.interval or (0.0, 0.0)
+    if low <= 0 <= high:
+        return f"{beside} is not resolved: 95 % interval {low:+z.{digits}f} to {high:+z.{digits}f}."
+    return ""

@@ -14,11 +14,13 @@ from rich.console import Console
 
 from cmapkd.config import ConfigError, writing
 from cmapkd.data.batches import Answers, BatchBuilder, Batches, Choice
+from cmapkd.data.plans import check_length
 from cmapkd.data.types import Source
 from cmapkd.evaluation.probes.joint import JointHeads
 from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, MomentumTeacher, build_teacher
 from cmapkd.models.activation import assumption
+from cmapkd.models.load import check_name
 from cmapkd.models.untrained import note_trained
 from cmapkd.run.build import (
     build_student,
@@ -150,7 +152,9 @@ def _prepare(
     Args:
         answers: whether cached teachers answer from disk, for which the cache is built; not needed without steps.
     """
+    check_name(config.student.name)  # before a teacher is loaded, which may take minutes
     source = open_training(config)
+    check_length(len(source), config.training.batch_size)
     remarks = _said(voice, remarks_on_data(config, source, measured)) if voice.title == "student" else []
     teachers = _loaded_teachers(config, voice)
     if voice.title == "student":

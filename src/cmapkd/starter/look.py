@@ -49,7 +49,12 @@ def look(path: str | Path) -> Looked:
     opened = _open(sources["train"], remarks)
     if sources.get("val") == sources["train"] and same_samples(opened, _open(sources["val"], [], split="val")):
         del sources["val"]  # a kind that may have splits, and a file that has none
-    captioned, readable = _captions(opened)
+    captioned, readable, bad = _captions(opened)
+    if bad:
+        remarks.append(
+            f"{bad} of {readable + bad} samples that were looked at cannot be read: cmapkd doctor names the first one, "
+            "and training stops above data.max_bad_share, 1 % by default"
+        )
     if not readable:
         raise ConfigError(f"none of the first samples of {opened.name} can be read: cmapkd doctor says why")
     classes = tuple(opened.class_names or ())
@@ -91,16 +96,17 @@ def _open(spec: str, remarks: list[str], *, split: str = "train", require_captio
     return source
 
 
-def _captions(source: Source) -> tuple[bool, int]:
-    """Whether most samples have a caption, and how many of those looked at can be read."""
-    said = read = 0
+def _captions(source: Source) -> tuple[bool, int, int]:
+    """Whether most samples have a caption; of those looked at, how many can be read, and how many cannot."""
+    said = read = bad = 0
     for index in range(0, len(source), max(1, len(source) // _LOOKED_AT)):
         try:
             said += bool(source[index].captions)
         except BadSampleError:
+            bad += 1
             continue
         read += 1
-    return 2 * said > read, read
+    return 2 * said > read, read, bad
 
 
 def _is_asked(source: Source) -> bool:

@@ -200,7 +200,7 @@ class Trainer:
                 tracker.close()
             if main:
                 ledger.write(self.out)
-        ledger.check_share(self.max_bad_share, minimum=1)  # a short run too
+        ledger.check_share(self.max_bad_share, minimum=1, ended=True)  # a short run too
         return self._result(ledger)
 
     def _take_up(self, progress: checkpoints.Progress) -> None:

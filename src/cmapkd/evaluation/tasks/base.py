@@ -30,7 +30,7 @@ class Headline(NamedTuple):
 
     def shown(self, value: float, sign: str = "") -> str:
         """The number with its decimals; of `sign` `+` always with its sign."""
-        return f"{value:{sign}.{self.digits}f}"
+        return f"{value:{sign}z.{self.digits}f}"  # z: what rounds to 0 has no minus
 
     def amount(self, value: float, sign: str = "") -> str:
         """A difference, in a sentence: `1.2 points of answers`, `0.034 in -bits/byte`."""

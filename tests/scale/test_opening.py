@@ -1,9 +1,9 @@
 """Opening many rows: CPU time beside a bare reading of the same bytes, memory that stays, and what workers are sent.
 
-Measured with 20,000 and 200,000 rows on one core of an AMD EPYC, as multiples of the bare reading: tar 0.2, JSONL 15 to
-21, CSV 76 (whose bare reading is half a microsecond a row), parquet 12 to 45, images with texts beside them 2, class
-folders 8 (3 microseconds a row), token files of Flickr 74 (20 microseconds a row), COCO 17. The limits leave a factor
-of three for other machines and for noise.
+Measured with 20,000 and 200,000 rows on one core of an AMD EPYC, as multiples of the bare reading: JSONL 15 to 21, CSV
+76 (whose bare reading is half a microsecond a row), parquet 12 to 45, images with texts beside them 2, class folders 8
+(3 microseconds a row), token files of Flickr 74 (20 microseconds a row), COCO 17; tar 0.2 on an Intel Xeon. The limits
+leave a factor of three for other machines and for noise.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ def test_parquet_ids_paths_and_columns(tmp_path: Path, write_parquet: Callable[.
     with pytest.raises(ConfigError, match=r"no column 'wrods' .did you mean 'words'"):
         open_source(f"parquet:{tmp_path}/b.parquet?image=img&caption=wrods")
     write_parquet(tmp_path / "d.parquet", [{"key": "x", "drawing": "y", "words": "z"}])
-    with pytest.raises(ConfigError, match="no image column among drawing, key, words"):
+    with pytest.raises(ConfigError, match="no image column among key, drawing, words"):
         open_source(f"parquet:{tmp_path}/d.parquet")
 
 

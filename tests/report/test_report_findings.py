@@ -106,13 +106,21 @@ def zero_shot(top1: float, *, classes: int, pictures: int) -> dict[str, Any]:
 
 
 def test_nothing_is_kept_of_a_teacher_at_chance(tmp_path: Path) -> None:
-    few = {"teacher": zero_shot(14.3, classes=3, pictures=7), "student": zero_shot(28.6, classes=3, pictures=7)}
-    text = " ".join(each.text for each in said(write_metrics(tmp_path / "few", 0.0, None, **few)))
+    def sentences(name: str, teacher: float, student: float, pictures: int) -> str:
+        models = {
+            role: zero_shot(top1, classes=3, pictures=pictures)
+            for role, top1 in (("teacher", teacher), ("student", student))
+        }
+        folder = write_metrics(tmp_path / name, 0.0, None)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | models))
+        return " ".join(each.text for each in said(folder))
+
+    text = sentences("few", 14.3, 28.6, 7)
     assert "keeps" not in text
     assert "Its teacher, with 14.3, is not clearly above chance (33.3)" in text
     assert "Scores are of 7 pictures: one is 14.3 points." in text
-    many = {"teacher": zero_shot(60.0, classes=3, pictures=900), "student": zero_shot(45.0, classes=3, pictures=900)}
-    text = " ".join(each.text for each in said(write_metrics(tmp_path / "many", 0.0, None, **many)))
+    text = sentences("many", 60.0, 45.0, 900)
     assert "keeps 75 % of the teacher's zero-shot" in text
     assert "Scores are of" not in text
 

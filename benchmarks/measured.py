@@ -142,12 +142,14 @@ class Difference:
     @property
     def _interval(self) -> tuple[float, float]:
         if self.paired.interval is None:
-            raise UnknownNumberError("one seed has no interval")
+            raise UnknownNumberError("one seed, or seeds that agree, have no interval")
         return self.paired.interval
 
     def __format__(self, spec: str) -> str:
         spec = spec or "+.1f"
         text = _signed(self.mean, spec)
+        if self.paired.spreadless:
+            return f"{text} (no spread in {self.count} seeds), {self.wins}/{self.count}"
         if self.paired.interval is None:
             return text
         low, high = (_signed(bound, spec.lstrip("+")) for bound in self.paired.interval)

@@ -143,7 +143,7 @@ def test_scores_and_differences_are_written_as_the_docs_do() -> None:
     one, other = measured.Scores({0: 1.0, 1: 2.0, 2: 4.5}), measured.Scores({0: 1.0, 1: 1.0, 2: 1.0})
     assert f"{one}" == "2.5 ± 1.8"
     assert f"{one - other}" == "+1.5 [−3.0, 6.0], 2/3"  # 4.303 x 1.803 / sqrt(3) = 4.48
-    assert f"{other - other:+.2f}" == "+0.00 [0.00, 0.00], 0/3"
+    assert f"{other - other:+.2f}" == "+0.00 (no spread in 3 seeds), 0/3"
     assert f"{measured.Scores({0: 1.0}) - measured.Scores({0: 2.0})}" == "−1.0"
     with pytest.raises(measured.UnknownNumberError, match="no seed in common"):
         one - measured.Scores({7: 1.0})

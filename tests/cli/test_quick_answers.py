@@ -154,7 +154,8 @@ def test_index_and_page_are_as_the_classes_are() -> None:
 def test_options_of_a_family_of_two_kinds_say_who_takes_them() -> None:
     index = read_index()
     about = {setting.key: setting.about for setting in index.settings(index.sections["options.hf"])}
-    assert {key for key, words in about.items() if "Only models that write take it." in words} == {"max_tokens", "lora"}
+    write = {key for key, words in about.items() if "Only models that write take it." in words}
+    assert write == {"max_tokens", "lora", "vocabulary"}
     alone = {key for key, words in about.items() if "Only models that embed take it." in words}
     assert alone == {"context_length", "tokenizer"}
     assert "take it" not in about["revision"]

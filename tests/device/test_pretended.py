@@ -181,7 +181,7 @@ def test_tokens_without_spans_are_looked_at_once() -> None:
         align, tokens = WordAligner(), tokens_on_device()
         watched.waits.clear()
         first = align(tokens, tokens)
-        assert len(watched.waits[watched.step]) == 2  # identifiers and masks
+        assert len(watched.waits[watched.step]) == 1
         watched.waits.clear()
         second = align(tokens, tokens)
         assert not watched.waits[watched.step]

@@ -80,14 +80,14 @@ def test_agreement_wants_the_same_samples(model: TinyDualEncoder, make_source: M
     spec = picky.image_spec
 
     class Refusing:
-        size = spec.size
+        size, to_model = spec.size, staticmethod(spec.to_model)
 
-        def __call__(self, image: Any) -> torch.Tensor:
+        def raw(self, image: Any) -> torch.Tensor:
             from cmapkd.data.types import BadSampleError
 
             if image.size == source.images[2].size:
                 raise BadSampleError("m2", "too odd")
-            return spec(image)
+            return spec.raw(image)
 
     picky.image_spec = Refusing()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="could read different samples"):

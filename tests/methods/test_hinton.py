@@ -205,8 +205,9 @@ def test_the_doctor_has_nothing_against_pictures_without_captions(photographs: s
 
 
 def test_a_source_without_classes_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a cat\n" * 2)
-    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"{name}.png,a cat\n" for name in range(8)))
+    for name in range(8):
+        (tmp_path / f"{name}.png").write_bytes(b"")
     data = {"train": f"csv:{tmp_path / 'pairs.csv'}"}
     with pytest.raises(ConfigError, match="reads the names of the classes"):
         cmapkd.distill(**run_settings(method={"name": "hinton", "form": "classes"}, data=data), out=tmp_path / "run")

@@ -467,4 +467,4 @@ def test_commands_leave_a_page(
     monkeypatch.setattr(sys, "argv", ["cmapkd", "report", str(tmp_path / "demo"), "--gallery", "0", "--no-images"])
     with pytest.raises(SystemExit):
         main()
-    assert "report.html (0." in capsys.readouterr().out
+    assert re.search(r"report\.html \(\d+\.\d [kM]B\)", capsys.readouterr().out)

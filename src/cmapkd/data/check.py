@@ -28,7 +28,7 @@ def percent(share: float, *, beside: float) -> str:
         text = f"{100 * share:.{digits}g}"
         if share == beside or float(text) != float(f"{100 * beside:.{digits}g}"):
             break
-    return f"{text} %"
+    return f"{float(text):.10g} %"  # no exponent, as 100 to two digits would have
 
 
 class TooManyBadSamples(RunStopped):

@@ -143,7 +143,8 @@ def _places(tokens: TokenBatch) -> Int[Tensor, "batch tokens"]:
 
 def _are_same(student: TokenBatch, teacher: TokenBatch) -> bool:
     """Whether both have the same tokens; on a GPU the host waits for the answer."""
-    return int(_differences(student, teacher)) == 0
+    found = _differences(student, teacher)
+    return torch.equal(found, torch.zeros_like(found))
 
 
 def _differences(student: TokenBatch, teacher: TokenBatch) -> Int[Tensor, ""]:

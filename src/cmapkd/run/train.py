@@ -154,7 +154,8 @@ def _prepare(
     """
     check_name(config.student.name)  # before a teacher is loaded, which may take minutes
     source = open_training(config)
-    check_length(len(source), config.training.batch_size)
+    if not resume:  # which refuses other data first, since these may be too few
+        check_length(len(source), config.training.batch_size)
     remarks = _said(voice, remarks_on_data(config, source, measured)) if voice.title == "student" else []
     teachers = _loaded_teachers(config, voice)
     if voice.title == "student":

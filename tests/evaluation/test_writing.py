@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -400,7 +401,14 @@ def test_half_precision_is_told_of() -> None:
 
 
 def test_the_cost_of_writing() -> None:
-    models = {"a": LookupModel(TABLE), "b": LookupModel(TABLE)}
+    class Slow(LookupModel):
+        """Takes longer for each further token than any stumble of a busy machine's clock."""
+
+        def generate(self, inputs: Any, how: Any, keys: Any = None) -> list[list[int]]:
+            time.sleep(0.02 * how.max_new_tokens)
+            return super().generate(inputs, how, keys)
+
+    models = {"a": Slow(TABLE), "b": Slow(TABLE)}
     config = SuiteConfig.from_mapping(
         {"tasks": ["generation"], "generation": {"batch_size": 2, "new_tokens": 6, "rounds": 3, "picture_size": 16}}
     )

@@ -251,6 +251,8 @@ def test_circle_of_bases_is_refused(tmp_path: Path) -> None:
         ("seed: [1", "not readable YAML"),
         ("seed: 1\nteacher tiny\nstudent: x\n", r"r\.yaml is not readable YAML: line 2: .*, seen in line 3"),
         ("- a\n- b\n", "must be a mapping"),
+        ("0", "must be a mapping"),
+        ("true", "must be a mapping"),
         ("base: [a, b]", "base must be one recipe's name or file"),
         ("base: hinton_scene", "no recipe 'hinton_scene' \\(did you mean 'hinton_scenes'\\?\\)"),
     ],

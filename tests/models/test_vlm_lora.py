@@ -95,7 +95,8 @@ def test_a_saved_student_is_an_ordinary_model(kind: str, tmp_path: Path) -> None
     again = load_model(tmp_path)
     assert isinstance(again, HfVlm)
     assert not adapters_of(again)
-    torch.testing.assert_close(answers(again), expected, atol=1e-5, rtol=1e-5)
+    largest = max(1.0, float(expected.detach().abs().max()))  # sums round in its proportion; Gemma's states are large
+    torch.testing.assert_close(answers(again), expected, atol=2e-6 * largest, rtol=1e-5)
     how = Decoding(max_new_tokens=3)
     assert again.generate(chat(again), how) == model.generate(chat(model), how)
     model.merge_adapters()

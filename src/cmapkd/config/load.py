@@ -141,7 +141,7 @@ def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"recipe {path} is not readable YAML: {yaml_problem(error)}") from None
-    except AssertionError:  # how OmegaConf says that the file is a number, a date or a truth value
+    except AssertionError:  # how OmegaConf says that the file is a number or a truth value
         raise ConfigError(f"recipe {path} must be a mapping of keys, not a single value") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {path} must be a mapping of keys, not {type(values).__name__}")

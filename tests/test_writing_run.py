@@ -110,6 +110,16 @@ def test_a_run_ends_with_scores_of_student_teacher_and_sft(finished: tuple[Path,
     assert "of the time" in said
 
 
+def test_questions_without_an_answer_need_a_student_that_writes(recipe: dict[str, Any]) -> None:
+    data = {**recipe["data"], "prompts": {"share": 0.7, "unanswered": "student"}}
+    with pytest.raises(ConfigError, match=r"unanswered: student .* set method.on_policy"):
+        of(recipe, data=data, method="token_kd")
+    config = of(recipe, data=data)
+    assert config.data.prompts.unanswered == "student"
+    assert config.scratch().data.prompts.unanswered == "leave_out"
+    assert config.scratch().data.prompts.share == config.data.prompts.share
+
+
 def test_validations_are_bounded_and_ask_what_can_be_answered(recipe: dict[str, Any]) -> None:
     source = open_source("scenes@val?length=9")
     auto = {"tasks": "auto", "writing": {"validation_samples": 2}}
@@ -197,13 +207,12 @@ def test_seconds_are_told_by_part(finished: tuple[Path, str]) -> None:
     assert any("validation/answering" in line for line in lines)
 
 
-def test_a_resumed_run_is_the_run_bit_for_bit(
-    finished: tuple[Path, str], recipe: dict[str, Any], tmp_path: Path
-) -> None:
-    out, _ = finished
-    whole = load_file(out / "student" / "model.safetensors")
-    config = of(recipe, training={**recipe["training"], "checkpoint_every": 1, "keep_checkpoints": 2})
+def test_a_resumed_run_is_the_run_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """With answers of the student's own by a coin, and to questions without an answer."""
+    data = {**recipe["data"], "prompts": {"kind": "questions", "share": 0.6, "unanswered": "student"}}
+    config = of(recipe, data=data, training={**recipe["training"], "checkpoint_every": 1, "keep_checkpoints": 2})
     run(config, out=tmp_path / "whole")
+    whole = load_file(tmp_path / "whole" / "student" / "model.safetensors")
     for name in ("student", "metrics.json", "metrics.jsonl"):
         path = tmp_path / "whole" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -23,7 +23,7 @@ from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.prompting import INSTRUCTIONS, Prompting, commonest
 from cmapkd.data.readers import ChatReader, DualReader
 from cmapkd.data.scenes.source import ScenesSource
-from cmapkd.data.turns import Dialogue, Turn
+from cmapkd.data.turns import UNREAD, Dialogue, Turn
 from cmapkd.data.types import BadSampleError, Batch, QuestionAnswer, Sample, StoredRows
 from cmapkd.data.views import WHOLE, ViewSpec, draw_view
 from helpers import make_model
@@ -211,6 +211,8 @@ def test_several_captions_stand_in_one_dialogue_each_once(kind: Any) -> None:
         {"kind": "both", "join": True, "captions": 0},
         {"kind": "both", "captions": 2},
         {"kind": "questions", "join": True, "captions": 2},
+        {"kind": "both", "unanswered": "student"},
+        {"join": True, "unanswered": "student"},
     ],
 )
 def test_wrong_settings_are_refused(values: dict[str, Any]) -> None:
@@ -224,7 +226,7 @@ def test_a_share_of_the_questions_is_fixed_and_others_are_never_asked() -> None:
     source, few = ScenesSource(length=60), Prompting("questions", share=0.1)
     part = asked(source, few)
     assert isinstance(part, AskedSource)
-    pairs = {(sample.id, each.question) for sample in map(source.unseen, range(60)) for each in few.kept(sample)}
+    pairs = {(sample.id, each.question) for sample in map(source.unseen, range(60)) for each in few.asked(sample)}
     total = sum(len(source.unseen(index).questions) for index in range(60))
     assert 0.04 * total < len(pairs) < 0.18 * total
     assert {part[index].id for index in range(len(part))} == {name for name, _ in pairs}
@@ -239,6 +241,30 @@ def test_a_share_of_the_questions_is_fixed_and_others_are_never_asked() -> None:
     assert asked(source, Prompting()) is source
 
 
+def test_questions_without_an_answer_are_asked_too_and_show_none() -> None:
+    """The answers that are given are those of the same share without the others; no other answer is seen."""
+    source = ScenesSource(length=30)
+    few, all_asked = Prompting("questions", share=0.2), Prompting("questions", share=0.2, unanswered="student")
+    assert asked(source, all_asked) is source
+    for sample in map(source.unseen, range(30)):
+        assert len(all_asked.asked(sample)) == len(sample.questions)
+        given, shown = set(), set()
+        for number in range(60):
+            turns = all_asked.choose(sample, draw_view(sample.id, number, WHOLE, (8, 8)), number)
+            shown.add(turns[0].text)
+            if turns[-1].given:
+                given.add((turns[0].text, turns[-1].text))
+            else:
+                assert turns[-1].text == UNREAD
+        assert len(shown) > 0.8 * len({each.question for each in sample.questions})
+        assert given <= {(each.question, commonest(each.answers)) for each in few.asked(sample)}
+        assert given or not few.asked(sample)
+    silent = Sample("a", RED, questions=(QuestionAnswer("What is it?", ()), QuestionAnswer("", ("no",))))
+    assert not Prompting("questions").has(silent)
+    assert [each.question for each in all_asked.asked(silent)] == ["What is it?"]
+    assert all_asked.describe() != few.describe()
+
+
 def test_shares_in_streams_go_by_the_ids_that_batches_have() -> None:
     data = DataConfig.from_mapping(
         {
@@ -249,7 +275,7 @@ def test_shares_in_streams_go_by_the_ids_that_batches_have() -> None:
     )
     source = open_streams(data.train, data.more, prompting=data.prompts.prompting())
     assert len(source) < 60
-    assert all(data.prompts.prompting().kept(source[index]) for index in range(len(source)))
+    assert all(data.prompts.prompting().asked(source[index]) for index in range(len(source)))
     assert data.prompts.prompting(training=False).share == 1
 
 

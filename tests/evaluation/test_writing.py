@@ -80,7 +80,7 @@ def test_the_reference_is_the_answer_that_a_training_learns() -> None:
     said = Annotations((0,), ("one",), ((4, 4),), ((),), (asked_of_it,), ((),), ((),))
     (asked,) = questions(said, WritingConfig().resolved)  # the second question has no answer
     sample = Sample("one", Image.new("RGB", (4, 4)), questions=asked_of_it)
-    assert Prompting().kept(sample) == (asked.question,)
+    assert Prompting().asked(sample) == (asked.question,)
     learned = Prompting().choose(sample, draw_view("one", 0, WHOLE, (4, 4)), 0)
     assert asked.dialogue == learned
     assert learned[-1].text == "red"

@@ -81,7 +81,37 @@ def test_answers_of_the_data_stay_where_the_coin_says_so(whole: dict[str, Any]) 
     method.step = STEP
     assert method._rolled_out(batch) is batch  # nothing is drawn while it does not train
     none = on_policy(on_policy=0.0)
-    assert none._rolled_out(batch) is batch
+    assert none._rolled_out(batch).inputs == batch.inputs
+
+
+def test_unanswered_questions_always_have_answers_of_the_students_own(whole: dict[str, Any]) -> None:
+    """Whatever the share is; and the placeholder that stands for their answer is never learned."""
+    for share in (0.0, 0.5):
+        method = on_policy(on_policy={**SHORT, "share": share})
+        method.step = STEP
+        batch = unanswered(batch_of(method, range(8)), (1, 4, 6))
+        seen = method._rolled_out(batch)
+        coins = [share > 0 and own for own, _ in whole.values()]
+        assert seen.extra[ROLLED].tolist() == [place in (1, 4, 6) or coin for place, coin in enumerate(coins)]
+        answers = seen.inputs["student"].answers()  # type: ignore[attr-defined]
+        for place, (own, answer) in enumerate(whole.values()):
+            assert answers[place] == answer or not (own and seen.extra[ROLLED][place])  # the same draws as by a coin
+        assert not seen.inputs["student"].given  # type: ignore[attr-defined]
+        halves = [method._rolled_out(batch.part(start, start + 4)) for start in (0, 4)]
+        assert [answer for half in halves for answer in half.inputs["student"].answers()] == answers  # type: ignore[attr-defined]
+        results = results_at(method, batch, micro_batch=3)
+        method.zero_grad()
+        assert_same(results_at(method, batch), results)
+
+
+def unanswered(batch: Batch, places: Sequence[int]) -> Batch:
+    """The batch without the answers at some places, as a reader gives it."""
+    inputs = {}
+    for role, given in batch.inputs.items():
+        assert isinstance(given, ChatInput)
+        items = [replace(item, given=place not in places) for place, item in enumerate(given.items())]
+        inputs[role] = join_items(items, given.pad_id)
+    return replace(batch, inputs=inputs)
 
 
 @pytest.mark.parametrize("settings", [{}, {"divergence": "sampled_reverse"}, {"reduction": "sample_mean"}])

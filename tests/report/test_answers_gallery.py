@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cmapkd.data.turns import Turn
-from cmapkd.evaluation.dialogues import UNREAD, Asked
+from cmapkd.data.turns import UNREAD, Turn
+from cmapkd.evaluation.dialogues import Asked
 from cmapkd.report.blocks import Gallery, Paragraph, Table
 from cmapkd.report.questioned import Questioned, answer_blocks
 from helpers import MemorySource

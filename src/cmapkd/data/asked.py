@@ -92,7 +92,7 @@ class AskedSource:
 
 
 def asked(source: Source, prompting: Prompting | None, *, stream: str | None = None) -> Source:
-    """The source itself, or where a share of its questions is kept the samples with such a question."""
-    if prompting is None or prompting.share == 1:
+    """The source itself, or where a share of its questions is kept and no others are asked, the samples with one."""
+    if prompting is None or prompting.share == 1 or prompting.unanswered == "student":
         return source
     return AskedSource(source, prompting, stream=stream)

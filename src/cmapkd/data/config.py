@@ -33,6 +33,11 @@ class PromptConfig(Config):
     share: float = Field(
         1.0, gt=0, le=1, description="Share of the training questions that are kept, chosen by sample and question."
     )
+    unanswered: Literal["leave_out", "student"] = Field(
+        "leave_out",
+        description="Questions outside the share, and those without an answer. leave_out: they are not asked; student: "
+        "they are, and the student writes the answer, which the teacher judges (method.on_policy).",
+    )
     suffix: str = Field(
         "", description="Line after every question, such as: Answer the question using a single word or phrase."
     )
@@ -69,7 +74,16 @@ class PromptConfig(Config):
     def prompting(self, *, training: bool = True) -> Prompting:
         """The choice of dialogues; without `training` all questions are kept."""
         share = self.share if training else 1.0
-        return Prompting(self.kind, share, self.suffix, self.plain_captions, self.join, self.learn, self.captions)
+        return Prompting(
+            self.kind,
+            share,
+            self.suffix,
+            self.plain_captions,
+            self.join,
+            self.learn,
+            self.captions,
+            self.unanswered if training else "leave_out",
+        )
 
 
 class DataConfig(Config):

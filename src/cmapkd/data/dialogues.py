@@ -29,6 +29,7 @@ class ChatItem:
         sequence: further numbers of each token that the model reads (`mm_token_type_ids`, ...), Int[length].
         pictures: the processor's tensors of the pictures, each with rows along its first axis (pictures, tiles,
             patches), as many as this dialogue has.
+        given: whether the last answer is one of the data; else the student is to write it.
     """
 
     ids: Tensor
@@ -36,6 +37,7 @@ class ChatItem:
     visual: Tensor
     sequence: Mapping[str, Tensor] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    given: bool = True
 
 
 class ChatProcessing(Protocol):
@@ -79,6 +81,7 @@ class ChatInput:
             none where it shows no picture, or brought none because its answer is stored.
         pad_id: the token that fills short rows.
         max_tokens: longest dialogue that its reader takes; None: any.
+        given: of each dialogue, whether its last answer is one of the data; empty: all are.
     """
 
     texts: TokenBatch
@@ -89,6 +92,7 @@ class ChatInput:
     extents: Extents = field(default_factory=dict)
     pad_id: int = 0
     max_tokens: int | None = None
+    given: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts.ids)
@@ -133,6 +137,7 @@ class ChatInput:
             sequence={name: numbers[start:stop] for name, numbers in self.sequence.items()},
             pictures=pictures,
             extents=extents,
+            given=self.given[start:stop],
         )
 
     def rows(self, places: Sequence[int]) -> ChatInput:
@@ -155,6 +160,7 @@ class ChatInput:
                         name: rows[int(self.extents[name][row]) : int(self.extents[name][row + 1])]
                         for name, rows in self.pictures.items()
                     },
+                    self.given[row] if self.given else True,
                 )
             )
         return made
@@ -227,6 +233,7 @@ def join_items(items: Sequence[ChatItem], pad_id: int, *, left: bool = False) ->
         pictures,
         extents,
         pad_id,
+        given=() if all(item.given for item in items) else tuple(item.given for item in items),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from cmapkd.config import ConfigError
 from cmapkd.data.random import uniforms
 from cmapkd.data.texts import LOOKED_AT, joined
-from cmapkd.data.turns import Dialogue, Turn
+from cmapkd.data.turns import UNREAD, Dialogue, Turn
 from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.views import View
@@ -45,8 +45,11 @@ class Prompting:
         join: all that is asked of a picture stands in one dialogue, in an order that the view draws; else one of it.
         learn: all: every answer of a dialogue that the data do not exclude; last: the last one alone.
         captions: of a picture that stand in a joined dialogue, as many as it has at most; the view draws which.
+        unanswered: student: questions outside the share, and those without an answer, are asked too, and the student
+            writes the answer; leave_out: they are not asked.
     Raises:
-        ValueError: an unknown kind, a share out of range, or several captions of dialogues that are not joined.
+        ValueError: an unknown kind, a share out of range, several captions of dialogues that are not joined, or
+            answers of the student's own in joined dialogues or to no questions.
     """
 
     kind: Literal["auto", "turns", "questions", "captions", "both"] = "auto"
@@ -56,6 +59,7 @@ class Prompting:
     join: bool = False
     learn: Literal["all", "last"] = "all"
     captions: int = 1
+    unanswered: Literal["leave_out", "student"] = "leave_out"
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", *get_args(Kind)):
@@ -66,6 +70,11 @@ class Prompting:
             raise ValueError(
                 f"captions: {self.captions} asks for several captions in a dialogue: that takes at least 1, "
                 "join: true, and the kind captions or both"
+            )
+        if self.unanswered == "student" and (self.join or self.kind not in ("auto", "questions")):
+            raise ValueError(
+                "unanswered: student asks one question in a dialogue, whose answer the student writes: that takes "
+                "join: false, and the kind questions or auto"
             )
 
     @property
@@ -103,15 +112,22 @@ class Prompting:
             shown = [asked[int(view.caption * len(asked))]]  # of captions there is the one of this view
         turns: list[Turn] = []
         for prompt, answer in shown:
-            turns += [Turn("user", prompt, int(not turns)), Turn("assistant", answer)]
+            given = answer is not None
+            turns += [
+                Turn("user", prompt, int(not turns)),
+                Turn("assistant", answer if answer is not None else UNREAD, given=given),
+            ]
         return tuple(turns)
 
-    def _questions(self, sample: Sample) -> list[tuple[str, str]]:
-        """Prompt and answer of each question that is kept."""
+    def _questions(self, sample: Sample) -> list[tuple[str, str | None]]:
+        """Prompt and answer of each question that is asked; the answer is None where the student is to write it."""
         behind = f"\n{self.suffix}" if self.suffix else ""
-        return [(asked.question + behind, commonest(asked.answers)) for asked in self.kept(sample)]
+        return [
+            (asked.question + behind, commonest(asked.answers) if given else None)
+            for asked, given in self._asked(sample)
+        ]
 
-    def _captions(self, sample: Sample, view: View, number: int) -> list[tuple[str, str]]:
+    def _captions(self, sample: Sample, view: View, number: int) -> list[tuple[str, str | None]]:
         """The captions of this view, each behind an instruction; nothing where the sample has none."""
         if not sample.captions:
             return []
@@ -133,22 +149,31 @@ class Prompting:
         it take the place of a dialogue that cannot be used.
         """
         for kind in KINDS if self.kind == "auto" else (self.kind,):
-            if kind == "questions" and _answered(sample):
-                return kind if self.kept(sample) else None
+            if kind == "questions" and (_answered(sample) or self._asked(sample)):
+                return kind if self._asked(sample) else None
             if (kind == "turns" and (sample.turns or sample.no_turns is not None)) or (
                 kind == "captions" and sample.captions
             ):
                 return kind
-            if kind == "both" and (sample.captions or self.kept(sample)):
+            if kind == "both" and (sample.captions or self._asked(sample)):
                 return kind
         return None
 
-    def kept(self, sample: Sample) -> tuple[QuestionAnswer, ...]:
-        """The sample's questions that have an answer and are in the share that is kept."""
-        asked = _answered(sample)
-        if self.share == 1:
-            return tuple(question for _, question in asked)
-        return tuple(question for place, question in asked if uniforms(1, "question", sample.id, place)[0] < self.share)
+    def asked(self, sample: Sample) -> tuple[QuestionAnswer, ...]:
+        """The sample's questions of which each view asks one, or a joined dialogue all."""
+        return tuple(question for question, _ in self._asked(sample))
+
+    def _asked(self, sample: Sample) -> list[tuple[QuestionAnswer, bool]]:
+        """Each question with whether its answer is given: the data have one, and it is in the share that is kept."""
+        made = []
+        for place, question in enumerate(sample.questions):
+            given = any(question.answers) and self._keeps(sample.id, place)
+            if question.question and (given or self.unanswered == "student"):
+                made.append((question, given))
+        return made
+
+    def _keeps(self, sample_id: str, place: int) -> bool:
+        return self.share == 1 or bool(uniforms(1, "question", sample_id, place)[0] < self.share)
 
     def columns(self, chosen: Sequence[Dialogue]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
         """The answers; there are no further texts."""
@@ -156,13 +181,17 @@ class Prompting:
 
     def named(self, chosen: Dialogue) -> str:
         """Prompt and answer as one text, which names them in a cache."""
-        return joined(f"{turn.role} {turn.pictures} {turn.learned:d} {turn.text}" for turn in chosen)
+        return joined(
+            f"{turn.role} {turn.pictures} {turn.learned:d} {turn.text}" if turn.given else f"{turn.role} unanswered"
+            for turn in chosen
+        )
 
     def describe(self) -> str:
         """Names the choice for a cache's identity."""
         how = "plain" if self.plain_captions else "instructed"
         joined_too = ", all questions of a picture" * self.join + ", the last answer learned" * (self.learn == "last")
         joined_too += f", {self.captions} captions of a picture" * (self.captions > 1)
+        joined_too += ", questions without an answer too" * (self.unanswered == "student")
         return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}{joined_too}"
 
     def check(self, source: Source) -> None:

@@ -7,6 +7,9 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
 
+UNREAD = "yes"
+"""The answer of dialogues whose prompt alone is read. A fixed one, so that no reference decides what can be asked."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -16,12 +19,14 @@ class Turn:
         text: without any placeholder of a picture.
         pictures: how many pictures stand before the text; 0 or 1 in this version.
         learned: whether an assistant's turn is learned; false where the data say `loss: false`.
+        given: false where the data have no answer and the student is to write one; the text is `UNREAD`.
     """
 
     role: Role
     text: str
     pictures: int = 0
     learned: bool = True
+    given: bool = True
 
 
 Dialogue = tuple[Turn, ...]

@@ -9,14 +9,12 @@ from typing import Literal
 from cmapkd.data.dialogues import Dialogue, Turn
 from cmapkd.data.prompting import commonest
 from cmapkd.data.records import kind_of
+from cmapkd.data.turns import UNREAD
 from cmapkd.data.types import QuestionAnswer
 from cmapkd.evaluation.config import WritingConfig
 from cmapkd.evaluation.probes.data import Annotations
 
 Kind = Literal["question", "description", "caption"]
-
-UNREAD = "yes"
-"""The answer of dialogues whose prompt alone is read. A fixed one, so that no reference decides what can be asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ class GenerativeMethod(Method):
         """
         kept = kept_of(teacher.vocabulary, self.student.vocabulary)
         if kept is not None:
-            if self.on_policy is not None and self.on_policy.share:
+            if self.on_policy is not None:
                 raise ConfigError(
                     "the student's vocabulary is cut out of the teacher's, whose ids are others, and on_policy lets "
                     "the teacher read the student's own ids: leave on_policy out, or the option vocabulary: texts"
@@ -296,7 +296,7 @@ class GenerativeMethod(Method):
         return None if rolled is None else ~rolled.to(self.device, non_blocking=True)
 
     def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
-        if self.on_policy is not None and self.on_policy.share:
+        if self.on_policy is not None:
             return (
                 "method.on_policy writes answers of different lengths in every process, and shared weights would be "
                 "gathered for each token, by all processes at once: leave on_policy out"
@@ -313,7 +313,7 @@ class GenerativeMethod(Method):
 
     def _rolled_out(self, batch: Batch) -> Batch:
         """The batch, with the student's own answers in the place of some, where the method learns on its policy."""
-        if self.on_policy is None or not self.on_policy.share or not self.training:
+        if self.on_policy is None or not self.training:
             return batch
         teachers: dict[str, Any] = {
             role: each.model for role, each in self.teachers.items() if each.reads == role and role in batch.inputs

@@ -28,7 +28,13 @@ class OnPolicyConfig(Config):
     Source: Agarwal et al. 2024, arXiv:2306.13649 (GKD; `share` is its lambda). The coin is tossed for each sample.
     """
 
-    share: float = Field(0.5, ge=0, le=1, description="Probability that a sample's answer is the student's own.")
+    share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Probability that a sample's answer is the student's own; it always is where the data have none "
+        "(data.prompts.unanswered: student).",
+    )
     temperature: float = Field(1.0, ge=0, description="Of the draws; 0: always the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draws are among the likeliest tokens of this probability.")
     max_new_tokens: int = Field(128, ge=1, description="Longest answer; a longer one is cut and learned as it is.")
@@ -48,7 +54,9 @@ def roll_out(
     common: int | None = None,
     at_once: int | None = None,
 ) -> tuple[Batch, dict[str, Tensor]]:
-    """The batch with drawn answers for the samples whose coin says so, and what is worth logging of them.
+    """The batch with drawn answers for the samples whose coin says so, or that the data have no answer to.
+
+    Returns it with what is worth logging of the answers.
 
     Coin and draws are functions of (seed, step, sample id): neither batch, process nor resume changes them. Every
     process must call it in the same step, because what is logged is measured over all of them.
@@ -62,10 +70,13 @@ def roll_out(
         at_once: prompts that are answered at once; None: all.
     """
     began = perf_counter()
-    own = [_coin(step, sample_id) < config.share for sample_id in batch.ids]
-    places = [place for place, is_own in enumerate(own) if is_own]
     given, inputs = batch.inputs["student"], dict(batch.inputs)
     assert isinstance(given, ChatInput)
+    answered = given.given or [True] * len(batch)
+    own = [
+        not known or _coin(step, sample_id) < config.share for known, sample_id in zip(answered, batch.ids, strict=True)
+    ]
+    places = [place for place, is_own in enumerate(own) if is_own]
     how = replace(config.decoding, never=_never(student, teachers, common))
     answers: list[list[int]] = []
     size = at_once or len(batch)

@@ -84,7 +84,7 @@ class TokenKDConfig(GenerativeConfig):
             if self.compare != "text":
                 raise ValueError("compare is read by alignment bytes alone: leave it out, or set alignment: bytes")
             return
-        if self.divergence == "sampled_reverse" or (self.on_policy is not None and self.on_policy.share):
+        if self.divergence == "sampled_reverse" or self.on_policy is not None:
             raise ValueError(
                 "alignment: bytes compares the answers of the data alone, which both models read in tokens of their "
                 "own: leave on_policy out, and take another divergence than sampled_reverse"

@@ -7,11 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from PIL import Image
 
-from cmapkd.data.turns import Dialogue, Turn
+from cmapkd.data.turns import UNREAD, Dialogue, Turn
 from cmapkd.models.embedding import Picture, opened
-
-_UNREAD = "yes"
-"""The answer of dialogues whose prompt alone is read: a processor reads no dialogue without one."""
 
 
 def dialogues(
@@ -43,4 +40,4 @@ def dialogues(
         if not isinstance(question, str):
             raise TypeError(f"question {place} is of type {type(question).__name__}: give questions as str")
         seen = [] if picture is None else [opened(picture, place)]
-        yield (Turn("user", question, len(seen)), Turn("assistant", _UNREAD)), seen
+        yield (Turn("user", question, len(seen)), Turn("assistant", UNREAD)), seen

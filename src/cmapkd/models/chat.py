@@ -89,7 +89,8 @@ class HfChatProcessor(ChatProcessor):
         answer = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), torch.ones_like(tail, dtype=torch.bool)])
         self._mark_earlier(answer, dialogue, text, prompt)
         numbers = {name: self._padded(found.pop(name, None), len(ids)) for name in self._numbers}
-        return ChatItem(ids, answer, visual, numbers, {key: self._rows(rows) for key, rows in found.items()})
+        pixels = {key: self._rows(rows) for key, rows in found.items()}
+        return ChatItem(ids, answer, visual, numbers, pixels, given=dialogue[-1].given)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.native.tokenizer.decode(

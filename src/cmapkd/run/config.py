@@ -107,6 +107,15 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _unanswered_questions_are_judged(self) -> Self:
+        if self.data.prompts.unanswered == "student" and getattr(self.method, "on_policy", None) is None:
+            raise ValueError(
+                f"data.prompts.unanswered: student lets the student answer, and method {self.method.name} learns from "
+                "given answers alone here: set method.on_policy (token_kd), or leave unanswered out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _views_cycle_with_a_cache(self) -> Self:
         """A new view in every epoch would be stored and read once: with a cache they cycle, unless the recipe says."""
         views = self.data.views
@@ -195,7 +204,11 @@ class RunConfig(Config):
         alone = {"method": alone_method, "training": training, "baseline": "none", "cache": cache}
         student = self.student.model_copy(update={"inherit": None})
         named = self.teacher if self.writes else None
-        return self.model_copy(update={**alone, "student": student, "teacher": named, "more_teachers": {}})
+        prompts = self.data.prompts.model_copy(update={"unanswered": "leave_out"})
+        data = self.data.model_copy(update={"prompts": prompts})
+        return self.model_copy(
+            update={**alone, "student": student, "data": data, "teacher": named, "more_teachers": {}}
+        )
 
     def without_teachers(self) -> RunConfig:
         """The same for a method that uses none."""

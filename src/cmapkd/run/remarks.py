@@ -57,7 +57,7 @@ def remarks_on_questions(config: RunConfig, source: Source) -> Iterator[str]:
             sample = unseen(source, index)
         except BadSampleError:
             continue
-        asked.append(0 if prompts.kind == "auto" and sample.turns else len(prompting.kept(sample)))
+        asked.append(0 if prompts.kind == "auto" and sample.turns else len(prompting.asked(sample)))
     if asked and (mean := sum(asked) / len(asked)) > views.num_views:
         yield (
             f"a picture has about {mean:.0f} questions, and its {views.num_views} views repeat: each view draws one "

@@ -344,8 +344,12 @@ def test_arms_that_write_are_compared(recipe: dict[str, Any], tmp_path: Path) ->
     assert (table.reference_name, table.gap_name) == ("sft", "sft")
     assert [row.label for row in table.rows] == ["sft", "kd"]
     assert not any(row.errors for row in table.rows)
-    reasons = {cell.seeds_alone for cell in table.rows[1].cells.values()}  # none where both seeds differ equally
-    assert "runs keep no scores of single answers" in reasons
+    for cell in table.rows[1].cells.values():
+        if cell.two_way is not None:  # none where no answer differs
+            assert cell.difference is not None
+            assert cell.two_way.mean == pytest.approx(cell.difference.mean)
+            assert cell.seeds_alone == ""
+    assert table.rows[1].cells["perplexity.negative_bits_per_byte"].two_way is not None
     assert "perplexity.negative_bits_per_byte" in table.teachers[0].cells
     page = write_report([tmp_path / "out"], tmp_path / "page.html", gallery=0).read_text()
     assert "answering overall" in page

@@ -2,8 +2,9 @@
 
 One row for each run, test set and measure. `values` has one byte a picture, its mean over the picture's queries in
 1/240: 0 is a miss, 240 a hit, 255 a picture without a query. Up to six captions a picture are exact, more are rounded.
-A row of measure `captions`, without a run, has two bytes a picture (low byte first): how many captions it has. The
-bytes are compressed with zlib and written in base64. docs/compare.md says how many characters a picture takes.
+A row of measure `captions`, without a run, has two bytes a picture (low byte first): how many captions it has, or how
+many questions a model that writes was asked. The bytes are compressed with zlib and written in base64. docs/compare.md
+says how many characters a picture takes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cmapkd.compare.pictures import KeptRanks, NoPictures, PictureScore, measures_of, score_pictures, split_metric
+from cmapkd.compare.pictures import KeptRanks, NoPictures, PictureScore, is_of_answers, measures_of, split_metric
 
 HIT, NO_QUERY = 240, 255
 _HEAD = ("run", "data", "measure", "digest", "pictures", "values")
@@ -42,15 +43,14 @@ def pictures_csv(
     for name, run in runs:
         for where, measure in wanted:
             try:
-                kept = ranks.ranks(run, where)
-                score = score_pictures(kept, measure)
+                digest, score = ranks.scores(run, where, measure)
             except NoPictures:
                 continue
-            if (where, kept.digest) not in described:
-                described.add((where, kept.digest))
-                captions = kept.captions.numpy().astype("<u2")
-                rows.append(("", where, "captions", kept.digest, len(captions), _encoded(captions)))
-            rows.append((name, where, measure, kept.digest, len(score.sums), _encoded(_bytes(score))))
+            if (where, digest) not in described:
+                described.add((where, digest))
+                many = score.queries if is_of_answers(measure) else ranks.ranks(run, where).captions.numpy()
+                rows.append(("", where, "captions", digest, len(many), _encoded(many.astype("<u2"))))
+            rows.append((name, where, measure, digest, len(score.sums), _encoded(_bytes(score))))
     if not rows:
         return None
     text = io.StringIO()
@@ -92,8 +92,8 @@ class PictureTable:
             raise NoPictures(f"the table of pictures has no {measure} of {run}")
         values = _decoded(row, "u1")
         asked = values != NO_QUERY
-        captions = self._captions[row["digest"]]
-        queries = np.where(asked, captions if measure.startswith("t2i.") else 1, 0).astype(float)
+        many = measure.startswith("t2i.") or is_of_answers(measure)
+        queries = np.where(asked, self._captions[row["digest"]] if many else 1, 0).astype(float)
         return row["digest"], PictureScore(np.where(asked, values / HIT * 100, 0.0) * queries, queries)
 
 
@@ -101,7 +101,7 @@ def _percents(metric: str, data: dict[str, str]) -> list[tuple[str, str]]:
     """Test data and measures of a metric; none where it is not made of hits."""
     where, path = split_metric(metric, data)
     try:
-        return [(where, measure) for measure in measures_of(path) if not measure.endswith("mean_rank")]
+        return [(where, measure) for measure in measures_of(path) if not measure.endswith(("mean_rank", "per_byte"))]
     except NoPictures:
         return []
 

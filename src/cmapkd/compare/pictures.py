@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from cmapkd.compare.bootstrap import Floats, Part, two_way_estimate
 from cmapkd.compare.rows import config_digest
 from cmapkd.compare.statistics import Estimate, PairedDifference
+from cmapkd.evaluation.answer_scores import AnswerScore, load_answer_scores
 from cmapkd.evaluation.picture_ranks import PictureRanks
-from cmapkd.evaluation.tasks import TASKS
-from cmapkd.models import GenerativeModel
 from cmapkd.run.measure import RANKS
+
+Kept = TypeVar("Kept")
 
 _BOTH_WAYS = re.compile(r"retrieval\.mean_(r@\d+)")
 _RETRIEVAL = re.compile(r"retrieval\.((?:i2t|t2i)\.(?:r@\d+|mean_rank))")
+_ANSWERS = (
+    "answering.overall",
+    "answering.exact",
+    "yes_no.accuracy",
+    "perplexity.bits_per_byte",
+    "perplexity.negative_bits_per_byte",
+)
 _TOLERANCE = 0.02  # between a score and its pictures, in units of the metric; a committed table is rounded
 
 
@@ -64,11 +72,8 @@ def measures_of(path: str) -> tuple[str, ...]:
         return f"i2t.{match[1]}", f"t2i.{match[1]}"
     if match := _RETRIEVAL.fullmatch(path):
         return (match[1],)
-    if path in ("zero_shot.top1", "zero_shot.top5"):
+    if path in ("zero_shot.top1", "zero_shot.top5", *_ANSWERS):
         return (path,)
-    task = TASKS.own.get(path.partition(".")[0])
-    if task is not None and issubclass(task.reads, GenerativeModel):
-        raise NoPictures("runs keep no scores of single answers")
     raise NoPictures(f"{path} is no mean over pictures")
 
 
@@ -110,8 +115,13 @@ def ranks_name(name: str, source: str) -> str:
     return f"ranks-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:40]}-{config_digest(source)}.safetensors"
 
 
+def is_of_answers(measure: str) -> bool:
+    """Whether a measure is a score of what a model wrote."""
+    return measure in _ANSWERS
+
+
 class KeptRanks:
-    """The ranks in the folders of a comparison's runs, each read when it is first asked for.
+    """The ranks, or scores of answers, in the folders of a comparison's runs, each read when it is first asked for.
 
     Args:
         folders: of the runs, by digest.
@@ -121,9 +131,13 @@ class KeptRanks:
     def __init__(self, folders: Mapping[str, Path], data: Mapping[str, str]) -> None:
         self._folders, self._data = folders, data
         self._ranks: dict[Path, PictureRanks | NoPictures] = {}
+        self._answers: dict[Path, dict[str, AnswerScore] | NoPictures] = {}
 
     def scores(self, run: str, data: str, measure: str) -> tuple[str, PictureScore]:
         """See `PictureSource`; a run is named by its digest."""
+        if is_of_answers(measure):
+            score = self._answer(run, data, measure)
+            return score.digest, PictureScore(score.sums, score.weights)
         ranks = self.ranks(run, data)
         return ranks.digest, score_pictures(ranks, measure)
 
@@ -133,18 +147,32 @@ class KeptRanks:
         Raises:
             NoPictures: none were kept, or the file is damaged.
         """
-        path = self._folders[run] / (ranks_name(data, self._data[data]) if data else RANKS)
-        if path not in self._ranks:
-            try:
-                self._ranks[path] = PictureRanks.load(path)
-            except FileNotFoundError:
-                self._ranks[path] = NoPictures("their runs keep no ranks of pictures")
-            except ValueError as error:
-                self._ranks[path] = NoPictures(str(error))
-        ranks = self._ranks[path]
-        if isinstance(ranks, NoPictures):
-            raise ranks
-        return ranks
+        return _kept(self._ranks, self._path(run, data), PictureRanks.load, "their runs keep no ranks of pictures")
+
+    def _answer(self, run: str, data: str, measure: str) -> AnswerScore:
+        path = self._path(run, data)
+        scores = _kept(self._answers, path, load_answer_scores, "their runs keep no scores of single answers")
+        if measure not in scores:
+            raise NoPictures(f"the kept scores have no {measure}")
+        return scores[measure]
+
+    def _path(self, run: str, data: str) -> Path:
+        return self._folders[run] / (ranks_name(data, self._data[data]) if data else RANKS)
+
+
+def _kept(known: dict[Path, Kept | NoPictures], path: Path, load: Callable[[Path], Kept], why_not: str) -> Kept:
+    """What a file holds, or why it holds nothing; read once."""
+    if path not in known:
+        try:
+            known[path] = load(path)
+        except FileNotFoundError:
+            known[path] = NoPictures(why_not)
+        except ValueError as error:
+            known[path] = NoPictures(str(error))
+    found = known[path]
+    if isinstance(found, NoPictures):
+        raise found
+    return found
 
 
 def resampled_difference(

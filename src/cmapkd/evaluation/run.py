@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cmapkd.data.types import Source
+from cmapkd.evaluation.answer_scores import AnswerScore, save_answer_scores
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
 from cmapkd.evaluation.picture_ranks import PictureRanks
@@ -32,7 +33,8 @@ def evaluate(
     Args:
         device: where the towers run; the model is moved there, and keeps its training modes.
         on_bad_sample, autocast: see `embed`.
-        ranks_file: where the ranks by picture are written, see `PictureRanks`; none is written if nothing was ranked.
+        ranks_file: where ranks or scores by picture are written, see `PictureRanks` and, for models that write,
+            `AnswerScore`; none is written if there are none.
     Returns:
         `retrieval` (see `retrieval.retrieval`), `zero_shot` (see `zero_shot.zero_shot`), ..., those that were measured;
         `params`, the model's number of parameters, of which `params_borrowed`, if any, are another model's tower;
@@ -42,6 +44,7 @@ def evaluate(
         ValueError: a task that was named cannot be measured on this source, or none can.
     """
     ranks: dict[str, PictureRanks] = {}
+    answers: dict[str, dict[str, AnswerScore]] = {}
     scores = evaluate_models(
         {"model": model},
         source,
@@ -50,7 +53,10 @@ def evaluate(
         on_bad_sample=on_bad_sample,
         autocast=autocast,
         picture_ranks=None if ranks_file is None else ranks,
+        answer_scores=None if ranks_file is None else answers,
     )
     if ranks_file is not None and ranks:
         ranks["model"].save(ranks_file)
+    if ranks_file is not None and answers:
+        save_answer_scores(answers["model"], ranks_file)
     return scores["model"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cmapkd.data.templates import get_class_names, get_templates
 from cmapkd.data.types import BadSampleError, Sample, Source
+from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig, WritingConfig
 from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
 from cmapkd.evaluation.probes.data import Annotations, read_annotations
@@ -95,6 +96,7 @@ class Subject:
     model: Model
     bench: Bench
     ranks: dict[str, RankCounts] = field(default_factory=dict)  # what tasks ranked: `i2t`, `t2i`, `zero_shot`
+    answers: dict[str, AnswerScore] = field(default_factory=dict)  # by path, the scores that are means over pictures
     _features: dict[str, ImageFeatures] = field(default_factory=dict)
 
     @property

@@ -13,6 +13,7 @@ from rich.console import Console
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
+from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
 from cmapkd.evaluation.picture_ranks import MAX_PICTURES, PictureRanks
@@ -35,6 +36,7 @@ def evaluate_models(
     autocast: torch.dtype | None = None,
     console: Console | None = None,
     picture_ranks: dict[str, PictureRanks] | None = None,
+    answer_scores: dict[str, dict[str, AnswerScore]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores of every model by name, ready for JSON. The first model is the reference: the teacher, where there is one.
 
@@ -45,6 +47,7 @@ def evaluate_models(
         device: where the towers run; models are moved there, and keep their training modes.
         on_bad_sample, autocast: see `embed`.
         picture_ranks: is given each model's ranks by picture, where a task ranked and the pictures are not too many.
+        answer_scores: the same for models that write: scores by picture, by their paths.
     Returns:
         For each model the scores of each task by its name; `params`; if a source was read, `bad_samples`, how many
         could not be, and `scored`: numbers of `images`, `captions`, of models that write `questions`, and `skipped`
@@ -90,6 +93,8 @@ def evaluate_models(
             scores[subject.name]["bad_samples"] = len(subject.writer.bad)
             scores[subject.name]["scored"] = _asked(subject)
             _warn_of_precision(subject)
+            if answer_scores is not None and subject.answers and bench.num_scored <= MAX_PICTURES:
+                answer_scores[subject.name] = subject.answers
     return scores
 
 

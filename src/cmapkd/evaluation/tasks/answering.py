@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from cmapkd.data.prompting import commonest
+from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.dialogues import Asked, lacking, questions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
-from cmapkd.evaluation.vqa import normalise_answer, vqa_scores
+from cmapkd.evaluation.vqa import VqaScores, normalise_answer, vqa_scores
 from cmapkd.models.generative import GenerativeModel
 
 
@@ -52,9 +53,14 @@ class Answering(Task):
             normalise_answer(text) in {normalise_answer(right) for right in each.references}
             for each, text in zip(known, said, strict=True)
         ]
-        return _accuracies(known, said) | {
+        scores = _accuracies(known, said)
+        subject.answers["answering.overall"] = AnswerScore.of(known, list(scores.per_question.values()))
+        subject.answers["answering.exact"] = AnswerScore.of(known, [100.0 * right for right in exact])
+        return {
+            "overall": scores.overall,
+            "by_kind": scores.by_kind,
             "exact": 100 * sum(exact) / len(exact),
-            "prior": _accuracies(known, [usual] * len(known))["overall"],
+            "prior": _accuracies(known, [usual] * len(known)).overall,
             "commonest": usual,
             "unended": 100 * sum(not answer.ended for _, answer in pairs) / len(pairs),
             "empty": 100 * sum(not text for text in said) / len(said),
@@ -64,12 +70,11 @@ class Answering(Task):
         }
 
 
-def _accuracies(asked: Sequence[Asked], said: Sequence[str]) -> dict[str, Any]:
+def _accuracies(asked: Sequence[Asked], said: Sequence[str]) -> VqaScores:
     numbered = {str(number): each for number, each in enumerate(asked)}
     kinds = {number: each.question.kind for number, each in numbered.items() if each.question is not None}
-    scores = vqa_scores(
+    return vqa_scores(
         dict(zip(numbered, said, strict=True)),
         {number: each.references for number, each in numbered.items()},
         kinds=kinds,
     )
-    return {"overall": scores.overall, "by_kind": scores.by_kind}

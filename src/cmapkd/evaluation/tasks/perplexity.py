@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.dialogues import Asked, lacking, other_pictures, references
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
@@ -37,6 +38,10 @@ class Perplexity(Task):
         bench.say(f"{subject.name}: reading {len(asked):,} references of {bench.scored.name}")
         read = _read(writer, asked)
         scores = _sum(read.values()).to_dict()
+        known, sizes = [asked[place] for place in read], [each.num_bytes for each in read.values()]
+        bits = [each.nats / math.log(2) for each in read.values()]
+        subject.answers["perplexity.bits_per_byte"] = AnswerScore.of(known, bits, sizes)
+        subject.answers["perplexity.negative_bits_per_byte"] = AnswerScore.of(known, [-each for each in bits], sizes)
         result = scores | {
             # steps are chosen by the highest number
             "negative_bits_per_byte": -scores["bits_per_byte"],

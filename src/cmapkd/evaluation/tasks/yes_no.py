@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmapkd.data.prompting import commonest
+from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.dialogues import Asked, lacking, questions
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks.base import Column, Task
@@ -57,6 +58,9 @@ class YesNo(Task):
         yes = [is_yes(text) for text in said]
         unclear = [not is_clear(text) for text in said]
         strict = [a == b and not odd for a, b, odd in zip(yes, right, unclear, strict=True)]
+        subject.answers["yes_no.accuracy"] = AnswerScore.of(
+            known, [100.0 * (a == b) for a, b in zip(yes, right, strict=True)]
+        )
         by_category = {name: _of(places, yes, right) for name, places in _categories(known).items()}
         return YesNoScores.of(yes, right).to_dict() | {
             "unclear": 100 * sum(unclear) / len(unclear),

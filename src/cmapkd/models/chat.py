@@ -22,6 +22,7 @@ from cmapkd.models.token_bytes import Spelling, token_bytes
 
 _PROBE = (Turn("user", "What is it?", pictures=1), Turn("assistant", "cmapkd"))
 _PROBE_TEXT = (Turn("user", "How many, and where?"), Turn("assistant", "2 of 10"))
+_SHORT, _ANSWERS_KEPT = 32, 2**14  # characters of an answer whose tokens are kept, and how many such answers
 _NAMES = ("image_processor_type", "processor_class", "auto_map")  # of a saved image processor; none is a setting
 
 
@@ -65,6 +66,7 @@ class HfChatProcessor(ChatProcessor):
     ) -> None:
         self.native, self.image_id, self.max_tokens = native, image_id, max_tokens
         self.picture_options, self.nested = dict(picture_options or {}), nested
+        self._answers: dict[str, list[int]] = {}
         self.end_id = self._end_token(name)
         self.lead = self._before_answers()
         pad = native.tokenizer.pad_token_id
@@ -104,11 +106,16 @@ class HfChatProcessor(ChatProcessor):
         Raises:
             ValueError: the answer is empty, or its tokens do not stand for it.
         """
+        known = self._answers.get(text)
+        if known is not None:
+            return [*known, self.end_id]
         if not text.strip():
             raise ValueError("the answer is empty")
         ids = self._bare_ids(self.lead + text)
         if self.decode(ids) != text:
             raise ValueError(f"the answer {text[:80]!r} does not survive the tokenizer: {self.decode(ids)[:80]!r}")
+        if len(text) <= _SHORT and len(self._answers) < _ANSWERS_KEPT:  # a word that answers many questions
+            self._answers[text] = ids
         return [*ids, self.end_id]
 
     def spelling(self, size: int) -> Spelling:
@@ -178,13 +185,21 @@ class HfChatProcessor(ChatProcessor):
             ValueError: the template writes an answer otherwise once more turns follow.
         """
         learned = [number for number, turn in enumerate(dialogue[:-1]) if turn.role == "assistant" and turn.learned]
-        grown = len(prompt) - len(self._plain_ids(text)) if learned else 0  # tokens of the expanded picture
+        if not learned:
+            return
+        plain, token_at = self._tokens_by_place(text)
+        grown = len(prompt) - len(plain)  # tokens of the expanded picture
         for number in learned:
             turn = dialogue[number]
             before = dialogue[:number]
-            start = len(self._plain_ids(self._rendered(before, prompt=True)))
-            start += grown if any(earlier.pictures for earlier in before) else 0
             ids = self.encode_answer(turn.text)
+            head = self._rendered(before, prompt=True)
+            start = token_at.get(len(head)) if text.startswith(head) else None
+            if (
+                start is None or plain[start : start + len(ids)] != ids
+            ):  # count what is before
+                start = len(self._plain_ids(head))
+            start += grown if any(earlier.pictures for earlier in before) else 0
             if prompt[start : start + len(ids)].tolist() != ids:
                 raise ValueError(
                     f"answer {turn.text[:80]!r} has other tokens once more turns follow, so it cannot be learned "
@@ -229,6 +244,18 @@ class HfChatProcessor(ChatProcessor):
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self.native.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
         return ids
+
+    def _tokens_by_place(self, text: str) -> tuple[list[int], dict[int, int]]:
+        """The tokens, and which of them begins at each character; none of tokenizers that do not know places.
+
+        So a dialogue of many turns is tokenised once, and not once for each turn.
+        """
+        tokenizer = self.native.tokenizer
+        if not tokenizer.is_fast:
+            return self._plain_ids(text), {}
+        found = tokenizer(text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True)
+        places = {begin: number for number, (begin, end) in enumerate(found["offset_mapping"]) if end > begin}
+        return found["input_ids"], places
 
     def _bare_ids(self, text: str) -> list[int]:
         ids: list[int] = self.native.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -151,7 +151,7 @@ def check_name(name: str) -> None:
     if family in FAMILIES and colon:
         asked: Any = family_of(family)
         known = asked.names() if family in _LISTING else [rest]
-        if rest not in (*known, *getattr(asked, "TO_BE_MADE", ())):
+        if rest not in known:
             raise ConfigError(f"there is no model {name}{closest(rest, known)}; known: {', '.join(known)}")
     elif not Path(name).is_dir():
         raise _unknown(name)

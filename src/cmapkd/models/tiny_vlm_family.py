@@ -28,7 +28,6 @@ from cmapkd.models.vlm_language import Language
 from cmapkd.models.vlm_tower import VisualTokens
 
 _PICTURE = "<image>"
-TO_BE_MADE = {"scenes-teacher": "sft_scenes_teacher"}  # recipes of models that may ship with another version
 
 
 class TinyVlmOptions(Config):
@@ -73,11 +72,6 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None, teache
     packaged = packaged_models("tiny_vlm")
     if rest in packaged and config.init == "auto":
         return _trained(packaged[rest], config)
-    if rest in TO_BE_MADE and config.init == "auto":
-        raise ConfigError(
-            f"tiny_vlm:{rest} does not ship with this version. Make it with: cmapkd distill {TO_BE_MADE[rest]} --out "
-            "runs/teacher. Then name that run: teacher=runs/teacher"
-        )
     if rest not in PRESETS:
         known = names()
         raise ConfigError(f"there is no model tiny_vlm:{rest}{closest(rest, known)}; known: {', '.join(known)}")

@@ -62,14 +62,14 @@ def check_length(length: int, batch_size: int) -> None:
 
 
 class PlanSampler(Sampler[Plan]):
-    """Plans for steps `start` to `stop`: every epoch is a new permutation; what does not fill a batch is left out.
+    """Plans for steps `start` to `stop`: every epoch is in a new order; what does not fill a batch is left out.
 
     Random access by step, so resume inside an epoch costs nothing and needs no state but the step.
 
     Args:
         length: number of samples, those of all streams together.
-        streams: which samples are of which stream, and its share of a batch; none: all are one stream. Each stream has
-            permutations and epochs of its own.
+        streams: which samples are of which stream, its share of a batch and its order; none: all are one stream. Each
+            stream has orders and epochs of its own.
         only: a function of the step, to the name of the one stream that it reads, or None for all by their shares.
     Raises:
         ValueError: fewer samples than a batch has, or a batch that does not divide among the processes.
@@ -161,6 +161,8 @@ class PlanSampler(Sampler[Plan]):
     def _order(self, number: int, epoch: int, first: int, last: int) -> NDArray[np.int64]:
         """Where the samples `first` to `last` of a stream's epoch are."""
         stream = self.streams[number]
+        if stream.order is not None:
+            return stream.first + stream.order.samples(epoch, first, last)
         named = (stream.name,) if number else ()
         return stream.first + permuted(np.arange(first, last), stream.length, "order", self.seed, epoch, *named)
 

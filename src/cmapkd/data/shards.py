@@ -123,6 +123,13 @@ class ShardSource(StoredSource):
         """Number of samples, readable or not."""
         return self._length
 
+    def shard_counts(self) -> NDArray[np.int64]:
+        """How many samples each shard has, among those that are kept."""
+        if self._chosen is None:
+            return np.diff(np.minimum(self._ends, self._length), prepend=0)
+        shards = np.searchsorted(self._ends, self._chosen[: self._length], "right")
+        return np.bincount(shards, minlength=len(self._ends))
+
     def _entry(self, index: int) -> Entry:
         if not -self._length <= index < self._length:
             raise self._outside(index)

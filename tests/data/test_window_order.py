@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from making import picture, write_tar
 from numpy.typing import NDArray
 
 from cmapkd.cache import keys_of_run
 from cmapkd.config import ConfigError
+from cmapkd.data.loading import make_loader
+from cmapkd.data.open import open_source
 from cmapkd.data.ordering import Ordering, describe
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import PlanSampler
@@ -21,20 +24,9 @@ from cmapkd.data.streams import JoinedSource, Stream
 from cmapkd.data.types import BadSampleError
 from cmapkd.data.views import WHOLE, ViewSpec
 from cmapkd.data.window_order import WindowOrder, shard_counts
-from helpers import MemorySource, make_builder, make_method
+from helpers import MemorySource, Sharded, make_builder, make_method
 
 UNEVEN = (13, 0, 40, 7, 25, 31, 1, 60, 18, 22, 9, 44)  # 270 samples
-
-
-class Sharded(MemorySource):
-    """Samples in memory that say that they lie in shards."""
-
-    def __init__(self, counts: Any = UNEVEN, *, remote: bool = False, **options: Any) -> None:
-        super().__init__(sum(counts), **options)
-        self.counts, self.remote = counts, remote
-
-    def shard_counts(self) -> NDArray[np.int64]:
-        return np.array(self.counts)
 
 
 def order(counts: Any = UNEVEN, *, batch: int = 8, lanes: int = 4, window: int = 2, seed: int = 3) -> WindowOrder:
@@ -80,7 +72,7 @@ def test_many_permutations_at_once_are_those_of_each() -> None:
 
 @pytest.mark.parametrize(("lanes", "window"), [(1, 1), (1, 3), (2, 2), (4, 2), (8, 1), (8, 40)])
 def test_an_epoch_shows_every_sample_at_most_once(lanes: int, window: int) -> None:
-    shown = epochs_of(sampler(Sharded(), lanes=lanes, window=window))
+    shown = epochs_of(sampler(Sharded(UNEVEN), lanes=lanes, window=window))
     assert [*shown] == [0, 1, 2]
     for epoch in (0, 1):
         assert len(shown[epoch]) == len(set(shown[epoch])) == 264  # 33 batches of 8; 6 wait for another epoch
@@ -152,22 +144,22 @@ def test_the_order_is_the_same_in_every_version() -> None:
 
 
 def test_resume_gives_the_plans_of_the_uninterrupted_run() -> None:
-    whole = list(sampler(Sharded()))
+    whole = list(sampler(Sharded(UNEVEN)))
     for start in (0, 1, 3, 33, 34, 69):  # within a window, at its end, at the end of an epoch
-        assert list(sampler(Sharded(), start=start)) == whole[start:]
-    backwards = sampler(Sharded())
+        assert list(sampler(Sharded(UNEVEN), start=start)) == whole[start:]
+    backwards = sampler(Sharded(UNEVEN))
     assert [backwards.plan(step) for step in reversed(range(70))] == whole[::-1]
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_processes_share_the_batch_out(world_size: int) -> None:
-    parts = [list(sampler(Sharded(), rank=rank, world_size=world_size)) for rank in range(world_size)]
-    for step, plan in enumerate(sampler(Sharded())):
+    parts = [list(sampler(Sharded(UNEVEN), rank=rank, world_size=world_size)) for rank in range(world_size)]
+    for step, plan in enumerate(sampler(Sharded(UNEVEN))):
         assert tuple(chain.from_iterable(part[step].mine for part in parts)) == plan.everyone == plan.mine
 
 
 def test_streams_have_windows_of_their_own_and_a_stage_may_read_one() -> None:
-    source = JoinedSource({"train": Sharded(), "extra": MemorySource(40), "more": Sharded((9, 9, 30))}, SHARES)
+    source = JoinedSource({"train": Sharded(UNEVEN), "extra": MemorySource(40), "more": Sharded((9, 9, 30))}, SHARES)
     only = ("extra", "more", None)
     plans = list(sampler(source, batch_size=16, stop=120, only=lambda step: only[(step // 7) % 3]))
     shown: dict[tuple[str, int], list[int]] = {}
@@ -190,7 +182,7 @@ def source_streams(source: Any) -> tuple[Stream, ...]:
 
 
 def test_a_cache_foresees_what_is_read() -> None:
-    source, views = Sharded(), ViewSpec(num_views=2)
+    source, views = Sharded(UNEVEN), ViewSpec(num_views=2)
     made = sampler(source)
     read = {views.view_number(plan.epoch) * 270 + index for plan in sampler(source, stop=20) for index in plan.everyone}
     keys = keys_of_run(270, batch_size=8, seed=3, steps=20, views=views, streams=made.streams)
@@ -275,7 +267,7 @@ def test_bad_samples_are_replaced_alike_in_every_number_of_processes(world_size:
 
 
 def test_data_without_a_readable_sample_stop() -> None:
-    source = Sharded(bad=range(270))
+    source = Sharded(UNEVEN, bad=range(270))
     made = make_builder(make_method("contrastive"), source, streams=sampler(source).streams)
     with pytest.raises(BadSampleError, match="no readable sample was found to take its place at step 7"):
         made[sampler(source).plan(7)]
@@ -289,16 +281,16 @@ def kinds(ordering: Ordering, source: Any, batch_size: int = 8) -> str:
 
 
 def test_the_order_is_chosen_by_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kinds(Ordering(), MemorySource(270)) == kinds(Ordering(), Sharded()) == "global"
-    assert kinds(Ordering("global"), Sharded(remote=True)) == "global"
-    assert kinds(Ordering(), Sharded(remote=True)) == "windows of 16 shards in 8 lanes"
-    assert kinds(Ordering(), PartOfSource(Sharded(remote=True), 3, 260)) == "windows of 16 shards in 8 lanes"
-    assert kinds(Ordering(), Sharded(remote=True), 16) == "global"  # 16 lanes of 11 shards would only cut them up
-    assert kinds(Ordering("window", window=3), Sharded(), 24) == "windows of 3 shards in 8 lanes"
-    assert kinds(Ordering("window"), Sharded(), 9) == "windows of 16 shards in 1 lane"
+    assert kinds(Ordering(), MemorySource(270)) == kinds(Ordering(), Sharded(UNEVEN)) == "global"
+    assert kinds(Ordering("global"), Sharded(UNEVEN, remote=True)) == "global"
+    assert kinds(Ordering(), Sharded(UNEVEN, remote=True)) == "windows of 16 shards in 8 lanes"
+    assert kinds(Ordering(), PartOfSource(Sharded(UNEVEN, remote=True), 3, 260)) == "windows of 16 shards in 8 lanes"
+    assert kinds(Ordering(), Sharded(UNEVEN, remote=True), 16) == "global"  # 11 shards, 16 lanes
+    assert kinds(Ordering("window", window=3), Sharded(UNEVEN), 24) == "windows of 3 shards in 8 lanes"
+    assert kinds(Ordering("window"), Sharded(UNEVEN), 9) == "windows of 16 shards in 1 lane"
     monkeypatch.setattr("cmapkd.data.ordering.LARGE", 200)
-    assert kinds(Ordering(), Sharded()) == "windows of 16 shards in 8 lanes"
-    joined = JoinedSource({"train": MemorySource(40), "extra": Sharded()}, {"extra": 0.25})
+    assert kinds(Ordering(), Sharded(UNEVEN)) == "windows of 16 shards in 8 lanes"
+    joined = JoinedSource({"train": MemorySource(40), "extra": Sharded(UNEVEN)}, {"extra": 0.25})
     assert kinds(Ordering(), joined) == "train global, extra windows of 16 shards in 2 lanes"
 
 
@@ -306,13 +298,13 @@ def test_orders_that_cannot_be_made() -> None:
     with pytest.raises(ConfigError, match=r"data\.order is window, and memory has no shards"):
         kinds(Ordering("window"), MemorySource(40))
     with pytest.raises(ConfigError, match=r"data\.lanes is 3, and a batch has 8 samples.*divisor of 8"):
-        kinds(Ordering("window", 3), Sharded())
+        kinds(Ordering("window", 3), Sharded(UNEVEN))
     with pytest.raises(ValueError, match="places 0 to 9 cannot be read in 4 lanes of 67 samples"):
         order().samples(0, 0, 9)
 
 
 def test_parts_know_their_shards() -> None:
-    part = PartOfSource(Sharded(), 50, 90)
+    part = PartOfSource(Sharded(UNEVEN), 50, 90)
     assert shard_counts(part) is not None
     assert shard_counts(part).tolist() == [0, 0, 3, 7, 25, 5, 0, 0, 0, 0, 0, 0]  # type: ignore[union-attr]
     assert shard_counts(PartOfSource(MemorySource(40), 3, 9)) is None
@@ -330,3 +322,57 @@ def test_the_order_of_a_billion_samples_is_found_in_little_time_and_memory() -> 
     assert made.length > 1.1e9
     assert took < 1.0
     assert peak < 10 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------ tars
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twelve shards with 80 samples, of which five are damaged."""
+    folder = tmp_path_factory.mktemp("tars")
+    for shard, count in enumerate((5, 9, 3, 12, 7, 1, 8, 10, 4, 6, 11, 4)):
+        members = []
+        for number in range(count):
+            key, bad = f"{number:04}", (shard * 13 + number) % 17 == 3
+            members.append((f"{key}.png", b"damaged" if bad else picture(20 * shard + number)))
+            members.append((f"{key}.txt", f"picture {number} of {shard}".encode()))
+        write_tar(folder / f"{shard:03}.tar", members)
+    return f"webdataset:{folder}/*.tar"
+
+
+@pytest.mark.parametrize("kind", ["global", "window"])
+@pytest.mark.parametrize(("world_size", "workers", "start"), [(1, 1, 0), (2, 0, 5), (4, 2, 0), (8, 0, 11), (2, 3, 8)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
+def test_tars_are_read_alike_by_any_number_of_processes_and_workers(
+    tars: str, kind: Any, world_size: int, workers: int, start: int
+) -> None:
+    """Begun anywhere, also within a window, as a resume does; a window is of about four steps."""
+    whole = ids_of(tars, kind)
+    parts = [ids_of(tars, kind, rank, world_size, workers=workers, start=start) for rank in range(world_size)]
+    for step, (ids, bad) in enumerate(whole[start:]):
+        assert tuple(chain.from_iterable(part[step][0] for part in parts)) == ids
+        assert tuple(chain.from_iterable(part[step][1] for part in parts)) == bad
+    assert sum(len(bad) for _, bad in whole) > 5
+
+
+def ids_of(
+    spec: str, kind: Any, rank: int = 0, world_size: int = 1, *, workers: int = 0, start: int = 0
+) -> list[tuple[Any, Any]]:
+    """Of every step up to the thirteenth, which is in the second epoch: ids, and what was bad."""
+    source = open_source(spec)
+    streams = Ordering(kind, 4, 2).streams(source, length=len(source), batch_size=8, seed=1)
+    plans = PlanSampler(
+        80, batch_size=8, seed=1, start=start, stop=13, rank=rank, world_size=world_size, streams=streams
+    )
+    built = make_builder(make_method("contrastive"), source, streams=streams)
+    return [(batch.ids, batch.bad) for batch in make_loader(built, plans, workers=workers, pin_memory=False)]
+
+
+@pytest.mark.parametrize("option", ["", "?limit=37", "?part=0.2-0.7", "?part=0.2-0.7&limit=20"])
+def test_tars_know_how_many_of_their_samples_are_kept(tars: str, option: str) -> None:
+    source = open_source(tars + option)
+    counts = shard_counts(source)
+    assert counts is not None
+    ids = [source.id(index) for index in range(len(source))]  # type: ignore[attr-defined]
+    assert counts.tolist() == [sum(name.startswith(f"{shard:03}/") for name in ids) for shard in range(12)]

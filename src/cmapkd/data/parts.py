@@ -68,7 +68,9 @@ class PartOfSource:
         counts = shard_counts(self.source)
         if counts is None:
             return None
-        return np.diff(np.clip(np.cumsum(counts), self.start, self.stop), prepend=self.start)
+        ends = np.clip(np.append(0, np.cumsum(counts)), self.start, self.stop)
+        counted_here: NDArray[np.int64] = np.diff(ends)
+        return counted_here
 
     @property
     def class_names(self) -> Sequence[str] | None:

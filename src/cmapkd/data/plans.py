@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.utils.data import Sampler
 from cmapkd.config import ConfigError, closest, counted
 from cmapkd.data.random import permuted
 from cmapkd.data.streams import MAIN_STREAM, Cursor, Stream, interleaved, stream_sizes
+from cmapkd.data.window_order import WindowOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,16 @@ class PlanSampler(Sampler[Plan]):
                         self._order(number, at.epoch, at.used, at.used + count * size),
                     )
                     done += count
+
+    def place(self, number: int, step: int) -> tuple[int, int] | None:
+        """The epoch that a step reads of a stream, and the place where it begins; None where it reads nothing of it."""
+        found = (at for at in self._read_at(self._phase(step), step) if at[0] == number)
+        return next(((epoch, first) for _, epoch, first in found), None)
+
+    def own_lanes(self, order: WindowOrder) -> slice:
+        """The lanes that this process reads, if only in part."""
+        low, high = (order.lanes * rank / self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(math.floor(low), math.ceil(high))
 
     def _order(self, number: int, epoch: int, first: int, last: int) -> NDArray[np.int64]:
         """Where the samples `first` to `last` of a stream's epoch are."""

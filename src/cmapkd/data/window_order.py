@@ -135,6 +135,12 @@ class WindowOrder:
         _, where = np.unique(held, return_index=True)
         return held[np.sort(where)]
 
+    @property
+    def share_of_one_shard(self) -> float:
+        """About the share of a batch's pairs whose samples are of one shard, in (0, 1]."""
+        full = max(1, int(np.count_nonzero(self.counts)))
+        return max(1 / full, 1 / (self.lanes * self.window))
+
     def describe(self) -> str:
         return f"windows of {counted(self.window, 'shard')} in {counted(self.lanes, 'lane')}"
 
@@ -170,7 +176,8 @@ class WindowOrder:
         mixed = begin + permuted_each(places - begin, which, (end - begin)[heads], keys)
         at = (lanes * self.lane + mixed + row.turn) % self.length
         place = np.searchsorted(row.begins, at, "right") - 1
-        return self._starts[row.shards[place]] + at - row.begins[place]
+        found: Ints = self._starts[row.shards[place]] + at - row.begins[place]
+        return found
 
 
 def shard_counts(source: object) -> Ints | None:

@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
 ]
 
-SHARDS, IN_SHARD, BATCH = 24, 6, 8
+SHARDS, IN_SHARD, BATCH = 16, 6, 8
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +67,19 @@ def _impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(stores, "PAUSE", 0.01)
     monkeypatch.setattr(stores, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(stores, "RANGE", 8192)  # several ranges a shard
+    monkeypatch.setattr(stores, "RANGE", 16384)  # two ranges a shard
     monkeypatch.setattr(shard_files, "TOUCHED_EVERY", 0.0)
 
 
-def remote(store: Serving, names: str = "{000..023}.tar", *, room: int | None = None) -> ShardSource:
+def remote(store: Serving, names: str = "{000..015}.tar", *, room: int | None = None) -> ShardSource:
     disk = "" if room is None else f"?disk={room / 2**30!r}"
     source = open_source(f"webdataset:{store.url}/{names}{disk}")
     assert isinstance(source, ShardSource)
     return source
 
 
-def read(source: Any, *, kind: Any = "window", workers: int = 0, stop: int = 18, **options: Any) -> list[Batch]:
-    """Steps of one epoch of 18, as a run reads them: 4 lanes, windows of 2 shards."""
+def read(source: Any, *, kind: Any = "window", workers: int = 0, stop: int = 12, **options: Any) -> list[Batch]:
+    """Steps of one epoch of 12, as a run reads them: 4 lanes, windows of 2 shards."""
     streams = Ordering(kind, 4, 2).streams(source, length=len(source), batch_size=BATCH, seed=1)
     plans = PlanSampler(len(source), batch_size=BATCH, seed=1, **{"start": 0, **options}, stop=stop, streams=streams)
     built = make_builder(make_method("contrastive"), source, streams=streams, memory=0)
@@ -108,8 +108,7 @@ def taken(tmp_path: Path) -> int:
 # ------------------------------------------------------------------------------------------------ as local ones
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["window", "global"])
+@pytest.mark.parametrize(("kind", "workers"), [("window", 2), ("global", 0)])
 def test_batches_are_those_of_local_tars(kind: str, workers: int, folder: Path, store: Serving) -> None:
     local = open_source(f"webdataset:{folder}/*.tar")
     there = remote(store)
@@ -147,7 +146,7 @@ def test_where_copies_lie_is_no_other_reading() -> None:
 
 
 def test_copies_keep_to_their_room_and_few_are_fetched_again(store: Serving, tmp_path: Path) -> None:
-    room = 16 * 25_000
+    room = 12 * 25_000
     source = remote(store, room=room)
     most, stop = [0], threading.Event()
 
@@ -163,9 +162,9 @@ def test_copies_keep_to_their_room_and_few_are_fetched_again(store: Serving, tmp
     stop.set()
     watcher.join()
     total = sum(file.stat().st_size for file in store.folder.iterdir())
-    assert total > room
+    assert total > 1.1 * room
     assert 0.5 * room < most[0] <= room
-    assert sum(store.bodies.values()) <= 1.15 * total  # shards that two lanes share; here 4 of 24 lie at such an edge
+    assert sum(store.bodies.values()) <= 1.25 * total  # shards that two lanes share; here 4 of 16 lie at such an edge
 
 
 def test_room_for_less_than_what_is_read_at_a_time_is_refused(store: Serving) -> None:
@@ -319,7 +318,7 @@ def test_a_kill_while_fetching_leaves_nothing_in_the_way(store: Serving, tmp_pat
 def test_shards_are_fetched_before_they_are_read(store: Serving, tmp_path: Path) -> None:
     source = opened_then_empty(store, tmp_path)
     streams = Ordering("window", 4, 2).streams(source, length=len(source), batch_size=BATCH, seed=1)
-    plans = PlanSampler(len(source), batch_size=BATCH, seed=1, start=0, stop=18, streams=streams)
+    plans = PlanSampler(len(source), batch_size=BATCH, seed=1, start=0, stop=12, streams=streams)
     loader = make_loader(
         make_builder(make_method("contrastive"), source, streams=streams), plans, workers=0, pin_memory=False
     )

@@ -30,7 +30,6 @@ from cmapkd.data.shards import ShardSource
 from cmapkd.data.types import BadSampleError, Batch
 from helpers import make_builder, make_method
 
-pytest.importorskip("aiohttp", reason="of the extra http: uv sync")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*remote shards? of"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # on a single core
@@ -57,6 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(folder: Path) -> Iterator[Serving]:
+    pytest.importorskip("aiohttp", reason="of the extra http: uv sync")
     with serving(folder) as state:
         yield state
 
@@ -78,9 +78,11 @@ def remote(store: Serving, names: str = "{000..015}.tar", *, room: int | None = 
     return source
 
 
-def read(source: Any, *, kind: Any = "window", workers: int = 0, stop: int = 12, **options: Any) -> list[Batch]:
+def read(
+    source: Any, *, kind: Any = "window", lanes: int = 4, workers: int = 0, stop: int = 12, **options: Any
+) -> list[Batch]:
     """Steps of one epoch of 12, as a run reads them: 4 lanes, windows of 2 shards."""
-    streams = Ordering(kind, 4, 2).streams(source, length=len(source), batch_size=BATCH, seed=1)
+    streams = Ordering(kind, lanes, 2).streams(source, length=len(source), batch_size=BATCH, seed=1)
     plans = PlanSampler(len(source), batch_size=BATCH, seed=1, **{"start": 0, **options}, stop=stop, streams=streams)
     built = make_builder(make_method("contrastive"), source, streams=streams, memory=0)
     return list(make_loader(built, plans, workers=workers, pin_memory=False))
@@ -118,6 +120,15 @@ def test_batches_are_those_of_local_tars(kind: str, workers: int, folder: Path, 
     assert_same(read(there, kind=kind, workers=workers), read(local, kind=kind))
 
 
+@pytest.mark.parametrize("pattern", ["*.tar", "", "{000..015}.tar"])
+def test_any_protocol_of_fsspec_will_do(pattern: str, folder: Path) -> None:
+    there, local = open_source(f"webdataset:file://{folder}/{pattern}"), open_source(f"webdataset:{folder}/*.tar")
+    assert isinstance(there, ShardSource)
+    assert there.remote
+    assert there.fingerprint() == local.fingerprint()
+    assert there[40].captions == local[40].captions
+
+
 def test_a_second_opening_fetches_nothing(store: Serving) -> None:
     with pytest.warns(ShardWarning, match="3 remote shards of 3 have no index on this machine yet"):
         remote(store, "{000..002}.tar")
@@ -146,7 +157,7 @@ def test_where_copies_lie_is_no_other_reading() -> None:
 
 
 def test_copies_keep_to_their_room_and_few_are_fetched_again(store: Serving, tmp_path: Path) -> None:
-    room = 12 * 25_000
+    room = 10 * 31_000
     source = remote(store, room=room)
     most, stop = [0], threading.Event()
 
@@ -158,13 +169,13 @@ def test_copies_keep_to_their_room_and_few_are_fetched_again(store: Serving, tmp
     watcher = threading.Thread(target=watch)
     watcher.start()
     store.bodies.clear()
-    read(source)
+    read(source, lanes=2)
     stop.set()
     watcher.join()
     total = sum(file.stat().st_size for file in store.folder.iterdir())
     assert total > 1.1 * room
     assert 0.5 * room < most[0] <= room
-    assert sum(store.bodies.values()) <= 1.25 * total  # shards that two lanes share; here 4 of 16 lie at such an edge
+    assert sum(store.bodies.values()) <= 1.15 * total  # shards that two lanes share; here 2 of 16 lie at such an edge
 
 
 def test_room_for_less_than_what_is_read_at_a_time_is_refused(store: Serving) -> None:

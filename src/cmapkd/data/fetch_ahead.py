@@ -33,7 +33,7 @@ class FetchAhead:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         sharing = max(1, local) * max(1, len(self._shards))
         self.room = {number: shards.files.limit // sharing for number, shards in self._shards.items()}
-        self._moved, self._ended = threading.Event(), False
+        self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._check()
 
@@ -77,28 +77,25 @@ class FetchAhead:
     def advance(self, step: int) -> None:
         """Tells that the batch of a step has been made. The first one starts the thread: by then workers have begun."""
         self._step = step
-        self._moved.set()
         if self._thread is None and any(self.sampler.streams[number].order is not None for number in self._shards):
             self._thread = threading.Thread(target=self._work, name="fetch-ahead", daemon=True)
             self._thread.start()
 
     def _work(self) -> None:
-        while not self._ended:
-            self._moved.clear()
+        while not self._ended.is_set():
             try:
                 busy = [shards.hold(self.wanted(number, self._step)) for number, shards in self._shards.items()]
             except OSError:  # of the disk; whoever reads the shard is told
                 busy = []
             if not any(busy):
-                self._moved.wait(_REST)
+                self._ended.wait(_REST)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Ends the thread, after the shard that it is fetching; nobody waits for that."""
-        self._ended = True
-        self._moved.set()
+        self._ended.set()
 
 
 def _remote(source: Any) -> ShardSource | None:

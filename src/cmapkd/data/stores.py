@@ -104,10 +104,10 @@ class Store:
         system = self._system()
         try:
             entries = _patiently(lambda: _ask(system, "glob", pattern, detail=True), pattern)
+            names = {system.unstrip_protocol(name): info for name, info in entries.items() if info["type"] == "file"}
+            return [(name, _stamp_of(name, info)) for name, info in sorted(names.items())]
         except Unusable as error:
             raise ConfigError(f"webdataset: {error}") from None
-        names = {system.unstrip_protocol(name): info for name, info in entries.items() if info.get("type") == "file"}
-        return [(name, _stamp_of(name, info)) for name, info in sorted(names.items())]
 
     def stamp(self, url: str) -> Stamp:
         """Raises Unusable: the store does not tell."""

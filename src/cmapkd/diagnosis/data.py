@@ -9,7 +9,9 @@ from typing import Literal
 
 from cmapkd.config import counted
 from cmapkd.data.check import percent
+from cmapkd.data.fetch_ahead import FetchAhead
 from cmapkd.data.left_out import without_caption
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.diagnosis.finding import Finding
@@ -77,8 +79,13 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
 def check_order(source: Source, config: RunConfig) -> Iterator[Finding]:
     """How the samples of an epoch are mixed, and what of them is read at a time."""
     size, what = config.training.batch_size, "data.order"
+    if len(source) < size:  # `check_source` says so
+        return
     try:
         streams = read_streams(config, source)
+        FetchAhead(
+            source, PlanSampler(len(source), batch_size=size, seed=config.seed, start=0, stop=0, streams=streams)
+        )
     except ValueError as error:
         yield Finding("problem", what, str(error))
         return

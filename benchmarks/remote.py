@@ -39,6 +39,7 @@ from cmapkd.provenance import describe_environment
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
 from serving import serving
 
+Rate = dict[str, float]
 SIDE_BY_SIDE = 16  # requests of the arm that reads samples one by one
 
 
@@ -73,21 +74,27 @@ def bytes_of(source: ShardSource, index: int) -> int:
     return sum(len(source._read(entry, place)) for place in source._members(entry).values())
 
 
-def whole_shards(source: ShardSource) -> float:
-    """Samples a second, over all samples, from an empty folder; a thread fetches ahead of the reader."""
+def rate(count: int, start: tuple[float, float]) -> Rate:
+    """Samples a second, and CPU time of this process for each."""
+    seconds, cpu = time.monotonic() - start[0], time.process_time() - start[1]
+    return {"per_second": count / seconds, "cpu_microseconds": 1e6 * cpu / count}
+
+
+def whole_shards(source: ShardSource) -> Rate:
+    """Over all samples, from an empty folder; a thread fetches ahead of the reader."""
     empty(source)
     urls = source._set.paths
-    start = time.monotonic()
+    start = time.monotonic(), time.process_time()
     ahead = threading.Thread(target=lambda: [None for _ in urls if source.files.hold(urls)])  # type: ignore[union-attr]
     ahead.start()
     for index in range(len(source)):
         bytes_of(source, index)
     ahead.join()
-    return len(source) / (time.monotonic() - start)
+    return rate(len(source), start)
 
 
-def by_ranges(source: ShardSource, count: int) -> float:
-    """Samples a second, one request a sample: its members are beside each other."""
+def by_ranges(source: ShardSource, count: int) -> Rate:
+    """One request a sample: its members are beside each other."""
     system = source.files.store._system()  # type: ignore[union-attr]
 
     def read(index: int) -> int:
@@ -97,10 +104,10 @@ def by_ranges(source: ShardSource, count: int) -> float:
         return len(system.cat_file(source._set.paths[shard], start=first, end=last))
 
     indices = np.random.default_rng(0).integers(0, len(source), count).tolist()
-    start = time.monotonic()
+    start = time.monotonic(), time.process_time()
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         list(pool.map(read, indices))
-    return count / (time.monotonic() - start)
+    return rate(count, start)
 
 
 def serve(folder: Path, latency: float, pipe: Connection) -> None:
@@ -122,13 +129,15 @@ def rates(latency: float, rounds: int) -> dict[str, Any]:
         found = [(whole_shards(source), by_ranges(source, 200)) for _ in range(rounds)]
         here.send("the end")
         server.join()
+    arms = {"whole shards": [one for one, _ in found], "one request a sample": [other for _, other in found]}
     return {
         "latency_seconds": latency,
-        "samples_per_second": {
-            "whole shards": statistics.median(whole for whole, _ in found),
-            "one request a sample": statistics.median(single for _, single in found),
+        "arms": {
+            name: {key: statistics.median(each[key] for each in values) for key in values[0]}
+            for name, values in arms.items()
         },
-        "ratio": statistics.median(whole / single for whole, single in found),
+        "ratio_of_rates": statistics.median(one["per_second"] / other["per_second"] for one, other in found),
+        "ratio_of_cpu": statistics.median(other["cpu_microseconds"] / one["cpu_microseconds"] for one, other in found),
     }
 
 
@@ -167,11 +176,13 @@ def epochs(count: int) -> dict[str, Any]:
 
 def taken(source: ShardSource) -> int:
     """Bytes of copies, and of what is being fetched."""
-    total = 0
+    found: dict[int, int] = {}  # a file that is renamed meanwhile counts once
     for file in source.files.folder.iterdir():  # type: ignore[union-attr]
         with suppress(FileNotFoundError):
-            total += file.stat().st_size if file.suffix in (".tar", ".part") else 0
-    return total
+            if file.suffix in (".tar", ".part"):
+                status = file.stat()
+                found[status.st_ino] = status.st_size
+    return sum(found.values())
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ class FetchAhead:
         self._shards = {number: found for number, part in enumerate(parts) if (found := _remote(part)) is not None}
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         sharing = max(1, local) * max(1, len(self._shards))
-        self.room = {number: shards.files.limit // sharing for number, shards in self._shards.items()}
+        self.room = {number: shards.room // sharing for number, shards in self._shards.items()}
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._check()
@@ -72,7 +72,7 @@ class FetchAhead:
             held.append(order.shards(epoch + 1, 0, min(ahead - end, end), lanes))
         shards = np.array(list(dict.fromkeys(np.concatenate(held).tolist())), dtype=np.int64)
         fitting = np.cumsum(self._shards[number].shard_bytes()[shards]) <= self.room[number]
-        return shards[fitting].tolist()
+        return [int(shard) for shard in shards[fitting]]
 
     def advance(self, step: int) -> None:
         """Tells that the batch of a step has been made. The first one starts the thread: by then workers have begun."""

@@ -179,9 +179,21 @@ class RemoteFiles:
                     with suppress(OSError):
                         write(place.with_suffix(".failed"), str(error).encode())
                 raise
-            part.rename(place)
+            with self._room():  # else whoever counts the files could miss this one
+                part.rename(place)
         finally:
             os.close(handle)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Lets one thread of one process after the other count, remove and add files."""
+        lock = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            if not _locked(lock, PATIENCE):
+                raise Unusable(f"another process holds {self.folder / 'room.lock'}, for {PATIENCE:g} s by now")
+            yield
+        finally:
+            os.close(lock)
 
     def _write(self, url: str, stamp: Stamp, handle: int) -> None:
         def put(offset: int, data: bytes) -> None:
@@ -223,17 +235,13 @@ class RemoteFiles:
             Unusable: what is being fetched leaves no room for as long as `PATIENCE`. OSError: the disk is full.
         """
         deadline = time.monotonic() + PATIENCE
-        lock = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        try:
-            while time.monotonic() < deadline and _locked(lock, PATIENCE):
+        while time.monotonic() < deadline:
+            with self._room():
                 if self._free(size, handle):
                     os.ftruncate(handle, size)
                     return
-                _unlock(lock)
-                time.sleep(_POLL)
-            raise Unusable(f"copies of shards leave no room of {in_bytes(size)} in {self.folder}: raise ?disk=")
-        finally:
-            os.close(lock)
+            time.sleep(_POLL)
+        raise Unusable(f"copies of shards leave no room of {in_bytes(size)} in {self.folder}: raise ?disk=")
 
     def _free(self, size: int, handle: int) -> bool:
         copies, parts = [], 0
@@ -275,11 +283,6 @@ def _locked(handle: int, patience: float) -> bool:
                 return False
             time.sleep(_POLL)
     return True
-
-
-def _unlock(handle: int) -> None:
-    if fcntl is not None:
-        fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _same(handle: int, file: Path) -> bool:

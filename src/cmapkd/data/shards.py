@@ -135,6 +135,11 @@ class ShardSource(StoredSource):
         """Whether the shards lie on another machine."""
         return self.files.remote
 
+    @property
+    def room(self) -> int:
+        """Bytes that copies of remote shards may take; of local ones there are none."""
+        return self.files.limit if isinstance(self.files, RemoteFiles) else 0
+
     def shard_bytes(self) -> NDArray[np.int64]:
         """How large each shard is."""
         sizes: NDArray[np.int64] = self._set.stamps[:, 0]

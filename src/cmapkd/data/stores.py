@@ -30,8 +30,8 @@ RANGE = 16 * 2**20  # bytes of one request
 AT_ONCE = 4  # requests of one file
 ASKED_AT_ONCE = 16  # files whose sizes are asked for
 
-_TAGS = ("ETag", "etag", "xet_hash", "blob_id", "generation", "md5Hash", "LastModified", "last_modified")
-_TAGS += ("Last-Modified", "updated", "mtime", "created")
+_TAGS: tuple[str, ...] = ("ETag", "etag", "xet_hash", "blob_id", "generation", "md5Hash")
+_TAGS += ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "created")
 _jitter = random.SystemRandom()  # draws nothing from the run's random state
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 

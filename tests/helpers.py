@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 
 from cmapkd.data.batches import BatchBuilder
+from cmapkd.data.ordering import Ordering
 from cmapkd.data.readers import DualReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.texts import TextChoice
@@ -110,6 +112,17 @@ class MemorySource:
 
     def fingerprint(self) -> str:
         return f"memory-{self.length}"
+
+
+class Sharded(MemorySource):
+    """Samples in memory that say that they lie in shards of so many each."""
+
+    def __init__(self, counts: Sequence[int], *, remote: bool = False, **options: Any) -> None:
+        super().__init__(sum(counts), **options)
+        self.counts, self.remote = counts, remote
+
+    def shard_counts(self) -> NDArray[np.int64]:
+        return np.array(self.counts)
 
 
 class DropoutStudent(TinyDualEncoder):
@@ -224,6 +237,7 @@ def make_trainer(
     validate: Any = None,
     max_bad_share: float = 1.0,
     builder: dict[str, Any] | None = None,
+    ordering: Ordering | None = None,
     **training: Any,
 ) -> Trainer:
     """A trainer of few small steps; `training` goes to `TrainConfig`."""
@@ -231,6 +245,9 @@ def make_trainer(
     out.mkdir(parents=True, exist_ok=True)
     defaults = {"steps": steps, "batch_size": 8, "log_every": 1, "checkpoint_every": 100}
     config = TrainConfig(**{**defaults, **training})
+    if ordering is not None:
+        streams = ordering.streams(source, length=len(source), batch_size=config.batch_size, seed=5)
+        builder = {**(builder or {}), "streams": streams}
     return Trainer(
         method,
         make_builder(method, source, **(builder or {})),

@@ -16,7 +16,7 @@ from rich.console import Console
 from cmapkd.cache.cost import Cost
 from cmapkd.data.open import open_source
 from cmapkd.diagnosis import Finding, diagnose, examine, verdict
-from cmapkd.diagnosis.data import check_overlap
+from cmapkd.diagnosis.data import check_order, check_overlap
 from cmapkd.diagnosis.diagnose import check_warmup
 from cmapkd.diagnosis.models import check_activation, check_size, check_weights, millions, size_beside
 from cmapkd.models import DualEncoder, ModelConfig, build_model
@@ -63,6 +63,26 @@ def test_missing_data_and_model_are_named_not_raised(tmp_path: Path) -> None:
 def test_too_little_data_for_a_batch() -> None:
     findings = diagnose(_config(training={"steps": 10, "batch_size": 128}))
     assert "lower training.batch_size" in _by_what(findings, "problem")["data.train"]
+
+
+def test_the_order_of_the_samples_is_told(tmp_path: Path) -> None:
+    for shard in range(6):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(8):
+                info = tarfile.TarInfo(f"{number}.txt")
+                info.size = 4
+                tar.addfile(info, io.BytesIO(b"word"))
+    data = {"train": f"webdataset:{tmp_path}/*.tar", "order": "window", "window": 1}
+    config = _config(data=data, training={"steps": 10, "batch_size": 2})
+    findings = [*check_order(open_source(config.data.train), config)]
+    assert [finding.level for finding in findings] == ["ok", "note"]
+    assert "windows of 1 shard in 2 lanes: about" in findings[0].detail
+    assert "of 6 shards are read at a time, and 1 in 2 pairs of a batch is of one shard" in findings[0].detail
+    assert "raise data.window" in findings[1].detail
+    (wrong,) = check_order(open_source("scenes?length=64"), config)
+    assert (wrong.level, wrong.what) == ("problem", "data.order")
+    assert "has no shards" in wrong.detail
+    assert not [*check_order(open_source(config.data.train), _config())]  # a full shuffle
 
 
 def test_undecodable_images_are_counted(tmp_path: Path) -> None:

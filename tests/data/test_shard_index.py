@@ -361,7 +361,7 @@ def test_a_source_keeps_no_more_indexes_than_files_may_be_open(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ShardSource(str(shards(tmp_path / "data", 5)))
-    monkeypatch.setattr(shard_set, "_most_maps", lambda: 2)
+    monkeypatch.setattr(shard_set, "most_files", lambda: 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for index in (0, 19, 7, 12, 3, 9):

@@ -24,9 +24,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cmapkd.data.batches import Batches
+from cmapkd.data.ordering import Ordering
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method
-from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, MASKED, MemorySource, make_method, make_trainer
+from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, MASKED, MemorySource, Sharded, make_method, make_trainer
 
 STEPS, EVERY = 9, 3  # a checkpoint every third step, and each sitting but the last ends one step after one
 SITTINGS = (1, 2, 1)  # processes
@@ -40,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name: (metho
     "cmapkd, weighted by a policy": ("cmapkd", {**CMAPKD_EXACT, "weighting": POLICY}, {}),
     "c2kd, one prompt at once": ("c2kd", {"prompts_at_once": 1, "agreement": -1.0}, {}),
     "hinton, one prompt at once": ("hinton", {"form": "classes", "prompts_at_once": 1}, {}),
+    "contrastive, in windows of shards": ("contrastive", {}, {"ordering": Ordering("window", 4, 2)}),
     "promptkd": ("promptkd", {"distill_weight": 5.0}, {}),
     "tinyclip, learned masks": ("tinyclip", MASKED, {}),
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}, {}),
@@ -91,7 +93,10 @@ def sitting(case: str, folder: Path, *, first: int, last: int, state: int) -> di
         in_float64(method)
     # eps: with a small one AdamW makes large steps of rounding errors
     optim = {"schedule": "constant", "eps": 1e-2, "max_gradient_norm": None}
-    source = MemorySource(40)
+    source: MemorySource = MemorySource(40)
+    if "ordering" in training:  # two epochs, each of about two windows in every lane; every sitting has other workers
+        source = Sharded((9, 14, 3, 11, 0, 6), bad=(3, 30), without_caption=(17,))
+        training = {**training, "workers": first % 2 if (first, last) != (1, STEPS) else 0}
     trainer = make_trainer(folder, method, source=source, steps=STEPS, optim=optim, checkpoint_every=EVERY, **training)
     if case not in FLOAT32:
         builder: Batches = InFloat64(trainer.builder)  # type: ignore[assignment]

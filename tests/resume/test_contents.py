@@ -254,3 +254,16 @@ def test_data_that_are_read_otherwise_have_not_moved(before: str, now: str, same
 def test_other_captions_of_the_same_file_are_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"other settings: data.train \(was 'csv:data/train.csv', now .*=image'\)"):
         resume(data={"train": "csv:data/train.csv?csv_caption_key=image", "val": "csv:data/val.csv"})
+
+
+def test_another_order_of_the_samples_is_refused_wherever_it_comes_from(tmp_path: Path) -> None:
+    """`auto` takes another order where data have moved; then the former one may be named, and no other."""
+    stored = {"data.order": {"at": "auto", "holds": "the order global"}}
+    assert may_have_moved("data.order", "auto", "global", stored)
+    assert not may_have_moved("data.order", "auto", "global", {})  # what it was is not known
+    check_contents(stored, {"data.order": {"at": "global", "holds": "the order global"}}, where=tmp_path)
+    now = {"data.order": {"at": "auto", "holds": "the order windows of 16 shards in 8 lanes"}}
+    with pytest.raises(
+        ConfigError, match=r"data\.order: it was 'auto' with the order global; now it is 'auto' with the"
+    ):
+        check_contents(stored, now, where=tmp_path)

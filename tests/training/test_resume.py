@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from cmapkd.data.ordering import Ordering
 from cmapkd.models import DualEncoder
 from cmapkd.training import Interrupted, Trainer, checkpoint, stopping, trainer
 from cmapkd.training.checkpoint import list_checkpoints, optimizer_tensors, read_checkpoint, write_checkpoint
 from contracted import Contracted
-from helpers import DUAL, DropoutStudent, MemorySource, make_method, make_model, make_trainer, read_lines
+from helpers import DUAL, DropoutStudent, MemorySource, Sharded, make_method, make_model, make_trainer, read_lines
 
 STEPS = 7  # of three steps an epoch, so that epochs end on the way
 
@@ -74,6 +75,7 @@ def score(student: DualEncoder) -> dict[str, float]:
     return {"score": float(sum(parameter.detach().abs().sum() for parameter in student.parameters()))}
 
 
+WINDOWS, IN_SHARDS = Ordering("window", 4, 2), Sharded((9, 14, 3, 11, 0, 13, 6), bad=(3, 30), without_caption=(17,))
 # name: (method, student class, options of the trainer, steps after which it is interrupted, one after the other)
 CASES: dict[str, tuple[Any, Any, dict[str, Any], tuple[int, ...]]] = {
     **{f"contrastive, {first}": ("contrastive", None, {}, (first, first + 3)) for first in (1, 2, 3)},
@@ -84,6 +86,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], tuple[int, ...]]] = {
     "validated": ("contrastive", DropoutStudent, {"evaluate_every": 2, "validate": score}, (2, 3)),
     "few lines": ("contrastive", None, {"log_every": 3}, (2, 4)),
     "bad samples": ("contrastive", None, {"source": MemorySource(24, bad=(3, 11), without_caption=(5,))}, (2, 4)),
+    "windows": ("contrastive", None, {"source": IN_SHARDS, "ordering": WINDOWS}, (1, 4)),  # within windows of 10 steps
+    "windows, workers": ("contrastive", None, {"source": IN_SHARDS, "ordering": WINDOWS, "workers": 2}, (5,)),
     "distilled": ("clip_kd", None, {}, (1, 3, 5)),
     "micro-batches": ("clip_kd", DropoutStudent, {"micro_batch": 3}, (1, 4)),
     "levels in micro-batches": ("cmapkd", DropoutStudent, {"micro_batch": 3, "precision": "bf16", "ema": 0.5}, (3,)),

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
+from cmapkd.data.window_order import shard_counts
 
 MOST_READ = 1_000_000  # samples whose questions are read when a run begins
 
@@ -80,6 +83,14 @@ class AskedSource:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples that are asked about, there is no sample {index}")
         return int(self._places[index])
+
+    def shard_counts(self) -> NDArray[np.int64] | None:
+        """How many of these samples each shard of the source has; None where it has no shards."""
+        counts = shard_counts(self.source)
+        if counts is None:
+            return None
+        shards = np.searchsorted(np.cumsum(counts), self._places.numpy(), "right")
+        return np.bincount(shards, minlength=len(counts))
 
     @property
     def class_names(self) -> Sequence[str] | None:

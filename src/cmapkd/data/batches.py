@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,6 +118,11 @@ class Batches(Protocol):
     @property
     def source(self) -> Sized: ...
 
+    @property
+    def streams(self) -> Sequence[Stream]:
+        """Of the source, each with its order."""
+        ...
+
     def __getitem__(self, plan: Plan) -> Batch: ...
 
     def bytes_of(self, size: int) -> int:
@@ -128,7 +134,8 @@ class BatchBuilder(Dataset[Batch]):
     """Turns a plan into a batch: reads samples, draws views, lets each model preprocess and tokenise its own way.
 
     A sample that cannot be read is replaced by another that is not in the batch (chosen by the step and the bad one, so
-    the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead.
+    the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead. In
+    windows of shards it is one of the same window, so that no other shard is opened for it.
 
     A role with `stored` answers gets these, and images only of the samples that they lack. Where every role has them
     and nothing else reads the pictures, pictures are not even decoded, of sources that know ids without reading (`id`).
@@ -138,6 +145,7 @@ class BatchBuilder(Dataset[Batch]):
     Args:
         more_views: by name, how many further views a method reads of each sample. A role with stored answers gets none
             of them: nobody is there to encode them.
+        streams: of the source, each with its order (`Ordering.streams`); none: all are mixed as a whole.
         view_specs: what the further views may be, by name (`data.more_views`).
     Raises:
         ConfigError: a further view is asked for that no spec describes.
@@ -157,6 +165,7 @@ class BatchBuilder(Dataset[Batch]):
         memory: int = 0,
         more_views: Mapping[str, int] | None = None,
         view_specs: Mapping[str, ViewSpec] | None = None,
+        streams: Sequence[Stream] = (),
     ) -> None:
         self.samples = SampleMemory(source, memory)
         self.views, self.readers, self.seed = views, readers, seed
@@ -172,7 +181,7 @@ class BatchBuilder(Dataset[Batch]):
         plain = self.texts.plain and not self.extras and not self.more_views and not self._together
         self._may_be_unseen = plain and not self._live and bool(self.stored) and hasattr(source, "id")
         self._like = _first_alike(readers)
-        self._streams = streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
+        self.streams = tuple(streams) or streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
 
         if self.more_views and any(readers[role].reads_together for role in self._live):
             raise ConfigError(
@@ -198,7 +207,7 @@ class BatchBuilder(Dataset[Batch]):
         taken = set(plan.everyone)
         for row, planned in enumerate(plan.mine):
             epoch = plan.epochs[row] if plan.epochs else plan.epoch
-            for index in self._candidates(plan, planned, taken):
+            for index in self._candidates(plan, planned, epoch, taken):
                 try:
                     self._add(made, index, epoch)
                 except BadSampleError as error:
@@ -291,10 +300,14 @@ class BatchBuilder(Dataset[Batch]):
             for role, answers in self.stored.items()
         }
 
-    def _candidates(self, plan: Plan, planned: int, taken: set[int]) -> Iterator[int]:
+    def _candidates(self, plan: Plan, planned: int, epoch: int, taken: set[int]) -> Iterator[int]:
         """The planned sample, then others of its stream that are not in the batch."""
         yield planned
-        stream = self._streams[bisect_right(self._streams, planned, key=lambda each: each.first) - 1]
+        stream = self.streams[bisect_right(self.streams, planned, key=lambda each: each.first) - 1]
+        if stream.order is not None:
+            others = stream.order.instead_of(planned - stream.first, epoch)
+            yield from (stream.first + other for other in islice(others, MAX_REPLACEMENTS))
+            return
         for attempt in range(MAX_REPLACEMENTS):
             start = np.array([attempt % stream.length])
             drawn = permuted(start, stream.length, "replacement", self.seed, plan.step, planned)

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import RESUMABLE, Config
+from cmapkd.data.ordering import Ordering
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.types import MAIN_VIEW
@@ -121,6 +122,18 @@ class DataConfig(Config):
     mix_synthetic: float = Field(
         0.0, ge=0, le=1, description="Share of the views that show a synthetic caption in place of the sample's own."
     )
+    order: Literal["auto", "global", "window"] = Field(
+        "auto",
+        description="How an epoch is mixed. global: all samples; window: all shards, and the samples within windows of "
+        "shards, so that few are read at a time; auto: window for remote shards and above 20 million samples.",
+    )
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        description="Windows that each batch reads side by side (order: window); none: the largest power of two that "
+        "divides the batch, 64 at most.",
+    )
+    window: int = Field(16, ge=1, description="Shards whose samples are mixed in one window.")
     workers: int = Field(
         0,
         ge=0,
@@ -209,6 +222,11 @@ class DataConfig(Config):
     def for_dialogues(self) -> Self:
         """The same with whole pictures, unless views are set: a crop or flip can make an answer wrong."""
         return self if "views" in self.model_fields_set else self.model_copy(update={"views": WHOLE})
+
+    @property
+    def ordering(self) -> Ordering:
+        """How the training samples are mixed."""
+        return Ordering(self.order, self.lanes, self.window)
 
     @property
     def final(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch.utils.data import Dataset
@@ -12,6 +13,7 @@ from cmapkd.data.open import open_source
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.random import key_of
+from cmapkd.data.streams import Stream
 from cmapkd.data.types import Batch, Source
 
 
@@ -74,6 +76,11 @@ class WithHeldOut(Dataset[Batch]):
         """Of the training pairs."""
         source: Source = self.builder.source  # type: ignore[assignment]
         return source
+
+    @property
+    def streams(self) -> Sequence[Stream]:
+        """Of the training pairs."""
+        return self.builder.streams
 
     def bytes_of(self, size: int) -> int:
         """Of all held-out pairs together every reading process holds a batch; of others one in `every` batches."""

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Batches
+from cmapkd.data.fetch_ahead import FetchAhead
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.types import BadSampleError, Batch
 from cmapkd.data.workers import ReadAhead
@@ -17,7 +18,7 @@ def make_loader(
     builder: Batches, sampler: PlanSampler, *, workers: int, pin_memory: bool, timeout: float = 0.0
 ) -> Generator[Batch]:
     """Batches in the sampler's order, made by `workers` processes (0: by this one), none of which may take longer than
-    `timeout` seconds (0: any time). See `ReadAhead`.
+    `timeout` seconds (0: any time). See `ReadAhead`. Remote shards are fetched before they are read, see `FetchAhead`.
     """
 
     def name(plan: Plan) -> str:
@@ -33,10 +34,12 @@ def make_loader(
         item_bytes=builder.bytes_of(sampler.batch_size // sampler.world_size) if workers else 0,
         name=name,
     )
-    for made in ahead:
-        if isinstance(made, ValueError):
-            raise made
-        yield made
+    with FetchAhead(builder.source, sampler) as fetching:
+        for number, made in enumerate(ahead):
+            if isinstance(made, ValueError):
+                raise made
+            fetching.advance(sampler.start + number)
+            yield made
 
 
 class _Carrying(Dataset["Batch | ValueError"]):

@@ -80,6 +80,8 @@ def same_reading(before: str, now: str) -> bool:
         ConfigError: a name cannot be taken apart.
     """
     first, second = (_parse(text, None, False, None) for text in (before, now))
+    for name in COPIES:  # where copies of remote shards are kept
+        first.take(name), second.take(name)
     if (first.kind, first.split, first.keep, {*first.options}) != (
         second.kind,
         second.split,
@@ -200,9 +202,11 @@ def _open_shards(spec: Spec) -> Source:
 
     pattern = spec.need_rest("webdataset:folder/train-*.tar or webdataset:folder/train-{000000..000012}.tar")
     classes, texts = spec.take("classes"), spec.take_texts()
-    spec.refuse_leftovers(("classes", "limit", TEXTS))
+    disk, copies = spec.take_float("disk"), spec.take("copies")
+    spec.refuse_leftovers(("classes", "limit", TEXTS, *COPIES))
     names = read_classes(classes).names if classes else None
-    return ShardSource(pattern, keep=spec.keep, classes=names, texts=texts)
+    folder = None if copies is None else Path(copies).expanduser()
+    return ShardSource(pattern, keep=spec.keep, classes=names, texts=texts, copies=folder, disk=disk)
 
 
 def _open_folder(spec: Spec) -> Source:
@@ -379,4 +383,5 @@ KINDS: Registry[Opener] = Registry(
 
 SPLIT_KINDS = ("scenes", "coco", "flickr30k", "imagenet", "hf")  # those of other packages may have splits too
 PATH_OPTIONS = ("images", "classes", "split_file")  # whose values are files or folders, where they are no words
+COPIES = ("disk", "copies")  # of remote shards
 COLUMN_OPTIONS = ("image", "caption", "id", "label")

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cmapkd.config import ConfigError, counted
 from cmapkd.data.types import Sample, Source
 from cmapkd.data.unseen import unseen
+from cmapkd.data.window_order import shard_counts
 
 
 class PartOfSource:
@@ -58,6 +62,15 @@ class PartOfSource:
         if not 0 <= index < len(self):
             raise IndexError(f"this part of {self.name} has {counted(len(self), 'sample')}, there is no sample {index}")
         return self.start + index
+
+    def shard_counts(self) -> NDArray[np.int64] | None:
+        """How many samples of the part each shard of the source has; None where it has no shards."""
+        counts = shard_counts(self.source)
+        if counts is None:
+            return None
+        ends = np.clip(np.append(0, np.cumsum(counts)), self.start, self.stop)
+        counted_here: NDArray[np.int64] = np.diff(ends)
+        return counted_here
 
     @property
     def class_names(self) -> Sequence[str] | None:

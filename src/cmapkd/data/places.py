@@ -48,7 +48,7 @@ def refuse_url(text: str, what: str) -> None:
     if "://" in text or text.startswith("pipe:"):
         raise ConfigError(
             f"{what} {text!r} is not on this machine: files are read by random access, so fetch them first, or use "
-            "hf:NAME for a set of the Hugging Face hub."
+            "hf:NAME for a set of the Hugging Face hub. Tars may be remote: webdataset:https://..."
         )
 
 

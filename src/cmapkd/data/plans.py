@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.utils.data import Sampler
 from cmapkd.config import ConfigError, closest, counted
 from cmapkd.data.random import permuted
 from cmapkd.data.streams import MAIN_STREAM, Cursor, Stream, interleaved, stream_sizes
+from cmapkd.data.window_order import WindowOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,14 @@ def check_length(length: int, batch_size: int) -> None:
 
 
 class PlanSampler(Sampler[Plan]):
-    """Plans for steps `start` to `stop`: every epoch is a new permutation; what does not fill a batch is left out.
+    """Plans for steps `start` to `stop`: every epoch is in a new order; what does not fill a batch is left out.
 
     Random access by step, so resume inside an epoch costs nothing and needs no state but the step.
 
     Args:
         length: number of samples, those of all streams together.
-        streams: which samples are of which stream, and its share of a batch; none: all are one stream. Each stream has
-            permutations and epochs of its own.
+        streams: which samples are of which stream, its share of a batch and its order; none: all are one stream. Each
+            stream has orders and epochs of its own.
         only: a function of the step, to the name of the one stream that it reads, or None for all by their shares.
     Raises:
         ValueError: fewer samples than a batch has, or a batch that does not divide among the processes.
@@ -158,9 +160,21 @@ class PlanSampler(Sampler[Plan]):
                     )
                     done += count
 
+    def place(self, number: int, step: int) -> tuple[int, int] | None:
+        """The epoch that a step reads of a stream, and the place where it begins; None where it reads nothing of it."""
+        found = (at for at in self._read_at(self._phase(step), step) if at[0] == number)
+        return next(((epoch, first) for _, epoch, first in found), None)
+
+    def own_lanes(self, order: WindowOrder) -> slice:
+        """The lanes that this process reads, if only in part."""
+        low, high = (order.lanes * rank / self.world_size for rank in (self.rank, self.rank + 1))
+        return slice(math.floor(low), math.ceil(high))
+
     def _order(self, number: int, epoch: int, first: int, last: int) -> NDArray[np.int64]:
         """Where the samples `first` to `last` of a stream's epoch are."""
         stream = self.streams[number]
+        if stream.order is not None:
+            return stream.first + stream.order.samples(epoch, first, last)
         named = (stream.name,) if number else ()
         return stream.first + permuted(np.arange(first, last), stream.length, "order", self.seed, epoch, *named)
 

@@ -17,7 +17,16 @@ from cmapkd.data.images import MAX_IMAGE_BYTES
 from cmapkd.data.records import Unusable
 from cmapkd.data.tar_names import IMAGE_EXTENSIONS, is_safe_name
 
-MAX_OPEN_FILES = 64
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
+
+def most_files() -> int:
+    """How many files one reader keeps open in a process: a quarter of those that it may have, in [16, 1024]."""
+    allowed = 1024 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(16, min(1024, allowed // 4))
 
 
 def is_image_name(name: str) -> bool:
@@ -132,7 +141,7 @@ class RangeReader:
             os.close(handle)
             raise Unusable(f"file has changed since it was opened: {Path(path).name}")
         self._handles[path] = handle
-        if len(self._handles) > MAX_OPEN_FILES:
+        if len(self._handles) > most_files():
             os.close(self._handles.popitem(last=False)[1])
         return handle
 

@@ -44,7 +44,8 @@ def cache_folder() -> Path:
 
 def index_file(path: str, stamp: Stamp) -> Path:
     """The file that holds the index of a tar, by its place, size and time."""
-    name = f"{INDEX_VERSION}\0{Path(path).absolute()}\0{stamp}".encode("utf-8", "surrogatepass")
+    place = path if "://" in path else Path(path).absolute()
+    name = f"{INDEX_VERSION}\0{place}\0{stamp}".encode("utf-8", "surrogatepass")
     return cache_folder() / f"{hashlib.blake2b(name, digest_size=16).hexdigest()}.idx"
 
 

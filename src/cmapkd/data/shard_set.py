@@ -24,32 +24,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cmapkd.config import counted
 from cmapkd.data.index_pool import alone, write_indexes
+from cmapkd.data.reading import most_files
 from cmapkd.data.records import Unusable
+from cmapkd.data.shard_files import LocalFiles, RemoteFiles
 from cmapkd.data.shard_index import (
     Damaged,
     ShardIndex,
     Stamp,
-    build,
     cache_folder,
     can_write,
     index_file,
     remove_leftovers,
-    stamp_of,
     write,
 )
+from cmapkd.data.stores import is_url
 from cmapkd.data.tar_names import INDEX_VERSION
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None  # type: ignore[assignment]
 
 _TABLE = struct.Struct("<8s16sQQ")  # magic, digest, shards, bytes of JSON
 _MAGIC = b"cmapkdst"
 _ROW = np.dtype([("samples", "<u4"), ("captioned", "<u4"), ("digest", "V16")])
 _OLD = 24 * 3600  # seconds after which a piece of an index is one that a killed process left
 _MOST_REPAIRS = 3  # damaged files that are named
+
+
+class ShardWarning(UserWarning):
+    """Something that takes long, or was found damaged, where shards are opened."""
 
 
 @dataclass(slots=True)
@@ -98,16 +99,18 @@ class ShardSet:
     Args:
         paths: of the tars.
         shorts: what each of them is called in ids.
+        files: where their bytes come from.
     Attributes:
         table: what is known of all of them.
         stamps: of each shard its size and time when the set was opened; zeros where it is left out.
         repaired: what was found damaged in the cache and made anew.
     Raises:
-        Unusable, OSError: the only shard cannot be read.
+        Unusable, OSError: the only shard, or one that is remote, cannot be read.
     """
 
     paths: Sequence[str]
     shorts: Sequence[str]
+    files: LocalFiles | RemoteFiles = field(default_factory=LocalFiles)
     table: Table = field(init=False)
     stamps: NDArray[np.int64] = field(init=False)
     repaired: list[str] = field(init=False, default_factory=list)
@@ -140,7 +143,7 @@ class ShardSet:
 
     def _stamp(self, shard: int) -> Stamp:
         try:
-            return stamp_of(self.paths[shard])
+            return self.files.stamp(self.paths[shard])
         except OSError as error:
             if len(self.paths) == 1:
                 raise
@@ -152,7 +155,8 @@ class ShardSet:
         name = hashlib.blake2b(f"{INDEX_VERSION}\0".encode(), digest_size=16)
         folder = os.getcwd()  # noqa: PTH109
         for path, short in zip(self.paths, self.shorts, strict=True):
-            name.update(f"{os.path.join(folder, path)}\0{short}\0".encode("utf-8", "surrogatepass"))  # noqa: PTH118
+            place = path if is_url(path) else os.path.join(folder, path)  # noqa: PTH118
+            name.update(f"{place}\0{short}\0".encode("utf-8", "surrogatepass"))
         name.update(self.stamps.tobytes())
         return cache_folder() / f"{name.hexdigest()}.set"
 
@@ -176,7 +180,14 @@ class ShardSet:
             for shard, (path, (size, changed)) in enumerate(zip(self.paths, self.stamps.tolist(), strict=True))
             if shard not in self._failed and not index_file(path, (size, changed)).exists()
         ]
-        if missing and can_write(cache_folder()):
+        if missing and self.files.remote:
+            warnings.warn(
+                f"{counted(len(missing), 'remote shard')} of {len(self.paths):,} have no index on this machine yet: "
+                f"each is fetched once for it. Indexes are kept in {cache_folder()}",
+                ShardWarning,
+                stacklevel=2,
+            )
+        elif missing and can_write(cache_folder()):
             remove_leftovers(cache_folder(), time.time() - _OLD)
             write_indexes(missing)
         rows, told, hidden = np.zeros(len(self.paths), dtype=_ROW), list[str](), (0, "", "")
@@ -185,7 +196,7 @@ class ShardSet:
             try:
                 index = self._find(shard)
             except (Unusable, OSError) as error:
-                if len(self.paths) == 1:
+                if len(self.paths) == 1 or self.files.remote:  # another time it could be read, and samples be others
                     raise
                 whole = whole and isinstance(error, Unusable)
                 told.append(f"{Path(path).name} is left out: {self._failed.get(shard, error)}")
@@ -227,9 +238,7 @@ class ShardSet:
             pass
         except (ValueError, struct.error):
             self._say_repaired(f"the index of {Path(path).name}")
-        if stamp_of(path) != stamp:
-            raise Unusable(f"file has changed since it was opened: {Path(path).name}")
-        data = build(path, stamp)
+        data = self.files.index(path, stamp)
         try:
             write(file, data)
             index = ShardIndex.open(file, trusted=True)
@@ -255,7 +264,7 @@ class ShardSet:
                 if found.digest != self.table.rows["digest"][shard].tobytes():
                     del self._maps[shard]
                     raise Unusable(f"file has changed since it was opened: {Path(self.paths[shard]).name}")
-                if len(self._maps) > _most_maps():
+                if len(self._maps) > most_files():
                     self._maps.popitem(last=False)
             self._maps.move_to_end(shard)
             return found
@@ -293,12 +302,6 @@ class ShardSet:
             identity = index.id(sample, self.shorts[shards[number]])
             groups.setdefault(identity, []).append((shards[number], sample))
         return [group for group in groups.values() if len(group) > 1]
-
-
-def _most_maps() -> int:
-    """How many indexes one source keeps mapped in a process: each takes one of the files that it may have open."""
-    allowed = 1024 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(16, min(1024, allowed // 4))
 
 
 def said_repaired(names: Sequence[str]) -> list[str]:

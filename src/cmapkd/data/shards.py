@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, short_names
-from cmapkd.data.reading import RangeReader, check_size
+from cmapkd.data.reading import check_size
 from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unusable
+from cmapkd.data.shard_files import DISK, GIB, LocalFiles, RemoteFiles, copies_folder
 from cmapkd.data.shard_set import ShardSet, said_repaired
 from cmapkd.data.stored import SampleFilter, StoredSource
+from cmapkd.data.stores import Store, is_url
 from cmapkd.data.tar_index import read_record
 from cmapkd.data.tar_names import IMAGE_EXTENSIONS, SYNTHETIC, TEXT_EXTENSIONS
 from cmapkd.data.types import BadSampleError
@@ -29,9 +32,11 @@ class ShardSource(StoredSource):
     it grow with the number of shards, not of samples; with `part`, ids decide, so that every one of them is read.
 
     Args:
-        pattern: a tar, a folder of tars, a glob, or braces as in `{000000..000012}`.
+        pattern: a tar, a folder of tars, a glob, or braces as in `{000000..000012}`; or URLs of such.
         classes: names of the labels by number, so that labels may also be given by name.
         texts: keys of a sample's JSON that hold further pools of text.
+        copies: folder where copies of remote shards are kept; none: beside the indexes.
+        disk: GiB that these copies may take.
     Raises:
         ConfigError: nothing matches, no shard is a plain tar, there are no samples, or dots in the names of all members
             keep their images from being found.
@@ -44,12 +49,15 @@ class ShardSource(StoredSource):
         keep: SampleFilter | None = None,
         classes: Sequence[str] | None = None,
         texts: Sequence[str] = (),
+        copies: Path | None = None,
+        disk: float | None = None,
     ) -> None:
-        keep, paths = keep or SampleFilter(), find_files(pattern, suffix=".tar", what="webdataset:")
+        keep = keep or SampleFilter()
+        paths, self.files = _found(pattern, copies, disk)
         self._pools = tuple(texts)
         self._labels = None if classes is None else {name: number for number, name in enumerate(classes)}
         try:
-            self._set = ShardSet([str(path) for path in paths], short_names(paths))
+            self._set = ShardSet(paths, short_names([Path(path) for path in paths]), self.files)
         except (Unusable, OSError) as error:
             raise ConfigError(f"webdataset:{pattern} cannot be read: {error}") from None
         table = self._set.table
@@ -60,7 +68,6 @@ class ShardSource(StoredSource):
             if table.hidden[0] == total:
                 raise ConfigError(f"webdataset:{pattern}: {said}")
             warnings.append(said)
-        self._reader = RangeReader()
         super().__init__(
             f"webdataset:{pattern}",
             keep=keep,
@@ -123,6 +130,35 @@ class ShardSource(StoredSource):
         """Number of samples, readable or not."""
         return self._length
 
+    @property
+    def remote(self) -> bool:
+        """Whether the shards lie on another machine."""
+        return self.files.remote
+
+    @property
+    def room(self) -> int:
+        """Bytes that copies of remote shards may take; of local ones there are none."""
+        return self.files.limit if isinstance(self.files, RemoteFiles) else 0
+
+    def shard_bytes(self) -> NDArray[np.int64]:
+        """How large each shard is."""
+        sizes: NDArray[np.int64] = self._set.stamps[:, 0]
+        return sizes
+
+    def hold(self, shards: Sequence[int]) -> bool:
+        """See `RemoteFiles.hold`; these are numbers."""
+        assert isinstance(self.files, RemoteFiles)
+        return self.files.hold([self._set.paths[shard] for shard in shards])
+
+    def shard_counts(self) -> NDArray[np.int64]:
+        """How many samples each shard has, among those that are kept."""
+        if self._chosen is None:
+            ends = np.minimum(np.append(0, self._ends), self._length)
+            counts: NDArray[np.int64] = np.diff(ends)
+            return counts
+        shards = np.searchsorted(self._ends, self._chosen[: self._length], "right")
+        return np.bincount(shards, minlength=len(self._ends))
+
     def _entry(self, index: int) -> Entry:
         if not -self._length <= index < self._length:
             raise self._outside(index)
@@ -152,7 +188,7 @@ class ShardSource(StoredSource):
 
     def _read(self, entry: Entry, place: tuple[int, int]) -> bytes:
         size, changed = self._set.stamps[entry[0]].tolist()
-        return self._reader.read(self._set.paths[entry[0]], *place, stamp=(size, changed))
+        return self.files.read(self._set.paths[entry[0]], *place, stamp=(size, changed))
 
     def _record(self, entry: Entry) -> Record:
         members = self._members(entry)
@@ -191,6 +227,18 @@ class ShardSource(StoredSource):
         if self._chosen is not None:
             digest.update(np.ascontiguousarray(self._chosen[: self._length]).tobytes())
         return digest.hexdigest()
+
+
+def _found(pattern: str, copies: Path | None, disk: float | None) -> tuple[list[str], LocalFiles | RemoteFiles]:
+    """The shards that a pattern names, and where their bytes come from."""
+    if not is_url(pattern):
+        if copies is not None or disk is not None:
+            raise ConfigError(f"webdataset:{pattern} lies on this machine: leave the options disk and copies out")
+        return [str(path) for path in find_files(pattern, suffix=".tar", what="webdataset:")], LocalFiles()
+    store = Store(pattern)
+    stamps = store.find(pattern)
+    limit = DISK if disk is None else int(disk * GIB)
+    return [url for url, _ in stamps], RemoteFiles(store, stamps, folder=copies or copies_folder(), limit=limit)
 
 
 def _dots(hidden: tuple[int, str, str], total: int) -> str:

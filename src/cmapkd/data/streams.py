@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
 from itertools import accumulate
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cmapkd.config import ConfigError, counted
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
+from cmapkd.data.window_order import WindowOrder
 
 MAIN_STREAM = "train"  # that of `data.train`
 
@@ -28,12 +29,14 @@ class Stream:
         first: where its samples begin in the joined source.
         length: how many samples it has.
         share: fraction of each batch that are its samples, in (0, 1].
+        order: in windows of shards; none: every epoch is a permutation of all samples.
     """
 
     name: str
     first: int
     length: int
     share: float = 1.0
+    order: WindowOrder | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,12 @@ from cmapkd.cache.cost import measure
 from cmapkd.config import counted, in_bytes
 from cmapkd.data.batches import BatchBuilder, Choice
 from cmapkd.data.plans import PlanSampler
-from cmapkd.data.streams import streams_of
 from cmapkd.data.types import BadSampleError, Batch, Source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.methods import Method
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models.reading import reader_of
-from cmapkd.run import RunConfig, plan_cache, readers_of
+from cmapkd.run import RunConfig, plan_cache, read_streams, readers_of
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
 
@@ -42,13 +41,14 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choi
     for teacher in method.teachers.values():
         teacher.to(device)
     try:
+        streams = read_streams(config, source)
         sampler = PlanSampler(
             len(source),
             batch_size=config.training.batch_size,
             seed=config.seed,
             start=0,
             stop=WARM_STEPS + MEASURED_STEPS,
-            streams=streams_of(source),
+            streams=streams,
         )
     except ValueError as error:
         yield Finding("problem", "steps", str(error))
@@ -63,6 +63,7 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choi
         texts=texts,
         more_views=method.more_views,
         view_specs=config.data.more_views,
+        streams=streams,
     )
     optimizer = make_optimizer(method, config.optim)
     loading: list[float] = []

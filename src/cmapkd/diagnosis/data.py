@@ -9,13 +9,16 @@ from typing import Literal
 
 from cmapkd.config import counted
 from cmapkd.data.check import percent
+from cmapkd.data.fetch_ahead import FetchAhead
 from cmapkd.data.left_out import without_caption
+from cmapkd.data.plans import PlanSampler
 from cmapkd.data.stored import StoredSource
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.diagnosis.finding import Finding
-from cmapkd.run import RunConfig
+from cmapkd.run import RunConfig, read_streams
 
 COMPARED_PICTURES = 64  # of those that two sources may share, by the names of their files
+FEW_SHARDS = 128  # that batches are mixed from, below which it is told
 CHECKED_SAMPLES = 64  # read from the start, the middle and the end of each source
 
 
@@ -71,6 +74,34 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
             yield Finding(
                 "problem", what, f"{captions.count(0)} of {len(captions)} samples have no caption to train on"
             )
+
+
+def check_order(source: Source, config: RunConfig) -> Iterator[Finding]:
+    """How the samples of an epoch are mixed, and what of them is read at a time."""
+    size, what = config.training.batch_size, "data.order"
+    if len(source) < size:  # `check_source` says so
+        return
+    try:
+        streams = read_streams(config, source)
+        FetchAhead(
+            source, PlanSampler(len(source), batch_size=size, seed=config.seed, start=0, stop=0, streams=streams)
+        )
+    except ValueError as error:
+        yield Finding("problem", what, str(error))
+        return
+    for stream in streams:
+        order, who = stream.order, "" if len(streams) == 1 else f"{stream.name}: "
+        if order is None:
+            continue
+        middle = order.lane // 2 // order.rows * size
+        read, shards = len(order.shards(0, middle, middle + size)), int((order.counts > 0).sum())
+        alike = f"1 in {1 / order.share_of_one_shard:,.0f} pairs of a batch is of one shard"
+        told = f"{who}{order.describe()}: about {read:,} of {shards:,} shards are read at a time, and {alike}"
+        yield Finding("ok", what, told)
+        if order.lanes * order.window < FEW_SHARDS and read < shards:
+            few = f"{counted(order.lanes, 'lane')} of {counted(order.window, 'shard')}"
+            advice = "raise data.window, or take a training.batch_size that 64 divides"
+            yield Finding("note", what, f"{who}{few} let samples of one shard meet often: {advice}")
 
 
 def check_overlap(sources: Mapping[str, Source]) -> Iterator[Finding]:

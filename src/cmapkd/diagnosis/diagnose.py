@@ -11,7 +11,7 @@ import torch
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
 from cmapkd.diagnosis.cost import device_of, measure_steps, predict_cache, predict_disk
-from cmapkd.diagnosis.data import check_overlap, check_source
+from cmapkd.diagnosis.data import check_order, check_overlap, check_source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.diagnosis.models import (
     check_activation,
@@ -77,6 +77,7 @@ def examine(config: RunConfig, say: Say = lambda _: None) -> Iterator[Finding]:
     if config.data.final is None:
         yield Finding("note", "data", "neither val nor test is named: the run ends without scores")
     if "train" in sources:
+        yield from check_order(sources["train"], config)
         yield from check_warmup(config, sources["train"])
         yield from _models(config, sources["train"], say)
 

@@ -11,7 +11,7 @@ from cmapkd.data.held_out import WithHeldOut, open_held_out
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import Reader
-from cmapkd.data.streams import streams_of
+from cmapkd.data.streams import Stream
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
@@ -35,6 +35,16 @@ def open_training(config: RunConfig) -> Source:
         held_out=held_out if isinstance(held_out, int) else 0,
         prompting=config.data.prompts.prompting() if config.writes else None,
     )
+
+
+def read_streams(config: RunConfig, source: Source) -> tuple[Stream, ...]:
+    """The streams of the training data, each with the order in which the run reads it.
+
+    Raises:
+        ConfigError: the data have no such order.
+    """
+    size = config.training.batch_size
+    return config.data.ordering.streams(source, length=len(source), batch_size=size, seed=config.seed)
 
 
 def with_held_out(
@@ -137,7 +147,7 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
         ConfigError: a part, stage, term or stream that is not there, or streams that a batch has no room for.
         ValueError: fewer samples than a batch has.
     """
-    training, streams = config.training, streams_of(source)
+    training, streams = config.training, read_streams(config, source)
     if not method.in_batch:
         _refuse_in_batch(config)
     sampler = PlanSampler(

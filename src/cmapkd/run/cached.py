@@ -13,14 +13,13 @@ from cmapkd.cache.parts import Keys
 from cmapkd.cache.progress import BuildDisplay
 from cmapkd.data.batches import Answers
 from cmapkd.data.plans import PlanSampler
-from cmapkd.data.streams import streams_of
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.methods import Method
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod
 from cmapkd.methods.stages import stage_ends, stream_by_step
 from cmapkd.models import build_model
-from cmapkd.run.build import text_choice
+from cmapkd.run.build import read_streams, text_choice
 from cmapkd.run.config import RunConfig
 from cmapkd.training.processes import wait_for_all
 
@@ -67,7 +66,7 @@ def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> 
     length, views, batch_size = len(source), config.data.views, config.training.batch_size
     if whole:
         return all_keys(length, views.num_views or DEFAULT_VIEWS)
-    streams, seed = streams_of(source), config.seed
+    streams, seed = read_streams(config, source), config.seed
     sampler = PlanSampler(length, batch_size=batch_size, seed=seed, start=0, stop=0, streams=streams)
     steps = config.training.num_steps(sampler.steps_per_epoch)
     stages = config.training.stages or method.default_stages

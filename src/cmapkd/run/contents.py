@@ -11,10 +11,12 @@ from cmapkd.cache.identity import reading_fingerprint, view_hash, weight_hash
 from cmapkd.config import ConfigError
 from cmapkd.data.held_out import open_held_out
 from cmapkd.data.open import same_reading
+from cmapkd.data.ordering import describe
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Source
 from cmapkd.models import FAMILIES, FrozenTeacher, Model, ModelConfig
+from cmapkd.run.build import read_streams
 from cmapkd.run.config import RunConfig
 from cmapkd.training.checkpoint import Contents
 
@@ -55,6 +57,7 @@ def contents_of(
         key = role if role == "teacher" else f"more_teachers.{role}"
         found |= _model(key, config.teachers[role], teacher.model, weights=True)
     found |= _model("student", config.student, student, weights=_all_from_files(config.student))
+    found["data.order"] = {"at": data.order, "holds": f"the order {describe(read_streams(config, source))}"}
     assert data.views is not None
     found["data.views"] = {"at": "", "holds": f"views, fingerprint {view_hash(data.views)}"}
     if classes is not None:
@@ -132,6 +135,8 @@ def may_have_moved(key: str, before: Any, now: Any, stored: Contents) -> bool:
         return False
     if key in ("data.train", "data.val", "data.test", "data.held_out"):
         return key in stored and same_reading(before, now)
+    if key == "data.order":
+        return key in stored
     if section.startswith("data.more.") and name == "source":
         return section in stored and same_reading(before, now)
     if section in ("teacher", "student") or section.startswith("more_teachers."):

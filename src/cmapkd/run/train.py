@@ -29,6 +29,7 @@ from cmapkd.run.build import (
     heads_of,
     method_of,
     open_training,
+    read_streams,
     readers_of,
     texts_of,
     with_held_out,
@@ -236,6 +237,7 @@ def _batches(
         memory=config.data.memory,
         more_views=method.more_views,
         view_specs=config.data.more_views,
+        streams=read_streams(config, source),
     )
     place = PartialState()
     return with_held_out(config, method, builder, rank=place.process_index, world_size=place.num_processes)

@@ -21,7 +21,6 @@ from cmapkd.data.batches import Batches
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.loading import make_loader
 from cmapkd.data.plans import PlanSampler
-from cmapkd.data.streams import streams_of
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo
 from cmapkd.methods.stages import WHOLE_RUN, StageConfig, stage_ends, stream_by_step
@@ -94,7 +93,7 @@ class Trainer:
             stop=0,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            streams=streams_of(builder.source),
+            streams=builder.streams,
         )
         per_epoch = self.sampler.steps_per_epoch
         self.total = config.num_steps(per_epoch)

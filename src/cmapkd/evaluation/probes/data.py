@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmapkd.data.plans import Plan
+from cmapkd.data.streams import Stream
 from cmapkd.data.turns import Dialogue
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Source, TokenBatch
 from cmapkd.evaluation.probes.features import ImageFeatures, TextFeatures, whole_picture
@@ -67,6 +68,8 @@ class ProbeBatches(Dataset[Batch]):
 
     A pure function of the plan, so that a probe resumes inside an epoch as any training does.
     """
+
+    streams: tuple[Stream, ...] = ()  # one, mixed as a whole
 
     def __init__(
         self,

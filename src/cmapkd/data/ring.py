@@ -35,7 +35,7 @@ class Ring:
     """
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
-        self.slot_bytes, size = slot_bytes, slots * slot_bytes
+        self.slots, self.slot_bytes, size = slots, slot_bytes, slots * slot_bytes
         folder = SHARED_MEMORY if Path(SHARED_MEMORY).is_dir() else None
         with tempfile.TemporaryFile(dir=folder) as file:
             self._file = os.dup(file.fileno())
@@ -49,7 +49,7 @@ class Ring:
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that is being started; the file itself is handed to it."""
-        return {"size": self._size, "slot_bytes": self.slot_bytes, "file": reduction.DupFd(self._file)}  # type: ignore[attr-defined]
+        return {"size": self._size, "slot_bytes": self.slot_bytes, "file": reduction.DupFd(self._file)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.slot_bytes, self._file, self._there = state["slot_bytes"], state["file"].detach(), set()

@@ -81,7 +81,7 @@ class ReadAhead(Generic[P, T]):
         self.slot_bytes = slot_bytes(item_bytes)
         self.workers, self.prefetch = made_ahead(workers, item_bytes and self.slot_bytes, room=room, most=most)
         self.dataset, self.places, self.pin_memory, self.together = dataset, places, pin_memory, together
-        self.timeout, self.name = timeout, name
+        self.timeout, self.name, self.room = timeout, name, room
         if workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 
@@ -131,7 +131,8 @@ class _Waiting(Generic[P, T]):
         self.places = enumerate(RemainingPlaces(ahead.places, 0))
         self.next = next(self.places, None)
         size = max(ahead.slot_bytes, 4 * len(self._said()))  # other places are as long as the first, or nearly so
-        self.ring = Ring(slots := ahead.workers * ahead.prefetch, size)
+        slots = min(ahead.workers * ahead.prefetch, max(1, ahead.room // size))
+        self.ring = Ring(slots, size)
         self.free = [*reversed(range(slots))]
         self.names: dict[int, P] = {}  # places of what is being made, or waits
         self.ready: dict[int, tuple[Task, Message]] = {}
@@ -185,7 +186,7 @@ class _Waiting(Generic[P, T]):
             )
         warnings.warn(
             f"{SHARED_MEMORY} is full: data workers make {len(left) + len(self.names)} items ahead, not "
-            f"{self.ahead.workers * self.ahead.prefetch}. Give it more room, or lower data.prefetch_mib",
+            f"{self.ring.slots}. Give it more room, or lower data.prefetch_mib",
             WorkerWarning,
             stacklevel=3,
         )

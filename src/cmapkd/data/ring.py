@@ -166,15 +166,19 @@ class _Packer(pickle.Pickler):
 
 
 class Raised:
-    """An error that a worker met, with the lines that say where, to be raised again."""
+    """An error that a worker met, and the lines that say where."""
 
     def __init__(self, error: Exception) -> None:
-        lines = "".join(traceback.format_exception(error))
+        self.lines = "".join(traceback.format_exception(error))
         try:
             self.error: Exception = pickle.loads(pickle.dumps(error))  # noqa: S301  its own
         except Exception:  # errors of libraries need not be rebuilt from their arguments
             self.error = RuntimeError(f"{type(error).__name__}: {error}")
-        self.error.add_note(f"In a data worker:\n{lines}")
+
+    def again(self) -> Exception:
+        """The error, to be raised in the main process."""
+        self.error.add_note(f"In a data worker:\n{self.lines}")
+        return self.error
 
 
 def pack(made: Any, room: Room) -> Message:

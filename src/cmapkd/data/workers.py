@@ -110,7 +110,7 @@ class ReadAhead(Generic[P, T]):
                 made = unpack(message, waiting.ring[task.slot], landing)
                 waiting.done(task)
                 if isinstance(made, Raised):
-                    raise made.error
+                    raise made.again()
                 yield pin_extra(made) if self.pin_memory else made
         finally:
             waiting.crew.stop()

@@ -6,8 +6,8 @@ it does for a device. The arm `ring` sends bytes through the slots of `ReadAhead
 its own. Counted is the CPU time of both processes. The arms take turns, each round in new workers.
 
 `normalising` is the normalisation that a CPU needs: of one picture in the worker, or of the batch where the model
-computes. `first_batch` is the time until the first batch comes, of a source that sleeps while it reads, so that one core
-shows what several workers do: of four workers of which one makes the batch, as `DataLoader` has it, and in pieces.
+computes. `first_batch` is the time until the first batch of four workers comes: one of them makes it, as `DataLoader`
+has it, or all together. The source sleeps while it reads, so that one core shows what several workers do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cmapkd.models import ImageSpec
 from retrieval import processor
 
 WARM = 2  # batches of a round before its clock starts
-FIRST_WORKERS, FIRST_ROWS, FIRST_SECONDS = 4, 64, 0.15  # of `first_batch`: each reading sleeps so long
+FIRST_WORKERS, FIRST_ROWS, FIRST_SECONDS = 4, 64, 0.3  # of `first_batch`: each reading sleeps so long
 
 
 class Ready(Dataset[tuple[Tensor, float]]):
@@ -93,25 +93,32 @@ class Sleeping(Dataset[Batch]):
         return self.join(plan, [self.piece(plan, 0, len(plan.mine))])
 
     def piece(self, plan: Plan, first: int, last: int) -> Part:
+        """Its first rows say when it began, and how many rows it has."""
+        begun = time.monotonic()
         time.sleep(FIRST_SECONDS * (last - first))
         texts = TokenBatch(torch.zeros(last - first, 1).long(), torch.ones(last - first, 1).bool())
         pixels = stack([torch.zeros(3, 224, 224, dtype=torch.uint8)] * (last - first))
-        return Part((), (), {"student": ModelInput(pixels, texts)}, {}, {}, ())
+        ids = tuple(map(str, plan.mine[first:last]))
+        return Part(ids, (begun,), {"student": ModelInput(pixels, texts)}, {}, {}, ())
 
     def join(self, plan: Plan, parts: Sequence[Part]) -> Batch:
         joined([part.inputs["student"].images for part in parts])  # type: ignore[attr-defined]
-        return Batch(tuple(map(str, plan.mine)), {}, ())
+        about = {"begun": min(part.texts[0] for part in parts), "most": max(len(part.ids) for part in parts)}
+        return Batch(tuple(map(str, plan.mine)), {}, (), extra=about)
 
 
-def first_batch() -> dict[str, float]:
-    """Seconds until the first batch comes, the start of the processes with it."""
+def first_batch() -> dict[str, Any]:
+    """Seconds from the first reading until the first batch comes, and the largest share that one worker made of it."""
     sampler = PlanSampler(10**6, batch_size=FIRST_ROWS, seed=0, start=0, stop=1)
-    begun = time.monotonic()
-    next(iter(as_before(Sleeping(), [*sampler], FIRST_WORKERS)))  # type: ignore[arg-type]
-    whole = time.monotonic() - begun
-    begun = time.monotonic()
-    next(make_loader(Sleeping(), sampler, workers=FIRST_WORKERS, pin_memory=False))
-    return {"whole": whole, "pieces": time.monotonic() - begun}
+    loaders = {
+        "whole": iter(as_before(Sleeping(), [*sampler], FIRST_WORKERS)),  # type: ignore[arg-type]
+        "pieces": make_loader(Sleeping(), sampler, workers=FIRST_WORKERS, pin_memory=False),
+    }
+    found = {}
+    for name, loader in loaders.items():
+        about = next(loader).extra
+        found[name] = {"seconds": round(time.monotonic() - about["begun"], 2), "share": about["most"] / FIRST_ROWS}
+    return found
 
 
 def normalising(spec: ImageSpec, raw: list[Tensor]) -> dict[str, float]:
@@ -144,7 +151,7 @@ def measure(size: int, pictures: int, batches: int, rounds: int) -> dict[str, An
     }
     medians["ratio"] = _ratios(sums["uint8"], sums["float32"])
     medians["cheaper"] = {name: _ratios(sums[name], sums["ring"]) for name in ("float32", "uint8")}
-    medians["first_batch"] = {name: round(seconds, 2) for name, seconds in first_batch().items()}
+    medians["first_batch"] = first_batch()
     medians["mib"] = {name: items[0].nbytes * pictures / 2**20 for name, items in arms.items()}
     return medians
 

@@ -22,7 +22,7 @@ from cmapkd.data import ring
 from cmapkd.data.loading import make_loader
 from cmapkd.data.open import open_source
 from cmapkd.data.plans import PlanSampler
-from cmapkd.data.ring import Raised, Ring, Room, filling, pack, stack, unpack
+from cmapkd.data.ring import Blocks, Raised, Ring, Room, filling, pack, stack, unpack
 from cmapkd.data.types import BadSampleError
 from cmapkd.data.workers import ReadAhead, WorkerDied, WorkerWarning, slot_bytes
 from helpers import digest, make_builder, make_method
@@ -195,6 +195,34 @@ def test_what_is_packed_comes_out_the_same_and_alone(size: int) -> None:
             assert one.dtype == other.dtype
         else:
             assert one == other
+
+
+def test_memory_is_used_again_once_nothing_is_in_it() -> None:
+    blocks, size = Blocks(), 2**20
+    first = blocks.take(size)
+    place, view = first.data_ptr(), first.fill_(7)[4:8].view(torch.int32)
+    del first
+    second = blocks.take(size).fill_(1)
+    assert second.data_ptr() != place
+    assert view.tolist() == [7 * 0x01010101]  # a view keeps the whole
+    del view
+    assert blocks.take(size + 1).data_ptr() != place
+    again = blocks.take(size)
+    assert again.data_ptr() == place
+    del blocks
+    assert again.fill_(2).sum() == 2 * size
+
+
+def test_batches_that_are_kept_keep_their_contents(tmp_path: Path) -> None:
+    size = 10**6  # so that memory is used again
+    kept, seen = [], []
+    for number, found in enumerate(ReadAhead(Items(tmp_path / "mark", "", size=size), range(8), workers=1)):
+        seen.append(found[0].data_ptr())
+        if number % 3 == 0:
+            kept.append(found)
+    for number, found in enumerate(kept):
+        check(found, 3 * number, size)
+    assert len(set(seen)) < 8
 
 
 def test_errors_of_workers_keep_their_kind() -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import tempfile
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SHARED_MEMORY = "/dev/shm"  # where slots lie
 BESIDE = 64 * 2**10  # bytes of a slot for names and numbers beside what is estimated
 _ALIGNED = 64  # bytes
+_KEPT, _KEPT_FROM = 4, 2**20  # how many blocks of memory are kept for another time, and from how many bytes on
 
 
 class NoRoom(OSError):
@@ -193,24 +197,45 @@ def pack(made: Any, room: Room) -> Message:
 # ------------------------------------------------------------------------------------------------ in the main process
 
 
-class Landing:
-    """Memory for the tensors of `items` objects of one kind, where equal tensors of them lie side by side.
+class Blocks:
+    """Memory that is used again as soon as no tensor is in it any more: fresh pages cost more than a copy does.
 
     Args:
-        pinned: whether the memory is page-locked.
+        pinned: whether it is page-locked; torch then keeps such memory for the next time by itself.
     """
 
-    def __init__(self, items: int = 1, *, pinned: bool = False) -> None:
-        self.items, self.pinned = items, pinned
-        self._blocks: dict[int, tuple[Tensor, int]] = {}  # and the bytes used of it
+    def __init__(self, *, pinned: bool = False) -> None:
+        self.pinned = pinned
+        self._free: list[NDArray[np.uint8]] = []
+
+    def take(self, size: int) -> Tensor:
+        """UInt8[size], with any contents."""
+        if self.pinned or size < _KEPT_FROM:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+        place = next((place for place, block in enumerate(self._free) if len(block) == size), None)
+        block = np.empty(size, np.uint8) if place is None else self._free.pop(place)
+        lent = block[:]  # the tensor and all that share its memory keep this object
+        weakref.finalize(lent, self._back, block).atexit = False
+        return torch.from_numpy(lent)
+
+    def _back(self, block: NDArray[np.uint8]) -> None:
+        self._free = [block, *self._free[: _KEPT - 1]]
+
+
+class Landing:
+    """Memory for the tensors of `items` objects of one kind, where equal tensors of them lie side by side."""
+
+    def __init__(self, items: int = 1, blocks: Blocks | None = None) -> None:
+        self.items, self.blocks = items, blocks or Blocks()
+        self._places: dict[int, tuple[Tensor, int]] = {}  # and the bytes used of each
 
     def take(self, number: int, size: int) -> Tensor:
         """UInt8[size] for tensor `number` of the next object, behind that of the one before if there is room."""
-        block, used = self._blocks.get(number, (None, 0))
+        block, used = self._places.get(number, (None, 0))
         if block is None or used + size > len(block):
             items = self.items if block is None else 1  # this one is of another kind than the first
-            block, used = torch.empty(items * size, dtype=torch.uint8, pin_memory=self.pinned), 0
-        self._blocks[number] = block, used + size
+            block, used = self.blocks.take(items * size), 0
+        self._places[number] = block, used + size
         return block[used : used + size]
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from cmapkd.config import RESUME, RunStopped
 from cmapkd.data.crew import Crew, Task, Worker
 from cmapkd.data.extras import pin_extra
-from cmapkd.data.ring import BESIDE, SHARED_MEMORY, Landing, Message, NoRoom, Raised, Ring, unpack
+from cmapkd.data.ring import BESIDE, SHARED_MEMORY, Blocks, Landing, Message, NoRoom, Raised, Ring, unpack
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -100,13 +100,13 @@ class ReadAhead(Generic[P, T]):
     def _helped(self) -> Iterator[T]:
         waiting = _Waiting(self)
         try:
-            landing = Landing(self.together, pinned=self.pin_memory)
+            blocks = Blocks(pinned=self.pin_memory)
             for number in count():
                 if (found := waiting.take(number)) is None:
                     return
                 task, message = found
                 if number % self.together == 0:
-                    landing = Landing(self.together, pinned=self.pin_memory)
+                    landing = Landing(self.together, blocks)
                 made = unpack(message, waiting.ring[task.slot], landing)
                 waiting.done(task)
                 if isinstance(made, Raised):

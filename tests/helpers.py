@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Container, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.ordering import Ordering
 from cmapkd.data.readers import DualReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.texts import TextChoice
+from cmapkd.data.tokens import Lengths
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
@@ -259,6 +262,35 @@ def make_trainer(
         max_bad_share=max_bad_share,
         validate=validate,
     )
+
+
+def digest(value: Any) -> str:
+    """Of everything in it: types, names, shapes and bits."""
+    made = blake2b(digest_size=16)
+
+    def add(each: Any) -> None:
+        made.update(type(each).__name__.encode())
+        if isinstance(each, Tensor):
+            made.update(f"{each.dtype}{tuple(each.shape)}".encode() + each.contiguous().numpy().tobytes())
+        elif isinstance(each, Lengths):
+            add(each.of_each)
+        elif is_dataclass(each):
+            for field in fields(each):
+                made.update(field.name.encode())
+                add(getattr(each, field.name))
+        elif isinstance(each, dict):
+            for key in sorted(each):
+                add(key)
+                add(each[key])
+        elif isinstance(each, list | tuple):
+            made.update(str(len(each)).encode())
+            for item in each:
+                add(item)
+        else:
+            made.update(repr(each).encode())
+
+    add(value)
+    return made.hexdigest()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

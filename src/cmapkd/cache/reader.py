@@ -35,7 +35,7 @@ class CacheReader:
             CacheError: something is damaged.
         """
         self.cache, self.check = cache, check
-        self.needs_texts = cache.layout.needs_texts
+        self.needs_texts, self.row_bytes = cache.layout.needs_texts, cache.layout.row_bytes
         self.parts = cache.parts()
         self._finished = [np.array([part.is_finished(n) for n in range(part.num_shards)], bool) for part in self.parts]
         self._checks = Checks(self.parts, self._finished, check)

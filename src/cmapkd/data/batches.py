@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from cmapkd.config import ConfigError
 from cmapkd.data.memory import SampleMemory
+from cmapkd.data.pieces import Part, Rows, united_rows
 from cmapkd.data.plans import Plan
 from cmapkd.data.random import permuted
 from cmapkd.data.readers import Reader, Shared
@@ -197,17 +198,27 @@ class BatchBuilder(Dataset[Batch]):
         return self.samples.source
 
     def bytes_of(self, size: int) -> int:
-        """About the bytes of a batch of `size` samples: its pixels, without those that a cache lacks."""
+        """About the bytes of a batch of `size` samples: stored answers, and pixels but for those that a cache lacks."""
         views = 1 + sum(self.more_views.values())
         distinct = dict.fromkeys(self._like[role] for role in self._live)
-        return size * sum(self.readers[role].bytes_of(views, self.source) for role in distinct)
+        pixels = sum(self.readers[role].bytes_of(views, self.source) for role in distinct)
+        return size * (pixels + sum(getattr(answers, "row_bytes", 0) for answers in self.stored.values()))
 
     def __getitem__(self, plan: Plan) -> Batch:
-        made = _Rows(self.readers, self.more_views, self.stored, self.extras)
-        taken = set(plan.everyone)
-        for row, planned in enumerate(plan.mine):
-            epoch = plan.epochs[row] if plan.epochs else plan.epoch
-            for index in self._candidates(plan, planned, epoch, taken):
+        return self.join(plan, [self.piece(plan, 0, len(plan.mine))])
+
+    def piece(self, plan: Plan, first: int, last: int, taken: Collection[int] = ()) -> Part:
+        """The rows from `first` to before `last` of `plan.mine`.
+
+        Args:
+            taken: samples that other rows have in place of unreadable ones.
+        Raises:
+            BadSampleError: a sample cannot be used, and bad samples are errors, or no other could take its place.
+        """
+        made = Rows(self.readers, self.more_views, self.stored, self.extras)
+        for row in range(first, last):
+            planned, epoch = plan.mine[row], plan.epochs[row] if plan.epochs else plan.epoch
+            for index in self._candidates(plan, planned, epoch, made.tried, taken):
                 try:
                     self._add(made, index, epoch)
                 except BadSampleError as error:
@@ -221,22 +232,49 @@ class BatchBuilder(Dataset[Batch]):
                 raise BadSampleError(
                     sample_id, f"{reason}; and no readable sample was found to take its place at step {plan.step}"
                 )
-        captions, more_texts = self.texts.columns(made.texts)
-        inputs = self._inputs(made, captions, more_texts)
-        extra = {name: self.extras[name].join(items) for name, items in made.extras.items()}
+        return made.part(self._inputs(made, *self.texts.columns(made.texts)), self._answers(made))
+
+    def join(self, plan: Plan, parts: Sequence[Part]) -> Batch:
+        """The batch of all its pieces, in their order.
+
+        A piece does not know what replaced the bad samples of others. One that would have tried the same sample is made
+        again here, so a batch does not depend on its cuts.
+        """
+        ids: list[str] = []
+        taken: set[int] = set()
+        whole: list[Part] = []
+        for part in parts:
+            first, last = len(ids), len(ids) + len(part.ids)
+            whole.append(part if taken.isdisjoint(part.tried) else self.piece(plan, first, last, taken))
+            taken.update(whole[-1].tried)
+            ids += whole[-1].ids
+        sizes = [len(part.ids) for part in whole]
+        extras = {name: [item for part in whole for item in part.extras[name]] for name in self.extras}
         return Batch(
-            tuple(made.ids),
-            inputs,
-            captions,
+            tuple(ids),
+            self._united(whole),
+            self.texts.columns([chosen for part in whole for chosen in part.texts])[0],
             view=self.views.view_number(plan.epoch),
-            bad=tuple(made.bad),
-            extra=extra,
-            stored=self._answers(made),
+            bad=tuple(bad for part in whole for bad in part.bad),
+            extra={name: self.extras[name].join(items) for name, items in extras.items()},
+            stored={role: united_rows([part.stored[role] for part in whole], sizes) for role in self.stored},
             streams=plan.streams,
-            views=tuple(made.views) if plan.epochs else (),
+            views=tuple(view for part in whole for view in part.views) if plan.epochs else (),
         )
 
-    def _add(self, made: _Rows, index: int, epoch: int) -> None:
+    def _united(self, parts: Sequence[Part]) -> dict[str, Input]:
+        """The inputs of all pieces by role. One that a cache answers can be missing from some of them."""
+        if len(parts) == 1:
+            return dict(parts[0].inputs)
+        said = [self.texts.columns(part.texts) for part in parts]
+        shared, inputs = Shared(), {}
+        for role, reader in self.readers.items():
+            each = [part.inputs.get(role) for part in parts]
+            if any(one is not None for one in each):
+                inputs[role] = reader.unite(each, said, shared)
+        return inputs
+
+    def _add(self, made: Rows, index: int, epoch: int) -> None:
         """Reads one sample into the rows of a batch, all of it or nothing.
 
         Raises:
@@ -292,7 +330,7 @@ class BatchBuilder(Dataset[Batch]):
                 self._texts_read[index] = known
         return known
 
-    def _answers(self, made: _Rows) -> dict[str, StoredRows]:
+    def _answers(self, made: Rows) -> dict[str, StoredRows]:
         answered = [self.texts.named(chosen) for chosen in made.texts]
         views: int | list[int] = made.views[0] if len(set(made.views)) == 1 else made.views
         return {
@@ -300,20 +338,27 @@ class BatchBuilder(Dataset[Batch]):
             for role, answers in self.stored.items()
         }
 
-    def _candidates(self, plan: Plan, planned: int, epoch: int, taken: set[int]) -> Iterator[int]:
-        """The planned sample, then others of its stream that are not in the batch."""
+    def _candidates(
+        self, plan: Plan, planned: int, epoch: int, tried: list[int], taken: Collection[int]
+    ) -> Iterator[int]:
+        """The planned sample, then others of its stream that are not in the batch.
+
+        Those that another row could have too are added to `tried`; an order by windows has none.
+        """
         yield planned
         stream = self.streams[bisect_right(self.streams, planned, key=lambda each: each.first) - 1]
         if stream.order is not None:
             others = stream.order.instead_of(planned - stream.first, epoch)
             yield from (stream.first + other for other in islice(others, MAX_REPLACEMENTS))
             return
+        used = {*plan.everyone, *taken, *tried}
         for attempt in range(MAX_REPLACEMENTS):
             start = np.array([attempt % stream.length])
             drawn = permuted(start, stream.length, "replacement", self.seed, plan.step, planned)
             index = stream.first + int(drawn[0])
-            if index not in taken:
-                taken.add(index)
+            if index not in used:
+                used.add(index)
+                tried.append(index)
                 yield index
 
     def _read(self, sample: Sample, view: View, texts: Any, roles: Iterable[str]) -> dict[str, Any]:
@@ -335,9 +380,7 @@ class BatchBuilder(Dataset[Batch]):
             items[role] = done[like]
         return items
 
-    def _inputs(
-        self, made: _Rows, captions: Sequence[str], more_texts: Mapping[str, Sequence[str]]
-    ) -> dict[str, Input]:
+    def _inputs(self, made: Rows, captions: Sequence[str], more_texts: Mapping[str, Sequence[str]]) -> dict[str, Input]:
         """By role. Models that read alike share the pixels or dialogues, those of one tokenizer the tokens."""
         inputs: dict[str, Input] = {}
         shared = Shared()
@@ -358,21 +401,3 @@ def _first_alike(readers: Mapping[str, Reader]) -> dict[str, str]:
     for role, reader in readers.items():
         first[role] = next((other for other in first if readers[other].looks == reader.looks), role)
     return first
-
-
-class _Rows:
-    """What is read of the samples of a batch, row by row."""
-
-    def __init__(
-        self, roles: Iterable[str], more_views: Iterable[str], stored: Iterable[str], extras: Iterable[str]
-    ) -> None:
-        roles = tuple(roles)
-        self.ids: list[str] = []
-        self.indices: list[int] = []
-        self.views: list[int] = []
-        self.texts: list[Any] = []
-        self.missing: dict[str, list[int]] = {role: [] for role in stored}
-        self.items: dict[str, list[Any]] = {role: [] for role in roles}
-        self.more_items: dict[str, dict[str, list[Any]]] = {name: {role: [] for role in roles} for name in more_views}
-        self.extras: dict[str, list[Any]] = {name: [] for name in extras}
-        self.bad: list[tuple[str, str]] = []

@@ -14,6 +14,7 @@ from cmapkd.data.types import MAIN_VIEW
 from cmapkd.data.views import WHOLE, ViewSpec
 
 DEFAULT_TIMEOUT = 900.0
+PREFETCH_MIB = 2048
 
 
 class StreamConfig(Config):
@@ -146,10 +147,16 @@ class DataConfig(Config):
         description="MiB of decoded samples that each reading process keeps for later epochs; 0: none.",
         json_schema_extra=RESUMABLE,
     )
+    prefetch_mib: int = Field(
+        PREFETCH_MIB,
+        ge=1,
+        description="MiB of shared memory (/dev/shm) in which what the workers of a process made waits to be taken.",
+        json_schema_extra=RESUMABLE,
+    )
     timeout: float = Field(
         DEFAULT_TIMEOUT,
         ge=0,
-        description="Seconds that a batch may take to be read before the run stops; 0: any time.",
+        description="Seconds in which nothing may be read before the run stops; 0: any time.",
         json_schema_extra=RESUMABLE,
     )
     on_bad_sample: Literal["skip", "error"] = Field(

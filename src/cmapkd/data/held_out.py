@@ -8,9 +8,10 @@ from dataclasses import replace
 from torch.utils.data import Dataset
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder, Batches
+from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.open import open_source
 from cmapkd.data.parts import PartOfSource
+from cmapkd.data.pieces import Part
 from cmapkd.data.plans import Plan, PlanSampler
 from cmapkd.data.random import key_of
 from cmapkd.data.streams import Stream
@@ -45,7 +46,7 @@ class WithHeldOut(Dataset[Batch]):
 
     def __init__(
         self,
-        builder: Batches,
+        builder: BatchBuilder | WithHeldOut,
         held_out: BatchBuilder,
         *,
         every: int,
@@ -74,7 +75,7 @@ class WithHeldOut(Dataset[Batch]):
     @property
     def source(self) -> Source:
         """Of the training pairs."""
-        source: Source = self.builder.source  # type: ignore[assignment]
+        source: Source = self.builder.source
         return source
 
     @property
@@ -88,10 +89,24 @@ class WithHeldOut(Dataset[Batch]):
         return self.builder.bytes_of(size) + (beside if self.always_the_same else beside // self.every)
 
     def __getitem__(self, plan: Plan) -> Batch:
-        batch = self.builder[plan]
-        if plan.step % self.every == 0:
-            number = 0 if self.always_the_same else plan.step // self.every
-            beside = self.held_out[self.sampler.plan(number)]
+        return self.join(plan, [self.piece(plan, 0, len(plan.mine))])
+
+    def piece(self, plan: Plan, first: int, last: int) -> Part:
+        """The rows from `first` to before `last`; held-out pairs come with the first ones."""
+        part = self.builder.piece(plan, first, last)
+        if first or plan.step % self.every:
+            return part
+        number = 0 if self.always_the_same else plan.step // self.every
+        return replace(part, held_out=self.held_out[self.sampler.plan(number)])
+
+    def join(self, plan: Plan, parts: Sequence[Part]) -> Batch:
+        """The batch of all its pieces, in their order.
+
+        Raises:
+            ConfigError: a held-out pair is trained on.
+        """
+        batch = self.builder.join(plan, parts)
+        if (beside := parts[0].held_out) is not None:
             self._known.update(beside.ids)
             batch = replace(batch, held_out=beside)
         trained = self._known.intersection(batch.ids)

@@ -13,11 +13,14 @@ from torch import Tensor
 from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatInput, ChatItem, ChatProcessing, join_items
 from cmapkd.data.records import Unusable
+from cmapkd.data.ring import joined, stack
+from cmapkd.data.tokens import united_texts
 from cmapkd.data.turns import Turn
 from cmapkd.data.types import BadSampleError, Input, ModelInput, Source, TokenBatch
 from cmapkd.data.views import CropBox
 
 T = TypeVar("T")
+Said = tuple[Sequence[str], Mapping[str, Sequence[str]]]  # captions, and by pool further texts
 
 _MEASURED = 16  # samples whose pictures tell the memory of a dialogue
 _UNKNOWN = 12 * 448**2  # bytes of a dialogue where its picture cannot tell: float32 pixels of a usual resolution
@@ -85,6 +88,15 @@ class Reader(Protocol):
         """
         ...
 
+    def unite(self, parts: Sequence[Any], said: Sequence[Said], shared: Shared) -> Input:
+        """The input of several pieces of a batch, as `join` makes it of all their items at once.
+
+        Args:
+            parts: inputs, None of a piece that reads nothing here, because all its answers are stored.
+            said: captions and further texts of each piece.
+        """
+        ...
+
     def bytes_of(self, views: int, source: Source) -> int:
         """About the bytes of one sample of the source, of so many views."""
         ...
@@ -134,12 +146,33 @@ class DualReader:
         """`images` holds the pixels of the samples that have an item."""
 
         def stacked(pixels: Sequence[Tensor]) -> Tensor:
-            return shared(("pixels", [*map(id, pixels)]), lambda: torch.stack([*pixels]))
+            return shared(("pixels", [*map(id, pixels)]), lambda: stack(pixels))
 
         shown = [item for item in items if item is not None]
         texts, pools = shared(("texts", self.tokenize), lambda: self._texts(captions, more_texts))
         images = stacked(shown) if shown else torch.empty(0)
         return ModelInput(images, texts, pools, {name: stacked(pixels) for name, pixels in more_items.items()})
+
+    def unite(self, parts: Sequence[ModelInput | None], said: Sequence[Said], shared: Shared) -> ModelInput:
+        """See `Reader`."""
+        each = [
+            self.join([None] * len(texts[0]), *texts, {}, Shared()) if part is None else part
+            for part, texts in zip(parts, said, strict=True)
+        ]
+
+        def pixels(views: Sequence[Tensor]) -> Tensor:
+            shown = [view for view in views if view.numel()]
+            return shared(("pixels", [*map(id, views)]), lambda: joined(shown) if shown else views[0])
+
+        texts, pools = shared(
+            ("texts", self.tokenize),
+            lambda: (
+                united_texts([part.texts for part in each]),
+                {pool: united_texts([part.more_texts[pool] for part in each]) for pool in each[0].more_texts},
+            ),
+        )
+        more = {name: pixels([part.more_images[name] for part in each]) for name in each[0].more_images}
+        return ModelInput(pixels([part.images for part in each]), texts, pools, more)
 
     def input(
         self,
@@ -229,6 +262,17 @@ class ChatReader:
     ) -> ChatInput:
         """A sample without item has a row without tokens."""
         return shared(("dialogues", self.processor, [*map(id, items)]), lambda: self._joined(items))
+
+    def unite(self, parts: Sequence[ChatInput | None], said: Sequence[Said], shared: Shared) -> ChatInput:
+        """See `Reader`. A piece without input has rows without tokens."""
+
+        def whole() -> ChatInput:
+            items: list[ChatItem | None] = []
+            for part, texts in zip(parts, said, strict=True):
+                items += [None] * len(texts[0]) if part is None else part.items()
+            return self._joined(items)
+
+        return shared(("dialogues", self.processor, [*map(id, parts)]), whole)
 
     def _joined(self, items: Sequence[ChatItem | None]) -> ChatInput:
         some = next(item for item in items if item is not None)

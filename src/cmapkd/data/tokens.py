@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from cmapkd.data.ring import joined
 
 LENGTH_MULTIPLE = 8  # a batch ends at a multiple of it: few lengths, so few compiled graphs, and rows that GPUs like
 
@@ -36,6 +39,7 @@ class TokenBatch:
         lengths: of each text, up to its last real token, where the tower computes the same without the padding that all
             texts of a batch have in common. They are the host's, so that nobody waits for a device to say them. None:
             texts are read as they are padded.
+        pad_id: the token that fills short texts.
     """
 
     ids: Tensor
@@ -43,6 +47,7 @@ class TokenBatch:
     spans: Tensor | None = None
     per_sample: int = 1
     lengths: Lengths | None = None
+    pad_id: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
         return self.changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -88,3 +93,28 @@ class TokenBatch:
         if length >= self.ids.shape[1]:
             return self
         return self.changed(lambda tensor: tensor[:, :length].contiguous())
+
+
+def united_texts(parts: Sequence[TokenBatch]) -> TokenBatch:
+    """The texts of several batches of one tokenizer, one after the other, padded to the longest of them."""
+    longest = max(part.ids.shape[1] for part in parts)
+
+    def padded(tensors: Iterable[Tensor], fill: int) -> Tensor:
+        return joined([_widened(tensor, longest, fill) for tensor in tensors])
+
+    first = parts[0]
+    spans = [part.spans for part in parts if part.spans is not None]
+    lengths = [part.lengths for part in parts if part.lengths is not None]
+    return replace(
+        first,
+        ids=padded([part.ids for part in parts], first.pad_id),
+        mask=padded([part.mask for part in parts], 0),
+        spans=padded(spans, 0) if len(spans) == len(parts) else None,
+        lengths=Lengths(each for part in lengths for each in part.of_each) if len(lengths) == len(parts) else None,
+    )
+
+
+def _widened(tensor: Tensor, length: int, fill: int) -> Tensor:
+    """[batch length ...] with `fill` behind what is there."""
+    missing = length - tensor.shape[1]
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing), value=fill) if missing else tensor

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import mmap
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -11,15 +12,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
-from multiprocessing.process import BaseProcess
+from itertools import count, islice
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cmapkd.config import RESUME, RunStopped
+from cmapkd.data.crew import Crew, Task, Worker
+from cmapkd.data.extras import pin_extra
+from cmapkd.data.ring import BESIDE, SHARED_MEMORY, Blocks, Landing, Message, NoRoom, Raised, Ring, unpack
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -27,9 +29,7 @@ P_co = TypeVar("P_co", covariant=True)
 
 MOST_AHEAD = 4  # items that each worker makes ahead
 AHEAD_BYTES = 8 * 2**30  # that all workers together hold ahead
-SHARED_MEMORY = "/dev/shm"  # where items wait until they are taken
 MAX_DEATHS = 3  # of workers in one pass over the data, before the run stops
-_GRACE = 2.0  # seconds in which the system tells of a death that a broken connection spoke of
 
 
 class WorkerDied(RunStopped):
@@ -47,15 +47,20 @@ class WorkerWarning(UserWarning):
 class ReadAhead(Generic[P, T]):
     """`dataset[place]` for each of `places`, in their order, made by `workers` processes (0: by this one).
 
-    A dataset makes the same of a place in any process, so when a worker is killed (by the system, when memory runs out)
-    all of them are replaced, which begin where the deliveries ended. What they make does not change by it.
+    What workers make waits in slots of shared memory that are used again and again (`data.ring`). A dataset makes the
+    same of a place in any process. So when a worker is killed (by the system, when memory runs out), another one makes
+    what it had not handed over. What is delivered does not change by it.
 
     Args:
+        pin_memory: whether tensors are delivered in page-locked memory.
         timeout: seconds that one place may take before the pass ends; 0: any time.
         item_bytes: about the size of what is made of a place, to bound how much is made ahead; 0: small.
+        room: bytes that all slots together may take.
+        most: items that each worker may make ahead.
+        together: how many items, one after the other, are joined into one when they are delivered (`ring.joined`).
         name: what is read at a place, for messages.
     Raises (on the way):
-        WorkerDied: more than `MAX_DEATHS` workers were killed.
+        WorkerDied: more than `MAX_DEATHS` workers were killed, or the shared memory has no room for one slot.
         ReadTimeout: a place took longer than `timeout`.
     """
 
@@ -68,97 +73,164 @@ class ReadAhead(Generic[P, T]):
         pin_memory: bool = False,
         timeout: float = 0.0,
         item_bytes: int = 0,
+        room: int = AHEAD_BYTES,
+        most: int = MOST_AHEAD,
+        together: int = 1,
         name: Callable[[P], str] = str,
     ) -> None:
-        self.workers, self.prefetch = made_ahead(workers, item_bytes)
-        self.dataset, self.places, self.pin_memory = dataset, places, pin_memory
-        self.timeout, self.name = timeout, name
+        self.slot_bytes = slot_bytes(item_bytes)
+        self.workers, self.prefetch = made_ahead(workers, item_bytes and self.slot_bytes, room=room, most=most)
+        self.dataset, self.places, self.pin_memory, self.together = dataset, places, pin_memory, together
+        self.timeout, self.name, self.room = timeout, name, room
         if workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 
     def __iter__(self) -> Iterator[T]:
-        done = deaths = 0
-        while True:
-            iterator, processes = self._start(done)
+        return self._helped() if self.workers else self._alone()
+
+    def _alone(self) -> Iterator[T]:
+        for place in RemainingPlaces(self.places, 0):
             try:
-                while True:
-                    try:
-                        with _alarm(0.0 if self.workers else self.timeout):
-                            made = next(iterator)
-                    except StopIteration:
-                        return
-                    except _Alarm:
-                        raise self._late(done) from None
-                    except (RuntimeError, OSError, EOFError) as error:
-                        if dead := _killed(processes):
-                            deaths += 1
-                            self._note(deaths, dead, done)
-                            break
-                        if self.workers and "timed out" in str(error):
-                            raise self._late(done) from None
-                        raise
-                    done += 1
-                    yield made
-            finally:
-                del iterator  # torch asks its workers to end and waits a little
-                for process in processes:  # one that hangs in a read does not hear that
-                    if process.is_alive():
-                        process.kill()
+                with _alarm(self.timeout):
+                    made = self.dataset[place]
+            except _Alarm:
+                raise self._late(self.name(place)) from None
+            yield pin_extra(made) if self.pin_memory else made
 
-    def _start(self, done: int) -> tuple[Iterator[T], list[BaseProcess]]:
-        loader: DataLoader[T] = DataLoader(
-            self.dataset,
-            sampler=RemainingPlaces(self.places, done),
-            batch_size=None,
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            prefetch_factor=self.prefetch if self.workers else None,
-            worker_init_fn=_leave_signals,
-            collate_fn=_as_it_is,
-            timeout=self.timeout if self.workers else 0,
-            generator=torch.Generator(),  # its own, so that making a loader draws nothing from the run's random state
-        )
-        before = {process.pid for process in multiprocessing.active_children()}
-        with _no_child_handler():
-            iterator = iter(loader)
-        return iterator, [process for process in multiprocessing.active_children() if process.pid not in before]
+    def _helped(self) -> Iterator[T]:
+        waiting = _Waiting(self)
+        try:
+            blocks = Blocks(pinned=self.pin_memory)
+            for number in count():
+                if (found := waiting.take(number)) is None:
+                    return
+                task, message = found
+                if number % self.together == 0:
+                    landing = Landing(self.together, blocks)
+                made = unpack(message, waiting.ring[task.slot], landing)
+                waiting.done(task)
+                if isinstance(made, Raised):
+                    raise made.again()
+                yield pin_extra(made) if self.pin_memory else made
+        finally:
+            waiting.crew.stop()
 
-    def _late(self, done: int) -> ReadTimeout:
+    def _late(self, place: str) -> ReadTimeout:
         return ReadTimeout(
-            f"nothing came for {self.timeout:g} seconds while reading {self._place(done)}: the disk or network drive "
+            f"nothing came for {self.timeout:g} seconds while reading {place}: the disk or network drive "
             f"under the data may hang. Check it and {RESUME}, or raise data.timeout, in an evaluation "
             "evaluation.timeout (0: wait for ever)"
         )
 
-    def _note(self, deaths: int, dead: list[BaseProcess], done: int) -> None:
-        how = ", ".join(_ending(process) for process in dead)
-        where = f"{self._place(done)} or what follows"  # nobody knows how far ahead it was
-        if deaths > MAX_DEATHS:
+
+class _Waiting(Generic[P, T]):
+    """One pass: tasks that are not made yet, items that wait for their turn, and free slots."""
+
+    def __init__(self, ahead: ReadAhead[P, T]) -> None:
+        self.ahead, self.deaths = ahead, 0
+        self.places = enumerate(RemainingPlaces(ahead.places, 0))
+        self.next = next(self.places, None)
+        size = max(ahead.slot_bytes, 4 * len(self._said()))  # other places are as long as the first, or nearly so
+        slots = min(ahead.workers * ahead.prefetch, max(1, ahead.room // size))
+        self.ring = Ring(slots, size)
+        self.free = [*reversed(range(slots))]
+        self.names: dict[int, P] = {}  # places of what is being made, or waits
+        self.ready: dict[int, tuple[Task, Message]] = {}
+        self.crew = Crew(ahead.dataset, self.ring, ahead.workers if self.next is not None else 0)
+
+    def take(self, number: int) -> tuple[Task, Message] | None:
+        """Item `number`, waited for; None where there is none."""
+        begun = time.monotonic()
+        while True:
+            self._fill()
+            if number in self.ready:
+                return self.ready.pop(number)
+            if number not in self.names:
+                return None
+            left = None
+            if self.ahead.timeout and (left := begun + self.ahead.timeout - time.monotonic()) <= 0:
+                raise self.ahead._late(self.ahead.name(self.names[number]))
+            made, died = self.crew.wait(left)
+            self.ready |= {task.number: (task, message) for task, message in made}
+            for worker in died:
+                self._replaced(worker)
+
+    def done(self, task: Task) -> None:
+        """Its slot is free, and gets a task before anything else happens."""
+        del self.names[task.number]
+        self.free.append(task.slot)  # the last one that was used is the first one to be used again
+        self._fill()
+
+    def _said(self) -> bytes:
+        return b"" if self.next is None else pickle.dumps(self.next[1], pickle.HIGHEST_PROTOCOL)
+
+    def _fill(self) -> None:
+        while self.next is not None and self.free:
+            number, place = self.next
+            try:
+                self.ring.reserve(self.free[-1])
+            except NoRoom as error:
+                self._smaller(error)
+                continue
+            self.names[number] = place
+            self.crew.send(Task(number, self.free.pop(), self._said()))
+            self.next = next(self.places, None)
+
+    def _smaller(self, error: NoRoom) -> None:
+        """Goes on without the slots for which there is no memory."""
+        left = [slot for slot in self.free if self.ring.has(slot)]
+        if not left and not self.names:
             raise WorkerDied(
-                f"data workers died {deaths} times, the last {how} while reading {where}. The system kills "
-                "processes when memory runs out: lower data.workers, data.memory or training.batch_size (bus error: "
-                f"/dev/shm is full, give the container more or set data.workers=0), and {RESUME}"
+                f"{SHARED_MEMORY} has no room for {self.ring.slot_bytes / 2**20:.0f} MiB ({error.strerror}), which is "
+                f"what data workers hand over at once: give it more, or set data.workers=0, and {RESUME}"
             )
         warnings.warn(
-            f"a data worker died ({how}) while reading {where}: new ones go on from there with the same "
-            f"data ({deaths} of at most {MAX_DEATHS} times)",
+            f"{SHARED_MEMORY} is full: data workers make {len(left) + len(self.names)} items ahead, not "
+            f"{self.ring.slots}. Give it more room, or lower data.prefetch_mib",
             WorkerWarning,
             stacklevel=3,
         )
+        self.free = left
 
-    def _place(self, done: int) -> str:
-        return next((self.name(place) for place in RemainingPlaces(self.places, done)), "the end")
+    def _replaced(self, worker: Worker) -> None:
+        """Warns of a death, and has others make what the worker had not handed over.
+
+        Raises:
+            WorkerDied: it was one too many.
+        """
+        self.deaths += 1
+        lost = [*worker.tasks.values()]
+        place = self.ahead.name(self.names[lost[0].number]) if lost else "nothing"
+        how, where = worker.ending(), f"{place} or what follows"  # it may have been killed between two
+        if self.deaths > MAX_DEATHS:
+            raise WorkerDied(
+                f"data workers died {self.deaths} times, the last {how} while reading {where}. The system kills "
+                "processes when memory runs out: lower data.workers, data.memory or training.batch_size (bus error: "
+                f"{SHARED_MEMORY} is full, give the container more or set data.workers=0), and {RESUME}"
+            )
+        warnings.warn(
+            f"a data worker died ({how}) while reading {where}: a new one goes on from there with the same "
+            f"data ({self.deaths} of at most {MAX_DEATHS} times)",
+            WorkerWarning,
+            stacklevel=3,
+        )
+        for task in lost:
+            self.crew.send(task)
 
 
-def made_ahead(workers: int, item_bytes: int) -> tuple[int, int]:
-    """How many workers there are room for, and how many items each of them may make ahead, in [1, `MOST_AHEAD`].
+def slot_bytes(item_bytes: int) -> int:
+    """Of a slot for items of about this size: whole pages, with room for names and numbers."""
+    return -(-(item_bytes + item_bytes // 32 + BESIDE) // mmap.PAGESIZE) * mmap.PAGESIZE
 
-    All together they hold no more than `AHEAD_BYTES`, and no more than half of the shared memory that is free; one item
+
+def made_ahead(workers: int, item_bytes: int, *, room: int = AHEAD_BYTES, most: int = MOST_AHEAD) -> tuple[int, int]:
+    """How many workers there are room for, and how many items each of them may make ahead, in [1, `most`].
+
+    All together they hold no more than `room` bytes, and no more than half of the shared memory that is free; one item
     is always made. Fewer workers than asked for are warned of.
     """
     if not workers or not item_bytes:
         return workers, MOST_AHEAD
-    room = AHEAD_BYTES
     with suppress(OSError):
         room = min(room, shutil.disk_usage(SHARED_MEMORY).free // 2)
     fitting = max(1, min(workers, room // item_bytes))
@@ -170,7 +242,7 @@ def made_ahead(workers: int, item_bytes: int) -> tuple[int, int]:
             WorkerWarning,
             stacklevel=3,
         )
-    return fitting, max(1, min(MOST_AHEAD, room // (fitting * item_bytes)))
+    return fitting, max(1, min(most, room // (fitting * item_bytes)))
 
 
 class SkipsPlaces(Protocol[P_co]):
@@ -217,44 +289,3 @@ def _alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-
-
-@contextmanager
-def _no_child_handler() -> Iterator[None]:
-    """Takes torch's SIGCHLD handler off again: it raises wherever the process happens to be when a worker dies, in the
-    middle of an optimizer step too. Without it the death shows where the next batch is asked for."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    if getattr(before, "__module__", "").startswith("torch."):  # of a loader elsewhere in the process
-        before = signal.SIG_DFL
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def _killed(processes: list[BaseProcess]) -> list[BaseProcess]:
-    """Workers that ended by a signal or an error of their own."""
-    deadline = time.monotonic() + _GRACE
-    while processes and time.monotonic() < deadline:
-        if dead := [process for process in processes if process.exitcode]:
-            return dead
-        time.sleep(0.02)
-    return []
-
-
-def _ending(process: BaseProcess) -> str:
-    code = process.exitcode or 0
-    return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-
-
-def _leave_signals(_: int) -> None:
-    """Ctrl-C and SIGTERM reach workers too: they go on, so that the training process can finish its step and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _as_it_is(made: Any) -> Any:
-    return made

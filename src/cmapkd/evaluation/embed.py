@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cmapkd.data.ring import stack
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.workers import ReadAhead
 from cmapkd.features.pyramid import pooled
@@ -208,4 +209,4 @@ class _Whole(Dataset[_Chunk]):
                 bad.append((error.sample_id, error.reason))
             else:
                 samples.append(_Text(sample.id, sample.captions, sample.label))
-        return _Chunk(samples, torch.stack(pixels) if pixels else None, bad)
+        return _Chunk(samples, stack(pixels) if pixels else None, bad)

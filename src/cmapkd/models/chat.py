@@ -195,9 +195,7 @@ class HfChatProcessor(ChatProcessor):
             ids = self.encode_answer(turn.text)
             head = self._rendered(before, prompt=True)
             start = token_at.get(len(head)) if text.startswith(head) else None
-            if (
-                start is None or plain[start : start + len(ids)] != ids
-            ):  # count what is before
+            if start is None or plain[start : start + len(ids)] != ids:  # count what is before
                 start = len(self._plain_ids(head))
             start += grown if any(earlier.pictures for earlier in before) else 0
             if prompt[start : start + len(ids)].tolist() != ids:

@@ -50,10 +50,11 @@ class OpenClipTokenizer:
         texts = text_list(texts)
         if self._spans is None:
             ids = self.native(texts, context_length=self.context_length).long()
-            return self._shortened(TokenBatch(ids, self._real(ids)))
+            return self._shortened(TokenBatch(ids, self._real(ids), pad_id=self._pad_id))
         cleaned = [self.native.clean_fn(text) for text in texts]
         ids = self._of_cleaned(cleaned, context_length=self.context_length).long()
-        return self._shortened(TokenBatch(ids, self._real(ids), self._spans(texts, cleaned, self.context_length)))
+        spans = self._spans(texts, cleaned, self.context_length)
+        return self._shortened(TokenBatch(ids, self._real(ids), spans, pad_id=self._pad_id))
 
     def padded(self, whole_because: str | None) -> OpenClipTokenizer:
         """The same, which pads texts to full length for this reason, or for None does not."""
@@ -72,6 +73,11 @@ class OpenClipTokenizer:
             return int(self.native.eot_token_id)
         end: int | None = inner.eos_token_id if inner.sep_token_id is None else inner.sep_token_id
         return end
+
+    @property
+    def _pad_id(self) -> int:
+        inner = getattr(self.native, "tokenizer", None)
+        return 0 if inner is None else int(inner.pad_token_id or 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipTokenizer:
         return self  # nothing in it changes, and CLIP's vocabulary is large

@@ -203,6 +203,7 @@ def _prepare(
         workers=config.data.workers,
         max_bad_share=config.data.max_bad_share,
         timeout=config.data.timeout,
+        prefetch_mib=config.data.prefetch_mib,
         validate=validator_of(config, measured.val),
         settings=config.plain(),
         contents=contents,

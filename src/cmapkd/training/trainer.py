@@ -19,7 +19,7 @@ from torch import Tensor
 from cmapkd.config import writing
 from cmapkd.data.batches import Batches
 from cmapkd.data.check import SampleLedger
-from cmapkd.data.loading import make_loader
+from cmapkd.data.loading import PREFETCH_MIB, make_loader
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo
@@ -66,6 +66,7 @@ class Trainer:
         workers: int = 0,
         max_bad_share: float = 0.01,
         timeout: float = 0.0,
+        prefetch_mib: int = PREFETCH_MIB,
         validate: Validate | None = None,
         settings: dict[str, Any] | None = None,
         contents: checkpoints.Contents | None = None,
@@ -76,6 +77,7 @@ class Trainer:
         self.config, self.optim, self.out, self.seed, self.workers = config, optim, out, seed, workers
         self.builder, self.validate, self.settings, self.title = builder, validate, settings or {}, title
         self.max_bad_share, self.timeout = max_bad_share, timeout
+        self.load = partial(make_loader, workers=workers, prefetch_mib=prefetch_mib)
         self.contents, self.outlook = contents or {}, outlook or Outlook()
         start_processes(on_cpu=config.on_cpu)
         self.accelerator = Accelerator(
@@ -170,7 +172,7 @@ class Trainer:
         start = self.progress.step
         self.sampler.start, self.sampler.stop = start, self.total
         pin = self.accelerator.device.type == "cuda"
-        batches = make_loader(self.builder, self.sampler, workers=self.workers, pin_memory=pin, timeout=self.timeout)
+        batches = self.load(self.builder, self.sampler, pin_memory=pin, timeout=self.timeout)
         main = self.accelerator.is_main_process
         resumed = start if resume else None
         trackers = (

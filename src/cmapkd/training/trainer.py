@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from torch import Tensor
 
@@ -82,8 +81,6 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
             cpu=config.on_cpu,
-            # buffers need no broadcast: they are the same by construction, and `statistics.py` sees to batch norms
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
         self.console = console if self.accelerator.is_main_process else None
         self.sampler = PlanSampler(
@@ -128,7 +125,8 @@ class Trainer:
     def _prepared(self, method: Method) -> Method:
         """The method told how this run trains, and checked against it before anything is wrapped."""
         config = self.config
-        method.micro_batch, method.local_loss = config.micro_batch, config.local_loss
+        method.micro_batch = config.micro_batch
+        method.local_loss = config.splits_losses(self.accelerator.num_processes)
         if config.train_parts is not None:
             method.train_only(config.train_parts)
         method.check_teachers()
@@ -146,8 +144,8 @@ class Trainer:
         change()
         if [id(parameter) for parameter in before] == [id(parameter) for parameter in self.method.parameters()]:
             return False
+        self.engine.close()
         del self.engine
-        self.accelerator.free_memory()  # an old wrapper would go on to exchange gradients
         self.engine = make_engine(self.method, self.config, self.optim, self.accelerator)
         self.method.train()
         return True
@@ -248,7 +246,7 @@ class Trainer:
             stopping = self._agreed(stop_asked.is_set())
             last = step == self.total
             logged, saved = self._logged(step), step % self.checkpoint_every == 0 or last or stopping
-            if logged or saved or self._validates(step):
+            if logged or saved or self._validates(step) or self.finite.full:
                 self.finite.check(self._kept)
             self.progress.seconds += pace.lap()
             self._count_parts(pace.waited, values)
@@ -273,10 +271,12 @@ class Trainer:
         self.info = self.method.step = StepInfo(step, self.total, stage, done, self.seed)
         if stage is self.stage:
             return
+        self.finite.check(self._kept)
         self.stage = stage
         if self._changed(partial(self.method.reshape, stage)):  # what was best before is another student
             self.progress.best_score = self.progress.best_step = None
         self.method.enter(stage)
+        self.engine.enter_stage()
         if len(self.stages) > 1:
             display.say(
                 f"{self.title}: stage {number + 1}/{len(self.stages)} {stage.name}, steps {begins + 1} to "
@@ -284,7 +284,7 @@ class Trainer:
             )
 
     def _step(self, batch: Batch) -> dict[str, Tensor | float]:
-        """One optimizer step; values worth logging, on the device. The host waits for the device once: see `finite`."""
+        """One optimizer step; values worth logging, on the device, for which the host does not wait."""
         info = self.info
         self.ledger.add(len(batch), batch.bad)
         self.ledger.check_share(self.max_bad_share)
@@ -303,9 +303,8 @@ class Trainer:
         loss = total_loss(terms)
         rate = learning_rate(info.step, total=self.total, config=self.optim, peak=info.stage.learning_rate)
         set_learning_rate(self.engine.optimizer, rate)
-        self.accelerator.backward(loss)
+        self.engine.backward(loss)
         norm = self.engine.clip(self.optim.max_gradient_norm or float("inf"))
-        self.finite.check(self._kept)  # of the step before: the device has computed it
         raw = {name: term.value for name, term in terms.items()}
         finite = self.finite.watch(loss, norm, step=info.step + 1, terms=raw, ids=batch.ids)
         self.engine.update(info, finite)

@@ -46,7 +46,8 @@ class Trainer:
 
     Args:
         builder: makes the batches; its source's length decides what an epoch is.
-        validate: measures the student every `evaluate_every` steps; its `score` picks the best checkpoint.
+        validate: measures the student every `evaluate_every` steps, in the first process; its `score` picks the best
+            checkpoint. If it has an `assist`, the other processes call that with their student meanwhile.
         settings: the resolved config, handed to trackers that show it.
         contents: what data and models hold, kept in every checkpoint for whoever resumes.
         outlook: what the command does besides, for its estimate of the time left.
@@ -183,8 +184,11 @@ class Trainer:
                 self.state.continue_random(start)
                 self._loop(batches, trackers, display, stop_asked)
                 self.agreement.close()
+                self.state.finish()
         except BaseException:
             # why it stopped is what counts, so what the disk says to these last writes does not
+            with suppress(Exception):
+                self.state.background.wait()
             if main:  # its own counts only: the other processes may be gone
                 with suppress(OSError):
                     self.ledger.write(self.out)
@@ -259,6 +263,7 @@ class Trainer:
             if saved:
                 self._save()
             if stopping and not last:
+                self.state.finish()
                 raise Interrupted(step, checkpoints.checkpoint_path(self.checkpoint_folder, step))
 
     def _enter_stage(self, display: TrainingDisplay) -> None:
@@ -364,6 +369,8 @@ class Trainer:
                 progress.structure = self.method.structure
                 self.state.save_best(student.state_dict(), progress)
             self.engine.release(student)
+        elif (assist := getattr(self.validate, "assist", None)) is not None:
+            assist(student)
         wait_for_all()
 
     def _save(self) -> None:

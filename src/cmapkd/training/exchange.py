@@ -33,8 +33,7 @@ class AveragedGradients:
 
     def __init__(self, method: Method, device: torch.device) -> None:
         self.method = method.to(device)
-        steady = method.steady and method.auxiliary is None  # heads learn where a sample has lessons for them
-        self.learns_once = steady and (device.type != "cpu" or dist.get_world_size() == 2)
+        self.learns_once = method.steady_in_run and (device.type != "cpu" or dist.get_world_size() == 2)
         self._without: frozenset[str] | None = None  # names of what learns and has no gradient, once that is known
         self._wrapped: nn.Module | None = None
         self._equal = False  # whether all processes have the same weights already

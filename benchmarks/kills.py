@@ -42,7 +42,14 @@ EVALUATE_EVERY, CHECKPOINT_EVERY = 8, 3
 MARK = "CMAPKD_KILLS"  # in the environment of every process of a tree, by which it is found
 LIMIT = 900.0  # seconds after which a run that does not end counts as hanging
 BROKEN = (5, 77, 201)  # samples whose picture is cut short
-MEASURED = ("pairs_per_second", "train_seconds", "seconds", "peak_memory_bytes")  # of the machine, not of the run
+MEASURED = (  # of the machine, not of the run
+    "pairs_per_second",
+    "train_seconds",
+    "seconds",
+    "parts",
+    "seconds_by_part",
+    "peak_memory_bytes",
+)
 
 
 def main() -> None:

@@ -309,9 +309,10 @@ def waits_of(
     method: Callable[[], Method],
     given: list[Batch],
     *,
-    micro_batch: int | None,
+    micro_batch: int | None = None,
     steps: int = STEPS,
     equal: bool = True,
+    log_every: int = 1000,
 ) -> list[list[Wait]]:
     """What the host waits for in each of the trainer's steps, from one batch to the next, with all that belongs to it.
 
@@ -320,6 +321,7 @@ def waits_of(
         given: its batches, over and over.
         steps: of each of the method's stages.
         equal: what `torch.equal` finds, of tensors of one shape.
+        log_every: steps between lines of the log.
     Returns:
         One list for each step, of all stages.
     """
@@ -337,7 +339,7 @@ def waits_of(
             micro_batch=micro_batch,
             precision="bf16",
             ema=0.9,
-            log_every=1000,
+            log_every=log_every,
             checkpoint_every=1000,
         )
         trainer.builder = Given(given, watched, stop)  # type: ignore[assignment]

@@ -41,6 +41,7 @@ from cmapkd.methods.terms import divided
 from cmapkd.models import DualEncoder, Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
+from cmapkd.training.exchange import AveragedGradients
 from cmapkd.training.processes import prepare_to_wait, wait_for_all
 from cmapkd.training.sharding import ShardedMethod, whole_tensors
 from cmapkd.training.stopping import Agreement
@@ -136,6 +137,10 @@ def gather_loss(image: Tensor, text: Tensor) -> Tensor:
     return ((image @ text.T).tanh() * torch.arange(1.0, BATCH + 1, dtype=image.dtype)).sum() + (image + text).sum()
 
 
+def summed(terms: dict[str, Term]) -> Tensor:
+    return torch.stack([term.weight * term.value for term in terms.values()]).sum()
+
+
 def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None, how: str = "") -> dict[str, Tensor]:
     """Every term and every parameter's gradient, of the whole batch (rank None) or wrapped, of a part of it.
 
@@ -152,7 +157,7 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None, how: s
         into_first_stage(method)
     earlier, batch = random_batch(BATCH, seed=1, dtype=dtype, rich=rich), random_batch(BATCH, dtype=dtype, rich=rich)
     earlier = replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH)))  # fills a bank, if there is one
-    sharded: ShardedMethod | None = None
+    sharded, averaged = None, None
     if rank is None:
         method(earlier)
         terms = method(batch)
@@ -162,14 +167,21 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None, how: s
         if how in (SHARDED, SHARED_TEACHER):
             sharded = ShardedMethod(method, device=torch.device("cpu"), teachers=how == SHARED_TEACHER, ema=None)
             wrapped: Any = sharded
+            with torch.no_grad():
+                method(part_of(earlier, rank))
         else:
-            wrapped = torch.nn.parallel.DistributedDataParallel(method, find_unused_parameters=True)
-        with torch.no_grad():
-            method(part_of(earlier, rank))
+            wrapped = averaged = AveragedGradients(method, torch.device("cpu"))
+            summed(wrapped(part_of(earlier, rank))).backward()
+            averaged.after_backward()
+            assert averaged.searches == (world_size() > TWO or not method.steady)
+            method.zero_grad()
         terms = wrapped(part_of(batch, rank))
-    torch.stack([term.weight * term.value for term in terms.values()]).sum().backward()
+    summed(terms).backward()
     if sharded is not None:
         sharded.average_gradients()
+    if averaged is not None:
+        averaged.after_backward()
+        averaged.close()
     gradients = {key: parameter.grad for key, parameter in method.named_parameters() if parameter.grad is not None}
     values = {f"term/{key}": term.value.detach() for key, term in terms.items()}
     values |= {f"gradient/{key}": value for key, value in whole_tensors(gradients).items()}
@@ -367,6 +379,7 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
         | agreed(rank)
         | counted(rank)
         | statistics(out / "statistics")
+        | unsteady(out / "unsteady")
     )
 
 
@@ -423,7 +436,42 @@ def rounded_gradient(rank: int) -> dict[str, Tensor]:
     row = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     (gather_rows(row).sum() * (1.0 if rank else 256.0)).backward()
     assert row.grad is not None
-    return {"gather/bf16": row.grad}
+    found = {"gather/bf16": row.grad}
+    for dtype in (torch.bfloat16, torch.float32):
+        row = torch.zeros(5, 7, dtype=dtype, requires_grad=True)
+        (gather_rows(row) * asked_by(rank, dtype)).sum().backward()
+        assert row.grad is not None
+        found[f"gather/random/{dtype}"] = row.grad
+    return found
+
+
+def asked_by(rank: int, dtype: torch.dtype) -> Tensor:
+    """The gradient that one of four processes asks of all their rows."""
+    return torch.randn(4 * 5, 7, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+class Unsteady(METHODS["contrastive"]):  # type: ignore[misc]
+    """A method that says it is steady, and reads a module in every second step alone."""
+
+    steady = True
+
+    def __init__(self, *arguments: Any, **models: Any) -> None:
+        super().__init__(*arguments, **models)
+        self.sometimes = torch.nn.Linear(1, 1)
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        terms: dict[str, Term] = super().terms(batch)
+        odd = bool(self.step.step % 2)
+        return terms | ({"more": Term(self.sometimes(torch.ones(1, 1)).sum())} if odd else {})
+
+
+def unsteady(out: Path) -> dict[str, Tensor]:
+    """The message, in numbers, as what processes leave are tensors."""
+    try:
+        make_trainer(out, make_method(Unsteady), source=MemorySource(40), steps=4).run()
+    except RuntimeError as error:
+        return {"unsteady": torch.tensor([*str(error).encode()])}
+    raise AssertionError("it went on")
 
 
 def of_four(_out: Path, rank: int) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from several_processes import (
     SHARED_TEACHER,
     TRAINED,
     TWO,
+    asked_by,
     gather_loss,
     go_on,
     losses_and_gradients,
@@ -233,6 +234,25 @@ def test_buffers_are_the_same_everywhere_without_being_sent(out: Path) -> None:
 def test_gradients_of_bf16_rows_are_rounded_once(out: Path) -> None:
     for found in found_by(out, FOUR):
         assert found["gather/bf16"].item() == 260  # 259 to the nearest bf16; summed in bf16 it would be 256
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_of_four_are_summed_in_float32(out: Path, dtype: torch.dtype) -> None:
+    exact = sum(asked_by(rank, dtype).double() for rank in range(FOUR))
+    assert isinstance(exact, Tensor)
+    for rank, found in enumerate(found_by(out, FOUR)):
+        expected, mine = exact[5 * rank : 5 * rank + 5], found[f"gather/random/{dtype}"]
+        if dtype == torch.float32:
+            assert float((mine - expected).abs().max() / expected.abs().max()) <= 1e-6
+        else:
+            assert torch.equal(mine, expected.to(dtype))  # rounded once, at the end
+
+
+def test_a_method_that_is_not_as_steady_as_it_says_is_told_so(out: Path) -> None:
+    for found in found_by(out, TWO):
+        message = bytes(found["unsteady"].tolist()).decode()
+        assert message.startswith("Unsteady is declared steady, but sometimes.bias, sometimes.weight had a gradient")
+        assert "steady = False" in message
 
 
 def test_a_process_with_nothing_to_count_keeps_nobody_waiting(out: Path) -> None:

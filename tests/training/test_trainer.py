@@ -291,6 +291,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(how: str
     assert all(bool(value.isfinite().all()) for value in trained.method.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    ("asked", "batch_size", "processes", "split"),
+    [
+        ("auto", 4096, 1, False),
+        ("auto", 4096, 2, True),
+        ("auto", 4095, 64, False),
+        (True, 8, 2, True),
+        (False, 32768, 64, False),
+    ],
+)
+def test_large_batches_of_several_processes_share_out_the_rows_of_losses(
+    asked: Any, batch_size: int, processes: int, split: bool
+) -> None:
+    config = TrainConfig(steps=1, batch_size=batch_size, local_loss=asked)
+    assert config.splits_losses(processes) is split
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_is_told_of_at_the_next_line_by_its_own_step(how: str, tmp_path: Path) -> None:
+    method = Exploding(how, at=3)
+    trained = make_trainer(tmp_path, method, steps=12, checkpoint_every=3, log_every=5)
+    with pytest.raises(NonFiniteLossError, match="not finite at step 4") as stopped:
+        trained.run()
+    assert method.calls == 5
+    assert "Last good checkpoint: step-000000003" in str(stopped.value)
+    assert all(bool(value.isfinite().all()) for value in trained.method.state_dict().values())
+
+
 def test_a_method_without_terms_is_refused(tmp_path: Path) -> None:
     zero = dict.fromkeys(("task_weight", "feature_weight", "relational_weight", "interactive_weight"), 0)
     with pytest.raises(ValueError, match="every weight is zero"):

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from cmapkd.data.ring import stack
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.workers import ReadAhead
+from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.features.pyramid import pooled
 from cmapkd.features.taps import language_taps, tapped, visual_taps
 from cmapkd.models.base import DualEncoder
@@ -64,6 +65,7 @@ def embed(
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
     levels: bool = False,
+    share: Share = ALONE,
 ) -> Embedded:
     """Runs both towers over the source in evaluation mode, without gradient; the model's modes are restored after.
 
@@ -78,52 +80,54 @@ def embed(
         on_bad_sample: `skip` lists a sample that cannot be read in `bad`; `error` raises its `BadSampleError`.
         autocast: precision of the towers' matrix products (`torch.bfloat16`); None: the weights' own.
         levels: keep the pooled inner levels of both towers too.
+        share: of several processes, all of which call this with the same arguments. The first gets what it would find
+            alone, bit for bit; the others get no rows.
     Raises:
         ValueError: no sample could be read.
         ReadTimeout: reading a batch took longer than `timeout`.
         BadSampleError: of the first unreadable sample, with `on_bad_sample="error"`.
     """
+    share.call(levels=levels)
     image_taps = visual_taps(model.image_levels) if levels and model.image_levels else {}
     images = _Rows(image_taps)
-    ids: list[str] = []
-    labels: list[int] = []
-    captions: list[str] = []
-    image_of_text: list[int] = []
-    bad: list[tuple[str, str]] = []
+    own: list[_Read] = []
     with evaluating(model, device, autocast):
         length = len(source) if limit is None else min(limit, len(source))
         chunks = _Whole(source, model.image_spec.raw, batch_size=batch_size, length=length)
         size = batch_size * 3 * model.image_spec.size**2
-        places = range(len(chunks))
+        places = range(len(chunks))[share.mine]
         for chunk in ReadAhead(chunks, places, workers=workers, timeout=timeout, item_bytes=size, name=chunks.name):
-            for failure in chunk.bad:
-                if on_bad_sample == "error":
-                    raise BadSampleError(*failure)
-                bad.append(failure)
+            if chunk.bad and on_bad_sample == "error" and share.of == 1:
+                raise BadSampleError(*chunk.bad[0])
             if chunk.pixels is not None:
                 pixels = model.image_spec.to_model(chunk.pixels.to(device))
                 images.add(model.encode_image(pixels, images.names))
-            for sample in chunk.samples:
-                captions.extend(sample.captions)
-                image_of_text.extend([len(ids)] * len(sample.captions))
-                ids.append(sample.id)
-                labels.append(-1 if sample.label is None else sample.label)
-    if not ids:
+            own.append(_Read(chunk.samples, chunk.bad))
+    read = share.all_of(own)
+    samples = [sample for chunk in read for sample in chunk.samples]
+    bad = [failure for chunk in read for failure in chunk.bad]
+    if bad and on_bad_sample == "error":
+        raise BadSampleError(*bad[0])
+    if not samples:
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
+    rows = share.rows(images.by_name(), [len(chunk.samples) for chunk in read])
+    captions = [caption for sample in samples for caption in sample.captions]
     text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
     texts, text_levels = _embed_captions(
-        model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast
+        model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
     )
     return Embedded(
-        images=torch.cat(images.embeddings),
+        images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
         texts=texts,
-        image_of_text=torch.tensor(image_of_text, dtype=torch.long),
-        ids=tuple(ids),
-        labels=torch.tensor(labels, dtype=torch.long),
+        image_of_text=torch.tensor(
+            [place for place, sample in enumerate(samples) for _ in sample.captions], dtype=torch.long
+        ),
+        ids=tuple(sample.id for sample in samples),
+        labels=torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.long),
         captions=tuple(captions),
         bad=tuple(bad),
-        image_levels=images.levels(),
+        image_levels=rows,
         text_levels=text_levels,
     )
 
@@ -136,15 +140,27 @@ def _embed_captions(
     batch_size: int,
     device: torch.device | str,
     autocast: torch.dtype | None,
+    share: Share,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Embeddings, and the pooled levels that `taps` names."""
-    rows = _Rows(taps)
+    own = _Rows(taps)
     order = encode_texts(
-        model, captions, rows.add, levels=rows.names, batch_size=batch_size, device=device, autocast=autocast
+        model,
+        captions,
+        own.add,
+        levels=own.names,
+        batch_size=batch_size,
+        device=device,
+        autocast=autocast,
+        batches=share.mine,
     )
-    if not rows.embeddings:
-        return torch.empty(0, model.embed_dim), {}
-    return torch.cat(rows.embeddings)[order], {name: values[order] for name, values in rows.levels().items()}
+    different = len(set(captions))
+    sizes = [min(batch_size, different - first) for first in range(0, different, batch_size)]
+    rows = {name: values[order] for name, values in share.rows(own.by_name(), sizes).items()}
+    return rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)), rows
+
+
+_EMBEDDING = "embedding"  # beside the names of levels
 
 
 class _Rows:
@@ -161,8 +177,10 @@ class _Rows:
         for name, level in tapped(self.taps, tower.levels).items():
             self._levels[name].append(pooled(level).cpu())
 
-    def levels(self) -> dict[str, Tensor]:
-        return {name: torch.cat(values) for name, values in self._levels.items() if values}
+    def by_name(self) -> dict[str, Tensor]:
+        """All rows so far; nothing where there are none."""
+        every = {_EMBEDDING: self.embeddings, **self._levels}
+        return {name: torch.cat(values) for name, values in every.items() if values}
 
 
 def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
@@ -175,6 +193,13 @@ class _Text(NamedTuple):
     id: str
     captions: tuple[str, ...]
     label: int | None
+
+
+class _Read(NamedTuple):
+    """What a chunk had beside its pixels."""
+
+    samples: list[_Text]
+    bad: list[tuple[str, str]]
 
 
 class _Chunk(NamedTuple):

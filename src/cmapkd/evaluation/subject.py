@@ -19,6 +19,7 @@ from cmapkd.evaluation.embed import Embedded, OnBadSample, embed
 from cmapkd.evaluation.probes.data import Annotations, read_annotations
 from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
 from cmapkd.evaluation.ranking import RankCounts
+from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.writing import Writer
 from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
@@ -40,6 +41,7 @@ class Bench:
     autocast: torch.dtype | None = None
     levels: bool = False  # whether embedding keeps the towers' levels too
     console: Console | None = None
+    share: Share = ALONE  # of what is scored
 
     @property
     def scored(self) -> Source:
@@ -129,7 +131,8 @@ class Subject:
 
     @cached_property
     def embedded(self) -> Embedded:
-        return self._embed(self.bench.scored, limit=self.bench.config.limit, levels=self.bench.levels)
+        bench = self.bench
+        return self._embed(bench.scored, limit=bench.config.limit, levels=bench.levels, share=bench.share)
 
     @cached_property
     def embedded_train(self) -> Embedded:
@@ -137,7 +140,7 @@ class Subject:
         assert self.bench.train is not None
         return self._embed(self.bench.train, limit=self.bench.suite.probes.samples, levels=False)
 
-    def _embed(self, source: Source, *, limit: int | None, levels: bool) -> Embedded:
+    def _embed(self, source: Source, *, limit: int | None, levels: bool, share: Share = ALONE) -> Embedded:
         bench = self.bench
         bench.say(f"{self.name}: embedding {source.name}")
         return embed(
@@ -151,6 +154,7 @@ class Subject:
             on_bad_sample=bench.on_bad_sample,
             autocast=bench.autocast,
             levels=levels,
+            share=share,
         )
 
     @property

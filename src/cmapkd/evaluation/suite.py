@@ -17,6 +17,7 @@ from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import OnBadSample
 from cmapkd.evaluation.picture_ranks import MAX_PICTURES, PictureRanks
+from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks import TASKS, Task, check_tasks, make_task
 from cmapkd.evaluation.writing import NothingReadError
@@ -37,6 +38,7 @@ def evaluate_models(
     console: Console | None = None,
     picture_ranks: dict[str, PictureRanks] | None = None,
     answer_scores: dict[str, dict[str, AnswerScore]] | None = None,
+    share: Share = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Scores of every model by name, ready for JSON. The first model is the reference: the teacher, where there is one.
 
@@ -48,6 +50,7 @@ def evaluate_models(
         on_bad_sample, autocast: see `embed`.
         picture_ranks: is given each model's ranks by picture, where a task ranked and the pictures are not too many.
         answer_scores: the same for models that write: scores by picture, by their paths.
+        share: of several processes that embed the source together; this one is the first.
     Returns:
         For each model the scores of each task by its name; `params`; if a source was read, `bad_samples`, how many
         could not be, and `scored`: numbers of `images`, `captions`, of models that write `questions`, and `skipped`
@@ -78,6 +81,7 @@ def evaluate_models(
         autocast,
         levels=any(task.needs_levels for task in wanted.values()),
         console=console,
+        share=share,
     )
     subjects = [Subject(name, model, bench) for name, model in models.items()]
     measured = _measurable(wanted, subjects, bench)

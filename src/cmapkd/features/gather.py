@@ -62,25 +62,38 @@ class _GatherRows(torch.autograd.Function):
     """Concatenates equal-sized row blocks of all processes; backward sums the gradients of a block over processes."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Float[Tensor, "local ..."]) -> Float[Tensor, "batch ..."]:
-        ctx.num_rows = len(rows)
-        blocks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(blocks, rows.contiguous())
-        return torch.cat(blocks)
+    def forward(_ctx: Any, rows: Float[Tensor, "local ..."]) -> Float[Tensor, "batch ..."]:
+        return _of_all(rows)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # A copy: where gathered rows are added to others, their gradient is the same tensor. The sum over processes is
-        # taken in float32 at least, because in bf16 its rounding would grow with the number of processes.
-        given = gradients[0]
-        wide = torch.promote_types(given.dtype, torch.float32)
-        total = given.to(wide, memory_format=torch.contiguous_format, copy=True)
-        dist.all_reduce(total)
-        start = dist.get_rank() * ctx.num_rows
-        return total[start : start + ctx.num_rows].to(given.dtype)
+    def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
+        return _sum_of_own(gradients[0])
 
     @staticmethod
     def jvp(_ctx: Any, *tangents: Tensor) -> Float[Tensor, "batch ..."]:
-        blocks = [torch.empty_like(tangents[0]) for _ in range(dist.get_world_size())]
-        dist.all_gather(blocks, tangents[0].contiguous())
-        return torch.cat(blocks)
+        return _of_all(tangents[0])
+
+
+def _of_all(rows: Tensor) -> Tensor:
+    """Equal-sized row blocks of all processes, in rank order, without gradient."""
+    every = rows.new_empty(len(rows) * dist.get_world_size(), *rows.shape[1:])
+    dist.all_gather_into_tensor(every, rows.contiguous())
+    return every
+
+
+def _sum_of_own(every: Tensor) -> Tensor:
+    """Each process's own block of rows of the sum over processes: half of what a sum of all rows would send.
+
+    The sum is taken in float32 at least, because in bf16 its rounding would grow with the number of processes. Where
+    gathered rows are added to others, their gradient is the same tensor: the collectives leave it as it is.
+    """
+    wide, world_size = torch.promote_types(every.dtype, torch.float32), dist.get_world_size()
+    if dist.get_backend() == "gloo":  # whose reduce-scatter is an all-reduce of everything (torch 2.15)
+        parts = torch.empty_like(every, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, every.contiguous())
+        blocks: Tensor = parts.unflatten(0, (world_size, -1))
+        return blocks.sum(0, dtype=wide).to(every.dtype)
+    summed = every.to(wide, memory_format=torch.contiguous_format, copy=True)  # nccl may sum in place
+    own = summed.new_empty(len(every) // world_size, *every.shape[1:])
+    dist.reduce_scatter_tensor(own, summed)
+    return own.to(every.dtype)

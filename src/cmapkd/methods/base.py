@@ -46,6 +46,11 @@ class Method(MethodContract):
         """What batches must bring for the terms, and for those that the run adds."""
         return {**super().extras, **(self.auxiliary.extras if self.auxiliary is not None else {})}
 
+    @property
+    def steady_in_run(self) -> bool:
+        """Whether it is `steady` with the terms that the run adds, which learn where a sample has something for them."""
+        return self.steady and self.auxiliary is None
+
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:
         """Called after every optimizer step: puts back what must stay in a range, and moves momentum teachers.

@@ -103,6 +103,7 @@ class C2KD(DualEncoderMethod):
 
     Config: ClassVar[type[MethodConfig]] = C2KDConfig
     not_cached: str | None = "its teacher learns too, so its answers change with every step"
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="C2KD: cross-modal distillation through proxies, both networks learning",
         paper="Huo et al., CVPR 2024, pp. 16006-16015, https://github.com/huofushuo/C2KD",

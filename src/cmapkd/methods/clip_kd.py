@@ -131,6 +131,7 @@ class ClipKD(DualEncoderMethod):
     """The student imitates the teacher's embeddings and similarities, and is contrasted with its other modality."""
 
     Config: ClassVar[type[MethodConfig]] = ClipKDConfig
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="CLIP-KD: feature, relational, gradient and interactive distillation of dual encoders",
         paper="Yang et al., CVPR 2024, arXiv:2307.12732",

@@ -73,6 +73,7 @@ class ClipRD(DualEncoderMethod):
     """The student's relations to the teacher become alike in both modalities, besides what CLIP-KD distils."""
 
     Config: ClassVar[type[MethodConfig]] = ClipRDConfig
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="CLIP-RD: horizontal, vertical and cross relational distillation of dual encoders",
         paper="Chung et al., 2026, arXiv:2603.25383",

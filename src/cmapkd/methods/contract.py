@@ -83,6 +83,14 @@ class MethodContract(Learning, ABC):
         """
 
     @property
+    def steady(self) -> bool:
+        """Whether all steps of a stage have gradients to the same parameters, in every process and with any data.
+
+        Several processes then look for parameters without gradient once a stage, and not in every step.
+        """
+        return False
+
+    @property
     def level_names(self) -> tuple[str, ...]:
         """The levels that the terms read, by the names that stages and weightings use; embeddings are no level."""
         return ()

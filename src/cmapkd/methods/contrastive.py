@@ -22,6 +22,7 @@ class Contrastive(DualEncoderMethod):
 
     Config: ClassVar[type[MethodConfig]] = ContrastiveConfig
     uses_teacher: ClassVar[bool] = False
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="Contrastive training, no teacher",
         paper="Radford et al. 2021, arXiv:2103.00020; with a logit bias Zhai et al. 2023, arXiv:2303.15343",

@@ -35,6 +35,7 @@ class DCClip(DualEncoderMethod):
     """Image and text tower are distilled by themselves, then meet in a contrastive loss."""
 
     Config: ClassVar[type[MethodConfig]] = DCClipConfig
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="DC-CLIP: towers distilled apart, then aligned (a reconstruction)",
         paper="Zhang et al. 2024, arXiv:2404.11249; Pattern Recognition 2025",

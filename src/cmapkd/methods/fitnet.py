@@ -101,6 +101,7 @@ class FitNet(DualEncoderMethod):
     """The teacher's middle layer teaches the student's to begin with, through a regressor that is thrown away."""
 
     Config: ClassVar[type[MethodConfig]] = FitNetConfig
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="FitNets: a hint for a middle layer, then distillation",
         paper="Romero et al., ICLR 2015, arXiv:1412.6550; in-batch logits as in method hinton",

@@ -61,6 +61,7 @@ class Hinton(DualEncoderMethod):
     """The teacher's softmax over the batch, each image over texts and each text over images; or over classes."""
 
     Config: ClassVar[type[MethodConfig]] = HintonConfig
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="Knowledge distillation of in-batch similarities, or of classes",
         paper="Hinton et al. 2015, arXiv:1503.02531, section 2; in-batch form as open_clip's DistillClipLoss",

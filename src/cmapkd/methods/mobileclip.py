@@ -51,6 +51,7 @@ class MobileCLIP(DualEncoderMethod):
 
     Config: ClassVar[type[MethodConfig]] = MobileCLIPConfig
     several_teachers: ClassVar[bool] = True
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="MobileCLIP: multi-modal reinforced training with an ensemble of teachers and synthetic captions",
         paper="Vasu et al., CVPR 2024, arXiv:2311.17049; MobileCLIP2: Faghri et al., TMLR 2025, arXiv:2508.20691",

@@ -49,6 +49,7 @@ class PromptKD(DualEncoderMethod):
     """The frozen student's prompts and projector learn the teacher's class probabilities from pictures alone."""
 
     Config: ClassVar[type[MethodConfig]] = PromptKDConfig
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="PromptKD: unsupervised prompt distillation",
         paper="Li et al., CVPR 2024, arXiv:2403.02781",

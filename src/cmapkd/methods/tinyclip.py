@@ -37,6 +37,7 @@ class TinyCLIP(PruningMethod):
     """The student imitates which texts and images of the batch the teacher finds similar, in both directions."""
 
     Config: ClassVar[type[MethodConfig]] = TinyCLIPConfig
+    steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="TinyCLIP: affinity mimicking, with weights inherited from the teacher",
         paper="Wu et al., ICCV 2023, arXiv:2309.12314",

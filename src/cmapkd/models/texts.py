@@ -37,17 +37,19 @@ def encode_texts(
     batch_size: int,
     device: torch.device | str,
     autocast: torch.dtype | None = None,
+    batches: slice = slice(None),
 ) -> Int[Tensor, " texts"]:
     """The text tower over `texts`: similar lengths share a batch, equal texts are encoded once.
 
     Args:
+        batches: which of all batches are encoded.
         keep: is given each batch's features, and keeps of them what is wanted.
     Returns:
-        For each of `texts` its row in what `keep` was given.
+        For each of `texts` its row in what `keep` is given of all batches.
     """
     different = sorted(set(texts), key=lambda text: (-len(text), text))
     with evaluating(model, device, autocast):
-        for first in range(0, len(different), batch_size):
+        for first in range(0, len(different), batch_size)[batches]:
             tokens = model.tokenizer(different[first : first + batch_size])
             keep(model.encode_text(tokens.to(device), levels))
     place = {text: number for number, text in enumerate(different)}

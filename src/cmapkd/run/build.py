@@ -171,7 +171,7 @@ def _refuse_in_batch(config: RunConfig) -> None:
         ConfigError: names the setting.
     """
     name, training = config.method.name, config.training
-    if training.local_loss:
+    if training.local_loss is True:
         raise ConfigError(
             f"training.local_loss shares out the rows of in-batch losses, and method {name} has none: leave it out"
         )

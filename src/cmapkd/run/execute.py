@@ -18,7 +18,7 @@ from cmapkd.run.card import student_card
 from cmapkd.run.config import RunConfig
 from cmapkd.run.folder import prepare_folder, write_begun, write_json, write_yaml
 from cmapkd.run.lock import locked
-from cmapkd.run.measure import Measured, account, measure
+from cmapkd.run.measure import Measured, account, measure, share_of
 from cmapkd.run.prolong import check_one_stage, prolonged, told
 from cmapkd.run.train import Trained, train
 from cmapkd.training import Trainer
@@ -105,6 +105,8 @@ class Command:
         )
         baseline = self._baseline(resume=resume)
         if not main:
+            if share_of(config).of > 1 and self.measured.final is not None:
+                self._scores(student, baseline, teacher_scores)
             wait_for_all()
             return RunResult(out, {})
         metrics = self.measure(student, baseline, teacher_scores)
@@ -119,9 +121,7 @@ class Command:
     def measure(self, student: Trained, baseline: Path | None, teacher_scores: Scores | None) -> dict[str, Any]:
         """What `metrics.json` holds, which is written."""
         config, out, final = self.config, self.out, self.measured.final
-        scores = measure(
-            config, final, student.student, baseline, teacher_scores, device=self.state.device, out=out, say=self._say
-        )
+        scores = self._scores(student, baseline, teacher_scores)
         metrics = scores | account(config, student.result, student.extra_params, final)
         if student.remarks:
             metrics["remarks"] = list(student.remarks)
@@ -129,6 +129,13 @@ class Command:
         write_text(out / "student" / "README.md", student_card(config, metrics))
         write_json(out / "metrics.json", metrics)
         return metrics
+
+    def _scores(self, student: Trained, baseline: Path | None, teacher_scores: Scores | None) -> dict[str, Any]:
+        """See `measure.measure`; nothing in processes that assist the first."""
+        final, device = self.measured.final, self.state.device
+        return measure(
+            self.config, final, student.student, baseline, teacher_scores, device=device, out=self.out, say=self._say
+        )
 
     def _baseline(self, *, resume: bool) -> Path | None:
         """The folder of what the student is compared with, trained here if the config says so."""

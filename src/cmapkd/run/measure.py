@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 
 from cmapkd.config import RESUME, ConfigError, counted
 from cmapkd.data.open import open_source
@@ -15,13 +17,15 @@ from cmapkd.data.texts import LOOKED_AT
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.evaluation.headline import headlines
-from cmapkd.evaluation.run import evaluate
+from cmapkd.evaluation.run import assist, evaluate
+from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.suite import count_parameters
 from cmapkd.models import Model, build_teacher, load_model
 from cmapkd.results import Scores, gap_closed
 from cmapkd.run.config import RunConfig
 from cmapkd.training import TrainResult
 from cmapkd.training.memory import OutOfMemory, first_line, is_out_of_memory
+from cmapkd.training.processes import patient_group
 
 RANKS = "ranks.safetensors"
 """In a run folder: the ranks by picture of the student on the final source."""
@@ -106,23 +110,49 @@ def validator_of(config: RunConfig, source: Source | None) -> Any:
     """Measures a student on the validation source; None where there is none."""
     if source is None:
         return None
-    config = validated(config, source)
+    return Validator(validated(config, source), source)
 
-    def validate(student: Model) -> dict[str, float]:
-        scores = _evaluate(student, source, config, device=student.device)
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """Measures a student on the validation source; several processes embed it together."""
+
+    config: RunConfig
+    source: Source
+
+    def __call__(self, student: Model) -> dict[str, float]:
+        """In the first process."""
+        scores = _evaluate(student, self.source, self.config, device=student.device, share=share_of(self.config))
         numbers: dict[str, float] = {headline.label: number for headline, number in headlines(scores).values()}
         first = next(iter(numbers.values()))
         if "retrieval" in scores:  # recall says nothing without what it is of
             numbers |= {key: scores["retrieval"][key] for key in ("num_images", "num_texts")}
         return numbers | {"score": first}
 
-    return validate
+    def assist(self, student: Model) -> None:
+        """In the others, meanwhile."""
+        if (share := share_of(self.config)).of > 1:
+            _evaluate(student, self.source, self.config, device=PartialState().device, share=share)
+
+
+def share_of(config: RunConfig) -> Share:
+    """This process's part of an evaluation; the first does all of models that write, and of those that are sharded."""
+    group = patient_group()
+    if group is None or config.writes or config.training.sharding != "none":
+        return ALONE
+    return Share(dist.get_rank(), dist.get_world_size(), group)
 
 
 def _evaluate(
-    model: Model, source: Source, config: RunConfig, *, device: torch.device, ranks_file: Path | None = None
+    model: Model,
+    source: Source,
+    config: RunConfig,
+    *,
+    device: torch.device,
+    ranks_file: Path | None = None,
+    share: Share,
 ) -> Scores:
-    """Scores of a model, whose ranks by picture are written to `ranks_file`.
+    """Scores of a model, whose ranks by picture are written to `ranks_file`; none in processes that assist.
 
     Raises:
         OutOfMemory: says which settings take less, all of which may change at a resume.
@@ -130,15 +160,12 @@ def _evaluate(
     settings = config.evaluation
     if config.writes:  # asked as in training
         settings = settings.model_copy(update={"writing": settings.writing.like(config.data.prompts)})
+    how: dict[str, Any] = {"device": device, "on_bad_sample": config.data.on_bad_sample, "share": share}
     try:
-        return evaluate(
-            model.to(device),
-            source,
-            settings,
-            device=device,
-            on_bad_sample=config.data.on_bad_sample,
-            ranks_file=ranks_file,
-        )
+        if not share.leads:
+            assist(model.to(device), source, settings, **how)
+            return {}
+        return evaluate(model.to(device), source, settings, ranks_file=ranks_file, **how)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -163,12 +190,12 @@ def measure(
 ) -> dict[str, Any]:
     """Scores on the final source of student, baseline and the first teacher, to which the gap is taken.
 
-    The student's ranks by picture are written into `out`.
+    The student's ranks by picture are written into `out`. Every process of `share_of` calls it; the first has scores.
 
     Args:
         say: is told what is being done.
     """
-    name = baseline_name(config, baseline)
+    name, share = baseline_name(config, baseline), share_of(config)
     todo = [] if teacher_scores is not None or config.teacher is None else ["teacher"]
     todo += ["student"] + ([] if name is None else [name])
 
@@ -177,13 +204,15 @@ def measure(
             return count_parameters(model)
         size = num_measured(config, source)
         say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {counted(size, 'sample')} of {source.name}")
-        return _evaluate(model, source, config, device=device, ranks_file=ranks_file)
+        return _evaluate(model, source, config, device=device, ranks_file=ranks_file, share=share)
 
     teacher = teacher_scores
     if teacher is None and config.teacher is not None:
         teacher = scores("teacher", build_teacher(config.teacher))
     student_scores = scores("student", student, out / RANKS)
     baseline_scores = scores(str(name), load_model(baseline)) if baseline is not None else None
+    if not share.leads:
+        return {}
     return {
         "teacher": teacher,
         "student": student_scores,

@@ -47,7 +47,7 @@ from cmapkd.run.remarks import (
     remarks_on_teachers,
 )
 from cmapkd.training import Trainer, TrainResult
-from cmapkd.training.checkpoint import Contents, checkpoint_path, read_checkpoint, read_progress
+from cmapkd.training.checkpoint import Contents, list_checkpoints, read_checkpoint, read_progress
 from cmapkd.training.progress import Outlook
 
 
@@ -109,9 +109,9 @@ def train(
     trainer = prepared.trainer
     begin(trainer)
     trained = trainer.run(resume=resume)
-    if trainer.accelerator.is_main_process and config.training.student == "best":
-        assert trained.best_step is not None
-        tensors, _ = read_checkpoint(checkpoint_path(trainer.checkpoint_folder, trained.best_step, "best"))
+    has_student = trainer.accelerator.is_main_process or config.training.sharding == "none"
+    if has_student and config.training.student == "best":
+        tensors, _ = read_checkpoint(list_checkpoints(trainer.checkpoint_folder, "best")[-1])
         trained.student.load_state_dict(tensors["student"])
     return _left(prepared, trained, out)
 

@@ -30,6 +30,7 @@ _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 _WRITING, _REPLACED, _REMOVED = ".writing", ".replaced", ".removed"
 
 Kind = Literal["step", "best"]  # to resume from; the best validated student
+KINDS: tuple[Kind, ...] = ("step", "best")
 
 Contents = dict[str, dict[str, str]]
 """What a run is made of, by the setting that names it: `at`, where it was, and `holds`, what was there, in words."""
@@ -81,8 +82,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
         try:
             temporary.mkdir(parents=True)
             for name, group in tensors.items():
-                own = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
-                save_file(own, temporary / f"{name}.safetensors")
+                save_file(_apart(group), temporary / f"{name}.safetensors")
             usual_rights(temporary.iterdir())
             (temporary / _PROGRESS).write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
             checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
@@ -103,6 +103,19 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
             raise
 
 
+def _apart(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the host, each with memory of its own: safetensors writes no tensors that share some."""
+    found, known = {}, set()
+    for key, value in group.items():
+        there = value.detach().cpu().contiguous()
+        storage = there.untyped_storage()
+        if storage.nbytes() != there.nbytes or storage.data_ptr() in known:
+            there = there.clone()
+        known.add(storage.data_ptr())
+        found[key] = there
+    return found
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
     """The tensors by file name, and the progress: exactly what was written.
 
@@ -116,7 +129,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]
         for file in sorted({*checksums, *(file.name for file in path.iterdir())} - {_CHECKSUMS}):
             if file not in checksums:
                 raise ValueError(f"{file} does not belong to it")
-            if _checksum(path / file) != checksums[file]:
+            if _checksum(path / file, like=checksums[file]) != checksums[file]:
                 raise ValueError(f"{file} is damaged (its checksum does not fit)")
         progress = Progress(**json.loads((path / _PROGRESS).read_bytes()))
         return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, progress
@@ -128,7 +141,8 @@ def read_progress(folder: Path) -> Progress | None:
     """The progress of the newest checkpoint that tells it, without its tensors; None where there is none."""
     for path in reversed(list_checkpoints(folder)):
         with suppress(OSError, TypeError, ValueError, KeyError, RecursionError):
-            if _checksum(path / _PROGRESS) == json.loads((path / _CHECKSUMS).read_bytes())[_PROGRESS]:
+            checksum = json.loads((path / _CHECKSUMS).read_bytes())[_PROGRESS]
+            if _checksum(path / _PROGRESS, like=checksum) == checksum:
                 return Progress(**json.loads((path / _PROGRESS).read_bytes()))
     return None
 
@@ -213,9 +227,20 @@ def remove_finished(folder: Path, *, keep: int) -> None:
                 folder.rmdir()
 
 
-def _checksum(file: Path) -> str:
+def _checksum(file: Path, *, like: Any = None) -> str:
+    """SHA-256, for which processors have instructions; of earlier versions' checkpoints BLAKE2b.
+
+    Args:
+        like: the checksum that it is compared with, whose length tells which.
+    """
+    of_before = isinstance(like, str) and len(like) == 2 * _BEFORE
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        if of_before:
+            return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=_BEFORE)).hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+_BEFORE = 16  # bytes of a checksum of earlier versions
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

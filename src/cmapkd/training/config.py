@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 from cmapkd.config import RESUMABLE, Config
 from cmapkd.methods.stages import StageConfig, length_of_stages, stage_ends
 
+LOCAL_LOSS_FROM = 4_096
+"""Pairs in a batch from which the work of in-batch losses is worth sharing out: below, encoders take far longer."""
+
 
 class OptimConfig(Config):
     """AdamW with linear warm-up, then a cosine to (nearly) zero."""
@@ -52,10 +55,11 @@ class TrainConfig(Config):
         description="Pairs that a process encodes at once, for batches that do not fit; none: all of its.",
         json_schema_extra=RESUMABLE,
     )
-    local_loss: bool = Field(
-        False,
+    local_loss: bool | Literal["auto"] = Field(
+        "auto",
         description="With several processes each computes its own rows of the in-batch losses instead of all: the same "
-        "loss and gradient, a share of the work and memory, one more exchange of a number a row.",
+        "loss and gradient, a share of the work and memory, one more exchange of a number a row. auto: from 2 "
+        "processes and a batch of 4,096 pairs on.",
         json_schema_extra=RESUMABLE,
     )
     sharding: Literal["none", "fsdp2"] = Field(
@@ -119,6 +123,12 @@ class TrainConfig(Config):
     def on_cpu(self) -> bool:
         """Whether the CPU trains: asked for, or all there is. Accelerate groups CPU processes only if told."""
         return self.device == "cpu" or not torch.accelerator.is_available()
+
+    def splits_losses(self, processes: int) -> bool:
+        """Whether each of so many processes computes its own rows of the in-batch losses."""
+        if self.local_loss == "auto":
+            return processes > 1 and self.batch_size >= LOCAL_LOSS_FROM
+        return self.local_loss
 
     def without_stages(self) -> TrainConfig:
         """The same length, for a method that lacks the stages' terms and levels.

@@ -15,6 +15,7 @@ from cmapkd.methods import Method, StepInfo, Term
 from cmapkd.models import Model, MovingAverage
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
+from cmapkd.training.exchange import AveragedGradients
 from cmapkd.training.optim import make_optimizer, parameter_groups
 from cmapkd.training.sharding import ShardedMethod, load_sharded_optimizer, whole_optimizer
 from cmapkd.training.statistics import SharedStatistics
@@ -35,6 +36,16 @@ class Engine(ABC):
 
     def __init__(self, method: Method) -> None:
         self.method = method
+
+    def enter_stage(self) -> None:  # noqa: B027  nothing to do is a right answer
+        """Called when the method has entered a stage."""
+
+    def close(self) -> None:  # noqa: B027
+        """Called when the method goes on with another engine."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, a mean over all processes."""
+        loss.backward()
 
     def update(self, step: StepInfo, finite: Tensor) -> None:
         """The optimizer's step, and everything that follows the weights.
@@ -87,10 +98,25 @@ class WholeEngine(Engine):
 
     def __init__(self, method: Method, config: TrainConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
         super().__init__(method)
-        self.wrapped = accelerator.prepare(method)
+        device, several = accelerator.device, accelerator.num_processes > 1
+        self.averaged = AveragedGradients(method, device) if several else None
+        self.wrapped = self.averaged or method.to(device)
         self.optimizer = make_optimizer(method, optim)
         method.second_moment = self._second_moment
         self.average = MovingAverage(method.student, config.ema) if config.ema is not None else None
+
+    def enter_stage(self) -> None:
+        if self.averaged is not None:
+            self.averaged.begin_stage()
+
+    def close(self) -> None:
+        if self.averaged is not None:
+            self.averaged.close()
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        if self.averaged is not None:
+            self.averaged.after_backward()
 
     def _second_moment(self, parameter: nn.Parameter) -> Tensor | None:
         """The optimizer's running mean of the squared gradient; None before its first step."""

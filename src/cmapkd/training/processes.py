@@ -51,9 +51,15 @@ def wait_for_all() -> None:
 
     The collectives of training keep their own, short, timeout: there a process that hangs is a fault.
     """
+    if (group := patient_group()) is not None:
+        dist.barrier(group=group)
+
+
+def patient_group() -> Any:
+    """All processes in a group on the hosts without a deadline; None where there is one process alone."""
     prepare_to_wait()
-    if _patient is not None and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier(group=_patient[1])
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _patient[1] if _patient is not None and several else None
 
 
 def _join_anew(*, on_cpu: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from cmapkd.data.check import SampleLedger
 from cmapkd.data.random import key_of
 from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
-from cmapkd.training.checkpoint import Progress
+from cmapkd.training.background import Background, HostCopies
+from cmapkd.training.checkpoint import KINDS, Progress
 from cmapkd.training.processes import wait_for_all
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -49,22 +51,43 @@ class RunState:
 
     def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, seed: int) -> None:
         self.folder, self.accelerator, self.keep, self.seed = folder, accelerator, keep, seed
+        self.background, self.copies = Background(), {kind: HostCopies() for kind in KINDS}
 
     def save(self, learned: Tensors, progress: Progress) -> None:
-        """Writes a checkpoint; every process must call it, since each has random state of its own (dropout)."""
+        """Copies a checkpoint, which a thread then writes, once the last one is written. Every process must call it,
+        since each has random state of its own (dropout).
+
+        Raises:
+            DiskError: an earlier one could not be written.
+        """
         states = gather_object([checkpoints.random_tensors()])
         if self.accelerator.is_main_process:
             tensors = learned | {f"random-{rank}": state for rank, state in enumerate(states)}
-            path = checkpoints.checkpoint_path(self.folder, progress.step)
-            checkpoints.write_checkpoint(path, tensors, progress)
-            checkpoints.remove_old(self.folder, keep=self.keep)
-        wait_for_all()
+            self._write("step", tensors, progress, keep=self.keep)
 
     def save_best(self, student: dict[str, Tensor], progress: Progress) -> None:
-        """Writes the student that validated best; for the first process alone."""
-        path = checkpoints.checkpoint_path(self.folder, progress.step, "best")
-        checkpoints.write_checkpoint(path, {"student": student}, progress)
-        checkpoints.remove_old(self.folder, keep=1, kind="best")
+        """Likewise the student that validated best; for the first process alone."""
+        self._write("best", {"student": student}, progress, keep=1)
+
+    def finish(self) -> None:
+        """Returns when everything is written, in every process.
+
+        Raises:
+            DiskError: something could not be.
+        """
+        self.background.wait()
+        wait_for_all()
+
+    def _write(self, kind: checkpoints.Kind, tensors: Tensors, progress: Progress, *, keep: int) -> None:
+        self.background.wait(kind)
+        path, copied = checkpoints.checkpoint_path(self.folder, progress.step, kind), self.copies[kind].of(tensors)
+        told = copy.deepcopy(progress)
+
+        def write() -> None:
+            checkpoints.write_checkpoint(path, copied, told)
+            checkpoints.remove_old(self.folder, keep=keep, kind=kind)
+
+        self.background.start(kind, write)
 
     def load(self, total: int, put_back: Callable[[Tensors, Progress], None]) -> Progress | None:
         """Restores the newest checkpoint that is whole; None where there is none.

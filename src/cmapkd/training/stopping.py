@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -86,14 +86,22 @@ class Agreement:
 
 
 class FiniteWatch:
-    """Reads whether a step's loss and gradient are finite one step late, when the device has long computed it.
+    """Notes whether each step's loss and gradient are finite, and reads the notes where the host waits in any case.
 
-    Reading at once would make the host wait for the device in every step. Nothing may be saved or measured before
-    `check`.
+    Reading in every step would make the host wait for the device. So a step that is not finite is told of at the next
+    log line, or after `LONGEST` steps. Nothing may be saved or measured before `check`.
     """
 
+    LONGEST = 32
+    """Steps that may wait to be read: their samples' names are kept for the message."""
+
     def __init__(self) -> None:
-        self._waiting: tuple[Tensor, int, Mapping[str, Tensor], Tensor, Sequence[str]] | None = None
+        self._waiting: list[_Noted] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether the notes should be read now, at whatever step; the same in every process."""
+        return len(self._waiting) >= self.LONGEST
 
     def watch(
         self, loss: Tensor, norm: Tensor, *, step: int, terms: Mapping[str, Tensor], ids: Sequence[str]
@@ -106,27 +114,38 @@ class FiniteWatch:
             terms: raw values by name, and `ids` of the samples, for the message.
         """
         finite = loss.detach().isfinite() & norm.detach().isfinite()
-        self._waiting = finite, step, {name: value.detach() for name, value in terms.items()}, norm.detach(), ids
+        values = {name: value.detach() for name, value in terms.items()}
+        self._waiting.append(_Noted(finite, step, values, norm.detach(), ids))
         return finite
 
     def check(self, checkpoints: Callable[[], Sequence[Path]]) -> None:
-        """Waits for the step that was last noted.
+        """Waits for the steps that were noted since the last check.
 
         Args:
             checkpoints: lists them, oldest first; asked for the message alone.
         Raises:
-            NonFiniteLossError: its loss or gradient is not finite.
+            NonFiniteLossError: loss or gradient of one of them is not finite; names the first.
         """
-        waiting, self._waiting = self._waiting, None
-        if waiting is None or bool(waiting[0]):
+        waiting, self._waiting = self._waiting, []
+        if not waiting or bool(torch.stack([noted.finite for noted in waiting]).all()):
             return
-        _, step, terms, norm, ids = waiting
-        kept = checkpoints()
-        values = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
+        first = next(noted for noted in waiting if not bool(noted.finite))
+        kept, ids = checkpoints(), first.ids
+        values = ", ".join(f"{name} {float(value):g}" for name, value in first.terms.items())
         shown = ", ".join(ids[:8]) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
         raise NonFiniteLossError(
-            f"the loss or its gradient is not finite at step {step} ({values}, gradient norm {float(norm):g}). Samples "
-            f"of this batch: {shown}. Last good checkpoint: {kept[-1].name if kept else 'none yet'}. Lower "
-            "optim.learning_rate, lengthen optim.warmup_steps, or use training.precision=fp32, in a new run folder: "
-            "a resume repeats this run as it was."
+            f"the loss or its gradient is not finite at step {first.step} ({values}, gradient norm "
+            f"{float(first.norm):g}). Samples of this batch: {shown}. Last good checkpoint: "
+            f"{kept[-1].name if kept else 'none yet'}. Lower optim.learning_rate, lengthen optim.warmup_steps, or use "
+            "training.precision=fp32, in a new run folder: a resume repeats this run as it was."
         )
+
+
+class _Noted(NamedTuple):
+    """A step that `FiniteWatch` has not read yet; tensors are on the device."""
+
+    finite: Tensor
+    step: int
+    terms: Mapping[str, Tensor]
+    norm: Tensor
+    ids: Sequence[str]

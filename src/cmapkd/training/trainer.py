@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from torch import Tensor
 
@@ -46,7 +45,8 @@ class Trainer:
 
     Args:
         builder: makes the batches; its source's length decides what an epoch is.
-        validate: measures the student every `evaluate_every` steps; its `score` picks the best checkpoint.
+        validate: measures the student every `evaluate_every` steps, in the first process; its `score` picks the best
+            checkpoint. If it has an `assist`, the other processes call that with their student meanwhile.
         settings: the resolved config, handed to trackers that show it.
         contents: what data and models hold, kept in every checkpoint for whoever resumes.
         outlook: what the command does besides, for its estimate of the time left.
@@ -83,8 +83,6 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
             cpu=config.on_cpu,
-            # buffers need no broadcast: they are the same by construction, and `statistics.py` sees to batch norms
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
         )
         self.console = console if self.accelerator.is_main_process else None
         self.sampler = PlanSampler(
@@ -129,7 +127,8 @@ class Trainer:
     def _prepared(self, method: Method) -> Method:
         """The method told how this run trains, and checked against it before anything is wrapped."""
         config = self.config
-        method.micro_batch, method.local_loss = config.micro_batch, config.local_loss
+        method.micro_batch = config.micro_batch
+        method.local_loss = config.splits_losses(self.accelerator.num_processes)
         if config.train_parts is not None:
             method.train_only(config.train_parts)
         method.check_teachers()
@@ -147,8 +146,8 @@ class Trainer:
         change()
         if [id(parameter) for parameter in before] == [id(parameter) for parameter in self.method.parameters()]:
             return False
+        self.engine.close()
         del self.engine
-        self.accelerator.free_memory()  # an old wrapper would go on to exchange gradients
         self.engine = make_engine(self.method, self.config, self.optim, self.accelerator)
         self.method.train()
         return True
@@ -186,8 +185,11 @@ class Trainer:
                 self.state.continue_random(start)
                 self._loop(batches, trackers, display, stop_asked)
                 self.agreement.close()
+                self.state.finish()
         except BaseException:
             # why it stopped is what counts, so what the disk says to these last writes does not
+            with suppress(Exception):
+                self.state.background.wait()
             if main:  # its own counts only: the other processes may be gone
                 with suppress(OSError):
                     self.ledger.write(self.out)
@@ -249,7 +251,7 @@ class Trainer:
             stopping = self._agreed(stop_asked.is_set())
             last = step == self.total
             logged, saved = self._logged(step), step % self.checkpoint_every == 0 or last or stopping
-            if logged or saved or self._validates(step):
+            if logged or saved or self._validates(step) or self.finite.full:
                 self.finite.check(self._kept)
             self.progress.seconds += pace.lap()
             self._count_parts(pace.waited, values)
@@ -262,6 +264,7 @@ class Trainer:
             if saved:
                 self._save()
             if stopping and not last:
+                self.state.finish()
                 raise Interrupted(step, checkpoints.checkpoint_path(self.checkpoint_folder, step))
 
     def _enter_stage(self, display: TrainingDisplay) -> None:
@@ -274,10 +277,12 @@ class Trainer:
         self.info = self.method.step = StepInfo(step, self.total, stage, done, self.seed)
         if stage is self.stage:
             return
+        self.finite.check(self._kept)
         self.stage = stage
         if self._changed(partial(self.method.reshape, stage)):  # what was best before is another student
             self.progress.best_score = self.progress.best_step = None
         self.method.enter(stage)
+        self.engine.enter_stage()
         if len(self.stages) > 1:
             display.say(
                 f"{self.title}: stage {number + 1}/{len(self.stages)} {stage.name}, steps {begins + 1} to "
@@ -285,7 +290,7 @@ class Trainer:
             )
 
     def _step(self, batch: Batch) -> dict[str, Tensor | float]:
-        """One optimizer step; values worth logging, on the device. The host waits for the device once: see `finite`."""
+        """One optimizer step; values worth logging, on the device, for which the host does not wait."""
         info = self.info
         self.ledger.add(len(batch), batch.bad)
         self.ledger.check_share(self.max_bad_share)
@@ -304,9 +309,8 @@ class Trainer:
         loss = total_loss(terms)
         rate = learning_rate(info.step, total=self.total, config=self.optim, peak=info.stage.learning_rate)
         set_learning_rate(self.engine.optimizer, rate)
-        self.accelerator.backward(loss)
+        self.engine.backward(loss)
         norm = self.engine.clip(self.optim.max_gradient_norm or float("inf"))
-        self.finite.check(self._kept)  # of the step before: the device has computed it
         raw = {name: term.value for name, term in terms.items()}
         finite = self.finite.watch(loss, norm, step=info.step + 1, terms=raw, ids=batch.ids)
         self.engine.update(info, finite)
@@ -366,6 +370,8 @@ class Trainer:
                 progress.structure = self.method.structure
                 self.state.save_best(student.state_dict(), progress)
             self.engine.release(student)
+        elif (assist := getattr(self.validate, "assist", None)) is not None:
+            assist(student)
         wait_for_all()
 
     def _save(self) -> None:

@@ -87,6 +87,11 @@ class Selecting(DualEncoderMethod):
         return found
 
     @property
+    def steady(self) -> bool:
+        """Unless a weighting learns from held-out pairs, which not every step has."""
+        return self.held_out_every is None
+
+    @property
     def held_out_every(self) -> int | None:
         found = [each.held_out_every for each in self.weighting.values() if isinstance(each, Weighting)]
         return min((every for every in found if every is not None), default=None)

@@ -173,14 +173,14 @@ class _RowLogSums(torch.autograd.Function):
             if means is not None:
                 torch.mm(logits.sub_(sums[here, None]).exp_(), columns, out=means[here])
         ctx.first, ctx.size = first, size
-        ctx.save_for_backward(means)
+        ctx.save_for_backward(means, rows)  # the rows for `differentiable_once` alone
         ctx.save_for_forward(rows, columns, pictures, sums)
         return sums
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, by_sums: Tensor) -> Any:
-        (means,) = ctx.saved_tensors
+        means, _ = ctx.saved_tensors
         return by_sums[:, None] * means, None, None, None, None
 
     @staticmethod

@@ -58,10 +58,10 @@ def main() -> None:
         "environment": describe_environment(),
     }
     text = json.dumps(result, indent=2)
-    print(text)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ MEASURED: dict[str, tuple[str, ...]] = {  # file and place
     "handed_over_pictures": ("hand_over.json", "pictures"),
     "student_parameters": ("step_vit_l14_b16.json", "parameters", "student"),
     "products_of_losses": ("in_batch_losses.json", "losses", "all", "products", "tiles"),
-    "checkpoint_s_a_gigabyte": ("checkpoint_seconds.json", "seconds_per_gigabyte", "write_wall"),
+    "checkpoint_s_a_gigabyte": ("checkpoint_seconds.json", "seconds_per_gigabyte", "write_cpu"),
     "row_bytes_fp16": ("cache.json", "vit_l14_rows", "0", "bytes_per_row"),
     "row_bytes_int8": ("cache.json", "vit_l14_rows", "1", "bytes_per_row"),
     "rows_a_core_and_second": ("cache.json", "vit_l14_rows", "0", "rows_read_per_second_and_core"),
@@ -101,7 +101,7 @@ def estimated(case: Case, known: Mapping[str, float]) -> dict[str, float]:
             known["products_of_losses"] * 2 * case.batch**2 * ASSUMED["width"] / case.gpus / 1e12
         ),
         "checkpoint: size, GB": checkpoint,
-        "checkpoint: time, s": checkpoint * known["checkpoint_s_a_gigabyte"],
+        "checkpoint: CPU time, s": checkpoint * known["checkpoint_s_a_gigabyte"],
         "cache: rows of embeddings in fp16, GB": case.pairs * known["row_bytes_fp16"] / 1e9,
         "cache: in int8, GB": case.pairs * known["row_bytes_int8"] / 1e9,
         "cache: read by a node, MB/s": rate * ASSUMED["gpus_a_node"] * known["row_bytes_fp16"] / 1e6,

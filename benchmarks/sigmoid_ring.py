@@ -91,9 +91,7 @@ def measure(processes: int, batch: int, width: int, rounds: int) -> dict[str, An
     return {
         "seconds": {arm: round(value, 3) for arm, value in slowest.items()},
         "over_whole": {arm: round(value / slowest[ARMS[0]], 3) for arm, value in slowest.items()},
-        "peak_mib": {
-            arm: round(max(statistics.median(each[1][arm]) for each in found) / 2**20, 1) for arm in ARMS
-        },
+        "peak_mib": {arm: round(max(statistics.median(each[1][arm]) for each in found) / 2**20, 1) for arm in ARMS},
         "largest_difference_of_values": max(
             abs(each[2][arm] - found[0][2][ARMS[0]]) / abs(found[0][2][ARMS[0]]) for each in found for arm in ARMS
         ),
@@ -113,10 +111,10 @@ def main() -> None:
     result = {**settings, "processes": {str(n): measure(n, **settings) for n in (2, 4)}}
     result["environment"] = describe_environment()
     text = json.dumps(result, indent=2)
-    print(text)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -62,12 +62,14 @@ def test_lines_by_hand() -> None:
     assert found["network: embeddings to a GPU in a step, MiB"] == 12  # two of 8 MiB, three quarters
     assert found["losses of a step on a GPU, TFLOP"] == 0.043  # 10 x 2 x 4096² x 512 / 4
     assert found["checkpoint: size, GB"] == 0.013  # 12 bytes a parameter
-    assert found["checkpoint: time, s"] == 1.3
+    assert found["checkpoint: CPU time, s"] == 1.3
     assert found["cache: rows of embeddings in fp16, GB"] == 11
     assert found["memory: pixels of a step, GiB of a node"] == 1.1  # 8192 pictures of 147 kB
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.04567, 0.046), (9.96, 10.0), (123.4, 120), (4_312_000.0, 4_300_000)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.04567, 0.046), (9.96, 10.0), (123.4, 120), (4_312_000.0, 4_300_000)]
+)
 def test_two_digits(value: float, expected: float) -> None:
     assert estimates.rounded(value) == expected
     assert isinstance(estimates.rounded(value), int) == (value >= 10)

@@ -167,7 +167,8 @@ class _RowLogSums(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, columns: Tensor, pictures: Tensor | None, first: int, size: int
     ) -> Float[Tensor, " rows"]:
-        sums, means = rows.new_empty(len(rows)), torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        sums = rows.new_empty(len(rows))
+        means = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for here, logits, _, _ in _tiles(rows, columns, None, None, pictures, first=first, size=size):
             sums[here] = logits.logsumexp(1)
             if means is not None:
@@ -184,7 +185,7 @@ class _RowLogSums(torch.autograd.Function):
         return by_sums[:, None] * means, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, along: Tensor, *_: object) -> Tensor:
+    def jvp(ctx: Any, along: Tensor, *_given: object) -> Tensor:
         rows, columns, pictures, sums = ctx.saved_tensors
         moved = torch.zeros_like(sums)
         for here, logits, _, _ in _tiles(rows, columns, None, None, pictures, first=ctx.first, size=ctx.size):

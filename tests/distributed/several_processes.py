@@ -69,7 +69,7 @@ CACHED = ", from a cache"
 MICRO_BATCH = 3  # of the four pairs that each of two processes has; the two of each of four are encoded at once
 MICRO = ", in micro-batches"
 LOCAL, SHARDED, SHARED_TEACHER = ", local loss", ", fsdp2", ", fsdp2 with the teacher"
-SHARDED_METHODS = ("contrastive", "clip_kd", "cmapkd", "hinton", "tinyclip")
+SHARDED_METHODS = ("contrastive", "clip_kd", "clip_rd", "cmapkd", "hinton", "tinyclip")
 TRAINED = (
     "contrastive",
     "clip_kd",

@@ -120,6 +120,19 @@ def test_forward_derivative(name: str, exclude: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
+def test_a_second_derivative_is_refused_and_not_wrong(chunk: int | None) -> None:
+    """The gradient from above is a constant, which torch's `once_differentiable` takes for nothing to be missed."""
+    student, teacher, bank = tensors()
+    student.requires_grad_()
+    loss = bank_divergence(student, teacher, bank, student_scale=7.0, teacher_scale=5.0, chunk=chunk).sum()
+    (plain,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    assert torch.equal(gradient, plain)
+    with pytest.raises(RuntimeError, match="written out and was to be differentiated again"):
+        torch.autograd.grad(gradient.square().sum(), student, allow_unused=True)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
 def test_gradient_of_the_students_scale(chunk: int | None) -> None:
     student, teacher, bank = tensors()
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)

@@ -7,6 +7,7 @@ from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
 from cmapkd.features.matching import LevelMatcher, Matched, Places
 from cmapkd.features.projector import PairProjector
 from cmapkd.features.pyramid import standardise, with_means
+from cmapkd.features.ring import pass_on
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, language_taps, visual_taps
 from cmapkd.features.top_tokens import StoredTokens, narrowed, pack, pack_states, top_tokens, unpack
 from cmapkd.features.words import Role, WordAligner, Words
@@ -37,6 +38,7 @@ __all__ = [
     "own_place",
     "pack",
     "pack_states",
+    "pass_on",
     "sample_keys",
     "standardise",
     "top_tokens",

@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cmapkd.data.types import Batch
+from cmapkd.features import own_place
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.sigmoid_ring import ring_sigmoid_loss
 from cmapkd.methods.terms import Term
 
 
@@ -41,4 +43,7 @@ class Contrastive(DualEncoderMethod):
         return ("contrastive",)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        return {"contrastive": Term(task_loss(self.encode_student(batch)))}
+        own = self.encode_own(batch)
+        if own.logit_bias is not None and self.local_loss and own_place()[1] > 1:
+            return {"contrastive": Term(ring_sigmoid_loss(own, self._pictures(batch)))}
+        return {"contrastive": Term(task_loss(self.gathered(batch, own)))}

@@ -90,9 +90,16 @@ class DualEncoderMethod(Method):
 
     def encode_student(self, batch: Batch) -> Features:
         """The student's features; embeddings are those of the whole batch, over all processes."""
+        return self.gathered(batch, self.encode_own(batch))
+
+    def encode_own(self, batch: Batch) -> Features:
+        """The student's features of this process's samples alone."""
         parts = micro_batches(batch, self.micro_batch)
-        student = gather_features(join_features(encode_checkpointed(self._encode_student, parts, model=self)))
-        return replace(student, pictures=self._pictures(batch))
+        return join_features(encode_checkpointed(self._encode_student, parts, model=self))
+
+    def gathered(self, batch: Batch, own: Features) -> Features:
+        """What `encode_student` gives, from what `encode_own` gave."""
+        return replace(gather_features(own), pictures=self._pictures(batch))
 
     def encode_teacher(self, batch: Batch) -> Features:
         """The teacher's features, likewise, without gradient."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cmapkd.objectives.chunks import columns_at_once, map_split_rows
 from cmapkd.objectives.common import check_pairs, check_same_width, unit
+from cmapkd.objectives.derivatives import differentiable_once
 
 # A logit whose probability underflows to zero beside any other, yet finite: from -inf less -inf would come NaN. In a
 # row that is excluded as a whole both models have it everywhere, so they agree.
@@ -127,7 +127,7 @@ class _Divergence(torch.autograd.Function):
         return (log_of_chunks.softmax(0) * gaps_of_chunks).sum(0) - log_z_teacher + log_z_student
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, of_values: Tensor) -> Any:
         return _by_anchors(of_values, *ctx.saved_tensors, size=ctx.size), None, None, None, None
 

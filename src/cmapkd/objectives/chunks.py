@@ -60,12 +60,24 @@ def map_split_rows(function: Callable[..., Tensor], *rows: Tensor, dim: int = 0)
         rows: have equal numbers of rows. A number that does not divide into the parts is computed whole.
         dim: where the rows stand, in the arguments and in the result.
     """
-    split, num_rows = _row_split.get(), rows[0].shape[dim]
-    if split is None or not split.fit(num_rows):
+    here, gather = own_rows(rows[0].shape[dim])
+    if gather is None:
         return function(*rows)
+    computed = function(*(tensor.narrow(dim, here.start, here.stop - here.start) for tensor in rows))
+    return gather(computed.movedim(dim, 0)).movedim(0, dim)
+
+
+def own_rows(num_rows: int) -> tuple[slice, Callable[[Tensor], Tensor] | None]:
+    """The rows to compute here, and what brings the same of the other parts; all and None where nobody shares them.
+
+    Args:
+        num_rows: of all parts. A number that does not divide into the parts is computed whole.
+    """
+    split = _row_split.get()
+    if split is None or not split.fit(num_rows):
+        return slice(0, num_rows), None
     count = num_rows // split.of
-    computed = function(*(tensor.narrow(dim, split.number * count, count) for tensor in rows))
-    return split.gather(computed.movedim(dim, 0)).movedim(0, dim)
+    return slice(split.number * count, (split.number + 1) * count), split.gather
 
 
 def chunk_rows(num_rows: int, num_columns: int, chunk: int | None) -> int:

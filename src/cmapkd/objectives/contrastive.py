@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmapkd.objectives.chunks import by_rows, chunk_rows
-from cmapkd.objectives.common import check_pairs, similarities
+from cmapkd.objectives.common import check_pairs, similarities, unit
+from cmapkd.objectives.tiles import both_ways, row_log_sums, same_picture
 
 
 def contrastive_loss(
@@ -33,16 +34,15 @@ def contrastive_loss(
     Source: CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3.
     """
     check_pairs(image=image, text=text)
-    if chunk_rows(len(image), len(text), chunk) < len(image):
-        there, back = (
-            matching_loss(*pair, logit_scale=logit_scale, pictures=pictures, chunk=chunk)
-            for pair in ((image, text), (text, image))
-        )
-        return (there + back) / 2
+    size = chunk_rows(len(image), len(text), chunk)
+    if size < len(image):
+        anchors, candidates = logit_scale * unit(image), unit(text)
+        rows, columns = both_ways(anchors, candidates, pictures=pictures, size=size)
+        return ((rows.log_sums + columns.log_sums) / 2 - (anchors * candidates).sum(-1)).mean()
     logits = similarities(image, text, logit_scale)
     labels = torch.arange(len(logits), device=logits.device)
     if pictures is not None:
-        logits = logits.masked_fill(_same_picture(pictures, labels), -torch.inf)
+        logits = logits.masked_fill(same_picture(pictures, labels), -torch.inf)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
@@ -57,7 +57,7 @@ def matching_loss(
     """InfoNCE in one direction: each anchor must find the candidate of its own row.
 
     Args:
-        anchors, candidates: embeddings of the pairs, row by row; normalised here.
+        anchors, candidates: embeddings of the pairs, row by row; normalised here. Candidates are detached.
         logit_scale: multiplies the cosine similarities; > 0.
         pictures: as of `contrastive_loss`.
         chunk: anchors at a time, see `chunk_rows`; value and gradient do not depend on it.
@@ -66,15 +66,15 @@ def matching_loss(
     Raises:
         ValueError: the chunk is not positive.
     """
-
-    def losses(rows: Tensor, labels: Tensor) -> Tensor:
-        logits = similarities(rows, candidates, logit_scale)
-        if pictures is not None:
-            logits = logits.masked_fill(_same_picture(pictures, labels), -torch.inf)
-        return F.cross_entropy(logits, labels, reduction="none")
-
+    size = chunk_rows(len(anchors), len(candidates), chunk)
+    if size < len(anchors):
+        rows, columns = logit_scale * unit(anchors), unit(candidates.detach())
+        return (row_log_sums(rows, columns, pictures=pictures, size=size) - (rows * columns).sum(-1)).mean()
     labels = torch.arange(len(anchors), device=anchors.device)
-    return by_rows(losses, anchors, labels, size=chunk_rows(len(anchors), len(candidates), chunk)).mean()
+    logits = similarities(anchors, candidates.detach(), logit_scale)
+    if pictures is not None:
+        logits = logits.masked_fill(same_picture(pictures, labels), -torch.inf)
+    return F.cross_entropy(logits, labels, reduction="none").mean()
 
 
 def sigmoid_loss(
@@ -106,15 +106,8 @@ def sigmoid_loss(
         signs = torch.full_like(logits, -1).scatter(1, labels[:, None], 1)
         nats = -F.logsigmoid(signs * logits)
         if pictures is not None:
-            nats = nats.masked_fill(_same_picture(pictures, labels), 0.0)
+            nats = nats.masked_fill(same_picture(pictures, labels), 0.0)
         return nats.sum(-1)
 
     labels = torch.arange(len(image), device=image.device)
     return by_rows(losses, image, labels, size=chunk_rows(len(image), len(text), chunk)).mean()
-
-
-def _same_picture(pictures: Int[Tensor, " batch"], labels: Int[Tensor, " rows"]) -> Bool[Tensor, "rows batch"]:
-    """Where a row and a column show the same picture without being a pair; `labels` says which pair each row is."""
-    own = torch.zeros(len(labels), len(pictures), dtype=torch.bool, device=pictures.device)
-    same: Tensor = (pictures[labels][:, None] == pictures[None]) & ~own.scatter(1, labels[:, None], True)
-    return same

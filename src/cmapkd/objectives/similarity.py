@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cmapkd.objectives.chunks import by_rows, chunk_rows
-from cmapkd.objectives.common import check_pairs, similarities
+from cmapkd.objectives.common import check_pairs, similarities, unit
 from cmapkd.objectives.divergence import check_temperature, kl_divergence, row_divergences
+from cmapkd.objectives.tiles import both_ways
 
 
 def similarity_divergence(
@@ -48,18 +49,15 @@ def similarity_divergence(
     size = chunk_rows(len(student_image), len(student_text), chunk)
     if size < len(student_image):
         check_temperature(temperature)
-
-        def divergences(student_columns: Tensor, teacher_columns: Tensor) -> Callable[..., Tensor]:
-            def of_rows(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
-                ours = similarities(student_rows, student_columns, student_scale)
-                theirs = similarities(teacher_rows, teacher_columns, teacher_scale).detach()
-                return row_divergences(ours, theirs, temperature=temperature)
-
-            return of_rows
-
-        over_texts = by_rows(divergences(student_text, teacher_text), student_image, teacher_image, size=size)
-        over_images = by_rows(divergences(student_image, teacher_image), student_text, teacher_text, size=size)
-        return (over_texts + over_images).mean() / 2
+        rows, columns = both_ways(
+            student_scale / temperature * unit(student_image),
+            unit(student_text),
+            (teacher_scale / temperature * unit(teacher_image), unit(teacher_text)),
+            size=size,
+        )
+        assert rows.divergences is not None
+        assert columns.divergences is not None
+        return (rows.divergences + columns.divergences).mean() / 2 * temperature**2
     student_logits = similarities(student_image, student_text, student_scale)
     teacher_logits = similarities(teacher_image, teacher_text, teacher_scale).detach()
     return (

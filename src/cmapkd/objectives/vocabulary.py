@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cmapkd.objectives.derivatives import refusing
 from cmapkd.objectives.tokens import TokenDivergence
 from cmapkd.objectives.top_tokens import Likeliest, check_top
 from cmapkd.objectives.vocabulary_pass import Gradients, HeadShape, Plan, in_chunks, tensors_given
@@ -111,6 +112,12 @@ def chunk_of_tokens(num_rows: int, num_tokens: int, chunk: int | None) -> int:
     return max(1, min(num_rows, chunk or max(CHUNK_ROWS, CHUNK_LOGITS // num_tokens)))
 
 
+_NO_SECOND = (
+    "token_losses can be differentiated once, and its gradient was to be differentiated again. For a second "
+    "derivative, take the divergence of materialised logits: TokenDivergence(...)(student, teacher)."
+)
+
+
 class _TokenLosses(torch.autograd.Function):
     """`token_losses` with its gradient written out, formed in the forward pass for declared weights."""
 
@@ -131,8 +138,7 @@ class _TokenLosses(torch.autograd.Function):
         with torch.no_grad():
             gradients = _TokenLosses._gradients(ctx, saved, of_ce, of_kd)
         if again:  # somebody may differentiate the gradients, which is refused there
-            depends = (of_ce, of_kd, *saved[:3])
-            gradients = Gradients(*(None if one is None else _Once.apply(one, *depends) for one in gradients))
+            gradients = Gradients(*refusing(gradients, (of_ce, of_kd, *saved[:3]), _NO_SECOND))
         return (None, *gradients, *(None for _ in saved[3:-3]))
 
     @staticmethod
@@ -146,21 +152,6 @@ class _TokenLosses(torch.autograd.Function):
         # forms its own. `data` has no version counter in common with the saved tensor, which that pass must skip.
         ctx.spent = True
         return Gradients(*(None if one is None else one.data.mul_(factor) for one in saved[-3:]))
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that must not be differentiated: autograd would take it for a constant, without a word."""
-
-    @staticmethod
-    def forward(_: Any, gradient: Tensor, *__: Tensor | None) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(_: Any, *__: Tensor) -> Any:
-        raise RuntimeError(
-            "token_losses can be differentiated once, and its gradient was to be differentiated again. For a second "
-            "derivative, take the divergence of materialised logits: TokenDivergence(...)(student, teacher)."
-        )
 
 
 def _common_factor(plan: Plan, upstream: tuple[float, float], dtype: torch.dtype) -> float | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from model_support import TEXTS, save_word_tokenizer
 
+from cmapkd.data.readers import Shared
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models.hf_model import HfTokenizer
 from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer, make_tokenizer
@@ -26,6 +27,21 @@ CAPTIONS = (
 
 def clip(**settings: Any) -> OpenClipTokenizer:
     return make_tokenizer({"context_length": 24, "tokenizer_kwargs": settings})
+
+
+def test_tokenizers_that_read_alike_are_equal_and_stay_so_in_a_worker() -> None:
+    one, other = clip(), clip()
+    assert one is not other
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != other.padded(None)
+    assert one != make_tokenizer({"context_length": 77})
+    assert one != clip(clean="canonicalize")
+    sent = pickle.loads(pickle.dumps((one, other)))  # noqa: S301  as a worker gets them
+    assert sent[0] == sent[1]
+    shared = Shared()
+    made = [shared(("texts", each), lambda each=each: each(["a red square"])) for each in sent]
+    assert made[0] is made[1]
 
 
 def spelled(tokens: TokenBatch, texts: tuple[str, ...]) -> list[list[str]]:

@@ -45,7 +45,7 @@ class HfTokenizer:
         spans = encoded.get("offset_mapping")
         if spans is not None and self._clean is not None:
             spans = moved_spans(spans.tolist(), texts, cleaned, canonical=True)
-        pad_id = self.native.pad_token_id or 0
+        pad_id = getattr(self.native, "pad_token_id", None) or 0
         tokens = TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), spans, pad_id=pad_id)
         return tokens.measured() if self.whole_because is None else tokens
 

@@ -79,6 +79,16 @@ class OpenClipTokenizer:
         inner = getattr(self.native, "tokenizer", None)
         return 0 if inner is None else int(inner.pad_token_id or 0)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both read every text alike: data workers then tokenise for both models at once."""
+        return isinstance(other, OpenClipTokenizer) and self._reads() == other._reads()
+
+    def __hash__(self) -> int:
+        return hash(self._reads())
+
+    def _reads(self) -> tuple[Any, ...]:
+        return id(self.native), self.context_length, self.whole_because
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OpenClipTokenizer:
         return self  # nothing in it changes, and CLIP's vocabulary is large
 

@@ -48,7 +48,7 @@ class Method(MethodContract):
 
     @property
     def steady_in_run(self) -> bool:
-        """Whether it is `steady` with the terms that the run adds: these learn where a sample has something."""
+        """Whether it is `steady`, and no terms that the run adds learn where a sample has something for them alone."""
         return self.steady and self.auxiliary is None
 
     @torch.no_grad()

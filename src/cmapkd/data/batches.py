@@ -341,10 +341,7 @@ class BatchBuilder(Dataset[Batch]):
     def _candidates(
         self, plan: Plan, planned: int, epoch: int, tried: list[int], taken: Collection[int]
     ) -> Iterator[int]:
-        """The planned sample, then others of its stream that are not in the batch.
-
-        Those that another row could have too are added to `tried`; an order by windows has none.
-        """
+        """The planned sample, then others of its stream; those that another row could take too are put into `tried`."""
         yield planned
         stream = self.streams[bisect_right(self.streams, planned, key=lambda each: each.first) - 1]
         if stream.order is not None:

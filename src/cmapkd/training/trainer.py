@@ -76,9 +76,8 @@ class Trainer:
     ) -> None:
         self.config, self.optim, self.out, self.seed, self.workers = config, optim, out, seed, workers
         self.builder, self.validate, self.settings, self.title = builder, validate, settings or {}, title
-        self.max_bad_share, self.timeout = max_bad_share, timeout
-        self.load = partial(make_loader, workers=workers, prefetch_mib=prefetch_mib)
-        self.contents, self.outlook = contents or {}, outlook or Outlook()
+        self.load = partial(make_loader, workers=workers, prefetch_mib=prefetch_mib, timeout=timeout)
+        self.max_bad_share, self.contents, self.outlook = max_bad_share, contents or {}, outlook or Outlook()
         start_processes(on_cpu=config.on_cpu)
         self.accelerator = Accelerator(
             mixed_precision="no",  # the loop's own autocast does it: accelerate's holds for the whole process
@@ -171,7 +170,7 @@ class Trainer:
         start = self.progress.step
         self.sampler.start, self.sampler.stop = start, self.total
         pin = self.accelerator.device.type == "cuda"
-        batches = self.load(self.builder, self.sampler, pin_memory=pin, timeout=self.timeout)
+        batches = self.load(self.builder, self.sampler, pin_memory=pin)
         main = self.accelerator.is_main_process
         resumed = start if resume else None
         trackers = (

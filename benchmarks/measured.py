@@ -29,6 +29,7 @@ from cmapkd.compare.statistics import PairedDifference, paired_difference, summa
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 TEACHER = "../../src/cmapkd/weights/scenes-teacher/scores.json"  # seen from RESULTS
+WRITER = "../../src/cmapkd/weights/tiny-vlm-scenes-teacher/scores.json"
 COLUMNS = {
     "R1": "retrieval.mean_r@1",
     "I2T_R10": "retrieval.i2t.r@10",
@@ -213,7 +214,7 @@ class Asker:
             case ast.Constant(value=value):
                 return value
             case ast.Name(id=name):
-                known = {"TEACHER": TEACHER, **COLUMNS, **self.names}
+                known = {"TEACHER": TEACHER, "WRITER": WRITER, **COLUMNS, **self.names}
                 if name not in known:
                     raise UnknownNumberError(f"there is no {name!r}; known are {', '.join(known)}")
                 return known[name]

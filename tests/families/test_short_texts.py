@@ -70,7 +70,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         if own.shape != value.shape:
             value, rest = value[:, : own.shape[1]], value[:, own.shape[1] :]
             assert not rest.any()
-        error = float((own - value).abs().max()) / max(1e-3, float(value.abs().max()))
+        # attention does not change with a key's bias: the gradient of one is rounding of what cancels, about 1
+        least = 1.0 if key.endswith("k_proj.bias") else 1e-3
+        error = float((own - value).abs().max()) / max(least, float(value.abs().max()))
         assert error < tolerance, f"{key}: {error}"
 
 

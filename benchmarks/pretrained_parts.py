@@ -97,8 +97,10 @@ def write_gemma(folder: Path) -> None:
                 whole.write(piece.read_bytes())
         if hashlib.sha256(path.read_bytes()).hexdigest() != GEMMA_SHA256:
             raise SystemExit("the parts of Gemma's file do not give the file that this script knows: another version")
-        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=path.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            temporary, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
         check_gguf(model.state_dict(), path)
     # what was read is plain float32: transformers would refuse to write a model that says that it is quantised
     del model.config.quantization_config

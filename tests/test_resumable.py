@@ -18,7 +18,7 @@ from cmapkd.training.memory import memory_advice
 
 DOCS = Path(__file__).parents[1] / "docs"
 MAY_CHANGE = """
-data: workers memory timeout on_bad_sample max_bad_share
+data: workers memory prefetch_mib timeout on_bad_sample max_bad_share
 training: micro_batch local_loss sharding shard_teacher compile device log_every checkpoint_every keep_checkpoints
 training: trackers
 evaluation: batch_size workers timeout
@@ -83,7 +83,14 @@ BEFORE: dict[str, Any] = {
     "cache": "auto",
 }
 OTHER = {  # another value of every setting that may change
-    "data": {"workers": 3, "memory": 1, "timeout": 5.0, "on_bad_sample": "error", "max_bad_share": 0.5},
+    "data": {
+        "workers": 3,
+        "memory": 1,
+        "prefetch_mib": 9,
+        "timeout": 5.0,
+        "on_bad_sample": "error",
+        "max_bad_share": 0.5,
+    },
     "training": {
         "micro_batch": 7,
         "local_loss": True,

@@ -310,7 +310,7 @@ def test_many_shards_need_few_handles(tmp_path: Path, monkeypatch: pytest.Monkey
     source = ShardSource(str(tmp_path))
     for index in (0, 9, 3, 5, 7, 1, 8, 2):
         assert source.captions(index)[0] == f"number {index % 2}"
-    assert len(source._reader._handles) == 2
+    assert len(source.files._handles) == 2
 
 
 def test_flickr8k(shared: Path) -> None:

@@ -24,7 +24,7 @@ import pytest
 from making import as_json, picture, write_tar
 
 from cmapkd.config import ConfigError
-from cmapkd.data import index_pool, shard_index, shard_set
+from cmapkd.data import index_pool, shard_files, shard_index, shard_set
 from cmapkd.data.listed import ListedSource
 from cmapkd.data.open import SourceWarning, open_source
 from cmapkd.data.records import Record, Unusable
@@ -66,7 +66,7 @@ def test_an_index_is_made_once(cache: Path, tmp_path: Path, monkeypatch: pytest.
     source = ShardSource(str(folder))
     assert kinds(cache) == [".idx", ".idx", ".idx", ".set"]
     assert not source.warnings
-    monkeypatch.setattr(shard_set, "build", refuse)
+    monkeypatch.setattr(shard_files, "build", refuse)
     again = ShardSource(str(folder))
     assert again.fingerprint() == source.fingerprint()
     assert [again.captions(i) for i in range(12)] == [(f"{i // 4} {i % 4}",) for i in range(12)]
@@ -77,7 +77,7 @@ def test_an_index_is_made_once(cache: Path, tmp_path: Path, monkeypatch: pytest.
     write_tar(folder / "3.tar", [("a.png", picture())])  # one more
     built = []
     monkeypatch.setattr(
-        shard_set, "build", lambda path, stamp: built.append(Path(path).name) or shard_index.build(path, stamp)
+        shard_files, "build", lambda path, stamp: built.append(Path(path).name) or shard_index.build(path, stamp)
     )
     assert len(ShardSource(str(folder))) == 13
     assert built == ["3.tar"]
@@ -164,7 +164,7 @@ def test_an_interrupted_build_goes_on(cache: Path, tmp_path: Path, monkeypatch: 
     os.utime(old, (time.time() - 10**6,) * 2)
     built = []
     monkeypatch.setattr(
-        shard_set, "build", lambda path, stamp: built.append(Path(path).name) or shard_index.build(path, stamp)
+        shard_files, "build", lambda path, stamp: built.append(Path(path).name) or shard_index.build(path, stamp)
     )
     assert not ShardSource(str(folder)).warnings
     assert built == ["2.tar", "3.tar"]
@@ -196,7 +196,7 @@ def test_several_processes_index_as_one_does(cache: Path, tmp_path: Path, monkey
     monkeypatch.setattr(index_pool, "LEAST_BYTES", 0)
     built = []
     monkeypatch.setattr(
-        shard_set, "build", lambda path, stamp: built.append(Path(path).name) or shard_index.build(path, stamp)
+        shard_files, "build", lambda path, stamp: built.append(Path(path).name) or shard_index.build(path, stamp)
     )
     source = ShardSource(str(folder))
     assert built == ["5.tar"]  # to learn what is wrong with it

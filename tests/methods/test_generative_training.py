@@ -133,7 +133,7 @@ def test_balanced_terms_of_a_projector_have_nothing_in_common_to_measure(tmp_pat
 
 def test_shares_of_the_weights_do_not_go_with_answers_of_ones_own() -> None:
     assert make_task("token_kd").why_whole(()) is None
-    assert make_task("token_kd", on_policy=0.0).why_whole(()) is None
+    assert "leave on_policy out" in str(make_task("token_kd", on_policy=0.0).why_whole(()))  # unanswered ones may come
     assert "leave on_policy out" in str(make_task("token_kd", on_policy=0.2).why_whole(()))
 
 

@@ -94,9 +94,8 @@ def sitting(case: str, folder: Path, *, first: int, last: int, state: int) -> di
     # eps: with a small one AdamW makes large steps of rounding errors
     optim = {"schedule": "constant", "eps": 1e-2, "max_gradient_norm": None}
     source: MemorySource = MemorySource(40)
-    if "ordering" in training:  # two epochs, each of about two windows in every lane; every sitting has other workers
+    if "ordering" in training:  # two epochs, each of about two windows in every lane
         source = Sharded((9, 14, 3, 11, 0, 6), bad=(3, 30), without_caption=(17,))
-        training = {**training, "workers": first % 2 if (first, last) != (1, STEPS) else 0}
     trainer = make_trainer(folder, method, source=source, steps=STEPS, optim=optim, checkpoint_every=EVERY, **training)
     if case not in FLOAT32:
         builder: Batches = InFloat64(trainer.builder)  # type: ignore[assignment]

@@ -197,7 +197,7 @@ class Arm:
     ) -> None:
         self.batch = batch
         config = TrainConfig(steps=1000, batch_size=len(batch), precision=sizes.precision, **training)
-        builder = builder or SimpleNamespace(source=range(10 * len(batch)))
+        builder = builder or SimpleNamespace(source=range(10 * len(batch)), streams=())
         self.trainer = Trainer(method, builder, config, OptimConfig(), out=folder / "run", seed=0)
         self.trainer.engine.wrapped.train()
 

@@ -359,7 +359,7 @@ def _trainer(arm: str, student: Any, teacher: Any, pair: Pair, folder: Path) -> 
         micro_batch=None if arm.endswith("whole_batch") else pair.micro_batch,
         compile=arm.endswith("compiled"),
     )
-    builder = SimpleNamespace(source=source)
+    builder = SimpleNamespace(source=source, streams=())
     trainer = Trainer(method, builder, training, OptimConfig(), out=folder / "run", seed=0)  # type: ignore[arg-type]
     trainer.engine.wrapped.train()
     indices = [int(name) for name in batch.ids]

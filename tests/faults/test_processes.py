@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Slow(MemorySource):
 
 def test_a_hanging_read_stops_training_with_the_step_named(tmp_path: Path) -> None:
     running = make_trainer(tmp_path, source=Slow(), steps=3)
-    running.timeout = 1.0
+    running.load = partial(running.load, timeout=1.0)
     with pytest.raises(ReadTimeout, match=r"while reading the batch of step [123], samples .*5"):
         running.run()
 

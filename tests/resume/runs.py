@@ -63,7 +63,12 @@ class InFloat64:
         self.batches, self.source = batches, batches.source
 
     def __getitem__(self, plan: Any) -> Batch:
-        batch: Batch = self.batches[plan]
+        return self._double(self.batches[plan])
+
+    def join(self, plan: Any, parts: Any) -> Batch:
+        return self._double(self.batches.join(plan, parts))
+
+    def _double(self, batch: Batch) -> Batch:
         for role, model_input in batch.inputs.items():
             pixels = self.batches.readers[role].preprocess.to_model(model_input.images)
             object.__setattr__(batch.inputs[role], "images", pixels.double())
@@ -94,8 +99,9 @@ def sitting(case: str, folder: Path, *, first: int, last: int, state: int) -> di
     # eps: with a small one AdamW makes large steps of rounding errors
     optim = {"schedule": "constant", "eps": 1e-2, "max_gradient_norm": None}
     source: MemorySource = MemorySource(40)
-    if "ordering" in training:  # two epochs, each of about two windows in every lane
+    if "ordering" in training:  # two epochs, each of about two windows in every lane; every sitting has other workers
         source = Sharded((9, 14, 3, 11, 0, 6), bad=(3, 30), without_caption=(17,))
+        training = {**training, "workers": first % 2 if (first, last) != (1, STEPS) else 0}
     trainer = make_trainer(folder, method, source=source, steps=STEPS, optim=optim, checkpoint_every=EVERY, **training)
     if case not in FLOAT32:
         builder: Batches = InFloat64(trainer.builder)  # type: ignore[assignment]

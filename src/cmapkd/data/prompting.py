@@ -112,11 +112,8 @@ class Prompting:
             shown = [asked[int(view.caption * len(asked))]]  # of captions there is the one of this view
         turns: list[Turn] = []
         for prompt, answer in shown:
-            given = answer is not None
-            turns += [
-                Turn("user", prompt, int(not turns)),
-                Turn("assistant", answer if answer is not None else UNREAD, given=given),
-            ]
+            written = Turn("assistant", UNREAD, given=False) if answer is None else Turn("assistant", answer)
+            turns += [Turn("user", prompt, int(not turns)), written]
         return tuple(turns)
 
     def _questions(self, sample: Sample) -> list[tuple[str, str | None]]:

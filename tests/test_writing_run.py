@@ -161,6 +161,11 @@ def test_a_teacher_that_writes_and_is_random_is_told_of() -> None:
     assert finding.level == "problem"
 
 
+def test_a_fast_reading_of_pictures_is_for_models_of_two_towers(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.views\.reading: fast is for models of two towers"):
+        of(recipe, data={**recipe["data"], "views": {"reading": "fast"}})
+
+
 def test_runs_of_models_that_embed_keep_their_configs() -> None:
     values = {"student": "tiny:small", "method": "contrastive", "data": {"train": "scenes"}, "training": {"steps": 3}}
     plain = RunConfig.from_mapping(values).plain()

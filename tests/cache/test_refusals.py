@@ -32,6 +32,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "image size": ("image preprocessing differs", {}, lambda: make_teacher(image_size=16)),
     "tokenizer": ("tokenizer differs", {}, lambda: with_tokenizer(("other", "words", "than", "these"))),
     "views": ("other views of the samples", {"views": ViewSpec(crop_scale=(0.5, 1.0), num_views=2)}, None),
+    "reading": ("other views of the samples", {"views": VIEWS.model_copy(update={"reading": "fast"})}, None),
     "data": ("made from other data", {"source": MemorySource(LENGTH + 1)}, None),
     "precision": ("in another precision", {"precision": "bf16"}, None),
     "numbers": ("it stores fp32, and cache.store is int8", {"store": "int8"}, None),

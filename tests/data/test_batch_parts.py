@@ -208,6 +208,8 @@ def test_names_of_views_are_words(name: str) -> None:
 def test_further_views_follow_the_main_ones() -> None:
     with pytest.raises(ConfigError, match=r"set data\.views\.num_views instead"):
         DataConfig.from_mapping({"train": "scenes", "more_views": {"local": {"num_views": 2}}}, where="data")
+    with pytest.raises(ConfigError, match=r"sets reading, but all views of a run are read alike"):
+        DataConfig.from_mapping({"train": "scenes", "more_views": {"local": {"reading": "fast"}}}, where="data")
     config = DataConfig.from_mapping({"train": "scenes", "more_views": {"local": {"flip": 0.5}}}, where="data")
     assert config.more_views["local"].flip == 0.5
 

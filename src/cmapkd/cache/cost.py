@@ -48,7 +48,8 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
         with _timed(cost, "build"):
             small.build(device=device)
         reader = small.open()
-        views, texts, form = plan.views, plan.texts, reader_of(plan.teacher.model, max_tokens=plan.max_tokens)
+        views, texts = plan.views, plan.texts
+        form = reader_of(plan.teacher.model, max_tokens=plan.max_tokens, fast=views.reading == "fast")
         view = int(small.keys[0]) // len(plan.source)
         ids, indices, chosen, items = [], [], [], []
         for key in small.keys.tolist():

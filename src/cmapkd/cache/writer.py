@@ -110,7 +110,7 @@ def build(
         MissingShards(shards.part, tuple(shard for shard in shards.shards if shard % world_size == rank))
         for shards in missing
     ]
-    reader = reader_of(teacher.model, max_tokens=max_tokens)
+    reader = reader_of(teacher.model, max_tokens=max_tokens, fast=views.reading == "fast")
     chunks = Chunks(source, views, reader, [shards.part for shards in assigned], texts or TextChoice())
     spans = [span for number, shards in enumerate(assigned) for span in spans_of(shards.part, number, shards.shards)]
     total = sum(shards.rows for shards in assigned)

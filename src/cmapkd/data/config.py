@@ -207,6 +207,11 @@ class DataConfig(Config):
                     f"data.more_views.{name} sets num_views, but further views are as many as the main ones: set "
                     "data.views.num_views instead"
                 )
+            if spec.reading != "exact":
+                raise ValueError(
+                    f"data.more_views.{name} sets reading, but all views of a run are read alike: set "
+                    "data.views.reading instead"
+                )
         total = sum(stream.share for stream in self.more.values())
         if total >= 1:
             raise ValueError(

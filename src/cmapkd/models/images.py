@@ -50,17 +50,26 @@ class ImageSpec:
         return image.resize((self.size, self.size), _RESAMPLING[self.interpolation], box=box)
 
     def _centre(self, image: Image.Image) -> Image.Image:
-        """Short side to `size`, long side in proportion (rounded down), then the central square: CLIP's own order."""
-        width, height = image.size
-        if (width, height) == (self.size, self.size):
+        if image.size == (self.size, self.size):
             return image
+        scaled, (left, top) = self.central_square(image.size)
+        image = image.resize(scaled, _RESAMPLING[self.interpolation])
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def central_square(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Short side to `size`, long side in proportion (rounded down), then the central square: CLIP's own order.
+
+        Args:
+            size: width and height of a picture.
+        Returns:
+            Width and height to resize to, and where the square begins there, from left and from top.
+        """
+        width, height = size
         if width <= height:
             width, height = self.size, int(self.size * height / width)
         else:
             width, height = int(self.size * width / height), self.size
-        image = image.resize((width, height), _RESAMPLING[self.interpolation])
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return image.crop((left, top, left + self.size, top + self.size))
+        return (width, height), (round((width - self.size) / 2), round((height - self.size) / 2))
 
     def raw(
         self, image: Image.Image, box: tuple[float, float, float, float] | None = None

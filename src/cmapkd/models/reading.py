@@ -5,17 +5,22 @@ from __future__ import annotations
 from cmapkd.data.readers import ChatReader, DualReader, Reader
 from cmapkd.models.base import Model
 from cmapkd.models.contracts import dual
+from cmapkd.models.fast_images import FastPixels
 from cmapkd.models.generative import GenerativeModel
 
 
-def reader_of(model: Model, *, max_tokens: int | None = None, num_tokens: int | None = None) -> Reader:
+def reader_of(
+    model: Model, *, max_tokens: int | None = None, num_tokens: int | None = None, fast: bool = False
+) -> Reader:
     """How a model of either contract reads a batch.
 
     Args:
         max_tokens: longest dialogue with its picture, for models that write; None: as long as the model takes.
         num_tokens: tokens that their answers may have, the first by id; None: all.
+        fast: whether pictures of models of two towers are resized by torch, see `FastPixels`.
     """
     if isinstance(model, GenerativeModel):
         return ChatReader(model.processor, max_tokens, num_tokens)
     embedding = dual(model, "a batch of captions")
-    return DualReader(embedding.image_spec, embedding.tokenizer)
+    spec = embedding.image_spec
+    return DualReader(FastPixels(spec) if fast else spec, embedding.tokenizer)

@@ -70,7 +70,7 @@ def with_held_out(
     beside = BatchBuilder(
         source,
         data.views,
-        readers(method.student),
+        readers(method.student, fast=data.views.reading == "fast"),
         seed=config.seed,
         on_bad_sample=data.on_bad_sample,
         memory=data.memory,
@@ -235,19 +235,28 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
 
 
 def readers(
-    student: Model, *teachers: Teacher | None, max_tokens: int | None = None, num_tokens: int | None = None
+    student: Model,
+    *teachers: Teacher | None,
+    max_tokens: int | None = None,
+    num_tokens: int | None = None,
+    fast: bool = False,
 ) -> dict[str, Reader]:
-    """How each model of a run reads a batch; a momentum teacher reads what the student reads."""
+    """How each model of a run reads a batch, see `reader_of`; a momentum teacher reads what the student reads."""
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
-    return {role: reader_of(model, max_tokens=max_tokens, num_tokens=num_tokens) for role, model in models.items()}
+    return {
+        role: reader_of(model, max_tokens=max_tokens, num_tokens=num_tokens, fast=fast)
+        for role, model in models.items()
+    }
 
 
 def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:
     """The readers of a method's models. Where next tokens are compared, answers have only tokens that both know."""
     num_tokens = method.num_tokens if isinstance(method, GenerativeMethod) else None
-    limits = {"max_tokens": config.data.max_tokens, "num_tokens": num_tokens}
-    return readers(method.student, *method.teachers.values(), **limits)
+    assert config.data.views is not None
+    fast = config.data.views.reading == "fast"
+    teachers = method.teachers.values()
+    return readers(method.student, *teachers, max_tokens=config.data.max_tokens, num_tokens=num_tokens, fast=fast)
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

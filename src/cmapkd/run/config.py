@@ -26,6 +26,7 @@ _LATER = (
     "data.mix_synthetic",
     "data.more",
     "data.more_views",
+    "data.views.reading",
     "data.held_out",
     "data.timeout",
     "data.order",
@@ -100,6 +101,11 @@ class RunConfig(Config):
     def _whole_pictures_of_dialogues(self) -> Self:
         if self.writes:
             object.__setattr__(self, "data", self.data.for_dialogues())
+            if self.data.views is not None and self.data.views.reading != "exact":
+                raise ValueError(
+                    f"data.views.reading: {self.data.views.reading} is for models of two towers, and a model that "
+                    "writes resizes pictures by its own processor: leave reading out"
+                )
             return self
         unread = {"data.prompts": self.data.prompts != PromptConfig(), "data.max_tokens": self.data.max_tokens}
         for name, given in unread.items():
@@ -236,6 +242,8 @@ class RunConfig(Config):
         values = self.model_dump(mode="json")
         if not values["method"]["several_positives"]:
             del values["method"]["several_positives"]
+        for view in values["data"]["more_views"].values():
+            del view["reading"]  # that of data.views
         for path in (*(() if self.writes else _OF_WRITERS), *_LATER):
             *above, name = path.split(".")
             section: Config | None = self

@@ -1,0 +1,65 @@
+"""Scores and verdicts of a finished comparison, in the two small files of docs/results that its page reads.
+
+    uv run python benchmarks/keep_comparison.py runs/few_answers docs/results/generative_few_answers
+
+Writes NAME.csv, a row for each finished run without what names a machine's folders, and NAME.json: the declaration, the
+teachers' scores, and the contrasts that were declared, under "arm - against" and the metric.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+LEFT_OUT = ("run", "row", "status", "peak_memory_bytes", "error")
+NUMBERS = ("difference", "low", "high", "error", "degrees", "p", "p_holm", "p_equal", "p_equal_holm", "smallest")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the comparison")
+    parser.add_argument("name", type=Path, help="of the two files, without an ending")
+    arguments = parser.parse_args()
+    runs = rows_of(arguments.folder / "results.csv")
+    write_rows(arguments.name.with_suffix(".csv"), [run for run in runs if run["status"] == "finished"])
+    told = json.loads((arguments.folder / "results.json").read_text(encoding="utf-8"))
+    kept = {
+        "comparison": told["comparison"],
+        "teachers": {name: scores for table in told["tables"] for name, scores in table["teachers"].items()},
+        "contrasts": contrasts_of(arguments.folder / "contrasts.csv"),
+        "environment": told["environment"],
+    }
+    text = json.dumps(kept, indent=1, ensure_ascii=False)
+    arguments.name.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_rows(path: Path, runs: list[dict[str, str]]) -> None:
+    columns = [name for name in runs[0] if name not in LEFT_OUT]
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(runs)
+
+
+def contrasts_of(path: Path) -> dict[str, dict[str, Any]]:
+    """By the two arms and by metric, numbers as such."""
+    kept: dict[str, dict[str, Any]] = {}
+    for row in rows_of(path):
+        found: dict[str, Any] = {key: value for key, value in row.items() if value and key not in ("arm", "against")}
+        found |= {key: float(found[key]) for key in NUMBERS if key in found}
+        kept.setdefault(f"{row['arm']} - {row['against']}", {})[row["metric"]] = found
+    return kept
+
+
+if __name__ == "__main__":
+    main()

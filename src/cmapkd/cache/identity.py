@@ -119,7 +119,7 @@ def row_check(sample_id: str, view: int, caption: str) -> int:
 
 
 def view_hash(views: ViewSpec) -> str:
-    """Of the ranges and of what is drawn from them, so that a change of the drawing shows as well; and of the reading."""
+    """Of the ranges and of what is drawn from them, so that a change of the drawing shows as well; and the reading."""
     drawn = [draw_view("probe", number, views, (640, 480)) for number in range(4)]
     reading = "" if views.reading == "exact" else f" {views.reading}"
     return f"{views.fingerprint()} {digest_of(repr(drawn).encode())}{reading}"

@@ -31,6 +31,7 @@ _OWN_TEXTS = 32  # captions of the data that the tokenizer is also tried on
 _REASONS = {
     "format": "it was written by another version of cmapkd",
     "teacher": "it holds the answers of other weights",
+    "architecture": "the teacher computes otherwise with its weights (a setting of its config, or another version)",
     "image_spec": "the teacher's image preprocessing differs",
     "tokenizer": "the teacher's tokenizer differs",
     "processor": "the teacher reads dialogues otherwise (tokenizer, chat template, pictures or longest dialogue)",
@@ -64,6 +65,7 @@ def identity_of(
     return {
         "format": FORMAT,
         "teacher": weight_hash(model),
+        "architecture": digest_of(model.architecture.encode()),
         **reading_fingerprint(model, _captions(source)),
         **({"attention": model.attention, "max_tokens": max_tokens} if isinstance(model, GenerativeModel) else {}),
         "views": view_hash(views),

@@ -109,12 +109,17 @@ class Prompting:
             order = uniforms(len(asked), "order of questions", sample.id, number).argsort(kind="stable")
             shown = [asked[place] for place in order.tolist()]
         else:
-            shown = [asked[int(view.caption * len(asked))]]  # of captions there is the one of this view
+            shown = [asked[int(self._drawn(kind, sample, view, number) * len(asked))]]
         turns: list[Turn] = []
         for prompt, answer in shown:
             written = Turn("assistant", UNREAD, given=False) if answer is None else Turn("assistant", answer)
             turns += [Turn("user", prompt, int(not turns)), written]
         return tuple(turns)
+
+    def _drawn(self, kind: Kind, sample: Sample, view: View, number: int) -> float:
+        """Which of several is asked, in [0, 1). Of captions there is the one of this view, so another number chooses
+        between it and the questions: else only the last captions would ever be shown."""
+        return float(uniforms(1, "asked", sample.id, number)[0]) if kind == "both" else view.caption
 
     def _questions(self, sample: Sample) -> list[tuple[str, str | None]]:
         """Prompt and answer of each question that is asked; the answer is None where the student is to write it."""
@@ -189,6 +194,7 @@ class Prompting:
         joined_too = ", all questions of a picture" * self.join + ", the last answer learned" * (self.learn == "last")
         joined_too += f", {self.captions} captions of a picture" * (self.captions > 1)
         joined_too += ", questions without an answer too" * (self.unanswered == "student")
+        joined_too += ", drawn apart from the caption" * (self.kind == "both" and not self.join)
         return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}{joined_too}"
 
     def check(self, source: Source) -> None:

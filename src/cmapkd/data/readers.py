@@ -211,6 +211,8 @@ class ChatReader:
     Attributes:
         max_tokens: longest dialogue with its picture; None: as long as the model takes.
         num_tokens: how many tokens, the first by id, answers may have, because all models know them; None: all.
+        pictures_alone: whether dialogues without a picture cannot be read, because every process must run the vision
+            tower in every step, whose weights are shared out.
     """
 
     reads_together: ClassVar[bool] = True
@@ -218,6 +220,7 @@ class ChatReader:
     processor: ChatProcessing
     max_tokens: int | None = None
     num_tokens: int | None = None
+    pictures_alone: bool = False
 
     @property
     def looks(self) -> ChatProcessing:
@@ -231,6 +234,11 @@ class ChatReader:
                 token that another model does not know.
         """
         shown = [_cropped(picture, box)] if any(turn.pictures for turn in said) else []
+        if self.pictures_alone and not shown:
+            raise Unusable(
+                "its dialogue shows no picture, and with training.sharding: fsdp2 every process must run the vision "
+                "tower in every step: set training.sharding: none to learn from texts alone, too"
+            )
         try:
             item = self.processor.read(said, shown)
         except ConfigError:  # about the run, not about this sample

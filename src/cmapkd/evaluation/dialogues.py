@@ -42,6 +42,11 @@ class Asked:
         return self.dialogue[:-1]
 
     @property
+    def shows(self) -> bool:
+        """Whether a turn shows the sample's picture."""
+        return any(turn.pictures for turn in self.dialogue)
+
+    @property
     def num_bytes(self) -> int:
         """UTF-8 bytes of what is learned of the dialogue, without end tokens."""
         return sum(len(turn.text.encode()) for turn in self.dialogue if turn.role == "assistant" and turn.learned)
@@ -120,7 +125,8 @@ def _captions(said: Annotations, how: WritingConfig) -> list[Asked]:
 def other_pictures(asked: Sequence[Asked]) -> list[int] | None:
     """For each dialogue the index of another sample, whose picture is shown in place of its own; None: there is one.
 
-    Samples are paired half the source apart, since neighbours are often pictures of the same thing.
+    Samples are paired half the source apart, since neighbours are often pictures of the same thing. All dialogues show
+    a picture.
     """
     indices = list(dict.fromkeys(each.index for each in asked))
     if len(indices) < 2:

@@ -88,7 +88,8 @@ class TAID(GenerativeMethod):
         term = terms.get("distillation")
         if self.training and term is not None and term.count is not None:
             total = mean_over_processes(torch.stack([term.value.detach().double(), term.count.double()]))
-            self._move(total[0] / total[1].clamp(min=1e-15))
+            if total[1] > 0:  # a batch whose answers are all empty says nothing
+                self._move(total[0] / total[1])
         return terms
 
     def _move(self, loss: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cmapkd.config import closest
 from cmapkd.data.types import ModelInput, TokenBatch
+from cmapkd.models.architecture import settings_text
 from cmapkd.models.embedding import Embeddings, Picture, embedded_images, embedded_texts
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
@@ -68,6 +69,11 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def parts(self) -> Mapping[str, frozenset[str]]:
         """Names of parameters by part. Every parameter is in exactly one part; a part may be empty."""
+
+    @property
+    def architecture(self) -> str:
+        """Settings that change what the model answers and that no weight shows, as text; part of a cache's identity."""
+        return settings_text(self)
 
     def no_weight_decay(self) -> frozenset[str]:
         """Names of parameters that are never decayed: positions, class and register tokens, logit scale and bias, and

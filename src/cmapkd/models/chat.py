@@ -141,7 +141,7 @@ class HfChatProcessor(ChatProcessor):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Of the template, of all settings for pictures, of probes as they are read, and of the tokenizer's pieces.
+        """Of the template, of all settings for pictures, of probes as they are read, and of the whole tokenizer.
 
         Probes are small. They do not show limits that only large pictures reach, so the settings count too.
         """
@@ -154,6 +154,7 @@ class HfChatProcessor(ChatProcessor):
                 digest.update(found[key].contiguous().numpy().tobytes())
             digest.update(repr(self.encode_answer(dialogue[-1].text)).encode())
         digest.update(vocabulary_digest(self.native.tokenizer).encode())
+        digest.update(_rules_of(self.native.tokenizer).encode())
         return digest.hexdigest()[:32]
 
     def _picture_settings(self) -> str:
@@ -344,6 +345,18 @@ def vocabulary_digest(tokenizer: Any) -> str:
     """Of all (id, piece) of a transformers tokenizer."""
     pieces = sorted((number, piece) for piece, number in tokenizer.get_vocab().items())
     return hashlib.sha256(repr(pieces).encode()).hexdigest()[:32]
+
+
+def _rules_of(tokenizer: Any) -> str:
+    """How texts become pieces (merges, splitting, normalisation), as JSON; of a tokenizer in Python what it says itself.
+
+    Cutting and padding are left out: both are set at each call.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return repr(sorted((key, str(value)) for key, value in tokenizer.init_kwargs.items() if "name" not in key))
+    rules = json.loads(backend.to_str())
+    return json.dumps({key: rules[key] for key in sorted(rules) if key not in ("truncation", "padding")})
 
 
 def _is_of_tokens(value: Tensor, shape: Iterable[int]) -> bool:

@@ -19,7 +19,7 @@ from cmapkd.models.draws import KeyedChoice, until_end
 from cmapkd.models.generative import CacheShape, Decoding, GenerativeModel
 from cmapkd.models.lora import LoraConfig, adapter_names, adapters_of, add_adapters, merge, merged
 from cmapkd.models.lora_files import read_adapters, write_adapters
-from cmapkd.models.parts import split_by_name
+from cmapkd.models.parts import refuse_empty, split_by_name
 from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.tap_attention import attention_of
 from cmapkd.models.token_types import LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, Vocabulary, Where
@@ -213,6 +213,7 @@ class HfVlm(GenerativeModel):
         else:
             read_adapters(self.model, f"model.{self.layout.language}", config.folder)
         parts = self.parts
+        refuse_empty(parts, config.learn, where=f"{self.name}: lora.learn")
         learning = frozenset().union(*(parts[part] for part in ("adapters", *config.learn)))
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in learning)

@@ -79,6 +79,10 @@ def read_adapters(model: nn.Module, language: str, folder: Path) -> None:
         path = layer if layer in linears else "" if "vis" in layer else short.get(_from_layer(layer), "")
         if not path.startswith(f"{language}."):
             raise ValueError(f"{folder / WEIGHTS} has an adapter of {layer!r}: the language model has no such layer")
+        if "A" in matrices and len(matrices["A"]) != rank:  # before room is made for what a file from outside claims
+            raise ValueError(
+                f"{folder / WEIGHTS}: lora_A of {layer} has {len(matrices['A'])} rows, and {CONFIG} says r = {rank}"
+            )
         made = LoraLinear(linears[path], rank=rank, alpha=alpha)
         _fill(made, matrices, where=f"{folder / WEIGHTS}: {layer}")
         exchange(model, path, made)

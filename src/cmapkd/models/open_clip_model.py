@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.data.types import TokenBatch
+from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec, load_native_weights
 from cmapkd.models.open_clip_levels import (
@@ -74,6 +75,10 @@ class OpenClipModel(DualEncoder):
         blocks = text_blocks(self.model)
         width = text_width(self.model)
         self.text_levels = tuple(LevelInfo(f"blocks.{number}", width, "tokens") for number in range(len(blocks)))
+
+    @property
+    def architecture(self) -> str:
+        return settings_text(self, self.config)
 
     @property
     def log_logit_scale(self) -> nn.Parameter:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from cmapkd.config import ConfigError
+
 DUAL_PARTS = ("image", "text", "projections", "scale")
 """The parts of every dual encoder: the towers, what leads from them to the joint space, logit scale and bias."""
 
@@ -28,6 +30,20 @@ def split_by_name(names: Iterable[str], prefixes: Mapping[str, Iterable[str]]) -
         part = lengths[max(fitting, key=len)] if fitting else "added"
         parts.setdefault(part, set()).add(name)
     return {part: frozenset(found) for part, found in parts.items()}
+
+
+def refuse_empty(parts: Mapping[str, frozenset[str]], named: Iterable[str], *, where: str) -> None:
+    """Refuses a part without weights, since a setting of it would do nothing.
+
+    Raises:
+        ConfigError: names the part.
+    """
+    for part in named:
+        if not parts.get(part):
+            raise ConfigError(
+                f"{where} names {part}, which has no weights of its own in this model (a head that is tied to the words "
+                f"belongs to embeddings): name parts of {', '.join(name for name, held in parts.items() if held)}"
+            )
 
 
 def within(outer: str, parts: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:

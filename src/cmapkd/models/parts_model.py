@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models import parts_folder
+from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import DualEncoder, eval_mode
 from cmapkd.models.heads import Head, HeadConfig
 from cmapkd.models.image_tower import ImageTower
@@ -56,6 +57,10 @@ class PartsModel(DualEncoder):
         self.name, self.embed_dim = name, embed_dim
         self.image_spec, self.tokenizer = image.spec, text.tokenizer
         self.image_levels, self.text_levels = image.levels, text.levels
+
+    @property
+    def architecture(self) -> str:
+        return settings_text(self, self.describe())
 
     @property
     def log_logit_scale(self) -> nn.Parameter:
@@ -170,6 +175,11 @@ class PooledTowers(DualEncoder):
         self.name, self.embed_dim = f"{model.name}: frozen {' and '.join(towers)}", model.embed_dim
         self.image_spec, self.tokenizer = model.image_spec, model.tokenizer
         self.image_levels, self.text_levels = model.image_levels, model.text_levels
+
+    @property
+    def architecture(self) -> str:
+        held = [None if tower is None else tower.describe() for tower in (self.image, self.text)]
+        return settings_text(self, *held)
 
     @property
     def log_logit_scale(self) -> nn.Parameter:

@@ -10,17 +10,23 @@ from cmapkd.models.generative import GenerativeModel
 
 
 def reader_of(
-    model: Model, *, max_tokens: int | None = None, num_tokens: int | None = None, fast: bool = False
+    model: Model,
+    *,
+    max_tokens: int | None = None,
+    num_tokens: int | None = None,
+    pictures_alone: bool = False,
+    fast: bool = False,
 ) -> Reader:
     """How a model of either contract reads a batch.
 
     Args:
         max_tokens: longest dialogue with its picture, for models that write; None: as long as the model takes.
         num_tokens: tokens that their answers may have, the first by id; None: all.
+        pictures_alone: whether models that write read no dialogue without a picture.
         fast: whether pictures of models of two towers are resized by torch, see `FastPixels`.
     """
     if isinstance(model, GenerativeModel):
-        return ChatReader(model.processor, max_tokens, num_tokens)
+        return ChatReader(model.processor, max_tokens, num_tokens, pictures_alone)
     embedding = dual(model, "a batch of captions")
     spec = embedding.image_spec
     return DualReader(FastPixels(spec) if fast else spec, embedding.tokenizer)

@@ -19,6 +19,7 @@ from cmapkd.models.hf_vlm_build import processor_of
 from cmapkd.models.hf_vlm_read import read_processor
 from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
 from cmapkd.models.lora import LoraConfig
+from cmapkd.models.parts import refuse_empty
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights
 from cmapkd.models.vlm_language import Language, LanguageConfig, build_language, processor_for, rebuild_language
 from cmapkd.models.vlm_model import LANGUAGE, PROCESSOR, AssembledVlm, joined
@@ -67,6 +68,7 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Mod
     if options.lora is not None:
         model.adapt(options.lora)
     parts, parameters = model.parts, dict(model.named_parameters())
+    refuse_empty(parts, options.frozen, where=f"{config.name}: options.frozen")
     for name in frozenset().union(*(parts[part] for part in options.frozen)):
         parameters[name].requires_grad_(False)
     return model

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cmapkd.data.dialogues import ChatInput
+from cmapkd.models.architecture import settings_text
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.lora import adapters_of, merged
 from cmapkd.models.lora_files import write_adapters
@@ -34,6 +35,11 @@ class AssembledVlm(HfVlm):
     def vision(self) -> VisualTokens:
         found: VisualTokens = self.model.model.vision_tower
         return found
+
+    @property
+    def architecture(self) -> str:
+        vision = self.vision
+        return settings_text(self, vision.tower.describe(), vision.level, self.model.model.multi_modal_projector.kind)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

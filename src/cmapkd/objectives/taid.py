@@ -48,6 +48,6 @@ def next_taid(
         return replace(state, previous=loss)
     decrease = (state.previous - loss) / (state.previous + 1e-15)
     momentum = inertia * state.momentum + (1 - inertia) * decrease
-    faster = state.t + rate * (1 - state.t) / (1 + math.exp(-momentum))
+    faster = state.t + rate * (1 - state.t) * (1 + math.tanh(momentum / 2)) / 2  # the logistic function
     floor = start + (end - start) * progress
     return TaidState(min(end, max(floor, faster)), loss, momentum)

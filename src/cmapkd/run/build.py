@@ -239,24 +239,28 @@ def readers(
     *teachers: Teacher | None,
     max_tokens: int | None = None,
     num_tokens: int | None = None,
+    pictures_alone: bool = False,
     fast: bool = False,
 ) -> dict[str, Reader]:
     """How each model of a run reads a batch, see `reader_of`; a momentum teacher reads what the student reads."""
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
-    return {
-        role: reader_of(model, max_tokens=max_tokens, num_tokens=num_tokens, fast=fast)
-        for role, model in models.items()
-    }
+    how: dict[str, Any] = {"max_tokens": max_tokens, "num_tokens": num_tokens, "pictures_alone": pictures_alone}
+    return {role: reader_of(model, **how, fast=fast) for role, model in models.items()}
 
 
 def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:
     """The readers of a method's models. Where next tokens are compared, answers have only tokens that both know."""
     num_tokens = method.num_tokens if isinstance(method, GenerativeMethod) else None
     assert config.data.views is not None
-    fast = config.data.views.reading == "fast"
-    teachers = method.teachers.values()
-    return readers(method.student, *teachers, max_tokens=config.data.max_tokens, num_tokens=num_tokens, fast=fast)
+    return readers(
+        method.student,
+        *method.teachers.values(),
+        max_tokens=config.data.max_tokens,
+        num_tokens=num_tokens,
+        pictures_alone=config.training.sharding == "fsdp2",
+        fast=config.data.views.reading == "fast",
+    )
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

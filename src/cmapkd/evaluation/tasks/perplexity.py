@@ -50,8 +50,10 @@ class Perplexity(Task):
             "of": "captions" if asked[0].kind == "caption" else "questions",
             "protocol": writer.protocol(question_suffix=how.question_suffix, instruction=how.instruction),
         }
-        pictures = other_pictures(asked)
-        other = {} if pictures is None else _read(writer, asked, pictures)
+        shown = [place for place, each in enumerate(asked) if each.shows]
+        pictures = other_pictures([asked[place] for place in shown])
+        wrong_read = {} if pictures is None else _read(writer, [asked[place] for place in shown], pictures)
+        other = {shown[place]: sums for place, sums in wrong_read.items()}
         both = read.keys() & other.keys()  # another picture may make a dialogue too long
         if not both:
             return result

@@ -29,7 +29,8 @@ class TokenAgreement(Task):
         return nothing_to_read(subject)
 
     def unlike(self, subjects: Sequence[Subject]) -> str | None:
-        """Models whose tokens differ are not compared: their probabilities are of different things."""
+        """Models whose tokens differ are not compared: their probabilities are of different things. So are those of
+        models that begin or end an answer otherwise."""
         teacher = subjects[0]
         for subject in subjects[1:]:
             theirs, own = teacher.generative.vocabulary, subject.generative.vocabulary
@@ -38,6 +39,12 @@ class TokenAgreement(Task):
                     f"it compares models with the same vocabulary: {teacher.name} has {theirs.size:,} tokens "
                     f"({theirs.digest[:8]}), {subject.name} {own.size:,} ({own.digest[:8]}). Compare their bits per "
                     "byte instead (perplexity)"
+                )
+            if (theirs.end_ids[0], theirs.lead) != (own.end_ids[0], own.lead):
+                return (
+                    f"it compares answers of the same tokens: {teacher.name} begins them with {theirs.lead!r} and ends "
+                    f"them with token {theirs.end_ids[0]}, {subject.name} with {own.lead!r} and {own.end_ids[0]}. "
+                    "Compare their bits per byte instead (perplexity)"
                 )
         return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import random
 import signal
@@ -15,6 +17,7 @@ import pytest
 import torch
 from cache_support import contents
 from token_support import LENGTH, Asked, batch_of, built, make_writer, token_kd, token_plan
+from tokenizers import Tokenizer
 
 from cmapkd.cache import CacheError, all_keys, describe, verify
 from cmapkd.cache.cost import measure
@@ -22,6 +25,7 @@ from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.token_layout import TokenLayout
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import QuestionAnswer, Sample
+from cmapkd.models import load_model
 
 forks = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 BYTES = {(16, 512): 70, (32, 512): 134, (64, 512): 262, (128, 512): 518}
@@ -181,3 +185,35 @@ def test_the_room_is_that_of_all_samples_and_answers_too_long_for_the_teacher_do
 
     source.unseen = one_is_long  # type: ignore[method-assign]
     assert token_plan(tmp_path / "c", method, source=source).layout == whole
+
+
+def test_another_merge_of_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Pieces and probes stay the same, and texts have other tokens."""
+    built(tmp_path / "c", token_kd(make_writer(width=24, seed=7)))
+    changed = make_writer(width=24, seed=7)
+    native = copy.deepcopy(changed.processor.native)
+    rules = json.loads(native.tokenizer.backend_tokenizer.to_str())
+    rules["model"]["merges"] = rules["model"]["merges"][:-1]
+    native.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))
+    method = token_kd(changed)
+    other = type(changed.processor)(native, image_id=changed.processor.image_id, max_tokens=64)
+    changed.processor.__dict__.update(other.__dict__)
+    with pytest.raises(CacheError, match="the teacher reads dialogues otherwise"):
+        token_plan(tmp_path / "c", method).open()
+
+
+def test_another_setting_of_the_same_weights_is_refused(tmp_path: Path) -> None:
+    built(tmp_path / "c", token_kd(make_writer(width=24, seed=7)))
+    for change in ({"vision_feature_layer": -2}, {"image_token_index": 5}):
+        changed = make_writer(width=24, seed=7)
+        for name, value in change.items():
+            setattr(changed.model.config, name, value)
+        with pytest.raises(CacheError, match="the teacher computes otherwise with its weights"):
+            token_plan(tmp_path / "c", token_kd(changed)).open()
+    changed = make_writer(width=24, seed=7)
+    changed.model.config.text_config.rms_norm_eps = 1e-3
+    with pytest.raises(CacheError, match="the teacher computes otherwise with its weights"):
+        token_plan(tmp_path / "c", token_kd(changed)).open()
+    saved = make_writer(width=24, seed=7)
+    saved.save(tmp_path / "saved")
+    token_plan(tmp_path / "c", token_kd(load_model(tmp_path / "saved"))).open()  # the same model, read back

@@ -186,6 +186,20 @@ def test_data_without_what_is_asked_for_are_refused() -> None:
         Prompting("turns").check(ScenesSource(length=8))
 
 
+def test_every_caption_and_question_of_both_is_shown_as_often() -> None:
+    said = {f"caption {place}": 0 for place in range(5)} | {"answer 0": 0, "answer 1": 0}
+    questions = tuple(QuestionAnswer(f"question {place}", (f"answer {place}",)) for place in range(2))
+    sample = Sample("s", RED, tuple(f"caption {place}" for place in range(5)), questions=questions)
+    prompting = Prompting("both")
+    for number in range(6000):
+        view = draw_view("s", number, ViewSpec(), RED.size)
+        said[prompting.choose(sample, view, number)[-1].text] += 1
+    expected = {name: 2000 if name.startswith("answer") else 400 for name in said}
+    assert all(abs(said[name] - count) < 5 * count**0.5 for name, count in expected.items()), said
+    assert prompting.describe() != Prompting("both", join=True).describe()
+    assert "drawn apart" in prompting.describe()  # a cache of the old choice is refused
+
+
 @pytest.mark.parametrize("kind", ["captions", "both"])
 def test_several_captions_stand_in_one_dialogue_each_once(kind: Any) -> None:
     said = ("one", "two", "three")
@@ -436,3 +450,12 @@ def test_workers_make_the_same_batches_in_order() -> None:
         assert mine.ids == theirs.ids
         same(chat(mine), chat(theirs))
     assert copied(builder_of())[plan(1)].captions == builder_of()[plan(1)].captions
+
+
+def test_texts_alone_are_bad_samples_where_every_process_must_see_a_picture() -> None:
+    silent = (Turn("user", "why?"), Turn("assistant", "so"))
+    reader = ChatReader(ByteChat(), pictures_alone=True)
+    with pytest.raises(ValueError, match=r"shows no picture, and with training\.sharding: fsdp2 every process"):
+        reader.read(RED, None, silent)
+    shown = (Turn("user", "why?", 1), Turn("assistant", "so"))
+    assert len(reader.read(RED, None, shown).ids) == len(ChatReader(ByteChat()).read(RED, None, shown).ids)

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from writing_support import ASK, CAPTIONS, SHARPNESS, SIZE, TABLE, AskedSource, ByteProcessor, LookupModel
 
-from cmapkd.data.dialogues import ChatItem, Dialogue
+from cmapkd.data.dialogues import ChatItem, Dialogue, Turn
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.records import kind_of
 from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample
@@ -214,6 +214,15 @@ def test_agreement_refuses_other_vocabularies() -> None:
         evaluate_models(models, AskedSource(), SuiteConfig(tasks=("token_agreement",)), device="cpu")
 
 
+@pytest.mark.parametrize("changes", [{"end_ids": (257,)}, {"lead": " "}])
+def test_agreement_refuses_other_ends_and_beginnings(changes: dict[str, Any]) -> None:
+    other = LookupModel(TABLE)
+    other.vocabulary = replace(other.vocabulary, **changes)
+    models = {"t": LookupModel(TABLE), "s": other}
+    with pytest.raises(ValueError, match=r"answers of the same tokens: t begins them with '' and ends them with token"):
+        evaluate_models(models, AskedSource(), SuiteConfig(tasks=("token_agreement",)), device="cpu")
+
+
 @pytest.mark.usefixtures("no_tool")
 def test_other_vocabularies_cost_no_other_score() -> None:
     models = {"t": LookupModel(TABLE), "s": LookupModel(TABLE, pieces="others")}
@@ -371,6 +380,24 @@ def test_a_wrong_picture_that_does_not_fit_makes_no_sample_bad() -> None:
     assert lengths == {"num_bytes": 7, "num_tokens": 10}  # yes, 2 and yes; each with its end
     gain = (6 * HIT + 4 * MISS) - (2 * HIT + 8 * MISS)  # of these three alone
     assert found["visual_gain"] == pytest.approx(gain / math.log(2) / 7)
+
+
+def test_dialogues_without_a_picture_are_shown_no_wrong_one_and_lend_none() -> None:
+    class Silent(AskedSource):
+        """The last sample has a dialogue without a picture."""
+
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            if index != 2:
+                return sample
+            turns = (Turn("user", "Cat?"), Turn("assistant", "no"))
+            return replace(sample, image=Image.new("RGB", (1, 1)), turns=turns, questions=(), captions=())
+
+    found = scores_of("perplexity", source=Silent())["perplexity"]
+    shown = scores_of("perplexity", source=AskedSource(bad=[2]))["perplexity"]
+    assert found["num_references"] == shown["num_references"] + 1
+    assert found["wrong_picture"] == shown["wrong_picture"]
+    assert found["visual_gain"] == pytest.approx(shown["visual_gain"])
 
 
 def test_what_the_source_lacks_is_refused() -> None:

@@ -107,7 +107,8 @@ class LookupModel(GenerativeModel):
         return answers
 
     def _looked_up(self, item: ChatItem, start: int) -> list[int]:
-        red = int(item.pictures["reds"][0, 0])
+        shown = item.pictures["reds"]
+        red = int(shown[0, 0]) if len(shown) else -1
         return self.processor.encode_answer(
             self.table.get((red, self.processor.decode(item.ids[:start].tolist())), "?")
         )

@@ -277,6 +277,20 @@ def test_taid_moves_by_its_loss_over_all_tokens() -> None:
         assert float(method.momentum) == pytest.approx(momentum, rel=1e-9, abs=1e-15)
 
 
+def test_a_batch_without_answers_leaves_the_target_of_taid_where_it_is() -> None:
+    method = make_task("taid", rate=0.5)
+    for step in range(2):
+        method(batch_of(method, range(step, step + 5)), StepInfo(step, 100))
+    before = (float(method.place), float(method.before), float(method.momentum))
+    batch = batch_of(method)
+    silent = {
+        role: replace(inputs, answer=torch.zeros_like(inputs.answer))  # type: ignore[type-var]
+        for role, inputs in batch.inputs.items()
+    }
+    method(replace(batch, inputs=silent), StepInfo(2, 100))
+    assert (float(method.place), float(method.before), float(method.momentum)) == before
+
+
 def test_taid_without_adaption_goes_straight_and_stays_while_it_does_not_train() -> None:
     method = make_task("taid", start=0.2, end=0.8, adaptive=False)
     for step in range(4):

@@ -134,7 +134,12 @@ def test_published_adapters_with_other_names_are_read(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True, "lora_alpha": 4}))
     again = adapted(moved=False, folder=folder)  # 4 / sqrt(4) is 8 / 4
     torch.testing.assert_close(answers(again), answers(model))
-    for change, reason in (({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "plain LoRA"), ({"r": 5}, "needs")):
+    for change, reason in (
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "plain LoRA"),
+        ({"r": 5}, "says r = 5"),
+        ({"r": 9_999_999}, "says r = 9999999"),
+    ):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=reason):
             adapted(folder=folder)

@@ -537,6 +537,14 @@ def test_taid_moves_its_target_as_published_code_does() -> None:
         assert (state.t, state.previous, state.momentum) == pytest.approx(tuple(expected), rel=2e-6, abs=1e-8)
 
 
+@pytest.mark.parametrize("losses", [(1e-5, 1.0), (0.0, 1.0), (1.0, 0.0), (1e-300, 1e300)])
+def test_taid_survives_losses_of_any_two_sizes(losses: tuple[float, float]) -> None:
+    """The published logistic function saturates, where exp would overflow."""
+    before, loss = losses
+    state = next_taid(TaidState(0.4, before, 0.0), loss, progress=0.1)
+    assert 0.46 - 1e-12 <= state.t <= 1.0
+
+
 def test_chunks_have_the_value_and_gradients_of_published_chunks() -> None:
     published = {name: torch.tensor(value) for name, value in PUBLISHED["liger"].items() if isinstance(value, list)}
     hidden, weight = (published[name].double().requires_grad_() for name in ("hidden", "weight"))

@@ -348,13 +348,13 @@ def vocabulary_digest(tokenizer: Any) -> str:
 
 
 def _rules_of(tokenizer: Any) -> str:
-    """How texts become pieces (merges, splitting, normalisation), as JSON; of a tokenizer in Python what it says itself.
+    """How texts become pieces (merges, splitting, normalisation), as JSON; empty of a tokenizer written in Python.
 
     Cutting and padding are left out: both are set at each call.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return repr(sorted((key, str(value)) for key, value in tokenizer.init_kwargs.items() if "name" not in key))
+        return ""
     rules = json.loads(backend.to_str())
     return json.dumps({key: rules[key] for key in sorted(rules) if key not in ("truncation", "padding")})
 

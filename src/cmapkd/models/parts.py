@@ -41,8 +41,8 @@ def refuse_empty(parts: Mapping[str, frozenset[str]], named: Iterable[str], *, w
     for part in named:
         if not parts.get(part):
             raise ConfigError(
-                f"{where} names {part}, which has no weights of its own in this model (a head that is tied to the words "
-                f"belongs to embeddings): name parts of {', '.join(name for name, held in parts.items() if held)}"
+                f"{where} names {part}, which has no weights of its own here (a head that is tied to the words belongs "
+                f"to embeddings): name parts of {', '.join(name for name, held in parts.items() if held)}"
             )
 
 

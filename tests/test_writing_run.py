@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from cmapkd.cli import app
 from cmapkd.compare import compare, load_comparison
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
+from cmapkd.data.prompting import Prompting
 from cmapkd.data.records import Unusable
 from cmapkd.data.turns import Turn
 from cmapkd.diagnosis import diagnose
 from cmapkd.diagnosis.models import check_weights
+from cmapkd.diagnosis.writing import Asked, check_dialogues
 from cmapkd.methods.generative import GenerativeConfig
 from cmapkd.models import FrozenTeacher, GenerativeModel, ModelConfig, build_model
 from cmapkd.report import write_report
@@ -38,7 +41,7 @@ from cmapkd.run.prompts import prompts_of_runs
 from cmapkd.run.remarks import remarks_on_teachers
 from cmapkd.starter import check_teacher
 from helpers import MemorySource
-from writers import STUDENT, TEACHER, TEXTS
+from writers import STUDENT, TEACHER, TEXTS, Dialogues, make_writer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -389,6 +392,19 @@ def test_the_doctor_looks_at_tokens_and_pictures(recipe: dict[str, Any]) -> None
     assert "its 8 likeliest tokens leave out" in found["teacher tokens"].detail
     assert "answers of the student's own" in found["parts of a step"].detail
     assert found["padding"].level == "ok"
+
+
+@pytest.mark.parametrize(("silent", "level"), [(1, "note"), (7, "problem")])
+def test_the_doctor_counts_samples_that_give_no_dialogue(silent: int, level: str) -> None:
+    model, source = make_writer(), Dialogues()
+    asked = replace(Asked.of(source, Prompting()), silent=("its questions have no answer",) * silent)
+    found = check_dialogues("student", model, asked, max_tokens=None, max_bad_share=0.2)
+    assert found[-1].level == level
+    assert "cannot be used, the first: its questions have no answer" in found[-1].detail
+    assert ("A run stops above data.max_bad_share 20%" in found[-1].detail) == (level == "problem")
+    long = check_dialogues("student", model, replace(asked, silent=()), max_tokens=3, max_bad_share=0.2)
+    assert long[-1].level == "problem"
+    assert "are longer than data.max_tokens=3" in long[-1].detail
 
 
 def test_commands_of_models_that_embed_refuse(finished: tuple[Path, str], tmp_path: Path) -> None:

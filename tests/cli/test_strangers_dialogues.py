@@ -103,7 +103,7 @@ def test_bad_dialogues_are_counted_with_their_reason(ends: dict[str, tuple[int, 
         ("too many", "max_bad_share"),
         ("stopped", "sample '"),
         ("other tokens", "different tokenizers"),
-        ("two towers", "token_kd needs a teacher that is a GenerativeModel"),
+        ("two towers", "token_kd needs a teacher that writes, and tiny"),
         ("no generation prompt", "has no generation prompt"),
     ],
 )

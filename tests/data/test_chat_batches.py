@@ -186,6 +186,12 @@ def test_data_without_what_is_asked_for_are_refused() -> None:
         Prompting("turns").check(ScenesSource(length=8))
 
 
+def test_questions_without_an_answer_are_told_of() -> None:
+    sample = Sample("s", RED, (), questions=(QuestionAnswer("why?", ()), QuestionAnswer("how?", ("",))))
+    with pytest.raises(BadSampleError, match="this run learns from; its questions have no answer"):
+        Prompting().choose(sample, draw_view("s", 0, WHOLE, RED.size), 0)
+
+
 def test_every_caption_and_question_of_both_is_shown_as_often() -> None:
     said = {f"caption {place}": 0 for place in range(5)} | {"answer 0": 0, "answer 1": 0}
     questions = tuple(QuestionAnswer(f"question {place}", (f"answer {place}",)) for place in range(2))

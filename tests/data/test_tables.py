@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import shutil
 import warnings
@@ -165,6 +166,17 @@ def test_jsonl(folder: Path) -> None:
     assert reason(source, 7) == "image is not named (row 10)"
     assert reason(source, 8) == "label is not a class number: '[1]' (row 11)"
     assert len(open_source(f"jsonl:{folder}/t.jsonl?limit=3", require_captions=True)) == 3
+
+
+def test_a_missing_value_of_a_table_is_no_answer(folder: Path) -> None:
+    lines = [
+        as_json(image="0.png", question="what?", answer=math.nan),
+        as_json(image="1.png", question="what?", answers=["red", math.nan]),
+        as_json(image="2.png", question="what?", answer={"text": "red"}),
+    ]
+    source = open_source(f"jsonl:{write_lines(folder / 'nan.jsonl', lines)}")
+    assert [source[index].questions[0].answers for index in range(2)] == [(), ("red",)]
+    assert reason(source, 2).startswith("answer is not text: \"{'text': 'red'}\"")
 
 
 def test_jsonl_refusals(folder: Path) -> None:

@@ -99,7 +99,9 @@ def test_a_packages_task_is_measured_with_its_settings_where_it_is_named_and_onl
 
 @pytest.mark.usefixtures("plugged")
 def test_a_task_says_which_models_it_reads() -> None:
-    with pytest.raises(ValueError, match=r"nothing: it reads a MaskedEncoder, and .* is none"):
+    with pytest.raises(
+        ValueError, match=r"nothing: it is for a model that has gates at its units, and m embeds pictures and texts"
+    ):
         evaluate_models({"m": make_model()}, MemorySource(4), EvaluationConfig(tasks=("nothing",)), device="cpu")
 
 

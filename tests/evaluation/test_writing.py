@@ -411,7 +411,9 @@ def test_models_of_two_kinds_are_evaluated_apart() -> None:
     models = {"writes": LookupModel(TABLE), "embeds": make_model()}
     with pytest.raises(ValueError, match=r"no task measures all .* writes write answers, and embeds embed images"):
         evaluate_models(models, AskedSource(), device="cpu")
-    with pytest.raises(ValueError, match=r"answering: it reads a GenerativeModel, and .* is none"):
+    with pytest.raises(
+        ValueError, match=r"answering: it is for a model that writes, and embeds embeds pictures and texts"
+    ):
         evaluate_models(models, AskedSource(), SuiteConfig(tasks=("answering",)), device="cpu")
 
 

@@ -72,7 +72,7 @@ class CachePlan:
             CacheError: the method has no use for one.
         """
         if method.not_cached is not None:
-            raise CacheError(f"{type(method).__name__} takes no teacher cache: {method.not_cached}. Set cache: off")
+            raise CacheError(f"this method takes no teacher cache as it is set: {method.not_cached}. Set cache: off")
         teacher, asked = method.teachers[role], asked_of(method, role)
         if not isinstance(teacher, FrozenTeacher):
             raise CacheError(f"teacher {role} of {type(method).__name__} has no answers to keep: set cache: off")

@@ -17,9 +17,9 @@ SHOWN = 6
 """Questions whose answers are printed."""
 
 _OPENING = (
-    "A small model (the student) learns to answer questions about pictures from a large one (the teacher). It is shown "
-    "few of the answers. Then the same student learns from these answers alone. In the end all three are scored. The "
-    "data are drawn, so nothing is downloaded."
+    "A small model (the student) learns to answer questions about pictures from a large one (the teacher). Then the "
+    "same student learns from the same answers alone. In the end all three are scored. The data are drawn, so nothing "
+    "is downloaded."
 )
 
 
@@ -70,7 +70,7 @@ def _answered(config: RunConfig, out: Path) -> Iterator[str]:
     asked = [
         (sample, sample.questions[place % len(sample.questions)])
         for place, sample in enumerate(samples)
-        if sample.questions
+        if any(sample.questions[place % len(sample.questions)].answers if sample.questions else ())
     ]
     models: dict[str, Any] = {"teacher": build_teacher(config.teacher), "student": load_model(out)}
     if (out / "baseline").is_dir():

@@ -97,7 +97,8 @@ class Prompting:
         kind = self._kind(sample)
         if kind is None:
             asked_for = "dialogue, question or caption" if self.kind == "auto" else self.kind
-            raise BadSampleError(sample.id, f"no {asked_for} that this run learns from")
+            without = "; its questions have no answer" if sample.questions and not _answered(sample) else ""
+            raise BadSampleError(sample.id, f"no {asked_for} that this run learns from{without}")
         if kind == "turns":
             if sample.no_turns is not None:
                 raise BadSampleError(sample.id, sample.no_turns)

@@ -234,7 +234,9 @@ def _question(
     entries = answer if isinstance(answer, list) else [answer]
     answers = []
     for entry in entries:
-        value = entry.get("answer") if isinstance(entry, dict) else entry  # VQA v2: [{"answer": "yes", ...}, ...]
+        value = entry.get("answer", entry) if isinstance(entry, dict) else entry  # VQA v2: [{"answer": "yes", ...}]
+        if isinstance(value, float) and math.isnan(value):  # a table's missing value
+            continue
         if isinstance(value, bool):
             value = "true" if value else "false"
         if not isinstance(value, str | int | float):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -129,10 +129,11 @@ def _models(config: RunConfig, train: Source, say: Say) -> Iterator[Finding]:
 
 
 def _of_student(config: RunConfig, student: Model, train: Source, asked: Asked | None) -> Iterator[Finding]:
+    limits: dict[str, Any] = {"max_tokens": config.data.max_tokens, "max_bad_share": config.data.max_bad_share}
     if isinstance(student, GenerativeModel) and asked is not None:
         yield from check_writer("student", student)
         yield from check_weights("student", student, teaches=False)
-        yield from check_dialogues("student", student, asked, max_tokens=config.data.max_tokens)
+        yield from check_dialogues("student", student, asked, **limits)
         yield from check_start(student, asked)
     elif isinstance(student, DualEncoder):
         yield from check_model("student", student, train)
@@ -145,10 +146,11 @@ def _of_teacher(
     config: RunConfig, what: str, teacher: Model, student: Model, train: Source, asked: Asked | None
 ) -> Iterator[Finding]:
     """What a teacher is, alone and beside the student; the method refuses one of the other contract."""
+    limits: dict[str, Any] = {"max_tokens": config.data.max_tokens, "max_bad_share": config.data.max_bad_share}
     if isinstance(teacher, GenerativeModel) and asked is not None:
         yield from check_writer(what, teacher)
         yield from check_weights(what, teacher, teaches=True)
-        yield from check_dialogues(what, teacher, asked, max_tokens=config.data.max_tokens)
+        yield from check_dialogues(what, teacher, asked, **limits)
         if isinstance(student, GenerativeModel):
             yield from compare_writers(student, teacher, by_bytes=config.method.reads_bytes)
         yield from check_looks(what, teacher, asked)

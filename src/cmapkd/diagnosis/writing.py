@@ -33,27 +33,32 @@ UNIFORM = 1.5  # nats: an untrained model's loss lies about the logarithm of its
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Dialogues of the training, each with the index of its sample."""
+    """Dialogues of the training, each with the index of its sample; and why other samples give none."""
 
     source: Source
     dialogues: Sequence[Dialogue]
     indices: Sequence[int]
+    silent: Sequence[str] = ()
 
     @classmethod
     def of(cls, source: Source, prompting: Prompting) -> Asked:
-        """Up to `READ_DIALOGUES` that the first view of a sample gives; others are counted where data are looked at."""
-        dialogues, indices = [], []
+        """Up to `READ_DIALOGUES` that the first view of a sample gives; unreadable ones are counted with the data."""
+        dialogues, indices, silent = [], [], []
         for index in range(0, len(source), max(1, len(source) // READ_DIALOGUES)):
             try:
                 sample = source[index]
-                dialogue = prompting.choose(sample, draw_view(sample.id, 0, WHOLE, sample.image.size), 0)
             except BadSampleError:
+                continue
+            try:
+                dialogue = prompting.choose(sample, draw_view(sample.id, 0, WHOLE, sample.image.size), 0)
+            except BadSampleError as error:
+                silent.append(error.reason)
                 continue
             dialogues.append(dialogue)
             indices.append(index)
             if len(indices) == READ_DIALOGUES:
                 break
-        return cls(source, dialogues, indices)
+        return cls(source, dialogues, indices, silent)
 
     def read(self, model: GenerativeModel, place: int, *, picture_of: int | None = None) -> ChatItem:
         """A dialogue as the model reads it, with the picture of another place if one is named."""
@@ -76,13 +81,16 @@ def check_writer(role: str, model: GenerativeModel) -> list[Finding]:
     ]
 
 
-def check_dialogues(role: str, model: GenerativeModel, asked: Asked, *, max_tokens: int | None) -> list[Finding]:
+def check_dialogues(
+    role: str, model: GenerativeModel, asked: Asked, *, max_tokens: int | None, max_bad_share: float
+) -> list[Finding]:
     """Visual tokens of a picture, lengths of answers, and what the model cannot read.
 
     Args:
         max_tokens: longest dialogue that the run allows; None: as long as the model takes.
+        max_bad_share: of samples that cannot be used; above it the run stops.
     """
-    what, items, refused = f"{role} dialogues", [], []
+    what, items, refused = f"{role} dialogues", [], [*asked.silent]
     for place in range(len(asked.dialogues)):
         try:
             items.append(asked.read(model, place))
@@ -103,15 +111,16 @@ def check_dialogues(role: str, model: GenerativeModel, asked: Asked, *, max_toke
         findings.append(
             Finding("problem" if empty else "ok", what, detail + (f"; {empty} learn nothing" * bool(empty)))
         )
-    if over:
-        share = 100 * over / len(items)
-        findings.append(
-            Finding("note", what, f"{share:.0f} % are longer than data.max_tokens={max_tokens} and will not be used")
-        )
-    if refused:
-        level: Literal["note", "problem"] = "problem" if len(refused) == len(asked.dialogues) else "note"
-        share = 100 * len(refused) / len(asked.dialogues)
-        findings.append(Finding(level, what, f"{share:.0f} % cannot be read, the first: {refused[0]}"))
+    total = len(asked.dialogues) + len(asked.silent)
+    for count, told in (
+        (over, f"are longer than data.max_tokens={max_tokens} and will not be used"),
+        (len(refused), f"cannot be used, the first: {refused[0] if refused else ''}"),
+    ):
+        if count:
+            many = count / total > max_bad_share
+            level: Literal["note", "problem"] = "problem" if many else "note"
+            stops = f". A run stops above data.max_bad_share {max_bad_share:.0%}" if many else ""
+            findings.append(Finding(level, what, f"{count / total:.0%} {told}{stops}"))
     return findings
 
 

@@ -212,8 +212,8 @@ def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Benc
     refused: dict[str, str] = {}
     for name, task in wanted.items():
         if not _readable(type(task), {subject.name: subject.model for subject in subjects}):
-            other = next(subject.model for subject in subjects if not isinstance(subject.model, task.reads))
-            refused[name] = f"it reads a {task.reads.__name__}, and {other.name} is none"
+            other = next(subject for subject in subjects if not isinstance(subject.model, task.reads))
+            refused[name] = f"it is for a model that {task.reads.does}, and {other.name} {other.model.does}"
         elif task.needs_source and bench.source is None:
             refused[name] = "it needs data: name them with --data"
         elif task.needs_reference and len(subjects) < 2:

@@ -104,8 +104,8 @@ def _check_contract(name: str, kind: type[Method], model: Model, role: str) -> N
     if not isinstance(model, kind.reads):
         able = ", ".join(other for other, each in METHODS.items() if isinstance(model, each.reads))
         raise ConfigError(
-            f"method {name} needs a {role} that is a {kind.reads.__name__}, and {model.name} is a "
-            f"{type(model).__name__}. Methods for such models: {able or 'none'}"
+            f"method {name} needs a {role} that {kind.reads.does}, and {model.name} {model.does}. Methods for such "
+            f"models: {able or 'none'}"
         )
 
 

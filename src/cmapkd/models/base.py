@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -56,9 +56,11 @@ class Model(nn.Module, ABC):
 
     Attributes:
         name: how the model is named in recipes, for messages and reports.
+        does: what a model of this contract does, for messages.
     """
 
     name: str
+    does: ClassVar[str]
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +134,7 @@ class DualEncoder(Model):
         assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
     """
 
+    does: ClassVar[str] = "embeds pictures and texts"
     embed_dim: int
     image_spec: ImageSpec
     tokenizer: Tokenizer

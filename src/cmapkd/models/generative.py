@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -97,6 +98,7 @@ class GenerativeModel(Model):
         random_parts: the parts that have random weights, of a model that was just built; () once it was trained.
     """
 
+    does: ClassVar[str] = "writes"
     processor: ChatProcessor
     vocabulary: Vocabulary
     image_levels: tuple[LevelInfo, ...]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,6 +47,8 @@ class MaskedEncoder(DualEncoder):
     Raises:
         ValueError: the model's family cannot be taken apart.
     """
+
+    does: ClassVar[str] = "has gates at its units"
 
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()

@@ -164,6 +164,17 @@ def test_a_teacher_that_writes_and_is_random_is_told_of() -> None:
     assert finding.level == "problem"
 
 
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [({"name": "taid"}, "mixes all logits"), ({"name": "token_kd", "on_policy": 0.5}, "has just written")],
+)
+def test_a_cache_that_nothing_could_be_read_from_is_refused_by_the_recipe(
+    recipe: dict[str, Any], method: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"method {method['name']} takes no teacher cache as it is set: .*{reason}"):
+        of(recipe, method=method, cache="auto")
+
+
 def test_a_fast_reading_of_pictures_is_for_models_of_two_towers(recipe: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.views\.reading: fast is for models of two towers"):
         of(recipe, data={**recipe["data"], "views": {"reading": "fast"}})

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -137,6 +138,10 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
     """Size of a teacher's cache, and from how many epochs on it pays."""
     what = "cache" if role == "teacher" else f"cache of {role}"
     settings = config.cache
+    if method.not_cached is not None:
+        level: Literal["note", "problem"] = "note" if settings is None else "problem"
+        yield Finding(level, what, f"none can serve this method as it is set: {method.not_cached}")
+        return
     if settings is None:  # what it would be
         values = {**config.plain(), "cache": CacheConfig().model_dump(mode="json")}
         config = RunConfig.from_mapping(values)

@@ -52,6 +52,11 @@ class MethodConfig(Config):
         """Whether tokens of two tokenizers may meet where both begin at the same byte of a text."""
         return False
 
+    @property
+    def not_cached(self) -> str | None:
+        """Why no cache can hold a teacher's answers under these settings; None: one can, as far as they say."""
+        return None
+
     @field_validator("term_weighting", mode="before")
     @classmethod
     def _weighting_by_name(cls, value: Any) -> Any:

@@ -35,6 +35,10 @@ class TAIDConfig(GenerativeConfig):
     answers_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy with the answers of the data.")
     distill_weight: float = Field(1.0, ge=0, description="Weight of the divergence from the target.")
 
+    @property
+    def not_cached(self) -> str | None:
+        return "its target mixes all logits of teacher and student, and a cache holds the likeliest alone"
+
     @model_validator(mode="after")
     def _forwards(self) -> TAIDConfig:
         if self.start > self.end:
@@ -68,7 +72,7 @@ class TAID(GenerativeMethod):
     def __init__(self, config: TAIDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config: TAIDConfig = config
-        self.not_cached = "its target mixes all logits of teacher and student, and a cache holds the likeliest alone"
+        self.not_cached = config.not_cached
         self.register_buffer("place", torch.tensor(config.start, dtype=torch.float64))
         self.register_buffer("momentum", torch.zeros((), dtype=torch.float64))
         self.register_buffer("before", torch.full((), torch.inf, dtype=torch.float64))

@@ -60,6 +60,10 @@ class TokenKDConfig(GenerativeConfig):
     def reads_bytes(self) -> bool:
         return self.alignment == "bytes"
 
+    @property
+    def not_cached(self) -> str | None:
+        return None if self.on_policy is None else "the teacher judges answers that the student has just written"
+
     @field_validator("on_policy", mode="before")
     @classmethod
     def _share_alone(cls, value: Any) -> Any:
@@ -139,8 +143,8 @@ class TokenKD(GenerativeMethod):
         )
         if self._by_rank:
             self.not_cached = f"compare: {config.compare} reads all of the teacher's probabilities"
-        if config.on_policy is not None:
-            self.not_cached = "the teacher judges answers that the student has just written"
+        if config.not_cached is not None:
+            self.not_cached = config.not_cached
 
     def relate(self, teacher: GenerativeModel) -> None:
         """Also tokens of two tokenizers by their bytes, where the config says so and one tokenizer is not enough."""

@@ -158,6 +158,14 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _cache_serves_method(self) -> Self:
+        """What the settings alone tell is told before a teacher is loaded."""
+        name, reason = self.method.name, METHODS[self.method.name].not_cached or self.method.not_cached
+        if self.cache is not None and self.teacher is not None and reason is not None:
+            raise ValueError(f"method {name} takes no teacher cache as it is set: {reason}. Set cache: off")
+        return self
+
+    @model_validator(mode="after")
     def _weights_to_inherit(self) -> Self:
         for role, model in self.teachers.items():
             if model.inherit is not None:

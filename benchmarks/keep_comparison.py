@@ -30,7 +30,7 @@ def main() -> None:
         "comparison": told["comparison"],
         "teachers": {name: scores for table in told["tables"] for name, scores in table["teachers"].items()},
         "contrasts": contrasts_of(arguments.folder / "contrasts.csv"),
-        "environment": told["environment"],
+        "environment": {key: value for key, value in told["environment"].items() if key != "command"},
     }
     text = json.dumps(kept, indent=1, ensure_ascii=False)
     arguments.name.with_suffix(".json").write_text(text + "\n", encoding="utf-8")

@@ -27,16 +27,20 @@ from cmapkd.models import DualEncoder
 from helpers import MemorySource, make_trainer
 
 TWO, STEPS = 2, 3
-HOW = ("none", "fsdp2")
+HOW: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fsdp2": {"sharding": "fsdp2"},
+    "fsdp2, computed again": {"sharding": "fsdp2", "activation_checkpointing": True},
+}
 FAILED = "failed"
 PATIENCE, GRACE = 300.0, 20.0  # seconds for all families, and for a process whose partner has ended
 
 
-def trained(student: DualEncoder, folder: Path, sharding: str = "none") -> dict[str, Tensor]:
+def trained(student: DualEncoder, folder: Path, **training: Any) -> dict[str, Tensor]:
     """The student that would be saved after a few steps, and the weights that a checkpoint would hold."""
     options: dict[str, Any] = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW enlarges rounding
     trainer = make_trainer(
-        folder, method_for(student), source=MemorySource(40), steps=STEPS, optim=options, ema=0.8, sharding=sharding
+        folder, method_for(student), source=MemorySource(40), steps=STEPS, optim=options, ema=0.8, **training
     )
     result = trainer.run()
     groups = {f"held/{group}": kept for group, kept in trainer.learned_state().items()}
@@ -50,9 +54,9 @@ def work(students: dict[str, DualEncoder], rank: int, port: int, out: Path) -> N
     os.environ |= {key: str(value) for key, value in place.items()}
     warnings.simplefilter("ignore")
     for name, student in students.items():
-        for how in HOW:
+        for how, training in HOW.items():
             try:
-                found: dict[str, Any] = trained(copy.deepcopy(student), out / f"{name}, {how}", how)
+                found: dict[str, Any] = trained(copy.deepcopy(student), out / f"{name}, {how}", **training)
             except Exception:
                 torch.save({FAILED: traceback.format_exc()}, path_of(out, name, how, rank))
                 raise

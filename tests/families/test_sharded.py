@@ -65,6 +65,11 @@ def test_shared_out_it_is_the_student_of_whole_weights(out: Path, name: str) -> 
     assert_same(*(without_statistics(found_by(out, name, how, 1)) for how in ("fsdp2", "none")))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_that_compute_again_change_nothing(out: Path, name: str) -> None:
+    assert_same(found_by(out, name, "fsdp2, computed again", 0), found_by(out, name, "fsdp2", 0))
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_both_processes_have_the_same_tensors(out: Path, name: str, how: str) -> None:

@@ -53,7 +53,7 @@ def encode_checkpointed(
             return encode(part, number)
 
         ids = _an_input(part)  # an argument by its device: that one's random state is restored
-        twice = partial(_contexts, model)
+        twice = partial(noted_once, model)
         encoded.append(checkpoint(run, ids, use_reentrant=False, context_fn=twice))
     return encoded
 
@@ -162,27 +162,27 @@ def _of_one_length(tensors: Sequence[Tensor], fill: float = 0) -> list[Tensor]:
     return [padded(tensor) for tensor in tensors]
 
 
-def _contexts(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the first encoding, and of each later one."""
+def noted_once(model: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `checkpoint`: contexts of the first encoding and of each later one, so that batch norms take note once."""
     return nullcontext(), _StatisticsKept(model)
 
 
 class _StatisticsKept(AbstractContextManager[None]):
-    """Batch norms normalise as they do, but their running statistics stay as they are.
+    """Batch norms normalise as they do, but their running statistics and counts of batches stay as they are.
 
     May be entered several times: a part is encoded again for every backward pass, and a kept graph has several.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.momenta: list[tuple[_BatchNorm, float]] = []
+        self.momenta: list[tuple[_BatchNorm, float, Tensor | None]] = []
 
     def __enter__(self) -> None:
         norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
-        self.momenta = [(norm, norm.momentum) for norm in norms if norm.momentum is not None]
-        for norm, _ in self.momenta:
-            norm.momentum = 0.0
+        self.momenta = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.momentum is not None]
+        for norm, _, _ in self.momenta:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
 
     def __exit__(self, *_error: object) -> None:
-        for norm, momentum in self.momenta:
-            norm.momentum = momentum
+        for norm, momentum, count in self.momenta:
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -33,6 +33,7 @@ _LATER = (
     "data.lanes",
     "data.window",
     "evaluation.timeout",
+    "training.activation_checkpointing",
     "training.local_loss",
     "training.sharding",
     "training.shard_teacher",

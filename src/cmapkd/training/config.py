@@ -76,6 +76,12 @@ class TrainConfig(Config):
         description="torch.compile the student: docs/results/speed.md says when it pays.",
         json_schema_extra=RESUMABLE,
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="The blocks of the student compute again in the backward pass: less memory, more time, the same "
+        "losses and gradients.",
+        json_schema_extra=RESUMABLE,
+    )
     device: Literal["auto", "cpu"] = Field(
         "auto", description="auto: the accelerator if there is one.", json_schema_extra=RESUMABLE
     )
@@ -117,6 +123,8 @@ class TrainConfig(Config):
             raise ValueError("shard_teacher needs sharding: fsdp2")
         if self.compile and self.sharding != "none":
             raise ValueError("compile and sharding do not go together in this version: set one of them")
+        if self.compile and self.activation_checkpointing:
+            raise ValueError("compile and activation_checkpointing do not go together in this version: set one of them")
         return self
 
     @property

@@ -17,6 +17,7 @@ from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
 from cmapkd.training.exchange import AveragedGradients
 from cmapkd.training.optim import make_optimizer, parameter_groups
+from cmapkd.training.recompute import recompute_blocks
 from cmapkd.training.sharding import ShardedMethod, load_sharded_optimizer, whole_optimizer
 from cmapkd.training.statistics import SharedStatistics
 
@@ -185,6 +186,8 @@ class SharedEngine(Engine):
 
 def make_engine(method: Method, config: TrainConfig, optim: OptimConfig, accelerator: Accelerator) -> Engine:
     """The engine that the config asks for; one process alone has everything whole."""
+    if config.activation_checkpointing:
+        recompute_blocks(method, config.stages or method.default_stages)
     if config.compile:
         method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
     shared = config.sharding == "fsdp2" and accelerator.num_processes > 1

@@ -102,7 +102,8 @@ def test_a_whole_demo(cli: Any, tmp_path: Path) -> None:
     assert code == 0, errors
     said = " ".join(printed.split())
     assert "Each of the two trainings sees one question in 20 and takes 2 steps of 4 pictures." in said
-    assert said.count(", alone: ") == 4
+    assert said.count(", sft: ") == 4
+    assert "sft: step " in said  # the baseline has one name everywhere
     assert "where it learned alone" in said
     assert ".answer(['a.jpg'], ['What is this?'])" in said
     assert "no report" not in said

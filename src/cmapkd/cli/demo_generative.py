@@ -74,7 +74,7 @@ def _answered(config: RunConfig, out: Path) -> Iterator[str]:
     ]
     models: dict[str, Any] = {"teacher": build_teacher(config.teacher), "student": load_model(out)}
     if (out / "baseline").is_dir():
-        models["alone"] = load_model(out / "baseline")
+        models[config.scratch().method.name] = load_model(out / "baseline")
     pictures, texts = [sample.image for sample, _ in asked], [question.question for _, question in asked]
     said: dict[str, list[str]] = {}
     for name, model in models.items():

@@ -18,7 +18,7 @@ from cmapkd.run.card import student_card
 from cmapkd.run.config import RunConfig
 from cmapkd.run.folder import prepare_folder, write_begun, write_json, write_yaml
 from cmapkd.run.lock import locked
-from cmapkd.run.measure import Measured, account, measure, share_of
+from cmapkd.run.measure import Measured, account, baseline_name, measure, share_of
 from cmapkd.run.prolong import check_one_stage, prolonged, told
 from cmapkd.run.train import Trained, train
 from cmapkd.training import Trainer
@@ -149,7 +149,8 @@ class Command:
             with writing(out):
                 folder.mkdir(exist_ok=True)
             write_yaml(folder / "config.yaml", alone.plain())
-        train(alone, self.measured, out=folder, resume=resume, console=self.console, title="scratch")
+        title = baseline_name(config, folder) or "scratch"
+        train(alone, self.measured, out=folder, resume=resume, console=self.console, title=title)
         return folder
 
     def _write_longer(self, trainer: Trainer) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,23 @@ def main() -> None:
     told = json.loads((arguments.folder / "results.json").read_text(encoding="utf-8"))
     kept = {
         "comparison": told["comparison"],
-        "teachers": {name: scores for table in told["tables"] for name, scores in table["teachers"].items()},
+        "teachers": {
+            role: {"name": name, **scores}
+            for table in told["tables"]
+            for role, name, scores in teachers_of(table)
+        },
         "contrasts": contrasts_of(arguments.folder / "contrasts.csv"),
         "environment": {key: value for key, value in told["environment"].items() if key != "command"},
     }
     text = json.dumps(kept, indent=1, ensure_ascii=False)
     arguments.name.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+def teachers_of(table: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Role, name and scores: `teacher tiny:base` is the role and the name."""
+    for told, scores in table["teachers"].items():
+        role, _, name = told.partition(" ")
+        yield role, name, scores
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

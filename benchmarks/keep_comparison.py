@@ -30,9 +30,7 @@ def main() -> None:
     kept = {
         "comparison": told["comparison"],
         "teachers": {
-            role: {"name": name, **scores}
-            for table in told["tables"]
-            for role, name, scores in teachers_of(table)
+            role: {"name": name, **scores} for table in told["tables"] for role, name, scores in teachers_of(table)
         },
         "contrasts": contrasts_of(arguments.folder / "contrasts.csv"),
         "environment": {key: value for key, value in told["environment"].items() if key != "command"},

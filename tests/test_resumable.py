@@ -19,8 +19,8 @@ from cmapkd.training.memory import memory_advice
 DOCS = Path(__file__).parents[1] / "docs"
 MAY_CHANGE = """
 data: workers memory prefetch_mib timeout on_bad_sample max_bad_share
-training: micro_batch local_loss sharding shard_teacher compile device log_every checkpoint_every keep_checkpoints
-training: trackers
+training: micro_batch local_loss sharding shard_teacher compile activation_checkpointing device
+training: log_every checkpoint_every keep_checkpoints trackers
 evaluation: batch_size workers timeout
 cache: mode folder check max_gib batch_size shard_mib
 """
@@ -96,6 +96,7 @@ OTHER = {  # another value of every setting that may change
         "local_loss": True,
         "sharding": "fsdp2",
         "shard_teacher": True,
+        "activation_checkpointing": True,
         "device": "cpu",
         "log_every": 3,
         "checkpoint_every": 5,

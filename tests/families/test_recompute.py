@@ -100,7 +100,7 @@ def test_what_cannot_compute_again_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no blocks that could compute again"):
         recompute_blocks(method)
     pruned = make_method("tinyclip", settings={"masks": {"sparsity": [0.5]}})
-    with pytest.raises(ConfigError, match="exchanges them for a forward pass"):
+    with pytest.raises(ConfigError, match="masks are multiplied into weights that exist for a forward pass alone"):
         recompute_blocks(pruned, pruned.default_stages)
     with pytest.raises(ConfigError, match="compile and activation_checkpointing do not go together"):
         TrainConfig.from_mapping({"steps": 1, "compile": True, "activation_checkpointing": True}, where="training")

@@ -125,6 +125,14 @@ class MethodContract(Learning, ABC):
         """Whether it cannot train where the data name no held-out pairs."""
         return False
 
+    def why_not_again(self, stages: Sequence[StageConfig]) -> str | None:  # noqa: ARG002  for methods with other weights
+        """Why the student's blocks cannot compute again in the backward pass; None: they can.
+
+        Args:
+            stages: of the run.
+        """
+        return "it exchanges the student's weights to measure directions" if self.needs_held_out else None
+
     def answers(self, role: str, stored: Answers) -> Answers:  # noqa: ARG002  for experiments that change some of them
         """What the run reads in place of a teacher's stored answers; as a rule, these."""
         return stored

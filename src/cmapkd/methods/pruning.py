@@ -128,6 +128,11 @@ class PruningMethod(DualEncoderMethod):
         if self.auxiliary is not None:
             raise ConfigError("heads read the student's levels, whose width changes under masks: leave heads out")
 
+    def why_not_again(self, stages: Sequence[StageConfig]) -> str | None:
+        if any(stage.sparsity is not None for stage in stages):
+            return "its masks are multiplied into weights that exist for a forward pass alone"
+        return super().why_not_again(stages)
+
     def check_stage(self, stage: StageConfig) -> None:
         super().check_stage(stage)
         if self._masks_in(stage) and "modules" not in stage.train:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,14 +25,11 @@ def recompute_blocks(method: Method, stages: Sequence[StageConfig] = ()) -> None
     Args:
         stages: of the run.
     Raises:
-        ConfigError: the student has no blocks, or its weights are exchanged for a forward pass.
+        ConfigError: the student has no blocks, or the method cannot let them compute again.
     """
     student = method.student
-    if method.needs_held_out or any(stage.sparsity is not None for stage in stages):
-        raise ConfigError(
-            "training.activation_checkpointing computes blocks again with the student's weights, and this method "
-            "exchanges them for a forward pass: leave it out"
-        )
+    if (reason := method.why_not_again(stages)) is not None:
+        raise ConfigError(f"training.activation_checkpointing does not go with this method as it is set: {reason}")
     found = list(blocks(student))
     if not found:
         raise ConfigError(f"training.activation_checkpointing: {student.name} has no blocks that could compute again")
@@ -41,10 +38,17 @@ def recompute_blocks(method: Method, stages: Sequence[StageConfig] = ()) -> None
         block.__class__ = _recomputed(kind)
 
 
-@cache
+_KINDS: dict[type, Any] = {}
+
+
 def _recomputed(kind: Any) -> Any:
     """The same kind of block under the same name. A class and not a changed method, so that copies have their own."""
+    if kind not in _KINDS:
+        _KINDS[kind] = _make(kind)
+    return _KINDS[kind]
 
+
+def _make(kind: Any) -> Any:
     class Recomputed(kind):  # type: ignore[misc]
         def forward(self, *inputs: Any, **named: Any) -> Any:
             compute = super().forward

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cmapkd
-from cmapkd.cache.files import CacheError
+from cmapkd.config import ConfigError
 from cmapkd.features.pyramid import pooled
 from cmapkd.methods.c2kd import C2KD, Proxy
 from cmapkd.methods.dual import LABELS
@@ -110,7 +110,7 @@ def test_only_the_text_tower_of_the_copy_learns() -> None:
 
 
 def test_a_cache_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="its teacher learns too"):
+    with pytest.raises(ConfigError, match="method c2kd takes no teacher cache as it is set: its teacher learns too"):
         cmapkd.distill(
             "c2kd_scenes",
             data={"train": "scenes:easy?length=40", "val": None, "test": None},

@@ -210,3 +210,9 @@ def test_training_moves_adapters_alone_with_an_average_and_an_exact_resume(tmp_p
     assert all(torch.equal(value, after[name]) for name, value in again.method.student.state_dict().items())
     averaged.save(tmp_path / "saved")
     assert not adapters_of(load_model(tmp_path / "saved"))
+
+
+def test_a_part_without_weights_of_its_own_cannot_learn() -> None:
+    """A tied head belongs to the embeddings, so a setting that names it would do nothing."""
+    with pytest.raises(ConfigError, match=r"lora\.learn names head, which has no weights of its own here"):
+        adapted(learn=["head"])

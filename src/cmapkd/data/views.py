@@ -44,7 +44,7 @@ class ViewSpec(Config):
     reading: Literal["exact", "fast"] = Field(
         "exact",
         description="How models of two towers resize training pictures. exact: by Pillow, as in evaluation; fast: by "
-        "torch, in a third of the time, in crops of whole pixels whose edges are computed otherwise.",
+        "torch, in less time, in crops of whole pixels whose edges are computed otherwise.",
     )
 
     @model_validator(mode="after")

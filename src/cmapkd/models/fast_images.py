@@ -1,4 +1,4 @@
-"""`FastPixels`: a model's pixels by torch's resampling of bytes, about three times as fast as Pillow's."""
+"""`FastPixels`: a model's pixels by torch's resampling of bytes, which is faster than Pillow's."""
 
 from __future__ import annotations
 

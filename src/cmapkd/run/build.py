@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from cmapkd.config import ConfigError
@@ -70,7 +71,7 @@ def with_held_out(
     beside = BatchBuilder(
         source,
         data.views,
-        readers(method.student, fast=data.views.reading == "fast"),
+        readers(method.student, read=partial(reader_of, fast=data.views.reading == "fast")),
         seed=config.seed,
         on_bad_sample=data.on_bad_sample,
         memory=data.memory,
@@ -235,32 +236,26 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
 
 
 def readers(
-    student: Model,
-    *teachers: Teacher | None,
-    max_tokens: int | None = None,
-    num_tokens: int | None = None,
-    pictures_alone: bool = False,
-    fast: bool = False,
+    student: Model, *teachers: Teacher | None, read: Callable[[Model], Reader] = reader_of
 ) -> dict[str, Reader]:
-    """How each model of a run reads a batch, see `reader_of`; a momentum teacher reads what the student reads."""
+    """How each model of a run reads a batch; a momentum teacher reads what the student reads."""
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
-    how: dict[str, Any] = {"max_tokens": max_tokens, "num_tokens": num_tokens, "pictures_alone": pictures_alone}
-    return {role: reader_of(model, **how, fast=fast) for role, model in models.items()}
+    return {role: read(model) for role, model in models.items()}
 
 
 def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:
     """The readers of a method's models. Where next tokens are compared, answers have only tokens that both know."""
     num_tokens = method.num_tokens if isinstance(method, GenerativeMethod) else None
     assert config.data.views is not None
-    return readers(
-        method.student,
-        *method.teachers.values(),
+    read = partial(
+        reader_of,
         max_tokens=config.data.max_tokens,
         num_tokens=num_tokens,
         pictures_alone=config.training.sharding == "fsdp2",
         fast=config.data.views.reading == "fast",
     )
+    return readers(method.student, *method.teachers.values(), read=read)
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

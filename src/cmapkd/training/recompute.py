@@ -35,7 +35,8 @@ def recompute_blocks(method: Method, stages: Sequence[StageConfig] = ()) -> None
         raise ConfigError(f"training.activation_checkpointing: {student.name} has no blocks that could compute again")
     for block in found:
         kind: Any = type(block)
-        block.__class__ = _recomputed(kind)
+        if kind not in _KINDS.values():  # a student that a second trainer gets
+            block.__class__ = _recomputed(kind)
 
 
 _KINDS: dict[type, Any] = {}

@@ -179,6 +179,26 @@ def test_a_missing_value_of_a_table_is_no_answer(folder: Path) -> None:
     assert reason(source, 2).startswith("answer is not text: \"{'text': 'red'}\"")
 
 
+def test_questions_in_lists_and_what_is_wrong_with_them(folder: Path) -> None:
+    lines = [
+        as_json(image="0.png", questions=["what?", "how many?"], answers=["red", ["2", "two"]]),
+        as_json(image="1.png", questions=[{"question": "what?", "answer": "red"}, ["why?", "so"]]),
+        as_json(image="2.png", caption="no question", question=math.nan),
+        as_json(image="3.png", question=7, answer="x"),
+        as_json(image="0.png", id="short", questions=["what?", "why?"], answers=["red"]),
+        as_json(image="0.png", id="none", questions=["what?"]),
+        as_json(image="0.png", id="text", questions="what?", answers="red"),
+    ]
+    source = open_source(f"jsonl:{write_lines(folder / 'lists.jsonl', lines)}")
+    found = [[(asked.question, asked.answers) for asked in source[index].questions] for index in range(3)]
+    assert found[0] == [("what?", ("red",)), ("how many?", ("2", "two"))]
+    assert found[1:] == [[("what?", ("red",)), ("why?", ("so",))], []]
+    assert reason(source, 3) == "question is not text: '7' (row 4)"
+    assert reason(source, 4) == "questions has 2 questions as text, but beside them: 1 answers (row 5)"
+    assert reason(source, 5) == "questions has 1 questions as text, but beside them: no list of answers (row 6)"
+    assert reason(source, 6) == "questions is not a list of questions and answers: str (row 7)"
+
+
 def test_jsonl_refusals(folder: Path) -> None:
     write_lines(folder / "a.jsonl", ['[{"image": "0.png"}]'])
     with pytest.raises(ConfigError, match="one object a line, not one array"):

@@ -221,6 +221,30 @@ def test_random_parts_and_wrong_options(folders: dict[str, Path], tmp_path: Path
         build_model("vlm:mine")
 
 
+@pytest.mark.parametrize("kind", LANGUAGES)
+def test_new_adapters_go_on_from_a_saved_student(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """Gemma's head is its table of words, which the file has once."""
+    first = assembled(folders[kind], lora={"rank": 2, "targets": "all", "learn": ["projector"]})
+    for parameter in first.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    first.save(tmp_path)
+    image, text, lora = TOWERS["convolutions"], f"hf:{folders[kind]}", {"rank": 3, "learn": ["projector"]}
+    config = {"name": "vlm:mine", "checkpoint": str(tmp_path / "model.safetensors")}
+    again = build_model(ModelConfig.from_mapping({**config, "options": {"image": image, "text": text, "lora": lora}}))
+    assert isinstance(again, AssembledVlm)
+    assert {layer.rank for layer in adapters_of(again.model).values()} == {3}
+    assert not again.random_parts
+    expected, found = (model(chat(model)).hidden["answer"].values for model in (load_model(tmp_path), again))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_head_that_is_the_table_of_words_cannot_be_frozen_alone(folders: dict[str, Path]) -> None:
+    assembled(folders["llama"], frozen=["head"])
+    with pytest.raises(ConfigError, match=r"options\.frozen names head, which has no weights of its own here"):
+        assembled(folders["gemma3"], frozen=["head"])
+
+
 def test_a_language_model_that_caps_its_logits_is_refused(tmp_path: Path) -> None:
     import transformers as library
 

@@ -21,7 +21,7 @@ from cmapkd.data.splits import pick_split
 from cmapkd.data.stored import SampleFilter, Texts
 
 FURTHER_COLUMNS = (
-    *("question", "answer", "answers", "qa"),
+    *("question", "answer", "questions", "answers", "qa"),
     *(key for keys in TEXT_KEYS.values() for key in keys),
     *TURN_KEYS,
     *UNREAD_KEYS,

@@ -156,7 +156,7 @@ def parse_captions(value: Any) -> tuple[str, ...]:
     captions = []
     for entry in entries:
         text = entry.get("raw") if isinstance(entry, dict) else entry
-        if text is None or (isinstance(text, float) and math.isnan(text)):  # a table's missing value
+        if text is None or _missing(text):
             continue
         if not isinstance(text, str):
             raise Unusable(f"caption is not text: {type(text).__name__}")
@@ -199,11 +199,17 @@ def parse_label(value: Any, labels: Mapping[str, int] | None = None) -> int:
 
 
 def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
-    if isinstance(values.get("question"), str):
-        yield _question(values["question"], _answer(values))
-    entries = values.get("qa") if values.get("qa") is not None else []
+    question = values.get("question")
+    if isinstance(question, str):
+        yield _question(question, _answer(values))
+    elif question is not None and not _missing(question):
+        raise Unusable(f"question is not text: {str(question)[:60]!r}")
+    key = next((key for key in ("qa", "questions") if values.get(key) is not None), "qa")
+    entries = values.get(key) if values.get(key) is not None else []
     if not isinstance(entries, list):
-        raise Unusable(f"qa is not a list of questions and answers: {type(entries).__name__}")
+        raise Unusable(f"{key} is not a list of questions and answers: {type(entries).__name__}")
+    if entries and all(isinstance(entry, str) for entry in entries):
+        entries = _in_pairs(entries, values.get("answers"), key)
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("question"), str):
             identity = parse_id(entry, ("question_id", "id"))
@@ -212,8 +218,21 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
             yield _question(entry[0], entry[1])
         else:
             raise Unusable(
-                f"qa is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
+                f"{key} is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
             )
+
+
+def _in_pairs(questions: list[str], answers: Any, key: str) -> list[list[Any]]:
+    """Questions and their answers from two lists of one length."""
+    if not isinstance(answers, list) or len(answers) != len(questions):
+        found = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
+        raise Unusable(f"{key} has {len(questions)} questions as text, but beside them: {found}")
+    return [[question, answer] for question, answer in zip(questions, answers, strict=True)]
+
+
+def _missing(value: Any) -> bool:
+    """Whether this is a table's missing value."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _category(entry: Mapping[str, Any]) -> str | None:
@@ -235,7 +254,7 @@ def _question(
     answers = []
     for entry in entries:
         value = entry.get("answer", entry) if isinstance(entry, dict) else entry  # VQA v2: [{"answer": "yes", ...}]
-        if isinstance(value, float) and math.isnan(value):  # a table's missing value
+        if _missing(value):
             continue
         if isinstance(value, bool):
             value = "true" if value else "false"

@@ -205,7 +205,7 @@ def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
     says = (
         present["caption"]
         or present["label"]
-        or {"question", "qa"} & set(names)
+        or {"question", "questions", "qa"} & set(names)
         or is_dialogue(dict.fromkeys(names, ""))
     )
     if not present["image"] or not says:

@@ -96,12 +96,13 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str | Path) -> None:
-    """Copies `weights` into `model`, every one of them and nothing else.
+    """Copies `weights` into `model`, every one of them and nothing else. A tensor that two names share is needed once.
 
     Raises:
         ValueError: names are missing or unexpected, or a shape differs; lists the first few with both shapes.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
+    weights = _with_shared(own, weights)
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     wrong = [
@@ -120,3 +121,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, where: str 
             "Name the architecture that they were trained with."
         )
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in weights.items()})
+
+
+def _with_shared(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under each name of their tensor, as the table of words that is the head too."""
+    given = {id(own[name]): weights[name] for name in own.keys() & weights.keys()}
+    shared = {name: given[id(tensor)] for name, tensor in own.items() if id(tensor) in given}
+    return {**shared, **weights}

@@ -103,10 +103,7 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model
     whole = joined(vision, projector, language, picture)
     processor = processor_of(native, whole.config, name=name, max_tokens=int(options["max_tokens"]))
     model = _finished(whole, processor, name)
-    weights = read_weights(folder / WEIGHTS)
-    if model.tied:
-        weights["model.lm_head.weight"] = weights["model.model.language_model.embed_tokens.weight"]
-    load_weights(model, weights, where=folder)
+    load_weights(model, read_weights(folder / WEIGHTS), where=folder)
     return model
 
 

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 MAY_CHANGE = """
 data: workers memory prefetch_mib timeout on_bad_sample max_bad_share
 training: micro_batch local_loss sharding shard_teacher compile activation_checkpointing device
-training: log_every checkpoint_every keep_checkpoints trackers
+training: log_every checkpoint_every checkpoint_form keep_checkpoints trackers
 evaluation: batch_size workers timeout
 cache: mode folder check max_gib batch_size shard_mib
 """
@@ -100,6 +100,7 @@ OTHER = {  # another value of every setting that may change
         "device": "cpu",
         "log_every": 3,
         "checkpoint_every": 5,
+        "checkpoint_form": "shares",
         "keep_checkpoints": 9,
         "trackers": ["tensorboard"],
     },

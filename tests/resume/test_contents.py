@@ -154,7 +154,7 @@ def test_other_contents_under_another_path_are_refused(here: Path) -> None:
 
 def forget_contents(run: Path) -> None:
     """Makes the checkpoints those of a version that kept no fingerprints."""
-    from cmapkd.training.checkpoint import _checksum
+    from cmapkd.training.checkpoint import checksum
 
     for path in list_checkpoints(run / "checkpoints"):
         progress = json.loads((path / "progress.json").read_text())
@@ -162,7 +162,7 @@ def forget_contents(run: Path) -> None:
             progress.pop(key, None)
         (path / "progress.json").write_text(json.dumps(progress))
         checksums = json.loads((path / "checksums.json").read_text())
-        checksums["progress.json"] = _checksum(path / "progress.json")
+        checksums["progress.json"] = checksum(path / "progress.json")
         (path / "checksums.json").write_text(json.dumps(checksums))
 
 

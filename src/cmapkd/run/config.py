@@ -34,6 +34,7 @@ _LATER = (
     "data.window",
     "evaluation.timeout",
     "training.activation_checkpointing",
+    "training.checkpoint_form",
     "training.local_loss",
     "training.sharding",
     "training.shard_teacher",

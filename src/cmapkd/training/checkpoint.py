@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from cmapkd.config import writing
 from cmapkd.config.disk import flush, usual_rights
+from cmapkd.training.shards import FILES, read_whole
 
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 _WRITING, _REPLACED, _REMOVED = ".writing", ".replaced", ".removed"
+_ALL = slice(None)
 
 Kind = Literal["step", "best"]  # to resume from; the best validated student
 KINDS: tuple[Kind, ...] = ("step", "best")
@@ -76,31 +78,61 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], pr
     Raises:
         DiskError: the disk is full or read-only; what was there before is as it was.
     """
-    temporary = path.with_name(f".{path.name}{_WRITING}")
     with writing(path.parent):
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = begin(path)
         try:
-            temporary.mkdir(parents=True)
-            for name, group in tensors.items():
-                save_file(_apart(group), temporary / f"{name}.safetensors")
-            usual_rights(temporary.iterdir())
-            (temporary / _PROGRESS).write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
-            checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
-            (temporary / _CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
+            write_groups(temporary, tensors)
+            checksums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
             for file in temporary.iterdir():
                 flush(file)
-            flush(temporary)
-            before = path.with_name(f".{path.name}{_REPLACED}")
-            if path.exists():  # from before the interruption that led here
-                if before.exists():  # of a kill during an earlier replacement
-                    shutil.rmtree(before)
-                path.rename(before)  # a kill between the two renames loses nothing
-            temporary.rename(path)
-            flush(path.parent)
-            shutil.rmtree(before, ignore_errors=True)
+            complete(path, progress, checksums)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def begin(path: Path) -> Path:
+    """The empty folder in which the checkpoint `path` is written."""
+    temporary = begun(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def begun(path: Path) -> Path:
+    """The folder that `begin` makes."""
+    return path.with_name(f".{path.name}{_WRITING}")
+
+
+def write_groups(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """One safetensors file for each entry."""
+    for name, group in tensors.items():
+        save_file(_apart(group), folder / f"{name}.safetensors")
+    usual_rights(folder.iterdir())
+
+
+def complete(path: Path, progress: Progress, checksums: Mapping[str, str]) -> None:
+    """Ends what `begin` began: the progress, all checksums, and the rename.
+
+    Args:
+        checksums: of the files that are there, which are on the disk by now.
+    """
+    temporary = begun(path)
+    told = temporary / _PROGRESS
+    told.write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
+    known = {**checksums, told.name: checksum(told)}
+    (temporary / _CHECKSUMS).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    for file in (told, temporary / _CHECKSUMS):
+        flush(file)
+    flush(temporary)
+    before = path.with_name(f".{path.name}{_REPLACED}")
+    if path.exists():  # from before the interruption that led here
+        if before.exists():  # of a kill during an earlier replacement
+            shutil.rmtree(before)
+        path.rename(before)  # a kill between the two renames loses nothing
+    temporary.rename(path)
+    flush(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _apart(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,33 +149,68 @@ def _apart(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
-    """The tensors by file name, and the progress: exactly what was written.
+    """The tensors by group, whole, and the progress: exactly what was written, in whichever form.
 
     Raises:
         ValueError: a file is missing, or a bit of one differs.
     """
     try:
-        checksums = json.loads((path / _CHECKSUMS).read_bytes())
-        if not isinstance(checksums, dict):
-            raise ValueError(f"{_CHECKSUMS} is damaged")
-        for file in sorted({*checksums, *(file.name for file in path.iterdir())} - {_CHECKSUMS}):
-            if file not in checksums:
-                raise ValueError(f"{file} does not belong to it")
-            if _checksum(path / file, like=checksums[file]) != checksums[file]:
-                raise ValueError(f"{file} is damaged (its checksum does not fit)")
-        progress = Progress(**json.loads((path / _PROGRESS).read_bytes()))
-        return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, progress
+        if (reason := damage(path)) is not None:
+            raise ValueError(reason)
+        return _contents(path)
     except (OSError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+
+
+def _contents(path: Path) -> tuple[dict[str, dict[str, Tensor]], Progress]:
+    return read_tensors(path), progress_of(path)
+
+
+def damage(path: Path, *, part: slice = _ALL) -> str | None:
+    """Why a checkpoint is not what was written; None: it is.
+
+    Args:
+        part: of its files, in their order; others are not read.
+    """
+    try:
+        checksums = json.loads((path / _CHECKSUMS).read_bytes())
+        if not isinstance(checksums, dict):
+            return f"{_CHECKSUMS} is damaged"
+        for file in sorted({*checksums, *(file.name for file in path.iterdir())} - {_CHECKSUMS})[part]:
+            if file not in checksums:
+                return f"{file} does not belong to it"
+            if checksum(path / file, like=checksums[file]) != checksums[file]:
+                return f"{file} is damaged (its checksum does not fit)"
+        progress_of(path)
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def read_tensors(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Every tensor whole, by group. Nothing is checked here."""
+    shares = {*path.glob(FILES)}
+    groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors")) if file not in shares}
+    return groups | read_whole(path) if shares else groups
+
+
+def read_group(path: Path, name: str) -> dict[str, Tensor] | None:
+    """One of the groups that were written whole; None where there is none of this name."""
+    file = path / f"{name}.safetensors"
+    return load_file(file) if file.is_file() else None
+
+
+def progress_of(path: Path) -> Progress:
+    return Progress(**json.loads((path / _PROGRESS).read_bytes()))
 
 
 def read_progress(folder: Path) -> Progress | None:
     """The progress of the newest checkpoint that tells it, without its tensors; None where there is none."""
     for path in reversed(list_checkpoints(folder)):
         with suppress(OSError, TypeError, ValueError, KeyError, RecursionError):
-            checksum = json.loads((path / _CHECKSUMS).read_bytes())[_PROGRESS]
-            if _checksum(path / _PROGRESS, like=checksum) == checksum:
-                return Progress(**json.loads((path / _PROGRESS).read_bytes()))
+            known = json.loads((path / _CHECKSUMS).read_bytes())[_PROGRESS]
+            if checksum(path / _PROGRESS, like=known) == known:
+                return progress_of(path)
     return None
 
 
@@ -153,19 +220,29 @@ def read_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Progress] |
     Raises:
         ValueError: there are some, and none is whole.
     """
-    damaged: list[str] = []
+    path = newest_whole(folder)
+    return None if path is None else _contents(path)
+
+
+def newest_whole(folder: Path, damaged: Callable[[Path], str | None] = damage) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none at all. Damaged ones are told of in a warning.
+
+    Args:
+        damaged: why one is not whole; None: it is.
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    reasons: list[str] = []
     for path in reversed(list_checkpoints(folder)):
-        try:
-            found = read_checkpoint(path)
-        except ValueError as error:
-            damaged.append(str(error))
+        if (reason := damaged(path)) is not None:
+            reasons.append(f"checkpoint {path} cannot be read: {reason}")
             continue
-        if damaged:
-            warnings.warn(f"{'; '.join(damaged)}. Going on from {path.name} instead.", CheckpointWarning, stacklevel=2)
-        return found
-    if damaged:
+        if reasons:
+            warnings.warn(f"{'; '.join(reasons)}. Going on from {path.name} instead.", CheckpointWarning, stacklevel=2)
+        return path
+    if reasons:
         raise ValueError(
-            f"none of the {len(damaged)} checkpoints in {folder} is whole ({damaged[0]}): restore one from a copy, or "
+            f"none of the {len(reasons)} checkpoints in {folder} is whole ({reasons[0]}): restore one from a copy, or "
             "begin anew in another folder"
         )
     return None
@@ -227,7 +304,7 @@ def remove_finished(folder: Path, *, keep: int) -> None:
                 folder.rmdir()
 
 
-def _checksum(file: Path, *, like: Any = None) -> str:
+def checksum(file: Path, *, like: Any = None) -> str:
     """SHA-256, for which processors have instructions; of earlier versions' checkpoints BLAKE2b.
 
     Args:

@@ -93,6 +93,12 @@ class TrainConfig(Config):
     checkpoint_every: int | None = Field(
         None, ge=1, description="Steps between checkpoints; none: ten in a run.", json_schema_extra=RESUMABLE
     )
+    checkpoint_form: Literal["whole", "shares"] = Field(
+        "whole",
+        description="shares: with fsdp2 every process writes and reads its own share of a checkpoint; the folder must "
+        "be one that all processes see. whole: the first process writes everything.",
+        json_schema_extra=RESUMABLE,
+    )
     keep_checkpoints: int = Field(
         2,
         ge=0,
@@ -121,11 +127,17 @@ class TrainConfig(Config):
             raise ValueError("student: best needs evaluate_every, the number of steps between validations")
         if self.shard_teacher and self.sharding == "none":
             raise ValueError("shard_teacher needs sharding: fsdp2")
+        if self.checkpoint_form == "shares" and self.sharding == "none":
+            raise ValueError("checkpoint_form: shares needs sharding: fsdp2")
         if self.compile and self.sharding != "none":
             raise ValueError("compile and sharding do not go together in this version: set one of them")
         if self.compile and self.activation_checkpointing:
             raise ValueError("compile and activation_checkpointing do not go together in this version: set one of them")
         return self
+
+    def writes_shares(self, processes: int) -> bool:
+        """Whether so many processes write a checkpoint in shares: one alone has everything whole."""
+        return self.checkpoint_form == "shares" and processes > 1
 
     @property
     def on_cpu(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,17 @@ from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
 from cmapkd.training.exchange import AveragedGradients
 from cmapkd.training.optim import make_optimizer, parameter_groups
+from cmapkd.training.processes import patient_group
 from cmapkd.training.recompute import recompute_blocks
-from cmapkd.training.sharding import ShardedMethod, load_sharded_optimizer, whole_optimizer
+from cmapkd.training.sharding import (
+    ShardedMethod,
+    empty_state,
+    load_sharded_optimizer,
+    numbered_state,
+    put_state,
+    whole_tensors,
+)
+from cmapkd.training.shards import has_shares, read_shares, stored
 from cmapkd.training.statistics import SharedStatistics
 
 
@@ -83,6 +93,18 @@ class Engine(ABC):
     @abstractmethod
     def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Puts back what either kind of engine gave."""
+
+    def read(self, path: Path) -> None:
+        """Puts back what a checkpoint holds, of either kind of engine and in either form; every process must call it.
+
+        Raises:
+            ValueError: the checkpoint is of another method or student.
+        """
+        self.load(checkpoints.read_tensors(path))
+
+    def own_shares(self) -> dict[str, dict[str, Any]]:
+        """As `state`, where what is shared out are DTensors with this process's share alone."""
+        raise NotImplementedError("every process has everything whole")
 
     @property
     def statistics(self) -> SharedStatistics:
@@ -173,15 +195,35 @@ class SharedEngine(Engine):
         student.cpu()  # the device has no room for a whole copy beside the shares
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        optimizer = whole_optimizer(self.optimizer, self._numbered)
-        tensors: dict[str, Any] = {"method": self.shares.state(), "optimizer": optimizer}
-        return tensors | ({"average": self.shares.average_state()} if self.average is not None else {})
+        return {name: whole_tensors(tensors) for name, tensors in self.own_shares().items()}
+
+    def own_shares(self) -> dict[str, dict[str, Any]]:
+        optimizer = numbered_state(self.optimizer, self._numbered)
+        tensors: dict[str, dict[str, Any]] = {"method": self.method.state_dict(), "optimizer": optimizer}
+        return tensors | ({"average": self.average.state_dict()} if self.average is not None else {})
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         self.shares.load(tensors["method"])
         load_sharded_optimizer(self.optimizer, self._numbered, tensors["optimizer"])
         if self.average is not None:
             self.shares.load_average(tensors["average"])
+
+    def read(self, path: Path) -> None:
+        """No process ever holds more than its shares where the checkpoint was written so."""
+        if not has_shares(path):
+            super().read(path)
+            return
+        shares = self.own_shares()
+        known = {name.removeprefix("optimizer/"): entry for name, entry in stored(path).items()}
+        shares["optimizer"] = empty_state(
+            {name: (entry.size, entry.properties.dtype) for name, entry in known.items() if name[0].isdigit()},
+            self._numbered,
+        )
+        read_shares(path, shares, patient_group())
+        self.method.load_state_dict(shares["method"])
+        put_state(self.optimizer, self._numbered, shares["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(shares["average"])
 
 
 def make_engine(method: Method, config: TrainConfig, optim: OptimConfig, accelerator: Accelerator) -> Engine:

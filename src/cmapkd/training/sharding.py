@@ -88,20 +88,12 @@ class ShardedMethod:
             self._whole.cpu().load_state_dict(tensors)
         return self._whole
 
-    def state(self) -> dict[str, Any]:
-        """The method's state, whole; every process must ask for it."""
-        return whole_tensors(self.method.state_dict())
-
     def load(self, tensors: Mapping[str, Any]) -> None:
-        """Puts back what `state` gave, or a method that was not shared out."""
+        """Gives the method its shares of whole tensors."""
         self.method.load_state_dict(shared_like(tensors, self.method.state_dict()))
 
-    def average_state(self) -> dict[str, Any]:
-        """Likewise of the average."""
-        assert self.average is not None
-        return whole_tensors(self.average.state_dict())
-
     def load_average(self, tensors: Mapping[str, Any]) -> None:
+        """Likewise the average."""
         assert self.average is not None
         self.average.load_state_dict(shared_like(tensors, self.average.state_dict()))
 
@@ -165,25 +157,58 @@ def _shared(value: Any, like: Any) -> Any:
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)  # each takes its own
 
 
-def whole_optimizer(optimizer: torch.optim.Optimizer, order: Sequence[nn.Parameter]) -> dict[str, Tensor]:
-    """An optimizer's state as `checkpoint.optimizer_tensors` names it, parameters numbered in this order."""
-    state: dict[str, Any] = {
+def numbered_state(optimizer: torch.optim.Optimizer, order: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """An optimizer's state as `checkpoint.optimizer_tensors` names it, parameters numbered in this order, in shares."""
+    return {
         f"{number}.{name}": torch.as_tensor(value) if not isinstance(value, Tensor) else value
         for number, parameter in enumerate(order)
         for name, value in optimizer.state.get(parameter, {}).items()
     }
-    return whole_tensors(state)
+
+
+def empty_state(
+    sizes: Mapping[str, tuple[torch.Size, torch.dtype]], order: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
+    """Room for such a state, as `numbered_state` names it: shared out as its parameter is, where it has its shape.
+
+    Raises:
+        ValueError: there is no such parameter.
+    """
+    room = {}
+    for key, (size, dtype) in sizes.items():
+        number = int(key.partition(".")[0])
+        if number >= len(order):
+            raise ValueError(
+                f"the checkpoint's optimizer has state of parameter {number}, and {len(order)} learn here: resume with "
+                "the settings that the run was started with"
+            )
+        like = order[number]
+        same = size == like.shape  # not the count of steps
+        room[key] = (
+            torch.empty_like(like, dtype=dtype, requires_grad=False)
+            if same
+            else torch.empty(size, dtype=dtype, device=like.device)
+        )
+    return room
+
+
+def put_state(optimizer: torch.optim.Optimizer, order: Sequence[nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Gives the optimizer what `numbered_state` found."""
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        optimizer.state[order[int(number)]][name] = value
 
 
 def load_sharded_optimizer(
     optimizer: torch.optim.Optimizer, order: Sequence[nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts back what `whole_optimizer` gave."""
+    """Likewise from whole tensors."""
+    shares = {}
     for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        parameter = order[int(number)]
+        parameter = order[int(key.partition(".")[0])]
         like = parameter if value.shape == parameter.shape else None  # not the count of steps
-        optimizer.state[parameter][name] = _shared(value.to(parameter.device), like)
+        shares[key] = _shared(value.to(parameter.device), like)
+    put_state(optimizer, order, shares)
 
 
 def _broadcast(module: nn.Module) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from cmapkd.config import writing
+from cmapkd.config.disk import flush
 from cmapkd.data.check import SampleLedger
 from cmapkd.data.random import key_of
 from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.background import Background, HostCopies
 from cmapkd.training.checkpoint import KINDS, Progress
-from cmapkd.training.processes import wait_for_all
+from cmapkd.training.processes import PATIENCE, patient_group, wait_for_all
+from cmapkd.training.shards import HostShares, together, write_share
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -47,23 +52,30 @@ class RunState:
         folder: of the checkpoints.
         keep: how many of the newest stay.
         seed: of the run.
+        shared: whether every process writes its share of a checkpoint. All must have the folder before them.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, seed: int) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, seed: int, shared: bool = False) -> None:
         self.folder, self.accelerator, self.keep, self.seed = folder, accelerator, keep, seed
         self.background, self.copies = Background(), {kind: HostCopies() for kind in KINDS}
+        # of the writing threads alone: messages of the steps must not come between theirs
+        self._writers = dist.new_group(backend="gloo", timeout=PATIENCE) if shared else None
+        self._shares = HostShares()
 
     def save(self, learned: Tensors, progress: Progress) -> None:
         """Copies a checkpoint, which a thread then writes, once the last one is written. Every process must call it,
         since each has random state of its own (dropout).
 
+        Args:
+            learned: whole tensors; where checkpoints are written in shares, those of this process.
         Raises:
             DiskError: an earlier one could not be written.
         """
-        states = gather_object([checkpoints.random_tensors()])
-        if self.accelerator.is_main_process:
-            tensors = learned | {f"random-{rank}": state for rank, state in enumerate(states)}
-            self._write("step", tensors, progress, keep=self.keep)
+        states = {f"random-{rank}": state for rank, state in enumerate(gather_object([checkpoints.random_tensors()]))}
+        if self._writers is not None:
+            self._write_shares(learned, states, progress)
+        elif self.accelerator.is_main_process:
+            self._write("step", learned | states, progress, keep=self.keep)
 
     def save_best(self, student: dict[str, Tensor], progress: Progress) -> None:
         """Likewise the student that validated best; for the first process alone."""
@@ -89,32 +101,75 @@ class RunState:
 
         self.background.start(kind, write)
 
-    def load(self, total: int, put_back: Callable[[Tensors, Progress], None]) -> Progress | None:
+    def _write_shares(self, learned: Tensors, states: Tensors, progress: Progress) -> None:
+        """Every process writes its tensors; the first one also the states, and gives the folder its name."""
+        self.background.wait("step")
+        main, group = self.accelerator.is_main_process, self._writers
+        path = checkpoints.checkpoint_path(self.folder, progress.step)
+        copied, told = self._shares.of(learned, main=main), copy.deepcopy(progress)
+
+        def begin() -> None:
+            checkpoints.write_groups(checkpoints.begin(path), states)
+
+        def share() -> dict[str, str]:
+            files = write_share(checkpoints.begun(path), copied, group)
+            files += [checkpoints.begun(path) / f"{name}.safetensors" for name in states] if main else []
+            for file in files:
+                flush(file)
+            return {file.name: checkpoints.checksum(file) for file in files}
+
+        def end(checksums: dict[str, str]) -> None:
+            checkpoints.complete(path, told, checksums)
+            checkpoints.remove_old(self.folder, keep=self.keep)
+
+        def write() -> None:
+            with writing(self.folder):
+                try:
+                    together(begin if main else None, group)
+                    checksums = {name: value for each in together(share, group) for name, value in each.items()}
+                    together(partial(end, checksums) if main else None, group)
+                except BaseException:
+                    if main:
+                        shutil.rmtree(checkpoints.begun(path), ignore_errors=True)
+                    raise
+
+        self.background.start("step", write)
+
+    def load(self, total: int, put_back: Callable[[Path, Progress], None]) -> Progress | None:
         """Restores the newest checkpoint that is whole; None where there is none.
 
         The random state is not set here, see `continue_random`: what is built later must not draw from it.
 
         Args:
             total: steps of the run, beyond which no checkpoint may be.
-            put_back: gives method, optimizer and average their tensors.
+            put_back: gives method, optimizer and average their tensors, of this checkpoint.
         """
-        with self.accelerator.main_process_first():
-            if self.accelerator.is_main_process:
-                checkpoints.restore_replaced(self.folder)
-            found = checkpoints.read_latest(self.folder)
-            if found is None:
-                return None
-            tensors, progress = found
-            if progress.step > total:
-                newest = checkpoints.checkpoint_path(self.folder, progress.step)
-                raise ValueError(f"{newest} is at step {progress.step}, beyond this run's {total}")
-            if self.accelerator.is_main_process:
-                with writing(self.folder):
-                    checkpoints.put_in_order(self.folder, progress)
+        if self.accelerator.is_main_process:
+            checkpoints.restore_replaced(self.folder)
+        wait_for_all()
+        path = checkpoints.newest_whole(self.folder, self._damage)
+        if path is None:
+            return None
+        progress = checkpoints.progress_of(path)
+        if progress.step > total:
+            raise ValueError(f"{path} is at step {progress.step}, beyond this run's {total}")
+        wait_for_all()  # every process has looked
+        if self.accelerator.is_main_process:
+            with writing(self.folder):
+                checkpoints.put_in_order(self.folder, progress)
+        wait_for_all()
         checkpoints.find_best(self.folder, progress)
-        put_back(tensors, progress)
-        self._random = tensors.get(f"random-{self.accelerator.process_index}")
+        put_back(path, progress)
+        self._random = checkpoints.read_group(path, f"random-{self.accelerator.process_index}")
         return progress
+
+    def _damage(self, path: Path) -> str | None:
+        """Of the files of a checkpoint each process reads some, and all learn what one finds."""
+        if (group := patient_group()) is None:
+            return checkpoints.damage(path)
+        rank, number = self.accelerator.process_index, self.accelerator.num_processes
+        found = together(partial(checkpoints.damage, path, part=slice(rank, None, number)), group)
+        return next((reason for reason in found if reason is not None), None)
 
     _random: dict[str, Tensor] | None = None
 

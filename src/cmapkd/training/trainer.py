@@ -108,7 +108,9 @@ class Trainer:
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress(total=self.total, contents=self.contents)
         self.ledger = SampleLedger()
-        self.state = RunState(self.checkpoint_folder, self.accelerator, keep=max(1, config.keep_checkpoints), seed=seed)
+        self.shared = config.writes_shares(self.accelerator.num_processes)
+        keep = max(1, config.keep_checkpoints)
+        self.state = RunState(self.checkpoint_folder, self.accelerator, keep=keep, seed=seed, shared=self.shared)
         self.agreement, self.finite = Agreement(), FiniteWatch()
 
     @property
@@ -221,7 +223,8 @@ class Trainer:
         """
         tensors, progress = checkpoints.read_checkpoint(path)
         if "method" in tensors:
-            self._put_back(tensors, progress)
+            self._changed(partial(self.method.restructure, progress.structure))
+            self.engine.load(tensors)
         else:
             self._changed(partial(self.method.restructure, progress.structure))
             self.student.load_state_dict(tensors["student"])
@@ -376,16 +379,16 @@ class Trainer:
     def _save(self) -> None:
         ledger = self.state.ledger_of_all(self.ledger)
         self.progress.ledger, self.progress.structure = ledger.state_dict(), self.method.structure
-        self.state.save(self.learned_state(), self.progress)
+        self.state.save(self.engine.own_shares() if self.shared else self.learned_state(), self.progress)
 
     def learned_state(self) -> Tensors:
         """Method, optimizer and average as a checkpoint holds them, whole; every process must ask for it."""
         return self.engine.state()
 
-    def _put_back(self, tensors: Tensors, progress: checkpoints.Progress) -> None:
-        """What `learned_state` gave, by either kind of engine."""
+    def _put_back(self, path: Path, progress: checkpoints.Progress) -> None:
+        """What a checkpoint holds of method, optimizer and average, whichever engine wrote it."""
         self._changed(partial(self.method.restructure, progress.structure))
-        self.engine.load(tensors)
+        self.engine.read(path)
 
     @contextmanager
     def _memory_explained(self) -> Iterator[None]:

@@ -144,7 +144,7 @@ def test_what_cannot_be_cached_says_why(tmp_path: Path) -> None:
         token_plan(tmp_path, token_kd(on_policy=0.5))
     for settings, reason in (
         ({"kind": "dense"}, "cache.kind is dense, which teachers of two towers have"),
-        ({"store": "int8"}, "cache.store is int8, and likeliest tokens are stored in fp16"),
+        ({"store": "int8"}, "cache.store is int8, and likeliest tokens are stored in fp16 or fp32"),
         ({"top_k": 4}, "cache.top_k is 4, and the method reads the 8 likeliest"),
     ):
         with pytest.raises(CacheError, match=reason):

@@ -60,6 +60,21 @@ def test_stored_tokens_are_the_live_ones(temperature: float, tmp_path: Path) -> 
     assert len(seen) > 6  # samples of both epochs were asked different questions
 
 
+@pytest.mark.parametrize("settings", [{}, {"alignment": "bytes"}, {"divergence": "jsd", "beta": 0.3}], ids=str)
+def test_stored_in_fp32_losses_and_gradients_are_the_live_ones(settings: dict[str, object], tmp_path: Path) -> None:
+    method = token_kd(*([other_tokenizer()] if settings.get("alignment") else []), **settings)
+    cached, reader = replayed(tmp_path / "c", method, store="fp32")
+    found = []
+    for made, batch in ((method, batch_of(method, 0)), (cached, batch_of(cached, 0, stored=reader))):  # type: ignore[arg-type]
+        terms = made(batch)
+        sum(term.weight * term.value for term in terms.values()).backward()  # type: ignore[union-attr]
+        gradient = torch.cat([each.grad.flatten() for each in made.student.parameters() if each.grad is not None])
+        found.append((terms["distillation"].value.detach(), gradient))
+    (live, live_gradient), (value, gradient) = found
+    torch.testing.assert_close(value, live, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient, live_gradient, rtol=0, atol=1e-6 * float(live_gradient.abs().max()))
+
+
 def test_losses_and_gradients_are_the_live_ones_in_micro_batches_too(tmp_path: Path) -> None:
     method = token_kd()
     cached, reader = replayed(tmp_path / "c", method)

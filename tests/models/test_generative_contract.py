@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from vlm_support import DIALOGUES, MAKERS, TEXTS, asked, chat, make_vlm, picture
 
 from cmapkd.config import ConfigError
-from cmapkd.data.dialogues import Turn, join_items
+from cmapkd.data.dialogues import ChatInput, Turn, join_items
 from cmapkd.models import Decoding, TokenNeeds, build_model, dual, load_model, writing
 from cmapkd.models.draws import drawn, nucleus, until_end
 from cmapkd.models.hf_vlm import HfVlm
@@ -100,6 +101,21 @@ def test_a_batch_is_its_dialogues_one_by_one(model: HfVlm) -> None:
                     assert rows.place.tolist() == of_whole[where].place[mine].tolist()
 
 
+def test_gradients_of_its_parts_add_up_to_those_of_a_batch(model: HfVlm) -> None:
+    """Parts have their own pixels, tiles and windows."""
+
+    def gradients(*batches: ChatInput) -> Tensor:
+        model.zero_grad()
+        for each in batches:
+            found = model(each)
+            F.cross_entropy(model.logits(found.hidden["answer"].values), found.targets, reduction="sum").backward()
+        return torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+
+    batch = chat(model)
+    whole, parts = gradients(batch), gradients(batch.part(0, 1), batch.part(1, 3))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=2e-5 * float(whole.abs().max()))
+
+
 def test_another_picture_changes_the_answer(model: HfVlm) -> None:
     dialogue = DIALOGUES[0][0]
     found = [
@@ -120,6 +136,26 @@ def test_a_saved_model_is_the_same(model: HfVlm, tmp_path: Path) -> None:
     assert torch.equal(again(batch).hidden["answer"].values, model(batch).hidden["answer"].values)
     assert pickle.loads(pickle.dumps(model.processor)) == model.processor  # noqa: S301
     assert again.processor.read(*DIALOGUES[1]).ids.tolist() == model.processor.read(*DIALOGUES[1]).ids.tolist()
+
+
+def test_the_library_reads_the_folder_without_us(model: HfVlm, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model.save(tmp_path)
+    theirs, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    own = model.model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in theirs.state_dict().items())
+    assert processor.tokenizer.get_vocab() == model.processor.native.tokenizer.get_vocab()
+    assert processor.chat_template or processor.tokenizer.chat_template
+
+
+def test_what_the_hub_says_of_generation_changes_nothing() -> None:
+    """A folder may ask for sampling, or for penalties of what was written before."""
+    model, batch = make("tiny_vlm"), chat(make("tiny_vlm"))
+    plain = model.generate(batch, Decoding(max_new_tokens=6))
+    hub = model.model.generation_config
+    hub.do_sample, hub.temperature, hub.repetition_penalty, hub.max_length = True, 3.0, 9.0, 2
+    assert model.generate(batch, Decoding(max_new_tokens=6)) == plain
 
 
 def test_generation_is_one_by_one_and_ends(model: HfVlm) -> None:

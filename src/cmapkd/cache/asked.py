@@ -162,9 +162,9 @@ class AskedTokens:
                 f"cache.kind is {config.kind}, which teachers of two towers have, and {model.name} writes: leave "
                 "cache.kind out, and set cache.top_k to hold more tokens than the method reads"
             )
-        if config.store != "fp16":
+        if config.store == "int8":
             raise CacheError(
-                f"cache.store is {config.store}, and likeliest tokens are stored in fp16: set cache.store=fp16"
+                "cache.store is int8, and likeliest tokens are stored in fp16 or fp32: set cache.store=fp16"
             )
         if config.top_k is not None and config.top_k < self.top.number:
             raise CacheError(
@@ -172,7 +172,7 @@ class AskedTokens:
                 f"cache.top_k={self.top.number} or more, or leave it out"
             )
         count = min(config.top_k or self.top.number, self.size)
-        return TokenLayout("fp16", count, float(self.top.temperature), self.size, config.max_answer_tokens or 0)
+        return TokenLayout(config.store, count, float(self.top.temperature), self.size, config.max_answer_tokens or 0)
 
     def completed(self, outline: TokenLayout, seen: Seen) -> TokenLayout:
         """With room for the longest answer of the data, which one pass over their texts finds.

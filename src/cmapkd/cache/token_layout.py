@@ -24,6 +24,7 @@ from cmapkd.models.token_types import TokenNeeds, TopTokens
 TOKENS = "tokens"
 """The kind of such a layout, in `cache.json`."""
 SMALL_IDS = 2**16  # vocabularies up to this size have ids of two bytes
+_STORES = {"fp16": (torch.float16, "<f2"), "fp32": (torch.float32, "<f4")}
 _OF_TOKENS = ("targets", "ids", "gaps", "rest")
 
 
@@ -31,7 +32,7 @@ class Answers(NamedTuple):
     """A teacher's answers to a batch, flat: one row for each token of an answer, in the order of the samples.
 
     Attributes:
-        ids, gaps, rest: as in `StoredTokens`, of one temperature: Int[rows k], Float16[rows k], Float[rows].
+        ids, gaps, rest: as in `StoredTokens`, of one temperature: Int[rows k], Float[rows k], Float[rows].
         targets: Int[rows], the token itself.
         sample: Int[rows], the dialogue in the batch; ascending.
     """
@@ -56,13 +57,14 @@ class TokenLayout(Layout):
     the token's distance from the likeliest logit, divided by the temperature, and the rest by nothing.
 
     Attributes:
+        store: type of the distances between logits.
         count: likeliest tokens of each token of an answer.
         temperature: at which they can be read.
         size: tokens that student and teacher have in common; the softmax is over these.
         answer_tokens: the longest answer, its end token included.
     """
 
-    store: Literal["fp16"]
+    store: Literal["fp16", "fp32"]
     count: int
     temperature: float
     size: int
@@ -77,7 +79,7 @@ class TokenLayout(Layout):
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
         layout = cls(**{key: value for key, value in values.items() if key != "kind"})
         numbers = (layout.count, layout.size, layout.answer_tokens)
-        if layout.store != "fp16" or not all(isinstance(n, int) and n > 0 for n in numbers):
+        if layout.store not in _STORES or not all(isinstance(n, int) and n > 0 for n in numbers):
             raise ValueError(f"rows of {numbers} tokens in {layout.store!r}")
         if not (isinstance(layout.temperature, float) and layout.temperature > 0 and layout.count <= layout.size):
             raise ValueError(f"{layout.count} of {layout.size} tokens at temperature {layout.temperature}")
@@ -95,22 +97,27 @@ class TokenLayout(Layout):
     @property
     def dtype(self) -> np.dtype[Any]:
         room, top = (self.answer_tokens,), (self.answer_tokens, self.count)
-        fields = [("targets", self._id, room), ("ids", self._id, top), ("gaps", "<f2", top), ("rest", "<f4", room)]
+        fields = [
+            ("targets", self._id, room),
+            ("ids", self._id, top),
+            ("gaps", _STORES[self.store][1], top),
+            ("rest", "<f4", room),
+        ]
         return np.dtype([(CHECK, "<u8"), ("tokens", "<i4"), *fields])
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token of an answer."""
         of_id = np.dtype(self._id).itemsize
-        return self.count * (of_id + 2) + of_id + 4
+        return self.count * (of_id + np.dtype(_STORES[self.store][1]).itemsize) + of_id + 4
 
     @property
     def short(self) -> str:
-        return f"{self.count} likeliest tokens, {self.token_bytes:,} bytes a token"
+        return f"{self.count} likeliest tokens in {self.store}, {self.token_bytes:,} bytes a token"
 
     def describe(self) -> str:
         return (
-            f"the {self.count} likeliest of {self.size:,} tokens at temperature {self.temperature:g}: "
+            f"the {self.count} likeliest of {self.size:,} tokens at temperature {self.temperature:g} in {self.store}: "
             f"{self.token_bytes:,} bytes a token, room for answers of {self.answer_tokens:,} tokens"
         )
 
@@ -150,7 +157,7 @@ class TokenLayout(Layout):
             packed, exact = [], []
             for states in rows.values.split(ROWS):
                 logits = head(states)
-                packed.append(pack(logits, self.count, temperatures=(at,)))
+                packed.append(pack(logits, self.count, temperatures=(at,), dtype=_STORES[self.store][0]))
                 exact.append(top_tokens(logits, self.count, temperature=at).log_p)
         ids, gaps, rest = (torch.cat([getattr(part, name) for part in packed]) for name in ("ids", "gaps", "rest"))
         rest = rest[:, 0].clamp(min=torch.finfo(rest.dtype).min)  # where there are no others it is -inf, never read

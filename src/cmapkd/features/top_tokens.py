@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmapkd.models.token_types import LogitHead, TopTokens
@@ -17,20 +17,20 @@ ROWS = 128  # of states whose logits exist at a time
 
 @dataclass(frozen=True, slots=True)
 class StoredTokens:
-    """Likeliest tokens as a file holds them: a row takes k * (bytes of an id + 2) bytes, and 4 for each temperature.
+    """Likeliest tokens as a file holds them: a row takes k * (bytes of an id and a gap), and 4 for each temperature.
 
     The rest is stored and not the log-sum-exp. So a small rest is exact, where 1 less the sum of rounded probabilities
     would be noise, and the probabilities that are read sum to 1.
 
     Attributes:
         ids: Int[rows k], the likeliest first; uint16 where the vocabulary allows it, else int32.
-        gaps: Float16[rows k], logits less the largest one; <= 0.
+        gaps: Float16 or Float32[rows k], logits less the largest one; <= 0.
         rest: Float32[rows temperatures], log of the probability of all other tokens at each temperature.
         temperatures: that `rest` knows.
     """
 
     ids: Int[Tensor, "rows k"]
-    gaps: Float16[Tensor, "rows k"]
+    gaps: Float[Tensor, "rows k"]
     rest: Float[Tensor, "rows temperatures"]
     temperatures: tuple[float, ...]
 
@@ -58,18 +58,25 @@ def narrowed(top: TopTokens, k: int) -> TopTokens:
     return TopTokens(top.ids[:, :k], top.log_p[:, :k], rest)
 
 
-def pack(logits: Float[Tensor, "rows tokens"], k: int, *, temperatures: Sequence[float] = (1.0,)) -> StoredTokens:
+def pack(
+    logits: Float[Tensor, "rows tokens"],
+    k: int,
+    *,
+    temperatures: Sequence[float] = (1.0,),
+    dtype: torch.dtype = torch.float16,
+) -> StoredTokens:
     """The k likeliest tokens of each row, to be stored.
 
     Args:
         temperatures: at which somebody will read them.
+        dtype: of the gaps.
     Raises:
         ValueError: there are fewer tokens, or a temperature is not positive.
     """
     _check(k, logits.shape[-1], temperatures)
     logits = _widened(logits)
     likeliest, ids = logits.topk(k, dim=-1)
-    gaps = (likeliest - likeliest[:, :1]).clamp(min=torch.finfo(torch.float16).min).half()
+    gaps = (likeliest - likeliest[:, :1]).clamp(min=torch.finfo(dtype).min).to(dtype)
     rest = torch.stack([_rest((logits / at).log_softmax(-1), ids) for at in temperatures], -1).float()
     kind = torch.uint16 if logits.shape[-1] <= 2**16 else torch.int32
     return StoredTokens(ids.to(kind), gaps, rest, tuple(temperatures))

@@ -68,6 +68,23 @@ def make_judge(*, seed: int = 7, extra: int = 0, rows: int = 2, **options: Any) 
     return FrozenTeacher(make_writer(seed=seed, extra=extra, rows=rows, **{**TEACHER, **options}))
 
 
+@cache
+def _other() -> Any:
+    settings = {"heads": 2, "vocab_size": 340, "max_tokens": 96, **TEACHER}
+    torch.manual_seed(5)
+    texts = ["re d", "gr een and bl ue", "squa res, cir cle", "ye s and n o"]
+    model: Any = build_model(ModelConfig(name="tiny_vlm:small", options=settings), captions=texts * 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def make_other() -> FrozenTeacher:
+    """A teacher in float64 whose tokenizer was learned from other texts."""
+    return FrozenTeacher(copy.deepcopy(_other()).double())
+
+
 class Dialogues:
     """Noise pictures, each with a question whose answers differ in length; a pure function of the index."""
 

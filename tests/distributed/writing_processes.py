@@ -22,7 +22,7 @@ from cmapkd.methods import StepInfo
 from cmapkd.training import Trainer
 from cmapkd.training.processes import start_processes
 from cmapkd.training.sharding import ShardedMethod, whole_tensors
-from writers import Dialogues, batch_of, loss_of, make_run, make_task
+from writers import Dialogues, batch_of, loss_of, make_other, make_run, make_task
 
 TWO, BATCH, STEP = 2, 8, StepInfo(3, 10, seed=11)
 SHARDED = ", fsdp2"
@@ -33,6 +33,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     "sft, sample_mean": ("sft", {"reduction": "sample_mean"}),
     "token_kd": ("token_kd", {}),
     "token_kd, batch_sum": ("token_kd", {"reduction": "batch_sum", "divergence": "jsd"}),
+    "token_kd, the likeliest": ("token_kd", {"top_k": 8}),
+    "token_kd, two tokenizers": ("token_kd", {"alignment": "bytes"}),
+    f"token_kd, two tokenizers, ranked{MICRO}": ("token_kd", {"alignment": "bytes", "compare": "ranked"}),
     "token_kd, balanced": ("token_kd", {"term_weighting": {"name": "gradnorm", "warmup_steps": 1, "every": 1}}),
     "on policy": ("token_kd", {"on_policy": ON_POLICY}),
     "sampled": ("token_kd", {"on_policy": ON_POLICY, "divergence": "sampled_reverse"}),
@@ -48,7 +51,7 @@ TRAINED = ("on policy", "taid")
 def learned_from(name: str, rank: int | None) -> dict[str, Tensor]:
     """Terms and gradients of the whole batch (rank None), or of a part of it in a wrapped method."""
     kind, settings = CASES[name]
-    method = make_task(kind, **settings)
+    method = make_task(kind, teacher=make_other() if "alignment" in settings else None, **settings)
     batch = batch_of(method, range(BATCH))
     wrapped: Any = method
     if rank is not None:

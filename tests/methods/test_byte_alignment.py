@@ -232,9 +232,14 @@ def test_the_cells_of_one_tokenizer_are_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 5])
-@pytest.mark.parametrize("name", ["forward", "top 5", "sample_mean"])
-def test_micro_batches_are_the_batch(name: str, micro_batch: int) -> None:
-    whole, parts = (results(aligned(" ", **CASES[name]), micro_batch=size) for size in (None, micro_batch))
+@pytest.mark.parametrize(
+    "settings",
+    [*(CASES[name] for name in ("forward", "top 5", "sample_mean")), {"compare": "hybrid"}, {"compare": "ranked"}],
+    ids=str,
+)
+def test_micro_batches_are_the_batch(settings: dict[str, Any], micro_batch: int) -> None:
+    whole, parts = (results(aligned(" ", **settings), micro_batch=size) for size in (None, micro_batch))
+    assert float(whole["term/distillation"]) > 0
     assert_same(parts, whole)
 
 

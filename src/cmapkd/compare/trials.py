@@ -83,8 +83,8 @@ def _check_metric(config: RunConfig, metric: str) -> None:
     able = [f"{name}.{'.'.join(each.headline.path)}" for name, each in TASKS.own.items()
             if each.headline is not None and issubclass(reads, each.reads)]  # fmt: skip
     raise ConfigError(
-        f"tuning.metric is {metric}, which measures a {task.reads.__name__}, and method {config.method.name} trains a "
-        f"{reads.__name__}: set tuning.metric to {' or '.join(able)}"
+        f"tuning.metric is {metric}, of a model that {task.reads.does}, and method {config.method.name} trains one "
+        f"that {reads.does}: set tuning.metric to {' or '.join(able)}"
     )
 
 

@@ -98,7 +98,6 @@ def check_dialogues(
             refused.append(str(error))
     longest = max((len(item.ids) for item in items), default=0)
     over = sum(max_tokens is not None and len(item.ids) > max_tokens for item in items)
-    empty = sum(not bool(item.answer.any()) for item in items)
     findings = []
     if items:
         visual = [int(item.visual.sum()) for item in items if bool(item.visual.any())]
@@ -108,9 +107,7 @@ def check_dialogues(
             f"of {len(items)} read: {seen}{_range(answers)} learned tokens (median {answers[len(answers) // 2]}), "
             f"longest dialogue {longest} tokens"
         )
-        findings.append(
-            Finding("problem" if empty else "ok", what, detail + (f"; {empty} learn nothing" * bool(empty)))
-        )
+        findings.append(Finding("ok", what, detail))
     total = len(asked.dialogues) + len(asked.silent)
     for count, told in (
         (over, f"are longer than data.max_tokens={max_tokens} and will not be used"),
@@ -210,7 +207,7 @@ def check_start(student: GenerativeModel, asked: Asked) -> list[Finding]:
 
 
 def check_top(what: str, teacher: GenerativeModel, asked: Asked, number: int, temperature: float) -> list[Finding]:
-    """What the `number` likeliest tokens leave out, and the bytes that they take."""
+    """What the `number` likeliest tokens leave out."""
     items = _readable(teacher, asked)
     if not items:
         return []

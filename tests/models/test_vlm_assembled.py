@@ -256,3 +256,9 @@ def test_a_language_model_that_caps_its_logits_is_refused(tmp_path: Path) -> Non
     tokens.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="scales or caps its logits"):
         assembled(tmp_path)
+
+
+def test_the_presets_have_the_sizes_that_the_documentation_says() -> None:
+    sizes = {name: build_model(f"tiny_vlm:{name}", captions=TEXTS * 4).num_parameters() for name in ("small", "base")}
+    assert sizes["small"] == pytest.approx(1.0e6, rel=0.05)
+    assert sizes["base"] == pytest.approx(6.4e6, rel=0.02)

@@ -11,7 +11,11 @@ from making import picture, write_zip
 
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
+from cmapkd.data.prompting import Prompting
+from cmapkd.data.readers import ChatReader
 from cmapkd.data.types import BadSampleError, QuestionAnswer
+from cmapkd.data.views import WHOLE, draw_view
+from cmapkd.models import GenerativeModel, build_model
 
 
 def ten(*answers: str) -> list[dict[str, Any]]:
@@ -159,3 +163,19 @@ def test_nlvr(shared: Path) -> None:
         assert question.kind == "yes/no"
         assert question.answers in (("true",), ("false",))
         assert bool(source[index].captions) == (question.answers == ("true",))
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "nlvr"])
+def test_their_questions_are_dialogues_of_a_model_that_writes(shared: Path, name: str) -> None:
+    model = build_model("tiny_vlm:scenes-teacher")
+    assert isinstance(model, GenerativeModel)
+    source, prompting = open_source(f"webdataset:{shared}/{name}/dev-*.tar"), Prompting(suffix="Say one word.")
+    for index in range(0, 60, 20):
+        sample = source[index]
+        dialogue = prompting.choose(sample, draw_view(sample.id, 0, WHOLE, sample.image.size), 0)
+        asked = next(each for each in sample.questions if dialogue[0].text.startswith(each.question))
+        assert dialogue[0].text.endswith("Say one word.")
+        assert dialogue[1].text in asked.answers
+        item = ChatReader(model.processor).read(sample.image, None, dialogue)
+        assert int(item.visual.sum()) == 16
+        assert int(item.answer.sum()) == len(model.processor.encode_answer(dialogue[1].text))

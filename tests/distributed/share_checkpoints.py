@@ -36,24 +36,28 @@ GROUPS: tuple[tuple[str, int, str, str], ...] = (  # what a group of processes d
     ("2 whole on shares", 2, "whole", "shares"),
     ("3 on shares", 3, "shares", "shares"),
     ("1 on shares", 1, "shares", "shares"),
+    ("2 not shared out on shares", 2, "whole", "shares"),
     ("damaged", 2, "shares", "shares"),
     ("full disk", 2, "shares", ""),
+    ("two folders", 2, "shares", ""),
 )
+REFUSED = ("full disk", "two folders")
 
 
-def train(name: str, method: str, folder: Path, form: str, *, resume: bool, refused: bool) -> dict[str, Any]:
+def train(name: str, method: str, folder: Path, form: str, *, resume: bool) -> dict[str, Any]:
     """What one process tells of its run."""
     optim = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW enlarges rounding
     trainer = make_trainer(
         folder, make_method(method, settings=METHODS[method]), source=MemorySource(40), steps=STEPS, optim=optim,
-        ema=0.8, checkpoint_every=EVERY, batch_size=12, sharding="fsdp2", checkpoint_form=form,
+        ema=0.8, checkpoint_every=EVERY, batch_size=12, checkpoint_form=form,
+        sharding="none" if "not shared out" in name else "fsdp2",
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             trainer.run(resume=resume)
         except DiskError as error:
-            if not refused:
+            if name not in REFUSED:
                 raise
             return {"refused": str(error)}
     return {"step": trainer.progress.step, "warned": [str(each.message) for each in warned]}
@@ -77,8 +81,9 @@ def work(name: str, rank: int, size: int, form: str, port: int, out: Path, resum
     told: dict[str, Any] = {}
     try:
         for method in METHODS:
-            told[method] = train(name, method, out / name / method, form, resume=resume, refused=name == "full disk")
-            if name == "full disk":
+            place = f"{name}, of the second" if name == "two folders" and rank else name
+            told[method] = train(name, method, out / place / method, form, resume=resume)
+            if name in REFUSED:
                 break
     except Exception:
         told = {"failed": traceback.format_exc()}

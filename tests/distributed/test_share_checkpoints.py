@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from share_checkpoints import CUT, GROUPS, METHODS, STEPS
+from share_checkpoints import CUT, GROUPS, METHODS, REFUSED, STEPS
 from torch import Tensor
 
 from cmapkd.training.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from cmapkd.training.shards import has_shares, stored
 
 SIZES = {name: size for name, size, _, _ in GROUPS}
-ENDS = tuple(name for name in SIZES if name != "full disk")
+ENDS = tuple(name for name in SIZES if name not in REFUSED)
+PLAIN = "2 not shared out on shares"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -54,7 +56,7 @@ def last(out: Path, name: str, method: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [name for name in ENDS if SIZES[name] == 2 and name != "whole"])
+@pytest.mark.parametrize("name", [name for name in ENDS if SIZES[name] == 2 and name not in ("whole", PLAIN)])
 def test_they_hold_bit_for_bit_what_whole_ones_hold(out: Path, name: str, method: str) -> None:
     """Also after going on, from either form and in either, and from the checkpoint before a damaged one."""
     found, expected = last(out, name, method), last(out, "whole", method)
@@ -66,13 +68,13 @@ def test_they_hold_bit_for_bit_what_whole_ones_hold(out: Path, name: str, method
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["1 on shares", "3 on shares"])
+@pytest.mark.parametrize("name", ["1 on shares", "3 on shares", PLAIN])
 def test_other_numbers_of_processes_go_on(out: Path, name: str, method: str) -> None:
     found, expected = last(out, name, method), last(out, "whole", method)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
-    assert has_shares(checkpoint_path(out / name / method / "checkpoints", STEPS)) == (SIZES[name] > 1)
+    assert has_shares(checkpoint_path(out / name / method / "checkpoints", STEPS)) == (name == "3 on shares")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,11 +90,14 @@ def test_each_process_writes_its_share_and_no_pickle(out: Path, method: str) -> 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_damage_that_one_process_sees_is_known_to_all(out: Path, method: str) -> None:
-    for rank in range(2):
-        warned = [text for text in told(out, "damaged", rank)[method]["warned"] if "checksum" in text]
-        assert len(warned) == 1
-        assert "shard-00002-model-00001-of-00001.safetensors is damaged" in warned[0]
-        assert f"Going on from step-{CUT:09d} instead" in warned[0]
+    """All went on from the step before, see above; the first one says so."""
+    first, second = (
+        [text for text in told(out, "damaged", rank)[method]["warned"] if "checksum" in text] for rank in range(2)
+    )
+    assert not second
+    (warned,) = first
+    assert "shard-00002-model-00001-of-00001.safetensors is damaged" in warned
+    assert f"Going on from step-{CUT:09d} instead" in warned
 
 
 def test_a_disk_that_refuses_one_process_stops_all_and_loses_nothing(out: Path) -> None:
@@ -104,11 +109,23 @@ def test_a_disk_that_refuses_one_process_stops_all_and_loses_nothing(out: Path) 
     assert read_checkpoint(list_checkpoints(folder)[-1])[1].step == 2
 
 
-def test_shares_that_are_missing_are_told_of(out: Path, tmp_path: Path) -> None:
-    import shutil
+def test_processes_that_see_different_folders_are_told_so(out: Path) -> None:
+    first, second = (told(out, "two folders", rank)["cmapkd"]["refused"] for rank in range(2))
+    assert "process 1 could not do its part of a checkpoint: process 1 does not see" in first
+    assert "set training.checkpoint_form=whole" in second
+    assert not list(out.glob("two folders*/cmapkd/checkpoints/*"))
 
+
+def test_shares_that_are_missing_are_told_of(out: Path, tmp_path: Path) -> None:
+    """Also where the list of checksums does not know them."""
     path = tmp_path / f"step-{STEPS:09d}"
     shutil.copytree(checkpoint_path(out / "shares" / "cmapkd" / "checkpoints", STEPS), path)
-    next(path.glob("shard-00002*")).unlink()
+    (gone,) = path.glob("shard-00002*")
+    gone.unlink()
     with pytest.raises(ValueError, match="shard-00002-model-00001-of-00001"):
+        read_checkpoint(path)
+    checksums = json.loads((path / "checksums.json").read_text())
+    del checksums[gone.name]
+    (path / "checksums.json").write_text(json.dumps(checksums))
+    with pytest.raises(ValueError, match="a share is missing"):
         read_checkpoint(path)

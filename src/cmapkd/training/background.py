@@ -13,7 +13,8 @@ class Background:
     """Does one job after the other in a thread, in the order in which they came.
 
     A job that fails is the last one: those that wait behind it are left undone, as if the process had ended there. Its
-    error comes out of the next `wait`. The interpreter ends only when the thread is done.
+    error comes out of the next `wait`. A job that other processes take part in is done all the same: they wait for it.
+    The interpreter ends only when the thread is done.
     """
 
     def __init__(self) -> None:
@@ -21,16 +22,18 @@ class Background:
         self._pending: dict[str, Future[None]] = {}  # by kind, the last one
         self._failed: BaseException | None = None
 
-    def start(self, kind: str, job: Callable[[], None]) -> None:
+    def start(self, kind: str, job: Callable[[], None], *, awaited: bool = False) -> None:
         """Does the job soon. Call `wait(kind)` before, so that no more than one of a kind is waiting.
 
+        Args:
+            awaited: other processes take part in the job.
         Raises:
             BaseException: that of an earlier job.
         """
         self._raise()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="cmapkd-writer")
-        self._pending[kind] = self._thread.submit(self._run, job)
+        self._pending[kind] = self._thread.submit(self._run, job, awaited)
 
     def wait(self, kind: str | None = None) -> None:
         """Returns when the last job of a kind is done; None: every job, and the thread has ended.
@@ -47,13 +50,13 @@ class Background:
             self._thread = None
         self._raise()
 
-    def _run(self, job: Callable[[], None]) -> None:
-        if self._failed is not None:
+    def _run(self, job: Callable[[], None], awaited: bool) -> None:
+        if self._failed is not None and not awaited:
             return
         try:
             job()
         except BaseException as error:
-            self._failed = error
+            self._failed = self._failed or error
 
     def _raise(self) -> None:
         if (error := self._failed) is not None:

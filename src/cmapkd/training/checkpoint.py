@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmapkd.config import writing
-from cmapkd.config.disk import flush, usual_rights
+from cmapkd.config.disk import DiskError, flush, usual_rights
 from cmapkd.training.shards import FILES, read_whole
 
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
@@ -118,6 +118,8 @@ def complete(path: Path, progress: Progress, checksums: Mapping[str, str]) -> No
         checksums: of the files that are there, which are on the disk by now.
     """
     temporary = begun(path)
+    if absent := [name for name in checksums if not (temporary / name).is_file()]:
+        raise DiskError(f"{temporary} has no {', '.join(absent)}: its processes do not write into one folder")
     told = temporary / _PROGRESS
     told.write_text(json.dumps(vars(progress), indent=2) + "\n", encoding="utf-8")
     known = {**checksums, told.name: checksum(told)}
@@ -220,24 +222,28 @@ def read_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Progress] |
     Raises:
         ValueError: there are some, and none is whole.
     """
-    path = newest_whole(folder)
+    path = newest_whole(folder, list_checkpoints(folder))
     return None if path is None else _contents(path)
 
 
-def newest_whole(folder: Path, damaged: Callable[[Path], str | None] = damage) -> Path | None:
+def newest_whole(
+    folder: Path, listed: Sequence[Path], damaged: Callable[[Path], str | None] = damage, *, tell: bool = True
+) -> Path | None:
     """The newest checkpoint that is whole; None where there is none at all. Damaged ones are told of in a warning.
 
     Args:
+        listed: the checkpoints of the folder, oldest first.
         damaged: why one is not whole; None: it is.
+        tell: whether this process warns.
     Raises:
         ValueError: there are some, and none is whole.
     """
     reasons: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed(listed):
         if (reason := damaged(path)) is not None:
             reasons.append(f"checkpoint {path} cannot be read: {reason}")
             continue
-        if reasons:
+        if reasons and tell:
             warnings.warn(f"{'; '.join(reasons)}. Going on from {path.name} instead.", CheckpointWarning, stacklevel=2)
         return path
     if reasons:

@@ -172,24 +172,30 @@ def empty_state(
     """Room for such a state, as `numbered_state` names it: shared out as its parameter is, where it has its shape.
 
     Raises:
-        ValueError: there is no such parameter.
+        ValueError: it is not of these parameters.
     """
     room = {}
     for key, (size, dtype) in sizes.items():
-        number = int(key.partition(".")[0])
-        if number >= len(order):
-            raise ValueError(
-                f"the checkpoint's optimizer has state of parameter {number}, and {len(order)} learn here: resume with "
-                "the settings that the run was started with"
-            )
-        like = order[number]
-        same = size == like.shape  # not the count of steps
+        like = _owner(key, size, order)
         room[key] = (
             torch.empty_like(like, dtype=dtype, requires_grad=False)
-            if same
+            if size == like.shape
             else torch.empty(size, dtype=dtype, device=like.device)
         )
     return room
+
+
+def _owner(key: str, size: torch.Size, order: Sequence[nn.Parameter]) -> nn.Parameter:
+    """The parameter that an entry of an optimizer's state belongs to: it has its shape, or is one number, as a count of
+    steps."""
+    number = int(key.partition(".")[0])
+    if number < len(order) and size in (order[number].shape, torch.Size()):
+        return order[number]
+    here = f"of shape {tuple(order[number].shape)}" if number < len(order) else "not there"
+    raise ValueError(
+        f"the optimizer state of parameter {number} in the checkpoint is of shape {tuple(size)}, the parameter is {here} "
+        "in this run: resume with the settings that the run was started with"
+    )
 
 
 def put_state(optimizer: torch.optim.Optimizer, order: Sequence[nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
@@ -205,8 +211,8 @@ def load_sharded_optimizer(
     """Likewise from whole tensors."""
     shares = {}
     for key, value in tensors.items():
-        parameter = order[int(key.partition(".")[0])]
-        like = parameter if value.shape == parameter.shape else None  # not the count of steps
+        parameter = _owner(key, value.shape, order)
+        like = parameter if value.shape == parameter.shape else None
         shares[key] = _shared(value.to(parameter.device), like)
     put_state(optimizer, order, shares)
 

@@ -1,10 +1,13 @@
-"""Checkpoints of which every process writes its share: PyTorch's distributed checkpoint, kept in safetensors files.
+"""Checkpoints of which every process writes its share: the safetensors form of PyTorch's distributed checkpoint.
 
-Its usual form has a pickle beside the tensors. The form that is read and written here has none.
+Its reader finds the rows that a process needs, whoever wrote them. The library's usual form has a pickle beside the
+tensors; this one has none. A share is written here and not by the library's writer, which holds the interpreter's lock
+while it writes, and copies what is on the host once more.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,16 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from cmapkd.config.disk import DiskError
+from cmapkd.config.disk import DiskError, usual_rights
 
 if TYPE_CHECKING:  # a run whose checkpoints are whole does not wait for its import
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 FILES = "shard-*.safetensors"
+_PLACES = "DCP_SHARDING_INFO"  # in the head of a file, where the library looks for `saved_offsets`
 Groups = dict[str, dict[str, Tensor]]
+Places = dict[str, dict[str, list[int]]]
+"""By `GROUP/NAME`, where this process's part of a tensor begins in the whole one, and the whole one's shape."""
 
 
 def has_shares(folder: Path) -> bool:
@@ -30,61 +38,86 @@ def has_shares(folder: Path) -> bool:
     return any(folder.glob(FILES))
 
 
-class HostShares:
-    """Copies of this process's shares on the host; those of tensors on a GPU are pinned and used again."""
+def own_part(groups: Mapping[str, Mapping[str, Tensor]], *, main: bool) -> tuple[dict[str, Tensor], Places]:
+    """What this process writes, by `GROUP/NAME`: its rows of what is shared out, and where they begin.
 
-    def __init__(self) -> None:
-        self._stager: Any = None
-        self._known: Any = None
-
-    def of(self, groups: Mapping[str, Mapping[str, Any]], *, main: bool) -> dict[str, Any]:
-        """The tensors as they are now, by `GROUP/NAME`.
-
-        Args:
-            main: whether what every process has whole is this one's to write.
-        """
-        flat = {
-            f"{group}/{name}": value
-            for group, tensors in groups.items()
-            for name, value in tensors.items()
-            if main or isinstance(value, DTensor)
-        }
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
-        sizes = tuple((name, value.shape, value.dtype, value.device) for name, value in flat.items())
-        if sizes != self._known:
-            on_gpu = any(value.is_cuda for value in flat.values())
-            self._stager, self._known = BlockingAsyncStager(cache_staged_state_dict=on_gpu), sizes
-        return dict(self._stager.stage(flat))
+    Args:
+        main: whether what every process has whole is this one's to write.
+    """
+    tensors: dict[str, Tensor] = {}
+    places: Places = {}
+    for group, named in groups.items():
+        for name, value in named.items():
+            local, start = (value.to_local(), _first_row(value)) if isinstance(value, DTensor) else (value, 0)
+            alike = not isinstance(value, DTensor) or not value.numel()  # written once
+            if main if alike else local.numel():
+                begins = [start, *[0] * (local.dim() - 1)][: local.dim()]
+                tensors[f"{group}/{name}"] = local
+                places[f"{group}/{name}"] = {"saved_offsets": begins, "shape": [*value.shape]}
+    return tensors, places
 
 
-def write_share(folder: Path, shares: Mapping[str, Any], group: Any) -> list[Path]:
-    """Writes this process's shares; every process of `group` must call it.
+def _first_row(value: DTensor) -> int:
+    """Where a process's rows begin: they are dealt out in equal blocks, of which the last ones may be shorter."""
+    if value.placements != (Shard(0),):
+        raise ValueError(f"a tensor is shared out as {value.placements}, and only rows of one mesh can be written")
+    block = -(-value.shape[0] // value.device_mesh.size())
+    first = min(block * value.device_mesh.get_local_rank(), value.shape[0])
+    rows = value.to_local().shape[0]
+    if rows != min(block, value.shape[0] - first):
+        raise ValueError(f"a process has {rows} rows of {value.shape[0]}, which are not dealt out in blocks of {block}")
+    return first
+
+
+def write_share(folder: Path, tensors: Mapping[str, Tensor], places: Places, rank: int) -> list[Path]:
+    """Writes what `own_part` gave, once it is on the host.
 
     Returns:
-        The files of this process; none where it has no share.
+        The file; none where there is nothing to write.
     Raises:
-        OSError: what a disk refused, of whichever process.
+        DiskError: this process does not see the folder.
     """
-    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    planner = DefaultSavePlanner(flatten_state_dict=False)
-    with _plain_errors():
-        save(dict(shares), storage_writer=writer, planner=planner, process_group=group)
-    return sorted(folder.glob(f"shard-{dist.get_rank(group) + 1:05d}-*.safetensors"))
+    if not folder.is_dir():
+        raise DiskError(
+            f"process {rank} does not see {folder}: with training.checkpoint_form=shares every process writes there. "
+            "Name a run folder that all machines share, or set training.checkpoint_form=whole"
+        )
+    if not tensors:
+        return []
+    path = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+    save_file(dict(tensors), path, metadata={_PLACES: json.dumps(places)})
+    usual_rights([path])
+    return [path]
 
 
 def stored(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Shape and type of each whole tensor, by `GROUP/NAME`, read from the heads of the files."""
+    """Shape and type of each whole tensor, by `GROUP/NAME`, read from the heads of the files.
+
+    Raises:
+        ValueError: rows are missing.
+    """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     # files beside the shares have tensors without a group: they are read otherwise
-    return {name: entry for name, entry in found.items() if "/" in name and isinstance(entry, TensorStorageMetadata)}
+    shared = {name: each for name, each in found.items() if "/" in name and isinstance(each, TensorStorageMetadata)}
+    whole = _whole_shapes(folder)
+    for name, entry in shared.items():
+        parts, number = sum(chunk.sizes.numel() for chunk in entry.chunks), torch.Size(whole[name]).numel()
+        if parts != number:
+            raise ValueError(
+                f"checkpoint {folder} has {parts:,} of the {number:,} numbers of {name}: a share is missing"
+            )
+    return shared
+
+
+def _whole_shapes(folder: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for path in folder.glob(FILES):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: place["shape"] for name, place in json.loads(file.metadata()[_PLACES]).items()}
+    return found
 
 
 def read_whole(folder: Path) -> Groups:

@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.background import Background, HostCopies
 from cmapkd.training.checkpoint import KINDS, Progress
-from cmapkd.training.processes import PATIENCE, patient_group, wait_for_all
-from cmapkd.training.shards import HostShares, together, write_share
+from cmapkd.training.processes import patient_group, wait_for_all
+from cmapkd.training.shards import own_part, together, write_share
 
 Tensors = dict[str, dict[str, Tensor]]
+_WRITING = timedelta(hours=2)  # in which every process writes its share
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,7 @@ class RunState:
         self.folder, self.accelerator, self.keep, self.seed = folder, accelerator, keep, seed
         self.background, self.copies = Background(), {kind: HostCopies() for kind in KINDS}
         # of the writing threads alone: messages of the steps must not come between theirs
-        self._writers = dist.new_group(backend="gloo", timeout=PATIENCE) if shared else None
-        self._shares = HostShares()
+        self._writers = dist.new_group(backend="gloo", timeout=_WRITING) if shared else None
 
     def save(self, learned: Tensors, progress: Progress) -> None:
         """Copies a checkpoint, which a thread then writes, once the last one is written. Every process must call it,
@@ -102,18 +103,20 @@ class RunState:
         self.background.start(kind, write)
 
     def _write_shares(self, learned: Tensors, states: Tensors, progress: Progress) -> None:
-        """Every process writes its tensors; the first one also the states, and gives the folder its name."""
+        """Every process writes its rows; the first one also the states, and gives the folder its name."""
         self.background.wait("step")
         main, group = self.accelerator.is_main_process, self._writers
         path = checkpoints.checkpoint_path(self.folder, progress.step)
-        copied, told = self._shares.of(learned, main=main), copy.deepcopy(progress)
+        part, places = own_part(learned, main=main)
+        copied, told = self.copies["step"].of({"": part})[""], copy.deepcopy(progress)
+        folder = checkpoints.begun(path)
 
         def begin() -> None:
             checkpoints.write_groups(checkpoints.begin(path), states)
 
         def share() -> dict[str, str]:
-            files = write_share(checkpoints.begun(path), copied, group)
-            files += [checkpoints.begun(path) / f"{name}.safetensors" for name in states] if main else []
+            files = write_share(folder, copied, places, self.accelerator.process_index)
+            files += [folder / f"{name}.safetensors" for name in states] if main else []
             for file in files:
                 flush(file)
             return {file.name: checkpoints.checksum(file) for file in files}
@@ -130,10 +133,10 @@ class RunState:
                     together(partial(end, checksums) if main else None, group)
                 except BaseException:
                     if main:
-                        shutil.rmtree(checkpoints.begun(path), ignore_errors=True)
+                        shutil.rmtree(folder, ignore_errors=True)
                     raise
 
-        self.background.start("step", write)
+        self.background.start("step", write, awaited=True)
 
     def load(self, total: int, put_back: Callable[[Path, Progress], None]) -> Progress | None:
         """Restores the newest checkpoint that is whole; None where there is none.
@@ -144,17 +147,18 @@ class RunState:
             total: steps of the run, beyond which no checkpoint may be.
             put_back: gives method, optimizer and average their tensors, of this checkpoint.
         """
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main:
             checkpoints.restore_replaced(self.folder)
         wait_for_all()
-        path = checkpoints.newest_whole(self.folder, self._damage)
+        path = checkpoints.newest_whole(self.folder, self._listed(), self._damage, tell=main)
         if path is None:
             return None
         progress = checkpoints.progress_of(path)
         if progress.step > total:
             raise ValueError(f"{path} is at step {progress.step}, beyond this run's {total}")
         wait_for_all()  # every process has looked
-        if self.accelerator.is_main_process:
+        if main:
             with writing(self.folder):
                 checkpoints.put_in_order(self.folder, progress)
         wait_for_all()
@@ -162,6 +166,14 @@ class RunState:
         put_back(path, progress)
         self._random = checkpoints.read_group(path, f"random-{self.accelerator.process_index}")
         return progress
+
+    def _listed(self) -> list[Path]:
+        """The checkpoints that the first process sees: all processes decide about the same ones."""
+        found = checkpoints.list_checkpoints(self.folder)
+        if (group := patient_group()) is None:
+            return found
+        names = together(lambda: [path.name for path in found], group)[0]
+        return [self.folder / name for name in names]
 
     def _damage(self, path: Path) -> str | None:
         """Of the files of a checkpoint each process reads some, and all learn what one finds."""

@@ -193,8 +193,8 @@ def _owner(key: str, size: torch.Size, order: Sequence[nn.Parameter]) -> nn.Para
         return order[number]
     here = f"of shape {tuple(order[number].shape)}" if number < len(order) else "not there"
     raise ValueError(
-        f"the optimizer state of parameter {number} in the checkpoint is of shape {tuple(size)}, the parameter is {here} "
-        "in this run: resume with the settings that the run was started with"
+        f"the optimizer state of parameter {number} in the checkpoint is of shape {tuple(size)}, and the parameter is "
+        f"{here} in this run: resume with the settings that the run was started with"
     )
 
 

@@ -24,6 +24,7 @@ from cmapkd.models import Model
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.background import Background, HostCopies
 from cmapkd.training.checkpoint import KINDS, Progress
+from cmapkd.training.config import TrainConfig
 from cmapkd.training.processes import patient_group, wait_for_all
 from cmapkd.training.shards import own_part, together, write_share
 
@@ -52,16 +53,19 @@ class RunState:
 
     Args:
         folder: of the checkpoints.
-        keep: how many of the newest stay.
+        config: how many of the newest stay, and in which form they are written.
         seed: of the run.
-        shared: whether every process writes its share of a checkpoint. All must have the folder before them.
+
+    Attributes:
+        shared: whether every process writes its share of a checkpoint.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *, keep: int, seed: int, shared: bool = False) -> None:
-        self.folder, self.accelerator, self.keep, self.seed = folder, accelerator, keep, seed
+    def __init__(self, folder: Path, accelerator: Accelerator, config: TrainConfig, *, seed: int) -> None:
+        self.folder, self.accelerator, self.seed = folder, accelerator, seed
+        self.keep, self.shared = max(1, config.keep_checkpoints), config.writes_shares(accelerator.num_processes)
         self.background, self.copies = Background(), {kind: HostCopies() for kind in KINDS}
         # of the writing threads alone: messages of the steps must not come between theirs
-        self._writers = dist.new_group(backend="gloo", timeout=_WRITING) if shared else None
+        self._writers = dist.new_group(backend="gloo", timeout=_WRITING) if self.shared else None
 
     def save(self, learned: Tensors, progress: Progress) -> None:
         """Copies a checkpoint, which a thread then writes, once the last one is written. Every process must call it,

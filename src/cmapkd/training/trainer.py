@@ -108,9 +108,7 @@ class Trainer:
         self.checkpoint_every = config.checkpoint_every or max(1, self.total // 10)
         self.progress = checkpoints.Progress(total=self.total, contents=self.contents)
         self.ledger = SampleLedger()
-        self.shared = config.writes_shares(self.accelerator.num_processes)
-        keep = max(1, config.keep_checkpoints)
-        self.state = RunState(self.checkpoint_folder, self.accelerator, keep=keep, seed=seed, shared=self.shared)
+        self.state = RunState(self.checkpoint_folder, self.accelerator, config, seed=seed)
         self.agreement, self.finite = Agreement(), FiniteWatch()
 
     @property
@@ -222,11 +220,10 @@ class Trainer:
             ValueError: the checkpoint is damaged, or of another run.
         """
         tensors, progress = checkpoints.read_checkpoint(path)
+        self._changed(partial(self.method.restructure, progress.structure))
         if "method" in tensors:
-            self._changed(partial(self.method.restructure, progress.structure))
             self.engine.load(tensors)
         else:
-            self._changed(partial(self.method.restructure, progress.structure))
             self.student.load_state_dict(tensors["student"])
         self.progress = progress
         self.ledger.load_state_dict(progress.ledger or self.ledger.state_dict())
@@ -379,7 +376,7 @@ class Trainer:
     def _save(self) -> None:
         ledger = self.state.ledger_of_all(self.ledger)
         self.progress.ledger, self.progress.structure = ledger.state_dict(), self.method.structure
-        self.state.save(self.engine.own_shares() if self.shared else self.learned_state(), self.progress)
+        self.state.save(self.engine.own_shares() if self.state.shared else self.learned_state(), self.progress)
 
     def learned_state(self) -> Tensors:
         """Method, optimizer and average as a checkpoint holds them, whole; every process must ask for it."""

@@ -217,3 +217,22 @@ def test_another_setting_of_the_same_weights_is_refused(tmp_path: Path) -> None:
     saved = make_writer(width=24, seed=7)
     saved.save(tmp_path / "saved")
     token_plan(tmp_path / "c", token_kd(load_model(tmp_path / "saved"))).open()  # the same model, read back
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"top_k": 4}, "cache.top_k is 4, and the method reads the 8 likeliest tokens"),
+        ({"top_k": 64}, "it holds the 8 likeliest tokens, and cache.top_k is 64"),
+        ({"max_answer_tokens": 1}, "and cache.max_answer_tokens is 1"),
+        ({"kind": "dense"}, "cache.kind is dense"),
+        ({"store": "fp32"}, "it stores fp16, and cache.store is fp32"),
+    ],
+)
+def test_a_cache_that_is_there_does_not_silence_settings(
+    change: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    method = token_kd()
+    built(tmp_path / "c", method)
+    with pytest.raises(CacheError, match=reason):
+        token_plan(tmp_path / "c", method, **change).existing()

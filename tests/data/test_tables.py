@@ -188,6 +188,12 @@ def test_questions_in_lists_and_what_is_wrong_with_them(folder: Path) -> None:
         as_json(image="0.png", id="short", questions=["what?", "why?"], answers=["red"]),
         as_json(image="0.png", id="none", questions=["what?"]),
         as_json(image="0.png", id="text", questions="what?", answers="red"),
+        as_json(image="0.png", id="json", questions='["what?", "why?"]', answers='["red", "so"]'),
+        as_json(image="0.png", id="null", question="what?", answers=["x", None]),
+        as_json(image="0.png", id="whose", question="a?", questions=["b?", "c?"], answers=["x", "y"]),
+        as_json(image="0.png", id="two", qa=[["a?", "x"]], questions=["b?"], answers=["y"]),
+        as_json(image="0.png", id="beside", questions=[{"question": "a?"}], answers=["x"]),
+        as_json(image="0.png", id="no question", questions=[], answers=["x"]),
     ]
     source = open_source(f"jsonl:{write_lines(folder / 'lists.jsonl', lines)}")
     found = [[(asked.question, asked.answers) for asked in source[index].questions] for index in range(3)]
@@ -197,6 +203,27 @@ def test_questions_in_lists_and_what_is_wrong_with_them(folder: Path) -> None:
     assert reason(source, 4) == "questions has 2 questions as text, but beside them: 1 answers (row 5)"
     assert reason(source, 5) == "questions has 1 questions as text, but beside them: no list of answers (row 6)"
     assert reason(source, 6) == "questions is not a list of questions and answers: str (row 7)"
+    assert [(asked.question, asked.answers) for asked in source[7].questions] == [
+        ("what?", ("red",)),
+        ("why?", ("so",)),
+    ]
+    assert source[8].questions[0].answers == ("x",)
+    assert reason(source, 9).startswith("answers could be those of question or of questions")
+    assert reason(source, 10).startswith("there are qa and questions")
+    assert reason(source, 11).startswith("answers stand beside questions, whose entries have their own")
+    assert reason(source, 12).startswith("answers stand beside questions")
+
+
+def test_questions_of_a_csv(folder: Path) -> None:
+    text = 'Image,Question,Answers\n0.png,what?,"[""red"", ""rose""]"\n1.png,why?,so\n2.png,when?,[now\n'
+    (folder / "q.csv").write_text(text)
+    source = open_source(f"csv:{folder / 'q.csv'}")
+    assert [source[n].questions[0].answers for n in range(3)] == [("red", "rose"), ("so",), ("[now",)]
+    rows = ['0.png,"[""a?"", ""b?""]","[""x"", ""y""]"', "1.png,[a?,x"]
+    write_lines(folder / "l.csv", [line.encode() for line in ("filepath,questions,answers", *rows)])
+    source = open_source(f"csv:{folder / 'l.csv'}")
+    assert [asked.answers for asked in source[0].questions] == [("x",), ("y",)]
+    assert reason(source, 1).startswith("questions is malformed: neither a list nor the JSON of one")
 
 
 def test_jsonl_refusals(folder: Path) -> None:

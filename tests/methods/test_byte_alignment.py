@@ -16,8 +16,9 @@ from torch import Tensor
 from written_out import kl, reduced, rows_of
 
 from cmapkd.config import ConfigError
+from cmapkd.data.turns import Turn
 from cmapkd.data.types import Batch
-from cmapkd.diagnosis.writing import compare_writers
+from cmapkd.diagnosis.writing import Asked, check_common, compare_writers
 from cmapkd.methods.byte_alignment import ByteAlignment
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.models import FrozenTeacher, ModelConfig, build_model
@@ -401,3 +402,38 @@ def test_a_processor_without_known_bytes_is_refused() -> None:
     native.backend_tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(ConfigError, match=r"bytes of the tokens of .* are not known"):
         make_task("token_kd", teacher=judge, alignment="bytes")
+
+
+def test_a_tokenizer_that_spells_with_more_tokens_is_met_at_bytes() -> None:
+    """By ids, answers with tokens that one model alone has could not be used. Tokens that were added do not count."""
+    student, teacher = (_grown(size) for size in (300, 330))
+    assert student.vocabulary.pieces == teacher.vocabulary.pieces[: student.vocabulary.size]
+    plain, by_bytes = (
+        make_task("token_kd", student=student, teacher=FrozenTeacher(teacher), alignment=each)
+        for each in ("ids", "bytes")
+    )
+    assert plain.num_tokens == student.vocabulary.size < teacher.vocabulary.size
+    assert isinstance(by_bytes, TokenKD)
+    assert by_bytes.aligned is not None
+    assert by_bytes.num_tokens is None
+    for extra in (0, 3):
+        same = make_task("token_kd", teacher=make_judge(extra=extra), alignment="bytes")
+        assert isinstance(same, TokenKD)
+        assert same.aligned is None
+
+
+def _grown(size: int) -> Any:
+    """A model whose tokenizer was learned from the same texts, up to so many tokens."""
+    config = ModelConfig(name="tiny_vlm:small", options={**STUDENT, "heads": 2, "vocab_size": size, "max_tokens": 96})
+    torch.manual_seed(1)
+    texts = ["a red circle is left of two blue squares", "three green stars stand below one yellow moon"]
+    return build_model(config, captions=texts * 9).double()
+
+
+def test_the_doctor_counts_answers_with_tokens_that_one_model_alone_has() -> None:
+    more, plain = make_judge(extra=3).model, make_judge().model
+    asked = Asked(Dialogues(), [(Turn("user", "What?", 1), Turn("assistant", "quagga0"))], [0])
+    (told,) = check_common(more, plain, asked, max_bad_share=0.1)
+    assert told.level == "problem"
+    assert "set method.alignment=bytes" in told.detail
+    assert not check_common(plain, more, asked, max_bad_share=0.1)

@@ -13,9 +13,11 @@ from vlm_support import DIALOGUES, TEXTS, chat, tokenizer, words
 
 from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import join_items
+from cmapkd.diagnosis.models import check_weights
 from cmapkd.models import Decoding, ModelConfig, TokenNeeds, build_model, load_model
 from cmapkd.models.lora import adapters_of
 from cmapkd.models.tiny_vlm_words import byte_tokenizer
+from cmapkd.models.untrained import remark_on_unlearned
 from cmapkd.models.vlm_model import AssembledVlm
 from cmapkd.models.vlm_tower import Projector
 
@@ -237,6 +239,59 @@ def test_new_adapters_go_on_from_a_saved_student(folders: dict[str, Path], kind:
     assert not again.random_parts
     expected, found = (model(chat(model)).hidden["answer"].values for model in (load_model(tmp_path), again))
     torch.testing.assert_close(found, expected)
+
+
+def test_weights_of_other_tokens_and_adapters_that_are_merged_already_are_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    image = TOWERS["convolutions"]
+    texts = [[f"a {word} here"] * 3 for word in ("circle", "square")]
+
+    def made(captions: list[str], **more: Any) -> Any:
+        options = {"image": image, "text": f"hf:{folders['gemma3']}", "vocabulary": "texts", **more.pop("options", {})}
+        return build_model(
+            ModelConfig.from_mapping({"name": "vlm:mine", "options": options, **more}), captions=captions
+        )
+
+    first = made(texts[0], options={"lora": {"rank": 2}})
+    sizes = {name: value.numel() for name, value in first.named_parameters()}
+    assert first.num_parameters() == sum(sizes.values()) - sum(sizes[name] for name in first.parts["adapters"])
+    first.save(tmp_path)
+    assert load_model(tmp_path).num_parameters() == first.num_parameters()
+    weights = str(tmp_path / "model.safetensors")
+    made(texts[0], checkpoint=weights, options={"lora": {"rank": 2}})
+    with pytest.raises((ConfigError, ValueError), match=r"has other tokens than vlm:mine|of another shape"):
+        made(texts[1], checkpoint=weights)
+    with pytest.raises(ConfigError, match="whose weights have them already"):
+        made(texts[0], checkpoint=weights, options={"lora": {"folder": str(tmp_path / "adapters")}})
+
+
+def test_as_many_tokens_that_are_others_are_refused(tmp_path: Path) -> None:
+    def made(text: str, **more: Any) -> Any:
+        options = {"vocab_size": 300, "image": "tiny:scenes-teacher", "width": 16, "layers": 1, "heads": 2}
+        config = {"name": "tiny_vlm:small", "options": options, **more}
+        return build_model(ModelConfig.from_mapping(config), captions=[text] * 9)
+
+    one, other = "a red circle is left of a blue square " * 3, "two green stars stand below one yellow moon " * 3
+    made(one).save(tmp_path)
+    made(one, checkpoint=str(tmp_path / "model.safetensors"))
+    with pytest.raises(ConfigError, match=r"has other tokens than tiny_vlm:small: token \d+ is"):
+        made(other, checkpoint=str(tmp_path / "model.safetensors"))
+
+
+def test_random_parts_that_never_learn_are_told_of(folders: dict[str, Path]) -> None:
+    told = remark_on_unlearned(assembled(folders["llama"], lora={"rank": 2}))
+    assert told is not None
+    assert told.startswith("vision, projector of vlm:mine have random weights and will not learn")
+    assert remark_on_unlearned(assembled(folders["llama"], lora={"rank": 2, "learn": ["vision", "projector"]})) is None
+    model = assembled(folders["llama"], "trained")
+    assert remark_on_unlearned(model) is None
+    assert remark_on_unlearned(model, ("projector", "language")) is None
+    assert str(remark_on_unlearned(model, ("language",))).startswith("projector of vlm:mine has random weights")
+    (found,) = check_weights("student", model, teaches=False, learning=("language",))
+    assert found.level == "problem"
+    with pytest.raises(ConfigError, match="targets"):
+        assembled(folders["llama"], lora={"targets": []})
 
 
 def test_a_head_that_is_the_table_of_words_cannot_be_frozen_alone(folders: dict[str, Path]) -> None:

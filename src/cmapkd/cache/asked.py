@@ -51,6 +51,14 @@ class Asked(Protocol):
 
     smaller: ClassVar[str]
 
+    def check(self, config: CacheConfig, name: str) -> None:
+        """Refuses settings that the teacher of this name, or the method, cannot have; with a cache or without.
+
+        Raises:
+            CacheError: the config asks for less than the method reads, or for what such a teacher does not have.
+        """
+        ...
+
     def outline(self, seen: Seen) -> Layout:
         """The layout where no cache is there yet, but for what the data alone decide: it names the cache's folder.
 
@@ -112,6 +120,14 @@ class AskedTowers:
             )
         return config.kind
 
+    def check(self, config: CacheConfig, name: str) -> None:
+        for setting in ("top_k", "max_answer_tokens"):
+            if getattr(config, setting) is not None:
+                raise CacheError(
+                    f"cache.{setting} is for a teacher that writes, and {name} has two towers: leave it out"
+                )
+        self.kind(config)
+
     def outline(self, seen: Seen) -> RowLayout:
         """Found by asking the teacher about one sample, where it is now.
 
@@ -120,11 +136,7 @@ class AskedTowers:
         """
         config, model = seen.config, seen.teacher.model
         assert isinstance(model, DualEncoder)
-        for name in ("top_k", "max_answer_tokens"):
-            if getattr(config, name) is not None:
-                raise CacheError(
-                    f"cache.{name} is for a teacher that writes, and {model.name} has two towers: leave it out"
-                )
+        self.check(config, model.name)
         needs, kind = self.needs, self.kind(config)
         if kind != "global" and config.kind != "auto" and not (needs.image_levels or needs.text_levels):
             # asked to hold levels that this method does not read: all of them
@@ -154,12 +166,10 @@ class AskedTokens:
     top: TopRequest
     size: int  # tokens that student and teacher have in common
 
-    def outline(self, seen: Seen) -> TokenLayout:
-        """Without room for answers, where the config does not name any."""
-        config, model = seen.config, seen.teacher.model
+    def check(self, config: CacheConfig, name: str) -> None:
         if config.kind != "auto":
             raise CacheError(
-                f"cache.kind is {config.kind}, which teachers of two towers have, and {model.name} writes: leave "
+                f"cache.kind is {config.kind}, which teachers of two towers have, and {name} writes: leave "
                 "cache.kind out, and set cache.top_k to hold more tokens than the method reads"
             )
         if config.store == "int8":
@@ -171,6 +181,12 @@ class AskedTokens:
                 f"cache.top_k is {config.top_k}, and the method reads the {self.top.number} likeliest tokens: set "
                 f"cache.top_k={self.top.number} or more, or leave it out"
             )
+
+    def outline(self, seen: Seen) -> TokenLayout:
+        """Without room for answers, where the config does not name any."""
+        config = seen.config
+        self.check(config, seen.teacher.model.name)
+        assert config.store != "int8"  # as checked
         count = min(config.top_k or self.top.number, self.size)
         return TokenLayout(config.store, count, float(self.top.temperature), self.size, config.max_answer_tokens or 0)
 

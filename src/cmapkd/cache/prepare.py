@@ -21,6 +21,7 @@ from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.rows import Layout
 from cmapkd.cache.teacher import CachedTeacher
+from cmapkd.cache.token_layout import TokenLayout
 from cmapkd.cache.token_teacher import CachedTokens
 from cmapkd.cache.writer import BuildResult, OnProgress, build, missing_shards
 from cmapkd.data.batches import Choice
@@ -148,12 +149,15 @@ class CachePlan:
         """
         if not CacheFolder.exists(self.folder):
             return None
+        self.asked.check(self.config, self.teacher.name)
         cache = CacheFolder.open(self.folder)
         reasons = differences(cache.identity, self.identity)
         lacking = self.asked.lacking(cache.layout)
         reasons += [lacking] if lacking else []
         if self.config.store != cache.layout.store:
             reasons.append(f"it stores {cache.layout.store}, and cache.store is {self.config.store}")
+        if isinstance(cache.layout, TokenLayout):
+            reasons += cache.layout.differs(self.config.top_k, self.config.max_answer_tokens)
         if reasons:
             listed = "\n  ".join(reasons)
             raise CacheError(

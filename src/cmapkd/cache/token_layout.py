@@ -138,6 +138,23 @@ class TokenLayout(Layout):
             return f"it holds the {self.count} likeliest tokens, and the method reads {asked.number}"
         return None
 
+    def differs(self, count: int | None, answer_tokens: int | None) -> list[str]:
+        """Why rows like these are not what a config asks for.
+
+        Args:
+            count: likeliest tokens at least; None: as many as there are.
+            answer_tokens: room for so many tokens of an answer; None: any.
+        """
+        reasons = []
+        if count is not None and min(count, self.size) > self.count:
+            reasons.append(f"it holds the {self.count} likeliest tokens, and cache.top_k is {count}")
+        if answer_tokens is not None and answer_tokens != self.answer_tokens:
+            reasons.append(
+                f"its rows have room for {self.answer_tokens} tokens of an answer, and cache.max_answer_tokens is "
+                f"{answer_tokens}"
+            )
+        return reasons
+
     def check_inputs(self, inputs: ChatInput, ids: Sequence[str]) -> None:
         lengths = inputs.answer.sum(-1)
         longest, most = int(lengths.argmax()), int(lengths.max())

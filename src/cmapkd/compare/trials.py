@@ -78,10 +78,14 @@ def _check_metric(config: RunConfig, metric: str) -> None:
     """
     task = TASKS.own.get(metric.partition(".")[0])
     reads = METHODS[config.method.name].reads
-    if task is None or issubclass(reads, task.reads):
+    if task is not None and issubclass(reads, task.reads):
         return
     able = [f"{name}.{'.'.join(each.headline.path)}" for name, each in TASKS.own.items()
             if each.headline is not None and issubclass(reads, each.reads)]  # fmt: skip
+    if task is None and metric.partition(".")[0] in TASKS:
+        return  # of an installed package
+    if task is None:
+        raise ConfigError(f"tuning.metric is {metric}, which no task measures{closest(metric, able)}")
     raise ConfigError(
         f"tuning.metric is {metric}, of a model that {task.reads.does}, and method {config.method.name} trains one "
         f"that {reads.does}: set tuning.metric to {' or '.join(able)}"

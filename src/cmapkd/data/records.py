@@ -156,7 +156,7 @@ def parse_captions(value: Any) -> tuple[str, ...]:
     captions = []
     for entry in entries:
         text = entry.get("raw") if isinstance(entry, dict) else entry
-        if text is None or _missing(text):
+        if _missing(text):
             continue
         if not isinstance(text, str):
             raise Unusable(f"caption is not text: {type(text).__name__}")
@@ -199,18 +199,14 @@ def parse_label(value: Any, labels: Mapping[str, int] | None = None) -> int:
 
 
 def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
-    question = values.get("question")
+    question, listed = values.get("question"), _listed(values)
+    if isinstance(question, str) and isinstance(listed, _Texts):
+        raise Unusable(f"answers could be those of question or of {listed.key}: give only one of the two")
     if isinstance(question, str):
         yield _question(question, _answer(values))
-    elif question is not None and not _missing(question):
+    elif not _missing(question):
         raise Unusable(f"question is not text: {str(question)[:60]!r}")
-    key = next((key for key in ("qa", "questions") if values.get(key) is not None), "qa")
-    entries = values.get(key) if values.get(key) is not None else []
-    if not isinstance(entries, list):
-        raise Unusable(f"{key} is not a list of questions and answers: {type(entries).__name__}")
-    if entries and all(isinstance(entry, str) for entry in entries):
-        entries = _in_pairs(entries, values.get("answers"), key)
-    for entry in entries:
+    for entry in listed:
         if isinstance(entry, dict) and isinstance(entry.get("question"), str):
             identity = parse_id(entry, ("question_id", "id"))
             yield _question(entry["question"], _answer(entry), entry.get("kind"), identity, _category(entry))
@@ -218,21 +214,59 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
             yield _question(entry[0], entry[1])
         else:
             raise Unusable(
-                f"{key} is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
+                f"{listed.key} is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
             )
 
 
-def _in_pairs(questions: list[str], answers: Any, key: str) -> list[list[Any]]:
-    """Questions and their answers from two lists of one length."""
-    if not isinstance(answers, list) or len(answers) != len(questions):
-        found = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
-        raise Unusable(f"{key} has {len(questions)} questions as text, but beside them: {found}")
-    return [[question, answer] for question, answer in zip(questions, answers, strict=True)]
+class _Listed(list[Any]):
+    """Questions with their answers, of the key that has them."""
+
+    key = "qa"
+
+
+class _Texts(_Listed):
+    """Those of two lists, of which one has the questions."""
+
+
+def _listed(values: Mapping[str, Any]) -> _Listed:
+    """What a record's list of questions holds, each entry with its answer."""
+    there = [key for key in ("qa", "questions") if not _missing(values.get(key))]
+    if len(there) > 1:
+        raise Unusable("there are qa and questions: give only one of the two")
+    key = next(iter(there), "qa")
+    entries, answers = _from_json(values.get(key), key), _from_json(values.get("answers"), "answers")
+    if not there:
+        entries = []
+    if not isinstance(entries, list):
+        raise Unusable(f"{key} is not a list of questions and answers: {type(entries).__name__}")
+    if entries and all(isinstance(entry, str) for entry in entries):
+        if not isinstance(answers, list) or len(answers) != len(entries):
+            found = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
+            raise Unusable(f"{key} has {len(entries)} questions as text, but beside them: {found}")
+        found_listed: _Listed = _Texts([question, answer] for question, answer in zip(entries, answers, strict=True))
+    else:
+        if there and not _missing(answers) and _missing(values.get("question")):
+            raise Unusable(f"answers stand beside {key}, whose entries have their own: leave one of the two out")
+        found_listed = _Listed(entries)
+    found_listed.key = key
+    return found_listed
+
+
+def _from_json(value: Any, key: str) -> Any:
+    """A list that a table holds as JSON text, as a list."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        if key == "answers":  # a text that begins with a bracket
+            return value
+        raise Unusable(f"{key} is malformed: neither a list nor the JSON of one") from None
 
 
 def _missing(value: Any) -> bool:
-    """Whether this is a table's missing value."""
-    return isinstance(value, float) and math.isnan(value)
+    """Whether this is no value, or a table's missing one."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _category(entry: Mapping[str, Any]) -> str | None:
@@ -243,7 +277,8 @@ def _category(entry: Mapping[str, Any]) -> str | None:
 
 
 def _answer(values: Mapping[str, Any]) -> Any:
-    return next((values[key] for key in ("answer", "answers") if values.get(key) is not None), [])
+    key = next((key for key in ("answer", "answers") if values.get(key) is not None), None)
+    return [] if key is None else _from_json(values[key], key) if key == "answers" else values[key]
 
 
 def _question(

@@ -154,7 +154,7 @@ def open_csv(
     if separator is None:
         separator, remark = guess_separator(header, images=columns.image, says=(*columns.caption, *columns.label))
         remarks.append(remark)
-    names = [name.strip() for name in next(_reader([header], separator, quotes), [])]
+    names = _as_asked([name.strip() for name in next(_reader([header], separator, quotes), [])])
     chosen = _choose(path, names, columns)
     return TableSource(
         f"csv:{path}",
@@ -219,6 +219,19 @@ def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
     return Columns(present["image"], present["caption"], id_columns, present["label"], texts=columns.texts)
 
 
+def _as_asked(names: list[str]) -> list[str]:
+    """Names of questions and answers in small letters, where no other column has that name."""
+    return [
+        name.lower() if name.lower() in _ASKED and name.lower() not in names and _lower(names).count(name.lower()) == 1
+        else name
+        for name in names
+    ]  # fmt: skip
+
+
+def _lower(names: Iterable[str]) -> list[str]:
+    return [name.lower() for name in names]
+
+
 def _found(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """The first wanted name that a table has, as the table writes it; capitals count only where two would be one."""
     lower = {name.lower(): name for name in reversed(names)}
@@ -251,6 +264,9 @@ def _csv_rows(
                 yield number, f"row is malformed: {len(fields)} fields where the header has {len(names)}"
                 continue
             yield number, {name: value for name, value in zip(names, fields, strict=True) if value.strip()}
+
+
+_ASKED = ("question", "questions", "qa", "answer", "answers")
 
 
 def open_jsonl(

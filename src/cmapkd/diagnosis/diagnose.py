@@ -23,6 +23,7 @@ from cmapkd.diagnosis.models import (
 )
 from cmapkd.diagnosis.writing import (
     Asked,
+    check_common,
     check_dialogues,
     check_looks,
     check_start,
@@ -132,12 +133,12 @@ def _of_student(config: RunConfig, student: Model, train: Source, asked: Asked |
     limits: dict[str, Any] = {"max_tokens": config.data.max_tokens, "max_bad_share": config.data.max_bad_share}
     if isinstance(student, GenerativeModel) and asked is not None:
         yield from check_writer("student", student)
-        yield from check_weights("student", student, teaches=False)
+        yield from check_weights("student", student, teaches=False, learning=config.training.train_parts)
         yield from check_dialogues("student", student, asked, **limits)
         yield from check_start(student, asked)
     elif isinstance(student, DualEncoder):
         yield from check_model("student", student, train)
-        yield from check_weights("student", student, teaches=False)
+        yield from check_weights("student", student, teaches=False, learning=config.training.train_parts)
         yield from check_size("student", student)
         yield from check_activation("student", student, train)
 
@@ -152,7 +153,10 @@ def _of_teacher(
         yield from check_weights(what, teacher, teaches=True)
         yield from check_dialogues(what, teacher, asked, **limits)
         if isinstance(student, GenerativeModel):
-            yield from compare_writers(student, teacher, by_bytes=config.method.reads_bytes)
+            by_bytes = config.method.reads_bytes
+            yield from compare_writers(student, teacher, by_bytes=by_bytes)
+            if not by_bytes:
+                yield from check_common(student, teacher, asked, max_bad_share=config.data.max_bad_share)
         yield from check_looks(what, teacher, asked)
     elif isinstance(teacher, DualEncoder) and asked is None:
         yield from check_model(what, teacher, train)

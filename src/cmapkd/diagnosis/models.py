@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from cmapkd.diagnosis.finding import Finding
 from cmapkd.evaluation.efficiency import weight_bytes
 from cmapkd.models import DualEncoder, Model
 from cmapkd.models.activation import activation_losses, assumption
-from cmapkd.models.untrained import named_parts, remark_on_untrained
+from cmapkd.models.untrained import named_parts, remark_on_unlearned, remark_on_untrained
 from cmapkd.objectives.common import unit
 
 SANITY_PAIRS = 32
@@ -50,10 +50,19 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
         yield Finding("ok", f"{role} tokenizer", detail)
 
 
-def check_weights(role: str, model: Model, *, teaches: bool) -> Iterator[Finding]:
-    """Whether towers, or parts of a model that writes, have random weights: fatal in a teacher, usual in a student."""
+def check_weights(
+    role: str, model: Model, *, teaches: bool, learning: Collection[str] | None = None
+) -> Iterator[Finding]:
+    """Whether towers, or parts of a model that writes, have random weights: fatal in a teacher, usual in a student that
+    learns them.
+
+    Args:
+        learning: the parts of a student that the training lets learn; None: all that are not frozen.
+    """
     why = remark_on_untrained(model)
-    if why is not None:
+    if not teaches and (stuck := remark_on_unlearned(model, learning)) is not None:
+        yield Finding("problem", f"{role} weights", stuck)
+    elif why is not None:
         yield (
             Finding("problem", f"{role} weights", why)
             if teaches

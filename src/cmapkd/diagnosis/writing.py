@@ -138,12 +138,35 @@ def compare_writers(student: GenerativeModel, teacher: GenerativeModel, *, by_by
     except ConfigError as error:
         return [*findings, _met_at_bytes(student, teacher) if by_bytes else Finding("note", "pair", f"{error}")]
     sizes = (teacher.vocabulary.size, student.vocabulary.size)
+    if by_bytes and common < max(teacher.vocabulary.spoken, student.vocabulary.spoken):
+        return [*findings, _met_at_bytes(student, teacher)]
     same = f"both write the same {common:,} tokens" if max(sizes) == common else (
         f"they have the first {common:,} tokens in common, of {sizes[0]:,} and {sizes[1]:,}"
     )  # fmt: skip
     findings.append(Finding("ok", "pair", same))
     ends = remark_on_ends(teacher.vocabulary, student.vocabulary)
     return findings if ends is None else [*findings, Finding("note", "pair", ends)]
+
+
+def check_common(
+    student: GenerativeModel, teacher: GenerativeModel, asked: Asked, *, max_bad_share: float
+) -> list[Finding]:
+    """Of two models that have their first tokens in common, how many answers have others."""
+    try:
+        common = check_same_vocabulary(teacher.vocabulary, student.vocabulary)
+    except ConfigError:  # told by `compare_writers`
+        return []
+    if kept_of(teacher.vocabulary, student.vocabulary) is not None:
+        return []
+    items = _readable(student, asked)
+    beyond = sum(bool((item.ids[item.answer] >= common).any()) for item in items)
+    if not beyond:
+        return []
+    share = beyond / len(items)
+    many = share > max_bad_share
+    told = f"{share:.0%} of the answers have tokens behind the first {common:,}, and will not be used"
+    stops = f". A run stops above data.max_bad_share {max_bad_share:.0%}: set method.alignment=bytes" if many else ""
+    return [Finding("problem" if many else "note", "pair", told + stops)]
 
 
 def _met_at_bytes(student: GenerativeModel, teacher: GenerativeModel) -> Finding:

@@ -149,13 +149,17 @@ class TokenKD(GenerativeMethod):
     def relate(self, teacher: GenerativeModel) -> None:
         """Also tokens of two tokenizers by their bytes, where the config says so and one tokenizer is not enough."""
         if self.config.alignment == "ids":
-            return super().relate(teacher)
+            super().relate(teacher)
+            return
         cut = kept_of(teacher.vocabulary, self.student.vocabulary) is not None  # any text has tokens of both then
         if self.config.compare != "ranked" and not cut:
-            with suppress(ConfigError):  # of one tokenizer every token is a cell
-                return super().relate(teacher)
+            with suppress(ConfigError):
+                super().relate(teacher)
+                spoken = max(each.vocabulary.spoken for each in (teacher, self.student))
+                if self.num_tokens is None or spoken <= self.num_tokens:  # of one tokenizer every token is a cell
+                    return
+                self.num_tokens = None
         self.aligned = ByteAlignment(teacher, self.student)
-        return None
 
     @property
     def compares_tokens(self) -> bool:

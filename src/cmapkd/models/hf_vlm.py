@@ -24,6 +24,7 @@ from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.tap_attention import attention_of
 from cmapkd.models.token_types import LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, Vocabulary, Where
 from cmapkd.models.types import LevelInfo
+from cmapkd.models.vlm_folders import check_not_merged, check_same_tokens
 from cmapkd.models.vlm_hooks import fed_to, feeding, outputs
 from cmapkd.models.vlm_layouts import LAYOUTS, blocks_of
 from cmapkd.models.vlm_rows import packed_rows, positions, rows_at, tile_rows, unwindowed, visual_places, visual_rows
@@ -208,6 +209,7 @@ class HfVlm(GenerativeModel):
         Raises:
             ConfigError, ValueError: there are no such layers, or the adapters of a folder do not fit.
         """
+        self._adapters_of = config.folder
         if config.folder is None:
             add_adapters(self._language, config, name=self.name)
         else:
@@ -218,12 +220,26 @@ class HfVlm(GenerativeModel):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in learning)
 
+    _adapters_of: Path | None = None
+
+    def num_parameters(self) -> int:
+        """Without adapters, which a saved model has in its weights."""
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        return sum(sizes.values()) - sum(sizes[f"model.{name}"] for name in adapter_names(self.model))
+
     def merge_adapters(self) -> None:
         """Leaves an ordinary model behind: every adapter is added to its layer's weight."""
         merge(self.model)
 
     def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
-        """Also takes the weights that adapters are to be learned on: the adapters stay as they are then."""
+        """Also takes the weights that adapters are to be learned on: the adapters stay as they are then.
+
+        Raises:
+            ConfigError: the file's model has other tokens, or the adapters are in its weights already.
+        """
+        check_same_tokens(self, Path(path).parent)
+        if self._adapters_of is not None:
+            check_not_merged(self._adapters_of, Path(path).parent)
         weights, own = read_weights(path, averaged=averaged), self.state_dict()
         adapters = [f"model.{name}" for name in adapter_names(self.model)]
         if not any(name in weights for name in adapters):
@@ -315,6 +331,7 @@ def _vocabulary(model: Any, processor: HfChatProcessor, name: str) -> Vocabulary
     others = [] if stated is None else [stated] if isinstance(stated, int) else list(stated)
     if tokenizer.eos_token_id is not None:
         others.append(tokenizer.eos_token_id)
+    added = set(tokenizer.get_added_vocab().values())
     return Vocabulary(
         size=size,
         rows=rows,
@@ -324,6 +341,7 @@ def _vocabulary(model: Any, processor: HfChatProcessor, name: str) -> Vocabulary
         digest=vocabulary_digest(tokenizer),
         pieces=tuple(piece or "" for piece in tokenizer.convert_ids_to_tokens(range(size))),
         lead=processor.lead,
+        spoken=1 + max((number for number in tokenizer.get_vocab().values() if number not in added), default=-1),
     )
 
 

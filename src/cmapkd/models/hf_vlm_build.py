@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, cut
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_read import read_processor
 from cmapkd.models.lora import LoraConfig
+from cmapkd.models.vlm_folders import check_not_merged
 from cmapkd.models.vlm_layouts import LAYOUTS
 
 OLDEST = 5
@@ -60,6 +62,8 @@ def assemble(
     if scratch:
         made.random_parts = tuple(part for part, names in made.parts.items() if names)
     if options.lora is not None:
+        if options.lora.folder is not None:
+            check_not_merged(options.lora.folder, Path(source))
         made.adapt(options.lora)
     return made
 

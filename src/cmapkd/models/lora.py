@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ class LoraConfig(Config):
 
     rank: int = Field(8, ge=1, description="Rows of A.")
     alpha: float = Field(16.0, gt=0, description="The adapter's output is multiplied by alpha / rank.")
-    targets: tuple[str, ...] | Literal["all"] = Field(
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all"] = Field(
         ("q_proj", "v_proj"), description="Last words of the names of linear layers; all: every linear layer."
     )
     learn: tuple[Literal["vision", "projector", "embeddings", "language", "head"], ...] = Field(

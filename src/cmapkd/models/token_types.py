@@ -33,6 +33,7 @@ class Vocabulary:
         pieces: by id, as the tokenizer names them; empty where they are not known. With them, two vocabularies of which
             one has more tokens at its end can be told to agree on the others.
         lead: whitespace that is written before each answer and is no part of its text; mostly none.
+        spoken: text is written in tokens below this id; those from it on were added, as marks. 0: not known.
     """
 
     size: int
@@ -43,6 +44,7 @@ class Vocabulary:
     digest: str
     pieces: tuple[str, ...] = field(default=(), repr=False)
     lead: str = ""
+    spoken: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 
@@ -39,4 +41,28 @@ def remark_on_untrained(model: Model) -> str | None:
     return (
         f"{what}: its weights are random{'' if model.name in what else f' ({model.name})'}. Name trained ones, such as "
         f"{named}, a model's folder, or a checkpoint."
+    )
+
+
+def remark_on_unlearned(model: Model, learning: Collection[str] | None = None) -> str | None:
+    """One line that says which random parts of a student never learn; None where all do.
+
+    Args:
+        learning: the parts that the training lets learn; None: all that are not frozen.
+    """
+    parameters = dict(model.named_parameters())
+    stuck = [
+        part
+        for part in random_parts(model)
+        if (names := model.parts.get(part))
+        and (
+            (learning is not None and part not in learning)
+            or not any(parameters[name].requires_grad for name in names if name in parameters)
+        )
+    ]
+    if not stuck:
+        return None
+    return (
+        f"{', '.join(stuck)} of {model.name} {'has' if len(stuck) == 1 else 'have'} random weights and will not learn: "
+        "name trained weights or a checkpoint, or let them learn (options.frozen, lora.learn, training.train_parts)"
     )

@@ -13,9 +13,9 @@ from cmapkd.data.unseen import unseen
 from cmapkd.evaluation.suite import same_samples
 from cmapkd.methods import Method
 from cmapkd.methods.generative import GenerativeMethod
-from cmapkd.models import FrozenTeacher
+from cmapkd.models import FrozenTeacher, Model
 from cmapkd.models.shared_vocabulary import remark_on_ends
-from cmapkd.models.untrained import remark_on_untrained
+from cmapkd.models.untrained import remark_on_unlearned, remark_on_untrained
 from cmapkd.run.config import RunConfig
 from cmapkd.run.measure import Measured
 from cmapkd.training.optim import learning_rate
@@ -86,6 +86,12 @@ def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:
             f"the run has {counted(total, 'step')}, and optim.warmup_steps is {warmup}: the learning rate ends at "
             f"{last:.2g} of {peak:.2g} and never falls. Set optim.warmup_steps={max(1, total // 10)}, or train longer."
         )
+
+
+def remarks_on_student(config: RunConfig, student: Model) -> Iterator[str]:
+    """A sentence where random parts of the student stay as they are."""
+    if (remark := remark_on_unlearned(student, config.training.train_parts)) is not None:
+        yield remark
 
 
 def remarks_on_teachers(teachers: Mapping[str, FrozenTeacher]) -> Iterator[str]:

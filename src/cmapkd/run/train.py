@@ -44,6 +44,7 @@ from cmapkd.run.remarks import (
     remarks_on_ends,
     remarks_on_length,
     remarks_on_questions,
+    remarks_on_student,
     remarks_on_teachers,
 )
 from cmapkd.training import Trainer, TrainResult
@@ -165,6 +166,7 @@ def _prepare(
     voice(f"building {config.student.name}")
     student = build_student(config, source, teachers)
     voice(f"{config.student.name} has {_sizes(student)}")
+    remarks += _said(voice, remarks_on_student(config, student)) if voice.title == "student" else []
     if config.baseline == "scratch":
         _check_parts_of_baseline(config, student)
     for model in (student, *(teacher.model for teacher in teachers.values())):
@@ -260,8 +262,10 @@ def _sizes(model: Model) -> str:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     towers = {part: sum(sizes[name] for name in names if name in sizes) for part, names in model.parts.items()}
     told = {"image": "image tower", "text": "text tower", "vision": "vision tower", "projector": "projector"}
-    told |= {"embeddings": "embeddings", "language": "language model"}
-    shown = ", ".join(f"{towers[part]:,} in its {name}" for part, name in told.items() if part in towers)
+    told |= {"embeddings": "embeddings", "language": "language model", "head": "head"}
+    shown = ", ".join(f"{towers[part]:,} in its {name}" for part, name in told.items() if towers.get(part))
+    if towers.get("adapters"):
+        shown += f"; and {towers['adapters']:,} in adapters beside them"
     return f"{model.num_parameters():,} parameters ({shown})"
 
 

@@ -100,7 +100,7 @@ def test_bad_entries(folder: Path) -> None:
     assert found["9"] == "image file is missing: COCO_val2014_000000000009.jpg"
     assert "question is malformed: \"{'question_id': 99}\" has no question_id or names no image" in found["row-0"]
     assert "'No id?'}" in found["row-1"]
-    assert "answer is not text: 'None'" in found["12"]
+    assert "answer is not text: '{}'" in found["12"]
     assert "qa is malformed" in found["10"]
     assert "kind of question is unknown: 'colour'" in found["11"]
 

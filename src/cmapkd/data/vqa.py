@@ -88,7 +88,7 @@ def _rows(
         identity = question.get("question_id")
         said = {"answers": []} if annotations is None else annotations[identity]
         row["qa"].append({
-            "question": question.get("question"), "answers": said.get("answers", [{}]),  # what is no text makes the sample bad
+            "question": question.get("question"), "answers": said.get("answers", [{}]),  # {}: makes the sample bad
             "kind": said.get("answer_type"), "id": identity,
         })  # fmt: skip
     yield from rows.values()

@@ -199,14 +199,12 @@ def parse_label(value: Any, labels: Mapping[str, int] | None = None) -> int:
 
 
 def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
-    question, listed = values.get("question"), _listed(values)
-    if isinstance(question, str) and isinstance(listed, _Texts):
-        raise Unusable(f"answers could be those of question or of {listed.key}: give only one of the two")
+    question, (key, entries) = values.get("question"), _listed(values)
     if isinstance(question, str):
         yield _question(question, _answer(values))
     elif not _missing(question):
         raise Unusable(f"question is not text: {str(question)[:60]!r}")
-    for entry in listed:
+    for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("question"), str):
             identity = parse_id(entry, ("question_id", "id"))
             yield _question(entry["question"], _answer(entry), entry.get("kind"), identity, _category(entry))
@@ -214,42 +212,31 @@ def _questions(values: Mapping[str, Any]) -> Iterator[QuestionAnswer]:
             yield _question(entry[0], entry[1])
         else:
             raise Unusable(
-                f"{listed.key} is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
+                f"{key} is malformed: {str(entry)[:60]!r} is neither [question, answer] nor an object with both"
             )
 
 
-class _Listed(list[Any]):
-    """Questions with their answers, of the key that has them."""
-
-    key = "qa"
-
-
-class _Texts(_Listed):
-    """Those of two lists, of which one has the questions."""
-
-
-def _listed(values: Mapping[str, Any]) -> _Listed:
-    """What a record's list of questions holds, each entry with its answer."""
+def _listed(values: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """The key of a record's list of questions, and what it holds, each entry with its answer."""
     there = [key for key in ("qa", "questions") if not _missing(values.get(key))]
+    if not there:
+        return "qa", []
     if len(there) > 1:
         raise Unusable("there are qa and questions: give only one of the two")
-    key = next(iter(there), "qa")
-    entries, answers = _from_json(values.get(key), key), _from_json(values.get("answers"), "answers")
-    if not there:
-        entries = []
+    (key,), alone = there, _missing(values.get("question"))
+    entries, answers = _from_json(values[key], key), _from_json(values.get("answers"), "answers")
     if not isinstance(entries, list):
         raise Unusable(f"{key} is not a list of questions and answers: {type(entries).__name__}")
-    if entries and all(isinstance(entry, str) for entry in entries):
-        if not isinstance(answers, list) or len(answers) != len(entries):
-            found = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
-            raise Unusable(f"{key} has {len(entries)} questions as text, but beside them: {found}")
-        found_listed: _Listed = _Texts([question, answer] for question, answer in zip(entries, answers, strict=True))
-    else:
-        if there and not _missing(answers) and _missing(values.get("question")):
+    if not (entries and all(isinstance(entry, str) for entry in entries)):
+        if alone and not _missing(answers):
             raise Unusable(f"answers stand beside {key}, whose entries have their own: leave one of the two out")
-        found_listed = _Listed(entries)
-    found_listed.key = key
-    return found_listed
+        return key, entries
+    if not alone:
+        raise Unusable(f"answers could be those of question or of {key}: give only one of the two")
+    if not isinstance(answers, list) or len(answers) != len(entries):
+        found = f"{len(answers)} answers" if isinstance(answers, list) else "no list of answers"
+        raise Unusable(f"{key} has {len(entries)} questions as text, but beside them: {found}")
+    return key, [[question, answer] for question, answer in zip(entries, answers, strict=True)]
 
 
 def _from_json(value: Any, key: str) -> Any:

@@ -220,16 +220,9 @@ def _choose(path: Path, names: list[str], columns: Columns) -> Columns:
 
 
 def _as_asked(names: list[str]) -> list[str]:
-    """Names of questions and answers in small letters, where no other column has that name."""
-    return [
-        name.lower() if name.lower() in _ASKED and name.lower() not in names and _lower(names).count(name.lower()) == 1
-        else name
-        for name in names
-    ]  # fmt: skip
-
-
-def _lower(names: Iterable[str]) -> list[str]:
-    return [name.lower() for name in names]
+    """Names of questions and answers in small letters."""
+    asked = {found: name for name in _ASKED for found in _found((name,), names)}
+    return [asked.get(name, name) for name in names]
 
 
 def _found(wanted: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

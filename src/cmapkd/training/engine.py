@@ -104,7 +104,7 @@ class Engine(ABC):
 
     def own_shares(self) -> dict[str, dict[str, Any]]:
         """As `state`, where what is shared out are DTensors with this process's share alone."""
-        raise NotImplementedError("every process has everything whole")
+        return self.state()
 
     @property
     def statistics(self) -> SharedStatistics:
@@ -214,11 +214,12 @@ class SharedEngine(Engine):
             super().read(path)
             return
         shares = self.own_shares()
-        known = {name.removeprefix("optimizer/"): entry for name, entry in stored(path).items()}
-        shares["optimizer"] = empty_state(
-            {name: (entry.size, entry.properties.dtype) for name, entry in known.items() if name[0].isdigit()},
-            self._numbered,
-        )
+        known = {
+            name.removeprefix("optimizer/"): (entry.size, entry.properties.dtype)
+            for name, entry in stored(path).items()
+            if name.startswith("optimizer/")
+        }
+        shares["optimizer"] = empty_state(known, self._numbered)
         read_shares(path, shares, patient_group())
         self.method.load_state_dict(shares["method"])
         put_state(self.optimizer, self._numbered, shares["optimizer"])

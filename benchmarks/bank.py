@@ -27,8 +27,8 @@ import torch
 
 from cmapkd.cache import CacheReader
 from cmapkd.cache.files import write_json
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.layout import Field, RowLayout
-from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.rows import CHECK
 from cmapkd.features import EmbeddingBank
 from cmapkd.objectives import bank_divergence
@@ -131,7 +131,7 @@ def stored(folder: Path, size: int, width: int) -> CacheFolder:
     cache = CacheFolder.create(
         folder / "c", identity={}, layout=layout, about={}, logit_scale=20.0, logit_bias=None, length=size
     )
-    cache.add_part(np.arange(size, dtype=np.int64), batch_size=128, shard_bytes=16 * 2**20)
+    cache.add_part(np.arange(size, dtype=np.int64), number=0, batch_size=128, shard_bytes=16 * 2**20)
     part = cache.parts()[0]
     noise = np.random.default_rng(0)
     for shard in range(part.num_shards):

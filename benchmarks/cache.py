@@ -26,9 +26,10 @@ from cmapkd.cache import CacheConfig, CachePlan, CacheReader, all_keys, describe
 from cmapkd.cache.asked import AskedTowers
 from cmapkd.cache.chunks import Chunks, spans_of
 from cmapkd.cache.files import write_json
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import DETAILS, Field, RowLayout
-from cmapkd.cache.parts import CacheFolder, CachePart
+from cmapkd.cache.parts import CachePart
 from cmapkd.cache.rows import CHECK, live_features
 from cmapkd.data.readers import DualReader
 from cmapkd.data.texts import TextChoice
@@ -163,7 +164,7 @@ def vit_l14(kind: Any, store: Any, folder: Path, rows: int = 20_000) -> dict[str
     cache = CacheFolder.create(
         folder, identity={}, layout=layout, about={}, logit_scale=1.0, logit_bias=None, length=rows
     )
-    cache.add_part(all_keys(rows, 1), batch_size=128, shard_bytes=64 * 2**20)
+    cache.add_part(np.arange(rows, dtype=np.int64), number=0, batch_size=128, shard_bytes=64 * 2**20)
     part: CachePart = cache.parts()[0]
     captions = [f"a photo of {index} dogs on a beach" for index in range(rows)]
     for shard in range(part.num_shards):
@@ -191,7 +192,7 @@ def reading(plan: CachePlan, rows: int) -> float:
         **{key: value for key, value in vars(built).items() if key not in ("path", "length")},
         length=rows,
     )
-    large.add_part(all_keys(rows, 1), batch_size=plan.config.batch_size, shard_bytes=64 * 2**20)
+    large.add_part(np.arange(rows, dtype=np.int64), number=0, batch_size=plan.config.batch_size, shard_bytes=64 * 2**20)
     part: CachePart = large.parts()[0]
     captions = [f"a photo of {index} dogs on a beach" for index in range(rows)]
     for shard in range(part.num_shards):

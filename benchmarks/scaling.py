@@ -24,9 +24,9 @@ import torch
 
 from cmapkd.cache import CacheReader
 from cmapkd.cache.files import write_json
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import RowLayout
-from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.rows import CHECK
 from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.data.types import Batch, ModelInput
@@ -138,7 +138,7 @@ def stored(folder: Path, method: Any, inputs: ModelInput, samples: int) -> Cache
     layout = RowLayout.of(answers, kind=method.teacher_detail, store="fp16", context_length=1)
     about = {"identity": {}, "about": {}, "logit_scale": 20.0, "logit_bias": None}
     cache = CacheFolder.create(folder / "c", layout=layout, length=samples, **about)
-    cache.add_part(np.arange(samples, dtype=np.int64), batch_size=128, shard_bytes=64 * 2**20)
+    cache.add_part(np.arange(samples, dtype=np.int64), number=0, batch_size=128, shard_bytes=64 * 2**20)
     part = cache.parts()[0]
     row = np.zeros(1, layout.dtype)
     for name in layout.dtype.names or ():

@@ -9,7 +9,7 @@ import torch
 
 from cmapkd.cache import CachedTeacher, CachePlan, CacheReader, all_keys
 from cmapkd.cache.config import CacheConfig
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import Method
 from helpers import MemorySource, make_method, make_model, make_teacher, make_trainer, read_lines

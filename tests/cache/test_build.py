@@ -17,8 +17,8 @@ import pytest
 import torch
 from cache_support import LENGTH, VIEWS, built, cache_plan, contents
 
-from cmapkd.cache import CacheError, all_keys, describe, keys_of_run, verify
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache import CacheError, Wanted, all_keys, describe, keys_of_run, verify
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Sample
 from cmapkd.data.views import ViewSpec
@@ -111,7 +111,7 @@ def test_processes_share_the_shards_out(tmp_path: Path) -> None:
 def test_runs_that_read_other_rows_may_build_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = all_keys(LENGTH, 2)
     begin, folder = CacheFolder.add_part, tmp_path / "shared"
-    others = [keys[:20], keys[10:30]]
+    others = [Wanted.of([(0, 20)]), Wanted.of([(10, 30)])]
 
     def overtaken(self: CacheFolder, *arguments: Any, **options: Any) -> None:
         if others:  # another run begins the part that this one is about to
@@ -125,7 +125,7 @@ def test_runs_that_read_other_rows_may_build_at_once(tmp_path: Path, monkeypatch
     assert sum(part.rows for part in cache.parts()) == len(keys)  # none twice
     assert all(problem is None for _, problem in verify(cache))
     plan = cache_plan(folder, keys=keys)
-    assert bool(plan.open().held(keys).all())
+    assert plan.open().num_absent(keys) == 0
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -142,7 +142,7 @@ def test_keys_are_what_the_run_reads(length: int, steps: int, num_views: int | N
     views = ViewSpec(num_views=num_views)
     sampler = PlanSampler(length, batch_size=8, seed=3, start=0, stop=steps)
     read = {views.view_number(plan.epoch) * length + index for plan in sampler for index in plan.everyone}
-    keys = keys_of_run(length, batch_size=8, seed=3, steps=steps, views=views)
+    keys = keys_of_run(length, batch_size=8, seed=3, steps=steps, views=views).keys()
     assert read <= {*keys.tolist()}
     assert keys.tolist() == sorted({*keys.tolist()})
     if length == 300:
@@ -157,14 +157,14 @@ def test_another_run_adds_what_it_lacks(tmp_path: Path) -> None:
     assert first.build(device="cpu").rows == 40
     assert first.build(device="cpu").rows == 0
     second = cache_plan(tmp_path / "c", source=source, keys=others)
-    new = len({*others.tolist()} - {*some.tolist()})
+    new = len({*others.keys().tolist()} - {*some.keys().tolist()})
     assert second.bytes_missing() == new * second.layout.row_bytes
     assert second.build(device="cpu").rows == new
     cache = CacheFolder.open(tmp_path / "c")
     assert [part.start for part in cache.parts()] == [None, None]
     reader = second.open()
-    assert reader.held(np.union1d(some, others)).all()
-    assert not reader.held(all_keys(300, 1)).all()
+    assert reader.num_absent(Wanted.of((), np.union1d(some.keys(), others.keys()))) == 0
+    assert reader.num_absent(all_keys(300, 1))
     found = describe(cache)
     assert (found["rows_done"], found["shards_missing"]) == (40 + new, 0)
     assert found["fidelity"]["rows"] == 40 + new

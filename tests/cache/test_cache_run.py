@@ -16,7 +16,7 @@ from cache_support import losses
 
 import cmapkd
 from cmapkd.cache import CacheError, describe
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cli import main
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source

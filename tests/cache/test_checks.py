@@ -12,7 +12,7 @@ from cache_support import LENGTH, built, cache_plan
 from cmapkd.cache import checks as checks_module
 from cmapkd.cache.checks import Checks, groups_of
 from cmapkd.cache.files import CacheError, read_json, write_json
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.folder import CacheFolder
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from cache_support import LENGTH, VIEWS, CacheReader, built, cache_plan, contents
 
-from cmapkd.cache import CacheError, describe, verify
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache import CacheError, Wanted, describe, verify
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.views import ViewSpec
 from cmapkd.models import FrozenTeacher
@@ -124,7 +123,7 @@ def test_shards_of_another_length(damage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cache.json", "part.json", "keys.bin", "shard-00000.json"])
 def test_damaged_lists(name: str, tmp_path: Path) -> None:
-    keys = np.array([0, 2, 5, 7, 30, 31, 40, 47])
+    keys = Wanted.of((), [0, 2, 5, 7, 30, 31, 40, 47])
     cache_plan(tmp_path / "c", keys=keys).build(device="cpu")
     path = next((tmp_path / "c").rglob(name))
     flip(path, path.stat().st_size // 2)

@@ -85,7 +85,7 @@ def test_each_teacher_answers_from_its_own_cache(tmp_path: Path) -> None:
 
 def test_the_live_teachers_answer_what_is_missing(tmp_path: Path) -> None:
     live = run(tmp_path / "live", two_teachers(), steps=3)
-    method, stored = cached(tmp_path, keys=all_keys(LENGTH, 1)[:20])
+    method, stored = cached(tmp_path, keys=all_keys(LENGTH, 1).first(20))
     with pytest.warns(CacheWarning, match="the teacher is loaded"):
         found = run(tmp_path / "cached", method, stored=stored, steps=3)
     for mine, theirs in zip(found, live, strict=True):
@@ -120,7 +120,7 @@ def test_a_run_with_two_teachers_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert losses(tmp_path / "again") == whole[3:]
 
 
-@pytest.mark.parametrize("keys", [None, all_keys(LENGTH, 1)[:7]])
+@pytest.mark.parametrize("keys", [None, all_keys(LENGTH, 1).first(7)])
 @pytest.mark.parametrize("store", ["fp32", "int8"])
 def test_several_texts_of_a_pool_are_stored_for_each_sample(tmp_path: Path, store: Any, keys: Any) -> None:
     texts, source, live = TextChoice({"captions": 2, "synthetic": 3}), MemorySource(LENGTH), make_teacher()

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from cmapkd.cache import CacheError, all_keys, describe, verify
 from cmapkd.cache.cost import measure
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.token_layout import TokenLayout
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import QuestionAnswer, Sample
@@ -156,7 +156,7 @@ def test_an_answer_that_has_no_room_is_named_before_the_teacher_answers(
 ) -> None:
     method = token_kd()
     longest = token_plan(tmp_path / "a", method).layout.answer_tokens  # type: ignore[attr-defined]
-    plan = token_plan(tmp_path / "c", method, max_answer_tokens=longest - 1, keys=all_keys(LENGTH, 1)[:2])
+    plan = token_plan(tmp_path / "c", method, max_answer_tokens=longest - 1, keys=all_keys(LENGTH, 1).first(2))
     with monkeypatch.context() as patch:
         patch.setattr(TokenLayout, "ask", lambda *_: pytest.fail("the teacher was asked"))
         with pytest.raises(
@@ -175,7 +175,9 @@ def test_an_answer_that_has_no_room_is_named_before_the_teacher_answers(
 def test_the_room_is_that_of_all_samples_and_answers_too_long_for_the_teacher_do_not_count(tmp_path: Path) -> None:
     method = token_kd()
     whole = token_plan(tmp_path / "a", method).layout
-    assert token_plan(tmp_path / "b", method, keys=all_keys(LENGTH, 1)[:1]).layout == whole  # later runs may read more
+    assert (
+        token_plan(tmp_path / "b", method, keys=all_keys(LENGTH, 1).first(1)).layout == whole
+    )  # later runs may read more
     source = Asked()
     say = source.unseen
 

@@ -186,7 +186,14 @@ def test_a_cache_foresees_what_is_read() -> None:
     made = sampler(source)
     read = {views.view_number(plan.epoch) * 270 + index for plan in sampler(source, stop=20) for index in plan.everyone}
     keys = keys_of_run(270, batch_size=8, seed=3, steps=20, views=views, streams=made.streams)
-    assert set(keys.tolist()) == read
+    assert set(keys.keys().tolist()) == read
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 8), (0, 268), (120, 128), (200, 264)])
+def test_the_shards_of_a_stretch_are_those_of_its_windows(first: int, last: int) -> None:
+    for seed in range(20):
+        made = order(seed=seed)
+        assert np.flatnonzero(made.touched(1, first, last)).tolist() == sorted(made.shards(1, first, last).tolist())
 
 
 # ------------------------------------------------------------------------------------------------ mixing

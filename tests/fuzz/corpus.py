@@ -30,7 +30,7 @@ from guard import Outcome, WrongResult, judge
 from PIL import Image
 from safetensors.torch import save, save_file
 
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.verify import describe, verify
 from cmapkd.compare import load_comparison, make_plan
@@ -776,14 +776,14 @@ _KEEP: list[tempfile.TemporaryDirectory[str]] = []
 
 @cache
 def _cache() -> Path:
-    from cmapkd.cache import CacheConfig, CachePlan, all_keys
+    from cmapkd.cache import CacheConfig, CachePlan, Wanted
     from cmapkd.data.views import ViewSpec
     from helpers import MemorySource, make_method
 
     config = CacheConfig(folder=_kept() / "cache", batch_size=4, shard_mib=0.0005, store="fp32")
     views = ViewSpec(crop_scale=(0.6, 1.0), flip=0.5, num_views=2)
     source = MemorySource(12, bad=(3,))
-    keys = np.array(sorted({*all_keys(12, 1).tolist(), 13, 15, 19}), np.int64)  # a list, not a range
+    keys = Wanted.of((), [*range(12), 13, 15, 19])  # a list, not a range
     plan = CachePlan.of_method(config, make_method("clip_kd"), source=source, views=views, keys=keys, precision="fp32")
     plan.build(device="cpu")
     return _kept() / "cache"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cmapkd.cache.config import Check
 from cmapkd.cache.files import CacheError, digest_of_rows
-from cmapkd.cache.parts import CachePart
+from cmapkd.cache.parts import CachePart, RowFiles
 
 Checksums = NDArray[np.uint64]
 
@@ -35,7 +35,7 @@ class Checks:
         self._done: list[torch.Tensor] = []
         self._expected: dict[tuple[int, int], Checksums | None] = {}
         if check == "first_use":
-            sizes = [part.num_shards * part.groups_in_shard for part in parts]
+            sizes = [part.first_group(part.num_shards) for part in parts]
             self._done = [torch.zeros(size, dtype=torch.uint8).share_memory_() for size in sizes]
         elif check == "open":
             for part, done in zip(parts, finished, strict=True):
@@ -57,7 +57,7 @@ class Checks:
             return
         part = self.parts[number]
         groups = np.unique(np.asarray(rows) // part.group_rows)
-        start = shard * part.groups_in_shard
+        start = part.first_group(shard)
         done = self._done[number].numpy()
         todo = groups[done[start + groups] == 0]
         if not len(todo):
@@ -65,7 +65,7 @@ class Checks:
         expected = self._of_shard(number, shard)
         if expected is None:  # written before groups had checksums
             check_shard(part, shard)
-            done[start : start + part.groups_in_shard] = 1
+            done[start : start + part.num_groups(shard)] = 1
             return
         with part.data(shard).open("rb") as file:
             for group in todo.tolist():
@@ -82,19 +82,19 @@ class Checks:
         return self._expected[key]
 
 
-def groups_of(part: CachePart, record: dict[str, Any], shard: int) -> Checksums | None:
+def groups_of(part: RowFiles, record: dict[str, Any], shard: int) -> Checksums | None:
     """The checksums of a shard's groups of rows; None where its record has none, or of groups of another size."""
-    text, first_last = record.get("groups"), part.extent(shard)
+    text = record.get("groups")
     if not isinstance(text, str) or record.get("group_rows") != part.group_rows:
         return None
     try:
         checksums = np.frombuffer(bytes.fromhex(text), np.dtype("<u8")).astype(np.uint64)
     except ValueError:
         return None
-    return checksums if len(checksums) == -(-(first_last[1] - first_last[0]) // part.group_rows) else None
+    return checksums if len(checksums) == part.num_groups(shard) else None
 
 
-def check_shard(part: CachePart, shard: int) -> None:
+def check_shard(part: RowFiles, shard: int) -> None:
     """Compares a whole shard's bytes with its record.
 
     Raises:
@@ -104,7 +104,7 @@ def check_shard(part: CachePart, shard: int) -> None:
         raise _damaged(part, shard)
 
 
-def _damaged(part: CachePart, shard: int) -> CacheError:
+def _damaged(part: RowFiles, shard: int) -> CacheError:
     return CacheError(
         f"{part.data(shard)} is damaged (its checksum does not fit): cmapkd cache verify --remove-damaged "
         f"{part.folder.parent}, then build again"

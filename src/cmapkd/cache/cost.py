@@ -43,16 +43,17 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
     plan.teacher.to(device)
     with tempfile.TemporaryDirectory() as folder:
         config = plan.config.model_copy(update={"folder": Path(folder) / "cache", "max_gib": 1e6})
-        small = replace(plan, config=config, keys=plan.keys[:MEASURED_ROWS])
+        small = replace(plan, config=config, keys=plan.keys.first(MEASURED_ROWS))
         _ = small.identity, small.layout  # hashed and asked once, not for each row
         with _timed(cost, "build"):
             small.build(device=device)
         reader = small.open()
         views, texts = plan.views, plan.texts
         form = reader_of(plan.teacher.model, max_tokens=plan.max_tokens, fast=views.reading == "fast")
-        view = int(small.keys[0]) // len(plan.source)
+        keys = small.keys.keys().tolist()
+        view = keys[0] // len(plan.source)
         ids, indices, chosen, items = [], [], [], []
-        for key in small.keys.tolist():
+        for key in keys:
             if key // len(plan.source) != view:
                 break
             try:

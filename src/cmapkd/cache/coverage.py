@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cmapkd.cache.parts import Keys
+from cmapkd.cache.shard_part import ALMOST_ALL
+from cmapkd.cache.wanted import Keys, Wanted
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.streams import Stream
 from cmapkd.data.views import ViewSpec
 
-ALMOST_ALL = 0.9  # of a view's samples: then the others are stored too, and any other seed finds its own
+MOST_LISTED = 2**24
+"""Samples of an epoch that are listed one by one. Where more are read in windows, the shards of the windows count."""
 
 
 def keys_of_run(
@@ -23,26 +25,35 @@ def keys_of_run(
     views: ViewSpec,
     streams: Sequence[Stream] = (),
     only: Callable[[int], str | None] | None = None,
-) -> Keys:
-    """Keys (view x length + index), ascending, of what `steps` steps read; see `PlanSampler` for the arguments.
+) -> Wanted:
+    """Keys (view x length + index) of what `steps` steps read; see `PlanSampler` for the arguments.
 
     A view that nearly all samples of a stream are shown in is taken whole. The samples that replace unreadable ones are
     not foreseen; where not everything is stored, the live teacher answers for them.
     """
     sampler = PlanSampler(length, batch_size=batch_size, seed=seed, start=0, stop=steps, streams=streams, only=only)
-    read: dict[tuple[int, int], Keys] = {}  # by view and the stream's first sample
-    for stream, epoch, indices in sampler.reads(steps):
-        view = views.view_number(epoch)
-        before = read.get((view, stream.first), np.empty(0, np.int64))
-        if len(before) == stream.length:
+    ranges: set[tuple[int, int]] = set()
+    listed: dict[tuple[int, int], Keys] = {}  # by where the view begins, and the number of the stream
+    for number, epoch, first, last in sampler.reads(steps):
+        stream, start = sampler.streams[number], views.view_number(epoch) * length
+        whole = (start + stream.first, start + stream.first + stream.length)
+        if whole in ranges:
             continue
-        together = np.union1d(before, indices)
-        if len(together) >= ALMOST_ALL * stream.length:
-            together = np.arange(stream.first, stream.first + stream.length, dtype=np.int64)
-        read[view, stream.first] = together
-    return np.concatenate([view * length + read[view, first] for view, first in sorted(read)])
+        if last - first >= ALMOST_ALL * stream.length:
+            ranges.add(whole)
+        elif last - first > MOST_LISTED and stream.order is not None:
+            ends = np.append(0, np.cumsum(stream.order.counts)) + start + stream.first
+            shards = np.flatnonzero(stream.order.touched(epoch, first, last)).tolist()
+            ranges |= {(int(ends[shard]), int(ends[shard + 1])) for shard in shards}
+        else:
+            before = listed.get((start, number), np.empty(0, np.int64))
+            together = np.union1d(before, start + sampler.samples(number, epoch, first, last))
+            listed[start, number] = together
+            if len(together) >= ALMOST_ALL * stream.length:
+                ranges.add(whole)
+    return Wanted.of(ranges, np.concatenate([*listed.values()]) if listed else ())
 
 
-def all_keys(length: int, num_views: int) -> Keys:
+def all_keys(length: int, num_views: int) -> Wanted:
     """Every sample in views 0 to `num_views` - 1."""
-    return np.arange(num_views * length, dtype=np.int64)
+    return Wanted.of([(0, num_views * length)])

@@ -18,6 +18,7 @@ from cmapkd.models import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 
 FORMAT = 1
+BY_SHARD = "by the shards of the data"  # whose contents the names of files say
 _TEXTS = (
     "a photo of two dogs on the beach.",
     "The QUICK brown fox, jumped over 13 lazy dogs!",
@@ -69,10 +70,20 @@ def identity_of(
         **reading_fingerprint(model, _captions(source)),
         **({"attention": model.attention, "max_tokens": max_tokens} if isinstance(model, GenerativeModel) else {}),
         "views": view_hash(views),
-        "data": f"{source.fingerprint()} of {len(source)}",
+        "data": data_of(source),
         "precision": precision,
         **({} if texts is None or plain else {"texts": texts.describe()}),
     }
+
+
+def by_shard(identity: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """The same without what depends on the set of shards: its fingerprint, and its captions for the tokenizer."""
+    return {**identity, **reading_fingerprint(model), "data": BY_SHARD}
+
+
+def data_of(source: Source) -> str:
+    """What tells a source from others."""
+    return f"{source.fingerprint()} of {len(source)}"
 
 
 def reading_fingerprint(model: Model, captions: Iterable[str] = ()) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A cache's folder: parts of rows, each for a sorted list of (view, sample), each in shards that are there or not."""
+"""Parts of a cache: rows in shards that are there or not, each with a record of what it holds."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,114 +14,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmapkd.cache.fidelity import check_fidelity
-from cmapkd.cache.files import (
-    CacheError,
-    check_values,
-    digest_of,
-    explained,
-    read_json,
-    temporary_folder,
-    write_json,
-)
-from cmapkd.cache.layout import RowLayout
+from cmapkd.cache.files import CacheError, check_values, digest_of, explained, read_json
 from cmapkd.cache.rows import Layout
-from cmapkd.cache.token_layout import TOKENS, TokenLayout
-from cmapkd.config.disk import flush
+from cmapkd.cache.wanted import Keys, Wanted
 
 GROUP_BYTES = 2**18
 """About the bytes of rows that have a checksum of their own: what reading one row of a shuffled run may cost."""
-CACHE_FILE, PART_FILE, KEYS_FILE = "cache.json", "part.json", "keys.bin"
-Keys = NDArray[np.int64]  # view number x samples of the source + index, ascending
+PART_FILE, KEYS_FILE = "part.json", "keys.bin"
 
 
 @dataclass(frozen=True)
-class CachePart:
-    """Rows that were asked for at once: a range of keys, or a list of them in `keys.bin`."""
+class RowFiles(ABC):
+    """Rows in shards. A shard is a file of rows, and a record that is written when it is finished."""
 
     folder: Path
-    rows: int
-    shard_rows: int
     batch_size: int  # rows that the teacher answers at once: part of the result, to the last bit
     row_bytes: int
-    start: int | None  # first key of a range; none: the keys are listed
-
-    @classmethod
-    def open(cls, folder: Path, layout: Layout) -> Self:
-        """Reads `part.json` and checks the list of keys.
-
-        Raises:
-            CacheError: either is damaged.
-        """
-        values = read_json(folder / PART_FILE)
-        check_values(folder / PART_FILE, values, rows=int, shard_rows=int, batch_size=int, start=int | None)
-        if not values["rows"] or not values["shard_rows"]:
-            raise CacheError(f"{folder / PART_FILE} is of no rows: remove {folder} and build again")
-        part = cls(
-            folder, values["rows"], values["shard_rows"], values["batch_size"], layout.row_bytes, values["start"]
-        )
-        if part.start is None:
-            try:
-                listed = (folder / KEYS_FILE).read_bytes()
-            except OSError as error:
-                raise CacheError(f"{folder / KEYS_FILE} cannot be read: {error}") from None
-            if digest_of(listed) != values.get("keys") or len(listed) != 8 * part.rows:
-                raise CacheError(f"{folder / KEYS_FILE} is damaged: remove {folder} and build again")
-        return part
-
-    @cached_property
-    def _listed(self) -> Keys:
-        return np.memmap(self.folder / KEYS_FILE, np.int64, mode="r")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_listed"}
 
     @property
-    def num_shards(self) -> int:
-        return -(-self.rows // self.shard_rows)
+    @abstractmethod
+    def rows(self) -> int:
+        """Of all shards, whether they are there or not."""
+
+    @property
+    @abstractmethod
+    def num_shards(self) -> int: ...
+
+    @abstractmethod
+    def extent(self, shard: int) -> tuple[int, int]:
+        """First row of a shard, and the one after its last."""
+
+    @abstractmethod
+    def data(self, shard: int) -> Path:
+        """The file of a shard's rows."""
+
+    def record(self, shard: int) -> Path:
+        """The shard's checksum and fidelity; written last."""
+        return self.data(shard).with_suffix(".json")
 
     @property
     def group_rows(self) -> int:
         """Rows that have a checksum of their own."""
         return max(1, GROUP_BYTES // self.row_bytes)
 
-    @property
-    def groups_in_shard(self) -> int:
-        """Of a shard that is not the last."""
-        return -(-self.shard_rows // self.group_rows)
-
-    def keys(self, first: int, last: int) -> Keys:
-        """Of rows `first` to `last`."""
-        if self.start is not None:
-            return np.arange(self.start + first, self.start + last, dtype=np.int64)
-        return np.array(self._listed[first:last])
-
-    def locate(self, keys: Keys) -> NDArray[np.int64]:
-        """The row of each key, -1 where there is none."""
-        if self.start is not None:
-            rows = keys - self.start
-            return np.where((rows >= 0) & (rows < self.rows), rows, -1)
-        rows = np.searchsorted(self._listed, keys)
-        held = self._listed[np.minimum(rows, self.rows - 1)] == keys
-        return np.where(held, rows, -1)
-
-    def row_of(self, key: int) -> int:
-        """The same for one key."""
-        if self.start is not None:
-            row = key - self.start
-            return row if 0 <= row < self.rows else -1
-        row = int(np.searchsorted(self._listed, key))
-        return row if row < self.rows and int(self._listed[row]) == key else -1
-
-    def extent(self, shard: int) -> tuple[int, int]:
-        """First row of a shard, and the one after its last."""
-        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
-
-    def data(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:05d}.rows"
-
-    def record(self, shard: int) -> Path:
-        """The shard's checksum and fidelity; written last."""
-        return self.folder / f"shard-{shard:05d}.json"
+    def num_groups(self, shard: int) -> int:
+        """Checksums of a shard."""
+        first, last = self.extent(shard)
+        return -(-(last - first) // self.group_rows)
 
     def is_finished(self, shard: int) -> bool:
         """Whether a shard was finished, and is as long as it must be.
@@ -137,9 +76,7 @@ class CachePart:
         size = data.stat().st_size if data.is_file() else None
         if size != expected:
             problem = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
-            raise CacheError(
-                f"{self.data(shard)} {problem}: remove {self.record(shard).name} next to it and build again"
-            )
+            raise CacheError(f"{data} {problem}: remove {self.record(shard).name} next to it and build again")
         return True
 
     def read_record(self, shard: int) -> dict[str, Any]:
@@ -163,110 +100,144 @@ class CachePart:
 
 
 @dataclass(frozen=True)
-class CacheFolder:
-    """A cache on disk: whose answers it holds, in which layout, and its parts."""
+class CachePart(RowFiles):
+    """Rows of a set of data, found by their keys."""
 
-    path: Path
-    identity: Mapping[str, Any]
-    layout: Layout
-    about: Mapping[str, Any]  # names of teacher and data, for people
-    logit_scale: float | None  # none: of a teacher that writes
-    logit_bias: float | None
-    length: int  # samples of the source: keys are view * length + index
+    def folders(self) -> list[Path]:
+        """Those in which shards are written."""
+        return [self.folder]
 
-    @classmethod
-    def create(cls, path: Path, **values: Any) -> Self:
-        """Writes `cache.json`.
+    @abstractmethod
+    def keys(self, first: int, last: int) -> Keys:
+        """Of rows `first` to `last`."""
 
-        Raises:
-            CacheError: the folder cannot be written.
-        """
-        cache = cls(path, **values)
-        with explained(path):
-            path.mkdir(parents=True, exist_ok=True)
-        plain = {key: value for key, value in vars(cache).items() if key != "path"}
-        write_json(path / CACHE_FILE, {**plain, "layout": cache.layout.plain()})
-        return cache
+    @abstractmethod
+    def find(self, key: int) -> tuple[int, int] | None:
+        """The shard of a key, and its row in the shard; None where the part has no such key."""
 
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Reads `cache.json`.
+    @abstractmethod
+    def take(self, wanted: Wanted) -> tuple[list[int], Wanted]:
+        """The shards that are to hold wanted keys, and what is left for other parts."""
 
-        Raises:
-            CacheError: there is no cache, or it is damaged.
-        """
-        if path.exists() and not cls.exists(path):
-            what = "holds no cache.json" if path.is_dir() else "is a file"
-            raise CacheError(f"{path} {what}, so it is no cache: name the folder that cmapkd cache build printed")
-        values = read_json(path / CACHE_FILE)
-        check_values(
-            path / CACHE_FILE,
-            values,
-            identity=dict,
-            layout=dict,
-            about=dict,
-            logit_scale=float | None,
-            logit_bias=float | None,
-            length=int,
-        )
-        try:
-            return cls(path, **{**values, "layout": _layout_of(values["layout"])})
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise CacheError(
-                f"{path / CACHE_FILE} was written by another version of cmapkd, or is damaged ({error}): remove the "
-                "folder and build again"
-            ) from None
+    @abstractmethod
+    def count(self, wanted: Wanted, shards: Sequence[int]) -> int:
+        """How many wanted keys are in these shards."""
 
-    @staticmethod
-    def exists(path: Path) -> bool:
-        return (path / CACHE_FILE).exists()
+    @abstractmethod
+    def first_group(self, shard: int) -> int:
+        """Checksums of the shards before; of all where `shard` is the number of shards."""
 
-    def parts(self) -> list[CachePart]:
-        """In the order in which they were begun.
+    def finished(self) -> NDArray[np.bool_]:
+        """Of each shard, whether it is finished.
 
         Raises:
-            CacheError: one is damaged.
+            CacheError: one was finished, but is gone or of another length.
         """
-        folders = (folder for folder in sorted(self.path.glob("part-*")) if folder.is_dir())
-        return [CachePart.open(folder, self.layout) for folder in folders]
+        return np.array([self.is_finished(shard) for shard in range(self.num_shards)], bool)
 
-    def next_part(self) -> int:
-        """The number after the last part's."""
-        numbers = [int(folder.name.removeprefix("part-")) for folder in self.path.glob("part-*")]
-        return max(numbers, default=-1) + 1
-
-    def add_part(self, keys: Keys, *, number: int, batch_size: int, shard_bytes: float) -> None:
-        """Begins a part for `keys`, unless another process has begun one of this number, for whichever keys.
-
-        Args:
-            number: from before it was found out that no part has the keys.
-        """
-        per_batch = batch_size * self.layout.row_bytes
-        shard_rows = max(1, round(shard_bytes / per_batch)) * batch_size
-        folder = self.path / f"part-{number:05d}"
-        contiguous = int(keys[-1]) - int(keys[0]) + 1 == len(keys)
-        listed = keys.astype("<i8").tobytes()
-        temporary = temporary_folder(folder)
-        with explained(self.path):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+    def finished_among(self, shards: Sequence[int]) -> list[int]:
+        """Those of some shards that are finished; the record of a damaged one is removed, so that it is built anew."""
+        found = []
+        for shard in shards:
             try:
-                if not contiguous:
-                    (temporary / KEYS_FILE).write_bytes(listed)
-                values = {"rows": len(keys), "shard_rows": shard_rows, "batch_size": batch_size}
-                of_keys = {"start": int(keys[0])} if contiguous else {"start": None, "keys": digest_of(listed)}
-                write_json(temporary / PART_FILE, values | of_keys)
-                temporary.rename(folder)
-                flush(self.path)
-            except OSError:
-                shutil.rmtree(temporary, ignore_errors=True)
-                if not (folder / PART_FILE).exists():  # else another process was faster
-                    raise
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+                if self.is_finished(shard):
+                    found.append(shard)
+            except CacheError:
+                with explained(self.folder):
+                    self.record(shard).unlink(missing_ok=True)
+        return found
 
 
-def _layout_of(values: Mapping[str, Any]) -> Layout:
-    """The layout that `Layout.plain` described."""
-    return TokenLayout.from_plain(values) if values["kind"] == TOKENS else RowLayout.from_plain(values)
+@dataclass(frozen=True)
+class KeyPart(CachePart):
+    """Rows that were asked for at once: a range of keys, or a list of them in `keys.bin`."""
+
+    num_keys: int
+    shard_rows: int
+    start: int | None  # first key of a range; none: the keys are listed
+    of_data: str | None = None  # whose keys, in a cache that serves several sets of shards
+
+    @classmethod
+    def open(cls, folder: Path, layout: Layout) -> Self:
+        """Reads `part.json` and checks the list of keys.
+
+        Raises:
+            CacheError: either is damaged.
+        """
+        file = folder / PART_FILE
+        values = read_json(file)
+        check_values(file, values, rows=int, shard_rows=int, batch_size=int, start=int | None, data=str | None)
+        if not values["rows"] or not values["shard_rows"]:
+            raise CacheError(f"{file} is of no rows: remove {folder} and build again")
+        part = cls(
+            folder,
+            values["batch_size"],
+            layout.row_bytes,
+            values["rows"],
+            values["shard_rows"],
+            values["start"],
+            values.get("data"),
+        )
+        if part.start is None:
+            try:
+                listed = (folder / KEYS_FILE).read_bytes()
+            except OSError as error:
+                raise CacheError(f"{folder / KEYS_FILE} cannot be read: {error}") from None
+            if digest_of(listed) != values.get("keys") or len(listed) != 8 * part.rows:
+                raise CacheError(f"{folder / KEYS_FILE} is damaged: remove {folder} and build again")
+        return part
+
+    @cached_property
+    def _listed(self) -> Keys:
+        return np.memmap(self.folder / KEYS_FILE, np.int64, mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_listed"}
+
+    @property
+    def rows(self) -> int:
+        return self.num_keys
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def extent(self, shard: int) -> tuple[int, int]:
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
+
+    def first_group(self, shard: int) -> int:
+        return shard * -(-self.shard_rows // self.group_rows)
+
+    def keys(self, first: int, last: int) -> Keys:
+        if self.start is not None:
+            return np.arange(self.start + first, self.start + last, dtype=np.int64)
+        return np.array(self._listed[first:last])
+
+    def locate(self, keys: Keys) -> NDArray[np.int64]:
+        """The row of each key, -1 where there is none."""
+        if self.start is not None:
+            rows = keys - self.start
+            return np.where((rows >= 0) & (rows < self.rows), rows, -1)
+        rows = np.searchsorted(self._listed, keys)
+        held = self._listed[np.minimum(rows, self.rows - 1)] == keys
+        return np.where(held, rows, -1)
+
+    def find(self, key: int) -> tuple[int, int] | None:
+        if self.start is not None:
+            row = key - self.start
+            return divmod(row, self.shard_rows) if 0 <= row < self.rows else None
+        row = int(np.searchsorted(self._listed, key))
+        return divmod(row, self.shard_rows) if row < self.rows and int(self._listed[row]) == key else None
+
+    def take(self, wanted: Wanted) -> tuple[list[int], Wanted]:
+        keys = wanted.keys()
+        rows = self.locate(keys)
+        shards = np.unique(rows[rows >= 0] // self.shard_rows)
+        return shards.tolist(), Wanted(single=keys[rows < 0])
+
+    def count(self, wanted: Wanted, shards: Sequence[int]) -> int:
+        rows = self.locate(wanted.keys())
+        return int(np.isin(rows[rows >= 0] // self.shard_rows, shards).sum())
+
+    def data(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.rows"

@@ -16,15 +16,18 @@ import torch
 from cmapkd.cache.asked import Asked, AskedTokens, AskedTowers, Seen, asked_of
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
-from cmapkd.cache.identity import differences, identity_of, weight_hash
-from cmapkd.cache.parts import CacheFolder, Keys
+from cmapkd.cache.folder import CacheFolder, DataNow
+from cmapkd.cache.identity import by_shard, data_of, differences, identity_of, weight_hash
+from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.rows import Layout
 from cmapkd.cache.teacher import CachedTeacher
 from cmapkd.cache.token_layout import TokenLayout
 from cmapkd.cache.token_teacher import CachedTokens
+from cmapkd.cache.wanted import Wanted
 from cmapkd.cache.writer import BuildResult, OnProgress, build, missing_shards
 from cmapkd.data.batches import Choice
+from cmapkd.data.shard_contents import ShardContents, shard_contents
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.data.views import ViewSpec
@@ -43,7 +46,7 @@ class CachePlan:
     asked: Asked
     source: Source
     views: ViewSpec
-    keys: Keys  # what the run will read
+    keys: Wanted  # what the run will read
     precision: str
     texts: Choice = field(default_factory=TextChoice)
     max_tokens: int | None = None  # longest dialogue of a teacher that writes; none: as long as it takes
@@ -56,7 +59,7 @@ class CachePlan:
         *,
         source: Source,
         views: ViewSpec,
-        keys: Keys,
+        keys: Wanted,
         precision: str,
         role: str = "teacher",
         texts: Choice | None = None,
@@ -89,7 +92,7 @@ class CachePlan:
         *,
         source: Source,
         views: ViewSpec,
-        keys: Keys,
+        keys: Wanted,
         precision: str,
         texts: TextChoice,
     ) -> CachePlan:
@@ -120,7 +123,22 @@ class CachePlan:
         return self.asked.completed(self._outline, self._seen) if cache is None else cache.layout
 
     @cached_property
+    def _contents(self) -> ShardContents | None:
+        """The shards of the data, by which answers are kept; None where they are kept for the data as a whole.
+
+        Of a teacher that writes they are: the room of its rows depends on all answers of the data.
+        """
+        return shard_contents(self.source) if isinstance(self._outline, RowLayout) else None
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
+        """Of a new cache."""
+        whole = self._identity_of_whole
+        return whole if self._contents is None else by_shard(whole, self.teacher.model)
+
+    @cached_property
+    def _identity_of_whole(self) -> dict[str, Any]:
+        """Of a cache that belongs to the data as a whole."""
         return identity_of(
             self.teacher.model,
             self.source,
@@ -135,9 +153,16 @@ class CachePlan:
         """The config's, or one under the user's cache folder by what is in it."""
         if self.config.folder is not None:
             return self.config.folder
+        folder = self._folder_of(self.identity)
+        if self._contents is None or CacheFolder.exists(folder):
+            return folder
+        before = self._folder_of(self._identity_of_whole)  # where earlier versions kept the answers
+        return before if CacheFolder.exists(before) else folder
+
+    def _folder_of(self, identity: Mapping[str, Any]) -> Path:
         root = os.environ.get("XDG_CACHE_HOME")
         base = Path(root) if root else Path("~/.cache").expanduser()
-        content = repr((sorted(self.identity.items()), self._outline.plain())).encode()
+        content = repr((sorted(identity.items()), self._outline.plain())).encode()
         name = re.sub(r"[^\w.-]+", "-", f"{self.teacher.name}-{self.source.name}").strip("-")
         return base / "cmapkd" / "teachers" / f"{name[:80]}-{digest_of(content)[:12]}"
 
@@ -151,7 +176,7 @@ class CachePlan:
             return None
         self.asked.check(self.config, self.teacher.name)
         cache = CacheFolder.open(self.folder)
-        reasons = differences(cache.identity, self.identity)
+        reasons = differences(cache.identity, self.identity if cache.by_shard else self._identity_of_whole)
         lacking = self.asked.lacking(cache.layout)
         reasons += [lacking] if lacking else []
         if self.config.store != cache.layout.store:
@@ -164,7 +189,13 @@ class CachePlan:
                 f"the cache {self.folder} does not fit this run:\n  {listed}\nName another folder, or leave "
                 "cache.folder out: then each teacher and data set has its own."
             )
-        return cache
+        return self._for_data(cache)
+
+    def _for_data(self, cache: CacheFolder) -> CacheFolder:
+        """The cache as this run's data use it."""
+        if not cache.by_shard or self._contents is None:
+            return cache
+        return cache.of(DataNow(self._contents, -(-self.keys.end // len(self.source)), data_of(self.source)))
 
     def bytes_missing(self) -> int:
         """That building would write."""
@@ -246,7 +277,7 @@ class CachePlan:
         if isinstance(model, DualEncoder):
             scale = float(model.log_logit_scale.detach().exp().reshape(()))
             bias = None if model.logit_bias is None else float(model.logit_bias.detach())
-        return CacheFolder.create(
+        cache = CacheFolder.create(
             self.folder,
             identity=self.identity,
             layout=self.layout,
@@ -255,6 +286,7 @@ class CachePlan:
             logit_bias=bias,
             length=len(self.source),
         )
+        return self._for_data(cache)
 
     def open(self) -> CacheReader:
         """The cache, complete for this run.
@@ -268,7 +300,7 @@ class CachePlan:
                 f"there is no cache in {self.folder}: build it (cmapkd cache build RECIPE), or set cache: auto"
             )
         reader = CacheReader(cache, check=self.config.check)
-        absent = int((~reader.held(self.keys)).sum())
+        absent = reader.num_absent(self.keys)
         if absent:
             raise CacheError(
                 f"the cache {self.folder} lacks {absent:,} of the {len(self.keys):,} rows that this run reads (other "

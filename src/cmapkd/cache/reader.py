@@ -13,12 +13,15 @@ from torch import Tensor
 from cmapkd.cache.checks import Checks
 from cmapkd.cache.config import Check
 from cmapkd.cache.files import CacheError
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import RowLayout
-from cmapkd.cache.parts import CacheFolder, Keys
 from cmapkd.cache.rows import CHECK
+from cmapkd.cache.wanted import Wanted
 from cmapkd.data.types import StoredRows
 
+MOST_MAPS = 4096
+"""Shards that are mapped at a time, far below what systems allow a process; the first one goes first."""
 _WINDOW = 2**21  # bytes of a shard that are mapped at once where embeddings are drawn
 
 
@@ -37,20 +40,21 @@ class CacheReader:
         self.cache, self.check = cache, check
         self.needs_texts, self.row_bytes = cache.layout.needs_texts, cache.layout.row_bytes
         self.parts = cache.parts()
-        self._finished = [np.array([part.is_finished(n) for n in range(part.num_shards)], bool) for part in self.parts]
+        self._finished = [part.finished() for part in self.parts]
         self._checks = Checks(self.parts, self._finished, check)
         self._maps: dict[tuple[int, int], NDArray[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
-    def held(self, keys: Keys) -> NDArray[np.bool_]:
-        """Which rows are in finished shards, whether or not their sample could be read."""
-        held = np.zeros(len(keys), bool)
+    def num_absent(self, wanted: Wanted) -> int:
+        """How many rows are in no finished shard. Those of samples that could not be read count as there."""
+        absent = 0
         for part, finished in zip(self.parts, self._finished, strict=True):
-            rows = part.locate(keys)
-            held |= (rows >= 0) & finished[np.maximum(rows, 0) // part.shard_rows]
-        return held
+            asked, left = part.take(wanted)
+            absent += part.count(wanted, [shard for shard in asked if not finished[shard]])
+            wanted = left
+        return absent + len(wanted)
 
     def has(self, view: int, index: int) -> bool:
         location = self._find(view, index)
@@ -156,11 +160,9 @@ class CacheReader:
         """Part, shard, and row within it."""
         key = view * self.cache.length + index
         for number, part in enumerate(self.parts):
-            row = part.row_of(key)
-            if row >= 0:
-                shard, position = divmod(row, part.shard_rows)
-                if self._finished[number][shard]:
-                    return number, shard, position
+            place = part.find(key)
+            if place is not None and self._finished[number][place[0]]:
+                return number, *place
         return None
 
     def _rows(self, number: int, shard: int, rows: Sequence[int]) -> NDArray[Any]:
@@ -170,6 +172,8 @@ class CacheReader:
         if mapped is None:
             opened = np.memmap(self.parts[number].data(shard), self.cache.layout.dtype, mode="r")
             mapped = self._maps[number, shard] = opened.view(np.ndarray)  # a plain array: half the cost of an access
+            if len(self._maps) > MOST_MAPS:
+                del self._maps[next(iter(self._maps))]
         return mapped[[*rows]]
 
 

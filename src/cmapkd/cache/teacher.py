@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cmapkd.cache.config import Check
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.layout import RowLayout
-from cmapkd.cache.parts import CacheFolder
 from cmapkd.cache.reader import CacheReader
 from cmapkd.data.types import Batch, ModelInput, StoredRows
 from cmapkd.models import Features, FrozenTeacher, LevelRequest, Model

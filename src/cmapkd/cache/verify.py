@@ -8,7 +8,7 @@ from typing import Any
 from cmapkd.cache.checks import check_shard
 from cmapkd.cache.fidelity import summary
 from cmapkd.cache.files import CacheError
-from cmapkd.cache.parts import CacheFolder
+from cmapkd.cache.folder import CacheFolder
 
 
 def describe(cache: CacheFolder) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def describe(cache: CacheFolder) -> dict[str, Any]:
     rows = done = shards = missing = bad = 0
     damaged: list[str] = []
     fidelity: list[dict[str, Any]] = []
-    for part in cache.parts():
+    for part in cache.files():
         rows += part.rows
         for shard in range(part.num_shards):
             shards += 1
@@ -55,9 +55,9 @@ def verify(cache: CacheFolder, *, remove_damaged: bool = False) -> Iterator[tupl
     Args:
         remove_damaged: removes damaged shards, so that the next build makes them again.
     """
-    for part in cache.parts():
+    for part in cache.files():
         for shard in range(part.num_shards):
-            name = f"{part.folder.name}/{part.data(shard).name}"
+            name = str(part.data(shard).relative_to(cache.path))
             try:
                 if not part.is_finished(shard):
                     yield name, "not built yet"

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from cmapkd.cache.chunks import Chunk, Chunks, load_chunks, spans_of
 from cmapkd.cache.files import CacheError, digest_of_rows, explained, leftovers, new_file, write_json
+from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.known import KnownPictures
 from cmapkd.cache.layout import RowLayout
-from cmapkd.cache.parts import CacheFolder, CachePart, Keys
+from cmapkd.cache.parts import CachePart
 from cmapkd.cache.rows import Fidelity, Layout
+from cmapkd.cache.wanted import Wanted
 from cmapkd.data.batches import Choice
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
@@ -52,24 +54,21 @@ class MissingShards:
         return sum(last - first for first, last in extents)
 
 
-def missing_shards(cache: CacheFolder, keys: Keys) -> tuple[list[MissingShards], Keys]:
-    """What of `keys` is in shards that are not finished, and which keys no part has yet."""
-    unknown = np.ones(len(keys), bool)
+def missing_shards(cache: CacheFolder, wanted: Wanted) -> tuple[list[MissingShards], Wanted]:
+    """The shards that are to hold what is wanted and are not finished, and what no part is to hold yet."""
     missing: list[MissingShards] = []
     for part in cache.parts():
-        rows = part.locate(keys)
-        held = rows >= 0
-        wanted = np.unique(rows[held & unknown] // part.shard_rows).tolist()
-        unknown &= ~held
-        shards = tuple(shard for shard in wanted if not _finished(part, shard))
+        asked, wanted = part.take(wanted)
+        finished = set(part.finished_among(asked))
+        shards = tuple(shard for shard in asked if shard not in finished)
         if shards:
             missing.append(MissingShards(part, shards))
-    return missing, keys[unknown]
+    return missing, wanted
 
 
 def build(
     cache: CacheFolder,
-    keys: Keys,
+    wanted: Wanted,
     *,
     teacher: FrozenTeacher,
     source: Source,
@@ -86,7 +85,7 @@ def build(
     max_tokens: int | None = None,
     timeout: float = 0.0,
 ) -> BuildResult:
-    """Adds the answers to `keys` that the cache lacks; of several processes each takes every `world_size`-th shard.
+    """Adds the wanted answers that the cache lacks; of several processes each takes every `world_size`-th shard.
 
     Args:
         teacher: on the device where it shall answer.
@@ -99,13 +98,15 @@ def build(
         CacheError: the disk is full or read-only, or an answer does not fit the stored numbers.
         BadSampleError: with `skip_bad=False`.
     """
-    for path in [*leftovers(cache.path), *(path for part in cache.parts() for path in leftovers(part.folder))]:
+    cache.begin_rows(batch_size=batch_size, shard_bytes=shard_bytes)
+    folders = [cache.path, *(folder for part in cache.parts() for folder in part.folders())]
+    for path in [path for folder in folders for path in leftovers(folder)]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     number = cache.next_part()
-    while len(unknown := missing_shards(cache, keys)[1]):  # again, if another builder began a part for other keys
-        cache.add_part(unknown, number=number, batch_size=batch_size, shard_bytes=shard_bytes)
+    while len(unknown := missing_shards(cache, wanted)[1]):  # again, if another builder began a part for other keys
+        cache.add_part(unknown.keys(), number=number, batch_size=batch_size, shard_bytes=shard_bytes)
         number = cache.next_part()
-    missing = missing_shards(cache, keys)[0]
+    missing = missing_shards(cache, wanted)[0]
     assigned = [
         MissingShards(shards.part, tuple(shard for shard in shards.shards if shard % world_size == rank))
         for shards in missing
@@ -238,13 +239,3 @@ class _Shard:
             "fidelity": self.fidelity.plain(),
         }
         write_json(self.part.record(self.number), record)
-
-
-def _finished(part: CachePart, shard: int) -> bool:
-    """What is damaged is built anew."""
-    try:
-        return part.is_finished(shard)
-    except CacheError:
-        with explained(part.folder):
-            part.record(shard).unlink(missing_ok=True)
-        return False

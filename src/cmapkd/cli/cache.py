@@ -91,7 +91,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say what a cache holds, how faithful it is, and what is missing."""
-    from cmapkd.cache.parts import CacheFolder
+    from cmapkd.cache.folder import CacheFolder
     from cmapkd.cache.verify import describe
     from cmapkd.config import counted, in_bytes
 
@@ -136,7 +136,7 @@ def verify(
     ] = False,
 ) -> None:
     """Read every byte of a cache and compare it with its checksum; ends with 1 if anything is wrong."""
-    from cmapkd.cache.parts import CacheFolder
+    from cmapkd.cache.folder import CacheFolder
     from cmapkd.cache.verify import verify as check
 
     wrong = total = 0

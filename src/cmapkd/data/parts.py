@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError, counted
+from cmapkd.data.shard_contents import ShardContents, shard_contents
 from cmapkd.data.types import Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.window_order import shard_counts
@@ -71,6 +72,11 @@ class PartOfSource:
         ends = np.clip(np.append(0, np.cumsum(counts)), self.start, self.stop)
         counted_here: NDArray[np.int64] = np.diff(ends)
         return counted_here
+
+    def shard_contents(self) -> ShardContents | None:
+        """What the part holds of each shard of the source; None where the source cannot say."""
+        contents = shard_contents(self.source)
+        return None if contents is None else contents.part(self.start, self.stop)
 
     @property
     def class_names(self) -> Sequence[str] | None:

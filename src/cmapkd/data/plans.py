@@ -130,7 +130,7 @@ class PlanSampler(Sampler[Plan]):
         rows = self._rows_of(phase)
         for number, epoch, first in self._read_at(phase, step):
             here = rows == number
-            everyone[here] = self._order(number, epoch, first, first + phase.sizes[number])
+            everyone[here] = self.samples(number, epoch, first, first + phase.sizes[number])
             epochs[here] = epoch
         own = slice(*(self.batch_size // self.world_size * rank for rank in (self.rank, self.rank + 1)))
         everyone_listed = tuple(everyone.tolist())
@@ -140,8 +140,8 @@ class PlanSampler(Sampler[Plan]):
         main = int(epochs[rows == 0][0]) if phase.sizes[0] else int(epochs[0])
         return Plan(step, main, everyone_listed, everyone_listed[own], named, tuple(epochs[own].tolist()))
 
-    def reads(self, stop: int) -> Iterator[tuple[Stream, int, NDArray[np.int64]]]:
-        """What the steps before `stop` read: a stream, an epoch, and samples, in no order and each time others."""
+    def reads(self, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """What the steps before `stop` read: the number of a stream, an epoch, and places in it, each time others."""
         if stop:
             self._phase(stop - 1)
         ends = [*(phase.first for phase in self._phases[1:]), stop]
@@ -153,11 +153,7 @@ class PlanSampler(Sampler[Plan]):
                     length = self.streams[number].length
                     at = cursor.locate(done, size=size, length=length)
                     count = min((length - at.used) // size, steps - done)
-                    yield (
-                        self.streams[number],
-                        at.epoch,
-                        self._order(number, at.epoch, at.used, at.used + count * size),
-                    )
+                    yield number, at.epoch, at.used, at.used + count * size
                     done += count
 
     def place(self, number: int, step: int) -> tuple[int, int] | None:
@@ -170,8 +166,8 @@ class PlanSampler(Sampler[Plan]):
         low, high = (order.lanes * rank / self.world_size for rank in (self.rank, self.rank + 1))
         return slice(math.floor(low), math.ceil(high))
 
-    def _order(self, number: int, epoch: int, first: int, last: int) -> NDArray[np.int64]:
-        """Where the samples `first` to `last` of a stream's epoch are."""
+    def samples(self, number: int, epoch: int, first: int, last: int) -> NDArray[np.int64]:
+        """Where the samples at the places `first` to `last` of a stream's epoch are."""
         stream = self.streams[number]
         if stream.order is not None:
             return stream.first + stream.order.samples(epoch, first, last)

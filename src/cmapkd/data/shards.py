@@ -13,6 +13,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.places import find_files, short_names
 from cmapkd.data.reading import check_size
 from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unusable
+from cmapkd.data.shard_contents import DIGEST, ShardContents
 from cmapkd.data.shard_files import DISK, GIB, LocalFiles, RemoteFiles, copies_folder
 from cmapkd.data.shard_set import ShardSet, said_repaired
 from cmapkd.data.stored import SampleFilter, StoredSource
@@ -158,6 +159,19 @@ class ShardSource(StoredSource):
             return counts
         shards = np.searchsorted(self._ends, self._chosen[: self._length], "right")
         return np.bincount(shards, minlength=len(self._ends))
+
+    def shard_contents(self) -> ShardContents | None:
+        """What each shard holds of the samples that are kept; None where ids decide which are."""
+        if self._chosen is not None:
+            return None
+        kept = (type(self).__name__, str(self._leaves_out_silent), *(self._class_names or ()), *self._keep.templates)
+        rows, digests = self._set.table.rows, np.zeros(len(self._counts), DIGEST)
+        for shard in np.flatnonzero(self._counts).tolist():
+            digest = hashlib.blake2b(rows["digest"][shard].tobytes(), digest_size=16)
+            for part in (name.encode("utf-8", "surrogatepass") for name in (self._set.shorts[shard], *kept)):
+                digest.update(b"%d:" % len(part) + part)
+            digests[shard] = np.void(digest.digest())
+        return ShardContents(digests, self._counts).part(0, self._length)
 
     def _entry(self, index: int) -> Entry:
         if not -self._length <= index < self._length:

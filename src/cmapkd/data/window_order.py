@@ -124,16 +124,22 @@ class WindowOrder:
         while place < end:
             places = np.full(len(chosen), place)
             _, begins, ends = self._window(chosen, places)
-            edges = (np.stack([begins, ends - 1]) + chosen * self.lane + row.turn) % self.length
-            around = edges[0] > edges[1]  # over the end of the row
-            low, high = np.searchsorted(row.begins, edges, "right") - 1
-            for one, other, cut in zip(low.tolist(), high.tolist(), around.tolist(), strict=True):
-                found += [row.shards[one:], row.shards[: other + 1]] if cut else [row.shards[one : other + 1]]
+            found += self._between(row, chosen, begins, ends)
             place = int(ends.min())
         held = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
         held = held[self.counts[held] > 0]
         _, where = np.unique(held, return_index=True)
         return held[np.sort(where)]
+
+    def touched(self, epoch: int, first: int, last: int) -> NDArray[np.bool_]:
+        """Which shards the windows of the places `first` to `last` hold; see `samples` for the places."""
+        lanes = np.arange(self.lanes)
+        _, begins, _ = self._window(lanes, np.full(self.lanes, first // self.lanes))
+        _, _, ends = self._window(lanes, np.full(self.lanes, last // self.lanes - 1))
+        touched = np.zeros(len(self.counts), bool)
+        for shards in self._between(self._row(epoch), lanes, begins, ends):
+            touched[shards] = True
+        return touched & (self.counts > 0)
 
     @property
     def share_of_one_shard(self) -> float:
@@ -162,6 +168,16 @@ class WindowOrder:
         number = np.minimum((places + phase) // self.size, last)
         begin = np.maximum(0, number * self.size - phase)
         return number, begin, np.where(number == last, self.lane, (number + 1) * self.size - phase)
+
+    def _between(self, row: _Row, lanes: Ints, begins: Ints, ends: Ints) -> list[Ints]:
+        """The shards from a beginning to an end in each of some lanes."""
+        edges = (np.stack([begins, ends - 1]) + lanes * self.lane + row.turn) % self.length
+        around = edges[0] > edges[1]  # over the end of the row
+        low, high = np.searchsorted(row.begins, edges, "right") - 1
+        found: list[Ints] = []
+        for one, other, cut in zip(low.tolist(), high.tolist(), around.tolist(), strict=True):
+            found += [row.shards[one:], row.shards[: other + 1]] if cut else [row.shards[one : other + 1]]
+        return found
 
     def _at(self, epoch: int, lanes: Ints, places: Ints) -> Ints:
         """The samples at places of lanes."""

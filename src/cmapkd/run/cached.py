@@ -8,8 +8,7 @@ from typing import TypeGuard
 from accelerate import PartialState
 from rich.console import Console
 
-from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, all_keys, keys_of_run
-from cmapkd.cache.parts import Keys
+from cmapkd.cache import DEFAULT_VIEWS, CacheConfig, CachePlan, CacheReader, Wanted, all_keys, keys_of_run
 from cmapkd.cache.progress import BuildDisplay
 from cmapkd.data.batches import Answers
 from cmapkd.data.plans import PlanSampler
@@ -60,7 +59,7 @@ def plan_student_cache(
     )
 
 
-def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> Keys:
+def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> Wanted:
     """Of the rows that the run reads, or with `whole` of every sample in each view."""
     assert config.data.views is not None
     length, views, batch_size = len(source), config.data.views, config.training.batch_size

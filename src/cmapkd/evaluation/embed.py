@@ -103,7 +103,7 @@ def embed(
                 pixels = model.image_spec.to_model(chunk.pixels.to(device))
                 images.add(model.encode_image(pixels, images.names))
             own.append(_Read(chunk.samples, chunk.bad))
-    read = share.all_of(own)
+    read = [*share.all_of(own)]
     samples = [sample for chunk in read for sample in chunk.samples]
     bad = [failure for chunk in read for failure in chunk.bad]
     if bad and on_bad_sample == "error":

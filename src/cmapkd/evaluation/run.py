@@ -14,7 +14,9 @@ from cmapkd.evaluation.embed import OnBadSample, embed
 from cmapkd.evaluation.picture_ranks import PictureRanks
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.suite import evaluate_models
+from cmapkd.evaluation.writing import Writer
 from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.generative import GenerativeModel
 
 __all__ = ["EvaluationConfig", "assist", "evaluate"]
 
@@ -37,7 +39,7 @@ def evaluate(
         on_bad_sample, autocast: see `embed`.
         ranks_file: where ranks or scores by picture are written, see `PictureRanks` and, for models that write,
             `AnswerScore`; none is written if there are none.
-        share: of several processes that embed together. This is the first; the others call `assist`.
+        share: of several processes that compute together. This is the first; the others call `assist`.
     Returns:
         `retrieval` (see `retrieval.retrieval`), `zero_shot` (see `zero_shot.zero_shot`), ..., those that were measured;
         `params`, the model's number of parameters, of which `params_borrowed`, if any, are another model's tower;
@@ -77,12 +79,17 @@ def assist(
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
 ) -> None:
-    """In every process but the first: embeds its part of the source whenever the first embeds, until that has scored.
+    """In every process but the first: computes its part whenever the first process calls, until that has scored.
 
     Args:
         model: with the same weights as the first process's; the other arguments are those of its `evaluate`.
     """
-    while (levels := share.asked()) is not None:
+    if isinstance(model, GenerativeModel):
+        writer = Writer(model, source, config, torch.device(device), autocast, on_bad_sample, share)
+        while (asked := share.asked()) is not None:
+            writer.computed(**asked)
+        return
+    while (asked := share.asked()) is not None:
         assert isinstance(model, DualEncoder)  # of others the first process asks nothing
         embed(
             model,
@@ -94,6 +101,6 @@ def assist(
             limit=config.limit,
             on_bad_sample=on_bad_sample,
             autocast=autocast,
-            levels=levels,
             share=share,
+            **asked,
         )

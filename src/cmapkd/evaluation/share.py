@@ -1,8 +1,8 @@
-"""An evaluation dealt out to several processes: each embeds a part of the batches, the first has all and scores."""
+"""An evaluation dealt out to several processes: each computes a part of the batches, the first has all and scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,14 +13,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_END, _EMBED, _EMBED_LEVELS = 0, 1, 2  # what the first process asks of the others
-
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which batches this process embeds, and how rows reach the first one.
+    """Which batches this process computes, and how what it found reaches the first one.
 
-    The first process evaluates `with` it, and calls the others when it embeds. The others wait in `asked`.
+    The first process evaluates `with` it, and calls the others when its model computes. The others wait in `asked`.
 
     Attributes:
         rank: of this process, among `of`.
@@ -46,23 +44,26 @@ class Share:
 
     def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
         if kind is None:  # else this process ends, and with it the connections on which the others wait
-            self._tell(_END)
+            self._tell(None)
 
-    def call(self, *, levels: bool) -> None:
-        """From the first process: the others embed now, with inner levels or without."""
+    def call(self, **arguments: Any) -> None:
+        """From the first process: the others compute now, with the same arguments."""
         if self.leads:
-            self._tell(_EMBED_LEVELS if levels else _EMBED)
+            self._tell(arguments)
 
-    def asked(self) -> bool | None:
-        """In another process: waits until it is called, and returns whether levels are asked for; None at the end."""
-        what = torch.zeros((), dtype=torch.long)
-        dist.broadcast(what, 0, group=self.group)
-        return None if int(what) == _END else int(what) == _EMBED_LEVELS
+    def asked(self) -> dict[str, Any] | None:
+        """In another process: waits until it is called, and returns the arguments; None at the end."""
+        told: list[Any] = [None]
+        dist.broadcast_object_list(told, 0, group=self.group)
+        return told[0]  # type: ignore[no-any-return]
 
-    def all_of(self, own: Sequence[T]) -> list[T]:
-        """What each process has of its batches, for all batches in their order, in every process."""
+    def all_of(self, own: Iterable[T]) -> Iterable[T]:
+        """What each process has of its batches, for all batches in their order, in every process.
+
+        One process alone gets each as it comes.
+        """
         if self.of == 1:
-            return [*own]
+            return own
         parts: list[Any] = [None] * self.of
         dist.all_gather_object(parts, [*own], group=self.group)
         return [parts[number % self.of][number // self.of] for number in range(sum(map(len, parts)))]
@@ -101,9 +102,9 @@ class Share:
             blocks[rank :: self.of] = rows.split(theirs)
         return torch.cat(blocks) if blocks else mine
 
-    def _tell(self, what: int) -> None:
+    def _tell(self, what: dict[str, Any] | None) -> None:
         if self.of > 1:
-            dist.broadcast(torch.tensor(what), 0, group=self.group)
+            dist.broadcast_object_list([what], 0, group=self.group)
 
 
 ALONE = Share()

@@ -126,6 +126,7 @@ class Subject:
             bench.device,
             bench.autocast,
             bench.on_bad_sample,
+            bench.share,
             bad=dict(bench.annotations.bad),
         )
 

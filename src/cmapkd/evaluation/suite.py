@@ -50,7 +50,7 @@ def evaluate_models(
         on_bad_sample, autocast: see `embed`.
         picture_ranks: is given each model's ranks by picture, where a task ranked and the pictures are not too many.
         answer_scores: the same for models that write: scores by picture, by their paths.
-        share: of several processes that embed the source together; this one is the first.
+        share: of several processes that compute together; this one is the first.
     Returns:
         For each model the scores of each task by its name; `params`; if a source was read, `bad_samples`, how many
         could not be, and `scored`: numbers of `images`, `captions`, of models that write `questions`, and `skipped`

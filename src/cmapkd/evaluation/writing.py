@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -17,9 +18,12 @@ from cmapkd.data.workers import ReadAhead
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.dialogues import Asked
 from cmapkd.evaluation.embed import OnBadSample
+from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.models.generative import Decoding, GenerativeModel
 from cmapkd.models.texts import evaluating
 from cmapkd.models.token_types import TokenFeatures, TokenNeeds
+
+R = TypeVar("R")
 
 _ITEM_BYTES = 2**21  # about a picture of one dialogue after its processor: 3 x 420 x 420 numbers of 4 bytes
 
@@ -48,6 +52,7 @@ class Writer:
     """One model's answers to the dialogues of one source.
 
     Attributes:
+        share: of several processes that compute together. The first keeps what one alone would.
         bad: reasons by sample, of the samples that cannot be read, or of which a dialogue could not be asked.
         asked: every dialogue that was asked, by sample and prompt.
     """
@@ -58,6 +63,7 @@ class Writer:
     device: torch.device
     autocast: torch.dtype | None = None
     on_bad_sample: OnBadSample = "skip"
+    share: Share = ALONE
     bad: dict[str, str] = field(default_factory=dict)
     asked: dict[tuple[int, Dialogue], Asked] = field(default_factory=dict)
     _written: dict[tuple[int, Dialogue, int], Written | None] = field(default_factory=dict)
@@ -98,20 +104,13 @@ class Writer:
     def written(self, asked: Sequence[Asked], *, most: int) -> list[Written | None]:
         """The greedy answer to each dialogue, cut after `most` tokens; None where it could not be asked.
 
-        Raises: as `chunks`.
+        Raises: as `computed`.
         """
         new = {(each.index, each.prompt, most): each for each in asked}
         todo = [each for key, each in new.items() if key not in self._written]
         self._written.update(dict.fromkeys(new.keys() - self._written.keys()))
-        decoding, ends = Decoding(max_new_tokens=most), set(self.model.vocabulary.end_ids)
-        for places, items in self.batches(todo, [each.unread() for each in todo]):
-            with self.computing():
-                generated = self.model.generate(self.joined(items), decoding)
-            for place, ids in zip(places, generated, strict=True):
-                each = todo[place]
-                ended = bool(ids) and ids[-1] in ends
-                text = self.model.processor.decode(ids[:-1] if ended else ids).strip()
-                self._written[each.index, each.prompt, most] = Written(text, len(ids), ended)
+        found = self.computed(partial(_answers, most=most), todo, [each.unread() for each in todo])
+        self._written |= {(todo[place].index, todo[place].prompt, most): answer for place, answer in found.items()}
         answers = [self._written[each.index, each.prompt, most] for each in asked]
         if asked and not any(answers):  # of which none is new
             raise self._nothing_read(len(asked))
@@ -125,47 +124,87 @@ class Writer:
     def joined(self, items: Sequence[ChatItem]) -> ChatInput:
         return join_items(items, self.model.processor.pad_id).to(self.device)
 
-    def batches(
-        self, asked: Sequence[Asked], dialogues: Sequence[Dialogue], pictures: Sequence[int] | None = None
-    ) -> Iterator[tuple[list[int], list[ChatItem]]]:
-        """As `chunks`, without empty ones."""
-        return (chunk for chunk in self.chunks(asked, dialogues, pictures) if chunk[0])
+    def computed(
+        self,
+        work: Callable[[Writer, Sequence[ChatItem]], Sequence[R]],
+        asked: Sequence[Asked],
+        dialogues: Sequence[Dialogue],
+        pictures: Sequence[int] | None = None,
+    ) -> dict[int, R]:
+        """What `work` makes of each dialogue, by its place in `asked`; bad ones are left out.
 
-    def chunks(
-        self, asked: Sequence[Asked], dialogues: Sequence[Dialogue], pictures: Sequence[int] | None = None
-    ) -> Iterator[tuple[list[int], list[ChatItem]]]:
-        """Dialogues as the model reads them, `batch_size` at once, each with its place in `asked`; bad ones left out.
+        All processes of `share` call this with the same arguments, and each computes whole batches in turn. So all get
+        what one process alone would get, bit for bit.
 
         Args:
+            work: makes something of every dialogue of a batch, inside `computing`. Processes send it and what it makes
+                to one another, so it is a function of a module, and makes no tensors.
             dialogues: what is read of each of `asked`.
             pictures: indices of the samples whose pictures are shown, if not their own. No sample is bad because
                 another one's picture makes its dialogue too long.
         Raises:
-            NothingReadError: there is something to ask, and not one dialogue could be read with its own picture.
+            NothingReadError: in the first process: there is something to ask, and not one dialogue could be read with
+                its own picture.
             BadSampleError: of the first that could not, with `on_bad_sample="error"`.
         """
-        shown = [each.index for each in asked] if pictures is None else list(pictures)
+        self.share.call(work=work, asked=asked, dialogues=dialogues, pictures=pictures)
+        shown = [each.index for each in asked] if pictures is None else pictures
+        chunks = self._read(shown, dialogues, self.share.mine)
+        found: dict[int, R] = {}
+        for places, made, bad in self.share.all_of(self._made(work, chunk) for chunk in chunks):
+            self._note(asked, places, bad if pictures is None else ())
+            found.update(zip(places, made, strict=True))
+        if asked and not found and pictures is None and self.share.leads:
+            raise self._nothing_read(len(asked))
+        return found
+
+    def chunks(
+        self, asked: Sequence[Asked], dialogues: Sequence[Dialogue]
+    ) -> Iterator[tuple[list[int], list[ChatItem]]]:
+        """Dialogues as the model reads them, `batch_size` at once, each with its place in `asked`; bad ones left out.
+
+        One process alone reads them.
+
+        Raises: as `computed`.
+        """
+        num_read = 0
+        for chunk in self._read([each.index for each in asked], dialogues, slice(None)):
+            self._note(asked, chunk.places, chunk.bad)
+            num_read += len(chunk.places)
+            yield chunk.places, chunk.items
+        if asked and not num_read:
+            raise self._nothing_read(len(asked))
+
+    def _read(self, shown: Sequence[int], dialogues: Sequence[Dialogue], mine: slice) -> ReadAhead[int, _Chunk]:
+        """Of all chunks, those of one process."""
         reading = _Reading(self.source, self.model.processor, shown, dialogues, self.batch_size)
-        chunks = ReadAhead(
+        return ReadAhead(
             reading,
-            range(len(reading)),
+            range(len(reading))[mine],
             workers=self.config.workers,
             timeout=self.config.timeout,
             item_bytes=self.batch_size * _ITEM_BYTES,
             name=reading.name,
         )
-        num_read = 0
-        for chunk in chunks:
-            for place, reason in chunk.bad if pictures is None else ():
-                if self.on_bad_sample == "error":
-                    raise BadSampleError(asked[place].sample, reason)
-                self.bad.setdefault(asked[place].sample, reason)
-            for place in chunk.places:
-                self.asked.setdefault((asked[place].index, asked[place].dialogue), asked[place])
-            num_read += len(chunk.places)
-            yield chunk.places, chunk.items
-        if asked and not num_read and pictures is None:
-            raise self._nothing_read(len(asked))
+
+    def _made(self, work: Callable[[Writer, Sequence[ChatItem]], Sequence[R]], chunk: _Chunk) -> _Made[R]:
+        if not chunk.items:
+            return _Made(chunk.places, [], chunk.bad)
+        with self.computing():
+            return _Made(chunk.places, work(self, chunk.items), chunk.bad)
+
+    def _note(self, asked: Sequence[Asked], places: Sequence[int], bad: Sequence[tuple[int, str]]) -> None:
+        """What could be read of `asked`, and what could not.
+
+        Raises:
+            BadSampleError: of the first that could not, with `on_bad_sample="error"`.
+        """
+        for place, reason in bad:
+            if self.on_bad_sample == "error":
+                raise BadSampleError(asked[place].sample, reason)
+            self.bad.setdefault(asked[place].sample, reason)
+        for place in places:
+            self.asked.setdefault((asked[place].index, asked[place].dialogue), asked[place])
 
     def _nothing_read(self, tried: int) -> NothingReadError:
         sample, reason = next(iter(self.bad.items()))
@@ -173,6 +212,24 @@ class Writer:
             f"{self.model.name} could read no dialogue of {self.source.name} ({tried} tried); the first: sample "
             f"{sample!r}: {reason}"
         )
+
+
+def _answers(writer: Writer, items: Sequence[ChatItem], *, most: int) -> list[Written]:
+    """Greedy, cut after `most` tokens."""
+    model, answers = writer.model, list[Written]()
+    for ids in model.generate(writer.joined(items), Decoding(max_new_tokens=most)):
+        ended = bool(ids) and ids[-1] in model.vocabulary.end_ids
+        text = model.processor.decode(ids[:-1] if ended else ids).strip()
+        answers.append(Written(text, len(ids), ended))
+    return answers
+
+
+class _Made(NamedTuple, Generic[R]):
+    """Of a chunk."""
+
+    places: list[int]
+    results: Sequence[R]
+    bad: list[tuple[int, str]]
 
 
 class _Chunk(NamedTuple):

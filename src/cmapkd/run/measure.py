@@ -115,7 +115,7 @@ def validator_of(config: RunConfig, source: Source | None) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Validator:
-    """Measures a student on the validation source; several processes embed it together."""
+    """Measures a student on the validation source; several processes compute together."""
 
     config: RunConfig
     source: Source
@@ -136,9 +136,9 @@ class Validator:
 
 
 def share_of(config: RunConfig) -> Share:
-    """This process's part of an evaluation; the first does all of models that write, and of those that are sharded."""
+    """This process's part of an evaluation; the first does all of models whose student is sharded."""
     group = patient_group()
-    if group is None or config.writes or config.training.sharding != "none":
+    if group is None or config.training.sharding != "none":
         return ALONE
     return Share(dist.get_rank(), dist.get_world_size(), group)
 

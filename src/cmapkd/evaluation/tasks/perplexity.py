@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from cmapkd.data.dialogues import ChatItem
 from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.dialogues import Asked, lacking, other_pictures, references
 from cmapkd.evaluation.subject import Subject
@@ -91,16 +92,17 @@ def nothing_to_read(subject: Subject) -> str | None:
 
 def _read(writer: Writer, asked: Sequence[Asked], pictures: Sequence[int] | None = None) -> dict[int, _Sums]:
     """By place, of the references that can be read."""
-    sums: dict[int, _Sums] = {}
-    for places, items in writer.batches(asked, [each.dialogue for each in asked], pictures):
-        with writer.computing():
-            features = writer.features(items)
-            losses = negative_log_likelihoods(writer.model, features)
-        row_of = answer_rows(features).sample
-        nats = losses.new_zeros(len(items)).index_add(0, row_of, losses).tolist()
-        tokens = row_of.bincount(minlength=len(items)).tolist()
-        sums |= {place: _Sums(nats[row], tokens[row], asked[place].num_bytes) for row, place in enumerate(places)}
-    return sums
+    read = writer.computed(_nats_and_tokens, asked, [each.dialogue for each in asked], pictures)
+    return {place: _Sums(nats, tokens, asked[place].num_bytes) for place, (nats, tokens) in read.items()}
+
+
+def _nats_and_tokens(writer: Writer, items: Sequence[ChatItem]) -> list[tuple[float, int]]:
+    """Of the answers of each dialogue."""
+    features = writer.features(items)
+    losses = negative_log_likelihoods(writer.model, features)
+    row_of = answer_rows(features).sample
+    nats = losses.new_zeros(len(items)).index_add(0, row_of, losses)
+    return [*zip(nats.tolist(), row_of.bincount(minlength=len(items)).tolist(), strict=True)]
 
 
 def _sum(parts: Iterable[_Sums]) -> _Sums:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from cmapkd.data.dialogues import ChatItem
 from cmapkd.data.prompting import commonest
 from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.dialogues import Asked, lacking, questions
@@ -113,18 +114,22 @@ def _by_odds(writer: Writer, asked: Sequence[Asked], right: Sequence[bool]) -> d
     tokens = _first_tokens(writer.model)
     if tokens is None:
         return None
-    yes, no = tokens["yes"].to(writer.device), tokens["no"].to(writer.device)
-    odds = torch.zeros(len(asked))
-    for places, items in writer.batches(asked, [each.unread() for each in asked]):
-        with writer.computing():
-            odds[places] = first_log_odds(writer.model, writer.features(items), yes, no).cpu()
+    log_odds = partial(_log_odds, yes=tokens["yes"], no=tokens["no"])
+    found = writer.computed(log_odds, asked, [each.unread() for each in asked])
+    odds = torch.tensor([found.get(place, 0.0) for place in range(len(asked))])
     said = (odds > 0).tolist()
     scores = YesNoScores.of(said, right).to_dict()
     margins = torch.where(torch.tensor(right), odds, -odds)
     return scores | {"mean_margin": float(margins.double().mean())}  # nats in favour of the right answer
 
 
-def _first_tokens(model: GenerativeModel) -> Mapping[str, Tensor] | None:
+def _log_odds(writer: Writer, items: Sequence[ChatItem], *, yes: Sequence[int], no: Sequence[int]) -> list[float]:
+    first = [torch.tensor(ids, device=writer.device) for ids in (yes, no)]
+    odds: list[float] = first_log_odds(writer.model, writer.features(items), *first).tolist()
+    return odds
+
+
+def _first_tokens(model: GenerativeModel) -> Mapping[str, list[int]] | None:
     """The tokens that begin yes and no; those that begin both are left out."""
     first = {
         word: {model.processor.encode_answer(spelling)[0] for spelling in spellings}
@@ -133,4 +138,4 @@ def _first_tokens(model: GenerativeModel) -> Mapping[str, Tensor] | None:
     both = first["yes"] & first["no"]
     if first["yes"] <= both or first["no"] <= both:
         return None
-    return {word: torch.tensor(sorted(ids - both)) for word, ids in first.items()}
+    return {word: sorted(ids - both) for word, ids in first.items()}

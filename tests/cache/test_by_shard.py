@@ -42,6 +42,7 @@ class SetOfShards(MemorySource):
         super().__init__(sum(SIZES[name] for name in names))
         self.places = [(name, place) for name in names for place in range(SIZES[name])]
         self.names, self.unreadable = names, unreadable
+        self.name = f"shards {'-'.join(names)}"
         self.asked: list[str] = []
 
     def __getitem__(self, index: int) -> Sample:

@@ -17,7 +17,7 @@ from cmapkd.cache.asked import Asked, AskedTokens, AskedTowers, Seen, asked_of
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
 from cmapkd.cache.folder import CacheFolder, DataNow
-from cmapkd.cache.identity import by_shard, data_of, differences, identity_of, weight_hash
+from cmapkd.cache.identity import BY_SHARD, by_shard, data_of, differences, identity_of, weight_hash
 from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.rows import Layout
@@ -163,7 +163,8 @@ class CachePlan:
         root = os.environ.get("XDG_CACHE_HOME")
         base = Path(root) if root else Path("~/.cache").expanduser()
         content = repr((sorted(identity.items()), self._outline.plain())).encode()
-        name = re.sub(r"[^\w.-]+", "-", f"{self.teacher.name}-{self.source.name}").strip("-")
+        data = "tars" if identity["data"] == BY_SHARD else self.source.name  # sets of the same tars have many names
+        name = re.sub(r"[^\w.-]+", "-", f"{self.teacher.name}-{data}").strip("-")
         return base / "cmapkd" / "teachers" / f"{name[:80]}-{digest_of(content)[:12]}"
 
     def existing(self) -> CacheFolder | None:
@@ -272,7 +273,7 @@ class CachePlan:
 
     def _create(self) -> CacheFolder:
         model = self.teacher.model
-        about: Mapping[str, Any] = {"teacher": model.name, "data": self.source.name}
+        about = {"teacher": model.name, "data": "tars" if self._contents is not None else self.source.name}
         scale = bias = None
         if isinstance(model, DualEncoder):
             scale = float(model.log_logit_scale.detach().exp().reshape(()))

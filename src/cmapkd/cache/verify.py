@@ -42,7 +42,7 @@ def describe(cache: CacheFolder) -> dict[str, Any]:
         "shards": shards,
         "shards_missing": missing,
         "damaged": damaged,
-        "samples": cache.length,
+        **({} if cache.by_shard else {"samples": cache.length}),
         **({} if cache.logit_scale is None else {"logit_scale": cache.logit_scale}),
         "fidelity": summary(fidelity),
         "identity": dict(cache.identity),

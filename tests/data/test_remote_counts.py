@@ -30,8 +30,8 @@ from cmapkd.data.shard_set import ShardWarning
 from cmapkd.data.shards import ShardSource
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.types import BadSampleError
-from cmapkd.diagnosis.data import check_overlap
-from cmapkd.run import contents
+from cmapkd.diagnosis.data import check_overlap, check_source
+from cmapkd.run import RunConfig, contents
 from helpers import make_builder, make_method
 
 pytestmark = [
@@ -282,7 +282,7 @@ WRONG_TABLES: dict[str, bytes] = {
 @pytest.mark.parametrize(("name", "said"), [("stats", WRONG), ("sizes.json", WRONG_TABLES)])
 def test_what_no_count_can_be_is_refused_with_a_word(name: str, said: dict[str, bytes]) -> None:
     for told, data in said.items():
-        store: Any = SimpleNamespace(small=lambda urls, most, data=data: [data[:most]] * len(urls))
+        store: Any = SimpleNamespace(small=lambda urls, most, read, data=data: [read(data[:most]) for _ in urls])
         claims = read_claims(store, ["s3://b/a.tar"], [(1024, 0)], name)
         assert claims.counts.tolist() == [UNKNOWN], told
         assert told.strip() in claims.refused[0]
@@ -418,6 +418,11 @@ def test_the_doctor_fetches_nothing_to_compare_ids(folder: Path, store: Serving)
     assert told == [("note", "not compared with data.train: ids stand in shards, which are not fetched")]
     assert [each.level for each in check_overlap({"train": train, "val": train})] == ["problem"]
     assert not fetched(store)
+    recipe = {"student": "tiny:debug", "method": "contrastive", "data": {"train": "scenes"}, "training": {"steps": 1}}
+    config = RunConfig.from_mapping(recipe)
+    told = [each for each in check_source("val", val, config) if "beside" in each.detail]
+    assert [(each.level, each.what) for each in told] == [("ok", "data.val")]
+    assert told[0].detail.startswith("samples of 8 shards are counted by what lies beside, and checked")
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -471,6 +476,7 @@ def test_a_run_by_indexes_goes_on_by_indexes(
     say(folder)
     another_machine(monkeypatch, tmp_path)
     with keeping(tmp_path / "shards.json"):
+        assert remote(store, "?counts=stats", names="{000..002}.tar").num_claimed == 3  # of another use of the shards
         assert remote(store, names="{000..002}.tar").fingerprint() == first.fingerprint()
 
 
@@ -492,7 +498,15 @@ def test_shards_that_were_exchanged_under_a_run_are_named(folder: Path, store: S
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"[]", b'{"version":2,"sets":{}}', b'{"version":1,"sets":{"a":{"counts":["1"],"stamps":[[1,2]]}}}']
+    "damage",
+    [
+        b"",
+        b"[]",
+        b'{"version":2,"sets":{}}',
+        b'{"version":1,"sets":{"a":{"counts":["1"],"stamps":[[1,2]]}}}',
+        b'{"version":1,"sets":{"a":{"counts":[4294967296],"stamps":[[1,2]]}}}',
+        b'{"version":1,"sets":{"a":{"counts":[1],"stamps":[[1,2],[1,2]]}}}',
+    ],
 )
 def test_a_damaged_file_of_counts_is_refused(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / "shards.json").write_bytes(damage)

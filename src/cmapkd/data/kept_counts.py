@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ from cmapkd.config.disk import write_text
 
 FILE_NAME = "shards.json"
 _VERSION = 1
-_MOST = 2**63 - 1
+_MOST, _MOST_COUNT = 2**63 - 1, 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,11 @@ class KeptCounts:
 
     def __post_init__(self) -> None:
         self._written: str | None = None
+        if not os.path.isfile(self.file):  # noqa: PTH113 - what is wrong with the folder is said where it is made
+            return
         try:
             self._written = self.file.read_text(encoding="utf-8")
             self.sets = _parsed(self._written)
-        except FileNotFoundError:
-            return
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
             raise ConfigError(
                 f"{self.file} is damaged ({type(error).__name__}): restore it. If it is lost, remove it, and remote "
@@ -123,9 +124,11 @@ def kept_counts() -> KeptCounts | None:
     return _current.get()
 
 
-def key(urls: Sequence[str]) -> str:
-    """Names a set of shards by where they are."""
-    return hashlib.blake2b("\0".join(urls).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+def key(urls: Sequence[str], counts: str | None) -> str:
+    """Names a set of shards by where they are, and by what the source says should count them."""
+    return hashlib.blake2b(
+        "\0".join((counts or "", *urls)).encode("utf-8", "surrogatepass"), digest_size=16
+    ).hexdigest()
 
 
 def claimed_shards(source: object) -> int:
@@ -157,7 +160,7 @@ def _parsed(text: str) -> dict[str, KeptSet]:
 
 def _set(values: dict[str, Any]) -> KeptSet:
     counts, stamps = values["counts"], values["stamps"]
-    numbers = [*counts, *(number for stamp in stamps for number in stamp)]
-    if len(counts) != len(stamps) or not all(type(number) is int and -1 <= number <= _MOST for number in numbers):
+    every = [(number, _MOST) for stamp in stamps for number in stamp] + [(number, _MOST_COUNT) for number in counts]
+    if len(counts) != len(stamps) or not all(type(number) is int and -1 <= number <= most for number, most in every):
         raise ValueError
     return KeptSet(np.array(counts, dtype=np.int64), np.array(stamps, dtype=np.int64).reshape(len(counts), 2))

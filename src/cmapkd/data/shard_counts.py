@@ -71,14 +71,13 @@ def _read_tables(claims: Claims, store: Store, urls: Sequence[str], stamps: Sequ
     """Takes what the tables of this name say, each of the shards in its folder."""
     missing = np.flatnonzero(claims.counts == UNKNOWN).tolist()
     folders = list(dict.fromkeys(_folder(urls[shard]) for shard in missing))
-    read = store.small([folder + table for folder in folders], _MOST_TABLE)
+    read = store.small([folder + table for folder in folders], _MOST_TABLE, _table)
     said: dict[str, dict[str, _Said]] = {}
-    for folder, data in zip(folders, read, strict=True):
-        if data is not None:
-            try:
-                said[folder] = _table(data)
-            except ValueError as error:
-                claims.refused.append(f"{folder}{table} {error}")
+    for folder, found_there in zip(folders, read, strict=True):
+        if isinstance(found_there, str):
+            claims.refused.append(f"{folder}{table} {found_there}")
+        elif found_there is not None:
+            said[folder] = found_there
     for shard in missing:
         folder = _folder(urls[shard])
         found = said.get(folder, {}).get(urls[shard].removeprefix(folder))
@@ -89,15 +88,11 @@ def _read_tables(claims: Claims, store: Store, urls: Sequence[str], stamps: Sequ
 def _read_stats(claims: Claims, store: Store, urls: Sequence[str], stamps: Sequence[Stamp]) -> None:
     missing = [shard for shard in np.flatnonzero(claims.counts == UNKNOWN).tolist() if urls[shard].endswith(".tar")]
     names = [urls[shard].removesuffix(".tar") + STATS for shard in missing]
-    for shard, name, data in zip(missing, names, store.small(names, _MOST_STATS), strict=True):
-        if data is None:
-            continue
-        try:
-            said = _Said(_object(data, _MOST_STATS).get("successes"))
-        except ValueError as error:
-            claims.refused.append(f"{name} {error}")
-            continue
-        _take(claims, shard, said, stamps[shard][0], f"{name} says")
+    for shard, name, said in zip(missing, names, store.small(names, _MOST_STATS, _stats), strict=True):
+        if isinstance(said, str):
+            claims.refused.append(f"{name} {said}")
+        elif said is not None:
+            _take(claims, shard, said, stamps[shard][0], f"{name} says")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,38 +114,40 @@ def _take(claims: Claims, shard: int, said: _Said, size: int, where: str) -> Non
         claims.counts[shard] = said.samples
 
 
-def _table(data: bytes) -> dict[str, _Said]:
-    """By the names of files what a table says of them: that of open_clip, or of wids.
+def _stats(data: bytes) -> _Said | str:
+    """What the stats of a shard say of it, or what is wrong with them."""
+    values = _object(data, _MOST_STATS)
+    return values if isinstance(values, str) else _Said(values.get("successes"))
 
-    Raises:
-        ValueError: it is none.
-    """
+
+def _table(data: bytes) -> dict[str, _Said] | str:
+    """By the names of files what a table of open_clip or wids says of them, or what is wrong with it."""
     values = _object(data, _MOST_TABLE)
+    if isinstance(values, str):
+        return values
     if "shardlist" not in values:
         return {name: _Said(count) for name, count in values.items()}
     if not isinstance(values["shardlist"], list):
-        raise ValueError("has a shardlist that is no list")
+        return "has a shardlist that is no list"
     found: dict[str, _Said] = {}
     for each in values["shardlist"]:
         if not isinstance(each, dict) or not isinstance(each.get("url"), str):
-            raise ValueError(f"has a shard without a url: {_shown(each)}")
+            return f"has a shard without a url: {_shown(each)}"
         name, said = each["url"].rpartition("/")[2], _Said(each.get("nsamples"), each.get("filesize"))
         if found.setdefault(name, said) != said:
-            raise ValueError(f"says two things of {name}")
+            return f"says two things of {name}"
     return found
 
 
-def _object(data: bytes, most: int) -> dict[str, Any]:
-    """Raises ValueError: it is no JSON object, or has `most` bytes or more."""
+def _object(data: bytes, most: int) -> dict[str, Any] | str:
+    """A JSON object of less than `most` bytes, or why it is none."""
     if len(data) >= most:
-        raise ValueError(f"has {most:,} bytes or more")
+        return f"has {most:,} bytes or more"
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
-        raise ValueError("is no JSON") from None
-    if not isinstance(values, dict):
-        raise ValueError("is no JSON object")
-    return values
+        return "is no JSON"
+    return values if isinstance(values, dict) else "is no JSON object"
 
 
 def _folder(url: str) -> str:

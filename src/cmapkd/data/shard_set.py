@@ -104,7 +104,7 @@ class ShardSet:
 
         A table that is kept is taken as it is: a count that is corrected later would make other batches.
         """
-        exact, run, name = self._file(), kept_counts(), key(self.paths)
+        exact, run, name = self._file(), kept_counts(), key(self.paths, self.counts)
         known = None if run is None else run.sets.get(name)
         if self.counts == "index" or (self.counts is None and known is not None and known.counts is None):
             table = self._open(exact)

@@ -116,15 +116,23 @@ class Store:
         system = self._system()
         return _stamp_of(url, _patiently(lambda: _ask(system, "info", url), url))
 
-    def small(self, urls: Sequence[str], most: int) -> list[bytes | None]:
-        """What small files hold, as far as `most` bytes; None where there is none, or none that may be read.
+    def small(self, urls: Sequence[str], most: int, read: Callable[[bytes], T]) -> list[T | None]:
+        """What `read` makes of small files; None where there is none, or none that may be read.
 
+        Args:
+            most: bytes of a file that are fetched; the rest of it is left out.
+            read: called by several threads, so that the bytes of all files are not held together.
         Raises:
             Unusable: the store does not tell.
         """
+
+        def one(url: str) -> T | None:
+            data = self._small(url, most)
+            return None if data is None else read(data)
+
         with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
             try:
-                return list(pool.map(lambda url: self._small(url, most), urls))
+                return list(pool.map(one, urls))
             finally:
                 pool.shutdown(cancel_futures=True)
 

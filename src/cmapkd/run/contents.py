@@ -91,9 +91,9 @@ def check_alike(contents: Contents) -> None:
     dist.all_gather_object(told, own, group=group)
     for rank, other in enumerate(told):
         for key, holds in told[0].items():
-            if other[key] != holds:
+            if (read := other.get(key)) != holds:
                 raise ConfigError(
-                    f"{key}: process 0 reads {holds}, and process {rank} reads {other[key]}: give all machines the "
+                    f"{key}: process 0 reads {holds}, and process {rank} reads {read}: give all machines the "
                     "same data. If remote shards were counted at different times, remove *.set in cmapkd/index under "
                     "$XDG_CACHE_HOME or ~/.cache on each machine, or set counts=index in the source"
                 )

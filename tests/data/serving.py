@@ -25,6 +25,7 @@ class Serving:
         tags: by name, another ETag.
         lies: names whose bodies have one byte changed.
         gone: names that are not there.
+        forbidden: names that must not be read.
         bodies: bytes of whole answers, by name.
         asked: requests, by method and name.
     """
@@ -38,6 +39,7 @@ class Serving:
         self.tags: dict[str, str] = {}
         self.lies: set[str] = set()
         self.gone: set[str] = set()
+        self.forbidden: set[str] = set()
         self.bodies: Counter[str] = Counter()
         self.asked: Counter[tuple[str, str]] = Counter()
         self.url = ""
@@ -76,6 +78,9 @@ def serving(folder: Path) -> Iterator[Serving]:
             time.sleep(state.latency)
             if state.takes(state.failing, name):
                 self.send_error(503)
+                return
+            if name in state.forbidden:
+                self.send_error(403)
                 return
             file = folder / name
             if name in state.gone or not file.is_file():

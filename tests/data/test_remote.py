@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from making import picture, write_tar
+from remotes import BATCH, IN_SHARD, SHARDS, assert_same, be_impatient, read, write_shards
 from serving import Serving, serving
 
 from cmapkd.config import ConfigError
@@ -28,7 +25,7 @@ from cmapkd.data.ordering import Ordering, describe
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.shard_set import ShardWarning
 from cmapkd.data.shards import ShardSource
-from cmapkd.data.types import BadSampleError, Batch
+from cmapkd.data.types import BadSampleError
 from helpers import make_builder, make_method
 
 pytestmark = [
@@ -37,21 +34,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
 ]
 
-SHARDS, IN_SHARD, BATCH = 16, 6, 8
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of about 20 kB, one of whose samples is damaged."""
     place = tmp_path_factory.mktemp("store")
-    for shard in range(SHARDS):
-        members = []
-        for number in range(IN_SHARD):
-            bad = (shard, number) == (5, 2)
-            members.append((f"{number:03}.png", b"damaged" if bad else picture(8 * shard + number)))
-            members.append((f"{number:03}.txt", f"picture {number} of {shard}".encode()))
-        members.append(("005.bin", bytes(np.random.default_rng(shard).integers(0, 256, 9000 + 50 * shard, np.uint8))))
-        write_tar(place / f"{shard:03}.tar", members)
+    write_shards(place)
     return place
 
 
@@ -64,12 +51,7 @@ def store(folder: Path) -> Iterator[Serving]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Caches of its own for each test, and little patience."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(stores, "PAUSE", 0.01)
-    monkeypatch.setattr(stores, "LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr(stores, "RANGE", 16384)  # two ranges a shard
-    monkeypatch.setattr(shard_files, "TOUCHED_EVERY", 0.0)
+    be_impatient(monkeypatch, tmp_path / "cache")
 
 
 def remote(store: Serving, names: str = "{000..015}.tar", *, room: int | None = None) -> ShardSource:
@@ -77,24 +59,6 @@ def remote(store: Serving, names: str = "{000..015}.tar", *, room: int | None = 
     source = open_source(f"webdataset:{store.url}/{names}{disk}")
     assert isinstance(source, ShardSource)
     return source
-
-
-def read(
-    source: Any, *, kind: Any = "window", lanes: int = 4, workers: int = 0, stop: int = 12, **options: Any
-) -> list[Batch]:
-    """Steps of one epoch of 12, as a run reads them: 4 lanes, windows of 2 shards."""
-    streams = Ordering(kind, lanes, 2).streams(source, length=len(source), batch_size=BATCH, seed=1)
-    plans = PlanSampler(len(source), batch_size=BATCH, seed=1, **{"start": 0, **options}, stop=stop, streams=streams)
-    built = make_builder(make_method("contrastive"), source, streams=streams, memory=0)
-    return list(make_loader(built, plans, workers=workers, pin_memory=False))
-
-
-def assert_same(one: list[Batch], other: list[Batch]) -> None:
-    assert [batch.ids for batch in one] == [batch.ids for batch in other]
-    assert [batch.bad for batch in one] == [batch.bad for batch in other]
-    assert [batch.captions for batch in one] == [batch.captions for batch in other]
-    for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.inputs["student"].images, b.inputs["student"].images)
 
 
 def taken(tmp_path: Path) -> int:
@@ -190,7 +154,7 @@ def test_room_for_less_than_what_is_read_at_a_time_is_refused(store: Serving) ->
 
 
 def test_options_of_copies_are_for_remote_shards(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="lies on this machine: leave the options disk and copies out"):
+    with pytest.raises(ConfigError, match="lies on this machine: leave out the options disk, copies and counts"):
         open_source(f"webdataset:{folder}/*.tar?disk=3")
 
 

@@ -10,7 +10,8 @@ from making import picture, write_tar
 
 from cmapkd.config import ConfigError
 from cmapkd.data import stores
-from cmapkd.data.open import open_source
+from cmapkd.data.kept_counts import claimed_shards
+from cmapkd.data.open import SourceWarning, open_source
 
 pytest.importorskip("s3fs", reason="of the extra s3: uv sync")
 pytest.importorskip("moto.server", reason="of the group dev: uv sync")
@@ -58,6 +59,24 @@ def test_a_bucket_is_read_as_a_folder(bucket: str, pattern: str, tmp_path: Path)
         one, other = there[index], local[index]
         assert (one.id, one.captions) == (other.id, other.captions)
         assert one.image.tobytes() == other.image.tobytes()
+
+
+def test_a_bucket_is_opened_by_the_counts_in_it(bucket: str, tmp_path: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    for shard in range(2):  # the third has none
+        client.put_object(Bucket="pairs", Key=f"train/{shard:03}_stats.json", Body=b'{"successes": 4}')
+    there = open_source(f"webdataset:{bucket}/{{000..001}}.tar")
+    assert (len(there), claimed_shards(there)) == (8, 2)
+    copies = tmp_path / "cache" / "cmapkd" / "shards"
+    assert not list(copies.iterdir())
+    assert there[7].captions == ("picture 3 of 1",)
+    assert len(list(copies.glob("*.tar"))) == 1
+    client.put_object(Bucket="pairs", Key="train/001_stats.json", Body=b"")  # has no range
+    with pytest.warns(SourceWarning, match=r"train/001_stats.json is no JSON"):
+        some = open_source(f"webdataset:{bucket}/*.tar")
+    assert (len(some), claimed_shards(some)) == (12, 1)
 
 
 def test_an_object_that_is_not_there_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ class BuildResult:
     """What one process did."""
 
     rows: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (id, reason) of samples that have no answer
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (id, reason) of samples that cannot be read
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ def build(
         shard: _Shard | None = None
         for chunk in loader:
             for error in chunk.bad:
+                if error.silent:
+                    continue
                 if not skip_bad:
                     raise error
                 built.bad.append((error.sample_id, error.reason))

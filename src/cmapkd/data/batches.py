@@ -135,8 +135,8 @@ class BatchBuilder(Dataset[Batch]):
     """Turns a plan into a batch: reads samples, draws views, lets each model preprocess and tokenise its own way.
 
     A sample that cannot be read is replaced by another that is not in the batch (chosen by the step and the bad one, so
-    the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run instead. In
-    windows of shards it is one of the same window, so that no other shard is opened for it.
+    the same after a resume) and reported in `Batch.bad`; with `on_bad_sample="error"` it stops the run, unless it only
+    lacks a caption. In windows of shards it is one of the same window, so that no other shard is opened for it.
 
     A role with `stored` answers gets these, and images only of the samples that they lack. Where every role has them
     and nothing else reads the pictures, pictures are not even decoded, of sources that know ids without reading (`id`).
@@ -222,7 +222,7 @@ class BatchBuilder(Dataset[Batch]):
                 try:
                     self._add(made, index, epoch)
                 except BadSampleError as error:
-                    if not self.skip_bad:
+                    if not self.skip_bad and not error.silent:
                         raise
                     made.bad.append((error.sample_id, error.reason))
                     continue

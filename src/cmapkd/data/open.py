@@ -80,7 +80,7 @@ def same_reading(before: str, now: str) -> bool:
         ConfigError: a name cannot be taken apart.
     """
     first, second = (_parse(text, None, False, None) for text in (before, now))
-    for name in COPIES:  # where copies of remote shards are kept
+    for name in COPIES:  # where copies of remote shards are kept; what is counted by what, the fingerprint tells
         first.take(name), second.take(name)
     if (first.kind, first.split, first.keep, {*first.options}) != (
         second.kind,
@@ -202,11 +202,16 @@ def _open_shards(spec: Spec) -> Source:
 
     pattern = spec.need_rest("webdataset:folder/train-*.tar or webdataset:folder/train-{000000..000012}.tar")
     classes, texts = spec.take("classes"), spec.take_texts()
-    disk, copies = spec.take_float("disk"), spec.take("copies")
+    disk, copies, counts = spec.take_float("disk"), spec.take("copies"), spec.take("counts")
+    if counts not in (None, "stats", "index") and ("/" in str(counts) or not str(counts).endswith(".json")):
+        raise ConfigError(
+            f"data {spec.text!r}: counts must be index, stats, or the name of a table beside the shards such as "
+            f"sizes.json, got {counts!r}"
+        )
     spec.refuse_leftovers(("classes", "limit", TEXTS, *COPIES))
     names = read_classes(classes).names if classes else None
     folder = None if copies is None else Path(copies).expanduser()
-    return ShardSource(pattern, keep=spec.keep, classes=names, texts=texts, copies=folder, disk=disk)
+    return ShardSource(pattern, keep=spec.keep, classes=names, texts=texts, copies=folder, disk=disk, counts=counts)
 
 
 def _open_folder(spec: Spec) -> Source:
@@ -383,5 +388,5 @@ KINDS: Registry[Opener] = Registry(
 
 SPLIT_KINDS = ("scenes", "coco", "flickr30k", "imagenet", "hf")  # those of other packages may have splits too
 PATH_OPTIONS = ("images", "classes", "split_file")  # whose values are files or folders, where they are no words
-COPIES = ("disk", "copies")  # of remote shards
+COPIES = ("disk", "copies", "counts")  # of remote shards
 COLUMN_OPTIONS = ("image", "caption", "id", "label")

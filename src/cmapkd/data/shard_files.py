@@ -113,6 +113,10 @@ class RemoteFiles:
             raise Unusable(f"the copy of {url} ends early: remove {self._place(url, stamp)}")
         return data
 
+    def has(self, url: str) -> bool:
+        """Whether the copy of a shard is here."""
+        return self._place(url, self._stamps[url]).exists()
+
     def hold(self, urls: Sequence[str]) -> bool:
         """Fetches the first of these shards that is not here, and notes that the others are wanted.
 

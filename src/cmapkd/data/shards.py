@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, in_bytes
+from cmapkd.data.check import NO_CAPTION
 from cmapkd.data.places import find_files, short_names
 from cmapkd.data.reading import check_size
 from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unusable
 from cmapkd.data.shard_contents import DIGEST, ShardContents
 from cmapkd.data.shard_files import DISK, GIB, LocalFiles, RemoteFiles, copies_folder
+from cmapkd.data.shard_index import ShardIndex
 from cmapkd.data.shard_set import ShardSet, said_repaired
-from cmapkd.data.stored import SampleFilter, StoredSource
+from cmapkd.data.stored import SampleFilter, StoredSource, unread
 from cmapkd.data.stores import Store, is_url
 from cmapkd.data.tar_index import read_record
 from cmapkd.data.tar_names import IMAGE_EXTENSIONS, SYNTHETIC, TEXT_EXTENSIONS
@@ -38,9 +41,10 @@ class ShardSource(StoredSource):
         texts: keys of a sample's JSON that hold further pools of text.
         copies: folder where copies of remote shards are kept; none: beside the indexes.
         disk: GiB that these copies may take.
+        counts: what tells the numbers of samples of remote shards; see `ShardSet`.
     Raises:
-        ConfigError: nothing matches, no shard is a plain tar, there are no samples, or dots in the names of all members
-            keep their images from being found.
+        ConfigError: nothing matches, no shard is a plain tar, there are no samples, dots in the names of all members
+            keep their images from being found, or a part is asked for of samples whose ids are not known.
     """
 
     def __init__(
@@ -52,15 +56,18 @@ class ShardSource(StoredSource):
         texts: Sequence[str] = (),
         copies: Path | None = None,
         disk: float | None = None,
+        counts: str | None = None,
     ) -> None:
         keep = keep or SampleFilter()
-        paths, self.files = _found(pattern, copies, disk)
+        paths, self.files = _found(pattern, copies, disk, counts)
         self._pools = tuple(texts)
         self._labels = None if classes is None else {name: number for number, name in enumerate(classes)}
         try:
-            self._set = ShardSet(paths, short_names([Path(path) for path in paths]), self.files)
+            self._set = ShardSet(paths, short_names([Path(path) for path in paths]), self.files, counts)
         except (Unusable, OSError) as error:
             raise ConfigError(f"webdataset:{pattern} cannot be read: {error}") from None
+        if keep.part is not None and self.num_claimed:
+            raise ConfigError(_no_part(pattern, int(self._set.stamps[:, 0].sum())))
         table = self._set.table
         warnings = [*table.warnings]
         total = int(table.rows["samples"].sum(dtype=np.int64))
@@ -110,13 +117,13 @@ class ShardSource(StoredSource):
         for group in self._set.table.repeated:
             places = [(place, entry) for entry in group if (place := self._place(entry)) is not None]
             for _, entry in places[1:]:
-                found[entry] = f"duplicate id: the sample at position {places[0][0]} has it already"
+                found[entry] = _repeats(places[0][0])
         return found
 
     def _place(self, entry: Entry) -> int | None:
         """At which position an entry stands; None where it is left out."""
         shard, place = entry
-        if self._leaves_out_silent and (kept := self._set.index(shard).kept) is not None:
+        if (kept := self._kept(shard)) is not None:
             sample, place = place, int(np.searchsorted(kept, place))
             if place == len(kept) or int(kept[place]) != sample:
                 return None
@@ -147,9 +154,13 @@ class ShardSource(StoredSource):
         return sizes
 
     def hold(self, shards: Sequence[int]) -> bool:
-        """See `RemoteFiles.hold`; these are numbers."""
+        """Does one thing for shards that are wanted: indexes a copy that is here, or fetches one that is not.
+
+        Returns:
+            Whether there was something to do; see `ShardSet.prepare` and `RemoteFiles.hold`.
+        """
         assert isinstance(self.files, RemoteFiles)
-        return self.files.hold([self._set.paths[shard] for shard in shards])
+        return self._set.prepare(shards) or self.files.hold([self._set.paths[shard] for shard in shards])
 
     def shard_counts(self) -> NDArray[np.int64]:
         """How many samples each shard has, among those that are kept."""
@@ -181,21 +192,73 @@ class ShardSource(StoredSource):
             place = int(self._chosen[place])
         shard = int(np.searchsorted(self._ends, place, "right"))
         sample = place - int(self._ends[shard]) + int(self._counts[shard])
-        if self._leaves_out_silent and (kept := self._set.index(shard).kept) is not None:
+        if (kept := self._kept(shard)) is not None:
             sample = int(kept[sample])
         return shard, sample
 
+    def _kept(self, shard: int) -> NDArray[Any] | None:
+        """The numbers of the samples that a shard has in the order; None where these are all."""
+        return self._set.index(shard).kept if self._leaves_out_silent and not self._set.claimed[shard] else None
+
+    @property
+    def num_claimed(self) -> int:
+        """How many shards there are whose samples are a claim of what lies beside them."""
+        return int(self._set.claimed.sum())
+
     def id(self, index: int) -> str:
-        """The id of the sample at `index`, whether it is good or not."""
-        shard, sample = self._entry(index)
-        return self._set.index(shard).id(sample, self._set.shorts[shard])
+        """The id of the sample at `index`, whether it is good or not. One that is only claimed has number for key.
+
+        Raises:
+            BadSampleError: its shard cannot be fetched, and nothing else tells its id.
+        """
+        shard, sample = entry = self._entry(index)
+        found = self._index(entry)
+        return found.id(sample, self._set.shorts[shard]) if sample < found.samples else self._nameless(entry)
+
+    def _nameless(self, entry: Entry) -> str:
+        return f"{self._set.shorts[entry[0]]}#{entry[1]}"
+
+    def _index(self, entry: Entry) -> ShardIndex:
+        """The index of a sample's shard.
+
+        Raises:
+            BadSampleError: it is a claim, and the shard cannot be fetched or is no tar.
+        """
+        if not self._set.claimed[entry[0]]:
+            return self._set.index(entry[0])
+        try:
+            return self._set.index(entry[0])
+        except Unusable as error:
+            raise BadSampleError(self._nameless(entry), str(error)) from None
+        except OSError as error:
+            raise BadSampleError(self._nameless(entry), unread(error)) from None
 
     def _find(self, index: int) -> tuple[Entry, str]:
         entry, sample_id = self._entry(index), self.id(index)
-        reason = self._repeated.get(entry) or self._set.index(entry[0]).bad(entry[1])
+        found = self._index(entry)
+        reason = self._why_not(entry, found) if self._set.claimed[entry[0]] else self._repeated.get(entry)
+        reason = reason or found.bad(entry[1])
         if reason is not None:
             raise BadSampleError(sample_id, reason)
         return entry, sample_id
+
+    def _why_not(self, entry: Entry, index: ShardIndex) -> str | None:
+        """What is wrong with a claimed sample that an opening by indexes would have known."""
+        shard, sample = entry
+        if sample >= index.samples:
+            claimed = int(self._counts[shard])
+            return f"shard is short: it has {index.samples:,} samples, the counts beside it say {claimed:,}"
+        if self._is_silent(index, sample):
+            return NO_CAPTION
+        group: list[int] = next((group for group in index.rare["repeated"] if sample in group), [])
+        before = [other for other in group if other < sample and not self._is_silent(index, other)]
+        return _repeats(int(self._ends[shard]) - int(self._counts[shard]) + before[0]) if before else None
+
+    def _is_silent(self, index: ShardIndex, sample: int) -> bool:
+        if not self._leaves_out_silent or index.kept is None:
+            return False
+        place = int(np.searchsorted(index.kept, sample))
+        return place == len(index.kept) or int(index.kept[place]) != sample
 
     def _members(self, entry: Entry) -> dict[str, tuple[int, int]]:
         return self._set.index(entry[0]).members(entry[1])
@@ -227,7 +290,8 @@ class ShardSource(StoredSource):
         """32 hexadecimal digits over names and digests of the shards, and over which of their samples are kept.
 
         A digest covers a tar's size, and of its samples the ids, which of them have captions, and the fields, offsets
-        and sizes of their members; not the tar's path or time.
+        and sizes of their members; not the tar's path or time. Of a shard whose samples are a claim, its size and the
+        claim take the digest's place. So the same data opened by indexes have another fingerprint.
         """
         digest = hashlib.blake2b(digest_size=16)
         for part in (type(self).__name__, *(self._class_names or ()), *self._keep.templates):
@@ -235,7 +299,11 @@ class ShardSource(StoredSource):
         rows = self._set.table.rows
         for shard in np.flatnonzero(rows["samples"]).tolist():
             short = self._set.shorts[shard].encode("utf-8", "surrogatepass")
-            digest.update(b"%d:" % len(short) + short + rows["digest"][shard].tobytes())
+            digest.update(b"%d:" % len(short) + short)
+            if self._set.claimed[shard]:
+                digest.update(b"claimed:%d of %d;" % (rows["samples"][shard], self._set.stamps[shard, 0]))
+            else:
+                digest.update(rows["digest"][shard].tobytes())
         left_out = self._leaves_out_silent and self.num_without_caption > 0
         digest.update(b"%d of %d" % (self._length, int(rows["samples"].sum(dtype=np.int64)) if not left_out else -1))
         if self._chosen is not None:
@@ -243,16 +311,32 @@ class ShardSource(StoredSource):
         return digest.hexdigest()
 
 
-def _found(pattern: str, copies: Path | None, disk: float | None) -> tuple[list[str], LocalFiles | RemoteFiles]:
+def _found(
+    pattern: str, copies: Path | None, disk: float | None, counts: str | None
+) -> tuple[list[str], LocalFiles | RemoteFiles]:
     """The shards that a pattern names, and where their bytes come from."""
     if not is_url(pattern):
-        if copies is not None or disk is not None:
-            raise ConfigError(f"webdataset:{pattern} lies on this machine: leave the options disk and copies out")
+        if copies is not None or disk is not None or counts is not None:
+            raise ConfigError(
+                f"webdataset:{pattern} lies on this machine: leave out the options disk, copies and counts"
+            )
         return [str(path) for path in find_files(pattern, suffix=".tar", what="webdataset:")], LocalFiles()
     store = Store(pattern)
     stamps = store.find(pattern)
     limit = DISK if disk is None else int(disk * GIB)
     return [url for url, _ in stamps], RemoteFiles(store, stamps, folder=copies or copies_folder(), limit=limit)
+
+
+def _repeats(place: int) -> str:
+    return f"duplicate id: the sample at position {place} has it already"
+
+
+def _no_part(pattern: str, size: int) -> str:
+    return (
+        f"webdataset:{pattern} is opened by the counts beside its shards, which tell no ids, and part= chooses by ids: "
+        "name other shards for training than for validation, such as {00000..00329}.tar and 00330.tar; or add "
+        f"counts=index, and each shard is fetched once to be indexed, {in_bytes(size)} in all"
+    )
 
 
 def _dots(hidden: tuple[int, str, str], total: int) -> str:

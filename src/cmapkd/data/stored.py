@@ -94,7 +94,8 @@ class SampleFilter:
             raise ConfigError(f"limit must be at least 1 sample, got {self.limit}")
 
 
-def _unread(error: OSError) -> str:
+def unread(error: OSError) -> str:
+    """Why a file could not be read, as the reason of a bad sample."""
     name = f" ({Path(os.fsdecode(error.filename)).name})" if isinstance(error.filename, str | bytes) else ""
     return f"file cannot be read: {error.strerror or error}{name}"
 
@@ -169,7 +170,7 @@ class StoredSource(ABC):
         except Unusable as error:
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
-            raise BadSampleError(sample_id, _unread(error)) from None
+            raise BadSampleError(sample_id, unread(error)) from None
         return self._sample(sample_id, record, NO_PICTURE if data is None else decode_image(data, sample_id))
 
     def _said(self, record: Record, sample_id: str) -> tuple[str, ...]:
@@ -203,7 +204,7 @@ class StoredSource(ABC):
         except Unusable as error:
             raise BadSampleError(sample_id, str(error)) from None
         except OSError as error:
-            raise BadSampleError(sample_id, _unread(error)) from None
+            raise BadSampleError(sample_id, unread(error)) from None
 
     def _sample(self, sample_id: str, record: Record, image: Image.Image) -> Sample:
         captions = self._said(record, sample_id)

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from cmapkd.config import ConfigError
@@ -32,6 +33,7 @@ ASKED_AT_ONCE = 16  # files whose sizes are asked for
 
 _TAGS: tuple[str, ...] = ("ETag", "etag", "xet_hash", "blob_id", "generation", "md5Hash")
 _TAGS += ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "created")
+_ABSENT = (403, 404, 410)  # answers of web servers; a bucket that may not be listed says 403 of what is not there
 _jitter = random.SystemRandom()  # draws nothing from the run's random state
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
@@ -113,6 +115,43 @@ class Store:
         """Raises Unusable: the store does not tell."""
         system = self._system()
         return _stamp_of(url, _patiently(lambda: _ask(system, "info", url), url))
+
+    def small(self, urls: Sequence[str], most: int, read: Callable[[bytes], T]) -> list[T | None]:
+        """What `read` makes of small files; None where there is none, or none that may be read.
+
+        Args:
+            most: bytes of a file that are fetched; the rest of it is left out.
+            read: called by several threads, so that the bytes of all files are not held together.
+        Raises:
+            Unusable: the store does not tell.
+        """
+
+        def one(url: str) -> T | None:
+            data = self._small(url, most)
+            return None if data is None else read(data)
+
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            try:
+                return list(pool.map(one, urls))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _small(self, url: str, most: int) -> bytes | None:
+        system = self._system()
+
+        def ask() -> bytes | None:
+            try:
+                data: bytes = _ask(system, "cat_file", url, start=0, end=most)
+                return data
+            except Exception as error:
+                if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in _ABSENT:
+                    return None
+                with suppress(Exception):
+                    if _ask(system, "info", url).get("size") == 0:
+                        return b""  # it has no range that could be asked for
+                raise
+
+        return _patiently(ask, url)
 
     def fetch(self, url: str, stamp: Stamp, write: Callable[[int, bytes], object]) -> None:
         """Reads a whole file, in ranges side by side.

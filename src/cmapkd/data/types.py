@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cmapkd.data.check import NO_CAPTION
 from cmapkd.data.extras import move_extra, once, part_of_extra, pin_extra, same
 from cmapkd.data.tokens import TokenBatch as TokenBatch
 from cmapkd.data.turns import Dialogue
@@ -83,6 +84,11 @@ class BadSampleError(ValueError):
         super().__init__(f"sample {sample_id!r}: {reason}")
         self.sample_id = sample_id
         self.reason = reason
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is wrong with the sample but that it has no caption: it is replaced, and counted apart."""
+        return self.reason.startswith(NO_CAPTION)
 
     def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str]]:
         """Crosses a worker process whole: an exception is rebuilt from its own arguments, not from its message."""

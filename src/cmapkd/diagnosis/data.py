@@ -10,6 +10,7 @@ from typing import Literal
 from cmapkd.config import counted
 from cmapkd.data.check import percent
 from cmapkd.data.fetch_ahead import FetchAhead
+from cmapkd.data.kept_counts import claimed_shards
 from cmapkd.data.left_out import without_caption
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.stored import StoredSource
@@ -59,6 +60,12 @@ def check_source(role: str, source: Source, config: RunConfig) -> Iterator[Findi
             what,
             f"{len(bad)} of {len(indices)} samples cannot be used ({percent(share, beside=limit)}; training stops "
             f"above data.max_bad_share, {100 * limit:.4g} %), first: {bad[0]}",
+        )
+    if claimed := claimed_shards(source):
+        yield Finding(
+            "ok",
+            what,
+            f"samples of {counted(claimed, 'shard')} are counted by what lies beside, and checked as they are read",
         )
     if left_out := without_caption(source):
         yield Finding("note", what, f"{counted(left_out, 'sample')} without a caption: left out")
@@ -115,9 +122,12 @@ def check_overlap(sources: Mapping[str, Source]) -> Iterator[Finding]:
         why = (
             "its scores say nothing of new pictures" if first == "train" else "decisions are made on the final numbers"
         )
-        shared = _shared(one, other)
+        claimed = claimed_shards(one) or claimed_shards(other)
+        shared = None if claimed else _shared(one, other)
         if one.fingerprint() == other.fingerprint() and (shared is None or shared[0] == shared[1]):
             yield Finding(level, what, f"is the same data as data.{first}: {why}")
+        elif claimed:
+            yield Finding("note", what, f"not compared with data.{first}: ids stand in shards, which are not fetched")
         elif shared is not None and shared[0]:
             same, compared, named = shared
             yield Finding(

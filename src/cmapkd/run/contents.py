@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from cmapkd.cache.files import digest_of
 from cmapkd.cache.identity import reading_fingerprint, view_hash, weight_hash
 from cmapkd.config import ConfigError
 from cmapkd.data.held_out import open_held_out
+from cmapkd.data.kept_counts import claimed_shards
 from cmapkd.data.open import same_reading
 from cmapkd.data.ordering import describe
 from cmapkd.data.streams import JoinedSource
@@ -19,6 +22,7 @@ from cmapkd.models import FAMILIES, FrozenTeacher, Model, ModelConfig
 from cmapkd.run.build import read_streams
 from cmapkd.run.config import RunConfig
 from cmapkd.training.checkpoint import Contents
+from cmapkd.training.processes import patient_group
 
 _ARCHITECTURE = ".architecture"  # the library's own description, compared only where a model was moved
 
@@ -67,7 +71,32 @@ def contents_of(
 
 
 def _data(spec: str, source: Source) -> dict[str, str]:
-    return {"at": spec, "holds": f"{len(source):,} samples, fingerprint {source.fingerprint()}"}
+    by = " by the counts beside their shards" if claimed_shards(source) else ""
+    return {"at": spec, "holds": f"{len(source):,} samples{by}, fingerprint {source.fingerprint()}"}
+
+
+def check_alike(contents: Contents) -> None:
+    """Refuses data that hold something else in another process of the run: no batch would be whole.
+
+    Each machine keeps what it knows of remote shards, perhaps from a time when other counts lay beside them.
+
+    Raises:
+        ConfigError: names the first that differ, in every process.
+    """
+    group = patient_group()
+    if group is None:
+        return
+    own = {key: part["holds"] for key, part in contents.items() if key.partition(".")[0] == "data"}
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, own, group=group)
+    for rank, other in enumerate(told):
+        for key, holds in told[0].items():
+            if (read := other.get(key)) != holds:
+                raise ConfigError(
+                    f"{key}: process 0 reads {holds}, and process {rank} reads {read}: give all machines the "
+                    "same data. If remote shards were counted at different times, remove *.set in cmapkd/index under "
+                    "$XDG_CACHE_HOME or ~/.cache on each machine, or set counts=index in the source"
+                )
 
 
 def _model(key: str, config: ModelConfig, model: Model, *, weights: bool) -> Contents:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cmapkd.config import ConfigError, closest, printable, writing
 from cmapkd.config.disk import write_text
+from cmapkd.data.kept_counts import FILE_NAME, keeping, kept_counts
 from cmapkd.results import RunResult, Scores
 from cmapkd.run.build import open_training
 from cmapkd.run.card import student_card
@@ -58,6 +59,21 @@ def run(
             f"baseline {str(config.baseline)!r}{closest(str(config.baseline), known)} is neither "
             f"{' nor '.join(known)}, and there is no such run folder"
         )
+    with keeping(out / FILE_NAME):
+        return _run(config, out, console, resume=resume, extend_to=extend_to, scores=teacher_scores, keep=keep)
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    console: Console | None,
+    *,
+    resume: bool,
+    extend_to: int | None,
+    scores: Scores | None,
+    keep: int | None,
+) -> RunResult:
+    """See `run`."""
     if config.baseline == "scratch" and not config.method.reads_captions:
         open_training(config)  # what is wrong with the data themselves is no matter of the baseline
         try:
@@ -71,7 +87,7 @@ def run(
     state = start_processes(on_cpu=config.training.on_cpu)
     with locked(out) if state.is_main_process else nullcontext():
         command = Command(config, measured, state, out, console, longer=extend_to is not None)
-        return command.run(resume=resume, teacher_scores=teacher_scores, keep=keep)
+        return command.run(resume=resume, teacher_scores=scores, keep=keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +117,7 @@ class Command:
             console=self.console,
             title="student",
             more_trainings=int(config.baseline == "scratch"),
-            begin=self._write_longer,
+            begin=self._begin,
         )
         baseline = self._baseline(resume=resume)
         if not main:
@@ -153,11 +169,16 @@ class Command:
         train(alone, self.measured, out=folder, resume=resume, console=self.console, title=title)
         return folder
 
-    def _write_longer(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer) -> None:
+        """Writes what the run goes by from its next step on."""
         if self.longer:
             check_one_stage(trainer.stages, self.out)
-        if self.longer and self.state.is_main_process:
+        if not self.state.is_main_process:
+            return
+        if self.longer:
             write_yaml(self.out / "config.yaml", self.config.plain())
+        if (kept := kept_counts()) is not None:
+            kept.write()
 
     def _say(self, message: str) -> None:
         if self.console is not None and self.state.is_main_process:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cmapkd.config import ConfigError, load_config
+from cmapkd.data.kept_counts import FILE_NAME, keeping
 from cmapkd.results import RunResult
 from cmapkd.run.config import RunConfig
 from cmapkd.run.execute import Command
@@ -42,7 +43,7 @@ def finalize(
     if not stored.is_file():
         raise ConfigError(f"there is no run in {out}: it has no config.yaml")
     config = load_config(RunConfig, stored, list(overrides))
-    with locked(out):
+    with locked(out), keeping(out / FILE_NAME):
         restore_replaced(out / "checkpoints")
         checkpoint = _checkpoint(out, step, prefers_best=config.training.student == BEST)
         prepare_folder(out, config, resume=True, write=True)

@@ -36,7 +36,7 @@ from cmapkd.run.build import (
 )
 from cmapkd.run.cached import answer_from_cache, student_from_cache
 from cmapkd.run.config import RunConfig
-from cmapkd.run.contents import check_contents, contents_of
+from cmapkd.run.contents import check_alike, check_contents, contents_of
 from cmapkd.run.folder import save_student
 from cmapkd.run.measure import Measured, num_measured, validated, validator_of
 from cmapkd.run.remarks import (
@@ -178,6 +178,7 @@ def _prepare(
     contents = contents_of(
         config, source=source, measured=measured.named(config), student=student, teachers=teachers, classes=classes
     )
+    check_alike(contents)
     if resume:
         _check_stored(contents, out, voice)
     torch.manual_seed(config.seed)

@@ -25,6 +25,7 @@ from cmapkd.data.kept_counts import claimed_shards, keeping
 from cmapkd.data.open import SourceWarning, open_source, same_reading
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import Plan
+from cmapkd.data.shard_contents import shard_contents
 from cmapkd.data.shard_counts import UNKNOWN, Claims, read_claims
 from cmapkd.data.shard_set import ShardWarning
 from cmapkd.data.shards import ShardSource
@@ -163,6 +164,10 @@ def test_no_opening_by_counts_is_taken_for_one_by_indexes(folder: Path, store: S
     assert len(told) == 3
     assert contents._data("x", counted)["holds"].startswith("96 samples by the counts beside their shards, finger")
     assert contents._data("x", indexed)["holds"].startswith("96 samples, fingerprint")
+    held = [shard_contents(each) for each in (counted, indexed, open_source(f"webdataset:{folder}/*.tar"))]
+    by_count, by_index, local = ({*each.digests.tolist()} for each in held if each is not None)
+    assert by_index == local  # so rows of a teacher's cache are shared
+    assert not by_count & by_index
     joined = JoinedSource({"train": indexed, "b": PartOfSource(counted, 0, 5)}, {"b": 0.5})
     assert claimed_shards(joined) == SHARDS
     # a copy elsewhere, of other tags, is the same data; another count is not

@@ -176,9 +176,9 @@ class ShardSource(StoredSource):
         if self._chosen is not None:
             return None
         kept = (type(self).__name__, str(self._leaves_out_silent), *(self._class_names or ()), *self._keep.templates)
-        rows, digests = self._set.table.rows, np.zeros(len(self._counts), DIGEST)
+        digests = np.zeros(len(self._counts), DIGEST)
         for shard in np.flatnonzero(self._counts).tolist():
-            digest = hashlib.blake2b(rows["digest"][shard].tobytes(), digest_size=16)
+            digest = hashlib.blake2b(self._content(shard), digest_size=16)
             for part in (name.encode("utf-8", "surrogatepass") for name in (self._set.shorts[shard], *kept)):
                 digest.update(b"%d:" % len(part) + part)
             digests[shard] = np.void(digest.digest())
@@ -299,16 +299,20 @@ class ShardSource(StoredSource):
         rows = self._set.table.rows
         for shard in np.flatnonzero(rows["samples"]).tolist():
             short = self._set.shorts[shard].encode("utf-8", "surrogatepass")
-            digest.update(b"%d:" % len(short) + short)
-            if self._set.claimed[shard]:
-                digest.update(b"claimed:%d of %d;" % (rows["samples"][shard], self._set.stamps[shard, 0]))
-            else:
-                digest.update(rows["digest"][shard].tobytes())
+            digest.update(b"%d:" % len(short) + short + self._content(shard))
         left_out = self._leaves_out_silent and self.num_without_caption > 0
         digest.update(b"%d of %d" % (self._length, int(rows["samples"].sum(dtype=np.int64)) if not left_out else -1))
         if self._chosen is not None:
             digest.update(np.ascontiguousarray(self._chosen[: self._length]).tobytes())
         return digest.hexdigest()
+
+    def _content(self, shard: int) -> bytes:
+        """What is known of the samples of a shard: the digest of its index, or the claim and its size."""
+        rows = self._set.table.rows
+        if self._set.claimed[shard]:
+            return b"claimed:%d of %d;" % (rows["samples"][shard], self._set.stamps[shard, 0])
+        digest: bytes = rows["digest"][shard].tobytes()
+        return digest
 
 
 def _found(

@@ -1,7 +1,7 @@
 """Remote tars on a loopback server with injected latency: `python benchmarks/remote.py --json out.json`.
 
 Two measurements. **Rates**: samples (pictures and texts, not decoded) are read from whole shards that are fetched into
-copies, and by one request a sample with 16 requests side by side; the arms take turns. **Epochs**: whole epochs are
+copies, by one request a sample, and by 16 such requests side by side; the arms take turns. **Epochs**: whole epochs are
 read in windows of shards while the room for copies is small, and what the server sent is compared with the size of all
 shards.
 """
@@ -40,7 +40,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
 from serving import serving
 
 Rate = dict[str, float]
-SIDE_BY_SIDE = 16  # requests of the arm that reads samples one by one
+WHOLE, ONE, SIDE_BY_SIDE = "whole shards", "one request at a time", "16 requests side by side"
+REQUESTS = {ONE: 1, SIDE_BY_SIDE: 16}
 
 
 def write_shards(folder: Path, shards: int, samples: int, size: int) -> None:
@@ -93,7 +94,7 @@ def whole_shards(source: ShardSource) -> Rate:
     return rate(len(source), start)
 
 
-def by_ranges(source: ShardSource, count: int) -> Rate:
+def by_ranges(source: ShardSource, count: int, side_by_side: int) -> Rate:
     """One request a sample: its members are beside each other."""
     system = source.files.store._system()  # type: ignore[union-attr]
 
@@ -105,7 +106,7 @@ def by_ranges(source: ShardSource, count: int) -> Rate:
 
     indices = np.random.default_rng(0).integers(0, len(source), count).tolist()
     start = time.monotonic(), time.process_time()
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    with ThreadPoolExecutor(side_by_side) as pool:
         list(pool.map(read, indices))
     return rate(count, start)
 
@@ -126,19 +127,27 @@ def rates(latency: float, rounds: int) -> dict[str, Any]:
         server = multiprocessing.get_context("fork").Process(target=serve, args=(Path(folder), latency, there))
         server.start()
         source = opened(here.recv(), shards, 2**30)
-        found = [(whole_shards(source), by_ranges(source, 200)) for _ in range(rounds)]
+        found: dict[str, list[Rate]] = {WHOLE: [], **{arm: [] for arm in REQUESTS}}
+        for _ in range(rounds):
+            found[WHOLE].append(whole_shards(source))
+            for arm, requests in REQUESTS.items():
+                found[arm].append(by_ranges(source, 100 * requests, requests))
         here.send("the end")
         server.join()
-    arms = {"whole shards": [one for one, _ in found], "one request a sample": [other for _, other in found]}
     return {
         "latency_seconds": latency,
         "arms": {
-            name: {key: statistics.median(each[key] for each in values) for key in values[0]}
-            for name, values in arms.items()
+            arm: {key: statistics.median(each[key] for each in values) for key in values[0]}
+            for arm, values in found.items()
         },
-        "ratio_of_rates": statistics.median(one["per_second"] / other["per_second"] for one, other in found),
-        "ratio_of_cpu": statistics.median(other["cpu_microseconds"] / one["cpu_microseconds"] for one, other in found),
+        **{f"ratio_of_rates, {arm}": ratio(found, arm, "per_second") for arm in REQUESTS},
+        **{f"ratio_of_cpu, {arm}": 1 / ratio(found, arm, "cpu_microseconds") for arm in REQUESTS},
     }
+
+
+def ratio(found: dict[str, list[Rate]], arm: str, key: str) -> float:
+    """Of whole shards to an arm, the median over rounds."""
+    return statistics.median(whole[key] / other[key] for whole, other in zip(found[WHOLE], found[arm], strict=True))
 
 
 def epochs(count: int) -> dict[str, Any]:

@@ -46,8 +46,12 @@ class Tokenizer(Protocol):
     context_length: int
     vocab_size: int
 
-    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
-        """Ids and padding mask of `texts`, one or many, truncated to `context_length`."""
+    def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:
+        """Ids and padding mask of `texts`, one or many, truncated to `context_length`.
+
+        Args:
+            spans: whether to say where each token stands, which costs time; see `TokenBatch.spans`.
+        """
         ...
 
 

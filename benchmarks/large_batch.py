@@ -95,7 +95,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     models = {"student": student} | ({"teacher": teacher.model} if teacher is not None else {})
     specs = {model.image_spec for model in models.values()}
     images = {spec: torch.randn(size, 3, spec.size, spec.size) for spec in specs}
-    inputs = {role: ModelInput(images[model.image_spec], model.tokenizer(captions)) for role, model in models.items()}
+    tokens = {role: model.tokenizer(captions, spans=True) for role, model in models.items()}
+    inputs = {role: ModelInput(images[model.image_spec], tokens[role]) for role, model in models.items()}
     batch = Batch(tuple(map(str, range(size))), inputs, tuple(captions))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -26,7 +26,7 @@ from cmapkd.data.tokens import Lengths
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
-from cmapkd.methods.dual import LABELS
+from cmapkd.methods.dual import LABELS, DualEncoderMethod
 from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
@@ -205,7 +205,8 @@ def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBui
     models = {"student": method.student} | {
         role: teacher.model for role, teacher in method.teachers.items() if teacher.reads == role
     }
-    readers = {role: DualReader(model.image_spec, model.tokenizer) for role, model in models.items()}
+    spans = isinstance(method, DualEncoderMethod) and method.needs_spans
+    readers = {role: DualReader(model.image_spec, model.tokenizer, spans) for role, model in models.items()}
     options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
     options = {"texts": TextChoice(method.text_pools), **options}
     return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)

@@ -15,7 +15,7 @@ from cmapkd.config import ConfigError, closest
 from cmapkd.data.readers import DualReader
 from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.data.types import Batch, ModelInput
-from cmapkd.methods import METHODS, Method, StepInfo, Term, build_method
+from cmapkd.methods import METHODS, DualEncoderMethod, Method, StepInfo, Term, build_method
 from cmapkd.methods.terms import total_loss
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, build_model, load_model
 from cmapkd.models.contracts import dual
@@ -110,10 +110,11 @@ class Distiller(nn.Module):
         size = len(texts)
         pixels = _pixels(images, models)
         pools = self._pools(more_texts or {}, size)
+        spans = isinstance(self.method, DualEncoderMethod) and self.method.needs_spans
         inputs: dict[str, ModelInput] = {}
         for role, model in models.items():
             _check_size(f"images of the {role}", len(pixels[role]), size)
-            inputs[role] = DualReader(model.image_spec, model.tokenizer).input(pixels[role], list(texts), pools)
+            inputs[role] = DualReader(model.image_spec, model.tokenizer, spans).input(pixels[role], list(texts), pools)
         if ids is None:
             ids = [f"own-{number}" for number in range(self._seen, self._seen + size)]
             self._seen += size

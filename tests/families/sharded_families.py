@@ -18,12 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import get_context
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_support import FAMILIES, all_tensors, make, method_for
+from model_support import inputs
 
-from cmapkd.models import DualEncoder
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.training.sharding import shard
 from helpers import MemorySource, make_trainer
 
 TWO, STEPS = 2, 3
@@ -32,6 +36,7 @@ HOW: dict[str, dict[str, Any]] = {
     "fsdp2": {"sharding": "fsdp2"},
     "fsdp2, computed again": {"sharding": "fsdp2", "activation_checkpointing": True},
 }
+TEACHER = "teacher"
 FAILED = "failed"
 PATIENCE, GRACE = 300.0, 20.0  # seconds for all families, and for a process whose partner has ended
 
@@ -49,14 +54,40 @@ def trained(student: DualEncoder, folder: Path, **training: Any) -> dict[str, Te
     return {f"{group}/{key}": value.clone() for group, tensors in groups.items() for key, value in tensors.items()}
 
 
+@torch.no_grad()
+def answers(teacher: FrozenTeacher) -> dict[str, Tensor]:
+    """With all levels, as a step in bf16 has them."""
+    model = teacher.model
+    every = LevelRequest(*(tuple(info.name for info in infos) for infos in (model.image_levels, model.text_levels)))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model(inputs(model), every)
+    towers = {"image": features.image, "text": features.text}
+    levels = {f"{tower}/{key}": each.values for tower, of in towers.items() for key, each in of.levels.items()}
+    return {name: tower.embedding for name, tower in towers.items()} | levels
+
+
+def shared_teacher(model: DualEncoder) -> dict[str, Tensor]:
+    """Answers of a frozen teacher: as it is, with weights held in bf16, and then shared out among the processes."""
+    teacher = FrozenTeacher(model)
+    found = {f"own/{key}": value for key, value in answers(teacher).items()}
+    teacher.hold_in_bf16()
+    found |= {f"held/{key}": value for key, value in answers(teacher).items()}
+    shard(teacher.model, init_device_mesh("cpu", (TWO,)), keep_root=False)
+    found |= {f"shared/{key}": value for key, value in answers(teacher).items()}
+    shares = [each for each in teacher.model.parameters() if each.dtype is torch.bfloat16 and isinstance(each, DTensor)]
+    return found | {"held and shared": torch.tensor(sum(each.to_local().numel() for each in shares))}
+
+
 def work(students: dict[str, DualEncoder], rank: int, port: int, out: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": TWO, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in place.items()}
     warnings.simplefilter("ignore")
     for name, student in students.items():
-        for how, training in HOW.items():
+        for how, training in {**HOW, **({TEACHER: {}} if name != "joined" else {})}.items():
             try:
-                found: dict[str, Any] = trained(copy.deepcopy(student), out / f"{name}, {how}", **training)
+                own = copy.deepcopy(student)
+                found: dict[str, Any]
+                found = shared_teacher(own) if how == TEACHER else trained(own, out / f"{name}, {how}", **training)
             except Exception:
                 torch.save({FAILED: traceback.format_exc()}, path_of(out, name, how, rank))
                 raise

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from family_support import FAMILIES, has_batch_norm, make
-from sharded_families import FAILED, HOW, TWO, path_of, trained
+from sharded_families import FAILED, HOW, TEACHER, TWO, path_of, trained
 from torch import Tensor
 
 STATISTICS = ("running_mean", "running_var")
@@ -63,6 +63,17 @@ def without_statistics(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_shared_out_it_is_the_student_of_whole_weights(out: Path, name: str) -> None:
     assert_same(found_by(out, name, "fsdp2", 0), found_by(out, name, "none", 0))
     assert_same(*(without_statistics(found_by(out, name, how, 1)) for how in ("fsdp2", "none")))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "joined"])  # a joined model is no teacher
+def test_a_teacher_whose_weights_are_held_in_bf16_answers_the_same_shared_out(out: Path, name: str) -> None:
+    for rank in range(TWO):
+        found = found_by(out, name, TEACHER, rank)
+        assert found.pop("held and shared") > 0
+        for key, value in found.items():
+            how, _, what = key.partition("/")
+            if how != "own":
+                assert torch.equal(value, found[f"own/{what}"]), key
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -187,7 +187,7 @@ def test_vocabularies_of_different_captions_meet_at_words() -> None:
     texts = ["The abcd dog", "A zebra, a DOG!", "abcd"]
     for tokenizer in (fine, coarse):
         tokenizer._tokenizer.pre_tokenizer = coarse._tokenizer.pre_tokenizer
-    student, teacher = fine(texts), coarse(texts)
+    student, teacher = fine(texts, spans=True), coarse(texts, spans=True)
     assert student.ids.shape != teacher.ids.shape
     numbers = numbers_of(aligned_words(student, teacher))
     assert student.spans is not None

@@ -112,7 +112,12 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 
 def weight_hash(model: Model) -> str:
-    """Of every tensor's name, type, shape and bytes."""
+    """Of every tensor's name, type, shape and bytes.
+
+    Raises:
+        ValueError: weights are held in bf16 in place of the model's own.
+    """
+    model.check_own_weights()
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

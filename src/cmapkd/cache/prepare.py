@@ -101,7 +101,7 @@ class CachePlan:
         Where the config names a folder, they have a folder of their own next to it. `cache.kind` is the teacher's.
         """
         config = beside(config, "student").model_copy(update={"kind": "global"})
-        towers = FrozenTeacher(student.pooled_towers(student.frozen_towers), role="student")
+        towers = FrozenTeacher(student.pooled_towers(student.frozen_towers), role="student", shared=True)
         return cls(config, towers, AskedTowers(LevelRequest()), source, views, keys, precision, texts)
 
     @property
@@ -243,6 +243,8 @@ class CachePlan:
     ) -> BuildResult:
         """Adds what is missing; this process's part of it. The teacher is moved to `device`.
 
+        In bf16 the teacher then holds weights as it computes with them, see `FrozenTeacher.hold_in_bf16`.
+
         Raises:
             CacheError: it would be too large, does not fit, or cannot be written.
         """
@@ -252,6 +254,9 @@ class CachePlan:
         if not missing and not len(unknown):
             return BuildResult()
         self.teacher.to(device)
+        if self.precision == "bf16":
+            _ = self.identity  # of the teacher's own weights
+            self.teacher.hold_in_bf16()
         return build(
             cache,
             self.keys,

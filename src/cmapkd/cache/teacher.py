@@ -107,7 +107,9 @@ class CachedTeacher(FrozenTeacher):
                 CacheWarning,
                 stacklevel=5,
             )
-            self.live = FrozenTeacher(self.reload()).to(device)
+            self.live = FrozenTeacher(self.reload(), shared=self.role == "student").to(device)
+            if self.precision == "bf16":
+                self.live.hold_in_bf16()
         return self.live
 
     def _answer(self, layout: RowLayout, arrays: dict[str, Tensor], stored: StoredRows, inputs: ModelInput) -> None:

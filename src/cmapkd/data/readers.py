@@ -115,14 +115,25 @@ class Preprocessing(Protocol):
     def raw(self, image: Image.Image, box: CropBox | None = None) -> Tensor: ...
 
 
+class Tokenize(Protocol):
+    """A model's own tokenizer, see `models.base.Tokenizer`. One that is never asked for spans need not know of them."""
+
+    def __call__(self, texts: list[str], *, spans: bool = ...) -> TokenBatch: ...
+
+
 @dataclass(frozen=True, slots=True)
 class DualReader:
-    """How a model of two towers reads a batch."""
+    """How a model of two towers reads a batch.
+
+    Attributes:
+        spans: whether batches say where the tokens of captions stand (`TokenBatch.spans`); those of pools never do.
+    """
 
     reads_together: ClassVar[bool] = False
 
     preprocess: Preprocessing
-    tokenize: Callable[[Sequence[str]], TokenBatch]
+    tokenize: Tokenize
+    spans: bool = False
 
     @property
     def looks(self) -> Any:
@@ -149,7 +160,7 @@ class DualReader:
             return shared(("pixels", [*map(id, pixels)]), lambda: stack(pixels))
 
         shown = [item for item in items if item is not None]
-        texts, pools = shared(("texts", self.tokenize), lambda: self._texts(captions, more_texts))
+        texts, pools = shared(("texts", self.tokenize, self.spans), lambda: self._texts(captions, more_texts))
         images = stacked(shown) if shown else torch.empty(0)
         return ModelInput(images, texts, pools, {name: stacked(pixels) for name, pixels in more_items.items()})
 
@@ -165,7 +176,7 @@ class DualReader:
             return shared(("pixels", [*map(id, views)]), lambda: joined(shown) if shown else views[0])
 
         texts, pools = shared(
-            ("texts", self.tokenize),
+            ("texts", self.tokenize, self.spans),
             lambda: (
                 united_texts([part.texts for part in each]),
                 {pool: united_texts([part.more_texts[pool] for part in each]) for pool in each[0].more_texts},
@@ -198,7 +209,7 @@ class DualReader:
             pool: replace(self.tokenize([*texts]), per_sample=len(texts) // len(captions))
             for pool, texts in more.items()
         }
-        return self.tokenize([*captions]), pools
+        return self.tokenize([*captions], spans=True) if self.spans else self.tokenize([*captions]), pools
 
     def bytes_of(self, views: int, source: Source) -> int:  # noqa: ARG002
         return views * self.preprocess.raw(Image.new("RGB", (1, 1))).nbytes

@@ -34,7 +34,7 @@ class TokenBatch:
     Attributes:
         ids: Int[batch*per_sample length]: all texts of the first sample, then all of the second.
         mask: Bool[batch*per_sample length], True where a real token stands (special tokens included).
-        spans: Int[batch*per_sample length 2]; None where the tokenizer cannot tell.
+        spans: Int[batch*per_sample length 2]; None where nobody asked for them, or the tokenizer cannot tell.
         per_sample: texts of each sample.
         lengths: of each text, up to its last real token, where the tower computes the same without the padding that all
             texts of a batch have in common. They are the host's, so that nobody waits for a device to say them. None:

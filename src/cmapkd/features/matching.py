@@ -94,6 +94,11 @@ class LevelMatcher(nn.Module):
         self.project_language = LanguageProjectors(*language)
         self.align_words = WordAligner()
 
+    @property
+    def reads_words(self) -> bool:
+        """Whether levels are matched at words, which two tokenizers have in common."""
+        return self.places != "pooled" and not {"L1", "L2"}.isdisjoint(self.project_language.linear)
+
     def needs(self, role: Role, levels: Collection[str]) -> LevelRequest:
         """What the model must expose for these levels."""
         return LevelRequest(

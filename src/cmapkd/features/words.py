@@ -163,7 +163,8 @@ def _cannot_be_matched(student: TokenBatch, teacher: TokenBatch) -> ValueError:
     return ValueError(
         f"student and teacher split the texts differently, and the {without} tokenizer does not say which "
         "characters its tokens stand for, so their tokens cannot be matched: leave levels L1 and L2 out (L3 and L4 "
-        "need no match), or use a tokenizer with offsets (a fast one, in transformers)."
+        "need no match), or use a tokenizer with offsets (a fast one, in transformers). A method of your own that "
+        "matches words says so in `matches_words`."
     )
 
 

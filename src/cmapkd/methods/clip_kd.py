@@ -210,6 +210,10 @@ class ClipKD(DualEncoderMethod):
         return super().why_student_live
 
     @property
+    def matches_words(self) -> bool:
+        return self.hints is not None and self.hints.match.reads_words
+
+    @property
     def student_needs(self) -> LevelRequest:
         return self.hints.needs("student") if self.hints is not None and self._wants("hints") else LevelRequest()
 

@@ -83,6 +83,17 @@ class DualEncoderMethod(Method):
         """Which tokens the terms read where the detail is `key_tokens`."""
         return None
 
+    @property
+    def matches_words(self) -> bool:
+        """Whether the terms match tokens of both models' texts, as `features.WordAligner` does, in any stage."""
+        return False
+
+    @property
+    def needs_spans(self) -> bool:
+        """Whether batches must say where tokens stand in their texts: to match those of tokenizers that differ."""
+        read = (teacher for teacher in self.teachers.values() if teacher.reads == teacher.role)
+        return self.matches_words and any(teacher.model.tokenizer != self.student.tokenizer for teacher in read)
+
     def labels(self, batch: Batch) -> Int[Tensor, " batch"]:
         """The labels of all processes' samples, -1 where there is none; for a method with `LABELS` in its extras."""
         labels: Tensor = batch.extra[LABELS]

@@ -175,6 +175,10 @@ class FitNet(DualEncoderMethod):
         )
 
     @property
+    def matches_words(self) -> bool:
+        return "text" in self.guided
+
+    @property
     def student_needs(self) -> LevelRequest:
         return self._needs(self.guided)
 

@@ -46,8 +46,12 @@ class Tokenizer(Protocol):
     context_length: int
     vocab_size: int
 
-    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
-        """Ids and padding mask of `texts`, one or many, truncated to `context_length`."""
+    def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:
+        """Ids and padding mask of `texts`, one or many, truncated to `context_length`.
+
+        Args:
+            spans: whether to say where each token stands, which costs time; see `TokenBatch.spans`.
+        """
         ...
 
 
@@ -57,10 +61,12 @@ class Model(nn.Module, ABC):
     Attributes:
         name: how the model is named in recipes, for messages and reports.
         does: what a model of this contract does, for messages.
+        held: names of parameters that are held in bf16 in place of their own numbers, see `held_weights`.
     """
 
     name: str
     does: ClassVar[str]
+    held: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -94,8 +100,23 @@ class Model(nn.Module, ABC):
 
         Args:
             folder: made where it is missing; files of an earlier save in it are replaced.
+        Raises:
+            ValueError: weights are held in bf16.
         """
+        self.check_own_weights()
         self.write(Path(folder))
+
+    def check_own_weights(self) -> None:
+        """Refuses a model that has rounded weights in place of its own.
+
+        Raises:
+            ValueError: weights are held in bf16.
+        """
+        if self.held:
+            raise ValueError(
+                f"{len(self.held)} weights of {self.name} are held in bf16, to answer under autocast: load the model "
+                "again for its own weights"
+            )
 
     @abstractmethod
     def write(self, folder: Path) -> None:

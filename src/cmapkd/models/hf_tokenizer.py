@@ -30,7 +30,7 @@ class HfTokenizer:
         self.vocab_size: int = len(tokenizer)
         self._clean = canonicalizer() if canonical else None
 
-    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
+    def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:
         texts = text_list(texts)
         cleaned = texts if self._clean is None else [self._clean(text) for text in texts]
         encoded = self.native(
@@ -39,14 +39,14 @@ class HfTokenizer:
             truncation=True,
             max_length=self.context_length,
             return_attention_mask=True,
-            return_offsets_mapping=bool(self.native.is_fast),
+            return_offsets_mapping=spans and bool(self.native.is_fast),
             return_tensors="pt",
         )
-        spans = encoded.get("offset_mapping")
-        if spans is not None and self._clean is not None:
-            spans = moved_spans(spans.tolist(), texts, cleaned, canonical=True)
+        places = encoded.get("offset_mapping")
+        if places is not None and self._clean is not None:
+            places = moved_spans(places.tolist(), texts, cleaned, canonical=True)
         pad_id = getattr(self.native, "pad_token_id", None) or 0
-        tokens = TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), spans, pad_id=pad_id)
+        tokens = TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), places, pad_id=pad_id)
         return tokens.measured() if self.whole_because is None else tokens
 
 

@@ -50,6 +50,8 @@ class JoinedEncoder(DualEncoder):
         super().__init__()
         self.image, self.projector_kind = image, projector
         self._frozen = text if isinstance(text, FrozenTeacher) else None
+        if self._frozen is not None:
+            self._frozen.shared = True  # this model is saved with its weights, and evaluated in fp32
         self.text = text if isinstance(text, DualEncoder) else None
         self.prompts = prompts
         self.project = make_projector(projector, image.embed_dim, text.embed_dim)

@@ -46,15 +46,15 @@ class OpenClipTokenizer:
         self._of_cleaned = copy(tokenizer)  # spans need the cleaned text, so it is made here, once
         self._of_cleaned.clean_fn = str
 
-    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
+    def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:
         texts = text_list(texts)
-        if self._spans is None:
+        if self._spans is None or not spans:
             ids = self.native(texts, context_length=self.context_length).long()
             return self._shortened(TokenBatch(ids, self._real(ids), pad_id=self._pad_id))
         cleaned = [self.native.clean_fn(text) for text in texts]
         ids = self._of_cleaned(cleaned, context_length=self.context_length).long()
-        spans = self._spans(texts, cleaned, self.context_length)
-        return self._shortened(TokenBatch(ids, self._real(ids), spans, pad_id=self._pad_id))
+        places = self._spans(texts, cleaned, self.context_length)
+        return self._shortened(TokenBatch(ids, self._real(ids), places, pad_id=self._pad_id))
 
     def padded(self, whole_because: str | None) -> OpenClipTokenizer:
         """The same, which pads texts to full length for this reason, or for None does not."""

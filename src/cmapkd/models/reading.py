@@ -16,6 +16,7 @@ def reader_of(
     num_tokens: int | None = None,
     pictures_alone: bool = False,
     fast: bool = False,
+    spans: bool = False,
 ) -> Reader:
     """How a model of either contract reads a batch.
 
@@ -24,9 +25,10 @@ def reader_of(
         num_tokens: tokens that their answers may have, the first by id; None: all.
         pictures_alone: whether models that write read no dialogue without a picture.
         fast: whether pictures of models of two towers are resized by torch, see `FastPixels`.
+        spans: whether batches say where the tokens of captions stand, of models of two towers.
     """
     if isinstance(model, GenerativeModel):
         return ChatReader(model.processor, max_tokens, num_tokens, pictures_alone)
     embedding = dual(model, "a batch of captions")
     spec = embedding.image_spec
-    return DualReader(FastPixels(spec) if fast else spec, embedding.tokenizer)
+    return DualReader(FastPixels(spec) if fast else spec, embedding.tokenizer, spans)

@@ -15,6 +15,7 @@ from cmapkd.data.types import Batch
 from cmapkd.models.average import follow
 from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.contracts import dual
+from cmapkd.models.held_weights import hold_in_bf16
 from cmapkd.models.types import Features, LevelRequest
 
 
@@ -57,15 +58,18 @@ class FrozenTeacher:
 
     Deliberately not an `nn.Module`: assigned to a method it is no submodule, so it appears in no `parameters()`, no
     `state_dict()` and no distributed wrapper, and a `train()` on the method does not reach it.
+
+    Attributes:
+        shared: whether somebody else reads the model's weights too, as a student does whose text tower it has.
     """
 
     from_disk: ClassVar[bool] = False  # whether asking costs a look into a file, and not a pass of a model
 
     model: Any  # a `DualEncoder`, or a `GenerativeModel`: whoever reads it knows which one the method needs
 
-    def __init__(self, model: Model, role: str = "teacher") -> None:
+    def __init__(self, model: Model, role: str = "teacher", *, shared: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.role = role
+        self.role, self.shared = role, shared
 
     @property
     def reads(self) -> str:
@@ -87,6 +91,14 @@ class FrozenTeacher:
     def to(self, device: torch.device | str) -> FrozenTeacher:
         self.model.to(device)
         return self
+
+    def hold_in_bf16(self) -> None:
+        """Holds in bf16 the weights that autocast would cast at every use: the same answers under it, less memory.
+
+        Nothing is done to weights that somebody else reads, and to models that write, whose `dtype` a recipe states.
+        """
+        if isinstance(self.model, DualEncoder) and not (self.shared or self.from_disk or self.model.held):
+            hold_in_bf16(self.model)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Any = None) -> Any:

@@ -66,9 +66,11 @@ class TrainedTokenizer:
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(self._tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
 
-    def __call__(self, texts: str | Sequence[str]) -> TokenBatch:
+    def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:
         encodings = self._tokenizer.encode_batch(text_list(texts))
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.long)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
-        spans = np.array([encoding.offsets for encoding in encodings], dtype=np.int64)
-        return TokenBatch(ids, mask, torch.from_numpy(spans.reshape(*ids.shape, 2))).measured()
+        if not spans:
+            return TokenBatch(ids, mask).measured()
+        places = np.array([encoding.offsets for encoding in encodings], dtype=np.int64)
+        return TokenBatch(ids, mask, torch.from_numpy(places.reshape(*ids.shape, 2))).measured()

@@ -18,6 +18,7 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher
 from cmapkd.models.reading import reader_of
@@ -254,6 +255,7 @@ def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:
         num_tokens=num_tokens,
         pictures_alone=config.training.sharding == "fsdp2",
         fast=config.data.views.reading == "fast",
+        spans=isinstance(method, DualEncoderMethod) and method.needs_spans,
     )
     return readers(method.student, *method.teachers.values(), read=read)
 

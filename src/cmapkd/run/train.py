@@ -190,6 +190,7 @@ def _prepare(
     stored = answer_from_cache(config, method, source, voice.console) if config.cache and answers else {}
     if config.cache and answers:
         stored |= student_from_cache(config, method, source, voice.console)
+    _hold_in_bf16(method if answers and config.training.precision == "bf16" else None, voice)
     teachers.clear()  # a cached one has no weights, and this would keep them
     outlook = Outlook(
         num_measured(validated(config, measured.val), measured.val),
@@ -256,6 +257,17 @@ def _loaded_teachers(config: RunConfig, voice: Voice) -> dict[str, FrozenTeacher
         teachers[role] = FrozenTeacher(build_teacher(model, role), role)
         voice(f"the {name} has {_sizes(teachers[role].model)}")
     return teachers
+
+
+def _hold_in_bf16(method: Method | None, voice: Voice) -> None:
+    """A method's live teachers hold weights as they compute with them; where they compute, and once all are hashed."""
+    for role, teacher in method.teachers.items() if method is not None else ():
+        if isinstance(teacher, FrozenTeacher) and not teacher.from_disk:
+            teacher.to(PartialState().device).hold_in_bf16()
+            sizes = {name: each.numel() for name, each in teacher.model.named_parameters()}
+            if held := sum(sizes[name] for name in teacher.model.held):
+                share = 100 * held / sum(sizes.values())
+                voice(f"the {role} holds {share:.0f} % of its parameters in bf16, with the same answers")
 
 
 def _sizes(model: Model) -> str:

@@ -70,7 +70,9 @@ class TrainConfig(Config):
     shard_teacher: bool = Field(
         False, description="With fsdp2, live teachers are shared out, too.", json_schema_extra=RESUMABLE
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of forward and backward; weights stay fp32.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of forward and backward; weights that learn stay fp32."
+    )
     compile: bool = Field(
         False,
         description="torch.compile the student: docs/results/speed.md says when it pays.",

@@ -121,6 +121,10 @@ class CMAPKD(Selecting):
         return self.config.level_names()
 
     @property
+    def matches_words(self) -> bool:
+        return self.match.reads_words
+
+    @property
     def student_needs(self) -> LevelRequest:
         return self.match.needs("student", self.plan.read())
 

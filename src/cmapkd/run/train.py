@@ -187,10 +187,7 @@ def _prepare(
     remarks += _said(voice, remarks_on_ends(method)) if voice.title == "student" else []
     texts = texts_of(config, method, source)
     check_training(config, method, source)
-    stored = answer_from_cache(config, method, source, voice.console) if config.cache and answers else {}
-    if config.cache and answers:
-        stored |= student_from_cache(config, method, source, voice.console)
-    _hold_in_bf16(method if answers and config.training.precision == "bf16" else None, voice)
+    stored = _stored_answers(config, method, source, voice) if answers else {}
     teachers.clear()  # a cached one has no weights, and this would keep them
     outlook = Outlook(
         num_measured(validated(config, measured.val), measured.val),
@@ -259,9 +256,20 @@ def _loaded_teachers(config: RunConfig, voice: Voice) -> dict[str, FrozenTeacher
     return teachers
 
 
-def _hold_in_bf16(method: Method | None, voice: Voice) -> None:
+def _stored_answers(config: RunConfig, method: Method, source: Source, voice: Voice) -> dict[str, Answers]:
+    """What of the run answers from disk; teachers that stay live hold their weights as they compute with them."""
+    stored: dict[str, Answers] = {}
+    if config.cache:
+        stored |= answer_from_cache(config, method, source, voice.console)
+        stored |= student_from_cache(config, method, source, voice.console)
+    if config.training.precision == "bf16":
+        _hold_in_bf16(method, voice)
+    return stored
+
+
+def _hold_in_bf16(method: Method, voice: Voice) -> None:
     """A method's live teachers hold weights as they compute with them; where they compute, and once all are hashed."""
-    for role, teacher in method.teachers.items() if method is not None else ():
+    for role, teacher in method.teachers.items():
         if isinstance(teacher, FrozenTeacher) and not teacher.from_disk:
             teacher.to(PartialState().device).hold_in_bf16()
             sizes = {name: each.numel() for name, each in teacher.model.named_parameters()}

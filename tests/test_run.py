@@ -449,7 +449,7 @@ def test_a_cache_is_planned_for_what_the_stages_read(teacher: Path, tmp_path: Pa
     config = RunConfig.from_mapping(values)
     source, teachers = open_training(config), load_teachers(config)
     method = method_of(config, build_student(config, source, teachers), teachers)
-    planned = {int(key) % len(source) for key in plan_cache(config, method, source).keys}
+    planned = {int(key) % len(source) for key in plan_cache(config, method, source).keys.listed()}
     sampler = PlanSampler(len(source), batch_size=8, seed=0, start=0, stop=5, streams=streams_of(source))
     sampler.only = lambda step: "ref" if step >= 2 else None
     read = {index for plan in sampler for index in plan.everyone}

@@ -142,7 +142,7 @@ def test_keys_are_what_the_run_reads(length: int, steps: int, num_views: int | N
     views = ViewSpec(num_views=num_views)
     sampler = PlanSampler(length, batch_size=8, seed=3, start=0, stop=steps)
     read = {views.view_number(plan.epoch) * length + index for plan in sampler for index in plan.everyone}
-    keys = keys_of_run(length, batch_size=8, seed=3, steps=steps, views=views).keys()
+    keys = keys_of_run(length, batch_size=8, seed=3, steps=steps, views=views).listed()
     assert read <= {*keys.tolist()}
     assert keys.tolist() == sorted({*keys.tolist()})
     if length == 300:
@@ -157,13 +157,13 @@ def test_another_run_adds_what_it_lacks(tmp_path: Path) -> None:
     assert first.build(device="cpu").rows == 40
     assert first.build(device="cpu").rows == 0
     second = cache_plan(tmp_path / "c", source=source, keys=others)
-    new = len({*others.keys().tolist()} - {*some.keys().tolist()})
+    new = len({*others.listed().tolist()} - {*some.listed().tolist()})
     assert second.bytes_missing() == new * second.layout.row_bytes
     assert second.build(device="cpu").rows == new
     cache = CacheFolder.open(tmp_path / "c")
     assert [part.start for part in cache.parts()] == [None, None]
     reader = second.open()
-    assert reader.num_absent(Wanted.of((), np.union1d(some.keys(), others.keys()))) == 0
+    assert reader.num_absent(Wanted.of((), np.union1d(some.listed(), others.listed()))) == 0
     assert reader.num_absent(all_keys(300, 1))
     found = describe(cache)
     assert (found["rows_done"], found["shards_missing"]) == (40 + new, 0)

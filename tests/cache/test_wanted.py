@@ -26,7 +26,7 @@ def both(ranges: Sequence[tuple[int, int]], keys: Sequence[int]) -> tuple[Wanted
 
 
 def set_of(wanted: Wanted) -> set[int]:
-    keys = wanted.keys().tolist()
+    keys = wanted.listed().tolist()
     assert keys == sorted({*keys})  # ascending, none twice
     assert len(keys) == len(wanted)
     return {*keys}

@@ -186,7 +186,7 @@ def test_a_cache_foresees_what_is_read() -> None:
     made = sampler(source)
     read = {views.view_number(plan.epoch) * 270 + index for plan in sampler(source, stop=20) for index in plan.everyone}
     keys = keys_of_run(270, batch_size=8, seed=3, steps=20, views=views, streams=made.streams)
-    assert set(keys.keys().tolist()) == read
+    assert set(keys.listed().tolist()) == read
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 8), (0, 268), (120, 128), (200, 264)])

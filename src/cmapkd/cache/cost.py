@@ -50,7 +50,7 @@ def measure(plan: CachePlan, *, device: torch.device | str) -> Cost:
         reader = small.open()
         views, texts = plan.views, plan.texts
         form = reader_of(plan.teacher.model, max_tokens=plan.max_tokens, fast=views.reading == "fast")
-        keys = small.keys.keys().tolist()
+        keys = small.keys.listed().tolist()
         view = keys[0] // len(plan.source)
         ids, indices, chosen, items = [], [], [], []
         for key in keys:

@@ -230,13 +230,13 @@ class KeyPart(CachePart):
         return divmod(row, self.shard_rows) if row < self.rows and int(self._listed[row]) == key else None
 
     def take(self, wanted: Wanted) -> tuple[list[int], Wanted]:
-        keys = wanted.keys()
+        keys = wanted.listed()
         rows = self.locate(keys)
         shards = np.unique(rows[rows >= 0] // self.shard_rows)
         return shards.tolist(), Wanted(single=keys[rows < 0])
 
     def count(self, wanted: Wanted, shards: Sequence[int]) -> int:
-        rows = self.locate(wanted.keys())
+        rows = self.locate(wanted.listed())
         return int(np.isin(rows[rows >= 0] // self.shard_rows, shards).sum())
 
     def data(self, shard: int) -> Path:

@@ -61,7 +61,7 @@ class Wanted:
         found: NDArray[np.int64] = counted - np.maximum(over, 0) + np.searchsorted(self.single, keys, "left")
         return found
 
-    def keys(self) -> Keys:
+    def listed(self) -> Keys:
         """All of them, 8 bytes each."""
         if not len(self.ranges):
             return self.single

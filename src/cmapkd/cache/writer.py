@@ -104,7 +104,7 @@ def build(
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     number = cache.next_part()
     while len(unknown := missing_shards(cache, wanted)[1]):  # again, if another builder began a part for other keys
-        cache.add_part(unknown.keys(), number=number, batch_size=batch_size, shard_bytes=shard_bytes)
+        cache.add_part(unknown.listed(), number=number, batch_size=batch_size, shard_bytes=shard_bytes)
         number = cache.next_part()
     missing = missing_shards(cache, wanted)[0]
     assigned = [

@@ -22,7 +22,7 @@ import numpy as np
 
 from cmapkd.cache import CacheFolder, CacheReader, all_keys
 from cmapkd.cache.files import write_json
-from cmapkd.cache.folder import DataNow
+from cmapkd.cache.folder import ShardsOfRun
 from cmapkd.cache.identity import BY_SHARD
 from cmapkd.cache.layout import Field, RowLayout
 from cmapkd.cache.shard_part import ShardPart
@@ -81,7 +81,7 @@ def make(folder: Path, arm: str, shards: int, samples: int) -> None:
     )
     options: dict[str, Any] = {"batch_size": 128, "shard_bytes": 64 * 2**20}
     if arm == ARMS[0]:
-        cache = cache.of(DataNow(contents_of(shards, samples), 1, ""))
+        cache = cache.of(ShardsOfRun(contents_of(shards, samples), 1, "", 128))
         cache.begin_rows(**options)
     else:
         cache.add_part(np.arange(length, dtype=np.int64), number=0, **options)
@@ -107,7 +107,7 @@ def open_it(folder: Path, arm: str, shards: int, samples: int, sender: Any) -> N
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     wanted = all_keys(shards * samples, 1)
     cache = CacheFolder.open(folder)
-    reader = CacheReader(cache.of(DataNow(contents, 1, "")) if arm == ARMS[0] else cache)
+    reader = CacheReader(cache.of(ShardsOfRun(contents, 1, "", 128)) if arm == ARMS[0] else cache)
     opened = time.process_time()
     assert reader.num_absent(wanted) == 0
     seconds = time.process_time() - began

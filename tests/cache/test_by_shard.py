@@ -269,7 +269,7 @@ def test_a_run_reads_it_as_a_live_teacher(tmp_path: Path) -> None:
 def test_a_bank_is_drawn_from_the_set_alone(tmp_path: Path) -> None:
     _built(tmp_path / "c", "abde")
     plan = _built(tmp_path / "c", "de")
-    parts = [*plan.open().embeddings(1000, seed=0)]
+    parts = [*plan.open().embeddings(1000, plan.keys, seed=0)]
     samples = torch.cat([part[2] for part in parts]).tolist()
     assert sorted(samples) == sorted([*range(SIZES["d"] + SIZES["e"])] * 2)
 
@@ -337,7 +337,7 @@ def test_what_is_planned_of_a_billion_samples_takes_little(monkeypatch: pytest.M
         length, batch_size=32_768, seed=0, steps=50_000, views=ViewSpec(num_views=4), streams=streams
     )  # an epoch and a half
     part = ShardPart(tmp_path, 128, 3080, contents_of, 2, 21_248)
-    shards, left = part.take(wanted)
+    shards, left = part.take(wanted, np.zeros(part.num_shards, bool))
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(left) == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cache_support import VIEWS, cache_plan, train
 
-from cmapkd.cache import CachedTeacher, CacheError, CacheReader, CacheWarning
+from cmapkd.cache import CachedTeacher, CacheError, CacheReader, CacheWarning, all_keys
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import BadSampleError, Sample
 from cmapkd.data.views import draw_view
@@ -181,11 +181,11 @@ def test_a_bank_drawn_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert any(torch.allclose(each, wanted.float(), rtol=2**-11, atol=1e-6) for each in found)  # as fp16 rounds
     again, _ = train(tmp_path / "b", "cmapkd", settings, cache={"store": "fp16"})
     assert again == cached  # the same draw in every run
-    everything = [torch.cat(parts) for parts in zip(*reader.embeddings(1000, seed=0), strict=True)]
+    everything = [torch.cat(parts) for parts in zip(*reader.embeddings(1000, all_keys(24, 2), seed=0), strict=True)]
     assert everything[0].shape == (48, 24)  # no more than there are, and none twice
     assert sorted(everything[2].tolist()) == sorted([*range(24)] * 2)
     monkeypatch.setattr("cmapkd.cache.reader._WINDOW", 5 * reader.cache.layout.row_bytes)  # shards of 8 rows, by 5
-    parts = [*reader.embeddings(30, seed=0)]
+    parts = [*reader.embeddings(30, all_keys(24, 2), seed=0)]
     assert len(parts) > len([*(tmp_path / "a").rglob("*.rows")])
     drawn = EmbeddingBank(30, 24, fixed=True)
     drawn.fill(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,20 +29,23 @@ from cmapkd.config.disk import flush
 from cmapkd.data.shard_contents import ShardContents
 
 CACHE_FILE = "cache.json"
+_PART = re.compile(r"part-(\d+)")
 
 
 @dataclass(frozen=True)
-class DataNow:
-    """A set of data shards whose rows are read or built.
+class ShardsOfRun:
+    """A set of data shards as a run reads it, or builds rows for it.
 
     Attributes:
         views: numbers of views that are looked for.
-        data: what tells the set from others of the same shards.
+        data: fingerprint of the set: rows that are not kept by shards belong to it alone.
+        batch_size: rows that the teacher answers at once.
     """
 
     contents: ShardContents
     views: int
     data: str
+    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class CacheFolder:
     about: Mapping[str, Any]  # names of teacher and data, for people
     logit_scale: float | None  # none: of a teacher that writes
     logit_bias: float | None
-    length: int  # samples of the source: keys are view * length + index
-    now: DataNow | None = None  # of a cache by data shards: the set that is read or built
+    length: int  # samples of the source: keys are view * length + index; 0 in the file of a cache by data shards
+    of_run: ShardsOfRun | None = None  # of a cache by data shards: the set that is read or built
 
     @classmethod
     def create(cls, path: Path, **values: Any) -> Self:
@@ -67,7 +71,7 @@ class CacheFolder:
         cache = cls(path, **values)
         with explained(path):
             path.mkdir(parents=True, exist_ok=True)
-        plain = {key: value for key, value in vars(cache).items() if key not in ("path", "now")}
+        plain = {key: value for key, value in vars(cache).items() if key not in ("path", "of_run")}
         write_json(path / CACHE_FILE, {**plain, "layout": cache.layout.plain()})
         return cache
 
@@ -109,9 +113,9 @@ class CacheFolder:
         """Whether rows are kept by the shards of the data."""
         return self.identity.get("data") == BY_SHARD
 
-    def of(self, now: DataNow) -> CacheFolder:
+    def of(self, shards: ShardsOfRun) -> CacheFolder:
         """The same, where it is by data shards, for one set of them."""
-        return replace(self, now=now, length=int(now.contents.counts.sum()))
+        return replace(self, of_run=shards, length=int(shards.contents.counts.sum()))
 
     def parts(self) -> list[CachePart]:
         """Rows by data shards first, then those in the order in which they were asked for.
@@ -119,12 +123,12 @@ class CacheFolder:
         Raises:
             CacheError: one is damaged.
         """
-        parts = self._key_parts()
         if not self.by_shard:
-            return [*parts]
-        assert self.now is not None, "keys are places in a set of data: see `of`"
-        rows = ShardPart.open(self.path, self.layout, self.now.contents, self.now.views)
-        return [*([rows] if rows else []), *(part for part in parts if part.of_data == self.now.data)]
+            return [*self._key_parts()]
+        run = self.of_run
+        assert run is not None, "keys are places in a set of data: see `of`"
+        rows = ShardPart.open(self.path, self.layout, run.contents, views=run.views, batch_size=run.batch_size)
+        return [*([rows] if rows else []), *self._key_parts(run.data)]
 
     def files(self) -> list[RowFiles]:
         """All rows, whichever data they are of.
@@ -135,21 +139,22 @@ class CacheFolder:
         found = FoundFiles.open(self.path, self.layout) if self.by_shard else None
         return [*([found] if found else []), *self._key_parts()]
 
-    def _key_parts(self) -> list[KeyPart]:
-        folders = (folder for folder in sorted(self.path.glob("part-*")) if folder.is_dir())
-        return [KeyPart.open(folder, self.layout) for folder in folders]
+    def _key_parts(self, of_data: str | None = None) -> list[KeyPart]:
+        folders = (folder for folder in sorted(self.path.glob("part-*")) if _PART.fullmatch(folder.name))
+        parts = (KeyPart.open(folder, self.layout, of_data=of_data) for folder in folders if folder.is_dir())
+        return [part for part in parts if part is not None]
 
     def begin_rows(self, *, batch_size: int, shard_bytes: float) -> None:
         """Makes room for rows by data shards; nothing where they are kept otherwise."""
-        if self.now is not None:
+        if self.of_run is not None:
             ShardPart.begin(
-                self.path, self.layout, views=self.now.views, batch_size=batch_size, shard_bytes=shard_bytes
+                self.path, self.layout, views=self.of_run.views, batch_size=batch_size, shard_bytes=shard_bytes
             )
 
     def next_part(self) -> int:
         """The number after the last part's."""
-        numbers = [int(folder.name.removeprefix("part-")) for folder in self.path.glob("part-*")]
-        return max(numbers, default=-1) + 1
+        found = (_PART.fullmatch(folder.name) for folder in self.path.glob("part-*"))
+        return max((int(name[1]) for name in found if name), default=-1) + 1
 
     def add_part(self, keys: Keys, *, number: int, batch_size: int, shard_bytes: float) -> None:
         """Begins a part for `keys`, unless another process has begun one of this number, for whichever keys.
@@ -170,7 +175,7 @@ class CacheFolder:
                     (temporary / KEYS_FILE).write_bytes(listed)
                 values = {"rows": len(keys), "shard_rows": shard_rows, "batch_size": batch_size}
                 of_keys = {"start": int(keys[0])} if contiguous else {"start": None, "keys": digest_of(listed)}
-                of_data = {} if self.now is None else {"data": self.now.data}
+                of_data = {} if self.of_run is None else {"data": self.of_run.data}
                 write_json(temporary / PART_FILE, values | of_keys | of_data)
                 temporary.rename(folder)
                 flush(self.path)

@@ -54,6 +54,8 @@ def identity_of(
     precision: str,
     texts: Choice | None = None,
     max_tokens: int | None = None,
+    by_shard: bool = False,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Everything that an answer depends on besides sample and view number, as plain data.
 
@@ -61,24 +63,21 @@ def identity_of(
 
     Args:
         max_tokens: longest dialogue of a teacher that writes; None: as long as it takes.
+        by_shard: without what depends on the set of shards: its fingerprint, and its captions for a tokenizer.
+        weights: `weight_hash` of the model, where it is known.
     """
     plain = texts is None or (isinstance(texts, TextChoice) and texts.plain)
     return {
         "format": FORMAT,
-        "teacher": weight_hash(model),
+        "teacher": weights or weight_hash(model),
         "architecture": digest_of(model.architecture.encode()),
-        **reading_fingerprint(model, _captions(source)),
+        **reading_fingerprint(model, () if by_shard else _captions(source)),
         **({"attention": model.attention, "max_tokens": max_tokens} if isinstance(model, GenerativeModel) else {}),
         "views": view_hash(views),
-        "data": data_of(source),
+        "data": BY_SHARD if by_shard else data_of(source),
         "precision": precision,
         **({} if texts is None or plain else {"texts": texts.describe()}),
     }
-
-
-def by_shard(identity: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """The same without what depends on the set of shards: its fingerprint, and its captions for the tokenizer."""
-    return {**identity, **reading_fingerprint(model), "data": BY_SHARD}
 
 
 def data_of(source: Source) -> str:

@@ -116,8 +116,16 @@ class CachePart(RowFiles):
         """The shard of a key, and its row in the shard; None where the part has no such key."""
 
     @abstractmethod
-    def take(self, wanted: Wanted) -> tuple[list[int], Wanted]:
-        """The shards that are to hold wanted keys, and what is left for other parts."""
+    def find_all(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same of many keys: shards, -1 where there is none, and rows in them."""
+
+    @abstractmethod
+    def take(self, wanted: Wanted, finished: NDArray[np.bool_]) -> tuple[list[int], Wanted]:
+        """The shards that are to hold wanted keys, and what is left for other parts.
+
+        Args:
+            finished: of each shard.
+        """
 
     @abstractmethod
     def count(self, wanted: Wanted, shards: Sequence[int]) -> int:
@@ -127,25 +135,26 @@ class CachePart(RowFiles):
     def first_group(self, shard: int) -> int:
         """Checksums of the shards before; of all where `shard` is the number of shards."""
 
-    def finished(self) -> NDArray[np.bool_]:
+    def finished(self, *, repair: bool = False) -> NDArray[np.bool_]:
         """Of each shard, whether it is finished.
 
+        Args:
+            repair: removes the record of a damaged one, so that it is built anew.
         Raises:
-            CacheError: one was finished, but is gone or of another length.
+            CacheError: without `repair`: one was finished, but is gone or of another length.
         """
-        return np.array([self.is_finished(shard) for shard in range(self.num_shards)], bool)
+        return np.array([self.looked_at(shard, repair=repair) for shard in range(self.num_shards)], bool)
 
-    def finished_among(self, shards: Sequence[int]) -> list[int]:
-        """Those of some shards that are finished; the record of a damaged one is removed, so that it is built anew."""
-        found = []
-        for shard in shards:
-            try:
-                if self.is_finished(shard):
-                    found.append(shard)
-            except CacheError:
-                with explained(self.folder):
-                    self.record(shard).unlink(missing_ok=True)
-        return found
+    def looked_at(self, shard: int, *, repair: bool) -> bool:
+        """The same of one shard."""
+        try:
+            return self.is_finished(shard)
+        except CacheError:
+            if not repair:
+                raise
+            with explained(self.folder):
+                self.record(shard).unlink(missing_ok=True)
+            return False
 
 
 @dataclass(frozen=True)
@@ -158,9 +167,13 @@ class KeyPart(CachePart):
     of_data: str | None = None  # whose keys, in a cache that serves several sets of shards
 
     @classmethod
-    def open(cls, folder: Path, layout: Layout) -> Self:
+    def open(cls, folder: Path, layout: Layout, *, of_data: str | None = None) -> Self | None:
         """Reads `part.json` and checks the list of keys.
 
+        Args:
+            of_data: the only data whose part is opened; None: whichever.
+        Returns:
+            None for a part of other data.
         Raises:
             CacheError: either is damaged.
         """
@@ -178,6 +191,8 @@ class KeyPart(CachePart):
             values["start"],
             values.get("data"),
         )
+        if of_data is not None and part.of_data != of_data:
+            return None
         if part.start is None:
             try:
                 listed = (folder / KEYS_FILE).read_bytes()
@@ -229,7 +244,11 @@ class KeyPart(CachePart):
         row = int(np.searchsorted(self._listed, key))
         return divmod(row, self.shard_rows) if row < self.rows and int(self._listed[row]) == key else None
 
-    def take(self, wanted: Wanted) -> tuple[list[int], Wanted]:
+    def find_all(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        rows = self.locate(keys)
+        return np.where(rows >= 0, rows // self.shard_rows, -1), rows % self.shard_rows
+
+    def take(self, wanted: Wanted, finished: NDArray[np.bool_]) -> tuple[list[int], Wanted]:  # noqa: ARG002
         keys = wanted.listed()
         rows = self.locate(keys)
         shards = np.unique(rows[rows >= 0] // self.shard_rows)

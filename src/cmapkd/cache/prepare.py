@@ -16,8 +16,8 @@ import torch
 from cmapkd.cache.asked import Asked, AskedTokens, AskedTowers, Seen, asked_of
 from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.files import CacheError, digest_of
-from cmapkd.cache.folder import CacheFolder, DataNow
-from cmapkd.cache.identity import BY_SHARD, by_shard, data_of, differences, identity_of, weight_hash
+from cmapkd.cache.folder import CacheFolder, ShardsOfRun
+from cmapkd.cache.identity import BY_SHARD, data_of, differences, identity_of, weight_hash
 from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.reader import CacheReader
 from cmapkd.cache.rows import Layout
@@ -133,12 +133,14 @@ class CachePlan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Of a new cache."""
-        whole = self._identity_of_whole
-        return whole if self._contents is None else by_shard(whole, self.teacher.model)
+        return self._identity_of_whole if self._contents is None else self._identity(by_shard=True)
 
     @cached_property
     def _identity_of_whole(self) -> dict[str, Any]:
         """Of a cache that belongs to the data as a whole."""
+        return self._identity(by_shard=False)
+
+    def _identity(self, *, by_shard: bool) -> dict[str, Any]:
         return identity_of(
             self.teacher.model,
             self.source,
@@ -146,7 +148,13 @@ class CachePlan:
             precision=self.precision,
             texts=self.texts,
             max_tokens=self.max_tokens,
+            by_shard=by_shard,
+            weights=self._weights,
         )
+
+    @cached_property
+    def _weights(self) -> str:
+        return weight_hash(self.teacher.model)
 
     @cached_property
     def folder(self) -> Path:
@@ -162,9 +170,10 @@ class CachePlan:
     def _folder_of(self, identity: Mapping[str, Any]) -> Path:
         root = os.environ.get("XDG_CACHE_HOME")
         base = Path(root) if root else Path("~/.cache").expanduser()
-        content = repr((sorted(identity.items()), self._outline.plain())).encode()
-        data = "tars" if identity["data"] == BY_SHARD else self.source.name  # sets of the same tars have many names
-        name = re.sub(r"[^\w.-]+", "-", f"{self.teacher.name}-{data}").strip("-")
+        # of tars no digest covers the pictures' bytes, so tars that lie elsewhere are not taken for these
+        place = [self._contents.folder] if self._contents is not None and identity["data"] == BY_SHARD else []
+        content = repr((sorted(identity.items()), self._outline.plain(), *place)).encode()
+        name = re.sub(r"[^\w.-]+", "-", f"{self.teacher.name}-{(place or [self.source.name])[0]}").strip("-")
         return base / "cmapkd" / "teachers" / f"{name[:80]}-{digest_of(content)[:12]}"
 
     def existing(self) -> CacheFolder | None:
@@ -196,7 +205,8 @@ class CachePlan:
         """The cache as this run's data use it."""
         if not cache.by_shard or self._contents is None:
             return cache
-        return cache.of(DataNow(self._contents, -(-self.keys.end // len(self.source)), data_of(self.source)))
+        views = -(-self.keys.end // len(self.source))
+        return cache.of(ShardsOfRun(self._contents, views, data_of(self.source), self.config.batch_size))
 
     def bytes_missing(self) -> int:
         """That building would write."""
@@ -278,7 +288,8 @@ class CachePlan:
 
     def _create(self) -> CacheFolder:
         model = self.teacher.model
-        about = {"teacher": model.name, "data": "tars" if self._contents is not None else self.source.name}
+        data = self.source.name if self._contents is None else f"tars in {self._contents.folder}"
+        about = {"teacher": model.name, "data": data}
         scale = bias = None
         if isinstance(model, DualEncoder):
             scale = float(model.log_logit_scale.detach().exp().reshape(()))
@@ -290,7 +301,7 @@ class CachePlan:
             about=about,
             logit_scale=scale,
             logit_bias=bias,
-            length=len(self.source),
+            length=0 if self._contents is not None else len(self.source),
         )
         return self._for_data(cache)
 
@@ -327,6 +338,7 @@ class CachePlan:
 
         options: dict[str, Any] = {
             "reload": checked,
+            "wanted": self.keys,
             "precision": self.precision,
             "check": reader.check,
             "role": self.teacher.role,

@@ -51,7 +51,7 @@ class CacheReader:
         """How many rows are in no finished shard. Those of samples that could not be read count as there."""
         absent = 0
         for part, finished in zip(self.parts, self._finished, strict=True):
-            asked, left = part.take(wanted)
+            asked, left = part.take(wanted, finished)
             absent += part.count(wanted, [shard for shard in asked if not finished[shard]])
             wanted = left
         return absent + len(wanted)
@@ -85,10 +85,12 @@ class CacheReader:
         wrong = np.flatnonzero(rows[CHECK] != expected)
         if len(wrong):
             position = int(wrong[0])
+            number, shard, _ = self._find(views[position], indices[position]) or (0, 0, 0)
+            part = self.parts[number]
             raise CacheError(
-                f"{self.cache.path} answers another sample, view or caption than view {views[position]} of "
+                f"{part.data(shard)} answers another sample, view or caption than view {views[position]} of "
                 f"{ids[position]!r} with {captions[position]!r}: the data changed in a way that its fingerprint does "
-                "not show. Remove the cache and build it again."
+                f"not show. Remove that file and {part.record(shard).name} next to it, and build again."
             )
         absent = torch.tensor(sorted(lacking), dtype=torch.int64)
         return StoredRows(self.cache.layout.tensors(rows), absent, torch.tensor([*indices], dtype=torch.int64))
@@ -116,45 +118,52 @@ class CacheReader:
             rows[[*to]] = self._rows(part, shard, at)
         return rows
 
-    def embeddings(self, num: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Embeddings of `num` stored views, each equally likely, none twice; all where there are fewer.
+    def embeddings(self, num: int, wanted: Wanted, *, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Embeddings of `num` wanted views, each equally likely, none twice; all where there are fewer.
+
+        What else the cache holds makes no difference: other runs may add to it at any time.
 
         Yields:
             A part of them, of a few MiB: float32 [part dim] of images and of texts, as stored, and Int[part] of where
             their samples stand in the source. What is mapped of the files is let go with each part.
+        Raises:
+            CacheError: a row is damaged.
         """
-        extents = [
-            (number, shard, *part.extent(shard))
-            for number, part in enumerate(self.parts)
-            for shard in np.flatnonzero(self._finished[number]).tolist()
-        ]
-        starts = np.cumsum([0, *(last - first for _, _, first, last in extents)])
-        total = int(starts[-1])
+        total = len(wanted)
         chosen = np.random.default_rng(seed).choice(total, min(num, total), replace=False, shuffle=False)
         chosen.sort()  # from one end of the disk to the other
+        keys = wanted.at(chosen)
         assert isinstance(self.cache.layout, RowLayout), "a teacher of two towers alone has embeddings"
         layout = self.cache.layout.embeddings()
         window = max(1, _WINDOW // self.cache.layout.row_bytes)
-        for (number, shard, first, last), start in zip(extents, starts, strict=False):
-            part, in_shard = self.parts[number], _between(chosen, start, start + last - first) - start
-            for begin in np.unique(in_shard // window).tolist():
-                rows = slice(begin * window, min((begin + 1) * window, last - first))
-                at = _between(in_shard, rows.start, rows.stop) - rows.start
-                self._checks(number, shard, at + rows.start)
-                mapped = np.memmap(
-                    part.data(shard),
-                    self.cache.layout.dtype,
-                    mode="r",
-                    offset=rows.start * part.row_bytes,
-                    shape=(rows.stop - rows.start,),
-                )
-                at = at[mapped[CHECK][at] != 0]  # the others have no answer
-                samples = part.keys(first + rows.start, first + rows.stop)[at] % self.cache.length
+        for number, part in enumerate(self.parts):
+            shards, rows = part.find_all(keys)
+            here = (shards >= 0) & self._finished[number][shards]
+            where = np.stack([shards[here], rows[here] // window])
+            for shard, begin in np.unique(where, axis=1).T.tolist():
+                of_window = np.flatnonzero(here)[(where == [[shard], [begin]]).all(0)]
+                stored = self._mapped(number, shard, rows[of_window], begin * window, window)
+                answered = stored[CHECK] != 0  # the others have no answer
                 decoded = layout.decode(
-                    {name: torch.from_numpy(mapped[name][at]) for name in layout.dtype.names or () if name != CHECK}
+                    {
+                        name: torch.from_numpy(stored[name][answered])
+                        for name in layout.dtype.names or ()
+                        if name != CHECK
+                    }
                 )
-                del mapped
+                samples = keys[of_window][answered] % self.cache.length
                 yield decoded["image"], decoded["text"], torch.from_numpy(samples)
+            keys = keys[~here]
+
+    def _mapped(self, number: int, shard: int, rows: NDArray[np.int64], begin: int, count: int) -> NDArray[Any]:
+        """Copies of some rows of a shard, from a map of no more than the `count` ones that begin at `begin`."""
+        part = self.parts[number]
+        self._checks(number, shard, rows)
+        first, last = part.extent(shard)
+        shape = (min(count, last - first - begin),)
+        offset = begin * part.row_bytes
+        mapped = np.memmap(part.data(shard), self.cache.layout.dtype, mode="r", offset=offset, shape=shape)
+        return np.asarray(mapped[rows - begin])
 
     def _find(self, view: int, index: int) -> tuple[int, int, int] | None:
         """Part, shard, and row within it."""
@@ -175,9 +184,3 @@ class CacheReader:
             if len(self._maps) > MOST_MAPS:
                 del self._maps[next(iter(self._maps))]
         return mapped[[*rows]]
-
-
-def _between(ordered: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
-    """The numbers from `start` to before `stop` among some in order."""
-    first, last = np.searchsorted(ordered, (start, stop))
-    return ordered[first:last]

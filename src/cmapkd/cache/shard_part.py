@@ -8,8 +8,10 @@ grows with the shards and not with the samples.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,7 @@ from cmapkd.data.shard_contents import ShardContents
 ROWS_FOLDER, ROWS_FILE = "rows", "rows.json"
 ALMOST_ALL = 0.9
 """Share of a piece's samples from which it is stored whole: then any other seed finds its own."""
+_FILE, _VIEW = re.compile(r"([0-9a-f]{32}-\d{5,})\.(rows|json)"), re.compile(r"v\d+")
 
 
 @dataclass(frozen=True)
@@ -45,37 +48,44 @@ class ShardPart(CachePart):
     piece_rows: int
 
     @classmethod
-    def open(cls, folder: Path, layout: Layout, contents: ShardContents, views: int) -> Self | None:
+    def open(cls, folder: Path, layout: Layout, contents: ShardContents, *, views: int, batch_size: int) -> Self | None:
         """The rows in a cache's folder; None where none were begun.
 
         Raises:
-            CacheError: `rows.json` is damaged.
+            CacheError: `rows.json` is damaged or gone.
         """
-        file = folder / ROWS_FOLDER / ROWS_FILE
-        if not file.exists():
+        piece_rows = _piece_rows(folder / ROWS_FOLDER)
+        if piece_rows is None:
             return None
-        values = _read(file)
-        return cls(file.parent, values["batch_size"], layout.row_bytes, contents, views, values["piece_rows"])
+        return cls(folder / ROWS_FOLDER, batch_size, layout.row_bytes, contents, views, piece_rows)
 
     @staticmethod
     def begin(folder: Path, layout: Layout, *, views: int, batch_size: int, shard_bytes: float) -> None:
-        """Makes the folders of the rows; how rows were cut by whoever was first holds for all."""
+        """Makes the folders of the rows; how many rows a file has was decided by whoever was first.
+
+        Raises:
+            CacheError: they cannot be made, or `rows.json` is damaged or gone.
+        """
         rows = folder / ROWS_FOLDER
-        with explained(folder):
-            if not (rows / ROWS_FILE).exists():
-                temporary = temporary_folder(rows)
-                temporary.mkdir(exist_ok=True)
-                cut = {"batch_size": batch_size, "piece_rows": rows_of_shard(layout, batch_size, shard_bytes)}
-                write_json(temporary / ROWS_FILE, cut)
+        if _piece_rows(rows) is None:
+            temporary = temporary_folder(rows)
+            with explained(folder):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                write_json(temporary / ROWS_FILE, {"piece_rows": rows_of_shard(layout, batch_size, shard_bytes)})
                 try:
                     temporary.rename(rows)
                 except OSError:
                     shutil.rmtree(temporary, ignore_errors=True)
-                    if not (rows / ROWS_FILE).exists():  # else another process was faster
+                    if _piece_rows(rows) is None:  # else another process was faster
                         raise
                 flush(folder)
-            for view in range(views):
-                (rows / f"v{view}").mkdir(exist_ok=True)
+        for view in range(views):
+            with explained(folder):
+                try:
+                    (rows / f"v{view}").mkdir(exist_ok=True)
+                except FileExistsError:
+                    raise CacheError(f"{rows / f'v{view}'} is no folder: remove it and build again") from None
 
     @cached_property
     def _pieces(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -88,7 +98,7 @@ class ShardPart(CachePart):
         return shard, number, np.append(first, counts.sum())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_pieces", "_groups", "_names")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_pieces", "_groups")}
 
     @property
     def length(self) -> int:
@@ -130,15 +140,19 @@ class ShardPart(CachePart):
         piece = int(np.searchsorted(self._pieces[2], row, "right")) - 1
         return view * len(self._pieces[0]) + piece, row - int(self._pieces[2][piece])
 
-    def take(self, wanted: Wanted) -> tuple[list[int], Wanted]:
+    def find_all(self, keys: Keys) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        view, row = np.divmod(keys, self.length)
+        piece = np.searchsorted(self._pieces[2], row, "right") - 1
+        here = (view >= 0) & (view < self.views)
+        return np.where(here, view * (len(self._pieces[2]) - 1) + piece, -1), row - self._pieces[2][piece]
+
+    def take(self, wanted: Wanted, finished: NDArray[np.bool_]) -> tuple[list[int], Wanted]:
         """A shard of which nearly all rows are wanted is stored whole. Other wanted rows are left, unless they are in
         a shard that is here already.
         """
         ends = self._ends()
         held = np.diff(wanted.before(ends))
-        whole = (held > 0) & (held >= ALMOST_ALL * np.diff(ends))
-        few = np.flatnonzero((held > 0) & ~whole)
-        whole[self.finished_among(few.tolist())] = True
+        whole = (held > 0) & (finished | (held >= ALMOST_ALL * np.diff(ends)))
         return np.flatnonzero(whole).tolist(), _outside(wanted, ends, whole)
 
     def count(self, wanted: Wanted, shards: Sequence[int]) -> int:
@@ -147,29 +161,24 @@ class ShardPart(CachePart):
 
     def data(self, shard: int) -> Path:
         view, piece = divmod(shard, len(self._pieces[0]))
-        return self.folder / f"v{view}" / f"{self._names[piece]}.rows"
-
-    @cached_property
-    def _names(self) -> list[str]:
-        """Of the files of a view, without their ends."""
-        digests = [digest.tobytes().hex() for digest in self.contents.digests]
-        return [
-            f"{digests[shard]}-{number:05d}"
-            for shard, number in zip(self._pieces[0].tolist(), self._pieces[1].tolist(), strict=True)
-        ]
+        digest = self.contents.digests[self._pieces[0][piece]].tobytes().hex()
+        return self.folder / f"v{view}" / f"{digest}-{self._pieces[1][piece]:05d}.rows"
 
     def folders(self) -> list[Path]:
         return [self.folder, *(self.folder / f"v{view}" for view in range(self.views))]
 
-    def finished(self) -> NDArray[np.bool_]:
-        found = np.zeros((self.views, len(self._names)), bool)
+    def finished(self, *, repair: bool = False) -> NDArray[np.bool_]:
+        digests = [digest.tobytes().hex() for digest in self.contents.digests]
+        pieces = [*zip(self._pieces[0].tolist(), self._pieces[1].tolist(), strict=True)]
         expected = (np.diff(self._pieces[2]) * self.row_bytes).tolist()
+        found = np.zeros((self.views, len(pieces)), bool)
         for view in range(self.views):
-            sizes = _sizes(self.folder / f"v{view}")
-            for piece, name in enumerate(self._names):
-                if f"{name}.json" in sizes:
-                    good = sizes.get(f"{name}.rows") == expected[piece]
-                    found[view, piece] = good or self.is_finished(view * len(self._names) + piece)  # which says why
+            sizes, recorded = _listed(self.folder / f"v{view}")
+            for number, (shard, piece) in enumerate(pieces):
+                name = f"{digests[shard]}-{piece:05d}"
+                if name in recorded:  # a look at the file itself says why it does not count
+                    good = sizes.get(name) == expected[number]
+                    found[view, number] = good or self.looked_at(view * len(pieces) + number, repair=repair)
         return found.reshape(-1)
 
 
@@ -184,18 +193,14 @@ class FoundFiles(RowFiles):
         """None where none were begun.
 
         Raises:
-            CacheError: `rows.json` is damaged.
+            CacheError: `rows.json` is damaged or gone.
         """
-        file = folder / ROWS_FOLDER / ROWS_FILE
-        if not file.exists():
+        rows = folder / ROWS_FOLDER
+        if _piece_rows(rows) is None:
             return None
-        values = _read(file)
-        files = [
-            record.with_suffix(".rows")
-            for view in sorted(file.parent.glob("v*"))
-            for record in sorted(view.glob("*.json"))
-        ]
-        return cls(file.parent, values["batch_size"], layout.row_bytes, tuple(files))
+        views = sorted(view for view in rows.iterdir() if _VIEW.fullmatch(view.name))
+        files = [view / f"{name}.rows" for view in views for name in sorted(set().union(*_listed(view)))]
+        return cls(rows, 0, layout.row_bytes, tuple(files))
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
@@ -222,21 +227,47 @@ def rows_of_shard(layout: Layout, batch_size: int, shard_bytes: float) -> int:
     return max(1, round(shard_bytes / (batch_size * layout.row_bytes))) * batch_size
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _piece_rows(rows: Path) -> int | None:
+    """The most rows of a file in a folder of rows; None where there is no such folder.
+
+    Raises:
+        CacheError: what says so is damaged or gone.
+    """
+    if not rows.exists():
+        return None
+    file = rows / ROWS_FILE
+    if not file.exists():
+        raise CacheError(f"{file} is gone, and nothing else says how its rows are cut: restore it, or remove {rows}")
     values = read_json(file)
-    check_values(file, values, batch_size=int, piece_rows=int)
-    if not values["batch_size"] or not values["piece_rows"]:
-        raise CacheError(f"{file} is of no rows: remove {file.parent} and build again")
-    return values
+    check_values(file, values, piece_rows=int)
+    if not values["piece_rows"]:
+        raise CacheError(f"{file} is of no rows: remove {rows} and build again")
+    return int(values["piece_rows"])
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """The files of a folder and their bytes."""
+def _listed(folder: Path) -> tuple[dict[str, int], set[str]]:
+    """Of the files of a view by their names without ends: the bytes of rows, and which have records.
+
+    Raises:
+        CacheError: it is no folder.
+    """
+    sizes: dict[str, int] = {}
+    recorded: set[str] = set()
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries}
+            for entry in entries:
+                if (found := _FILE.fullmatch(entry.name)) is None:
+                    continue
+                if found[2] == "json":
+                    recorded.add(found[1])
+                    continue
+                with suppress(FileNotFoundError):  # somebody removed it meanwhile
+                    sizes[found[1]] = entry.stat().st_size
     except FileNotFoundError:
-        return {}
+        pass
+    except NotADirectoryError:
+        raise CacheError(f"{folder} is no folder: remove it and build again") from None
+    return sizes, recorded
 
 
 def _outside(wanted: Wanted, ends: NDArray[np.int64], whole: NDArray[np.bool_]) -> Wanted:

@@ -14,6 +14,7 @@ from cmapkd.cache.config import Check
 from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.reader import CacheReader
+from cmapkd.cache.wanted import Wanted
 from cmapkd.data.types import Batch, ModelInput, StoredRows
 from cmapkd.models import Features, FrozenTeacher, LevelRequest, Model
 
@@ -41,6 +42,7 @@ class CachedTeacher(FrozenTeacher):
 
     Args:
         reload: loads the teacher again, in eval mode, on the CPU.
+        wanted: what the run reads: reference embeddings are drawn from it.
         check: when checksums are compared where reference embeddings are drawn, see `CacheConfig`.
     """
 
@@ -52,12 +54,14 @@ class CachedTeacher(FrozenTeacher):
         cache: CacheFolder,
         *,
         reload: Callable[[], Any],
+        wanted: Wanted,
         precision: str = "fp32",
         check: Check = "first_use",
         role: str = "teacher",
     ) -> None:
         super().__init__(_description(model), role)
         self.cache, self.reload, self.precision, self.check = cache, reload, precision, check
+        self.wanted = wanted
         self.live: FrozenTeacher | None = None
         self.device = torch.device("cpu")
 
@@ -69,7 +73,7 @@ class CachedTeacher(FrozenTeacher):
 
     def reference_embeddings(self, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """See `CacheReader.embeddings`: Float[part dim] of images and of texts, Int[part] of their samples."""
-        return CacheReader(self.cache, check=self.check).embeddings(num, seed=REFERENCE_SEED)
+        return CacheReader(self.cache, check=self.check).embeddings(num, self.wanted, seed=REFERENCE_SEED)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: LevelRequest | None = None) -> Features:

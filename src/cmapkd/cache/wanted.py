@@ -69,6 +69,19 @@ class Wanted:
         together = np.concatenate([*parts, self.single])
         return np.sort(together) if len(self.single) else together
 
+    def at(self, places: NDArray[np.int64]) -> Keys:
+        """The keys at these places of all of them in order."""
+        ranks = self.before(self.single)
+        number = np.searchsorted(ranks, places, "left")  # single keys before the place
+        ends = np.cumsum(self.ranges[:, 1] - self.ranges[:, 0])
+        within = places - number
+        found = np.empty(len(places), np.int64)
+        alone = np.append(ranks, -1)[number] == places
+        found[alone] = self.single[number[alone]]
+        which = np.searchsorted(ends, within[~alone], "right")
+        found[~alone] = self.ranges[which, 1] - (ends[which] - within[~alone]) if len(self.ranges) else 0
+        return found
+
     def first(self, count: int) -> Wanted:
         """The first so many of them, as single keys."""
         starts = self.ranges[:count]

@@ -58,9 +58,9 @@ def missing_shards(cache: CacheFolder, wanted: Wanted) -> tuple[list[MissingShar
     """The shards that are to hold what is wanted and are not finished, and what no part is to hold yet."""
     missing: list[MissingShards] = []
     for part in cache.parts():
-        asked, wanted = part.take(wanted)
-        finished = set(part.finished_among(asked))
-        shards = tuple(shard for shard in asked if shard not in finished)
+        finished = part.finished(repair=True)
+        asked, wanted = part.take(wanted, finished)
+        shards = tuple(shard for shard in asked if not finished[shard])
         if shards:
             missing.append(MissingShards(part, shards))
     return missing, wanted
@@ -123,6 +123,11 @@ def build(
         shard: _Shard | None = None
         for chunk in loader:
             for error in chunk.bad:
+                if error.passing:
+                    raise CacheError(
+                        f"{error}. A row that says so would stay: build again when the store answers; finished shards "
+                        "are kept"
+                    )
                 if error.silent:
                     continue
                 if not skip_bad:
@@ -136,7 +141,6 @@ def build(
             shard.write(answer(chunk, samples, shard.fidelity), num_bad=len(chunk.bad))
             built.rows += span.last - span.first
             if span.last == part.extent(span.shard)[1]:
-                stack.close()  # renames the data into place
                 shard.finish()
                 shard = None
             if progress is not None:
@@ -196,6 +200,10 @@ class _RowMaker:
                     raise CacheError(f"{name} of sample {first!r} is not finite in {why}: {remedy}")
 
 
+class _Overtaken(Exception):
+    """Another builder has finished the same shard."""
+
+
 class _Shard:
     """One shard under way: under another name until its last row is written; gone if it is not finished."""
 
@@ -230,6 +238,11 @@ class _Shard:
         self._num_bad += num_bad
 
     def finish(self) -> None:
+        """Renames the data into place, and writes the record; nothing where another builder has finished the shard."""
+        if self.part.record(self.number).exists():
+            self._stack.__exit__(_Overtaken, _Overtaken(), None)  # the file is removed
+            return
+        self._stack.close()
         first, last = self.part.extent(self.number)
         groups = [*self._groups, *([digest_of_rows(self._group)] if self._group else [])]
         record = {

@@ -70,7 +70,7 @@ def build(
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
     for plan in plans:
         rows, missing = counted(len(plan.keys), "row"), in_bytes(plan.bytes_missing())
-        size = f"{rows} of {plan.layout.row_bytes:,} bytes, {missing} missing"
+        size = f"{rows} of {plan.layout.row_bytes:,} bytes, {missing} missing; data {plan.source.fingerprint()[:12]}"
         console.print(f"{plan.folder}: {size}; {plan.layout.describe()}", highlight=False, soft_wrap=True)
         built = plan.build(
             device=device,

@@ -33,6 +33,10 @@ class Unusable(ValueError):
     """The reason for a bad sample, raised where its id is not known; sources turn it into `BadSampleError`."""
 
 
+class Unreachable(Unusable):
+    """The same where the sample may be good, and what holds it cannot be had now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A sample without its image. `captions` is None where nothing is said of captions, () where there are none.

@@ -18,10 +18,12 @@ class ShardContents:
     Attributes:
         digests: 16 bytes for each shard. Equal digests hold the same samples under the same ids.
         counts: how many samples each has in the source; some may be 0.
+        folder: where they lie.
     """
 
     digests: NDArray[np.void]
     counts: NDArray[np.int64]
+    folder: str = ""
 
     def part(self, start: int, stop: int) -> ShardContents:
         """Of the samples `start` to before `stop`: a shard that is cut there has another digest."""
@@ -33,7 +35,7 @@ class ShardContents:
             first = int(cut[shard] - ends[shard])
             named = f" {first} to {first + int(counts[shard])}".encode()
             digests[shard] = np.void(blake2b(self.digests[shard].tobytes() + named, digest_size=16).digest())
-        return ShardContents(digests, counts)
+        return ShardContents(digests, counts, self.folder)
 
 
 def shard_contents(source: object) -> ShardContents | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cmapkd.config import ConfigError, in_bytes
 from cmapkd.data.reading import RangeReader
-from cmapkd.data.records import Unusable
+from cmapkd.data.records import Unreachable, Unusable
 from cmapkd.data.shard_index import Stamp, build, cache_folder, index_file, stamp_of, write
 from cmapkd.data.stores import Store
 
@@ -162,16 +162,16 @@ class RemoteFiles:
         """Fetches a shard, unless another process does so at this moment.
 
         Raises:
-            Unusable: it cannot be fetched, now or by another process a short time ago.
+            Unreachable: it cannot be fetched, now or by another process a short time ago.
         """
         place = self._place(url, stamp)
         if (failure := self._failure(url, stamp)) is not None:
-            raise Unusable(failure)
+            raise Unreachable(failure)
         part = place.with_suffix(".part")
         handle = os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             if not _locked(handle, PATIENCE):
-                raise Unusable(f"{url} is being fetched by another process, for {PATIENCE:g} s by now")
+                raise Unreachable(f"{url} is being fetched by another process, for {PATIENCE:g} s by now")
             if not _same(handle, part):
                 return  # the other process has it, or gave up: whoever wants it looks again
             self._make_room(stamp[0], handle)
@@ -182,6 +182,7 @@ class RemoteFiles:
                 if isinstance(error, Unusable):
                     with suppress(OSError):
                         write(place.with_suffix(".failed"), str(error).encode())
+                    raise Unreachable(str(error)) from None
                 raise
             with self._room():  # else whoever counts the files could miss this one
                 part.rename(place)
@@ -194,7 +195,7 @@ class RemoteFiles:
         lock = os.open(self.folder / "room.lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             if not _locked(lock, PATIENCE):
-                raise Unusable(f"another process holds {self.folder / 'room.lock'}, for {PATIENCE:g} s by now")
+                raise Unreachable(f"another process holds {self.folder / 'room.lock'}, for {PATIENCE:g} s by now")
             yield
         finally:
             os.close(lock)
@@ -245,7 +246,7 @@ class RemoteFiles:
                     os.ftruncate(handle, size)
                     return
             time.sleep(_POLL)
-        raise Unusable(f"copies of shards leave no room of {in_bytes(size)} in {self.folder}: raise ?disk=")
+        raise Unreachable(f"copies of shards leave no room of {in_bytes(size)} in {self.folder}: raise ?disk=")
 
     def _free(self, size: int, handle: int) -> bool:
         copies, parts = [], 0

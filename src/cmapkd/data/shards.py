@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cmapkd.config import ConfigError, in_bytes
 from cmapkd.data.check import NO_CAPTION
 from cmapkd.data.places import find_files, short_names
 from cmapkd.data.reading import check_size
-from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unusable
+from cmapkd.data.records import MAX_TEXT_BYTES, Record, Unreachable, Unusable
 from cmapkd.data.shard_contents import DIGEST, ShardContents
 from cmapkd.data.shard_files import DISK, GIB, LocalFiles, RemoteFiles, copies_folder
 from cmapkd.data.shard_index import ShardIndex
@@ -175,14 +176,21 @@ class ShardSource(StoredSource):
         """What each shard holds of the samples that are kept; None where ids decide which are."""
         if self._chosen is not None:
             return None
-        kept = (type(self).__name__, str(self._leaves_out_silent), *(self._class_names or ()), *self._keep.templates)
+        names, said = self._class_names or (), self._keep.templates
+        kept = (type(self).__name__, str(self._leaves_out_silent), str(len(names)), *names, *said)
+        repeated: dict[int, list[int]] = {}  # other sets may not have what these repeat
+        for shard, sample in self._repeated:
+            repeated.setdefault(shard, []).append(sample)
         digests = np.zeros(len(self._counts), DIGEST)
         for shard in np.flatnonzero(self._counts).tolist():
             digest = hashlib.blake2b(self._content(shard), digest_size=16)
+            if self._set.claimed[shard]:  # whose samples are not known: another tag may be another file
+                digest.update(b"tag %d;" % self._set.stamps[shard, 1])
+            digest.update(repr(sorted(repeated.get(shard, ()))).encode())
             for part in (name.encode("utf-8", "surrogatepass") for name in (self._set.shorts[shard], *kept)):
                 digest.update(b"%d:" % len(part) + part)
             digests[shard] = np.void(digest.digest())
-        return ShardContents(digests, self._counts).part(0, self._length)
+        return ShardContents(digests, self._counts, _common_folder(self._set.paths)).part(0, self._length)
 
     def _entry(self, index: int) -> Entry:
         if not -self._length <= index < self._length:
@@ -229,7 +237,7 @@ class ShardSource(StoredSource):
         try:
             return self._set.index(entry[0])
         except Unusable as error:
-            raise BadSampleError(self._nameless(entry), str(error)) from None
+            raise BadSampleError(self._nameless(entry), str(error), isinstance(error, Unreachable)) from None
         except OSError as error:
             raise BadSampleError(self._nameless(entry), unread(error)) from None
 
@@ -329,6 +337,12 @@ def _found(
     stamps = store.find(pattern)
     limit = DISK if disk is None else int(disk * GIB)
     return [url for url, _ in stamps], RemoteFiles(store, stamps, folder=copies or copies_folder(), limit=limit)
+
+
+def _common_folder(paths: Sequence[str]) -> str:
+    """The innermost folder of all shards, on this machine or in a store."""
+    placed = [path if is_url(path) else os.path.abspath(path) for path in paths]  # noqa: PTH100 - of many paths
+    return os.path.commonpath([os.path.dirname(path) for path in placed])  # noqa: PTH120
 
 
 def _repeats(place: int) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cmapkd.config import ConfigError, counted
 from cmapkd.data.images import decode_image
 from cmapkd.data.random import uniforms
-from cmapkd.data.records import Record, Unusable
+from cmapkd.data.records import Record, Unreachable, Unusable
 from cmapkd.data.templates import fill
 from cmapkd.data.types import BadSampleError, Sample
 from cmapkd.data.unseen import NO_PICTURE
@@ -168,7 +168,7 @@ class StoredSource(ABC):
             record = self._record(entry)
             data = None if record.text_only else self._image(entry)
         except Unusable as error:
-            raise BadSampleError(sample_id, str(error)) from None
+            raise BadSampleError(sample_id, str(error), isinstance(error, Unreachable)) from None
         except OSError as error:
             raise BadSampleError(sample_id, unread(error)) from None
         return self._sample(sample_id, record, NO_PICTURE if data is None else decode_image(data, sample_id))
@@ -202,7 +202,7 @@ class StoredSource(ABC):
         try:
             return self._sample(sample_id, self._record(entry), NO_PICTURE)
         except Unusable as error:
-            raise BadSampleError(sample_id, str(error)) from None
+            raise BadSampleError(sample_id, str(error), isinstance(error, Unreachable)) from None
         except OSError as error:
             raise BadSampleError(sample_id, unread(error)) from None
 

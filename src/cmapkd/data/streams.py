@@ -156,7 +156,7 @@ class JoinedSource:
         try:
             sample = read(self.sources[number], place)
         except BadSampleError as error:
-            raise BadSampleError(self._id(number, error.sample_id), error.reason) from None
+            raise BadSampleError(self._id(number, error.sample_id), error.reason, error.passing) from None
         return sample.renamed(self._id(number, sample.id)) if number else sample
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ class JoinedSource:
         try:
             return self.sources[number].captions(place)
         except BadSampleError as error:
-            raise BadSampleError(self._id(number, error.sample_id), error.reason) from None
+            raise BadSampleError(self._id(number, error.sample_id), error.reason, error.passing) from None
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

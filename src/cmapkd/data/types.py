@@ -80,19 +80,21 @@ class Sample:
 class BadSampleError(ValueError):
     """A sample that cannot be used, with its id and the reason; what follows is the run's `on_bad_sample`."""
 
-    def __init__(self, sample_id: str, reason: str) -> None:
+    def __init__(self, sample_id: str, reason: str, passing: bool = False) -> None:
+        """See the class; `passing` where the sample may be good, and what holds it cannot be had now."""
         super().__init__(f"sample {sample_id!r}: {reason}")
         self.sample_id = sample_id
         self.reason = reason
+        self.passing = passing
 
     @property
     def silent(self) -> bool:
         """Whether nothing is wrong with the sample but that it has no caption: it is replaced, and counted apart."""
         return self.reason.startswith(NO_CAPTION)
 
-    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[BadSampleError], tuple[str, str, bool]]:
         """Crosses a worker process whole: an exception is rebuilt from its own arguments, not from its message."""
-        return type(self), (self.sample_id, self.reason)
+        return type(self), (self.sample_id, self.reason, self.passing)
 
 
 @runtime_checkable

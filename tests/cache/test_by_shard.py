@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 import time
 import tracemalloc
@@ -17,7 +18,7 @@ import torch
 from cache_support import VIEWS, cache_plan, contents, train
 from PIL import Image
 
-from cmapkd.cache import CacheError, Wanted, coverage, describe, keys_of_run, verify
+from cmapkd.cache import CacheError, Wanted, coverage, describe, files, keys_of_run, verify, writer
 from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.prepare import CachePlan
 from cmapkd.cache.shard_part import ShardPart
@@ -26,7 +27,7 @@ from cmapkd.data.ordering import Ordering
 from cmapkd.data.parts import PartOfSource
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.shard_contents import ShardContents, shard_contents
-from cmapkd.data.types import Sample
+from cmapkd.data.types import BadSampleError, Sample
 from cmapkd.data.views import ViewSpec
 from helpers import MemorySource, make_builder, make_method
 
@@ -370,3 +371,147 @@ def test_what_a_run_reads_in_windows_is_foreseen(steps: int, most_listed: int, m
     assert read <= held
     if most_listed and steps == 3:
         assert read == held
+
+
+# ------------------------------------------------------------------------------------------------ several builders
+
+
+def test_a_file_that_vanishes_while_others_build_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = _built(tmp_path / "c", "abd")
+    (tmp_path / "c" / "rows" / "v0" / f"{'0' * 32}-00000.rows").symlink_to(tmp_path / "gone")  # a look at it fails
+    (tmp_path / "c" / "rows" / "v0" / ".other.rows.host-1.writing").symlink_to(tmp_path / "gone")
+    (tmp_path / "c" / "rows" / "v0" / "notes.json").write_text("mine")
+    assert plan.open().num_absent(plan.keys) == 0
+    found = [name for name, problem in verify(CacheFolder.open(tmp_path / "c"), remove_damaged=True) if problem]
+    assert found == []  # what is not ours is neither called damaged nor removed
+    assert (tmp_path / "c" / "rows" / "v0" / "notes.json").exists()
+
+
+def test_a_finished_shard_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, folder = plan_of(tmp_path / "c", "ab"), tmp_path / "c"
+    finish, before = writer._Shard.finish, dict[str, bytes]()
+
+    def overtaken(self: Any) -> None:
+        if not before:  # another builder does all of it, while this one is about to finish its first shard
+            monkeypatch.setattr(writer._Shard, "finish", finish)
+            with pytest.MonkeyPatch.context() as elsewhere:
+                elsewhere.setattr(files, "_process_tag", lambda: "host-2")
+                plan_of(folder, "ab").build(device="cpu")
+            before.update({path.name: path.read_bytes() for path in folder.rglob("*.rows")})
+            self._file.write(b"other bits")
+        finish(self)
+
+    monkeypatch.setattr(writer._Shard, "finish", overtaken)
+    slow.build(device="cpu")
+    assert {path.name: path.read_bytes() for path in folder.rglob("*.rows")} == before
+    assert not [*folder.rglob("*.writing")]
+    assert all(problem is None for _, problem in verify(CacheFolder.open(folder)))
+
+
+def test_a_shard_that_cannot_be_fetched_ends_the_build_and_stays_unbuilt(tmp_path: Path) -> None:
+    class Down(SetOfShards):
+        def __getitem__(self, index: int) -> Sample:
+            if self.places[index][0] == "b":
+                raise BadSampleError(f"b/{index}", "the store does not answer", passing=True)
+            return super().__getitem__(index)
+
+    with pytest.raises(CacheError, match=r"does not answer\. A row that says so would stay"):
+        plan_of(tmp_path / "c", "", source=Down("ab")).build(device="cpu")
+    up = plan_of(tmp_path / "c", "ab")
+    up.build(device="cpu")
+    assert rows_of(up) == rows_of(_built(tmp_path / "alone", "ab"))
+
+
+def test_a_bank_is_the_same_whatever_others_add(tmp_path: Path) -> None:
+    few = Wanted.of((), [0, 3, 9, 14, 15])
+    plan = plan_of(tmp_path / "c", "abcd", keys=few)
+    plan.build(device="cpu")
+
+    def bank() -> list[int]:
+        return torch.cat([part[2] for part in plan.open().embeddings(4, few, seed=1)]).tolist()
+
+    before = bank()
+    _built(tmp_path / "c", "bad")  # now some rows stand twice
+    assert bank() == before
+    every = torch.cat([part[2] for part in plan.open().embeddings(99, few, seed=1)]).tolist()
+    assert sorted(every) == few.listed().tolist()
+
+
+def test_parts_of_other_sets_do_not_matter(tmp_path: Path) -> None:
+    few = Wanted.of((), [0, 3])
+    plan_of(tmp_path / "c", "ab", keys=few).build(device="cpu")
+    (tmp_path / "c" / "part-00000" / "keys.bin").write_bytes(b"damaged")
+    (tmp_path / "c" / "part-copy").mkdir()
+    assert _built(tmp_path / "c", "de").open()
+    with pytest.raises(CacheError, match=r"keys\.bin is damaged"):
+        plan_of(tmp_path / "c", "ab", keys=few).open()
+
+
+@pytest.mark.parametrize("gone", ["rows.json", "v0"])
+def test_a_folder_in_disorder_is_named(gone: str, tmp_path: Path) -> None:
+    plan = _built(tmp_path / "c", "ab")
+    rows = tmp_path / "c" / "rows"
+    if gone == "v0":
+        shutil.rmtree(rows / gone)
+        (rows / gone).write_text("a file")
+    else:
+        (rows / gone).unlink()
+    for act in (plan.open, lambda: plan.build(device="cpu")):
+        with pytest.raises(CacheError, match=r"rows\.json is gone|v0 is no folder"):
+            act()
+
+
+def test_rows_without_their_record_are_seen(tmp_path: Path) -> None:
+    _built(tmp_path / "c", "ab")
+    record = next((tmp_path / "c" / "rows" / "v1").glob("*.json"))
+    record.unlink()  # a build was killed before it
+    assert describe(CacheFolder.open(tmp_path / "c"))["shards_missing"] == 1
+    assert [problem for _, problem in verify(CacheFolder.open(tmp_path / "c")) if problem] == ["not built yet"]
+
+
+def test_a_reader_removes_nothing(tmp_path: Path) -> None:
+    plan = _built(tmp_path / "c", "ab")
+    reader, before = plan.open(), contents(tmp_path / "c").keys()
+    for path in (tmp_path / "c").rglob("*.rows"):
+        path.write_bytes(path.read_bytes()[:-1])
+    reader.num_absent(plan.keys)
+    with pytest.raises(CacheError, match=r"has [\d,]+ bytes instead of"):
+        plan.open()
+    assert contents(tmp_path / "c").keys() == before
+
+
+def test_a_smaller_batch_of_the_teacher_is_taken_for_new_shards(tmp_path: Path) -> None:
+    _built(tmp_path / "c", "a")
+    plan, sizes = plan_of(tmp_path / "c", "ab", batch_size=2), list[int]()
+    plan.teacher.model.register_forward_hook(lambda module, given, out: sizes.append(len(given[0].texts.ids)))
+    plan.build(device="cpu")
+    assert max(sizes) == 2
+
+
+def test_tars_that_lie_elsewhere_have_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = []
+    for name in ("photos", "drawings"):
+        _tars(tmp_path / name, [3, 2])
+        for pattern in ("{00000..00001}.tar", "00000.tar", "*.tar"):
+            folders.append(plan_of(None, "", source=open_source(f"webdataset:{tmp_path / name}/{pattern}")).folder)
+    assert folders[:3] == [folders[0]] * 3
+    assert folders[3:] == [folders[3]] * 3
+    assert folders[0] != folders[3]
+
+
+def test_a_sample_that_another_tar_has_already_makes_another_digest(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / "tars" / f"{number}.tar", "w") as tar:
+            shown = io.BytesIO()
+            Image.new("RGB", (20, 20)).save(shown, "PNG")
+            for end, data in (("png", shown.getvalue()), ("json", b'{"id": "same", "caption": "a boat"}')):
+                member = tarfile.TarInfo(f"0.{end}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    both = shard_contents(open_source(f"webdataset:{tmp_path}/tars"))
+    second = shard_contents(open_source(f"webdataset:{tmp_path}/tars/1.tar"))
+    assert both is not None
+    assert second is not None
+    assert both.digests[1].tobytes() != second.digests[0].tobytes()

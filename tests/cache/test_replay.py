@@ -184,9 +184,9 @@ def test_a_bank_drawn_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     everything = [torch.cat(parts) for parts in zip(*reader.embeddings(1000, all_keys(24, 2), seed=0), strict=True)]
     assert everything[0].shape == (48, 24)  # no more than there are, and none twice
     assert sorted(everything[2].tolist()) == sorted([*range(24)] * 2)
-    monkeypatch.setattr("cmapkd.cache.reader._WINDOW", 5 * reader.cache.layout.row_bytes)  # shards of 8 rows, by 5
+    monkeypatch.setattr("cmapkd.cache.reader._AT_ONCE", 5 * reader.cache.layout.row_bytes)
     parts = [*reader.embeddings(30, all_keys(24, 2), seed=0)]
-    assert len(parts) > len([*(tmp_path / "a").rglob("*.rows")])
+    assert [len(part[2]) for part in parts] == [5] * 6
     drawn = EmbeddingBank(30, 24, fixed=True)
     drawn.fill(parts)
     assert all(torch.equal(one, other) for one, other in zip(drawn.buffers(), bank.buffers(), strict=True))

@@ -17,12 +17,12 @@ from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.identity import row_check
 from cmapkd.cache.layout import RowLayout
 from cmapkd.cache.rows import CHECK
-from cmapkd.cache.wanted import Wanted
+from cmapkd.cache.wanted import Keys, Wanted
 from cmapkd.data.types import StoredRows
 
 MOST_MAPS = 4096
 """Shards that are mapped at a time, far below what systems allow a process; the first one goes first."""
-_WINDOW = 2**21  # bytes of a shard that are mapped at once where embeddings are drawn
+_AT_ONCE = 2**21  # bytes of rows that are read at once where embeddings are drawn
 
 
 class CacheReader:
@@ -124,8 +124,8 @@ class CacheReader:
         What else the cache holds makes no difference: other runs may add to it at any time.
 
         Yields:
-            A part of them, of a few MiB: float32 [part dim] of images and of texts, as stored, and Int[part] of where
-            their samples stand in the source. What is mapped of the files is let go with each part.
+            A part of them, of a few MiB, in the order of the keys: float32 [part dim] of images and of texts, as
+            stored, and Int[part] of where their samples stand in the source.
         Raises:
             CacheError: a row is damaged.
         """
@@ -135,35 +135,36 @@ class CacheReader:
         keys = wanted.at(chosen)
         assert isinstance(self.cache.layout, RowLayout), "a teacher of two towers alone has embeddings"
         layout = self.cache.layout.embeddings()
-        window = max(1, _WINDOW // self.cache.layout.row_bytes)
-        for number, part in enumerate(self.parts):
-            shards, rows = part.find_all(keys)
-            here = (shards >= 0) & self._finished[number][shards]
-            where = np.stack([shards[here], rows[here] // window])
-            for shard, begin in np.unique(where, axis=1).T.tolist():
-                of_window = np.flatnonzero(here)[(where == [[shard], [begin]]).all(0)]
-                stored = self._mapped(number, shard, rows[of_window], begin * window, window)
-                answered = stored[CHECK] != 0  # the others have no answer
-                decoded = layout.decode(
-                    {
-                        name: torch.from_numpy(stored[name][answered])
-                        for name in layout.dtype.names or ()
-                        if name != CHECK
-                    }
-                )
-                samples = keys[of_window][answered] % self.cache.length
-                yield decoded["image"], decoded["text"], torch.from_numpy(samples)
-            keys = keys[~here]
+        at_once = max(1, _AT_ONCE // self.cache.layout.row_bytes)
+        for first in range(0, len(keys), at_once):
+            some = keys[first : first + at_once]
+            stored = self._stored(some)
+            answered = stored[CHECK] != 0  # the others have no answer
+            decoded = layout.decode(
+                {name: torch.from_numpy(stored[name][answered]) for name in layout.dtype.names or () if name != CHECK}
+            )
+            yield decoded["image"], decoded["text"], torch.from_numpy(some[answered] % self.cache.length)
 
-    def _mapped(self, number: int, shard: int, rows: NDArray[np.int64], begin: int, count: int) -> NDArray[Any]:
-        """Copies of some rows of a shard, from a map of no more than the `count` ones that begin at `begin`."""
-        part = self.parts[number]
+    def _stored(self, keys: Keys) -> NDArray[Any]:
+        """Copies of the rows of these keys; zeros where there are none."""
+        stored = np.zeros(len(keys), self.cache.layout.dtype)
+        left = np.ones(len(keys), bool)
+        for number, (part, finished) in enumerate(zip(self.parts, self._finished, strict=True)):
+            shards, rows = part.find_all(keys)
+            here = left & (shards >= 0) & finished[shards]
+            for shard in np.unique(shards[here]).tolist():
+                of_shard = here & (shards == shard)
+                stored[of_shard] = self._copied(number, shard, rows[of_shard])
+            left &= ~here
+        return stored
+
+    def _copied(self, number: int, shard: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Copies of some rows of a shard, of which no more is mapped than they span, and for no longer."""
+        part, first = self.parts[number], int(rows.min())
         self._checks(number, shard, rows)
-        first, last = part.extent(shard)
-        shape = (min(count, last - first - begin),)
-        offset = begin * part.row_bytes
+        shape, offset = (int(rows.max()) + 1 - first,), first * part.row_bytes
         mapped = np.memmap(part.data(shard), self.cache.layout.dtype, mode="r", offset=offset, shape=shape)
-        return np.asarray(mapped[rows - begin])
+        return np.asarray(mapped[rows - first])
 
     def _find(self, view: int, index: int) -> tuple[int, int, int] | None:
         """Part, shard, and row within it."""

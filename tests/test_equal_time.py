@@ -20,7 +20,7 @@ from cmapkd.compare.seconds import BUSY, measure_all, read_seconds, seconds_a_st
 from cmapkd.config import ConfigError
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
-from compare_support import write_recipe
+from compare_support import leave_figures_blank, write_recipe
 
 COST = {"contrastive": 0.1, "hinton": 0.15, "clip_kd": 0.3}
 
@@ -67,6 +67,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     monkeypatch.setattr("cmapkd.compare.seconds.run", fake)
     monkeypatch.setattr("cmapkd.compare.seconds.waiting_clock", lambda: None)
     monkeypatch.setattr("gc.collect", lambda: 0)
+    leave_figures_blank(monkeypatch)
     return fake
 
 

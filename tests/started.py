@@ -81,7 +81,8 @@ def _import_what_scripts_need() -> None:
     torch.optim.AdamW([torch.zeros(1)])
     gc.collect()
     gc.freeze()  # children that look for circles need not look here
-    gc.set_threshold(20_000, *gc.get_threshold()[1:])  # as in `conftest.py`
+    gc.set_threshold(20_000, *gc.get_threshold()[1:])  # as in `conftest.py`, and
+    os.fsync = lambda descriptor: None  # which no script looks at
 
 
 def _serve() -> None:

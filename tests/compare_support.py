@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,18 @@ def _scores(mean: float) -> dict[str, Any]:
     }
 
 
+def leave_figures_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, and written as empty files: to render them takes most of the time where runs are pretended."""
+    if find_spec("matplotlib") is not None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _figure, path, **_: Path(path).write_bytes(b""))
+
+
 def compare_pretended(
     recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, runs: PretendedRuns, **values: Any
 ) -> ComparisonResult:
     """Compares `ARMS` over six seeds, or as `values` say, with pretended runs."""
     monkeypatch.setattr("cmapkd.compare.execute.run", runs)
     monkeypatch.setattr("gc.collect", lambda: 0)  # a tenth of a second a run, with nothing to collect here
+    leave_figures_blank(monkeypatch)
     settings = {"base": str(recipe), "seeds": list(range(6)), "arms": ARMS} | values
     return compare(ComparisonConfig.from_mapping(settings), out=out)

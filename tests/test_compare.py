@@ -34,7 +34,7 @@ from cmapkd.config import ConfigError
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.training import Interrupted, NonFiniteLossError
-from compare_support import write_recipe
+from compare_support import leave_figures_blank, write_recipe
 
 METHODS = {name: {"method": name} for name in ("contrastive", "hinton", "clip_kd")}
 TEACHER_SCORE = 80.0
@@ -175,11 +175,18 @@ def test_the_time_left_stands_beside_the_next_run(recipe: Path, fake: FakeRun, t
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    """Whose figures are rendered."""
     fake = FakeRun()
     monkeypatch.setattr("cmapkd.compare.execute.run", fake)
     monkeypatch.setattr("gc.collect", lambda: 0)  # a tenth of a second a run, with nothing to collect here
     return fake
+
+
+@pytest.fixture
+def fake(drawn: FakeRun, monkeypatch: pytest.MonkeyPatch) -> FakeRun:
+    leave_figures_blank(monkeypatch)
+    return drawn
 
 
 def comparison(recipe: Path, **changes: Any) -> ComparisonConfig:
@@ -443,7 +450,7 @@ def test_outputs(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
         assert part in shown
 
 
-def test_plots(recipe: Path, fake: FakeRun, tmp_path: Path) -> None:
+def test_plots(recipe: Path, drawn: FakeRun, tmp_path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         pytest.skip("matplotlib is of the extra plots")
     result = compare(comparison(recipe), out=tmp_path / "c")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from cmapkd.compare.seconds import BUSY, measure_all, read_seconds, seconds_a_st
 from cmapkd.config import ConfigError
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
-from compare_support import write_recipe
+from compare_support import leave_figures_blank, write_recipe
 
 COST = {"contrastive": 0.1, "hinton": 0.15, "clip_kd": 0.3}
 
@@ -65,6 +67,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     monkeypatch.setattr("cmapkd.compare.seconds.run", fake)
     monkeypatch.setattr("cmapkd.compare.seconds.waiting_clock", lambda: None)
     monkeypatch.setattr("gc.collect", lambda: 0)
+    leave_figures_blank(monkeypatch)
     return fake
 
 
@@ -205,18 +208,25 @@ def test_a_busy_machine_is_measured_again_and_said_loudly(
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="the kernel keeps no statistics of waiting")
 def test_a_process_that_shares_its_processor_waits() -> None:
-    own = "import time\nfrom cmapkd.compare.seconds import waiting_clock, waited_share\nbefore = waiting_clock()\n"
-    spin = "end = time.perf_counter() + 1.0\nwhile time.perf_counter() < end: pass\n"
-    code = own + spin + "print(waited_share(before, waiting_clock()))"
-    core = sorted(__import__("os").sched_getaffinity(0))[0]
-    pinned = f"import os\nos.sched_setaffinity(0, [{core}])\n"
-    noise = subprocess.Popen([sys.executable, "-c", pinned + "while True: pass"])
+    before_all = os.sched_getaffinity(0)
+    core = min(before_all)
+    os.sched_setaffinity(0, {core})
+    noise = subprocess.Popen(
+        [sys.executable, "-c", "print('here', flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    )
     try:
-        told = subprocess.run([sys.executable, "-c", pinned + code], capture_output=True, text=True, check=True)
+        assert noise.stdout is not None
+        noise.stdout.readline()
+        before, end = waiting_clock(), time.perf_counter() + 1.0
+        while time.perf_counter() < end:
+            pass
+        told = waited_share(before, waiting_clock())
     finally:
         noise.kill()
-        noise.wait()
-    assert float(told.stdout) > 4 * BUSY
+        noise.communicate()
+        os.sched_setaffinity(0, before_all)
+    assert told is not None
+    assert told > 4 * BUSY
 
 
 def test_waiting_by_hand(tmp_path: Path) -> None:
@@ -286,8 +296,10 @@ def test_tune_only_measures_what_tuning_chose(recipe: Path, fake: FakeRun, tmp_p
     assert "kd 0.3 s/step, 40 steps" in notes
 
 
-def test_a_real_measurement(recipe: Path, tmp_path: Path) -> None:
-    config = comparison(recipe, {"measure_steps": 20, "warmup_steps": 5}, seeds=[0])
+def test_a_real_measurement(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmapkd.compare.seconds.BUSY", 1.0)  # a busy machine would be measured three times
+    arms = {"scratch": {"method": "contrastive"}, "kd": {}}
+    config = comparison(recipe, {"measure_steps": 20, "warmup_steps": 5}, seeds=[0], arms=arms)
     plan = make_plan(config)
     assert config.equal_time is not None
     seconds = measure_all(plan, config.equal_time, tmp_path, None)

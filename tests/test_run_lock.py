@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,10 +15,17 @@ from pathlib import Path
 import pytest
 
 from cmapkd.config import ConfigError
+from cmapkd.run import lock
 from cmapkd.run.lock import LOCK, locked
 
-HOLD = """
-import sys, time
+# The lock alone: `cmapkd.run` imports torch, which takes seconds in each process.
+ALONE = f"""
+import sys, types
+sys.modules["cmapkd.run"] = types.ModuleType("cmapkd.run")
+sys.modules["cmapkd.run"].__path__ = [{str(Path(lock.__file__).parent)!r}]
+"""
+HOLD = f"""{ALONE}
+import time
 from pathlib import Path
 from cmapkd.run.lock import locked
 with locked(Path(sys.argv[1])):
@@ -81,24 +87,35 @@ def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def _count(folder: Path, turns: int) -> None:
-    done = 0
-    while done < turns:
-        try:
-            with locked(folder):
-                inside = folder / "inside"
-                inside.touch(exist_ok=False)  # fails if another process is inside
-                inside.unlink()
-                done += 1
-        except ConfigError:
-            continue
+COUNT = f"""{ALONE}
+from pathlib import Path
+from cmapkd.config import ConfigError
+from cmapkd.run.lock import locked
+print("here", flush=True)
+sys.stdin.readline()
+folder, done = Path(sys.argv[1]), 0
+while done < 300:
+    try:
+        with locked(folder):
+            inside = folder / "inside"
+            inside.touch(exist_ok=False)  # fails if another process is inside
+            inside.unlink()
+            done += 1
+    except ConfigError:
+        continue
+"""
 
 
 def test_many_processes_are_never_inside_together(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_count, args=(tmp_path, 20)) for _ in range(3)]
+    command = [sys.executable, "-c", COUNT, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     for process in processes:
-        process.start()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"  # all begin at once
     for process in processes:
-        process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in processes] == [0, 0, 0]

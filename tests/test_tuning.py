@@ -25,7 +25,7 @@ from cmapkd.data.open import open_source, split_of
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.training import Interrupted, NonFiniteLossError
-from compare_support import write_recipe
+from compare_support import leave_figures_blank, write_recipe
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3]
 BEST_RATE = 2e-3
@@ -63,6 +63,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRun:
     fake = FakeRun()
     monkeypatch.setattr("cmapkd.compare.execute.run", fake)
     monkeypatch.setattr("gc.collect", lambda: 0)
+    leave_figures_blank(monkeypatch)
     return fake
 
 

@@ -1,12 +1,17 @@
-"""Commands run one after the other in one fresh process, whose imports are then known."""
+"""Commands run one after the other in one fresh process, whose imports are then known; or in this one."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
 
 _DRIVER = """
 import contextlib, io, json, sys, warnings
@@ -35,3 +40,21 @@ def run_commands(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return [(code, said, heavy) for code, said, heavy in json.loads(done.stdout)]
+
+
+def run_here(command: Sequence[str]) -> tuple[int, str]:
+    """Of a command its exit code, and what it printed; where it does not matter what is imported by then."""
+    from cmapkd.cli import main
+
+    said = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        redirect_stdout(said),
+        redirect_stderr(said),
+    ):
+        warnings.simplefilter("default")  # as in a process of its own
+        patch.setattr(sys, "argv", ["cmapkd", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return int(ended.value.code or 0), said.getvalue()

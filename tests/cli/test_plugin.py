@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def call(folder: Path, *commands: list[str], code: int = 0, codes: Sequence[int] = ()) -> list[str]:
+def call(folder: Path, *commands: Sequence[str], codes: Sequence[int]) -> list[str]:
     """What each command prints, one after the other in a process that has the package on its path."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(folder / "site")]),
@@ -50,8 +50,34 @@ def call(folder: Path, *commands: list[str], code: int = 0, codes: Sequence[int]
         "COLUMNS": "200",
     }
     ends = run_commands(commands, cwd=folder, environment=environment)
-    assert [end for end, *_ in ends] == ([*codes] or [code] * len(commands)), ends
+    assert [end for end, *_ in ends] == [*codes], ends
     return [said for _, said, _ in ends]
+
+
+COMMANDS: dict[str, tuple[int, list[str]]] = {  # name: (exit code, command), one after the other in one process
+    "listed": (0, ["methods", "--json"]),
+    "card": (0, ["methods", "similarity"]),
+    "checked": (1, ["doctor", "recipe.yaml"]),  # it finds that the teacher has learned nothing
+    "trained": (0, ["distill", "recipe.yaml", "--out", "run"]),
+    "measured": (0, ["evaluate", "run", "--data", "colours", "--tasks", "own_caption", "--json", "scores.json"]),
+    "built": (0, ["cache", "build", "recipe.yaml", "--all"]),
+    "compared": (0, [
+        *("compare", "recipe.yaml", "--arms", "similarity: method=similarity", "--arms", "alone: method=contrastive"),
+        *("--seeds", "0", "--out", "compared", "training.evaluate_every=null", "training.student=last"),
+    ]),
+    "misspelt method": (2, ["methods", "similarty"]),
+    "misspelt settings": (2, [
+        *("doctor", "recipe.yaml", "method.similarity_weigth=1", "evaluation.tasks=[own_captoin]"),
+    ]),
+    "misspelt data": (2, ["distill", "recipe.yaml", "data.val=colors", "--out", "never"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> dict[str, str]:
+    """What each of the commands prints."""
+    codes, commands = zip(*COMMANDS.values(), strict=True)
+    return dict(zip(COMMANDS, call(folder, *commands, codes=codes), strict=True))
 
 
 def test_the_package_takes_less_than_a_hundred_lines() -> None:
@@ -66,27 +92,17 @@ def test_the_documentation_shows_exactly_this_package() -> None:
         assert (PLUGIN / name).read_text(encoding="utf-8") in shown
 
 
-def test_methods_distil_doctor_evaluate_and_cache_know_it(folder: Path) -> None:
-    listed, card, checked, trained, measured, built = call(
-        folder,
-        ["methods", "--json"],
-        ["methods", "similarity"],
-        ["doctor", "recipe.yaml"],
-        ["distill", "recipe.yaml", "--out", "run"],
-        ["evaluate", "run", "--data", "colours", "--tasks", "own_caption", "--json", "scores.json"],
-        ["cache", "build", "recipe.yaml", "--all"],
-        codes=(0, 0, 1, 0, 0, 0),  # the doctor finds that the teacher has learned nothing
-    )
-    cards = json.loads(listed)
+def test_methods_distil_doctor_evaluate_and_cache_know_it(folder: Path, told: dict[str, str]) -> None:
+    cards = json.loads(told["listed"])
     assert cards["similarity"]["package"] == "cmapkd-colours 1.0"
     assert cards["similarity"]["settings"]["similarity_weight"]["default"] == 10.0
     assert {each["package"] for name, each in cards.items() if name != "similarity"} == {"cmapkd"}
-    assert "package: cmapkd-colours 1.0" in card
-    assert "data.train: 60 samples" in checked
-    assert re.findall(r"^problem", checked, re.MULTILINE) == ["problem"]
-    assert checked.endswith("1 problem, 1 note\n")
-    assert "steps: " in checked
-    assert "own caption" in trained
+    assert "package: cmapkd-colours 1.0" in told["card"]
+    assert "data.train: 60 samples" in told["checked"]
+    assert re.findall(r"^problem", told["checked"], re.MULTILINE) == ["problem"]
+    assert told["checked"].endswith("1 problem, 1 note\n")
+    assert "steps: " in told["checked"]
+    assert "own caption" in told["trained"]
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     assert metrics["method"] == "similarity"
     assert metrics["evaluated_on"] == "colours"
@@ -94,39 +110,31 @@ def test_methods_distil_doctor_evaluate_and_cache_know_it(folder: Path) -> None:
     logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("terms/similarity" in line for line in logged)
     assert any("validation/own_caption" in line for line in logged)
-    assert "own_caption" in measured
+    assert "own_caption" in told["measured"]
     assert set(json.loads((folder / "scores.json").read_text())["models"]["run"]) >= {"own_caption", "params"}
-    assert "built 240 rows" in built
+    assert "built 240 rows" in told["built"]
 
 
+@pytest.mark.usefixtures("told")
 def test_compare_knows_it(folder: Path) -> None:
-    arms = ["--arms", "similarity: method=similarity", "--arms", "alone: method=contrastive"]
-    work = ["training.evaluate_every=null", "training.student=last"]
-    call(folder, ["compare", "recipe.yaml", *arms, "--seeds", "0", "--out", "compared", *work])
     table = (folder / "compared" / "table.md").read_text()
     assert "own caption share" in table
     assert "| alone (reference) |" in table
     assert "Retrieval is over 12 images, 12 captions." in table
 
 
-def test_misspelt_names_of_the_package_get_the_nearest(folder: Path) -> None:
-    asked, recipe, data = call(
-        folder,
-        ["methods", "similarty"],
-        ["doctor", "recipe.yaml", "method.similarity_weigth=1", "evaluation.tasks=[own_captoin]"],
-        ["distill", "recipe.yaml", "data.val=colors", "--out", "never"],
-        code=2,
-    )
-    assert "did you mean 'similarity'" in asked
-    assert "did you mean 'similarity_weight'" in recipe
-    assert "did you mean 'own_caption'" in recipe
-    assert "did you mean 'colours'" in data
+def test_misspelt_names_of_the_package_get_the_nearest(told: dict[str, str]) -> None:
+    assert "did you mean 'similarity'" in told["misspelt method"]
+    assert "did you mean 'similarity_weight'" in told["misspelt settings"]
+    assert "did you mean 'own_caption'" in told["misspelt settings"]
+    assert "did you mean 'colours'" in told["misspelt data"]
 
 
 def test_a_package_that_cannot_be_imported_is_named_and_hides_nothing(tmp_path: Path) -> None:
     install(tmp_path / "site", source="import a_library_that_is_not_there\n")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
-    cards = json.loads(call(tmp_path, ["methods", "--json"])[0])
+    listed, checked = call(tmp_path, ["methods", "--json"], ["doctor", "recipe.yaml"], codes=(0, 2))
+    cards = json.loads(listed)
     assert "cmapkd-colours 1.0 cannot be imported" in cards["similarity"]["problem"]
     assert "problem" not in cards["clip_kd"]
-    assert "repair or uninstall that package" in call(tmp_path, ["doctor", "recipe.yaml"], code=2)[0]
+    assert "repair or uninstall that package" in checked

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import run_commands
+from cli_support import run_here
 from PIL import Image
 
 SMALL = {"image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1, "vision_heads": 2, "width": 16}
@@ -37,7 +37,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {  # what is wrong: (line, reason)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("strangers")
     Image.linear_gradient("L").convert("RGB").resize((24, 20)).save(folder / "a.png")
-    good = [asked(f"<image>Is it red, number {number}?", "yes" if number % 2 else "no") for number in range(60)]
+    # with the bad ones four whole batches: one epoch reads every line
+    good = [asked(f"<image>Is it red, number {number}?", "yes" if number % 2 else "no") for number in range(25)]
     lines = good + [line for line, _ in BAD.values()]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return folder
@@ -76,13 +77,11 @@ def ends(data: Path) -> dict[str, tuple[int, str]]:
         ),
         "two towers": distill("towers", "method=token_kd", "teacher=tiny:scenes-teacher"),
     }  # fmt: skip
-    found = [(code, said) for code, said, _ in run_commands(list(commands.values()))]
+    found = {name: run_here(command) for name, command in commands.items()}
     if template.exists():
         template.write_text(template.read_text().replace("add_generation_prompt", "false"))
-        late = distill("late", "method=token_kd", f"teacher={teacher}")
-        commands["no generation prompt"] = late
-        found += [(code, said) for code, said, _ in run_commands([late])]
-    return dict(zip(commands, found, strict=True))
+        found["no generation prompt"] = run_here(distill("late", "method=token_kd", f"teacher={teacher}"))
+    return found
 
 
 def test_bad_dialogues_are_counted_with_their_reason(ends: dict[str, tuple[int, str]], data: Path) -> None:

@@ -111,6 +111,11 @@ CASES: dict[
     "contracted, in micro-batches": (Contracted, {}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_EXACT, "weighting": "attention"}),
 }
+IN_MICRO_BATCHES = tuple(name for name in CASES if name.endswith("in micro-batches"))
+DTYPES_OF = {name: [*DTYPES.values()][name in IN_MICRO_BATCHES :] for name in CASES}  # those: float64 alone
+OF_FOUR = tuple(  # two pairs of each process are encoded at once: one case shows that this is the whole batch as well
+    name for name in CASES if name not in IN_MICRO_BATCHES or name == "cmapkd, everything in micro-batches"
+)
 SHARDED_CASES = (
     "contracted",
     *SHARDED_METHODS,
@@ -365,7 +370,7 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
     for name in TRAINED:  # the trainer starts the process group itself
         found |= trained(name, out / name)
     for name in CASES:
-        for dtype in DTYPES.values():
+        for dtype in DTYPES_OF[name]:
             found |= losses_and_gradients(name, dtype, rank)
         found |= losses_and_gradients(name, torch.float64, rank, LOCAL)
     for name in SHARDED_CASES:
@@ -476,7 +481,7 @@ def unsteady(out: Path) -> dict[str, Tensor]:
 
 def of_four(_out: Path, rank: int) -> dict[str, Tensor]:
     found = rounded_gradient(rank)
-    for name in CASES:
+    for name in OF_FOUR:
         found |= losses_and_gradients(name, torch.float64, rank)
     return found
 

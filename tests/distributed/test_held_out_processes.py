@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from started import run_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 from held_out_processes import TWO, WEIGHTINGS, trained
@@ -20,14 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("held-out")
     script = Path(__file__).with_name("held_out_processes.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(script, str(folder), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+from started import run_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 from loss_processes import LOSSES, SIZES, everything, of_method, sigmoid
@@ -24,14 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("losses")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("loss_processes.py")), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(Path(__file__).with_name("loss_processes.py"), str(folder), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

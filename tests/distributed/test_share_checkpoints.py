@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from cmapkd.training.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint
 from cmapkd.training.shards import has_shares, stored
+from started import run_script
 
 SIZES = {name: size for name, size, _, _ in GROUPS}
 ENDS = tuple(name for name in SIZES if name not in REFUSED)
@@ -30,8 +28,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of every run."""
     folder = tmp_path_factory.mktemp("shares")
     script = Path(__file__).with_name("share_checkpoints.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), str(folder)], env=environment, timeout=900, check=True)
+    done = run_script(script, str(folder), timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from started import run_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 from writing_processes import CASES, TRAINED, TWO, learned_from, trained
@@ -22,14 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("writing")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("writing_processes.py")), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(Path(__file__).with_name("writing_processes.py"), str(folder), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(TWO)]
 

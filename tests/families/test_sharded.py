@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,8 @@ import torch
 from family_support import FAMILIES, has_batch_norm, make
 from sharded_families import FAILED, HOW, TEACHER, TWO, path_of, trained
 from torch import Tensor
+
+from started import run_script
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -23,14 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes found."""
     folder = tmp_path_factory.mktemp("sharded")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sharded_families.py")), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(Path(__file__).with_name("sharded_families.py"), str(folder), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

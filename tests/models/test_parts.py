@@ -68,7 +68,7 @@ FAMILIES = {
     "timm with registers": partial(timm, "vit_small_patch14_reg4_dinov2", image_size=28, embed_dim=16),
     "timm with its own classifier": partial(timm, "mobilenetv3_small_050", image_size=32),
     "timm convolutional": partial(timm, "test_resnet"),
-    "timm with windows": partial(timm, "swinv2_cr_tiny_ns_224"),
+    "timm with windows": partial(timm, "swinv2_cr_tiny_ns_224", image_size=64),
     "tiny": lambda _folder: make_model(),
     "joined": partial(joined, owned=False),
     "joined, loaded": partial(joined, owned=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +150,12 @@ def test_other_objects_are_refused_with_the_line_that_converts_this_file(
         read_weights(path)
     line = str(caught.value).partition("as `checkpoint`: ")[2]
     assert f"weights_only=False){place};" in line
-    subprocess.run(["bash", "-c", line.replace("python", sys.executable, 1)], check=True, timeout=120)
+    if place == '["state_dict"]':
+        subprocess.run(["bash", "-c", line.replace("python", sys.executable, 1)], check=True, timeout=120)
+    else:  # as that shell reads it; a start of Python and torch for each file would take seconds
+        python, option, code = shlex.split(line)
+        assert (python, option) == ("python", "-c")
+        exec(code, {})
     converted = path.with_suffix(".safetensors")
     names = {"weight", "bias"} if place.endswith("state_dict()") else set(WEIGHTS)
     assert read_weights(converted).keys() == names

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,8 @@ import pytest
 import torch
 from runs import CASES, FAILED, FLOAT32, SITTINGS, STEPS, bounds, path_of, sitting
 from torch import Tensor
+
+from started import run_script
 
 # Of the largest number of its kind at the step. What is float64 here is not quite: banks and the sum of the terms.
 TOLERANCE = {case: 5e-5 if case in FLOAT32 else 1e-6 for case in CASES}
@@ -27,14 +26,7 @@ pytestmark = [
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What every process of every sitting found."""
     folder = tmp_path_factory.mktemp("resume")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("runs.py")), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = run_script(Path(__file__).with_name("runs.py"), str(folder), timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

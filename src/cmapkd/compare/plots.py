@@ -125,6 +125,7 @@ def _save(figure: Figure, folder: Path, name: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"{name}.{suffix}", dpi=160)
+        figure.set_layout_engine("none")  # its parts have their places now
         yield folder / f"{name}.{suffix}"
 
 

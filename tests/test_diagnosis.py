@@ -142,6 +142,16 @@ def test_a_cache_of_a_fast_teacher_does_not_pay(monkeypatch: pytest.MonkeyPatch)
     assert "it does not pay" in _by_what(findings, "note")["cache"]
 
 
+def test_what_a_cache_holds_already_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cmapkd.diagnosis.cost.measure", lambda *_, **__: Cost(answer=0.01, build=0.011, read=0.0007))
+    config = _config(teacher=TEACHER, method="clip_kd", cache={"mode": "auto", "max_gib": 1e-6})
+    assert "more than cache.max_gib" in _by_what(diagnose(config), "problem")["cache"]
+    monkeypatch.setattr("cmapkd.cache.CachePlan.bytes_missing", lambda _: 500)
+    findings = diagnose(config)
+    assert not _by_what(findings, "problem")
+    assert any("of which 500 bytes are to be built" in each.detail for each in findings if each.what == "cache")
+
+
 def _assuming(model: DualEncoder, twin: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> DualEncoder:
     """A model that was loaded as one of GELU, and its like with QuickGELU."""
     monkeypatch.setattr(model, "assumed_activation", "gelu", raising=False)

@@ -150,6 +150,7 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
     try:
         plan = plan_cache(config, method, source, role=role)
         size = len(plan.keys) * plan.layout.row_bytes
+        missing = size if settings is None else plan.bytes_missing()
         cost = measure(plan, device=device)
     except (ValueError, RuntimeError, OSError) as error:
         yield Finding("problem" if settings is not None else "note", what, str(error))
@@ -160,11 +161,12 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
     prepared = reader_of(plan.teacher.model).looks != reader_of(method.student).looks
     live = cost.answer + (cost.prepare if prepared else 0.0)
     detail = (
-        f"{'cache: auto would store' if settings is None else 'it stores'} {in_bytes(size)} ({len(plan.keys):,} "
+        f"{'cache: auto would store' if settings is None else 'it stores'} {in_bytes(size)}"
+        f"{'' if missing == size else f', of which {in_bytes(missing)} are to be built'} ({len(plan.keys):,} "
         f"rows of {plan.layout.row_bytes:,} bytes, {plan.layout.short}); here a pair takes the "
         f"teacher {1000 * live:.2f} ms live, {1000 * cost.build:.2f} ms to store and {1000 * cost.read:.3f} ms to read"
     )
-    if settings is not None and size > settings.max_gib * 2**30:
+    if settings is not None and missing > settings.max_gib * 2**30:
         yield Finding("problem", what, f"{detail}. That is more than cache.max_gib {settings.max_gib:g}")
         return
     if live <= cost.read:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cmapkd.cache import CacheReader
+from cmapkd.cache import CacheReader, all_keys
 from cmapkd.cache.files import write_json
 from cmapkd.cache.folder import CacheFolder
 from cmapkd.cache.layout import Field, RowLayout
@@ -98,7 +98,7 @@ def measure(size: int, sample: int, arguments: argparse.Namespace) -> dict[str, 
         before = peak()
         start = clock()
         bank = EmbeddingBank(size, width, store=arguments.store, fixed=True)
-        bank.fill(CacheReader(cache, check="sizes").embeddings(size, seed=0))
+        bank.fill(CacheReader(cache, check="sizes").embeddings(size, all_keys(cache.length, 1), seed=0))
         fill = clock() - start
     held = peak()
     seconds = []

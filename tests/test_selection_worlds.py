@@ -115,7 +115,7 @@ def text_of(source: Source, index: int) -> str:
 
 def test_a_cache_without_the_other_sample_is_named(tmp_path: Path) -> None:
     source, made = MemorySource(12), method(kind="hidden", share=1.0)
-    reader = cached(tmp_path / "cache", source, made, keys=all_keys(12, 1)[:6])
+    reader = cached(tmp_path / "cache", source, made, keys=all_keys(12, 1).first(6))
     answers = made.answers("teacher", reader)
     lacking = next(i for i in range(6) if answers.other(i) >= 6)
     with pytest.raises(CacheError, match="cache build RECIPE --all"):
@@ -126,7 +126,7 @@ def test_a_run_without_inner_levels_asks_for_no_other_sample(tmp_path: Path) -> 
     tops = {"visual_levels": {"P5": 1.0}, "language_levels": {"L4": 1.0}}
     settings = {"name": "world_cmapkd", **tops, "world": {"kind": "hidden", "share": 1.0}}
     source, made = MemorySource(12), make_method(worlds.WorldCMAPKD, settings=settings)
-    reader = cached(tmp_path / "cache", source, made, keys=all_keys(12, 1)[:6])
+    reader = cached(tmp_path / "cache", source, made, keys=all_keys(12, 1).first(6))
     texts = [text_of(source, i) for i in range(6)]
     found = made.answers("teacher", reader).read(0, range(6), [f"m{i}" for i in range(6)], texts, [])
     assert {*found.arrays} == {"image", "text"}

@@ -142,12 +142,18 @@ class DropoutStudent(TinyDualEncoder):
 
 
 @cache
-def tokenizer() -> TrainedTokenizer:
-    return TrainedTokenizer.train([" ".join(WORDS)] * 4, vocab_size=100, context_length=12)
+def tokenizer(context_length: int = 12) -> TrainedTokenizer:
+    return TrainedTokenizer.train([" ".join(WORDS)] * 4, vocab_size=100, context_length=context_length)
 
 
 def make_model(
-    *, dim: int = 16, image_size: int = 16, seed: int = 0, depth: int = 1, kind: type[TinyDualEncoder] = TinyDualEncoder
+    *,
+    dim: int = 16,
+    image_size: int = 16,
+    seed: int = 0,
+    depth: int = 1,
+    kind: type[TinyDualEncoder] = TinyDualEncoder,
+    context_length: int = 12,
 ) -> TinyDualEncoder:
     options = TinyOptions(
         image_size=image_size,
@@ -158,16 +164,18 @@ def make_model(
         text_width=32,
         text_depth=1,
         embed_dim=dim,
-        context_length=12,
+        context_length=context_length,
         vocab_size=100,
     )
     torch.manual_seed(seed)
-    return kind(options, tokenizer(), name=f"test-{dim}")
+    return kind(options, tokenizer(context_length), name=f"test-{dim}")
 
 
-def make_teacher(*, dim: int = 24, image_size: int = 24, seed: int = 7, role: str = "teacher") -> FrozenTeacher:
+def make_teacher(
+    *, dim: int = 24, image_size: int = 24, seed: int = 7, role: str = "teacher", context_length: int = 12
+) -> FrozenTeacher:
     """Of another width and image size than the student."""
-    return FrozenTeacher(make_model(dim=dim, image_size=image_size, seed=seed), role)
+    return FrozenTeacher(make_model(dim=dim, image_size=image_size, seed=seed, context_length=context_length), role)
 
 
 def second_teacher() -> FrozenTeacher:

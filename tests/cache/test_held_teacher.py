@@ -12,8 +12,9 @@ from cache_support import VIEWS, cache_plan, contents, losses, train
 from torch import Tensor
 
 import cmapkd
-from cmapkd.cache import CacheWarning
+from cmapkd.cache import CachedTeacher, CacheWarning
 from cmapkd.cache.identity import weight_hash
+from cmapkd.data.open import open_source
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher
@@ -145,6 +146,34 @@ def test_whole_runs(cache: str, unheld: Any, tmp_path: Path, monkeypatch: pytest
     assert losses(tmp_path / "held") == losses(tmp_path / "own")
     weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("held", "own")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_teacher_whose_towers_are_random_can_be_loaded_again(precision: str, tmp_path: Path) -> None:
+    """They are drawn from its role: another draw would be other weights, which are refused."""
+    from cmapkd.run import RunConfig, answer_from_cache, load_teachers, method_of
+
+    options = {"embed_dim": 16, "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": 12}
+    about = {
+        "teacher": {"name": "timm:test_vit", "init": "scratch", "options": {**options, "image_size": 48}},
+        "student": "tiny:debug",
+        "data": {"train": "scenes?length=4&size=48"},
+        "method": "clip_kd",
+        "training": {"steps": 1, "batch_size": 4, "device": "cpu", "precision": precision},
+        "cache": {"folder": str(tmp_path / "cache")},
+        "baseline": "none",
+    }
+    config = RunConfig.from_mapping(about)
+    teachers = load_teachers(config)
+    method = method_of(config, make_model(), teachers)
+    answer_from_cache(config, method, open_source("scenes?length=4&size=48"), None)
+    torch.manual_seed(99)
+    assert isinstance(method.teacher, CachedTeacher)
+    with pytest.warns(CacheWarning):
+        live = method.teacher.loaded(1, torch.device("cpu"))
+    assert bool(live.model.held) == (precision == "bf16")
+    if precision == "fp32":
+        assert weight_hash(live.model) == weight_hash(teachers["teacher"].model)
 
 
 def test_frozen_towers_of_a_student_keep_their_weights(tmp_path: Path) -> None:

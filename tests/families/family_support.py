@@ -23,7 +23,9 @@ from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.prompts import make_prompts
 from helpers import make_method, make_model, make_teacher
 
-CLIP_TEXT = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+SHORT = 12
+"""The context length of the families' texts, where a test asks for no other."""
+CLIP_TEXT = {"context_length": SHORT, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
 TIMM_VIT = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 48}
@@ -33,15 +35,13 @@ HF_VISION = {**SIZES, "image_size": 32, "patch_size": 8}
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How one is made, and what is known of it.
+    """How one is made.
 
     Attributes:
-        make: writes what it needs into a new folder and builds the model from it.
-        breaks_graph: why `torch.compile` cannot take its forward pass as one graph; None where it can.
+        make: writes what it needs into a new folder and builds the model from it, for texts of so many tokens.
     """
 
-    make: Callable[[Path], DualEncoder]
-    breaks_graph: str | None = None
+    make: Callable[[Path, int], DualEncoder]
 
 
 def open_clip(folder: Path, **config: Any) -> DualEncoder:
@@ -51,13 +51,13 @@ def open_clip(folder: Path, **config: Any) -> DualEncoder:
     return build_model(f"open_clip:{path}")
 
 
-def with_transformers_text(folder: Path) -> DualEncoder:
+def with_transformers_text(folder: Path, length: int = SHORT) -> DualEncoder:
     """open_clip's `CustomTextCLIP` of a timm image tower and a RoBERTa."""
     from transformers import RobertaConfig
 
     settings = RobertaConfig(
         vocab_size=20,
-        max_position_embeddings=40,
+        max_position_embeddings=length + 28,
         pad_token_id=0,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -66,33 +66,33 @@ def with_transformers_text(folder: Path) -> DualEncoder:
     settings.save_pretrained(folder / "text")
     save_word_tokenizer(folder / "words")
     text = {"hf_model_name": str(folder / "text"), "hf_tokenizer_name": str(folder / "words"), "hf_proj_type": "mlp"}
-    return open_clip(folder, vision_cfg=TIMM_VIT, text_cfg={**text, "context_length": 12})
+    return open_clip(folder, vision_cfg=TIMM_VIT, text_cfg={**text, "context_length": length})
 
 
-def parts(folder: Path) -> DualEncoder:
+def parts(folder: Path, length: int = SHORT) -> DualEncoder:
     """A convolutional image tower and a BERT, joined by two heads."""
     from transformers import BertConfig, BertModel
 
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(vocab_size=20, max_position_embeddings=40, pad_token_id=0, **none, **SIZES)
+    config = BertConfig(vocab_size=20, max_position_embeddings=length + 28, pad_token_id=0, **none, **SIZES)
     BertModel(config).save_pretrained(folder)
     save_word_tokenizer(folder)
     image = {"name": "timm:test_efficientnet", "image_size": 64}
-    text = {"name": f"hf:{folder}", "context_length": 12}
+    text = {"name": f"hf:{folder}", "context_length": length}
     options = {"image": image, "text": text, "image_head": "mlp", "text_head": "mlp", "embed_dim": 16}
     return build_model(ModelConfig(name="parts:small", options=options))
 
 
-def timm(folder: Path) -> DualEncoder:
+def timm(folder: Path, length: int = SHORT) -> DualEncoder:
     """An image tower with batch norms beside CLIP's text tower."""
-    options = {"embed_dim": 16, "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": 12}
+    options = {"embed_dim": 16, "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": length}
     return build_model(ModelConfig(name="timm:mobilenetv3_small_050", options={**options, "image_size": 64}))
 
 
-def hf_clip(folder: Path) -> DualEncoder:
+def hf_clip(folder: Path, length: int = SHORT) -> DualEncoder:
     import transformers
 
-    text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 12, "eos_token_id": 1, "pad_token_id": 0}
+    text = {**SIZES, "vocab_size": 20, "max_position_embeddings": length, "eos_token_id": 1, "pad_token_id": 0}
     config = transformers.CLIPConfig(text_config=text, vision_config=HF_VISION, projection_dim=16)
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.3] * 3
@@ -100,10 +100,10 @@ def hf_clip(folder: Path) -> DualEncoder:
     return _hf(folder, transformers.CLIPModel(config), processor, pad="[PAD]")
 
 
-def hf_siglip(folder: Path) -> DualEncoder:
+def hf_siglip(folder: Path, length: int = SHORT) -> DualEncoder:
     import transformers
 
-    text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 12}
+    text = {**SIZES, "vocab_size": 20, "max_position_embeddings": length}
     config = transformers.SiglipConfig(text_config=text, vision_config=HF_VISION)
     processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
     return _hf(folder, transformers.SiglipModel(config), processor, pad="</s>")
@@ -116,46 +116,54 @@ def _hf(folder: Path, model: Any, processor: Any, *, pad: str) -> DualEncoder:
     return build_model(f"hf:{folder}")
 
 
-def tiny(folder: Path) -> DualEncoder:
-    return make_model()
+def tiny(folder: Path, length: int = SHORT) -> DualEncoder:
+    return make_model(context_length=length)
 
 
-def joined(folder: Path) -> DualEncoder:
+def joined(folder: Path, length: int = SHORT) -> DualEncoder:
     """A prompted image tower and a projector with a batch norm, in a teacher's space."""
     student = make_model()
     torch.manual_seed(0)
     prompts = make_prompts(student, depth=1, count=2)
-    return JoinedEncoder(student, make_teacher(), projector="two_layer", prompts=prompts)
+    return JoinedEncoder(student, make_teacher(context_length=length), projector="two_layer", prompts=prompts)
 
 
 FAMILIES: dict[str, Family] = {
     "tiny": Family(tiny),
-    "open_clip": Family(lambda folder: open_clip(folder, vision_cfg=VIT, text_cfg=CLIP_TEXT)),
-    "open_clip RN50-like": Family(lambda folder: open_clip(folder, vision_cfg=RESNET, text_cfg=CLIP_TEXT)),
+    "open_clip": Family(
+        lambda folder, length: open_clip(folder, vision_cfg=VIT, text_cfg={**CLIP_TEXT, "context_length": length})
+    ),
+    "open_clip RN50-like": Family(
+        lambda folder, length: open_clip(folder, vision_cfg=RESNET, text_cfg={**CLIP_TEXT, "context_length": length})
+    ),
     "timm": Family(timm),
     "timm, SigLIP": Family(
-        lambda folder: open_clip(
+        lambda folder, length: open_clip(
             folder,
             vision_cfg=TIMM_VIT,
-            text_cfg={**CLIP_TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True},
+            text_cfg={
+                **CLIP_TEXT,
+                "context_length": length,
+                "no_causal_mask": True,
+                "pool_type": "last",
+                "proj_bias": True,
+            },
             custom_text=True,
             init_logit_bias=-10,
         )
     ),
-    "timm, transformers text": Family(
-        with_transformers_text, breaks_graph="transformers puts hooks into its blocks to return their hidden states"
-    ),
+    "timm, transformers text": Family(with_transformers_text),
     "hf CLIP": Family(hf_clip),
     "hf SigLIP": Family(hf_siglip),
-    "parts": Family(parts, breaks_graph="transformers looks at the mask of texts"),
-    "joined": Family(joined, breaks_graph="prompts are put among the tokens by hooks of the tower's blocks"),
+    "parts": Family(parts),
+    "joined": Family(joined),
 }
 
 
-def make(name: str, folder: Path) -> DualEncoder:
-    """The family's model; the same weights at every call."""
+def make(name: str, folder: Path, length: int = SHORT) -> DualEncoder:
+    """The family's model, for texts of so many tokens; the same weights at every call."""
     torch.manual_seed(0)
-    model = FAMILIES[name].make(folder)
+    model = FAMILIES[name].make(folder, length)
     randomise(model)
     return model
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 
-from family_support import FAMILIES
+from family_support import FAMILIES, SHORT
 
 import cmapkd
 from cmapkd.cache.identity import weight_hash
@@ -180,7 +180,7 @@ def test_a_checkpoint_without_fingerprints_goes_on_and_says_so(here: Path) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_of_every_family_are_known_by_what_they_hold(family: str, tmp_path: Path) -> None:
-    model = FAMILIES[family].make(tmp_path / "made")
+    model = FAMILIES[family].make(tmp_path / "made", SHORT)
     model.save(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first, second = load_model(tmp_path / "a"), load_model(tmp_path / "b")

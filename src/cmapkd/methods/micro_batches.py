@@ -170,19 +170,20 @@ def noted_once(model: nn.Module) -> tuple[AbstractContextManager[None], Abstract
 class _StatisticsKept(AbstractContextManager[None]):
     """Batch norms normalise as they do, but their running statistics and counts of batches stay as they are.
 
+    They note what they see in copies. So a compiled model finds nothing else than before, and needs no other graph.
     May be entered several times: a part is encoded again for every backward pass, and a kept graph has several.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.momenta: list[tuple[_BatchNorm, float, Tensor | None]] = []
+        self.own: list[tuple[_BatchNorm, dict[str, Tensor | None]]] = []
 
     def __enter__(self) -> None:
         norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
-        self.momenta = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.momentum is not None]
-        for norm, _, _ in self.momenta:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+        self.own = [(norm, dict(norm._buffers)) for norm in norms]
+        for norm, buffers in self.own:
+            norm._buffers.update({name: None if each is None else each.clone() for name, each in buffers.items()})
 
     def __exit__(self, *_error: object) -> None:
-        for norm, momentum, count in self.momenta:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for norm, buffers in self.own:
+            norm._buffers.update(buffers)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cmapkd.models.block_hooks import block_hooks
 from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
 _STEMS = ("act1", "bn1", "conv_stem", "features.norm0")  # what timm calls the output before the first stage
@@ -147,9 +148,5 @@ def outputs_of(blocks: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[
 
         return hook
 
-    handles = [blocks[number].register_forward_hook(keep(number)) for number in numbers]
-    try:
+    with block_hooks({blocks[number]: keep(number) for number in numbers}):
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()

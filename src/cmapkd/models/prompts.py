@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmapkd.models.base import DualEncoder
+from cmapkd.models.block_hooks import block_hooks
 from cmapkd.models.texts import evaluating
 
 PUBLISHED_DEPTH = 9  # layers of 12 with prompts of their own, IVLP and PromptKD
@@ -53,13 +54,9 @@ class DeepPrompts(nn.Module):
             carried[:] = [x[:, -count:]]
             return (x[:, :-count], *output[1:]) if isinstance(output, tuple) else x[:, :-count]
 
-        handles = [block.register_forward_pre_hook(join(number)) for number, block in enumerate(blocks)]
-        handles += [block.register_forward_hook(leave) for block in blocks]
-        try:
+        joins = {block: join(number) for number, block in enumerate(blocks)}
+        with block_hooks(after=dict.fromkeys(blocks, leave), before=joins):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def make_prompts(model: DualEncoder, *, depth: int | None, count: int) -> DeepPrompts:

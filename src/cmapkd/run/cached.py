@@ -17,7 +17,7 @@ from cmapkd.data.types import Source
 from cmapkd.methods import Method
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod
 from cmapkd.methods.stages import stage_ends, stream_by_step
-from cmapkd.models import build_model
+from cmapkd.models import build_teacher
 from cmapkd.run.build import read_streams, text_choice
 from cmapkd.run.config import RunConfig
 from cmapkd.training.processes import wait_for_all
@@ -120,7 +120,7 @@ def _answer_from_cache(
     reader = _filled(
         plan, config, console, "the teacher answers" if role == "teacher" else f"the teacher {role} answers"
     )
-    method.teachers[role] = plan.cached_teacher(reader, partial(build_model, config.teachers[role]))
+    method.teachers[role] = plan.cached_teacher(reader, partial(build_teacher, config.teachers[role], role))
     return method.answers(role, reader)
 
 

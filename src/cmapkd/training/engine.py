@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo, Term
 from cmapkd.models import Model, MovingAverage
+from cmapkd.models.compiled import compile_in_place
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
 from cmapkd.training.exchange import AveragedGradients
@@ -127,8 +128,11 @@ class WholeEngine(Engine):
         self.optimizer = make_optimizer(method, optim)
         method.second_moment = self._second_moment
         self.average = MovingAverage(method.student, config.ema) if config.ema is not None else None
+        self.compiled = config.compile
 
     def enter_stage(self) -> None:
+        if self.compiled:  # graphs of other stages count, and torch makes no more than a few
+            torch.compiler.reset()
         if self.averaged is not None:
             self.averaged.begin_stage()
 
@@ -232,7 +236,7 @@ def make_engine(method: Method, config: TrainConfig, optim: OptimConfig, acceler
     if config.activation_checkpointing:
         recompute_blocks(method, config.stages or method.default_stages)
     if config.compile:
-        method.student.compile()  # in place: names of weights, checkpoints and the saved student stay as they are
+        compile_in_place(method.student)
     shared = config.sharding == "fsdp2" and accelerator.num_processes > 1
     kind = SharedEngine if shared else WholeEngine
     return kind(method, config, optim, accelerator)

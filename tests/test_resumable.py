@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from cmapkd.config import Config, ConfigError, resumable_keys
+from cmapkd.config import Config, ConfigError, load_config, resumable_keys
 from cmapkd.config.resumable import declared, fixed_differences, is_resumable
 from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
+from cmapkd.run import measure as measuring
 from cmapkd.run.folder import changed_settings
 from cmapkd.training import TrainConfig
-from cmapkd.training.memory import memory_advice
+from cmapkd.training.memory import OutOfMemory, memory_advice
 
 DOCS = Path(__file__).parents[1] / "docs"
 MAY_CHANGE = """
@@ -196,3 +199,21 @@ def test_every_key_of_the_advice_is_a_setting() -> None:
     assert named <= {key for key, _ in declared(RunConfig)}
     with pytest.raises(ConfigError, match=r"training\.nothing"):
         RunConfig.from_mapping({**BEFORE, "training": {"steps": 1, "nothing": 1}})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"), [("clip_kd_scenes", "evaluation.batch_size"), ("sft_scenes", "evaluation.writing.batch_size")]
+)
+def test_memory_that_ran_out_in_scoring_is_freed_by_settings_that_the_model_reads(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, key: str
+) -> None:
+    def out_of_memory(*_args: object, **_settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measuring, "evaluate", out_of_memory)
+    config = load_config(RunConfig, recipe)
+    named: Any = SimpleNamespace(name="scored", to=lambda _device: None)
+    share: Any = SimpleNamespace(leads=True)
+    with pytest.raises(OutOfMemory, match=rf"{key}=\d+ \(now \d+\)") as failed:
+        measuring._evaluate(named, named, config, device=torch.device("cpu"), share=share)
+    assert ("resume the run" in str(failed.value)) == (key in keys(MAY_CHANGE))

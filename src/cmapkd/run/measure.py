@@ -155,7 +155,7 @@ def _evaluate(
     """Scores of a model, whose ranks by picture are written to `ranks_file`; none in processes that assist.
 
     Raises:
-        OutOfMemory: says which settings take less, all of which may change at a resume.
+        OutOfMemory: says which settings take less, and whether they may change at a resume.
     """
     settings = config.evaluation
     if config.writes:  # asked as in training
@@ -169,12 +169,27 @@ def _evaluate(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
         raise OutOfMemory(
-            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). To go on, {RESUME} "
-            f"with evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size}){fewer}: the "
-            "scores stay the same, and what was trained is kept"
+            f"memory ran out while {model.name} was scored on {source.name} ({first_line(error)}). "
+            f"{_how_to_go_on(config)}"
         ) from error
+
+
+def _how_to_go_on(config: RunConfig) -> str:
+    """What takes less memory to score. The number of dialogues at once belongs to the protocol of models that write."""
+    settings = config.evaluation
+    if config.writes:
+        size = settings.writing.batch_size
+        return (
+            f"evaluation.writing.batch_size={max(1, size // 4)} (now {size}) takes less. Scores depend on it, so it may "
+            "not change at a resume: take it in a new folder. If the student is trained, its folder is written: then "
+            f"score that alone, with cmapkd evaluate RUN_FOLDER --set writing.batch_size={max(1, size // 4)}"
+        )
+    fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
+    return (
+        f"To go on, {RESUME} with evaluation.batch_size={max(1, settings.batch_size // 4)} (now {settings.batch_size})"
+        f"{fewer}: the scores stay the same, and what was trained is kept"
+    )
 
 
 def measure(

@@ -10,6 +10,7 @@ from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.clip_rd import ClipRD
+from cmapkd.methods.clip_refine import ClipRefine
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
@@ -36,6 +37,7 @@ _OWN: dict[str, type[Method]] = {
     "fitnet": FitNet,
     "clip_kd": ClipKD,
     "clip_rd": ClipRD,
+    "clip_refine": ClipRefine,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,

@@ -12,6 +12,7 @@ from cmapkd.objectives.interactive import interactive_divergence, interactive_lo
 from cmapkd.objectives.level import hint_distance, level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
+from cmapkd.objectives.refine import hybrid_divergence, reference_distance
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
@@ -36,6 +37,7 @@ __all__ = [
     "feature_distance",
     "gradient_distance",
     "hint_distance",
+    "hybrid_divergence",
     "interactive_divergence",
     "interactive_loss",
     "kendall_tau",
@@ -47,6 +49,7 @@ __all__ = [
     "non_target_divergence",
     "prior_coupling",
     "pyramid_divergence",
+    "reference_distance",
     "relation_distance",
     "sigmoid_loss",
     "similarities",

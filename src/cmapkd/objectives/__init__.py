@@ -2,7 +2,14 @@
 
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
-from cmapkd.objectives.classes import check_classes, labelled_cross_entropy, non_target_divergence
+from cmapkd.objectives.classes import (
+    agreeing,
+    check_classes,
+    labelled_cross_entropy,
+    nearest_divergence,
+    non_target_divergence,
+    own_text_cross_entropy,
+)
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
@@ -26,6 +33,7 @@ __all__ = [
     "TaidState",
     "TokenDivergence",
     "TokenLosses",
+    "agreeing",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -45,8 +53,10 @@ __all__ = [
     "labelled_cross_entropy",
     "layer_relation_distance",
     "level_distance",
+    "nearest_divergence",
     "next_taid",
     "non_target_divergence",
+    "own_text_cross_entropy",
     "prior_coupling",
     "pyramid_divergence",
     "reference_distance",

@@ -26,6 +26,7 @@ _LATER = (
     "data.mix_synthetic",
     "data.more",
     "data.more_views",
+    "data.teacher_view",
     "data.views.reading",
     "data.held_out",
     "data.timeout",
@@ -247,14 +248,15 @@ class RunConfig(Config):
         student = self.student.model_copy(update={"inherit": None})
         named = self.teacher if self.writes else None
         prompts = self.data.prompts.model_copy(update={"unanswered": "leave_out"})
-        data = self.data.model_copy(update={"prompts": prompts})
+        data = self.data.model_copy(update={"prompts": prompts, "teacher_view": "same"})
         return self.model_copy(
             update={**alone, "student": student, "data": data, "teacher": named, "more_teachers": {}}
         )
 
     def without_teachers(self) -> RunConfig:
         """The same for a method that uses none."""
-        return self.model_copy(update={"teacher": None, "more_teachers": {}})
+        data = self.data.model_copy(update={"teacher_view": "same"})
+        return self.model_copy(update={"teacher": None, "more_teachers": {}, "data": data})
 
     def _measures(self, task: str) -> bool:
         """Whether the task reads models such as the method trains."""

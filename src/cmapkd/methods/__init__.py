@@ -26,6 +26,8 @@ from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
+from cmapkd.methods.vl2v_adip import VL2VADiP
+from cmapkd.methods.vlm_distill_ood import VlmDistillOod
 from cmapkd.models import FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
@@ -41,6 +43,8 @@ _OWN: dict[str, type[Method]] = {
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,
+    "vlm_distill_ood": VlmDistillOod,
+    "vl2v_adip": VL2VADiP,
     "sft": SFT,
     "token_kd": TokenKD,
     "taid": TAID,

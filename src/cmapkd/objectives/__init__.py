@@ -13,7 +13,7 @@ from cmapkd.objectives.classes import (
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
-from cmapkd.objectives.feature import embedding_distance, feature_distance
+from cmapkd.objectives.feature import embedding_distance, feature_distance, labelled_distance, log_distance
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import hint_distance, level_distance
@@ -51,8 +51,10 @@ __all__ = [
     "kendall_tau",
     "kl_divergence",
     "labelled_cross_entropy",
+    "labelled_distance",
     "layer_relation_distance",
     "level_distance",
+    "log_distance",
     "nearest_divergence",
     "next_taid",
     "non_target_divergence",

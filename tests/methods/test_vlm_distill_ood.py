@@ -167,8 +167,19 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 def test_one_class_is_refused() -> None:
     config = VlmDistillOodConfig(name="vlm_distill_ood")
-    with pytest.raises(ConfigError, match="tells classes apart, and there is one, 'red cat'"):
+    with pytest.raises(ConfigError, match="tells classes apart, and the data have red cat: give data with more"):
         build_method(config, student=make_model(), teacher=make_teacher(), classes=ClassPrompts(("red cat",), ("{}",)))
+
+
+def test_classes_left_out_are_no_rivals_and_their_samples_have_no_label() -> None:
+    batch = replace(random_batch(4), extra={LABELS: torch.tensor([0, 1, 4, -1])})
+    method, whole = ood(left_out=["green dog"]), ood()
+    assert method.labels(batch).tolist() == [0, -1, 3, -1]
+    torch.testing.assert_close(method.class_vectors, whole.class_vectors[[0, 2, 3, 4]])
+    with pytest.raises(
+        ConfigError, match=r"left_out names 'gren dog' \(did you mean 'green dog'\?\), which is no class"
+    ):
+        ood(left_out=["gren dog"])
 
 
 def test_a_run_from_one_row_a_sample_saves_a_model_for_any_classes(tmp_path: Path) -> None:

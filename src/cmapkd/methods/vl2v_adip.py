@@ -103,10 +103,11 @@ class VL2VADiP(DualEncoderMethod):
         weights = {"image": config.image_share, "text": 1 - config.image_share}
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
-        self.student = JoinedEncoder(student, teacher, projector="linear")
+        joined = JoinedEncoder(student, teacher, projector="linear")
         with torch.no_grad():
             student.log_logit_scale.fill_(float(teacher.model.log_logit_scale.detach().reshape(())))
-        student.log_logit_scale.requires_grad_(False)
+        joined.freeze_unused()
+        self.student = joined
 
     @property
     def term_names(self) -> tuple[str, ...]:

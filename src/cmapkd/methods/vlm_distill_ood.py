@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from cmapkd.config import ConfigError
 from cmapkd.data.batches import Extra
-from cmapkd.data.labels import LabelReader
+from cmapkd.data.labels import LabelReader, places_among
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
@@ -64,6 +64,11 @@ class VlmDistillOodConfig(MethodConfig):
     )
     caption_temperature: Literal["same", "official"] = Field(
         "same", description="Of captions. same: temperature; official: 1, as in the published code."
+    )
+    left_out: tuple[str, ...] = Field(
+        (),
+        description="Names of classes that no training picture shows, left out of all softmaxes of the training. A "
+        "sample of one counts as unlabelled.",
     )
     label_share: float = Field(
         1.0, ge=0, le=1, description="Share of the samples whose label is read; the others are unlabelled."
@@ -112,7 +117,8 @@ class VlmDistillOod(DualEncoderMethod):
         "tests/methods/fixtures/vlm_distill_ood.json",
     )
 
-    class_vectors: Tensor
+    class_vectors: Tensor  # of the classes that are not left out
+    place_of: Tensor  # of each class among them, or -1
 
     def __init__(
         self,
@@ -125,21 +131,19 @@ class VlmDistillOod(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         assert classes is not None
-        if len(classes.names) < 2:
-            raise ConfigError(
-                f"method {config.name} tells classes apart, and there is one, {classes.names[0]!r}: give data with more"
-            )
         self.config = config
         weights = {"labels": config.label_weight, "feature": config.feature_weight}
         weights |= {"contrastive": config.contrastive_weight, "proximal": config.proximal_weight}
         weights |= {"captions": config.caption_weight}
         self.weights = {name: weight for name, weight in weights.items() if weight}
-        self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
+        self.register_buffer("place_of", places_among(classes.names, left_out=config.left_out))
+        self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes)[self.place_of >= 0])
         same = student.embed_dim == teacher.embed_dim
-        self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+        joined = JoinedEncoder(student, teacher, projector="none" if same else "linear")
         with torch.no_grad():
             student.log_logit_scale.fill_(-math.log(config.temperature))
-        student.log_logit_scale.requires_grad_(False)
+        joined.freeze_unused()
+        self.student = joined
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -147,7 +151,7 @@ class VlmDistillOod(DualEncoderMethod):
 
     @property
     def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
+        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.place_of))}
 
     @property
     def student_needs(self) -> LevelRequest:
@@ -156,6 +160,11 @@ class VlmDistillOod(DualEncoderMethod):
     @property
     def teacher_needs(self) -> LevelRequest:
         return LevelRequest() if self.config.caption_weight else LevelRequest(towers=("image",))
+
+    def labels(self, batch: Batch) -> Int[Tensor, " batch"]:
+        """Places of the samples' classes among those that are not left out, -1 where there is none."""
+        labels = super().labels(batch)
+        return torch.where(labels < 0, labels, self.place_of[labels.clamp_min(0)])
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, labels = self.encode_student(batch), self.labels(batch)

@@ -11,12 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset
 
-from cmapkd.config import ConfigError
 from cmapkd.data.memory import SampleMemory
 from cmapkd.data.pieces import Part, Rows, united_rows
 from cmapkd.data.plans import Plan
 from cmapkd.data.random import permuted
-from cmapkd.data.readers import Reader, Shared
+from cmapkd.data.readers import Reader, Shared, first_alike, refuse_more_views
 from cmapkd.data.records import Unusable
 from cmapkd.data.streams import MAIN_STREAM, Stream, streams_of
 from cmapkd.data.texts import TextChoice
@@ -146,6 +145,7 @@ class BatchBuilder(Dataset[Batch]):
     Args:
         more_views: by name, how many further views a method reads of each sample. A role with stored answers gets none
             of them: nobody is there to encode them.
+        own_views: by role, what it sees in place of `views`; its captions are theirs.
         streams: of the source, each with its order (`Ordering.streams`); none: all are mixed as a whole.
         view_specs: what the further views may be, by name (`data.more_views`).
     Raises:
@@ -166,6 +166,7 @@ class BatchBuilder(Dataset[Batch]):
         memory: int = 0,
         more_views: Mapping[str, int] | None = None,
         view_specs: Mapping[str, ViewSpec] | None = None,
+        own_views: Mapping[str, ViewSpec] | None = None,
         streams: Sequence[Stream] = (),
     ) -> None:
         self.samples = SampleMemory(source, memory)
@@ -175,19 +176,17 @@ class BatchBuilder(Dataset[Batch]):
         self.extras = dict(extras or {})
         self.texts: Choice = texts or TextChoice()
         self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
+        self.own_views = dict(own_views or {})
         check_more_views(self.more_views, self.view_specs)
         self._live = [role for role in readers if role not in self.stored]
         self._texts_read: dict[int, Sample] = {}
         self._together = [role for role in self.stored if self._reads_together(role)]
         plain = self.texts.plain and not self.extras and not self.more_views and not self._together
         self._may_be_unseen = plain and not self._live and bool(self.stored) and hasattr(source, "id")
-        self._like = _first_alike(readers)
+        self._like = first_alike(readers, self.own_views)
         self.streams = tuple(streams) or streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
-
-        if self.more_views and any(readers[role].reads_together for role in self._live):
-            raise ConfigError(
-                "further views of a sample are for models of two towers, and a model here reads dialogues"
-            )
+        if self.more_views:
+            refuse_more_views(self._live, readers)
 
     def _reads_together(self, role: str) -> bool:
         """Whether a role with stored answers reads texts that its picture is needed for."""
@@ -232,7 +231,9 @@ class BatchBuilder(Dataset[Batch]):
                 raise BadSampleError(
                     sample_id, f"{reason}; and no readable sample was found to take its place at step {plan.step}"
                 )
-        return made.part(self._inputs(made, *self.texts.columns(made.texts)), self._answers(made))
+        return made.part(
+            self._inputs(made, *self.texts.columns(made.texts)), made.answers(self.stored, self.texts.named)
+        )
 
     def join(self, plan: Plan, parts: Sequence[Part]) -> Batch:
         """The batch of all its pieces, in their order.
@@ -281,11 +282,13 @@ class BatchBuilder(Dataset[Batch]):
             BadSampleError: it cannot be used.
         """
         number = self.views.view_number(epoch)
-        lacking = [role for role, answers in self.stored.items() if not answers.has(number, index)]
+        own = {role: spec.view_number(epoch) for role, spec in self.own_views.items()}
+        lacking = [role for role, answers in self.stored.items() if not answers.has(own.get(role, number), index)]
         sample = self.samples[index] if lacking or not self._may_be_unseen else self._unseen(index)
         view = draw_view(sample.id, number, self.views, sample.image.size)
         texts = self.texts.choose(sample, view, number)
-        items = self._read(sample, view, texts, [*self._live, *lacking, *self._together])
+        seen = {role: draw_view(sample.id, own[role], self.own_views[role], sample.image.size) for role in own}
+        items = self._read(sample, view, texts, [*self._live, *lacking, *self._together], seen)
         for role in self._together:
             if role not in lacking:
                 items[role] = self.readers[role].without_picture(items[role])
@@ -308,10 +311,13 @@ class BatchBuilder(Dataset[Batch]):
         made.indices.append(index)
         made.views.append(number)
         made.texts.append(texts)
+        for role, shown in seen.items():
+            chosen = texts if own[role] == number else self.texts.choose(sample, shown, own[role])
+            made.own.setdefault(role, []).append((own[role], chosen))
         for role, column in made.items.items():
             column.append(items.get(role))
-        for name, shown in further.items():
-            for each in shown:
+        for name, each_view in further.items():
+            for each in each_view:
                 for role, item in each.items():
                     made.more_items[name][role].append(item)
         for name, value in extras.items():
@@ -329,14 +335,6 @@ class BatchBuilder(Dataset[Batch]):
             if len(self._texts_read) < _TEXTS_KEPT:
                 self._texts_read[index] = known
         return known
-
-    def _answers(self, made: Rows) -> dict[str, StoredRows]:
-        answered = [self.texts.named(chosen) for chosen in made.texts]
-        views: int | list[int] = made.views[0] if len(set(made.views)) == 1 else made.views
-        return {
-            role: answers.read(views, made.indices, made.ids, answered, made.missing[role])
-            for role, answers in self.stored.items()
-        }
 
     def _candidates(
         self, plan: Plan, planned: int, epoch: int, tried: list[int], taken: Collection[int]
@@ -358,20 +356,25 @@ class BatchBuilder(Dataset[Batch]):
                 tried.append(index)
                 yield index
 
-    def _read(self, sample: Sample, view: View, texts: Any, roles: Iterable[str]) -> dict[str, Any]:
+    def _read(
+        self, sample: Sample, view: View, texts: Any, roles: Iterable[str], own: Mapping[str, View] | None = None
+    ) -> dict[str, Any]:
         """The view as each of `roles` reads it, once for all that read alike: these share the item.
 
+        Args:
+            own: by role, the view that it sees in place of this one.
         Raises:
             BadSampleError: a role cannot read it.
         """
-        picture, box = view.prepare(sample.image)
+        main = view.prepare(sample.image)
         done: dict[str, Any] = {}
         items: dict[str, Any] = {}
         for role in roles:
             like = self._like[role]
             if like not in done:
+                shown = own[role].prepare(sample.image) if own and role in own else main
                 try:
-                    done[like] = self.readers[role].read(picture, box, texts)
+                    done[like] = self.readers[role].read(*shown, texts)
                 except Unusable as error:
                     raise BadSampleError(sample.id, str(error)) from None
             items[role] = done[like]
@@ -390,11 +393,3 @@ class BatchBuilder(Dataset[Batch]):
                 continue
             inputs[role] = reader.join(items, captions, more_texts, further, shared)
         return inputs
-
-
-def _first_alike(readers: Mapping[str, Reader]) -> dict[str, str]:
-    """For each role the first one that makes the same of a picture."""
-    first: dict[str, str] = {}
-    for role, reader in readers.items():
-        first[role] = next((other for other in first if readers[other].looks == reader.looks), role)
-    return first

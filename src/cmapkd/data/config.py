@@ -97,6 +97,11 @@ class DataConfig(Config):
     views: ViewSpec | None = Field(
         None, description="Crops and flips of the training pictures; none: 90-100 % crops, whole pictures for scenes."
     )
+    teacher_view: Literal["same", "whole"] = Field(
+        "same",
+        description="What teachers see. same: the student's view; whole: the picture as it is, of which a cache holds "
+        "one answer for each sample where the method reads none of the teacher's texts.",
+    )
     more_views: dict[str, ViewSpec] = Field(
         default_factory=dict,
         description="Further views by name, for methods that read several of a sample; num_views stays none.",

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cmapkd.config import ConfigError, counted
+from cmapkd.config import ConfigError, closest, counted
 from cmapkd.data.random import uniforms
 from cmapkd.data.types import Sample
 from cmapkd.data.views import View
@@ -42,3 +42,21 @@ class LabelReader:
 
     def join(self, items: Sequence[int]) -> Int[Tensor, " batch"]:
         return torch.tensor(items, dtype=torch.long)
+
+
+def places_among(names: Sequence[str], *, left_out: Sequence[str]) -> Int[Tensor, " classes"]:
+    """Of each class its place among those that are not left out, or -1.
+
+    Raises:
+        ConfigError: there is no class of a name, or fewer than two are left.
+    """
+    for name in left_out:
+        if name not in names:
+            raise ConfigError(f"method.left_out names {name!r}{closest(name, names)}, which is no class of the data")
+    kept = [number for number, name in enumerate(names) if name not in left_out]
+    if len(kept) < 2:
+        told = ", ".join(names[number] for number in kept) or "none"
+        raise ConfigError(f"the method tells classes apart, and the data have {told}: give data with more classes")
+    places = torch.full((len(names),), NO_LABEL)
+    places[kept] = torch.arange(len(kept))
+    return places

@@ -190,7 +190,9 @@ def _open_scenes(spec: Spec) -> Source:
         options["wrong"] = wrong
     if (start := spec.take_int("start")) is not None:
         options["start"] = start
-    spec.refuse_leftovers(("size", "length", "start", "limit", "language", "wrong"))
+    if (descriptions := spec.take("descriptions")) is not None:
+        options["descriptions"] = descriptions
+    spec.refuse_leftovers(("size", "length", "start", "limit", "language", "wrong", "descriptions"))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -56,12 +56,29 @@ class Rows:
         self.indices: list[int] = []
         self.views: list[int] = []
         self.texts: list[Any] = []
+        self.own: dict[str, list[tuple[int, Any]]] = {}  # by role with views of its own: their numbers and texts
         self.missing: dict[str, list[int]] = {role: [] for role in stored}
         self.items: dict[str, list[Any]] = {role: [] for role in roles}
         self.more_items: dict[str, dict[str, list[Any]]] = {name: {role: [] for role in roles} for name in more_views}
         self.extras: dict[str, list[Any]] = {name: [] for name in extras}
         self.bad: list[tuple[str, str]] = []
         self.tried: list[int] = []
+
+    def answers(self, stored: Mapping[str, Any], named: Callable[[Any], str]) -> dict[str, StoredRows]:
+        """The stored answers to the rows by role.
+
+        Args:
+            stored: of each role, see `batches.Answers`.
+            named: names the texts that were chosen for a sample.
+        """
+        said = [*zip(self.views, map(named, self.texts), strict=True)]
+        found: dict[str, StoredRows] = {}
+        for role, answers in stored.items():
+            own = [(number, named(chosen)) for number, chosen in self.own.get(role, ())]
+            views, texts = (list(each) for each in zip(*(own or said), strict=True))
+            view: int | list[Any] = views[0] if len(set(views)) == 1 else views
+            found[role] = answers.read(view, self.indices, self.ids, texts, self.missing[role])
+        return found
 
     def part(self, inputs: Mapping[str, Input], stored: Mapping[str, StoredRows]) -> Part:
         """The rows as a piece, with what was made of them together."""

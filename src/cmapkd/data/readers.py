@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -313,6 +313,25 @@ class ChatReader:
             return _UNKNOWN
         tensors = (item.ids, item.answer, item.visual, *item.sequence.values(), *item.pictures.values())
         return sum(tensor.nbytes for tensor in tensors)
+
+
+def first_alike(readers: Mapping[str, Reader], own_views: Mapping[str, Any]) -> dict[str, str]:
+    """For each role the first one that makes the same of a picture, and sees the same views of it."""
+    first: dict[str, str] = {}
+    for role, reader in readers.items():
+        like = (other for other in first if readers[other].looks == reader.looks)
+        first[role] = next((other for other in like if own_views.get(other) == own_views.get(role)), role)
+    return first
+
+
+def refuse_more_views(roles: Iterable[str], readers: Mapping[str, Reader]) -> None:
+    """Refuses further views of samples that these roles would read as dialogues.
+
+    Raises:
+        ConfigError: one of them does.
+    """
+    if any(readers[role].reads_together for role in roles):
+        raise ConfigError("further views of a sample are for models of two towers, and a model here reads dialogues")
 
 
 def _sizes(source: Source) -> set[tuple[int, int]]:

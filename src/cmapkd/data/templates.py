@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,21 +11,54 @@ from cmapkd.config import ConfigError, closest
 from cmapkd.data.classes import parse_classes
 from cmapkd.data.types import Source
 
-TEMPLATE_SETS = ("auto", "openai_imagenet", "simple", "photo", "plain", "scenes")
+TEMPLATE_SETS = ("auto", "openai_imagenet", "simple", "photo", "plain", "scenes", "none")
+OWN = "own"  # the source's own texts of its classes
 CLASS_NAME_SETS = ("imagenet",)
 
 
 @dataclass(frozen=True, slots=True)
 class ClassPrompts:
-    """The classes of a source as texts: `names` by label, and `templates` that each name is put into."""
+    """The classes of a source as texts.
+
+    Attributes:
+        names: by label.
+        templates: that each name is put into.
+        own: by label, texts of a class by itself; empty where there are none. Classes may have unequal numbers.
+    Raises:
+        ValueError: `own` has not one entry for each name.
+    """
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
+    own: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.own and len(self.own) != len(self.names):
+            raise ValueError(f"there are texts for {len(self.own)} classes, and {len(self.names)} names of classes")
+
+    @property
+    def of_class(self) -> tuple[tuple[str, ...], ...]:
+        """By label, every prompt of the class: its name in each template, then its own texts.
+
+        Raises:
+            ConfigError: a class has none.
+        """
+        own = self.own or ((),) * len(self.names)
+        prompts = [
+            (*(fill(template, name) for template in self.templates), *texts)
+            for name, texts in zip(self.names, own, strict=True)
+        ]
+        if not all(prompts):
+            raise ConfigError(
+                f"class {self.names[prompts.index(())]!r} has no prompt: with evaluation.templates: none, "
+                "evaluation.class_prompts must have a text for every class"
+            )
+        return tuple(prompts)
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Every prompt: all of the first class, then all of the second, ..."""
-        return tuple(fill(template, name) for name in self.names for template in self.templates)
+        return tuple(text for prompts in self.of_class for text in prompts)
 
 
 def get_templates(name: str, source: Source | None = None) -> tuple[str, ...]:
@@ -32,8 +66,8 @@ def get_templates(name: str, source: Source | None = None) -> tuple[str, ...]:
 
     Args:
         name: `openai_imagenet` (CLIP's 80), `simple` (its 7 best), both as open_clip ships them; `photo`, `plain`;
-            `scenes`, of the built-in world; a text file with a prompt on each line; or `auto`: the source's own
-            (its `templates`), else `photo`.
+            `scenes`, of the built-in world; `none`, where classes have texts of their own; a text file with a prompt on
+            each line; or `auto`: the source's own (its `templates`), else `photo`.
         source: read by `auto` only.
     Raises:
         ConfigError: the name is neither a set nor a file, or a line of the file has no `{}`.
@@ -45,6 +79,8 @@ def get_templates(name: str, source: Source | None = None) -> tuple[str, ...]:
         return ("a photo of a {}.",)
     if name == "plain":
         return ("{}",)
+    if name == "none":
+        return ()
     if name == "scenes":
         from cmapkd.data.scenes.language import TEMPLATES
 
@@ -84,6 +120,48 @@ def get_class_names(name: str | None, source: Source) -> tuple[str, ...] | None:
             "positions in the list, so it needs exactly one name for each class."
         )
     return names
+
+
+def get_class_prompts(name: str | None, names: Sequence[str], source: Source | None) -> tuple[tuple[str, ...], ...]:
+    """Texts of each class by itself, by label; empty where none are asked for.
+
+    Args:
+        name: `own`, the source's own (its `class_prompts`); or a JSON file `{name: [text, ...], ...}` that has every
+            class, perhaps with an empty list, and may have others; or None.
+        names: of the classes, by label.
+        source: read by `own` only.
+    Raises:
+        ConfigError: the source has none, or the file is not as described or lacks a class.
+    """
+    if name is None:
+        return ()
+    if name == OWN:
+        own: Sequence[Sequence[str]] | None = getattr(source, "class_prompts", None)
+        if not own or len(own) != len(names):
+            told = "the data" if source is None else source.name
+            raise ConfigError(
+                f"class_prompts: own asks for the source's texts of its {len(names)} classes, and {told} has none: "
+                "give a JSON file {name: [text, ...]}"
+            )
+        return tuple(map(tuple, own))
+    try:
+        values = json.loads("\n".join(_lines(name, "class_prompts", (OWN,))))
+    except ValueError as error:
+        raise ConfigError(f"class_prompts: {name} is not JSON: {error}") from None
+    texts = {key: [each] if isinstance(each, str) else each for key, each in values.items()} if _by_name(values) else {}
+    if not texts or not all(isinstance(text, str) and text.strip() for each in texts.values() for text in each):
+        raise ConfigError(f"class_prompts: {name} must be {{name: [text, ...]}}, with a name of a class for each list")
+    if lacking := [each for each in names if each not in texts]:
+        raise ConfigError(
+            f"class_prompts: {name} lacks {len(lacking)} of {len(names)} classes, {lacking[0]!r} among them"
+            f"{closest(lacking[0], list(texts))}: give each a list of texts, or an empty one"
+        )
+    return tuple(tuple(texts[each]) for each in names)
+
+
+def _by_name(values: object) -> bool:
+    """Whether it maps names to a text, or to lists."""
+    return isinstance(values, dict) and all(isinstance(each, list | str) for each in values.values())
 
 
 def fill(template: str, name: str) -> str:

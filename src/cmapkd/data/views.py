@@ -77,6 +77,27 @@ class ViewSpec(Config):
 WHOLE = ViewSpec(crop_scale=(1.0, 1.0))
 
 
+class WholePictures(ViewSpec):
+    """The captions of other views, each beside the picture as it is: what a teacher may see of them."""
+
+    @classmethod
+    def of(cls, views: ViewSpec, *, once: bool) -> Self:
+        """The views of these.
+
+        Args:
+            once: whether all of a sample's are the first one, since nobody reads its captions.
+        """
+        return cls.model_validate(views.model_dump() | ({"num_views": 1} if once else {}))
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @property
+    def shows_all(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """The drawn parameters of one view; `box` is None for the whole picture under the model's own fit."""
@@ -156,6 +177,8 @@ def _view_of(drawn: Sequence[float], spec: ViewSpec, size: tuple[int, int]) -> V
         crop_width, crop_height = min(math.sqrt(wanted * aspect), width), min(math.sqrt(wanted / aspect), height)
         x, y = left * (width - crop_width), top * (height - crop_height)
         box = (x, y, x + crop_width, y + crop_height)
+    if isinstance(spec, WholePictures):
+        return View(caption=caption)
     change = (1 - spec.jitter, 1 + spec.jitter)
     return View(
         box=box,

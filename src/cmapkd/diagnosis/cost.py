@@ -21,7 +21,7 @@ from cmapkd.diagnosis.finding import Finding
 from cmapkd.methods import Method
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models.reading import reader_of
-from cmapkd.run import RunConfig, plan_cache, read_streams, readers_of
+from cmapkd.run import RunConfig, plan_cache, read_streams, readers_of, teacher_views
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
 
@@ -64,6 +64,7 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choi
         texts=texts,
         more_views=method.more_views,
         view_specs=config.data.more_views,
+        own_views=teacher_views(config, method),
         streams=streams,
     )
     optimizer = make_optimizer(method, config.optim)
@@ -158,7 +159,8 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
     per_epoch = len(source) // config.training.batch_size
     epochs = config.training.num_steps(per_epoch) / per_epoch
     views = config.data.views.num_views or DEFAULT_VIEWS
-    prepared = reader_of(plan.teacher.model).looks != reader_of(method.student).looks
+    alike = reader_of(plan.teacher.model).looks == reader_of(method.student).looks
+    prepared = not alike or config.data.teacher_view != "same"
     live = cost.answer + (cost.prepare if prepared else 0.0)
     detail = (
         f"{'cache: auto would store' if settings is None else 'it stores'} {in_bytes(size)}"

@@ -76,7 +76,12 @@ class EvaluationConfig(Config):
     templates: str = Field(
         "auto",
         description="Prompts of zero-shot classes: openai_imagenet, simple, photo, plain, scenes or a text file; "
-        "auto: the source's own, else photo.",
+        "auto: the source's own, else photo; none: only texts of class_prompts.",
+    )
+    class_prompts: str | None = Field(
+        None,
+        description="Texts of each class by itself, besides the templates: own, the source's; a JSON file {name: "
+        "[text, ...]}; none: no such texts.",
     )
     class_names: str | None = Field(
         None, description="Names of the labels: imagenet, or a text or JSON file; none: the source's own."
@@ -130,6 +135,8 @@ class EvaluationConfig(Config):
         values: dict[str, Any] = handler(self)
         if not self.settings:
             del values["settings"]
+        if self.class_prompts is None:
+            del values["class_prompts"]
         if self.writing == WritingConfig():
             del values["writing"]
         return values

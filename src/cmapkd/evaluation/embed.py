@@ -38,6 +38,8 @@ class Embedded:
         labels: of the images, -1 where a sample has none.
         captions: of the texts.
         bad: (id, reason) of the samples that could not be read.
+        image_norms, text_norms: lengths of the embeddings before they became unit vectors, for each row; empty where
+            nobody measured them.
         image_levels, text_levels: mean-pooled inner levels (P2 to P4, L1 to L3) as far as the towers expose them, rows
             as in `images` and `texts`; empty unless they were asked for.
     """
@@ -49,6 +51,8 @@ class Embedded:
     labels: Int[Tensor, " images"]
     captions: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = ()
+    image_norms: Float[Tensor, " images"] = field(default_factory=lambda: torch.empty(0))
+    text_norms: Float[Tensor, " texts"] = field(default_factory=lambda: torch.empty(0))
     image_levels: dict[str, Tensor] = field(default_factory=dict)
     text_levels: dict[str, Tensor] = field(default_factory=dict)
 
@@ -114,7 +118,7 @@ def embed(
     rows = share.rows(images.by_name(), [len(chunk.samples) for chunk in read])
     captions = [caption for sample in samples for caption in sample.captions]
     text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
-    texts, text_levels = _embed_captions(
+    texts, text_norms, text_levels = _embed_captions(
         model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
     )
     return Embedded(
@@ -127,6 +131,8 @@ def embed(
         labels=torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.long),
         captions=tuple(captions),
         bad=tuple(bad),
+        image_norms=rows.pop(_NORM, torch.empty(0)),
+        text_norms=text_norms,
         image_levels=rows,
         text_levels=text_levels,
     )
@@ -141,8 +147,8 @@ def _embed_captions(
     device: torch.device | str,
     autocast: torch.dtype | None,
     share: Share,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embeddings, and the pooled levels that `taps` names."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Embeddings, their lengths, and the pooled levels that `taps` names."""
     own = _Rows(taps)
     order = encode_texts(
         model,
@@ -157,29 +163,31 @@ def _embed_captions(
     different = len(set(captions))
     sizes = [min(batch_size, different - first) for first in range(0, different, batch_size)]
     rows = {name: values[order] for name, values in share.rows(own.by_name(), sizes).items()}
-    return rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)), rows
+    return rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)), rows.pop(_NORM, torch.empty(0)), rows
 
 
-_EMBEDDING = "embedding"  # beside the names of levels
+_EMBEDDING, _NORM = "embedding", "norm"  # beside the names of levels
 
 
 class _Rows:
-    """A tower's answers, batch by batch: unit embeddings and pooled levels."""
+    """A tower's answers, batch by batch: unit embeddings, their lengths before, and pooled levels."""
 
     def __init__(self, taps: Mapping[str, LevelInfo]) -> None:
         self.taps = taps
         self.names = tuple(dict.fromkeys(info.name for info in taps.values()))
         self.embeddings: list[Tensor] = []
+        self._norms: list[Tensor] = []
         self._levels: dict[str, list[Tensor]] = {name: [] for name in taps}
 
     def add(self, tower: TowerFeatures) -> None:
         self.embeddings.append(_unit(tower.embedding))
+        self._norms.append(tower.embedding.float().norm(dim=-1).cpu())
         for name, level in tapped(self.taps, tower.levels).items():
             self._levels[name].append(pooled(level).cpu())
 
     def by_name(self) -> dict[str, Tensor]:
         """All rows so far; nothing where there are none."""
-        every = {_EMBEDDING: self.embeddings, **self._levels}
+        every = {_EMBEDDING: self.embeddings, _NORM: self._norms, **self._levels}
         return {name: torch.cat(values) for name, values in every.items() if values}
 
 

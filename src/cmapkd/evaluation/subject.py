@@ -11,7 +11,7 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from cmapkd.data.templates import get_class_names, get_templates
+from cmapkd.data.templates import get_class_names, get_class_prompts, get_templates
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.evaluation.answer_scores import AnswerScore
 from cmapkd.evaluation.config import EvaluationConfig, SuiteConfig, WritingConfig
@@ -172,14 +172,21 @@ class Subject:
     def class_weights(self) -> Float[Tensor, "classes dim"]:
         """The zero-shot classifier of the source's labels."""
         assert self.class_names is not None
-        return self.name_weights(self.class_names)
+        return self.name_weights(self.class_names, self.class_prompts)
 
-    def name_weights(self, names: tuple[str, ...]) -> Float[Tensor, "names dim"]:
-        """One unit vector for each name, from the text tower and the templates."""
+    @cached_property
+    def class_prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Texts of each class by itself; empty without."""
+        return get_class_prompts(self.bench.config.class_prompts, self.class_names or (), self.bench.scored)
+
+    def name_weights(self, names: tuple[str, ...], own: tuple[tuple[str, ...], ...] = ()) -> Float[Tensor, "names dim"]:
+        """One unit vector for each name, from the text tower, the templates and texts of its own."""
+        templates = get_templates(self.bench.config.templates, self.bench.source)
         return class_vectors(
             self.dual,
             names,
-            get_templates(self.bench.config.templates, self.bench.source),
+            templates if templates or own else ("{}",),
+            own=own,
             batch_size=self.bench.config.batch_size,
             device=self.bench.device,
             autocast=self.bench.autocast,

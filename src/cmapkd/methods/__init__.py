@@ -10,6 +10,7 @@ from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.clip_kd import ClipKD
 from cmapkd.methods.clip_rd import ClipRD
+from cmapkd.methods.clip_refine import ClipRefine
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
@@ -25,6 +26,8 @@ from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
+from cmapkd.methods.vl2v_adip import VL2VADiP
+from cmapkd.methods.vlm_distill_ood import VlmDistillOod
 from cmapkd.models import FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
@@ -36,9 +39,12 @@ _OWN: dict[str, type[Method]] = {
     "fitnet": FitNet,
     "clip_kd": ClipKD,
     "clip_rd": ClipRD,
+    "clip_refine": ClipRefine,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,
+    "vlm_distill_ood": VlmDistillOod,
+    "vl2v_adip": VL2VADiP,
     "sft": SFT,
     "token_kd": TokenKD,
     "taid": TAID,

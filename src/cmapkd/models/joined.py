@@ -122,6 +122,13 @@ class JoinedEncoder(DualEncoder):
             self._frozen.to(texts.ids.device)
         return self.text_model.encode_text(texts, levels)
 
+    def freeze_unused(self) -> None:
+        """Freezes what no picture's embedding depends on: the student's own text tower, its logit scale and bias."""
+        used = parameters_behind(self, partial(example_output, self, "image"))
+        for name, parameter in self.named_parameters():
+            if name not in used:
+                parameter.requires_grad_(False)
+
     def num_parameters(self) -> int:
         """Of the two towers that are used: the student's for images, with all that was added, and the teacher's."""
         sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}

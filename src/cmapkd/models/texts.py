@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cmapkd.data.templates import ClassPrompts, fill
+from cmapkd.config import ConfigError
+from cmapkd.data.templates import ClassPrompts
 from cmapkd.models.base import DualEncoder, eval_mode
 from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import TowerFeatures
@@ -79,64 +80,92 @@ def class_vectors(
     class_names: Sequence[str],
     templates: Sequence[str],
     *,
+    own: tuple[tuple[str, ...], ...] = (),
     batch_size: int = 256,
     device: torch.device | str,
     autocast: torch.dtype | None = None,
 ) -> Float[Tensor, "classes dim"]:
     """One unit vector for each class: the mean of the unit embeddings of its prompts, normalised again.
 
+    Args:
+        own: texts of each class by itself, besides the templates, see `ClassPrompts`.
     Raises:
-        ValueError: there are no class names or no templates.
+        ValueError: there are no class names, or a class has no prompts.
     Source: Radford et al. 2021, arXiv:2103.00020, section 3.1.4 (prompt ensembling in embedding space).
     """
-    if not class_names or not templates:
+    if not class_names or not (templates or own):
         raise ValueError(f"a classifier needs class names and templates, got {len(class_names)} and {len(templates)}")
     weights: list[Tensor] = []
-    step = max(1, _TEXTS_AT_ONCE // len(templates))
+    prompts = ClassPrompts(tuple(class_names), tuple(templates), own).of_class
+    step = max(1, _TEXTS_AT_ONCE // max(map(len, prompts)))
     for first in range(0, len(class_names), step):
-        names = class_names[first : first + step]
-        prompts = [fill(template, name) for name in names for template in templates]
-        texts = embed_texts(model, prompts, batch_size=batch_size, device=device, autocast=autocast)
-        weights.append(F.normalize(texts.view(len(names), len(templates), -1).mean(1), dim=-1))
+        some = prompts[first : first + step]
+        texts = embed_texts(
+            model, [text for each in some for text in each], batch_size=batch_size, device=device, autocast=autocast
+        )
+        weights.append(F.normalize(_means(texts, [*map(len, some)]), dim=-1))
     return torch.cat(weights)
 
 
+def _means(rows: Float[Tensor, "rows dim"], counts: Sequence[int]) -> Float[Tensor, "classes dim"]:
+    """Means of the rows of each class, which stand together."""
+    if len(set(counts)) == 1:
+        return rows.view(len(counts), counts[0], -1).mean(1)
+    sizes = torch.tensor(counts)
+    of_class = torch.repeat_interleave(torch.arange(len(counts)), sizes).to(rows.device, non_blocking=True)
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, of_class, rows)
+    return sums / sizes[:, None].to(rows.device, non_blocking=True)
+
+
 def frozen_class_vectors(teacher: FrozenTeacher, classes: ClassPrompts) -> Float[Tensor, "classes dim"]:
-    """A frozen teacher's `class_vectors`, made where it is; on the CPU. The teacher is live: a cache has no classes."""
+    """A frozen teacher's `class_vectors`, made where it is; on the CPU. The teacher is live: a cache has no classes.
+
+    Raises:
+        ConfigError: its text tower is untrained.
+    """
+    if "text" in teacher.model.random_towers:
+        raise ConfigError(
+            f"classes are told apart by the teacher's text tower, and that of {teacher.name} has random weights: name "
+            "a teacher with a trained one"
+        )
     device = next(teacher.model.parameters()).device
-    return class_vectors(teacher.model, classes.names, classes.templates, device=device)
+    return class_vectors(teacher.model, classes.names, classes.templates, own=classes.own, device=device)
 
 
 class LearnedClassVectors:
     """Class vectors by a text tower that learns: as it is now, with gradient.
 
     Args:
-        at_once: templates in each call, drawn anew and the same for all classes; None, or as many as there are: all.
+        at_once: prompts of a class in each call, drawn anew by their places, the same for all classes; None, or as many
+            as there are: all. A class with fewer prompts than another counts its own from the first again.
     """
 
     def __init__(self, classes: ClassPrompts, model: DualEncoder, *, at_once: int | None = None) -> None:
-        self.num_classes, self.num_templates = len(classes.names), len(classes.templates)
-        self.at_once = min(at_once or self.num_templates, self.num_templates)
+        self.counts = [len(prompts) for prompts in classes.of_class]
+        self.most = max(self.counts)
+        self.at_once = min(at_once or self.most, self.most)
         self.tokens = model.tokenizer(classes.texts)  # class by class
+        counts = torch.tensor(self.counts)
+        self._count, self._first = counts[:, None], (counts.cumsum(0) - counts)[:, None]
 
     def __call__(self, model: DualEncoder, generator: torch.Generator | None = None) -> Float[Tensor, "classes dim"]:
         """One unit vector for each class, float32 or wider.
 
         Args:
-            generator: what the templates are drawn from, on the CPU, the same in every process. None: only where all
-                templates are read.
+            generator: what the prompts are drawn from, on the CPU, the same in every process. None: only where all
+                prompts are read.
         Raises:
-            ValueError: templates are to be drawn and there is no generator.
+            ValueError: prompts are to be drawn and there is no generator.
         """
-        tokens = self.tokens
-        if self.at_once < self.num_templates:
+        tokens, counts = self.tokens, self.counts
+        if self.at_once < self.most:
             if generator is None:
                 raise ValueError(
-                    f"{self.at_once} of {self.num_templates} templates are to be drawn, but from what? Give a generator"
+                    f"{self.at_once} of {self.most} templates are to be drawn, but from what? Give a generator"
                 )
-            drawn = torch.randperm(self.num_templates, generator=generator)[: self.at_once]
-            tokens = tokens.rows((torch.arange(self.num_classes)[:, None] * self.num_templates + drawn).flatten())
+            drawn = torch.randperm(self.most, generator=generator)[: self.at_once]
+            tokens = tokens.rows((self._first + drawn % self._count).flatten())
+            counts = [self.at_once] * len(counts)
         embedding = model.encode_text(tokens.to(model.log_logit_scale.device, non_blocking=True)).embedding
         wide = embedding.float() if embedding.dtype in (torch.bfloat16, torch.float16) else embedding
-        units = F.normalize(wide, dim=-1).view(self.num_classes, self.at_once, -1)
-        return F.normalize(units.mean(1), dim=-1)
+        return F.normalize(_means(F.normalize(wide, dim=-1), counts), dim=-1)

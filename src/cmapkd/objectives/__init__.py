@@ -2,16 +2,24 @@
 
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
-from cmapkd.objectives.classes import check_classes, labelled_cross_entropy, non_target_divergence
+from cmapkd.objectives.classes import (
+    agreeing,
+    check_classes,
+    labelled_cross_entropy,
+    nearest_divergence,
+    non_target_divergence,
+    own_text_cross_entropy,
+)
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
-from cmapkd.objectives.feature import embedding_distance, feature_distance
+from cmapkd.objectives.feature import embedding_distance, feature_distance, labelled_distance, log_distance
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import hint_distance, level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
+from cmapkd.objectives.refine import hybrid_divergence, reference_distance
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
@@ -25,6 +33,7 @@ __all__ = [
     "TaidState",
     "TokenDivergence",
     "TokenLosses",
+    "agreeing",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -36,17 +45,23 @@ __all__ = [
     "feature_distance",
     "gradient_distance",
     "hint_distance",
+    "hybrid_divergence",
     "interactive_divergence",
     "interactive_loss",
     "kendall_tau",
     "kl_divergence",
     "labelled_cross_entropy",
+    "labelled_distance",
     "layer_relation_distance",
     "level_distance",
+    "log_distance",
+    "nearest_divergence",
     "next_taid",
     "non_target_divergence",
+    "own_text_cross_entropy",
     "prior_coupling",
     "pyramid_divergence",
+    "reference_distance",
     "relation_distance",
     "sigmoid_loss",
     "similarities",

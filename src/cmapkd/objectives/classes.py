@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cmapkd.objectives.common import at_least_float32
+from cmapkd.objectives.divergence import row_divergences
 
 
 def labelled_cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
@@ -60,6 +61,65 @@ def non_target_divergence(
     log_p_student, log_p_teacher = F.log_softmax(student_others, dim=1), F.log_softmax(teacher_others.detach(), dim=1)
     rows = F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(1)
     return (rows if counts is None else rows * counts).mean()
+
+
+def nearest_divergence(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    *,
+    number: int,
+    counts: Bool[Tensor, " batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """KL(teacher || student) among the classes that are nearest for the teacher, other ones for each sample.
+
+    Args:
+        student_logits, teacher_logits: scores of the same classes, already scaled; the teacher's are detached.
+        number: classes of a sample; all of them where there are fewer.
+        counts: which samples count; None: all.
+    Returns:
+        Mean over the samples that count, in nats, >= 0; zero, with a gradient of zero, where none does.
+    Raises:
+        ValueError: the shapes differ, or the number is below 2.
+    Source: Li et al. 2023, arXiv:2307.03135, section 4.2 (vision-language alignment among proximal labels).
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits has shape {tuple(student_logits.shape)} but teacher_logits {tuple(teacher_logits.shape)}: "
+            "they are compared class by class"
+        )
+    if number < 2:
+        raise ValueError(f"among {number} classes nothing can be told apart: give a number from 2")
+    values, columns = teacher_logits.detach().topk(min(number, teacher_logits.shape[1]), dim=1)
+    rows = row_divergences(student_logits.gather(1, columns), values)
+    if counts is None:
+        return rows.mean()
+    return (rows * counts).sum() / counts.sum().clamp_min(1)
+
+
+def agreeing(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+    """Which samples' highest score is that of their right class; true where it is not known."""
+    return (logits.argmax(1) == labels) | (labels < 0)
+
+
+def own_text_cross_entropy(logits: Float[Tensor, "batch batch"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+    """Cross-entropy of each picture with its own text among those of pictures of other classes.
+
+    Args:
+        logits: of every picture (row) with the text of every picture of the batch.
+        labels: the class of each sample, or negative where it is not known: such a sample is of no other's class.
+    Returns:
+        Batch mean in nats, >= 0.
+    Raises:
+        ValueError: there is not one text, or one label, for each picture.
+    """
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1] or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected one text and one label "
+            "for each picture"
+        )
+    places = torch.arange(len(labels), device=labels.device)
+    same = (labels[:, None] == labels) & (labels >= 0) & (places[:, None] != places)
+    return F.cross_entropy(at_least_float32(logits).masked_fill(same, -torch.inf), places)
 
 
 def check_labels(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from cmapkd.objectives.common import check_same_width, unit
+from cmapkd.objectives.common import at_least_float32, check_same_width, unit
 
 
 def embedding_distance(
@@ -41,3 +41,42 @@ def feature_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor,
         ValueError: the shapes differ.
     """
     return embedding_distance(student, teacher).mean()
+
+
+def labelled_distance(
+    student: Float[Tensor, "batch dim"],
+    teacher: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean of `embedding_distance` over the samples that have a label; half of it is 1 - cos.
+
+    Args:
+        student: already at the teacher's width; normalised here.
+        teacher: normalised and detached here.
+        labels: negative where a sample does not count; None: all count.
+    Returns:
+        In [0, 4], no unit; zero, with a gradient of zero, where no sample counts.
+    Raises:
+        ValueError: the shapes differ.
+    """
+    distances = embedding_distance(student, teacher)
+    if labels is None:
+        return distances.mean()
+    known = labels >= 0
+    return (distances * known).sum() / known.sum().clamp_min(1)
+
+
+def log_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """log(1 + d / 10), d the batch mean of the squared distance of embeddings as they are.
+
+    Args:
+        student: already at the teacher's width; not normalised.
+        teacher: detached here.
+    Returns:
+        >= 0, no unit; zero where they are equal.
+    Raises:
+        ValueError: the shapes differ.
+    Source: Li et al. 2023, arXiv:2307.03135, the alternative feature term of its code.
+    """
+    check_same_width(student, teacher, "embedding")
+    return ((at_least_float32(student) - at_least_float32(teacher.detach())).square().sum(-1).mean() / 10).log1p()

@@ -11,6 +11,7 @@ from cmapkd.run.build import (
     read_streams,
     readers,
     readers_of,
+    teacher_views,
     texts_of,
     vocabulary_captions,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "readers",
     "readers_of",
     "run",
+    "teacher_views",
     "texts_of",
     "vocabulary_captions",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import BatchBuilder, Batches, Choice
 from cmapkd.data.held_out import WithHeldOut, open_held_out
@@ -13,9 +15,10 @@ from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import Reader
 from cmapkd.data.streams import Stream
-from cmapkd.data.templates import ClassPrompts, get_class_names, get_templates
+from cmapkd.data.templates import ClassPrompts, get_class_names, get_class_prompts, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.views import ViewSpec, WholePictures
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
 from cmapkd.methods.dual import DualEncoderMethod
@@ -114,7 +117,28 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
     captions = vocabulary_captions(source)
     if not config.method.reads_captions:
         captions = _or_prompts(captions, config, source)
-    return build_model(config.student, captions=captions, teacher=teacher)
+    student = build_model(config.student, captions=captions, teacher=teacher)
+    _check_copies(config, student, teachers)
+    return student
+
+
+def _check_copies(config: RunConfig, student: Model, teachers: Mapping[str, FrozenTeacher]) -> None:
+    """Refuses a teacher that is named as the student is and has other weights, because some are drawn at random.
+
+    Raises:
+        ConfigError: names the teacher and the first weight.
+    """
+    new = student.parts.get("adapters", ())  # they add nothing before the first step, whatever is in them
+    for role, teacher in teachers.items():
+        if config.teachers.get(role) != config.student:
+            continue
+        own = dict(student.named_parameters())
+        for name, weight in teacher.model.named_parameters():
+            if name not in new and not torch.equal(weight, own[name]):
+                raise ConfigError(
+                    f"{role} is the student as it begins, and weights of {student.name} are random, {name} among them: "
+                    "give the student trained weights, such as a saved model's, or name another teacher"
+                )
 
 
 def _or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> Iterator[str]:
@@ -152,6 +176,7 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
     training, streams = config.training, read_streams(config, source)
     if not method.in_batch:
         _refuse_in_batch(config)
+    teacher_views(config, method)  # refuses what does not fit
     sampler = PlanSampler(
         len(source), batch_size=training.batch_size, seed=config.seed, start=0, stop=0, streams=streams
     )
@@ -215,7 +240,7 @@ def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHe
     """The heads that learn with the student; None where the config asks for none."""
     if config.heads is None:
         return None
-    template = get_templates(config.evaluation.templates, source)[0]
+    template = (get_templates(config.evaluation.templates, source) or ("{}",))[0]
     return build_heads(config.heads, student=student, source=source, template=template, seed=config.seed)
 
 
@@ -233,7 +258,8 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
             f"method {config.method.name}, as it is set, reads the names of the classes, and {source.name} names none: "
             "give evaluation.class_names a file with a name on each line, or take a data.train with labels"
         )
-    return ClassPrompts(names, get_templates(config.evaluation.templates, source))
+    own = get_class_prompts(config.evaluation.class_prompts, names, source)
+    return ClassPrompts(names, get_templates(config.evaluation.templates, source), own)
 
 
 def readers(
@@ -243,6 +269,36 @@ def readers(
     given = [teacher for teacher in teachers if teacher is not None and teacher.reads == teacher.role]
     models = {"student": student} | {teacher.role: teacher.model for teacher in given}
     return {role: read(model) for role, model in models.items()}
+
+
+def teacher_views(config: RunConfig, method: Method) -> dict[str, ViewSpec]:
+    """By role, what teachers see in place of the student's views; empty where they see the same.
+
+    Raises:
+        ConfigError: the method compares places of the pictures, has no teacher of its own, or trains a model that
+            writes.
+    """
+    views = config.data.views
+    if config.data.teacher_view == "same" or views is None:
+        return {}
+    roles = [role for role, teacher in method.teachers.items() if teacher.reads == teacher.role]
+    if not isinstance(method, DualEncoderMethod) or not roles:
+        raise ConfigError(
+            f"data.teacher_view: whole is for frozen teachers of two towers, and method {config.method.name} has none "
+            "here: leave it out"
+        )
+    needs = method.teacher_needs
+    if needs.image_levels and method.teacher_detail != "pooled":
+        raise ConfigError(
+            "data.teacher_view: whole shows teachers another part of a picture than the student's, and method "
+            f"{config.method.name}, as it is set, compares both place by place ({', '.join(needs.image_levels)}): "
+            "leave it out, or give these levels a weight of zero"
+        )
+    first = next(iter(method.teachers))
+    return {
+        role: WholePictures.of(views, once=role == first and "text" not in needs.towers and not needs.text_levels)
+        for role in roles
+    }
 
 
 def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:

@@ -14,11 +14,12 @@ from cmapkd.data.batches import Answers
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
+from cmapkd.data.views import ViewSpec
 from cmapkd.methods import Method
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod
 from cmapkd.methods.stages import stage_ends, stream_by_step
 from cmapkd.models import build_teacher
-from cmapkd.run.build import read_streams, text_choice
+from cmapkd.run.build import read_streams, teacher_views, text_choice
 from cmapkd.run.config import RunConfig
 from cmapkd.training.processes import wait_for_all
 
@@ -28,12 +29,13 @@ def plan_cache(
 ) -> CachePlan:
     """What the run asks of a teacher's cache: the rows that it reads, or with `whole` every sample in each view."""
     assert config.data.views is not None
+    views = teacher_views(config, method).get(role, config.data.views)
     return CachePlan.of_method(
         config.cache or CacheConfig(),
         method,
         source=source,
-        views=config.data.views,
-        keys=_keys(config, method, source, whole=whole),
+        views=views,
+        keys=_keys(config, method, source, views, whole=whole),
         precision=config.training.precision,
         role=role,
         texts=text_choice(config, method),
@@ -53,16 +55,15 @@ def plan_student_cache(
         method.student,
         source=source,
         views=config.data.views,
-        keys=_keys(config, method, source, whole=whole),
+        keys=_keys(config, method, source, config.data.views, whole=whole),
         precision=config.training.precision,
         texts=texts,
     )
 
 
-def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> Wanted:
-    """Of the rows that the run reads, or with `whole` of every sample in each view."""
-    assert config.data.views is not None
-    length, views, batch_size = len(source), config.data.views, config.training.batch_size
+def _keys(config: RunConfig, method: Method, source: Source, views: ViewSpec, *, whole: bool) -> Wanted:
+    """Of the rows that the run reads, or with `whole` of every sample in each of these views."""
+    length, batch_size = len(source), config.training.batch_size
     if whole:
         return all_keys(length, views.num_views or DEFAULT_VIEWS)
     streams, seed = read_streams(config, source), config.seed

@@ -31,6 +31,7 @@ from cmapkd.run.build import (
     open_training,
     read_streams,
     readers_of,
+    teacher_views,
     texts_of,
     with_held_out,
 )
@@ -239,6 +240,7 @@ def _batches(
         memory=config.data.memory,
         more_views=method.more_views,
         view_specs=config.data.more_views,
+        own_views=teacher_views(config, method),
         streams=read_streams(config, source),
     )
     place = PartialState()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from cmapkd.data.scenes.described import DESCRIPTIONS, described_classes
 from cmapkd.data.scenes.language import TEMPLATES, captions_with_claims
 from cmapkd.data.scenes.questions import questions_of
 from cmapkd.data.scenes.render import pixel_box, render
@@ -104,6 +105,7 @@ class ScenesSource:
         language: str = "first",
         wrong: float = 0.0,
         start: int = 0,
+        descriptions: str = "true",
     ) -> None:
         """A view of the world; two of the same arguments are the same.
 
@@ -115,12 +117,14 @@ class ScenesSource:
             language: of the captions: `first` (English), `second` (see `second_language`), or `both`, five of each.
             wrong: share of captions whose colours and shapes are wrong; a sample's synthetic captions stay true.
             start: the world's sample that stands first; `start=1000` shows samples that no run with 1,000 has seen.
+            descriptions: of the classes (`class_prompts`): `true`, or `shuffled`, each class having another one's.
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
         _check_known("split", split, SPLITS)
         _check_known("difficulty", difficulty, tuple(DIFFICULTIES))
         _check_known("language", language, LANGUAGES)
+        _check_known("descriptions", descriptions, DESCRIPTIONS)
         if not _SIZES[0] <= size <= _SIZES[1]:
             raise ValueError(
                 f"size is {size}, but scenes are drawn at {_SIZES[0]} to {_SIZES[1]} pixels: below, textures cannot be "
@@ -139,6 +143,7 @@ class ScenesSource:
         self.difficulty = difficulty
         self.length = DEFAULT_LENGTHS[split] if length is None else length
         self.language = language
+        self.descriptions = descriptions
         self.name = f"scenes/{difficulty}/{split}"
 
     def __len__(self) -> int:
@@ -175,6 +180,11 @@ class ScenesSource:
         """Every `colour shape`, by label."""
         return CLASS_NAMES
 
+    @property
+    def class_prompts(self) -> tuple[tuple[str, ...], ...]:
+        """Texts that hold of each class by itself, by label; see `described_classes`."""
+        return described_classes(self.descriptions)
+
     def fingerprint(self) -> str:
         """A hash of the world's version and seed and of this view's own settings."""
         spec = sorted(asdict(DIFFICULTIES[self.difficulty]).items())
@@ -182,6 +192,7 @@ class ScenesSource:
         parts += () if self.language == "first" else (self.language,)
         parts += (("wrong", self.wrong),) if self.wrong else ()
         parts += (("start", self.start),) if self.start else ()
+        parts += (("descriptions", self.descriptions),) if self.descriptions != "true" else ()
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

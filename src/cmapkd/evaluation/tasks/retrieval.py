@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.retrieval import rank_both_ways, retrieval_scores, shared_captions
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.usual_sets import remark_on
+
+
+def modality_gap(embedded: Embedded) -> dict[str, float]:
+    """Distance between the mean image and the mean caption: of unit vectors, and of embeddings as the towers give them.
+
+    Source: Liang et al. 2022, arXiv:2203.02053, section 4.1 (of unit vectors).
+    """
+    gaps = {"unit": (embedded.images, embedded.texts)}
+    if len(embedded.image_norms) and len(embedded.text_norms):
+        raw = embedded.images * embedded.image_norms[:, None], embedded.texts * embedded.text_norms[:, None]
+        gaps["raw"] = raw
+    return {name: float((images.mean(0) - texts.mean(0)).norm()) for name, (images, texts) in gaps.items()}
 
 
 class Retrieval(Task):
@@ -22,6 +35,8 @@ class Retrieval(Task):
         Column("t2i R@5", ("t2i", "r@5")),
         Column("t2i R@10", ("t2i", "r@10")),
         Column("mean R@1", ("mean_r@1",)),
+        Column("modality gap", ("modality_gap", "unit"), 3),
+        Column("modality gap, raw", ("modality_gap", "raw"), 3),
         Column("of images", ("num_images",), 0),
         Column("of captions", ("num_texts",), 0),
     )
@@ -37,5 +52,6 @@ class Retrieval(Task):
         ranks = rank_both_ways(embedded.images, embedded.texts, embedded.image_of_text, also_positive=extra)
         subject.ranks |= ranks._asdict()
         scores = retrieval_scores(ranks, embedded.image_of_text, num_images=len(embedded.images))
+        scores["modality_gap"] = modality_gap(embedded)
         remark = remark_on(subject.bench.scored.name, num_images=scores["num_images"], num_texts=scores["num_texts"])
         return scores | ({"remark": remark} if remark is not None else {})

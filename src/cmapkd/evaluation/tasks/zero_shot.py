@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from cmapkd.data.templates import get_templates
+from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.evaluation.calibration import zero_shot_calibration
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
@@ -23,7 +23,9 @@ class ZeroShot(Task):
 
     def prepare(self, subject: Subject) -> None:
         assert subject.class_names is None or subject.class_names
-        get_templates(subject.bench.config.templates, subject.bench.scored)
+        templates = get_templates(subject.bench.config.templates, subject.bench.scored)
+        if subject.class_names is not None:
+            _ = ClassPrompts(subject.class_names, templates, subject.class_prompts).of_class  # refuses classes without
 
     def missing(self, subject: Subject) -> str | None:
         if not bool((subject.embedded.labels >= 0).any()):

@@ -26,6 +26,11 @@ class ClassPrompts:
         """Every prompt: all of the first class, then all of the second, ..."""
         return tuple(fill(template, name) for name in self.names for template in self.templates)
 
+    @property
+    def by_class(self) -> tuple[tuple[str, ...], ...]:
+        """The prompts of each class."""
+        return tuple(tuple(fill(template, name) for template in self.templates) for name in self.names)
+
 
 def get_templates(name: str, source: Source | None = None) -> tuple[str, ...]:
     """Prompts with `{}` where the class name goes.

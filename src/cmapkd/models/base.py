@@ -153,6 +153,8 @@ class DualEncoder(Model):
         image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
         random_towers: the towers that have random weights, of a model that was just built; () once it was trained.
         assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
+        class_templates: prompts with `{}` that its text tower was tuned to; classifiers of it are made of these and no
+            others. None: of those that are asked for.
     """
 
     does: ClassVar[str] = "embeds pictures and texts"
@@ -163,6 +165,7 @@ class DualEncoder(Model):
     text_levels: tuple[LevelInfo, ...]
     assumed_activation: Literal["gelu", "quick_gelu"] | None = None
     random_towers: tuple[Tower, ...] = ()
+    class_templates: tuple[str, ...] | None = None
 
     @property
     @abstractmethod
@@ -190,6 +193,11 @@ class DualEncoder(Model):
         """The image tower's blocks in their order, where each maps [batch tokens width] to the same, for any number of
         tokens; empty for other towers."""
         return ()
+
+    @property
+    def token_embedding(self) -> nn.Module | None:
+        """What makes vectors [batch tokens width] of the ids of a text; None where it cannot be reached."""
+        return None
 
     @property
     def prunable(self) -> Mapping[Tower, PrunableTower]:

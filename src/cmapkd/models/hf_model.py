@@ -78,6 +78,11 @@ class HfModel(DualEncoder):
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self.model.vision_model.encoder.layers)
 
+    @property
+    def token_embedding(self) -> nn.Module:
+        table: nn.Module = self.model.text_model.embeddings.token_embedding
+        return table
+
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
         # The towers and not `get_image_features`, whose return type changed in transformers 5; tested to be equal.

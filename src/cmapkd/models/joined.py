@@ -98,6 +98,10 @@ class JoinedEncoder(DualEncoder):
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return self.image.image_blocks
 
+    @property
+    def token_embedding(self) -> nn.Module | None:
+        return self.text_model.token_embedding
+
     def clamp_logit_scale(self) -> None:
         self.image.clamp_logit_scale()
 

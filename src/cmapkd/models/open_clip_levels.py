@@ -131,6 +131,15 @@ def text_blocks(model: Any) -> Sequence[nn.Module]:
     return ()
 
 
+def embedding_of_tokens(model: Any) -> nn.Module:
+    """What makes vectors of the ids of a text."""
+    if has_transformers_text(model):
+        table: nn.Module = model.text.transformer.get_input_embeddings()
+        return table
+    own: nn.Module = getattr(model, "text", model).token_embedding
+    return own
+
+
 def text_width(model: Any) -> int:
     if has_transformers_text(model):
         return int(model.text.config.hidden_size)

@@ -15,6 +15,7 @@ from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec, load_native_weights
 from cmapkd.models.open_clip_levels import (
+    embedding_of_tokens,
     has_transformers_text,
     image_levels,
     outputs_of,
@@ -108,6 +109,10 @@ class OpenClipModel(DualEncoder):
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return visual_blocks(self.model.visual, self.image_levels)
+
+    @property
+    def token_embedding(self) -> nn.Module:
+        return embedding_of_tokens(self.model)
 
     @property
     def prunable(self) -> Mapping[Tower, PrunableTower]:

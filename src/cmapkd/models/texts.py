@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.data.templates import ClassPrompts, fill
@@ -85,12 +85,15 @@ def class_vectors(
 ) -> Float[Tensor, "classes dim"]:
     """One unit vector for each class: the mean of the unit embeddings of its prompts, normalised again.
 
+    Args:
+        templates: of a model that has no `class_templates` of its own.
     Raises:
         ValueError: there are no class names or no templates.
     Source: Radford et al. 2021, arXiv:2103.00020, section 3.1.4 (prompt ensembling in embedding space).
     """
     if not class_names or not templates:
         raise ValueError(f"a classifier needs class names and templates, got {len(class_names)} and {len(templates)}")
+    templates = model.class_templates or templates
     weights: list[Tensor] = []
     step = max(1, _TEXTS_AT_ONCE // len(templates))
     for first in range(0, len(class_names), step):
@@ -99,6 +102,34 @@ def class_vectors(
         texts = embed_texts(model, prompts, batch_size=batch_size, device=device, autocast=autocast)
         weights.append(F.normalize(texts.view(len(names), len(templates), -1).mean(1), dim=-1))
     return torch.cat(weights)
+
+
+def prompt_bank(
+    model: DualEncoder,
+    texts: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str,
+    autocast: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "classes prompts dim"], Bool[Tensor, "classes prompts"]]:
+    """The unit embedding of every text of every class; of classes with fewer texts than others the rest is zero.
+
+    Args:
+        texts: of each class, at least one.
+    Returns:
+        The embeddings, float32, on the CPU, and which of them are there. Where all are, their mean over the prompts,
+        normalised again, is `class_vectors`.
+    Raises:
+        ValueError: there are no classes, or one has no text.
+    """
+    if not texts or not all(texts):
+        raise ValueError(f"a bank of prompts needs texts of every class, got {[len(each) for each in texts]}")
+    counts = torch.tensor([len(each) for each in texts])
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    flat = [text for each in texts for text in each]
+    bank = torch.zeros(*mask.shape, model.embed_dim)
+    bank[mask] = embed_texts(model, flat, batch_size=batch_size, device=device, autocast=autocast)
+    return bank, mask
 
 
 def frozen_class_vectors(teacher: FrozenTeacher, classes: ClassPrompts) -> Float[Tensor, "classes dim"]:

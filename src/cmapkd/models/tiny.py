@@ -268,6 +268,10 @@ class TinyDualEncoder(DualEncoder):
         return tuple(self.vision.blocks)
 
     @property
+    def token_embedding(self) -> nn.Module:
+        return self.text.tokens
+
+    @property
     def prunable(self) -> Mapping[Tower, PrunableTower]:
         writes = {
             "image": {"to_width.weight": 0, "to_width.bias": 0, "class_token": 2, "positions": 2},

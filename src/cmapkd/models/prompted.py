@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cmapkd.models.contracts import dual
 from cmapkd.models.families import Loader
 from cmapkd.models.parts import joined_parts, within
 from cmapkd.models.prompts import TextPrompts
+from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
 from cmapkd.models.texts import evaluating
 from cmapkd.models.types import TowerFeatures
@@ -193,9 +195,15 @@ def with_text_prompts(model: DualEncoder, *, context: str | int, template: str) 
 
 def _frame(tokenizer: Tokenizer, words: str) -> tuple[int, int, list[int]]:
     """Where a text's own tokens begin, the id of an ordinary token, and the ids of `words` without start and end."""
-    empty, letter, named = ([*tokens.ids[0, tokens.mask[0]].tolist()] for tokens in map(tokenizer, ("", "a", words)))
+    empty, letter, named = (_own(tokenizer, text) for text in ("", "a", words))
     first = next((n for n, pair in enumerate(zip(empty, letter, strict=False)) if pair[0] != pair[1]), len(empty))
     return first, letter[first], named[first : len(named) - (len(empty) - first)]
+
+
+def _own(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text without padding."""
+    tokens = tokenizer(text)
+    return [number for number, real in zip(tokens.ids[0].tolist(), tokens.mask[0].tolist(), strict=True) if real]
 
 
 def _check_influence(model: PromptedEncoder) -> None:
@@ -204,14 +212,7 @@ def _check_influence(model: PromptedEncoder) -> None:
     Raises:
         ValueError: names the model.
     """
-    device = model.log_logit_scale.device
-    tokens = model.tokenizer(["a"]).to(device)
-    with evaluating(model, device, None):
-        before, own = model.encode_text(tokens).embedding, model.context.tokens.clone()
-        model.context.tokens.add_(torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own))
-        after = model.encode_text(tokens).embedding
-        model.context.tokens.copy_(own)
-    if torch.equal(before, after):
+    if "context.tokens" not in parameters_behind(model, partial(example_output, model, "text")):
         raise ValueError(
             f"the text tower of {model.name} takes no learned vectors: it does not read what its table of tokens gives"
         )

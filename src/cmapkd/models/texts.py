@@ -124,11 +124,11 @@ def prompt_bank(
     """
     if not texts or not all(texts):
         raise ValueError(f"a bank of prompts needs texts of every class, got {[len(each) for each in texts]}")
-    counts = torch.tensor([len(each) for each in texts])
-    mask = torch.arange(int(counts.max())) < counts[:, None]
+    counts = [len(each) for each in texts]
     flat = [text for each in texts for text in each]
-    bank = torch.zeros(*mask.shape, model.embed_dim)
-    bank[mask] = embed_texts(model, flat, batch_size=batch_size, device=device, autocast=autocast)
+    rows = embed_texts(model, flat, batch_size=batch_size, device=device, autocast=autocast).split(counts)
+    bank = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.arange(bank.shape[1]) < torch.tensor(counts)[:, None]
     return bank, mask
 
 

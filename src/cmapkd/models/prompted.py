@@ -64,7 +64,7 @@ class PromptedTokenizer:
             mask=widened(tokens.mask, 1),
             spans=None if tokens.spans is None else widened(tokens.spans, 0),
             lengths=lengths,
-        )
+        ).cut()
 
     def __eq__(self, other: object) -> bool:
         """Whether both read every text alike."""

@@ -21,10 +21,11 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.types import Features, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
+from cmapkd.models.types import Features, Level, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
 
 __all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
 
+NO_TOKENS = "has no image tokens in the joint space"
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv:2103.00020, section 2.5: clipped to keep training stable
 
 
@@ -252,6 +253,19 @@ class DualEncoder(Model):
     @abstractmethod
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Text embedding [batch, embed_dim], not normalised, and the named levels."""
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        """Every token of the last image level, by the tower's own norm and projection; not normalised.
+
+        Where the tower pools its class token, that token's row is the embedding. Nothing trained the others' rows.
+
+        Args:
+            level: the last of `image_levels`, as `encode_image` gives it.
+        Raises:
+            ValueError: the tower has no tokens, or no way from one of them to the joint space.
+        """
+        del level
+        raise ValueError(f"{self.name} {NO_TOKENS}: its image tower is no plain ViT of tiny, open_clip, timm or hf")
 
     def stated_costs(self) -> StatedCosts | None:
         """What the model's files say that it costs; None where torch can measure it."""

@@ -19,6 +19,7 @@ from cmapkd.models.open_clip_levels import (
     has_transformers_text,
     image_levels,
     outputs_of,
+    projected_tokens,
     projections,
     text_blocks,
     text_width,
@@ -136,6 +137,9 @@ class OpenClipModel(DualEncoder):
         if not levels:
             return TowerFeatures(self.model.encode_image(images))
         return visual_features(self.model.visual, images, levels, self._indices, name=self.name)
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        return projected_tokens(self.model.visual, level, name=self.name)
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)

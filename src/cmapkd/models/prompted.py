@@ -24,7 +24,7 @@ from cmapkd.models.prompts import TextPrompts
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
 from cmapkd.models.texts import evaluating
-from cmapkd.models.types import TowerFeatures
+from cmapkd.models.types import Level, TowerFeatures
 
 _LEAST = 2  # tokens of a text's own that must still fit behind the vectors and between start and end
 
@@ -125,6 +125,9 @@ class PromptedEncoder(DualEncoder):
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         return self.model.encode_image(images, levels)
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        return self.model.tokens_in_joint_space(level)
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Of texts by this model's own tokenizer, which leaves room for the vectors."""

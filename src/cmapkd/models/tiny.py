@@ -298,6 +298,10 @@ class TinyDualEncoder(DualEncoder):
         output: TowerFeatures = self.vision(images, levels)
         return output
 
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        projected: Tensor = self.vision.project(self.vision.norm(level.values))
+        return projected
+
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)
         output: TowerFeatures = self.text(texts, levels)

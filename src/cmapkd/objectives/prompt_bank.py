@@ -45,8 +45,8 @@ def kept_prompts(scores: Float[Tensor, " prompts"], threshold: float) -> Bool[Te
 
     Args:
         threshold: > 0, no unit.
-    Source: Koleilat et al. 2025, BiomedCoOp, arXiv:2411.15232. The published code first subtracts the median and divides
-        by the median absolute deviation. Both cancel in the standardisation that follows, and the second may be 0.
+    Source: Koleilat et al. 2025, BiomedCoOp, arXiv:2411.15232. The published code first subtracts the median and
+        divides by the median absolute deviation. Both cancel in the standardisation, and the second may be 0.
     """
     if not threshold > 0:
         raise ValueError(f"the threshold is {threshold}: give a number above 0, in standard deviations")

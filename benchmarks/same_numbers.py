@@ -43,6 +43,7 @@ RECIPES = (
     "hinton_classes_scenes",
     "open_clip_distill_scenes",
     "promptkd_scenes",
+    "biomedcoop_scenes",
     "c2kd_scenes",
     "dc_clip_scenes",
     "fitnet_scenes",

@@ -19,6 +19,7 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.onnx_family import GraphEncoder
 from cmapkd.models.open_clip_model import OpenClipModel
+from cmapkd.models.prompted import PromptedEncoder
 from cmapkd.models.tiny import TinyDualEncoder
 
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL's numbers
@@ -37,6 +38,11 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
         return
     if isinstance(model, GraphEncoder):
         raise ValueError(f"{model.name} is a set of exported files already: export the model that they are of")
+    if isinstance(model, PromptedEncoder):
+        raise ValueError(
+            f"{model.name} has learned vectors between the tokens of its texts, which no other tool leaves room for: "
+            "export the model that was prompted, and take class vectors from cmapkd"
+        )
     longest = model.tokenizer.context_length
     if isinstance(model, TinyDualEncoder):
         model.tokenizer.save(folder)

@@ -6,6 +6,7 @@ from typing import Any
 from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.methods.base import Method
+from cmapkd.methods.biomedcoop import BiomedCoOp
 from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.clip_kd import ClipKD
@@ -34,6 +35,7 @@ _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
     "hinton": Hinton,
     "promptkd": PromptKD,
+    "biomedcoop": BiomedCoOp,
     "c2kd": C2KD,
     "dc_clip": DCClip,
     "fitnet": FitNet,

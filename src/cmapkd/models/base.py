@@ -21,10 +21,11 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.types import Features, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
+from cmapkd.models.types import Features, Level, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
 
 __all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
 
+NO_TOKENS = "has no image tokens in the joint space"
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv:2103.00020, section 2.5: clipped to keep training stable
 
 
@@ -153,6 +154,8 @@ class DualEncoder(Model):
         image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
         random_towers: the towers that have random weights, of a model that was just built; () once it was trained.
         assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
+        class_templates: prompts with `{}` that its text tower was tuned to; classifiers of it are made of these and no
+            others. None: of those that are asked for.
     """
 
     does: ClassVar[str] = "embeds pictures and texts"
@@ -163,6 +166,7 @@ class DualEncoder(Model):
     text_levels: tuple[LevelInfo, ...]
     assumed_activation: Literal["gelu", "quick_gelu"] | None = None
     random_towers: tuple[Tower, ...] = ()
+    class_templates: tuple[str, ...] | None = None
 
     @property
     @abstractmethod
@@ -190,6 +194,11 @@ class DualEncoder(Model):
         """The image tower's blocks in their order, where each maps [batch tokens width] to the same, for any number of
         tokens; empty for other towers."""
         return ()
+
+    @property
+    def token_embedding(self) -> nn.Module | None:
+        """What makes vectors [batch tokens width] of the ids of a text; None where it cannot be reached."""
+        return None
 
     @property
     def prunable(self) -> Mapping[Tower, PrunableTower]:
@@ -244,6 +253,19 @@ class DualEncoder(Model):
     @abstractmethod
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Text embedding [batch, embed_dim], not normalised, and the named levels."""
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        """Every token of the last image level, by the tower's own norm and projection; not normalised.
+
+        Where the tower pools its class token, that token's row is the embedding. Nothing trained the others' rows.
+
+        Args:
+            level: the last of `image_levels`, as `encode_image` gives it.
+        Raises:
+            ValueError: the tower has no tokens, or no way from one of them to the joint space.
+        """
+        del level
+        raise ValueError(f"{self.name} {NO_TOKENS}: its image tower is no plain ViT of tiny, open_clip, timm or hf")
 
     def stated_costs(self) -> StatedCosts | None:
         """What the model's files say that it costs; None where torch can measure it."""

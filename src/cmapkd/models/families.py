@@ -40,7 +40,7 @@ class Family(Protocol):
         ...
 
 
-_OF_FOLDERS = {"joined": EntryPoint("joined", "cmapkd.models.joined", FAMILIES.group)}
+_OF_FOLDERS = {name: EntryPoint(name, f"cmapkd.models.{name}", FAMILIES.group) for name in ("joined", "prompted")}
 """Families without names of their own: what methods make of other models."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.config.disk import usual_rights
 from cmapkd.data.types import TokenBatch
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import NO_TOKENS, DualEncoder
 from cmapkd.models.hf_tokenizer import HfTokenizer
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import split_by_name
@@ -78,6 +78,11 @@ class HfModel(DualEncoder):
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self.model.vision_model.encoder.layers)
 
+    @property
+    def token_embedding(self) -> nn.Module:
+        table: nn.Module = self.model.text_model.embeddings.token_embedding
+        return table
+
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
         # The towers and not `get_image_features`, whose return type changed in transformers 5; tested to be equal.
@@ -89,6 +94,12 @@ class HfModel(DualEncoder):
         num_prefix = 1 if self.model_type == "clip" else 0
         kept = {name: Level(value, "tokens", num_prefix, grid) for name, value in _take(output, levels).items()}
         return TowerFeatures(embedding, kept)
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        if self.model_type != "clip":
+            raise ValueError(f"{self.name} {NO_TOKENS}: its image tower pools them by attention")
+        projected: Tensor = self.model.visual_projection(self.model.vision_model.post_layernorm(level.values))
+        return projected
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 from cmapkd.config import ConfigError, install_advice
@@ -48,6 +49,12 @@ class HfTokenizer:
         pad_id = getattr(self.native, "pad_token_id", None) or 0
         tokens = TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), places, pad_id=pad_id)
         return tokens.measured() if self.whole_because is None else tokens
+
+    def of_length(self, context_length: int) -> HfTokenizer:
+        """The same, which cuts and pads texts to another length."""
+        other = copy(self)
+        other.context_length = context_length
+        return other
 
 
 def load_tokenizer(source: str, fetching: dict[str, Any], name: str) -> Any:

@@ -21,7 +21,7 @@ from cmapkd.models.prompts import DeepPrompts
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
 from cmapkd.models.teacher import FrozenTeacher
-from cmapkd.models.types import TowerFeatures
+from cmapkd.models.types import Level, TowerFeatures
 
 _MODELS = ("image.", "text.")  # parts that are saved as models of their own
 
@@ -98,12 +98,21 @@ class JoinedEncoder(DualEncoder):
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return self.image.image_blocks
 
+    @property
+    def token_embedding(self) -> nn.Module | None:
+        return self.text_model.token_embedding
+
     def clamp_logit_scale(self) -> None:
         self.image.clamp_logit_scale()
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         tower = self.before_projector(images, levels)
         return replace(tower, embedding=self.project(tower.embedding))
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        tokens = self.image.tokens_in_joint_space(level)
+        projected: Tensor = self.project(tokens.flatten(0, 1))  # whose batch norm takes rows
+        return projected.unflatten(0, tokens.shape[:2])
 
     def before_projector(self, images: Tensor, levels: Sequence[str] = ()) -> TowerFeatures:
         """The image tower's own embedding; a projector that normalises over the batch wants the whole of it."""

@@ -84,6 +84,27 @@ def visual_blocks(visual: Any, levels: Sequence[LevelInfo]) -> tuple[nn.Module, 
     return () if positions_inside else tuple(visual.trunk.blocks)
 
 
+def projected_tokens(visual: Any, level: Level, *, name: str) -> Float[Tensor, "batch tokens dim"]:
+    """See `DualEncoder.tokens_in_joint_space`.
+
+    Raises:
+        ValueError: the tower gives a map, or pools by attention, which has no norm and projection of single tokens.
+    """
+    trunk, head = getattr(visual, "trunk", None), getattr(visual, "head", None)
+    pools = getattr(visual if trunk is None else trunk, "attn_pool", None) is not None or hasattr(head, "pool")
+    if level.layout != "tokens" or pools:
+        why = "pools them by attention" if pools else "is no plain ViT"
+        raise ValueError(f"{name} has no image tokens in the joint space: its image tower {why}")
+    if trunk is None:
+        x: Tensor = visual.ln_post(level.values)
+        return x if visual.proj is None else x @ visual.proj
+    for layer in ("norm", "fc_norm", "head"):
+        x = getattr(trunk, layer, nn.Identity())(level.values if layer == "norm" else x)
+    assert head is not None
+    projected: Tensor = head(x)
+    return projected
+
+
 def _grid(visual: Any, images: Tensor) -> tuple[int, int]:
     height, width = images.shape[-2:]
     if hasattr(visual, "trunk"):
@@ -129,6 +150,15 @@ def text_blocks(model: Any) -> Sequence[nn.Module]:
             layers: Sequence[nn.Module] = getattr(inner, attribute)
             return layers
     return ()
+
+
+def embedding_of_tokens(model: Any) -> nn.Module:
+    """What makes vectors of the ids of a text."""
+    if has_transformers_text(model):
+        table: nn.Module = model.text.transformer.get_input_embeddings()
+        return table
+    own: nn.Module = getattr(model, "text", model).token_embedding
+    return own
 
 
 def text_width(model: Any) -> int:

@@ -15,9 +15,11 @@ from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec, load_native_weights
 from cmapkd.models.open_clip_levels import (
+    embedding_of_tokens,
     has_transformers_text,
     image_levels,
     outputs_of,
+    projected_tokens,
     projections,
     text_blocks,
     text_width,
@@ -110,6 +112,10 @@ class OpenClipModel(DualEncoder):
         return visual_blocks(self.model.visual, self.image_levels)
 
     @property
+    def token_embedding(self) -> nn.Module:
+        return embedding_of_tokens(self.model)
+
+    @property
     def prunable(self) -> Mapping[Tower, PrunableTower]:
         return {tower: parts.within("model") for tower, parts in prunable_towers(self.model).items()}
 
@@ -131,6 +137,9 @@ class OpenClipModel(DualEncoder):
         if not levels:
             return TowerFeatures(self.model.encode_image(images))
         return visual_features(self.model.visual, images, levels, self._indices, name=self.name)
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        return projected_tokens(self.model.visual, level, name=self.name)
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)

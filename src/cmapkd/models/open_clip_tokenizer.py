@@ -62,6 +62,12 @@ class OpenClipTokenizer:
         other.whole_because = whole_because
         return other
 
+    def of_length(self, context_length: int) -> OpenClipTokenizer:
+        """The same, which cuts and pads texts to another length."""
+        other = copy(self)
+        other.context_length = context_length
+        return other
+
     def _shortened(self, tokens: TokenBatch) -> TokenBatch:
         return tokens.measured().cut() if self.whole_because is None else tokens
 

@@ -89,6 +89,11 @@ class PartsModel(DualEncoder):
     def image_blocks(self) -> tuple[nn.Module, ...]:
         return self.image.blocks
 
+    @property
+    def token_embedding(self) -> nn.Module:
+        table: nn.Module = self.text.transformer.get_input_embeddings()
+        return table
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         self._settle()

@@ -1,4 +1,4 @@
-"""Deep visual prompts: learned tokens that pass through a transformer image tower beside its own."""
+"""Learned tokens beside a frozen tower's own: through the blocks of an image tower, and among the words of texts."""
 
 from __future__ import annotations
 
@@ -89,3 +89,34 @@ def make_prompts(model: DualEncoder, *, depth: int | None, count: int) -> DeepPr
             f"the image tower of {model.name} does not work with more tokens than its own: {error}"
         ) from None
     return prompts
+
+
+class TextPrompts(nn.Module):
+    """`count` vectors in the place of the embeddings of as many tokens of every text, from place `first` on.
+
+    The tokens there are placeholders, see `prompted.PromptedTokenizer`. Outside the embedding nobody sees the vectors:
+    positions, masks, blocks and pooling are the tower's own, whichever library it comes from.
+
+    Source: Zhou et al. 2022, "Learning to Prompt for Vision-Language Models" (CoOp), arXiv:2109.01134, section 3.2.
+    """
+
+    def __init__(self, width: int, *, count: int, first: int) -> None:
+        super().__init__()
+        self.first = first
+        self.tokens = nn.Parameter(torch.randn(count, width) * 0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """As `DeepPrompts` says it."""
+        return {"tokens"}
+
+    @contextmanager
+    def inside(self, embedding: nn.Module) -> Iterator[None]:
+        """While the context is open, the embedding of tokens gives the vectors."""
+        first, behind = self.first, self.first + len(self.tokens)
+
+        def put(_module: nn.Module, _inputs: Any, x: Float[Tensor, "batch tokens width"]) -> Tensor:
+            vectors = self.tokens.to(x.dtype).expand(x.shape[0], -1, -1)
+            return torch.cat([x[:, :first], vectors, x[:, behind:]], dim=1)
+
+        with block_hooks(after={embedding: put}):
+            yield

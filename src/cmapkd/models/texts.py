@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
@@ -88,13 +88,16 @@ def class_vectors(
     """One unit vector for each class: the mean of the unit embeddings of its prompts, normalised again.
 
     Args:
-        own: texts of each class by itself, besides the templates, see `ClassPrompts`.
+        templates: of a model that has no `class_templates` of its own.
+        own: texts of each class by itself, besides the templates, see `ClassPrompts`; likewise.
     Raises:
         ValueError: there are no class names, or a class has no prompts.
     Source: Radford et al. 2021, arXiv:2103.00020, section 3.1.4 (prompt ensembling in embedding space).
     """
     if not class_names or not (templates or own):
         raise ValueError(f"a classifier needs class names and templates, got {len(class_names)} and {len(templates)}")
+    if model.class_templates:
+        templates, own = model.class_templates, ()
     weights: list[Tensor] = []
     prompts = ClassPrompts(tuple(class_names), tuple(templates), own).of_class
     step = max(1, _TEXTS_AT_ONCE // max(map(len, prompts)))
@@ -115,6 +118,34 @@ def _means(rows: Float[Tensor, "rows dim"], counts: Sequence[int]) -> Float[Tens
     of_class = torch.repeat_interleave(torch.arange(len(counts)), sizes).to(rows.device, non_blocking=True)
     sums = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, of_class, rows)
     return sums / sizes[:, None].to(rows.device, non_blocking=True)
+
+
+def prompt_bank(
+    model: DualEncoder,
+    texts: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str,
+    autocast: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "classes prompts dim"], Bool[Tensor, "classes prompts"]]:
+    """The unit embedding of every text of every class; of classes with fewer texts than others the rest is zero.
+
+    Args:
+        texts: of each class, at least one.
+    Returns:
+        The embeddings, float32, on the CPU, and which of them are there. Where all are, their mean over the prompts,
+        normalised again, is `class_vectors`.
+    Raises:
+        ValueError: there are no classes, or one has no text.
+    """
+    if not texts or not all(texts):
+        raise ValueError(f"a bank of prompts needs texts of every class, got {[len(each) for each in texts]}")
+    counts = [len(each) for each in texts]
+    flat = [text for each in texts for text in each]
+    rows = embed_texts(model, flat, batch_size=batch_size, device=device, autocast=autocast).split(counts)
+    bank = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    mask = torch.arange(bank.shape[1]) < torch.tensor(counts)[:, None]
+    return bank, mask
 
 
 def frozen_class_vectors(teacher: FrozenTeacher, classes: ClassPrompts) -> Float[Tensor, "classes dim"]:

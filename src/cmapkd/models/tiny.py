@@ -268,6 +268,10 @@ class TinyDualEncoder(DualEncoder):
         return tuple(self.vision.blocks)
 
     @property
+    def token_embedding(self) -> nn.Module:
+        return self.text.tokens
+
+    @property
     def prunable(self) -> Mapping[Tower, PrunableTower]:
         writes = {
             "image": {"to_width.weight": 0, "to_width.bias": 0, "class_token": 2, "positions": 2},
@@ -293,6 +297,10 @@ class TinyDualEncoder(DualEncoder):
         self.check_levels("image", levels)
         output: TowerFeatures = self.vision(images, levels)
         return output
+
+    def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
+        projected: Tensor = self.vision.project(self.vision.norm(level.values))
+        return projected
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)

@@ -63,6 +63,10 @@ class TrainedTokenizer:
         except Exception as error:  # the library raises bare Exception for malformed files
             raise ValueError(f"{folder / FILE} is not a readable tokenizer: {error}") from None
 
+    def of_length(self, context_length: int) -> TrainedTokenizer:
+        """The same, which cuts texts to another length."""
+        return TrainedTokenizer(RustTokenizer.from_str(self._tokenizer.to_str()), context_length=context_length)
+
     def save(self, folder: Path) -> None:
         (folder / FILE).write_text(self._tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
 

@@ -11,6 +11,7 @@ from cmapkd.evaluation.tasks.detection import Detection
 from cmapkd.evaluation.tasks.efficiency import Efficiency
 from cmapkd.evaluation.tasks.generation import Generation
 from cmapkd.evaluation.tasks.linear import LinearProbe, Neighbours
+from cmapkd.evaluation.tasks.patch_text import PatchText
 from cmapkd.evaluation.tasks.perplexity import Perplexity
 from cmapkd.evaluation.tasks.retrieval import Retrieval
 from cmapkd.evaluation.tasks.token_agreement import TokenAgreement
@@ -28,6 +29,7 @@ TASKS: Registry[type[Task]] = Registry(
         "vqa": VQA,
         "captioning": Captioning,
         "detection": Detection,
+        "patch_text": PatchText,
         "calibration": Calibration,
         "agreement": Agreement,
         "efficiency": Efficiency,

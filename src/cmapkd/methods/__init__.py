@@ -5,6 +5,7 @@ from typing import Any
 
 from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
+from cmapkd.methods.albef import Albef
 from cmapkd.methods.base import Method
 from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
@@ -29,6 +30,7 @@ from cmapkd.models import FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
+    "albef": Albef,
     "hinton": Hinton,
     "promptkd": PromptKD,
     "c2kd": C2KD,

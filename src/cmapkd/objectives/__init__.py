@@ -15,6 +15,7 @@ from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
+from cmapkd.objectives.soft_contrast import SoftContrast, soft_contrast
 from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
 from cmapkd.objectives.taid import TaidState, next_taid
 from cmapkd.objectives.tokens import TokenDivergence
@@ -22,6 +23,7 @@ from cmapkd.objectives.top_tokens import top_divergence
 from cmapkd.objectives.vocabulary import TokenLosses, token_losses
 
 __all__ = [
+    "SoftContrast",
     "TaidState",
     "TokenDivergence",
     "TokenLosses",
@@ -52,6 +54,7 @@ __all__ = [
     "similarities",
     "similarity_divergence",
     "smooth_distance",
+    "soft_contrast",
     "sparsity_constraint",
     "target_sparsity",
     "token_losses",

@@ -27,7 +27,7 @@ from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAn
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.methods.dual import LABELS, DualEncoderMethod
-from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
+from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
 from cmapkd.training import OptimConfig, TrainConfig, Trainer
@@ -198,7 +198,20 @@ def make_method(
     config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **(settings or {})})
     if not isinstance(name, str):
         return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
-    return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
+    return left_behind(
+        build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
+    )
+
+
+@torch.no_grad()
+def left_behind(method: Method) -> Method:
+    """A method whose momentum teacher, if it has one, is no longer its student: else they would agree in everything."""
+    for teacher in method.teachers.values():
+        if isinstance(teacher, MomentumTeacher):
+            draws = torch.Generator().manual_seed(11)
+            for parameter in teacher.model.parameters():
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=draws))
+    return method
 
 
 def into_first_stage(method: Method) -> Method:

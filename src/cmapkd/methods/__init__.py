@@ -14,6 +14,7 @@ from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
+from cmapkd.methods.degla import Degla
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
@@ -40,6 +41,7 @@ _OWN: dict[str, type[Method]] = {
     "clip_rd": ClipRD,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
+    "degla": Degla,
     "tinyclip": TinyCLIP,
     "sft": SFT,
     "token_kd": TokenKD,

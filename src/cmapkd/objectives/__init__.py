@@ -10,6 +10,7 @@ from cmapkd.objectives.feature import embedding_distance, feature_distance
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import hint_distance, level_distance
+from cmapkd.objectives.own_negatives import contrast_with_negatives, own_negatives_loss
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
@@ -30,6 +31,7 @@ __all__ = [
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
+    "contrast_with_negatives",
     "contrastive_gradients",
     "contrastive_loss",
     "crosswise_divergence",
@@ -47,6 +49,7 @@ __all__ = [
     "level_distance",
     "next_taid",
     "non_target_divergence",
+    "own_negatives_loss",
     "prior_coupling",
     "pyramid_divergence",
     "relation_distance",

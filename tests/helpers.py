@@ -102,9 +102,7 @@ class MemorySource:
         written = () if index in self.without_synthetic else tuple(f"{word} boat" for word in draws.choice(WORDS, 3))
         label = index % 5 if index % 3 else None
         false = tuple(f"{word} tree" for word in draws.choice(WORDS, 5, replace=False))
-        return Sample(
-            f"m{index}", image, self.captions(index), label, texts={"synthetic": written, "negatives": false}
-        )
+        return Sample(f"m{index}", image, self.captions(index), label, texts={"synthetic": written, "negatives": false})
 
     def captions(self, index: int) -> tuple[str, ...]:
         if index in self.without_caption:
@@ -266,7 +264,9 @@ def random_batch(
         if pool not in inputs["student"].more_texts:
             words = torch.randint(4, 30, (size * count, 5), generator=draws)
             further = TokenBatch(words, torch.ones_like(words, dtype=torch.bool), per_sample=count)
-            inputs = {role: replace(each, more_texts={**each.more_texts, pool: further}) for role, each in inputs.items()}
+            inputs = {
+                role: replace(each, more_texts={**each.more_texts, pool: further}) for role, each in inputs.items()
+            }
     return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels})
 
 

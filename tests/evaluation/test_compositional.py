@@ -104,7 +104,9 @@ def test_data_without_false_texts_are_refused(model: DualEncoder, scenes: Source
     class Plain(Given):
         texts = ((), (), (), ())
 
-    with pytest.raises(ValueError, match=r"compositional: none of its first samples .* pool negatives.*\?texts=negatives"):
+    with pytest.raises(
+        ValueError, match=r"compositional: none of its first samples .* pool negatives.*\?texts=negatives"
+    ):
         scored(model, Plain())
     assert "compositional" not in evaluate(model, scenes, EvaluationConfig(limit=4), device="cpu")
 

@@ -64,18 +64,14 @@ def test_gradients() -> None:
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other)
     split = (BATCH, EACH)
-    assert gradcheck(
-        lambda v, t, n, s: own_negatives_loss(v, t, n.unflatten(0, split), logit_scale=s), (*given, scale)
-    )
+    assert gradcheck(lambda v, t, n, s: own_negatives_loss(v, t, n.unflatten(0, split), logit_scale=s), (*given, scale))
 
 
 def test_without_false_texts_it_is_clips_loss() -> None:
     v, t, n = embeddings()
     for pictures in (None, PICTURES):
         expected = contrastive_loss(v, t, logit_scale=SCALE, pictures=pictures)
-        torch.testing.assert_close(
-            contrast_with_negatives(v, t, n[:0], logit_scale=SCALE, pictures=pictures), expected
-        )
+        torch.testing.assert_close(contrast_with_negatives(v, t, n[:0], logit_scale=SCALE, pictures=pictures), expected)
     assert contrast_with_negatives(v, t, n, logit_scale=SCALE) > contrastive_loss(v, t, logit_scale=SCALE)
 
 

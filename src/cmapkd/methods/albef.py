@@ -85,9 +85,7 @@ class Albef(DualEncoderMethod):
         self.config = config
         self.momentum = MomentumTeacher(student, decay=config.momentum)
         self.teachers[self.momentum.role] = self.momentum
-        self.queue = (
-            EmbeddingBank(config.queue, student.embed_dim, store=config.queue_store) if config.queue else None
-        )
+        self.queue = EmbeddingBank(config.queue, student.embed_dim, store=config.queue_store) if config.queue else None
 
     @property
     def term_names(self) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ PUBLISHED_DISTILL_WEIGHT = 0.005 * 256  # of a sum over 256 pairs, restated for 
 class DeglaConfig(MethodConfig):
     """How many false texts a sample brings, what each term counts, and how slowly the teacher moves."""
 
-    negatives: int = Field(4, ge=1, description="False texts of each sample, from the pool negatives of the data.")
+    negatives: int = Field(4, ge=1, description="False texts of each sample.")
+    pool: str = Field(NEGATIVES, min_length=1, description="The pool of texts that the false texts are.")
     task_weight: float = Field(
         1.0, ge=0, description="Weight of the contrastive loss whose images also see all false texts of the batch."
     )
@@ -76,7 +77,7 @@ class Degla(DualEncoderMethod):
             "L = L_contrastive + 0.1 L_image + 0.1 L_text + 1.28 L_feature, batch means",
             "after each step: teacher = momentum teacher + (1 - momentum) student",
         ),
-        needs="a trained student; false texts of each sample (pool negatives); no teacher but the student's own average",
+        needs="a trained student; false texts of each sample (a pool); no teacher but the student's own average",
         trainable="the student",
         departures=(
             "L_feature is a mean over pairs. Published: a sum, whose weight grows with the batch; 0.005 at 256 pairs "
@@ -111,7 +112,7 @@ class Degla(DualEncoderMethod):
 
     @property
     def text_pools(self) -> Mapping[str, int]:
-        return {NEGATIVES: self.config.negatives}
+        return {self.config.pool: self.config.negatives}
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -154,7 +155,7 @@ class Degla(DualEncoderMethod):
 
     def _negatives(self, features: Features) -> Float[Tensor, "negatives dim"]:
         """Embeddings of the false texts, those of a sample together."""
-        return features.more_texts[NEGATIVES].embedding
+        return features.more_texts[self.config.pool].embedding
 
     def _wants(self, name: str) -> bool:
         return self.wants(name, self.weights.get(name, 0.0))

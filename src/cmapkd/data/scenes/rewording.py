@@ -23,7 +23,11 @@ _TEXTURE = _any_of(_TEXTURES)
 _TURNS = {
     relations: (re.compile(pattern), instead)
     for relations, pattern, instead in (
-        (("left", "right"), r"\b(?:left|right)(?= of\b)|(?<=on its )(?:left|right)\b", {"left": "right", "right": "left"}),
+        (
+            ("left", "right"),
+            r"\b(?:left|right)(?= of\b)|(?<=on its )(?:left|right)\b",
+            {"left": "right", "right": "left"},
+        ),
         (("above", "below"), r"\b(?:above|below|under)\b", {"above": "below", "below": "above", "under": "above"}),
         (
             ("covers",),

@@ -208,7 +208,8 @@ def test_negatives_of_scenes_are_false_and_of_all_kinds() -> None:
             assert negatives_of(sample, caption, index) == tuple(made)
             assert 0 < len(made) <= MOST
             assert not {*made} & {*claims}  # nothing that the scene's own captions say
-            assert [*made.values()][0] == next(kind for kind in KINDS if kind in made.values())  # they take turns
+            first = next(iter(made.values()))
+            assert first == next(kind for kind in KINDS if kind in made.values())  # they take turns
             for text, kind in made.items():
                 before, after = _ANY_WORD.findall(caption), _ANY_WORD.findall(text)
                 if kind in ("relation", "count"):

@@ -42,8 +42,8 @@ class DeglaConfig(MethodConfig):
     text_grounded_scale: float = Field(10.0, gt=0, description="Logit scale of that contrast; it is not learned.")
     text_grounded_with: Literal["own", "official"] = Field(
         "own",
-        description="Which false texts a caption is contrasted with, own: those of its sample; official: those that the "
-        "published code takes, mostly of other samples.",
+        description="Which false texts a caption is contrasted with, own: those of its sample; official: those that "
+        "the published code takes, mostly of other samples.",
     )
     distill_weight: float = Field(
         PUBLISHED_DISTILL_WEIGHT,
@@ -70,7 +70,7 @@ class Degla(DualEncoderMethod):
         paper="Hu et al., ACM MM 2025, arXiv:2504.16801; NegCLIP: Yuksekgonul et al., ICLR 2023, arXiv:2210.01936",
         equations=(
             "v, t are unit embeddings of a pair, n_1 ... n_K of its K false texts; v', t', n' are the teacher's",
-            "L_contrastive = 1/2 [CE(s v [T; N]ᵀ, own caption) + CE(s t Vᵀ, own image)], N the false texts of all pairs",
+            "L_contrastive = 1/2 [CE(s v [T; N]ᵀ, own caption) + CE(s t Vᵀ, own image)], N those of all pairs",
             "L_image = CE(s v [t; n_1; ...; n_K]ᵀ, t)",
             "L_text = CE(10 t [t'; n_1; ...; n_K]ᵀ, t'), no gradient to t'",
             "L_feature = |v - v'|² + |t - t'|² + Σ_k |n_k - n'_k|²",

@@ -85,8 +85,7 @@ def soft_contrast(
         return by_rows(of_rows, *rows, size=size)
 
     both = one_way(student_image, teacher_image, texts) + one_way(student_text, teacher_text, images)
-    hard, soft = both.mean(0) / 2
-    return SoftContrast(hard, soft)
+    return SoftContrast(both[:, 0].mean() / 2, both[:, 1].mean() / 2)
 
 
 def _hidden(

@@ -12,7 +12,6 @@ from cmapkd.data.scenes.rewording import TURNED, recounted, retextured, turned
 from cmapkd.data.scenes.source import SceneSample
 from cmapkd.data.scenes.spec import COLOURS, SHAPES, TEXTURES
 from cmapkd.data.scenes.words import NUMBERS
-from cmapkd.data.scenes.world import Scene
 from cmapkd.data.scenes.wrong import renamed
 from cmapkd.data.types import Sample
 

@@ -39,6 +39,7 @@ SHORT = (
 RECIPES = (
     "demo",
     "contrastive_scenes",
+    "albef_scenes",
     "hinton_scenes",
     "hinton_classes_scenes",
     "open_clip_distill_scenes",
@@ -51,6 +52,7 @@ RECIPES = (
     "clip_rd_scenes",
     "cmapkd_scenes",
     "mobileclip_scenes",
+    "degla_scenes",
     "tinyclip_scenes",
     "tinyclip_auto_scenes",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from hashlib import blake2b
@@ -27,7 +27,7 @@ from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAn
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.methods.dual import LABELS, DualEncoderMethod
-from cmapkd.models import DualEncoder, FrozenTeacher, TowerFeatures
+from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
 from cmapkd.training import OptimConfig, TrainConfig, Trainer
@@ -77,7 +77,7 @@ CMAPKD_EXACT: dict[str, Any] = {  # the same with a bank that is soon full; fp16
 
 
 class MemorySource:
-    """Noise pictures with one to three captions and three synthetic ones; a pure function of the index."""
+    """Noise pictures with one to three captions, three synthetic and five false ones; a pure function of the index."""
 
     name = "memory"
 
@@ -103,7 +103,8 @@ class MemorySource:
         image = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
         written = () if index in self.without_synthetic else tuple(f"{word} boat" for word in draws.choice(WORDS, 3))
         label = index % 5 if index % 3 else None
-        return Sample(f"m{index}", image, self.captions(index), label, texts={"synthetic": written})
+        false = tuple(f"{word} tree" for word in draws.choice(WORDS, 5, replace=False))
+        return Sample(f"m{index}", image, self.captions(index), label, texts={"synthetic": written, "negatives": false})
 
     def captions(self, index: int) -> tuple[str, ...]:
         if index in self.without_caption:
@@ -202,7 +203,20 @@ def make_method(
     )
     if not isinstance(name, str):
         return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
-    return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
+    return left_behind(
+        build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
+    )
+
+
+@torch.no_grad()
+def left_behind(method: Method) -> Method:
+    """A method whose momentum teacher, if it has one, is no longer its student: else they would agree in everything."""
+    for teacher in method.teachers.values():
+        if isinstance(teacher, MomentumTeacher):
+            draws = torch.Generator().manual_seed(11)
+            for parameter in teacher.model.parameters():
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=draws))
+    return method
 
 
 def into_first_stage(method: Method) -> Method:
@@ -224,8 +238,19 @@ def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBui
     return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)
 
 
-def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32, rich: bool = False) -> Batch:
-    """Noise for the models of `make_model` and `make_teacher`; if rich also a second teacher, synthetic captions."""
+def random_batch(
+    size: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    rich: bool = False,
+    pools: Mapping[str, int] | None = None,
+) -> Batch:
+    """Noise for the models of `make_model` and `make_teacher`; if rich also a second teacher, synthetic captions.
+
+    Args:
+        pools: further texts of each sample, as a method asks for them in `text_pools`.
+    """
     draws = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 30, (size, 7), generator=draws)
     texts = TokenBatch(ids, torch.arange(7)[None] < torch.randint(2, 8, (size, 1), generator=draws))
@@ -239,6 +264,13 @@ def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
         more = {"synthetic": TokenBatch(ids.flip(1), texts.mask)}
         inputs = {role: replace(each, more_texts=more) for role, each in inputs.items()}
         inputs["second"] = ModelInput(pixels, texts, more)
+    for pool, count in (pools or {}).items():
+        if pool not in inputs["student"].more_texts:
+            words = torch.randint(4, 30, (size * count, 5), generator=draws)
+            further = TokenBatch(words, torch.ones_like(words, dtype=torch.bool), per_sample=count)
+            inputs = {
+                role: replace(each, more_texts={**each.more_texts, pool: further}) for role, each in inputs.items()
+            }
     return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels})
 
 

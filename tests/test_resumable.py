@@ -31,7 +31,7 @@ REFUSED = """
 : baseline seed
 data: train val test teacher_view mix_synthetic held_out max_tokens order lanes window
 training: steps epochs batch_size precision ema evaluate_every student train_parts
-evaluation: tasks templates class_prompts class_names limit shared_captions settings
+evaluation: tasks templates class_prompts class_names limit shared_captions negatives settings
 cache: store kind top_k max_answer_tokens
 """
 REFUSED_WHOLE = (  # sections in which every setting is refused, and a new one is without more ado

@@ -118,7 +118,8 @@ def terms_of(case: str, batch: Batch, *, micro_batch: int | None, hold: bool) ->
 @pytest.mark.parametrize("micro_batch", [None, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_every_methods_step(case: str, micro_batch: int | None) -> None:
-    batch = random_batch(8)
+    name, settings = CASES[case]
+    batch = random_batch(8, pools=make_method(name, settings=settings).text_pools)
     found = terms_of(case, batch, micro_batch=micro_batch, hold=True)
     expected = terms_of(case, batch, micro_batch=micro_batch, hold=False)
     assert found.keys() == expected.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,22 @@ from cmapkd.config import ConfigError, Registry
 from cmapkd.data import texts as texts_module
 from cmapkd.data.open import open_source
 from cmapkd.data.plans import Plan
-from cmapkd.data.scenes.claims import holds
+from cmapkd.data.scenes.claims import Description, Extreme, Number, There, holds
+from cmapkd.data.scenes.draws import Draws, key_of
 from cmapkd.data.scenes.language import captions_with_claims
-from cmapkd.data.scenes.negatives import MOST, negatives_of
+from cmapkd.data.scenes.negatives import (
+    KINDS,
+    MOST,
+    _exchanged,
+    _recounted,
+    _turned,
+    named_negatives,
+    negatives_of,
+)
+from cmapkd.data.scenes.rewording import recounted, retextured, turned
 from cmapkd.data.scenes.source import ScenesSource
-from cmapkd.data.scenes.wrong import _ANY_WORD
-from cmapkd.data.texts import TextChoice
+from cmapkd.data.scenes.wrong import _ANY_WORD, _WORDS
+from cmapkd.data.texts import TextChoice, false_texts, texts_in
 from cmapkd.data.types import BadSampleError, Sample
 from cmapkd.data.views import WHOLE, draw_view
 from helpers import MemorySource, make_builder, make_method
@@ -33,6 +44,13 @@ ONE = TextChoice({"synthetic": 1})
 
 def chosen(sample: Sample, number: int, choice: TextChoice) -> tuple[str, ...]:
     return choice.choose(sample, draw_view(sample.id, number, WHOLE, sample.image.size), number)
+
+
+class Small(MemorySource):
+    """Samples with captions alone."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(super().__getitem__(index), texts={})
 
 
 def sample_with(captions: tuple[str, ...] = ("own",), **pools: tuple[str, ...]) -> Sample:
@@ -154,7 +172,7 @@ def test_a_pool_that_the_data_lack_is_said_before_the_run() -> None:
     TextChoice({"captions": 2, "synthetic": 2}).check(MemorySource(20))
     TextChoice({"negatives": 2}).check(ScenesSource(length=20))
     with pytest.raises(ConfigError, match="negatives captions"):
-        TextChoice({"negatives": 2}).check(MemorySource(20))
+        TextChoice({"negatives": 2}).check(Small())
 
 
 # ------------------------------------------------------------------------------------------------ made of the caption
@@ -177,26 +195,112 @@ def test_a_maker_is_asked_for_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(replace(sample, texts={"louder": ("given",)}), 0, TextChoice({"louder": 1}))[1] == "given"
 
 
-def test_negatives_of_scenes_are_false_and_differ_in_a_colour_or_shape() -> None:
-    swapped = 0
+def test_negatives_of_scenes_are_false_and_of_all_kinds() -> None:
+    counts: Counter[str] = Counter()
     for difficulty in ("standard", "hard"):
         source = ScenesSource(length=150, difficulty=difficulty)
         for index in range(150):
-            sample = source[index]
+            sample = source.unseen(index)
             claims = dict(captions_with_claims(source.scene(index)))
             caption = sample.captions[index % len(sample.captions)]
-            made = negatives_of(sample, caption, index)
-            assert made == negatives_of(sample, caption, index)
-            assert len(set(made)) == len(made) <= MOST
+            made = named_negatives(sample, caption, index)
+            assert made == named_negatives(sample, caption, index)
+            assert negatives_of(sample, caption, index) == tuple(made)
+            assert 0 < len(made) <= MOST
             assert not {*made} & {*claims}  # nothing that the scene's own captions say
-            for text in made:
-                assert text != caption
+            first = next(iter(made.values()))
+            assert first == next(kind for kind in KINDS if kind in made.values())  # they take turns
+            for text, kind in made.items():
                 before, after = _ANY_WORD.findall(caption), _ANY_WORD.findall(text)
-                assert len(before) == len(after)
-                rest = [re.sub(r"\ban? ", "a ", _ANY_WORD.sub("*", each)) for each in (caption, text)]
-                assert rest[0] == rest[1]
-                swapped += sorted(before) == sorted(after)
-    assert swapped > 100  # real exchanges, not only replacements
+                if kind in ("relation", "count"):
+                    assert [_WORDS[word][:2] for word in before] == [_WORDS[word][:2] for word in after]
+                elif before != after:  # else it is the texture that differs
+                    rest = [re.sub(r"\ban? ", "a ", _ANY_WORD.sub("*", each)) for each in (caption, text)]
+                    assert rest[0] == rest[1]
+                counts[kind] += 1
+    assert counts.keys() == {*KINDS}
+    assert min(counts.values()) > 80
+
+
+def test_each_kind_says_one_thing_otherwise() -> None:
+    """Sentences of the grammar beside what they become, and claims that say the same."""
+    red, blue = Description("red", "circle", "striped"), Description("blue", "ring")
+    changes = {
+        "a red disc with stripes is left of a blue hoop, the largest object is a red disc at the left": (
+            (There((red, blue), (("left", 0, 1),)), Extreme("largest", red)),
+            _turned,
+            {
+                "a red disc with stripes is right of a blue hoop, the largest object is a red disc at the left": (
+                    There((red, blue), (("right", 0, 1),)),
+                    Extreme("largest", red),
+                )
+            },
+        ),
+        "a blue hoop is partly behind a red disc and above an outlined ring": (
+            (There((red, blue, Description("", "ring", "outlined")), (("covers", 0, 1), ("above", 0, 2))),),
+            _turned,
+            {
+                "a blue hoop is partly behind a red disc and below an outlined ring": (
+                    There((red, blue, Description("", "ring", "outlined")), (("covers", 0, 1), ("below", 0, 2))),
+                ),
+                "a blue hoop is in front of a red disc and above an outlined ring": (
+                    There((red, blue, Description("", "ring", "outlined")), (("covers", 1, 0), ("above", 0, 2))),
+                ),
+            },
+        ),
+        "there is one red cross and two plus signs": (
+            (Number(Description("red", "cross"), 1), Number(Description("", "cross"), 2)),
+            _recounted,
+            {
+                "there are two red crosses and two plus signs": (
+                    Number(Description("red", "cross"), 2),
+                    Number(Description("", "cross"), 2),
+                ),
+                "there is one red cross and one plus sign": (
+                    Number(Description("red", "cross"), 1),
+                    Number(Description("", "cross"), 1),
+                ),
+                "there is one red cross and three plus signs": (
+                    Number(Description("red", "cross"), 1),
+                    Number(Description("", "cross"), 3),
+                ),
+            },
+        ),
+        "a striped red disc and an outlined blue ring": (
+            (There((red, Description("blue", "ring", "outlined"))),),
+            _exchanged,
+            {
+                "an outlined red disc and a striped blue ring": (
+                    There((red._replace(texture="outlined"), Description("blue", "ring", "striped"))),
+                ),
+                "a striped blue disc and an outlined red ring": (
+                    There((red._replace(colour="blue"), Description("red", "ring", "outlined"))),
+                ),
+                "a striped red ring and an outlined blue circle": (
+                    There((red._replace(shape="ring"), Description("blue", "circle", "outlined"))),
+                ),
+            },
+        ),
+    }
+    for text, (claim, change, expected) in changes.items():
+        assert dict(change([(text, claim)], Draws(key_of(0)))) == expected
+
+
+def test_a_texture_that_has_no_words_in_its_place_gives_no_sentence() -> None:
+    assert retextured("a red disc with dots", {"dotted": "solid"}) is None
+    assert retextured("a red disc with dots", {"dotted": "outlined"}) == "a red disc with a border"
+    assert retextured("a filled disc", {"solid": "outlined"}) == "an outlined disc"
+    assert turned("a disc above a ring", ("above", "below"), 2) is None
+    assert recounted("two discs", 0, 3, 2) is None
+
+
+def test_kinds_are_known_of_what_is_made_and_not_of_what_is_given() -> None:
+    sample = ScenesSource(length=20).unseen(3)
+    made = false_texts(sample, sample.captions[0], 0)
+    assert tuple(made) == tuple(texts_in("negatives", sample, sample.captions[0], 0))
+    assert {*made.values()} <= {*KINDS}
+    assert false_texts(sample_with(negatives=("x", "y")), "own", 0) == {"x": "", "y": ""}
+    assert false_texts(sample_with(), "own", 0) == {}
 
 
 def test_a_negative_of_one_scene_is_true_of_another_that_shows_it() -> None:
@@ -211,6 +315,6 @@ def test_a_negative_of_one_scene_is_true_of_another_that_shows_it() -> None:
 def test_other_languages_get_negatives_of_the_true_captions_and_other_sources_none() -> None:
     second = ScenesSource(length=20, language="second")
     assert negatives_of(second[3], second[3].captions[0], 0)
-    assert negatives_of(MemorySource()[0], "a red circle", 0) == ()
+    assert negatives_of(Small()[0], "a red circle", 0) == ()
     with pytest.raises(BadSampleError, match="no negatives caption"):
-        chosen(MemorySource()[0], 0, TextChoice({"negatives": 1}))
+        chosen(Small()[0], 0, TextChoice({"negatives": 1}))

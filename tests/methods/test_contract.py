@@ -99,8 +99,20 @@ def test_the_decay_of_a_momentum_teacher_rises_to_one() -> None:
     assert cosine.decay_at(0, 10) == pytest.approx(0.9)
     assert cosine.decay_at(5, 10) == pytest.approx(0.95)
     assert cosine.decay_at(10, 10) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="decay of a momentum teacher is 1: give a number from 0 to below 1"):
-        MomentumTeacher(student, decay=1.0)
+    with pytest.raises(ValueError, match=r"decay of a momentum teacher is 1.5: give a number from 0 to 1"):
+        MomentumTeacher(student, decay=1.5)
+
+
+def test_a_momentum_teacher_of_decay_one_stays_as_the_student_began() -> None:
+    student = make_model()
+    teacher = MomentumTeacher(student, decay=1.0)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    teacher.update(student, 0, 10)
+    for name, value in teacher.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_momentum_teacher_is_in_checkpoints_once_and_never_optimised(tmp_path: Path) -> None:

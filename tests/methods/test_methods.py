@@ -44,7 +44,7 @@ def test_settings_are_described_and_have_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", DUAL)
 def test_terms_are_scalars_that_train_the_student(name: str) -> None:
     method = make_method(name)
-    terms = method(random_batch(4))
+    terms = method(random_batch(4, pools=method.text_pools))
     assert terms
     loss = torch.stack([term.weight * term.value for term in terms.values()]).sum()
     loss.backward()
@@ -77,8 +77,9 @@ def test_terms_are_the_same_whatever_the_process_draws_itself(name: str) -> None
         torch.manual_seed(own_seed)
         before = torch.get_rng_state()
         for step in range(6):
-            terms = method(replace(random_batch(8, seed=step), ids=tuple(f"{step}-{i}" for i in range(8))),
-                           StepInfo(step, 6, method.stage, step / 6, seed))  # fmt: skip
+            batch = random_batch(8, seed=step, pools=method.text_pools)
+            named = replace(batch, ids=tuple(f"{step}-{i}" for i in range(8)))
+            terms = method(named, StepInfo(step, 6, method.stage, step / 6, seed))
         assert torch.equal(torch.get_rng_state(), before)
         values.append({key: term.value.detach() for key, term in terms.items()})
     first, again, other = values

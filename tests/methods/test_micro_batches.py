@@ -86,7 +86,7 @@ def built(name: str, dtype: torch.dtype = torch.float32, kind: type[TinyDualEnco
 def results(method: Method, micro_batch: int | None, *, precision: torch.dtype | None = None) -> dict[str, Tensor]:
     """Terms and gradients of a batch, after another one that fills a bank, if there is one."""
     dtype = method.student.log_logit_scale.dtype
-    earlier, batch = random_batch(BATCH, seed=1, dtype=dtype), random_batch(BATCH, dtype=dtype)
+    earlier, batch = (random_batch(BATCH, seed=seed, dtype=dtype, pools=method.text_pools) for seed in (1, 0))
     method.micro_batch = micro_batch
     with torch.no_grad():
         method(replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH))))

@@ -84,6 +84,7 @@ def test_pictures_are_told_apart_by_their_pixels() -> None:
 
 CONTRASTIVE = {
     "contrastive": {},
+    "albef": {},
     "hinton": {},
     "clip_kd": {"augmented_weight": 0.5},
     "clip_rd": {},

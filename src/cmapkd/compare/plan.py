@@ -198,11 +198,12 @@ def _table(
 
 
 def _scratch(rows: list[Row]) -> tuple[str, str] | None:
-    """The one arm or axis value whose rows, and only some of all, train without a teacher."""
+    """The one arm or axis value whose rows, and only some of all, train as a student does alone."""
     matches = []
     for key, value in dict.fromkeys(pair for row in rows for pair in row.coordinates.items()):
         there = [row for row in rows if row.coordinates[key] == value]
-        if len(there) < len(rows) and not any(METHODS[row.config.method.name].uses_teacher for row in there):
+        methods = {row.config.method.name for row in there}
+        if len(there) < len(rows) and all(METHODS[name].scratch == name for name in methods):
             matches.append((key, value))
     return matches[0] if len(matches) == 1 else None
 

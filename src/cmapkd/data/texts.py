@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from cmapkd.config import ConfigError, Registry
 from cmapkd.data.random import key_of, uniforms
 from cmapkd.data.records import TEXT_KEYS
-from cmapkd.data.scenes.negatives import negatives_of
+from cmapkd.data.scenes.negatives import named_negatives, negatives_of
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.views import View
 
 LOOKED_AT = 16  # samples in which a pool must be found at least once
+NEGATIVES = "negatives"  # the pool of texts that are false of the sample
 CAPTIONS = "captions"  # the pool of the sample's own captions beside the one that is shown
 
 TextMaker = Callable[[Sample, str, int], Sequence[str]]
@@ -21,7 +22,7 @@ TextMaker = Callable[[Sample, str, int], Sequence[str]]
 A sample of which no such text can be made has none: ().
 """
 
-TEXT_MAKERS: Registry[TextMaker] = Registry("cmapkd.texts", {"negatives": negatives_of})
+TEXT_MAKERS: Registry[TextMaker] = Registry("cmapkd.texts", {NEGATIVES: negatives_of})
 """Pools whose texts are made, by name. Where a sample brings texts of that pool itself, these are read instead."""
 
 
@@ -133,8 +134,22 @@ def texts_in(pool: str, sample: Sample, caption: str, number: int) -> Sequence[s
     if texts := sample.texts.get(pool, ()):
         return texts
     if pool in TEXT_MAKERS:
-        return TEXT_MAKERS[pool](sample, caption, key_of("texts", sample.id, number, pool))
+        return TEXT_MAKERS[pool](sample, caption, _key(sample, number, pool))
     return ()
+
+
+def false_texts(sample: Sample, caption: str, number: int) -> dict[str, str]:
+    """The texts of the pool `negatives`, each with what kind it is of; the kind is empty where nobody knows it."""
+    if not sample.texts.get(NEGATIVES):
+        named = named_negatives(sample, caption, _key(sample, number, NEGATIVES))
+        if named:
+            return named
+    return dict.fromkeys(texts_in(NEGATIVES, sample, caption, number), "")
+
+
+def _key(sample: Sample, number: int, pool: str) -> int:
+    """What a maker draws by."""
+    return key_of("texts", sample.id, number, pool)
 
 
 def joined(texts: Iterable[str]) -> str:

@@ -108,6 +108,9 @@ class EvaluationConfig(Config):
     shared_captions: bool = Field(
         False, description="Whether identical captions of other images count as right; no in the standard protocol."
     )
+    negatives: int = Field(
+        4, ge=1, description="compositional: false texts that a sample's first caption is compared with, at most."
+    )
     writing: WritingConfig = Field(default_factory=WritingConfig, description="How models that write are asked.")
 
     settings: dict[str, dict[str, Any]] = Field(
@@ -128,7 +131,7 @@ class EvaluationConfig(Config):
 
     @model_serializer(mode="wrap")
     def _without_empty_settings(self, handler: Any) -> dict[str, Any]:
-        """An evaluation is written as it was before packages could add tasks, and before there were models that write.
+        """An evaluation is written as it was before packages could add tasks, before models that write and negatives.
 
         So runs and comparisons of earlier versions are still found by what their configs hold.
         """
@@ -139,6 +142,8 @@ class EvaluationConfig(Config):
             del values["class_prompts"]
         if self.writing == WritingConfig():
             del values["writing"]
+        if self.negatives == type(self).model_fields["negatives"].default:
+            del values["negatives"]
         return values
 
     def of_task(self, name: str, kind: type[C]) -> C:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmapkd.data.ring import stack
+from cmapkd.data.texts import false_texts
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.workers import ReadAhead
 from cmapkd.evaluation.share import ALONE, Share
@@ -24,6 +26,23 @@ from cmapkd.models.texts import encode_texts, evaluating
 from cmapkd.models.types import LevelInfo, TowerFeatures
 
 OnBadSample = Literal["skip", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class FalseTexts:
+    """Texts that are false of an image, each beside one that is true.
+
+    Attributes:
+        texts: unit vectors, as of `Embedded`.
+        image_of_text: the row of images that each belongs to.
+        caption_of_text: the row of `Embedded.texts` that each is compared with.
+        kinds: what each says otherwise; empty where nobody knows.
+    """
+
+    texts: Float[Tensor, "false dim"]
+    image_of_text: Int[Tensor, " false"]
+    caption_of_text: Int[Tensor, " false"]
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,7 @@ class Embedded:
             nobody measured them.
         image_levels, text_levels: mean-pooled inner levels (P2 to P4, L1 to L3) as far as the towers expose them, rows
             as in `images` and `texts`; empty unless they were asked for.
+        negatives: texts of the pool `negatives`; None unless they were asked for.
     """
 
     images: Float[Tensor, "images dim"]
@@ -55,6 +75,7 @@ class Embedded:
     text_norms: Float[Tensor, " texts"] = field(default_factory=lambda: torch.empty(0))
     image_levels: dict[str, Tensor] = field(default_factory=dict)
     text_levels: dict[str, Tensor] = field(default_factory=dict)
+    negatives: FalseTexts | None = None
 
 
 def embed(
@@ -69,6 +90,7 @@ def embed(
     on_bad_sample: OnBadSample = "skip",
     autocast: torch.dtype | None = None,
     levels: bool = False,
+    negatives: int = 0,
     share: Share = ALONE,
 ) -> Embedded:
     """Runs both towers over the source in evaluation mode, without gradient; the model's modes are restored after.
@@ -84,6 +106,7 @@ def embed(
         on_bad_sample: `skip` lists a sample that cannot be read in `bad`; `error` raises its `BadSampleError`.
         autocast: precision of the towers' matrix products (`torch.bfloat16`); None: the weights' own.
         levels: keep the pooled inner levels of both towers too.
+        negatives: false texts beside the first caption of each sample, at most; 0: none.
         share: of several processes, all of which call this with the same arguments. The first gets what it would find
             alone, bit for bit; the others get no rows.
     Raises:
@@ -91,13 +114,13 @@ def embed(
         ReadTimeout: reading a batch took longer than `timeout`.
         BadSampleError: of the first unreadable sample, with `on_bad_sample="error"`.
     """
-    share.call(levels=levels)
+    share.call(levels=levels, negatives=negatives)
     image_taps = visual_taps(model.image_levels) if levels and model.image_levels else {}
     images = _Rows(image_taps)
     own: list[_Read] = []
     with evaluating(model, device, autocast):
         length = len(source) if limit is None else min(limit, len(source))
-        chunks = _Whole(source, model.image_spec.raw, batch_size=batch_size, length=length)
+        chunks = _Whole(source, model.image_spec.raw, batch_size=batch_size, length=length, negatives=negatives)
         size = batch_size * 3 * model.image_spec.size**2
         places = range(len(chunks))[share.mine]
         for chunk in ReadAhead(chunks, places, workers=workers, timeout=timeout, item_bytes=size, name=chunks.name):
@@ -121,6 +144,13 @@ def embed(
     texts, text_norms, text_levels = _embed_captions(
         model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
     )
+    found = None
+    if negatives:
+        false = [text for sample in samples for text in sample.negatives]
+        embedded, _ = _embed_captions(
+            model, false, taps={}, batch_size=batch_size, device=device, autocast=autocast, share=share
+        )
+        found = _false_texts(samples, embedded)
     return Embedded(
         images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
         texts=texts,
@@ -135,6 +165,23 @@ def embed(
         text_norms=text_norms,
         image_levels=rows,
         text_levels=text_levels,
+        negatives=found,
+    )
+
+
+def _false_texts(samples: Sequence[_Text], texts: Float[Tensor, "false dim"]) -> FalseTexts:
+    """What the samples' false texts belong to."""
+    image_of_text, caption_of_text, kinds, first = [], [], [], 0
+    for place, sample in enumerate(samples):
+        image_of_text += [place] * len(sample.negatives)
+        caption_of_text += [first] * len(sample.negatives)
+        kinds += sample.negatives.values()
+        first += len(sample.captions)
+    return FalseTexts(
+        texts,
+        torch.tensor(image_of_text, dtype=torch.long),
+        torch.tensor(caption_of_text, dtype=torch.long),
+        tuple(kinds),
     )
 
 
@@ -201,6 +248,7 @@ class _Text(NamedTuple):
     id: str
     captions: tuple[str, ...]
     label: int | None
+    negatives: dict[str, str]  # and their kinds
 
 
 class _Read(NamedTuple):
@@ -219,9 +267,17 @@ class _Chunk(NamedTuple):
 class _Whole(Dataset[_Chunk]):
     """Chunk `i` of the source: whole images at the model's size. Works inside data workers."""
 
-    def __init__(self, source: Source, read: Callable[[Image.Image], Tensor], *, batch_size: int, length: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        read: Callable[[Image.Image], Tensor],
+        *,
+        batch_size: int,
+        length: int,
+        negatives: int = 0,
+    ) -> None:
         self.source, self.read = source, read
-        self.batch_size, self.length = batch_size, length
+        self.batch_size, self.length, self.negatives = batch_size, length, negatives
 
     def __len__(self) -> int:
         return -(-self.length // self.batch_size)
@@ -241,5 +297,8 @@ class _Whole(Dataset[_Chunk]):
             except BadSampleError as error:
                 bad.append((error.sample_id, error.reason))
             else:
-                samples.append(_Text(sample.id, sample.captions, sample.label))
+                false: dict[str, str] = {}
+                if self.negatives and sample.captions:
+                    false = dict(islice(false_texts(sample, sample.captions[0], 0).items(), self.negatives))
+                samples.append(_Text(sample.id, sample.captions, sample.label, false))
         return _Chunk(samples, stack(pixels) if pixels else None, bad)

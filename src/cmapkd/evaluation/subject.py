@@ -40,6 +40,7 @@ class Bench:
     on_bad_sample: OnBadSample = "skip"
     autocast: torch.dtype | None = None
     levels: bool = False  # whether embedding keeps the towers' levels too
+    negatives: int = 0  # how many false texts of each sample embedding keeps beside its captions
     console: Console | None = None
     share: Share = ALONE  # of what is scored
 
@@ -133,7 +134,13 @@ class Subject:
     @cached_property
     def embedded(self) -> Embedded:
         bench = self.bench
-        return self._embed(bench.scored, limit=bench.config.limit, levels=bench.levels, share=bench.share)
+        return self._embed(
+            bench.scored,
+            limit=bench.config.limit,
+            levels=bench.levels,
+            negatives=bench.negatives,
+            share=bench.share,
+        )
 
     @cached_property
     def embedded_train(self) -> Embedded:
@@ -141,7 +148,9 @@ class Subject:
         assert self.bench.train is not None
         return self._embed(self.bench.train, limit=self.bench.suite.probes.samples, levels=False)
 
-    def _embed(self, source: Source, *, limit: int | None, levels: bool, share: Share = ALONE) -> Embedded:
+    def _embed(
+        self, source: Source, *, limit: int | None, levels: bool, negatives: int = 0, share: Share = ALONE
+    ) -> Embedded:
         bench = self.bench
         bench.say(f"{self.name}: embedding {source.name}")
         return embed(
@@ -155,6 +164,7 @@ class Subject:
             on_bad_sample=bench.on_bad_sample,
             autocast=bench.autocast,
             levels=levels,
+            negatives=negatives,
             share=share,
         )
 

@@ -80,6 +80,7 @@ def evaluate_models(
         on_bad_sample,
         autocast,
         levels=any(task.needs_levels for task in wanted.values()),
+        negatives=config.negatives if any(task.needs_negatives for task in wanted.values()) else 0,
         console=console,
         share=share,
     )

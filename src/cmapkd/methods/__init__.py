@@ -5,6 +5,7 @@ from typing import Any
 
 from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
+from cmapkd.methods.albef import Albef
 from cmapkd.methods.base import Method
 from cmapkd.methods.biomedcoop import BiomedCoOp
 from cmapkd.methods.c2kd import C2KD
@@ -15,6 +16,7 @@ from cmapkd.methods.clip_refine import ClipRefine
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
+from cmapkd.methods.degla import Degla
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
@@ -33,6 +35,7 @@ from cmapkd.models import FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
+    "albef": Albef,
     "hinton": Hinton,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
@@ -44,6 +47,7 @@ _OWN: dict[str, type[Method]] = {
     "clip_refine": ClipRefine,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
+    "degla": Degla,
     "tinyclip": TinyCLIP,
     "vlm_distill_ood": VlmDistillOod,
     "vl2v_adip": VL2VADiP,

@@ -133,7 +133,7 @@ class MomentumTeacher(nn.Module):
 
     Args:
         student: copied; every parameter of the copy is frozen.
-        decay: weight of the past in the first step, in [0, 1).
+        decay: weight of the past in the first step, in [0, 1]; 1: it never moves, but for what is no weight.
         parts: names in the student's `parts` that are averaged (`projections`, ...); the rest is the student as it is.
             None: everything is averaged.
         schedule: constant; or cosine, where the decay rises to 1 at the end of the run (BYOL, arXiv:2006.07733).
@@ -158,8 +158,8 @@ class MomentumTeacher(nn.Module):
                 raise ValueError(
                     f"{student.name} has no part {part!r}{closest(part, known)}; it has: {', '.join(known)}"
                 )
-        if not 0 <= decay < 1:
-            raise ValueError(f"the decay of a momentum teacher is {decay:g}: give a number from 0 to below 1")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"the decay of a momentum teacher is {decay:g}: give a number from 0 to 1")
         self.model = copy.deepcopy(student).eval().requires_grad_(False)
         self.decay, self.schedule, self.role = decay, schedule, role
         self.averaged = None if parts is None else frozenset().union(*(known[part] for part in parts))

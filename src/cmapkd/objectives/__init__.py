@@ -17,12 +17,14 @@ from cmapkd.objectives.feature import embedding_distance, feature_distance, labe
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import hint_distance, level_distance
+from cmapkd.objectives.own_negatives import contrast_with_negatives, own_negatives_loss
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.refine import hybrid_divergence, reference_distance
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
+from cmapkd.objectives.soft_contrast import SoftContrast, soft_contrast
 from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
 from cmapkd.objectives.taid import TaidState, next_taid
 from cmapkd.objectives.tokens import TokenDivergence
@@ -30,6 +32,7 @@ from cmapkd.objectives.top_tokens import top_divergence
 from cmapkd.objectives.vocabulary import TokenLosses, token_losses
 
 __all__ = [
+    "SoftContrast",
     "TaidState",
     "TokenDivergence",
     "TokenLosses",
@@ -37,6 +40,7 @@ __all__ = [
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
+    "contrast_with_negatives",
     "contrastive_gradients",
     "contrastive_loss",
     "crosswise_divergence",
@@ -58,6 +62,7 @@ __all__ = [
     "nearest_divergence",
     "next_taid",
     "non_target_divergence",
+    "own_negatives_loss",
     "own_text_cross_entropy",
     "prior_coupling",
     "pyramid_divergence",
@@ -67,6 +72,7 @@ __all__ = [
     "similarities",
     "similarity_divergence",
     "smooth_distance",
+    "soft_contrast",
     "sparsity_constraint",
     "target_sparsity",
     "token_losses",

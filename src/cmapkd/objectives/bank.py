@@ -10,12 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cmapkd.objectives.chunks import columns_at_once, map_split_rows
-from cmapkd.objectives.common import check_pairs, check_same_width, unit
+from cmapkd.objectives.common import EXCLUDED, check_pairs, check_same_width, unit
 from cmapkd.objectives.derivatives import differentiable_once
 
-# A logit whose probability underflows to zero beside any other, yet finite: from -inf less -inf would come NaN. In a
-# row that is excluded as a whole both models have it everywhere, so they agree.
-_EXCLUDED = -1e30
 _WIDENED = 2**19  # numbers of a bank in half precision that are widened at once
 
 
@@ -179,8 +176,8 @@ def _logits(
             torch.mm(anchors, some.T, out=student_logits[:, columns])
             torch.mm(targets, some.T, out=teacher_logits[:, columns])
         if exclude is not None:
-            student_logits.masked_fill_(exclude[:, here], _EXCLUDED)
-            teacher_logits.masked_fill_(exclude[:, here], _EXCLUDED)
+            student_logits.masked_fill_(exclude[:, here], EXCLUDED)
+            teacher_logits.masked_fill_(exclude[:, here], EXCLUDED)
         yield here, student_logits, teacher_logits
 
 

@@ -177,7 +177,7 @@ class RunConfig(Config):
             raise ValueError(f"method {self.method.name} distils from a teacher: add teacher: MODEL")
         if uses_teacher:
             check_teachers(self.method.name, self.more_teachers)
-        if not uses_teacher and self.baseline == "scratch":
+        if self.method.name == METHODS[self.method.name].scratch and self.baseline == "scratch":
             raise ValueError(
                 f"method {self.method.name} has no teacher: it is the scratch baseline itself, drop baseline"
             )

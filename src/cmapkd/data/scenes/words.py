@@ -36,7 +36,7 @@ _WORDS = MappingProxyType({name: (name,) * (7 * (len(names) - 1)) + names[1:] * 
 
 _PLURALS = MappingProxyType({"cross": "crosses", "box": "boxes", "rhombus": "rhombuses"})
 
-_WITH_TEXTURE = MappingProxyType(
+WITH_TEXTURE = MappingProxyType(
     {
         "striped": " with stripes",
         "dotted": " with dots",
@@ -78,7 +78,7 @@ def noun_phrase(draws: Draws, thing: Description, article: str = "a", *, number:
     if size:
         before = synonym(draws, size) + " "
     if texture:
-        after = _WITH_TEXTURE.get(texture, "") if draws.uniform() < 0.25 else ""
+        after = WITH_TEXTURE.get(texture, "") if draws.uniform() < 0.25 else ""
         if not after:
             before += synonym(draws, texture) + " "
     if colour:

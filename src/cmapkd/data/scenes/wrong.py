@@ -46,8 +46,12 @@ def renamed(text: str, new_name: Callable[[str, str], str]) -> str:
             return found[0]
         return plural(name) if several else name
 
-    changed = _ANY_WORD.sub(other, text)
-    return _ARTICLE.sub(lambda found: "an " if found[1] in "aeiou" else "a ", changed)
+    return with_articles(_ANY_WORD.sub(other, text))
+
+
+def with_articles(text: str) -> str:
+    """`text` with `an` before vowels and `a` elsewhere."""
+    return _ARTICLE.sub(lambda found: "an " if found[1] in "aeiou" else "a ", text)
 
 
 def _shifted(caption: str, shifts: dict[str, int]) -> str:

@@ -6,6 +6,7 @@ from cmapkd.evaluation.tasks.agreement import Agreement
 from cmapkd.evaluation.tasks.answering import Answering
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.tasks.captioning import Captioning
+from cmapkd.evaluation.tasks.compositional import Compositional
 from cmapkd.evaluation.tasks.describing import Describing
 from cmapkd.evaluation.tasks.detection import Detection
 from cmapkd.evaluation.tasks.efficiency import Efficiency
@@ -24,6 +25,7 @@ TASKS: Registry[type[Task]] = Registry(
     {
         "retrieval": Retrieval,
         "zero_shot": ZeroShot,
+        "compositional": Compositional,
         "linear_probe": LinearProbe,
         "knn": Neighbours,
         "vqa": VQA,

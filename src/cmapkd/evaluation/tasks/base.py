@@ -54,6 +54,7 @@ class Task(ABC):
     automatic: ClassVar[bool] = False  # part of tasks=auto
     needs_source: ClassVar[bool] = True
     needs_levels: ClassVar[bool] = False  # reads the pooled levels of the towers
+    needs_negatives: ClassVar[bool] = False  # reads texts that are false of a sample
     needs_reference: ClassVar[bool] = False  # compares with the first of several models
     trains: ClassVar[bool] = False  # fits a head on another split
 

@@ -42,6 +42,8 @@ class MethodContract(Learning, ABC):
     """Whether terms compare the samples of a batch with each other, so that they read all processes' samples."""
     several_teachers: ClassVar[bool] = False
     """Whether it takes more than one: `more_teachers` is then an argument of its `__init__`."""
+    pictures_alone: ClassVar[bool] = False
+    """Whether further teachers may have an image tower alone."""
     prunes: ClassVar[bool] = False
     """Whether stages may state a `sparsity`."""
     measurements: dict[str, Tensor]

@@ -50,6 +50,7 @@ RECIPES = (
     "clip_rd_scenes",
     "cmapkd_scenes",
     "mobileclip_scenes",
+    "radio_scenes",
     "tinyclip_scenes",
     "tinyclip_auto_scenes",
 )

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "hinton": ("hinton", {}, "global"),
     "clip_kd": ("clip_kd", {}, "global"),
     "clip_rd": ("clip_rd", {}, "global"),
+    "radio": ("radio", {"dispersion_steps": 2}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),

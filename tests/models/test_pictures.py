@@ -36,7 +36,7 @@ def test_embeddings_are_pooled_features_and_texts_have_none(tmp_path: Path) -> N
     loaded = cmapkd.load(tmp_path)
     assert torch.equal(loaded.encode_image(pixels).embedding, features.image.embedding)
     assert loaded.tokenizer == NoTexts()
-    with pytest.raises(ValueError, match="has no text level 'blocks.0'"):
+    with pytest.raises(ValueError, match=r"has no text level 'blocks.0'"):
         model.encode_text(model.tokenizer("a"), ("blocks.0",))
 
 
@@ -48,16 +48,18 @@ def test_parts_and_options() -> None:
         "projections": False,
         "scale": True,
     }
-    with pytest.raises(ConfigError, match="pictures:tiny:small: tiny:small cannot pool by 'avg': leave pooling out"):
+    with pytest.raises(ConfigError, match=r"pictures:tiny:small: tiny:small cannot pool by 'avg': leave pooling out"):
         build_model(ModelConfig(name="pictures:tiny:small", options={"pooling": "avg"}))
 
 
 def test_a_model_without_texts_is_refused_where_texts_are_read() -> None:
     eyes = tower()
-    with pytest.raises(ConfigError, match="method mobileclip reads texts of every teacher, and teacher eyes, pictures"):
+    with pytest.raises(
+        ConfigError, match=r"mobileclip reads texts of every teacher, and teacher eyes, pictures"
+    ):
         make_method("mobileclip", more_teachers=[eyes])
     with pytest.raises(ConfigError, match=r"the teacher pictures:timm:resnet10t has no text tower: .*more_teachers"):
         make_method("hinton", teacher=tower("teacher"))
-    with pytest.raises(ConfigError, match="the student pictures:timm:resnet10t has no text tower"):
+    with pytest.raises(ConfigError, match=r"the student pictures:timm:resnet10t has no text tower"):
         make_method("hinton", student=eyes.model, teacher=make_teacher())
     make_method("mobileclip", more_teachers=[FrozenTeacher(make_model(), "other")])

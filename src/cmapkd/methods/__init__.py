@@ -18,6 +18,7 @@ from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
+from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
@@ -39,6 +40,7 @@ _OWN: dict[str, type[Method]] = {
     "clip_rd": ClipRD,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
+    "radio": Radio,
     "tinyclip": TinyCLIP,
     "sft": SFT,
     "token_kd": TokenKD,

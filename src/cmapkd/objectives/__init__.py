@@ -1,5 +1,6 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
+from cmapkd.objectives.angle import angular_dispersion, squared_angle
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
 from cmapkd.objectives.classes import check_classes, labelled_cross_entropy, non_target_divergence
@@ -25,6 +26,7 @@ __all__ = [
     "TaidState",
     "TokenDivergence",
     "TokenLosses",
+    "angular_dispersion",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -53,6 +55,7 @@ __all__ = [
     "similarity_divergence",
     "smooth_distance",
     "sparsity_constraint",
+    "squared_angle",
     "target_sparsity",
     "token_losses",
     "top_divergence",

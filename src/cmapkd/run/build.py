@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import BatchBuilder, Batches, Choice
 from cmapkd.data.held_out import WithHeldOut, open_held_out
@@ -114,7 +116,28 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
     captions = vocabulary_captions(source)
     if not config.method.reads_captions:
         captions = _or_prompts(captions, config, source)
-    return build_model(config.student, captions=captions, teacher=teacher)
+    student = build_model(config.student, captions=captions, teacher=teacher)
+    _check_copies(config, student, teachers)
+    return student
+
+
+def _check_copies(config: RunConfig, student: Model, teachers: Mapping[str, FrozenTeacher]) -> None:
+    """Refuses a teacher that is named as the student is and has other weights, because some are drawn at random.
+
+    Raises:
+        ConfigError: names the teacher and the first weight.
+    """
+    new = student.parts.get("adapters", ())  # they add nothing before the first step, whatever is in them
+    for role, teacher in teachers.items():
+        if config.teachers.get(role) != config.student:
+            continue
+        own = dict(student.named_parameters())
+        for name, weight in teacher.model.named_parameters():
+            if name not in new and not torch.equal(weight, own[name]):
+                raise ConfigError(
+                    f"{role} is the student as it begins, and weights of {student.name} are random, {name} among them: "
+                    "give the student trained weights, such as a saved model's, or name another teacher"
+                )
 
 
 def _or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> Iterator[str]:

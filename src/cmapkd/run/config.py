@@ -41,6 +41,9 @@ _LATER = (
 )
 """Settings that came later than the first runs. At its default each is left out: the run is what it was before."""
 
+_COPY = "student"
+"""The word for a teacher that is a frozen copy of the student as it begins; a folder of that name is ./student."""
+
 _OF_WRITERS = ("cache.top_k", "cache.max_answer_tokens", "data.prompts", "data.max_tokens")
 """Settings that came with models that write. Runs of other models leave them out in the same way."""
 
@@ -49,7 +52,9 @@ class RunConfig(Config):
     """Everything a run depends on. The run folder holds it resolved, so that it can be repeated."""
 
     teacher: ModelConfig | None = Field(
-        None, description="The model that teaches; none for methods contrastive and sft."
+        None,
+        description="The model that teaches; none for methods contrastive and sft. student: a frozen copy of the "
+        "student's first weights.",
     )
     more_teachers: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Further teachers by names of their own, for methods that take several."
@@ -70,6 +75,24 @@ class RunConfig(Config):
     cache: CacheConfig | None = Field(
         None, description="off, auto or require: the teacher answers from disk; or with settings."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _student_teaches(cls, values: Any) -> Any:
+        """`teacher: student` becomes the student's own settings, so that a saved config says whose weights taught."""
+        if not isinstance(values, dict):
+            return values
+        resolved = dict(values)
+        if _is_copy(values.get("teacher"), "teacher"):
+            resolved["teacher"] = _copied(values.get("student"), "teacher")
+        more = values.get("more_teachers")
+        if isinstance(more, dict):
+            copies = {role: _is_copy(model, f"more_teachers.{role}") for role, model in more.items()}
+            resolved["more_teachers"] = {
+                role: _copied(values.get("student"), f"more_teachers.{role}") if copies[role] else model
+                for role, model in more.items()
+            }
+        return resolved
 
     @field_validator("more_teachers", mode="before")
     @classmethod
@@ -265,3 +288,33 @@ class RunConfig(Config):
             if getattr(section, name) == type(section).model_fields[name].get_default(call_default_factory=True):
                 del written[name]
         return values
+
+
+def _is_copy(teacher: Any, where: str) -> bool:
+    """Whether a teacher is the word `student`: a frozen copy of the student's first weights.
+
+    Raises:
+        ValueError: it has settings of its own besides.
+    """
+    own = isinstance(teacher, dict) and teacher.get("name") == _COPY
+    if own and (more := [key for key in teacher if key != "name"]):
+        raise ValueError(
+            f"{where}: student is the student as it begins, with the student's own settings: leave "
+            f"{', '.join(map(str, more))} out, or name the model"
+        )
+    return own or teacher == _COPY
+
+
+def _copied(student: Any, where: str) -> Any:
+    """The student's settings, for a teacher.
+
+    Raises:
+        ValueError: the student begins with weights that no second model could be built with.
+    """
+    plain = student.model_dump() if isinstance(student, ModelConfig) else student
+    settings = plain if isinstance(plain, dict) else {}
+    if settings.get("init") == "scratch":
+        raise ValueError(f"{where}: student, and the student begins with random weights, which teach nothing")
+    if settings.get("inherit") is not None:
+        raise ValueError(f"{where}: student, and the student's weights are cut from a larger model: name that model")
+    return plain

@@ -54,9 +54,7 @@ def test_parts_and_options() -> None:
 
 def test_a_model_without_texts_is_refused_where_texts_are_read() -> None:
     eyes = tower()
-    with pytest.raises(
-        ConfigError, match=r"mobileclip reads texts of every teacher, and teacher eyes, pictures"
-    ):
+    with pytest.raises(ConfigError, match=r"mobileclip reads texts of every teacher, and teacher eyes, pictures"):
         make_method("mobileclip", more_teachers=[eyes])
     with pytest.raises(ConfigError, match=r"the teacher pictures:timm:resnet10t has no text tower: .*more_teachers"):
         make_method("hinton", teacher=tower("teacher"))

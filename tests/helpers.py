@@ -39,6 +39,12 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
+MINIMAL: dict[str, dict[str, Any]] = {"zscl": {"reference": "train", "sentences": "classes"}}
+"""Settings with which a method trains on one source, where its defaults need more."""
+
+ONE_WIDTH = ("zscl",)
+"""Methods whose student and teacher have the same width."""
+
 ROUNDING = {"promptkd": 10.0}
 """How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
@@ -193,9 +199,11 @@ def make_method(
 ) -> Method:
     kind = METHODS[name] if isinstance(name, str) else name
     student = student or make_model()
-    teacher = (teacher or make_teacher()) if kind.uses_teacher else None
+    width = {"dim": student.embed_dim} if name in ONE_WIDTH else {}
+    teacher = (teacher or make_teacher(**width)) if kind.uses_teacher else None
     torch.manual_seed(3)
-    config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **(settings or {})})
+    minimal = MINIMAL.get(name, {}) if isinstance(name, str) else {}
+    config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **minimal, **(settings or {})})
     if not isinstance(name, str):
         return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
     return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
@@ -235,7 +243,8 @@ def random_batch(size: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
         more = {"synthetic": TokenBatch(ids.flip(1), texts.mask)}
         inputs = {role: replace(each, more_texts=more) for role, each in inputs.items()}
         inputs["second"] = ModelInput(pixels, texts, more)
-    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels})
+    streams = tuple(("train", "reference")[i % 2] for i in range(size))
+    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels}, streams=streams)
 
 
 def make_trainer(

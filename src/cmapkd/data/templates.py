@@ -16,10 +16,14 @@ CLASS_NAME_SETS = ("imagenet",)
 
 @dataclass(frozen=True, slots=True)
 class ClassPrompts:
-    """The classes of a source as texts: `names` by label, and `templates` that each name is put into."""
+    """The classes of a source as texts: `names` by label, and `templates` that each name is put into.
+
+    `sentences` stand besides, for methods that compare pictures with more than the classes.
+    """
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
+    sentences: tuple[str, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -57,6 +61,15 @@ def get_templates(name: str, source: Source | None = None) -> tuple[str, ...]:
         )
         return tuple(str(function("{}")) for function in functions)
     return _from_file(name)
+
+
+def get_sentences(name: str) -> tuple[str, ...]:
+    """The lines of a text file, each a sentence.
+
+    Raises:
+        ConfigError: there is no such file, or nothing in it.
+    """
+    return tuple(_lines(name, "sentences", ("captions", "classes")))
 
 
 def get_class_names(name: str | None, source: Source) -> tuple[str, ...] | None:

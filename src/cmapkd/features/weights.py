@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class Anchor(nn.Module):
     """The weights that a model has now, and how far it has gone from them.
 
-    The copy is no part of a checkpoint: whoever makes the model again makes it with the same weights.
+    The copy is in checkpoints, so that a resumed run stays near the same weights. A saved student has none of it.
 
     Args:
         model: whose parameters are copied, also those that do not learn.
@@ -20,7 +20,7 @@ class Anchor(nn.Module):
         super().__init__()
         self.names = tuple(name for name, _ in model.named_parameters())
         for number, (_, parameter) in enumerate(model.named_parameters()):
-            self.register_buffer(f"weight_{number}", parameter.detach().clone(), persistent=False)
+            self.register_buffer(f"weight_{number}", parameter.detach().clone())
 
     def distance(self, model: nn.Module) -> Float[Tensor, ""]:
         """Σ (θ - θ_start)² over all parameters that learn; not a mean, so it grows with the size of the model.

@@ -26,6 +26,7 @@ from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
+from cmapkd.methods.zscl import ZSCL
 from cmapkd.models import DualEncoder, FrozenTeacher, Model
 from cmapkd.models.types import BOTH
 
@@ -43,6 +44,7 @@ _OWN: dict[str, type[Method]] = {
     "radio": Radio,
     "tinyclip": TinyCLIP,
     "sft": SFT,
+    "zscl": ZSCL,
     "token_kd": TokenKD,
     "taid": TAID,
 }

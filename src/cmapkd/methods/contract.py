@@ -108,6 +108,11 @@ class MethodContract(Learning, ABC):
         return {}
 
     @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams that the terms tell apart by name, and that the data must have, see `data.more`."""
+        return ()
+
+    @property
     def extras(self) -> Mapping[str, Extra]:
         """What batches must bring besides views and captions, by name. Add to `super().extras`."""
         return {}

@@ -14,6 +14,7 @@ from cmapkd.objectives.level import hint_distance, level_distance
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
+from cmapkd.objectives.retention import reference_divergences
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
 from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
@@ -49,6 +50,7 @@ __all__ = [
     "non_target_divergence",
     "prior_coupling",
     "pyramid_divergence",
+    "reference_divergences",
     "relation_distance",
     "sigmoid_loss",
     "similarities",

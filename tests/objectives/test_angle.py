@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from cmapkd.features import Dispersion
-from cmapkd.features.dispersion import SMALLEST
+from cmapkd.methods.dispersion import SMALLEST, Dispersion
 from cmapkd.objectives import angular_dispersion, squared_angle
 
 

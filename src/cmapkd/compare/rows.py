@@ -32,6 +32,11 @@ class Row:
     label: str
     runs: dict[int, PlannedRun]
 
+    @property
+    def start(self) -> RunConfig:
+        """Of a chain the config of its first run, which says how the student begins; of other rows `config`."""
+        return self.chain(next(iter(self.runs)))[0].config
+
     def chain(self, seed: int) -> tuple[PlannedRun, ...]:
         """The runs of a seed in their order: most rows have one."""
         runs, run = [], self.runs.get(seed)

@@ -2,7 +2,6 @@
 
 from cmapkd.features.bank import BankStore, EmbeddingBank, References, sample_keys
 from cmapkd.features.bridge import AlignmentBridge
-from cmapkd.features.dispersion import Dispersion
 from cmapkd.features.gather import gather_features, gather_rows, mean_over_processes, own_place
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
 from cmapkd.features.matching import LevelMatcher, Matched, Places
@@ -20,7 +19,6 @@ __all__ = [
     "AlignmentBridge",
     "BankStore",
     "Depths",
-    "Dispersion",
     "EmbeddingBank",
     "KeyTokens",
     "KeyTokensBy",

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from cmapkd.config import ConfigError, closest
 from cmapkd.data.types import Batch
-from cmapkd.features import Adapter, Dispersion
+from cmapkd.features import Adapter
 from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dispersion import Dispersion
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest

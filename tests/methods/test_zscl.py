@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -252,6 +253,15 @@ def test_sentences_are_captions_of_the_reference_stream(tmp_path: Path) -> None:
     missing = made.model_copy(update={"method": made.method.model_copy(update={"sentences": "captionz"})})
     with pytest.raises(ConfigError, match=r"sentences: 'captionz' is no file and none of captions, classes"):
         classes_of(missing, source)
+
+
+def test_data_without_labels_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"image": "{n}.png", "caption": "a"}}\n' for n in range(20)))
+    unlabelled = config(train=f"jsonl:{tmp_path}/pairs.jsonl")
+    for number in range(20):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    with pytest.raises(ConfigError, match=r"zscl, as it is set, learns from labels, and jsonl:.* has none"):
+        check_training(unlabelled, zscl(), open_training(unlabelled))
 
 
 def test_a_missing_stream_is_told_before_the_first_step() -> None:

@@ -6,7 +6,7 @@ docs/methods/zscl.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -164,6 +164,10 @@ class ZSCL(DualEncoderMethod):
         return (self.config.reference,) if self.retains and self.config.reference != MAIN_STREAM else ()
 
     @property
+    def needs_labels(self) -> bool:
+        return bool(self.config.task_weight)
+
+    @property
     def extras(self) -> Mapping[str, Extra]:
         if not self.config.task_weight:
             return super().extras
@@ -177,7 +181,7 @@ class ZSCL(DualEncoderMethod):
     def teacher_needs(self) -> LevelRequest:
         return LevelRequest(towers=("image",))
 
-    def why_whole(self, stages: tuple[StageConfig, ...]) -> str | None:  # type: ignore[override]
+    def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
         if self.anchor is not None:
             return "zscl compares all weights with those at the start: set method.anchor_weight=0"
         return super().why_whole(stages)

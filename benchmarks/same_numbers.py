@@ -53,6 +53,7 @@ RECIPES = (
     "cmapkd_scenes",
     "mobileclip_scenes",
     "degla_scenes",
+    "radio_scenes",
     "tinyclip_scenes",
     "tinyclip_auto_scenes",
 )

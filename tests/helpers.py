@@ -39,10 +39,17 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
+ONE_WIDTH = ("zscl",)
+"""Methods whose student and teacher have the same width."""
+
 ROUNDING = {"promptkd": 10.0}
 """How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
-FITTING: dict[str, dict[str, Any]] = {"biomedcoop": {"context": "red blue"}}  # the default's words are 9 tokens here
+FITTING: dict[str, dict[str, Any]] = {
+    "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
+    "zscl": {"reference": "train", "sentences": "classes"},  # one source
+}
+"""Settings with which a method trains on the models and data of these tests, where its defaults do not."""
 
 CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
     "masked_weight": 2.0,
@@ -196,7 +203,8 @@ def make_method(
 ) -> Method:
     kind = METHODS[name] if isinstance(name, str) else name
     student = student or make_model()
-    teacher = (teacher or make_teacher()) if kind.uses_teacher else None
+    width = {"dim": student.embed_dim} if name in ONE_WIDTH else {}
+    teacher = (teacher or make_teacher(**width)) if kind.uses_teacher else None
     torch.manual_seed(3)
     config = kind.Config.from_mapping(
         {"name": name if isinstance(name, str) else "", **FITTING.get(str(name), {}), **(settings or {})}
@@ -271,7 +279,8 @@ def random_batch(
             inputs = {
                 role: replace(each, more_texts={**each.more_texts, pool: further}) for role, each in inputs.items()
             }
-    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels})
+    streams = tuple(("train", "reference")[i % 2] for i in range(size))
+    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels}, streams=streams)
 
 
 def make_trainer(

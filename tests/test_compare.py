@@ -26,7 +26,7 @@ from cmapkd.compare import (
     summarize,
     t_critical,
 )
-from cmapkd.compare.config import parse_arm, parse_axis
+from cmapkd.compare.arms import parse_arm, parse_axis
 from cmapkd.compare.left import TimeLeft
 from cmapkd.compare.picture_table import PictureTable
 from cmapkd.compare.write import _value, rich_table

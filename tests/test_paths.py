@@ -78,8 +78,8 @@ def test_every_family_writes_where_a_text_names(tmp_path: Path, monkeypatch: pyt
             yield each
             yield from below(each)
 
-    for family in ("hf_model", "hf_vlm", "joined", "masked", "onnx_family", "open_clip_model", "parts_model", "tiny",
-                   "tiny_vlm_family", "timm_family", "vlm_model"):  # fmt: skip
+    for family in ("hf_model", "hf_vlm", "joined", "masked", "onnx_family", "open_clip_model", "parts_model",
+                   "pictures_family", "tiny", "tiny_vlm_family", "timm_family", "vlm_model"):  # fmt: skip
         importlib.import_module(f"cmapkd.models.{family}")
     classes = [each for each in below(Model) if each.__module__.startswith("cmapkd.")]
     assert len(classes) >= 10

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "hinton": ("hinton", {}, "global"),
     "clip_kd": ("clip_kd", {}, "global"),
     "clip_rd": ("clip_rd", {}, "global"),
+    "radio": ("radio", {"dispersion_steps": 2}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),
@@ -66,9 +67,9 @@ def test_a_bank_in_fp16_may_round_the_last_digit_apart(tmp_path: Path) -> None:
     assert_close(cached, live, 1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "zscl"])
 def test_cached_and_live_give_the_same_losses(name: str, tmp_path: Path) -> None:
-    method, settings, kind = CASES[name]
+    method, settings, kind = CASES.get(name, (name, {}, "global"))
     live, _ = train(tmp_path / "live", method, settings)
     for store, tolerance in TOLERANCE.items():
         cached, used = train(tmp_path / store, method, settings, cache={"store": store})

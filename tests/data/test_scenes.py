@@ -19,12 +19,14 @@ from cmapkd.data.open import open_source
 from cmapkd.data.scenes import DIFFICULTIES, ScenesSource
 from cmapkd.data.scenes.claims import Description, Extreme, Ground, Number, Share, There, holds
 from cmapkd.data.scenes.draws import Draws, key_of
+from cmapkd.data.scenes.labels import LABEL_KINDS
 from cmapkd.data.scenes.language import LEAST_WORDS, MOST_WORDS, NUM_CAPTIONS, TEMPLATES, captions_with_claims
 from cmapkd.data.scenes.questions import questions_of
 from cmapkd.data.scenes.render import pixel_box, render, shape_mask
 from cmapkd.data.scenes.spec import CLASS_NAMES, COLOURS, HELD_OUT, SHAPES, SPLITS, WORLD_VERSION
 from cmapkd.data.scenes.words import NUMBERS, SYNONYMS
 from cmapkd.data.scenes.world import Scene, SceneObject, content_split, scene_at
+from cmapkd.data.templates import fill, get_templates
 from cmapkd.data.types import QuestionAnswer, Source
 
 # Exact pixels and words of a few samples (Pillow 13.0). When this fails, the world has changed: if that was meant,
@@ -104,6 +106,38 @@ def test_it_is_a_source() -> None:
     prints = [ScenesSource("val"), ScenesSource("val", 96), ScenesSource("test"), ScenesSource("val", length=3)]
     assert len({view.fingerprint() for view in prints}) == len(prints)
     assert ScenesSource("val").fingerprint() == prints[0].fingerprint()
+
+
+def test_the_label_can_be_of_eight_kinds() -> None:
+    sources = {kind: open_source(f"scenes@val?label={kind}") for kind in LABEL_KINDS}
+    assert len({source.fingerprint() for source in sources.values()}) == len(sources) == 8
+    assert sources["object"].fingerprint() == ScenesSource("val").fingerprint()
+    copies = {kind: pickle.loads(pickle.dumps(source)) for kind, source in sources.items()}  # noqa: S301
+    for index in range(40):
+        scene = ScenesSource("val").scene(index)
+        largest, ground = scene.objects[0], scene.background
+        count = ["no", "one", "two", "three", "four", "five"][len(scene.objects)]
+        expected = {
+            "object": largest.name,
+            "colour": largest.colour,
+            "shape": largest.shape,
+            "texture": largest.texture,
+            "size": largest.size,
+            "background": ground.colour,
+            "background_texture": ground.texture,
+            "count": f"{count} object{'s' if len(scene.objects) > 1 else ''}",
+        }
+        for kind, source in sources.items():
+            sample = source[index]
+            assert source.class_names[sample.label] == expected[kind]
+            assert sample.renamed("other").label == sample.label == copies[kind][index].label
+            assert sample.without_label().label is None
+            assert sample.without_label().captions == sample.captions
+    prompts = {fill(text, source.class_names[0]) for source in sources.values() for text in source.templates}
+    assert {"a white background", "a picture of one object", "the solid object is the largest object"} < prompts
+    assert get_templates("auto", sources["count"]) == sources["count"].templates != sources["object"].templates
+    with pytest.raises(ConfigError, match=r"unknown label 'color' of the scenes world; .*Did you mean 'colour'"):
+        open_source("scenes?label=color")
 
 
 @pytest.mark.parametrize("size", [32, 64, 101, 224])

@@ -263,6 +263,27 @@ def test_sources_are_opened_side_by_side() -> None:
     assert source.class_names == open_source("scenes").class_names
 
 
+def test_a_stream_may_hide_its_labels() -> None:
+    task, other = "scenes?length=30&label=count", {"source": "scenes?length=20&start=50", "share": 0.25}
+
+    def opened(**settings: Any) -> JoinedSource:
+        given = {"train": task, "more": {"reference": {**other, **settings}}}
+        found = open_streams(task, DataConfig.from_mapping(given, where="data").more)
+        assert isinstance(found, JoinedSource)
+        return found
+
+    with pytest.raises(ConfigError, match=r"name their classes differently.*or hide the labels of one with labels: hi"):
+        opened()
+    source = opened(labels="hidden")
+    assert source.class_names == open_source(task).class_names
+    assert [source[index].label is None for index in (0, 29, 30, 49)] == [False, False, True, True]
+    assert source[30].id == "reference/scenes/standard/train/000000050"
+    assert source.unseen(30).label is None
+    assert source[30].captions == open_source("scenes?start=50")[0].captions
+    same = {"a": open_source("scenes?length=9"), "b": open_source("scenes?length=9")}
+    assert JoinedSource(same, {"b": 0.5}).fingerprint() != JoinedSource(same, {"b": 0.5}, ["b"]).fingerprint()
+
+
 # ------------------------------------------------------------------------------------------------ batches
 
 

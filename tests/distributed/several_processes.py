@@ -104,6 +104,7 @@ CASES: dict[
     "promptkd, in micro-batches": ("promptkd", {"distill_weight": 5.0}),
     "mobileclip, two teachers": ("mobileclip", {"synthetic": True}),
     "mobileclip, two teachers in micro-batches": ("mobileclip", {"synthetic": True}),
+    "radio, two teachers": ("radio", {}),
     "tinyclip, with masks": ("tinyclip", MASKED),
     "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),

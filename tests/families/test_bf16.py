@@ -50,7 +50,7 @@ def check(make_it: Callable[[], Method], earlier: Batch, batch: Batch) -> None:
     assert rounded.keys() == exact.keys()
     normed = has_batch_norm(method)
     for name, value in exact.items():
-        error = float((rounded[name] - value).abs() / value.abs())
+        error = float((rounded[name] - value).abs() / value.abs().clamp_min(1e-12))
         assert error < TERMS[normed], f"{name} is {float(rounded[name]):g} in bf16 and {float(value):g} in fp32"
     assert any(not torch.equal(rounded[name], value) for name, value in exact.items())  # else nothing was rounded
     error = float((rounded_gradient - exact_gradient).norm() / exact_gradient.norm())

@@ -24,7 +24,17 @@ from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.vocabulary import TrainedTokenizer
 from cmapkd.own_loop import Distiller
 from cmapkd.run import RunConfig, readers_of
-from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, DUAL, WORDS, MemorySource, make_builder, make_method, make_model
+from helpers import (
+    CLIP_KD_IN_FULL,
+    CMAPKD_EXACT,
+    DUAL,
+    ONE_WIDTH,
+    WORDS,
+    MemorySource,
+    make_builder,
+    make_method,
+    make_model,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,10 +64,10 @@ def other_tokenizer() -> TrainedTokenizer:
 
 def made(case: str, *, other: bool) -> DualEncoderMethod:
     """The method with a teacher of another tokenizer, or of the student's."""
-    teacher = make_model(dim=24, image_size=24, seed=7)
+    name, settings = CASES[case]
+    teacher = make_model(dim=16 if name in ONE_WIDTH else 24, image_size=24, seed=7)
     if other:
         teacher.tokenizer = other_tokenizer()
-    name, settings = CASES[case]
     method = make_method(name, teacher=FrozenTeacher(teacher), settings=settings)
     assert isinstance(method, DualEncoderMethod)
     return method.train()

@@ -110,6 +110,8 @@ def compare(
         raise typer.Exit(130) from None
     for part in shown_tables(result.tables):
         show(console, part)
+    if comparison.tasks:
+        _say(console, f"Transfer, Average and Last of the tasks: the end of {out / 'table.md'}")
     _tell_end(result, out, console)
     if result.failed:
         raise typer.Exit(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,14 +9,14 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cmapkd.compare.arms import Arm, labelled_axes, later_tasks, parse_arm, parse_axis, plain_arms
 from cmapkd.compare.clock import EqualTimeConfig
 from cmapkd.compare.declared import ContrastConfig
 from cmapkd.compare.tuning import TuningConfig
-from cmapkd.config import Config, ConfigError, apply_overrides, closest, list_recipes
+from cmapkd.config import Config, ConfigError, closest, list_recipes
 from cmapkd.config.load import yaml_problem
 from cmapkd.evaluation.tasks import TASKS
 
-Arm = dict[str, Any] | tuple[str, ...]  # settings over the base, as a mapping or as key=value
 _SCORES = ("params", "params_borrowed", "bad_samples")  # names that a student's scores have already, besides tasks
 
 
@@ -28,12 +26,12 @@ class _ArmsAndAxes(Config):
     @field_validator("arms", mode="before", check_fields=False)
     @classmethod
     def _plain_arms(cls, value: Any) -> Any:
-        return _arms(value) if isinstance(value, dict) else value
+        return plain_arms(value) if isinstance(value, dict) else value
 
     @field_validator("axes", mode="before", check_fields=False)
     @classmethod
     def _labelled_axes(cls, value: Any) -> Any:
-        return _axes(value)
+        return labelled_axes(value)
 
 
 class TableConfig(_ArmsAndAxes):
@@ -96,6 +94,11 @@ class ComparisonConfig(_ArmsAndAxes):
     evaluate: dict[str, str] = Field(
         default_factory=dict, description="Name -> source of further test data; metrics there are NAME.path."
     )
+    tasks: tuple[str, ...] = Field(
+        (),
+        description="Names of evaluate, as arms with `then` learn them: for the table of Transfer, Average and Last.",
+    )
+    task_metric: str = Field("zero_shot.top1", description="Dotted path in the scores on each of the tasks.")
     tuning: TuningConfig | None = Field(
         None, description="How settings are chosen before the arms are compared: equal trials for every family."
     )
@@ -136,6 +139,24 @@ class ComparisonConfig(_ArmsAndAxes):
                         )
             if not (self.table_arms(title) or self.table_axes(title)):
                 raise ValueError(f"table {title!r}: there is nothing to compare, give arms or axes")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_of_chains(self) -> Self:
+        for name in self.tasks:
+            if name not in self.evaluate:
+                raise ValueError(f"tasks: {name!r} is no name in evaluate{closest(name, self.evaluate)}")
+        arms = {title: self.table_arms(title) for title in self.tables} | {"": self.arms}
+        chained = {name: len(later_tasks(arm)) for each in arms.values() for name, arm in each.items()}
+        for name, later in chained.items():
+            if later and self.tasks and later + 1 != len(self.tasks):
+                raise ValueError(
+                    f"arm {name!r} is a chain of {later + 1} runs, and tasks names {len(self.tasks)}: name one for each"
+                )
+            if later and (self.tuning is not None or self.equal_time is not None):
+                raise ValueError(f"arm {name!r} has `then`: tuning and equal_time know no chains in this version")
+        if self.tasks and not any(chained.values()):
+            raise ValueError("tasks are named, and no arm has `then`: give an arm the settings of its later runs")
         return self
 
     @model_validator(mode="after")
@@ -268,104 +289,6 @@ def load_comparison(
     if reference is not None:
         values["reference"] = reference
     return ComparisonConfig.from_mapping(values, where=where)
-
-
-def parse_arm(text: str) -> tuple[str, list[str]]:
-    """`name: key=value ...` as a name and its settings.
-
-    Raises:
-        ConfigError: there is no name before a colon.
-    """
-    name, colon, rest = text.partition(":")
-    if not colon or not name.strip() or "=" in name:
-        raise ConfigError(f"arm {text!r} is not 'name: key=value ...', for example \"no_gram: method.gram_weight=0\"")
-    return name.strip(), shlex.split(rest)
-
-
-def parse_axis(text: str) -> tuple[str, dict[str, Any]]:
-    """`key=value,value` as a key and its values by label; commas inside brackets, braces or quotes do not divide.
-
-    Raises:
-        ConfigError: not of that form.
-    """
-    key, equals, rest = text.partition("=")
-    labels = [label.strip() for label in _divide(rest)]
-    if not equals or not key or not all(labels):
-        raise ConfigError(f"axis {text!r} is not key=value,value,..., for example training.steps=150,600")
-    _refuse_twice(key, labels)
-    values: dict[str, Any] = {}
-    for label in labels:
-        value: Any = apply_overrides({}, [f"{key}={label}"], where=f"axis {key}")
-        for part in key.split("."):
-            value = value[part]
-        values[label] = value
-    return key, values
-
-
-def _divide(text: str) -> list[str]:
-    """`text` at its outermost commas."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        else:
-            depth += (character in "[{(") - (character in "]})")
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
-
-
-def _arms(value: dict[Any, Any]) -> dict[str, Any]:
-    arms: dict[str, Any] = {}
-    for name, settings in value.items():
-        if settings is None:
-            settings = {}
-        if isinstance(settings, str):
-            settings = shlex.split(settings)
-        if not isinstance(settings, dict) and not (
-            isinstance(settings, list | tuple) and all(isinstance(setting, str) for setting in settings)
-        ):
-            raise ValueError(f"arm {name!r} must be a mapping of settings or a list of key=value, got {settings!r}")
-        arms[str(name)] = settings
-    return arms
-
-
-def _axes(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    axes: dict[str, Any] = {}
-    for key, values in value.items():
-        if isinstance(values, dict):
-            axes[str(key)] = {_label(label): setting for label, setting in values.items()}
-            continue
-        if not isinstance(values, list | tuple) or not values:
-            raise ValueError(f"axis {key!r} must be a list of values or a mapping label: value, got {values!r}")
-        labels = [_label(setting) for setting in values]
-        _refuse_twice(str(key), labels)
-        axes[str(key)] = dict(zip(labels, values, strict=True))
-    return axes
-
-
-def _refuse_twice(key: str, labels: Sequence[str]) -> None:
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ConfigError(
-            f"axis {key}: {', '.join(twice)} stands there twice. Values that read alike need labels: "
-            f"{key}: {{label: value, ...}}"
-        )
-
-
-def _label(value: Any) -> str:
-    """How a value is shown: names and numbers as they are, settings with a name by it."""
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
-        return str(value["name"])
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    return re.sub(r"\s+", " ", str(value))
 
 
 def _is_comparison(values: dict[str, Any]) -> bool:

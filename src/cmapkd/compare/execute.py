@@ -24,7 +24,7 @@ from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.pictures import ranks_name
 from cmapkd.compare.plan import Plan, make_plan
 from cmapkd.compare.resolve import Resolver
-from cmapkd.compare.rows import PlannedRun, config_digest
+from cmapkd.compare.rows import PlannedRun, begun_with, config_digest
 from cmapkd.compare.search import Trials, check_winners, search
 from cmapkd.compare.seconds import FILE, measure_all, read_seconds, write_seconds
 from cmapkd.compare.summary import summarize_tables, teacher_key, unknown_metrics
@@ -96,7 +96,9 @@ def compare(comparison: ComparisonConfig, *, out: str | Path, console: Console |
                 head = f"[{number}/{len(plan.runs)}] {planned.name}: {doing}{told}"
                 console.print(head, markup=False, highlight=False, soft_wrap=True)
             known, started = _known_teacher(planned, plan.runs, outcomes), time.monotonic()
-            outcome = _carry_out(planned, plan.folder(planned, out), comparison.evaluate, sources, console, known)
+            before = outcomes[planned.after.digest] if planned.after is not None else None
+            folder = plan.folder(planned, out)
+            outcome = _carry_out(planned, folder, comparison.evaluate, sources, console, known, before)
             outcomes[planned.digest] = outcome
             if outcome.status == "finished":
                 trained = float(outcome.metrics.get("train_seconds") or 0.0)  # of all its sittings
@@ -245,12 +247,18 @@ def _carry_out(
     sources: dict[str, Source],
     console: Console | None,
     teacher_scores: Scores | None,
+    before: Outcome | None = None,
 ) -> Outcome:
-    """One run, read back or trained; an error becomes an outcome."""
+    """One run, read back or trained; an error becomes an outcome.
+
+    Args:
+        before: of the run whose student it begins with.
+    """
     trace = folder.parent.parent / "failures" / f"{folder.name}.txt"
     try:
-        metrics = _finished(planned.config, folder, console, teacher_scores)
-        further = _further_scores(planned.config, folder, evaluate_on, sources)
+        config = planned.config if before is None else _begun_with(planned, before)
+        metrics = _finished(config, folder, console, teacher_scores)
+        further = _further_scores(config, folder, evaluate_on, sources)
     except Interrupted:
         raise
     except Exception as error:  # of whatever kind: hours of other runs must not hang on one arm
@@ -261,6 +269,17 @@ def _carry_out(
         return Outcome(folder, "failed", error=message, diverged=isinstance(error, NonFiniteLossError))
     trace.unlink(missing_ok=True)
     return Outcome(folder, "finished", metrics | {"student": metrics["student"] | further})
+
+
+def _begun_with(planned: PlannedRun, before: Outcome) -> RunConfig:
+    """The config of a later run of a chain.
+
+    Raises:
+        RunStopped: the run before it is not finished.
+    """
+    if before.status != "finished":
+        raise RunStopped(f"it begins with the student of {before.folder.name}, which is not finished")
+    return begun_with(planned, before.folder)
 
 
 def _known_teacher(planned: PlannedRun, runs: Iterable[PlannedRun], outcomes: Mapping[str, Outcome]) -> Scores | None:
@@ -283,9 +302,17 @@ def _finished(
         return run(
             config, out=folder, resume=stored.is_file(), console=console, teacher_scores=teacher_scores, keep=keep
         ).metrics
-    if yaml.safe_load(stored.read_text(encoding="utf-8")) != config.plain():
+    if not _same(yaml.safe_load(stored.read_text(encoding="utf-8")), config.plain(), folder.parent):
         raise ConfigError(f"{stored} was changed after its run: move {folder} away, so that the run is made anew")
     return RunResult.read(folder).metrics
+
+
+def _same(stored: dict[str, Any], wanted: dict[str, Any], runs: Path) -> bool:
+    """Whether a run's config is as it was; the folder of all runs, where a chain's students are, may have moved."""
+    name = Path(wanted["student"]["name"])
+    if name.parent.parent == runs and Path(str(stored["student"]["name"])).parts[-2:] == name.parts[-2:]:
+        stored = {**stored, "student": wanted["student"]}
+    return stored == wanted
 
 
 def _further_scores(

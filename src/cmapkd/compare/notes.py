@@ -52,7 +52,7 @@ def table_notes(
                 f"{row.label}: seed{'s'[: len(out) > 1]} {_listed(out)} left out of the difference, which needs both "
                 f"this row and {other.label}."
             )
-        differing = _different_start(row.row.config, other.row.config) if other.row is not None else []
+        differing = _different_start(row.row.start, other.row.start) if other.row is not None else []
         if differing:
             yield (
                 f"{row.label} and {other.label} differ in {', '.join(differing)}: equal seeds do not give them the "

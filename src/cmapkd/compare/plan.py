@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmapkd.compare.config import Arm, ComparisonConfig
+from cmapkd.compare.arms import Arm, later_tasks
+from cmapkd.compare.config import ComparisonConfig
 from cmapkd.compare.contrasts import PlannedContrast, plan_contrasts, refuse_unplaced
 from cmapkd.compare.coordinates import counterparts, find_coordinate
 from cmapkd.compare.equal_time import Seconds, with_equal_time
@@ -150,6 +151,14 @@ def _rows(
             layers += layers_of(chosen.get(arm, {}), f"arm {arm!r}, tuned")
             layers += layers_of({key: axes[key][at[key]] for key in axes}, "axes")
             config, without = resolver.resolve(layers, seed=seeds[0], where=label)
+            later = [
+                resolver.resolve(
+                    [*layers, settings_of(each, f"arm {arm!r}, run {number}")],
+                    seed=seeds[0],
+                    where=f"{label}, run {number}",
+                )[0]
+                for number, each in enumerate(later_tasks(arms[arm]) if arms else (), 2)
+            ]
         except ConfigError as error:
             for line in error.problems:
                 problems.setdefault(line, []).append(label)
@@ -161,7 +170,11 @@ def _rows(
         runs = {}
         for seed in seeds:
             run = planned_run(config, seed, parts)
-            runs[seed] = unique.setdefault(run.digest, run)
+            run = unique.setdefault(run.digest, run)
+            for number, each in enumerate(later, 2):
+                run = planned_run(each, seed, [*parts, f"run{number}"], after=run)
+                run = unique.setdefault(run.digest, run)
+            runs[seed] = run
         yield Row(coordinates, label, runs)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cmapkd.compare.config import Arm, ComparisonConfig
+from cmapkd.compare.arms import Arm, first_task
+from cmapkd.compare.config import ComparisonConfig
 from cmapkd.config import ConfigError, apply_overrides, load_mapping, merge_mappings
 from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
@@ -112,8 +113,8 @@ def layers_of(settings: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def settings_of(arm: Arm, where: str) -> dict[str, Any]:
-    """An arm's settings as one nested mapping; keys may be dotted."""
-    settings: dict[str, Any] = {}
+    """An arm's settings as one nested mapping, without those of its later runs; keys may be dotted."""
+    arm, settings = first_task(arm), dict[str, Any]()
     if isinstance(arm, dict):
         for key, value in arm.items():
             for part in reversed(str(key).split(".")):

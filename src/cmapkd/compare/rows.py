@@ -7,8 +7,10 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cmapkd.models import ModelConfig
 from cmapkd.run import RunConfig
 
 
@@ -19,6 +21,7 @@ class PlannedRun:
     config: RunConfig
     digest: str  # of the resolved config: equal configs are one run
     name: str
+    after: PlannedRun | None = None  # whose student it begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,46 @@ class Row:
     runs: dict[int, PlannedRun]
 
     @property
+    def start(self) -> RunConfig:
+        """Of a chain the config of its first run, which says how the student begins; of other rows `config`."""
+        return self.chain(next(iter(self.runs)))[0].config
+
+    def chain(self, seed: int) -> tuple[PlannedRun, ...]:
+        """The runs of a seed in their order: most rows have one."""
+        runs, run = [], self.runs.get(seed)
+        while run is not None:
+            runs.append(run)
+            run = run.after
+        return tuple(reversed(runs))
+
+    @property
     def config(self) -> RunConfig:
         """The config of the first seed; the others differ in the seed alone."""
         return next(iter(self.runs.values())).config
 
 
-def planned_run(config: RunConfig, seed: int, parts: Iterable[str]) -> PlannedRun:
-    """The run of a config with a seed; `parts` begin its name."""
-    seeded = config.model_copy(update={"seed": seed})
+def planned_run(config: RunConfig, seed: int, parts: Iterable[str], *, after: PlannedRun | None = None) -> PlannedRun:
+    """The run of a config with a seed; `parts` begin its name.
+
+    Args:
+        after: the run whose student it begins with; that run's digest stands in the place of a folder until both are
+            known, so equal chains are equal runs wherever they lie.
+    """
+    update: dict[str, Any] = {"seed": seed}
+    if after is not None:
+        update["student"] = ModelConfig(name=f"the student of run {after.digest}")
+    seeded = config.model_copy(update=update)
     digest = config_digest(seeded.plain())
-    return PlannedRun(seeded, digest, "-".join(_slug(part) for part in parts)[:80] + f"-seed{seed}-{digest}")
+    return PlannedRun(seeded, digest, "-".join(_slug(part) for part in parts)[:80] + f"-seed{seed}-{digest}", after)
+
+
+def begun_with(planned: PlannedRun, folder: Path) -> RunConfig:
+    """A later run's config, whose student is the one that the run before it left.
+
+    Args:
+        folder: of the run before it.
+    """
+    return planned.config.model_copy(update={"student": ModelConfig(name=str(folder / "student"))})
 
 
 def config_digest(values: Any) -> str:

@@ -18,6 +18,7 @@ from cmapkd.compare.metric import lookup, metric_label
 from cmapkd.compare.picture_table import pictures_csv
 from cmapkd.compare.pictures import KeptRanks
 from cmapkd.compare.plan import Plan
+from cmapkd.compare.sequence import plain_sequence, sequence_csv, sequence_markdown, sequence_of
 from cmapkd.compare.statistics import Estimate, PairedDifference, Summary, summarize
 from cmapkd.compare.summary import COSTS, extra_parameters, seconds_per_step
 from cmapkd.compare.tables import Cell, RowSummary, TableSummary
@@ -36,18 +37,20 @@ def write_outputs(
 ) -> tuple[tuple[Path, ...], str | None]:
     """Writes results.json, results.csv, table.md and plots/ into `out`.
 
-    Also contrasts.csv where contrasts are declared, and pictures.csv where runs keep ranks of pictures.
+    Also contrasts.csv where contrasts are declared, pictures.csv where runs keep ranks of pictures, and tasks.csv where
+    tasks are learned one after the other.
 
     Args:
         metrics, errors, folders: by digest, of the finished runs, the failed ones and all.
     Returns:
         The plots, and why there are none.
     """
-    records = _records(plan, metrics, errors, folders, out)
+    records, sequences = _records(plan, metrics, errors, folders, out), sequence_of(plan, metrics)
     results = {
         "comparison": plan.comparison.plain(),
         "runs": records,
         "tables": [_plain_table(table) for table in tables],
+        **({"sequences": [plain_sequence(row) for row in sequences]} if sequences else {}),
         "environment": describe_environment(),
     }
     write_json(out / "results.json", results)
@@ -61,7 +64,11 @@ def write_outputs(
     data = plan.comparison.evaluate
     if (pictures := pictures_csv(KeptRanks(folders, data), finished, paths, data)) is not None:
         _write(out / "pictures.csv", pictures)
-    _write(out / "table.md", "\n".join(markdown(table) for table in tables))
+    parts = [markdown(table) for table in tables]
+    if sequences:
+        parts.append(sequence_markdown(sequences, plan.comparison.tasks, plan.comparison.task_metric))
+        _write(out / "tasks.csv", sequence_csv(sequences, plan.comparison.tasks))
+    _write(out / "table.md", "\n".join(parts))
     if any(table.contrasts for table in tables):
         _write(out / "contrasts.csv", contrasts_csv([(table.title, table.contrasts) for table in tables]))
     try:
@@ -91,10 +98,13 @@ def _records(
     places: dict[str, list[dict[str, Any]]] = {}
     for table in plan.tables:
         for row in table.rows:
-            for run in row.runs.values():
-                axes = {key: value for key, value in row.coordinates.items() if key != "arm"}
-                where = {"table": table.title, "row": row.label, "arm": row.coordinates.get("arm"), "axes": axes}
-                places.setdefault(run.digest, []).append(where)
+            axes = {key: value for key, value in row.coordinates.items() if key != "arm"}
+            for chain in map(row.chain, row.runs):
+                for number, run in enumerate(chain, 1):
+                    told = f" (run {number} of {len(chain)})" * (number < len(chain))  # the last one is the row's own
+                    arm = row.coordinates.get("arm")
+                    named = {"row": row.label + told, "arm": arm and arm + told}
+                    places.setdefault(run.digest, []).append({"table": table.title, **named, "axes": axes})
     records = []
     for run in plan.runs:
         done = metrics.get(run.digest, {})

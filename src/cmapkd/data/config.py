@@ -22,6 +22,9 @@ class StreamConfig(Config):
 
     source: str = Field(description="Source of the samples, as for data.train.")
     share: float = Field(gt=0, lt=1, description="Fraction of every batch that are its samples.")
+    labels: Literal["read", "hidden"] = Field(
+        "read", description="hidden: its samples count as unlabelled, and may be of other classes than data.train's."
+    )
 
 
 class PromptConfig(Config):

@@ -135,7 +135,8 @@ def open_streams(
     for name, stream in more.items():
         opened = _of_role(f"data.more.{name}", stream.source, require_captions)
         sources[name] = asked(opened, prompting, stream=name)
-    return JoinedSource(sources, {name: stream.share for name, stream in more.items()})
+    hidden = [name for name, stream in more.items() if stream.labels == "hidden"]
+    return JoinedSource(sources, {name: stream.share for name, stream in more.items()}, hidden)
 
 
 def _of_role(key: str, spec: str, require_captions: bool) -> Source:
@@ -186,13 +187,15 @@ def _open_scenes(spec: Spec) -> Source:
         options["size"] = size
     if (language := spec.take("language")) is not None:
         options["language"] = language
+    if (label := spec.take("label")) is not None:
+        options["label"] = label
     if (wrong := spec.take_float("wrong")) is not None:
         options["wrong"] = wrong
     if (start := spec.take_int("start")) is not None:
         options["start"] = start
     if (descriptions := spec.take("descriptions")) is not None:
         options["descriptions"] = descriptions
-    spec.refuse_leftovers(("size", "length", "start", "limit", "language", "wrong", "descriptions"))
+    spec.refuse_leftovers(("size", "length", "start", "limit", "language", "wrong", "descriptions", "label"))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
@@ -109,12 +109,16 @@ class JoinedSource:
     Args:
         sources: by the name of their stream, the main one first.
         shares: of the other streams, each in (0, 1), together below 1.
+        hidden: streams whose samples have no label here, so that their classes need not be the others'.
     Raises:
         ConfigError: the sources name their classes differently, or the shares leave nothing to the main stream.
     """
 
-    def __init__(self, sources: Mapping[str, Source], shares: Mapping[str, float]) -> None:
+    def __init__(
+        self, sources: Mapping[str, Source], shares: Mapping[str, float], hidden: Collection[str] = ()
+    ) -> None:
         self.sources = tuple(sources.values())
+        self._hidden = frozenset(number for number, name in enumerate(sources) if name in hidden)
         main, *others = sources
         rest = 1.0 - sum(shares[name] for name in others)
         if rest <= 0:
@@ -130,7 +134,7 @@ class JoinedSource:
         )
         self.name = " + ".join(source.name for source in self.sources)
         self.templates: tuple[str, ...] = tuple(getattr(self.sources[0], "templates", ()))
-        self._class_names = _agreed_classes(sources)
+        self._class_names = _agreed_classes({name: each for name, each in sources.items() if name not in hidden})
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -157,7 +161,8 @@ class JoinedSource:
             sample = read(self.sources[number], place)
         except BadSampleError as error:
             raise BadSampleError(self._id(number, error.sample_id), error.reason, error.passing) from None
-        return sample.renamed(self._id(number, sample.id)) if number else sample
+        named = sample.renamed(self._id(number, sample.id)) if number else sample
+        return named.without_label() if number in self._hidden else named
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`; its image is not read.
@@ -190,6 +195,7 @@ class JoinedSource:
         digest = blake2b(digest_size=16)
         for stream, source in zip(self.streams, self.sources, strict=True):
             digest.update(f"{stream.name}\0{source.fingerprint()}\0{stream.length}\0".encode())
+        digest.update("".join(f"hidden {number}\0" for number in sorted(self._hidden)).encode())
         return digest.hexdigest()
 
 
@@ -214,6 +220,6 @@ def _agreed_classes(sources: Mapping[str, Source]) -> tuple[str, ...] | None:
             )
             raise ConfigError(
                 f"streams {first!r} and {other!r} name their classes differently ({how}), so one label would mean two "
-                "things: give both the same names with ?classes=FILE"
+                "things: give both the same names with ?classes=FILE, or hide the labels of one with labels: hidden"
             )
     return named[first]

@@ -24,6 +24,7 @@ class ClassPrompts:
         names: by label.
         templates: that each name is put into.
         own: by label, texts of a class by itself; empty where there are none. Classes may have unequal numbers.
+        sentences: stand besides, for methods that compare pictures with more than the classes.
     Raises:
         ValueError: `own` has not one entry for each name.
     """
@@ -54,6 +55,8 @@ class ClassPrompts:
                 "evaluation.class_prompts must have a text for every class"
             )
         return tuple(prompts)
+
+    sentences: tuple[str, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -93,6 +96,15 @@ def get_templates(name: str, source: Source | None = None) -> tuple[str, ...]:
         )
         return tuple(str(function("{}")) for function in functions)
     return _from_file(name)
+
+
+def get_sentences(name: str) -> tuple[str, ...]:
+    """The lines of a text file, each a sentence.
+
+    Raises:
+        ConfigError: there is no such file, or nothing in it.
+    """
+    return tuple(_lines(name, "sentences", ("captions", "classes")))
 
 
 def get_class_names(name: str | None, source: Source) -> tuple[str, ...] | None:

@@ -76,6 +76,10 @@ class Sample:
         """The same sample under another id."""
         return replace(self, id=sample_id)
 
+    def without_label(self) -> Sample:
+        """The same sample, unlabelled."""
+        return replace(self, label=None)
+
 
 class BadSampleError(ValueError):
     """A sample that cannot be used, with its id and the reason; what follows is the run's `on_bad_sample`."""

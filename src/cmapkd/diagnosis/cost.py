@@ -125,7 +125,8 @@ def predict_disk(method: Method, config: RunConfig) -> Iterator[Finding]:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
     moments = 2 * sum(each.numel() * each.element_size() for each in method.parameters() if each.requires_grad)
     student = sum(each.numel() * each.element_size() for each in method.student.state_dict().values())
-    checkpoint = weights + moments + (student if config.training.ema is not None else 0)
+    averaged = config.training.ema is not None or config.training.mean_every is not None
+    checkpoint = weights + moments + (student if averaged else 0)
     kept = config.training.keep_checkpoints + 1 + (config.training.evaluate_every is not None)
     total, free = kept * checkpoint + student, shutil.disk_usage(Path.cwd()).free
     detail = (

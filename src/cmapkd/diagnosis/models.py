@@ -33,6 +33,8 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
         f"{model.name}: {model.num_parameters():,} parameters, {spec.size} px ({spec.fit}, {spec.interpolation}, mean "
         f"{_numbers(spec.mean)}, std {_numbers(spec.std)}), joint width {model.embed_dim}, {levels}",
     )
+    if "text" not in model.towers:
+        return
     texts = list(itertools.islice(iter_captions(source), 4 * SANITY_PAIRS))
     if not texts:
         return

@@ -5,7 +5,7 @@ from cmapkd.features.bridge import AlignmentBridge
 from cmapkd.features.gather import gather_features, gather_rows, mean_over_processes, own_place
 from cmapkd.features.key_tokens import KeyTokens, KeyTokensBy
 from cmapkd.features.matching import LevelMatcher, Matched, Places
-from cmapkd.features.projector import PairProjector
+from cmapkd.features.projector import Adapter, PairProjector
 from cmapkd.features.pyramid import standardise, with_means
 from cmapkd.features.ring import pass_on
 from cmapkd.features.taps import LANGUAGE_LEVELS, VISUAL_LEVELS, Depths, language_taps, visual_taps
@@ -15,6 +15,7 @@ from cmapkd.features.words import Role, WordAligner, Words
 __all__ = [
     "LANGUAGE_LEVELS",
     "VISUAL_LEVELS",
+    "Adapter",
     "AlignmentBridge",
     "BankStore",
     "Depths",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from cmapkd.models.types import Features
 
@@ -38,3 +39,25 @@ class PairProjector(nn.Module):
             image=replace(features.image, embedding=of_image(features.image.embedding)),
             text=replace(features.text, embedding=of_text(features.text.embedding)),
         )
+
+
+class Adapter(nn.Module):
+    """Linear, layer norm, GELU, linear: from the student's embeddings to those of one tower of one teacher.
+
+    Where the widths agree its input is added to what it returns.
+
+    Args:
+        width: of the student's embeddings; `to`: of the teacher's.
+        hidden: units between the maps; None: the larger of both widths.
+    """
+
+    def __init__(self, width: int, to: int, *, hidden: int | None = None) -> None:
+        super().__init__()
+        inner = hidden or max(width, to)
+        self.inside = nn.Sequential(nn.Linear(width, inner), nn.LayerNorm(inner), nn.GELU(), nn.Linear(inner, to))
+        self.residual = width == to
+
+    def forward(self, embeddings: Float[Tensor, "batch width"]) -> Float[Tensor, "batch to"]:
+        """Embeddings at the teacher's width, not normalised."""
+        mapped: Tensor = self.inside(embeddings)
+        return embeddings + mapped if self.residual else mapped

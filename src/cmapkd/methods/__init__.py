@@ -22,6 +22,7 @@ from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
+from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
@@ -31,7 +32,9 @@ from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.methods.vl2v_adip import VL2VADiP
 from cmapkd.methods.vlm_distill_ood import VlmDistillOod
-from cmapkd.models import FrozenTeacher, Model
+from cmapkd.methods.zscl import ZSCL
+from cmapkd.models import DualEncoder, FrozenTeacher, Model
+from cmapkd.models.types import BOTH
 
 _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
@@ -48,10 +51,12 @@ _OWN: dict[str, type[Method]] = {
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "degla": Degla,
+    "radio": Radio,
     "tinyclip": TinyCLIP,
     "vlm_distill_ood": VlmDistillOod,
     "vl2v_adip": VL2VADiP,
     "sft": SFT,
+    "zscl": ZSCL,
     "token_kd": TokenKD,
     "taid": TAID,
 }
@@ -90,6 +95,8 @@ def build_method(
     options: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
     if more_teachers and kind.uses_teacher:
         check_teachers(config.name, [further.role for further in more_teachers])
+        for further in more_teachers:
+            _check_contract(config.name, kind, further.model, f"teacher {further.role}")
         options["more_teachers"] = more_teachers
     method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None, **options)
     method.auxiliary = auxiliary(method.student) if auxiliary is not None else None
@@ -119,6 +126,18 @@ def _check_contract(name: str, kind: type[Method], model: Model, role: str) -> N
             f"method {name} needs a {role} that {kind.reads.does}, and {model.name} {model.does}. Methods for such "
             f"models: {able or 'none'}"
         )
+    if isinstance(model, DualEncoder) and model.towers != BOTH:
+        if role in ("student", "teacher"):
+            raise ConfigError(
+                f"the {role} {model.name} has no text tower: such a model can only be a further teacher, in "
+                "more_teachers"
+            )
+        if not kind.pictures_alone:
+            able = ", ".join(other for other, each in METHODS.items() if each.pictures_alone)
+            raise ConfigError(
+                f"method {name} reads texts of every teacher, and {role}, {model.name}, has no text tower: leave it "
+                f"out, or use a method that reads its pictures alone ({able or 'none'})"
+            )
 
 
 def check_teachers(name: str, more: Iterable[str]) -> None:

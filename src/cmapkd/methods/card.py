@@ -24,6 +24,21 @@ class MethodCard:
     checked_against: str
 
 
+@dataclass(frozen=True, slots=True)
+class SentenceRequest:
+    """Sentences that a method compares pictures with.
+
+    Attributes:
+        origin: captions, of a stream; classes, their prompts; or a text file with one on each line.
+        stream: of which captions are read.
+        number: how many at most, spread evenly over the stream or the file.
+    """
+
+    origin: str
+    stream: str
+    number: int
+
+
 class MethodConfig(Config):
     """Base of every method's settings. In a recipe they stand beside the method's name."""
 
@@ -41,6 +56,11 @@ class MethodConfig(Config):
     def reads_classes(self) -> bool:
         """Whether the method, with these settings, needs the classes of the training source: names and prompts."""
         return False
+
+    @property
+    def reads_sentences(self) -> SentenceRequest | None:
+        """The sentences that stand beside the classes' prompts; None: the method reads none."""
+        return None
 
     @property
     def reads_captions(self) -> bool:

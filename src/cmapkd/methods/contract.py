@@ -42,6 +42,8 @@ class MethodContract(Learning, ABC):
     """Whether terms compare the samples of a batch with each other, so that they read all processes' samples."""
     several_teachers: ClassVar[bool] = False
     """Whether it takes more than one: `more_teachers` is then an argument of its `__init__`."""
+    pictures_alone: ClassVar[bool] = False
+    """Whether further teachers may have an image tower alone."""
     prunes: ClassVar[bool] = False
     """Whether stages may state a `sparsity`."""
     measurements: dict[str, Tensor]
@@ -104,6 +106,16 @@ class MethodContract(Learning, ABC):
     def more_views(self) -> Mapping[str, int]:
         """Further views that batches must bring: how many of each sample, by a name in `data.more_views`."""
         return {}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams that the terms tell apart by name, and that the data must have, see `data.more`."""
+        return ()
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it cannot train where no sample has a label."""
+        return False
 
     @property
     def extras(self) -> Mapping[str, Extra]:

@@ -118,7 +118,10 @@ class DualEncoderMethod(Method):
         return gather_features(join_features([self._encode_teacher(part) for part in parts]))
 
     def encode_teachers(self, batch: Batch) -> dict[str, Features]:
-        """Every teacher's embeddings by role, likewise; the first teacher's levels, too."""
+        """Every teacher's embeddings by role, likewise; the first teacher's levels, too.
+
+        Embeddings have width 0 where nobody reads a tower, and of a further teacher without a text tower.
+        """
         parts = micro_batches(batch, self.micro_batch)
         return {
             role: gather_features(join_features([self._encode_teacher(part, role) for part in parts]))
@@ -258,7 +261,8 @@ class DualEncoderMethod(Method):
         """
         first = next(iter(self.teachers))
         teacher = self.teachers[role or first]
-        needs = self.teacher_needs if teacher.role == first else None
+        wanted = self.teacher_needs
+        needs = wanted if teacher.role == first else LevelRequest(towers=wanted.towers)
         features: Features = teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
         return features
 

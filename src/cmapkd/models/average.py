@@ -70,7 +70,39 @@ class MovingAverage(nn.Module):
         self.decay = decay
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.long))  # on the CPU: read at every update
 
-    def update(self, model: nn.Module) -> None:
-        """Takes note of the model after an optimizer step."""
+    def update(self, model: nn.Module, step: int) -> None:  # noqa: ARG002  for means that take note now and then
+        """Takes note of the model after an optimizer step.
+
+        Args:
+            step: optimizer steps done before the one that just ended.
+        """
         follow(self.module, model, self.decay if int(self.n_averaged) else 0.0)
         self.n_averaged += 1
+
+
+class RunningMean(MovingAverage):
+    """The mean of a model's weights as they began and after every n-th step, all alike (`training.mean_every`).
+
+    Args:
+        model: what is averaged; copied, and that copy counts as one.
+        every: steps between two that count, >= 1.
+    """
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        super().__init__(model, 0.0)
+        self.every = every
+        self.n_averaged += 1
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Takes note of the model if this was an n-th step."""
+        if (step + 1) % self.every == 0:
+            number = int(self.n_averaged)
+            follow(self.module, model, number / (number + 1))
+            self.n_averaged += 1
+
+
+def make_average(model: nn.Module, *, ema: float | None, every: int | None) -> MovingAverage | None:
+    """The average that a run keeps of its student, from `training.ema` or `training.mean_every`; None without."""
+    if every is not None:
+        return RunningMean(model, every)
+    return None if ema is None else MovingAverage(model, ema)

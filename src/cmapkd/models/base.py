@@ -21,7 +21,7 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.types import Features, Level, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
+from cmapkd.models.types import BOTH, Features, Level, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
 
 __all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
 
@@ -152,6 +152,7 @@ class DualEncoder(Model):
         image_spec: the model's own resize and normalisation.
         tokenizer: the model's own tokenizer.
         image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
+        towers: those that it has; a model of pictures alone can only be a further teacher.
         random_towers: the towers that have random weights, of a model that was just built; () once it was trained.
         assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
         class_templates: prompts with `{}` that its text tower was tuned to; classifiers of it are made of these and no
@@ -165,6 +166,7 @@ class DualEncoder(Model):
     image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
     assumed_activation: Literal["gelu", "quick_gelu"] | None = None
+    towers: tuple[Tower, ...] = BOTH
     random_towers: tuple[Tower, ...] = ()
     class_templates: tuple[str, ...] | None = None
 

@@ -200,3 +200,31 @@ class LearnedClassVectors:
         embedding = model.encode_text(tokens.to(model.log_logit_scale.device, non_blocking=True)).embedding
         wide = embedding.float() if embedding.dtype in (torch.bfloat16, torch.float16) else embedding
         return F.normalize(_means(F.normalize(wide, dim=-1), counts), dim=-1)
+
+
+class LearnedSentences:
+    """Unit vectors of sentences by a text tower that learns: as it is now, with gradient.
+
+    Args:
+        at_once: sentences in each call, drawn anew; None, or as many as there are: all.
+    """
+
+    def __init__(self, sentences: Sequence[str], model: DualEncoder, *, at_once: int | None = None) -> None:
+        self.number, self.at_once = len(sentences), min(at_once or len(sentences), len(sentences))
+        self.tokens = model.tokenizer(sentences)
+
+    def __call__(
+        self, model: DualEncoder, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "drawn dim"], Int[Tensor, " drawn"]]:
+        """The vectors of the sentences that this call draws, and which these are; float32 or wider.
+
+        Args:
+            generator: what they are drawn from, on the CPU, the same in every process.
+        """
+        device, tokens, drawn = model.log_logit_scale.device, self.tokens, torch.arange(self.number)
+        if self.at_once < self.number:
+            drawn = torch.randperm(self.number, generator=generator)[: self.at_once]
+            tokens = tokens.rows(drawn)
+        embedding = model.encode_text(tokens.to(device, non_blocking=True)).embedding
+        wide = embedding.float() if embedding.dtype in (torch.bfloat16, torch.float16) else embedding
+        return F.normalize(wide, dim=-1), drawn.to(device, non_blocking=True)

@@ -1,5 +1,6 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
+from cmapkd.objectives.angle import angular_dispersion, squared_angle
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
 from cmapkd.objectives.classes import (
@@ -22,6 +23,7 @@ from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergen
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.refine import hybrid_divergence, reference_distance
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
+from cmapkd.objectives.retention import reference_divergences
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
 from cmapkd.objectives.soft_contrast import SoftContrast, soft_contrast
@@ -37,6 +39,7 @@ __all__ = [
     "TokenDivergence",
     "TokenLosses",
     "agreeing",
+    "angular_dispersion",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -67,6 +70,7 @@ __all__ = [
     "prior_coupling",
     "pyramid_divergence",
     "reference_distance",
+    "reference_divergences",
     "relation_distance",
     "sigmoid_loss",
     "similarities",
@@ -74,6 +78,7 @@ __all__ = [
     "smooth_distance",
     "soft_contrast",
     "sparsity_constraint",
+    "squared_angle",
     "target_sparsity",
     "token_losses",
     "top_divergence",

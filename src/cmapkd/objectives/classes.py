@@ -11,12 +11,15 @@ from cmapkd.objectives.common import at_least_float32
 from cmapkd.objectives.divergence import row_divergences
 
 
-def labelled_cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+def labelled_cross_entropy(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], *, smoothing: float = 0.0
+) -> Float[Tensor, ""]:
     """Cross-entropy with the right class, over the samples that have one.
 
     Args:
         logits: unnormalised scores of the classes.
         labels: the right class of each sample, or negative where it is not known.
+        smoothing: share of the target that all classes have in equal parts, in [0, 1).
     Returns:
         Mean over the labelled samples in nats, >= 0; zero, with a gradient of zero, where there are none.
     Raises:
@@ -24,7 +27,8 @@ def labelled_cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[T
     """
     check_labels(logits, labels)
     known = labels >= 0
-    losses = F.cross_entropy(at_least_float32(logits), labels.clamp_min(0), reduction="none")
+    wide = at_least_float32(logits)
+    losses = F.cross_entropy(wide, labels.clamp_min(0), reduction="none", label_smoothing=smoothing)
     return (losses * known).sum() / known.sum().clamp_min(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.tasks import Headline
 from cmapkd.report.plain import mapping, number, sequence, string, whole
 from cmapkd.report.read import RunFolder, model_name
+
+_OF_RUN = re.compile(r"-seed\d+-[0-9a-f]{8}/student$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,9 @@ def _key(run: RunFolder) -> str | None:
     if not run.config:
         return None
     settings = {key: value for key, value in run.config.items() if key != "seed"}
+    student = mapping(run.config, "student")
+    if (name := string(student, "name")) is not None:  # of a chain: the student of an earlier run with the same seed
+        settings["student"] = {**student, "name": _OF_RUN.sub("/student", name)}
     return json.dumps([settings, run.cut_short], sort_keys=True, default=str)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, closest
 from cmapkd.data.batches import BatchBuilder, Batches, Choice
 from cmapkd.data.held_out import WithHeldOut, open_held_out
+from cmapkd.data.labels import any_label
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import Reader
-from cmapkd.data.streams import Stream
-from cmapkd.data.templates import ClassPrompts, get_class_names, get_class_prompts, get_templates
+from cmapkd.data.streams import Stream, streams_of
+from cmapkd.data.templates import ClassPrompts, get_class_names, get_class_prompts, get_sentences, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.views import ViewSpec, WholePictures
@@ -183,12 +185,34 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
     if training.train_parts is not None:
         method.train_only(training.train_parts)
     method.check_teachers()
+    if method.needs_labels and not any_label(source):
+        raise ConfigError(
+            f"method {config.method.name}, as it is set, learns from labels, and {source.name} has none: take a "
+            "data.train with labels, or set method.task_weight=0"
+        )
+    for name in method.streams:
+        _check_stream_of_method(config, name, sampler)
     stages = training.stages or method.default_stages
     method.check_stages(stages)
     for stage in stages:
         if stage.data is not None:
             sampler.check_stream(stage.data)
     return method
+
+
+def _check_stream_of_method(config: RunConfig, name: str, sampler: PlanSampler) -> None:
+    """Refuses data without a stream that the method tells apart.
+
+    Raises:
+        ConfigError: names the streams that there are.
+    """
+    known = [stream.name for stream in sampler.streams]
+    if name not in known:
+        raise ConfigError(
+            f"method {config.method.name} reads stream {name!r}{closest(name, known)}, and the data have "
+            f"{', '.join(known)}: name it in data.more, such as data.more.{name}={{source: scenes, share: 0.5, "
+            "labels: hidden}"
+        )
 
 
 def _refuse_in_batch(config: RunConfig) -> None:
@@ -259,7 +283,46 @@ def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
             "give evaluation.class_names a file with a name on each line, or take a data.train with labels"
         )
     own = get_class_prompts(config.evaluation.class_prompts, names, source)
-    return ClassPrompts(names, get_templates(config.evaluation.templates, source), own)
+    prompts = ClassPrompts(names, get_templates(config.evaluation.templates, source), own)
+    return replace(prompts, sentences=_sentences_of(config, prompts, source))
+
+
+def _sentences_of(config: RunConfig, prompts: ClassPrompts, source: Source) -> tuple[str, ...]:
+    """The sentences that the method reads beside the classes; none of most methods.
+
+    Raises:
+        ConfigError: there are none where it looks for them.
+    """
+    asked = config.method.reads_sentences
+    if asked is None:
+        return ()
+    if asked.origin == "classes":
+        return prompts.texts
+    if asked.origin == "captions":
+        first, length = next(
+            ((each.first, each.length) for each in streams_of(source) if each.name == asked.stream), (0, len(source))
+        )
+        every = max(1, length // asked.number)
+        found = tuple(dict.fromkeys(_first_captions(source, range(first, first + length, every))))[: asked.number]
+    else:
+        lines = get_sentences(asked.origin)
+        found = lines[:: max(1, len(lines) // asked.number)][: asked.number]
+    if not found:
+        raise ConfigError(
+            f"method {config.method.name} compares pictures with captions of {asked.stream}, which has none: set "
+            "method.sentences to a text file with one on each line, or to classes"
+        )
+    return found
+
+
+def _first_captions(source: Source, places: range) -> Iterator[str]:
+    """Of each of these samples, where it has one and can be read."""
+    for index in places:
+        try:
+            captions = source.captions(index)
+        except BadSampleError:
+            continue
+        yield from captions[:1]
 
 
 def readers(

@@ -37,6 +37,7 @@ _LATER = (
     "training.activation_checkpointing",
     "training.checkpoint_form",
     "training.local_loss",
+    "training.mean_every",
     "training.sharding",
     "training.shard_teacher",
 )
@@ -279,6 +280,9 @@ class RunConfig(Config):
             del values["method"]["several_positives"]
         for view in values["data"]["more_views"].values():
             del view["reading"]  # that of data.views
+        for stream in values["data"].get("more", {}).values():
+            if stream["labels"] == "read":  # as before there was another
+                del stream["labels"]
         for path in (*(() if self.writes else _OF_WRITERS), *_LATER):
             *above, name = path.split(".")
             section: Config | None = self

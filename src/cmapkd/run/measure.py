@@ -182,8 +182,8 @@ def _how_to_go_on(config: RunConfig) -> str:
         size = settings.writing.batch_size
         return (
             f"evaluation.writing.batch_size={max(1, size // 4)} (now {size}) takes less. Scores depend on it, so it "
-            "may not change at a resume: take it in a new folder. If the student is trained, its folder is written: then "
-            f"score that alone, with cmapkd evaluate RUN_FOLDER --set writing.batch_size={max(1, size // 4)}"
+            "may not change at a resume: take it in a new folder. If the student is trained, its folder is written: "
+            f"then score that alone, with cmapkd evaluate RUN_FOLDER --set writing.batch_size={max(1, size // 4)}"
         )
     fewer = f", evaluation.workers=0 (now {settings.workers})" if settings.workers else ""
     return (

@@ -90,6 +90,12 @@ class TrainConfig(Config):
     ema: float | None = Field(
         None, gt=0, lt=1, description="Decay of an averaged student, which is then the one saved."
     )
+    mean_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between the weights of which a mean is kept, the first ones included; that mean is then the "
+        "student that is saved. none: no such mean.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.", json_schema_extra=RESUMABLE)
     evaluate_every: int | None = Field(None, ge=1, description="Steps between validations; none: only at the end.")
     checkpoint_every: int | None = Field(
@@ -114,6 +120,17 @@ class TrainConfig(Config):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), description="Written besides metrics.jsonl.", json_schema_extra=RESUMABLE
     )
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Self:
+        if self.ema is not None and self.mean_every is not None:
+            raise ValueError("ema and mean_every are both averages of the student: give one of them")
+        if self.mean_every is not None and self.steps is not None and self.mean_every > self.steps:
+            raise ValueError(
+                f"mean_every is {self.mean_every} and the run has {self.steps} steps: the student as it began would be "
+                "saved"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

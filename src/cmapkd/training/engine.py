@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo, Term
 from cmapkd.models import Model, MovingAverage
+from cmapkd.models.average import make_average
 from cmapkd.models.compiled import compile_in_place
 from cmapkd.training import checkpoint as checkpoints
 from cmapkd.training.config import OptimConfig, TrainConfig
@@ -70,7 +71,7 @@ class Engine(ABC):
         self.statistics.average()
         self.method.after_step(step)
         if self.average is not None:
-            self.average.update(self.method.student)
+            self.average.update(self.method.student, step.step)
 
     def _optimize(self, finite: Tensor) -> None:  # noqa: ARG002  the run stops at the next look in any case
         self.optimizer.step()
@@ -127,7 +128,7 @@ class WholeEngine(Engine):
         self.wrapped = self.averaged or method.to(device)
         self.optimizer = make_optimizer(method, optim)
         method.second_moment = self._second_moment
-        self.average = MovingAverage(method.student, config.ema) if config.ema is not None else None
+        self.average = make_average(method.student, ema=config.ema, every=config.mean_every)
         self.compiled = config.compile
 
     def enter_stage(self) -> None:
@@ -181,7 +182,13 @@ class SharedEngine(Engine):
 
     def __init__(self, method: Method, config: TrainConfig, optim: OptimConfig, accelerator: Accelerator) -> None:
         super().__init__(method)
-        self.shares = ShardedMethod(method, device=accelerator.device, teachers=config.shard_teacher, ema=config.ema)
+        self.shares = ShardedMethod(
+            method,
+            device=accelerator.device,
+            teachers=config.shard_teacher,
+            ema=config.ema,
+            mean_every=config.mean_every,
+        )
         self.wrapped, self.average = self.shares, self.shares.average
         self.optimizer = make_optimizer(method, optim)
         # before a stage freezes any: in the order in which checkpoints number what an optimizer knows of them

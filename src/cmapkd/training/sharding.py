@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo, Term
-from cmapkd.models import Model, MomentumTeacher, MovingAverage, Teacher
+from cmapkd.models import Model, MomentumTeacher, Teacher
+from cmapkd.models.average import make_average
 from cmapkd.models.joined import JoinedEncoder
 
 
@@ -34,12 +35,20 @@ class ShardedMethod:
     Args:
         device: where the shares are; the method is moved there, from the weights of the first process.
         teachers: whether the live teachers are shared out, too.
-        ema: decay of an averaged student; None: none.
+        ema, mean_every: of an averaged student, see `make_average`.
     Raises:
         ValueError: a teacher shall be shared out whose text tower the student has.
     """
 
-    def __init__(self, method: Method, *, device: torch.device, teachers: bool, ema: float | None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        *,
+        device: torch.device,
+        teachers: bool,
+        ema: float | None,
+        mean_every: int | None = None,
+    ) -> None:
         self.method = method
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         whole = copy.deepcopy(method.student)
@@ -49,9 +58,8 @@ class ShardedMethod:
                 self._shard_teacher(teacher)
         method.to(device)
         _broadcast(method)
-        self.average: MovingAverage | None = None
-        if ema is not None:
-            self.average = MovingAverage(method.student, ema)
+        self.average = make_average(method.student, ema=ema, every=mean_every)
+        if self.average is not None:
             shard(self.average.module, self.mesh)
         shard(method, self.mesh)
 

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from cmapkd.data.scenes.described import DESCRIPTIONS, described_classes
-from cmapkd.data.scenes.language import TEMPLATES, captions_with_claims
+from cmapkd.data.scenes.labels import LABEL_KINDS
+from cmapkd.data.scenes.language import captions_with_claims
 from cmapkd.data.scenes.questions import questions_of
 from cmapkd.data.scenes.render import pixel_box, render
 from cmapkd.data.scenes.second import second_language
-from cmapkd.data.scenes.spec import CLASS_NAMES, DIFFICULTIES, SPLITS, WORLD_VERSION
+from cmapkd.data.scenes.spec import DIFFICULTIES, SPLITS, WORLD_VERSION
 from cmapkd.data.scenes.world import WORLD_SEED, Scene, scene_at
 from cmapkd.data.scenes.wrong import with_wrong
 from cmapkd.data.types import Box, QuestionAnswer, Sample
@@ -26,7 +27,6 @@ T = TypeVar("T")
 LANGUAGES = ("first", "second", "both")
 DEFAULT_LENGTHS = {"train": 10_000_000, "val": 1000, "test": 1000, "ood": 1000}
 _SIZES = (32, 224)
-_LABELS = {name: number for number, name in enumerate(CLASS_NAMES)}
 
 
 class SceneSample(Sample):
@@ -40,9 +40,15 @@ class SceneSample(Sample):
     _wrong: float
 
     def __init__(
-        self, sample_id: str, image: Image.Image, size: int, scene: Scene, language: str = "first", wrong: float = 0.0
+        self,
+        sample_id: str,
+        image: Image.Image,
+        size: int,
+        scene: Scene,
+        language: str = "first",
+        wrong: float = 0.0,
+        label: int | None = None,
     ) -> None:
-        label = _LABELS[scene.objects[0].name]
         given = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene}
         given |= {"_language": language, "_wrong": wrong, "turns": (), "no_turns": None}
         for name, value in given.items():
@@ -79,7 +85,14 @@ class SceneSample(Sample):
 
     def renamed(self, sample_id: str) -> SceneSample:
         """The same sample under another id; nothing is made by it."""
-        return SceneSample(sample_id, self.image, self._size, self._scene, self._language, self._wrong)
+        return self._again(sample_id, self.label)
+
+    def without_label(self) -> SceneSample:
+        """The same sample, unlabelled; nothing is made by it."""
+        return self._again(self.id, None)
+
+    def _again(self, sample_id: str, label: int | None) -> SceneSample:
+        return SceneSample(sample_id, self.image, self._size, self._scene, self._language, self._wrong, label)
 
     def __reduce__(self) -> tuple[type[Sample], tuple[Any, ...]]:
         """Crosses a process as a plain sample, with everything made."""
@@ -90,11 +103,9 @@ class SceneSample(Sample):
 class ScenesSource:
     """Scenes of one split and difficulty, made on demand: nothing is stored, any index can be read at any time.
 
-    A sample's label is the colour and shape of its largest object. Splits share no content, and `ood` shows pairs of
-    colour and shape that the other splits never do (`spec.HELD_OUT`).
+    A sample's label is the colour and shape of its largest object, unless another is asked for. Splits share no
+    content, and `ood` shows pairs of colour and shape that the other splits never do (`spec.HELD_OUT`).
     """
-
-    templates: tuple[str, ...] = TEMPLATES
 
     def __init__(
         self,
@@ -106,6 +117,7 @@ class ScenesSource:
         wrong: float = 0.0,
         start: int = 0,
         descriptions: str = "true",
+        label: str = "object",
     ) -> None:
         """A view of the world; two of the same arguments are the same.
 
@@ -118,6 +130,7 @@ class ScenesSource:
             wrong: share of captions whose colours and shapes are wrong; a sample's synthetic captions stay true.
             start: the world's sample that stands first; `start=1000` shows samples that no run with 1,000 has seen.
             descriptions: of the classes (`class_prompts`): `true`, or `shuffled`, each class having another one's.
+            label: what the label says: a name in `LABEL_KINDS`. Names and prompts of the classes are those of the kind.
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
@@ -125,6 +138,7 @@ class ScenesSource:
         _check_known("difficulty", difficulty, tuple(DIFFICULTIES))
         _check_known("language", language, LANGUAGES)
         _check_known("descriptions", descriptions, DESCRIPTIONS)
+        _check_known("label", label, tuple(LABEL_KINDS))
         if not _SIZES[0] <= size <= _SIZES[1]:
             raise ValueError(
                 f"size is {size}, but scenes are drawn at {_SIZES[0]} to {_SIZES[1]} pixels: below, textures cannot be "
@@ -144,6 +158,7 @@ class ScenesSource:
         self.length = DEFAULT_LENGTHS[split] if length is None else length
         self.language = language
         self.descriptions = descriptions
+        self.label = label
         self.name = f"scenes/{difficulty}/{split}"
 
     def __len__(self) -> int:
@@ -163,7 +178,8 @@ class ScenesSource:
         return self._sample(index, self.scene(index), NO_PICTURE)
 
     def _sample(self, index: int, scene: Scene, image: Image.Image) -> Sample:
-        return SceneSample(f"{self.name}/{self.start + index:09d}", image, self.size, scene, self.language, self.wrong)
+        sample_id, label = f"{self.name}/{self.start + index:09d}", LABEL_KINDS[self.label].label(scene)
+        return SceneSample(sample_id, image, self.size, scene, self.language, self.wrong, label)
 
     def scene(self, index: int) -> Scene:
         """What the sample at `index` shows, without drawing it."""
@@ -177,13 +193,18 @@ class ScenesSource:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Every `colour shape`, by label."""
-        return CLASS_NAMES
+        """Of the labels: every `colour shape`, unless another label is asked for."""
+        return LABEL_KINDS[self.label].names
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Zero-shot prompts for the class names."""
+        return LABEL_KINDS[self.label].templates
 
     @property
     def class_prompts(self) -> tuple[tuple[str, ...], ...]:
-        """Texts that hold of each class by itself, by label; see `described_classes`."""
-        return described_classes(self.descriptions)
+        """Texts that hold of each object's class by itself, see `described_classes`; of other kinds of labels none."""
+        return described_classes(self.descriptions) if self.label == "object" else ()
 
     def fingerprint(self) -> str:
         """A hash of the world's version and seed and of this view's own settings."""
@@ -193,6 +214,7 @@ class ScenesSource:
         parts += (("wrong", self.wrong),) if self.wrong else ()
         parts += (("start", self.start),) if self.start else ()
         parts += (("descriptions", self.descriptions),) if self.descriptions != "true" else ()
+        parts += (("label", self.label),) if self.label != "object" else ()
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -33,7 +33,7 @@ def plan_cache(
         method,
         source=source,
         views=config.data.views,
-        keys=_keys(config, method, source, whole=whole),
+        keys=wanted_keys(config, method, source, whole=whole),
         precision=config.training.precision,
         role=role,
         texts=text_choice(config, method),
@@ -53,13 +53,13 @@ def plan_student_cache(
         method.student,
         source=source,
         views=config.data.views,
-        keys=_keys(config, method, source, whole=whole),
+        keys=wanted_keys(config, method, source, whole=whole),
         precision=config.training.precision,
         texts=texts,
     )
 
 
-def _keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> Wanted:
+def wanted_keys(config: RunConfig, method: Method, source: Source, *, whole: bool) -> Wanted:
     """Of the rows that the run reads, or with `whole` of every sample in each view."""
     assert config.data.views is not None
     length, views, batch_size = len(source), config.data.views, config.training.batch_size

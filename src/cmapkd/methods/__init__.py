@@ -8,7 +8,9 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.methods.base import Method
 from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.clip_cid import ClipCid
 from cmapkd.methods.clip_kd import ClipKD
+from cmapkd.methods.clip_ping import ClipPing
 from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
@@ -16,6 +18,7 @@ from cmapkd.methods.dc_clip import DCClip
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
+from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.sft import SFT
@@ -31,11 +34,14 @@ _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
     "hinton": Hinton,
     "promptkd": PromptKD,
+    "lelp": Lelp,
     "c2kd": C2KD,
     "dc_clip": DCClip,
     "fitnet": FitNet,
     "clip_kd": ClipKD,
     "clip_rd": ClipRD,
+    "clip_ping": ClipPing,
+    "clip_cid": ClipCid,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,

@@ -292,7 +292,18 @@ def test_class_vectors_are_the_means_of_labelled_images() -> None:
     torch.testing.assert_close(terms["classes"].value, divergence, rtol=1e-4, atol=1e-5)
 
 
-def test_a_class_without_images_has_no_mean() -> None:
-    method = make_method("hinton", settings=IMAGE_MEANS)
-    with pytest.raises(ConfigError, match=r"2 of 5 have none \(red cat, square tree\): take a data\.train with labels"):
-        method.prepare(answered(torch.randn(4, 24), [1, 2, 3, -1]))
+def test_a_class_without_images_keeps_its_prompts() -> None:
+    teacher = make_teacher()
+    method = make_method("hinton", teacher=teacher, settings={**IMAGE_MEANS, "task_weight": 0})
+    assert LABELS in method.extras  # the means are of labelled images, whatever the terms read
+    method = make_method("hinton", teacher=teacher, settings={**IMAGE_MEANS, "label_share": 0.5})
+    fresh = Hinton(method.config, student=make_model(), teacher=teacher, classes=CLASSES)
+    prompts = class_vectors(teacher.model, CLASSES.names, CLASSES.templates, device="cpu")
+    images = torch.randn(4, 24)
+    fresh.prepare(answered(images, [1, 2, 3, -1]))
+    torch.testing.assert_close(fresh.class_vectors[[0, 4]], prompts[[0, 4]])
+    torch.testing.assert_close(fresh.class_vectors[[1, 2, 3]], F.normalize(images[:3], dim=-1))
+    with pytest.raises(
+        ConfigError, match=r"means of labelled training images, and no label is read: take a data\.train"
+    ):
+        method.prepare(answered(images, [-1] * 4))

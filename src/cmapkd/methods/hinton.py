@@ -86,7 +86,8 @@ class Hinton(DualEncoderMethod):
             "L = task_weight L_contrastive + distill_weight L_KD",
             "classes: Z_S = s_S v_S W_Sᵀ, Z_T = s_T v_T W_Tᵀ, W the unit vectors of the classes' prompts",
             "L_KD = T² KL(σ(Z_T/T) ‖ σ(Z_S/T)), batch mean; L = task_weight CE(Z_S, y) + distill_weight L_KD",
-            "image_means: W_S = W_T = N(mean of N(v_T) over up to 100 labelled images of a class)",
+            "image_means: W_S = W_T = N(mean of N(v_T) over up to 100 labelled images of a class); of its prompts where it "
+            "has none",
         ),
         needs="embeddings and logit scales of both models; widths may differ. classes: names of the classes, and "
         "labels where there are any",
@@ -114,18 +115,13 @@ class Hinton(DualEncoderMethod):
         classes: ClassPrompts | None = None,
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
-        self.config, self.class_names = config, classes.names if classes is not None else ()
+        self.config = config
         self.own_vectors: LearnedClassVectors | None = None
         if config.form == "in_batch":
             return
         assert teacher is not None
         assert classes is not None
-        vectors = (
-            torch.full((len(classes.names), teacher.embed_dim), torch.nan)  # until `prepare`: no step goes on with them
-            if config.of_images
-            else frozen_class_vectors(teacher, classes)
-        )
-        self.register_buffer("class_vectors", vectors)
+        self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
         if config.class_vectors == "own":
             self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
         else:
@@ -152,16 +148,14 @@ class Hinton(DualEncoderMethod):
         """Takes the mean of up to `IMAGES_PER_CLASS` unit image embeddings of each class."""
         answers = Answered.joined(survey(towers=("image",)))
         units = F.normalize(answers.image, dim=-1)
-        means, counts = class_means(units, answers.labels, len(self.class_names), most=IMAGES_PER_CLASS)
-        without = [name for name, count in zip(self.class_names, counts.tolist(), strict=True) if not count]
-        if without:
-            shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
+        means, counts = class_means(units, answers.labels, len(self.class_vectors), most=IMAGES_PER_CLASS)
+        if not bool(counts.any()):
             raise ConfigError(
-                f"class_vectors: image_means needs a labelled training image of each class, and {len(without)} of "
-                f"{len(counts)} have none ({shown}): take a data.train with labels, raise method.label_share, give "
-                "evaluation.class_names without them, or set class_vectors: teacher"
+                "class_vectors: image_means takes the means of labelled training images, and no label is read: take a "
+                "data.train with labels, raise method.label_share, or set class_vectors: teacher"
             )
-        self.class_vectors.copy_(F.normalize(means, dim=-1))
+        # a class without images keeps the vector of its prompts
+        self.class_vectors.copy_(torch.where(counts[:, None] > 0, F.normalize(means, dim=-1), self.class_vectors))
 
     @property
     def student_needs(self) -> LevelRequest:

@@ -84,8 +84,8 @@ class Lelp(DualEncoderMethod):
             "product of the probabilities are ours.",
             "The classifier is made of the classes' prompts, not of a linear layer. The head has the parts of a class "
             "alone: the class itself is read from the prompts, so that a sum over parts is the class.",
-            "Of samples without a label that is read, the class is the teacher's own. A class with S images or fewer is "
-            "cut by the directions of all images.",
+            "Of samples without a label that is read, the class is the teacher's own. A class with S images or fewer "
+            "is cut by the directions of all images.",
         ),
         checked_against="the formulas written out in loops; no published code was found, so there is no parity",
     )
@@ -157,8 +157,8 @@ class Lelp(DualEncoderMethod):
         left = units - units @ torch.linalg.pinv(vectors) @ vectors
         if len(left) <= self.config.parts:
             raise ConfigError(
-                f"lelp cuts classes into {self.config.parts} parts, and {counted(len(left), 'training image')} cannot show "
-                "that many directions: take a data.train with more samples or more training.steps"
+                f"lelp cuts classes into {self.config.parts} parts, and {counted(len(left), 'training image')} cannot "
+                "show that many directions: take a data.train with more samples or more training.steps"
             )
         draws = torch.Generator().manual_seed(0)
         for number in range(len(self.class_names)):

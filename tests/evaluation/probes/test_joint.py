@@ -78,7 +78,8 @@ def batch_of(builder: BatchBuilder, size: int = 16) -> Batch:
     return builder[PlanSampler(len(builder.source), batch_size=size, seed=0, start=0, stop=1).plan(0)]
 
 
-@pytest.mark.parametrize("method", DUAL)
+# beside 100 classes the 32 numbers of this teacher have no room for lelp's parts
+@pytest.mark.parametrize("method", [name for name in DUAL if name != "lelp"])
 @pytest.mark.parametrize("cache", ["off", "auto"])
 def test_every_method_takes_heads_and_logs_their_terms(
     trained_teacher: str, tmp_path: Path, method: str, cache: str

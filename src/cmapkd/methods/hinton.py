@@ -86,8 +86,8 @@ class Hinton(DualEncoderMethod):
             "L = task_weight L_contrastive + distill_weight L_KD",
             "classes: Z_S = s_S v_S W_Sᵀ, Z_T = s_T v_T W_Tᵀ, W the unit vectors of the classes' prompts",
             "L_KD = T² KL(σ(Z_T/T) ‖ σ(Z_S/T)), batch mean; L = task_weight CE(Z_S, y) + distill_weight L_KD",
-            "image_means: W_S = W_T = N(mean of N(v_T) over up to 100 labelled images of a class); of its prompts where it "
-            "has none",
+            "image_means: W_S = W_T = N(mean of N(v_T) over up to 100 labelled images of a class); of its prompts "
+            "where it has none",
         ),
         needs="embeddings and logit scales of both models; widths may differ. classes: names of the classes, and "
         "labels where there are any",

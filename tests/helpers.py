@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from hashlib import blake2b
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.ordering import Ordering
@@ -25,8 +26,10 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.tokens import Lengths
 from cmapkd.data.types import BadSampleError, Batch, Box, ModelInput, QuestionAnswer, Sample, Source, TokenBatch
 from cmapkd.data.views import ViewSpec
+from cmapkd.features import sample_keys
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.targets import Answered, Survey
 from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
@@ -211,9 +214,13 @@ def make_method(
     )
     if not isinstance(name, str):
         return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
-    return left_behind(
-        build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
-    )
+    method = build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
+    if method.prepares:
+        if isinstance(next(method.parameters()), FakeTensor):  # which have no numbers to build anything of
+            method.restructure({"support": 40, "clusters": 5})
+        else:
+            method.prepare(made_up(dim=method.teachers["teacher"].embed_dim))
+    return left_behind(method)
 
 
 @torch.no_grad()
@@ -225,6 +232,20 @@ def left_behind(method: Method) -> Method:
             for parameter in teacher.model.parameters():
                 parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=draws))
     return method
+
+
+def made_up(number: int = 40, dim: int = 24, seed: int = 0) -> Survey:
+    """A survey with answers of noise, as a teacher of `make_teacher` could give them of the samples m0, m1, ..."""
+    draws = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(2, number, dim, generator=draws)
+    keys, labels = sample_keys(f"m{i}" for i in range(number)), torch.arange(number) % len(CLASSES.names)
+
+    def survey(role: str = "teacher", *, num: int | None = None, towers: Any = None) -> Iterator[Answered]:
+        for first in range(0, number, 16):
+            here = slice(first, first + 16)
+            yield Answered(image[here], text[here], keys[here], labels[here])
+
+    return survey
 
 
 def into_first_stage(method: Method) -> Method:

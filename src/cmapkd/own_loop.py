@@ -45,6 +45,11 @@ class Distiller(nn.Module):
                 f"this method reads further views of each picture ({', '.join(method.more_views)}), which a loop of "
                 "one's own does not make: train it with cmapkd.distill"
             )
+        if method.prepares:
+            raise ConfigError(
+                "this method builds targets of the teacher's answers to the training data before the first step, which "
+                "a loop of one's own does not pass over: train it with cmapkd.distill"
+            )
         self.method = method
         self.terms: dict[str, Term] = {}
         self._next = StepInfo(total=total, seed=seed)

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "clip_kd": ("clip_kd", {}, "global"),
     "clip_rd": ("clip_rd", {}, "global"),
     "radio": ("radio", {"dispersion_steps": 2}, "global"),
+    "clip_ping": ("clip_ping", {}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),
@@ -49,6 +50,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "key_tokens",
     ),
 }
+DISCRETE = ("clip_ping",)
+"""Read which answer is the nearest: of answers that are nearly alike, rounded ones may give another."""
 
 
 def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> None:
@@ -72,6 +75,8 @@ def test_cached_and_live_give_the_same_losses(name: str, tmp_path: Path) -> None
     method, settings, kind = CASES.get(name, (name, {}, "global"))
     live, _ = train(tmp_path / "live", method, settings)
     for store, tolerance in TOLERANCE.items():
+        if name in DISCRETE and store != "fp32":
+            continue
         cached, used = train(tmp_path / store, method, settings, cache={"store": store})
         assert isinstance(used.teacher, CachedTeacher)
         assert used.teacher.cache.layout.kind == kind

@@ -37,6 +37,7 @@ from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.probes.joint import build_heads
 from cmapkd.features import gather_features, gather_rows
 from cmapkd.methods import METHODS, Method, Term, build_method
+from cmapkd.methods.targets import Answered
 from cmapkd.methods.terms import divided
 from cmapkd.models import DualEncoder, Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
@@ -61,6 +62,7 @@ from helpers import (
     random_batch,
     second_teacher,
 )
+from surveyed import survey_of
 
 TWO, FOUR = 2, 4
 BATCH = 8
@@ -388,7 +390,15 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
         | counted(rank)
         | statistics(out / "statistics")
         | unsteady(out / "unsteady")
+        | answered()
     )
+
+
+def answered() -> dict[str, Tensor]:
+    """A teacher's answers to all training samples, two of which cannot be read; 8 batches, 2 of 5 in the last round."""
+    survey = survey_of(make_method("hinton", settings={"form": "classes"}), source=MemorySource(37, bad=(3, 17)))
+    found = Answered.joined(survey())
+    return {f"answered/{name}": getattr(found, name) for name in ("image", "text", "keys", "labels")}
 
 
 def counted(rank: int) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from several_processes import (
     SHARED_TEACHER,
     TRAINED,
     TWO,
+    answered,
     asked_by,
     gather_loss,
     go_on,
@@ -131,6 +132,12 @@ def test_gather_passes_on_the_gradient_of_every_process(out: Path) -> None:
         # both processes ask for the same loss, so a row's gradient is twice that of one; the wrapper halves it
         torch.testing.assert_close(found["gather/image"], TWO * image.grad[mine])
         torch.testing.assert_close(found["gather/text"], TWO * text.grad[mine])
+
+
+def test_a_pass_over_the_data_answers_the_same(out: Path) -> None:
+    for found in found_by(out, TWO):
+        for key, value in answered().items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=0, msg=key)
 
 
 def test_heads_learn_the_same_however_their_lessons_are_shared(out: Path) -> None:

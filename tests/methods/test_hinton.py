@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from cmapkd.diagnosis import diagnose
 from cmapkd.methods import StepInfo
 from cmapkd.methods.dual import LABELS
 from cmapkd.methods.hinton import Hinton
-from cmapkd.models import load_model
+from cmapkd.methods.targets import Answered, Survey
+from cmapkd.models import Features, TowerFeatures, load_model
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
 from cmapkd.objectives import kl_divergence
@@ -226,3 +228,82 @@ def test_only_the_towers_that_are_read_are_asked(monkeypatch: pytest.MonkeyPatch
     assert method.encode_student(batch).text.embedding.shape == (4, 0)
     assert method.encode_teacher(batch).text.embedding.shape == (4, 0)
     method(batch)
+
+
+# ------------------------------------------------------------------------------------------------ means of images
+
+IMAGE_MEANS = {"form": "classes", "class_vectors": "image_means"}
+
+
+def answered(images: Tensor, labels: list[int]) -> Survey:
+    """A survey with these answers, in two parts."""
+
+    def survey(role: str = "teacher", *, num: int | None = None, towers: Any = None) -> Any:
+        assert (role, num, towers) == ("teacher", None, ("image",))
+        keys = torch.arange(len(labels))
+        for part in (slice(0, 3), slice(3, None)):
+            yield Answered(images[part], images[part, :0], keys[part], torch.tensor(labels)[part])
+
+    return survey
+
+
+def named_embed_kd() -> dict[str, Any]:
+    """The settings that docs/methods.md gives for CLIP-Embed-KD."""
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith("| CLIP-Embed-KD"))
+    settings: dict[str, Any] = yaml.safe_load("{" + row.split("`{")[1].split("}`")[0] + "}")
+    return settings
+
+
+def test_embed_kds_loss_is_the_labels_term_at_a_scale_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = json.loads((Path(__file__).parent / "fixtures/clip_embed_kd.json").read_text())
+    settings = named_embed_kd()
+    assert settings.pop("name") == "hinton"
+    student, means, gradient = (
+        torch.tensor(published[name], dtype=torch.float64) for name in ("student", "centroids", "gradient")
+    )
+    method = make_method("hinton", settings=settings).double()
+    method.class_vectors = F.normalize(means, dim=-1)
+    student.requires_grad_()
+    features = Features(TowerFeatures(student), TowerFeatures(student[:, :0]), torch.tensor(1.0))
+    monkeypatch.setattr(method, "encode_student", lambda _: features)
+    batch = replace(random_batch(4), extra={LABELS: torch.tensor(published["labels"])})
+    terms = method.terms(batch)
+    assert tuple(terms) == ("labels",)  # the teacher is asked before the first step alone
+    assert terms["labels"].value.item() == pytest.approx(published["value"], rel=1e-12)
+    (found,) = torch.autograd.grad(terms["labels"].value, student)
+    torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_class_vectors_are_the_means_of_labelled_images() -> None:
+    images, labels = torch.randn(9, 24), [0, 1, 4, 2, -1, 3, 0, 2, 0]
+    method = make_method("hinton", settings=IMAGE_MEANS)
+    assert method.class_vectors.isfinite().all()  # of answers that are made up
+    method.prepare(answered(images, labels))
+    units = F.normalize(images, dim=-1)
+    for label in range(5):
+        own = torch.stack([unit for unit, of in zip(units, labels, strict=True) if of == label])
+        torch.testing.assert_close(method.class_vectors[label], F.normalize(own.mean(0), dim=0))
+    batch = random_batch(6)
+    terms = method.terms(batch)
+    vectors, teacher = method.class_vectors, method.encode_teacher(batch)
+    mine = logits(method.encode_student(batch).image.embedding, vectors, method.student.log_logit_scale.exp())
+    divergence = kl_divergence(mine, logits(teacher.image.embedding, vectors, teacher.logit_scale), temperature=1.0)
+    torch.testing.assert_close(terms["classes"].value, divergence, rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_without_images_keeps_its_prompts() -> None:
+    teacher = make_teacher()
+    method = make_method("hinton", teacher=teacher, settings={**IMAGE_MEANS, "task_weight": 0})
+    assert LABELS in method.extras  # the means are of labelled images, whatever the terms read
+    method = make_method("hinton", teacher=teacher, settings={**IMAGE_MEANS, "label_share": 0.5})
+    fresh = Hinton(method.config, student=make_model(), teacher=teacher, classes=CLASSES)
+    prompts = class_vectors(teacher.model, CLASSES.names, CLASSES.templates, device="cpu")
+    images = torch.randn(4, 24)
+    fresh.prepare(answered(images, [1, 2, 3, -1]))
+    torch.testing.assert_close(fresh.class_vectors[[0, 4]], prompts[[0, 4]])
+    torch.testing.assert_close(fresh.class_vectors[[1, 2, 3]], F.normalize(images[:3], dim=-1))
+    with pytest.raises(
+        ConfigError, match=r"means of labelled training images, and no label is read: take a data\.train"
+    ):
+        method.prepare(answered(images, [-1] * 4))

@@ -10,7 +10,9 @@ from cmapkd.methods.base import Method
 from cmapkd.methods.biomedcoop import BiomedCoOp
 from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.clip_cid import ClipCid
 from cmapkd.methods.clip_kd import ClipKD
+from cmapkd.methods.clip_ping import ClipPing
 from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.clip_refine import ClipRefine
 from cmapkd.methods.cmapkd import CMAPKD
@@ -20,6 +22,7 @@ from cmapkd.methods.degla import Degla
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
+from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
@@ -42,12 +45,15 @@ _OWN: dict[str, type[Method]] = {
     "hinton": Hinton,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
+    "lelp": Lelp,
     "c2kd": C2KD,
     "dc_clip": DCClip,
     "fitnet": FitNet,
     "clip_kd": ClipKD,
     "clip_rd": ClipRD,
     "clip_refine": ClipRefine,
+    "clip_ping": ClipPing,
+    "clip_cid": ClipCid,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "degla": Degla,

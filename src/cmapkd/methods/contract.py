@@ -18,6 +18,7 @@ from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.learning import Learning
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
+from cmapkd.methods.targets import Survey
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher
 
@@ -148,6 +149,23 @@ class MethodContract(Learning, ABC):
     def answers(self, role: str, stored: Answers) -> Answers:  # noqa: ARG002  for experiments that change some of them
         """What the run reads in place of a teacher's stored answers; as a rule, these."""
         return stored
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` builds something, for which the run makes a pass over the training data."""
+        return False
+
+    def prepare(self, survey: Survey) -> None:
+        """Called once, before the first step and never at a resume: builds targets from the teachers' answers.
+
+        Results are buffers, which checkpoints hold. Their sizes are known when the method is built, or told by
+        `structure`. All processes build them, and then take those of the first one.
+
+        Args:
+            survey: gives a teacher's answers to the training data, from the cache or live.
+        Raises:
+            ConfigError: the data do not have what is built, with what to do.
+        """
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:

@@ -10,21 +10,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from cmapkd.config import ConfigError
 from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
+from cmapkd.features.closed_form import class_means
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.in_batch import similarity_loss
+from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import LearnedClassVectors, frozen_class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
+
+IMAGES_PER_CLASS = 100
+"""Of each class, images whose mean is its vector: as many as in CLIP-Embed-KD (arXiv:2404.06170)."""
 
 
 class HintonConfig(MethodConfig):
@@ -38,8 +46,10 @@ class HintonConfig(MethodConfig):
     task_weight: float = Field(
         1.0, ge=0, description="Weight of the student's own loss; in_batch: contrastive; classes: CE with the labels."
     )
-    class_vectors: Literal["own", "teacher"] = Field(
-        "own", description="classes: whose vectors the student's images are matched with; the teacher has its own."
+    class_vectors: Literal["own", "teacher", "image_means"] = Field(
+        "own",
+        description="classes: what the student's images are matched with. own: vectors of its own text tower, the "
+        "teacher has its own; teacher: the teacher's; image_means: the mean teacher embedding of labelled images.",
     )
     prompts_at_once: int | None = Field(
         1, ge=1, description="classes, own: templates drawn in each step for the student's vectors; none: all."
@@ -56,6 +66,11 @@ class HintonConfig(MethodConfig):
     def reads_captions(self) -> bool:
         return self.form == "in_batch"
 
+    @property
+    def of_images(self) -> bool:
+        """Whether class vectors are means of the teacher's embeddings of images."""
+        return self.reads_classes and self.class_vectors == "image_means"
+
 
 class Hinton(DualEncoderMethod):
     """The teacher's softmax over the batch, each image over texts and each text over images; or over classes."""
@@ -71,10 +86,13 @@ class Hinton(DualEncoderMethod):
             "L = task_weight L_contrastive + distill_weight L_KD",
             "classes: Z_S = s_S v_S W_Sᵀ, Z_T = s_T v_T W_Tᵀ, W the unit vectors of the classes' prompts",
             "L_KD = T² KL(σ(Z_T/T) ‖ σ(Z_S/T)), batch mean; L = task_weight CE(Z_S, y) + distill_weight L_KD",
+            "image_means: W_S = W_T = N(mean of N(v_T) over up to 100 labelled images of a class); of its prompts "
+            "where it has none",
         ),
         needs="embeddings and logit scales of both models; widths may differ. classes: names of the classes, and "
         "labels where there are any",
-        trainable="the student; with class_vectors: teacher its image tower and a linear map where the widths differ",
+        trainable="the student; with class_vectors: teacher or image_means its image tower, and a linear map where the "
+        "widths differ",
         departures=(
             "KL instead of open_clip's soft cross-entropy: the same gradient, and zero at agreement.",
             "Hard and soft terms weigh 1 : 1 at temperature 1, as in open_clip; the paper only says that the hard term "
@@ -118,9 +136,26 @@ class Hinton(DualEncoderMethod):
 
     @property
     def extras(self) -> Mapping[str, Extra]:
-        if not (self.config.reads_classes and self.config.task_weight):
+        if not (self.config.of_images or (self.config.reads_classes and self.config.task_weight)):
             return super().extras
         return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
+
+    @property
+    def prepares(self) -> bool:
+        return self.config.of_images
+
+    def prepare(self, survey: Survey) -> None:
+        """Takes the mean of up to `IMAGES_PER_CLASS` unit image embeddings of each class."""
+        answers = Answered.joined(survey(towers=("image",)))
+        units = F.normalize(answers.image, dim=-1)
+        means, counts = class_means(units, answers.labels, len(self.class_vectors), most=IMAGES_PER_CLASS)
+        if not bool(counts.any()):
+            raise ConfigError(
+                "class_vectors: image_means takes the means of labelled training images, and no label is read: take a "
+                "data.train with labels, raise method.label_share, or set class_vectors: teacher"
+            )
+        # a class without images keeps the vector of its prompts
+        self.class_vectors.copy_(torch.where(counts[:, None] > 0, F.normalize(means, dim=-1), self.class_vectors))
 
     @property
     def student_needs(self) -> LevelRequest:

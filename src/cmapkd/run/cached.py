@@ -35,7 +35,7 @@ def plan_cache(
         method,
         source=source,
         views=views,
-        keys=_keys(config, method, source, views, whole=whole),
+        keys=wanted_keys(config, method, source, views, whole=whole),
         precision=config.training.precision,
         role=role,
         texts=text_choice(config, method),
@@ -55,13 +55,13 @@ def plan_student_cache(
         method.student,
         source=source,
         views=config.data.views,
-        keys=_keys(config, method, source, config.data.views, whole=whole),
+        keys=wanted_keys(config, method, source, config.data.views, whole=whole),
         precision=config.training.precision,
         texts=texts,
     )
 
 
-def _keys(config: RunConfig, method: Method, source: Source, views: ViewSpec, *, whole: bool) -> Wanted:
+def wanted_keys(config: RunConfig, method: Method, source: Source, views: ViewSpec, *, whole: bool) -> Wanted:
     """Of the rows that the run reads, or with `whole` of every sample in each of these views."""
     length, batch_size = len(source), config.training.batch_size
     if whole:

@@ -48,6 +48,7 @@ from cmapkd.run.remarks import (
     remarks_on_student,
     remarks_on_teachers,
 )
+from cmapkd.run.targets import prepare_targets
 from cmapkd.training import Trainer, TrainResult
 from cmapkd.training.checkpoint import Contents, list_checkpoints, read_checkpoint, read_progress
 from cmapkd.training.progress import Outlook
@@ -189,6 +190,8 @@ def _prepare(
     texts = texts_of(config, method, source)
     check_training(config, method, source)
     stored = _stored_answers(config, method, source, voice) if answers else {}
+    if answers:
+        prepare_targets(config, method, source, stored, texts, out=out, resume=resume, voice=voice)
     teachers.clear()  # a cached one has no weights, and this would keep them
     outlook = Outlook(
         num_measured(validated(config, measured.val), measured.val),

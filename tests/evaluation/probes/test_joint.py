@@ -78,7 +78,8 @@ def batch_of(builder: BatchBuilder, size: int = 16) -> Batch:
     return builder[PlanSampler(len(builder.source), batch_size=size, seed=0, start=0, stop=1).plan(0)]
 
 
-@pytest.mark.parametrize("method", [name for name in DUAL if name not in ONE_WIDTH])  # the teacher here is wider
+# the teacher here is wider, and beside 100 classes its 32 numbers have no room for lelp's parts
+@pytest.mark.parametrize("method", [name for name in DUAL if name not in (*ONE_WIDTH, "lelp")])
 @pytest.mark.parametrize("cache", ["off", "auto"])
 def test_every_method_takes_heads_and_logs_their_terms(
     trained_teacher: str, tmp_path: Path, method: str, cache: str

@@ -1,0 +1,204 @@
+"""LELP, a reconstruction (Loo et al. 2024, arXiv:2409.20449): few classes are cut into parts by linear projections.
+
+What is from the paper and what is ours: the card below and docs/methods/lelp.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from cmapkd.config import ConfigError, counted
+from cmapkd.data.batches import Extra
+from cmapkd.data.labels import LabelReader
+from cmapkd.data.templates import ClassPrompts
+from cmapkd.data.types import Batch
+from cmapkd.features.closed_form import principal_directions
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.targets import Answered, Survey
+from cmapkd.methods.terms import Term
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.reach import example_output, parameters_behind
+from cmapkd.models.texts import frozen_class_vectors
+from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
+from cmapkd.objectives.common import unit
+from cmapkd.objectives.subclasses import subclass_divergence
+
+
+class LelpConfig(MethodConfig):
+    """How classes are cut into parts, and what each term counts."""
+
+    parts: int = Field(4, ge=2, description="Parts of each class, as many directions.")
+    part_temperature: float = Field(1.0, gt=0, description="Divides the teacher's scores of parts (published: beta).")
+    temperature: float = Field(1.0, gt=0, description="Divides both models' class logits on top of their logit scales.")
+    class_weight: float = Field(1.0, ge=0, description="Weight of the KL over classes.")
+    part_weight: float = Field(
+        1.0, ge=0, description="Weight of the KL over the parts of each class. With class_weight: KL over all parts."
+    )
+    task_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy with the labels.")
+    label_share: float = Field(1.0, ge=0, le=1, description="Share of the samples whose label is read.")
+    directions: Literal["pca", "random", "shuffled"] = Field(
+        "pca",
+        description="pca: along which a class varies most; random: any, as a control; shuffled: pca, and each picture "
+        "learns another's parts, the control that must fail.",
+    )
+
+    @property
+    def reads_classes(self) -> bool:
+        return True
+
+    @property
+    def reads_captions(self) -> bool:
+        return False
+
+
+class Lelp(DualEncoderMethod):
+    """The student learns the teacher's classes, and within each class the part that an image's embedding points to."""
+
+    Config: ClassVar[type[MethodConfig]] = LelpConfig
+    steady = True
+    card: ClassVar[MethodCard] = MethodCard(
+        title="LELP, a reconstruction: parts of classes by linear projections of embeddings",
+        paper="Loo, Iliopoulos, Hu, Vee 2024, arXiv:2409.20449, of which steps are known and no equations",
+        equations=(
+            "W: the teacher's class vectors; h = N(v_T) without its part in the span of W",
+            "of each class c: mean m_c and first S principal directions D_c of h, R a random rotation",
+            "A_c = R D_c / sqrt(mean variance); z_c = A_c (h - m_c); q(s|c) = σ(z_c / β)",
+            "p(c) = σ(s_T v_T Wᵀ / T), p_S(c) = σ(s_S v_S Wᵀ / T); q_S(s|c) = softmax within c of a linear head on v_S",
+            "L = T² KL(p q ‖ p_S q_S) over classes and parts = T² [KL(p ‖ p_S) + Σ_c p(c) KL(q(.|c) ‖ q_S(.|c))]",
+        ),
+        needs="image embeddings and logit scales of both models, names of few classes; labels where there are any",
+        trainable="the student's image tower, a linear map where the widths differ, the head of the parts (dropped)",
+        departures=(
+            "From the paper, by its reviews: null space of the classifier, PCA of each class, random rotation to equal "
+            "variance, softmax within the class, no hard term. Centring, the scale to unit variance, S, β and the "
+            "product of the probabilities are ours.",
+            "The classifier is made of the classes' prompts, not of a linear layer. The head has the parts of a class "
+            "alone: the class itself is read from the prompts, so that a sum over parts is the class.",
+            "Of samples without a label that is read, the class is the teacher's own. A class with S images or fewer "
+            "is cut by the directions of all images.",
+        ),
+        checked_against="the formulas written out in loops; no published code was found, so there is no parity",
+    )
+
+    class_vectors: Float[Tensor, "classes dim"]
+    projections: Float[Tensor, "classes parts dim"]
+    offsets: Float[Tensor, "classes parts"]
+
+    def __init__(
+        self,
+        config: LelpConfig,
+        *,
+        student: DualEncoder,
+        teacher: FrozenTeacher | None = None,
+        classes: ClassPrompts | None = None,
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        assert teacher is not None
+        assert classes is not None
+        self.config, self.class_names = config, classes.names
+        read = parameters_behind(student, partial(example_output, student, "image")) | set(student.parts["scale"])
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in read)  # its own text tower is not used
+        same = student.embed_dim == teacher.embed_dim
+        self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+        number, width = len(classes.names), teacher.embed_dim
+        self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
+        room = width - int(torch.linalg.matrix_rank(self.class_vectors))
+        if number < 2 or config.parts > room:
+            raise ConfigError(
+                f"lelp cuts each of {counted(number, 'class')} into {config.parts} parts, by directions in which no "
+                f"two classes differ, and of the teacher's {width} dimensions {room} are left for them: lower "
+                "method.parts, or take data of fewer classes, two at least"
+            )
+        # until `prepare`, no step goes on with them
+        self.register_buffer("projections", torch.full((number, config.parts, width), torch.nan))
+        self.register_buffer("offsets", torch.full((number, config.parts), torch.nan))
+        self.head = nn.Linear(width, number * config.parts) if config.part_weight else None
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        config = self.config
+        weights = {"labels": config.task_weight, "classes": config.class_weight, "parts": config.part_weight}
+        return tuple(name for name, weight in weights.items() if weight)
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        if not self.config.task_weight:
+            return super().extras
+        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_names))}
+
+    @property
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
+
+    @property
+    def teacher_needs(self) -> LevelRequest:
+        return self.student_needs
+
+    @property
+    def prepares(self) -> bool:
+        return self.head is not None
+
+    def prepare(self, survey: Survey) -> None:
+        """Finds the directions of each class."""
+        answers = Answered.joined(survey(towers=("image",)))
+        units, vectors = F.normalize(answers.image.double(), dim=-1), self.class_vectors.double()
+        labels = torch.where(answers.labels >= 0, answers.labels, (units @ vectors.T).argmax(1))
+        left = units - units @ torch.linalg.pinv(vectors) @ vectors
+        if len(left) <= self.config.parts:
+            raise ConfigError(
+                f"lelp cuts classes into {self.config.parts} parts, and {counted(len(left), 'training image')} cannot "
+                "show that many directions: take a data.train with more samples or more training.steps"
+            )
+        draws = torch.Generator().manual_seed(0)
+        for number in range(len(self.class_names)):
+            rows = left[labels == number]
+            if len(rows) <= self.config.parts:
+                rows = left
+            directions, variances = principal_directions(rows, self.config.parts)
+            if self.config.directions == "random":
+                inside = torch.randn(self.config.parts, len(left), generator=draws, dtype=torch.float64) @ left
+                directions = torch.linalg.qr(inside.T).Q.T
+                variances = ((rows - rows.mean(0)) @ directions.T).square().mean(0)
+            rotation = torch.linalg.qr(torch.randn(len(directions), len(directions), generator=draws).double()).Q
+            projections = rotation @ directions / variances.mean().sqrt()
+            self.projections[number] = projections
+            self.offsets[number] = projections @ rows.mean(0)
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        config, student = self.config, self.encode_student(batch)
+        logits = similarities(student.image.embedding, self.class_vectors, student.logit_scale)
+        terms: dict[str, Term] = {}
+        if self.wants("labels", config.task_weight):
+            terms["labels"] = Term(labelled_cross_entropy(logits, self.labels(batch)), config.task_weight)
+        if not (self.wants("classes", config.class_weight) or self.wants("parts", config.part_weight)):
+            return terms
+        teacher = self.encode_teacher(batch)
+        soft = similarities(teacher.image.embedding, self.class_vectors, teacher.logit_scale)
+        if self.wants("classes", config.class_weight):
+            terms["classes"] = Term(kl_divergence(logits, soft, temperature=config.temperature), config.class_weight)
+        if self.head is not None and self.wants("parts", config.part_weight):
+            own = self.head(student.image.embedding).unflatten(1, self.offsets.shape)
+            divergence = subclass_divergence(
+                own, self._parts(teacher.image.embedding), soft, temperature=config.temperature
+            )
+            terms["parts"] = Term(divergence, config.part_weight)
+        return terms
+
+    @torch.no_grad()
+    def _parts(self, image: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes parts"]:
+        """The teacher's scores of the parts of each class."""
+        with torch.autocast(self.device.type, enabled=False):
+            scores = torch.einsum("bd,csd->bcs", unit(image), self.projections) - self.offsets
+        scores = scores / self.config.part_temperature
+        return scores.roll(1, 0) if self.config.directions == "shuffled" else scores

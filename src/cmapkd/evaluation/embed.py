@@ -19,7 +19,8 @@ from cmapkd.data.workers import ReadAhead
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.features.pyramid import pooled
 from cmapkd.features.taps import language_taps, tapped, visual_taps
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, ImageEncoder
+from cmapkd.models.classifier import Classifier
 from cmapkd.models.texts import encode_texts, evaluating
 from cmapkd.models.types import LevelInfo, TowerFeatures
 
@@ -40,6 +41,7 @@ class Embedded:
         bad: (id, reason) of the samples that could not be read.
         image_levels, text_levels: mean-pooled inner levels (P2 to P4, L1 to L3) as far as the towers expose them, rows
             as in `images` and `texts`; empty unless they were asked for.
+        logits: of a classifier, the scores [images classes] of each head by its name; of other models empty.
     """
 
     images: Float[Tensor, "images dim"]
@@ -51,10 +53,11 @@ class Embedded:
     bad: tuple[tuple[str, str], ...] = ()
     image_levels: dict[str, Tensor] = field(default_factory=dict)
     text_levels: dict[str, Tensor] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
 
 
 def embed(
-    model: DualEncoder,
+    model: ImageEncoder,
     source: Source,
     *,
     batch_size: int,
@@ -67,7 +70,9 @@ def embed(
     levels: bool = False,
     share: Share = ALONE,
 ) -> Embedded:
-    """Runs both towers over the source in evaluation mode, without gradient; the model's modes are restored after.
+    """Runs the towers over the source in evaluation mode, without gradient; the model's modes are restored after.
+
+    A model that reads no texts has no rows of them.
 
     Images go whole through the model's own preprocessing (its resize and centre crop or squash), no view.
 
@@ -101,7 +106,10 @@ def embed(
                 raise BadSampleError(*chunk.bad[0])
             if chunk.pixels is not None:
                 pixels = model.image_spec.to_model(chunk.pixels.to(device))
-                images.add(model.encode_image(pixels, images.names))
+                tower = model.encode_image(pixels, images.names)
+                images.add(tower)
+                if isinstance(model, Classifier):
+                    images.add_logits({name: model.logits(name, tower.embedding) for name in model.heads})
             own.append(_Read(chunk.samples, chunk.bad))
     read = [*share.all_of(own)]
     samples = [sample for chunk in read for sample in chunk.samples]
@@ -112,16 +120,20 @@ def embed(
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
     rows = share.rows(images.by_name(), [len(chunk.samples) for chunk in read])
-    captions = [caption for sample in samples for caption in sample.captions]
-    text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
-    texts, text_levels = _embed_captions(
-        model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
-    )
+    captions: list[str] = []
+    texts, text_levels = torch.empty(0, model.embed_dim), {}
+    if isinstance(model, DualEncoder):
+        captions = [caption for sample in samples for caption in sample.captions]
+        text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
+        texts, text_levels = _embed_captions(
+            model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
+        )
+    logits = {name.removeprefix(_HEAD): rows.pop(name) for name in [*rows] if name.startswith(_HEAD)}
     return Embedded(
         images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
         texts=texts,
         image_of_text=torch.tensor(
-            [place for place, sample in enumerate(samples) for _ in sample.captions], dtype=torch.long
+            [place for place, sample in enumerate(samples) for _ in sample.captions if captions], dtype=torch.long
         ),
         ids=tuple(sample.id for sample in samples),
         labels=torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.long),
@@ -129,6 +141,7 @@ def embed(
         bad=tuple(bad),
         image_levels=rows,
         text_levels=text_levels,
+        logits=logits,
     )
 
 
@@ -161,6 +174,7 @@ def _embed_captions(
 
 
 _EMBEDDING = "embedding"  # beside the names of levels
+_HEAD = "head "  # in front of the names of heads
 
 
 class _Rows:
@@ -171,15 +185,21 @@ class _Rows:
         self.names = tuple(dict.fromkeys(info.name for info in taps.values()))
         self.embeddings: list[Tensor] = []
         self._levels: dict[str, list[Tensor]] = {name: [] for name in taps}
+        self._logits: dict[str, list[Tensor]] = {}
 
     def add(self, tower: TowerFeatures) -> None:
         self.embeddings.append(_unit(tower.embedding))
         for name, level in tapped(self.taps, tower.levels).items():
             self._levels[name].append(pooled(level).cpu())
 
+    def add_logits(self, logits: Mapping[str, Tensor]) -> None:
+        """Of a classifier's heads, by name."""
+        for name, scores in logits.items():
+            self._logits.setdefault(f"{_HEAD}{name}", []).append(scores.float().cpu())
+
     def by_name(self) -> dict[str, Tensor]:
         """All rows so far; nothing where there are none."""
-        every = {_EMBEDDING: self.embeddings, **self._levels}
+        every = {_EMBEDDING: self.embeddings, **self._levels, **self._logits}
         return {name: torch.cat(values) for name, values in every.items() if values}
 
 

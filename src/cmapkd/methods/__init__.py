@@ -13,6 +13,7 @@ from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
+from cmapkd.methods.dho import DHO
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
@@ -21,15 +22,18 @@ from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.sft import SFT
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
+from cmapkd.methods.supervised import Supervised
 from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
-from cmapkd.models import FrozenTeacher, Model
+from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
     "hinton": Hinton,
+    "supervised": Supervised,
+    "dho": DHO,
     "promptkd": PromptKD,
     "c2kd": C2KD,
     "dc_clip": DCClip,
@@ -72,9 +76,10 @@ def build_method(
         ValueError: the method needs a teacher and there is none, or the models lack what it reads.
     """
     kind = METHODS[config.name]
-    _check_contract(config.name, kind, student, "student")
-    if teacher is not None and kind.uses_teacher:
-        _check_contract(config.name, kind, teacher.model, "teacher")
+    _check_contract(config.name, kind, student, "student", kind.reads)
+    for each in (teacher, *more_teachers):
+        if each is not None and kind.uses_teacher:
+            _check_contract(config.name, kind, each.model, "teacher", kind.learns_from or kind.reads)
     options: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
     if more_teachers and kind.uses_teacher:
         check_teachers(config.name, [further.role for further in more_teachers])
@@ -95,18 +100,19 @@ def build_method(
     return method
 
 
-def _check_contract(name: str, kind: type[Method], model: Model, role: str) -> None:
+def _check_contract(name: str, kind: type[Method], model: Model, role: str, reads: type[Model]) -> None:
     """Refuses a model of another kind than the method is for.
 
     Raises:
         ConfigError: names methods that are for such a model.
     """
-    if not isinstance(model, kind.reads):
-        able = ", ".join(other for other, each in METHODS.items() if isinstance(model, each.reads))
-        raise ConfigError(
-            f"method {name} needs a {role} that {kind.reads.does}, and {model.name} {model.does}. Methods for such "
-            f"models: {able or 'none'}"
-        )
+    if isinstance(model, reads):
+        return
+    said = f"method {name} needs a {role} that {reads.does}, and {model.name} {model.does}. "
+    if role == "student" and kind.reads is Classifier and isinstance(model, DualEncoder):
+        raise ConfigError(f"{said}Name its image tower alone: student: classifier:{model.name}, see docs/models.md")
+    able = ", ".join(other for other, each in METHODS.items() if isinstance(model, each.reads))
+    raise ConfigError(f"{said}Methods for such models: {able or 'none'}")
 
 
 def check_teachers(name: str, more: Iterable[str]) -> None:

@@ -19,7 +19,9 @@ def _own(*names: str) -> dict[str, Any]:
     return {name: EntryPoint(name, f"cmapkd.models.{name}_family", _GROUP) for name in names}
 
 
-FAMILIES: Registry[Any] = Registry(_GROUP, _own("open_clip", "hf", "timm", "tiny", "parts", "onnx", "tiny_vlm", "vlm"))
+FAMILIES: Registry[Any] = Registry(
+    _GROUP, _own("open_clip", "hf", "timm", "tiny", "parts", "classifier", "onnx", "tiny_vlm", "vlm")
+)
 """Families by the name before the colon. A package adds one by an entry point of the group `cmapkd.models`."""
 
 

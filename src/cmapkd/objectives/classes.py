@@ -10,12 +10,15 @@ from torch import Tensor
 from cmapkd.objectives.common import at_least_float32
 
 
-def labelled_cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+def labelled_cross_entropy(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], *, smoothing: float = 0.0
+) -> Float[Tensor, ""]:
     """Cross-entropy with the right class, over the samples that have one.
 
     Args:
         logits: unnormalised scores of the classes.
         labels: the right class of each sample, or negative where it is not known.
+        smoothing: probability that is spread over all classes, in [0, 1).
     Returns:
         Mean over the labelled samples in nats, >= 0; zero, with a gradient of zero, where there are none.
     Raises:
@@ -23,7 +26,7 @@ def labelled_cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[T
     """
     check_labels(logits, labels)
     known = labels >= 0
-    losses = F.cross_entropy(at_least_float32(logits), labels.clamp_min(0), reduction="none")
+    losses = F.cross_entropy(at_least_float32(logits), labels.clamp_min(0), reduction="none", label_smoothing=smoothing)
     return (losses * known).sum() / known.sum().clamp_min(1)
 
 

@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "hinton": ("hinton", {}, "global"),
     "clip_kd": ("clip_kd", {}, "global"),
     "clip_rd": ("clip_rd", {}, "global"),
+    "dho": ("dho", {}, "global"),
+    "vl2lite": ("vl2lite", {}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),
@@ -88,8 +90,8 @@ def test_in_bf16_and_with_workers(tmp_path: Path) -> None:
 def test_features_are_the_live_ones(name: str, tmp_path: Path) -> None:
     """Also one view after the other, and each level as a live teacher returns it."""
     kind, settings, _ = CASES[name]
-    live = make_method(kind, student=make_model(), teacher=make_teacher(), settings=settings)
-    method = make_method(kind, student=make_model(), teacher=make_teacher(), settings=settings)
+    live = make_method(kind, teacher=make_teacher(), settings=settings)
+    method = make_method(kind, teacher=make_teacher(), settings=settings)
     plan = cache_plan(tmp_path / "c", method)
     plan.build(device="cpu")
     reader = plan.open()

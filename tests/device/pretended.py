@@ -36,6 +36,7 @@ from cmapkd.methods import Method
 from cmapkd.models import images as image_module
 from cmapkd.training import trainer as training_loop
 from helpers import (
+    CLASSIFYING,
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
     DUAL,
@@ -60,7 +61,7 @@ VISUAL = {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0}
 POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
 OTHER_TOKENS = "other tokens"  # student and teacher cut the texts differently
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
-    **{name: (name, {}) for name in DUAL},
+    **{name: (name, {}) for name in (*DUAL, *CLASSIFYING)},
     "cmapkd, everything": ("cmapkd", {**CMAPKD_EXACT, "weighting": "gate"}),
     "cmapkd, policy": ("cmapkd", {"visual_levels": VISUAL, "weighting": POLICY}),
     "cmapkd, attention": ("cmapkd", {"visual_levels": VISUAL, "weighting": "attention"}),
@@ -82,7 +83,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "c2kd, all at once": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0, "prompts_at_once": None}),
     "fitnet, texts": ("fitnet", {"text_guided_layer": 0.5, "text_hint_layer": 0.5}),
 }
-OFTEN = (*DUAL, "cmapkd, everything")  # the others differ in a setting, and are slow tests
+OFTEN = (*DUAL, "dho", "vl2lite", "cmapkd, everything")  # the others differ in a setting, and are slow tests
 
 
 @dataclass(frozen=True)

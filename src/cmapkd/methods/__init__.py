@@ -27,6 +27,7 @@ from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
+from cmapkd.methods.vl2lite import VL2Lite
 from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
@@ -34,6 +35,7 @@ _OWN: dict[str, type[Method]] = {
     "hinton": Hinton,
     "supervised": Supervised,
     "dho": DHO,
+    "vl2lite": VL2Lite,
     "promptkd": PromptKD,
     "c2kd": C2KD,
     "dc_clip": DCClip,

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.templates import ClassPrompts
@@ -134,8 +134,8 @@ class DHO(ClassifierMethod):
             divergence = kl_divergence(logits, self.teacher_logits(batch), temperature=config.temperature)
             terms["classes"] = Term(divergence, config.distill_weight)
         if config.watch_gradients and len(terms) == 2 and features.requires_grad:
-            found = [torch.autograd.grad(term.value, features, retain_graph=True)[0] for term in terms.values()]
-            self.measurements["gradient_cosine"] = _cosine(*found, labels >= 0)
+            one, two = (torch.autograd.grad(term.value, features, retain_graph=True)[0] for term in terms.values())
+            self.measurements["gradient_cosine"] = _cosine(one, two, labels >= 0)
         return terms
 
     def teacher_logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
@@ -143,7 +143,8 @@ class DHO(ClassifierMethod):
         teacher = self.encode_teacher(batch)
         scale = self.config.teacher_scale
         by = teacher.logit_scale if scale == "own" else scale
-        return similarities(teacher.image.embedding, self.class_vectors, by)
+        logits: Tensor = similarities(teacher.image.embedding, self.class_vectors, by)
+        return logits
 
     @torch.no_grad()
     def _begin_as_texts(self, teacher: FrozenTeacher, classes: ClassPrompts) -> None:
@@ -160,6 +161,7 @@ class DHO(ClassifierMethod):
             )
         texts = mean_class_texts(model, classes, device=next(model.parameters()).device)
         for head in student.heads.values():
+            assert isinstance(head, nn.Linear)
             head.weight.copy_(texts)
             head.bias.zero_()
 

@@ -41,3 +41,18 @@ def feature_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor,
         ValueError: the shapes differ.
     """
     return embedding_distance(student, teacher).mean()
+
+
+def absolute_distance(first: Float[Tensor, "batch dim"], second: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Mean absolute difference of unit vectors, over samples and channels.
+
+    Args:
+        first, second: normalised here; neither is detached, since both may be learned.
+    Returns:
+        In [0, 2 / √dim], no unit; zero when the directions agree. Between random directions it shrinks as 1 / √dim.
+    Raises:
+        ValueError: the shapes differ.
+    Source: the image term of VL2Lite, Jang et al., CVPR 2025.
+    """
+    check_same_width(first, second, "vector")
+    return (unit(first) - unit(second)).abs().mean()

@@ -42,7 +42,7 @@ class VL2Lite(ClassifierMethod):
     Config: ClassVar[type[MethodConfig]] = VL2LiteConfig
     card: ClassVar[MethodCard] = MethodCard(
         title="VL2Lite: an image-text model's knowledge in a small classifier",
-        paper="Jang et al., CVPR 2025, pp. 30073-30082",
+        paper="Jang et al., CVPR 2025, https://openaccess.thecvf.com/CVPR2025",
         equations=(
             "h = N(f), g = N(A_v v_T), G = N(A_t W), A_v and A_t: linear, ReLU, linear, to the width of f",
             "L_vision = mean |h - g|, over samples and channels",

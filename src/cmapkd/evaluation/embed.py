@@ -106,10 +106,7 @@ def embed(
                 raise BadSampleError(*chunk.bad[0])
             if chunk.pixels is not None:
                 pixels = model.image_spec.to_model(chunk.pixels.to(device))
-                tower = model.encode_image(pixels, images.names)
-                images.add(tower)
-                if isinstance(model, Classifier):
-                    images.add_logits({name: model.logits(name, tower.embedding) for name in model.heads})
+                images.add_of(model, pixels)
             own.append(_Read(chunk.samples, chunk.bad))
     read = [*share.all_of(own)]
     samples = [sample for chunk in read for sample in chunk.samples]
@@ -121,13 +118,12 @@ def embed(
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
     rows = share.rows(images.by_name(), [len(chunk.samples) for chunk in read])
     captions: list[str] = []
-    texts, text_levels = torch.empty(0, model.embed_dim), {}
+    texts, text_levels = torch.empty(0, model.embed_dim), dict[str, Tensor]()
     if isinstance(model, DualEncoder):
         captions = [caption for sample in samples for caption in sample.captions]
         text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
-        texts, text_levels = _embed_captions(
-            model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
-        )
+        how = {"batch_size": batch_size, "device": device, "autocast": autocast, "share": share}
+        texts, text_levels = _embed_captions(model, captions, taps=text_taps, **how)  # type: ignore[arg-type]
     logits = {name.removeprefix(_HEAD): rows.pop(name) for name in [*rows] if name.startswith(_HEAD)}
     return Embedded(
         images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
@@ -192,9 +188,12 @@ class _Rows:
         for name, level in tapped(self.taps, tower.levels).items():
             self._levels[name].append(pooled(level).cpu())
 
-    def add_logits(self, logits: Mapping[str, Tensor]) -> None:
-        """Of a classifier's heads, by name."""
-        for name, scores in logits.items():
+    def add_of(self, model: ImageEncoder, pixels: Float[Tensor, "batch 3 height width"]) -> None:
+        """What the model's image tower answers to a batch, and the heads of a classifier."""
+        tower = model.encode_image(pixels, self.names)
+        self.add(tower)
+        for name in model.heads if isinstance(model, Classifier) else ():
+            scores = model.logits(name, tower.embedding)
             self._logits.setdefault(f"{_HEAD}{name}", []).append(scores.float().cpu())
 
     def by_name(self) -> dict[str, Tensor]:

@@ -30,13 +30,17 @@ from cmapkd.features import sample_keys
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.methods.dual import LABELS, DualEncoderMethod
 from cmapkd.methods.targets import Answered, Survey
-from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher, TowerFeatures
+from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model, MomentumTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
+from cmapkd.models.tiny_tower import TinyImageTower
 from cmapkd.models.vocabulary import TrainedTokenizer
 from cmapkd.training import OptimConfig, TrainConfig, Trainer
 
 DUAL = tuple(name for name, kind in METHODS.items() if kind.reads is DualEncoder)
 """Methods over models of two towers; `writers.py` has those over models that write."""
+
+CLASSIFYING = tuple(name for name, kind in METHODS.items() if kind.reads is Classifier)
+"""Methods over classifiers."""
 
 CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "square tree"), ("{}", "a {} near tree"))
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
@@ -184,6 +188,17 @@ def make_model(
     return kind(options, tokenizer(context_length), name=f"test-{dim}")
 
 
+def make_classifier(*, kind: type[TinyDualEncoder] = TinyDualEncoder, **options: Any) -> Classifier:
+    """The image tower of `make_model`, without heads yet."""
+    return Classifier(TinyImageTower.of(make_model(kind=kind, **options), "tiny:test"), name="classifier:tiny:test")
+
+
+def make_student(name: str | type[Method], **options: Any) -> Model:
+    """A small student of the kind that the method trains."""
+    kind = METHODS[name] if isinstance(name, str) else name
+    return make_classifier(**options) if kind.reads is Classifier else make_model(**options)
+
+
 def make_teacher(
     *, dim: int = 24, image_size: int = 24, seed: int = 7, role: str = "teacher", context_length: int = 12
 ) -> FrozenTeacher:
@@ -199,14 +214,14 @@ def second_teacher() -> FrozenTeacher:
 def make_method(
     name: str | type[Method],
     *,
-    student: DualEncoder | None = None,
+    student: Model | None = None,
     teacher: FrozenTeacher | None = None,
     settings: dict[str, Any] | None = None,
     more_teachers: Sequence[FrozenTeacher] = (),
 ) -> Method:
     kind = METHODS[name] if isinstance(name, str) else name
-    student = student or make_model()
-    width = {"dim": student.embed_dim} if name in ONE_WIDTH else {}
+    student = student or make_student(name)
+    width = {"dim": student.embed_dim} if name in ONE_WIDTH and isinstance(student, DualEncoder) else {}
     teacher = (teacher or make_teacher(**width)) if kind.uses_teacher else None
     torch.manual_seed(3)
     config = kind.Config.from_mapping(

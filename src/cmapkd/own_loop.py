@@ -17,7 +17,7 @@ from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.data.types import Batch, ModelInput
 from cmapkd.methods import METHODS, DualEncoderMethod, Method, StepInfo, Term, build_method
 from cmapkd.methods.terms import total_loss
-from cmapkd.models import DualEncoder, FrozenTeacher, Model, build_model, load_model
+from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model, build_model, load_model
 from cmapkd.models.contracts import dual
 from cmapkd.models.embedding import Picture, opened
 
@@ -193,9 +193,10 @@ def method(
     if name not in METHODS:
         raise ConfigError(f"there is no method {name!r}{closest(name, METHODS)}. Known: {', '.join(METHODS)}.")
     if not issubclass(METHODS[name].reads, DualEncoder):
+        trains = "classifiers" if METHODS[name].reads is Classifier else "models that write"
         raise ConfigError(
-            f"method {name!r} trains models that write, and a loop of one's own takes models that embed pictures and "
-            "texts in this version: train it with cmapkd.distill"
+            f"method {name!r} trains {trains}, and a loop of one's own takes models that embed pictures and texts in "
+            "this version: train it with cmapkd.distill"
         )
     config = METHODS[name].Config.from_mapping({"name": name, **settings}, where=f"method {name!r}")
     if config.reads_classes and not classes:

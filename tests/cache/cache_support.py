@@ -12,7 +12,7 @@ from cmapkd.cache.config import CacheConfig
 from cmapkd.cache.folder import CacheFolder
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import Method
-from helpers import MemorySource, make_method, make_model, make_trainer, read_lines
+from helpers import MemorySource, make_method, make_trainer, read_lines
 
 VIEWS = ViewSpec(crop_scale=(0.6, 1.0), flip=0.5, num_views=2)
 LENGTH = 24
@@ -60,7 +60,7 @@ def train(
     **options: Any,
 ) -> tuple[list[dict[str, float]], Method]:
     """A run with the live teacher, or with one cached in these settings; the same in all else."""
-    method = make_method(name, student=make_model(), settings=settings)
+    method = make_method(name, settings=settings)
     source = source or MemorySource(LENGTH)
     builder: dict[str, Any] = {"views": VIEWS}
     if cache is not None:

@@ -36,6 +36,7 @@ from cmapkd.methods import Method
 from cmapkd.models import images as image_module
 from cmapkd.training import trainer as training_loop
 from helpers import (
+    CLASSIFYING,
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
     DUAL,
@@ -60,7 +61,7 @@ VISUAL = {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0}
 POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
 OTHER_TOKENS = "other tokens"  # student and teacher cut the texts differently
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
-    **{name: (name, {}) for name in DUAL},
+    **{name: (name, {}) for name in (*DUAL, *CLASSIFYING)},
     "albef": ("albef", {"queue": 12}),
     "cmapkd, everything": ("cmapkd", {**CMAPKD_EXACT, "weighting": "gate"}),
     "cmapkd, policy": ("cmapkd", {"visual_levels": VISUAL, "weighting": POLICY}),
@@ -84,7 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "fitnet, texts": ("fitnet", {"text_guided_layer": 0.5, "text_hint_layer": 0.5}),
 }
 # the others differ in a setting, and are slow tests; what degla has beside its losses is albef's
-OFTEN = (*(name for name in DUAL if name != "degla"), "cmapkd, everything")
+OFTEN = (*(name for name in DUAL if name != "degla"), "dho", "cmapkd, everything")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from cmapkd.training.sharding import ShardedMethod, whole_tensors
 from cmapkd.training.stopping import Agreement
 from contracted import Contracted, NormedStudent
 from helpers import (
+    CLASSIFYING,
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
     DUAL,
@@ -110,6 +111,8 @@ CASES: dict[
     "tinyclip, with masks": ("tinyclip", MASKED),
     "tinyclip, with masks in micro-batches": ("tinyclip", MASKED),
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
+    **{name: (name, {}) for name in CLASSIFYING if name != "supervised"},
+    "dho, in micro-batches": ("dho", {}),
     "contracted": (Contracted, {}),
     "contracted, in micro-batches": (Contracted, {}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_EXACT, "weighting": "attention"}),

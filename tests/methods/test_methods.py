@@ -15,7 +15,17 @@ from cmapkd.methods import METHODS, MethodConfig, StepInfo
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.objectives import contrastive_loss, sigmoid_loss, similarity_divergence
-from helpers import DUAL, MASKED, ONE_WIDTH, into_first_stage, make_method, make_model, make_teacher, random_batch
+from helpers import (
+    CLASSIFYING,
+    DUAL,
+    MASKED,
+    ONE_WIDTH,
+    into_first_stage,
+    make_method,
+    make_model,
+    make_teacher,
+    random_batch,
+)
 
 POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
 DISTILLING = [name for name, kind in METHODS.items() if kind.uses_teacher and name in DUAL]
@@ -41,7 +51,7 @@ def test_settings_are_described_and_have_defaults(name: str) -> None:
     assert config(name=name).name == name
 
 
-@pytest.mark.parametrize("name", DUAL)
+@pytest.mark.parametrize("name", [*DUAL, *CLASSIFYING])
 def test_terms_are_scalars_that_train_the_student(name: str) -> None:
     method = make_method(name)
     terms = method(random_batch(4, pools=method.text_pools))
@@ -55,7 +65,7 @@ def test_terms_are_scalars_that_train_the_student(name: str) -> None:
 
 
 DRAWING: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in DUAL},
+    **{name: (name, {}) for name in (*DUAL, *CLASSIFYING)},
     "bank": ("cmapkd", {"bank": {"size": 24, "sample": 4}}),
     "policy of levels": ("cmapkd", {"weighting": POLICY}),
     "policy of terms": ("clip_kd", {"term_weighting": POLICY}),

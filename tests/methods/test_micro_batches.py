@@ -16,6 +16,7 @@ from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder
 from helpers import (
+    CLASSIFYING,
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
     DUAL,
@@ -25,13 +26,13 @@ from helpers import (
     DropoutStudent,
     into_first_stage,
     make_method,
-    make_model,
+    make_student,
     random_batch,
 )
 
 BATCH, MICRO_BATCH = 8, 3  # the last part is shorter
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); every method as it comes, and more
-    **{name: (name, {}) for name in DUAL},
+    **{name: (name, {}) for name in (*DUAL, *CLASSIFYING)},
     "promptkd": ("promptkd", {"distill_weight": 5.0}),  # by default 1000, for more than the 5 classes here
     "c2kd, every sample": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0}),
     "cmapkd, everything": ("cmapkd", CMAPKD_EXACT),
@@ -77,7 +78,8 @@ class NormedStudent(TinyDualEncoder):
 
 def built(name: str, dtype: torch.dtype = torch.float32, kind: type[TinyDualEncoder] = TinyDualEncoder) -> Method:
     method_name, settings = CASES[name]
-    method = make_method(method_name, student=make_model(kind=kind), settings=settings).to(dtype).train()
+    student = make_student(method_name, kind=kind)
+    method = make_method(method_name, student=student, settings=settings).to(dtype).train()
     if method.teacher is not None:
         method.teacher.model.to(dtype)
     return into_first_stage(method) if "with masks" in name else method
@@ -85,7 +87,7 @@ def built(name: str, dtype: torch.dtype = torch.float32, kind: type[TinyDualEnco
 
 def results(method: Method, micro_batch: int | None, *, precision: torch.dtype | None = None) -> dict[str, Tensor]:
     """Terms and gradients of a batch, after another one that fills a bank, if there is one."""
-    dtype = method.student.log_logit_scale.dtype
+    dtype = next(method.student.parameters()).dtype
     earlier, batch = (random_batch(BATCH, seed=seed, dtype=dtype, pools=method.text_pools) for seed in (1, 0))
     method.micro_batch = micro_batch
     with torch.no_grad():

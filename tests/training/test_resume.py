@@ -17,7 +17,18 @@ from cmapkd.models import DualEncoder
 from cmapkd.training import Interrupted, Trainer, checkpoint, stopping, trainer
 from cmapkd.training.checkpoint import list_checkpoints, optimizer_tensors, read_checkpoint, write_checkpoint
 from contracted import Contracted
-from helpers import DUAL, DropoutStudent, MemorySource, Sharded, make_method, make_model, make_trainer, read_lines
+from helpers import (
+    CLASSIFYING,
+    DUAL,
+    DropoutStudent,
+    MemorySource,
+    Sharded,
+    make_method,
+    make_model,
+    make_student,
+    make_trainer,
+    read_lines,
+)
 
 STEPS = 7  # of three steps an epoch, so that epochs end on the way
 
@@ -93,13 +104,13 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], tuple[int, ...]]] = {
     "levels in micro-batches": ("cmapkd", DropoutStudent, {"micro_batch": 3, "precision": "bf16", "ema": 0.5}, (3,)),
     "contracted": (Contracted, DropoutStudent, {"ema": 0.5, "micro_batch": 3}, (2, 4)),
     "everything": ("clip_kd", DropoutStudent, {"ema": 0.5, "workers": 1, "precision": "bf16"}, (4,)),
-    **{f"method {name}": (name, None, {}, (4,)) for name in DUAL},
+    **{f"method {name}": (name, None, {}, (4,)) for name in (*DUAL, *CLASSIFYING)},
 }
 
 
 def start(name: str, out: Path, *, seed: int = 0) -> Trainer:
     method, kind, options, _ = CASES[name]
-    student = make_model(seed=seed, **({"kind": kind} if kind else {}))
+    student = make_student(method, seed=seed, **({"kind": kind} if kind else {}))
     made = make_trainer(out, make_method(method, student=student), steps=STEPS, **options)
     torch.manual_seed(seed)
     return made

@@ -14,7 +14,7 @@ from cmapkd.data.batches import Choice
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.views import ViewSpec, draw_view
-from cmapkd.models import DualEncoder, Model
+from cmapkd.models import ImageEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 
 FORMAT = 1
@@ -97,7 +97,7 @@ def reading_fingerprint(model: Model, captions: Iterable[str] = ()) -> dict[str,
             "processor": model.processor.fingerprint(),
             "vocabulary": f"{vocabulary.size} tokens, {vocabulary.digest}",
         }
-    assert isinstance(model, DualEncoder)
+    assert isinstance(model, ImageEncoder)
     return {"image_spec": plain_image_spec(model), "tokenizer": tokenizer_hash(model, captions)}
 
 
@@ -124,7 +124,7 @@ def weight_hash(model: Model) -> str:
     return digest.hexdigest()
 
 
-def plain_image_spec(model: DualEncoder) -> dict[str, Any]:
+def plain_image_spec(model: ImageEncoder) -> dict[str, Any]:
     """The model's image preprocessing as plain data."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.image_spec).items()}
 
@@ -142,7 +142,7 @@ def view_hash(views: ViewSpec) -> str:
     return f"{views.fingerprint()} {digest_of(repr(drawn).encode())}{reading}"
 
 
-def tokenizer_hash(model: DualEncoder, captions: Iterable[str] = ()) -> str:
+def tokenizer_hash(model: ImageEncoder, captions: Iterable[str] = ()) -> str:
     """Of what it makes of some texts, and of `captions`: every family's tokenizer can be asked for that."""
     texts = [*_TEXTS, *captions]
     tokens = model.tokenizer(texts)

@@ -22,6 +22,7 @@ from cmapkd.cli import (
     methods,
     models,
     report,
+    select,
     settings,
 )
 from cmapkd.cli.command import Command
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 for command in (
     demo.demo, init.init, doctor.doctor, distill.distill, finalize.finalize, evaluate.evaluate, export.export,
-    report.report, methods.methods, models.models, settings.settings,
+    report.report, select.select, methods.methods, models.models, settings.settings,
 ):  # fmt: skip
     app.command(cls=Command, epilog=examples(command.__name__))(command)
 app.command(cls=compare.CompareCommand, epilog=examples("compare"))(compare.compare)

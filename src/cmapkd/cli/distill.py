@@ -56,4 +56,4 @@ def distill(
     if result.metrics:
         if config.data.final is not None:
             show(console, result.table())
-        tell_end(out, console, writes=config.writes, gallery=0)
+        tell_end(out, console, writes=config.writes, classifies=config.classifies, gallery=0)

@@ -24,6 +24,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "cmapkd compare demo --arms 'clip_kd: method=clip_kd' 'hinton: method=hinton' --seeds 0 1 --out compared",
         "cmapkd compare comparison.yaml --dry-run",
     ),
+    "select": (
+        "cmapkd select folder:train --by balance --budget 100 --out ids.txt",
+        "cmapkd select folder:train --by pcoreset --model runs/first --labelled ids.txt --budget 40 --out more.txt",
+    ),
     "methods": ("cmapkd methods", "cmapkd methods clip_kd"),
     "models": ("cmapkd models", "cmapkd models timm mobilenetv3"),
     "settings": ("cmapkd settings training", "cmapkd settings learning_rate"),

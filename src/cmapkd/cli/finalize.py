@@ -42,4 +42,5 @@ def finalize(
     with resumed_by(f"Here that is, with the settings that change added:\n  {command}"):
         result = finalize(run, step=step, overrides=overrides or [], console=console)
     show(console, result.table())
-    tell_end(run, console, writes=load_config(RunConfig, run / "config.yaml").writes, gallery=0)
+    config = load_config(RunConfig, run / "config.yaml")
+    tell_end(run, console, writes=config.writes, classifies=config.classifies, gallery=0)

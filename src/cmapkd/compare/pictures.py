@@ -72,7 +72,7 @@ def measures_of(path: str) -> tuple[str, ...]:
         return f"i2t.{match[1]}", f"t2i.{match[1]}"
     if match := _RETRIEVAL.fullmatch(path):
         return (match[1],)
-    if path in ("zero_shot.top1", "zero_shot.top5", *_ANSWERS):
+    if path in ("zero_shot.top1", "zero_shot.top5", "accuracy.top1", "accuracy.top5", *_ANSWERS):
         return (path,)
     raise NoPictures(f"{path} is no mean over pictures")
 
@@ -90,7 +90,7 @@ def score_pictures(ranks: PictureRanks, measure: str) -> PictureScore:
     k = int(name.removeprefix("r@").removeprefix("top")) if name != "mean_rank" else None
     values = counts.expected() if k is None else 100 * counts.hits(k)
     captions = ranks.captions.numpy()
-    queries = {"i2t": captions > 0, "t2i": captions, "zero_shot": ranks.labelled.numpy()}[task]
+    queries = {"i2t": captions > 0, "t2i": captions}.get(task, ranks.labelled.numpy())
     picture = np.repeat(np.arange(len(captions)), queries.astype(int))  # of each query
     sums = np.bincount(picture, weights=values.numpy(), minlength=len(captions)).astype(float)
     return PictureScore(sums, queries.astype(float))

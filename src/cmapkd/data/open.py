@@ -14,6 +14,7 @@ from cmapkd.data.classes import read_classes
 from cmapkd.data.config import StreamConfig
 from cmapkd.data.kinds import refuse_unknown_kind
 from cmapkd.data.parts import PartOfSource
+from cmapkd.data.picked import picked
 from cmapkd.data.places import existing_file, existing_folder
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.spec import PART, TEXTS, Spec
@@ -59,7 +60,7 @@ def open_source(
             raise ConfigError(f"data {spec!r}: kind {parsed.kind} has no option {option}: leave it out")
     for message in source.warnings if isinstance(source, StoredSource) else ():
         warnings.warn(message, SourceWarning, stacklevel=2)
-    return source
+    return picked(source, parsed.pick)
 
 
 def split_of(spec: str, *, default: str | None = None) -> str | None:
@@ -80,6 +81,8 @@ def same_reading(before: str, now: str) -> bool:
         ConfigError: a name cannot be taken apart.
     """
     first, second = (_parse(text, None, False, None) for text in (before, now))
+    if not first.pick.like(second.pick):
+        return False
     for name in COPIES:  # where copies of remote shards are kept; what is counted by what, the fingerprint tells
         first.take(name), second.take(name)
     if (first.kind, first.split, first.keep, {*first.options}) != (
@@ -165,6 +168,7 @@ def _parse(text: str, split: str | None, require_captions: bool, limit: int | No
         if not own_split:
             raise ConfigError(f"data {text!r} names no split after '@'")
     spec = Spec(text, kind, rest, own_split, split, SampleFilter(require_captions, limit), options)
+    spec.pick = spec.take_pick()
     if kind != "scenes":
         limits = [number for number in (spec.take_int("limit"), limit) if number is not None]
         spec.keep = SampleFilter(require_captions, min(limits, default=None), spec.take_templates(), spec.take_part())

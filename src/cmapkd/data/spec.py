@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cmapkd.config import ConfigError, closest
+from cmapkd.data.picked import PICKS, Pick
 from cmapkd.data.stored import SampleFilter
 from cmapkd.data.texts import CAPTIONS
 
@@ -23,6 +25,7 @@ class Spec:
     default_split: str | None  # of whoever opens the source
     keep: SampleFilter
     options: dict[str, str] = field(default_factory=dict)
+    pick: Pick = field(default_factory=Pick)
 
     def take(self, name: str) -> str | None:
         """An option's value, which then counts as used."""
@@ -57,6 +60,8 @@ class Spec:
     def take_templates(self) -> tuple[str, ...]:
         """The sentences that the user makes of class names, each with `{}` where the name goes."""
         text = self.options.pop(CAPTIONS, None)
+        if text is not None and self.pick.hidden:
+            raise ConfigError(f"data {self.text!r}: captions made of class names tell the labels that are hidden")
         sentences = () if text is None else tuple(each.strip().strip("\"'") for each in text.split("|"))
         for sentence in sentences:
             if "{}" not in sentence:
@@ -81,6 +86,18 @@ class Spec:
             raise ConfigError(f"data {self.text!r}: {PART} is two numbers from 0 to 1, such as 0-0.9; got {text!r}")
         return found
 
+    def take_pick(self) -> Pick:
+        """Which samples are read, and whether with their labels."""
+        ids, shots, draw = self.take("ids"), self.take_int("shots"), self.take_int("draw")
+        labels = self.take("labels")
+        if shots == 0:
+            raise ConfigError(f"data {self.text!r}: shots is a number of samples of each class, >= 1")
+        if draw is not None and shots is None:
+            raise ConfigError(f"data {self.text!r}: draw says which samples of a class are read, but shots is not set")
+        if labels not in (None, "hidden", "shown"):
+            raise ConfigError(f"data {self.text!r}: labels must be hidden or shown, got {labels!r}")
+        return Pick(None if ids is None else Path(ids).expanduser(), shots, draw or 0, labels == "hidden")
+
     def refuse_leftovers(self, known: tuple[str, ...]) -> None:
         """Called by every opener once it has taken its options and before it reads anything.
 
@@ -88,7 +105,9 @@ class Spec:
             ConfigError: an option is left that the kind does not have.
         """
         for name in self.options:
-            every = (*known, CAPTIONS, PART) if "limit" in known and self.kind != "scenes" else known
+            every = (*known, *PICKS)
+            if "limit" in known and self.kind != "scenes":
+                every = (*known, CAPTIONS, PART, *PICKS)
             raise ConfigError(
                 f"data {self.text!r}: unknown option {name!r}{closest(name, every)}. Known for {self.kind}: "
                 f"{', '.join(every) or 'none'}."

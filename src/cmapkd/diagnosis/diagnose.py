@@ -15,6 +15,7 @@ from cmapkd.diagnosis.data import check_order, check_overlap, check_source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.diagnosis.models import (
     check_activation,
+    check_classifier,
     check_model,
     check_sanity,
     check_size,
@@ -33,7 +34,7 @@ from cmapkd.diagnosis.writing import (
     padding_share,
 )
 from cmapkd.methods.generative import GenerativeMethod
-from cmapkd.models import DualEncoder, FrozenTeacher, GenerativeModel, Model, build_model
+from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, GenerativeModel, Model, build_model
 from cmapkd.run import (
     RunConfig,
     build_student,
@@ -136,6 +137,9 @@ def _of_student(config: RunConfig, student: Model, train: Source, asked: Asked |
         yield from check_weights("student", student, teaches=False, learning=config.training.train_parts)
         yield from check_dialogues("student", student, asked, **limits)
         yield from check_start(student, asked)
+    elif isinstance(student, Classifier):
+        yield from check_classifier("student", student)
+        yield from check_weights("student", student, teaches=False, learning=config.training.train_parts)
     elif isinstance(student, DualEncoder):
         yield from check_model("student", student, train)
         yield from check_weights("student", student, teaches=False, learning=config.training.train_parts)

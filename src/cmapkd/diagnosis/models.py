@@ -14,7 +14,7 @@ from cmapkd.data.records import iter_captions
 from cmapkd.data.types import BadSampleError, ModelInput, Source
 from cmapkd.diagnosis.finding import Finding
 from cmapkd.evaluation.efficiency import weight_bytes
-from cmapkd.models import DualEncoder, Model
+from cmapkd.models import Classifier, DualEncoder, Model
 from cmapkd.models.activation import activation_losses, assumption
 from cmapkd.models.untrained import named_parts, remark_on_unlearned, remark_on_untrained
 from cmapkd.objectives.common import unit
@@ -50,6 +50,17 @@ def check_model(role: str, model: DualEncoder, source: Source) -> Iterator[Findi
         yield Finding("note", f"{role} tokenizer", f"{detail}; {100 * full:.0f} % fill the context and may be cut off")
     else:
         yield Finding("ok", f"{role} tokenizer", detail)
+
+
+def check_classifier(role: str, model: Classifier) -> Iterator[Finding]:
+    spec = model.image_spec
+    yield Finding(
+        "ok",
+        role,
+        f"{model.name}: {model.num_parameters():,} parameters in its image tower, {spec.size} px ({spec.fit}, "
+        f"{spec.interpolation}, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}), features of width "
+        f"{model.embed_dim}; the method adds its heads",
+    )
 
 
 def check_weights(

@@ -61,11 +61,25 @@ def zero_shot_calibration(
     Raises:
         ValueError: no image is labelled.
     """
+    log_p = (logit_scale * (images.double() @ weights.double().T)).log_softmax(dim=-1)
+    return {**calibration(log_p, labels), "logit_scale": logit_scale}
+
+
+def calibration(log_p: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> dict[str, Any]:
+    """How well probabilities are calibrated.
+
+    Args:
+        log_p: their logarithms, in nats.
+        labels: right class of each image; images with a negative label are left out.
+    Returns:
+        As `zero_shot_calibration`, without `logit_scale`.
+    Raises:
+        ValueError: no image is labelled.
+    """
     labelled = (labels >= 0).nonzero().flatten()
     if not len(labelled):
-        raise ValueError(f"none of the {len(images)} images has a label, and calibration compares with labels.")
-    truth = labels[labelled]
-    log_p = (logit_scale * (images[labelled].double() @ weights.double().T)).log_softmax(dim=-1)
+        raise ValueError(f"none of the {len(log_p)} images has a label, and calibration compares with labels.")
+    truth, log_p = labels[labelled], log_p[labelled]
     confidence, predicted = log_p.exp().max(dim=-1)
     correct = predicted == truth
     p_truth = log_p.exp().gather(1, truth[:, None])[:, 0]
@@ -76,7 +90,6 @@ def zero_shot_calibration(
         "accuracy": 100 * float(correct.double().mean()),
         "nll": float(-log_p.gather(1, truth[:, None]).mean()),
         "brier": float(brier),
-        "logit_scale": logit_scale,
         "num_bins": NUM_BINS,
         "num_images": len(truth),
     }

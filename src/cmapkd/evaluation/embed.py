@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from cmapkd.data.workers import ReadAhead
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.features.pyramid import pooled
 from cmapkd.features.taps import language_taps, tapped, visual_taps
-from cmapkd.models.base import DualEncoder
+from cmapkd.models.base import DualEncoder, ImageEncoder
+from cmapkd.models.classifier import Classifier
 from cmapkd.models.texts import encode_texts, evaluating
 from cmapkd.models.types import LevelInfo, TowerFeatures
 
@@ -62,6 +63,7 @@ class Embedded:
         image_levels, text_levels: mean-pooled inner levels (P2 to P4, L1 to L3) as far as the towers expose them, rows
             as in `images` and `texts`; empty unless they were asked for.
         negatives: texts of the pool `negatives`; None unless they were asked for.
+        logits: of a classifier, the scores [images classes] of each head by its name; of other models empty.
     """
 
     images: Float[Tensor, "images dim"]
@@ -76,10 +78,11 @@ class Embedded:
     image_levels: dict[str, Tensor] = field(default_factory=dict)
     text_levels: dict[str, Tensor] = field(default_factory=dict)
     negatives: FalseTexts | None = None
+    logits: dict[str, Tensor] = field(default_factory=dict)
 
 
 def embed(
-    model: DualEncoder,
+    model: ImageEncoder,
     source: Source,
     *,
     batch_size: int,
@@ -93,7 +96,9 @@ def embed(
     negatives: int = 0,
     share: Share = ALONE,
 ) -> Embedded:
-    """Runs both towers over the source in evaluation mode, without gradient; the model's modes are restored after.
+    """Runs the towers over the source in evaluation mode, without gradient; the model's modes are restored after.
+
+    A model that reads no texts has no rows of them.
 
     Images go whole through the model's own preprocessing (its resize and centre crop or squash), no view.
 
@@ -128,7 +133,7 @@ def embed(
                 raise BadSampleError(*chunk.bad[0])
             if chunk.pixels is not None:
                 pixels = model.image_spec.to_model(chunk.pixels.to(device))
-                images.add(model.encode_image(pixels, images.names))
+                images.add_of(model, pixels)
             own.append(_Read(chunk.samples, chunk.bad))
     read = [*share.all_of(own)]
     samples = [sample for chunk in read for sample in chunk.samples]
@@ -139,34 +144,53 @@ def embed(
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
     rows = share.rows(images.by_name(), [len(chunk.samples) for chunk in read])
-    captions = [caption for sample in samples for caption in sample.captions]
-    text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
-    texts, text_norms, text_levels = _embed_captions(
-        model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
-    )
-    found = None
-    if negatives:
-        false = [text for sample in samples for text in sample.negatives]
-        embedded, _ = _embed_captions(
-            model, false, taps={}, batch_size=batch_size, device=device, autocast=autocast, share=share
-        )
-        found = _false_texts(samples, embedded)
+    logits = {name.removeprefix(_HEAD): rows.pop(name) for name in [*rows] if name.startswith(_HEAD)}
+    how = {"batch_size": batch_size, "device": device, "autocast": autocast, "share": share}
+    texts = _texts_of(model, samples, levels=levels, negatives=negatives, how=how)
     return Embedded(
         images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
-        texts=texts,
+        texts=texts.embeddings,
         image_of_text=torch.tensor(
-            [place for place, sample in enumerate(samples) for _ in sample.captions], dtype=torch.long
+            [place for place, sample in enumerate(samples) for _ in sample.captions if texts.captions],
+            dtype=torch.long,
         ),
         ids=tuple(sample.id for sample in samples),
         labels=torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.long),
-        captions=tuple(captions),
+        captions=tuple(texts.captions),
         bad=tuple(bad),
         image_norms=rows.pop(_NORM, torch.empty(0)),
-        text_norms=text_norms,
+        text_norms=texts.norms,
         image_levels=rows,
-        text_levels=text_levels,
-        negatives=found,
+        text_levels=texts.levels,
+        negatives=texts.negatives,
+        logits=logits,
     )
+
+
+class _Texts(NamedTuple):
+    """What a model's text tower answers; nothing of a model that reads no texts."""
+
+    captions: list[str]
+    embeddings: Tensor
+    norms: Tensor
+    levels: dict[str, Tensor]
+    negatives: FalseTexts | None
+
+
+def _texts_of(
+    model: ImageEncoder, samples: Sequence[_Text], *, levels: bool, negatives: int, how: dict[str, Any]
+) -> _Texts:
+    """Of all captions of the samples, and of their false texts where some are asked for."""
+    if not isinstance(model, DualEncoder):
+        return _Texts([], torch.empty(0, model.embed_dim), torch.empty(0), {}, None)
+    captions = [caption for sample in samples for caption in sample.captions]
+    taps = language_taps(model.text_levels) if levels and model.text_levels else {}
+    texts, norms, text_levels = _embed_captions(model, captions, taps=taps, **how)
+    found = None
+    if negatives:
+        false = [text for sample in samples for text in sample.negatives]
+        found = _false_texts(samples, _embed_captions(model, false, taps={}, **how)[0])
+    return _Texts(captions, texts, norms, text_levels, found)
 
 
 def _false_texts(samples: Sequence[_Text], texts: Float[Tensor, "false dim"]) -> FalseTexts:
@@ -214,6 +238,7 @@ def _embed_captions(
 
 
 _EMBEDDING, _NORM = "embedding", "norm"  # beside the names of levels
+_HEAD = "head "  # in front of the names of heads
 
 
 class _Rows:
@@ -225,6 +250,7 @@ class _Rows:
         self.embeddings: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._levels: dict[str, list[Tensor]] = {name: [] for name in taps}
+        self._logits: dict[str, list[Tensor]] = {}
 
     def add(self, tower: TowerFeatures) -> None:
         self.embeddings.append(_unit(tower.embedding))
@@ -232,9 +258,17 @@ class _Rows:
         for name, level in tapped(self.taps, tower.levels).items():
             self._levels[name].append(pooled(level).cpu())
 
+    def add_of(self, model: ImageEncoder, pixels: Float[Tensor, "batch 3 height width"]) -> None:
+        """What the model's image tower answers to a batch, and the heads of a classifier."""
+        tower = model.encode_image(pixels, self.names)
+        self.add(tower)
+        for name in model.heads if isinstance(model, Classifier) else ():
+            scores = model.logits(name, tower.embedding)
+            self._logits.setdefault(f"{_HEAD}{name}", []).append(scores.float().cpu())
+
     def by_name(self) -> dict[str, Tensor]:
         """All rows so far; nothing where there are none."""
-        every = {_EMBEDDING: self.embeddings, _NORM: self._norms, **self._levels}
+        every = {_EMBEDDING: self.embeddings, _NORM: self._norms, **self._levels, **self._logits}
         return {name: torch.cat(values) for name, values in every.items() if values}
 
 

@@ -58,8 +58,8 @@ def scored_set(scores: Mapping[str, Any] | None) -> str | None:
     parts = [counted(images, "image")]
     if isinstance(questions := of.get("questions"), int):  # of a model that writes, which reads either
         parts += [counted(number, name) for number, name in ((questions, "question"), (captions, "caption")) if number]
-    else:
-        parts.append(counted(captions, "caption"))
+    elif captions or not isinstance(scores.get("accuracy") if isinstance(scores, Mapping) else None, Mapping):
+        parts.append(counted(captions, "caption"))  # a classifier reads none
     line = "scored on " + " and ".join(parts)
     if isinstance(limit, int) and limit < samples:
         line += f", the first {limit:,} of {samples:,} samples (evaluation.limit)"

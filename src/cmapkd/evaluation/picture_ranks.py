@@ -40,8 +40,8 @@ class PictureRanks:
         digest: of the pictures' ids and captions, in order: ranks of equal digests can be paired.
         captions: how many captions each picture has; the captions are in the order of the pictures.
         labelled: which pictures have a label.
-        ranks: `i2t`, one query for each picture with a caption; `t2i`, one for each caption; `zero_shot`, one for each
-            labelled picture. What was not measured is absent.
+        ranks: `i2t`, one query for each picture with a caption; `t2i`, one for each caption; `zero_shot` and
+            `accuracy`, one for each labelled picture. What was not measured is absent.
     """
 
     digest: str
@@ -93,7 +93,8 @@ class PictureRanks:
             captions, labelled = _wide(columns["captions"]), _wide(columns["labelled"]).bool()
             if captions.ndim != 1 or captions.shape != labelled.shape:
                 raise ValueError(f"captions have shape {tuple(captions.shape)}, labelled {tuple(labelled.shape)}")
-            lengths = {"i2t": int((captions > 0).sum()), "t2i": int(captions.sum()), "zero_shot": int(labelled.sum())}
+            lengths = {"i2t": int((captions > 0).sum()), "t2i": int(captions.sum())}
+            lengths |= dict.fromkeys(("zero_shot", "accuracy"), int(labelled.sum()))
             ranks = {
                 task: _counts(columns, task, size) for task, size in lengths.items() if f"{task}.better" in columns
             }

@@ -15,7 +15,7 @@ from cmapkd.evaluation.picture_ranks import PictureRanks
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.suite import evaluate_models
 from cmapkd.evaluation.writing import Writer
-from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.base import ImageEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 
 __all__ = ["EvaluationConfig", "assist", "evaluate"]
@@ -90,7 +90,7 @@ def assist(
             writer.computed(**asked)
         return
     while (asked := share.asked()) is not None:
-        assert isinstance(model, DualEncoder)  # of others the first process asks nothing
+        assert isinstance(model, ImageEncoder)  # of others the first process asks nothing
         embed(
             model,
             source,

@@ -21,7 +21,7 @@ from cmapkd.evaluation.probes.features import ImageFeatures, encode_images
 from cmapkd.evaluation.ranking import RankCounts
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.writing import Writer
-from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.base import DualEncoder, ImageEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.texts import class_vectors
 
@@ -109,6 +109,12 @@ class Subject:
         return self.model
 
     @property
+    def encoder(self) -> ImageEncoder:
+        """The model, for what embeds images: tasks whose `reads` is `ImageEncoder`."""
+        assert isinstance(self.model, ImageEncoder)  # the suite refused others
+        return self.model
+
+    @property
     def generative(self) -> GenerativeModel:
         """The model, for what writes: tasks whose `reads` is `GenerativeModel`."""
         assert isinstance(self.model, GenerativeModel)  # the suite refused others
@@ -154,7 +160,7 @@ class Subject:
         bench = self.bench
         bench.say(f"{self.name}: embedding {source.name}")
         return embed(
-            self.dual,
+            self.encoder,
             source,
             batch_size=bench.config.batch_size,
             device=bench.device,

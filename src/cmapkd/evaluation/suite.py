@@ -157,7 +157,7 @@ def _mixed(models: Mapping[str, Model]) -> str:
     other = [name for name in models if name not in writing]
     return (
         f"no task measures all of these models: {', '.join(writing) or 'none'} write answers, and "
-        f"{', '.join(other) or 'none'} embed images and texts. Evaluate the two kinds apart."
+        f"{', '.join(other) or 'none'} embed images. Evaluate the two kinds apart."
     )
 
 
@@ -200,7 +200,9 @@ def _wanted(config: EvaluationConfig, models: Mapping[str, Model]) -> dict[str, 
     if config.tasks == "all":
         names = [name for name in TASKS if _readable(TASKS[name], models)]
     elif config.tasks == "auto":
-        names = [name for name, kind in TASKS.own.items() if kind.automatic and _readable(kind, models)]
+        names = [
+            name for name, kind in TASKS.own.items() if _readable(kind, models) and kind.is_automatic(models.values())
+        ]
     return {name: make_task(name, config) for name in names}
 
 

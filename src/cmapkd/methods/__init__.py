@@ -19,6 +19,7 @@ from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
 from cmapkd.methods.degla import Degla
+from cmapkd.methods.dho import DHO
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
@@ -29,20 +30,25 @@ from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
+from cmapkd.methods.supervised import Supervised
 from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
+from cmapkd.methods.vl2lite import VL2Lite
 from cmapkd.methods.vl2v_adip import VL2VADiP
 from cmapkd.methods.vlm_distill_ood import VlmDistillOod
 from cmapkd.methods.zscl import ZSCL
-from cmapkd.models import DualEncoder, FrozenTeacher, Model
+from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model
 from cmapkd.models.types import BOTH
 
 _OWN: dict[str, type[Method]] = {
     "contrastive": Contrastive,
     "albef": Albef,
     "hinton": Hinton,
+    "supervised": Supervised,
+    "dho": DHO,
+    "vl2lite": VL2Lite,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
     "lelp": Lelp,
@@ -95,14 +101,15 @@ def build_method(
         ValueError: the method needs a teacher and there is none, or the models lack what it reads.
     """
     kind = METHODS[config.name]
-    _check_contract(config.name, kind, student, "student")
-    if teacher is not None and kind.uses_teacher:
-        _check_contract(config.name, kind, teacher.model, "teacher")
+    _check_contract(config.name, kind, student, "student", kind.reads)
+    for each in (teacher, *more_teachers):
+        if each is not None and kind.uses_teacher:
+            _check_contract(config.name, kind, each.model, "teacher", kind.learns_from or kind.reads)
     options: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
     if more_teachers and kind.uses_teacher:
         check_teachers(config.name, [further.role for further in more_teachers])
         for further in more_teachers:
-            _check_contract(config.name, kind, further.model, f"teacher {further.role}")
+            _check_contract(config.name, kind, further.model, f"teacher {further.role}", kind.learns_from or kind.reads)
         options["more_teachers"] = more_teachers
     method = kind(config, student=student, teacher=teacher if kind.uses_teacher else None, **options)
     method.auxiliary = auxiliary(method.student) if auxiliary is not None else None
@@ -120,30 +127,38 @@ def build_method(
     return method
 
 
-def _check_contract(name: str, kind: type[Method], model: Model, role: str) -> None:
+def _check_contract(name: str, kind: type[Method], model: Model, role: str, reads: type[Model]) -> None:
     """Refuses a model of another kind than the method is for.
 
     Raises:
         ConfigError: names methods that are for such a model.
     """
-    if not isinstance(model, kind.reads):
+    if not isinstance(model, reads):
+        said = f"method {name} needs a {role} that {reads.does}, and {model.name} {model.does}. "
+        if role == "student" and kind.reads is Classifier and isinstance(model, DualEncoder):
+            raise ConfigError(f"{said}Name its image tower alone: student: classifier:{model.name}, see docs/models.md")
         able = ", ".join(other for other, each in METHODS.items() if isinstance(model, each.reads))
-        raise ConfigError(
-            f"method {name} needs a {role} that {kind.reads.does}, and {model.name} {model.does}. Methods for such "
-            f"models: {able or 'none'}"
-        )
+        raise ConfigError(f"{said}Methods for such models: {able or 'none'}")
     if isinstance(model, DualEncoder) and model.towers != BOTH:
-        if role in ("student", "teacher"):
-            raise ConfigError(
-                f"the {role} {model.name} has no text tower: such a model can only be a further teacher, in "
-                "more_teachers"
-            )
-        if not kind.pictures_alone:
-            able = ", ".join(other for other, each in METHODS.items() if each.pictures_alone)
-            raise ConfigError(
-                f"method {name} reads texts of every teacher, and {role}, {model.name}, has no text tower: leave it "
-                f"out, or use a method that reads its pictures alone ({able or 'none'})"
-            )
+        _check_pictures_alone(name, kind, model, role)
+
+
+def _check_pictures_alone(name: str, kind: type[Method], model: DualEncoder, role: str) -> None:
+    """Refuses a model without a text tower where texts of it are read.
+
+    Raises:
+        ConfigError: it is the student or the first teacher, or the method reads texts of every teacher.
+    """
+    if role in ("student", "teacher"):
+        raise ConfigError(
+            f"the {role} {model.name} has no text tower: such a model can only be a further teacher, in more_teachers"
+        )
+    if not kind.pictures_alone:
+        able = ", ".join(other for other, each in METHODS.items() if each.pictures_alone)
+        raise ConfigError(
+            f"method {name} reads texts of every teacher, and {role}, {model.name}, has no text tower: leave it out, "
+            f"or use a method that reads its pictures alone ({able or 'none'})"
+        )
 
 
 def check_teachers(name: str, more: Iterable[str]) -> None:

@@ -37,6 +37,8 @@ class MethodContract(Learning, ABC):
     """Why the teacher cannot answer from a cache; None where it can."""
     reads: ClassVar[type[Model]] = DualEncoder  # type: ignore[type-abstract]
     """The contract that the student must keep."""
+    learns_from: ClassVar[type[Model] | None] = None
+    """The contract that its teachers must keep; None: that of the student."""
     scratch: ClassVar[str] = "contrastive"
     """The method without teacher that its students are compared with."""
     in_batch: ClassVar[bool] = True

@@ -1,10 +1,12 @@
-"""Models behind two contracts: `DualEncoder` embeds pictures and texts, `GenerativeModel` writes answers.
+"""Models behind contracts: `DualEncoder` embeds pictures and texts, `GenerativeModel` writes answers, `Classifier`
+names classes.
 
 One adapter for each library, imported when it is needed.
 """
 
 from cmapkd.models.average import MovingAverage
-from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, Model, Tokenizer
+from cmapkd.models.base import MAX_LOGIT_SCALE, DualEncoder, ImageEncoder, Model, Tokenizer
+from cmapkd.models.classifier import Classifier
 from cmapkd.models.config import FAMILIES, ModelConfig
 from cmapkd.models.contracts import dual, writing
 from cmapkd.models.generative import ChatProcessor, Decoding, GenerativeModel
@@ -18,11 +20,13 @@ __all__ = [
     "FAMILIES",
     "MAX_LOGIT_SCALE",
     "ChatProcessor",
+    "Classifier",
     "Decoding",
     "DualEncoder",
     "Features",
     "FrozenTeacher",
     "GenerativeModel",
+    "ImageEncoder",
     "ImageSpec",
     "Level",
     "LevelInfo",

@@ -1,4 +1,4 @@
-"""`Model` and `DualEncoder`: what a model looks like to the rest of cmapkd, whichever library it comes from."""
+"""`Model`, `ImageEncoder`, `DualEncoder`: what a model looks like to the rest of cmapkd, whatever its library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.types import BOTH, Features, Level, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
 
-__all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
+__all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
 
 NO_TOKENS = "has no image tokens in the joint space"
 MAX_LOGIT_SCALE = 100.0  # CLIP, arXiv:2103.00020, section 2.5: clipped to keep training stable
@@ -141,7 +141,57 @@ class Model(nn.Module, ABC):
         return 0
 
 
-class DualEncoder(Model):
+class ImageEncoder(Model):
+    """Embeds pictures: what models of two towers and classifiers have in common.
+
+    Attributes:
+        embed_dim: width of the embeddings.
+        image_spec: the model's own resize and normalisation.
+        tokenizer: the model's own tokenizer; of one that reads no texts a stand-in.
+        image_levels: the intermediate outputs that can be asked for, shallow to deep.
+        random_towers: the towers that have random weights, of a model that was just built; () once it was trained.
+    """
+
+    does: ClassVar[str] = "embeds pictures"
+    embed_dim: int
+    image_spec: ImageSpec
+    tokenizer: Tokenizer
+    image_levels: tuple[LevelInfo, ...]
+    random_towers: tuple[Tower, ...] = ()
+
+    @property
+    def image_blocks(self) -> tuple[nn.Module, ...]:
+        """The image tower's blocks in their order, where each maps [batch tokens width] to the same, for any number of
+        tokens; empty for other towers."""
+        return ()
+
+    @property
+    def frozen_towers(self) -> tuple[Tower, ...]:
+        """Towers in which nothing learns, of a model that can go on from their pooled features; of others none."""
+        return ()
+
+    @abstractmethod
+    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        """Image embedding [batch, embed_dim], not normalised, and the named levels.
+
+        Args:
+            images: normalised pixels: `image_spec(picture)` of each, or `image_spec.to_model` of a batch's pixels.
+        Raises:
+            ValueError: a level that this tower does not have.
+        """
+
+    def check_levels(self, tower: Literal["image", "text"], asked: Sequence[str]) -> None:
+        """Refuses a level this tower does not have, naming the closest ones."""
+        known = [level.name for level in getattr(self, f"{tower}_levels")]
+        for name in asked:
+            if name not in known:
+                raise ValueError(
+                    f"{self.name} has no {tower} level {name!r}{closest(name, known)}. "
+                    f"It has: {', '.join(known) or 'none'}."
+                )
+
+
+class DualEncoder(ImageEncoder):
     """An image tower and a text tower that meet in one embedding space.
 
     Its parts are `image`, `text`, `projections` and `scale`. A model that something was added to names that as a
@@ -149,25 +199,17 @@ class DualEncoder(Model):
 
     Attributes:
         embed_dim: width of the joint space.
-        image_spec: the model's own resize and normalisation.
-        tokenizer: the model's own tokenizer.
-        image_levels, text_levels: the intermediate outputs that can be asked for, shallow to deep.
+        text_levels: as `image_levels`, of the text tower.
         towers: those that it has; a model of pictures alone can only be a further teacher.
-        random_towers: the towers that have random weights, of a model that was just built; () once it was trained.
         assumed_activation: `gelu` or `quick_gelu` where a checkpoint was loaded that may want the other; None: known.
         class_templates: prompts with `{}` that its text tower was tuned to; classifiers of it are made of these and no
             others. None: of those that are asked for.
     """
 
     does: ClassVar[str] = "embeds pictures and texts"
-    embed_dim: int
-    image_spec: ImageSpec
-    tokenizer: Tokenizer
-    image_levels: tuple[LevelInfo, ...]
     text_levels: tuple[LevelInfo, ...]
     assumed_activation: Literal["gelu", "quick_gelu"] | None = None
     towers: tuple[Tower, ...] = BOTH
-    random_towers: tuple[Tower, ...] = ()
     class_templates: tuple[str, ...] | None = None
 
     @property
@@ -192,12 +234,6 @@ class DualEncoder(Model):
         return because
 
     @property
-    def image_blocks(self) -> tuple[nn.Module, ...]:
-        """The image tower's blocks in their order, where each maps [batch tokens width] to the same, for any number of
-        tokens; empty for other towers."""
-        return ()
-
-    @property
     def token_embedding(self) -> nn.Module | None:
         """What makes vectors [batch tokens width] of the ids of a text; None where it cannot be reached."""
         return None
@@ -214,11 +250,6 @@ class DualEncoder(Model):
             ValueError: this model's towers have one size.
         """
         raise ValueError(f"{self.name} cannot have towers of other sizes")
-
-    @property
-    def frozen_towers(self) -> tuple[Tower, ...]:
-        """Towers in which nothing learns, of a model that can go on from their pooled features; of others none."""
-        return ()
 
     def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:  # noqa: ARG002  for those that have some
         """Some of `frozen_towers`, without what follows them: its embeddings are their pooled features.
@@ -241,16 +272,6 @@ class DualEncoder(Model):
             inputs: of the batch; None where both towers have answered.
         """
         raise ValueError(f"{self.name} has no towers that can be taken apart from its heads")
-
-    @abstractmethod
-    def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
-        """Image embedding [batch, embed_dim], not normalised, and the named levels.
-
-        Args:
-            images: normalised pixels: `image_spec(picture)` of each, or `image_spec.to_model` of a batch's pixels.
-        Raises:
-            ValueError: a level that this tower does not have.
-        """
 
     @abstractmethod
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
@@ -348,13 +369,3 @@ class DualEncoder(Model):
     def clamp_logit_scale(self) -> None:
         """Keeps the logit scale within [1, 100], as CLIP does after every step."""
         self.log_logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
-
-    def check_levels(self, tower: Literal["image", "text"], asked: Sequence[str]) -> None:
-        """Refuses a level this tower does not have, naming the closest ones."""
-        known = [level.name for level in (self.image_levels if tower == "image" else self.text_levels)]
-        for name in asked:
-            if name not in known:
-                raise ValueError(
-                    f"{self.name} has no {tower} level {name!r}{closest(name, known)}. "
-                    f"It has: {', '.join(known) or 'none'}."
-                )

@@ -1,4 +1,4 @@
-"""Which of the two contracts a model meets, where a command or a method needs one of them."""
+"""Which of the contracts a model meets, where a command or a method needs one of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def dual(model: Model, what: str) -> DualEncoder:
         ConfigError: it is another kind of model.
     """
     if not isinstance(model, DualEncoder):
+        does = "writes answers" if isinstance(model, GenerativeModel) else model.does
         raise ConfigError(
-            f"{what} needs a model that embeds pictures and texts, and {model.name} does not: it writes answers. "
+            f"{what} needs a model that embeds pictures and texts, and {model.name} does not: it {does}. "
             "Name an image-text model, see docs/models.md."
         )
     return model
@@ -31,7 +32,7 @@ def writing(model: Model, what: str) -> GenerativeModel:
     """
     if not isinstance(model, GenerativeModel):
         raise ConfigError(
-            f"{what} needs a model that writes answers, and {model.name} does not: it embeds pictures and texts. "
+            f"{what} needs a model that writes answers, and {model.name} does not: it {model.does}. "
             "Name one that does, for example tiny_vlm:small, see docs/models.md."
         )
     return model

@@ -56,11 +56,23 @@ def embedded_images(
     batch_size: int,
 ) -> Float[Tensor, "images dim"]:
     """The unit embeddings of pictures; see `DualEncoder.embed`."""
+    return rows_of_images(images, preprocess, lambda pixels: _unit(encode(pixels)), dim=dim, batch_size=batch_size)
+
+
+def rows_of_images(
+    images: Picture | Iterable[Picture],
+    preprocess: ImageSpec,
+    answer: Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch dim"]],
+    *,
+    dim: int,
+    batch_size: int,
+) -> Float[Tensor, "images dim"]:
+    """What a model answers to pictures, on the CPU in float32; see `DualEncoder.embed` for arguments and errors."""
     rows = [torch.empty(0, dim)]
     listed: Iterable[Picture] = [images] if isinstance(images, _ONE) else _several(images, "images")
     for batch in _batches(enumerate(listed), batch_size):
         pixels = torch.stack([preprocess(opened(picture, place)) for place, picture in batch])
-        rows.append(_unit(encode(pixels)))
+        rows.append(answer(pixels).float().cpu())
     return torch.cat(rows)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmapkd.data.dialogues import Turn, join_items
-from cmapkd.models.base import DualEncoder, eval_mode
+from cmapkd.models.base import DualEncoder, ImageEncoder, eval_mode
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.types import Tower
 
@@ -75,15 +75,17 @@ def _source(node: Any) -> Any:
     return node
 
 
-def example_output(model: DualEncoder, tower: Tower, level: str | None = None) -> Tensor:
+def example_output(model: ImageEncoder, tower: Tower, level: str | None = None) -> Tensor:
     """A tower's embedding, or a level, of an empty picture or of the text "a"; the model is left as it was."""
-    scale = model.log_logit_scale  # knows where the model is, and in what precision
+    # knows where the model is, and in what precision
+    scale = model.log_logit_scale if isinstance(model, DualEncoder) else next(model.parameters())
     levels = (level,) if level is not None else ()
     with eval_mode(model):  # batch norms must not take note of it
         if tower == "image":
             side = model.image_spec.size
             features = model.encode_image(scale.new_zeros(1, 3, side, side), levels)
         else:
+            assert isinstance(model, DualEncoder)  # others have no such tower
             features = model.encode_text(model.tokenizer(["a"]).to(scale.device, non_blocking=True), levels)
     return features.embedding if level is None else features.levels[level].values
 

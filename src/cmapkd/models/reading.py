@@ -1,10 +1,9 @@
-"""How a model of either contract reads a batch."""
+"""How a model of any contract reads a batch."""
 
 from __future__ import annotations
 
 from cmapkd.data.readers import ChatReader, DualReader, Reader
-from cmapkd.models.base import Model
-from cmapkd.models.contracts import dual
+from cmapkd.models.base import ImageEncoder, Model
 from cmapkd.models.fast_images import FastPixels
 from cmapkd.models.generative import GenerativeModel
 
@@ -18,7 +17,7 @@ def reader_of(
     fast: bool = False,
     spans: bool = False,
 ) -> Reader:
-    """How a model of either contract reads a batch.
+    """How a model of any contract reads a batch.
 
     Args:
         max_tokens: longest dialogue with its picture, for models that write; None: as long as the model takes.
@@ -29,6 +28,6 @@ def reader_of(
     """
     if isinstance(model, GenerativeModel):
         return ChatReader(model.processor, max_tokens, num_tokens, pictures_alone)
-    embedding = dual(model, "a batch of captions")
-    spec = embedding.image_spec
-    return DualReader(FastPixels(spec) if fast else spec, embedding.tokenizer, spans)
+    assert isinstance(model, ImageEncoder)
+    spec = model.image_spec
+    return DualReader(FastPixels(spec) if fast else spec, model.tokenizer, spans)

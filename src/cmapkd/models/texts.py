@@ -148,6 +148,17 @@ def prompt_bank(
     return bank, mask
 
 
+def mean_class_texts(
+    model: DualEncoder, classes: ClassPrompts, *, device: torch.device | str
+) -> Float[Tensor, "classes dim"]:
+    """The mean text embedding of each class's prompts, not normalised before or after; float32, on the CPU."""
+    rows: list[Tensor] = []
+    texts = classes.texts
+    order = encode_texts(model, texts, lambda tower: rows.append(tower.embedding.float().cpu()),
+                         batch_size=256, device=device)  # fmt: skip
+    return torch.cat(rows)[order].view(len(classes.names), len(classes.templates), -1).mean(1)
+
+
 def frozen_class_vectors(teacher: FrozenTeacher, classes: ClassPrompts) -> Float[Tensor, "classes dim"]:
     """A frozen teacher's `class_vectors`, made where it is; on the CPU. The teacher is live: a cache has no classes.
 

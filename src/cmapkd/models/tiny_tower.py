@@ -36,7 +36,9 @@ class TinyImageTower(ImageTower):
     @classmethod
     def rebuilt(cls, description: Mapping[str, Any], folder: Path) -> TinyImageTower:
         """The untrained tower that `describe` described."""
-        options = TinyOptions.from_mapping(description["options"], where=f"image tower of {folder}")
+        # how many words the model had that it was taken from says nothing of the tower
+        plain = {key: value for key, value in description["options"].items() if key != "vocab_size"}
+        options = TinyOptions.from_mapping(plain, where=f"image tower of {folder}")
         return cls(VisionTower(options), options, name=str(description["name"]))
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:

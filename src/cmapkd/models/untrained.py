@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from cmapkd.models.base import DualEncoder, Model
+from cmapkd.models.base import DualEncoder, ImageEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 
 
 def random_parts(model: Model) -> tuple[str, ...]:
     """The towers of a model that embeds, or the parts of one that writes, that have random weights."""
-    if isinstance(model, DualEncoder):
+    if isinstance(model, ImageEncoder):
         return model.random_towers
     return model.random_parts if isinstance(model, GenerativeModel) else ()
 
 
 def note_trained(model: Model) -> None:
     """Says that no part of the model is random any more."""
-    if isinstance(model, DualEncoder):
+    if isinstance(model, ImageEncoder):
         model.random_towers = ()
     elif isinstance(model, GenerativeModel):
         model.random_parts = ()
@@ -27,7 +27,7 @@ def named_parts(model: Model) -> str:
     """`text tower`, or `projector and head`, for a sentence: what has random weights."""
     names = list(random_parts(model))
     listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return f"{listed} tower" if isinstance(model, DualEncoder) else listed
+    return f"{listed} tower" if isinstance(model, ImageEncoder) else listed
 
 
 def remark_on_untrained(model: Model) -> str | None:
@@ -37,7 +37,7 @@ def remark_on_untrained(model: Model) -> str | None:
         return None
     whole = len(random) > 1 if isinstance(model, DualEncoder) else {"vision", "language"} <= set(random)
     what = f"{model.name} is untrained" if whole else f"the {named_parts(model)} is untrained"
-    named = "open_clip:ARCHITECTURE/TAG" if isinstance(model, DualEncoder) else "hf:FOLDER"
+    named = "open_clip:ARCHITECTURE/TAG" if isinstance(model, ImageEncoder) else "hf:FOLDER"
     return (
         f"{what}: its weights are random{'' if model.name in what else f' ({model.name})'}. Name trained ones, such as "
         f"{named}, a model's folder, or a checkpoint."

@@ -14,7 +14,13 @@ from cmapkd.objectives.classes import (
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
-from cmapkd.objectives.feature import embedding_distance, feature_distance, labelled_distance, log_distance
+from cmapkd.objectives.feature import (
+    absolute_distance,
+    embedding_distance,
+    feature_distance,
+    labelled_distance,
+    log_distance,
+)
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import hint_distance, level_distance
@@ -38,6 +44,7 @@ __all__ = [
     "TaidState",
     "TokenDivergence",
     "TokenLosses",
+    "absolute_distance",
     "agreeing",
     "angular_dispersion",
     "bank_divergence",

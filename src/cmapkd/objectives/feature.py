@@ -80,3 +80,18 @@ def log_distance(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "ba
     """
     check_same_width(student, teacher, "embedding")
     return ((at_least_float32(student) - at_least_float32(teacher.detach())).square().sum(-1).mean() / 10).log1p()
+
+
+def absolute_distance(first: Float[Tensor, "batch dim"], second: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Mean absolute difference of unit vectors, over samples and channels.
+
+    Args:
+        first, second: normalised here; neither is detached, since both may be learned.
+    Returns:
+        In [0, 2 / √dim], no unit; zero when the directions agree. Between random directions it shrinks as 1 / √dim.
+    Raises:
+        ValueError: the shapes differ.
+    Source: the image term of VL2Lite, Jang et al., CVPR 2025.
+    """
+    check_same_width(first, second, "vector")
+    return (unit(first) - unit(second)).abs().mean()

@@ -17,7 +17,7 @@ from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.embed import Embedded
 from cmapkd.evaluation.subject import Bench, Subject
-from cmapkd.models import GenerativeModel, Model, build_teacher, dual, load_model, writing
+from cmapkd.models import Classifier, GenerativeModel, Model, build_teacher, dual, load_model, writing
 from cmapkd.models.config import ModelConfig
 from cmapkd.report.plain import mapping, shortened, string
 from cmapkd.report.questioned import MAX_PICTURES as MAX_ASKED
@@ -104,6 +104,8 @@ def watch(
         raise NothingToWatch(f"{spec} cannot be read ({_first(error)}): name other data with --data") from error
     if isinstance(models["student"], GenerativeModel):
         return _questioned(run, models, notes, source, test=is_test(spec, split), say=say)
+    if isinstance(models["student"], Classifier):
+        raise NothingToWatch("the student is a classifier, and this page shows pictures beside texts")
     bench = Bench(_settings(run, pictures), _device(), source)
     subjects: dict[str, Subject] = {}
     for name, model in models.items():

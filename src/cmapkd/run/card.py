@@ -21,6 +21,14 @@ found = student.embed(images=["a.jpg", "b.jpg"], texts=["a cat", "a dog"])  # un
 print(found.similarity)  # cosines, images x texts
 ```"""
 
+_CLASSIFIES = """```python
+import cmapkd
+
+student = cmapkd.load("student")  # this folder, or the run folder around it
+print(student.class_names)
+print(student.classify(["a.jpg", "b.jpg"]))  # probabilities, images x classes
+```"""
+
 _WRITES = """```python
 import cmapkd
 
@@ -40,6 +48,9 @@ def student_card(config: RunConfig, metrics: Mapping[str, Any]) -> str:
     if config.teacher is not None and METHODS[config.method.name].uses_teacher:
         teacher = f" from the teacher {_model(config.teacher.name)}"
     what, unit = ("A dual encoder of images and texts", "pair")
+    use = _EMBEDS
+    if config.classifies:
+        what, unit, use = "A classifier of images", "sample", _CLASSIFIES
     if config.writes:
         what, unit = ("A model that answers questions about images,", "sample")
     lines = [
@@ -49,7 +60,7 @@ def student_card(config: RunConfig, metrics: Mapping[str, Any]) -> str:
         f"{in_markdown(config.method.name)}{teacher}: {counted(metrics['steps'], 'step')} of "
         f"{counted(metrics['batch_size'], unit)}, seed {metrics['seed']}.",
         "",
-        _asks(config.data.prompts.suffix) if config.writes else _EMBEDS,
+        _asks(config.data.prompts.suffix) if config.writes else use,
         "",
         *_scores(metrics),
         "The licences of the teacher, of the student's first weights and of the data hold for this student too.",

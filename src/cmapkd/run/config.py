@@ -14,8 +14,9 @@ from cmapkd.evaluation.probes.config import HeadsConfig
 from cmapkd.evaluation.run import EvaluationConfig
 from cmapkd.evaluation.tasks import TASKS, check_tasks
 from cmapkd.methods import METHODS, MethodConfig, check_teachers
+from cmapkd.methods.classifying import ClassifyingConfig
 from cmapkd.methods.generative import GenerativeConfig
-from cmapkd.models import ModelConfig
+from cmapkd.models import Classifier, ModelConfig
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.training import OptimConfig, TrainConfig
 
@@ -218,6 +219,15 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _classifiers_have_no_heads_of_tasks(self) -> Self:
+        if self.classifies and self.heads is not None:
+            raise ValueError(
+                f"heads of vqa, captioning and detection learn beside two towers, and method {self.method.name} trains "
+                "a classifier: leave heads out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_has_data(self) -> Self:
         if self.training.evaluate_every is not None and self.data.val is None:
             raise ValueError("training.evaluate_every is set, but there is nothing to validate on: add data.val")
@@ -240,7 +250,11 @@ class RunConfig(Config):
         A student that writes may have its teacher's tokenizer: the teacher is still named, though it teaches nothing.
         """
         name = METHODS[self.method.name].scratch
-        kept = {"reduction": self.method.reduction} if isinstance(self.method, GenerativeConfig) else {}
+        kept: dict[str, Any] = {}
+        if isinstance(self.method, GenerativeConfig):
+            kept = {"reduction": self.method.reduction}
+        elif isinstance(self.method, ClassifyingConfig):
+            kept = {"label_share": self.method.label_share}
         alone_method = METHODS[name].Config(name=name, **kept)
         training = self.training.without_stages()
         # frozen towers of the student answer from disk here as well
@@ -267,6 +281,11 @@ class RunConfig(Config):
     def writes(self) -> bool:
         """Whether the student is a model that writes, by what its method reads."""
         return issubclass(METHODS[self.method.name].reads, GenerativeModel)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the student is a classifier."""
+        return issubclass(METHODS[self.method.name].reads, Classifier)
 
     @property
     def teachers(self) -> dict[str, ModelConfig]:

@@ -158,6 +158,8 @@ def _evaluate(
         OutOfMemory: says which settings take less, and whether they may change at a resume.
     """
     settings = config.evaluation
+    if config.classifies and settings.tasks == "auto":  # also of the teacher, whose texts are the classes' then
+        settings = settings.model_copy(update={"tasks": ("accuracy",)})
     if config.writes:  # asked as in training
         settings = settings.model_copy(update={"writing": settings.writing.like(config.data.prompts)})
     how: dict[str, Any] = {"device": device, "on_bad_sample": config.data.on_bad_sample, "share": share}

@@ -40,6 +40,7 @@ from cmapkd.run.config import RunConfig
 from cmapkd.run.contents import check_alike, check_contents, contents_of
 from cmapkd.run.folder import save_student
 from cmapkd.run.measure import Measured, num_measured, validated, validator_of
+from cmapkd.run.mixing import mix_on_validation
 from cmapkd.run.remarks import (
     remarks_on_data,
     remarks_on_ends,
@@ -116,7 +117,7 @@ def train(
     if has_student and config.training.student == "best":
         tensors, _ = read_checkpoint(list_checkpoints(trainer.checkpoint_folder, "best")[-1])
         trained.student.load_state_dict(tensors["student"])
-    return _left(prepared, trained, out)
+    return _left(config, prepared, trained, out, Voice(console, title))
 
 
 def restore(config: RunConfig, measured: Measured, checkpoint: Path, *, out: Path, console: Console | None) -> Trained:
@@ -126,19 +127,23 @@ def restore(config: RunConfig, measured: Measured, checkpoint: Path, *, out: Pat
         ConfigError: data or models are not those that it was trained with.
         ValueError: the checkpoint is damaged.
     """
-    prepared = _prepare(config, measured, out=out, resume=True, voice=Voice(console, "student"), answers=False)
-    return _left(prepared, prepared.trainer.restore(checkpoint), out)
+    voice = Voice(console, "student")
+    prepared = _prepare(config, measured, out=out, resume=True, voice=voice, answers=False)
+    return _left(config, prepared, prepared.trainer.restore(checkpoint), out, voice)
 
 
-def _left(prepared: Prepared, trained: TrainResult, out: Path) -> Trained:
+def _left(config: RunConfig, prepared: Prepared, trained: TrainResult, out: Path, voice: Voice) -> Trained:
     student = trained.student
     note_trained(student)
+    has_student = prepared.trainer.accelerator.is_main_process or config.training.sharding == "none"
+    chosen = mix_on_validation(config, prepared.method, student, say=voice) if has_student else ()
+    remarks = (*prepared.remarks, *_said(voice, chosen))
     if prepared.trainer.accelerator.is_main_process:
         save_student(student, out / "student")
         if isinstance(prepared.method.auxiliary, JointHeads):
             with writing(out):
                 prepared.method.auxiliary.save(out / "heads")
-    return Trained(student, trained, prepared.extra_params, prepared.remarks)
+    return Trained(student, trained, prepared.extra_params, remarks)
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
 from cmapkd.config import ConfigError, Registry, closest
 from cmapkd.evaluation.config import EvaluationConfig
+from cmapkd.evaluation.tasks.accuracy import Accuracy
 from cmapkd.evaluation.tasks.agreement import Agreement
 from cmapkd.evaluation.tasks.answering import Answering
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
@@ -26,6 +27,7 @@ TASKS: Registry[type[Task]] = Registry(
         "retrieval": Retrieval,
         "zero_shot": ZeroShot,
         "compositional": Compositional,
+        "accuracy": Accuracy,
         "linear_probe": LinearProbe,
         "knn": Neighbours,
         "vqa": VQA,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from cmapkd.config import Config
@@ -60,6 +60,11 @@ class Task(ABC):
 
     def __init__(self, settings: Config | None = None) -> None:
         self.settings: Any = settings or self.Settings()
+
+    @classmethod
+    def is_automatic(cls, models: Collection[Model]) -> bool:  # noqa: ARG003  for tasks of some kinds of models
+        """Whether tasks=auto measures these models by it, all of which it can read."""
+        return cls.automatic
 
     def prepare(self, subject: Subject) -> None:  # noqa: B027
         """Refuses wrong names before the long part."""

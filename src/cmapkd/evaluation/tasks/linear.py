@@ -7,6 +7,7 @@ from typing import Any
 from cmapkd.evaluation.classification import knn_probe, linear_probe
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Task
+from cmapkd.models.base import ImageEncoder
 
 _COLUMNS = (
     Column("top-1", ("top1",)),
@@ -17,6 +18,7 @@ _COLUMNS = (
 
 class LinearProbe(Task):
     title = "Logistic regression on image embeddings, percent"
+    reads = ImageEncoder
     trains = True
     columns = _COLUMNS
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from cmapkd.data.templates import ClassPrompts, get_templates
-from cmapkd.evaluation.calibration import zero_shot_calibration
+from cmapkd.evaluation.calibration import calibration, zero_shot_calibration
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.zero_shot import rank_classes, zero_shot_scores
+from cmapkd.models.base import ImageEncoder
+from cmapkd.models.classifier import Classifier
 
 
 class ZeroShot(Task):
@@ -41,8 +46,14 @@ class ZeroShot(Task):
         return zero_shot_scores(ranks, embedded.labels, num_classes=len(weights))
 
 
+def _wide(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In float64, where small probabilities keep their logarithms."""
+    return {name: scores.double() for name, scores in logits.items()}
+
+
 class Calibration(ZeroShot):
-    title = "Calibration of zero-shot probabilities, the model's own logit scale"
+    title = "Calibration of probabilities; of image-text models zero-shot, by the model's own logit scale"
+    reads = ImageEncoder
     automatic = False
     headline = None
     columns = (
@@ -54,6 +65,8 @@ class Calibration(ZeroShot):
     )
 
     def score(self, subject: Subject) -> dict[str, Any]:
-        embedded = subject.embedded
+        model, embedded = subject.model, subject.embedded
+        if isinstance(model, Classifier):
+            return calibration(model.probabilities(_wide(embedded.logits)).log(), embedded.labels)
         scale = float(subject.dual.log_logit_scale.detach().exp())
         return zero_shot_calibration(embedded.images, embedded.labels, subject.class_weights, logit_scale=scale)

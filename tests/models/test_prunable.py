@@ -118,7 +118,7 @@ def by_hand(model: TinyDualEncoder, gates: dict[str, Tensor], pixels: Tensor) ->
 
 def test_gates_act_where_the_published_model_has_them() -> None:
     student = masked(tiny())
-    groups = student.towers["image"].groups
+    groups = student.prunable_towers["image"].groups
     gates = {name: fixed_gates(student.masks[f"image_{name}"]) for name in groups}
     assert isinstance(student.model, TinyDualEncoder)
     pixels = images(student)

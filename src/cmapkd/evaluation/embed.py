@@ -195,7 +195,8 @@ def _texts_of(
 
 def _false_texts(samples: Sequence[_Text], texts: Float[Tensor, "false dim"]) -> FalseTexts:
     """What the samples' false texts belong to."""
-    image_of_text, caption_of_text, kinds, first = [], [], [], 0
+    image_of_text, caption_of_text, first = list[int](), list[int](), 0
+    kinds: list[str] = []
     for place, sample in enumerate(samples):
         image_of_text += [place] * len(sample.negatives)
         caption_of_text += [first] * len(sample.negatives)
@@ -262,9 +263,10 @@ class _Rows:
         """What the model's image tower answers to a batch, and the heads of a classifier."""
         tower = model.encode_image(pixels, self.names)
         self.add(tower)
-        for name in model.heads if isinstance(model, Classifier) else ():
-            scores = model.logits(name, tower.embedding)
-            self._logits.setdefault(f"{_HEAD}{name}", []).append(scores.float().cpu())
+        if isinstance(model, Classifier):
+            for name in model.heads:
+                scores = model.logits(name, tower.embedding)
+                self._logits.setdefault(f"{_HEAD}{name}", []).append(scores.float().cpu())
 
     def by_name(self) -> dict[str, Tensor]:
         """All rows so far; nothing where there are none."""

@@ -66,7 +66,8 @@ def cells_inside(grid: tuple[int, int], boxes: Float[Tensor, "boxes 4"]) -> Bool
     y = ((torch.arange(rows, device=boxes.device) + 0.5) / rows).repeat_interleave(columns)
     x = ((torch.arange(columns, device=boxes.device) + 0.5) / columns).repeat(rows)
     left, top, right, bottom = boxes.T[:, :, None]
-    return (left <= x) & (x < right) & (top <= y) & (y < bottom)
+    inside: Tensor = (left <= x) & (x < right) & (top <= y) & (y < bottom)
+    return inside
 
 
 def patch_text_scores(scores: Iterable[PatchScores]) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class JoinedEncoder(DualEncoder):
     def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
         tokens = self.image.tokens_in_joint_space(level)
         projected: Tensor = self.project(tokens.flatten(0, 1))  # whose batch norm takes rows
-        return projected.unflatten(0, tokens.shape[:2])
+        rows: Tensor = projected.unflatten(0, tokens.shape[:2])
+        return rows
 
     def before_projector(self, images: Tensor, levels: Sequence[str] = ()) -> TowerFeatures:
         """The image tower's own embedding; a projector that normalises over the batch wants the whole of it."""

@@ -53,11 +53,11 @@ class MaskedEncoder(DualEncoder):
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
         self.model = model
-        self.towers = check_prunable(model)
+        self.prunable_towers = check_prunable(model)
         self.masks = nn.ParameterDict(
             {
                 f"{tower}_{name}": nn.Parameter(model.log_logit_scale.new_full((group.size,), LOG_ALPHA_RANGE[1]))
-                for tower, parts in self.towers.items()
+                for tower, parts in self.prunable_towers.items()
                 for name, group in parts.groups.items()
             }
         )
@@ -98,7 +98,7 @@ class MaskedEncoder(DualEncoder):
 
         self._drawn = {
             tower: self._folded(tower, {name: drawn(alpha) for name, alpha in self._log_alphas(tower).items()})
-            for tower in self.towers
+            for tower in self.prunable_towers
         }
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class MaskedEncoder(DualEncoder):
     def expected_weights(self) -> Float[Tensor, ""]:
         """How many entries of the layers' matrices are kept on average, with gradient to the masks."""
         expected = []
-        for tower, parts in self.towers.items():
+        for tower, parts in self.prunable_towers.items():
             masks = self._log_alphas(tower)
             heads, units = ([masks[f"{kind}_{n}"] for n in range(len(parts.heads))] for kind in ("heads", "units"))
             expected.append(expected_weights(masks["channels"], heads, units, per_head=4 * parts.head_width))
@@ -121,11 +121,13 @@ class MaskedEncoder(DualEncoder):
     @torch.no_grad()
     def shrunk(self) -> DualEncoder:
         """The smaller model that gives what this one gives in eval mode."""
-        gates = {tower: self._fixed(tower) for tower in self.towers}
+        gates = {tower: self._fixed(tower) for tower in self.prunable_towers}
         weights: dict[str, Tensor] = {}
-        for tower in self.towers:
+        for tower in self.prunable_towers:
             weights |= self._folded(tower, gates[tower]).weights
-        kept = {tower: {name: gate.nonzero()[:, 0] for name, gate in gates[tower].items()} for tower in self.towers}
+        kept = {
+            tower: {name: gate.nonzero()[:, 0] for name, gate in gates[tower].items()} for tower in self.prunable_towers
+        }
         return cut(self.model, kept, weights)
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
@@ -147,14 +149,14 @@ class MaskedEncoder(DualEncoder):
         return output
 
     def _log_alphas(self, tower: Tower) -> dict[str, Tensor]:
-        return {name: self.masks[f"{tower}_{name}"] for name in self.towers[tower].groups}
+        return {name: self.masks[f"{tower}_{name}"] for name in self.prunable_towers[tower].groups}
 
     def _fixed(self, tower: Tower) -> dict[str, Tensor]:
         return {name: fixed_gates(log_alpha) for name, log_alpha in self._log_alphas(tower).items()}
 
     def _folded(self, tower: Tower, gates: dict[str, Tensor]) -> _Folded:
         weights: dict[str, Tensor] = {}
-        for name, group in self.towers[tower].groups.items():
+        for name, group in self.prunable_towers[tower].groups.items():
             for place in group.places:
                 if place.scaled:
                     weight = weights.get(place.weight)
@@ -170,7 +172,9 @@ class MaskedEncoder(DualEncoder):
             assert isinstance(norm, nn.LayerNorm)
             return _norm_over(kept, inputs[0], norm)
 
-        handles = [self.model.get_submodule(n).register_forward_hook(normalised) for n in self.towers[tower].norms]
+        handles = [
+            self.model.get_submodule(n).register_forward_hook(normalised) for n in self.prunable_towers[tower].norms
+        ]
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ _TEXTURES |= {phrase.strip(): (name, True) for name, phrase in WITH_TEXTURE.item
 _TEXTURE = _any_of(_TEXTURES)
 
 # by relation: where the grammar says it and its opposite, and what it says instead; places use none of these words
-_TURNS = {
+_TURNS: dict[tuple[str, ...], tuple[re.Pattern[str], dict[str, str]]] = {
     relations: (re.compile(pattern), instead)
     for relations, pattern, instead in (
         (

@@ -48,6 +48,8 @@ RECIPES = (
     "fitnet_scenes",
     "clip_kd_scenes",
     "clip_rd_scenes",
+    "acam_kd_scenes",
+    "trg_token_graph_scenes",
     "cmapkd_scenes",
     "mobileclip_scenes",
     "tinyclip_scenes",

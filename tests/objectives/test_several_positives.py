@@ -91,6 +91,8 @@ CONTRASTIVE = {
     "tinyclip": {"alpha": 0.5},
     "dc_clip": {"task_weight": 1.0},
     "fitnet": {},
+    "acam_kd": {},
+    "trg_token_graph": {},
     "cmapkd": CMAPKD_IN_FULL,
 }
 

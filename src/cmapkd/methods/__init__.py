@@ -5,6 +5,7 @@ from typing import Any
 
 from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
+from cmapkd.methods.acam_kd import AcamKD
 from cmapkd.methods.base import Method
 from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.card import MethodCard, MethodConfig
@@ -25,6 +26,7 @@ from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
+from cmapkd.methods.trg_token_graph import TokenGraph
 from cmapkd.models import FrozenTeacher, Model
 
 _OWN: dict[str, type[Method]] = {
@@ -34,11 +36,13 @@ _OWN: dict[str, type[Method]] = {
     "c2kd": C2KD,
     "dc_clip": DCClip,
     "fitnet": FitNet,
+    "acam_kd": AcamKD,
     "clip_kd": ClipKD,
     "clip_rd": ClipRD,
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,
+    "trg_token_graph": TokenGraph,
     "sft": SFT,
     "token_kd": TokenKD,
     "taid": TAID,

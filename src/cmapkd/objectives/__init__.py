@@ -10,6 +10,7 @@ from cmapkd.objectives.feature import embedding_distance, feature_distance
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import hint_distance, level_distance
+from cmapkd.objectives.masked_errors import mask_overlap, masked_error
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
@@ -17,6 +18,7 @@ from cmapkd.objectives.similarity import ensemble_divergence, similarity_diverge
 from cmapkd.objectives.smooth import smooth_distance
 from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
 from cmapkd.objectives.taid import TaidState, next_taid
+from cmapkd.objectives.token_graph import context_distance, neighbour_divergence, token_contrast
 from cmapkd.objectives.tokens import TokenDivergence
 from cmapkd.objectives.top_tokens import top_divergence
 from cmapkd.objectives.vocabulary import TokenLosses, token_losses
@@ -28,6 +30,7 @@ __all__ = [
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
+    "context_distance",
     "contrastive_gradients",
     "contrastive_loss",
     "crosswise_divergence",
@@ -43,6 +46,9 @@ __all__ = [
     "labelled_cross_entropy",
     "layer_relation_distance",
     "level_distance",
+    "mask_overlap",
+    "masked_error",
+    "neighbour_divergence",
     "next_taid",
     "non_target_divergence",
     "prior_coupling",
@@ -54,6 +60,7 @@ __all__ = [
     "smooth_distance",
     "sparsity_constraint",
     "target_sparsity",
+    "token_contrast",
     "token_losses",
     "top_divergence",
     "vertical_divergence",

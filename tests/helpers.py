@@ -42,6 +42,9 @@ WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near"
 ROUNDING = {"promptkd": 10.0}
 """How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
+OTHER_GRIDS: dict[str, dict[str, Any]] = {"dmae": {"teacher_sees": "whole"}}
+"""Settings with which methods take a teacher of another grid than the student's, as `make_teacher` gives it."""
+
 CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
     "masked_weight": 2.0,
     "mask_patch": 4,
@@ -195,7 +198,8 @@ def make_method(
     student = student or make_model()
     teacher = (teacher or make_teacher()) if kind.uses_teacher else None
     torch.manual_seed(3)
-    config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **(settings or {})})
+    settings = {**OTHER_GRIDS.get(str(name), {}), **(settings or {})}
+    config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **settings})
     if not isinstance(name, str):
         return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
     return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)

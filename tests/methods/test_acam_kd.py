@@ -115,7 +115,7 @@ def test_printed_masks_vanish_and_divided_ones_weigh_on() -> None:
             optimizer.step()
             optimizer.zero_grad()
         found[divided] = float(weighed.detach() / errors.mean())
-    assert found[False] < 0.05
+    assert found[False] < 0.1
     assert 0.3 < found[True] < 1  # below 1: masks learn to leave large errors
 
 

@@ -14,6 +14,7 @@ from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
+from cmapkd.methods.dmae import DMAE
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
@@ -37,6 +38,7 @@ _OWN: dict[str, type[Method]] = {
     "dc_clip": DCClip,
     "fitnet": FitNet,
     "acam_kd": AcamKD,
+    "dmae": DMAE,
     "clip_kd": ClipKD,
     "clip_rd": ClipRD,
     "cmapkd": CMAPKD,

@@ -13,6 +13,7 @@ from cmapkd.objectives.level import hint_distance, level_distance
 from cmapkd.objectives.masked_errors import mask_overlap, masked_error
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
+from cmapkd.objectives.reconstruction import direction_distance, patches_of, reconstruction_error
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
@@ -34,6 +35,7 @@ __all__ = [
     "contrastive_gradients",
     "contrastive_loss",
     "crosswise_divergence",
+    "direction_distance",
     "embedding_distance",
     "ensemble_divergence",
     "feature_distance",
@@ -51,8 +53,10 @@ __all__ = [
     "neighbour_divergence",
     "next_taid",
     "non_target_divergence",
+    "patches_of",
     "prior_coupling",
     "pyramid_divergence",
+    "reconstruction_error",
     "relation_distance",
     "sigmoid_loss",
     "similarities",

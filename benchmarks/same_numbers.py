@@ -49,6 +49,7 @@ RECIPES = (
     "clip_kd_scenes",
     "clip_rd_scenes",
     "acam_kd_scenes",
+    "dmae_scenes",
     "trg_token_graph_scenes",
     "cmapkd_scenes",
     "mobileclip_scenes",

@@ -77,7 +77,7 @@ def test_hidden_pixels_reach_no_visible_token() -> None:
 def test_other_towers_are_refused(tmp_path: Path) -> None:
     tmp_path.joinpath("rn").mkdir()
     with pytest.raises(ValueError, match=r"cannot leave tokens out: it is no plain ViT .*Choose a ViT"):
-        token_grid(small("rn", tmp_path / "rn"))
+        token_grid(small("resnet", tmp_path / "rn"))
     model = make_model()
     other, keep = TokenGrid(1, (3, 3), 32), torch.zeros(2, 1, dtype=torch.int64)
     told = pytest.raises(ValueError, match=r"has 5 tokens where 1 and 9 cells were expected")

@@ -92,6 +92,7 @@ CONTRASTIVE = {
     "dc_clip": {"task_weight": 1.0},
     "fitnet": {},
     "acam_kd": {},
+    "dmae": {},
     "trg_token_graph": {},
     "cmapkd": CMAPKD_IN_FULL,
 }

@@ -123,7 +123,7 @@ class DMAE(DualEncoderMethod):
         return self._visible(part, self.student_needs.towers)
 
     def _visible(self, part: Batch, towers: tuple[Tower, ...]) -> Features:
-        inputs = part.inputs[STUDENT].to(self.device, True)
+        inputs = part.pairs(STUDENT).to(self.device, True)
         names = [level.name for level in self.student.image_levels]
         return features_of_visible(
             self.student,
@@ -139,7 +139,7 @@ class DMAE(DualEncoderMethod):
             return super()._encode_teacher(part, role)
         teacher = self.teacher
         given = part.only(teacher.reads).to(self.device, non_blocking=True)
-        inputs, model = given.inputs[teacher.reads], teacher.model
+        inputs, model = given.pairs(teacher.reads), teacher.model
         names = [level.name for level in model.image_levels]
 
         def ask(pixels: Tensor) -> Features:

@@ -118,3 +118,5 @@ def test_layers_by_name_and_share() -> None:
         TokenGraphConfig(name="trg_token_graph", teacher_layer=0.0)
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         TokenGraphConfig(name="trg_token_graph", tokens=1)
+    with pytest.raises(ValueError, match=r"must be above 0, got 0\.5 and 0"):
+        TokenGraphConfig(name="trg_token_graph", global_temperature=(0.5, 0.0))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
@@ -63,6 +63,13 @@ class TokenGraphConfig(TokenLayers):
     shuffled: bool = Field(
         False, description="A control: the teacher's tokens of each picture change places with each other."
     )
+
+    @field_validator("global_temperature")
+    @classmethod
+    def _temperatures_are_positive(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if min(value) <= 0:
+            raise ValueError(f"temperatures divide cosines and must be above 0, got {value[0]:g} and {value[1]:g}")
+        return value
 
 
 class TokenGraph(DualEncoderMethod):

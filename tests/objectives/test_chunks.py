@@ -16,10 +16,12 @@ from cmapkd.objectives import (
     gradient_distance,
     interactive_divergence,
     interactive_loss,
+    neighbour_divergence,
     pyramid_divergence,
     relation_distance,
     sigmoid_loss,
     similarity_divergence,
+    token_contrast,
     vertical_divergence,
 )
 
@@ -38,6 +40,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {  # of four [batch, dim] tensors and
     "ensemble": lambda a, b, c, d, s, **x: ensemble_divergence(
         a, b, [(c, d), (d, c + d)], student_scale=s, teacher_scales=[4.0, 9.0], **x
     ),
+    "neighbours": lambda a, b, c, d, s, **x: (
+        s * neighbour_divergence(a, c, neighbours=2, bandwidth=1.0, temperature=0.2, **x)
+    ),
+    "tokens": lambda a, b, c, d, s, **x: s * token_contrast(a, c, temperature=0.2, **x),
     "relation": lambda a, b, c, d, s, **x: s * relation_distance(a, c, **x),
     "pyramid": lambda a, b, c, d, s, **x: pyramid_divergence(
         torch.stack([a, b]),

@@ -92,6 +92,9 @@ CONTRASTIVE = {
     "tinyclip": {"alpha": 0.5},
     "dc_clip": {"task_weight": 1.0},
     "fitnet": {},
+    "acam_kd": {},
+    "dmae": {},
+    "trg_token_graph": {},
     "cmapkd": CMAPKD_IN_FULL,
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
+from cmapkd.methods.acam_kd import AcamKD
 from cmapkd.methods.albef import Albef
 from cmapkd.methods.base import Method
 from cmapkd.methods.biomedcoop import BiomedCoOp
@@ -20,6 +21,7 @@ from cmapkd.methods.contrastive import Contrastive
 from cmapkd.methods.dc_clip import DCClip
 from cmapkd.methods.degla import Degla
 from cmapkd.methods.dho import DHO
+from cmapkd.methods.dmae import DMAE
 from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
@@ -35,6 +37,7 @@ from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.token_kd import TokenKD
+from cmapkd.methods.trg_token_graph import TokenGraph
 from cmapkd.methods.vl2lite import VL2Lite
 from cmapkd.methods.vl2v_adip import VL2VADiP
 from cmapkd.methods.vlm_distill_ood import VlmDistillOod
@@ -55,6 +58,8 @@ _OWN: dict[str, type[Method]] = {
     "c2kd": C2KD,
     "dc_clip": DCClip,
     "fitnet": FitNet,
+    "acam_kd": AcamKD,
+    "dmae": DMAE,
     "clip_kd": ClipKD,
     "clip_rd": ClipRD,
     "clip_refine": ClipRefine,
@@ -67,6 +72,7 @@ _OWN: dict[str, type[Method]] = {
     "tinyclip": TinyCLIP,
     "vlm_distill_ood": VlmDistillOod,
     "vl2v_adip": VL2VADiP,
+    "trg_token_graph": TokenGraph,
     "sft": SFT,
     "zscl": ZSCL,
     "token_kd": TokenKD,

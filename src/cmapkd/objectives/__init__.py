@@ -24,9 +24,11 @@ from cmapkd.objectives.feature import (
 from cmapkd.objectives.gradient import contrastive_gradients, gradient_distance
 from cmapkd.objectives.interactive import interactive_divergence, interactive_loss
 from cmapkd.objectives.level import hint_distance, level_distance
+from cmapkd.objectives.masked_errors import mask_overlap, masked_error
 from cmapkd.objectives.own_negatives import contrast_with_negatives, own_negatives_loss
 from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergence
 from cmapkd.objectives.rank import kendall_tau
+from cmapkd.objectives.reconstruction import direction_distance, patches_of, reconstruction_error
 from cmapkd.objectives.refine import hybrid_divergence, reference_distance
 from cmapkd.objectives.relation import layer_relation_distance, relation_distance
 from cmapkd.objectives.retention import reference_divergences
@@ -35,6 +37,7 @@ from cmapkd.objectives.smooth import smooth_distance
 from cmapkd.objectives.soft_contrast import SoftContrast, soft_contrast
 from cmapkd.objectives.sparsity import sparsity_constraint, target_sparsity
 from cmapkd.objectives.taid import TaidState, next_taid
+from cmapkd.objectives.token_graph import context_distance, neighbour_divergence, token_contrast
 from cmapkd.objectives.tokens import TokenDivergence
 from cmapkd.objectives.top_tokens import top_divergence
 from cmapkd.objectives.vocabulary import TokenLosses, token_losses
@@ -50,10 +53,12 @@ __all__ = [
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
+    "context_distance",
     "contrast_with_negatives",
     "contrastive_gradients",
     "contrastive_loss",
     "crosswise_divergence",
+    "direction_distance",
     "embedding_distance",
     "ensemble_divergence",
     "feature_distance",
@@ -69,13 +74,18 @@ __all__ = [
     "layer_relation_distance",
     "level_distance",
     "log_distance",
+    "mask_overlap",
+    "masked_error",
     "nearest_divergence",
+    "neighbour_divergence",
     "next_taid",
     "non_target_divergence",
     "own_negatives_loss",
     "own_text_cross_entropy",
+    "patches_of",
     "prior_coupling",
     "pyramid_divergence",
+    "reconstruction_error",
     "reference_distance",
     "reference_divergences",
     "relation_distance",
@@ -87,6 +97,7 @@ __all__ = [
     "sparsity_constraint",
     "squared_angle",
     "target_sparsity",
+    "token_contrast",
     "token_losses",
     "top_divergence",
     "vertical_divergence",

@@ -39,7 +39,9 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
-MINIMAL: dict[str, dict[str, Any]] = {"zscl": {"reference": "train", "sentences": "classes"}}
+FITTING: dict[str, dict[str, Any]] = {
+    "zscl": {"reference": "train", "sentences": "classes"},
+}
 """Settings with which a method trains on one source, where its defaults need more."""
 
 ONE_WIDTH = ("zscl",)
@@ -202,8 +204,9 @@ def make_method(
     width = {"dim": student.embed_dim} if name in ONE_WIDTH else {}
     teacher = (teacher or make_teacher(**width)) if kind.uses_teacher else None
     torch.manual_seed(3)
-    minimal = MINIMAL.get(name, {}) if isinstance(name, str) else {}
-    config = kind.Config.from_mapping({"name": name if isinstance(name, str) else "", **minimal, **(settings or {})})
+    config = kind.Config.from_mapping(
+        {"name": name if isinstance(name, str) else "", **FITTING.get(str(name), {}), **(settings or {})}
+    )
     if not isinstance(name, str):
         return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
     return build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)

@@ -14,6 +14,8 @@ import yaml
 from cmapkd.compare import ComparisonConfig, compare, execute, make_plan
 from cmapkd.compare.sequence import measures_of
 from cmapkd.config import ConfigError
+from cmapkd.report.arms import arms_of, seed_of
+from cmapkd.report.read import RunFolder
 from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 
@@ -176,3 +178,12 @@ def test_a_wrong_key_of_a_later_run_is_told_before_any_run() -> None:
         written(tasks=["first", "second", "fourth"])
     with pytest.raises(ConfigError, match="tuning and equal_time know no chains"):
         written(equal_time={"to": "joint"})
+
+
+def test_a_report_takes_runs_of_chains_with_other_seeds_together() -> None:
+    def left(seed: int, student: str, digest: str) -> RunFolder:
+        config = {"seed": seed, "student": {"name": f"out/runs/{student}-seed{seed}-{digest}/student"}}
+        return RunFolder(Path(f"{student}-run2-seed{seed}"), {"seed": seed}, config, {}, (), (), (), ())
+
+    arms = arms_of([left(0, "a", "0a1b2c3d"), left(1, "a", "ffffffff"), left(0, "b", "01234567")])
+    assert [[seed_of(run) for run in arm.runs] for arm in arms] == [[0, 1], [0]]

@@ -12,6 +12,7 @@ from cmapkd.cache.layout import RowLayout
 from cmapkd.config import ConfigError
 from cmapkd.data.types import ModelInput
 from cmapkd.models import FrozenTeacher, ModelConfig, build_model
+from cmapkd.models.contracts import both_towers
 from cmapkd.models.pictures_family import NoTexts, PictureTower
 from helpers import make_method, make_model, make_teacher
 
@@ -61,3 +62,5 @@ def test_a_model_without_texts_is_refused_where_texts_are_read() -> None:
     with pytest.raises(ConfigError, match=r"the student pictures:timm:resnet10t has no text tower"):
         make_method("hinton", student=eyes.model, teacher=make_teacher())
     make_method("mobileclip", more_teachers=[FrozenTeacher(make_model(), "other")])
+    with pytest.raises(ConfigError, match=r"cmapkd export needs .* pictures:timm:resnet10t has an image tower alone"):
+        both_towers(eyes.model, "cmapkd export")

@@ -64,7 +64,7 @@ def export(
     from cmapkd.export.program import need_onnx
     from cmapkd.export.runtimes import RUNTIMES, export_runtime, need_runtime
     from cmapkd.export.write import export_onnx, open_validation
-    from cmapkd.models import dual
+    from cmapkd.models.contracts import both_towers
 
     refuse_existing(out)
     if to == "onnx":
@@ -73,7 +73,7 @@ def export(
         need_runtime(to)
     terms = licence_of(teachers_of(model), licence)
     source = None if data is None else open_validation(data, split)
-    read = dual(load(model), "cmapkd export")
+    read = both_towers(load(model), "cmapkd export")
     tell_start(f"writing {to} ({precision}) and comparing every file with {model}; large models take minutes")
     known: dict[str, Any] = {"origin": origin_of(model), "licence": terms, "data": source}
     if to == "onnx":

@@ -22,6 +22,7 @@ from cmapkd.evaluation.ranking import RankCounts
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.writing import Writer
 from cmapkd.models.base import DualEncoder, ImageEncoder, Model
+from cmapkd.models.contracts import both_towers
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.texts import class_vectors
 
@@ -105,8 +106,7 @@ class Subject:
     @property
     def dual(self) -> DualEncoder:
         """The model, for what embeds images and texts: tasks whose `reads` is `DualEncoder`."""
-        assert isinstance(self.model, DualEncoder)  # the suite refused others
-        return self.model
+        return both_towers(self.model, "an evaluation of pictures and texts")
 
     @property
     def encoder(self) -> ImageEncoder:

@@ -137,6 +137,7 @@ class ZSCL(DualEncoderMethod):
                 f"zscl compares pictures with 2 sentences or more, and method.sentences={config.sentences} gives "
                 f"{len(sentences)}: name a text file with one on each line"
             )
+        self.num_classes = len(classes.names)
         self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
         self.own_sentences: LearnedSentences | None = None
         if self.retains:
@@ -171,7 +172,7 @@ class ZSCL(DualEncoderMethod):
     def extras(self) -> Mapping[str, Extra]:
         if not self.config.task_weight:
             return super().extras
-        return {**super().extras, LABELS: LabelReader(num_classes=len(self.own_vectors.counts))}
+        return {**super().extras, LABELS: LabelReader(num_classes=self.num_classes)}
 
     @property
     def student_needs(self) -> LevelRequest:

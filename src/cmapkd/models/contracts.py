@@ -5,6 +5,7 @@ from __future__ import annotations
 from cmapkd.config import ConfigError
 from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.types import BOTH
 
 
 def dual(model: Model, what: str) -> DualEncoder:
@@ -22,6 +23,23 @@ def dual(model: Model, what: str) -> DualEncoder:
             "Name an image-text model, see docs/models.md."
         )
     return model
+
+
+def both_towers(model: Model, what: str) -> DualEncoder:
+    """The model as one that embeds pictures and texts, with a tower for each.
+
+    Args:
+        what: who needs one, as the subject of a sentence: `cmapkd export`.
+    Raises:
+        ConfigError: it is another kind of model, or has an image tower alone.
+    """
+    whole = dual(model, what)
+    if whole.towers != BOTH:
+        raise ConfigError(
+            f"{what} needs a model that embeds pictures and texts, and {model.name} has an image tower alone: such a "
+            "model can only be a further teacher"
+        )
+    return whole
 
 
 def writing(model: Model, what: str) -> GenerativeModel:

@@ -42,7 +42,10 @@ WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near"
 ROUNDING = {"promptkd": 10.0}
 """How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
-FITTING: dict[str, dict[str, Any]] = {"biomedcoop": {"context": "red blue"}}  # the default's words are 9 tokens here
+FITTING: dict[str, dict[str, Any]] = {
+    "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
+    "tipsv2": {"prototypes": 6},
+}
 
 CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
     "masked_weight": 2.0,

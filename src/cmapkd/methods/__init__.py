@@ -25,6 +25,7 @@ from cmapkd.methods.step import StepInfo
 from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
+from cmapkd.methods.tipsv2 import TIPSv2
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.models import FrozenTeacher, Model
 
@@ -41,6 +42,7 @@ _OWN: dict[str, type[Method]] = {
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "tinyclip": TinyCLIP,
+    "tipsv2": TIPSv2,
     "sft": SFT,
     "token_kd": TokenKD,
     "taid": TAID,

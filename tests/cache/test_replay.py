@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "hinton": ("hinton", {}, "global"),
     "clip_kd": ("clip_kd", {}, "global"),
     "clip_rd": ("clip_rd", {}, "global"),
+    "biomedcoop": ("biomedcoop", {}, "global"),
+    "tipsv2": ("tipsv2", {}, "dense"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),

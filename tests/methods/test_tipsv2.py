@@ -156,7 +156,12 @@ def test_hidden_cells_are_seen_by_nobody_and_counted_alone(monkeypatch: pytest.M
     method, batch = made(mask_ratio=0.5, cells="masked"), random_batch(4)
     seen: list[Tensor] = []
     encode = method.student.encode_image
-    monkeypatch.setattr(method.student, "encode_image", lambda x, levels=(): seen.append(x) or encode(x, levels))
+
+    def watched(pixels: Tensor, levels: Any = ()) -> Any:
+        seen.append(pixels)
+        return encode(pixels, levels)
+
+    monkeypatch.setattr(method.student, "encode_image", watched)
     every = made(mask_ratio=0.5).terms(batch)["patches"].value
     alone = method.terms(batch)["patches"].value
     assert not torch.equal(every, alone)

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError, counted
 from cmapkd.data.random import uniforms
-from cmapkd.data.types import Sample
+from cmapkd.data.types import BadSampleError, Sample, Source
+from cmapkd.data.unseen import unseen
 from cmapkd.data.views import View
 
 NO_LABEL = -1
+
+_LOOKED_AT = 64  # samples among which one must have a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +45,14 @@ class LabelReader:
 
     def join(self, items: Sequence[int]) -> Int[Tensor, " batch"]:
         return torch.tensor(items, dtype=torch.long)
+
+
+def any_label(source: Source) -> bool:
+    """Whether one of a few samples, spread evenly over the source, has a label; pictures are not looked at."""
+    for index in range(0, len(source), max(1, len(source) // _LOOKED_AT)):
+        try:
+            if unseen(source, index).label is not None:
+                return True
+        except BadSampleError:
+            continue
+    return False

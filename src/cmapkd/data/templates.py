@@ -27,7 +27,7 @@ class ClassPrompts:
         return tuple(fill(template, name) for name in self.names for template in self.templates)
 
     @property
-    def by_class(self) -> tuple[tuple[str, ...], ...]:
+    def of_class(self) -> tuple[tuple[str, ...], ...]:
         """The prompts of each class."""
         return tuple(tuple(fill(template, name) for template in self.templates) for name in self.names)
 

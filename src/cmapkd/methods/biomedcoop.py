@@ -126,12 +126,12 @@ class BiomedCoOp(DualEncoderMethod):
         self.student: PromptedEncoder = prompted
         self.vectors = LearnedClassVectors(ClassPrompts(classes.names, (config.template,)), prompted)
         if config.text_weight:
-            bank, mask = prompt_bank(student, classes.by_class, device=student.device)
+            bank, mask = prompt_bank(student, classes.of_class, device=student.device)
             everything = mask.new_ones(mask.shape[1])
             self.register_buffer("own_vectors", kept_class_vectors(bank, mask, everything).to(student.device))
         if config.distill_weight:
             device = next(teacher.model.parameters()).device
-            bank, mask = prompt_bank(teacher.model, classes.by_class, device=device)
+            bank, mask = prompt_bank(teacher.model, classes.of_class, device=device)
             self.register_buffer("bank", bank)
             self.register_buffer("in_bank", mask)
             self.register_buffer("scores", torch.zeros(mask.shape[1]))
@@ -141,6 +141,10 @@ class BiomedCoOp(DualEncoderMethod):
     def term_names(self) -> tuple[str, ...]:
         weights = {"labels": 1.0, "texts": self.config.text_weight, "classes": self.config.distill_weight}
         return tuple(name for name, weight in weights.items() if weight)
+
+    @property
+    def needs_labels(self) -> bool:
+        return True
 
     @property
     def extras(self) -> Mapping[str, Extra]:

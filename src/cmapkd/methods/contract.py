@@ -106,6 +106,11 @@ class MethodContract(Learning, ABC):
         return {}
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether it cannot train where no sample has a label."""
+        return False
+
+    @property
     def extras(self) -> Mapping[str, Extra]:
         """What batches must bring besides views and captions, by name. Add to `super().extras`."""
         return {}

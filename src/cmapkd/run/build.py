@@ -11,6 +11,7 @@ import torch
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import BatchBuilder, Batches, Choice
 from cmapkd.data.held_out import WithHeldOut, open_held_out
+from cmapkd.data.labels import any_label
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import Reader
@@ -181,6 +182,11 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
     if training.train_parts is not None:
         method.train_only(training.train_parts)
     method.check_teachers()
+    if method.needs_labels and not any_label(source):
+        raise ConfigError(
+            f"method {config.method.name}, as it is set, learns from labels, and {source.name} has none: take a "
+            "data.train with labels"
+        )
     stages = training.stages or method.default_stages
     method.check_stages(stages)
     for stage in stages:

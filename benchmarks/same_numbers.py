@@ -64,6 +64,7 @@ RECIPES = (
     "degla_scenes",
     "radio_scenes",
     "tinyclip_scenes",
+    "tipsv2_scenes",
     "tinyclip_auto_scenes",
 )
 STAGES = "training.stages=[{name: a, share: 0.5, terms: [contrastive]}, {name: b, share: 0.5}]"

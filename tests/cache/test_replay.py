@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "vl2lite": ("vl2lite", {}, "global"),
     "acam_kd": ("acam_kd", {}, "dense"),
     "trg_token_graph": ("trg_token_graph", {"tokens": 3}, "dense"),
+    "biomedcoop": ("biomedcoop", {}, "global"),
+    "tipsv2": ("tipsv2", {}, "dense"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),

@@ -93,7 +93,9 @@ def test_towers_without_such_tokens_are_refused(name: str, why: str, tmp_path: P
 
 def scored(source: Any, **settings: Any) -> dict[str, Any]:
     model = build_model("tiny:scenes-teacher")
-    return evaluate(model, source, EvaluationConfig(tasks=("patch_text",), **settings), device="cpu")["patch_text"]
+    config = EvaluationConfig(tasks=("patch_text",), **settings)
+    scores: dict[str, Any] = evaluate(model, source, config, device="cpu")["patch_text"]
+    return scores
 
 
 def test_scenes_are_scored_in_any_batches() -> None:

@@ -14,7 +14,7 @@ from cmapkd.data.open import open_source
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.run import evaluate
 from cmapkd.export.layout import write_tokenizer
-from cmapkd.models import build_model, load_model
+from cmapkd.models import build_model, dual, load_model
 from cmapkd.models.prompted import PromptedEncoder, PromptedTokenizer, with_text_prompts
 from cmapkd.models.texts import class_vectors, prompt_bank
 from cmapkd.models.tiny import TinyDualEncoder
@@ -84,7 +84,9 @@ def test_random_vectors_come_from_the_seed_and_leave_the_model_as_it_is() -> Non
 def test_classifiers_are_made_of_the_template_that_the_vectors_were_tuned_in(tmp_path: Path) -> None:
     source = open_source("scenes:easy@val?length=30")
     torch.manual_seed(0)
-    model = build_model("tiny:debug", captions=[each for index in range(30) for each in source.captions(index)])
+    model = dual(
+        build_model("tiny:debug", captions=[each for index in range(30) for each in source.captions(index)]), "the test"
+    )
     prompted = with_text_prompts(model, context="a red", template="one {}").eval()
     names = ["circle", "blue square"]
     found = class_vectors(prompted, names, ["a photo of a {}.", "{}"], device="cpu")
@@ -99,7 +101,7 @@ def test_classifiers_are_made_of_the_template_that_the_vectors_were_tuned_in(tmp
 
 def test_what_cannot_be_prompted_is_refused(tmp_path: Path) -> None:
     class Unreached(TinyDualEncoder):
-        token_embedding = None
+        token_embedding = None  # type: ignore[assignment]
 
     class Elsewhere(TinyDualEncoder):
         token_embedding = torch.nn.Embedding(100, 32)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -18,7 +19,6 @@ from cmapkd.data.open import open_source
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.run import evaluate
-from cmapkd.methods import METHODS
 from cmapkd.methods.biomedcoop import BiomedCoOp, BiomedCoOpConfig
 from cmapkd.methods.dual import LABELS
 from cmapkd.models import Features, TowerFeatures, load_model
@@ -205,7 +205,7 @@ def test_only_the_context_learns_and_the_rest_keeps_every_bit(tmp_path: Path) ->
 def test_a_student_that_is_its_teacher_agrees_with_its_own_prompt() -> None:
     """Where the learned context and the bank say the same words, nothing is left to distil."""
     model = make_model(dim=24, image_size=24)
-    method = METHODS["biomedcoop"](
+    method = BiomedCoOp(
         BiomedCoOpConfig(name="biomedcoop", context="red blue", template="{}"),
         student=model,
         teacher=make_teacher(dim=24, seed=0),
@@ -220,7 +220,7 @@ def test_a_student_that_is_its_teacher_agrees_with_its_own_prompt() -> None:
 
 def test_settings_and_models_that_do_not_fit_are_refused() -> None:
     class Unreached(TinyDualEncoder):
-        token_embedding = None
+        token_embedding = None  # type: ignore[assignment]
 
     with pytest.raises(ConfigError, match="biomedcoop: the text tower of test-16 takes no learned vectors"):
         make_method("biomedcoop", student=make_model(kind=Unreached))
@@ -233,6 +233,22 @@ def test_settings_and_models_that_do_not_fit_are_refused() -> None:
     config = BiomedCoOpConfig(name="biomedcoop", context=2)
     with pytest.raises(ConfigError, match="tells classes apart, and the data name one: 'cat'"):
         BiomedCoOp(config, student=make_model(), teacher=make_teacher(), classes=ClassPrompts(("cat",), ("{}",)))
+
+
+def test_data_without_labels_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{name}.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,a red circle\nb.png,a blue ring\n")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    with pytest.raises(ConfigError, match=r"learns from labels, and .* has none: take a data\.train with labels"):
+        cmapkd.distill(
+            recipe="biomedcoop_scenes",
+            data={"train": f"csv:{tmp_path / 'pairs.csv'}", "val": None, "test": None},
+            evaluation={"class_names": str(tmp_path / "names.txt")},
+            training={"steps": 1, "batch_size": 2},
+            quiet=True,
+            out=tmp_path / "run",
+        )
 
 
 def test_a_run_saves_a_model_that_is_scored_on_classes_it_never_saw(tmp_path: Path) -> None:

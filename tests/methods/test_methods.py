@@ -28,7 +28,18 @@ from helpers import (
 )
 
 POLICY = {"name": "policy", "warmup_steps": 1, "window": 2, "edge": 1}
-DRAWS = ("bank", "policy of levels", "policy of terms", "prompts", "masks", "c2kd", "clip_refine", "dmae", "zscl")
+DRAWS = (
+    "bank",
+    "policy of levels",
+    "policy of terms",
+    "prompts",
+    "masks",
+    "c2kd",
+    "clip_refine",
+    "dmae",
+    "tipsv2",
+    "zscl",
+)
 DISTILLING = [name for name, kind in METHODS.items() if kind.uses_teacher and name in DUAL]
 
 

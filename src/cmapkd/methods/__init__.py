@@ -36,6 +36,7 @@ from cmapkd.methods.supervised import Supervised
 from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
+from cmapkd.methods.tipsv2 import TIPSv2
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.methods.trg_token_graph import TokenGraph
 from cmapkd.methods.vl2lite import VL2Lite
@@ -73,6 +74,7 @@ _OWN: dict[str, type[Method]] = {
     "vlm_distill_ood": VlmDistillOod,
     "vl2v_adip": VL2VADiP,
     "trg_token_graph": TokenGraph,
+    "tipsv2": TIPSv2,
     "sft": SFT,
     "zscl": ZSCL,
     "token_kd": TokenKD,

@@ -143,6 +143,10 @@ class BiomedCoOp(DualEncoderMethod):
         return tuple(name for name, weight in weights.items() if weight)
 
     @property
+    def needs_labels(self) -> bool:
+        return True
+
+    @property
     def extras(self) -> Mapping[str, Extra]:
         return {**super().extras, LABELS: LabelReader(num_classes=self.num_classes)}
 

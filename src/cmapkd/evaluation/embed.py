@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -137,16 +138,8 @@ def embed(
     rows = share.rows(images.by_name(), [len(chunk.samples) for chunk in read])
     captions = [caption for sample in samples for caption in sample.captions]
     text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
-    texts, text_levels = _embed_captions(
-        model, captions, taps=text_taps, batch_size=batch_size, device=device, autocast=autocast, share=share
-    )
-    found = None
-    if negatives:
-        false = [text for sample in samples for text in sample.negatives]
-        embedded, _ = _embed_captions(
-            model, false, taps={}, batch_size=batch_size, device=device, autocast=autocast, share=share
-        )
-        found = _false_texts(samples, embedded)
+    embedded = partial(_embed_captions, model, batch_size=batch_size, device=device, autocast=autocast, share=share)
+    texts, text_levels = embedded(captions, taps=text_taps)
     return Embedded(
         images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
         texts=texts,
@@ -159,12 +152,13 @@ def embed(
         bad=tuple(bad),
         image_levels=rows,
         text_levels=text_levels,
-        negatives=found,
+        negatives=_false_texts(samples, embedded) if negatives else None,
     )
 
 
-def _false_texts(samples: Sequence[_Text], texts: Float[Tensor, "false dim"]) -> FalseTexts:
-    """What the samples' false texts belong to."""
+def _false_texts(samples: Sequence[_Text], embedded: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> FalseTexts:
+    """The samples' false texts, and what they belong to."""
+    texts, _ = embedded([text for sample in samples for text in sample.negatives], taps={})
     image_of_text, caption_of_text, kinds, first = [], [], [], 0
     for place, sample in enumerate(samples):
         image_of_text += [place] * len(sample.negatives)

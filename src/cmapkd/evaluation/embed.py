@@ -159,7 +159,10 @@ def embed(
 def _false_texts(samples: Sequence[_Text], embedded: Callable[..., tuple[Tensor, dict[str, Tensor]]]) -> FalseTexts:
     """The samples' false texts, and what they belong to."""
     texts, _ = embedded([text for sample in samples for text in sample.negatives], taps={})
-    image_of_text, caption_of_text, kinds, first = [], [], [], 0
+    image_of_text: list[int] = []
+    caption_of_text: list[int] = []
+    kinds: list[str] = []
+    first = 0
     for place, sample in enumerate(samples):
         image_of_text += [place] * len(sample.negatives)
         caption_of_text += [first] * len(sample.negatives)

@@ -276,7 +276,7 @@ def test_each_kind_says_one_thing_otherwise() -> None:
                 "a striped blue disc and an outlined red ring": (
                     There((red._replace(colour="blue"), Description("red", "ring", "outlined"))),
                 ),
-                "a striped red ring and an outlined blue circle": (
+                "a striped red ring and an outlined blue disc": (
                     There((red._replace(shape="ring"), Description("blue", "circle", "outlined"))),
                 ),
             },
@@ -290,6 +290,9 @@ def test_a_texture_that_has_no_words_in_its_place_gives_no_sentence() -> None:
     assert retextured("a red disc with dots", {"dotted": "solid"}) is None
     assert retextured("a red disc with dots", {"dotted": "outlined"}) == "a red disc with a border"
     assert retextured("a filled disc", {"solid": "outlined"}) == "an outlined disc"
+    assert turned("a disc above a ring", ("above", "below"), 1) == "a disc under a ring"
+    assert turned("above a ring there is a disc", ("above", "below"), 1) == "below a ring there is a disc"
+    assert turned("a disc has a ring above it", ("above", "below"), 1) == "a disc has a ring below it"
     assert turned("a disc above a ring", ("above", "below"), 2) is None
     assert recounted("two discs", 0, 3, 2) is None
 

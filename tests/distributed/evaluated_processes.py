@@ -70,7 +70,7 @@ def work(rank: int, size: int, port: int, out: Path) -> None:
             found[f"told {length}"] = [embedded.ids, embedded.captions, embedded.bad]
         else:
             assert not len(embedded.images)
-        config = EvaluationConfig(batch_size=4)
+        config = EvaluationConfig(batch_size=4, tasks=("retrieval", "zero_shot", "compositional"))
         if share.leads:
             found[f"scores {length}"] = evaluate(model, source, config, device="cpu", share=share)
         else:

@@ -23,7 +23,7 @@ class Given:
     """Pictures whose false texts are a column."""
 
     name, class_names = "given", None
-    texts = (("x", "y"), (), ("own 2",), ("x",))
+    texts: tuple[tuple[str, ...], ...] = (("x", "y"), (), ("own 2",), ("x",))
 
     def __len__(self) -> int:
         return 4

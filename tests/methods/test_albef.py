@@ -180,6 +180,24 @@ def test_a_resume_finds_queue_and_teacher_as_they_were(tmp_path: Path) -> None:
         assert torch.equal(state[name], value), name
 
 
+def test_msd_is_albef_with_a_queue_in_micro_batches() -> None:
+    """As docs/methods.md says it: terms, and what the queue then holds, are those of the batch encoded at once."""
+    docs = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    assert "`method: {name: albef, queue: 65536}` with `training.micro_batch: 32`" in docs
+    found = []
+    for micro_batch in (None, 3):
+        method = albef(queue=65_536).double()
+        method.micro_batch = micro_batch
+        for seed in (1, 2):
+            batch = replace(random_batch(8, seed=seed, dtype=torch.float64), ids=tuple(f"{seed}-{i}" for i in range(8)))
+            terms = method(batch, FULL)
+        assert method.queue is not None
+        assert method.queue.filled == 16
+        found.append([*(term.value for term in terms.values()), method.queue.image[:16], method.queue.keys[:16]])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_settings_out_of_range_are_refused() -> None:
     for settings, message in (
         ({"alpha": 1.5}, r"alpha: .*<= 1"),

@@ -84,7 +84,7 @@ def test_the_scale_learns_by_the_student_alone() -> None:
         (p.softmax(-1) * (p.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
         for z, p in zip(logits, fixed, strict=True)
     ]
-    [expected] = torch.autograd.grad(sum(divergences) / 2, [scale])
+    [expected] = torch.autograd.grad(torch.stack(divergences).mean(), [scale])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -115,4 +115,4 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"exclude has shape \(4, 4\).* 4 pairs and 5 entries"):
         soft_contrast(*four, logit_scale=SCALE, queue=(images, texts), exclude=EXCLUDE[:, 1:])
     with pytest.raises(ValueError, match="row i of every tensor must belong to pair i"):
-        soft_contrast(*four[:3], four[3][1:], logit_scale=SCALE)
+        soft_contrast(four[0], four[1], four[2], four[3][1:], logit_scale=SCALE)

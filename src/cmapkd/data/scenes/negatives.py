@@ -8,11 +8,11 @@ from itertools import chain, zip_longest
 from cmapkd.data.scenes.claims import Claim, Condition, Description, Extreme, Ground, Number, Share, There, holds
 from cmapkd.data.scenes.draws import Draws, key_of
 from cmapkd.data.scenes.language import captions_with_claims
-from cmapkd.data.scenes.rewording import TURNED, recounted, retextured, turned
+from cmapkd.data.scenes.rewording import TURNED, recounted, retextured, texture_wordings, turned
 from cmapkd.data.scenes.source import SceneSample
 from cmapkd.data.scenes.spec import COLOURS, SHAPES, TEXTURES
-from cmapkd.data.scenes.words import NUMBERS
-from cmapkd.data.scenes.wrong import renamed
+from cmapkd.data.scenes.words import NUMBERS, synonym
+from cmapkd.data.scenes.wrong import renamed, wordings
 from cmapkd.data.types import Sample
 
 MOST = 8  # negatives of a caption
@@ -64,7 +64,8 @@ def _exchanged(known: Sequence[_Said], _draws: Draws) -> Iterator[_Said]:
             named = sorted(_named(claim, attribute))
             for place, one in enumerate(named):
                 for other in named[place + 1 :]:
-                    yield from _with(text, claim, attribute, {one: other, other: one})
+                    words = texture_wordings(text) if attribute == "texture" else wordings(text, attribute)
+                    yield from _with(text, claim, attribute, {one: other, other: one}, words)
 
 
 def _replaced(known: Sequence[_Said], draws: Draws) -> Iterator[_Said]:
@@ -77,7 +78,7 @@ def _replaced(known: Sequence[_Said], draws: Draws) -> Iterator[_Said]:
         for other in sorted(set(names) - _named(claim, attribute))
     ]
     for text, claim, attribute, one, other in draws.some(options, len(options)):
-        yield from _with(text, claim, attribute, {one: other})
+        yield from _with(text, claim, attribute, {one: other}, {other: synonym(draws, other)})
 
 
 def _turned(known: Sequence[_Said], _draws: Draws) -> Iterator[_Said]:
@@ -106,12 +107,18 @@ def _recounted(known: Sequence[_Said], draws: Draws) -> Iterator[_Said]:
     yield from draws.some(options, len(options))
 
 
-def _with(text: str, claim: Claim, attribute: str, instead: dict[str, str]) -> Iterator[_Said]:
-    """The sentence and its claim with other names of one attribute; nothing where the grammar has no such sentence."""
+def _with(text: str, claim: Claim, attribute: str, instead: dict[str, str], words: dict[str, str]) -> Iterator[_Said]:
+    """The sentence and its claim with other names of one attribute; nothing where the grammar has no such sentence.
+
+    Args:
+        words: for the new names. A false sentence must not be known by its choice of words, so it has synonyms as
+            often as a true one.
+    """
+    worded = {name: words.get(other, other) for name, other in instead.items()}
     changed = (
-        retextured(text, instead)
+        retextured(text, worded)
         if attribute == "texture"
-        else renamed(text, lambda of, name: instead.get(name, name) if of == attribute else name)
+        else renamed(text, lambda of, name: worded.get(name, name) if of == attribute else name)
     )
     if changed is not None and changed != text:
         yield changed, tuple(_of_things(each, lambda thing: _thing(thing, attribute, instead)) for each in claim)

@@ -53,8 +53,18 @@ _NOUN = _any_of(_NOUNS)
 _VERB = re.compile(r"^there (is|are) ")
 
 
+def texture_wordings(text: str) -> dict[str, str]:
+    """The textures of objects that a text names, and the word that stands before a noun for each."""
+    found = [(form, *_TEXTURES[form]) for form in _TEXTURE.findall(text)]
+    return {name: name if behind else form for form, name, behind in found}
+
+
 def retextured(text: str, instead: Mapping[str, str]) -> str | None:
-    """`text` with other textures of objects, by name; None where the new one has no wording in that place."""
+    """`text` with other textures of objects; None where the new one has no wording in that place.
+
+    Args:
+        instead: by name, the word that stands before a noun for the new one.
+    """
     lacking = False
 
     def other(found: re.Match[str]) -> str:
@@ -62,8 +72,9 @@ def retextured(text: str, instead: Mapping[str, str]) -> str | None:
         name, behind = _TEXTURES[found[0]]
         if name not in instead:
             return found[0]
-        lacking |= behind and instead[name] not in WITH_TEXTURE
-        return WITH_TEXTURE.get(instead[name], "").strip() if behind else instead[name]
+        new, _ = _TEXTURES[instead[name]]
+        lacking |= behind and new not in WITH_TEXTURE
+        return WITH_TEXTURE.get(new, "").strip() if behind else instead[name]
 
     changed = with_articles(_TEXTURE.sub(other, text))
     return None if lacking else changed
@@ -77,7 +88,14 @@ def turned(text: str, relations: tuple[str, ...], count: int) -> str | None:
         count: how many of them the sentence states; None is returned where it has not so many.
     """
     pattern, instead = _TURNS[relations]
-    changed, found = pattern.subn(lambda match: instead[match[0]], text)
+
+    def opposite(found: re.Match[str]) -> str:
+        before, after = text[: found.start()], text[found.end() :]
+        if found[0] == "above" and before and not before.endswith(("is ", "and ")) and not after.startswith(" it"):
+            return "under"  # the grammar's word where nothing stands between it and the object
+        return instead[found[0]]
+
+    changed, found = pattern.subn(opposite, text)
     return changed if found == count else None
 
 

@@ -19,6 +19,13 @@ _WORDS = {
     for word in SYNONYMS.get(name, (name,))
     for form in ((word,) if kind == "colour" else (word, plural(word)))
 }
+_SINGULARS = {
+    form: word
+    for names in KINDS.values()
+    for name in names
+    for word in SYNONYMS.get(name, (name,))
+    for form in (word, plural(word))
+}
 _ANY_WORD = re.compile(r"\b(?:" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")\b")
 _ARTICLE = re.compile(r"\ban? (?=(\w))")
 
@@ -36,8 +43,17 @@ def with_wrong(scene: Scene, captions: Sequence[str], share: float) -> tuple[str
     return tuple(changed)
 
 
+def wordings(text: str, kind: str) -> dict[str, str]:
+    """The colours, or shapes, that a text names, and the word that it has for each."""
+    found = {form: _WORDS[form] for form in _ANY_WORD.findall(text)}
+    return {KINDS[of][place]: _SINGULARS[form] for form, (of, place, _) in found.items() if of == kind}
+
+
 def renamed(text: str, new_name: Callable[[str, str], str]) -> str:
-    """`text` with other words for its colours and shapes: `new_name(kind, name)`, where kind is `colour` or `shape`."""
+    """`text` with other words for its colours and shapes: `new_name(kind, name)`, where kind is `colour` or `shape`.
+
+    A word that is the old name itself changes nothing, whatever the text has in its place.
+    """
 
     def other(found: re.Match[str]) -> str:
         kind, place, several = _WORDS[found[0]]

@@ -72,9 +72,8 @@ def embed(
 ) -> Embedded:
     """Runs the towers over the source in evaluation mode, without gradient; the model's modes are restored after.
 
-    A model that reads no texts has no rows of them.
-
-    Images go whole through the model's own preprocessing (its resize and centre crop or squash), no view.
+    Images go whole through the model's own preprocessing (its resize and centre crop or squash), no view. A model that
+    reads no texts has no rows of them.
 
     Args:
         batch_size: images, and texts, encoded at once; without influence on the result beyond rounding.
@@ -105,8 +104,7 @@ def embed(
             if chunk.bad and on_bad_sample == "error" and share.of == 1:
                 raise BadSampleError(*chunk.bad[0])
             if chunk.pixels is not None:
-                pixels = model.image_spec.to_model(chunk.pixels.to(device))
-                images.add_of(model, pixels)
+                images.add_of(model, chunk.pixels.to(device))
             own.append(_Read(chunk.samples, chunk.bad))
     read = [*share.all_of(own)]
     samples = [sample for chunk in read for sample in chunk.samples]
@@ -117,27 +115,25 @@ def embed(
         why = f"; the first: sample {bad[0][0]!r}: {bad[0][1]}" if bad else ""
         raise ValueError(f"no sample of {source.name} could be read ({len(bad)} tried){why}")
     rows = share.rows(images.by_name(), [len(chunk.samples) for chunk in read])
-    captions: list[str] = []
+    captions, image_of_text = list[str](), torch.empty(0, dtype=torch.long)
     texts, text_levels = torch.empty(0, model.embed_dim), dict[str, Tensor]()
     if isinstance(model, DualEncoder):
         captions = [caption for sample in samples for caption in sample.captions]
+        image_of_text = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.captions) for s in samples]))
         text_taps = language_taps(model.text_levels) if levels and model.text_levels else {}
         how = {"batch_size": batch_size, "device": device, "autocast": autocast, "share": share}
         texts, text_levels = _embed_captions(model, captions, taps=text_taps, **how)  # type: ignore[arg-type]
-    logits = {name.removeprefix(_HEAD): rows.pop(name) for name in [*rows] if name.startswith(_HEAD)}
     return Embedded(
         images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
         texts=texts,
-        image_of_text=torch.tensor(
-            [place for place, sample in enumerate(samples) for _ in sample.captions if captions], dtype=torch.long
-        ),
+        image_of_text=image_of_text,
         ids=tuple(sample.id for sample in samples),
         labels=torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.long),
         captions=tuple(captions),
         bad=tuple(bad),
-        image_levels=rows,
+        image_levels={name: values for name, values in rows.items() if not name.startswith(_HEAD)},
         text_levels=text_levels,
-        logits=logits,
+        logits={name.removeprefix(_HEAD): rows[name] for name in rows if name.startswith(_HEAD)},
     )
 
 
@@ -188,9 +184,9 @@ class _Rows:
         for name, level in tapped(self.taps, tower.levels).items():
             self._levels[name].append(pooled(level).cpu())
 
-    def add_of(self, model: ImageEncoder, pixels: Float[Tensor, "batch 3 height width"]) -> None:
+    def add_of(self, model: ImageEncoder, pixels: UInt8[Tensor, "batch 3 height width"]) -> None:
         """What the model's image tower answers to a batch, and the heads of a classifier."""
-        tower = model.encode_image(pixels, self.names)
+        tower = model.encode_image(model.image_spec.to_model(pixels), self.names)
         self.add(tower)
         for name in model.heads if isinstance(model, Classifier) else ():
             scores = model.logits(name, tower.embedding)

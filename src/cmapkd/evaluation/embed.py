@@ -98,9 +98,8 @@ def embed(
 ) -> Embedded:
     """Runs the towers over the source in evaluation mode, without gradient; the model's modes are restored after.
 
-    A model that reads no texts has no rows of them.
-
-    Images go whole through the model's own preprocessing (its resize and centre crop or squash), no view.
+    Images go whole through the model's own preprocessing (its resize and centre crop or squash), no view. A model that
+    reads no texts has no rows of them.
 
     Args:
         batch_size: images, and texts, encoded at once; without influence on the result beyond rounding.
@@ -132,8 +131,7 @@ def embed(
             if chunk.bad and on_bad_sample == "error" and share.of == 1:
                 raise BadSampleError(*chunk.bad[0])
             if chunk.pixels is not None:
-                pixels = model.image_spec.to_model(chunk.pixels.to(device))
-                images.add_of(model, pixels)
+                images.add_of(model, chunk.pixels.to(device))
             own.append(_Read(chunk.samples, chunk.bad))
     read = [*share.all_of(own)]
     samples = [sample for chunk in read for sample in chunk.samples]
@@ -259,9 +257,9 @@ class _Rows:
         for name, level in tapped(self.taps, tower.levels).items():
             self._levels[name].append(pooled(level).cpu())
 
-    def add_of(self, model: ImageEncoder, pixels: Float[Tensor, "batch 3 height width"]) -> None:
+    def add_of(self, model: ImageEncoder, pixels: UInt8[Tensor, "batch 3 height width"]) -> None:
         """What the model's image tower answers to a batch, and the heads of a classifier."""
-        tower = model.encode_image(pixels, self.names)
+        tower = model.encode_image(model.image_spec.to_model(pixels), self.names)
         self.add(tower)
         if isinstance(model, Classifier):
             for name in model.heads:

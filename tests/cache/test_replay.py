@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "hinton": ("hinton", {}, "global"),
     "clip_kd": ("clip_kd", {}, "global"),
     "clip_rd": ("clip_rd", {}, "global"),
+    "clip_refine, raw": ("clip_refine", {"similarity": "raw"}, "global"),
+    "vlm_distill_ood, captions": ("vlm_distill_ood", {"caption_weight": 1.0}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),

@@ -46,6 +46,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "trg_token_graph": ("trg_token_graph", {"tokens": 3}, "dense"),
     "biomedcoop": ("biomedcoop", {}, "global"),
     "tipsv2": ("tipsv2", {}, "dense"),
+    "clip_refine, raw": ("clip_refine", {"similarity": "raw"}, "global"),
+    "vlm_distill_ood, captions": ("vlm_distill_ood", {"caption_weight": 1.0}, "global"),
     "cmapkd, pooled": ("cmapkd", POOLED, "pooled"),
     "cmapkd, dense": ("cmapkd", DENSE, "dense"),
     "cmapkd, levels as one vector": ("cmapkd", {**ALL_LEVELS, "places": "pooled"}, "pooled"),

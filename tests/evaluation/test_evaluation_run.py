@@ -12,6 +12,7 @@ from cmapkd.config import ConfigError
 from cmapkd.evaluation import EvaluationConfig, evaluate
 from cmapkd.evaluation.embed import embed
 from cmapkd.evaluation.retrieval import retrieval
+from cmapkd.evaluation.tasks.retrieval import modality_gap
 from cmapkd.evaluation.zero_shot import zero_shot
 from cmapkd.models.texts import class_vectors
 from cmapkd.models.tiny import TinyDualEncoder
@@ -26,7 +27,10 @@ def test_both_tasks_from_one_embedding(model: TinyDualEncoder, make_source: Make
     embedded = embed(model, source, batch_size=256, device="cpu")
     weights = class_vectors(model, CLASSES, ["a photo of a {}."], batch_size=256, device="cpu")
     assert scores == {
-        "retrieval": retrieval(embedded.images, embedded.texts, embedded.image_of_text),
+        "retrieval": {
+            **retrieval(embedded.images, embedded.texts, embedded.image_of_text),
+            "modality_gap": modality_gap(embedded),
+        },
         "zero_shot": zero_shot(embedded.images, embedded.labels, weights),
         "params": model.num_parameters(),
         "bad_samples": 1,

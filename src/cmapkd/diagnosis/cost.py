@@ -159,7 +159,7 @@ def predict_cache(role: str, method: Method, source: Source, config: RunConfig) 
         return
     per_epoch = len(source) // config.training.batch_size
     epochs = config.training.num_steps(per_epoch) / per_epoch
-    views = config.data.views.num_views or DEFAULT_VIEWS
+    views = plan.views.num_views or DEFAULT_VIEWS
     alike = reader_of(plan.teacher.model).looks == reader_of(method.student).looks
     prepared = not alike or config.data.teacher_view != "same"
     live = cost.answer + (cost.prepare if prepared else 0.0)

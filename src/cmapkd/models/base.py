@@ -209,6 +209,11 @@ class DualEncoder(Model):
         """Towers in which nothing learns, of a model that can go on from their pooled features; of others none."""
         return ()
 
+    @property
+    def stored_levels(self) -> LevelRequest:
+        """What `pooled_towers(frozen_towers)` are to be asked for beside embeddings, so that the model can go on."""
+        return LevelRequest()
+
     def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:  # noqa: ARG002  for those that have some
         """Some of `frozen_towers`, without what follows them: its embeddings are their pooled features.
 

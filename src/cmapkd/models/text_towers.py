@@ -19,7 +19,7 @@ from cmapkd.models.hub import hub_options, locate
 from cmapkd.models.open_clip_levels import outputs_of
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
-from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
 
 Pooling = Literal["mean", "class", "end"]
 TEXT_CONFIG = "text_tower"  # the tower's own config, inside a model folder
@@ -53,6 +53,9 @@ class TextPartConfig(Config):
 class TextTower(nn.Module):
     """Token ids to pooled features [batch width], not projected, and levels `blocks.N`, what the blocks return.
 
+    `LAST` is what the encoder returns for each token. Where it is asked for, nothing is pooled: the features have
+    width 0.
+
     Attributes:
         width: of the pooled features.
         levels: shallow to deep; none where the encoder does not keep its blocks in one list.
@@ -76,12 +79,21 @@ class TextTower(nn.Module):
         return self.transformer.config
 
     def forward(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
-        wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
+        own = [name for name in levels if name != LAST]
+        wanted = sorted({int(name.removeprefix("blocks.")) for name in own})
         with outputs_of(self._blocks, wanted) as values:
             output = self.transformer(input_ids=texts.ids, attention_mask=texts.mask.long())
-        taken = {name: values[int(name.removeprefix("blocks."))] for name in levels}
-        kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()}
-        return TowerFeatures(self._pooled(output.last_hidden_state, texts.mask), kept)
+        taken = {name: values[int(name.removeprefix("blocks."))] for name in own}
+        tokens: Tensor = output.last_hidden_state
+        if LAST in levels:
+            pooled, taken[LAST] = tokens.new_empty(len(tokens), 0), tokens
+        else:
+            pooled = self._pooled(tokens, texts.mask)
+        return TowerFeatures(pooled, {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()})
+
+    def last_level(self) -> LevelInfo:
+        """Width and layout of the last tokens."""
+        return LevelInfo(LAST, self.width, "tokens")
 
     def _pooled(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch width"]:
         if self.pooling == "class":

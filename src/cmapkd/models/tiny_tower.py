@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions, VisionTower, image_spec_of
-from cmapkd.models.types import LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, LevelInfo, TowerFeatures
 
 
 class TinyImageTower(ImageTower):
@@ -36,12 +36,19 @@ class TinyImageTower(ImageTower):
     @classmethod
     def rebuilt(cls, description: Mapping[str, Any], folder: Path) -> TinyImageTower:
         """The untrained tower that `describe` described."""
-        options = TinyOptions.from_mapping(description["options"], where=f"image tower of {folder}")
+        values = dict(description["options"])
+        values["vocab_size"] = max(8, values.get("vocab_size", 8))  # of no text tower; some folders have fewer
+        options = TinyOptions.from_mapping(values, where=f"image tower of {folder}")
         return cls(VisionTower(options), options, name=str(description["name"]))
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
-        output: TowerFeatures = self.visual(images, levels)
-        return output
+        if LAST not in levels:
+            output: TowerFeatures = self.visual(images, levels)
+            return output
+        deepest = self.levels[-1].name
+        found = self.visual(images, (*levels, deepest)).levels
+        kept = {level: found[deepest if level == LAST else level] for level in levels}
+        return TowerFeatures(images.new_empty(len(images), 0), kept)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -238,7 +238,9 @@ class DualEncoderMethod(Method):
         if self.more_views:
             return "further views are encoded anew in every epoch"
         if self.text_pools and self.student.stored_levels.text_levels:
-            return "a reader behind the text tower reads the tokens of further texts, and a cache holds one vector of each"
+            return (
+                "a reader behind the text tower reads the tokens of further texts, and a cache holds one vector of each"
+            )
         if self.auxiliary is not None:
             return "heads that learn with the student read its pictures"
         if any(isinstance(teacher, MomentumTeacher) for teacher in self.teachers.values()):

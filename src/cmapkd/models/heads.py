@@ -113,7 +113,7 @@ class Reader(nn.Module):
         most = max(1, inner // READER_HEAD_WIDTH)
         self.heads = config.heads or next(n for n in range(most, 0, -1) if inner % n == 0)
         if inner % self.heads:
-            raise ConfigError(f"a reader of {inner} channels cannot have {self.heads} heads: set heads to a divisor of it")
+            raise ConfigError(f"a reader of {inner} channels cannot have {self.heads} heads: set heads to a divisor")
         self.norm = nn.LayerNorm(width)
         self.queries = nn.Parameter(torch.randn(config.queries or 1, inner) * 0.02)
         self.keys, self.values = nn.Linear(width, inner), nn.Linear(width, inner)
@@ -135,7 +135,7 @@ class Reader(nn.Module):
         if last.mask is not None:  # added, and finite: a text without any token gives the mean of its padding
             mask = torch.zeros_like(last.mask, dtype=keys.dtype).masked_fill(~last.mask, torch.finfo(keys.dtype).min)
             mask = mask[:, None, None, :]
-        read = F.scaled_dot_product_attention(queries.expand(len(keys), -1, -1, -1), keys, values, attn_mask=mask)
+        read = F.scaled_dot_product_attention(queries.expand(keys.shape[0], -1, -1, -1), keys, values, attn_mask=mask)
         embedding: Tensor = self.out(self.drop(read.transpose(1, 2).flatten(1)))
         return embedding
 
@@ -158,7 +158,7 @@ def behind(head: Head | Reader, tower: TowerFeatures) -> TowerFeatures:
 
 
 def asked_of(head: Head | Reader, levels: Sequence[str] = ()) -> tuple[str, ...]:
-    """What a tower is asked for, so that the head can go on from there: these levels, and the last tokens for a reader."""
+    """What a tower is asked for, so that the head can go on from there: these levels, for a reader the last tokens."""
     return (*levels, LAST) if head.reads_tokens else tuple(levels)
 
 

@@ -35,7 +35,7 @@ class ImageTower(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
-        """Pooled features and the named levels. Where `LAST` is among them nothing is pooled: the features have width 0.
+        """Pooled features and the named levels. With `LAST` among them nothing is pooled: the features have width 0.
 
         Raises:
             ConfigError: the tower has no last tokens.

@@ -122,7 +122,7 @@ class TransformersImageTower(ImageTower):
         num_prefix = self._num_prefix(tokens)
         taken = {name: values[int(name.removeprefix("blocks."))] for name in own}
         if LAST in levels:
-            pooled, taken[LAST] = tokens.new_empty(len(tokens), 0), tokens
+            pooled, taken[LAST] = tokens.new_empty(tokens.shape[0], 0), tokens
         elif self.pooling == "pooler":
             pooled = getattr(output, "pooler_output", None)
             if pooled is None:
@@ -259,7 +259,9 @@ def _tiny(rest: str, config: ImagePartConfig) -> ImageTower:
     if Path(rest).is_dir():
         model = load_model(rest)
     else:
-        model = build_model(ModelConfig(name=config.name, init=config.init), captions=("a b c d e f g h",))  # whose text tower is let go
+        model = build_model(
+            ModelConfig(name=config.name, init=config.init), captions=("a b c d e f g h",)
+        )  # whose text tower is let go
     if not isinstance(model, TinyDualEncoder):
         raise ConfigError(f"{config.name}: {rest} holds {model.name}, which is no tiny model")
     if config.checkpoint is not None:

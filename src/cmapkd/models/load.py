@@ -19,6 +19,7 @@ from cmapkd.models.errors import explained
 from cmapkd.models.families import family as family_of
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.inherit import inherit_weights
+from cmapkd.models.kept_tokens import texts_given
 from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
 from cmapkd.models.untrained import note_trained
@@ -33,7 +34,8 @@ def build_model(
     """The model that `config` names, in eval mode, float32, on the CPU.
 
     Args:
-        captions: training texts, read only by an untrained `tiny` or `tiny_vlm` model to learn its vocabulary.
+        captions: training texts, read by an untrained `tiny` or `tiny_vlm` model to learn its vocabulary, and where
+            the vocabulary is to be cut to them.
         teacher: what `inherit: teacher` takes the weights from, and an untrained `tiny_vlm` model its tokenizer.
     Raises:
         ConfigError: the name or an option is unknown, or there is nothing to inherit from.
@@ -63,6 +65,8 @@ def build_model(
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
     if config.inherit is not None or config.checkpoint is not None:
         note_trained(model)
+    if config.vocabulary == "texts":
+        model = _of_fewer_words(model, config, captions)
     return _of_dtype(model, config).eval()
 
 
@@ -112,6 +116,15 @@ def _inherited(model: Model, config: InheritConfig, teacher: Model | None) -> Du
     student = student.with_tokenizer_of(larger)
     inherit_weights(student, larger, depth=config.depth)
     return student
+
+
+def _of_fewer_words(model: Model, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:
+    if isinstance(model, GenerativeModel):
+        raise ConfigError(
+            f"{model.name} writes, and its vocabulary is one of its options: set options.vocabulary: texts, and leave "
+            "vocabulary out beside it"
+        )
+    return dual(model, "vocabulary").with_words_of(texts_given(captions, config.name))
 
 
 def load_model(folder: str | Path) -> Model:

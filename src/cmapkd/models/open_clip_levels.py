@@ -83,7 +83,7 @@ def last_tokens(
     Raises:
         ConfigError: the tower gives no tokens.
     """
-    nothing = images.new_empty(len(images), 0)
+    nothing = images.new_empty(images.shape[0], 0)
     if not hasattr(visual, "trunk"):
         deepest = max(indices, key=lambda info: indices[info]).name
         found = visual_features(visual, images, tuple(dict.fromkeys((*levels, deepest))), indices, name=name).levels

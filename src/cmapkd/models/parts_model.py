@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -140,6 +139,11 @@ class PartsModel(DualEncoder):
             text = self.encode_text(inputs.texts, needs.text_levels)
             more = {pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()}
         return Features(image, text, self.logit_scale.exp(), self.learned_bias, more)
+
+    def with_words_of(self, texts: Iterable[str]) -> PartsModel:
+        self.text.cut_words(texts)
+        self.tokenizer = self.text.tokenizer
+        return self
 
     def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         load_weights(self, read_weights(path, averaged=averaged), where=path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import TokenBatch
+from cmapkd.models.cut_words import cut_encoder, cut_native
 from cmapkd.models.hf_tokenizer import HfTokenizer, load_tokenizer, pad_on_the_right
 from cmapkd.models.hub import hub_options, locate
 from cmapkd.models.open_clip_levels import outputs_of
@@ -86,7 +87,7 @@ class TextTower(nn.Module):
         taken = {name: values[int(name.removeprefix("blocks."))] for name in own}
         tokens: Tensor = output.last_hidden_state
         if LAST in levels:
-            pooled, taken[LAST] = tokens.new_empty(len(tokens), 0), tokens
+            pooled, taken[LAST] = tokens.new_empty(tokens.shape[0], 0), tokens
         else:
             pooled = self._pooled(tokens, texts.mask)
         return TowerFeatures(pooled, {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()})
@@ -103,6 +104,16 @@ class TextTower(nn.Module):
             return tokens[rows, mask.long().sum(1).clamp_min(1) - 1]
         weights = mask.to(tokens.dtype)[..., None]
         return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+    def cut_words(self, texts: Iterable[str]) -> None:
+        """Leaves out, in place, the tokens that these texts do not need, see `DualEncoder.with_words_of`.
+
+        Raises:
+            ConfigError: they cannot be left out.
+        """
+        native, kept = cut_native(self.tokenizer.native, texts, name=self.name, clean=self.tokenizer.clean)
+        cut_encoder(self.transformer, kept, name=self.name)
+        self.tokenizer, self.hub_id = self.tokenizer.over(native), None  # what the hub has is another tokenizer
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which `rebuild_text_tower` makes the untrained encoder, beside what `save_config` writes."""

@@ -48,7 +48,7 @@ class TinyImageTower(ImageTower):
         deepest = self.levels[-1].name
         found = self.visual(images, (*levels, deepest)).levels
         kept = {level: found[deepest if level == LAST else level] for level in levels}
-        return TowerFeatures(images.new_empty(len(images), 0), kept)
+        return TowerFeatures(images.new_empty(images.shape[0], 0), kept)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -44,6 +44,7 @@ def build_model(
     config = ModelConfig.from_mapping(config, where="model") if isinstance(config, str) else config
     folder = Path(config.name)
     family, colon, rest = config.name.partition(":")
+    words = texts_given(captions, config.name) if config.vocabulary == "texts" else None
     if family in FAMILIES and colon:
         with explained(config.name) if Path(rest).exists() else nullcontext():
             model = _checked(_built(family, rest, config, captions, teacher), family)
@@ -65,8 +66,8 @@ def build_model(
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
     if config.inherit is not None or config.checkpoint is not None:
         note_trained(model)
-    if config.vocabulary == "texts":
-        model = _of_fewer_words(model, config, captions)
+    if words is not None:
+        model = _of_fewer_words(model, words)
     return _of_dtype(model, config).eval()
 
 
@@ -118,13 +119,13 @@ def _inherited(model: Model, config: InheritConfig, teacher: Model | None) -> Du
     return student
 
 
-def _of_fewer_words(model: Model, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:
+def _of_fewer_words(model: Model, texts: Iterable[str]) -> DualEncoder:
     if isinstance(model, GenerativeModel):
         raise ConfigError(
             f"{model.name} writes, and its vocabulary is one of its options: set options.vocabulary: texts, and leave "
             "vocabulary out beside it"
         )
-    return dual(model, "vocabulary").with_words_of(texts_given(captions, config.name))
+    return dual(model, "vocabulary").with_words_of(texts)
 
 
 def load_model(folder: str | Path) -> Model:

@@ -37,7 +37,8 @@ def cut_words(
     else:
         _cut_own_tower(model, config["text_cfg"], kept)
     config["text_cfg"]["vocab_size"] = len(kept)
-    return OpenClipTokenizer(smaller, context_length=tokenizer.context_length), kept
+    length, because = tokenizer.context_length, tokenizer.whole_because
+    return OpenClipTokenizer(smaller, context_length=length, whole_because=because), kept
 
 
 def _cut_own_tower(model: Any, config: dict[str, Any], kept: list[int]) -> None:

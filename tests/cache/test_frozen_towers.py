@@ -43,10 +43,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def settings(world: dict[str, Any], **changes: Any) -> dict[str, Any]:
     training = {"steps": 6, "batch_size": 8, "log_every": 1, "device": "cpu", "train_parts": HEADS}
     heads = changes.pop("heads", "mlp")
+    views = {"num_views": 2} | ({} if heads == "mlp" else {"crop_scale": [1.0, 1.0]})  # each picture is answered once
     options = {"image": CONVOLUTIONAL, "text": world["text"], "image_head": heads, "text_head": heads, "embed_dim": 16}
     values: dict[str, Any] = {
         "student": {"name": "parts:small", "options": options},
-        "data": {"train": world["data"], "views": {"num_views": 2}, "on_bad_sample": "skip", "max_bad_share": 1.0},
+        "data": {"train": world["data"], "views": views, "on_bad_sample": "skip", "max_bad_share": 1.0},
         "method": "contrastive",
         "optim": {"learning_rate": 0.01},
         "seed": 4,

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.evaluation.efficiency import parameter_counts
+from cmapkd.export.layout import tokenizer_differences, write_tokenizer
 from cmapkd.models import DualEncoder, ModelConfig, build_model, load_model
 from cmapkd.models.cut_words import cut_encoder, cut_table, kept_of_clip
 from cmapkd.models.kept_tokens import cut_tokenizer, kept_tokens
@@ -160,6 +161,10 @@ def test_every_family_embeds_kept_texts_alike(name: str, tmp_path: Path) -> None
     spans = cut.tokenizer(texts, spans=True).spans
     assert spans is None or torch.equal(spans, whole.tokenizer(texts, spans=True).spans)
     assert not (tmp_path / "saved" / "open_clip_config.json").exists()  # it would read other tokens
+    if name != "parts":  # whose tokenizer of whole words says it all; the others' are put together anew
+        (tmp_path / "exported").mkdir()
+        write_tokenizer(cut, tmp_path / "exported")
+        assert tokenizer_differences(cut, tmp_path / "exported", other) == []
 
 
 def test_a_run_with_fewer_words(tmp_path: Path) -> None:

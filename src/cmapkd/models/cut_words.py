@@ -94,7 +94,7 @@ def cut_encoder(model: Any, kept: Sequence[int], *, name: str) -> None:
     """
     numbers, config = {old: new for new, old in enumerate(kept)}, model.config
     padding = getattr(config, "pad_token_id", None)
-    if config.model_type in _OFFSET_PLACES and numbers.get(padding) != padding:
+    if config.model_type in _OFFSET_PLACES and padding is not None and numbers.get(padding) != padding:
         raise ConfigError(
             f"{name} counts places from the id of its padding, {padding}, which vocabulary: texts would change: leave "
             "the option out"

@@ -106,7 +106,7 @@ def _unknown(model: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]:
     """The id of the unknown token, where there is one."""
     if model["type"] == "Unigram":
         return set() if model.get("unk_id") is None else {int(model["unk_id"])}
-    unknown = model.get("unk_token")
+    unknown = str(model.get("unk_token"))
     return {ids[unknown]} if unknown in ids else set()
 
 

@@ -14,12 +14,14 @@ from PIL import Image
 import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.stored import StoredSource
-from cmapkd.models import load_model
+from cmapkd.models import ModelConfig, build_model, load_model
 from cmapkd.models.image_towers import VisualTower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from model_support import inputs
 from test_parts_family import CONVOLUTIONAL, save_encoder
+
+from helpers import make_method
 
 CACHE = {"store": "fp32", "shard_mib": 0.01}
 HEADS = ["projections", "scale"]
@@ -127,3 +129,12 @@ def test_a_method_that_needs_pictures_says_so(
     cmapkd.distill(**values, out=tmp_path / "a")
     shown = " ".join(capsys.readouterr().out.split())
     assert "frozen towers answer live: its masked pictures are encoded anew in every step" in shown
+
+
+def test_a_text_reader_answers_live_where_there_are_further_texts(world: dict[str, Any]) -> None:
+    options = {"image": CONVOLUTIONAL, "text": world["text"], "text_head": "reader", "embed_dim": 16}
+    student: Any = build_model(ModelConfig(name="parts:small", options=options))
+    for settings_of, told in (({}, False), ({"synthetic": True}, True)):
+        method: Any = make_method("mobileclip", student=student, settings=settings_of)
+        method.train_only(HEADS)
+        assert ("a reader behind the text tower" in (method.why_student_live or "")) == told

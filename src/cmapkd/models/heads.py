@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
@@ -50,6 +50,12 @@ class HeadConfig(Config):
         if isinstance(values, dict) and "name" in values:  # what an override makes of a kind alone
             return {"kind": values["name"]} | {key: value for key, value in values.items() if key != "name"}
         return values
+
+    @model_serializer(mode="wrap")
+    def _without_reader(self, handler: Any) -> dict[str, Any]:
+        """Settings of a reader are left out where they say nothing, so that caches know heads from before readers."""
+        values: dict[str, Any] = handler(self)
+        return {key: each for key, each in values.items() if key not in ("queries", "heads") or each is not None}
 
     @model_validator(mode="after")
     def _settings_of_the_kind(self) -> Self:

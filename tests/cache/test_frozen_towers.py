@@ -14,12 +14,14 @@ from PIL import Image
 import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.stored import StoredSource
-from cmapkd.models import load_model
+from cmapkd.models import ModelConfig, build_model, load_model
 from cmapkd.models.image_towers import VisualTower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from model_support import inputs
 from test_parts_family import CONVOLUTIONAL, save_encoder
+
+from helpers import make_method
 
 CACHE = {"store": "fp32", "shard_mib": 0.01}
 HEADS = ["projections", "scale"]
@@ -42,10 +44,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def settings(world: dict[str, Any], **changes: Any) -> dict[str, Any]:
     training = {"steps": 6, "batch_size": 8, "log_every": 1, "device": "cpu", "train_parts": HEADS}
-    options = {"image": CONVOLUTIONAL, "text": world["text"], "image_head": "mlp", "text_head": "mlp", "embed_dim": 16}
+    heads = changes.pop("heads", "mlp")
+    views = {"num_views": 2} | ({} if heads == "mlp" else {"crop_scale": [1.0, 1.0]})  # each picture is answered once
+    options = {"image": CONVOLUTIONAL, "text": world["text"], "image_head": heads, "text_head": heads, "embed_dim": 16}
     values: dict[str, Any] = {
         "student": {"name": "parts:small", "options": options},
-        "data": {"train": world["data"], "views": {"num_views": 2}, "on_bad_sample": "skip", "max_bad_share": 1.0},
+        "data": {"train": world["data"], "views": views, "on_bad_sample": "skip", "max_bad_share": 1.0},
         "method": "contrastive",
         "optim": {"learning_rate": 0.01},
         "seed": 4,
@@ -55,13 +59,29 @@ def settings(world: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::cmapkd.cache.CacheWarning")
-@pytest.mark.parametrize("training", [{}, {"train_parts": ["text", *HEADS]}, {"micro_batch": 4}])
+@pytest.mark.parametrize(
+    ("training", "heads"),
+    [
+        ({}, "mlp"),
+        ({"train_parts": ["text", *HEADS]}, "mlp"),
+        ({"micro_batch": 4}, "mlp"),
+        ({"micro_batch": 4}, {"kind": "reader", "queries": 2, "heads": 2}),
+        ({"train_parts": ["text", *HEADS]}, "reader"),
+    ],
+)
 def test_the_same_losses_without_a_forward_pass(
-    world: dict[str, Any], training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    world: dict[str, Any],
+    training: dict[str, Any],
+    heads: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    cmapkd.distill(**settings(world, training=training), out=tmp_path / "live", quiet=True)
-    cmapkd.distill(**settings(world, training={**training, "steps": 1}, cache=CACHE), out=tmp_path / "first")
+    values = {"heads": heads, "training": training}
+    cmapkd.distill(**settings(world, **values), out=tmp_path / "live", quiet=True)
+    first = {"heads": heads, "training": {**training, "steps": 1}}
+    cmapkd.distill(**settings(world, **first, cache=CACHE), out=tmp_path / "first")
     assert "of the student answer from" in capsys.readouterr().out.replace("\n", " ")
     encoded: list[int] = []
     read: list[int] = []
@@ -75,19 +95,17 @@ def test_the_same_losses_without_a_forward_pass(
         read.append(index)
         return decode(self, index)
 
-    cmapkd.distill(**settings(world, training=training, cache=CACHE), out=tmp_path / "cached", quiet=True)
+    cmapkd.distill(**settings(world, **values, cache=CACHE), out=tmp_path / "cached", quiet=True)
     for mine, theirs in zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-6)
     cached, live = load_model(tmp_path / "cached"), load_model(tmp_path / "live")
     torch.testing.assert_close(cached(inputs(live)).text.embedding, live(inputs(live)).text.embedding)
     monkeypatch.setattr(VisualTower, "forward", counted)
     monkeypatch.setattr(StoredSource, "__getitem__", looked)
-    cmapkd.distill(
-        **settings(world, training=training, cache={**CACHE, "mode": "require"}), out=tmp_path / "b", quiet=True
-    )
-    # an empty picture that measures the width, one whose answer shows the layout, and the one in the place of the
-    # damaged picture, which no plan foresees; with micro-batches once more in the backward pass
-    assert sum(encoded) <= 4
+    cmapkd.distill(**settings(world, **values, cache={**CACHE, "mode": "require"}), out=tmp_path / "b", quiet=True)
+    # empty pictures that measure the width and, for readers, the tokens, one whose answer shows the layout, and the one
+    # in the place of the damaged picture, which no plan foresees; with micro-batches once more in the backward pass
+    assert sum(encoded) <= (4 if heads == "mlp" else 5)
     assert len({index for index in read if index > 0}) <= 2
 
 
@@ -111,3 +129,12 @@ def test_a_method_that_needs_pictures_says_so(
     cmapkd.distill(**values, out=tmp_path / "a")
     shown = " ".join(capsys.readouterr().out.split())
     assert "frozen towers answer live: its masked pictures are encoded anew in every step" in shown
+
+
+def test_a_text_reader_answers_live_where_there_are_further_texts(world: dict[str, Any]) -> None:
+    options = {"image": CONVOLUTIONAL, "text": world["text"], "text_head": "reader", "embed_dim": 16}
+    student: Any = build_model(ModelConfig(name="parts:small", options=options))
+    for settings_of, told in (({}, False), ({"synthetic": True}, True)):
+        method: Any = make_method("mobileclip", student=student, settings=settings_of)
+        method.train_only(HEADS)
+        assert ("a reader behind the text tower" in (method.why_student_live or "")) == told

@@ -70,7 +70,7 @@ def with_transformers_text(folder: Path, length: int = SHORT) -> DualEncoder:
 
 
 def parts(folder: Path, length: int = SHORT) -> DualEncoder:
-    """A convolutional image tower and a BERT, joined by two heads."""
+    """A convolutional image tower and a BERT, joined by two heads of different kinds."""
     from transformers import BertConfig, BertModel
 
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -79,7 +79,7 @@ def parts(folder: Path, length: int = SHORT) -> DualEncoder:
     save_word_tokenizer(folder)
     image = {"name": "timm:test_efficientnet", "image_size": 64}
     text = {"name": f"hf:{folder}", "context_length": length}
-    options = {"image": image, "text": text, "image_head": "mlp", "text_head": "mlp", "embed_dim": 16}
+    options = {"image": image, "text": text, "image_head": "mlp", "text_head": "reader", "embed_dim": 16}
     return build_model(ModelConfig(name="parts:small", options=options))
 
 

@@ -35,9 +35,10 @@ LEFT = {
 UNWATCHED = ("attnpool.positional_embedding", "head.attention.in_proj_weight", "head.probe")
 """Reshaped before they are cast: they could be held, but it is not seen."""
 MORE = {  # cast too, although of no layer
-    "open_clip": {"text_projection", "visual.proj", "visual.positional_embedding"},
-    "open_clip RN50-like": {"text_projection"},
-    "timm": {"text.text_projection"},
+    "open_clip": {"model.text_projection", "model.visual.proj", "model.visual.positional_embedding"},
+    "open_clip RN50-like": {"model.text_projection"},
+    "timm": {"model.text.text_projection"},
+    "parts": {"text_head.queries"},
 }
 
 
@@ -95,7 +96,7 @@ def test_every_familys_answers_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), draws)
     assert differing(answers(model, batch), expected) == []
     left = {f"model.{each}" for each in LEFT.get(name, ())}
-    layers = of_layers(model) | {f"model.{each}" for each in MORE.get(name, ())}
+    layers = of_layers(model) | MORE.get(name, set())
     assert model.held == layers - left
     for key, each in model.named_parameters():
         assert each.dtype == (torch.bfloat16 if key in model.held else torch.float32), key

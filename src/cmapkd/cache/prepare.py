@@ -32,7 +32,8 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.data.views import ViewSpec
 from cmapkd.methods import Method
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest, Model
+from cmapkd.methods.dual import TeacherDetail
+from cmapkd.models import DualEncoder, FrozenTeacher, Model
 
 GIB = 2**30
 
@@ -96,13 +97,15 @@ class CachePlan:
         precision: str,
         texts: TextChoice,
     ) -> CachePlan:
-        """Of the pooled features of the student's towers that do not learn, for a run in which only what follows does.
+        """Of what the student's towers that do not learn give to what follows: pooled features, or last tokens.
 
         Where the config names a folder, they have a folder of their own next to it. `cache.kind` is the teacher's.
         """
-        config = beside(config, "student").model_copy(update={"kind": "global"})
+        needs = student.stored_levels
+        detail: TeacherDetail = "dense" if needs.image_levels or needs.text_levels else "global"
+        config = beside(config, "student").model_copy(update={"kind": detail})
         towers = FrozenTeacher(student.pooled_towers(student.frozen_towers), role="student", shared=True)
-        return cls(config, towers, AskedTowers(LevelRequest()), source, views, keys, precision, texts)
+        return cls(config, towers, AskedTowers(needs, detail), source, views, keys, precision, texts)
 
     @property
     def _seen(self) -> Seen:

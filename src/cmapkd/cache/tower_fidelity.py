@@ -33,7 +33,8 @@ class TowerFidelity:
             cosines = F.cosine_similarity(array.flatten(1).double(), stored[name].flatten(1).double())
             self._sums[name] = self._sums.get(name, 0.0) + float(cosines.sum())
             self._smallest[name] = min(self._smallest.get(name, 1.0), float(cosines.min()))
-        if live["image"].shape[1] != live["text"].shape[1]:  # pooled features, which no head has joined yet
+        width = live["image"].shape[1]
+        if not width or width != live["text"].shape[1]:  # pooled features or tokens, which no head has joined yet
             return
         similarities = [
             F.normalize(side["image"], dim=-1) @ F.normalize(side["text"], dim=-1).T for side in (live, stored)

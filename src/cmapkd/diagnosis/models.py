@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 from typing import Literal
 
 import torch
-from torch import nn
 
 from cmapkd.config import counted
 from cmapkd.data.records import iter_captions
@@ -16,6 +15,7 @@ from cmapkd.diagnosis.finding import Finding
 from cmapkd.evaluation.efficiency import weight_bytes
 from cmapkd.models import Classifier, DualEncoder, Model
 from cmapkd.models.activation import activation_losses, assumption
+from cmapkd.models.parts import word_tables
 from cmapkd.models.untrained import named_parts, remark_on_unlearned, remark_on_untrained
 from cmapkd.objectives.common import unit
 
@@ -91,11 +91,7 @@ def check_size(role: str, model: DualEncoder) -> Iterator[Finding]:
     """Parameters of each tower and of the text tower's word table, and megabytes on disk."""
     numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
     towers = {part: sum(numbers[name] for name in names) for part, names in model.parts.items()}
-    table = sum(
-        module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.num_embeddings >= model.tokenizer.vocab_size
-    )
+    table = sum(each.weight.numel() for each in word_tables(model, model.tokenizer.vocab_size))
     image, text = towers.get("image", 0), towers.get("text", 0)
     size = weight_bytes(model)
     detail = (

@@ -21,6 +21,7 @@ from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import DualEncoder
 from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer
+from cmapkd.models.parts import word_tables
 from cmapkd.models.reach import differentiable, parameters_behind
 from cmapkd.models.types import BOTH
 
@@ -55,11 +56,7 @@ def parameter_counts(model: DualEncoder, pixels: Tensor, texts: TokenBatch) -> d
     image = _behind(model, lambda: model.encode_image(pixels).embedding)
     text = _behind(model, lambda: model.encode_text(texts).embedding)
     parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    tables = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.num_embeddings >= model.tokenizer.vocab_size
-    }
+    tables = {id(table.weight) for table in word_tables(model, model.tokenizer.vocab_size)}
 
     def count(names: set[int]) -> int:
         return sum(parameters[name] for name in names)

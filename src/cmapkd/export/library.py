@@ -90,6 +90,11 @@ def _write_open_clip(model: DualEncoder, folder: Path) -> None:
         raise ValueError(f"{model.name} is a {type(model).__name__}, which open_clip has no form for: --to onnx")
     if model.sizes is not None:
         raise ValueError(f"the towers of {model.name} were cut, and open_clip has no words for their sizes: --to onnx")
+    if model.kept is not None:
+        raise ValueError(
+            f"{model.name} has its own vocabulary of {len(model.kept):,} tokens, and open_clip would read texts with "
+            "the whole one: --to onnx"
+        )
     for key in ("hf_model_name", "hf_tokenizer_name"):
         named = model.config["text_cfg"].get(key)
         if named and Path(str(named)).exists():

@@ -58,6 +58,8 @@ class DualEncoderMethod(Method):
     """Answers for the student's towers that do not learn, from a cache, in batches that bring stored rows of them."""
     stored_towers: tuple[Tower, ...] = ()
     """Which towers these are."""
+    stored_levels: LevelRequest = LevelRequest()
+    """What the student reads of these answers beside pooled features."""
     _last_shared_layers: tuple[LevelRequest, tuple[str, ...]] | None = (
         None  # names, and the needs that they were found for
     )
@@ -238,6 +240,10 @@ class DualEncoderMethod(Method):
             return f"{type(self).__name__} encodes the student in a way of its own"
         if self.more_views:
             return "further views are encoded anew in every epoch"
+        if self.text_pools and self.student.stored_levels.text_levels:
+            return (
+                "a reader behind the text tower reads the tokens of further texts, and a cache holds one vector of each"
+            )
         if self.auxiliary is not None:
             return "heads that learn with the student read its pictures"
         if any(isinstance(teacher, MomentumTeacher) for teacher in self.teachers.values()):
@@ -247,7 +253,7 @@ class DualEncoderMethod(Method):
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
         if self.stored_student is not None and STUDENT in part.stored:
             inputs = part.pairs(STUDENT).to(self.device, True) if STUDENT in part.inputs else None
-            stored = self.stored_student(part.only(STUDENT).to(self.device, non_blocking=True))
+            stored = self.stored_student(part.only(STUDENT).to(self.device, non_blocking=True), self.stored_levels)
             joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, self.student_needs)
             return joined
         features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)

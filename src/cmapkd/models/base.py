@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmapkd.config import closest
+from cmapkd.config import ConfigError, closest
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models.architecture import settings_text
 from cmapkd.models.embedding import Embeddings, Picture, embedded_images, embedded_texts
@@ -251,6 +251,11 @@ class DualEncoder(ImageEncoder):
         """
         raise ValueError(f"{self.name} cannot have towers of other sizes")
 
+    @property
+    def stored_levels(self) -> LevelRequest:
+        """What `pooled_towers(frozen_towers)` are to be asked for beside embeddings, so that the model can go on."""
+        return LevelRequest()
+
     def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:  # noqa: ARG002  for those that have some
         """Some of `frozen_towers`, without what follows them: its embeddings are their pooled features.
 
@@ -301,6 +306,19 @@ class DualEncoder(ImageEncoder):
     def with_tokenizer_of(self, other: DualEncoder) -> DualEncoder:  # noqa: ARG002  for models that can take another's
         """This model, or an untrained one like it, that reads texts as `other` does, if the family can."""
         return self
+
+    def with_words_of(self, texts: Iterable[str]) -> DualEncoder:  # noqa: ARG002  for models whose words can be cut
+        """This model with the tokens that the texts need, control tokens, and bytes or letters for all other words.
+
+        The texts have the same tokens as before under other ids, and so the same embeddings. May change this model.
+
+        Raises:
+            ConfigError: its words cannot be cut.
+        """
+        raise ConfigError(
+            f"vocabulary: texts is not for {self.name}: leave it out. It is for models of open_clip:, timm:, hf: and "
+            "parts: (a tiny model learns its own words, see its option vocab_size)"
+        )
 
     def forward(self, inputs: ModelInput, needs: LevelRequest | None = None) -> Features:
         needs = needs or LevelRequest()

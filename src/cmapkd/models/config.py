@@ -57,6 +57,11 @@ class ModelConfig(Config):
         "fp32", description="Of the weights of a model that writes: bf16 halves the memory of a teacher."
     )
     inherit: InheritConfig | None = Field(None, description="Begin with slices of a larger model's weights.")
+    vocabulary: Literal["whole", "texts"] = Field(
+        "whole",
+        description="Of a student that embeds. texts: its word table and tokenizer keep the tokens of the training "
+        "texts, control tokens, and bytes or letters.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -68,6 +73,7 @@ class ModelConfig(Config):
         """What a model does not use is left out, so that it is written as before there were such settings."""
         values: dict[str, Any] = handler(self)
         unused = {"inherit": self.inherit is None, "weights": self.weights == "last", "dtype": self.dtype == "fp32"}
+        unused["vocabulary"] = self.vocabulary == "whole"
         return {key: value for key, value in values.items() if not unused.get(key, False)}
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cmapkd.config import ConfigError
+from cmapkd.models.cut_words import configs_in, renumber
 from cmapkd.models.hf_vlm_read import read_processor
 from cmapkd.models.kept_tokens import cut_tokenizer, kept_tokens
 from cmapkd.models.vlm_language import Language
@@ -25,19 +25,6 @@ ABOUT_VOCABULARY = (
 
 
 _MARK = "0123456789"  # in the place of a text
-
-
-def texts_given(texts: Iterable[str] | None, name: str) -> Iterable[str]:
-    """The texts whose tokens stay.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    if texts is None:
-        raise ConfigError(
-            f"vocabulary: texts needs training texts, and {name} is given none: leave the option out here"
-        )
-    return texts
 
 
 def cut_to_texts(model: Any, native: Any, texts: Iterable[str], *, name: str, lead: str = "") -> tuple[Any, Any]:
@@ -72,12 +59,12 @@ def cut_rows(model: Any, kept: Sequence[int]) -> Any:
     numbers = {old: new for new, old in enumerate(kept)}
     config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     table = model.get_input_embeddings().weight
-    for each in _configs(config):
-        _renumber(each, numbers)
+    for each in configs_in(config):
+        renumber(each, numbers)
         if getattr(each, "vocab_size", None) == len(table):
             each.vocab_size = len(kept)
     config.get_text_config().vocab_size = len(kept)
-    _renumber(generation, numbers)
+    renumber(generation, numbers)
     rows = torch.tensor(list(kept), dtype=torch.long)
     words = [model.get_input_embeddings().weight, *(p for p in model.lm_head.parameters())]
     cut = {id(parameter) for parameter in words}
@@ -111,20 +98,3 @@ def _in_dialogues(texts: Iterable[str], native: Any, lead: str) -> Iterator[str]
     for text in texts:
         yield lead + text
         yield frame.replace(_MARK, text)
-
-
-def _configs(config: Any) -> list[Any]:
-    """A config and those inside it."""
-    inside = [each for each in vars(config).values() if hasattr(each, "to_dict") and hasattr(each, "model_type")]
-    return [config, *(deeper for each in inside for deeper in _configs(each))]
-
-
-def _renumber(settings: Any, numbers: Mapping[int, int]) -> None:
-    """New ids of tokens, in place; None for those that the tokenizer does not have."""
-    for key, value in list(vars(settings).items()):
-        if not key.endswith(("_token_id", "_token_index", "_token_ids")) or value is None:
-            continue
-        if isinstance(value, list | tuple):
-            setattr(settings, key, [numbers[old] for old in value if old in numbers])
-        else:
-            setattr(settings, key, numbers.get(int(value)))

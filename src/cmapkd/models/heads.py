@@ -1,30 +1,45 @@
-"""Heads: the small modules that lead from a tower's pooled features, or from another space, to the joint space."""
+"""Heads: the small modules that lead from what a tower gives, or from another space, to the joint space."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 from torch import Tensor, nn
 
-from cmapkd.config import Config
+from cmapkd.config import Config, ConfigError
+from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
 
 ProjectorKind = Literal["none", "linear", "two_layer"]
+READER_HEAD_WIDTH = 64  # channels of each attention head where the config does not say how many heads there are
 
 
 class HeadConfig(Config):
     """A head behind a tower. In a recipe its kind alone is enough: `image_head: mlp`."""
 
-    kind: Literal["linear", "mlp"] = Field("linear", description="One matrix, or two with a GELU between them.")
+    kind: Literal["linear", "mlp", "reader"] = Field(
+        "linear",
+        description="One matrix; two with a GELU between them; or learned queries that attend over the last tokens.",
+    )
     hidden: int | None = Field(
-        None, ge=1, description="Units between the matrices of an mlp. None: as open_clip has them, see docs/models.md."
+        None,
+        ge=1,
+        description="Units between the matrices of an mlp, or channels of a reader's keys and values. None: as "
+        "open_clip has them, see docs/models.md; of a reader the tower's width.",
     )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="Probability; of an mlp's hidden units, of a linear head's input."
+        0.0, ge=0, lt=1, description="Probability; of an mlp's hidden units, of a linear head's input, of what is read."
     )
     bias: bool | None = Field(
         None, description="Whether the first matrix has a bias. None: an image tower's mlp has one, as in open_clip."
+    )
+    queries: int | None = Field(None, ge=1, le=1024, description="Of a reader: how many things it reads. None: one.")
+    heads: int | None = Field(
+        None, ge=1, description="Of a reader: attention heads. None: one for each 64 channels, as far as they divide."
     )
 
     @model_validator(mode="before")
@@ -36,10 +51,21 @@ class HeadConfig(Config):
             return {"kind": values["name"]} | {key: value for key, value in values.items() if key != "name"}
         return values
 
+    @model_serializer(mode="wrap")
+    def _without_reader(self, handler: Any) -> dict[str, Any]:
+        """Settings of a reader are left out where they say nothing, so that caches know heads from before readers."""
+        values: dict[str, Any] = handler(self)
+        return {key: each for key, each in values.items() if key not in ("queries", "heads") or each is not None}
+
     @model_validator(mode="after")
-    def _hidden_of_an_mlp(self) -> Self:
+    def _settings_of_the_kind(self) -> Self:
         if self.kind == "linear" and self.hidden is not None:
-            raise ValueError("hidden is the width inside an mlp, and this head is linear: set kind: mlp")
+            raise ValueError("hidden is the width inside an mlp or a reader, and this head is linear: set kind: mlp")
+        for setting in ("queries", "heads"):
+            if self.kind != "reader" and getattr(self, setting) is not None:
+                raise ValueError(f"{setting} belongs to a reader, and this head is {self.kind}: set kind: reader")
+        if self.kind == "reader" and self.bias is not None:
+            raise ValueError("a reader's matrices have biases, as those of any attention: leave bias out")
         return self
 
 
@@ -51,6 +77,8 @@ class Head(nn.Module):
         hidden: where the config names no number.
         bias: of the first matrix, where the config does not say.
     """
+
+    reads_tokens: ClassVar[bool] = False
 
     def __init__(self, config: HeadConfig, width: int, dim: int, *, hidden: int, bias: bool) -> None:
         super().__init__()
@@ -68,6 +96,76 @@ class Head(nn.Module):
         inner = pooled if self.config.kind == "linear" else self.act(self.hidden(pooled))
         embedding: Tensor = self.out(self.drop(inner))
         return embedding
+
+
+class Reader(nn.Module):
+    """Learned queries attend over a tower's last tokens; what they read is joined, and projected without a bias.
+
+    Tokens are normalised first, so a tower's last norm may be missing from them. Queries begin small: what is read is
+    then the mean of the tokens, and with it of the values.
+
+    Args:
+        level: what is read; `dim`: of the joint space.
+    Raises:
+        ConfigError: the channels cannot be shared out among the heads.
+    """
+
+    reads_tokens: ClassVar[bool] = True
+
+    def __init__(self, config: HeadConfig, level: LevelInfo, dim: int) -> None:
+        super().__init__()
+        self.config, self.level, width = config, level, level.width
+        inner = config.hidden or width
+        most = max(1, inner // READER_HEAD_WIDTH)
+        self.heads = config.heads or next(n for n in range(most, 0, -1) if inner % n == 0)
+        if inner % self.heads:
+            raise ConfigError(f"a reader of {inner} channels cannot have {self.heads} heads: set heads to a divisor")
+        self.norm = nn.LayerNorm(width)
+        self.queries = nn.Parameter(torch.randn(config.queries or 1, inner) * 0.02)
+        self.keys, self.values = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.drop = nn.Dropout(config.dropout)
+        self.out = nn.Linear(len(self.queries) * inner, dim, bias=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"queries"}
+
+    def forward(self, last: Level) -> Float[Tensor, "batch dim"]:
+        """Reads all tokens or cells of a level, prefix tokens too, and no padding."""
+        tokens = last.values.flatten(2).transpose(1, 2) if last.layout == "map" else last.values
+        tokens = self.norm(tokens)
+        keys, values = (
+            layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.keys, self.values)
+        )
+        queries = self.queries.to(keys.dtype).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        mask = None
+        if last.mask is not None:  # added, and finite: a text without any token gives the mean of its padding
+            mask = torch.zeros_like(last.mask, dtype=keys.dtype).masked_fill(~last.mask, torch.finfo(keys.dtype).min)
+            mask = mask[:, None, None, :]
+        read = F.scaled_dot_product_attention(queries.expand(keys.shape[0], -1, -1, -1), keys, values, attn_mask=mask)
+        embedding: Tensor = self.out(self.drop(read.transpose(1, 2).flatten(1)))
+        return embedding
+
+
+def make_head(config: HeadConfig, tower: Any, dim: int, *, hidden: int, bias: bool) -> Head | Reader:
+    """The head that a config asks for behind a tower, an `ImageTower` or a `TextTower`.
+
+    Raises:
+        ConfigError: the tower gives no tokens, and a reader is asked for.
+    """
+    if config.kind == "reader":
+        return Reader(config, tower.last_level(), dim)
+    return Head(config, tower.width, dim, hidden=hidden, bias=bias)
+
+
+def behind(head: Head | Reader, tower: TowerFeatures) -> TowerFeatures:
+    """What a tower gave, with the head's embedding in the place of pooled features or of last tokens."""
+    levels = {name: level for name, level in tower.levels.items() if name != LAST}
+    return TowerFeatures(head(tower.levels[LAST] if head.reads_tokens else tower.embedding), levels)
+
+
+def asked_of(head: Head | Reader, levels: Sequence[str] = ()) -> tuple[str, ...]:
+    """What a tower is asked for, so that the head can go on from there: these levels, for a reader the last tokens."""
+    return (*levels, LAST) if head.reads_tokens else tuple(levels)
 
 
 def make_projector(kind: ProjectorKind, width: int, to: int) -> nn.Module:

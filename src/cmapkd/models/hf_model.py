@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cmapkd.config import ConfigError
 from cmapkd.config.disk import usual_rights
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.base import NO_TOKENS, DualEncoder
+from cmapkd.models.cut_words import configs_in, cut_native, cut_table, renumber
 from cmapkd.models.hf_tokenizer import HfTokenizer
 from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import split_by_name
@@ -112,6 +113,19 @@ class HfModel(DualEncoder):
             embedding = self.model.text_projection(output.last_hidden_state[rows, end])
         kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in _take(output, levels).items()}
         return TowerFeatures(embedding, kept)
+
+    def with_words_of(self, texts: Iterable[str]) -> HfModel:
+        read, config = self.tokenizer, self.model.config
+        native, kept = cut_native(read.native, texts, name=self.name, clean=read.clean)
+        cut_table(self.model.text_model.embeddings.token_embedding, kept)
+        numbers = {old: new for new, old in enumerate(kept)}
+        for each in configs_in(config):
+            renumber(each, numbers)
+        config.text_config.vocab_size = len(kept)
+        if self.model_type == "clip":
+            config.text_config.eos_token_id = self.model.text_model.eos_token_id = native.eos_token_id
+        self.tokenizer, self._end_id = read.over(native), native.eos_token_id
+        return self
 
     def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         weights = read_weights(path, averaged=averaged)

@@ -29,11 +29,17 @@ class HfTokenizer:
     ) -> None:
         self.native, self.context_length, self.whole_because = tokenizer, context_length, whole_because
         self.vocab_size: int = len(tokenizer)
-        self._clean = canonicalizer() if canonical else None
+        self.clean = canonicalizer() if canonical else None
+
+    def over(self, native: Any) -> HfTokenizer:
+        """Another tokenizer of transformers, read as this one is."""
+        other = copy(self)
+        other.native, other.vocab_size = native, len(native)
+        return other
 
     def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:
         texts = text_list(texts)
-        cleaned = texts if self._clean is None else [self._clean(text) for text in texts]
+        cleaned = texts if self.clean is None else [self.clean(text) for text in texts]
         encoded = self.native(
             cleaned,
             padding="longest" if self.whole_because is None else "max_length",
@@ -44,7 +50,7 @@ class HfTokenizer:
             return_tensors="pt",
         )
         places = encoded.get("offset_mapping")
-        if places is not None and self._clean is not None:
+        if places is not None and self.clean is not None:
             places = moved_spans(places.tolist(), texts, cleaned, canonical=True)
         pad_id = getattr(self.native, "pad_token_id", None) or 0
         tokens = TokenBatch(encoded["input_ids"].long(), encoded["attention_mask"].bool(), places, pad_id=pad_id)

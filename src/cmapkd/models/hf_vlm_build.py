@@ -10,9 +10,10 @@ from pydantic import Field
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.models.chat import HfChatProcessor
-from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, cut_to_texts, texts_given
+from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, cut_to_texts
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_read import read_processor
+from cmapkd.models.kept_tokens import texts_given
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.vlm_folders import check_not_merged
 from cmapkd.models.vlm_layouts import LAYOUTS

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.models.errors import first_line
 from cmapkd.models.images import ImageSpec
-from cmapkd.models.types import LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, LevelInfo, TowerFeatures
 
 
 class ImageTower(nn.Module, ABC):
@@ -34,7 +34,12 @@ class ImageTower(nn.Module, ABC):
     levels: tuple[LevelInfo, ...]
 
     @abstractmethod
-    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures: ...
+    def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        """Pooled features and the named levels. With `LAST` among them nothing is pooled: the features have width 0.
+
+        Raises:
+            ConfigError: the tower has no last tokens.
+        """
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
@@ -47,6 +52,17 @@ class ImageTower(nn.Module, ABC):
 
     def save_config(self, folder: Path) -> None:
         """Writes what `describe` cannot hold into a model folder."""
+
+    @torch.no_grad()
+    def last_level(self) -> LevelInfo:
+        """Width and layout of the last tokens, found by a run on an empty picture.
+
+        Raises:
+            ConfigError: the tower gives none.
+        """
+        size = self.spec.size
+        last = self.eval()(torch.zeros(1, 3, size, size), (LAST,)).levels[LAST]
+        return LevelInfo(LAST, int(last.values.shape[1 if last.layout == "map" else 2]), last.layout)
 
     @torch.no_grad()
     def measure_width(self) -> int:

@@ -18,12 +18,12 @@ from cmapkd.models.hf_model import image_spec as spec_of_processor
 from cmapkd.models.hub import locate
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec
-from cmapkd.models.open_clip_levels import image_levels, outputs_of, visual_blocks, visual_features
+from cmapkd.models.open_clip_levels import image_levels, last_tokens, outputs_of, visual_blocks, visual_features
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.models.tiny_tower import TinyImageTower
 from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
-from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
 
 IMAGE_CONFIG = "image_tower"  # a transformers image tower's own config, inside a model folder
 COUNTERS = ".num_batches_tracked"  # of batch norms; no weight, and often left out of weight files
@@ -77,6 +77,9 @@ class VisualTower(ImageTower):
         self.width = self.measure_width()
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        if LAST in levels:
+            own = tuple(level for level in levels if level != LAST)
+            return last_tokens(self.visual, images, own, self._indices, name=self.name)
         if not levels:
             return TowerFeatures(self.visual(images))
         return visual_features(self.visual, images, levels, self._indices, name=self.name)
@@ -111,12 +114,16 @@ class TransformersImageTower(ImageTower):
         self.width = self.measure_width()
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
-        wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
+        own = [name for name in levels if name != LAST]
+        wanted = sorted({int(name.removeprefix("blocks.")) for name in own})
         with outputs_of(self._blocks, wanted) as values:
             output = self.model(pixel_values=images)
         tokens = output.last_hidden_state
         num_prefix = self._num_prefix(tokens)
-        if self.pooling == "pooler":
+        taken = {name: values[int(name.removeprefix("blocks."))] for name in own}
+        if LAST in levels:
+            pooled, taken[LAST] = tokens.new_empty(tokens.shape[0], 0), tokens
+        elif self.pooling == "pooler":
             pooled = getattr(output, "pooler_output", None)
             if pooled is None:
                 raise ConfigError(f"{self.name} has no pooler of its own: set pooling to mean or class")
@@ -126,7 +133,6 @@ class TransformersImageTower(ImageTower):
             pooled = tokens[:, 0]
         else:
             pooled = tokens[:, num_prefix:].mean(1)
-        taken = {name: values[int(name.removeprefix("blocks."))] for name in levels}
         return TowerFeatures(
             pooled, {name: Level(value, "tokens", num_prefix, self.grid) for name, value in taken.items()}
         )
@@ -253,7 +259,9 @@ def _tiny(rest: str, config: ImagePartConfig) -> ImageTower:
     if Path(rest).is_dir():
         model = load_model(rest)
     else:
-        model = build_model(ModelConfig(name=config.name, init=config.init), captions=("a",))
+        model = build_model(
+            ModelConfig(name=config.name, init=config.init), captions=("a b c d e f g h",)
+        )  # whose text tower is let go
     if not isinstance(model, TinyDualEncoder):
         raise ConfigError(f"{config.name}: {rest} holds {model.name}, which is no tiny model")
     if config.checkpoint is not None:

@@ -1,66 +1,93 @@
 """A smaller tokenizer out of a larger one: the tokens that some texts need, the control tokens and the bytes.
 
-Byte-pair encoding applies its merges in a fixed order. A token that the texts need is made of smaller ones, which are
-kept with it. Then every merge that the whole tokenizer applies to these texts is there, in its order. So these texts,
-and all others whose tokens are kept, have the same tokens as before. Any other text has shorter ones, down to bytes.
+These texts, and all others whose tokens are kept, have the same tokens as before, see `kept_pieces`. Any other text
+has shorter ones, down to bytes or letters, or the unknown token where the tokenizer has no bytes.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from cmapkd.config import ConfigError
+from cmapkd.models.kept_pieces import (
+    KINDS,
+    byte_pieces,
+    cut_model,
+    inside_unknown,
+    merged_parts,
+    merges_of,
+    pieces_of,
+    plain_letters,
+)
 
 _AT_ONCE = 1000  # texts that are tokenised at a time
 
 
-def kept_tokens(tokenizer: Any, texts: Iterable[str], *, name: str) -> list[int]:
+def texts_given(texts: Iterable[str] | None, name: str) -> Iterable[str]:
+    """The texts whose tokens stay.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if texts is None:
+        raise ConfigError(
+            f"vocabulary: texts needs training texts, and {name} is given none: leave the option out here"
+        )
+    return texts
+
+
+def kept_tokens(tokenizer: Any, texts: Iterable[str], *, name: str, writes: bool = True) -> list[int]:
     """Ids that stay, ascending.
 
     Args:
-        tokenizer: of transformers, of byte-pair encoding that knows all bytes.
+        tokenizer: a fast one of transformers. Of a model that writes: of byte-pair encoding that knows all bytes.
         texts: whose tokens stay.
         name: of the model, for messages.
+        writes: whether the model writes. One that only reads may have an unknown token.
     Raises:
         ConfigError: the tokenizer is of another kind.
     """
-    backend = _description(tokenizer, name)
-    ids: dict[str, int] = backend["model"]["vocab"]
+    backend = _description(tokenizer, name, writes=writes)
+    model = backend["model"]
+    ids, suffix = pieces_of(model), model.get("end_of_word_suffix") or ""
     pieces = {number: piece for piece, number in ids.items()}
     added = {int(token["id"]) for token in backend["added_tokens"]}
+    unknown = _unknown(model, ids)
     needed: set[int] = set()
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _AT_ONCE:
-            needed.update(_ids(tokenizer, batch))
-            batch.clear()
-    needed.update(_ids(tokenizer, batch))
-    ranks = {pair: rank for rank, pair in enumerate(_merges(backend))}
-    inside = {part for number in needed - added for part in _parts(pieces[number], ranks)}
-    unknown = backend["model"].get("unk_token")
-    kept = added | needed | _byte_ids(ids) | {ids[part] for part in inside if part in ids}
-    return sorted(kept | ({ids[unknown]} if unknown in ids else set()))
+    for batch in _batches(texts):
+        rows = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        needed.update(number for row in rows for number in row)
+        if model["type"] == "WordPiece":
+            lost = (text for text, row in zip(batch, rows, strict=True) if unknown & set(row))
+            needed.update(number for text in lost for number in inside_unknown(_words(tokenizer, text), model))
+    kept = added | needed | unknown
+    if model["type"] == "BPE" or model.get("byte_fallback"):
+        kept |= byte_pieces(ids, suffix)
+    if model["type"] == "BPE":
+        ranks = {pair: rank for rank, pair in enumerate(merges_of(model))}
+        inside = {part for number in needed - added for part in merged_parts(pieces[number], ranks, suffix)}
+        kept |= {ids[part] for part in inside if part in ids}
+    else:
+        kept |= plain_letters(model)
+    if model["type"] == "Unigram":
+        kept.add(min(range(len(model["vocab"])), key=lambda number: model["vocab"][number][1]))
+    return sorted(kept)
 
 
-def cut_tokenizer(tokenizer: Any, kept: Sequence[int], *, name: str) -> Any:
-    """The tokenizer that writes the kept ids alone, numbered anew in their order.
+def cut_tokenizer(tokenizer: Any, kept: Sequence[int], *, name: str, writes: bool = True) -> Any:
+    """The tokenizer that knows the kept ids alone, numbered anew in their order.
 
     Raises:
         ConfigError: the tokenizer is of another kind, or a step of it names tokens in a way that is not known.
     """
     from tokenizers import Tokenizer
 
-    backend, numbers = _description(tokenizer, name), {old: new for new, old in enumerate(kept)}
-    model = backend["model"]
-    merges = _merges(backend)
-    model["vocab"] = {piece: numbers[old] for piece, old in model["vocab"].items() if old in numbers}
-    known = model["vocab"]
-    model["merges"] = [[a, b] for a, b in merges if a in known and b in known and a + b in known]
+    backend, numbers = _description(tokenizer, name, writes=writes), {old: new for new, old in enumerate(kept)}
+    backend["model"] = cut_model(backend["model"], kept)
     backend["added_tokens"] = [{**token, "id": numbers[token["id"]]} for token in backend["added_tokens"]]
     backend["truncation"] = backend["padding"] = None
     backend["post_processor"] = _renumbered(backend["post_processor"], numbers, name)
@@ -69,57 +96,51 @@ def cut_tokenizer(tokenizer: Any, kept: Sequence[int], *, name: str) -> Any:
     return smaller
 
 
-def _description(tokenizer: Any, name: str) -> dict[str, Any]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    left = iter(texts)
+    while batch := list(islice(left, _AT_ONCE)):
+        yield batch
+
+
+def _unknown(model: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]:
+    """The id of the unknown token, where there is one."""
+    if model["type"] == "Unigram":
+        return set() if model.get("unk_id") is None else {int(model["unk_id"])}
+    unknown = str(model.get("unk_token"))
+    return {ids[unknown]} if unknown in ids else set()
+
+
+def _words(tokenizer: Any, text: str) -> Iterator[str]:
+    """The words that the tokenizer's model is given, each by itself."""
+    backend = tokenizer.backend_tokenizer
+    normal = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+    split = [(normal, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(normal)
+    yield from (word for word, _ in split)
+
+
+def _description(tokenizer: Any, name: str, *, writes: bool) -> dict[str, Any]:
     """What the backend is made of, refused unless tokens can be left out of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     found: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())
     model = found.get("model") or {}
-    if model.get("type") != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    kind = model.get("type") or type(tokenizer).__name__
+    framed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if writes and (kind != "BPE" or framed):
         raise ConfigError(
-            f"vocabulary: texts leaves tokens out of byte-pair encodings, and the tokenizer of {name} is "
-            f"{model.get('type') or type(tokenizer).__name__}: leave the option out"
+            f"vocabulary: texts leaves tokens out of byte-pair encodings, and the tokenizer of {name} is {kind}: leave "
+            "the option out"
         )
-    if len(_byte_ids(model["vocab"])) < 256:
+    if kind not in KINDS or (kind == "BPE" and model.get("continuing_subword_prefix")):
+        raise ConfigError(
+            f"vocabulary: texts leaves tokens out of fast tokenizers ({', '.join(KINDS)}), and the tokenizer of {name} "
+            f"is {kind}: leave the option out"
+        )
+    if kind == "BPE" and len(byte_pieces(model["vocab"], model.get("end_of_word_suffix") or "")) < 256:
         raise ConfigError(
             f"the tokenizer of {name} does not know all bytes, so that texts would be lost with its tokens: leave "
             "vocabulary: texts out"
         )
     return found
-
-
-def _byte_ids(ids: Mapping[str, int]) -> set[int]:
-    """Ids of the tokens of a byte, in the form of SentencePiece or of GPT-2."""
-    from tokenizers import pre_tokenizers
-
-    fallback = [ids[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in ids]
-    letters = [ids[piece] for piece in pre_tokenizers.ByteLevel.alphabet() if piece in ids]
-    return set(fallback if len(fallback) == 256 else letters)
-
-
-def _ids(tokenizer: Any, texts: Sequence[str]) -> set[int]:
-    if not texts:
-        return set()
-    return {number for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for number in row}
-
-
-def _merges(backend: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """In their order; older files write a pair as one text."""
-    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in backend["model"]["merges"])
-    return [(str(a), str(b)) for a, b in pairs]
-
-
-def _parts(piece: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Every token that comes up while the merges make this one, itself too."""
-    symbols, seen = list(piece), list(piece)
-    while len(symbols) > 1:
-        places = {at: ranks.get(pair) for at, pair in enumerate(pairwise(symbols))}
-        found = [(rank, at) for at, rank in places.items() if rank is not None]
-        if not found:
-            break
-        _, at = min(found)
-        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
-        seen.append(symbols[at])
-    return seen
 
 
 def _renumbered(step: Any, numbers: Mapping[int, int], name: str) -> Any:
@@ -135,4 +156,6 @@ def _renumbered(step: Any, numbers: Mapping[int, int], name: str) -> Any:
             for token, each in step["special_tokens"].items()
         }
         return {**step, "special_tokens": special}
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return {**step, **{end: [step[end][0], numbers[step[end][1]]] for end in ("sep", "cls")}}
     raise ConfigError(f"the tokenizer of {name} ends with {kind}, which is not known here: leave out vocabulary: texts")

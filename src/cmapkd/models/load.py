@@ -19,6 +19,7 @@ from cmapkd.models.errors import explained
 from cmapkd.models.families import family as family_of
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.inherit import inherit_weights
+from cmapkd.models.kept_tokens import texts_given
 from cmapkd.models.quiet import quiet
 from cmapkd.models.storage import DESCRIPTION, read_description
 from cmapkd.models.untrained import note_trained
@@ -33,7 +34,8 @@ def build_model(
     """The model that `config` names, in eval mode, float32, on the CPU.
 
     Args:
-        captions: training texts, read only by an untrained `tiny` or `tiny_vlm` model to learn its vocabulary.
+        captions: training texts, read by an untrained `tiny` or `tiny_vlm` model to learn its vocabulary, and where
+            the vocabulary is to be cut to them.
         teacher: what `inherit: teacher` takes the weights from, and an untrained `tiny_vlm` model its tokenizer.
     Raises:
         ConfigError: the name or an option is unknown, or there is nothing to inherit from.
@@ -42,6 +44,7 @@ def build_model(
     config = ModelConfig.from_mapping(config, where="model") if isinstance(config, str) else config
     folder = Path(config.name)
     family, colon, rest = config.name.partition(":")
+    words = texts_given(captions, config.name) if config.vocabulary == "texts" else None
     if family in FAMILIES and colon:
         with explained(config.name) if Path(rest).exists() else nullcontext():
             model = _checked(_built(family, rest, config, captions, teacher), family)
@@ -63,6 +66,8 @@ def build_model(
         model.load_checkpoint(config.checkpoint, averaged=config.weights == "ema")
     if config.inherit is not None or config.checkpoint is not None:
         note_trained(model)
+    if words is not None:
+        model = _of_fewer_words(model, words)
     return _of_dtype(model, config).eval()
 
 
@@ -112,6 +117,15 @@ def _inherited(model: Model, config: InheritConfig, teacher: Model | None) -> Du
     student = student.with_tokenizer_of(larger)
     inherit_weights(student, larger, depth=config.depth)
     return student
+
+
+def _of_fewer_words(model: Model, texts: Iterable[str]) -> DualEncoder:
+    if isinstance(model, GenerativeModel):
+        raise ConfigError(
+            f"{model.name} writes, and its vocabulary is one of its options: set options.vocabulary: texts, and leave "
+            "vocabulary out beside it"
+        )
+    return dual(model, "vocabulary").with_words_of(texts)
 
 
 def load_model(folder: str | Path) -> Model:

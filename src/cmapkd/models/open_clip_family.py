@@ -17,7 +17,7 @@ from cmapkd.models.families import Loader
 from cmapkd.models.open_clip_build import construct, fit_image_size, load_native_weights
 from cmapkd.models.open_clip_model import NATIVE_CONFIG, NATIVE_WEIGHTS, TEXT_CONFIG, OpenClipModel
 from cmapkd.models.open_clip_pruning import resize
-from cmapkd.models.open_clip_tokenizer import is_siglip, make_tokenizer
+from cmapkd.models.open_clip_tokenizer import KEPT_TOKENS, is_siglip, make_tokenizer
 from cmapkd.models.prunable import TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.types import BOTH, Tower
@@ -88,14 +88,16 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> OpenC
         sizes = {tower: TowerSizes.read(values) for tower, values in description["options"]["sizes"].items()}
         resize(model, sizes)
     load_weights(model, read_weights(folder / NATIVE_WEIGHTS), where=folder)
+    kept = json.loads((folder / KEPT_TOKENS).read_text()) if (folder / KEPT_TOKENS).is_file() else None
     return OpenClipModel(
         model,
         config=model_config,
         preprocess=preprocess,
-        tokenizer=make_tokenizer(model_config["text_cfg"], folder=folder),
+        tokenizer=make_tokenizer(model_config["text_cfg"], folder=folder, kept=kept),
         name=str(description["name"]),
         family=str(description["family"]),
         sizes=sizes,
+        kept=kept,
     )
 
 

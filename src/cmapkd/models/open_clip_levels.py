@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
 from cmapkd.models.block_hooks import block_hooks
-from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
 
 _STEMS = ("act1", "bn1", "conv_stem", "features.norm0")  # what timm calls the output before the first stage
 
@@ -55,23 +56,99 @@ def visual_features(
     Args:
         indices: of each level, as `image_levels` gives them. levels: at least one of them.
     """
-    asked = [info for info in indices if info.name in levels]
-    tokens = asked[0].layout == "tokens"
-    # The last one is always taken: open_clip 3.3's ModifiedResNet stops at the last index asked for, then pools.
-    wanted = sorted({indices[info] for info in asked} | {max(indices.values())})
+    wanted, tokens = _wanted(levels, indices)
     output = visual.forward_intermediates(
         images, indices=wanted, output_fmt="NLC" if tokens else "NCHW", output_extra_tokens=tokens
     )
     values = dict(zip(wanted, output["image_intermediates"], strict=True))
     prefixes = dict(zip(wanted, output.get("image_intermediates_prefix", ()), strict=False))
+    grid = _grid(visual, images) if tokens else None
+    return TowerFeatures(output["image_features"], _named(levels, indices, values, prefixes, grid, name))
+
+
+def last_tokens(
+    visual: Any,
+    images: Float[Tensor, "batch 3 height width"],
+    levels: Sequence[str],
+    indices: Mapping[LevelInfo, int],
+    *,
+    name: str,
+) -> TowerFeatures:
+    """The named levels, and `LAST`: timm's features before they are pooled, of open_clip's own towers the last level.
+
+    Nothing is pooled, so the embedding has width 0.
+
+    Args:
+        levels, indices: as of `visual_features`; there may be no level.
+    Raises:
+        ConfigError: the tower gives no tokens.
+    """
+    nothing = images.new_empty(images.shape[0], 0)
+    if not hasattr(visual, "trunk"):
+        deepest = max(indices, key=lambda info: indices[info]).name
+        found = visual_features(visual, images, tuple(dict.fromkeys((*levels, deepest))), indices, name=name).levels
+        return TowerFeatures(nothing, {**{level: found[level] for level in levels}, LAST: found[deepest]})
+    trunk = visual.trunk
+    if not levels:
+        return TowerFeatures(nothing, {LAST: _unpooled(trunk, trunk.forward_features(images), name)})
+    wanted, tokens = _wanted(levels, indices)
+    more = {"return_prefix_tokens": True} if tokens else {}
+    final, found = trunk.forward_intermediates(images, indices=wanted, output_fmt="NLC" if tokens else "NCHW", **more)
+    pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
+    values = {number: patches for number, (patches, _) in zip(wanted, pairs, strict=True)}
+    prefixes = {number: prefix for number, (_, prefix) in zip(wanted, pairs, strict=True) if prefix is not None}
+    grid = _grid(visual, images) if tokens else None
+    kept = _named(levels, indices, values, prefixes, grid, name)
+    return TowerFeatures(nothing, {**kept, LAST: _unpooled(trunk, final, name)})
+
+
+def _wanted(levels: Sequence[str], indices: Mapping[LevelInfo, int]) -> tuple[list[int], bool]:
+    """The indices to ask `forward_intermediates` for, and whether levels are tokens.
+
+    The last one is always taken: open_clip 3.3's ModifiedResNet stops at the last index asked for, then pools.
+    """
+    asked = [info for info in indices if info.name in levels]
+    return sorted({indices[info] for info in asked} | {max(indices.values())}), asked[0].layout == "tokens"
+
+
+def _named(
+    levels: Sequence[str],
+    indices: Mapping[LevelInfo, int],
+    values: Mapping[int, Tensor],
+    prefixes: Mapping[int, Tensor],
+    grid: tuple[int, int] | None,
+    name: str,
+) -> dict[str, Level]:
+    """The levels by name, from what `forward_intermediates` gave by index; a grid where they are tokens."""
+    numbers = {info.name: number for info, number in indices.items()}
     kept: dict[str, Level] = {}
     for level in levels:
-        index = next(indices[info] for info in asked if info.name == level)
-        if tokens:
-            kept[level] = with_prefix(values[index], prefixes.get(index), _grid(visual, images), name)
+        value = values[numbers[level]]
+        if grid is not None:
+            kept[level] = with_prefix(value, prefixes.get(numbers[level]), grid, name)
         else:
-            kept[level] = Level(values[index], "map", grid=tuple(values[index].shape[-2:]))
-    return TowerFeatures(output["image_features"], kept)
+            kept[level] = Level(value, "map", grid=(value.shape[-2], value.shape[-1]))
+    return kept
+
+
+def _unpooled(trunk: Any, features: Any, name: str) -> Level:
+    """What a timm model pools, of the width that its classifiers expect: tokens, or a map of either layout.
+
+    Raises:
+        ConfigError: these are not its features, or one vector.
+    """
+    width, shape = trunk.num_features, tuple(features.shape) if isinstance(features, Tensor) else ()
+    if len(shape) == 3 and shape[2] == width and shape[1] > 1:
+        return Level(features, "tokens", num_prefix=int(getattr(trunk, "num_prefix_tokens", 0)))
+    if len(shape) == 4 and shape[3] == width and (getattr(trunk, "output_fmt", "") == "NHWC" or shape[1] != width):
+        return Level(features.permute(0, 3, 1, 2), "map", grid=(shape[1], shape[2]))
+    if len(shape) == 4 and shape[1] == width:
+        return Level(features, "map", grid=(shape[2], shape[3]))
+    given = f"features of shape {shape[1:]}" if shape else "several features at once"
+    raise ConfigError(
+        f"{name} gives {given} before it pools and no tokens of width {width}, so a reader has nothing to attend over: "
+        "set image_head to linear or mlp"
+    )
 
 
 def visual_blocks(visual: Any, levels: Sequence[LevelInfo]) -> tuple[nn.Module, ...]:

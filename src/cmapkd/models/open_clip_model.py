@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from cmapkd.models.open_clip_levels import (
 )
 from cmapkd.models.open_clip_pruning import prunable_towers, resize
 from cmapkd.models.open_clip_text import encode_short, is_causal, why_whole
-from cmapkd.models.open_clip_tokenizer import OpenClipTokenizer
+from cmapkd.models.open_clip_tokenizer import KEPT_TOKENS, OpenClipTokenizer
+from cmapkd.models.open_clip_words import cut_words
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights, write_model_folder, write_tensors
@@ -43,7 +45,8 @@ class OpenClipModel(DualEncoder):
     """Wraps `open_clip.CLIP` or `open_clip.CustomTextCLIP`; `config` is open_clip's `model_cfg` of it.
 
     `sizes` are those of towers that were cut to smaller ones than a `model_cfg` can describe. `either_activation` says
-    that weights of this architecture come with GELU and with QuickGELU, and nobody has said which.
+    that weights of this architecture come with GELU and with QuickGELU, and nobody has said which. `kept` are the ids
+    that were left of the tokenizer.
 
     Levels come from open_clip's `forward_intermediates`. A ViT's are `blocks.N` with its class and register tokens at
     the front; a convolutional or windowed tower's are `stages.N` maps, the stem not counted. Texts have `blocks.N`.
@@ -62,10 +65,11 @@ class OpenClipModel(DualEncoder):
         family: str = "open_clip",
         sizes: Mapping[Tower, TowerSizes] | None = None,
         either_activation: bool = False,
+        kept: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model
-        self.sizes, self.either_activation = sizes, either_activation
+        self.sizes, self.either_activation, self.kept = sizes, either_activation, kept
         self.config, self.preprocess = deepcopy(dict(config)), dict(preprocess)
         self.name, self.family = name, family
         examples = tokenizer.padded("these show where it pools")(_SHORT_TEXTS)
@@ -130,7 +134,12 @@ class OpenClipModel(DualEncoder):
             name=self.name,
             family=self.family,
             sizes=sizes,
+            kept=self.kept,
         )
+
+    def with_words_of(self, texts: Iterable[str]) -> OpenClipModel:
+        self.tokenizer, self.kept = cut_words(self.model, self.config, self.tokenizer, texts, name=self.name)
+        return self
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
@@ -186,6 +195,7 @@ class OpenClipModel(DualEncoder):
             tokenizer=self.tokenizer,
             name=self.name,
             family=self.family,
+            kept=self.kept,
         )
         return twin.to(self.device).train(self.training)
 
@@ -193,7 +203,8 @@ class OpenClipModel(DualEncoder):
         """Ours, and open_clip's: `open_clip.create_model_and_transforms("local-dir:FOLDER")` reads it too.
 
         A timm ViT whose `image_size` is not its own is an exception: open_clip builds it at its own size first. So is a
-        model whose towers were cut: open_clip has no words for it, and it is written without open_clip's config.
+        model whose towers were cut, or its tokens: open_clip has no words for it, and it is written without
+        open_clip's config.
         """
         from open_clip.push_to_hf_hub import save_config_for_hf
 
@@ -201,7 +212,9 @@ class OpenClipModel(DualEncoder):
         if self.sizes is not None:
             options["sizes"] = {tower: sizes.plain() for tower, sizes in self.sizes.items()}
         write_model_folder(folder, family=self.family, name=self.name, options=options)
-        if self.sizes is None:
+        if self.kept is not None:
+            (folder / KEPT_TOKENS).write_text(json.dumps(self.kept) + "\n", encoding="utf-8")
+        if self.sizes is None and self.kept is None:
             save_config_for_hf(self.model, folder / NATIVE_CONFIG, model_config=self.config)
         write_tensors(folder / NATIVE_WEIGHTS, self.model.state_dict())
         if hasattr(self.tokenizer.native, "save_pretrained"):

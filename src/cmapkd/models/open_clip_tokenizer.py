@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from cmapkd.data.types import TokenBatch
+from cmapkd.models.cut_words import cut_clip
 from cmapkd.models.errors import first_line
 from cmapkd.models.hf_tokenizer import as_siglip_was_trained
 from cmapkd.models.hub import cached_folder, hub_answers
@@ -28,6 +29,10 @@ _FILES = (
     "vocab.json",
     "vocab.txt",
 )
+
+
+KEPT_TOKENS = "kept_tokens.json"
+"""In a model folder: the ids that were left of the tokenizer, in the order of their new numbers."""
 
 
 class OpenClipTokenizer:
@@ -109,20 +114,26 @@ class OpenClipTokenizer:
         return (ends.cumsum(1) - ends) == 0
 
 
-def make_tokenizer(text_config: Mapping[str, Any], *, folder: Path | None = None) -> OpenClipTokenizer:
+def make_tokenizer(
+    text_config: Mapping[str, Any], *, folder: Path | None = None, kept: Sequence[int] | None = None
+) -> OpenClipTokenizer:
     """The tokenizer of an open_clip `text_cfg`, as `open_clip.get_tokenizer` chooses it.
 
     A SigLIP model's pads on the right, and ends texts with the end token, whatever its files leave out.
 
     Args:
         folder: of a model. Tokenizer files in it stand in place of those that `hf_tokenizer_name` names.
+        kept: the ids that are left of open_clip's own tokenizer; None: all.
     Raises:
         ValueError: its files are not there.
     """
     length = int(text_config.get("context_length", 77))
     settings = dict(text_config.get("tokenizer_kwargs") or {})
     if not (named := text_config.get("hf_tokenizer_name")):
-        return OpenClipTokenizer(_clip_tokenizer(**settings), context_length=length)
+        native = _clip_tokenizer(**settings)
+        if kept is not None:
+            native = cut_clip(native, kept)
+        return OpenClipTokenizer(native, context_length=length)
     settings |= {"context_length": length, "tokenizer_mode": text_config.get("tokenizer_mode")}
     if folder is not None and any((folder / file).is_file() for file in _FILES):
         native = _transformers_tokenizer(str(folder), settings)

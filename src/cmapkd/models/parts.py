@@ -73,6 +73,15 @@ def undecayed(model: nn.Module) -> frozenset[str]:
     return frozenset(found & names)
 
 
+def word_tables(model: nn.Module, words: int) -> list[nn.Embedding]:
+    """The tables of token vectors in a model that knows so many words; tables of places are none."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings >= words and _owner(name) not in _PLACES
+    ]
+
+
 def _owner(name: str) -> str:
     """The last word of a parameter's name that says what it is: `position_embedding` of `position_embedding.weight`."""
     words = name.split(".")

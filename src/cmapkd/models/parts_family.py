@@ -26,8 +26,12 @@ class PartsOptions(Config):
 
     image: ImagePartConfig = Field(description="The image tower: a name, or a name with its settings.")
     text: TextPartConfig = Field(description="The text encoder, likewise.")
-    image_head: HeadConfig = Field(default_factory=HeadConfig, description="From the image tower: linear or mlp.")
-    text_head: HeadConfig = Field(default_factory=HeadConfig, description="From the text encoder: linear or mlp.")
+    image_head: HeadConfig = Field(
+        default_factory=HeadConfig, description="From the image tower: linear, mlp or reader."
+    )
+    text_head: HeadConfig = Field(
+        default_factory=HeadConfig, description="From the text encoder: linear, mlp or reader."
+    )
     embed_dim: int = Field(512, ge=1, description="Width of the joint space.")
     init_logit_bias: float | None = Field(
         None, description="Start of a learned logit bias, for a sigmoid loss (SigLIP: -10). None: the model has none."

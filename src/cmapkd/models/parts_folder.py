@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cmapkd.models.heads import Head
+from cmapkd.models.heads import Head, Reader
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.image_towers import VisualTower
 from cmapkd.models.storage import WEIGHTS, read_weights, write_model_folder, write_tensors
@@ -27,8 +27,8 @@ class Joined(Protocol):
     embed_dim: int
     image: ImageTower
     text: TextTower
-    image_head: Head
-    text_head: Head
+    image_head: Head | Reader
+    text_head: Head | Reader
 
     @property
     def logit_bias(self) -> Tensor | None: ...
@@ -125,8 +125,10 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
     return names.get(start, "") + key.removeprefix(start)
 
 
-def _says(head: Head, *, hidden: int, bias: bool) -> bool:
+def _says(head: Head | Reader, *, hidden: int, bias: bool) -> bool:
     """Whether open_clip's own head has this one's shape."""
+    if isinstance(head, Reader):
+        return False
     if head.config.kind == "linear":
         return head.out.bias is None
     return head.hidden.out_features == hidden and (head.hidden.bias is not None) == bias

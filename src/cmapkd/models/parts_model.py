@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models import parts_folder
 from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import DualEncoder, eval_mode
-from cmapkd.models.heads import Head, HeadConfig
+from cmapkd.models.heads import HeadConfig, Reader, asked_of, behind, make_head
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import load_weights, read_weights
@@ -27,7 +26,7 @@ START_SCALE = math.log(1 / 0.07)  # CLIP, arXiv:2103.00020, section 2.5
 
 
 class PartsModel(DualEncoder):
-    """Each tower gives pooled features, and a head of its own leads from there to the joint space.
+    """Each tower gives pooled features or its last tokens, and a head of its own leads from there to the joint space.
 
     A tower that does not learn stays in eval mode: nothing in it is dropped, and no statistics change. So what it
     answers can be stored, see `PooledTowers`.
@@ -50,8 +49,8 @@ class PartsModel(DualEncoder):
         super().__init__()
         self.image, self.text = image, text
         # widths and biases of open_clip's own heads behind a timm and a transformers tower
-        self.image_head = Head(image_head, image.width, embed_dim, hidden=2 * embed_dim, bias=image_head.kind == "mlp")
-        self.text_head = Head(text_head, text.width, embed_dim, hidden=(text.width + embed_dim) // 2, bias=False)
+        self.image_head = make_head(image_head, image, embed_dim, hidden=2 * embed_dim, bias=image_head.kind == "mlp")
+        self.text_head = make_head(text_head, text, embed_dim, hidden=(text.width + embed_dim) // 2, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(START_SCALE))
         self.learned_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.name, self.embed_dim = name, embed_dim
@@ -102,14 +101,12 @@ class PartsModel(DualEncoder):
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("image", levels)
         self._settle()
-        tower: TowerFeatures = self.image(images, levels)
-        return replace(tower, embedding=self.image_head(tower.embedding))
+        return behind(self.image_head, self.image(images, asked_of(self.image_head, levels)))
 
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         self.check_levels("text", levels)
         self._settle()
-        tower: TowerFeatures = self.text(texts, levels)
-        return replace(tower, embedding=self.text_head(tower.embedding))
+        return behind(self.text_head, self.text(texts, asked_of(self.text_head, levels)))
 
     def _settle(self) -> None:
         """Towers that do not learn are in eval mode, the others in the model's."""
@@ -122,6 +119,12 @@ class PartsModel(DualEncoder):
     def frozen_towers(self) -> tuple[Tower, ...]:
         return tuple(tower for tower in BOTH if not _learns(self.image if tower == "image" else self.text))
 
+    @property
+    def stored_levels(self) -> LevelRequest:
+        frozen = self.frozen_towers
+        image, text = (asked_of(head) for head in (self.image_head, self.text_head))
+        return LevelRequest(image if "image" in frozen else (), text if "text" in frozen else ())
+
     def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:
         return PooledTowers(self, towers)
 
@@ -130,20 +133,22 @@ class PartsModel(DualEncoder):
     ) -> Features:
         image = stored.image
         if "image" in towers:
-            image = replace(image, embedding=self.image_head(image.embedding))
+            image = behind(self.image_head, image)
         elif inputs is not None and "image" in needs.towers:
             image = self.encode_image(self.image_spec.to_model(inputs.images), needs.image_levels)
         if "text" in towers:
-            text = replace(stored.text, embedding=self.text_head(stored.text.embedding))
-            more = {
-                pool: replace(found, embedding=self.text_head(found.embedding))
-                for pool, found in stored.more_texts.items()
-            }
+            text = behind(self.text_head, stored.text)
+            more = {pool: behind(self.text_head, found) for pool, found in stored.more_texts.items()}
         else:
             assert inputs is not None
             text = self.encode_text(inputs.texts, needs.text_levels)
             more = {pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()}
         return Features(image, text, self.logit_scale.exp(), self.learned_bias, more)
+
+    def with_words_of(self, texts: Iterable[str]) -> PartsModel:
+        self.text.cut_words(texts)
+        self.tokenizer = self.text.tokenizer
+        return self
 
     def load_checkpoint(self, path: str | Path, *, averaged: bool = False) -> None:
         load_weights(self, read_weights(path, averaged=averaged), where=path)
@@ -168,8 +173,9 @@ class PartsModel(DualEncoder):
 class PooledTowers(DualEncoder):
     """Towers of a `PartsModel` without their heads: what a cache stores of those that are frozen.
 
-    Its embeddings are pooled features, of another width for each tower, and of width 0 where a tower is not held. Logit
-    scale and heads are not its own, so they may learn while the answers stay as they are.
+    Its embeddings are pooled features, of another width for each tower, and of width 0 where a tower is not held. In
+    front of a reader they have width 0 too, and the level `LAST` is what is stored. Logit scale and heads are not its
+    own, so they may learn while the answers stay as they are.
     """
 
     def __init__(self, model: PartsModel, towers: Collection[Tower]) -> None:
@@ -179,12 +185,16 @@ class PooledTowers(DualEncoder):
         self.nothing = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.name, self.embed_dim = f"{model.name}: frozen {' and '.join(towers)}", model.embed_dim
         self.image_spec, self.tokenizer = model.image_spec, model.tokenizer
-        self.image_levels, self.text_levels = model.image_levels, model.text_levels
+        self.image_levels, self.text_levels = (
+            (head.level,) if tower in towers and isinstance(head, Reader) else ()
+            for tower, head in (("image", model.image_head), ("text", model.text_head))
+        )
 
     @property
     def architecture(self) -> str:
-        held = [None if tower is None else tower.describe() for tower in (self.image, self.text)]
-        return settings_text(self, *held)
+        held: list[Any] = [None if tower is None else tower.describe() for tower in (self.image, self.text)]
+        read = [level.name for level in (*self.image_levels, *self.text_levels)]
+        return settings_text(self, *held, *([read] if read else []))
 
     @property
     def log_logit_scale(self) -> nn.Parameter:

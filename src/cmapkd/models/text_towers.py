@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import TokenBatch
+from cmapkd.models.cut_words import cut_encoder, cut_native
 from cmapkd.models.hf_tokenizer import HfTokenizer, load_tokenizer, pad_on_the_right
 from cmapkd.models.hub import hub_options, locate
 from cmapkd.models.open_clip_levels import outputs_of
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
-from cmapkd.models.types import Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
 
 Pooling = Literal["mean", "class", "end"]
 TEXT_CONFIG = "text_tower"  # the tower's own config, inside a model folder
@@ -53,6 +54,9 @@ class TextPartConfig(Config):
 class TextTower(nn.Module):
     """Token ids to pooled features [batch width], not projected, and levels `blocks.N`, what the blocks return.
 
+    `LAST` is what the encoder returns for each token. Where it is asked for, nothing is pooled: the features have
+    width 0.
+
     Attributes:
         width: of the pooled features.
         levels: shallow to deep; none where the encoder does not keep its blocks in one list.
@@ -76,12 +80,21 @@ class TextTower(nn.Module):
         return self.transformer.config
 
     def forward(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
-        wanted = sorted({int(name.removeprefix("blocks.")) for name in levels})
+        own = [name for name in levels if name != LAST]
+        wanted = sorted({int(name.removeprefix("blocks.")) for name in own})
         with outputs_of(self._blocks, wanted) as values:
             output = self.transformer(input_ids=texts.ids, attention_mask=texts.mask.long())
-        taken = {name: values[int(name.removeprefix("blocks."))] for name in levels}
-        kept = {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()}
-        return TowerFeatures(self._pooled(output.last_hidden_state, texts.mask), kept)
+        taken = {name: values[int(name.removeprefix("blocks."))] for name in own}
+        tokens: Tensor = output.last_hidden_state
+        if LAST in levels:
+            pooled, taken[LAST] = tokens.new_empty(tokens.shape[0], 0), tokens
+        else:
+            pooled = self._pooled(tokens, texts.mask)
+        return TowerFeatures(pooled, {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()})
+
+    def last_level(self) -> LevelInfo:
+        """Width and layout of the last tokens."""
+        return LevelInfo(LAST, self.width, "tokens")
 
     def _pooled(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch width"]:
         if self.pooling == "class":
@@ -91,6 +104,16 @@ class TextTower(nn.Module):
             return tokens[rows, mask.long().sum(1).clamp_min(1) - 1]
         weights = mask.to(tokens.dtype)[..., None]
         return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+    def cut_words(self, texts: Iterable[str]) -> None:
+        """Leaves out, in place, the tokens that these texts do not need, see `DualEncoder.with_words_of`.
+
+        Raises:
+            ConfigError: they cannot be left out.
+        """
+        native, kept = cut_native(self.tokenizer.native, texts, name=self.name, clean=self.tokenizer.clean)
+        cut_encoder(self.transformer, kept, name=self.name)
+        self.tokenizer, self.hub_id = self.tokenizer.over(native), None  # what the hub has is another tokenizer
 
     def describe(self) -> dict[str, Any]:
         """Plain data from which `rebuild_text_tower` makes the untrained encoder, beside what `save_config` writes."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions, VisionTower, image_spec_of
-from cmapkd.models.types import LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, LevelInfo, TowerFeatures
 
 
 class TinyImageTower(ImageTower):
@@ -42,8 +42,13 @@ class TinyImageTower(ImageTower):
         return cls(VisionTower(options), options, name=str(description["name"]))
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
-        output: TowerFeatures = self.visual(images, levels)
-        return output
+        if LAST not in levels:
+            output: TowerFeatures = self.visual(images, levels)
+            return output
+        deepest = self.levels[-1].name
+        found = self.visual(images, (*levels, deepest)).levels
+        kept = {level: found[deepest if level == LAST else level] for level in levels}
+        return TowerFeatures(images.new_empty(images.shape[0], 0), kept)
 
     @property
     def blocks(self) -> tuple[nn.Module, ...]:

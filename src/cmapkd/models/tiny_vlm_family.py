@@ -13,13 +13,13 @@ from cmapkd.config import Config, ConfigError, closest
 from cmapkd.models import hf_family, vlm_family
 from cmapkd.models.base import Model
 from cmapkd.models.config import ModelConfig
-from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, texts_given, with_turns
+from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, with_turns
 from cmapkd.models.families import Loader
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import processor_of
 from cmapkd.models.image_towers import ImagePartConfig, build_image_tower
-from cmapkd.models.kept_tokens import cut_tokenizer, kept_tokens
+from cmapkd.models.kept_tokens import cut_tokenizer, kept_tokens, texts_given
 from cmapkd.models.load import load_model
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.packaged import packaged_models

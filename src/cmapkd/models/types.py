@@ -12,6 +12,8 @@ from torch import Tensor
 Layout = Literal["tokens", "map"]
 Tower = Literal["image", "text"]
 BOTH: tuple[Tower, ...] = ("image", "text")
+LAST = "last tokens"
+"""The level of a tower as a part that a reader head reads: what the tower's own pooling would pool."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.models.base import Model
 from cmapkd.models.chat import HfChatProcessor
 from cmapkd.models.config import ModelConfig
-from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, cut_language, texts_given
+from cmapkd.models.cut_vocabulary import ABOUT_VOCABULARY, VocabularyChoice, cut_language
 from cmapkd.models.families import Loader
 from cmapkd.models.hf_vlm_build import processor_of
 from cmapkd.models.hf_vlm_read import read_processor
 from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
+from cmapkd.models.kept_tokens import texts_given
 from cmapkd.models.lora import LoraConfig
 from cmapkd.models.parts import refuse_empty
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights

@@ -20,6 +20,7 @@ from cmapkd.data.streams import Stream, streams_of
 from cmapkd.data.templates import ClassPrompts, get_class_names, get_class_prompts, get_sentences, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.unseen import unseen
 from cmapkd.data.views import ViewSpec, WholePictures
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
@@ -116,6 +117,8 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
         whole = config.student.options.get("vocabulary") == "texts"  # then no token of a training text may be missed
         words = prompting.vocabulary(source, len(source)) if whole else prompting.vocabulary(source)
         return build_model(config.student, captions=words, teacher=teacher)
+    if config.student.vocabulary == "texts":  # then no token of a training text may be missed
+        return build_model(config.student, captions=training_texts(config, source), teacher=teacher)
     captions = vocabulary_captions(source)
     if not config.method.reads_captions:
         captions = _or_prompts(captions, config, source)
@@ -377,6 +380,24 @@ def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:
         spans=isinstance(method, DualEncoderMethod) and method.needs_spans,
     )
     return readers(method.student, *method.teachers.values(), read=read)
+
+
+def training_texts(config: RunConfig, source: Source) -> Iterator[str]:
+    """Every text that a student which embeds may read: captions, further texts by pool, the classes' prompts; lazily.
+
+    Pictures are not decoded where the source can be read without them. Unreadable samples are passed over.
+    """
+    for index in range(len(source)):
+        try:
+            sample = unseen(source, index)
+        except BadSampleError:  # the training meets it again, and counts it or stops
+            continue
+        yield from sample.captions
+        for texts in sample.texts.values():
+            yield from texts
+    names = get_class_names(config.evaluation.class_names, source)
+    if names:
+        yield from ClassPrompts(names, get_templates(config.evaluation.templates, source)).texts
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

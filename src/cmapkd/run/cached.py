@@ -102,9 +102,9 @@ def student_from_cache(
     towers = student.frozen_towers
     plan = plan_student_cache(config, method, source)
     reader = _filled(plan, config, console, f"frozen {' and '.join(towers)} of the student answer")
-    reader.needs_texts = "text" not in towers
+    reader.needs_texts = reader.needs_texts or "text" not in towers
     method.stored_student = plan.cached_teacher(reader, lambda: student.pooled_towers(towers))
-    method.stored_towers = towers
+    method.stored_towers, method.stored_levels = towers, student.stored_levels
     return {STUDENT: reader}
 
 

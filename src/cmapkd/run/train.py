@@ -21,6 +21,7 @@ from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, MomentumTeacher, build_teacher
 from cmapkd.models.activation import assumption
 from cmapkd.models.load import check_name
+from cmapkd.models.parts import word_tables
 from cmapkd.models.untrained import note_trained
 from cmapkd.run.build import (
     build_student,
@@ -295,6 +296,9 @@ def _sizes(model: Model) -> str:
     told = {"image": "image tower", "text": "text tower", "vision": "vision tower", "projector": "projector"}
     told |= {"embeddings": "embeddings", "language": "language model", "head": "head"}
     shown = ", ".join(f"{towers[part]:,} in its {name}" for part, name in told.items() if towers.get(part))
+    if isinstance(model, DualEncoder):
+        words = sum(table.weight.numel() for table in word_tables(model, model.tokenizer.vocab_size))
+        shown += f", of which {words:,} are its table of words" if words and towers.get("text") else ""
     if towers.get("adapters"):
         shown += f"; and {towers['adapters']:,} in adapters beside them"
     return f"{model.num_parameters():,} parameters ({shown})"

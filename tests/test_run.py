@@ -420,7 +420,7 @@ def test_vocabulary_is_learned_from_what_can_be_read() -> None:
 
 
 def test_vocabulary_is_spread_over_large_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmapkd.run.build.VOCABULARY_CAPTIONS", 3)
+    monkeypatch.setattr("cmapkd.run.texts.VOCABULARY_CAPTIONS", 3)
 
     class Counting(MemorySource):
         def captions(self, index: int) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from cmapkd.models import Classifier, build_model, load_model
 from cmapkd.models.classifier import AnswerRule, mixed
 from cmapkd.models.texts import embed_texts
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy
-from cmapkd.run.build import vocabulary_captions
+from cmapkd.run import vocabulary_captions
 from helpers import CLASSES, make_classifier, make_method, make_model, make_teacher, random_batch
 
 # Numbers of the authors' code; the file names commit and conditions.

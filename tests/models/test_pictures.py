@@ -13,7 +13,8 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import ModelInput
 from cmapkd.models import FrozenTeacher, ModelConfig, build_model
 from cmapkd.models.contracts import both_towers
-from cmapkd.models.pictures_family import NoTexts, PictureTower
+from cmapkd.models.no_texts import NoTexts
+from cmapkd.models.pictures_family import PictureTower
 from helpers import make_method, make_model, make_teacher
 
 

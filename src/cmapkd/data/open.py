@@ -187,19 +187,11 @@ def _open_scenes(spec: Spec) -> Source:
     limits = [number for number in (length, spec.take_int("limit"), spec.keep.limit) if number is not None]
     if limits:
         options["length"] = min(limits)
-    if (size := spec.take_int("size")) is not None:
-        options["size"] = size
-    if (language := spec.take("language")) is not None:
-        options["language"] = language
-    if (label := spec.take("label")) is not None:
-        options["label"] = label
-    if (wrong := spec.take_float("wrong")) is not None:
-        options["wrong"] = wrong
-    if (start := spec.take_int("start")) is not None:
-        options["start"] = start
-    if (descriptions := spec.take("descriptions")) is not None:
-        options["descriptions"] = descriptions
-    spec.refuse_leftovers(("size", "length", "start", "limit", "language", "wrong", "descriptions", "label"))
+    words = ("language", "label", "descriptions")
+    given: dict[str, Any] = {name: spec.take_int(name) for name in ("size", "start")}
+    given |= {"wrong": spec.take_float("wrong"), **{name: spec.take(name) for name in words}}
+    options |= {name: value for name, value in given.items() if value is not None}
+    spec.refuse_leftovers(("size", "length", "start", "limit", "wrong", *words))
     try:
         return ScenesSource(split=spec.split or spec.default_split or "train", **options)
     except ValueError as error:

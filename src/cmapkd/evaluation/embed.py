@@ -119,8 +119,7 @@ def embed(
         BadSampleError: of the first unreadable sample, with `on_bad_sample="error"`.
     """
     share.call(levels=levels, negatives=negatives)
-    image_taps = visual_taps(model.image_levels) if levels and model.image_levels else {}
-    images = _Rows(image_taps)
+    images = _Rows(visual_taps(model.image_levels) if levels and model.image_levels else {})
     own: list[_Read] = []
     with evaluating(model, device, autocast):
         length = len(source) if limit is None else min(limit, len(source))
@@ -148,10 +147,7 @@ def embed(
     return Embedded(
         images=rows.pop(_EMBEDDING, torch.empty(0, model.embed_dim)),
         texts=texts.embeddings,
-        image_of_text=torch.tensor(
-            [place for place, sample in enumerate(samples) for _ in sample.captions if texts.captions],
-            dtype=torch.long,
-        ),
+        image_of_text=texts.owners,
         ids=tuple(sample.id for sample in samples),
         labels=torch.tensor([-1 if sample.label is None else sample.label for sample in samples], dtype=torch.long),
         captions=tuple(texts.captions),
@@ -169,6 +165,7 @@ class _Texts(NamedTuple):
     """What a model's text tower answers; nothing of a model that reads no texts."""
 
     captions: list[str]
+    owners: Int[Tensor, " captions"]  # the places of their samples
     embeddings: Tensor
     norms: Tensor
     levels: dict[str, Tensor]
@@ -180,7 +177,7 @@ def _texts_of(
 ) -> _Texts:
     """Of all captions of the samples, and of their false texts where some are asked for."""
     if not isinstance(model, DualEncoder):
-        return _Texts([], torch.empty(0, model.embed_dim), torch.empty(0), {}, None)
+        return _Texts([], torch.empty(0, dtype=torch.long), torch.empty(0, model.embed_dim), torch.empty(0), {}, None)
     captions = [caption for sample in samples for caption in sample.captions]
     taps = language_taps(model.text_levels) if levels and model.text_levels else {}
     texts, norms, text_levels = _embed_captions(model, captions, taps=taps, **how)
@@ -188,7 +185,8 @@ def _texts_of(
     if negatives:
         false = [text for sample in samples for text in sample.negatives]
         found = _false_texts(samples, _embed_captions(model, false, taps={}, **how)[0])
-    return _Texts(captions, texts, norms, text_levels, found)
+    owners = torch.tensor([place for place, sample in enumerate(samples) for _ in sample.captions], dtype=torch.long)
+    return _Texts(captions, owners, texts, norms, text_levels, found)
 
 
 def _false_texts(samples: Sequence[_Text], texts: Float[Tensor, "false dim"]) -> FalseTexts:

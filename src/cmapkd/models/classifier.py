@@ -13,30 +13,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cmapkd.config import Config, counted
-from cmapkd.data.types import ModelInput, TokenBatch
+from cmapkd.data.types import ModelInput
 from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import ImageEncoder, eval_mode
 from cmapkd.models.embedding import Picture, rows_of_images
 from cmapkd.models.image_tower import ImageTower
+from cmapkd.models.no_texts import NoTexts
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import write_model_folder
 from cmapkd.models.types import Features, LevelRequest, TowerFeatures
-
-
-class NoTexts:
-    """In the place of a tokenizer, of a model that reads no texts: one token for each, whatever it says."""
-
-    context_length = vocab_size = 1
-
-    def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:  # noqa: ARG002
-        number = 1 if isinstance(texts, str) else len(texts)
-        return TokenBatch(torch.zeros(number, 1, dtype=torch.long), torch.ones(number, 1, dtype=torch.bool))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NoTexts)
-
-    def __hash__(self) -> int:
-        return hash(NoTexts)
 
 
 class ClassHeadConfig(Config):

@@ -19,6 +19,7 @@ from cmapkd.models.config import ModelConfig
 from cmapkd.models.families import Loader
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
+from cmapkd.models.no_texts import NoTexts
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
 from cmapkd.models.types import Tower, TowerFeatures
@@ -34,25 +35,6 @@ class PicturesOptions(Config):
     pooling: Literal["avg", "token", "map", "max", "mean", "class", "pooler"] | None = Field(
         None, description="timm: avg, max, token, map; transformers: mean, class, pooler. None: the tower's own way."
     )
-
-
-class NoTexts:
-    """The tokenizer of a model that reads none: one token for any text."""
-
-    context_length = 1
-    vocab_size = 1
-    whole_because = "it reads no texts"
-
-    def __call__(self, texts: str | Sequence[str], *, spans: bool = False) -> TokenBatch:
-        number = 1 if isinstance(texts, str) else len(texts)
-        where = torch.zeros(number, 1, 2, dtype=torch.long) if spans else None
-        return TokenBatch(torch.zeros(number, 1, dtype=torch.long), torch.ones(number, 1, dtype=torch.bool), where)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, NoTexts)
-
-    def __hash__(self) -> int:
-        return hash(NoTexts)
 
 
 class PictureTower(DualEncoder):

@@ -59,4 +59,5 @@ def direction_distance(
     Source: Bai et al. 2023 (DMAE, arXiv:2208.12256), whose mean over channels shrinks with their number.
     """
     check_same_width(student, teacher, "tokens")
-    return (unit(teacher.detach()) - unit(student)).abs().sum(-1).mean(-1) / student.shape[-1] ** 0.5
+    distances: Tensor = (unit(teacher.detach()) - unit(student)).abs().sum(-1).mean(-1) / student.shape[-1] ** 0.5
+    return distances

@@ -3,7 +3,6 @@
 from cmapkd.run.build import (
     build_student,
     check_training,
-    classes_of,
     heads_of,
     load_teachers,
     method_of,
@@ -13,12 +12,12 @@ from cmapkd.run.build import (
     readers_of,
     teacher_views,
     texts_of,
-    vocabulary_captions,
 )
 from cmapkd.run.cached import answer_from_cache, plan_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.execute import run
 from cmapkd.run.finalize import finalize
+from cmapkd.run.texts import classes_of, vocabulary_captions
 
 __all__ = [
     "RunConfig",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,10 @@ from cmapkd.data.labels import any_label
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import Reader
-from cmapkd.data.streams import Stream, streams_of
-from cmapkd.data.templates import ClassPrompts, get_class_names, get_class_prompts, get_sentences, get_templates
+from cmapkd.data.streams import Stream
+from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.data.texts import TextChoice
-from cmapkd.data.types import BadSampleError, Source
-from cmapkd.data.unseen import unseen
+from cmapkd.data.types import Source
 from cmapkd.data.views import ViewSpec, WholePictures
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
@@ -29,8 +27,7 @@ from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher
 from cmapkd.models.reading import reader_of
 from cmapkd.run.config import RunConfig
-
-VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
+from cmapkd.run.texts import or_prompts, training_texts, vocabulary_captions
 
 
 def open_training(config: RunConfig) -> Source:
@@ -121,7 +118,7 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
         return build_model(config.student, captions=training_texts(config, source), teacher=teacher)
     captions = vocabulary_captions(source)
     if not config.method.reads_captions:
-        captions = _or_prompts(captions, config, source)
+        captions = or_prompts(captions, config, source)
     student = build_model(config.student, captions=captions, teacher=teacher)
     _check_copies(config, student, teachers)
     return student
@@ -144,16 +141,6 @@ def _check_copies(config: RunConfig, student: Model, teachers: Mapping[str, Froz
                     f"{role} is the student as it begins, and weights of {student.name} are random, {name} among them: "
                     "give the student trained weights, such as a saved model's, or name another teacher"
                 )
-
-
-def _or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> Iterator[str]:
-    """The captions, or the prompts of the classes where there are none to learn a vocabulary from; lazily."""
-    first = next(captions, None)
-    if first is not None:
-        yield first
-        yield from captions
-    elif (classes := classes_of(config, source)) is not None:
-        yield from classes.texts
 
 
 def method_of(
@@ -271,63 +258,6 @@ def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHe
     return build_heads(config.heads, student=student, source=source, template=template, seed=config.seed)
 
 
-def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
-    """The classes of the training source, in the evaluation's words; None where the method does not read them.
-
-    Raises:
-        ConfigError: it reads them, and nobody names them.
-    """
-    if not config.method.reads_classes:
-        return None
-    names = get_class_names(config.evaluation.class_names, source)
-    if not names:
-        raise ConfigError(
-            f"method {config.method.name}, as it is set, reads the names of the classes, and {source.name} names none: "
-            "give evaluation.class_names a file with a name on each line, or take a data.train with labels"
-        )
-    own = get_class_prompts(config.evaluation.class_prompts, names, source)
-    prompts = ClassPrompts(names, get_templates(config.evaluation.templates, source), own)
-    return replace(prompts, sentences=_sentences_of(config, prompts, source))
-
-
-def _sentences_of(config: RunConfig, prompts: ClassPrompts, source: Source) -> tuple[str, ...]:
-    """The sentences that the method reads beside the classes; none of most methods.
-
-    Raises:
-        ConfigError: there are none where it looks for them.
-    """
-    asked = config.method.reads_sentences
-    if asked is None:
-        return ()
-    if asked.origin == "classes":
-        return prompts.texts
-    if asked.origin == "captions":
-        first, length = next(
-            ((each.first, each.length) for each in streams_of(source) if each.name == asked.stream), (0, len(source))
-        )
-        every = max(1, length // asked.number)
-        found = tuple(dict.fromkeys(_first_captions(source, range(first, first + length, every))))[: asked.number]
-    else:
-        lines = get_sentences(asked.origin)
-        found = lines[:: max(1, len(lines) // asked.number)][: asked.number]
-    if not found:
-        raise ConfigError(
-            f"method {config.method.name} compares pictures with captions of {asked.stream}, which has none: set "
-            "method.sentences to a text file with one on each line, or to classes"
-        )
-    return found
-
-
-def _first_captions(source: Source, places: range) -> Iterator[str]:
-    """Of each of these samples, where it has one and can be read."""
-    for index in places:
-        try:
-            captions = source.captions(index)
-        except BadSampleError:
-            continue
-        yield from captions[:1]
-
-
 def readers(
     student: Model, *teachers: Teacher | None, read: Callable[[Model], Reader] = reader_of
 ) -> dict[str, Reader]:
@@ -380,32 +310,3 @@ def readers_of(method: Method, config: RunConfig) -> dict[str, Reader]:
         spans=isinstance(method, DualEncoderMethod) and method.needs_spans,
     )
     return readers(method.student, *method.teachers.values(), read=read)
-
-
-def training_texts(config: RunConfig, source: Source) -> Iterator[str]:
-    """Every text that a student which embeds may read: captions, further texts by pool, the classes' prompts; lazily.
-
-    Pictures are not decoded where the source can be read without them. Unreadable samples are passed over.
-    """
-    for index in range(len(source)):
-        try:
-            sample = unseen(source, index)
-        except BadSampleError:  # the training meets it again, and counts it or stops
-            continue
-        yield from sample.captions
-        for texts in sample.texts.values():
-            yield from texts
-    names = get_class_names(config.evaluation.class_names, source)
-    if names:
-        yield from ClassPrompts(names, get_templates(config.evaluation.templates, source)).texts
-
-
-def vocabulary_captions(source: Source) -> Iterator[str]:
-    """Captions of up to `VOCABULARY_CAPTIONS` samples spread evenly over the source; lazily, few models read them."""
-    stride = max(1, len(source) // VOCABULARY_CAPTIONS)
-    for index in range(0, min(len(source), stride * VOCABULARY_CAPTIONS), stride):
-        try:
-            captions = source.captions(index)
-        except BadSampleError:  # the training meets it again, and counts it or stops
-            continue
-        yield from captions

@@ -26,7 +26,6 @@ from cmapkd.models.untrained import note_trained
 from cmapkd.run.build import (
     build_student,
     check_training,
-    classes_of,
     heads_of,
     method_of,
     open_training,
@@ -51,6 +50,7 @@ from cmapkd.run.remarks import (
     remarks_on_teachers,
 )
 from cmapkd.run.targets import prepare_targets
+from cmapkd.run.texts import classes_of
 from cmapkd.training import Trainer, TrainResult
 from cmapkd.training.checkpoint import Contents, list_checkpoints, read_checkpoint, read_progress
 from cmapkd.training.progress import Outlook

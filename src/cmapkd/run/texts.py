@@ -1,0 +1,111 @@
+"""What a run reads beside its pairs: the names and prompts of classes, sentences, and texts of a vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from cmapkd.config import ConfigError
+from cmapkd.data.streams import streams_of
+from cmapkd.data.templates import ClassPrompts, get_class_names, get_class_prompts, get_sentences, get_templates
+from cmapkd.data.types import BadSampleError, Source
+from cmapkd.data.unseen import unseen
+from cmapkd.run.config import RunConfig
+
+VOCABULARY_CAPTIONS = 20_000  # samples read to learn the vocabulary of an untrained tiny model
+
+
+def classes_of(config: RunConfig, source: Source) -> ClassPrompts | None:
+    """The classes of the training source, in the evaluation's words; None where the method does not read them.
+
+    Raises:
+        ConfigError: it reads them, and nobody names them.
+    """
+    if not config.method.reads_classes:
+        return None
+    names = get_class_names(config.evaluation.class_names, source)
+    if not names:
+        raise ConfigError(
+            f"method {config.method.name}, as it is set, reads the names of the classes, and {source.name} names none: "
+            "give evaluation.class_names a file with a name on each line, or take a data.train with labels"
+        )
+    own = get_class_prompts(config.evaluation.class_prompts, names, source)
+    prompts = ClassPrompts(names, get_templates(config.evaluation.templates, source), own)
+    return replace(prompts, sentences=_sentences_of(config, prompts, source))
+
+
+def _sentences_of(config: RunConfig, prompts: ClassPrompts, source: Source) -> tuple[str, ...]:
+    """The sentences that the method reads beside the classes; none of most methods.
+
+    Raises:
+        ConfigError: there are none where it looks for them.
+    """
+    asked = config.method.reads_sentences
+    if asked is None:
+        return ()
+    if asked.origin == "classes":
+        return prompts.texts
+    if asked.origin == "captions":
+        first, length = next(
+            ((each.first, each.length) for each in streams_of(source) if each.name == asked.stream), (0, len(source))
+        )
+        every = max(1, length // asked.number)
+        found = tuple(dict.fromkeys(_first_captions(source, range(first, first + length, every))))[: asked.number]
+    else:
+        lines = get_sentences(asked.origin)
+        found = lines[:: max(1, len(lines) // asked.number)][: asked.number]
+    if not found:
+        raise ConfigError(
+            f"method {config.method.name} compares pictures with captions of {asked.stream}, which has none: set "
+            "method.sentences to a text file with one on each line, or to classes"
+        )
+    return found
+
+
+def _first_captions(source: Source, places: range) -> Iterator[str]:
+    """Of each of these samples, where it has one and can be read."""
+    for index in places:
+        try:
+            captions = source.captions(index)
+        except BadSampleError:
+            continue
+        yield from captions[:1]
+
+
+def training_texts(config: RunConfig, source: Source) -> Iterator[str]:
+    """Every text that a student which embeds may read: captions, further texts by pool, the classes' prompts; lazily.
+
+    Pictures are not decoded where the source can be read without them. Unreadable samples are passed over.
+    """
+    for index in range(len(source)):
+        try:
+            sample = unseen(source, index)
+        except BadSampleError:  # the training meets it again, and counts it or stops
+            continue
+        yield from sample.captions
+        for texts in sample.texts.values():
+            yield from texts
+    names = get_class_names(config.evaluation.class_names, source)
+    if names:
+        yield from ClassPrompts(names, get_templates(config.evaluation.templates, source)).texts
+
+
+def vocabulary_captions(source: Source) -> Iterator[str]:
+    """Captions of up to `VOCABULARY_CAPTIONS` samples spread evenly over the source; lazily, few models read them."""
+    stride = max(1, len(source) // VOCABULARY_CAPTIONS)
+    for index in range(0, min(len(source), stride * VOCABULARY_CAPTIONS), stride):
+        try:
+            captions = source.captions(index)
+        except BadSampleError:  # the training meets it again, and counts it or stops
+            continue
+        yield from captions
+
+
+def or_prompts(captions: Iterator[str], config: RunConfig, source: Source) -> Iterator[str]:
+    """The captions, or the prompts of the classes where there are none to learn a vocabulary from; lazily."""
+    first = next(captions, None)
+    if first is not None:
+        yield first
+        yield from captions
+    elif (classes := classes_of(config, source)) is not None:
+        yield from classes.texts

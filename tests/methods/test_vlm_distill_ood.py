@@ -15,8 +15,8 @@ from torch.autograd import gradcheck
 
 import cmapkd
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Batch
 from cmapkd.data.templates import ClassPrompts
+from cmapkd.data.types import Batch
 from cmapkd.methods import LABELS, build_method
 from cmapkd.methods.vlm_distill_ood import VlmDistillOod, VlmDistillOodConfig
 from cmapkd.models import Features, TowerFeatures, load_model

@@ -188,9 +188,10 @@ class _Rows:
         """What the model's image tower answers to a batch, and the heads of a classifier."""
         tower = model.encode_image(model.image_spec.to_model(pixels), self.names)
         self.add(tower)
-        for name in model.heads if isinstance(model, Classifier) else ():
-            scores = model.logits(name, tower.embedding)
-            self._logits.setdefault(f"{_HEAD}{name}", []).append(scores.float().cpu())
+        if isinstance(model, Classifier):
+            for name in model.heads:
+                scores = model.logits(name, tower.embedding)
+                self._logits.setdefault(f"{_HEAD}{name}", []).append(scores.float().cpu())
 
     def by_name(self) -> dict[str, Tensor]:
         """All rows so far; nothing where there are none."""

@@ -47,7 +47,7 @@ class ClassifierMethod(DualEncoderMethod):
     """A method whose student is a `Classifier`, and whose teacher an image-text model with the classes' texts."""
 
     reads: ClassVar[type[Model]] = Classifier
-    learns_from: ClassVar[type[Model] | None] = DualEncoder  # type: ignore[type-abstract]
+    learns_from: ClassVar[type[Model] | None] = DualEncoder
     scratch: ClassVar[str] = "supervised"
     steady = True
     student: Classifier  # type: ignore[assignment]  # it is encoded in the same way
@@ -60,7 +60,7 @@ class ClassifierMethod(DualEncoderMethod):
         teacher: FrozenTeacher | None = None,
         classes: ClassPrompts | None = None,
     ) -> None:
-        super().__init__(config, student=student, teacher=teacher)  # type: ignore[arg-type]
+        super().__init__(config, student=student, teacher=teacher)
         assert classes is not None
         self.label_share, self.classes = config.label_share, classes
 

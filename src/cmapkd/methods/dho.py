@@ -176,4 +176,5 @@ def _cosine(
 ) -> Float[Tensor, ""]:
     """Of two gradients at the samples that count, in [-1, 1]; 0 where there are none."""
     one, two = (at_least_float32(each) * counted[:, None] for each in (first, second))
-    return ((one * two).sum() / (one.norm() * two.norm()).clamp_min(1e-30)).detach()
+    cosine: Tensor = (one * two).sum() / (one.norm() * two.norm()).clamp_min(1e-30)
+    return cosine.detach()

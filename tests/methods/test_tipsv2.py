@@ -143,9 +143,9 @@ def test_terms_are_the_formulas() -> None:
 def test_prototypes_are_found_once_and_kept_by_a_checkpoint(tmp_path: Path) -> None:
     trained = make_trainer(tmp_path, made(), steps=3, checkpoint_every=3)
     trained.run()
-    tensors, state = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    tensors, progress = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
     assert tensors["method"]["centres"].norm(dim=-1).allclose(torch.ones(6))
-    assert "true" in str(state).lower()
+    assert progress.structure == {"found": True}
     method = made()
     method.restructure({"found": True})
     method(random_batch(6))

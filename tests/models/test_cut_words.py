@@ -23,6 +23,7 @@ from cmapkd.export.library import _write_open_clip
 from cmapkd.models import DualEncoder, ModelConfig, build_model, load_model
 from cmapkd.models.cut_words import cut_encoder, cut_table, kept_of_clip
 from cmapkd.models.kept_tokens import cut_tokenizer, kept_tokens
+from cmapkd.models.parts import word_tables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 from family_support import FAMILIES, SIZES, make
@@ -145,6 +146,8 @@ def test_every_family_embeds_kept_texts_alike(name: str, tmp_path: Path) -> None
     cut: Any = deepcopy(whole).with_words_of(texts)
     assert cut.num_parameters() < whole.num_parameters()
     assert cut.tokenizer.vocab_size < whole.tokenizer.vocab_size
+    tables = word_tables(cut, cut.tokenizer.vocab_size)  # and no table of places, however few words are left
+    assert [table.num_embeddings for table in tables] == [cut.tokenizer.vocab_size]
     expected, found = (model.encode_text(model.tokenizer(texts)).embedding for model in (whole, cut))
     assert torch.equal(found, expected)
     assert torch.equal(cut.tokenizer(texts).mask, whole.tokenizer(texts).mask)

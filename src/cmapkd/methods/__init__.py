@@ -110,9 +110,8 @@ def build_method(
     """
     kind = METHODS[config.name]
     _check_contract(config.name, kind, student, "student", kind.reads)
-    for each in (teacher, *more_teachers):
-        if each is not None and kind.uses_teacher:
-            _check_contract(config.name, kind, each.model, "teacher", kind.learns_from or kind.reads)
+    if teacher is not None and kind.uses_teacher:
+        _check_contract(config.name, kind, teacher.model, "teacher", kind.learns_from or kind.reads)
     options: dict[str, Any] = {"classes": classes} if config.reads_classes else {}
     if more_teachers and kind.uses_teacher:
         check_teachers(config.name, [further.role for further in more_teachers])

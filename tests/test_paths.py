@@ -26,6 +26,7 @@ OF_THE_INSIDE = (  # offered to other rooms, and named in no page
     "cmapkd.compare.Plan.",
     "cmapkd.config.install_advice",
     "cmapkd.config.writing",
+    "cmapkd.models.Classifier.write",
     "cmapkd.training.Trainer.",
 )
 

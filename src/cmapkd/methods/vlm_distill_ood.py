@@ -137,7 +137,8 @@ class VlmDistillOod(DualEncoderMethod):
         weights |= {"captions": config.caption_weight}
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.register_buffer("place_of", places_among(classes.names, left_out=config.left_out))
-        self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes)[self.place_of >= 0])
+        kept = [number for number, name in enumerate(classes.names) if name not in config.left_out]
+        self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes)[kept])
         same = student.embed_dim == teacher.embed_dim
         joined = JoinedEncoder(student, teacher, projector="none" if same else "linear")
         with torch.no_grad():

@@ -54,7 +54,7 @@ class JoinedEncoder(DualEncoder):
             self._frozen.shared = True  # this model is saved with its weights, and evaluated in fp32
         self.text = text if isinstance(text, DualEncoder) else None
         self.prompts = prompts
-        self.project = make_projector(projector, image.embed_dim, text.embed_dim)
+        self.project = make_projector(projector, image.embed_dim, text.embed_dim).to(image.log_logit_scale.dtype)
         self.name = image.name
         self.embed_dim = text.embed_dim if projector != "none" else image.embed_dim
         if self.embed_dim != text.embed_dim:

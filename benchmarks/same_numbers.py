@@ -28,6 +28,8 @@ from cmapkd import distill
 SHORT = (
     "data.train=scenes?length=400",
     "data.val=null",
+    "training.evaluate_every=null",
+    "training.student=last",
     "data.test=scenes@val?length=50",
     "training.steps=12",
     "training.batch_size=32",

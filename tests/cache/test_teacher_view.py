@@ -14,7 +14,7 @@ from cmapkd.cache.identity import view_hash
 from cmapkd.config import ConfigError
 from cmapkd.data.views import WHOLE, ViewSpec, WholePictures, draw_view
 from cmapkd.run import RunConfig, method_of, open_training, plan_cache, teacher_views
-from helpers import MemorySource, make_builder, make_method
+from helpers import MemorySource, make_builder, make_method, make_teacher
 from helpers import make_model as small
 
 CROPS = {"crop_scale": [0.2, 0.5], "flip": 0.5, "jitter": 0.3}
@@ -111,6 +111,7 @@ def _planned(config: RunConfig) -> Any:
             {"name": "fitnet"},
             r"whole shows teachers another part .* method fitnet, as it is set, compares both place by",
         ),
+        ({"name": "dmae", "teacher_sees": "visible"}, "method dmae, as it is set, compares both place by"),
         ({"name": "contrastive"}, "method contrastive has none here"),
     ],
 )
@@ -119,6 +120,6 @@ def test_methods_that_compare_places_are_refused(method: dict[str, Any], message
     del values["quiet"]
     config = RunConfig.from_mapping(values)
     with pytest.raises(ConfigError, match=message):
-        teacher_views(config, make_method(method["name"]))
+        teacher_views(config, make_method(method["name"], teacher=make_teacher(image_size=16), settings=method))
     assert "teacher_view" in config.plain()["data"]
     assert "teacher_view" not in config.scratch().plain()["data"]

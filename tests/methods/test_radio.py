@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import ModelInput
-from cmapkd.methods import StepInfo
+from cmapkd.methods import StageConfig, StepInfo
 from cmapkd.methods.radio import Radio, RadioConfig
 from cmapkd.models import FrozenTeacher, build_model
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
@@ -87,6 +87,18 @@ def test_dispersions_stay_after_their_steps() -> None:
     number = method.dispersions["teacher_image"].number.item()
     method(batch_of(9), StepInfo())
     assert method.dispersions["teacher_image"].number.item() == number == 12
+
+
+def test_dispersions_are_found_by_the_first_steps_with_the_term() -> None:
+    """Also where a stage left the term out for longer: else it would be divided by next to zero."""
+    method = radio(dispersion_steps=2)
+    alone, both = StageConfig(name="alone", share=0.5, terms=("contrastive",)), StageConfig(name="both", share=0.5)
+    method(batch_of(0), StepInfo(step=0, total=9, stage=alone))
+    noted = [method(batch_of(n), StepInfo(step=n, total=9, stage=both))["teacher_image"].value for n in range(5, 9)]
+    assert all(0.05 < value < 100 for value in noted)
+    assert int(method.dispersions["teacher_image"].batches) == 2
+    fresh = radio().eval()  # nothing was noted: the batch's own
+    assert 0.05 < fresh(batch_of(0), StepInfo())["teacher_image"].value < 100
 
 
 def test_dispersions_of_the_cache_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,3 +100,12 @@ def test_the_weight_of_labels_grows_and_networks_are_dropped(tmp_path: Path) -> 
     weights = [vl2lite().weights(progress)["labels"] for progress in (0.0, 0.5, 1.0)]
     assert weights == [0.0, 0.0625, 0.125]
     assert vl2lite(vision_weight=0).term_names == ("labels", "language")
+
+
+def test_terms_that_count_nothing_at_the_end_are_terms() -> None:
+    method = vl2lite(task_weight=1.0, term_weighting="uniform")
+    assert method.term_names == ("labels", "vision", "language")
+    terms = method(random_batch(6), StepInfo(step=1, total=4))
+    assert terms["weighted"].value > 0
+    assert method.needs_labels
+    assert not vl2lite(task_weight=0.0).needs_labels

@@ -76,11 +76,11 @@ def test_a_run_finds_nearly_what_a_pass_finds() -> None:
     noted, filled = Dispersion(16).double(), Dispersion(16).double()
     assert noted.value.item() == pytest.approx(SMALLEST)
     for batch in rows.split(32):
-        noted.note(3 * batch)
+        noted.note(3 * batch, batches=100)
     filled.fill(rows.split(100))
     assert filled.value.item() == pytest.approx(written_out(rows), rel=1e-9)
     assert noted.value.item() == pytest.approx(filled.value.item(), rel=5e-3)
     torch.testing.assert_close(noted.total, filled.total)
     first = Dispersion(16).double()
-    first.note(rows[:32])
+    first.note(rows[:32], batches=100)
     assert first.value.item() == pytest.approx(written_out(rows[:32]), rel=1e-9)

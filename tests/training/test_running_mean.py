@@ -42,6 +42,8 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         TrainConfig.from_mapping({"steps": 9, "ema": 0.9, "mean_every": 3})
     with pytest.raises(ConfigError, match="mean_every is 10 and the run has 9 steps: the student as it began"):
         TrainConfig.from_mapping({"steps": 9, "mean_every": 10})
+    with pytest.raises(ValueError, match="mean_every is 10 and the run has 4 steps"):  # once its length is known
+        TrainConfig.from_mapping({"epochs": 1, "mean_every": 10}).check_mean(4)
 
 
 def test_an_anchor_is_where_a_model_began() -> None:

@@ -208,6 +208,16 @@ def test_shared_layers_are_below_everything_that_is_read() -> None:
     assert [*levels.shared_parameters()] == ["vision.blocks.0.shrink.weight", "text.project.weight"]
 
 
+def test_shared_layers_learn_and_a_borrowed_text_tower_has_none() -> None:
+    joined = make_method("vl2v_adip", settings={"term_weighting": {"name": "gradnorm"}})
+    align, distil = joined.default_stages
+    for stage, layer in ((align, "project.weight"), (distil, "image.vision.project.weight")):
+        joined.enter(stage)
+        shared = joined.shared_parameters()
+        assert [*shared] == [layer]
+        assert shared[layer].requires_grad
+
+
 def test_norms_are_those_of_each_terms_gradient_at_the_shared_layers() -> None:
     method, batch = weighted(), random_batch(6)
     shared = [*method.shared_parameters().values()]

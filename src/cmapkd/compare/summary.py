@@ -26,7 +26,9 @@ def teacher_key(config: RunConfig) -> str | None:
     """What a teacher's scores depend on, as a digest; None without a teacher."""
     if config.teacher is None:
         return None
-    measured = {"final": config.data.final, "evaluation": config.evaluation.model_dump(mode="json")}
+    measured: dict[str, Any] = {"final": config.data.final, "evaluation": config.evaluation.model_dump(mode="json")}
+    if config.classifies:  # whose automatic tasks are others
+        measured["classifies"] = True
     return config_digest({"teacher": config.teacher.model_dump(mode="json"), **measured})
 
 

@@ -33,8 +33,9 @@ def spherical_means(
     units = F.normalize(tokens if tokens.dtype == torch.float64 else tokens.float(), dim=-1)
     first = torch.randperm(len(units), generator=generator)[:count].to(units.device, non_blocking=True)
     centres = units[first]
-    for _ in range(_ROUNDS):
-        belongs = F.one_hot((units @ centres.T).argmax(1), count).to(units.dtype)  # no scatter: equal at every call
-        sums = belongs.T @ units
-        centres = torch.where(belongs.any(0)[:, None], F.normalize(sums, dim=-1), centres)
+    with torch.autocast(units.device.type, enabled=False):
+        for _ in range(_ROUNDS):
+            belongs = F.one_hot((units @ centres.T).argmax(1), count).to(units.dtype)  # no scatter: equal at every call
+            sums = belongs.T @ units
+            centres = torch.where(belongs.any(0)[:, None], F.normalize(sums, dim=-1), centres)
     return centres

@@ -121,6 +121,10 @@ class DHO(ClassifierMethod):
         weights = {"labels": self.config.task_weight, "classes": self.config.distill_weight}
         return tuple(name for name, weight in weights.items() if weight)
 
+    @property
+    def needs_labels(self) -> bool:
+        return bool(self.config.task_weight)
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         config, features = self.config, self.features(batch)
         terms: dict[str, Term] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cmapkd.objectives.angle import angular_dispersion, squared_angle
@@ -28,20 +28,25 @@ class Dispersion(nn.Module):
     total: Float[Tensor, " dim"]
     squares: Float[Tensor, ""]
     number: Float[Tensor, ""]
+    batches: Int[Tensor, ""]
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(dim))
         self.register_buffer("squares", torch.zeros(()))
         self.register_buffer("number", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def note(self, embeddings: Float[Tensor, "batch dim"]) -> None:
-        """Takes note of a batch, of all processes' samples."""
-        rows = unit(embeddings)
-        self.total += rows.sum(0)
-        self.squares += squared_angle(rows, self.total.to(rows.dtype).expand_as(rows)).sum()
-        self.number += len(rows)
+    def note(self, embeddings: Float[Tensor, "batch dim"], *, batches: int) -> None:
+        """Takes note of a batch, of all processes' samples, unless so many batches were noted before."""
+        rows, open_yet = unit(embeddings), self.batches < batches  # on the device: the host need not know
+        total = self.total + rows.sum(0)
+        squares = squared_angle(rows, total.to(rows.dtype).expand_as(rows)).sum()
+        self.total.copy_(torch.where(open_yet, total, self.total))
+        self.squares += torch.where(open_yet, squares, 0.0)
+        self.number += len(rows) * open_yet
+        self.batches += open_yet
 
     @torch.no_grad()
     def fill(self, parts: Iterable[Float[Tensor, "part dim"]]) -> None:

@@ -106,6 +106,10 @@ class DMAE(DualEncoderMethod):
         reads = self.map is not None and self.teacher_tokens is None and self._wants("align")
         return replace(self.levels.teacher_needs if reads else LevelRequest(), towers=("image",))
 
+    @property
+    def compares_places(self) -> bool:
+        return self.map is not None
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, teacher, rows = self.encode_both(batch, self._rows)
         values = {name: row.mean() for name, row in rows.items()}

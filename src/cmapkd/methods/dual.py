@@ -60,9 +60,8 @@ class DualEncoderMethod(Method):
     """Which towers these are."""
     stored_levels: LevelRequest = LevelRequest()
     """What the student reads of these answers beside pooled features."""
-    _last_shared_layers: tuple[LevelRequest, tuple[str, ...]] | None = (
-        None  # names, and the needs that they were found for
-    )
+    _last_shared_layers: tuple[tuple[LevelRequest, frozenset[str]], tuple[str, ...]] | None = None
+    """Names, and the needs and learning weights that they were found for."""
 
     @property
     def student_needs(self) -> LevelRequest:
@@ -79,6 +78,11 @@ class DualEncoderMethod(Method):
         """How finely the terms read the teacher, which is what a cache must hold."""
         needs = self.teacher_needs
         return "dense" if needs.image_levels or needs.text_levels else "global"
+
+    @property
+    def compares_places(self) -> bool:
+        """Whether the terms compare student and teacher place by place, so that both must see the same view."""
+        return bool(self.teacher_needs.image_levels) and self.teacher_detail != "pooled"
 
     @property
     def key_tokens(self) -> KeyTokens | None:
@@ -180,16 +184,27 @@ class DualEncoderMethod(Method):
         return student, teacher, map_rows(gather_rows, rows)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
-        """One layer of each tower, by name: the last one below everything that the terms of this stage read.
+        """One layer of each tower that the terms read and that learns, by name: the last one below what they read.
 
         This is the last layer below the tower's embedding, or below the first of its levels that the terms read.
         """
-        needs = self.student_needs
-        if self._last_shared_layers is None or self._last_shared_layers[0] != needs:
-            read = [partial(example_output, self.student, tower, self._first(tower, needs)) for tower in _TOWERS]
-            self._last_shared_layers = needs, tuple(last_matrix_behind(self.student, output) for output in read)
-        parameters = dict(self.student.named_parameters())
+        needs, parameters = self.student_needs, dict(self.student.named_parameters())
+        found_for = needs, frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
+        if self._last_shared_layers is None or self._last_shared_layers[0] != found_for:
+            self._last_shared_layers = found_for, self._find_shared_layers(needs)
         return {name: parameters[name] for name in self._last_shared_layers[1]}
+
+    def _find_shared_layers(self, needs: LevelRequest) -> tuple[str, ...]:
+        """Raises ValueError where no tower that the terms read learns; a tower without learning weights has none."""
+        found: dict[str, None] = {}
+        for number, tower in enumerate(needs.towers, 1):
+            try:
+                output = partial(example_output, self.student, tower, self._first(tower, needs))
+                found[last_matrix_behind(self.student, output)] = None
+            except ValueError:
+                if number == len(needs.towers) and not found:
+                    raise
+        return tuple(found)
 
     def train_only(self, parts: Sequence[str]) -> None:
         """Also refuses to freeze a tower whose inner levels the terms compare: such a term would train nothing."""

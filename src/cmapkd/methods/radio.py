@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from cmapkd.config import ConfigError, closest
 from cmapkd.data.types import Batch
 from cmapkd.features import Adapter
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dispersion import Dispersion
+from cmapkd.methods.dispersion import SMALLEST, Dispersion
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.models.types import Tower
 from cmapkd.objectives import feature_distance, squared_angle
+from cmapkd.objectives.angle import angular_dispersion
 
 
 class RadioConfig(MethodConfig):
@@ -46,7 +48,9 @@ class RadioConfig(MethodConfig):
         description="run: of the answers of the first dispersion_steps steps; cache: of dispersion_pairs answers of "
         "the cache, before the first step.",
     )
-    dispersion_steps: int = Field(100, ge=1, description="Steps after which the dispersions found by a run stay.")
+    dispersion_steps: int = Field(
+        100, ge=1, description="Steps with the term after which the dispersions found by a run stay."
+    )
     dispersion_pairs: int = Field(4096, ge=2, description="Pairs drawn from each teacher's cache.")
     hidden: int | None = Field(
         None, ge=1, description="Units inside the adapters; none: the larger of the student's and teacher's widths."
@@ -165,10 +169,10 @@ class Radio(DualEncoderMethod):
             return angles
         dispersion = self.dispersions[name]
         assert isinstance(dispersion, Dispersion)
-        finding_out = self.config.dispersion == "run" and self.step.step < self.config.dispersion_steps
-        if finding_out and self.training:
-            dispersion.note(teacher)
-        found = dispersion.value.clone()
+        if self.config.dispersion == "run" and self.training:
+            dispersion.note(teacher, batches=self.config.dispersion_steps)
+        own = angular_dispersion(teacher).clamp_min(SMALLEST)  # where nothing was noted: an evaluation before a step
+        found = torch.where(dispersion.number > 0, dispersion.value, own)
         self.measurements[f"dispersion/{name}"] = found
         return angles / found
 

@@ -46,6 +46,10 @@ class Supervised(ClassifierMethod):
     def term_names(self) -> tuple[str, ...]:
         return ("labels",)
 
+    @property
+    def needs_labels(self) -> bool:
+        return True
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         logits = self.student.logits(LABELS_HEAD, self.features(batch))
         loss = labelled_cross_entropy(logits, self.labels(batch), smoothing=self.config.label_smoothing)

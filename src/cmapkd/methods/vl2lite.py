@@ -86,7 +86,12 @@ class VL2Lite(ClassifierMethod):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        return tuple(name for name, weight in self.weights(1.0).items() if weight)
+        first, last = self.weights(0.0), self.weights(1.0)
+        return tuple(name for name in last if first[name] or last[name])
+
+    @property
+    def needs_labels(self) -> bool:
+        return bool(self.config.task_weight)
 
     def weights(self, progress: float) -> dict[str, float]:
         """Weights of the terms by name.

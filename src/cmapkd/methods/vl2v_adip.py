@@ -114,6 +114,10 @@ class VL2VADiP(DualEncoderMethod):
         return tuple(self.weights)
 
     @property
+    def needs_labels(self) -> bool:
+        return "image" not in self.weights
+
+    @property
     def extras(self) -> Mapping[str, Extra]:
         return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
 

@@ -40,12 +40,14 @@ def parameters_behind(model: nn.Module, compute: Callable[[], Tensor]) -> frozen
 def last_matrix_behind(model: nn.Module, compute: Callable[[], Tensor]) -> str:
     """Name of the weights whose product fewest operations separate from what `compute` returns: its last layer.
 
-    Tables that are looked up or added, as positions are, are no layer.
+    Of weights that learn, where any do. Tables that are looked up or added, as positions are, are no layer.
 
     Raises:
         ValueError: there is none.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = dict(model.named_parameters())
+    learning = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    names = {id(parameter): name for name, parameter in (learning or named).items()}
     with differentiable(model):
         output = compute()
     waiting, visited = deque([output.grad_fn]), set()

@@ -59,7 +59,8 @@ def mask_overlap(masks: Float[Tensor, "batch masks items"], *, of_one_length: bo
         raise ValueError("masks overlap in pairs, and there is one: ask for two masks at least, or for no diversity")
     if of_one_length:
         masks = F.normalize(masks, dim=-1, eps=_LEAST)
-    products = masks @ masks.mT
+    with torch.autocast(masks.device.type, enabled=False):
+        products = masks @ masks.mT
     sizes = products.diagonal(dim1=-2, dim2=-1)
     dice = 2 * products / (sizes[:, :, None] + sizes[:, None]).clamp_min(_LEAST)
     others = ~torch.eye(number, dtype=torch.bool, device=masks.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -39,9 +40,10 @@ def prototype_divergence(
         )
     check_temperature(student_temperature)
     check_temperature(teacher_temperature)
-    log_p, log_q = (
-        F.log_softmax(F.normalize(at_least_float32(tokens), dim=-1) @ prototypes.T / temperature, dim=-1)
-        for tokens, temperature in ((teacher.detach(), teacher_temperature), (student, student_temperature))
-    )
+    with torch.autocast(student.device.type, enabled=False):  # which would round the cosines before they are divided
+        log_p, log_q = (
+            F.log_softmax(F.normalize(at_least_float32(tokens), dim=-1) @ prototypes.T / temperature, dim=-1)
+            for tokens, temperature in ((teacher.detach(), teacher_temperature), (student, student_temperature))
+        )
     cells = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return cells.mean(1) if counted is None else (cells * counted).sum(1) / counted.sum(1)

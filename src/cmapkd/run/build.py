@@ -182,6 +182,10 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
         )
     for name in method.streams:
         _check_stream_of_method(config, name, sampler)
+    try:
+        training.check_mean(training.num_steps(sampler.steps_per_epoch))
+    except ValueError as error:
+        raise ConfigError(f"training.{error}") from None
     stages = training.stages or method.default_stages
     method.check_stages(stages)
     for stage in stages:
@@ -284,11 +288,11 @@ def teacher_views(config: RunConfig, method: Method) -> dict[str, ViewSpec]:
             "here: leave it out"
         )
     needs = method.teacher_needs
-    if needs.image_levels and method.teacher_detail != "pooled":
+    if method.compares_places:
         raise ConfigError(
             "data.teacher_view: whole shows teachers another part of a picture than the student's, and method "
-            f"{config.method.name}, as it is set, compares both place by place ({', '.join(needs.image_levels)}): "
-            "leave it out, or give these levels a weight of zero"
+            f"{config.method.name}, as it is set, compares both place by place: leave it out, or give such terms a "
+            "weight of zero"
         )
     first = next(iter(method.teachers))
     return {

@@ -125,12 +125,20 @@ class TrainConfig(Config):
     def _one_average(self) -> Self:
         if self.ema is not None and self.mean_every is not None:
             raise ValueError("ema and mean_every are both averages of the student: give one of them")
-        if self.mean_every is not None and self.steps is not None and self.mean_every > self.steps:
-            raise ValueError(
-                f"mean_every is {self.mean_every} and the run has {self.steps} steps: the student as it began would be "
-                "saved"
-            )
+        if self.steps is not None:
+            self.check_mean(self.steps)
         return self
+
+    def check_mean(self, steps: int) -> None:
+        """Refuses a mean of the student's weights that a run of so many steps never takes.
+
+        Raises:
+            ValueError: names both numbers.
+        """
+        if self.mean_every is not None and self.mean_every > steps:
+            raise ValueError(
+                f"mean_every is {self.mean_every} and the run has {steps} steps: the student as it began would be saved"
+            )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -172,6 +172,24 @@ def test_every_family_embeds_kept_texts_alike(name: str, tmp_path: Path) -> None
         assert tokenizer_differences(cut, tmp_path / "exported", other) == []
 
 
+@pytest.mark.parametrize("name", ["open_clip", "timm, SigLIP"])
+@torch.no_grad()
+def test_words_can_be_cut_twice(name: str, tmp_path: Path) -> None:
+    """The second cut numbers ids anew that the first had numbered, and a folder names those of the whole tokenizer."""
+    whole = make(name, tmp_path / "native")
+    randomise(whole)
+    texts = list(texts_of(name))
+    expected = whole.encode_text(whole.tokenizer(texts[:1])).embedding
+    whole.with_words_of(texts).save(tmp_path / "once")
+    once: Any = load_model(tmp_path / "once")
+    size = once.tokenizer.vocab_size
+    once.with_words_of(texts[:1]).save(tmp_path / "twice")
+    twice: Any = load_model(tmp_path / "twice")
+    assert twice.tokenizer.vocab_size == once.tokenizer.vocab_size < size
+    assert torch.equal(twice.encode_text(twice.tokenizer(texts[:1])).embedding, expected)
+    assert same_tokens(twice.tokenizer([*texts, OTHER]), once.tokenizer([*texts, OTHER]))
+
+
 def test_a_run_with_fewer_words(tmp_path: Path) -> None:
     config = {
         "embed_dim": 16,

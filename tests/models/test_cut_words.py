@@ -218,13 +218,14 @@ def test_a_run_with_fewer_words(tmp_path: Path) -> None:
     assert counts["text_embedding"] == table.numel()
 
 
-def read_by(method: Any, **evaluation: Any) -> tuple[list[str], tuple[str, ...]]:
+def read_by(method: Any, heads: Any = None, **evaluation: Any) -> tuple[list[str], tuple[str, ...]]:
     """What a student's words are cut to, and the names of the classes."""
     values = {
         "student": "tiny:debug",
         "teacher": "tiny:scenes-teacher",
         "data": {"train": "scenes?length=4&descriptions=true"},
         "method": method,
+        "heads": heads,
         "training": {"steps": 2, "batch_size": 4},
         "evaluation": evaluation,
     }
@@ -245,6 +246,9 @@ def test_words_are_cut_to_all_that_the_run_reads(tmp_path: Path) -> None:
     assert found[-2:] == ["an unheard sentence", "another"]
     found, names = read_by({"name": "biomedcoop", "context": "an intriguing", "template": "{} specimen"})
     assert {"an intriguing", *(f"{name} specimen" for name in names)} <= {*found}
+    found, _ = read_by("clip_kd", {"vqa": 1.0, "detection": 1.0}, templates="plain")
+    sample = open_source("scenes?length=4&descriptions=true")[0]
+    assert {sample.questions[0].question, sample.boxes[0].name} <= {*found}
     with pytest.raises(ConfigError, match=r"nofile\.json"):
         read_by("biomedcoop", class_prompts="nofile.json")
     assert read_by("clip_kd", class_prompts="nofile.json")  # the evaluation's data may have other classes

@@ -11,7 +11,8 @@ import pytest
 import cmapkd
 from cmapkd.config import ConfigError, load_mapping
 from cmapkd.data.open import open_source
-from cmapkd.run import RunConfig, build_student, load_teachers
+from cmapkd.models import build_model
+from cmapkd.run import RunConfig, build_student, load_teachers, method_of
 from test_run import settings, teacher
 
 __all__ = ["teacher"]  # the fixture
@@ -58,6 +59,43 @@ def test_a_student_with_random_weights_has_no_copy() -> None:
     config = RunConfig.from_mapping(copied(student=student))
     with pytest.raises(ConfigError, match="teacher is the student as it begins, and weights of timm:test_vit are rand"):
         build_student(config, open_source("scenes?length=40&size=32"), load_teachers(config))
+
+
+SMALL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+def test_the_copy_of_a_student_with_fewer_words_keeps_all(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    named = f"open_clip:{tmp_path / 'small.json'}"
+    trained = tmp_path / "trained"
+    build_model(named).save(trained)
+    data = open_source("scenes?length=40&size=32")
+
+    def begun(name: str) -> tuple[Any, Any]:
+        config = RunConfig.from_mapping(copied(student={"name": name, "vocabulary": "texts"}))
+        assert config.teacher == config.student.model_copy(update={"vocabulary": "whole"})
+        teachers = load_teachers(config)
+        return build_student(config, data, teachers), teachers["teacher"].model
+
+    student, whole = begun(str(trained))
+    assert student.tokenizer.vocab_size < whole.tokenizer.vocab_size
+    with pytest.raises(ConfigError, match="teacher is the student as it begins, and weights of open_clip"):
+        begun(named)
+
+
+def test_a_teacher_of_a_wrong_kind_is_no_copy() -> None:
+    """What refuses it names what it is: nobody wrote `student`."""
+    config = RunConfig.from_mapping(
+        copied(teacher="classifier:timm:test_vit", student="classifier:timm:test_vit", method="dho")
+    )
+    teachers = load_teachers(config)
+    student = build_student(config, open_source("scenes?length=40&size=32"), teachers)
+    with pytest.raises(ConfigError, match="needs a teacher that embeds pictures and texts, and classifier:timm:test_v"):
+        method_of(config, student, teachers)
 
 
 def test_a_run_begins_where_its_teacher_stays(teacher: Path, tmp_path: Path) -> None:

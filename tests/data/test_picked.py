@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,20 @@ def test_shots_are_so_many_of_each_class_and_nested() -> None:
     assert {other.unseen(place).id for place in range(15)} != ids[1]  # type: ignore[attr-defined]
     assert len({each.fingerprint() for each in (source, one, three, other)}) == 4
     assert len(picked(source, Pick(shots=99))) == 40  # all that have a label
+
+
+def test_ids_are_known_where_the_source_knows_them() -> None:
+    class Named(Blind):
+        def id(self, index: int) -> str:
+            return f"id-{index}"
+
+    assert not hasattr(picked(Blind(20), Pick(shots=1)), "id")  # so no picture is left undecoded there
+    whole = Named(20)
+    for pick in (Pick(shots=1), Pick(hidden=True)):
+        found: Any = picked(whole, pick)
+        assert hasattr(found, "id")
+        places = range(len(found))
+        assert [found.id(place) for place in places] == [f"id-{int(found._place(place))}" for place in places]
 
 
 def test_labels_are_hidden_and_everything_else_stays() -> None:

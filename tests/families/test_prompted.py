@@ -112,6 +112,10 @@ def test_what_cannot_be_prompted_is_refused(tmp_path: Path) -> None:
         with_text_prompts(make_model(kind=Elsewhere), context=2, template="{}")
     with pytest.raises(ValueError, match=r"the template 'a photo' has no \{\}"):
         with_text_prompts(make_model(), context=2, template="a photo")
+    with pytest.raises(
+        ValueError, match=r"with learned vectors in front of its texts, takes no further ones: name the"
+    ):
+        with_text_prompts(with_text_prompts(make_model(), context=2, template="{}"), context=2, template="{}")
     for context, tokens in (("", 0), (9, 9), (" ".join(["red"] * 12), 10)):
         with pytest.raises(
             ValueError, match=rf"is {tokens} tokens of test-16, whose texts have at most 12.*give 1 to 8"

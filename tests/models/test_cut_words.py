@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 import cmapkd
 from cmapkd.config import ConfigError
+from cmapkd.data.open import open_source
+from cmapkd.data.templates import get_class_prompts
 from cmapkd.evaluation.efficiency import parameter_counts
 from cmapkd.export.layout import tokenizer_differences, write_tokenizer
 from cmapkd.export.library import _write_open_clip
@@ -24,6 +26,8 @@ from cmapkd.models import DualEncoder, ModelConfig, build_model, load_model
 from cmapkd.models.cut_words import cut_encoder, cut_table, kept_of_clip
 from cmapkd.models.kept_tokens import cut_tokenizer, kept_tokens
 from cmapkd.models.parts import word_tables
+from cmapkd.run import RunConfig, open_training
+from cmapkd.run.texts import training_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 from family_support import FAMILIES, SIZES, make
@@ -172,6 +176,24 @@ def test_every_family_embeds_kept_texts_alike(name: str, tmp_path: Path) -> None
         assert tokenizer_differences(cut, tmp_path / "exported", other) == []
 
 
+@pytest.mark.parametrize("name", ["open_clip", "timm, SigLIP"])
+@torch.no_grad()
+def test_words_can_be_cut_twice(name: str, tmp_path: Path) -> None:
+    """The second cut numbers ids anew that the first had numbered, and a folder names those of the whole tokenizer."""
+    whole = make(name, tmp_path / "native")
+    randomise(whole)
+    texts = list(texts_of(name))
+    expected = whole.encode_text(whole.tokenizer(texts[:1])).embedding
+    whole.with_words_of(texts).save(tmp_path / "once")
+    once: Any = load_model(tmp_path / "once")
+    size = once.tokenizer.vocab_size
+    once.with_words_of(texts[:1]).save(tmp_path / "twice")
+    twice: Any = load_model(tmp_path / "twice")
+    assert twice.tokenizer.vocab_size == once.tokenizer.vocab_size < size
+    assert torch.equal(twice.encode_text(twice.tokenizer(texts[:1])).embedding, expected)
+    assert same_tokens(twice.tokenizer([*texts, OTHER]), once.tokenizer([*texts, OTHER]))
+
+
 def test_a_run_with_fewer_words(tmp_path: Path) -> None:
     config = {
         "embed_dim": 16,
@@ -194,6 +216,42 @@ def test_a_run_with_fewer_words(tmp_path: Path) -> None:
     assert table.shape == (model.tokenizer.vocab_size, 16)
     counts = parameter_counts(model, images(model), model.tokenizer(["a"]))
     assert counts["text_embedding"] == table.numel()
+
+
+def read_by(method: Any, heads: Any = None, **evaluation: Any) -> tuple[list[str], tuple[str, ...]]:
+    """What a student's words are cut to, and the names of the classes."""
+    values = {
+        "student": "tiny:debug",
+        "teacher": "tiny:scenes-teacher",
+        "data": {"train": "scenes?length=4&descriptions=true"},
+        "method": method,
+        "heads": heads,
+        "training": {"steps": 2, "batch_size": 4},
+        "evaluation": evaluation,
+    }
+    config = RunConfig.from_mapping(values)
+    source = open_training(config)
+    assert source.class_names is not None
+    return [*training_texts(config, source)], tuple(source.class_names)
+
+
+def test_words_are_cut_to_all_that_the_run_reads(tmp_path: Path) -> None:
+    found, names = read_by("clip_kd", templates="none")
+    assert found[-len(names) :] == [*names]
+    found, names = read_by("clip_kd", class_prompts="own", templates="plain")
+    own = get_class_prompts("own", names, open_source("scenes?length=4&descriptions=true"))
+    assert {text for texts in own for text in texts} | {*names} <= {*found}
+    (tmp_path / "lines.txt").write_text("an unheard sentence\nanother\n")
+    found, _ = read_by({"name": "zscl", "reference": "train", "sentences": str(tmp_path / "lines.txt")})
+    assert found[-2:] == ["an unheard sentence", "another"]
+    found, names = read_by({"name": "biomedcoop", "context": "an intriguing", "template": "{} specimen"})
+    assert {"an intriguing", *(f"{name} specimen" for name in names)} <= {*found}
+    found, _ = read_by("clip_kd", {"vqa": 1.0, "detection": 1.0}, templates="plain")
+    sample = open_source("scenes?length=4&descriptions=true")[0]
+    assert {sample.questions[0].question, sample.boxes[0].name} <= {*found}
+    with pytest.raises(ConfigError, match=r"nofile\.json"):
+        read_by("biomedcoop", class_prompts="nofile.json")
+    assert read_by("clip_kd", class_prompts="nofile.json")  # the evaluation's data may have other classes
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cmapkd.config import ConfigError
 from cmapkd.models import DualEncoder, ModelConfig, build_model, load_model
+from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
 WORDS = {"vocab_size": 20, "pad_token_id": 0, "eos_token_id": 1}
@@ -246,3 +247,14 @@ def test_towers_without_trained_weights_are_known(encoders: dict[str, Path], tmp
     saved = parts(encoders["bert"])
     saved.save(tmp_path / "saved")
     assert load_model(tmp_path / "saved").random_towers == ()
+
+
+def test_what_is_built_after_an_untrained_tiny_tower_begins_as_ever() -> None:
+    """The text tower that is let go draws as many random numbers as one word needs. Folders are read all the same."""
+    torch.manual_seed(0)
+    tower = build_image_tower(ImagePartConfig(name="tiny:small"))
+    assert torch.rand(()).item() == pytest.approx(0.6909052729606628)
+    rebuilt = rebuild_image_tower(tower.describe(), Path())
+    assert {name: each.shape for name, each in rebuilt.named_parameters()} == {
+        name: each.shape for name, each in tower.named_parameters()
+    }

@@ -131,6 +131,15 @@ def test_weights_are_shown_where_a_weighting_chose_any(tmp_path: Path, end: floa
     assert len(weight_blocks([Arm((run,))])) == blocks
 
 
+def test_pictures_are_scored_by_the_runs_own_texts_of_classes(tmp_path: Path) -> None:
+    from cmapkd.report.read import RunFolder
+    from cmapkd.report.watch import _settings
+
+    own = {"templates": "none", "class_prompts": "own", "class_names": "names.txt", "batch_size": 8}
+    settings = _settings(RunFolder(tmp_path, {}, {"evaluation": own}, {}, (), (), (), ()), 5)
+    assert {key: getattr(settings, key) for key in own} == own
+
+
 def test_only_figures_make_markup() -> None:
     import cmapkd.report
 

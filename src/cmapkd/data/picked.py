@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,13 @@ class PickedSource:
             BadSampleError: what is said of the image cannot be read.
         """
         return self.source.captions(self._place(index))
+
+    @property
+    def id(self) -> Callable[[int], str]:
+        """Names samples without reading them; an attribute only where the source has it."""
+        inner: Any = self.source
+        known: Callable[[int], str] = inner.id
+        return lambda index: known(self._place(index))
 
     def _place(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -64,6 +64,10 @@ class BiomedCoOpConfig(MethodConfig):
         return True
 
     @property
+    def own_texts(self) -> tuple[str, ...]:
+        return (self.template, self.context) if isinstance(self.context, str) else (self.template,)
+
+    @property
     def reads_captions(self) -> bool:
         return False
 

@@ -63,6 +63,11 @@ class MethodConfig(Config):
         return None
 
     @property
+    def own_texts(self) -> tuple[str, ...]:
+        """Texts in the settings that the student reads; in each, {} stands for the names of all classes."""
+        return ()
+
+    @property
     def reads_captions(self) -> bool:
         """Whether the method, with these settings, reads captions. If not, pictures without captions will do."""
         return True

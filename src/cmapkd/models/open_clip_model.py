@@ -46,7 +46,7 @@ class OpenClipModel(DualEncoder):
 
     `sizes` are those of towers that were cut to smaller ones than a `model_cfg` can describe. `either_activation` says
     that weights of this architecture come with GELU and with QuickGELU, and nobody has said which. `kept` are the ids
-    that were left of the tokenizer.
+    that were left of the whole tokenizer.
 
     Levels come from open_clip's `forward_intermediates`. A ViT's are `blocks.N` with its class and register tokens at
     the front; a convolutional or windowed tower's are `stages.N` maps, the stem not counted. Texts have `blocks.N`.
@@ -138,7 +138,9 @@ class OpenClipModel(DualEncoder):
         )
 
     def with_words_of(self, texts: Iterable[str]) -> OpenClipModel:
-        self.tokenizer, self.kept = cut_words(self.model, self.config, self.tokenizer, texts, name=self.name)
+        before = self.kept  # of the whole tokenizer, where words were left out already
+        self.tokenizer, kept = cut_words(self.model, self.config, self.tokenizer, texts, name=self.name)
+        self.kept = kept if before is None else [before[number] for number in kept]
         return self
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:

@@ -165,11 +165,16 @@ def with_text_prompts(model: DualEncoder, *, context: str | int, template: str) 
         context: words that the vectors begin as, one for each token; or how many random vectors there are.
         template: that class names are put into, with `{}`.
     Raises:
-        ValueError: nothing can be put in the place of this text tower's embeddings, the context has no tokens or is
-            longer than texts may be, or the template has no `{}`.
+        ValueError: nothing can be put in the place of this text tower's embeddings, the model has such vectors, the
+            context has no tokens or is longer than texts may be, or the template has no `{}`.
     """
     if "{}" not in template:
         raise ValueError(f"the template {template!r} has no {{}}, where the class name goes")
+    if isinstance(model, PromptedEncoder):
+        raise ValueError(
+            f"the student, {model.name} with learned vectors in front of its texts, takes no further ones: name the "
+            "model without them, which is in the folder `model` within its own (student/model of a run)"
+        )
     embedding = model.token_embedding
     if embedding is None or not hasattr(model.tokenizer, "of_length"):
         raise ValueError(

@@ -188,9 +188,11 @@ def _baseline_folder(run: RunFolder) -> Path | None:
 
 
 def _settings(run: RunFolder, pictures: int) -> EvaluationConfig:
-    """The run's own templates and class names; defaults where its config cannot be read."""
+    """The run's own templates, class names and texts of classes; defaults where its config cannot be read."""
     own = mapping(run.config, "evaluation")
-    kept = {key: own[key] for key in ("templates", "class_names", "batch_size") if own.get(key) is not None}
+    kept = {
+        key: own[key] for key in ("templates", "class_names", "class_prompts", "batch_size") if own.get(key) is not None
+    }
     values: dict[str, Any] = {**kept, "limit": pictures, "writing": mapping(run.config, "evaluation", "writing")}
     try:
         settings = EvaluationConfig.from_mapping(values, where="evaluation")

@@ -115,10 +115,11 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
         words = prompting.vocabulary(source, len(source)) if whole else prompting.vocabulary(source)
         return build_model(config.student, captions=words, teacher=teacher)
     if config.student.vocabulary == "texts":  # then no token of a training text may be missed
-        return build_model(config.student, captions=training_texts(config, source), teacher=teacher)
-    captions = vocabulary_captions(source)
-    if not config.method.reads_captions:
-        captions = or_prompts(captions, config, source)
+        captions = training_texts(config, source)
+    else:
+        captions = vocabulary_captions(source)
+        if not config.method.reads_captions:
+            captions = or_prompts(captions, config, source)
     student = build_model(config.student, captions=captions, teacher=teacher)
     _check_copies(config, student, teachers)
     return student
@@ -127,16 +128,24 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
 def _check_copies(config: RunConfig, student: Model, teachers: Mapping[str, FrozenTeacher]) -> None:
     """Refuses a teacher that is named as the student is and has other weights, because some are drawn at random.
 
+    Word tables are not compared where the student's was cut. Other models than those of two towers are left to what
+    refuses them as teachers.
+
     Raises:
         ConfigError: names the teacher and the first weight.
     """
+    if not isinstance(student, DualEncoder):
+        return
     new = student.parts.get("adapters", ())  # they add nothing before the first step, whatever is in them
+    own, cut = dict(student.named_parameters()), config.student.vocabulary == "texts"
+    copy = config.student.model_copy(update={"vocabulary": "whole"})
     for role, teacher in teachers.items():
-        if config.teachers.get(role) != config.student:
+        if config.teachers.get(role) != copy:
             continue
-        own = dict(student.named_parameters())
         for name, weight in teacher.model.named_parameters():
-            if name not in new and not torch.equal(weight, own[name]):
+            if name in new or (cut and weight.shape != own[name].shape):
+                continue
+            if not torch.equal(weight, own[name]):
                 raise ConfigError(
                     f"{role} is the student as it begins, and weights of {student.name} are random, {name} among them: "
                     "give the student trained weights, such as a saved model's, or name another teacher"

@@ -331,7 +331,7 @@ def _is_copy(teacher: Any, where: str) -> bool:
 
 
 def _copied(student: Any, where: str) -> Any:
-    """The student's settings, for a teacher.
+    """The student's settings, for a teacher, which keeps all of its words.
 
     Raises:
         ValueError: the student begins with weights that no second model could be built with.
@@ -342,4 +342,4 @@ def _copied(student: Any, where: str) -> Any:
         raise ValueError(f"{where}: student, and the student begins with random weights, which teach nothing")
     if settings.get("inherit") is not None:
         raise ValueError(f"{where}: student, and the student's weights are cut from a larger model: name that model")
-    return plain
+    return {key: value for key, value in settings.items() if key != "vocabulary"} if settings else plain

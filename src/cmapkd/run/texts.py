@@ -73,10 +73,16 @@ def _first_captions(source: Source, places: range) -> Iterator[str]:
 
 
 def training_texts(config: RunConfig, source: Source) -> Iterator[str]:
-    """Every text that a student which embeds may read: captions, further texts by pool, the classes' prompts; lazily.
+    """Every text that a student which embeds may read in training; lazily.
 
-    Pictures are not decoded where the source can be read without them. Unreadable samples are passed over.
+    Those are captions, further texts by pool, prompts of the classes, the sentences and own texts of the method, and
+    where heads learn beside the student, questions and prompts of the names of boxes. Pictures are not decoded where
+    the source can be read without them. Unreadable samples are passed over.
+
+    Raises:
+        ConfigError: the method reads classes or sentences, and nobody gives them.
     """
+    boxes: set[str] = set()
     for index in range(len(source)):
         try:
             sample = unseen(source, index)
@@ -85,9 +91,34 @@ def training_texts(config: RunConfig, source: Source) -> Iterator[str]:
         yield from sample.captions
         for texts in sample.texts.values():
             yield from texts
-    names = get_class_names(config.evaluation.class_names, source)
-    if names:
-        yield from ClassPrompts(names, get_templates(config.evaluation.templates, source)).texts
+        if config.heads is not None:
+            yield from (each.question for each in sample.questions)
+            boxes.update(box.name for box in sample.boxes)
+    templates = get_templates(config.evaluation.templates, source)
+    yield from ClassPrompts(tuple(sorted(boxes)), templates or ("{}",)).texts
+    framed = tuple(text for text in config.method.own_texts if "{}" in text)
+    yield from (text for text in config.method.own_texts if text not in framed)
+    classes = classes_of(config, source) or _classes_if_named(config, source)
+    if classes is not None:
+        # names alone are read where there are no templates; these may leave a class without any text
+        yield from replace(classes, templates=(*(templates or ("{}",)), *framed)).texts
+        yield from classes.sentences
+
+
+def _classes_if_named(config: RunConfig, source: Source) -> ClassPrompts | None:
+    """The classes for a method that does not read them, without templates; None where the training source names none.
+
+    Texts of classes are left out where they are of the evaluation's data alone.
+    """
+    settings = config.evaluation
+    names = get_class_names(settings.class_names, source)
+    if not names:
+        return None
+    try:
+        own = get_class_prompts(settings.class_prompts, names, source)
+    except ConfigError:
+        own = ()
+    return ClassPrompts(names, (), own)
 
 
 def vocabulary_captions(source: Source) -> Iterator[str]:

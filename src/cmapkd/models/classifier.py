@@ -136,9 +136,18 @@ class Classifier(ImageEncoder):
         return Features(image, TowerFeatures(image.embedding.new_empty(len(image.embedding), 0)), one)
 
     def logits(self, head: str, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
-        """A head's scores of what `encode_image` gives."""
+        """A head's scores of what `encode_image` gives; of a head that reads unit features float32 or wider.
+
+        Its product is taken outside autocast: in bf16, at a scale of 100, scores would be off by parts of a nat.
+        """
         config = self.head_configs[head]
-        scores: Tensor = self.heads[head](F.normalize(features, dim=-1) if config.unit else features)
+        if not config.unit:
+            scores: Tensor = self.heads[head](features)
+        else:
+            with torch.autocast(features.device.type, enabled=False):
+                weight, bias = self.heads[head].weight, self.heads[head].bias
+                wide = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
+                scores = F.linear(F.normalize(features.to(wide), dim=-1), weight.to(wide), bias.to(wide))
         return scores if config.scale == 1.0 else scores * config.scale
 
     def probabilities(self, logits: Mapping[str, Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch classes"]:

@@ -33,6 +33,9 @@ from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similaritie
 from cmapkd.objectives.common import unit
 from cmapkd.objectives.subclasses import subclass_divergence
 
+ALIKE = 1e-12
+"""Mean variance of unit embeddings below which pictures are one picture: what is left is rounding."""
+
 
 class LelpConfig(MethodConfig):
     """How classes are cut into parts, and what each term counts."""
@@ -84,8 +87,8 @@ class Lelp(DualEncoderMethod):
             "product of the probabilities are ours.",
             "The classifier is made of the classes' prompts, not of a linear layer. The head has the parts of a class "
             "alone: the class itself is read from the prompts, so that a sum over parts is the class.",
-            "Of samples without a label that is read, the class is the teacher's own. A class with S images or fewer "
-            "is cut by the directions of all images.",
+            "Of samples without a label that is read, the class is the teacher's own. A class with S images or fewer, "
+            "or of images that are all alike, is cut by the directions of all images.",
         ),
         checked_against="the formulas written out in loops; no published code was found, so there is no parity",
     )
@@ -160,12 +163,18 @@ class Lelp(DualEncoderMethod):
                 f"lelp cuts classes into {self.config.parts} parts, and {counted(len(left), 'training image')} cannot "
                 "show that many directions: take a data.train with more samples or more training.steps"
             )
+        every = principal_directions(left, self.config.parts)
+        if float(every[1].mean()) < ALIKE:
+            raise ConfigError(
+                f"lelp cuts classes by how the teacher's pictures differ, and all {len(left)} training images are "
+                "alike to it: take other data, or a trained teacher"
+            )
         draws = torch.Generator().manual_seed(0)
         for number in range(len(self.class_names)):
-            rows = left[labels == number]
-            if len(rows) <= self.config.parts:
-                rows = left
-            directions, variances = principal_directions(rows, self.config.parts)
+            own = left[labels == number]
+            found = principal_directions(own, self.config.parts) if len(own) > self.config.parts else every
+            few = found is every or float(found[1].mean()) < ALIKE
+            rows, (directions, variances) = (left, every) if few else (own, found)
             if self.config.directions == "random":
                 inside = torch.randn(self.config.parts, len(left), generator=draws, dtype=torch.float64) @ left
                 directions = torch.linalg.qr(inside.T).Q.T

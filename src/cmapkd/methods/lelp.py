@@ -6,7 +6,6 @@ What is from the paper and what is ours: the card below and docs/methods/lelp.md
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -27,7 +26,6 @@ from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
 from cmapkd.models.joined import JoinedEncoder
-from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 from cmapkd.objectives.common import unit
@@ -109,11 +107,9 @@ class Lelp(DualEncoderMethod):
         assert teacher is not None
         assert classes is not None
         self.config, self.class_names = config, classes.names
-        read = parameters_behind(student, partial(example_output, student, "image")) | set(student.parts["scale"])
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in read)  # its own text tower is not used
         same = student.embed_dim == teacher.embed_dim
         self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+        self.student.freeze_unused(scale=False)
         number, width = len(classes.names), teacher.embed_dim
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
         room = width - int(torch.linalg.matrix_rank(self.class_vectors))

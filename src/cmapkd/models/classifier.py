@@ -140,14 +140,15 @@ class Classifier(ImageEncoder):
 
         Its product is taken outside autocast: in bf16, at a scale of 100, scores would be off by parts of a nat.
         """
-        config = self.head_configs[head]
+        config, linear = self.head_configs[head], self.heads[head]
+        assert isinstance(linear, nn.Linear)
         if not config.unit:
-            scores: Tensor = self.heads[head](features)
+            scores: Tensor = linear(features)
         else:
+            wide = torch.promote_types(torch.promote_types(features.dtype, linear.weight.dtype), torch.float32)
             with torch.autocast(features.device.type, enabled=False):
-                weight, bias = self.heads[head].weight, self.heads[head].bias
-                wide = torch.promote_types(torch.promote_types(features.dtype, weight.dtype), torch.float32)
-                scores = F.linear(F.normalize(features.to(wide), dim=-1), weight.to(wide), bias.to(wide))
+                unit = F.normalize(features.to(wide), dim=-1)
+                scores = F.linear(unit, linear.weight.to(wide), linear.bias.to(wide))
         return scores if config.scale == 1.0 else scores * config.scale
 
     def probabilities(self, logits: Mapping[str, Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch classes"]:

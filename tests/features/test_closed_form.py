@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,24 @@ def test_neighbours_are_the_loop() -> None:
         assert nearest_others(queries, entries, query_keys=own, entry_keys=keys, chunk=chunk).tolist() == expected
     alone = nearest_others(queries[:1], entries[:1], query_keys=own[:1], entry_keys=keys[:1])
     assert alone.tolist() == [-1]
+
+
+def test_avoided_entries_and_duplicates_are_neighbours_of_last_resort() -> None:
+    entries = torch.tensor([[1.0, 0.0], [1.0, 0.001], [0.8, 0.6], [0.0, 1.0]])
+    avoided = torch.tensor([[False, False, True, False]])
+    for chunk in (1, 100):
+
+        def nearest(number: int, chunk: int = chunk, **options: Any) -> int:
+            some, names = entries[:number], torch.arange(number)
+            own = torch.tensor([0])
+            return int(
+                nearest_others(entries[:1], some, query_keys=own, entry_keys=names, chunk=chunk, **options).item()
+            )
+
+        assert nearest(4) == 1
+        assert nearest(4, duplicates_above=0.999) == 2
+        assert nearest(4, duplicates_above=0.999, avoided=avoided) == 3
+        assert nearest(2, duplicates_above=0.999) == 1
 
 
 def test_dispersion_is_the_mean_squared_angle() -> None:

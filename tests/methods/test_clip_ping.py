@@ -60,7 +60,8 @@ def test_terms_are_the_loops(neighbours: str) -> None:
         for query, key in zip(queries, keys, strict=True):
             cosines = [-2 if bank.keys[j] == key else float(normalize(query, dim=0) @ rows[j]) for j in range(40)]
             nearest = cosines.index(max(cosines))
-            found[tower].append(nearest if neighbours == "nearest" else (nearest + 20) % 40)
+            other = (nearest + 20) % 40
+            found[tower].append(nearest if neighbours == "nearest" else other + int(bank.keys[other] == key))
     own = {"image": method.to_image(student.image.embedding), "text": method.to_text(student.text.embedding)}
     for name, by in (("nn", {"image": "image", "text": "text"}), ("xnn", {"image": "text", "text": "image"})):
         expected = sum(
@@ -80,6 +81,38 @@ def test_equal_neighbours_are_no_negatives() -> None:
         bank[9] = mean
     terms = method.terms(batch)
     assert {name: term.value.item() for name, term in terms.items()} == {"nn": 0.0, "xnn": 0.0}
+
+
+@torch.no_grad()
+def test_the_same_thing_under_another_name_is_no_neighbour() -> None:
+    method, batch = clip_ping(), random_batch(BATCH, dtype=torch.float64)
+    teacher, bank = method.encode_teacher(batch), method.support
+    image, text = (normalize(tower.embedding, dim=-1)[0] for tower in (teacher.image, teacher.text))
+
+    def found(of_image: Tensor, of_text: Tensor) -> list[int]:
+        """The neighbours of the first sample, beside this further entry."""
+        bank.image[10], bank.text[10] = normalize(of_image, dim=-1), normalize(of_text, dim=-1)
+        return [int(places[0]) for places in method._neighbours(batch, teacher)]
+
+    without = found(-image, -text)
+    assert 10 not in without
+    assert found(image, text) == without  # the pair once more
+    assert found(image, text + 0.05 * bank.text[11]) == without  # the picture with another caption
+    assert found(-image, text) == without
+    assert found(image + 0.3 * bank.image[11], -text)[0] == 10  # a picture that is alike
+    bank.image[:], bank.text[:] = image, text  # nothing else is left: by names alone
+    assert [places[0].item() for places in method._neighbours(batch, teacher)] == [1, 1]
+
+
+@torch.no_grad()
+def test_shuffled_is_never_the_sample_itself() -> None:
+    method, batch = clip_ping(neighbours="shuffled"), random_batch(BATCH, dtype=torch.float64)
+    teacher, bank = method.encode_teacher(batch), method.support
+    bank.image[20:26] = 0.9 * normalize(teacher.image.embedding, dim=-1) + 0.1 * bank.image[20:26]
+    assert method._neighbours(batch, teacher)[0].tolist() == [1, 2, 3, 4, 5, 6]  # half of 40 further is the sample
+    small = unprepared(neighbours="shuffled")
+    with pytest.raises(ConfigError, match="neither the neighbour nor the sample itself, and of 2 samples none is left"):
+        small.prepare(made_up(number=2))
 
 
 def test_gradients_reach_the_student_both_maps_and_the_scale() -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
+from cmapkd.data.templates import ClassPrompts
 from cmapkd.evaluation.embed import embed
 from cmapkd.evaluation.mixing import best_mix
 from cmapkd.methods.dho import DHO
 from cmapkd.models import Classifier, build_model, load_model
 from cmapkd.models.classifier import AnswerRule, mixed
-from cmapkd.models.texts import embed_texts
+from cmapkd.models.texts import embed_texts, mean_class_texts
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy
 from cmapkd.run import vocabulary_captions
 from helpers import CLASSES, make_classifier, make_method, make_model, make_teacher, random_batch
@@ -127,6 +128,27 @@ def test_gradients_at_the_features_may_be_watched() -> None:
     torch.testing.assert_close(method.measurements["gradient_cosine"], expected.detach())
     with torch.no_grad():
         method(batch)  # an evaluation has no gradients
+
+
+@pytest.mark.parametrize(
+    ("templates", "own", "tuned"),
+    [
+        ((), (("a red dot", "a dot"), ("a square",), ("the sea",)), None),
+        (("a {}.",), (("a red dot", "a dot"), (), ("the sea",)), None),
+        (("a {}.",), ((), ("a square",), ()), ("this is {}", "a {} here")),
+    ],
+)
+@torch.no_grad()
+def test_class_texts_are_means_of_all_prompts_of_a_class(
+    templates: tuple[str, ...], own: tuple[tuple[str, ...], ...], tuned: tuple[str, ...] | None
+) -> None:
+    model, names = make_model(dim=24), ("dot", "square", "sea")
+    model.class_templates = tuned
+    found = mean_class_texts(model, ClassPrompts(names, templates, own), device="cpu")
+    for label, name in enumerate(names):
+        texts = [template.format(name) for template in tuned or templates] + ([] if tuned else [*own[label]])
+        expected = torch.stack([model.encode_text(model.tokenizer([text])).embedding[0] for text in texts]).mean(0)
+        torch.testing.assert_close(found[label], expected)
 
 
 def test_heads_may_begin_as_texts(tmp_path: Path) -> None:

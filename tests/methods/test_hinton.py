@@ -64,6 +64,16 @@ def test_terms_are_those_of_the_two_classifiers(whose: str) -> None:
     torch.testing.assert_close(terms["classes"].value, divergence, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("whose", ["teacher", "image_means"])
+def test_what_learns_beside_the_teachers_texts_gets_a_gradient(whose: str) -> None:
+    method = make_method("hinton", settings={**CLASSES_FORM, "class_vectors": whose})
+    sum(term.value for term in method.terms(random_batch(6)).values()).backward()
+    named = {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in named.items() if parameter.grad is None} == set()
+    assert "student.image._log_logit_scale" in named
+    assert not any(parameter.requires_grad for parameter in method.student.image.text.parameters())
+
+
 @pytest.mark.parametrize("form", [{}, CLASSES_FORM])
 def test_a_weight_of_zero_removes_its_term_and_asks_no_teacher(
     form: dict[str, Any], monkeypatch: pytest.MonkeyPatch

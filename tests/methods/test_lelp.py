@@ -96,14 +96,24 @@ def test_controls() -> None:
 def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"into 20 parts.*of the teacher's 24 dimensions 19 are left for them"):
         make_method("lelp", settings={"parts": 20})
+    one = Answered.joined(made_up(NUMBER)())
+    one.image[:] = one.image[0].clone()
+    with pytest.raises(ConfigError, match=r"all 200 training images are alike to it"):
+        make_method("lelp").prepare(lambda **_: iter([one]))
     with pytest.raises(ConfigError, match=r"classes into 4 parts, and 4 training images cannot show that many"):
         make_method("lelp").prepare(made_up(4))
 
 
-def test_a_class_of_few_images_is_cut_as_all_images_are() -> None:
-    method, answers = make_method("lelp").double(), Answered.joined(made_up(NUMBER)())
-    none = replace(answers, labels=answers.labels.clamp(max=3))  # the fifth class has no image
-    method.prepare(lambda **_: iter([none]))
+@pytest.mark.parametrize("directions", ["pca", "random"])
+@pytest.mark.parametrize("images", ["none", "alike"])
+def test_a_class_of_few_images_is_cut_as_all_images_are(images: str, directions: str) -> None:
+    method = make_method("lelp", settings={"directions": directions}).double()
+    answers = Answered.joined(made_up(NUMBER)())
+    if images == "none":
+        answers = replace(answers, labels=answers.labels.clamp(max=3))
+    else:
+        answers.image[answers.labels == 4] = answers.image[4].clone()
+    method.prepare(lambda **_: iter([answers]))
     every = replace(answers, labels=torch.zeros_like(answers.labels))
     scores = rows_of(method, 0, every) @ method.projections[4].T - method.offsets[4]
     assert float(scores.mean(0).abs().max()) < 1e-6

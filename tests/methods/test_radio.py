@@ -137,11 +137,21 @@ def test_an_image_tower_alone_is_a_further_teacher() -> None:
     assert all(term.value.isfinite() for term in terms.values())
 
 
-def test_what_nobody_reads_is_not_asked() -> None:
+def test_what_nobody_reads_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     method = radio(text_weight=0.0, teacher_weights={"second": 0.0})
     assert method.term_names == ("contrastive", "teacher_image")
     assert method.teacher_needs.towers == ("image",)
     assert method.encode_teachers(batch_of())["second"].text.embedding.shape == (6, 0)
+    asked: list[str] = []
+    answer = method._encode_teacher
+
+    def noted(part: Any, role: str = "teacher") -> Any:
+        asked.append(role)
+        return answer(part, role)
+
+    monkeypatch.setattr(method, "_encode_teacher", noted)
+    assert tuple(method(batch_of(), StepInfo())) == method.term_names
+    assert asked == ["teacher"]
 
 
 def test_wrong_settings_are_refused() -> None:

@@ -64,6 +64,17 @@ def test_the_rule_is_the_formula() -> None:
     assert model.classify([]).shape == (0, 3)
 
 
+@torch.no_grad()
+def test_a_head_of_unit_features_is_exact_under_autocast() -> None:
+    model = classifier()
+    features = 5 * torch.randn(64, model.embed_dim, generator=torch.Generator().manual_seed(0))
+    expected = {head: model.logits(head, features) for head in TWO}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.logits("teacher", features), expected["teacher"])
+        assert model.logits("labels", features).dtype == torch.bfloat16  # as the tower's layers are
+        assert model.logits("teacher", features.bfloat16()).dtype == torch.float32
+
+
 def test_parts_and_modes() -> None:
     model = classifier()
     names = {name for name, _ in model.named_parameters()}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _CHUNK = 4096  # rows whose products with all others are held at a time
+_LAST = 4.0  # taken from a cosine, puts it below all that it was not taken from
 
 
 class RunningMoments:
@@ -167,6 +168,8 @@ def nearest_others(
     *,
     query_keys: Int[Tensor, " queries"],
     entry_keys: Int[Tensor, " entries"],
+    avoided: Bool[Tensor, "queries entries"] | None = None,
+    duplicates_above: float | None = None,
     chunk: int = _CHUNK,
 ) -> Int[Tensor, " queries"]:
     """Which entry has the largest cosine with each query, among those of other samples.
@@ -174,6 +177,8 @@ def nearest_others(
     Args:
         queries, entries: normalised here.
         query_keys, entry_keys: name the samples; an entry of the query's own sample does not count.
+        avoided: True where an entry counts only if the query has no other.
+        duplicates_above: an entry with a larger cosine is the same thing under another name, and avoided likewise.
         chunk: entries at a time; memory grows with queries x chunk.
     Returns:
         Places among the entries, of equals the first; -1 where no entry is of another sample. On the queries' device.
@@ -184,7 +189,12 @@ def nearest_others(
     for start in range(0, len(entries), chunk):
         some = F.normalize(entries[start : start + chunk].to(queries.dtype), dim=-1)
         own = query_keys[:, None] == entry_keys[None, start : start + chunk]
-        cosines, at = (queries @ some.T).masked_fill(own, -torch.inf).max(1)
+        cosines = queries @ some.T
+        if duplicates_above is not None:
+            cosines = torch.where(cosines > duplicates_above, cosines - _LAST, cosines)
+        if avoided is not None:
+            cosines = cosines - _LAST * avoided[:, start : start + chunk].to(cosines)
+        cosines, at = cosines.masked_fill(own, -torch.inf).max(1)
         better = cosines > best
         best, places = torch.where(better, cosines, best), torch.where(better, at + start, places)
     return places

@@ -27,6 +27,9 @@ from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import contrastive_loss
 from cmapkd.objectives.common import at_least_float32
 
+SAME = 1 - 1e-3
+"""Cosine above which two pictures, or two texts, are one thing under two names: tables have a line per caption."""
+
 
 class ClipPingConfig(MethodConfig):
     """The weight of each term, and among which samples neighbours are looked for."""
@@ -59,7 +62,8 @@ class ClipPing(DualEncoderMethod):
         paper="Thwal et al. 2024, arXiv:2412.03871, of which the abstract was read",
         equations=(
             "a_i, b_i: the teacher's image and text features of sample i; s: a scale that is learned",
-            "n(i) = the image in the support that is nearest to a_i, m(i) = the text that is nearest to b_i, never i's",
+            "n(i) = the image in the support that is nearest to a_i, m(i) = the text that is nearest to b_i",
+            "no neighbour is i, shows the picture of i (cosine above 0.999) or, as m(i), says the text of i (likewise)",
             "NCE(x, y) = 1/2 [CE(s x yᵀ, diag) + the transposed]; equal neighbours in a batch are no negatives",
             "L_NN = 1/2 [NCE(h_I(v), a_n) + NCE(h_T(t), b_m)]",
             "L_XNN = 1/2 [NCE(h_I(v), a_m) + NCE(h_T(t), b_n)]",
@@ -107,6 +111,11 @@ class ClipPing(DualEncoderMethod):
                 "clip_ping looks for neighbours among the training data, and the teacher answers "
                 f"{counted(number, 'sample')}: take a data.train with more samples, or more training.steps"
             )
+        if number == 2 and self.config.neighbours == "shuffled":
+            raise ConfigError(
+                "method.neighbours: shuffled takes a sample that is neither the neighbour nor the sample itself, and "
+                "of 2 samples none is left: take method.support: 3 or more, and data with as many samples"
+            )
         self._resize(number)
         for part in parts:
             self.support.push(part.image, part.text, part.keys)
@@ -141,13 +150,18 @@ class ClipPing(DualEncoderMethod):
         if bank.size < 2:
             raise ValueError("clip_ping has no support yet: `prepare` comes before the first step")
         keys = gather_rows(sample_keys(batch.ids).to(self.device, non_blocking=True))
+        same = bank.references(keys, images=teacher.image.embedding, duplicates_above=SAME).exclude
         found = []
         for tower, entries in ((teacher.image, bank.image), (teacher.text, bank.text)):
             with torch.autocast(self.device.type, enabled=False):
                 queries = at_least_float32(tower.embedding)
-                places = nearest_others(queries, entries, query_keys=keys, entry_keys=bank.keys)
-            further = bank.size // 2 if self.config.neighbours == "shuffled" else 0
-            found.append((places + further) % bank.size)
+                places = nearest_others(
+                    queries, entries, query_keys=keys, entry_keys=bank.keys, avoided=same, duplicates_above=SAME
+                )
+            if self.config.neighbours == "shuffled":
+                places = (places + bank.size // 2) % bank.size
+                places = (places + (bank.keys[places] == keys).long()) % bank.size  # not the sample itself
+            found.append(places)
         return found[0], found[1]
 
     def _found(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -123,8 +123,8 @@ class DualEncoderMethod(Method):
         parts = micro_batches(batch, self.micro_batch)
         return gather_features(join_features([self._encode_teacher(part) for part in parts]))
 
-    def encode_teachers(self, batch: Batch) -> dict[str, Features]:
-        """Every teacher's embeddings by role, likewise; the first teacher's levels, too.
+    def encode_teachers(self, batch: Batch, roles: Collection[str] | None = None) -> dict[str, Features]:
+        """Embeddings by role of the teachers that are named, or of all, likewise; the first teacher's levels, too.
 
         Embeddings have width 0 where nobody reads a tower, and of a further teacher without a text tower.
         """
@@ -132,6 +132,7 @@ class DualEncoderMethod(Method):
         return {
             role: gather_features(join_features([self._encode_teacher(part, role) for part in parts]))
             for role in self.teachers
+            if roles is None or role in roles
         }
 
     def encode_changed_images(self, batch: Batch, change: Callable[[Batch, Tensor], Tensor]) -> Tensor:

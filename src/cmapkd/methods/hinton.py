@@ -127,6 +127,7 @@ class Hinton(DualEncoderMethod):
         else:
             same = student.embed_dim == teacher.embed_dim
             self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+            self.student.freeze_unused(scale=False)
 
     @property
     def term_names(self) -> tuple[str, ...]:

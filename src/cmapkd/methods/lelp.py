@@ -6,7 +6,6 @@ What is from the paper and what is ours: the card below and docs/methods/lelp.md
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -27,11 +26,13 @@ from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
 from cmapkd.models.joined import JoinedEncoder
-from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 from cmapkd.objectives.common import unit
 from cmapkd.objectives.subclasses import subclass_divergence
+
+ALIKE = 1e-12
+"""Mean variance of unit embeddings below which pictures are one picture: what is left is rounding."""
 
 
 class LelpConfig(MethodConfig):
@@ -84,8 +85,8 @@ class Lelp(DualEncoderMethod):
             "product of the probabilities are ours.",
             "The classifier is made of the classes' prompts, not of a linear layer. The head has the parts of a class "
             "alone: the class itself is read from the prompts, so that a sum over parts is the class.",
-            "Of samples without a label that is read, the class is the teacher's own. A class with S images or fewer "
-            "is cut by the directions of all images.",
+            "Of samples without a label that is read, the class is the teacher's own. A class with S images or fewer, "
+            "or of images that are all alike, is cut by the directions of all images.",
         ),
         checked_against="the formulas written out in loops; no published code was found, so there is no parity",
     )
@@ -106,11 +107,9 @@ class Lelp(DualEncoderMethod):
         assert teacher is not None
         assert classes is not None
         self.config, self.class_names = config, classes.names
-        read = parameters_behind(student, partial(example_output, student, "image")) | set(student.parts["scale"])
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name in read)  # its own text tower is not used
         same = student.embed_dim == teacher.embed_dim
         self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+        self.student.freeze_unused(scale=False)
         number, width = len(classes.names), teacher.embed_dim
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
         room = width - int(torch.linalg.matrix_rank(self.class_vectors))
@@ -160,12 +159,18 @@ class Lelp(DualEncoderMethod):
                 f"lelp cuts classes into {self.config.parts} parts, and {counted(len(left), 'training image')} cannot "
                 "show that many directions: take a data.train with more samples or more training.steps"
             )
+        every = principal_directions(left, self.config.parts)
+        if float(every[1].mean()) < ALIKE:
+            raise ConfigError(
+                f"lelp cuts classes by how the teacher's pictures differ, and all {len(left)} training images are "
+                "alike to it: take other data, or a trained teacher"
+            )
         draws = torch.Generator().manual_seed(0)
         for number in range(len(self.class_names)):
-            rows = left[labels == number]
-            if len(rows) <= self.config.parts:
-                rows = left
-            directions, variances = principal_directions(rows, self.config.parts)
+            own = left[labels == number]
+            found = principal_directions(own, self.config.parts) if len(own) > self.config.parts else every
+            few = found is every or float(found[1].mean()) < ALIKE
+            rows, (directions, variances) = (left, every) if few else (own, found)
             if self.config.directions == "random":
                 inside = torch.randn(self.config.parts, len(left), generator=draws, dtype=torch.float64) @ left
                 directions = torch.linalg.qr(inside.T).Q.T

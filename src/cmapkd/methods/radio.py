@@ -152,7 +152,7 @@ class Radio(DualEncoderMethod):
         if self.wants("contrastive", self.config.task_weight):
             terms["contrastive"] = Term(task_loss(student), self.config.task_weight)
         wanted = {name: place for name, place in self.of_term.items() if self.wants(name)}
-        teachers = self.encode_teachers(batch) if wanted else {}
+        teachers = self.encode_teachers(batch, {role for role, _ in wanted.values()})
         if self.config.dispersion == "cache":
             self._draw_dispersions()
         for name, (role, tower) in wanted.items():

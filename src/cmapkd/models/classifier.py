@@ -136,9 +136,19 @@ class Classifier(ImageEncoder):
         return Features(image, TowerFeatures(image.embedding.new_empty(len(image.embedding), 0)), one)
 
     def logits(self, head: str, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
-        """A head's scores of what `encode_image` gives."""
-        config = self.head_configs[head]
-        scores: Tensor = self.heads[head](F.normalize(features, dim=-1) if config.unit else features)
+        """A head's scores of what `encode_image` gives; of a head that reads unit features float32 or wider.
+
+        Its product is taken outside autocast: in bf16, at a scale of 100, scores would be off by parts of a nat.
+        """
+        config, linear = self.head_configs[head], self.heads[head]
+        assert isinstance(linear, nn.Linear)
+        if not config.unit:
+            scores: Tensor = linear(features)
+        else:
+            wide = torch.promote_types(torch.promote_types(features.dtype, linear.weight.dtype), torch.float32)
+            with torch.autocast(features.device.type, enabled=False):
+                unit = F.normalize(features.to(wide), dim=-1)
+                scores = F.linear(unit, linear.weight.to(wide), linear.bias.to(wide))
         return scores if config.scale == 1.0 else scores * config.scale
 
     def probabilities(self, logits: Mapping[str, Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch classes"]:

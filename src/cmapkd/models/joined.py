@@ -132,11 +132,15 @@ class JoinedEncoder(DualEncoder):
             self._frozen.to(texts.ids.device)
         return self.text_model.encode_text(texts, levels)
 
-    def freeze_unused(self) -> None:
-        """Freezes what no picture's embedding depends on: the student's own text tower, its logit scale and bias."""
+    def freeze_unused(self, *, scale: bool = True) -> None:
+        """Freezes what no picture's embedding depends on: the student's own text tower, its logit scale and bias.
+
+        Args:
+            scale: whether the logit scale is frozen, too; a method whose loss reads it keeps it.
+        """
         used = parameters_behind(self, partial(example_output, self, "image"))
         for name, parameter in self.named_parameters():
-            if name not in used:
+            if name not in used and (scale or parameter is not self.log_logit_scale):
                 parameter.requires_grad_(False)
 
     def num_parameters(self) -> int:

@@ -151,12 +151,18 @@ def prompt_bank(
 def mean_class_texts(
     model: DualEncoder, classes: ClassPrompts, *, device: torch.device | str
 ) -> Float[Tensor, "classes dim"]:
-    """The mean text embedding of each class's prompts, not normalised before or after; float32, on the CPU."""
+    """The mean text embedding of each class's prompts, not normalised before or after; float32, on the CPU.
+
+    Classes may have unequal numbers of prompts. Of a model with `class_templates` its own count alone.
+    """
+    if model.class_templates:
+        classes = ClassPrompts(classes.names, model.class_templates)
     rows: list[Tensor] = []
-    texts = classes.texts
+    prompts = classes.of_class
+    texts = [text for each in prompts for text in each]
     order = encode_texts(model, texts, lambda tower: rows.append(tower.embedding.float().cpu()),
                          batch_size=256, device=device)  # fmt: skip
-    return torch.cat(rows)[order].view(len(classes.names), len(classes.templates), -1).mean(1)
+    return _means(torch.cat(rows)[order], [*map(len, prompts)])
 
 
 def frozen_class_vectors(teacher: FrozenTeacher, classes: ClassPrompts) -> Float[Tensor, "classes dim"]:

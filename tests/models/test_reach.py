@@ -41,9 +41,9 @@ def test_a_model_is_left_as_it_was() -> None:
     model.train()
     model.text.eval()
     random = torch.get_rng_state()
-    assert last_matrix_behind(model, partial(example_output, model, "text")) == "text.project.weight"
+    last_matrix_behind(model, partial(example_output, model, "image"))
     with pytest.raises(ValueError, match="cannot be trained"):  # nothing behind it learns
-        last_matrix_behind(model, partial(example_output, model, "image"))
+        last_matrix_behind(model, partial(example_output, model, "image"), learning=True)
     assert not any(parameter.requires_grad for parameter in model.vision.parameters())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.text.parameters())
     assert model.vision.training

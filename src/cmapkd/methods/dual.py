@@ -201,7 +201,7 @@ class DualEncoderMethod(Method):
         for number, tower in enumerate(needs.towers, 1):
             try:
                 output = partial(example_output, self.student, tower, self._first(tower, needs))
-                found[last_matrix_behind(self.student, output)] = None
+                found[last_matrix_behind(self.student, output, learning=True)] = None
             except ValueError:
                 if number == len(needs.towers) and not found:
                     raise

@@ -37,17 +37,18 @@ def parameters_behind(model: nn.Module, compute: Callable[[], Tensor]) -> frozen
     return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
 
 
-def last_matrix_behind(model: nn.Module, compute: Callable[[], Tensor]) -> str:
+def last_matrix_behind(model: nn.Module, compute: Callable[[], Tensor], *, learning: bool = False) -> str:
     """Name of the weights whose product fewest operations separate from what `compute` returns: its last layer.
 
-    Of weights that learn, where any do. Tables that are looked up or added, as positions are, are no layer.
+    Tables that are looked up or added, as positions are, are no layer.
 
+    Args:
+        learning: passes over weights that do not learn.
     Raises:
         ValueError: there is none.
     """
-    named = dict(model.named_parameters())
-    learning = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    names = {id(parameter): name for name, parameter in (learning or named).items()}
+    known = model.named_parameters()
+    names = {id(parameter): name for name, parameter in known if parameter.requires_grad or not learning}
     with differentiable(model):
         output = compute()
     waiting, visited = deque([output.grad_fn]), set()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cmapkd.config import ConfigError
+from cmapkd.data.labels import any_label
 from cmapkd.data.open import open_source, same_reading
 from cmapkd.data.picked import Pick, picked
+from cmapkd.data.streams import JoinedSource
+from cmapkd.data.templates import get_class_prompts
+from cmapkd.data.texts import TEXT_MAKERS
 from cmapkd.data.types import Sample
 from helpers import MemorySource, Sharded
 
@@ -124,3 +129,23 @@ def test_the_same_samples_are_the_same_reading() -> None:
     assert same_reading(f"{WORLD}&shots=2", f"{WORLD}&shots=2")
     assert not same_reading(f"{WORLD}&shots=2", f"{WORLD}&shots=3")
     assert not same_reading(WORLD, f"{WORLD}&labels=hidden")
+
+
+def test_texts_of_classes_and_false_captions_stay() -> None:
+    whole = open_source("scenes?length=60")
+    for spec in ("scenes?length=60&shots=2", "scenes?length=60&labels=hidden"):
+        some = open_source(spec)
+        assert get_class_prompts("own", some.class_names or (), some) == whole.class_prompts
+        sample = some[0]
+        assert TEXT_MAKERS["negatives"](sample, sample.captions[0], 1)
+    streams = JoinedSource({"train": whole, "more": open_source("scenes?length=20")}, {"more": 0.5})
+    assert get_class_prompts("own", whole.class_names or (), streams) == whole.class_prompts
+
+
+def test_few_labels_are_found() -> None:
+    class Few(MemorySource):
+        def __getitem__(self, index: int) -> Sample:
+            return replace(super().__getitem__(index), label=1 if index == 397 else None)
+
+    assert any_label(Few(400))
+    assert not any_label(Few(300))

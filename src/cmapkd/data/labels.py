@@ -17,7 +17,8 @@ from cmapkd.data.views import View
 
 NO_LABEL = -1
 
-_LOOKED_AT = 64  # samples among which one must have a label
+_LOOKED_AT = 64  # samples that are looked at first
+_MOST_LOOKED_AT = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,16 @@ def places_among(names: Sequence[str], *, left_out: Sequence[str]) -> Int[Tensor
 
 
 def any_label(source: Source) -> bool:
-    """Whether one of a few samples, spread evenly over the source, has a label; pictures are not looked at."""
-    for index in range(0, len(source), max(1, len(source) // _LOOKED_AT)):
+    """Whether a sample has a label, as far as many were looked at; pictures are not.
+
+    A few that are spread over the source come first, then all in their order. Of a source with more than
+    `_MOST_LOOKED_AT` unlabelled samples nothing is said: others may have labels.
+    """
+    spread = range(0, len(source), max(1, len(source) // _LOOKED_AT))
+    for index in (*spread, *range(min(len(source), _MOST_LOOKED_AT))):
         try:
             if unseen(source, index).label is not None:
                 return True
         except BadSampleError:
             continue
-    return False
+    return len(source) > _MOST_LOOKED_AT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,6 +17,7 @@ from torch import Tensor
 from cmapkd.config import ConfigError, counted
 from cmapkd.data.places import existing_file
 from cmapkd.data.random import key_of
+from cmapkd.data.templates import class_prompts
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.window_order import shard_counts
@@ -111,6 +113,11 @@ class PickedSource:
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
 
+    @property
+    def class_prompts(self) -> Sequence[Sequence[str]]:
+        """Texts of each class by itself, by label; empty where the source has none."""
+        return class_prompts(self.source)
+
     def fingerprint(self) -> str:
         """Of the whole source, and of the places."""
         digest = blake2b(f"{self.source.fingerprint()}\0".encode(), digest_size=16)
@@ -125,28 +132,13 @@ class Unlabelled(PickedSource):
         super().__init__(source, torch.arange(len(source)), f"{source.name}?labels=hidden")
 
     def __getitem__(self, index: int) -> Sample:
-        return _without_label(super().__getitem__(index))
+        return super().__getitem__(index).without_label()
 
     def unseen(self, index: int) -> Sample:
-        return _without_label(super().unseen(index))
+        return super().unseen(index).without_label()
 
     def fingerprint(self) -> str:
         return blake2b(f"{self.source.fingerprint()}\0hidden".encode(), digest_size=16).hexdigest()
-
-
-def _without_label(sample: Sample) -> Sample:
-    """A plain sample, with everything made that one of a built world makes when it is asked for."""
-    return Sample(
-        sample.id,
-        sample.image,
-        sample.captions,
-        None,
-        sample.questions,
-        sample.boxes,
-        sample.texts,
-        sample.turns,
-        sample.no_turns,
-    )
 
 
 def picked(source: Source, pick: Pick) -> Source:
@@ -177,7 +169,7 @@ def read_ids(path: Path) -> tuple[str, ...]:
     if not ids:
         raise ConfigError(f"ids: {path} lists no sample: write an id on each line")
     if len(set(ids)) < len(ids):
-        twice = next(each for place, each in enumerate(ids) if each in ids[:place])
+        twice, _ = Counter(ids).most_common(1)[0]
         raise ConfigError(f"ids: {path} lists {twice!r} twice: a sample is read once an epoch")
     return ids
 

@@ -187,7 +187,7 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
     if method.needs_labels and not any_label(source):
         raise ConfigError(
             f"method {config.method.name}, as it is set, learns from labels, and {source.name} has none: take a "
-            "data.train with labels, or set method.task_weight=0"
+            f"data.train with labels{', or set method.task_weight=0' if hasattr(config.method, 'task_weight') else ''}"
         )
     for name in method.streams:
         _check_stream_of_method(config, name, sampler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +10,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cmapkd.config import ConfigError, closest, counted
+from cmapkd.data.picked import Unlabelled
 from cmapkd.data.random import uniforms
+from cmapkd.data.streams import JoinedSource
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.views import View
 
 NO_LABEL = -1
 
-_LOOKED_AT = 64  # samples among which one must have a label
+_LOOKED_AT = 64  # samples that are looked at first
+_MOST_READ = 100_000  # samples of a source that are all looked at, before it is said to have no label
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,23 @@ def places_among(names: Sequence[str], *, left_out: Sequence[str]) -> Int[Tensor
 
 
 def any_label(source: Source) -> bool:
-    """Whether one of a few samples, spread evenly over the source, has a label; pictures are not looked at."""
-    for index in range(0, len(source), max(1, len(source) // _LOOKED_AT)):
+    """Whether a sample of the source has a label; pictures are not looked at where the source can be read without them.
+
+    A few samples, spread evenly, are looked at first, and then all. Of a source that is too large for it, and does not
+    hide its labels, the answer is yes.
+    """
+    if isinstance(source, Unlabelled):
+        return False
+    if isinstance(source, JoinedSource):
+        return any(any_label(each) for each in source.shown)
+    if _one_of(source, range(0, len(source), max(1, len(source) // _LOOKED_AT))):
+        return True
+    return len(source) > _MOST_READ or _one_of(source, range(len(source)))
+
+
+def _one_of(source: Source, places: Iterable[int]) -> bool:
+    """Whether one of the samples at these places has a label; bad ones have none."""
+    for index in places:
         try:
             if unseen(source, index).label is not None:
                 return True

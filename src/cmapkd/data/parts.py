@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError, counted
 from cmapkd.data.shard_contents import ShardContents, shard_contents
+from cmapkd.data.templates import class_prompts
 from cmapkd.data.types import Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.window_order import shard_counts
@@ -81,6 +82,11 @@ class PartOfSource:
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def class_prompts(self) -> Sequence[Sequence[str]]:
+        """Texts of each class by itself, by label; empty where the source has none."""
+        return class_prompts(self.source)
 
     def fingerprint(self) -> str:
         """Of the whole source and of where the part lies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,6 +16,7 @@ from torch import Tensor
 from cmapkd.config import ConfigError, counted
 from cmapkd.data.places import existing_file
 from cmapkd.data.random import key_of
+from cmapkd.data.templates import class_prompts
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.window_order import shard_counts
@@ -103,6 +105,11 @@ class PickedSource:
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
 
+    @property
+    def class_prompts(self) -> Sequence[Sequence[str]]:
+        """Texts of each class by itself, by label; empty where the source has none."""
+        return class_prompts(self.source)
+
     def fingerprint(self) -> str:
         """Of the whole source, and of the places."""
         digest = blake2b(f"{self.source.fingerprint()}\0".encode(), digest_size=16)
@@ -117,28 +124,13 @@ class Unlabelled(PickedSource):
         super().__init__(source, torch.arange(len(source)), f"{source.name}?labels=hidden")
 
     def __getitem__(self, index: int) -> Sample:
-        return _without_label(super().__getitem__(index))
+        return super().__getitem__(index).without_label()
 
     def unseen(self, index: int) -> Sample:
-        return _without_label(super().unseen(index))
+        return super().unseen(index).without_label()
 
     def fingerprint(self) -> str:
         return blake2b(f"{self.source.fingerprint()}\0hidden".encode(), digest_size=16).hexdigest()
-
-
-def _without_label(sample: Sample) -> Sample:
-    """A plain sample, with everything made that one of a built world makes when it is asked for."""
-    return Sample(
-        sample.id,
-        sample.image,
-        sample.captions,
-        None,
-        sample.questions,
-        sample.boxes,
-        sample.texts,
-        sample.turns,
-        sample.no_turns,
-    )
 
 
 def picked(source: Source, pick: Pick) -> Source:
@@ -168,8 +160,8 @@ def read_ids(path: Path) -> tuple[str, ...]:
     ids = tuple(line for line in lines if line.strip())
     if not ids:
         raise ConfigError(f"ids: {path} lists no sample: write an id on each line")
-    if len(set(ids)) < len(ids):
-        twice = next(each for place, each in enumerate(ids) if each in ids[:place])
+    twice, times = Counter(ids).most_common(1)[0]
+    if times > 1:
         raise ConfigError(f"ids: {path} lists {twice!r} twice: a sample is read once an epoch")
     return ids
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cmapkd.config import ConfigError, counted
+from cmapkd.data.templates import class_prompts
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.window_order import WindowOrder
@@ -189,6 +190,16 @@ class JoinedSource:
     def class_names(self) -> Sequence[str] | None:
         """The names that the sources agree on; None where none names its labels."""
         return self._class_names
+
+    @property
+    def shown(self) -> tuple[Source, ...]:
+        """The sources whose labels are not hidden here."""
+        return tuple(source for number, source in enumerate(self.sources) if number not in self._hidden)
+
+    @property
+    def class_prompts(self) -> Sequence[Sequence[str]]:
+        """The main source's texts of each class by itself, by label; empty where it has none."""
+        return class_prompts(self.sources[0])
 
     def fingerprint(self) -> str:
         """Of the sources, their order and their streams' names; not of the shares, which are no data."""

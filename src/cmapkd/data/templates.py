@@ -134,6 +134,12 @@ def get_class_names(name: str | None, source: Source) -> tuple[str, ...] | None:
     return names
 
 
+def class_prompts(source: Source | None) -> Sequence[Sequence[str]]:
+    """A source's own texts of each class by itself, by label; empty where it has none."""
+    own: Sequence[Sequence[str]] = getattr(source, "class_prompts", None) or ()
+    return own
+
+
 def get_class_prompts(name: str | None, names: Sequence[str], source: Source | None) -> tuple[tuple[str, ...], ...]:
     """Texts of each class by itself, by label; empty where none are asked for.
 
@@ -148,7 +154,7 @@ def get_class_prompts(name: str | None, names: Sequence[str], source: Source | N
     if name is None:
         return ()
     if name == OWN:
-        own: Sequence[Sequence[str]] | None = getattr(source, "class_prompts", None)
+        own = class_prompts(source)
         if not own or len(own) != len(names):
             told = "the data" if source is None else source.name
             raise ConfigError(
@@ -156,9 +162,10 @@ def get_class_prompts(name: str | None, names: Sequence[str], source: Source | N
                 "give a JSON file {name: [text, ...]}"
             )
         return tuple(map(tuple, own))
+    text = "\n".join(_lines(name, "class_prompts", (OWN,)))
     try:
-        values = json.loads("\n".join(_lines(name, "class_prompts", (OWN,))))
-    except ValueError as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets within each other
         raise ConfigError(f"class_prompts: {name} is not JSON: {error}") from None
     texts = {key: [each] if isinstance(each, str) else each for key, each in values.items()} if _by_name(values) else {}
     if not texts or not all(isinstance(text, str) and text.strip() for each in texts.values() for text in each):
@@ -198,7 +205,7 @@ def _names_from_file(name: str) -> tuple[str, ...]:
         return tuple(text.split("\n"))
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None  # `parse_classes` says what is wrong
     if isinstance(values, dict) and sorted(values) == sorted(map(str, range(len(values)))):
         numbered = [values[str(number)] for number in range(len(values))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from cmapkd.data.open import open_source, same_reading
 from cmapkd.data.picked import Pick, picked
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.templates import get_class_prompts
-from cmapkd.data.texts import TEXT_MAKERS
+from cmapkd.data.texts import TEXT_MAKERS, false_texts
 from cmapkd.data.types import Sample
+from cmapkd.data.unseen import NO_PICTURE
 from helpers import MemorySource, Sharded
 
 WORLD = "scenes:easy?length=80&size=32"
@@ -30,6 +30,20 @@ class Blind(MemorySource):
 
     def unseen(self, index: int) -> Sample:
         return super().__getitem__(index)
+
+
+class Labelled(Blind):
+    """Of which few samples have a label."""
+
+    def __init__(self, length: int, places: set[int]) -> None:
+        super().__init__(2)
+        self._length, self._labelled = length, places
+
+    def __len__(self) -> int:
+        return self._length
+
+    def unseen(self, index: int) -> Sample:
+        return Sample(str(index), NO_PICTURE, label=0 if index in self._labelled else None)
 
 
 def test_shots_are_so_many_of_each_class_and_nested() -> None:
@@ -65,9 +79,24 @@ def test_labels_are_hidden_and_everything_else_stays() -> None:
     assert without.label is None
     assert (without.id, without.captions, without.questions) == (sample.id, sample.captions, sample.questions)
     assert hidden.unseen(3).label is None  # type: ignore[attr-defined]
+    caption = sample.captions[0]
+    assert false_texts(without, caption, 0) == false_texts(sample, caption, 0) != ()
     assert hidden.class_names == plain.class_names
     assert hidden.fingerprint() != plain.fingerprint()
     assert len(hidden) == 80
+
+
+def test_one_label_among_many_is_found() -> None:
+    assert any_label(Labelled(600, {301}))
+    assert not any_label(Labelled(600, set()))
+    hidden = picked(Labelled(600, {301}), Pick(hidden=True))
+    assert not any_label(hidden)
+    many = Labelled(10_000_000, set())
+    assert any_label(many)  # nobody has looked at all of it
+    assert not any_label(picked(many, Pick(hidden=True)))
+    shown, alone = Labelled(600, {301}), Labelled(600, set())
+    assert any_label(JoinedSource({"train": alone, "b": shown}, {"b": 0.5}))
+    assert not any_label(JoinedSource({"train": alone, "b": shown}, {"b": 0.5}, ["b"]))
 
 
 def test_samples_by_their_ids(tmp_path: Path) -> None:
@@ -82,7 +111,7 @@ def test_samples_by_their_ids(tmp_path: Path) -> None:
     for text, why in (
         ("nobody\n", r"1 of the 1 id of .*are of no sample of scenes/easy/train, the first 'nobody' \(its own first"),
         ("", "lists no sample"),
-        ("a\na\n", "lists 'a' twice"),
+        ("b\na\na\n", "lists 'a' twice"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=why):
@@ -140,12 +169,3 @@ def test_texts_of_classes_and_false_captions_stay() -> None:
         assert TEXT_MAKERS["negatives"](sample, sample.captions[0], 1)
     streams = JoinedSource({"train": whole, "more": open_source("scenes?length=20")}, {"more": 0.5})
     assert get_class_prompts("own", whole.class_names or (), streams) == whole.class_prompts
-
-
-def test_few_labels_are_found() -> None:
-    class Few(MemorySource):
-        def __getitem__(self, index: int) -> Sample:
-            return replace(super().__getitem__(index), label=1 if index == 397 else None)
-
-    assert any_label(Few(400))
-    assert not any_label(Few(300))

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from cmapkd.cli import app
 from cmapkd.config import ConfigError
+from cmapkd.config.disk import DiskError
 from cmapkd.data.open import open_source
 from cmapkd.data.selection import balanced, covering_radius, greedy_k_centre
 from cmapkd.models.classifier import AnswerRule, ClassHeadConfig
@@ -67,7 +68,7 @@ def test_balance_has_as_many_of_each_class() -> None:
         balanced(classes, ids, 23)
 
 
-def test_the_command_writes_ids_that_a_source_reads(tmp_path: Path) -> None:
+def test_the_command_writes_ids_that_a_source_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(*words: str) -> str:
         return CliRunner().invoke(app, ["select", WORLD, *words], catch_exceptions=False).output
 
@@ -84,11 +85,27 @@ def test_the_command_writes_ids_that_a_source_reads(tmp_path: Path) -> None:
     taken = more.read_text().split()
     assert len(set(taken)) == 5
     assert not set(taken) & set(first.read_text().split())
+    unknown = tmp_path / "unknown.txt"
+    unknown.write_text("nobody\n")
     for words, why in (
         (("--by", "pcoreset", "--budget", "5", "--out", "x"), "name a model with --model"),
         (("--by", "pcorset", "--budget", "5", "--out", "x"), r"did you mean 'pcoreset'"),
         ((*chosen, "--budget", "31", "--out", "x"), "and 30 samples are not labelled yet"),
         (("--by", "balance", "--budget", "5", "--out", str(more)), "is there already"),
+        (
+            ("--by", "balance", "--budget", "5", "--labelled", str(unknown), "--out", "x"),
+            "1 of the labelled ids are of",
+        ),
+        (
+            ("--by", "pcoreset", "--budget", "5", "--model", "pictures:tiny:debug", "--out", "x"),
+            "cmapkd select needs .* has an image tower alone",
+        ),
     ):
         with pytest.raises(ConfigError, match=why):
             call(*words)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("cmapkd.cli.select._probabilities", lambda *_: pytest.fail("a model was asked"))
+    with pytest.raises(ConfigError, match="--budget is 31, and 30 samples"):
+        call(*chosen, "--budget", "31", "--out", "x")
+    with pytest.raises(DiskError, match="cannot be written"):
+        call(*chosen, "--budget", "5", "--out", str(tmp_path / "file" / "x"))

@@ -11,13 +11,17 @@ import torch
 import torch.nn.functional as F
 
 from cmapkd.config import ConfigError
-from cmapkd.data.open import open_source
+from cmapkd.data.config import StreamConfig
+from cmapkd.data.open import open_source, open_streams
 from cmapkd.data.scenes import ScenesSource
 from cmapkd.data.templates import ClassPrompts, get_class_prompts
+from cmapkd.diagnosis import examine
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.run import evaluate
 from cmapkd.models import FrozenTeacher, build_model
 from cmapkd.models.texts import LearnedClassVectors, class_vectors, embed_texts, frozen_class_vectors
+from cmapkd.run import RunConfig
+from cmapkd.run.measure import Measured
 from helpers import MemorySource, make_model, make_teacher
 
 NAMES, TEMPLATES = ("red cat", "green dog"), ("{}", "a {} near tree")
@@ -91,11 +95,12 @@ def test_the_worlds_descriptions_are_true_or_anothers() -> None:
         ("[1]", "must be {name: "),
         ('{"red cat": [""], "green dog": []}', "must be {name: "),
         ('{"red cat": "a"', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         (
             '{"red cats": ["a"], "green dog": "b"}',
             r"lacks 1 of 2 classes, 'red cat' among them \(did you mean 'red cats'",
         ),
-        (None, "is no file and none of own"),
+        (None, "^class_prompts: '[^']*' is no file and none of own"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(written: str | None, message: str, tmp_path: Path) -> None:
@@ -113,6 +118,37 @@ def test_what_files_and_sources_say(tmp_path: Path) -> None:
     assert get_class_prompts(None, NAMES, None) == ()
     with pytest.raises(ConfigError, match="own asks for the source's texts of its 2 classes, and memory has none"):
         get_class_prompts("own", NAMES, MemorySource())
+
+
+def test_what_is_read_of_a_source_keeps_its_texts_of_classes(tmp_path: Path) -> None:
+    world = "scenes?length=40&size=32"
+    source = open_source(world)
+    assert source.class_names is not None
+    own = get_class_prompts("own", source.class_names, source)
+    (tmp_path / "ids.txt").write_text(source[3].id)
+    more = {"b": StreamConfig(source=world, share=0.5, labels="hidden")}
+    parts = [open_source(f"{world}&{more}") for more in ("shots=1", f"ids={tmp_path}/ids.txt", "labels=hidden")]
+    for part in (*parts, open_streams(world, more), open_streams(world, {}, held_out=4)):
+        assert get_class_prompts("own", source.class_names, part) == own
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"class_prompts": "nofile.json"}, "class_prompts: 'nofile.json' is no file and none of own"),
+        ({"templates": "nofile.txt"}, "templates: 'nofile.txt' is no file"),
+        ({"templates": "none"}, "class 'red circle' has no prompt"),
+    ],
+)
+def test_words_that_cannot_be_had_are_told_before_the_first_step(words: dict[str, str], message: str) -> None:
+    data = {"train": "scenes?length=8&size=32", "val": "scenes@val?length=4&size=32"}
+    values = {"student": "tiny:debug", "method": "contrastive", "data": data, "evaluation": words}
+    config = RunConfig.from_mapping({**values, "training": {"steps": 1, "batch_size": 4}})
+    with pytest.raises(ConfigError, match=rf"^data\.val cannot be measured by its classes: {message}"):
+        Measured.open(config)
+    assert message in next(each.detail for each in examine(config) if each.what == "evaluation")
+    only = config.model_copy(update={"evaluation": EvaluationConfig(tasks=("retrieval",), **words)})
+    Measured.open(only)  # reads no words
 
 
 def test_an_evaluation_asks_with_them() -> None:

@@ -21,6 +21,7 @@ from cmapkd.evaluation.suite import training_source
 from cmapkd.evaluation.table import score_table
 from cmapkd.evaluation.tasks import TASKS, check_tasks
 from cmapkd.evaluation.tools import MissingToolError
+from cmapkd.models import build_model
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.vocabulary import TrainedTokenizer
 
@@ -34,6 +35,20 @@ QUICK["efficiency"] = {"batch_size": 2, "rounds": 3, "warmup": 0}
 def other(model: TinyDualEncoder, seed: int = 1) -> TinyDualEncoder:
     torch.manual_seed(seed)
     return TinyDualEncoder(model.options, model.tokenizer, name="other")
+
+
+def test_an_image_tower_alone_is_told_before_it_embeds(make_source: Make) -> None:
+    tower = build_model("pictures:tiny:debug")
+    source = make_source(6, labels=[n % 3 for n in range(6)], class_names=CLASSES)
+    with pytest.raises(ValueError, match="p has an image tower alone, which linear_probe and knn can measure"):
+        evaluate_models({"p": tower}, source, SuiteConfig(), device="cpu")
+    named = SuiteConfig(tasks=("calibration",))
+    with pytest.raises(ValueError, match="for calibration: it embeds texts, and p has an image tower alone"):
+        evaluate_models({"p": tower}, source, named, device="cpu")
+    train = make_source(9, labels=[n % 3 for n in range(9)], class_names=CLASSES)
+    train.name, train.fingerprint = "another", lambda: "another"
+    scores = evaluate_models({"p": tower}, source, SuiteConfig(tasks=("knn",)), device="cpu", train=train)
+    assert 0 <= scores["p"]["knn"]["top1"] <= 100
 
 
 def test_each_model_reads_the_source_once_for_all_tasks(model: TinyDualEncoder, make_source: Make) -> None:

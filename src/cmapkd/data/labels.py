@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cmapkd.config import ConfigError, closest, counted
+from cmapkd.data.picked import Unlabelled
 from cmapkd.data.random import uniforms
+from cmapkd.data.streams import JoinedSource
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.data.views import View
@@ -18,7 +20,7 @@ from cmapkd.data.views import View
 NO_LABEL = -1
 
 _LOOKED_AT = 64  # samples that are looked at first
-_MOST_LOOKED_AT = 20_000
+_MOST_READ = 100_000  # samples of a source that are all looked at, before it is said to have no label
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +69,26 @@ def places_among(names: Sequence[str], *, left_out: Sequence[str]) -> Int[Tensor
 
 
 def any_label(source: Source) -> bool:
-    """Whether a sample has a label, as far as many were looked at; pictures are not.
+    """Whether a sample of the source has a label; pictures are not looked at where the source can be read without them.
 
-    A few that are spread over the source come first, then all in their order. Of a source with more than
-    `_MOST_LOOKED_AT` unlabelled samples nothing is said: others may have labels.
+    A few samples, spread evenly, are looked at first, and then all. Of a source that is too large for it, and does not
+    hide its labels, the answer is yes.
     """
-    spread = range(0, len(source), max(1, len(source) // _LOOKED_AT))
-    for index in (*spread, *range(min(len(source), _MOST_LOOKED_AT))):
+    if isinstance(source, Unlabelled):
+        return False
+    if isinstance(source, JoinedSource):
+        return any(any_label(each) for each in source.shown)
+    if _one_of(source, range(0, len(source), max(1, len(source) // _LOOKED_AT))):
+        return True
+    return len(source) > _MOST_READ or _one_of(source, range(len(source)))
+
+
+def _one_of(source: Source, places: Iterable[int]) -> bool:
+    """Whether one of the samples at these places has a label; bad ones have none."""
+    for index in places:
         try:
             if unseen(source, index).label is not None:
                 return True
         except BadSampleError:
             continue
-    return len(source) > _MOST_LOOKED_AT
+    return False

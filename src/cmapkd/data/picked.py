@@ -168,8 +168,8 @@ def read_ids(path: Path) -> tuple[str, ...]:
     ids = tuple(line for line in lines if line.strip())
     if not ids:
         raise ConfigError(f"ids: {path} lists no sample: write an id on each line")
-    if len(set(ids)) < len(ids):
-        twice, _ = Counter(ids).most_common(1)[0]
+    twice, times = Counter(ids).most_common(1)[0]
+    if times > 1:
         raise ConfigError(f"ids: {path} lists {twice!r} twice: a sample is read once an epoch")
     return ids
 

@@ -192,6 +192,11 @@ class JoinedSource:
         return self._class_names
 
     @property
+    def shown(self) -> tuple[Source, ...]:
+        """The sources whose labels are not hidden here."""
+        return tuple(source for number, source in enumerate(self.sources) if number not in self._hidden)
+
+    @property
     def class_prompts(self) -> Sequence[Sequence[str]]:
         """The main source's texts of each class by itself, by label; empty where it has none."""
         return class_prompts(self.sources[0])

@@ -39,6 +39,7 @@ from cmapkd.run import (
     RunConfig,
     build_student,
     check_training,
+    check_words,
     classes_of,
     heads_of,
     method_of,
@@ -75,6 +76,10 @@ def examine(config: RunConfig, say: Say = lambda _: None) -> Iterator[Finding]:
         if source is not None:
             sources[role] = source
             yield from check_source(role, source, config)
+            if role == "test" or (role == "val" and (config.data.test is None or config.training.evaluate_every)):
+                _, problem = _attempt("evaluation", partial(check_words, config, f"data.{role}", source))
+                if problem is not None:
+                    yield problem
     yield from check_overlap(sources)
     if config.data.final is None:
         yield Finding("note", "data", "neither val nor test is named: the run ends without scores")

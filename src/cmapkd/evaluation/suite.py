@@ -21,8 +21,9 @@ from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks import TASKS, Task, check_tasks, make_task
 from cmapkd.evaluation.writing import NothingReadError
-from cmapkd.models.base import Model
+from cmapkd.models.base import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.types import BOTH
 
 
 def evaluate_models(
@@ -152,7 +153,10 @@ def _warn_of_precision(subject: Subject) -> None:
 
 
 def _mixed(models: Mapping[str, Model]) -> str:
-    """Why no task is left: the models keep different contracts."""
+    """Why no task is left: the models keep different contracts, or one embeds no texts."""
+    for name, model in models.items():
+        if isinstance(model, DualEncoder) and model.towers != BOTH:
+            return f"{name} has an image tower alone, which linear_probe and knn can measure: name them as tasks"
     writing = [name for name, model in models.items() if isinstance(model, GenerativeModel)]
     other = [name for name in models if name not in writing]
     return (
@@ -207,16 +211,25 @@ def _wanted(config: EvaluationConfig, models: Mapping[str, Model]) -> dict[str, 
 
 
 def _readable(kind: type[Task], models: Mapping[str, Model]) -> bool:
-    return all(isinstance(model, kind.reads) for model in models.values())
+    return all(_unread(kind, name, model) is None for name, model in models.items())
+
+
+def _unread(kind: type[Task], name: str, model: Model) -> str | None:
+    """Why a task cannot read a model, whatever the data; None where it can."""
+    if not isinstance(model, kind.reads):
+        return f"it is for a model that {kind.reads.does}, and {name} {model.does}"
+    if kind.needs_texts and isinstance(model, DualEncoder) and model.towers != BOTH:
+        return f"it embeds texts, and {name} has an image tower alone"
+    return None
 
 
 def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Bench) -> dict[str, Task]:
     """The tasks that can be measured; refuses those that were named and cannot, before any takes long."""
     refused: dict[str, str] = {}
     for name, task in wanted.items():
-        if not _readable(type(task), {subject.name: subject.model for subject in subjects}):
-            other = next(subject for subject in subjects if not isinstance(subject.model, task.reads))
-            refused[name] = f"it is for a model that {task.reads.does}, and {other.name} {other.model.does}"
+        unread = (_unread(type(task), subject.name, subject.model) for subject in subjects)
+        if (reason := next(filter(None, unread), None)) is not None:
+            refused[name] = reason
         elif task.needs_source and bench.source is None:
             refused[name] = "it needs data: name them with --data"
         elif task.needs_reference and len(subjects) < 2:

@@ -17,6 +17,7 @@ from cmapkd.run.cached import answer_from_cache, plan_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.execute import run
 from cmapkd.run.finalize import finalize
+from cmapkd.run.measure import check_words
 from cmapkd.run.texts import classes_of, vocabulary_captions
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "answer_from_cache",
     "build_student",
     "check_training",
+    "check_words",
     "classes_of",
     "finalize",
     "heads_of",

@@ -185,9 +185,10 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
         method.train_only(training.train_parts)
     method.check_teachers()
     if method.needs_labels and not any_label(source):
+        without = ", or set method.task_weight=0" if hasattr(config.method, "task_weight") else ""
         raise ConfigError(
             f"method {config.method.name}, as it is set, learns from labels, and {source.name} has none: take a "
-            f"data.train with labels{', or set method.task_weight=0' if hasattr(config.method, 'task_weight') else ''}"
+            f"data.train with labels{without}"
         )
     for name in method.streams:
         _check_stream_of_method(config, name, sampler)

@@ -20,6 +20,8 @@ from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import assist, evaluate
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.suite import count_parameters
+from cmapkd.evaluation.tasks import TASKS
+from cmapkd.evaluation.tasks.zero_shot import ZeroShot, check_prompts
 from cmapkd.models import Model, build_teacher, load_model
 from cmapkd.results import Scores, gap_closed
 from cmapkd.run.config import RunConfig
@@ -40,13 +42,16 @@ class Measured:
 
     @classmethod
     def open(cls, config: RunConfig) -> Self:
-        """Raises ConfigError: a source cannot be opened."""
-        data, final = config.data, None
+        """Raises ConfigError: a source cannot be opened, or its classes cannot be asked for as the config says."""
+        data, val, final = config.data, None, None
         if data.final is not None:
             final = _of_role(data.final, "test" if data.test else "val")
-        if data.val is None or config.training.evaluate_every is None:
-            return cls(None, final)
-        return cls(_of_role(data.val, "val") if data.test else final, final)
+        if data.val is not None and config.training.evaluate_every is not None:
+            val = _of_role(data.val, "val") if data.test else final
+        measured = cls(val, final)
+        for key, source in measured.named(config).items():
+            check_words(config, key, source)
+        return measured
 
     def named(self, config: RunConfig) -> dict[str, Source]:
         """Those that there are, by their settings."""
@@ -61,6 +66,24 @@ def _of_role(spec: str, role: str) -> Source:
         return open_source(spec, split=role)
     except ConfigError as error:
         raise ConfigError(f"data.{role}: {error}") from None
+
+
+def check_words(config: RunConfig, key: str, source: Source) -> None:
+    """Refuses words for the classes of a source that is measured on, where the evaluation reads any.
+
+    Args:
+        key: the setting that names the source.
+    Raises:
+        ConfigError: templates, names or texts of classes cannot be had.
+    """
+    settings = config.evaluation
+    named = settings.tasks if isinstance(settings.tasks, tuple) else ()
+    if config.writes or (named and not any(issubclass(TASKS[name], ZeroShot) for name in named)):
+        return
+    try:
+        check_prompts(settings, source)
+    except ValueError as error:
+        raise ConfigError(f"{key} cannot be measured by its classes: {error}") from None
 
 
 def num_measured(config: RunConfig, source: Source | None) -> int:

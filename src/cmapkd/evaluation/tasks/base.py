@@ -53,6 +53,7 @@ class Task(ABC):
     alone: ClassVar[bool] = False  # needs one model and the source, nothing else: a run can end with it
     automatic: ClassVar[bool] = False  # part of tasks=auto
     needs_source: ClassVar[bool] = True
+    needs_texts: ClassVar[bool] = True  # of a model that embeds: its text tower, unless it is a classifier
     needs_levels: ClassVar[bool] = False  # reads the pooled levels of the towers
     needs_negatives: ClassVar[bool] = False  # reads texts that are false of a sample
     needs_reference: ClassVar[bool] = False  # compares with the first of several models

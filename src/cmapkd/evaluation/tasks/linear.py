@@ -19,6 +19,7 @@ _COLUMNS = (
 class LinearProbe(Task):
     title = "Logistic regression on image embeddings, percent"
     reads = ImageEncoder
+    needs_texts = False
     trains = True
     columns = _COLUMNS
 

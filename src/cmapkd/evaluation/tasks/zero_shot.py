@@ -7,13 +7,27 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from cmapkd.data.templates import ClassPrompts, get_templates
+from cmapkd.data.templates import ClassPrompts, get_class_names, get_class_prompts, get_templates
+from cmapkd.data.types import Source
 from cmapkd.evaluation.calibration import calibration, zero_shot_calibration
+from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.subject import Subject
 from cmapkd.evaluation.tasks.base import Column, Headline, Task
 from cmapkd.evaluation.zero_shot import rank_classes, zero_shot_scores
 from cmapkd.models.base import ImageEncoder
 from cmapkd.models.classifier import Classifier
+
+
+def check_prompts(config: EvaluationConfig, source: Source) -> None:
+    """Refuses names, templates or texts of classes that cannot be had; no model is asked.
+
+    Raises:
+        ConfigError: one of them does not exist, or a class has no prompt.
+        ValueError: the source has another number of classes.
+    """
+    names, templates = get_class_names(config.class_names, source), get_templates(config.templates, source)
+    if names is not None:
+        _ = ClassPrompts(names, templates, get_class_prompts(config.class_prompts, names, source)).of_class
 
 
 class ZeroShot(Task):
@@ -27,10 +41,7 @@ class ZeroShot(Task):
     )
 
     def prepare(self, subject: Subject) -> None:
-        assert subject.class_names is None or subject.class_names
-        templates = get_templates(subject.bench.config.templates, subject.bench.scored)
-        if subject.class_names is not None:
-            _ = ClassPrompts(subject.class_names, templates, subject.class_prompts).of_class  # refuses classes without
+        check_prompts(subject.bench.config, subject.bench.scored)
 
     def missing(self, subject: Subject) -> str | None:
         if not bool((subject.embedded.labels >= 0).any()):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from cmapkd.features.closed_form import (
     RunningMoments,
     class_means,
-    dispersion,
     nearest_others,
     principal_directions,
     rank_in_class,
@@ -64,37 +63,16 @@ def drawn(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_kmeans_finds_separate_bundles_and_ends_at_a_fixed_point() -> None:
-    bundles = normalize(rows(4, 6, seed=1), dim=-1)
-    x = (bundles[torch.arange(40) % 4] + 0.02 * rows(40, 6)) * torch.rand(40, 1, dtype=torch.float64).add(0.1)
-    centres, clusters = spherical_kmeans(x, 4, generator=drawn())
-    for bundle in range(4):
-        assert len(set(clusters[bundle::4].tolist())) == 1
-    assert len(set(clusters.tolist())) == 4
-    units = normalize(x, dim=-1)
-    for number in range(4):
-        torch.testing.assert_close(centres[number], normalize(units[clusters == number].mean(0), dim=0))
-    assert torch.equal(clusters, (units @ centres.T).argmax(1))
-    again = spherical_kmeans(x, 4, generator=drawn())
-    assert torch.equal(again[0], centres)
-
-
-def test_kmeans_of_every_row_and_of_equal_rows() -> None:
-    x = rows(7)
-    centres, clusters = spherical_kmeans(x, 7, generator=drawn())
-    assert sorted(clusters.tolist()) == list(range(7))
-    torch.testing.assert_close(centres[clusters], normalize(x, dim=-1))
-    same, _ = spherical_kmeans(torch.ones(5, 3), 3, generator=drawn())
-    torch.testing.assert_close(same, torch.full((3, 3), 1 / math.sqrt(3)))
-    with pytest.raises(ValueError, match="8 clusters are asked for, and there are 7 rows"):
-        spherical_kmeans(x, 8, generator=drawn())
-
-
-def test_kmeans_begins_by_squared_distance() -> None:
-    """Three of four rows are one: the second centre is always the fourth, or the first was."""
-    x = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])
-    for seed in range(8):
-        assert spherical_kmeans(x, 2, generator=drawn(seed))[1].unique().numel() == 2
+def test_kmeans_is_a_fixed_point_of_separate_bundles_and_keeps_empty_centres() -> None:
+    x = torch.cat([5 * torch.eye(8, dtype=torch.float64)[n] + 0.1 * rows(9, 8) for n in range(4)])
+    centres = spherical_kmeans(x, 4, drawn())
+    units = F.normalize(x, dim=-1)
+    clusters = (units @ centres.T).argmax(1)
+    for number in clusters.unique().tolist():
+        torch.testing.assert_close(centres[number], F.normalize(units[clusters == number].mean(0), dim=0))
+    assert torch.equal(centres, spherical_kmeans(3 * x, 4, drawn()))
+    same = spherical_kmeans(torch.ones(5, 3), 3, drawn())  # all rows belong to the first
+    torch.testing.assert_close(same, F.normalize(torch.ones(3, 3), dim=-1))
 
 
 def test_neighbours_are_the_loop() -> None:
@@ -126,14 +104,3 @@ def test_avoided_entries_and_duplicates_are_neighbours_of_last_resort() -> None:
         assert nearest(4, duplicates_above=0.999) == 2
         assert nearest(4, duplicates_above=0.999, avoided=avoided) == 3
         assert nearest(2, duplicates_above=0.999) == 1
-
-
-def test_dispersion_is_the_mean_squared_angle() -> None:
-    x = rows(8) + 2
-    middle = normalize(x.mean(0), dim=0)
-    angles = [math.acos(float(normalize(row, dim=0) @ middle)) for row in x]
-    assert float(dispersion(x)) == pytest.approx(sum(angle**2 for angle in angles) / 8, rel=1e-12)
-    assert float(dispersion(torch.ones(3, 4))) == pytest.approx(0, abs=1e-15)
-    for wrong, message in ((torch.zeros(0, 3), "no rows"), (torch.tensor([[1.0, 0], [-1, 0]]), "mean row is zero")):
-        with pytest.raises(ValueError, match=message):
-            dispersion(wrong)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from cmapkd.config import ConfigError
-from cmapkd.features.prototypes import spherical_means
+from cmapkd.features.closed_form import spherical_kmeans
 from cmapkd.features.pyramid import level_grid
 from cmapkd.methods import StepInfo
 from cmapkd.methods.tipsv2 import TIPSv2
@@ -91,21 +91,21 @@ def test_prototypes_find_directions_that_are_there() -> None:
     truth = F.normalize(tokens(3, 8), dim=-1)
     cloud = (truth[:, None] + 0.05 * tokens(3, 40, 8)).flatten(0, 1) * torch.arange(1, 121)[:, None]
     best = max(
-        float((spherical_means(cloud, 3, torch.Generator().manual_seed(seed)) @ truth.T).amax(1).min())
+        float((spherical_kmeans(cloud, 3, torch.Generator().manual_seed(seed)) @ truth.T).amax(1).min())
         for seed in range(5)
     )
     assert best > 0.99
-    one = spherical_means(cloud, 1, torch.Generator())
+    one = spherical_kmeans(cloud, 1, torch.Generator())
     torch.testing.assert_close(one[0], F.normalize(F.normalize(cloud, dim=-1).mean(0), dim=0))
 
 
 def test_prototypes_are_a_function_of_tokens_and_draws() -> None:
     cloud = tokens(50, 6)
-    one, again = (spherical_means(cloud, 50, torch.Generator().manual_seed(0)) for _ in range(2))
+    one, again = (spherical_kmeans(cloud, 50, torch.Generator().manual_seed(0)) for _ in range(2))
     assert torch.equal(one, again)
     torch.testing.assert_close(one.norm(dim=-1), torch.ones(50, dtype=torch.float64))
-    with pytest.raises(ValueError, match="51 prototypes of 50 tokens"):
-        spherical_means(cloud, 51, torch.Generator())
+    with pytest.raises(ValueError, match="51 clusters are asked for, and there are 50 rows"):
+        spherical_kmeans(cloud, 51, torch.Generator())
 
 
 # ------------------------------------------------------------------------------------------------ the method
@@ -125,7 +125,7 @@ def test_terms_are_the_formulas() -> None:
     draws = StepInfo(seed=3).generator("prototypes")
     every = level_grid(theirs.levels["blocks.0"]).flatten(0, 1)
     some = torch.randperm(len(every), generator=draws)
-    torch.testing.assert_close(method.centres, spherical_means(every[some], 6, draws))
+    torch.testing.assert_close(method.centres, spherical_kmeans(every[some], 6, draws))
     expected = prototype_divergence(
         mapped, at_grid, method.centres, student_temperature=0.1, teacher_temperature=0.07
     ).mean()

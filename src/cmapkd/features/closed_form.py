@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _CHUNK = 4096  # rows whose products with all others are held at a time
+_ROUNDS = 20  # of k-means
 _LAST = 4.0  # taken from a cosine, puts it below all that it was not taken from
 
 
@@ -102,64 +103,35 @@ def principal_directions(
     return directions * directions.gather(1, largest).sign(), variances
 
 
-def spherical_kmeans(
-    rows: Float[Tensor, "rows dim"], num: int, *, generator: torch.Generator, iterations: int = 25
-) -> tuple[Float[Tensor, "num dim"], Int[Tensor, " rows"]]:
-    """Centres of length one whose cosines with their rows are large (Dhillon and Modha 2001).
+@torch.no_grad()
+def spherical_kmeans(rows: Float[Tensor, "rows dim"], num: int, generator: torch.Generator) -> Float[Tensor, "num dim"]:
+    """Centres of length one: every row belongs to that of the largest cosine, a centre is the mean of its rows.
 
-    Begins at rows drawn by k-means++ (Arthur and Vassilvitskii 2007). A cluster that loses all rows gets the row that
-    is farthest from its own centre.
+    Begins at rows that are drawn. A centre that no row belongs to stays where it is. Twenty rounds, so the host never
+    looks at the rows.
 
     Args:
-        rows: normalised here; float32 or wider.
-        num: of clusters, at most the number of rows.
-        generator: on the CPU; what the first centres are drawn from.
-        iterations: at most; it ends before, when no row changes its cluster.
+        rows: normalised here.
+        num: of centres, 1 to the number of rows.
+        generator: on the CPU, the same in every process.
     Returns:
-        The centres, in the type of the rows, and the cluster of each row.
+        Unit vectors, float32 or wider, where the rows are.
     Raises:
-        ValueError: more clusters than rows.
+        ValueError: there are fewer rows than centres.
+    Source: Dhillon and Modha 2001, "Concept decompositions for large sparse text data using clustering".
     """
     if not 1 <= num <= len(rows):
         raise ValueError(f"{num} clusters are asked for, and there are {len(rows)} rows")
-    rows = F.normalize(rows, dim=-1)
-    centres = _spread_out(rows, num, generator)
-    clusters, cosines = _nearest_centre(rows, centres)
-    for _ in range(iterations):
-        means, counts = class_means(rows, clusters, num)
-        centres = F.normalize(means, dim=-1).to(rows.dtype)
-        empty = (counts == 0).nonzero().flatten()
-        if len(empty):
-            centres[empty] = rows[cosines.argsort(stable=True)[: len(empty)]]
-        before = clusters
-        clusters, cosines = _nearest_centre(rows, centres)
-        if torch.equal(clusters, before):
-            break
-    return centres, clusters
-
-
-def _spread_out(rows: Float[Tensor, "rows dim"], num: int, generator: torch.Generator) -> Float[Tensor, "num dim"]:
-    """Rows drawn one after the other, each by its squared distance from the nearest that was drawn before."""
-    draws = torch.rand(num, generator=generator, dtype=torch.float64)
-    chosen = [min(int(draws[0] * len(rows)), len(rows) - 1)]
-    distances = 2 - 2 * (rows @ rows[chosen[0]]).double()
-    for draw in draws[1:]:
-        distances[torch.tensor(chosen)] = 0.0
-        ends = distances.clamp_min(0).cumsum(0)
-        if float(ends[-1]) > 0:
-            place = int(torch.searchsorted(ends, (draw * ends[-1]).to(ends.device), right=True))
-        else:  # every row is where one was drawn: any other will do
-            place = next(row for row in range(len(rows)) if row not in chosen)
-        chosen.append(min(place, len(rows) - 1))
-        distances = torch.minimum(distances, 2 - 2 * (rows @ rows[chosen[-1]]).double())
-    return rows[torch.tensor(chosen)].clone()
-
-
-def _nearest_centre(
-    rows: Float[Tensor, "rows dim"], centres: Float[Tensor, "num dim"]
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    found = [(part @ centres.T).max(1) for part in rows.split(_CHUNK)]
-    return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
+    units = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
+    centres = units[torch.randperm(len(units), generator=generator)[:num].to(units.device, non_blocking=True)]
+    with torch.autocast(units.device.type, enabled=False):
+        for _ in range(_ROUNDS):
+            sums, held = torch.zeros_like(centres), centres.new_zeros(num)
+            for part in units.split(_CHUNK):
+                belongs = F.one_hot((part @ centres.T).argmax(1), num).to(units.dtype)  # no scatter: always equal
+                sums, held = sums + belongs.T @ part, held + belongs.sum(0)
+            centres = torch.where(held[:, None] > 0, F.normalize(sums, dim=-1), centres)
+    return centres
 
 
 def nearest_others(
@@ -198,23 +170,3 @@ def nearest_others(
         better = cosines > best
         best, places = torch.where(better, cosines, best), torch.where(better, at + start, places)
     return places
-
-
-def dispersion(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
-    """Mean squared angle between each row and the direction of the mean row, in radians².
-
-    Returns:
-        In [0, pi²], zero where all rows point one way; float64.
-    Raises:
-        ValueError: there are no rows, or their mean is zero, so that it points nowhere.
-    Source: the angular dispersion of arXiv:2601.17237, equations 3 to 7, as others quote them.
-    """
-    if not len(rows):
-        raise ValueError("there are no rows, so there is no dispersion")
-    mean = rows.double().mean(0)
-    if not float(mean.norm()) > 0:
-        raise ValueError("the mean row is zero, so it has no direction to measure angles from")
-    units, middle = F.normalize(rows.double(), dim=-1), F.normalize(mean, dim=0)
-    # by the tangent of half the angle, since arccos loses half of the digits near 1
-    angles = 2 * torch.atan2((units - middle).norm(dim=-1), (units + middle).norm(dim=-1))
-    return angles.square().mean()

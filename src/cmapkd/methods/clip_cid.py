@@ -115,7 +115,7 @@ class ClipCid(DualEncoderMethod):
         if self.config.centres == "random":
             centres = torch.randn(number, self.dim, generator=draws)
         else:
-            centres, _ = spherical_kmeans(rows, number, generator=draws)
+            centres = spherical_kmeans(rows, number, draws)
         self._resize(number)
         self.centres.copy_(centres)
 

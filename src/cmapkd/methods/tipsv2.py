@@ -19,7 +19,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.masks import check_mask, hidden_squares, hide
 from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector, gather_rows
-from cmapkd.features.prototypes import spherical_means
+from cmapkd.features.closed_form import spherical_kmeans
 from cmapkd.features.pyramid import grid_of, level_grid
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod, task_loss
@@ -175,7 +175,7 @@ class TIPSv2(DualEncoderMethod):
                 "or take larger batches"
             )
         some = torch.randperm(len(tokens), generator=draws)[: count * _TOKENS_PER_PROTOTYPE]
-        self.centres.copy_(spherical_means(tokens[some.to(tokens.device, non_blocking=True)], count, draws))
+        self.centres.copy_(spherical_kmeans(tokens[some.to(tokens.device, non_blocking=True)], count, draws))
         self.found = True
 
     def _encode_student(self, part: Batch, number: int = 0) -> Features:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(execute, "load_model", lambda folder: folder)
     monkeypatch.setattr(execute, "open_source", lambda spec, split: spec)
     monkeypatch.setattr(execute, "build_teacher", lambda config: config)
-    monkeypatch.setattr("cmapkd.compare.plots.draw_plots", lambda *_: ())
+    monkeypatch.setitem(sys.modules, "cmapkd.compare.plots", None)  # nothing is drawn, with or without matplotlib
     monkeypatch.setattr("gc.collect", lambda: 0)
     return made
 

@@ -12,26 +12,37 @@ import pytest
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
-def test_scores_of_the_attribution_are_those_of_its_runs() -> None:
+EQUAL_TIME = ", equal time"
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "arms", "equal_time"),
+    [("cmapkd_attribution.csv", 7, False), ("cmapkd_attribution_equal_time.csv", 6, True)],
+)
+def test_scores_of_the_attribution_are_those_of_its_runs(name: str, arms: int, equal_time: bool) -> None:
     kept: dict[int, list[tuple[str, float, float]]] = {}
     for archive in sorted((RESULTS / "cmapkd_attribution_runs").glob("seed*.zip")):
         with zipfile.ZipFile(archive) as runs:
-            for name in runs.namelist():
-                if name.endswith("/metrics.json") and "-equal_time-" not in name:  # those have no table yet
-                    found = json.loads(runs.read(name))
+            for run in runs.namelist():
+                if run.endswith("/metrics.json") and ("-equal_time-" in run) == equal_time:
+                    found = json.loads(runs.read(run))
                     scores = found["student"]
                     row = (found["method"], scores["retrieval"]["mean_r@1"], scores["zero_shot"]["top1"])
                     kept.setdefault(found["seed"], []).append(row)
-    with (RESULTS / "cmapkd_attribution.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 35
+    rows = rows_of(name)
+    assert len(rows) == 5 * arms
     for seed, expected in kept.items():
         told = [
             (row["method"], float(row["retrieval.mean_r@1"]), float(row["zero_shot.top1"]))
             for row in rows
             if int(row["seed"]) == seed
         ]
-        assert len(told) == 7
+        assert len(told) == arms
         for one, other in zip(sorted(told), sorted(expected), strict=True):
             assert one[0] == other[0]
             assert one[1:] == pytest.approx(other[1:], abs=1e-6)
@@ -39,12 +50,13 @@ def test_scores_of_the_attribution_are_those_of_its_runs() -> None:
 
 
 def test_declared_contrasts_are_means_of_the_scores() -> None:
-    with (RESULTS / "cmapkd_attribution.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    steps, time = rows_of("cmapkd_attribution.csv"), rows_of("cmapkd_attribution_equal_time.csv")
+    time += [row for row in steps if row["arm"] == "cmapkd"]  # its time is the measure
     contrasts = json.loads((RESULTS / "cmapkd_attribution_contrasts.json").read_text(encoding="utf-8"))["contrasts"]
-    assert len(contrasts) == 6
+    assert len(contrasts) == 12
     for name, found in contrasts.items():
-        arm, against = name.split(" - ")
+        rows = time if name.endswith(EQUAL_TIME) else steps
+        arm, against = name.removesuffix(EQUAL_TIME).split(" - ")
         means = [
             sum(float(row["retrieval.mean_r@1"]) for row in rows if row["arm"] == each) / 5 for each in (arm, against)
         ]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.data.masks import hidden_squares, hide
 from cmapkd.features import PairProjector
+from cmapkd.features.projector import Fusion
 from cmapkd.methods import StepInfo
-from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig, Fusion
+from cmapkd.methods.clip_kd import PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig
+from cmapkd.methods.in_batch import PUBLISHED_FEATURE_WEIGHT
 from cmapkd.models import Features, LevelRequest, TowerFeatures
 from cmapkd.objectives import (
     contrastive_loss,
@@ -51,7 +53,6 @@ def our_terms(case: dict[str, Any], image: Tensor, text: Tensor, student_scale: 
     mapped = projected.image.embedding, projected.text.embedding
     fusion = Fusion(image.shape[1], teacher[0].shape[1]).double()
     fusion.load_state_dict({key: tensor(value) for key, value in case["fusion"].items()})
-    answers = Features(*map(TowerFeatures, teacher), logit_scale=tensor(case["teacher_scale"]))
     batch, width = teacher[0].shape
     return {
         "contrastive": contrastive_loss(image, text, logit_scale=student_scale),
@@ -66,7 +67,7 @@ def our_terms(case: dict[str, Any], image: Tensor, text: Tensor, student_scale: 
         "cross": interactive_divergence(
             *mapped, *teacher, student_scale=case["interactive_scale"], teacher_scale=case["teacher_scale"]
         ),
-        "augmented": contrastive_loss(*fusion(projected, answers), logit_scale=case["interactive_scale"]),
+        "augmented": contrastive_loss(*fusion([*map(unit, mapped)], teacher), logit_scale=case["interactive_scale"]),
         "interactive": interactive_loss(*mapped, *teacher, logit_scale=case["interactive_scale"]),
         # the published term is a mean over channels, ours a sum
         "feature": (feature_distance(mapped[0], teacher[0]) + feature_distance(mapped[1], teacher[1]))

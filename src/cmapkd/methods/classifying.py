@@ -11,12 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.card import MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.card import ClassesConfig
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, LevelRequest, Model
 from cmapkd.models.classifier import AnswerRule, ClassHeadConfig
 from cmapkd.models.reach import example_output, last_matrix_behind
@@ -27,20 +26,12 @@ LABELS_HEAD, TEACHER_HEAD = "labels", "teacher"
 """Heads by what they learn from."""
 
 
-class ClassifyingConfig(MethodConfig):
+class ClassifyingConfig(ClassesConfig):
     """What all methods over classifiers can set."""
 
     label_share: float = Field(
         1.0, ge=0, le=1, description="Share of the labelled samples whose label is read; the others are unlabelled."
     )
-
-    @property
-    def reads_classes(self) -> bool:
-        return True
-
-    @property
-    def reads_captions(self) -> bool:
-        return False
 
 
 class ClassifierMethod(DualEncoderMethod):
@@ -62,7 +53,7 @@ class ClassifierMethod(DualEncoderMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         assert classes is not None
-        self.label_share, self.classes = config.label_share, classes
+        self.classes, self.label_reader = classes, LabelReader(config.label_share, len(classes.names))
 
     def set_heads(self, heads: Mapping[str, ClassHeadConfig], rule: AnswerRule | None = None) -> None:
         """Gives the student its classes and heads.
@@ -79,10 +70,6 @@ class ClassifierMethod(DualEncoderMethod):
     def mix(self) -> tuple[float | None, float | None] | None:
         """α and β of the student's two heads, each None where validation data choose it; None where none is chosen."""
         return None
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(self.label_share, len(self.classes.names))}
 
     @property
     def student_needs(self) -> LevelRequest:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
@@ -24,7 +24,7 @@ from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import kl_divergence, similarities
 
 
-class PromptKDConfig(MethodConfig):
+class PromptKDConfig(ClassesConfig):
     """How many prompts, how deep, and how soft."""
 
     distill_weight: float = Field(
@@ -35,14 +35,6 @@ class PromptKDConfig(MethodConfig):
     prompt_depth: int | None = Field(
         None, ge=1, description="Blocks with prompts of their own, from the first; none: 9, or all of fewer."
     )
-
-    @property
-    def reads_classes(self) -> bool:
-        return True
-
-    @property
-    def reads_captions(self) -> bool:
-        return False
 
 
 class PromptKD(DualEncoderMethod):
@@ -85,7 +77,7 @@ class PromptKD(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         assert classes is not None
-        self.config = config
+        self.config, self.weights = config, {"classes": config.distill_weight}
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
         student.requires_grad_(False)
         prompts = make_prompts(student, depth=config.prompt_depth, count=config.prompts) if config.prompts else None
@@ -96,10 +88,6 @@ class PromptKD(DualEncoderMethod):
         """The student with what is trained of it."""
         assert isinstance(self.student, JoinedEncoder)
         return self.student
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return ("classes",)
 
     @property
     def student_needs(self) -> LevelRequest:
@@ -131,4 +119,4 @@ class PromptKD(DualEncoderMethod):
         logits = similarities(projected, self.class_vectors, student.logit_scale)
         soft = similarities(teacher.image.embedding, self.class_vectors, teacher.logit_scale)
         divergence = kl_divergence(logits, soft, temperature=self.config.temperature)
-        return {"classes": Term(divergence / len(self.class_vectors), self.config.distill_weight)}
+        return self.weighted({"classes": divergence / len(self.class_vectors)})

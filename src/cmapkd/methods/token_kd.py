@@ -5,7 +5,6 @@ Many published methods are settings of this one: docs/generative.md lists them b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
@@ -138,6 +137,7 @@ class TokenKD(GenerativeMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        self.weights = {"answers": config.answers_weight, "distillation": config.distill_weight}
         self.divergence = TokenDivergence(
             config.divergence, temperature=config.temperature, beta=config.beta, lam=config.skew
         )
@@ -175,10 +175,6 @@ class TokenKD(GenerativeMethod):
     def on_policy(self) -> OnPolicyConfig | None:
         return self.config.on_policy
 
-    @property
-    def weights(self) -> Mapping[str, float]:
-        return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
-
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
         if self.aligned is not None:
             return self._aligned_sums(part, student, teacher, self.aligned)
@@ -198,7 +194,7 @@ class TokenKD(GenerativeMethod):
         """As `sums`, but the divergence is of groups of tokens, which count as tokens do."""
         rows = student.hidden["answer"]
         counted = self.losses(student, self.weigh(part, rows))
-        if not self.wants("distillation", self.config.distill_weight):
+        if not self.wants("distillation"):
             return counted
         assert teacher is not None
         groups = aligned.groups(student.targets, teacher.targets)

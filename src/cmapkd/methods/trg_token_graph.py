@@ -107,20 +107,15 @@ class TokenGraph(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
-        weights = {
+        self.weights = {
             "contrastive": config.task_weight,
             "similarity": config.distill_weight,
             "inner": config.inner_weight,
             "local": config.local_weight,
             "global": config.global_weight,
         }
-        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.levels = ImageTokens(config, student=student, teacher=teacher.model)
-        self.project = nn.Linear(*self.levels.widths) if "global" in self.weights else None
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
+        self.project = nn.Linear(*self.levels.widths) if "global" in self.term_names else None
 
     @property
     def student_needs(self) -> LevelRequest:
@@ -134,16 +129,16 @@ class TokenGraph(DualEncoderMethod):
         config = self.config
         student, teacher, tokens = self.encode_both(batch, self._drawn)
         values: dict[str, Tensor] = {}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        if self._wants("similarity"):
+        if self.wants("similarity"):
             values["similarity"] = similarity_loss(student, teacher, temperature=config.temperature)
         if self._reads_tokens:
             ours, theirs = tokens["student"], tokens["teacher"]
-            if self._wants("inner"):
+            if self.wants("inner"):
                 values["inner"] = context_distance(ours, theirs, temperature=config.inner_temperature).mean()
             ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1)
-            if self._wants("local"):
+            if self.wants("local"):
                 values["local"] = neighbour_divergence(
                     ours,
                     theirs,
@@ -151,11 +146,11 @@ class TokenGraph(DualEncoderMethod):
                     bandwidth=config.bandwidth,
                     temperature=config.affinity_temperature,
                 ).mean()
-            if self.project is not None and self._wants("global"):
+            if self.project is not None and self.wants("global"):
                 start, end = config.global_temperature
                 temperature = start + (end - start) * self.step.progress
                 values["global"] = token_contrast(self.project(ours), theirs, temperature=temperature).mean()
-        return {name: Term(value, self.weights[name]) for name, value in values.items()}
+        return self.weighted(values)
 
     def _drawn(
         self, part: Batch, student: Features, teacher: Features
@@ -176,7 +171,4 @@ class TokenGraph(DualEncoderMethod):
 
     @property
     def _reads_tokens(self) -> bool:
-        return any(self._wants(name) for name in ("inner", "local", "global"))
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))
+        return any(self.wants(name) for name in ("inner", "local", "global"))

@@ -21,9 +21,9 @@ from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.models.prompted import PromptedEncoder, with_text_prompts
 from cmapkd.models.texts import LearnedClassVectors, prompt_bank
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
@@ -63,7 +63,7 @@ class BiomedCoOpConfig(ClassesConfig):
         return (self.template, self.context) if isinstance(self.context, str) else (self.template,)
 
 
-class BiomedCoOp(DualEncoderMethod):
+class BiomedCoOp(PictureMethod):
     """The frozen student's learned context learns labels, held by the bank of the frozen models' prompts."""
 
     Config: ClassVar[type[MethodConfig]] = BiomedCoOpConfig
@@ -137,12 +137,6 @@ class BiomedCoOp(DualEncoderMethod):
     @property
     def needs_labels(self) -> bool:
         return True
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    teacher_needs = student_needs
 
     def train(self, mode: bool = True) -> Self:
         """The frozen student stays in eval mode: nothing of it changes, and it drops nothing."""

@@ -15,13 +15,11 @@ from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import ClassesConfig
-from cmapkd.methods.dual import DualEncoderMethod
-from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, LevelRequest, Model
+from cmapkd.methods.dual import PictureMethod
+from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model
 from cmapkd.models.classifier import AnswerRule, ClassHeadConfig
 from cmapkd.models.reach import example_output, last_matrix_behind
-from cmapkd.models.types import Tower
 
-_IMAGE: tuple[Tower, ...] = ("image",)
 LABELS_HEAD, TEACHER_HEAD = "labels", "teacher"
 """Heads by what they learn from."""
 
@@ -34,7 +32,7 @@ class ClassifyingConfig(ClassesConfig):
     )
 
 
-class ClassifierMethod(DualEncoderMethod):
+class ClassifierMethod(PictureMethod):
     """A method whose student is a `Classifier`, and whose teacher an image-text model with the classes' texts."""
 
     reads: ClassVar[type[Model]] = Classifier
@@ -70,14 +68,6 @@ class ClassifierMethod(DualEncoderMethod):
     def mix(self) -> tuple[float | None, float | None] | None:
         """α and β of the student's two heads, each None where validation data choose it; None where none is chosen."""
         return None
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=_IMAGE)
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return LevelRequest(towers=_IMAGE)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """The last layer of the image tower, which all heads read."""

@@ -318,6 +318,18 @@ class DualEncoderMethod(Method):
         return features
 
 
+class PictureMethod(DualEncoderMethod):
+    """A method whose steps read pictures alone: texts are vectors of classes, which it makes by itself."""
+
+    @property
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
+
+    @property
+    def teacher_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
+
+
 def task_loss(student: Features) -> Float[Tensor, ""]:
     """The loss the student would be trained with alone: SigLIP's where it has a logit bias, else CLIP's."""
     image, text, scale = student.image.embedding, student.text.embedding, student.logit_scale

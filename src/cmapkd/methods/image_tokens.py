@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from cmapkd.features.level_pairs import LevelPairs
 from cmapkd.features.taps import Layer
 from cmapkd.methods.card import MethodConfig
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.models import DualEncoder, Features, LevelInfo, LevelRequest
 
 
@@ -58,3 +61,24 @@ class ImageTokens:
         """Both levels row by row, without prefix tokens; the teacher's resampled to the student's grid, detached."""
         ours, theirs, _ = self._pairs.cells(student, teacher)
         return ours, theirs
+
+
+class TokenMethod(DualEncoderMethod):
+    """A method of which some terms read the pair of levels, and the others embeddings alone."""
+
+    token_terms: ClassVar[tuple[str, ...]]
+    """Those that read the levels."""
+    levels: ImageTokens
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the stage wants a term that reads the levels."""
+        return any(self.wants(name) for name in self.token_terms)
+
+    @property
+    def student_needs(self) -> LevelRequest:
+        return self.levels.student_needs if self.reads_tokens else LevelRequest()
+
+    @property
+    def teacher_needs(self) -> LevelRequest:
+        return self.levels.teacher_needs if self.reads_tokens else LevelRequest()

@@ -19,10 +19,10 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features.closed_form import ALIKE, class_parts, principal_directions
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
@@ -49,7 +49,7 @@ class LelpConfig(ClassesConfig):
     )
 
 
-class Lelp(DualEncoderMethod):
+class Lelp(PictureMethod):
     """The student learns the teacher's classes, and within each class the part that an image's embedding points to."""
 
     Config: ClassVar[type[MethodConfig]] = LelpConfig
@@ -112,14 +112,6 @@ class Lelp(DualEncoderMethod):
         self.register_buffer("projections", torch.full((number, config.parts, width), torch.nan))
         self.register_buffer("offsets", torch.full((number, config.parts), torch.nan))
         self.head = nn.Linear(width, number * config.parts) if config.part_weight else None
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return self.student_needs
 
     @property
     def prepares(self) -> bool:

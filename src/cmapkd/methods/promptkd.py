@@ -14,10 +14,10 @@ from torch import Tensor
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest, TowerFeatures
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, TowerFeatures
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.prompts import make_prompts
 from cmapkd.models.texts import frozen_class_vectors
@@ -37,7 +37,7 @@ class PromptKDConfig(ClassesConfig):
     )
 
 
-class PromptKD(DualEncoderMethod):
+class PromptKD(PictureMethod):
     """The frozen student's prompts and projector learn the teacher's class probabilities from pictures alone."""
 
     Config: ClassVar[type[MethodConfig]] = PromptKDConfig
@@ -88,14 +88,6 @@ class PromptKD(DualEncoderMethod):
         """The student with what is trained of it."""
         assert isinstance(self.student, JoinedEncoder)
         return self.student
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
 
     def train(self, mode: bool = True) -> Self:
         """The frozen student stays in eval mode: nothing of it changes, not even statistics, and it drops nothing."""

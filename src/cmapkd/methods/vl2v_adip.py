@@ -17,10 +17,10 @@ from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import labelled_distance
@@ -47,7 +47,7 @@ class VL2VADiPConfig(ClassesConfig):
         return self
 
 
-class VL2VADiP(DualEncoderMethod):
+class VL2VADiP(PictureMethod):
     """First a projector, then the tower below it, learns to embed pictures where teacher and label are."""
 
     Config: ClassVar[type[MethodConfig]] = VL2VADiPConfig
@@ -103,14 +103,6 @@ class VL2VADiP(DualEncoderMethod):
     @property
     def needs_labels(self) -> bool:
         return not self.config.image_share
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return self.student_needs
 
     @property
     def student_parts(self) -> Mapping[str, frozenset[str]]:

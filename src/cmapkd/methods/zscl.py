@@ -19,10 +19,10 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features.weights import Anchor
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig, SentenceRequest
-from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.models.texts import LearnedClassVectors, LearnedSentences, embed_texts
 from cmapkd.objectives import labelled_cross_entropy, reference_divergences, similarities
 
@@ -65,7 +65,7 @@ class ZSCLConfig(ClassesConfig):
         return SentenceRequest(self.sentences, self.reference, self.num_sentences)
 
 
-class ZSCL(DualEncoderMethod):
+class ZSCL(PictureMethod):
     """The student learns a task, and on reference pictures its similarities stay those of the model it once was."""
 
     Config: ClassVar[type[MethodConfig]] = ZSCLConfig
@@ -151,14 +151,6 @@ class ZSCL(DualEncoderMethod):
     @property
     def needs_labels(self) -> bool:
         return bool(self.config.task_weight)
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
 
     def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
         if self.anchor is not None:

@@ -29,7 +29,7 @@ from cmapkd.objectives.common import unit
 PUBLISHED_GRADIENT_WEIGHT = 1e8 / (1024**2 * 512)  # restated as that of features, and for a sum over 1,024 pairs
 
 
-class ClipKDConfig(EmbeddingTerms, LentConfig):
+class ClipKDConfig(LentConfig, EmbeddingTerms):
     """The weight of each term; a weight of zero switches its computation off. By default the published combination."""
 
     masked_weight: float = Field(

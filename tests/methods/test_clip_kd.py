@@ -262,6 +262,17 @@ def test_gradient_convention(convention: str) -> None:
     torch.testing.assert_close(method.terms(batch)["gradient"].value, expected)
 
 
+def test_masked_feature_goes_through_the_map_that_both_modalities_share() -> None:
+    settings = {"masked_weight": 1.0, "mask_patch": 4, "mask_ratio": 0.5, "projector": "shared"}
+    method, batch = make_method("clip_kd", settings=settings), random_batch(4)
+    squares = hidden_squares(batch.ids, view=batch.view, image_size=16, patch=4, ratio=0.5)
+    masked = method.student.encode_image(hide(batch.inputs["student"].images, squares, patch=4))
+    teacher, text = method.encode_teacher(batch), method.project(method.encode_student(batch)).text
+    expected = feature_distance(method.project.both(masked.embedding), teacher.image.embedding)
+    expected = expected + feature_distance(text.embedding, teacher.text.embedding)
+    torch.testing.assert_close(method.terms(batch)["masked_feature"].value, expected)
+
+
 def test_masked_feature_compares_the_masked_picture_with_the_whole() -> None:
     settings = {"masked_weight": 1.0, "mask_patch": 4, "mask_ratio": 0.5}
     method = make_method("clip_kd", teacher=make_teacher(dim=16), settings=settings)

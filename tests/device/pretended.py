@@ -52,7 +52,7 @@ from helpers import (
 aten, prim = torch.ops.aten, torch.ops.prim
 PACKAGE = Path(cmapkd.__file__).parent
 CUDA, CPU, META = "cuda", "cpu", "meta"
-BATCH, MICRO_BATCH = 8, 3
+BATCH, MICRO_BATCH = 8, 5  # two micro-batches, of unequal sizes
 STEPS = 3  # of each stage: in the last of them banks are filled and buffers made
 MORE_STEPS = {"cmapkd, policy": 7}  # two windows end, and the policy acts
 SIZES: dict[str, int | None] = {"whole": None, "micro-batches": MICRO_BATCH}
@@ -86,6 +86,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
 }
 # the others differ in a setting, and are slow tests; what degla has beside its losses is albef's
 OFTEN = (*(name for name in DUAL if name != "degla"), "dho", "cmapkd, everything")
+# in micro-batches each line of a method's own runs, too: only what they share goes other ways where a batch is whole
+OFTEN_WHOLE = ("contrastive", "clip_kd", "dmae", "lelp", "promptkd", "tipsv2", "dho", "cmapkd")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import PartialState
-from pretended import CASES, CUDA, MICRO_BATCH, OFTEN, SIZES, Wait, batches, pretending, waits_of, waits_of_case
+from pretended import (
+    CASES,
+    CUDA,
+    MICRO_BATCH,
+    OFTEN,
+    OFTEN_WHOLE,
+    SIZES,
+    Wait,
+    batches,
+    pretending,
+    waits_of,
+    waits_of_case,
+)
 from torch import Tensor
 
 from cmapkd.data.types import Batch, TokenBatch
@@ -36,8 +48,14 @@ def check(waits: list[list[Wait]]) -> None:
         assert not of_step, f"{len(of_step)} waits in step {step} of those counted, none allowed:\n{listed}"
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in OFTEN)) for case in CASES])
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [
+        pytest.param(case, size, marks=[] if case in often else pytest.mark.slow)
+        for size, often in (("whole", OFTEN_WHOLE), ("micro-batches", OFTEN))
+        for case in CASES
+    ],
+)
 def test_a_step_runs_where_the_student_is_and_waits_for_nothing(tmp_path: Path, case: str, size: str) -> None:
     check(waits_of_case(tmp_path, case, SIZES[size]))
 
@@ -150,7 +168,7 @@ def test_a_planted_read_in_the_student_is_found(
 
     encode = Contrastive._encode_student
     monkeypatch.setattr(Contrastive, "_encode_student", encoded)
-    reads = 1 if micro_batch is None else 6
+    reads = 1 if micro_batch is None else 4
     with pytest.raises(AssertionError, match=f"{reads} waits in step 0"):
         check(waits_with(tmp_path, lambda value: None, micro_batch))
 

@@ -19,16 +19,25 @@ from torch.multiprocessing import get_context
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample
-from cmapkd.evaluation import EvaluationConfig, evaluate
+from cmapkd.evaluation import EvaluationConfig, caption_tools, evaluate
 from cmapkd.evaluation.dialogues import descriptions, questions
 from cmapkd.evaluation.probes.data import read_annotations
 from cmapkd.evaluation.run import assist
 from cmapkd.evaluation.share import ALONE, Share
+from cmapkd.evaluation.tools import MissingToolError
 from cmapkd.evaluation.writing import Writer
 from cmapkd.run import RunConfig
 from cmapkd.run.measure import share_of, validator_of
 from cmapkd.training.processes import start_processes
 from writers import Dialogues, make_writer
+
+
+def no_java() -> str:
+    """Of the COCO tool, which takes seconds to start: its scores are a function of what was written."""
+    raise MissingToolError("no Java in these processes")
+
+
+caption_tools.java = no_java  # type: ignore[assignment]
 
 SIZES = (1, 2, 4)
 LENGTHS = (13, 2)  # pictures of two questions each, in batches of four: six, and fewer than processes

@@ -32,13 +32,16 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
     "policy": {"name": "policy", "warmup_steps": 2, "window": 2, "edge": 1},
 }
 TWO = 2
+LENGTHS = {"bandit": (3, 6), "policy": (3, 6)}  # steps before and after the resume: of those that act after windows
 
 
 def trainer(name: str, out: Path, steps: int) -> Trainer:
     method = make_method("cmapkd", settings={**CMAPKD_EXACT, "weighting": WEIGHTINGS[name]})
     source = MemorySource(40)
     optim = {"schedule": "constant", "eps": 1e-2}  # with a small one AdamW makes large steps of rounding errors
-    made = make_trainer(out, method, source=PartOfSource(source, 0, 28), steps=steps, optim=optim, checkpoint_every=3)
+    made = make_trainer(
+        out, method, source=PartOfSource(source, 0, 28), steps=steps, optim=optim, checkpoint_every=steps
+    )
     held_out = make_builder(make_method("contrastive", student=method.student), PartOfSource(source, 28, 40))
     every = method.held_out_every
     assert every is not None
@@ -56,9 +59,10 @@ def trainer(name: str, out: Path, steps: int) -> Trainer:
 
 
 def trained(name: str, out: Path) -> dict[str, Tensor]:
-    """Everything that a checkpoint would hold at the end of six steps, resumed after three."""
-    trainer(name, out, 3).run()
-    again = trainer(name, out, 6)
+    """Everything that a checkpoint would hold at the end of a few steps, resumed half way."""
+    half, steps = LENGTHS.get(name, (2, 4))
+    trainer(name, out, half).run()
+    again = trainer(name, out, steps)
     again.run(resume=True)
     groups = again.learned_state().items()
     return {f"{name}/{group}/{key}": value.clone() for group, held in groups for key, value in held.items()}

@@ -118,10 +118,27 @@ CASES: dict[
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_EXACT, "weighting": "attention"}),
 }
 IN_MICRO_BATCHES = tuple(name for name in CASES if name.endswith("in micro-batches"))
-DTYPES_OF = {name: [*DTYPES.values()][name in IN_MICRO_BATCHES :] for name in CASES}  # those: float64 alone
-OF_FOUR = tuple(  # two pairs of each process are encoded at once: one case shows that this is the whole batch as well
-    name for name in CASES if name not in IN_MICRO_BATCHES or name == "cmapkd, everything in micro-batches"
+# Methods leave it to the code that they share how many processes there are, and in which type these exchange rows; a
+# test below holds that. So float32, and four processes, are tried with one case of each kind of row and of exchange.
+KINDS = (
+    "contrastive",
+    "promptkd",  # a batch norm over all rows
+    "clip_kd, everything",  # levels, a bank
+    "cmapkd, everything",
+    "cmapkd, selected by a policy",  # losses of each sample
+    "clip_kd, balanced terms",  # norms of gradients
+    "degla",  # further texts, a momentum teacher
+    "zscl",  # streams, labels
+    "mobileclip, two teachers",
+    "tinyclip, with masks",
+    "dho",
+    "contracted",  # sums with a count
 )
+DTYPES_OF = {name: [*DTYPES.values()] if name in KINDS else [torch.float64] for name in CASES}
+# rows of losses are shared out behind the encoders, to which micro-batches belong: one case has both
+WITH_LOCAL = (*(name for name in CASES if name not in IN_MICRO_BATCHES), "cmapkd, everything in micro-batches")
+# two pairs of each process are encoded at once: one case shows that this is the whole batch as well
+OF_FOUR = (*KINDS, "cmapkd, everything in micro-batches")
 SHARDED_CASES = (
     "contracted",
     *SHARDED_METHODS,
@@ -380,6 +397,7 @@ def of_two(out: Path, rank: int) -> dict[str, Tensor]:
     for name in CASES:
         for dtype in DTYPES_OF[name]:
             found |= losses_and_gradients(name, dtype, rank)
+    for name in WITH_LOCAL:
         found |= losses_and_gradients(name, torch.float64, rank, LOCAL)
     for name in SHARDED_CASES:
         found |= losses_and_gradients(name, torch.float64, rank, SHARDED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from several_processes import (
     SHARED_TEACHER,
     TRAINED,
     TWO,
+    WITH_LOCAL,
     answered,
     asked_by,
     gather_loss,
@@ -38,7 +40,9 @@ from several_processes import (
     write_shards,
 )
 
+from cmapkd import methods
 from cmapkd.data.shards import ShardSource
+from cmapkd.methods import METHODS
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
 from helpers import ROUNDING
 
@@ -104,7 +108,16 @@ def test_terms_and_gradients_of_four_equal_those_of_one(out: Path, name: str) ->
     assert_equal_to_one(found_by(out, FOUR), name, torch.float64)
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_methods_do_not_ask_how_many_processes_there_are() -> None:
+    """So what holds for `KINDS` of them holds for all: `contrastive`, which asks for SigLIP's ring, is one."""
+    asks = re.compile(r"own_place|world_size|get_rank|torch\.distributed|pass_on")
+    shared = {"base.py", "contrastive.py", "sigmoid_ring.py"}
+    files = [path for path in Path(methods.__file__).parent.rglob("*.py") if path.name not in shared]
+    assert len(files) > len(METHODS)
+    assert not [path.name for path in files if asks.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("name", WITH_LOCAL)
 def test_each_process_may_compare_its_own_rows_alone(out: Path, name: str) -> None:
     assert_equal_to_one(found_by(out, TWO), name, torch.float64, LOCAL)
 

@@ -22,12 +22,13 @@ from cmapkd.data.records import kind_of
 from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample
 from cmapkd.data.views import WHOLE, draw_view
 from cmapkd.evaluation import SuiteConfig, caption_tools, evaluate_models
-from cmapkd.evaluation.captioning import caption_scores
+from cmapkd.evaluation.captioning import CaptionScores, caption_scores
 from cmapkd.evaluation.config import WritingConfig
 from cmapkd.evaluation.dialogues import questions
 from cmapkd.evaluation.headline import headlines, scored_set
 from cmapkd.evaluation.probes.data import Annotations
 from cmapkd.evaluation.table import score_table
+from cmapkd.evaluation.tasks import describing
 from cmapkd.evaluation.tools import MissingToolError
 from cmapkd.evaluation.yes_no import YesNoScores, is_clear, is_yes
 from cmapkd.results import gap_closed
@@ -165,15 +166,31 @@ def test_captions_are_read_where_nothing_is_asked() -> None:
     assert scored_set(scores) == "scored on 3 images and 6 captions"
 
 
-def test_descriptions_with_and_without_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_tool = scores_of("describing")["describing"]
-    said = dict(zip(("s0", "s1", "s2"), ("a red dog", "one cat", ""), strict=True))
-    given = {f"s{number}": list(texts) for number, texts in enumerate(CAPTIONS)}
-    assert with_tool["cider"] == caption_scores(said, given).corpus["cider"]
-    assert with_tool["shown"]["cider"] == 100 * with_tool["cider"]
-    assert with_tool["examples"] == said
-    assert with_tool["empty"] == pytest.approx(100 / 3)
+@pytest.fixture(scope="module")
+def with_tool() -> tuple[dict[str, Any], list[tuple[Any, CaptionScores]]]:
+    """Scores of all tasks by the COCO tool, which takes seconds; and what the tool was given each time, and found."""
+    calls: list[tuple[Any, CaptionScores]] = []
 
+    def watched(*given: Any) -> CaptionScores:
+        calls.append((given, caption_scores(*given)))
+        return calls[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(describing, "caption_scores", watched)
+        return scores_of(), calls
+
+
+def test_descriptions_by_the_tool(with_tool: tuple[dict[str, Any], list[tuple[Any, CaptionScores]]]) -> None:
+    found, ((given, scores),) = with_tool[0]["describing"], with_tool[1]
+    said = dict(zip(("s0", "s1", "s2"), ("a red dog", "one cat", ""), strict=True))
+    assert given == (said, {f"s{number}": list(texts) for number, texts in enumerate(CAPTIONS)})
+    assert found["cider"] == scores.corpus["cider"]
+    assert found["shown"]["cider"] == 100 * found["cider"]
+    assert found["examples"] == said
+    assert found["empty"] == pytest.approx(100 / 3)
+
+
+def test_descriptions_without_the_tool(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise MissingToolError("no such package")
 
@@ -305,6 +322,7 @@ def test_each_answer_is_written_once() -> None:
     assert model.training  # as it was before
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_scores_do_not_depend_on_the_batch() -> None:
     tasks = ("answering", "yes_no", "describing", "perplexity")
     by_size = [scores_of(*tasks, model=LookupModel(TABLE), writing={"batch_size": size}) for size in (1, 8)]
@@ -458,8 +476,8 @@ def test_the_cost_of_writing() -> None:
         evaluate_models({"m": Short({})}, None, config, device="cpu")
 
 
-def test_scores_are_shown() -> None:
-    scores = {"m": scores_of()}
+def test_scores_are_shown(with_tool: tuple[dict[str, Any], Any]) -> None:
+    scores = {"m": with_tool[0]}
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(score_table(scores, title="t"), result_table([("m", scores["m"])], title="t"))
     text = console.export_text()
@@ -477,6 +495,7 @@ def test_gaps_are_closed_on_answers_and_else_on_bits() -> None:
     assert gap_closed(*with_answers) == pytest.approx(0.75)
 
 
+@pytest.mark.usefixtures("no_tool")
 def test_prompts_are_settings() -> None:
     table = {(0, "How many?\nAnswer briefly."): "2"}
     found = scores_of("answering", model=LookupModel(table), writing={"question_suffix": "Answer briefly."})

@@ -31,11 +31,14 @@ from cmapkd.training.sharding import shard
 from helpers import MemorySource, make_trainer
 
 TWO, STEPS = 2, 2  # the second one moves the average, and an optimizer that has a state
+AGAIN = "fsdp2, computed again"
 HOW: dict[str, dict[str, Any]] = {
     "none": {},
     "fsdp2": {"sharding": "fsdp2"},
-    "fsdp2, computed again": {"sharding": "fsdp2", "activation_checkpointing": True},
+    AGAIN: {"sharding": "fsdp2", "activation_checkpointing": True},
 }
+# blocks of each library, batch norms, prompts; `test_recompute.py` has every family in one process
+COMPUTED_AGAIN = ("tiny", "open_clip", "timm", "hf CLIP", "joined")
 TEACHER = "teacher"
 FAILED = "failed"
 PATIENCE, GRACE = 300.0, 20.0  # seconds for all families, and for a process whose partner has ended
@@ -78,16 +81,22 @@ def shared_teacher(model: DualEncoder) -> dict[str, Tensor]:
     return found | {"held and shared": torch.tensor(sum(each.to_local().numel() for each in shares))}
 
 
+def ways_of(name: str) -> list[str]:
+    """What a family is tried in."""
+    ways = [how for how in HOW if how != AGAIN or name in COMPUTED_AGAIN]
+    return ways if name == "joined" else [*ways, TEACHER]  # a joined model is no teacher
+
+
 def work(students: dict[str, DualEncoder], rank: int, port: int, out: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": TWO, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in place.items()}
     warnings.simplefilter("ignore")
     for name, student in students.items():
-        for how, training in {**HOW, **({TEACHER: {}} if name != "joined" else {})}.items():
+        for how in ways_of(name):
             try:
                 own = copy.deepcopy(student)
                 found: dict[str, Any]
-                found = shared_teacher(own) if how == TEACHER else trained(own, out / f"{name}, {how}", **training)
+                found = shared_teacher(own) if how == TEACHER else trained(own, out / f"{name}, {how}", **HOW[how])
             except Exception:
                 torch.save({FAILED: traceback.format_exc()}, path_of(out, name, how, rank))
                 raise

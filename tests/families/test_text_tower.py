@@ -9,8 +9,8 @@ import torch
 from family_support import FAMILIES, make
 from model_support import TEXTS
 
-from cmapkd.methods.c2kd import trainable_text_tower
 from cmapkd.models import FrozenTeacher
+from cmapkd.models.trainable_text import trainable_text_tower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,6 +20,7 @@ from cmapkd.data.turns import Turn
 from cmapkd.data.types import Batch
 from cmapkd.diagnosis.writing import Asked, check_common, compare_writers
 from cmapkd.methods.byte_alignment import ByteAlignment
+from cmapkd.methods.byte_distance import ByteDistance
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.models import FrozenTeacher, ModelConfig, build_model
 from cmapkd.models.token_bytes import Spelling, paired_tokens, token_bytes
@@ -254,14 +255,12 @@ def test_a_few_groups_at_a_time_are_all_at_once(compare: Any) -> None:
         student = method.student(batch.inputs["student"])
         teacher = method.read_teacher(batch)
         groups = method.aligned.groups(student.targets, teacher.targets)
-        total = method.aligned.total(
+        total = ByteDistance(compare, TokenDivergence()).total(
+            method.aligned,
             student,
             (teacher.targets, (teacher.hidden["answer"].values, teacher.head)),
             groups,
             weights=torch.linspace(0.5, 1, len(groups.first), dtype=torch.float64),
-            divergence=TokenDivergence(),
-            compare=compare,
-            likeliest=None,
             chunk=chunk,
         )
         total.backward()

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import cmapkd
 from cmapkd.config import ConfigError
+from cmapkd.features.projector import ClassProxy
 from cmapkd.features.pyramid import pooled
-from cmapkd.methods.c2kd import C2KD, Proxy
+from cmapkd.methods.c2kd import C2KD
 from cmapkd.methods.dual import LABELS
 from cmapkd.models.texts import class_vectors
 from helpers import CLASSES, make_method, random_batch
@@ -40,7 +41,7 @@ def kl(target: Tensor, other: Tensor) -> Tensor:
 
 def test_proxy_has_the_published_shapes() -> None:
     shapes = {key: shape for key, shape in PUBLISHED["proxy"]["shapes"].items() if "num_batches" not in key}
-    ours = [list(value.shape) for key, value in Proxy(256, 6).state_dict().items() if "num_batches" not in key]
+    ours = [list(value.shape) for key, value in ClassProxy(256, 6).state_dict().items() if "num_batches" not in key]
     assert ours == [shape[:2] for shape in shapes.values()]  # a 1x1 convolution of one place is a matrix
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.data.masks import hidden_squares, hide
 from cmapkd.features import PairProjector
+from cmapkd.features.projector import Fusion
 from cmapkd.methods import StepInfo
-from cmapkd.methods.clip_kd import PUBLISHED_FEATURE_WEIGHT, PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig, Fusion
+from cmapkd.methods.clip_kd import PUBLISHED_GRADIENT_WEIGHT, ClipKD, ClipKDConfig
+from cmapkd.methods.in_batch import PUBLISHED_FEATURE_WEIGHT
 from cmapkd.models import Features, LevelRequest, TowerFeatures
 from cmapkd.objectives import (
     contrastive_loss,
@@ -51,7 +53,6 @@ def our_terms(case: dict[str, Any], image: Tensor, text: Tensor, student_scale: 
     mapped = projected.image.embedding, projected.text.embedding
     fusion = Fusion(image.shape[1], teacher[0].shape[1]).double()
     fusion.load_state_dict({key: tensor(value) for key, value in case["fusion"].items()})
-    answers = Features(*map(TowerFeatures, teacher), logit_scale=tensor(case["teacher_scale"]))
     batch, width = teacher[0].shape
     return {
         "contrastive": contrastive_loss(image, text, logit_scale=student_scale),
@@ -66,7 +67,7 @@ def our_terms(case: dict[str, Any], image: Tensor, text: Tensor, student_scale: 
         "cross": interactive_divergence(
             *mapped, *teacher, student_scale=case["interactive_scale"], teacher_scale=case["teacher_scale"]
         ),
-        "augmented": contrastive_loss(*fusion(projected, answers), logit_scale=case["interactive_scale"]),
+        "augmented": contrastive_loss(*fusion([*map(unit, mapped)], teacher), logit_scale=case["interactive_scale"]),
         "interactive": interactive_loss(*mapped, *teacher, logit_scale=case["interactive_scale"]),
         # the published term is a mean over channels, ours a sum
         "feature": (feature_distance(mapped[0], teacher[0]) + feature_distance(mapped[1], teacher[1]))
@@ -259,6 +260,17 @@ def test_gradient_convention(convention: str) -> None:
         teacher_scale=scales[1],
     )
     torch.testing.assert_close(method.terms(batch)["gradient"].value, expected)
+
+
+def test_masked_feature_goes_through_the_map_that_both_modalities_share() -> None:
+    settings = {"masked_weight": 1.0, "mask_patch": 4, "mask_ratio": 0.5, "projector": "shared"}
+    method, batch = make_method("clip_kd", settings=settings), random_batch(4)
+    squares = hidden_squares(batch.ids, view=batch.view, image_size=16, patch=4, ratio=0.5)
+    masked = method.student.encode_image(hide(batch.inputs["student"].images, squares, patch=4))
+    teacher, text = method.encode_teacher(batch), method.project(method.encode_student(batch)).text
+    expected = feature_distance(method.project.both(masked.embedding), teacher.image.embedding)
+    expected = expected + feature_distance(text.embedding, teacher.text.embedding)
+    torch.testing.assert_close(method.terms(batch)["masked_feature"].value, expected)
 
 
 def test_masked_feature_compares_the_masked_picture_with_the_whole() -> None:

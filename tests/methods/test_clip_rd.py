@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cmapkd.methods import StepInfo
-from cmapkd.methods.clip_rd import PUBLISHED_FEATURE_WEIGHT, ClipRD, ClipRDConfig
+from cmapkd.methods.clip_rd import ClipRD, ClipRDConfig
+from cmapkd.methods.in_batch import PUBLISHED_FEATURE_WEIGHT
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.objectives import contrastive_loss, feature_distance
 from helpers import make_method, make_model, make_teacher, random_batch

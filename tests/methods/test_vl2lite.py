@@ -97,7 +97,7 @@ def test_the_weight_of_labels_grows_and_networks_are_dropped(tmp_path: Path) -> 
     student = trained.run().student
     assert not any("align" in name for name in student.state_dict())
     assert len(read_lines(tmp_path / "metrics.jsonl")) >= 4
-    weights = [vl2lite().weights(progress)["labels"] for progress in (0.0, 0.5, 1.0)]
+    weights = [vl2lite().weights_at(progress)["labels"] for progress in (0.0, 0.5, 1.0)]
     assert weights == [0.0, 0.0625, 0.125]
     assert vl2lite(vision_weight=0).term_names == ("labels", "language")
 

@@ -219,7 +219,7 @@ def test_models_and_data_that_do_not_fit_are_refused() -> None:
         ConfigError, match=r"compares pictures with 2 sentences or more, and method\.sentences=captions g"
     ):
         make_method("zscl", teacher=teacher, settings={"sentences": "captions"})
-    with pytest.raises(ConfigError, match="zscl reads stream 'reference', and these batches are of one stream"):
+    with pytest.raises(ConfigError, match="terms read stream 'reference', and these batches are of one stream"):
         zscl()(replace(batch_of(), streams=()), StepInfo())
     stages: Any = ()
     assert zscl().why_whole(stages) is not None

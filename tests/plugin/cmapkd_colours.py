@@ -34,17 +34,15 @@ class SimilarityKD(DualEncoderMethod):
         departures=(),
         checked_against="nothing",
     )
-    term_names = ("contrastive", "similarity")
 
     def __init__(self, config, **models):
         super().__init__(config, **models)
-        self.config = config
+        self.weights = {"contrastive": 1.0, "similarity": config.similarity_weight}
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, teacher = self.encode_student(batch), self.encode_teacher(batch)
         own, their = (cosines(features) for features in (student, teacher))
-        similarity = Term((own - their).square().mean(), self.config.similarity_weight)
-        return {"contrastive": Term(task_loss(student)), "similarity": similarity}
+        return self.weighted({"contrastive": task_loss(student), "similarity": (own - their).square().mean()})
 
 
 class Colours:

@@ -152,8 +152,9 @@ def test_bf16_runs_close_to_fp32_with_weights_in_fp32(method: str, tmp_path: Pat
 # ------------------------------------------------------------------------------------------------ micro-batches
 
 
-@pytest.mark.parametrize("size", [3, 64])
-@pytest.mark.parametrize("name", DUAL)
+@pytest.mark.parametrize(  # 64: more than there are, which is no matter of a method
+    ("name", "size"), [*((name, 3) for name in DUAL), *((name, 64) for name in ("contrastive", "clip_kd", "cmapkd"))]
+)
 def test_micro_batches_train_the_same_model(name: str, size: int, tmp_path: Path) -> None:
     runs = {}
     for micro_batch in (None, size):

@@ -1,4 +1,4 @@
-"""What a set of embeddings is like, without training: moments, class means, directions, clusters, neighbours.
+"""What a set of embeddings is like, without training: moments, directions, classes and parts, clusters, neighbours.
 
 Everything is a pure function of its arguments and, where something is drawn, of a generator.
 """
@@ -12,6 +12,8 @@ from torch import Tensor
 
 _CHUNK = 4096  # rows whose products with all others are held at a time
 _ROUNDS = 20  # of k-means
+ALIKE = 1e-12
+"""Mean variance of unit embeddings below which they are one embedding: what is left is rounding."""
 _LAST = 4.0  # taken from a cosine, puts it below all that it was not taken from
 
 
@@ -101,6 +103,45 @@ def principal_directions(
     directions, variances = vectors.T.flip(0)[:num], variances.flip(0)[:num].clamp_min(0)
     largest = directions.abs().argmax(1, keepdim=True)
     return directions * directions.gather(1, largest).sign(), variances
+
+
+def class_parts(
+    rows: Float[Tensor, "rows dim"],
+    labels: Int[Tensor, " rows"],
+    num_classes: int,
+    *,
+    common: tuple[Float[Tensor, "parts dim"], Float[Tensor, " parts"]],
+    random: bool,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "classes parts dim"], Float[Tensor, "classes parts"]]:
+    """For each class, maps of a row to scores of the parts of the class: around its mean, of equal variances.
+
+    A class is cut along its own `principal_directions`, which a random rotation mixes. It is scaled to a mean variance
+    of 1. A class with as many rows as parts or fewer, or whose rows are `ALIKE`, is cut along the common directions.
+
+    Args:
+        labels: the class of each row.
+        common: the principal directions of all rows and their variances, as many as each class has parts.
+        random: along random directions within the rows instead, as a control.
+        generator: what rotations and directions are drawn from, on the CPU.
+    Returns:
+        Projections P_c and offsets o_c, in float64: the scores of row x are P_c x - o_c.
+    """
+    num_parts = len(common[0])
+    projections, offsets = [], []
+    for number in range(num_classes):
+        own = rows[labels == number]
+        found = principal_directions(own, num_parts) if len(own) > num_parts else common
+        few = found is common or float(found[1].mean()) < ALIKE
+        of_class, (directions, variances) = (rows, common) if few else (own, found)
+        if random:
+            inside = torch.randn(num_parts, len(rows), generator=generator, dtype=torch.float64) @ rows
+            directions = torch.linalg.qr(inside.T).Q.T
+            variances = ((of_class - of_class.mean(0)) @ directions.T).square().mean(0)
+        rotation = torch.linalg.qr(torch.randn(num_parts, num_parts, generator=generator).double()).Q
+        projections.append(rotation @ directions / variances.mean().sqrt())
+        offsets.append(projections[-1] @ of_class.mean(0))
+    return torch.stack(projections), torch.stack(offsets)
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
-"""Trainable maps from the student's joint space to the teacher's."""
+"""Small trainable modules of methods: from a model's features to another space, or to classes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,6 +32,11 @@ class PairProjector(nn.Module):
             return
         self.image = nn.Identity() if same else nn.Linear(student_dim, teacher_dim)
         self.text = nn.Identity() if same else nn.Linear(student_dim, teacher_dim)
+
+    def of_images(self, embeddings: Float[Tensor, "batch student_dim"]) -> Float[Tensor, "batch teacher_dim"]:
+        """Embeddings of images alone, mapped, not normalised."""
+        mapped: Tensor = (self.both if self.both is not None else self.image)(embeddings)
+        return mapped
 
     def forward(self, features: Features) -> Features:
         """The features with both embeddings mapped, not normalised."""
@@ -61,3 +68,47 @@ class Adapter(nn.Module):
         """Embeddings at the teacher's width, not normalised."""
         mapped: Tensor = self.inside(embeddings)
         return embeddings + mapped if self.residual else mapped
+
+
+class Fusion(nn.Module):
+    """A linear map of each modality's student embedding, beside the teacher's, to one fused embedding.
+
+    Args:
+        student_dim: of the fused embeddings, which are as wide as the student's own.
+        teacher_dim: of the embeddings that come in: the student's are at the teacher's width.
+    """
+
+    def __init__(self, student_dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        self.image = nn.Linear(2 * teacher_dim, student_dim)
+        self.text = nn.Linear(2 * teacher_dim, student_dim)
+
+    def forward(
+        self,
+        student: Sequence[Float[Tensor, "batch teacher_dim"]],
+        teacher: Sequence[Float[Tensor, "batch teacher_dim"]],
+    ) -> tuple[Float[Tensor, "batch student_dim"], Float[Tensor, "batch student_dim"]]:
+        """Fused embeddings of images and of texts, not normalised.
+
+        Args:
+            student, teacher: unit embeddings of images, and of texts.
+        """
+        image, text = (torch.cat(both, dim=-1) for both in zip(student, teacher, strict=True))
+        return self.image(image), self.text(text)
+
+
+class ClassProxy(nn.Module):
+    """Logits of classes from an inner level's pooled vector: linear, batch norm, leaky ReLU, linear.
+
+    Source: the proxies of C2KD, Huo et al., CVPR 2024, https://github.com/huofushuo/C2KD.
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.LeakyReLU(0.1), nn.Linear(width, num_classes)
+        )
+
+    def forward(self, values: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
+        logits: Tensor = self.layers(values)
+        return logits

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
 
 from cmapkd.config import closest
 from cmapkd.models.types import Level, LevelInfo
@@ -17,6 +18,16 @@ Depths = Literal["last", "mean"]
 VISUAL_LEVELS = ("P2", "P3", "P4", "P5")
 LANGUAGE_LEVELS = ("L1", "L2", "L3", "L4")
 """Fine to coarse. P5 and L4 are the embeddings of the joint space: they are not tapped."""
+
+
+def _share_or_name(value: str | float) -> str | float:
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"{value:g} is no share of the depth: give a number in (0, 1], or a level's name")
+    return value
+
+
+Layer = Annotated[str | float, AfterValidator(_share_or_name)]
+"""A setting that names one level of a tower, see `level_at`: its own name, or a share of the depth."""
 
 _VISUAL_SHARES = (3, 5, 4)  # blocks of twelve: shallow, middle, deep
 _LANGUAGE_SHARES = (4, 4, 4)
@@ -88,7 +99,8 @@ def level_at(levels: Sequence[LevelInfo], where: str | float, *, tower: str) -> 
     """
     if not levels:
         raise ValueError(
-            f"the {tower} tower exposes no intermediate level: leave its hint out, or choose another tower"
+            f"the {tower} tower exposes no intermediate level, and one is to be compared: choose another tower, or "
+            "leave this level out of the method's settings"
         )
     if not isinstance(where, str):
         return levels[max(1, round(where * len(levels))) - 1]

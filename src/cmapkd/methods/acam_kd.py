@@ -17,10 +17,10 @@ from cmapkd.data.types import Batch
 from cmapkd.features import standardise
 from cmapkd.features.cooperative_masks import CooperativeMasks, of_largest_one, share_of
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod, task_loss
-from cmapkd.methods.image_tokens import ImageTokens, TokenLayers
+from cmapkd.methods.dual import task_loss
+from cmapkd.methods.image_tokens import ImageTokens, TokenLayers, TokenMethod
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import mask_overlap, masked_error
 from cmapkd.objectives.common import at_least_float32
 
@@ -64,10 +64,11 @@ class AcamConfig(TokenLayers):
         return self
 
 
-class AcamKD(DualEncoderMethod):
+class AcamKD(TokenMethod):
     """The student's patch tokens follow the teacher's where masks say, and the masks change with the student."""
 
     Config: ClassVar[type[MethodConfig]] = AcamConfig
+    token_terms: ClassVar[tuple[str, ...]] = ("channel", "spatial", "diversity")
     steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="ACAM-KD, adaptive and cooperative attention masks (a reconstruction of third-party notes)",
@@ -100,42 +101,29 @@ class AcamKD(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
-        weights = {
+        self.weights = {
             "contrastive": config.task_weight,
             "channel": config.channel_weight,
             "spatial": config.spatial_weight,
             "diversity": config.diversity_weight if config.masks == "cooperative" else 0.0,
         }
-        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.levels = ImageTokens(config, student=student, teacher=teacher.model)
-        reads = bool(self.weights.keys() - {"contrastive"})
+        reads = bool({*self.term_names} - {"contrastive"})
         width = self.levels.widths[1]
         self.adapt = nn.Linear(*self.levels.widths) if reads else None
         self.masks = CooperativeMasks(width, config.num_masks) if reads and config.masks == "cooperative" else None
 
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return self.levels.student_needs if self._reads_tokens else LevelRequest()
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return self.levels.teacher_needs if self._reads_tokens else LevelRequest()
-
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, _, rows = self.encode_both(batch, self._errors)
         values = {name: rows[name].mean() for name in ("channel", "spatial", "diversity") if name in rows}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
         self._measure(rows)
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
     def _errors(self, part: Batch, student: Features, teacher: Features) -> Mapping[str, Tensor]:  # noqa: ARG002
         """What each sample adds to the terms, and the sizes of its masks; of this process's samples."""
-        if not self._reads_tokens or self.adapt is None:
+        if not self.reads_tokens or self.adapt is None:
             return {}
         ours, raw = self.levels.cells(student, teacher)
         ours, theirs = self.adapt(ours), raw
@@ -150,12 +138,12 @@ class AcamKD(DualEncoderMethod):
         for name, logits in masks.items():
             mask = of_largest_one(logits) if divided and learned else logits.sigmoid() if learned else logits
             masks[name] = mask
-            if self._wants(name):
+            if self.wants(name):
                 rows[name] = masked_error(errors[name], mask if learning else mask.detach(), divided=divided)
             if learned:
                 rows[f"{name} size"] = logits.detach().sigmoid().mean(-1)
                 rows[f"{name} share"] = share_of(mask.detach())
-        if self._wants("diversity"):
+        if self.wants("diversity"):
             overlaps = [mask_overlap(mask, of_one_length=divided) for mask in masks.values()]
             rows["diversity"] = torch.stack(overlaps).sum(0)
         return {**rows, "plain": squares.detach().mean((1, 2))}
@@ -180,10 +168,3 @@ class AcamKD(DualEncoderMethod):
                 self.measurements[f"masks/{name}_least"] = sizes.min()
                 self.measurements[f"masks/{name}_share"] = rows[f"{name} share"].mean()
                 self.measurements[f"masks/{name}_error"] = rows[name].detach().mean() / rows["plain"].mean()
-
-    @property
-    def _reads_tokens(self) -> bool:
-        return any(self._wants(name) for name in ("channel", "spatial", "diversity"))
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))

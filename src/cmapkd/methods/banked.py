@@ -16,10 +16,9 @@ from torch import Tensor
 from cmapkd.config import Config
 from cmapkd.data.types import Batch
 from cmapkd.features import BankStore, EmbeddingBank, References, gather_rows, sample_keys
+from cmapkd.methods.in_batch import Pair
 from cmapkd.models import FrozenTeacher, Teacher
 from cmapkd.objectives import bank_divergence
-
-Pair = tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]  # of images and of texts
 
 
 class BankConfig(Config):

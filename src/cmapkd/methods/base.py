@@ -141,9 +141,18 @@ class Method(MethodContract):
         stage.check_names(terms=self.all_term_names, levels=self.level_names)
         super().check_stage(stage)
 
-    def wants(self, name: str, weight: float = 1.0) -> bool:
-        """Whether the term is worth computing: its weight is not zero and the stage has it."""
-        return weight != 0 and self.stage.wants_term(name)
+    def wants(self, name: str, weight: float | None = None) -> bool:
+        """Whether the term is worth computing: its weight is not zero and the stage has it.
+
+        Args:
+            weight: None: that of `weights`, or 1 of a term that is not in there.
+        """
+        counts = self.weights.get(name, 1.0) if weight is None else weight
+        return counts != 0 and self.stage.wants_term(name)
+
+    def weighted(self, values: Mapping[str, Tensor]) -> dict[str, Term]:
+        """The terms with these values, each with its weight, in the order of `weights`."""
+        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
 
     def weigh_terms(self, config: WeightingConfig) -> None:
         """Puts a learned or fixed weighting on top of the terms' own weights, whichever the method."""

@@ -17,21 +17,20 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.models.prompted import PromptedEncoder, with_text_prompts
 from cmapkd.models.texts import LearnedClassVectors, prompt_bank
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 from cmapkd.objectives.prompt_bank import kept_class_vectors, kept_prompts, prompt_scores
 
 
-class BiomedCoOpConfig(MethodConfig):
+class BiomedCoOpConfig(ClassesConfig):
     """The learned context, and what it is held by."""
 
     context: str | int = Field(
@@ -60,19 +59,11 @@ class BiomedCoOpConfig(MethodConfig):
         return value
 
     @property
-    def reads_classes(self) -> bool:
-        return True
-
-    @property
     def own_texts(self) -> tuple[str, ...]:
         return (self.template, self.context) if isinstance(self.context, str) else (self.template,)
 
-    @property
-    def reads_captions(self) -> bool:
-        return False
 
-
-class BiomedCoOp(DualEncoderMethod):
+class BiomedCoOp(PictureMethod):
     """The frozen student's learned context learns labels, held by the bank of the frozen models' prompts."""
 
     Config: ClassVar[type[MethodConfig]] = BiomedCoOpConfig
@@ -122,6 +113,8 @@ class BiomedCoOp(DualEncoderMethod):
         if len(classes.names) < 2:
             raise ConfigError(f"method {config.name} tells classes apart, and the data name one: {classes.names[0]!r}")
         self.config, self.num_classes = config, len(classes.names)
+        self.weights = {"labels": 1.0, "texts": config.text_weight, "classes": config.distill_weight}
+        self.label_reader = LabelReader(num_classes=self.num_classes)
         student.requires_grad_(False)
         try:
             prompted = with_text_prompts(student, context=config.context, template=config.template)
@@ -142,23 +135,8 @@ class BiomedCoOp(DualEncoderMethod):
             self.register_buffer("seen", torch.zeros(()))
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        weights = {"labels": 1.0, "texts": self.config.text_weight, "classes": self.config.distill_weight}
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
     def needs_labels(self) -> bool:
         return True
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(num_classes=self.num_classes)}
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    teacher_needs = student_needs
 
     def train(self, mode: bool = True) -> Self:
         """The frozen student stays in eval mode: nothing of it changes, and it drops nothing."""
@@ -171,19 +149,17 @@ class BiomedCoOp(DualEncoderMethod):
         return {"context": self.student.context.tokens}
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, student = self.config, self.encode_student(batch)
-        vectors = self.vectors(self.student)
+        student, vectors = self.encode_student(batch), self.vectors(self.student)
         logits = similarities(student.image.embedding, vectors, student.logit_scale)
-        terms: dict[str, Term] = {}
+        values: dict[str, Tensor] = {}
         if self.wants("labels"):
-            terms["labels"] = Term(labelled_cross_entropy(logits, self.labels(batch)))
-        if self.wants("texts", config.text_weight):
-            terms["texts"] = Term(F.mse_loss(vectors, self.own_vectors.to(vectors.dtype)), config.text_weight)
-        if self.wants("classes", config.distill_weight):
+            values["labels"] = labelled_cross_entropy(logits, self.labels(batch))
+        if self.wants("texts"):
+            values["texts"] = F.mse_loss(vectors, self.own_vectors.to(vectors.dtype))
+        if self.wants("classes"):
             soft = self.teacher_logits(self.encode_teacher(batch))
-            divergence = kl_divergence(logits, soft, temperature=1.0)
-            terms["classes"] = Term(divergence / self.num_classes, config.distill_weight)
-        return terms
+            values["classes"] = kl_divergence(logits, soft, temperature=1.0) / self.num_classes
+        return self.weighted(values)
 
     def teacher_logits(self, teacher: Features) -> Float[Tensor, "batch classes"]:
         """The teacher's logits by its kept prompts."""

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from cmapkd.methods.generative import GenerativeConfig
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_bytes import Spelling, TokenPairs, paired_tokens
-from cmapkd.models.token_types import TokenFeatures, TopTokens
-from cmapkd.objectives.aligned import Pairs, Spans, aligned_cells, aligned_divergence, side_of, side_of_top
-from cmapkd.objectives.ranked import byte_groups, hybrid_distance, joined, ranked_distance
-from cmapkd.objectives.tokens import TokenDivergence
-from cmapkd.objectives.vocabulary import chunk_of_tokens
+from cmapkd.objectives.aligned import Pairs, Spans
+from cmapkd.objectives.ranked import byte_groups
 
 Compare = Literal["text", "hybrid", "ranked"]
+
+
+class AlignedConfig(GenerativeConfig):
+    """How tokens of two models meet."""
+
+    alignment: Literal["ids", "bytes"] = Field(
+        "ids",
+        description="How tokens of two models meet. ids: they have one tokenizer; bytes: of two tokenizers, where "
+        "tokens of both begin at the same byte of an answer.",
+    )
+    compare: Compare = Field(
+        "text",
+        description="alignment bytes: what is compared. text: what stands for the same text (ours); hybrid: tokens by "
+        "text and the others by rank (GOLD); ranked: probabilities by rank (ULD).",
+    )
+
+    @property
+    def reads_bytes(self) -> bool:
+        return self.alignment == "bytes"
+
+    @model_validator(mode="after")
+    def _compare_is_read(self) -> Self:
+        if self.alignment == "ids" and self.compare != "text":
+            raise ValueError("compare is read by alignment bytes alone: leave it out, or set alignment: bytes")
+        return self
 
 
 class Groups(NamedTuple):
@@ -73,55 +97,12 @@ class ByteAlignment:
             Spans(*columns[:2]), Spans(*columns[2:]), torch.tensor(first, dtype=torch.bool).to(student.device)
         )
 
-    def total(
-        self,
-        student: TokenFeatures,
-        teacher: tuple[Tensor, Any],
-        groups: Groups,
-        *,
-        weights: Float[Tensor, " groups"] | None,
-        divergence: TokenDivergence,
-        compare: Compare,
-        likeliest: int | None,
-        chunk: int | None = None,
-    ) -> Float[Tensor, ""]:
-        """The sum over groups of the student's divergence from a teacher.
+    def pairs_at(self, first: Bool[Tensor, " groups"]) -> list[tuple[Pairs, Int[Tensor, " some"]]]:
+        """Pairs of tokens, and the groups at which they are the ones.
 
         Args:
-            teacher: the tokens that stand in its rows, and its states and head, or its likeliest tokens at the
-                divergence's temperature.
-            weights: of each group; None: 1.
-            likeliest: only so many tokens are sorted, where they are compared by rank; None: all.
-            chunk: rows at a time; None: chosen by the student's tokens.
+            first: whether a group begins an answer.
         """
-        assert student.head is not None
-        targets, given = teacher
-
-        def measure(log_q: Tensor, tokens: Tensor, local: Spans, here: slice) -> Tensor:
-            start, stop = (bounds[here] for bounds in groups.teacher)
-            rows = slice(int(start[0]), int(stop[-1]))
-            theirs, known = Spans(start - rows.start, stop - rows.start), _rows_of(given, rows, divergence, log_q)
-            values = log_q.new_zeros(len(start))
-            for pairs, which in self._tables(groups.first[here]):
-                judged = (known, targets[rows], _some(theirs, which))
-                mine = (log_q, tokens, _some(local, which))
-                values = values.index_add(0, which, _compared(compare, mine, judged, pairs, divergence, likeliest))
-            return values
-
-        size = max(len(student.head.weight), 0 if isinstance(given, TopTokens) else len(given[1].weight))
-        return aligned_divergence(
-            student.hidden["answer"].values,
-            student.head,
-            student.targets,
-            groups.student,
-            measure,
-            weights=weights,
-            divergence=divergence,
-            rows_at_once=chunk_of_tokens(len(student.targets), size, chunk),
-        )
-
-    def _tables(self, first: Bool[Tensor, " groups"]) -> list[tuple[Pairs, Int[Tensor, " some"]]]:
-        """Pairs of tokens, and the groups at which they are the ones."""
         if self.first_pairs is self.pairs:
             return [(_moved(self.pairs, first.device), torch.arange(len(first), device=first.device))]
         places = [(self.pairs, (~first).nonzero()[:, 0]), (self.first_pairs, first.nonzero()[:, 0])]
@@ -138,39 +119,6 @@ class ByteAlignment:
             )
         lengths = (_behind_lead(each, ids) for each, ids in ((self.student, own), (self.teacher, other)))
         return byte_groups(*lengths)
-
-
-def _compared(
-    compare: Compare,
-    student: tuple[Tensor, Tensor, Spans],
-    teacher: tuple[Any, Tensor, Spans],
-    pairs: Pairs,
-    divergence: TokenDivergence,
-    likeliest: int | None,
-) -> Float[Tensor, " groups"]:
-    """Of each group, without the squared temperature."""
-    known, targets, spans = teacher
-    if compare == "text":
-        top = known if isinstance(known, TopTokens) else None
-        judged = side_of(known, targets, spans) if top is None else side_of_top(top, targets, spans)
-        ids = None if top is None else top.ids[spans.start]
-        log_q, log_p = aligned_cells(side_of(*student), judged, pairs, ids)
-        return divergence.measure(log_q, log_p).values
-    log_q, tokens, local = student
-    log_p, log_q = joined(known, targets, _slices(spans)), joined(log_q, tokens, _slices(local))
-    if compare == "ranked":
-        return ranked_distance(log_p.exp(), log_q.exp(), likeliest=likeliest)
-    plain = TokenDivergence(divergence.name, beta=divergence.beta, lam=divergence.lam)
-    return hybrid_distance(log_p, log_q, torch.stack(pairs, -1), divergence=plain, likeliest=likeliest)
-
-
-def _rows_of(given: Any, rows: slice, divergence: TokenDivergence, like: Tensor) -> Any:
-    """What is known of some of the teacher's rows: log-probabilities of all its tokens, or the likeliest ones."""
-    if isinstance(given, TopTokens):
-        return TopTokens(given.ids[rows], given.log_p[rows].to(like), given.rest[rows].to(like))
-    states, head = given
-    with torch.no_grad():
-        return divergence.log_softmax(head(states[rows])).to(like.dtype)
 
 
 def _answers(ids: Sequence[int], spelling: Spelling) -> list[Sequence[int]]:
@@ -195,14 +143,6 @@ def _behind_lead(spelling: Spelling, ids: Sequence[int]) -> list[int]:
 
 def _moved(pairs: TokenPairs, device: torch.device) -> Pairs:
     return Pairs(pairs.teacher.to(device), pairs.student.to(device))
-
-
-def _some(spans: Spans, which: Tensor) -> Spans:
-    return Spans(spans.start[which], spans.stop[which])
-
-
-def _slices(spans: Spans) -> list[slice]:
-    return [slice(start, stop) for start, stop in zip(spans.start.tolist(), spans.stop.tolist(), strict=True)]
 
 
 def _shown(text: bytes) -> str:

@@ -7,10 +7,8 @@ Departures: the card below and docs/methods/c2kd.md.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -18,19 +16,20 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import NO_LABEL, LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows
+from cmapkd.features.projector import ClassProxy
 from cmapkd.features.pyramid import pooled
+from cmapkd.features.taps import level_at
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.micro_batches import encode_checkpointed, join_rows, map_rows, micro_batches
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelInfo, LevelRequest
-from cmapkd.models.reach import example_output, parameters_behind
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
 from cmapkd.models.texts import LearnedClassVectors
+from cmapkd.models.trainable_text import trainable_text_tower
 from cmapkd.objectives import (
     kendall_tau,
     kl_divergence,
@@ -84,20 +83,6 @@ class TowerRows:
     text_level: Float[Tensor, "batch text_width"]
 
 
-class Proxy(nn.Module):
-    """Logits of an inner level's pooled vector: linear, batch norm, leaky ReLU, linear, as published."""
-
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.LeakyReLU(0.1), nn.Linear(width, num_classes)
-        )
-
-    def forward(self, values: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
-        logits: Tensor = self.layers(values)
-        return logits
-
-
 class C2KD(DualEncoderMethod):
     """An image and a text tower learn the classes, and from each other where they rank a sample's classes similarly."""
 
@@ -141,19 +126,7 @@ class C2KD(DualEncoderMethod):
         assert teacher is not None
         assert classes is not None
         self.config, num_classes = config, len(classes.names)
-        self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
-        self.image_level = _level(student.image_levels, student, "image")
-        self.text_level = _level(teacher.model.text_levels, teacher.model, "text")
-        self.text_model = trainable_text_tower(teacher.model)
-        self.text_classifier = nn.Linear(teacher.embed_dim, num_classes)
-        self.image_proxy = Proxy(self.image_level.width, num_classes)
-        self.text_proxy = Proxy(self.text_level.width, num_classes)
-
-    @property
-    def term_weights(self) -> dict[str, float]:
-        """Every term, with its weight."""
-        config = self.config
-        return {
+        self.weights = {
             "student_labels": config.task_weight,
             "teacher_labels": config.task_weight,
             "student_proxy": config.proxy_weight,
@@ -162,14 +135,14 @@ class C2KD(DualEncoderMethod):
             "to_teacher": config.cross_weight,
             "direct": config.direct_weight,
         }
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(name for name, weight in self.term_weights.items() if weight)
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(num_classes=self.text_classifier.out_features)}
+        self.label_reader = LabelReader(num_classes=num_classes)
+        self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
+        self.image_level = level_at(student.image_levels, PROXY_DEPTH, tower="image")
+        self.text_level = level_at(teacher.model.text_levels, PROXY_DEPTH, tower="text")
+        self.text_model = trainable_text_tower(teacher.model)
+        self.text_classifier = nn.Linear(teacher.embed_dim, num_classes)
+        self.image_proxy = ClassProxy(self.image_level.width, num_classes)
+        self.text_proxy = ClassProxy(self.text_level.width, num_classes)
 
     @property
     def student_needs(self) -> LevelRequest:
@@ -212,44 +185,4 @@ class C2KD(DualEncoderMethod):
             "to_teacher": lambda: non_target_divergence(teacher_proxy, student_proxy, left_out, agreeing),
             "direct": lambda: kl_divergence(student, teacher),
         }
-        weights = self.term_weights
-        return {name: Term(value(), weights[name]) for name, value in values.items() if self.wants(name, weights[name])}
-
-
-def _level(levels: Sequence[LevelInfo], model: DualEncoder, tower: str) -> LevelInfo:
-    """The level at `PROXY_DEPTH` of a tower.
-
-    Raises:
-        ValueError: the tower exposes none.
-    """
-    if not levels:
-        raise ValueError(f"c2kd's proxy reads an inner level of the {tower} tower, but {model.name} exposes none")
-    return levels[max(0, round(PROXY_DEPTH * len(levels)) - 1)]
-
-
-def trainable_text_tower(model: DualEncoder) -> DualEncoder:
-    """A copy of a model whose text tower learns, without its image tower: `encode_text` works, `encode_image` does not.
-
-    So no frozen weight of a teacher is written to checkpoints, counted as the method's, or held on the device.
-    """
-    copied = copy.deepcopy(model)
-    reached = parameters_behind(copied, partial(example_output, copied, "text"))
-    of_images = {*copied.parts["image"], *copied.parts["projections"]} - reached
-    _remove_parameters(copied, frozenset(of_images))
-    for name, parameter in copied.named_parameters():
-        parameter.requires_grad_(name in reached)
-    return copied
-
-
-def _remove_parameters(module: nn.Module, names: frozenset[str], prefix: str = "") -> None:
-    """Takes out parameters by name, and modules all of whose parameters are among them, with their buffers."""
-    for child_name, child in [*module.named_children()]:
-        inner = f"{prefix}{child_name}."
-        inside = {inner + name for name, _ in child.named_parameters()}
-        if inside and inside <= names:
-            setattr(module, child_name, None)
-        else:
-            _remove_parameters(child, names, inner)
-    for name in [name for name, _ in module.named_parameters(recurse=False)]:
-        if prefix + name in names:
-            module.register_parameter(name, None)
+        return self.weighted({name: value() for name, value in values.items() if self.wants(name)})

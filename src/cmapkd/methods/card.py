@@ -86,3 +86,15 @@ class MethodConfig(Config):
     @classmethod
     def _weighting_by_name(cls, value: Any) -> Any:
         return None if value is None else weighting_config(value)
+
+
+class ClassesConfig(MethodConfig):
+    """Settings of a method that learns from pictures and the names of classes, and from no captions."""
+
+    @property
+    def reads_classes(self) -> bool:
+        return True
+
+    @property
+    def reads_captions(self) -> bool:
+        return False

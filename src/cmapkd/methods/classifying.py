@@ -11,39 +11,28 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.card import MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
-from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, LevelRequest, Model
+from cmapkd.methods.card import ClassesConfig
+from cmapkd.methods.dual import PictureMethod
+from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model
 from cmapkd.models.classifier import AnswerRule, ClassHeadConfig
 from cmapkd.models.reach import example_output, last_matrix_behind
-from cmapkd.models.types import Tower
 
-_IMAGE: tuple[Tower, ...] = ("image",)
 LABELS_HEAD, TEACHER_HEAD = "labels", "teacher"
 """Heads by what they learn from."""
 
 
-class ClassifyingConfig(MethodConfig):
+class ClassifyingConfig(ClassesConfig):
     """What all methods over classifiers can set."""
 
     label_share: float = Field(
         1.0, ge=0, le=1, description="Share of the labelled samples whose label is read; the others are unlabelled."
     )
 
-    @property
-    def reads_classes(self) -> bool:
-        return True
 
-    @property
-    def reads_captions(self) -> bool:
-        return False
-
-
-class ClassifierMethod(DualEncoderMethod):
+class ClassifierMethod(PictureMethod):
     """A method whose student is a `Classifier`, and whose teacher an image-text model with the classes' texts."""
 
     reads: ClassVar[type[Model]] = Classifier
@@ -62,7 +51,7 @@ class ClassifierMethod(DualEncoderMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         assert classes is not None
-        self.label_share, self.classes = config.label_share, classes
+        self.classes, self.label_reader = classes, LabelReader(config.label_share, len(classes.names))
 
     def set_heads(self, heads: Mapping[str, ClassHeadConfig], rule: AnswerRule | None = None) -> None:
         """Gives the student its classes and heads.
@@ -79,18 +68,6 @@ class ClassifierMethod(DualEncoderMethod):
     def mix(self) -> tuple[float | None, float | None] | None:
         """α and β of the student's two heads, each None where validation data choose it; None where none is chosen."""
         return None
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(self.label_share, len(self.classes.names))}
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=_IMAGE)
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return LevelRequest(towers=_IMAGE)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """The last layer of the image tower, which all heads read."""

@@ -83,22 +83,17 @@ class ClipCid(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config, self.dim = config, teacher.embed_dim
-        weights = {
+        self.weights = {
             "contrastive": config.task_weight,
             "cluster": config.cluster_weight,
             "instance": config.instance_weight,
         }
-        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.project = nn.Linear(student.embed_dim, self.dim) if config.cluster_weight else None
         self.register_buffer("centres", torch.zeros(0, self.dim))
 
     @property
     def prepares(self) -> bool:
         return self.project is not None
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
 
     def prepare(self, survey: Survey) -> None:
         """Clusters the teacher's image embeddings."""
@@ -132,23 +127,17 @@ class ClipCid(DualEncoderMethod):
     def terms(self, batch: Batch) -> dict[str, Term]:
         student = self.encode_student(batch)
         values: dict[str, Tensor] = {}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        if not (self._wants("cluster") or self._wants("instance")):
-            return self._weighted(values)
+        if not (self.wants("cluster") or self.wants("instance")):
+            return self.weighted(values)
         teacher = self.encode_teacher(batch)
-        if self.project is not None and self._wants("cluster"):
+        if self.project is not None and self.wants("cluster"):
             if not len(self.centres):
                 raise ValueError("clip_cid has no clusters yet: `prepare` comes before the first step")
             own = similarities(self.project(student.image.embedding), self.centres, self.config.cluster_scale)
             theirs = similarities(teacher.image.embedding, self.centres, self.config.cluster_scale)
             values["cluster"] = kl_divergence(own, theirs)
-        if self._wants("instance"):
+        if self.wants("instance"):
             values["instance"] = similarity_loss(student, teacher)
-        return self._weighted(values)
-
-    def _weighted(self, values: Mapping[str, Tensor]) -> dict[str, Term]:
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))
+        return self.weighted(values)

@@ -8,57 +8,35 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
-from pydantic import Field, field_validator
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
-from cmapkd.data.masks import check_mask, hidden_squares, hide
+from cmapkd.data.masks import check_mask
 from cmapkd.data.types import Batch
-from cmapkd.features import EmbeddingBank, PairProjector
-from cmapkd.methods.banked import (
-    BankConfig,
-    Pair,
-    draw_references,
-    embeddings_against_bank,
-    keys_in_bank,
-    make_bank,
-)
+from cmapkd.features import PairProjector
+from cmapkd.features.projector import Fusion
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod, TeacherDetail, task_loss
-from cmapkd.methods.hints import Hints, checked_hints
-from cmapkd.methods.in_batch import embeddings_of, similarity_loss
+from cmapkd.methods.dual import task_loss
+from cmapkd.methods.in_batch import EmbeddingTerms, embeddings_of, pair_distance, similarity_loss
+from cmapkd.methods.lent import LentConfig, LentMethod
 from cmapkd.methods.own_scales import ScaleForm, factor, keep_in_range, new_scale
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
-from cmapkd.objectives import (
-    contrastive_loss,
-    feature_distance,
-    gradient_distance,
-    interactive_divergence,
-    interactive_loss,
-)
+from cmapkd.models import DualEncoder, Features, FrozenTeacher
+from cmapkd.objectives import contrastive_loss, gradient_distance, interactive_divergence, interactive_loss
 from cmapkd.objectives.common import unit
 
-PUBLISHED_FEATURE_WEIGHT = 2000 / 512  # 2000 × the mean over 512 channels, restated for the sum over channels
-PUBLISHED_GRADIENT_WEIGHT = 1e8 / (1024**2 * 512)  # likewise, and for gradients of the sum over a batch of 1024
+PUBLISHED_GRADIENT_WEIGHT = 1e8 / (1024**2 * 512)  # restated as that of features, and for a sum over 1,024 pairs
 
 
-class ClipKDConfig(MethodConfig):
+class ClipKDConfig(LentConfig, EmbeddingTerms):
     """The weight of each term; a weight of zero switches its computation off. By default the published combination."""
 
-    task_weight: float = Field(1.0, ge=0, description="Weight of the student's own contrastive loss.")
-    feature_weight: float = Field(
-        PUBLISHED_FEATURE_WEIGHT,
-        ge=0,
-        description="Weight of the squared distance between unit embeddings, summed over both modalities. Published: "
-        "2000 of the mean over channels, at width 512 this default.",
-    )
     masked_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the same distance with squares of the student's picture hidden; one more pass of its "
-        "image tower. Published: 2000 of the mean over channels, at width 512 3.90625 here.",
+        description="Weight of the distance of embeddings with squares of the student's picture hidden; one more pass "
+        "of its image tower. Published: 2000 of the mean over channels, at width 512 3.90625 here.",
     )
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="Share of the squares that are hidden.")
     mask_patch: int = Field(16, ge=1, description="Side of a square in pixels of the student; best its patch size.")
@@ -74,7 +52,6 @@ class ClipKDConfig(MethodConfig):
         description="paper: the gradients of the contrastive loss itself; official: its logits are divided by the "
         "logit scale, as the published code does by giving the scale where a temperature is meant.",
     )
-    interactive_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE against the teacher's other modality.")
     cross_weight: float = Field(
         0.0,
         ge=0,
@@ -90,44 +67,9 @@ class ClipKDConfig(MethodConfig):
         description="exp: the learned scales of the interactive, cross and augmented terms are exponentiated and "
         "clamped as CLIP's; official: used raw, as in the published code (they start at 2.66 instead of 14.3).",
     )
-    hints: dict[str, float] = Field(
-        default_factory=dict,
-        description="What each inner level (P2 to P4, L1 to L3) counts against the teacher's same level. No part of "
-        "CLIP-KD: with it a comparison gives CLIP-KD what cmapkd has.",
-    )
-    bank_weight: float = Field(
-        0.0, ge=0, description="Weight of the KL over a bank of the teacher's other modality, cmapkd's. Likewise."
-    )
-    bank: BankConfig = Field(default_factory=BankConfig, description="The bank of teacher embeddings.")
-    projector: Literal["own", "shared"] = Field(
-        "own", description="To the teacher's width: one map for each modality, as published, or cmapkd's one for both."
-    )
-
-    @field_validator("hints")
-    @classmethod
-    def _hints_are_known(cls, value: dict[str, float]) -> dict[str, float]:
-        return checked_hints(value)
 
 
-class Fusion(nn.Module):
-    """A linear map of each modality's student embedding, beside the teacher's, to one fused embedding."""
-
-    def __init__(self, student_dim: int, teacher_dim: int) -> None:
-        super().__init__()
-        # the student's comes at the teacher's width; the result is as wide as the student's own
-        self.image = nn.Linear(2 * teacher_dim, student_dim)
-        self.text = nn.Linear(2 * teacher_dim, student_dim)
-
-    def forward(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
-        """Fused image and text embeddings, not normalised."""
-        image, text = (
-            torch.cat([unit(of_student.embedding), unit(of_teacher.embedding)], dim=-1)
-            for of_student, of_teacher in ((student.image, teacher.image), (student.text, teacher.text))
-        )
-        return self.image(image), self.text(text)
-
-
-class ClipKD(DualEncoderMethod):
+class ClipKD(LentMethod):
     """The student imitates the teacher's embeddings and similarities, and is contrasted with its other modality."""
 
     Config: ClassVar[type[MethodConfig]] = ClipKDConfig
@@ -166,78 +108,49 @@ class ClipKD(DualEncoderMethod):
         "tests/methods/fixtures/clip_kd.json",
     )
 
+    config: ClipKDConfig
+
     def __init__(self, config: ClipKDConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
         self.weights = {
-            name: weight
-            for name, weight in (
-                ("contrastive", config.task_weight),
-                ("relational", config.relational_weight),
-                ("feature", config.feature_weight),
-                ("masked_feature", config.masked_weight),
-                ("gradient", config.gradient_weight),
-                ("interactive", config.interactive_weight),
-                ("cross", config.cross_weight),
-                ("augmented", config.augmented_weight),
-                ("bank", config.bank_weight),
-                ("hints", 1.0 if any(config.hints.values()) else 0.0),
-            )
-            if weight
+            "contrastive": config.task_weight,
+            "relational": config.relational_weight,
+            "feature": config.feature_weight,
+            "masked_feature": config.masked_weight,
+            "gradient": config.gradient_weight,
+            "interactive": config.interactive_weight,
+            "cross": config.cross_weight,
+            "augmented": config.augmented_weight,
+            "bank": config.bank_weight,
+            "hints": float(any(config.hints.values())),
         }
-        self.project: PairProjector | None = None
-        if self.weights.keys() - {"contrastive", "relational", "hints"}:
-            shared = config.projector == "shared"
-            self.project = PairProjector(student.embed_dim, teacher.embed_dim, shared=shared)
-        self.bank = make_bank(config.bank, teacher) if config.bank_weight else None
-        self.interactive_scale = new_scale() if self.weights.keys() & {"interactive", "cross"} else None
+        terms = {*self.term_names}
+        alone = {"contrastive", "relational", "hints"}
+        self.project = self.make_projector(student, teacher) if terms - alone else None
+        self.bank = self.make_bank(teacher)
+        self.interactive_scale = new_scale() if terms & {"interactive", "cross"} else None
         self.fusion = Fusion(student.embed_dim, teacher.embed_dim) if config.augmented_weight else None
         self.fusion_scale = new_scale() if config.augmented_weight else None
         # last, so that the other parts begin with the same draws with hints and without
-        self.hints = Hints(config.hints, student, teacher.model) if "hints" in self.weights else None
+        self.hints = self.make_hints(student, teacher)
         if config.masked_weight:
             check_mask(student.image_spec.size, patch=config.mask_patch, ratio=config.mask_ratio)
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    @property
     def why_student_live(self) -> str | None:
-        if "masked_feature" in self.weights:
+        if self.config.masked_weight:
             return "its masked pictures are encoded anew in every step"
         return super().why_student_live
 
-    @property
-    def matches_words(self) -> bool:
-        return self.hints is not None and self.hints.match.reads_words
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return self.hints.needs("student") if self.hints is not None and self._wants("hints") else LevelRequest()
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return self.hints.needs("teacher") if self.hints is not None and self._wants("hints") else LevelRequest()
-
-    @property
-    def teacher_detail(self) -> TeacherDetail:
-        if self.hints is None or not self._wants("hints"):
-            return "global"
-        return "dense" if self.hints.reads_places else "pooled"
-
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage; embeddings and hints' distances are of all processes' samples."""
-        values: dict[str, Tensor] = {}
-        if self.hints is not None and self._wants("hints"):
-            student, teacher, distances = self.encode_both(batch, self.hints.distances)
-            values["hints"] = self.hints.loss(distances)
-        else:
-            student, teacher = self.encode_student(batch), self.encode_teacher(batch)
-        if self._wants("contrastive"):
+        student, teacher, hints = self.encode_with_hints(batch)
+        values = {} if hints is None else {"hints": hints}
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        if self._wants("relational"):
+        if self.wants("relational"):
             values["relational"] = similarity_loss(student, teacher)
         if self.project is not None:
             values |= self._projected_terms(batch, self.project, student, teacher)
@@ -250,62 +163,34 @@ class ClipKD(DualEncoderMethod):
         projected = project(student)
         of_student, of_teacher = embeddings_of(projected), embeddings_of(teacher)
         values: dict[str, Tensor] = {}
-        if self._wants("feature"):
-            values["feature"] = feature_distance(of_student[0], of_teacher[0]) + feature_distance(
-                of_student[1], of_teacher[1]
-            )
-        if self._wants("masked_feature"):
-            masked = project.image(self.encode_changed_images(batch, self._hide))
-            values["masked_feature"] = feature_distance(masked, of_teacher[0]) + feature_distance(
-                of_student[1], of_teacher[1]
-            )
-        if self._wants("gradient"):
-            scales = student.logit_scale, teacher.logit_scale
+        if self.wants("feature"):
+            values["feature"] = pair_distance(of_student, of_teacher)
+        if self.wants("masked_feature"):
+            patch, ratio = self.config.mask_patch, self.config.mask_ratio
+            masked = project.of_images(self.encode_hidden_images(batch, patch=patch, ratio=ratio))
+            values["masked_feature"] = pair_distance((masked, of_student[1]), of_teacher)
+        if self.wants("gradient"):
+            own, other = student.logit_scale, teacher.logit_scale
             if self.config.gradient_convention == "official":
-                scales = scales[0].reciprocal(), scales[1].reciprocal()
-            values["gradient"] = gradient_distance(
-                *of_student, *of_teacher, student_scale=scales[0], teacher_scale=scales[1]
-            )
+                own, other = own.reciprocal(), other.reciprocal()
+            values["gradient"] = gradient_distance(*of_student, *of_teacher, student_scale=own, teacher_scale=other)
         if self.interactive_scale is not None:
             scale = factor(self.interactive_scale, self.config.interactive_scale)
-            if self._wants("interactive"):
+            if self.wants("interactive"):
                 values["interactive"] = interactive_loss(
                     *of_student, *of_teacher, logit_scale=scale, pictures=student.pictures
                 )
-            if self._wants("cross"):
+            if self.wants("cross"):
                 values["cross"] = interactive_divergence(
                     *of_student, *of_teacher, student_scale=scale, teacher_scale=teacher.logit_scale
                 )
-        if self.fusion is not None and self.fusion_scale is not None and self._wants("augmented"):
-            fused = self.fusion(projected, teacher)
+        if self.fusion is not None and self.fusion_scale is not None and self.wants("augmented"):
+            fused = self.fusion([*map(unit, of_student)], [*map(unit, of_teacher)])
             scale = factor(self.fusion_scale, self.config.interactive_scale)
             values["augmented"] = contrastive_loss(*fused, logit_scale=scale, pictures=student.pictures)
-        if self.bank is not None and self._wants("bank"):
-            values["bank"] = self._against_bank(self.bank, batch, of_student, of_teacher, teacher.logit_scale)
+        if self.bank is not None and self.wants("bank"):
+            values["bank"] = self.against_bank(self.bank, batch, of_student, of_teacher, teacher.logit_scale)
         return values
-
-    def _against_bank(
-        self, bank: EmbeddingBank, batch: Batch, student: Pair, teacher: Pair, scale: Tensor
-    ) -> Float[Tensor, ""]:
-        """The KL over the bank, which then takes the batch's pairs in: after they were compared, not before."""
-        assert self.teacher is not None
-        keys = keys_in_bank(bank, batch, self.teacher, teacher[0].device)
-        references = draw_references(bank, self.config.bank, keys, teacher[0], self.step.generator("bank"))
-        loss = embeddings_against_bank(student, teacher, references, scale=scale)
-        if self.training and not bank.fixed:
-            bank.push(*teacher, keys)
-        return loss
-
-    def _hide(self, part: Batch, pixels: Tensor) -> Tensor:
-        """Other squares for each sample and view, so the same however a batch is shared out."""
-        patch = self.config.mask_patch
-        squares = hidden_squares(
-            part.ids, view=part.view_of_each, image_size=pixels.shape[-1], patch=patch, ratio=self.config.mask_ratio
-        )
-        return hide(pixels, squares, patch=patch)
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

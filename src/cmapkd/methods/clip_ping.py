@@ -85,10 +85,9 @@ class ClipPing(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
-        weights = {"contrastive": config.task_weight, "nn": config.nn_weight, "xnn": config.xnn_weight}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.weights = {"contrastive": config.task_weight, "nn": config.nn_weight, "xnn": config.xnn_weight}
         self.dim = teacher.embed_dim
-        searches = bool(self.weights.keys() & {"nn", "xnn"})
+        searches = bool({*self.term_names} & {"nn", "xnn"})
         self.to_image = nn.Linear(student.embed_dim, self.dim) if searches else None
         self.to_text = nn.Linear(student.embed_dim, self.dim) if searches else None
         self.scale = new_scale() if searches else None
@@ -97,10 +96,6 @@ class ClipPing(DualEncoderMethod):
     @property
     def prepares(self) -> bool:
         return self.to_image is not None
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
 
     def prepare(self, survey: Survey) -> None:
         """Fills the support."""
@@ -133,15 +128,15 @@ class ClipPing(DualEncoderMethod):
     def terms(self, batch: Batch) -> dict[str, Term]:
         student = self.encode_student(batch)
         values: dict[str, Tensor] = {}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        if self._wants("nn") or self._wants("xnn"):
+        if self.wants("nn") or self.wants("xnn"):
             n, m = self._neighbours(batch, self.encode_teacher(batch))
-            if self._wants("nn"):
+            if self.wants("nn"):
                 values["nn"] = self._found(student, n, m)
-            if self._wants("xnn"):
+            if self.wants("xnn"):
                 values["xnn"] = self._found(student, m, n)
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
     @torch.no_grad()
     def _neighbours(self, batch: Batch, teacher: Features) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
@@ -178,9 +173,6 @@ class ClipPing(DualEncoderMethod):
         )
         of_texts = contrastive_loss(text, at_least_float32(bank.text[for_text]), logit_scale=scale, pictures=for_text)
         return (of_images + of_texts) / 2
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

@@ -15,7 +15,7 @@ from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
-from cmapkd.methods.in_batch import embeddings_of, similarity_loss
+from cmapkd.methods.in_batch import EmbeddingTerms, embeddings_of, pair_distance, similarity_loss
 from cmapkd.methods.own_scales import ScaleForm, factor, keep_in_range, new_scale
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
@@ -23,25 +23,14 @@ from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import (
     contrastive_loss,
     crosswise_divergence,
-    feature_distance,
     interactive_loss,
     vertical_divergence,
 )
 
-PUBLISHED_FEATURE_WEIGHT = 2000 / 512  # 2000 × the mean over 512 channels, restated for the sum over channels
 
-
-class ClipRDConfig(MethodConfig):
+class ClipRDConfig(EmbeddingTerms):
     """The weight of each term; a weight of zero switches its computation off. By default the published combination."""
 
-    task_weight: float = Field(1.0, ge=0, description="Weight of the student's own contrastive loss.")
-    feature_weight: float = Field(
-        PUBLISHED_FEATURE_WEIGHT,
-        ge=0,
-        description="Weight of the squared distance between unit embeddings, summed over both modalities. Published: "
-        "2000 of the mean over channels, at width 512 this default.",
-    )
-    interactive_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE against the teacher's other modality.")
     hrd_weight: float = Field(
         1.0, ge=0, description="Weight of the KL between both models' in-batch similarities (horizontal)."
     )
@@ -110,30 +99,20 @@ class ClipRD(DualEncoderMethod):
         assert teacher is not None
         self.config = config
         self.weights = {
-            name: weight
-            for name, weight in (
-                ("contrastive", config.task_weight),
-                ("feature", config.feature_weight),
-                ("interactive", config.interactive_weight),
-                ("hrd", config.hrd_weight),
-                ("vrd", config.vrd_weight),
-                ("vrd_contrastive", config.vrd_contrastive_weight),
-                ("xrd", config.xrd_weight),
-            )
-            if weight
+            "contrastive": config.task_weight,
+            "feature": config.feature_weight,
+            "interactive": config.interactive_weight,
+            "hrd": config.hrd_weight,
+            "vrd": config.vrd_weight,
+            "vrd_contrastive": config.vrd_contrastive_weight,
+            "xrd": config.xrd_weight,
         }
-        within_student = {"contrastive", "hrd"} if config.task_space == "own" else set()
-        self.project = (
-            PairProjector(student.embed_dim, teacher.embed_dim) if self.weights.keys() - within_student else None
-        )
-        vertical = self.weights.keys() & {"vrd", "vrd_contrastive"}
+        terms, within_student = {*self.term_names}, {"contrastive", "hrd"} if config.task_space == "own" else set()
+        self.project = PairProjector(student.embed_dim, teacher.embed_dim) if terms - within_student else None
+        vertical = terms & {"vrd", "vrd_contrastive"}
         self.image_scale = new_scale() if vertical else None
         self.text_scale = new_scale() if vertical else None
-        self.cross_scale = new_scale() if self.weights.keys() & {"interactive", "xrd"} else None
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
+        self.cross_scale = new_scale() if terms & {"interactive", "xrd"} else None
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage; embeddings are of all processes' samples."""
@@ -141,38 +120,35 @@ class ClipRD(DualEncoderMethod):
         projected = self.project(student) if self.project is not None else student
         compared = projected if self.config.task_space == "official" else student
         values: dict[str, Tensor] = {}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(compared)
-        if self._wants("hrd"):
+        if self.wants("hrd"):
             values["hrd"] = similarity_loss(compared, teacher)
         values |= self._between(projected, teacher)
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
     def _between(self, student: Features, teacher: Features) -> dict[str, Tensor]:
         """The terms that compare student and teacher with each other, at the teacher's width."""
         (image, text), (teacher_image, teacher_text) = embeddings_of(student), embeddings_of(teacher)
         all_four = image, text, teacher_image, teacher_text
         values: dict[str, Tensor] = {}
-        if self._wants("feature"):
-            values["feature"] = feature_distance(image, teacher_image) + feature_distance(text, teacher_text)
+        if self.wants("feature"):
+            values["feature"] = pair_distance((image, text), (teacher_image, teacher_text))
         if self.cross_scale is not None:
             scale = factor(self.cross_scale, self.config.scale)
-            if self._wants("interactive"):
+            if self.wants("interactive"):
                 values["interactive"] = interactive_loss(*all_four, logit_scale=scale, pictures=student.pictures)
-            if self._wants("xrd"):
+            if self.wants("xrd"):
                 values["xrd"] = crosswise_divergence(*all_four, logit_scale=scale)
         if self.image_scale is not None and self.text_scale is not None:
             of_image, of_text = (factor(scale, self.config.scale) for scale in (self.image_scale, self.text_scale))
-            if self._wants("vrd"):
+            if self.wants("vrd"):
                 values["vrd"] = vertical_divergence(*all_four, image_scale=of_image, text_scale=of_text)
-            if self._wants("vrd_contrastive"):
+            if self.wants("vrd_contrastive"):
                 values["vrd_contrastive"] = contrastive_loss(
                     image, teacher_image.detach(), logit_scale=of_image, pictures=student.pictures
                 ) + contrastive_loss(text, teacher_text.detach(), logit_scale=of_text, pictures=student.pictures)
         return values
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

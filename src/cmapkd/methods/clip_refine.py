@@ -78,24 +78,22 @@ class ClipRefine(DualEncoderMethod):
     def __init__(self, config: ClipRefineConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
-        weights = {"reference": config.reference_weight, "similarity": config.distill_weight}
-        weights["contrastive"] = config.task_weight
-        self.weights = {name: weight for name, weight in weights.items() if weight}
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
+        self.weights = {
+            "reference": config.reference_weight,
+            "similarity": config.distill_weight,
+            "contrastive": config.task_weight,
+        }
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         student = self.encode_student(batch)
         values: dict[str, Tensor] = {}
-        if self._wants("reference"):
+        if self.wants("reference"):
             values["reference"] = self._to_references(student)
-        if self._wants("similarity"):
+        if self.wants("similarity"):
             values["similarity"] = self._to_mixture(student, self.encode_teacher(batch))
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        return {name: Term(value, self.weights[name]) for name, value in values.items()}
+        return self.weighted(values)
 
     def _to_references(self, student: Features) -> Tensor:
         image, text = embeddings_of(student)
@@ -117,6 +115,3 @@ class ClipRefine(DualEncoderMethod):
             student_scale=None if raw else student.logit_scale,
             teacher_scale=None if raw else teacher.logit_scale,
         )
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))

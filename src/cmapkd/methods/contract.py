@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -49,6 +50,9 @@ class MethodContract(Learning, ABC):
     """Whether further teachers may have an image tower alone."""
     prunes: ClassVar[bool] = False
     """Whether stages may state a `sparsity`."""
+    weights: Mapping[str, float] = MappingProxyType({})
+    """What each term counts, by name, where that is the same in every step. A term of weight 0 is none of the method's.
+    A method sets them in its `__init__`; or it says `term_names` itself."""
     measurements: dict[str, Tensor]
     """What the last step is worth logging besides its terms: learned weights, their entropy."""
     step: StepInfo
@@ -72,9 +76,9 @@ class MethodContract(Learning, ABC):
         self.measurements = {}
 
     @property
-    @abstractmethod
     def term_names(self) -> tuple[str, ...]:
         """The terms that `terms` returns in a run without stages."""
+        return tuple(name for name, weight in self.weights.items() if weight)
 
     @abstractmethod
     def terms(self, batch: Batch) -> dict[str, Term]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector
@@ -59,32 +60,22 @@ class DCClip(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
-        self.adapt = PairProjector(student.embed_dim, teacher.embed_dim, shared=config.adapter == "shared")
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        config = self.config
-        weights = {
+        self.weights = {
             "image_feature": config.feature_weight,
             "text_feature": config.feature_weight,
             "contrastive": config.task_weight,
         }
-        return tuple(name for name, weight in weights.items() if weight)
+        self.adapt = PairProjector(student.embed_dim, teacher.embed_dim, shared=config.adapter == "shared")
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, student = self.config, self.encode_student(batch)
-        terms: dict[str, Term] = {}
-        towers = [tower for tower in ("image", "text") if self.wants(f"{tower}_feature", config.feature_weight)]
+        student = self.encode_student(batch)
+        values: dict[str, Tensor] = {}
+        towers = [tower for tower in ("image", "text") if self.wants(f"{tower}_feature")]
         if towers:
             adapted, teacher = self.adapt(student), self.encode_teacher(batch)
             for tower in towers:
-                student_embedding, teacher_embedding = (
-                    getattr(adapted, tower).embedding,
-                    getattr(teacher, tower).embedding,
-                )
-                terms[f"{tower}_feature"] = Term(
-                    smooth_distance(student_embedding, teacher_embedding, beta=config.beta), config.feature_weight
-                )
-        if self.wants("contrastive", config.task_weight):
-            terms["contrastive"] = Term(task_loss(student), config.task_weight)
-        return terms
+                ours, theirs = (getattr(features, tower).embedding for features in (adapted, teacher))
+                values[f"{tower}_feature"] = smooth_distance(ours, theirs, beta=self.config.beta)
+        if self.wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        return self.weighted(values)

@@ -17,7 +17,7 @@ from cmapkd.data.texts import NEGATIVES
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod
-from cmapkd.methods.in_batch import embeddings_of
+from cmapkd.methods.in_batch import embeddings_of, pair_distance
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, MomentumTeacher
 from cmapkd.objectives import contrast_with_negatives, feature_distance, own_negatives_loss
@@ -96,27 +96,19 @@ class Degla(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
         self.weights = {
-            name: weight
-            for name, weight in (
-                ("contrastive", config.task_weight),
-                ("image_grounded", config.image_grounded_weight),
-                ("text_grounded", config.text_grounded_weight),
-                ("feature", config.distill_weight),
-            )
-            if weight
+            "contrastive": config.task_weight,
+            "image_grounded": config.image_grounded_weight,
+            "text_grounded": config.text_grounded_weight,
+            "feature": config.distill_weight,
         }
         self.momentum: MomentumTeacher | None = None
-        if self.weights.keys() & {"text_grounded", "feature"}:
+        if {*self.term_names} & {"text_grounded", "feature"}:
             self.momentum = MomentumTeacher(student, decay=config.momentum)
             self.teachers[self.momentum.role] = self.momentum
 
     @property
     def text_pools(self) -> Mapping[str, int]:
         return {self.config.pool: self.config.negatives}
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage; embeddings are of all processes' samples."""
@@ -125,30 +117,30 @@ class Degla(DualEncoderMethod):
         negatives = self._negatives(student)
         of_each = negatives.unflatten(0, (len(image), -1))
         values: dict[str, Tensor] = {}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = contrast_with_negatives(
                 image, text, negatives, logit_scale=student.logit_scale, pictures=student.pictures
             )
-        if self._wants("image_grounded"):
+        if self.wants("image_grounded"):
             values["image_grounded"] = own_negatives_loss(image, text, of_each, logit_scale=student.logit_scale)
-        if self._wants("text_grounded") or self._wants("feature"):
+        if self.wants("text_grounded") or self.wants("feature"):
             values |= self._of_teacher(student, self.encode_teacher(batch))
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
     def _of_teacher(self, student: Features, teacher: Features) -> dict[str, Tensor]:
         """The terms that read the moving average."""
         (image, text), (teacher_image, teacher_text) = embeddings_of(student), embeddings_of(teacher)
         negatives = self._negatives(student)
         values: dict[str, Tensor] = {}
-        if self._wants("text_grounded"):
+        if self.wants("text_grounded"):
             of_each = negatives.unflatten(0, (len(text), -1))
             if self.config.text_grounded_with == "official":
                 of_each = negatives.unflatten(0, (-1, len(text))).transpose(0, 1)  # row i has the places i + kB
             values["text_grounded"] = own_negatives_loss(
                 text, teacher_text.detach(), of_each, logit_scale=self.config.text_grounded_scale
             )
-        if self._wants("feature"):
-            distances = feature_distance(image, teacher_image) + feature_distance(text, teacher_text)
+        if self.wants("feature"):
+            distances = pair_distance((image, text), (teacher_image, teacher_text))
             of_false = feature_distance(negatives, self._negatives(teacher))
             values["feature"] = distances + of_false * self.config.negatives
         return values
@@ -156,6 +148,3 @@ class Degla(DualEncoderMethod):
     def _negatives(self, features: Features) -> Float[Tensor, "negatives dim"]:
         """Embeddings of the false texts, those of a sample together."""
         return features.more_texts[self.config.pool].embedding
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))

@@ -98,6 +98,7 @@ class DHO(ClassifierMethod):
         assert teacher is not None
         assert classes is not None
         self.config = config
+        self.weights = {"labels": config.task_weight, "classes": config.distill_weight}
         if isinstance(config.teacher_scale, float) and config.teacher_scale <= 0:
             raise ConfigError(f"method.teacher_scale is {config.teacher_scale:g}: give a number > 0, or own")
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
@@ -117,30 +118,23 @@ class DHO(ClassifierMethod):
         return None if self.config.one_head else (self.config.alpha, self.config.beta)
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        weights = {"labels": self.config.task_weight, "classes": self.config.distill_weight}
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
     def needs_labels(self) -> bool:
         return bool(self.config.task_weight)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         config, features = self.config, self.features(batch)
-        terms: dict[str, Term] = {}
+        values: dict[str, Tensor] = {}
         labels = self.labels(batch)
-        if self.wants("labels", config.task_weight):
+        if self.wants("labels"):
             head = TEACHER_HEAD if config.one_head else LABELS_HEAD
-            loss = labelled_cross_entropy(self.student.logits(head, features), labels)
-            terms["labels"] = Term(loss, config.task_weight)
-        if self.wants("classes", config.distill_weight):
+            values["labels"] = labelled_cross_entropy(self.student.logits(head, features), labels)
+        if self.wants("classes"):
             logits = self.student.logits(TEACHER_HEAD, features)
-            divergence = kl_divergence(logits, self.teacher_logits(batch), temperature=config.temperature)
-            terms["classes"] = Term(divergence, config.distill_weight)
-        if config.watch_gradients and len(terms) == 2 and features.requires_grad:
-            one, two = (torch.autograd.grad(term.value, features, retain_graph=True)[0] for term in terms.values())
+            values["classes"] = kl_divergence(logits, self.teacher_logits(batch), temperature=config.temperature)
+        if config.watch_gradients and len(values) == 2 and features.requires_grad:
+            one, two = (torch.autograd.grad(value, features, retain_graph=True)[0] for value in values.values())
             self.measurements["gradient_cosine"] = _cosine(one, two, labels >= 0)
-        return terms
+        return self.weighted(values)
 
     def teacher_logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
         """The teacher's scores of the classes, without gradient."""

@@ -67,12 +67,11 @@ class DMAE(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config, self.not_cached = config, config.not_cached
-        weights = {
+        self.weights = {
             "contrastive": config.task_weight,
             "reconstruction": config.reconstruction_weight,
             "align": config.weight_of_align(),
         }
-        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.levels = ImageTokens(config, student=student, teacher=teacher.model)
         self.cells = VisibleCells(student, hidden_share=config.mask_ratio)
         if config.align == "embedding" and student.embed_dim != teacher.embed_dim:
@@ -81,10 +80,10 @@ class DMAE(DualEncoderMethod):
                 f"{student.embed_dim} and the teacher's {teacher.embed_dim}: take an earlier student of the same sizes "
                 "as teacher (teacher: runs/first)"
             )
-        aligned = "align" in self.weights and config.align == "tokens"
+        aligned = "align" in self.term_names and config.align == "tokens"
         of_both = aligned and config.teacher_sees == "visible"
         self.teacher_tokens = self.cells.tokens_of(teacher.model) if of_both else None
-        self.decode = self._decoder() if "reconstruction" in self.weights else None
+        self.decode = self._decoder() if "reconstruction" in self.term_names else None
         self.map = nn.Linear(*self.levels.widths) if aligned else None
 
     def _decoder(self) -> MaskedDecoder:
@@ -94,16 +93,12 @@ class DMAE(DualEncoderMethod):
         return MaskedDecoder(tokens.width, tokens.grid, values, inner_width=config.decoder_width, depth=depth)
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    @property
     def student_needs(self) -> LevelRequest:
-        return replace(self.levels.student_needs, towers=BOTH if self._wants("contrastive") else ("image",))
+        return replace(self.levels.student_needs, towers=BOTH if self.wants("contrastive") else ("image",))
 
     @property
     def teacher_needs(self) -> LevelRequest:
-        reads = self.map is not None and self.teacher_tokens is None and self._wants("align")
+        reads = self.map is not None and self.teacher_tokens is None and self.wants("align")
         return replace(self.levels.teacher_needs if reads else LevelRequest(), towers=("image",))
 
     @property
@@ -113,12 +108,12 @@ class DMAE(DualEncoderMethod):
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, teacher, rows = self.encode_both(batch, self._rows)
         values = {name: row.mean() for name, row in rows.items()}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        if self.config.align == "embedding" and self._wants("align"):
+        if self.config.align == "embedding" and self.wants("align"):
             ours, theirs = (at_least_float32(features.image.embedding) for features in (student, teacher))
             values["align"] = (ours - theirs.detach()).square().sum(-1).mean()
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
     def _encode_student(self, part: Batch, number: int = 0) -> Features:
         """Of the visible cells; for `align: embedding` of whole pictures, and `_rows` computes the visible ones."""
@@ -159,13 +154,13 @@ class DMAE(DualEncoderMethod):
         """What each sample adds to the reconstruction and to the distance of tokens; of this process's samples."""
         keep, grid = self._keep(part), self.cells.tokens.grid
         rows: dict[str, Tensor] = {}
-        if self.decode is not None and self._wants("reconstruction"):
+        if self.decode is not None and self.wants("reconstruction"):
             seen = student if self.config.align == "tokens" else self._visible(part, ("image",))
             patches = patches_of(self.student_pixels(part), grid)
             rows["reconstruction"] = reconstruction_error(
                 self.decode(seen.image.levels[LAST].values, keep), patches, keep
             )
-        if self.map is not None and self._wants("align"):
+        if self.map is not None and self.wants("align"):
             ours = student.image.levels[ALIGNED]
             if self.teacher_tokens is not None:
                 theirs = teacher.image.levels[ALIGNED]
@@ -180,6 +175,3 @@ class DMAE(DualEncoderMethod):
 
     def _keep(self, part: Batch) -> Int[Tensor, "batch visible"]:
         return self.cells.drawn(part, self.step).to(self.device, non_blocking=True)
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from cmapkd.features.taps import Layer
 from cmapkd.methods.image_tokens import TokenLayers
 
 PUBLISHED_ALIGN_WEIGHT = 1024**-0.5  # 1 × the mean over 1,024 channels, restated for the sum by their square root
@@ -40,10 +41,10 @@ class DmaeConfig(TokenLayers):
         description="visible: the teacher computes the same tokens as the student, which saves its time too and takes "
         "models of one grid; whole: it sees all of the picture, can be cached, and its grid may differ.",
     )
-    student_layer: str | float = Field(
+    student_layer: Layer = Field(
         0.75, description="The student's aligned image level: its name (blocks.3), or a share of the depth."
     )
-    teacher_layer: str | float = Field(0.75, description="The teacher's aligned image level, likewise.")
+    teacher_layer: Layer = Field(0.75, description="The teacher's aligned image level, likewise.")
     decoder_width: int | None = Field(
         None,
         ge=32,

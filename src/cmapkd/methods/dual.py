@@ -8,12 +8,15 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Extra
+from cmapkd.data.labels import LabelReader
+from cmapkd.data.masks import hidden_squares, hide
 from cmapkd.data.pictures import PictureReader
+from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.types import Batch
 from cmapkd.features import KeyTokens, gather_features, gather_rows
 from cmapkd.methods.base import Method
@@ -36,7 +39,7 @@ TeacherDetail = Literal["global", "pooled", "key_tokens", "dense"]
 levels place by place. Each can be had from those after it."""
 
 LABELS = "labels"
-"""Under which a batch brings its samples' labels, see `data.labels.LabelReader`."""
+"""Under which a batch brings its samples' labels, see `DualEncoderMethod.label_reader`."""
 
 PICTURES = "pictures"
 """Under which a batch brings a number for each picture, see `data.pictures.PictureReader`."""
@@ -54,6 +57,8 @@ class DualEncoderMethod(Method):
     student: DualEncoder
     several_positives: bool = False
     """Whether captions of one picture in a batch are no negatives of each other."""
+    label_reader: LabelReader | None = None
+    """How batches bring their samples' labels; None: the terms read none."""
     stored_student: Teacher | None = None
     """Answers for the student's towers that do not learn, from a cache, in batches that bring stored rows of them."""
     stored_towers: tuple[Tower, ...] = ()
@@ -101,9 +106,24 @@ class DualEncoderMethod(Method):
         return self.matches_words and any(teacher.model.tokenizer != self.student.tokenizer for teacher in read)
 
     def labels(self, batch: Batch) -> Int[Tensor, " batch"]:
-        """The labels of all processes' samples, -1 where there is none; for a method with `LABELS` in its extras."""
+        """The labels of all processes' samples, -1 where there is none; for a method with a `label_reader`."""
         labels: Tensor = batch.extra[LABELS]
         return gather_rows(labels.to(self.device, non_blocking=True))
+
+    def of_stream(self, batch: Batch, name: str) -> Bool[Tensor, " batch"]:
+        """Which of all processes' samples are of a stream of `data.more`, or of `train`.
+
+        Raises:
+            ConfigError: the batches are of one stream alone.
+        """
+        streams = batch.streams or (MAIN_STREAM,) * len(batch)
+        if not batch.streams and name != MAIN_STREAM:
+            raise ConfigError(
+                f"the method's terms read stream {name!r}, and these batches are of one stream: name it in data.more, "
+                "or set the method to read train"
+            )
+        own = torch.tensor([float(each == name) for each in streams])
+        return gather_rows(own.to(self.device, non_blocking=True)) > 0.5
 
     def encode_student(self, batch: Batch) -> Features:
         """The student's features; embeddings are those of the whole batch, over all processes."""
@@ -135,21 +155,28 @@ class DualEncoderMethod(Method):
             if roles is None or role in roles
         }
 
-    def encode_changed_images(self, batch: Batch, change: Callable[[Batch, Tensor], Tensor]) -> Tensor:
-        """The student's embeddings [batch dim] of its pictures as the method changes them, over all processes.
-
-        Args:
-            change: of a part of the batch and its pixels, see `student_pixels`, to those that the student shall see. A
-                pure function of the part's samples: the backward pass may repeat it.
-        """
+    def encode_hidden_images(self, batch: Batch, *, patch: int, ratio: float) -> Float[Tensor, "batch dim"]:
+        """The student's embeddings of its pictures with some squares hidden, see `hidden_in`, over all processes."""
 
         def encode(part: Batch, _number: int) -> Float[Tensor, "batch dim"]:
-            pixels = self.student_pixels(part)
-            tower: TowerFeatures = self.student.encode_image(change(part, pixels))
+            squares = self.hidden_in(part, patch=patch, ratio=ratio)  # the same if the backward pass repeats it
+            tower: TowerFeatures = self.student.encode_image(hide(self.student_pixels(part), squares, patch=patch))
             return tower.embedding
 
         parts = micro_batches(batch, self.micro_batch)
         return gather_rows(torch.cat(encode_checkpointed(encode, parts, model=self)))
+
+    def hidden_in(self, part: Batch, *, patch: int, ratio: float) -> Bool[Tensor, "batch rows columns"]:
+        """Squares of the student's pictures to hide: others for each sample and view, however a batch is shared out.
+
+        Args:
+            patch: side of a square in pixels.
+            ratio: share of the squares that is hidden.
+        Returns:
+            On the CPU, see `data.masks.hide`.
+        """
+        size = self.student.image_spec.size
+        return hidden_squares(part.ids, view=part.view_of_each, image_size=size, patch=patch, ratio=ratio)
 
     def student_pixels(self, part: Batch) -> Float[Tensor, "batch 3 height width"]:
         """The pictures of a part of the batch as the student's image tower reads them: normalised, on its device."""
@@ -242,7 +269,9 @@ class DualEncoderMethod(Method):
 
     @property
     def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, **({PICTURES: PictureReader()} if self.several_positives else {})}
+        pictures = {PICTURES: PictureReader()} if self.several_positives else {}
+        labels = {} if self.label_reader is None else {LABELS: self.label_reader}
+        return {**super().extras, **pictures, **labels}
 
     def _pictures(self, batch: Batch) -> Int[Tensor, " batch"] | None:
         """A number for each picture of all processes' samples; None where pairs with one picture are negatives."""
@@ -287,6 +316,18 @@ class DualEncoderMethod(Method):
         needs = wanted if teacher.role == first else LevelRequest(towers=wanted.towers)
         features: Features = teacher(part.only(teacher.reads).to(self.device, non_blocking=True), needs)
         return features
+
+
+class PictureMethod(DualEncoderMethod):
+    """A method whose steps read pictures alone: texts are vectors of classes, which it makes by itself."""
+
+    @property
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
+
+    @property
+    def teacher_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
 
 
 def task_loss(student: Features) -> Float[Tensor, ""]:

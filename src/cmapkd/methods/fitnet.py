@@ -14,16 +14,14 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from cmapkd.data.types import Batch
-from cmapkd.features.hierarchy import token_level
-from cmapkd.features.pyramid import grid_of, level_grid
-from cmapkd.features.taps import level_at
-from cmapkd.features.words import Role, WordAligner
+from cmapkd.features.level_pairs import LevelPairs, Places
+from cmapkd.features.taps import Layer
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelInfo, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.types import Tower
 from cmapkd.objectives import hint_distance, level_distance
@@ -39,14 +37,14 @@ class FitNetConfig(MethodConfig):
         description="two_stage: the hint alone trains the lower layers, then the whole student is distilled; "
         "one_stage: task loss and hint together, without distillation of logits, as in mdistiller.",
     )
-    guided_layer: str | float = Field(
+    guided_layer: Layer = Field(
         0.5, description="The student's image level that is guided: its name (blocks.3), or a share of the depth."
     )
-    hint_layer: str | float = Field(0.5, description="The teacher's image level that guides it, likewise.")
-    text_guided_layer: str | float | None = Field(
+    hint_layer: Layer = Field(0.5, description="The teacher's image level that guides it, likewise.")
+    text_guided_layer: Layer | None = Field(
         None, description="Likewise in the text tower; none: it has no hint and is left alone in the hint stage."
     )
-    text_hint_layer: str | float | None = Field(None, description="The teacher's text level that guides it.")
+    text_hint_layer: Layer | None = Field(None, description="The teacher's text level that guides it.")
     standardise: bool = Field(
         False, description="Compare features whose channels are standardised at each place, instead of as they are."
     )
@@ -64,13 +62,6 @@ class FitNetConfig(MethodConfig):
     )
     temperature: float = Field(3.0, gt=0, description="Divides both models' logits on top of their own logit scales.")
 
-    @field_validator("guided_layer", "hint_layer", "text_guided_layer", "text_hint_layer")
-    @classmethod
-    def _shares_are_shares(cls, value: Any) -> Any:
-        if isinstance(value, float) and not 0 < value <= 1:
-            raise ValueError(f"{value:g} is no share of the depth: give a number in (0, 1], or a level's name")
-        return value
-
     @field_validator("distill_weight")
     @classmethod
     def _not_negative(cls, value: Any) -> Any:
@@ -83,6 +74,13 @@ class FitNetConfig(MethodConfig):
         if (self.text_guided_layer is None) != (self.text_hint_layer is None):
             raise ValueError("give text_guided_layer and text_hint_layer both, or neither")
         return self
+
+    def layers(self) -> dict[Tower, tuple[str | float, str | float]]:
+        """The student's level and the teacher's of each tower that has a hint."""
+        layers: dict[Tower, tuple[str | float, str | float]] = {"image": (self.guided_layer, self.hint_layer)}
+        if self.text_guided_layer is not None and self.text_hint_layer is not None:
+            layers["text"] = self.text_guided_layer, self.text_hint_layer
+        return layers
 
     def weight_of_hint(self) -> float:
         if self.hint_weight is None:
@@ -132,31 +130,18 @@ class FitNet(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
-        guided: dict[Tower, LevelInfo] = {"image": level_at(student.image_levels, config.guided_layer, tower="image")}
-        hints: dict[Tower, LevelInfo] = {
-            "image": level_at(teacher.model.image_levels, config.hint_layer, tower="image")
-        }
-        if config.text_guided_layer is not None and config.text_hint_layer is not None:
-            guided["text"] = level_at(student.text_levels, config.text_guided_layer, tower="text")
-            hints["text"] = level_at(teacher.model.text_levels, config.text_hint_layer, tower="text")
-        self.guided, self.hints = guided, hints
-        self.align_words = WordAligner()
-        self.regress = nn.ModuleDict({tower: nn.Linear(guided[tower].width, hints[tower].width) for tower in guided})
-        behind = [
-            parameters_behind(student, partial(example_output, student, tower, level.name))
-            for tower, level in guided.items()
-        ]
-        self._guided_part = frozenset[str]().union(*behind)
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        config = self.config
-        weights = {
+        self.weights = {
             "hint": config.weight_of_hint(),
             "contrastive": config.task_weight,
             "similarity": max(config.distilled()),
         }
-        return tuple(name for name, weight in weights.items() if weight)
+        self.levels = LevelPairs(student, teacher.model, config.layers())
+        self.regress = nn.ModuleDict({tower: nn.Linear(*self.levels.widths(tower)) for tower in config.layers()})
+        behind = [
+            parameters_behind(student, partial(example_output, student, tower, level.name))
+            for tower, level in self.levels.student.items()
+        ]
+        self._guided_part = frozenset[str]().union(*behind)
 
     @property
     def student_parts(self) -> Mapping[str, frozenset[str]]:
@@ -176,60 +161,37 @@ class FitNet(DualEncoderMethod):
 
     @property
     def matches_words(self) -> bool:
-        return "text" in self.guided
+        return "text" in self.levels.student
 
     @property
     def student_needs(self) -> LevelRequest:
-        return self._needs(self.guided)
+        return self.levels.needs("student") if self.wants("hint") else LevelRequest()
 
     @property
     def teacher_needs(self) -> LevelRequest:
-        return self._needs(self.hints)
-
-    def _needs(self, levels: Mapping[Tower, LevelInfo]) -> LevelRequest:
-        if not self._wants("hint"):
-            return LevelRequest()
-        image, text = (tuple(info.name for tower, info in levels.items() if tower == of) for of in ("image", "text"))
-        return LevelRequest(image, text)
+        return self.levels.needs("teacher") if self.wants("hint") else LevelRequest()
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config = self.config
         student, teacher, rows = self.encode_both(batch, self._distances)
-        terms: dict[str, Term] = {}
-        if self._wants("hint"):
-            towers = [rows[tower].mean() for tower in self.guided]
-            terms["hint"] = Term(sum(towers[1:], towers[0]), config.weight_of_hint())
-        if self._wants("contrastive"):
-            terms["contrastive"] = Term(task_loss(student), config.task_weight)
-        if self._wants("similarity"):
-            similarity = similarity_loss(student, teacher, temperature=config.temperature)
-            start, end = config.distilled()
+        values: dict[str, Tensor] = {}
+        if self.wants("hint"):
+            towers = [rows[tower].mean() for tower in self.levels.student]
+            values["hint"] = sum(towers[1:], towers[0])
+        if self.wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        terms = self.weighted(values)
+        if self.wants("similarity"):
+            similarity = similarity_loss(student, teacher, temperature=self.config.temperature)
+            start, end = self.config.distilled()
             terms["similarity"] = Term(similarity, start + (end - start) * self.step.progress)
         return terms
 
     def _distances(self, part: Batch, student: Features, teacher: Features) -> dict[str, Float[Tensor, " batch"]]:
         """How far each sample's guided levels are from their hints, by tower; of this process's samples alone."""
-        if not self._wants("hint"):
+        if not self.wants("hint"):
             return {}
+        places: dict[Tower, Places] = {"image": self.levels.cells(student, teacher)}
+        if self.matches_words:
+            places["text"] = self.levels.words(part, student, teacher)
         distance = level_distance if self.config.standardise else hint_distance
-        guided_level, hint_level = (
-            features.image.levels[levels["image"].name]
-            for features, levels in ((student, self.guided), (teacher, self.hints))
-        )
-        mapped = self.regress["image"](level_grid(guided_level))
-        rows = {"image": distance(mapped, level_grid(hint_level, grid_of(guided_level)))}
-        if "text" in self.guided:
-            words = self.align_words(part.inputs["student"].texts, part.inputs["teacher"].texts)
-            texts: list[tuple[Role, Features, Mapping[Tower, LevelInfo]]] = [
-                ("student", student, self.guided),
-                ("teacher", teacher, self.hints),
-            ]
-            (guided, mask), (hints, _) = (
-                words.pool(role, token_level(features.text.levels[levels["text"].name])[0])
-                for role, features, levels in texts
-            )
-            rows["text"] = distance(self.regress["text"](guided), hints, mask)
-        return rows
-
-    def _wants(self, name: str) -> bool:
-        return name in self.term_names and self.stage.wants_term(name)
+        return {tower: distance(self.regress[tower](ours), hint, mask) for tower, (ours, hint, mask) in places.items()}

@@ -146,15 +146,6 @@ class GenerativeMethod(Method):
         A pure function of the part, the modules and `self.step`: the backward pass may repeat it.
         """
 
-    @property
-    @abstractmethod
-    def weights(self) -> Mapping[str, float]:
-        """Weight of each term by name; a term of weight zero is none of the method's."""
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(name for name, weight in self.weights.items() if weight)
-
     def terms(self, batch: Batch) -> dict[str, Term]:
         batch = self._rolled_out(batch)
         parts = micro_batches(batch, self.micro_batch)
@@ -171,7 +162,7 @@ class GenerativeMethod(Method):
     def _sums(self, answered: dict[int, TokenFeatures | None], part: Batch, number: int) -> dict[str, Counted]:
         student: TokenFeatures = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
         if number not in answered:
-            asked = any(self.wants(name, self.weights.get(name, 0.0)) for name in self.of_teacher)
+            asked = any(self.wants(name) for name in self.of_teacher & {*self.term_names})
             answered[number] = self.read_teacher(part) if asked else None
         return self.sums(part, student, answered[number])
 
@@ -209,7 +200,7 @@ class GenerativeMethod(Method):
             ValueError: the models have answers of different lengths.
         """
         counts = {"answers": hard.number} | ({} if soft is None else {"distillation": soft.number})
-        wanted = {name: self.weights[name] for name in counts if self.wants(name, self.weights[name])}
+        wanted = {name: self.weights[name] for name in counts if self.wants(name)}
         rows, head = student.hidden["answer"].values, student.head
         assert head is not None
         # a second pass costs less where the first one is repeated, or where the terms are divided by other numbers

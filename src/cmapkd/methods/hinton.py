@@ -7,7 +7,6 @@ classes of the training source, each a vector that the text tower makes of its p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -16,13 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features.closed_form import class_means
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
+from cmapkd.methods.dual import DualEncoderMethod, task_loss
 from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
@@ -116,6 +114,8 @@ class Hinton(DualEncoderMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        hard, soft = ("contrastive", "similarity") if config.form == "in_batch" else ("labels", "classes")
+        self.weights = {hard: config.task_weight, soft: config.distill_weight}
         self.own_vectors: LearnedClassVectors | None = None
         if config.form == "in_batch":
             return
@@ -125,21 +125,10 @@ class Hinton(DualEncoderMethod):
         if config.class_vectors == "own":
             self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
         else:
-            same = student.embed_dim == teacher.embed_dim
-            self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+            self.student = JoinedEncoder.at_width(student, teacher)
             self.student.freeze_unused(scale=False)
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        hard, soft = ("contrastive", "similarity") if self.config.form == "in_batch" else ("labels", "classes")
-        weights = {hard: self.config.task_weight, soft: self.config.distill_weight}
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        if not (self.config.of_images or (self.config.reads_classes and self.config.task_weight)):
-            return super().extras
-        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
+        if config.of_images or config.task_weight:
+            self.label_reader = LabelReader(config.label_share, len(classes.names))
 
     @property
     def prepares(self) -> bool:
@@ -170,27 +159,25 @@ class Hinton(DualEncoderMethod):
         return self._of_texts(batch) if self.config.form == "in_batch" else self._of_classes(batch)
 
     def _of_texts(self, batch: Batch) -> dict[str, Term]:
-        config, student = self.config, self.encode_student(batch)
-        terms: dict[str, Term] = {}
-        if self.wants("contrastive", config.task_weight):
-            terms["contrastive"] = Term(task_loss(student), config.task_weight)
-        if self.wants("similarity", config.distill_weight):
-            similarity = similarity_loss(student, self.encode_teacher(batch), temperature=config.temperature)
-            terms["similarity"] = Term(similarity, config.distill_weight)
-        return terms
+        student = self.encode_student(batch)
+        values: dict[str, Tensor] = {}
+        if self.wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        if self.wants("similarity"):
+            teacher, temperature = self.encode_teacher(batch), self.config.temperature
+            values["similarity"] = similarity_loss(student, teacher, temperature=temperature)
+        return self.weighted(values)
 
     def _of_classes(self, batch: Batch) -> dict[str, Term]:
-        config, student = self.config, self.encode_student(batch)
-        vectors = self.class_vectors
+        student, vectors = self.encode_student(batch), self.class_vectors
         if self.own_vectors is not None:
             vectors = self.own_vectors(self.student, self.step.generator("prompts"))
         logits = similarities(student.image.embedding, vectors, student.logit_scale)
-        terms: dict[str, Term] = {}
-        if self.wants("labels", config.task_weight):
-            terms["labels"] = Term(labelled_cross_entropy(logits, self.labels(batch)), config.task_weight)
-        if self.wants("classes", config.distill_weight):
+        values: dict[str, Tensor] = {}
+        if self.wants("labels"):
+            values["labels"] = labelled_cross_entropy(logits, self.labels(batch))
+        if self.wants("classes"):
             teacher = self.encode_teacher(batch)
             soft = similarities(teacher.image.embedding, self.class_vectors, teacher.logit_scale)
-            divergence = kl_divergence(logits, soft, temperature=config.temperature)
-            terms["classes"] = Term(divergence, config.distill_weight)
-        return terms
+            values["classes"] = kl_divergence(logits, soft, temperature=self.config.temperature)
+        return self.weighted(values)

@@ -5,7 +5,6 @@ What is from the paper and what is ours: the card below and docs/methods/lelp.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -15,27 +14,23 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError, counted
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.features.closed_form import principal_directions
-from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.features.closed_form import ALIKE, class_parts, principal_directions
+from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 from cmapkd.objectives.common import unit
 from cmapkd.objectives.subclasses import subclass_divergence
 
-ALIKE = 1e-12
-"""Mean variance of unit embeddings below which pictures are one picture: what is left is rounding."""
 
-
-class LelpConfig(MethodConfig):
+class LelpConfig(ClassesConfig):
     """How classes are cut into parts, and what each term counts."""
 
     parts: int = Field(4, ge=2, description="Parts of each class, as many directions.")
@@ -53,16 +48,8 @@ class LelpConfig(MethodConfig):
         "learns another's parts, the control that must fail.",
     )
 
-    @property
-    def reads_classes(self) -> bool:
-        return True
 
-    @property
-    def reads_captions(self) -> bool:
-        return False
-
-
-class Lelp(DualEncoderMethod):
+class Lelp(PictureMethod):
     """The student learns the teacher's classes, and within each class the part that an image's embedding points to."""
 
     Config: ClassVar[type[MethodConfig]] = LelpConfig
@@ -106,9 +93,11 @@ class Lelp(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         assert classes is not None
-        self.config, self.class_names = config, classes.names
-        same = student.embed_dim == teacher.embed_dim
-        self.student = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+        self.config = config
+        self.weights = {"labels": config.task_weight, "classes": config.class_weight, "parts": config.part_weight}
+        if config.task_weight:
+            self.label_reader = LabelReader(config.label_share, len(classes.names))
+        self.student = JoinedEncoder.at_width(student, teacher)
         self.student.freeze_unused(scale=False)
         number, width = len(classes.names), teacher.embed_dim
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
@@ -123,26 +112,6 @@ class Lelp(DualEncoderMethod):
         self.register_buffer("projections", torch.full((number, config.parts, width), torch.nan))
         self.register_buffer("offsets", torch.full((number, config.parts), torch.nan))
         self.head = nn.Linear(width, number * config.parts) if config.part_weight else None
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        config = self.config
-        weights = {"labels": config.task_weight, "classes": config.class_weight, "parts": config.part_weight}
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        if not self.config.task_weight:
-            return super().extras
-        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_names))}
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return self.student_needs
 
     @property
     def prepares(self) -> bool:
@@ -165,40 +134,28 @@ class Lelp(DualEncoderMethod):
                 f"lelp cuts classes by how the teacher's pictures differ, and all {len(left)} training images are "
                 "alike to it: take other data, or a trained teacher"
             )
-        draws = torch.Generator().manual_seed(0)
-        for number in range(len(self.class_names)):
-            own = left[labels == number]
-            found = principal_directions(own, self.config.parts) if len(own) > self.config.parts else every
-            few = found is every or float(found[1].mean()) < ALIKE
-            rows, (directions, variances) = (left, every) if few else (own, found)
-            if self.config.directions == "random":
-                inside = torch.randn(self.config.parts, len(left), generator=draws, dtype=torch.float64) @ left
-                directions = torch.linalg.qr(inside.T).Q.T
-                variances = ((rows - rows.mean(0)) @ directions.T).square().mean(0)
-            rotation = torch.linalg.qr(torch.randn(len(directions), len(directions), generator=draws).double()).Q
-            projections = rotation @ directions / variances.mean().sqrt()
-            self.projections[number] = projections
-            self.offsets[number] = projections @ rows.mean(0)
+        random, draws = self.config.directions == "random", torch.Generator().manual_seed(0)
+        found = class_parts(left, labels, len(vectors), common=every, random=random, generator=draws)
+        self.projections.copy_(found[0])
+        self.offsets.copy_(found[1])
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, student = self.config, self.encode_student(batch)
+        student, temperature = self.encode_student(batch), self.config.temperature
         logits = similarities(student.image.embedding, self.class_vectors, student.logit_scale)
-        terms: dict[str, Term] = {}
-        if self.wants("labels", config.task_weight):
-            terms["labels"] = Term(labelled_cross_entropy(logits, self.labels(batch)), config.task_weight)
-        if not (self.wants("classes", config.class_weight) or self.wants("parts", config.part_weight)):
-            return terms
+        values: dict[str, Tensor] = {}
+        if self.wants("labels"):
+            values["labels"] = labelled_cross_entropy(logits, self.labels(batch))
+        if not (self.wants("classes") or self.wants("parts")):
+            return self.weighted(values)
         teacher = self.encode_teacher(batch)
         soft = similarities(teacher.image.embedding, self.class_vectors, teacher.logit_scale)
-        if self.wants("classes", config.class_weight):
-            terms["classes"] = Term(kl_divergence(logits, soft, temperature=config.temperature), config.class_weight)
-        if self.head is not None and self.wants("parts", config.part_weight):
+        if self.wants("classes"):
+            values["classes"] = kl_divergence(logits, soft, temperature=temperature)
+        if self.head is not None and self.wants("parts"):
             own = self.head(student.image.embedding).unflatten(1, self.offsets.shape)
-            divergence = subclass_divergence(
-                own, self._parts(teacher.image.embedding), soft, temperature=config.temperature
-            )
-            terms["parts"] = Term(divergence, config.part_weight)
-        return terms
+            theirs = self._parts(teacher.image.embedding)
+            values["parts"] = subclass_divergence(own, theirs, soft, temperature=temperature)
+        return self.weighted(values)
 
     @torch.no_grad()
     def _parts(self, image: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes parts"]:

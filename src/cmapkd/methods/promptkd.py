@@ -13,18 +13,18 @@ from torch import Tensor
 
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod
+from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest, TowerFeatures
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, TowerFeatures
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.prompts import make_prompts
 from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import kl_divergence, similarities
 
 
-class PromptKDConfig(MethodConfig):
+class PromptKDConfig(ClassesConfig):
     """How many prompts, how deep, and how soft."""
 
     distill_weight: float = Field(
@@ -36,16 +36,8 @@ class PromptKDConfig(MethodConfig):
         None, ge=1, description="Blocks with prompts of their own, from the first; none: 9, or all of fewer."
     )
 
-    @property
-    def reads_classes(self) -> bool:
-        return True
 
-    @property
-    def reads_captions(self) -> bool:
-        return False
-
-
-class PromptKD(DualEncoderMethod):
+class PromptKD(PictureMethod):
     """The frozen student's prompts and projector learn the teacher's class probabilities from pictures alone."""
 
     Config: ClassVar[type[MethodConfig]] = PromptKDConfig
@@ -85,7 +77,7 @@ class PromptKD(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         assert classes is not None
-        self.config = config
+        self.config, self.weights = config, {"classes": config.distill_weight}
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
         student.requires_grad_(False)
         prompts = make_prompts(student, depth=config.prompt_depth, count=config.prompts) if config.prompts else None
@@ -96,18 +88,6 @@ class PromptKD(DualEncoderMethod):
         """The student with what is trained of it."""
         assert isinstance(self.student, JoinedEncoder)
         return self.student
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return ("classes",)
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
 
     def train(self, mode: bool = True) -> Self:
         """The frozen student stays in eval mode: nothing of it changes, not even statistics, and it drops nothing."""
@@ -131,4 +111,4 @@ class PromptKD(DualEncoderMethod):
         logits = similarities(projected, self.class_vectors, student.logit_scale)
         soft = similarities(teacher.image.embedding, self.class_vectors, teacher.logit_scale)
         divergence = kl_divergence(logits, soft, temperature=self.config.temperature)
-        return {"classes": Term(divergence / len(self.class_vectors), self.config.distill_weight)}
+        return self.weighted({"classes": divergence / len(self.class_vectors)})

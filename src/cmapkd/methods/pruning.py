@@ -20,10 +20,9 @@ from cmapkd.methods.stages import ParameterPart, StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
-from cmapkd.models.cut import cut
+from cmapkd.models.cut import sampled, weights_in
 from cmapkd.models.masked import MaskedEncoder, check_prunable
-from cmapkd.models.prunable import Kept, PrunableTower, TowerSizes, kept_sizes
-from cmapkd.models.types import Tower
+from cmapkd.models.prunable import TowerSizes
 from cmapkd.objectives import sparsity_constraint, target_sparsity
 
 TERM = "sparsity"
@@ -84,7 +83,7 @@ class PruningMethod(DualEncoderMethod):
         self.masks_config = config.masks or MasksConfig()
         if self.masks_config.sparsity:
             check_prunable(student)
-        self.num_weights = _num_weights(student.prunable)
+        self.num_weights = weights_in(student.prunable)
         self.constraint: _Multipliers | None = None
         self._start = 0.0  # sparsity as the stage begins
 
@@ -171,7 +170,7 @@ class PruningMethod(DualEncoderMethod):
             self._shrink()
         elif self.constraint is None and stage.sparsity is not None:
             self.let_all_learn()
-            present, allowed = _num_weights(self.student.prunable), self.num_weights * (1 - stage.sparsity)
+            present, allowed = weights_in(self.student.prunable), self.num_weights * (1 - stage.sparsity)
             if self.masks_config.choice == "learned":
                 self._start = 1 - present / self.num_weights
                 self._mask()
@@ -214,7 +213,7 @@ class PruningMethod(DualEncoderMethod):
     def _shrink(self) -> None:
         assert isinstance(self.student, MaskedEncoder)
         self.student, self.constraint, self.measurements = self.student.shrunk(), None, {}
-        asked, reached = self.stage.sparsity, 1 - _num_weights(self.student.prunable) / self.num_weights
+        asked, reached = self.stage.sparsity, 1 - weights_in(self.student.prunable) / self.num_weights
         if asked is not None and reached < asked - _SLACK:
             warnings.warn(
                 f"the masks of stage {self.stage.name!r} took out {100 * reached:.0f} % of the student's weights and "
@@ -236,33 +235,3 @@ class _Multipliers(nn.Module):
 
     def forward(self, sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
         return sparsity_constraint(sparsity, target, linear=self.linear, quadratic=self.quadratic)
-
-
-def _num_weights(towers: Mapping[Tower, PrunableTower], sizes: Mapping[Tower, TowerSizes] | None = None) -> int:
-    return sum(parts.num_weights(None if sizes is None else sizes[tower]) for tower, parts in towers.items())
-
-
-def sampled(model: DualEncoder, num_weights: float, generator: torch.Generator) -> DualEncoder:
-    """A smaller model of units drawn at random, the same share of every group.
-
-    Args:
-        num_weights: what the smaller model may have; it is the largest that has no more.
-        generator: what the units are drawn from, on the CPU, the same in every process.
-    """
-    towers = model.prunable
-    orders = {
-        tower: {name: torch.randperm(group.size, generator=generator) for name, group in parts.groups.items()}
-        for tower, parts in towers.items()
-    }
-
-    def kept(share: float) -> dict[Tower, Kept]:
-        return {
-            tower: {name: order[: max(1, round(len(order) * share))].sort().values for name, order in of.items()}
-            for tower, of in orders.items()
-        }
-
-    for step in range(999, 0, -1):
-        chosen = kept(step / 1000)
-        if _num_weights(towers, {tower: kept_sizes(units) for tower, units in chosen.items()}) <= num_weights:
-            break
-    return cut(model, chosen)

@@ -5,7 +5,6 @@ The scratch baseline of every distillation of models that write, and how a teach
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from cmapkd.data.types import Batch
@@ -40,11 +39,7 @@ class SFT(GenerativeMethod):
 
     def __init__(self, config: SFTConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
-        self.config = config
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        return {"answers": 1.0}
+        self.config, self.weights = config, {"answers": 1.0}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:  # noqa: ARG002
         return self.losses(student, self.weigh(part, student.hidden["answer"]))

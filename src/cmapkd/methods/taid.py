@@ -5,7 +5,6 @@ The target moves from the student's own distribution to the teacher's while the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -73,13 +72,10 @@ class TAID(GenerativeMethod):
         super().__init__(config, student=student, teacher=teacher)
         self.config: TAIDConfig = config
         self.not_cached = config.not_cached
+        self.weights = {"answers": config.answers_weight, "distillation": config.distill_weight}
         self.register_buffer("place", torch.tensor(config.start, dtype=torch.float64))
         self.register_buffer("momentum", torch.zeros((), dtype=torch.float64))
         self.register_buffer("before", torch.full((), torch.inf, dtype=torch.float64))
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
         weighed = self.weigh(part, student.hidden["answer"])

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
@@ -82,22 +83,18 @@ class TinyCLIP(PruningMethod):
     def __init__(self, config: TinyCLIPConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        self.weights = {"affinity": config.alpha, "contrastive": 1 - config.alpha}
         self._fix_scale()
 
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        weights = {"affinity": self.config.alpha, "contrastive": 1 - self.config.alpha}
-        return tuple(name for name, weight in weights.items() if weight)
-
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, student = self.config, self.encode_student(batch)
-        terms: dict[str, Term] = {}
-        if self.wants("affinity", config.alpha):
-            affinity = similarity_loss(student, self.encode_teacher(batch), teacher_scale=config.logit_scale)
-            terms["affinity"] = Term(affinity, config.alpha)
-        if self.wants("contrastive", 1 - config.alpha):
-            terms["contrastive"] = Term(task_loss(student), 1 - config.alpha)
-        return terms
+        student = self.encode_student(batch)
+        values: dict[str, Tensor] = {}
+        if self.wants("affinity"):
+            teacher, scale = self.encode_teacher(batch), self.config.logit_scale
+            values["affinity"] = similarity_loss(student, teacher, teacher_scale=scale)
+        if self.wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        return self.weighted(values)
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

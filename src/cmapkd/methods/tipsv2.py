@@ -16,17 +16,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.data.masks import check_mask, hidden_squares, hide
+from cmapkd.data.masks import check_mask, hide
 from cmapkd.data.types import Batch
 from cmapkd.features import PairProjector, gather_rows
 from cmapkd.features.closed_form import spherical_kmeans
 from cmapkd.features.pyramid import grid_of, level_grid
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import embeddings_of, pair_distance
 from cmapkd.methods.micro_batches import micro_batches
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
-from cmapkd.objectives import feature_distance
 from cmapkd.objectives.prototypes import prototype_divergence
 
 _TOKENS_PER_PROTOTYPE = 64  # of the first batch, at most, that the prototypes are found from
@@ -88,6 +88,11 @@ class TIPSv2(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
+        self.weights = {
+            "contrastive": config.task_weight,
+            "feature": config.feature_weight,
+            "patches": config.patch_weight,
+        }
         for model, role in ((student, "student"), (teacher.model, "teacher")):
             if not model.image_levels:
                 raise ConfigError(f"method {config.name} reads patches, and the {role} {model.name} has no image level")
@@ -109,12 +114,6 @@ class TIPSv2(DualEncoderMethod):
             check_mask(size, patch=self.patch, ratio=config.mask_ratio)
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        config = self.config
-        weights = {"contrastive": config.task_weight, "feature": config.feature_weight, "patches": config.patch_weight}
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
     def student_needs(self) -> LevelRequest:
         return LevelRequest(image_levels=(self.student_level.name,) if self.config.patch_weight else ())
 
@@ -131,25 +130,21 @@ class TIPSv2(DualEncoderMethod):
         self.found = bool(structure["found"])
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config = self.config
-        if self.wants("patches", config.patch_weight) and not self.found:
+        if self.wants("patches") and not self.found:
             self._find_prototypes(batch)
         student, teacher, rows = self.encode_both(batch, self._divergences)
-        terms: dict[str, Term] = {}
-        if self.wants("contrastive", config.task_weight):
-            terms["contrastive"] = Term(task_loss(student), config.task_weight)
-        if self.wants("feature", config.feature_weight) and self.project is not None:
-            ours = self.project(student)
-            distance = feature_distance(ours.image.embedding, teacher.image.embedding)
-            distance = distance + feature_distance(ours.text.embedding, teacher.text.embedding)
-            terms["feature"] = Term(distance, config.feature_weight)
-        if self.wants("patches", config.patch_weight):
-            terms["patches"] = Term(rows["patches"].mean(), config.patch_weight)
-        return terms
+        values: dict[str, Tensor] = {}
+        if self.wants("contrastive"):
+            values["contrastive"] = task_loss(student)
+        if self.wants("feature") and self.project is not None:
+            values["feature"] = pair_distance(embeddings_of(self.project(student)), embeddings_of(teacher))
+        if self.wants("patches"):
+            values["patches"] = rows["patches"].mean()
+        return self.weighted(values)
 
     def _divergences(self, part: Batch, student: Features, teacher: Features) -> dict[str, Float[Tensor, " batch"]]:
         config = self.config
-        if self.map_tokens is None or not self.wants("patches", config.patch_weight):
+        if self.map_tokens is None or not self.wants("patches"):
             return {}
         level = student.image.levels[self.student_level.name]
         divergence = prototype_divergence(
@@ -187,8 +182,4 @@ class TIPSv2(DualEncoderMethod):
         return features
 
     def _hidden(self, part: Batch) -> Bool[Tensor, "batch rows columns"]:
-        """Other cells for each sample and view, so the same however a batch is shared out."""
-        size = self.student.image_spec.size
-        return hidden_squares(
-            part.ids, view=part.view_of_each, image_size=size, patch=self.patch, ratio=self.config.mask_ratio
-        )
+        return self.hidden_in(part, patch=self.patch, ratio=self.config.mask_ratio)

@@ -5,7 +5,6 @@ Many published methods are settings of this one: docs/generative.md lists them b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
@@ -13,9 +12,10 @@ from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
-from cmapkd.methods.byte_alignment import ByteAlignment
+from cmapkd.methods.byte_alignment import AlignedConfig, ByteAlignment
+from cmapkd.methods.byte_distance import ByteDistance
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, TopRequest
+from cmapkd.methods.generative import Counted, GenerativeMethod, TopRequest
 from cmapkd.methods.rollouts import OnPolicyConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
@@ -24,7 +24,7 @@ from cmapkd.models.token_types import Rows, TokenFeatures
 from cmapkd.objectives.tokens import TokenDivergence
 
 
-class TokenKDConfig(GenerativeConfig):
+class TokenKDConfig(AlignedConfig):
     """Which divergence, on whose answers, and what each term counts."""
 
     divergence: Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse", "tv", "sampled_reverse"] = Field(
@@ -42,23 +42,9 @@ class TokenKDConfig(GenerativeConfig):
         ge=1,
         description="Teacher's likeliest tokens that are read, the rest as one; none: all. A cache needs it.",
     )
-    alignment: Literal["ids", "bytes"] = Field(
-        "ids",
-        description="How tokens of two models meet. ids: they have one tokenizer; bytes: of two tokenizers, where "
-        "tokens of both begin at the same byte of an answer.",
-    )
-    compare: Literal["text", "hybrid", "ranked"] = Field(
-        "text",
-        description="alignment bytes: what is compared. text: what stands for the same text (ours); hybrid: tokens by "
-        "text and the others by rank (GOLD); ranked: probabilities by rank (ULD).",
-    )
     on_policy: OnPolicyConfig | None = Field(
         None, description="The student's own answers take the place of some; none: they never do. Or a share alone."
     )
-
-    @property
-    def reads_bytes(self) -> bool:
-        return self.alignment == "bytes"
 
     @property
     def not_cached(self) -> str | None:
@@ -84,9 +70,7 @@ class TokenKDConfig(GenerativeConfig):
         return self
 
     def _alignment_is_read(self) -> None:
-        if self.alignment == "ids":
-            if self.compare != "text":
-                raise ValueError("compare is read by alignment bytes alone: leave it out, or set alignment: bytes")
+        if not self.reads_bytes:
             return
         if self.divergence == "sampled_reverse" or self.on_policy is not None:
             raise ValueError(
@@ -138,6 +122,7 @@ class TokenKD(GenerativeMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        self.weights = {"answers": config.answers_weight, "distillation": config.distill_weight}
         self.divergence = TokenDivergence(
             config.divergence, temperature=config.temperature, beta=config.beta, lam=config.skew
         )
@@ -175,10 +160,6 @@ class TokenKD(GenerativeMethod):
     def on_policy(self) -> OnPolicyConfig | None:
         return self.config.on_policy
 
-    @property
-    def weights(self) -> Mapping[str, float]:
-        return {"answers": self.config.answers_weight, "distillation": self.config.distill_weight}
-
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
         if self.aligned is not None:
             return self._aligned_sums(part, student, teacher, self.aligned)
@@ -198,19 +179,13 @@ class TokenKD(GenerativeMethod):
         """As `sums`, but the divergence is of groups of tokens, which count as tokens do."""
         rows = student.hidden["answer"]
         counted = self.losses(student, self.weigh(part, rows))
-        if not self.wants("distillation", self.config.distill_weight):
+        if not self.wants("distillation"):
             return counted
         assert teacher is not None
         groups = aligned.groups(student.targets, teacher.targets)
         begin = groups.student.start
         weighed = self.weigh(part, Rows(rows.values[begin], rows.sample[begin], rows.place[begin]))
-        value = aligned.total(
-            student,
-            (teacher.targets, self.answered(teacher)),
-            groups,
-            weights=weighed.rows,
-            divergence=self.divergence,
-            compare=self.config.compare,
-            likeliest=self.config.top_k,
-        )
+        distance = ByteDistance(self.config.compare, self.divergence, self.config.top_k)
+        judged = teacher.targets, self.answered(teacher)
+        value = distance.total(aligned, student, judged, groups, weights=weighed.rows)
         return counted | {"distillation": Counted(value, weighed.number)}

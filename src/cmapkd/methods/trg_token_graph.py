@@ -16,11 +16,11 @@ from cmapkd.data.types import Batch
 from cmapkd.features.drawn_places import drawn_orders, drawn_places
 from cmapkd.features.key_tokens import take_tokens
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod, task_loss
-from cmapkd.methods.image_tokens import ImageTokens, TokenLayers
+from cmapkd.methods.dual import task_loss
+from cmapkd.methods.image_tokens import ImageTokens, TokenLayers, TokenMethod
 from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.objectives import context_distance, neighbour_divergence, token_contrast
 
 
@@ -72,10 +72,11 @@ class TokenGraphConfig(TokenLayers):
         return value
 
 
-class TokenGraph(DualEncoderMethod):
+class TokenGraph(TokenMethod):
     """Patch tokens, drawn from all pictures of a batch, keep the teacher's neighbours, places and contexts."""
 
     Config: ClassVar[type[MethodConfig]] = TokenGraphConfig
+    token_terms: ClassVar[tuple[str, ...]] = ("inner", "local", "global")
     steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="TRG, token-level relationship graph (a reconstruction of third-party notes)",
@@ -107,43 +108,30 @@ class TokenGraph(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         self.config = config
-        weights = {
+        self.weights = {
             "contrastive": config.task_weight,
             "similarity": config.distill_weight,
             "inner": config.inner_weight,
             "local": config.local_weight,
             "global": config.global_weight,
         }
-        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.levels = ImageTokens(config, student=student, teacher=teacher.model)
-        self.project = nn.Linear(*self.levels.widths) if "global" in self.weights else None
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return self.levels.student_needs if self._reads_tokens else LevelRequest()
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return self.levels.teacher_needs if self._reads_tokens else LevelRequest()
+        self.project = nn.Linear(*self.levels.widths) if "global" in self.term_names else None
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         config = self.config
         student, teacher, tokens = self.encode_both(batch, self._drawn)
         values: dict[str, Tensor] = {}
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = task_loss(student)
-        if self._wants("similarity"):
+        if self.wants("similarity"):
             values["similarity"] = similarity_loss(student, teacher, temperature=config.temperature)
-        if self._reads_tokens:
+        if self.reads_tokens:
             ours, theirs = tokens["student"], tokens["teacher"]
-            if self._wants("inner"):
+            if self.wants("inner"):
                 values["inner"] = context_distance(ours, theirs, temperature=config.inner_temperature).mean()
             ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1)
-            if self._wants("local"):
+            if self.wants("local"):
                 values["local"] = neighbour_divergence(
                     ours,
                     theirs,
@@ -151,17 +139,17 @@ class TokenGraph(DualEncoderMethod):
                     bandwidth=config.bandwidth,
                     temperature=config.affinity_temperature,
                 ).mean()
-            if self.project is not None and self._wants("global"):
+            if self.project is not None and self.wants("global"):
                 start, end = config.global_temperature
                 temperature = start + (end - start) * self.step.progress
                 values["global"] = token_contrast(self.project(ours), theirs, temperature=temperature).mean()
-        return {name: Term(value, self.weights[name]) for name, value in values.items()}
+        return self.weighted(values)
 
     def _drawn(
         self, part: Batch, student: Features, teacher: Features
     ) -> Mapping[str, Float[Tensor, "batch tokens width"]]:
         """Tokens of both models at the places that the step draws for each picture; of this process's samples."""
-        if not self._reads_tokens:
+        if not self.reads_tokens:
             return {}
         ours, theirs = self.levels.cells(student, teacher)
         count, key = min(self.config.tokens, ours.shape[1]), (self.step.seed, self.step.step)
@@ -173,10 +161,3 @@ class TokenGraph(DualEncoderMethod):
             role: take_tokens(cells, numbers.to(cells.device, non_blocking=True))
             for role, cells, numbers in (("student", ours, places), ("teacher", theirs, of_teacher))
         }
-
-    @property
-    def _reads_tokens(self) -> bool:
-        return any(self._wants(name) for name in ("inner", "local", "global"))
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))

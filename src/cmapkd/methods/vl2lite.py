@@ -86,14 +86,14 @@ class VL2Lite(ClassifierMethod):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        first, last = self.weights(0.0), self.weights(1.0)
+        first, last = self.weights_at(0.0), self.weights_at(1.0)
         return tuple(name for name in last if first[name] or last[name])
 
     @property
     def needs_labels(self) -> bool:
         return bool(self.config.task_weight)
 
-    def weights(self, progress: float) -> dict[str, float]:
+    def weights_at(self, progress: float) -> dict[str, float]:
         """Weights of the terms by name.
 
         Args:
@@ -106,7 +106,7 @@ class VL2Lite(ClassifierMethod):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         config, features = self.config, self.features(batch)
-        weights = self.weights(self.step.step / self.step.total)
+        weights = self.weights_at(self.step.step / self.step.total)
         teacher, values = self.encode_teacher(batch).image.embedding, dict[str, Tensor]()
         if self.wants("labels", config.task_weight):
             values["labels"] = labelled_cross_entropy(self.student.logits(LABELS_HEAD, features), self.labels(batch))

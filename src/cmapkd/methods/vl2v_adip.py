@@ -13,21 +13,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.joined import JoinedEncoder
 from cmapkd.models.texts import frozen_class_vectors
 from cmapkd.objectives import labelled_distance
 
 
-class VL2VADiPConfig(MethodConfig):
+class VL2VADiPConfig(ClassesConfig):
     """What images and labels count."""
 
     image_share: float = Field(
@@ -47,16 +46,8 @@ class VL2VADiPConfig(MethodConfig):
             raise ValueError("image_share and label_share are both zero, which leaves nothing to learn: raise one")
         return self
 
-    @property
-    def reads_classes(self) -> bool:
-        return True
 
-    @property
-    def reads_captions(self) -> bool:
-        return False
-
-
-class VL2VADiP(DualEncoderMethod):
+class VL2VADiP(PictureMethod):
     """First a projector, then the tower below it, learns to embed pictures where teacher and label are."""
 
     Config: ClassVar[type[MethodConfig]] = VL2VADiPConfig
@@ -100,8 +91,8 @@ class VL2VADiP(DualEncoderMethod):
         assert teacher is not None
         assert classes is not None
         self.config = config
-        weights = {"image": config.image_share, "text": 1 - config.image_share}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.weights = {"image": config.image_share, "text": 1 - config.image_share}
+        self.label_reader = LabelReader(config.label_share, len(classes.names))
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes))
         joined = JoinedEncoder(student, teacher, projector="linear")
         with torch.no_grad():
@@ -110,24 +101,8 @@ class VL2VADiP(DualEncoderMethod):
         self.student = joined
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    @property
     def needs_labels(self) -> bool:
-        return "image" not in self.weights
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.class_vectors))}
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return self.student_needs
+        return not self.config.image_share
 
     @property
     def student_parts(self) -> Mapping[str, frozenset[str]]:
@@ -146,12 +121,9 @@ class VL2VADiP(DualEncoderMethod):
     def terms(self, batch: Batch) -> dict[str, Term]:
         embedding = self.encode_student(batch).image.embedding
         values: dict[str, Tensor] = {}
-        if self._wants("image"):
+        if self.wants("image"):
             values["image"] = labelled_distance(embedding, self.encode_teacher(batch).image.embedding) / 2
-        if self._wants("text"):
+        if self.wants("text"):
             labels = self.labels(batch)
             values["text"] = labelled_distance(embedding, self.class_vectors[labels.clamp_min(0)], labels) / 2
-        return {name: Term(value, self.weights[name]) for name, value in values.items()}
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))
+        return self.weighted(values)

@@ -8,7 +8,6 @@ docs/methods/vlm_distill_ood.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -16,12 +15,11 @@ from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader, places_among
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.models.joined import JoinedEncoder
@@ -132,27 +130,22 @@ class VlmDistillOod(DualEncoderMethod):
         assert teacher is not None
         assert classes is not None
         self.config = config
-        weights = {"labels": config.label_weight, "feature": config.feature_weight}
-        weights |= {"contrastive": config.contrastive_weight, "proximal": config.proximal_weight}
-        weights |= {"captions": config.caption_weight}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.weights = {
+            "labels": config.label_weight,
+            "feature": config.feature_weight,
+            "contrastive": config.contrastive_weight,
+            "proximal": config.proximal_weight,
+            "captions": config.caption_weight,
+        }
+        self.label_reader = LabelReader(config.label_share, len(classes.names))
         self.register_buffer("place_of", places_among(classes.names, left_out=config.left_out))
         kept = [number for number, name in enumerate(classes.names) if name not in config.left_out]
         self.register_buffer("class_vectors", frozen_class_vectors(teacher, classes)[kept])
-        same = student.embed_dim == teacher.embed_dim
-        joined = JoinedEncoder(student, teacher, projector="none" if same else "linear")
+        joined = JoinedEncoder.at_width(student, teacher)
         with torch.no_grad():
             student.log_logit_scale.fill_(-math.log(config.temperature))
         joined.freeze_unused()
         self.student = joined
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(self.config.label_share, len(self.place_of))}
 
     @property
     def student_needs(self) -> LevelRequest:
@@ -169,18 +162,18 @@ class VlmDistillOod(DualEncoderMethod):
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         student, labels = self.encode_student(batch), self.labels(batch)
-        asks = any(self._wants(name) for name in self.weights if name != "labels")
+        asks = any(self.wants(name) for name in self.weights if name != "labels")
         teacher = self.encode_teacher(batch) if asks else student
         values = self._of_classes(student, teacher, labels) | self._of_pictures(student, teacher, labels)
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
     def _of_classes(self, student: Features, teacher: Features, labels: Tensor) -> dict[str, Tensor]:
         """The terms that compare pictures with the classes."""
         scale, values = 1 / self.config.temperature, dict[str, Tensor]()
         logits = similarities(student.image.embedding, self.class_vectors, scale)
-        if self._wants("labels"):
+        if self.wants("labels"):
             values["labels"] = labelled_cross_entropy(logits, labels)
-        if self._wants("proximal"):
+        if self.wants("proximal"):
             soft = similarities(teacher.image.embedding, self.class_vectors, scale)
             counts = None if self.config.keep_wrong else agreeing(soft, labels)
             values["proximal"] = nearest_divergence(logits, soft, number=self.config.top_k, counts=counts)
@@ -190,17 +183,14 @@ class VlmDistillOod(DualEncoderMethod):
         """The terms that compare pictures with the teacher's answers to them."""
         config, values = self.config, dict[str, Tensor]()
         own, theirs = student.image.embedding, teacher.image.embedding.detach()
-        if self._wants("feature"):
+        if self.wants("feature"):
             values["feature"] = (feature_distance if config.feature == "unit" else log_distance)(own, theirs)
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             values["contrastive"] = contrastive_loss(
                 own, theirs, logit_scale=1 / config.temperature, pictures=student.pictures
             )
-        if self._wants("captions"):
+        if self.wants("captions"):
             scale = 1.0 if config.caption_temperature == "official" else 1 / config.temperature
             logits = similarities(own, teacher.text.embedding.detach(), scale)
             values["captions"] = own_text_cross_entropy(logits, labels)
         return values
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))

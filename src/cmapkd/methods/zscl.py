@@ -6,32 +6,28 @@ docs/methods/zscl.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
-from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.features import gather_rows
 from cmapkd.features.weights import Anchor
-from cmapkd.methods.card import MethodCard, MethodConfig, SentenceRequest
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig, SentenceRequest
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher
 from cmapkd.models.texts import LearnedClassVectors, LearnedSentences, embed_texts
 from cmapkd.objectives import labelled_cross_entropy, reference_divergences, similarities
 
 
-class ZSCLConfig(MethodConfig):
+class ZSCLConfig(ClassesConfig):
     """What each term counts, and which pictures and sentences stand for all that must not be forgotten."""
 
     task_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the task's labels.")
@@ -65,19 +61,11 @@ class ZSCLConfig(MethodConfig):
     )
 
     @property
-    def reads_classes(self) -> bool:
-        return True
-
-    @property
     def reads_sentences(self) -> SentenceRequest | None:
         return SentenceRequest(self.sentences, self.reference, self.num_sentences)
 
-    @property
-    def reads_captions(self) -> bool:
-        return False
 
-
-class ZSCL(DualEncoderMethod):
+class ZSCL(PictureMethod):
     """The student learns a task, and on reference pictures its similarities stay those of the model it once was."""
 
     Config: ClassVar[type[MethodConfig]] = ZSCLConfig
@@ -124,6 +112,12 @@ class ZSCL(DualEncoderMethod):
         assert teacher is not None
         assert classes is not None
         self.config = config
+        self.weights = {
+            "labels": config.task_weight,
+            "reference_image": config.image_weight,
+            "reference_text": config.text_weight,
+            "anchor": config.anchor_weight,
+        }
         if student.embed_dim != teacher.embed_dim:
             raise ConfigError(
                 f"zscl keeps the student alike to what it was, but {student.name} embeds in {student.embed_dim} "
@@ -137,7 +131,8 @@ class ZSCL(DualEncoderMethod):
                 f"zscl compares pictures with 2 sentences or more, and method.sentences={config.sentences} gives "
                 f"{len(sentences)}: name a text file with one on each line"
             )
-        self.num_classes = len(classes.names)
+        if config.task_weight:
+            self.label_reader = LabelReader(num_classes=len(classes.names))
         self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
         self.own_sentences: LearnedSentences | None = None
         if self.retains:
@@ -150,17 +145,6 @@ class ZSCL(DualEncoderMethod):
         self.anchor = Anchor(student) if config.anchor_weight else None
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        config = self.config
-        weights = {
-            "labels": config.task_weight,
-            "reference_image": config.image_weight,
-            "reference_text": config.text_weight,
-            "anchor": config.anchor_weight,
-        }
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
     def streams(self) -> tuple[str, ...]:
         return (self.config.reference,) if self.retains and self.config.reference != MAIN_STREAM else ()
 
@@ -168,41 +152,25 @@ class ZSCL(DualEncoderMethod):
     def needs_labels(self) -> bool:
         return bool(self.config.task_weight)
 
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        if not self.config.task_weight:
-            return super().extras
-        return {**super().extras, LABELS: LabelReader(num_classes=self.num_classes)}
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    @property
-    def teacher_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
     def why_whole(self, stages: Sequence[StageConfig]) -> str | None:
         if self.anchor is not None:
             return "zscl compares all weights with those at the start: set method.anchor_weight=0"
         return super().why_whole(stages)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, terms = self.config, {}
-        student = self.encode_student(batch)
-        if self.wants("labels", config.task_weight):
+        student, values = self.encode_student(batch), dict[str, Tensor]()
+        if self.wants("labels"):
             vectors = self.own_vectors(self.student, self.step.generator("prompts"))
             logits = similarities(student.image.embedding, vectors, student.logit_scale)
-            loss = labelled_cross_entropy(logits, self.labels(batch), smoothing=config.smoothing)
-            terms["labels"] = Term(loss, config.task_weight)
-        wanted = {"reference_image": config.image_weight, "reference_text": config.text_weight}
-        wanted = {name: weight for name, weight in wanted.items() if self.wants(name, weight)}
+            values["labels"] = labelled_cross_entropy(logits, self.labels(batch), smoothing=self.config.smoothing)
+        wanted = [name for name in ("reference_image", "reference_text") if self.wants(name)]
         if wanted:
-            values = dict(zip(("reference_image", "reference_text"), self._kept_alike(batch, student), strict=True))
-            terms |= {name: Term(values[name], weight) for name, weight in wanted.items()}
+            of_images, of_texts = self._kept_alike(batch, student)
+            alike = {"reference_image": of_images, "reference_text": of_texts}
+            values |= {name: alike[name] for name in wanted}
         if self.anchor is not None and self.wants("anchor"):
-            terms["anchor"] = Term(self.anchor.distance(self.student), config.anchor_weight)
-        return terms
+            values["anchor"] = self.anchor.distance(self.student)
+        return self.weighted(values)
 
     def _kept_alike(self, batch: Batch, student: Features) -> tuple[Tensor, Tensor]:
         """The KL of reference pictures over sentences, and of sentences over reference pictures."""
@@ -215,18 +183,6 @@ class ZSCL(DualEncoderMethod):
         return reference_divergences(
             similarities(student.image.embedding, ours, scale),
             similarities(teacher.image.embedding, theirs, scale),
-            self._is_reference(batch),
+            self.of_stream(batch, self.config.reference),
             temperature=self.config.temperature,
         )
-
-    def _is_reference(self, batch: Batch) -> Bool[Tensor, " batch"]:
-        """Which of all processes' rows are of the reference stream."""
-        name = self.config.reference
-        streams = batch.streams or (MAIN_STREAM,) * len(batch)
-        if not batch.streams and name != MAIN_STREAM:
-            raise ConfigError(
-                f"zscl reads stream {name!r}, and these batches are of one stream: name it in data.more, or set "
-                "method.reference=train"
-            )
-        own = torch.tensor([float(each == name) for each in streams])
-        return gather_rows(own.to(self.device, non_blocking=True)) > 0.5

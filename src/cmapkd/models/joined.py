@@ -65,6 +65,11 @@ class JoinedEncoder(DualEncoder):
         self.image_spec, self.image_levels = image.image_spec, image.image_levels
         self.tokenizer, self.text_levels = self.text_model.tokenizer, self.text_model.text_levels
 
+    @classmethod
+    def at_width(cls, image: DualEncoder, text: FrozenTeacher) -> JoinedEncoder:
+        """With a linear map where the widths differ, and none where they agree."""
+        return cls(image, text, projector="none" if image.embed_dim == text.embed_dim else "linear")
+
     @property
     def text_model(self) -> DualEncoder:
         """The model whose text tower this is."""

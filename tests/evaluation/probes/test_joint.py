@@ -79,16 +79,18 @@ def batch_of(builder: BatchBuilder, size: int = 16) -> Batch:
 
 
 # the teacher here is wider, and beside 100 classes its 32 numbers have no room for lelp's parts
-@pytest.mark.parametrize("method", [name for name in DUAL if name not in (*ONE_WIDTH, "lelp")])
-@pytest.mark.parametrize("cache", ["off", "auto"])
+# heads read the student, so of the methods with a cached teacher one of each kind of cache will do
+@pytest.mark.parametrize(
+    ("cache", "method"),
+    [
+        *(("off", name) for name in DUAL if name not in (*ONE_WIDTH, "lelp")),
+        *(("auto", name) for name in ("clip_kd", "cmapkd", "acam_kd", "promptkd", "mobileclip")),
+    ],
+)
 def test_every_method_takes_heads_and_logs_their_terms(
     trained_teacher: str, tmp_path: Path, method: str, cache: str
 ) -> None:
     teacher = trained_teacher if METHODS[method].uses_teacher else None
-    if teacher is None and cache == "auto":
-        pytest.skip("no teacher, no cache")
-    if (METHODS[method].not_cached or METHODS[method].Config(name=method).not_cached) and cache == "auto":
-        pytest.skip("its teacher is not cached")
     training = settings(None)["training"] | {"steps": 2}
     cmapkd.distill(
         **settings(teacher, method=method, cache={"mode": cache, "folder": str(tmp_path / "cache")}, training=training)

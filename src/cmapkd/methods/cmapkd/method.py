@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -32,9 +31,10 @@ from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
 from cmapkd.methods.cmapkd.selection import Context, Selecting
 from cmapkd.methods.dual import TeacherDetail, task_loss
 from cmapkd.methods.in_batch import embeddings_of
+from cmapkd.methods.own_scales import keep_in_range, new_scale
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import MAX_LOGIT_SCALE, DualEncoder, Features, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.objectives import embedding_distance, interactive_loss, relation_distance
 
 Losses = dict[str, dict[str, Float[Tensor, " batch"]]]  # of all processes' samples, by term and level or pair
@@ -70,7 +70,7 @@ class CMAPKD(Selecting):
         if {"P5", "L4"} & {*config.compared()} or config.interactive_weight or has_bank:
             shared = ablations.projector == "shared"
             self.project = PairProjector(student.embed_dim, teacher.embed_dim, shared=shared)
-        self.interactive_scale = _log_scale() if config.interactive_weight else None
+        self.interactive_scale = new_scale() if config.interactive_weight else None
         self.bank: EmbeddingBank | None = None
         if has_bank:
             self.bank = make_bank(config.bank, teacher, self._widths("teacher", config.levels_in_bank()))
@@ -81,7 +81,7 @@ class CMAPKD(Selecting):
         )
         if config.bridged():
             self.bridge, self.teacher_bridge = self._make_bridge("student"), self._make_bridge("teacher")
-            self.bridge_scale, self.teacher_bridge_scale = _log_scale(), _log_scale()
+            self.bridge_scale, self.teacher_bridge_scale = new_scale(), new_scale()
         self.items = config.weighed_items()
         self.weighting = self._make_weightings()
 
@@ -278,15 +278,10 @@ class CMAPKD(Selecting):
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:
         super().after_step(step)
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("_scale"):
-                parameter.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+        own = self.named_parameters(recurse=False)
+        keep_in_range((parameter for name, parameter in own if name.endswith("_scale")), "exp")
 
 
 def _directions(features: Features) -> Float[Tensor, "batch both"]:
     """Image and text embedding of each sample, at length one, one after the other."""
     return torch.cat([F.normalize(tower.embedding, dim=-1) for tower in (features.image, features.text)], dim=-1)
-
-
-def _log_scale() -> nn.Parameter:
-    return nn.Parameter(torch.tensor(math.log(1 / 0.07)))

@@ -275,9 +275,11 @@ def made(case: str) -> Method:
 
 def batches(case: str) -> list[Batch]:
     """With numbers in them: what is on the host is there. Pixels are bytes, as data workers give them."""
-    found, pools = [], made(case).text_pools
+    found, method = [], made(case)
     for seed in range(STEPS):
-        batch = random_batch(BATCH, seed=seed, rich=CASES[case][0] == "mobileclip", pools=pools)
+        batch = random_batch(
+            BATCH, seed=seed, rich=CASES[case][0] == "mobileclip", pools=method.text_pools, views=method.more_views
+        )
         pairs = {role: batch.pairs(role) for role in batch.inputs}
         raw = {role: replace(pair, images=(pair.images * 50 + 128).byte()) for role, pair in pairs.items()}
         batch = replace(batch, inputs=raw)

@@ -66,7 +66,7 @@ def test_settings_are_described_and_have_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", [*DUAL, *CLASSIFYING])
 def test_terms_are_scalars_that_train_the_student(name: str) -> None:
     method = make_method(name)
-    terms = method(random_batch(4, pools=method.text_pools))
+    terms = method(random_batch(4, pools=method.text_pools, views=method.more_views))
     assert terms
     loss = torch.stack([term.weight * term.value for term in terms.values()]).sum()
     loss.backward()
@@ -99,7 +99,7 @@ def test_terms_are_the_same_whatever_the_process_draws_itself(name: str) -> None
         torch.manual_seed(own_seed)
         before = torch.get_rng_state()
         for step in range(6):
-            batch = random_batch(8, seed=step, pools=method.text_pools)
+            batch = random_batch(8, seed=step, pools=method.text_pools, views=method.more_views)
             named = replace(batch, ids=tuple(f"{step}-{i}" for i in range(8)))
             terms = method(named, StepInfo(step, 6, method.stage, step / 6, seed))
         assert torch.equal(torch.get_rng_state(), before)

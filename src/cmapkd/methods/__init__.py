@@ -18,6 +18,7 @@ from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.clip_refine import ClipRefine
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
+from cmapkd.methods.cosmos import Cosmos
 from cmapkd.methods.dc_clip import DCClip
 from cmapkd.methods.degla import Degla
 from cmapkd.methods.dho import DHO
@@ -69,6 +70,7 @@ _OWN: dict[str, type[Method]] = {
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "degla": Degla,
+    "cosmos": Cosmos,
     "radio": Radio,
     "tinyclip": TinyCLIP,
     "vlm_distill_ood": VlmDistillOod,

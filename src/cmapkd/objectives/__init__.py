@@ -12,7 +12,7 @@ from cmapkd.objectives.classes import (
     own_text_cross_entropy,
 )
 from cmapkd.objectives.common import similarities
-from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
+from cmapkd.objectives.contrastive import contrast_of_views, contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
 from cmapkd.objectives.feature import (
     absolute_distance,
@@ -55,6 +55,7 @@ __all__ = [
     "check_classes",
     "context_distance",
     "contrast_with_negatives",
+    "contrast_of_views",
     "contrastive_gradients",
     "contrastive_loss",
     "crosswise_divergence",

@@ -111,3 +111,30 @@ def sigmoid_loss(
 
     labels = torch.arange(len(image), device=image.device)
     return by_rows(losses, image, labels, size=chunk_rows(len(image), len(text), chunk)).mean()
+
+
+def contrast_of_views(
+    anchors: Float[Tensor, "batch views dim"],
+    candidates: Float[Tensor, "batch others dim"],
+    *,
+    logit_scale: Float[Tensor, ""] | float,
+    pictures: Int[Tensor, " batch"] | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE of every view on one side with every view on the other; negatives are other samples' alone.
+
+    Args:
+        anchors, candidates: embeddings of some views of each sample, row by row; normalised here.
+        logit_scale, pictures, chunk: as of `contrastive_loss`.
+    Returns:
+        Mean over all pairs of views and the batch, in nats, > 0.
+    Raises:
+        ValueError: the shapes do not pair up, or the chunk is not positive.
+    Source: COSMOS, Kim et al. 2025, arXiv:2412.01814, equation 3.
+    """
+    losses = [
+        contrastive_loss(one, other, logit_scale=logit_scale, pictures=pictures, chunk=chunk)
+        for one in anchors.unbind(1)
+        for other in candidates.unbind(1)
+    ]
+    return torch.stack(losses).mean()

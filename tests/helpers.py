@@ -53,6 +53,7 @@ ROUNDING = {"promptkd": 10.0}
 """How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
 FITTING: dict[str, dict[str, Any]] = {
+    "cosmos": {"local_views": 1, "local_texts": 2},  # as published there are six of each
     "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
     "dmae": {"teacher_sees": "whole"},  # the teacher has another grid
     "tipsv2": {"prototypes": 6},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.data.types import Batch
+from cmapkd.data.types import Batch, TokenBatch
 from cmapkd.methods.cosmos import Cosmos
 from cmapkd.models import Features, Level, TowerFeatures
 from cmapkd.objectives import contrast_of_views, contrastive_loss
@@ -84,6 +84,7 @@ def test_the_contrast_of_views_is_the_mean_over_their_pairs() -> None:
     found = contrast_of_views(a, b, logit_scale=3.0, pictures=pictures)
     pairs = [contrastive_loss(a[:, i], b[:, j], logit_scale=3.0, pictures=pictures) for i in range(3) for j in range(2)]
     torch.testing.assert_close(found, sum(pairs) / 6)
+    torch.testing.assert_close(contrast_of_views(a, b, logit_scale=3.0, pictures=pictures, chunk=2), found)
     assert contrast_of_views(a * 0 + 1, b * 0 + 1, logit_scale=3.0).item() == pytest.approx(1.3862943611)  # log 4
 
 
@@ -108,13 +109,18 @@ def test_the_teacher_reads_large_crops_and_long_texts_alone(monkeypatch: pytest.
     assert method.momentum is not None
     sizes: dict[str, list[int]] = {"image": [], "text": []}
     model = method.momentum.model
-    for kind in sizes:
+    encode_image, encode_text = model.encode_image, model.encode_text
 
-        def seen(given: Any, levels: Any = (), kind: str = kind, encode: Any = getattr(model, f"encode_{kind}")) -> Any:
-            sizes[kind].append(len(given if kind == "image" else given.ids))
-            return encode(given, levels)
+    def pixels(images: Tensor, levels: Any = ()) -> TowerFeatures:
+        sizes["image"].append(len(images))
+        return encode_image(images, levels)
 
-        monkeypatch.setattr(model, f"encode_{kind}", seen)
+    def tokens(texts: TokenBatch, levels: Any = ()) -> TowerFeatures:
+        sizes["text"].append(len(texts.ids))
+        return encode_text(texts, levels)
+
+    monkeypatch.setattr(model, "encode_image", pixels)
+    monkeypatch.setattr(model, "encode_text", tokens)
     method.terms(batch_for(method))
     assert sizes == {"image": [4, 4], "text": [4, 4]}
 
@@ -129,7 +135,7 @@ def test_what_is_switched_off_is_not_read() -> None:
     assert not without.student_needs.image_levels
     student, teacher, read = without.encode_both(batch_for(without), without._read)
     torch.testing.assert_close(read["image"][:, 0], student.image.embedding)
-    assert read["image"].shape[:2] == read["text"].shape[:2] == (4, 8)
+    assert (read["image"].shape[1], read["text"].shape[1]) == (3, 4)
     assert teacher.more_images.keys() == {"global"}
 
 

@@ -7,7 +7,6 @@ large crops and long texts of the student's moving average. Departures: the card
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
 from cmapkd.data.sentences import PASSAGES, SENTENCES
 from cmapkd.data.types import Batch
 from cmapkd.features.cross_attention import CrossAttention
@@ -23,19 +23,18 @@ from cmapkd.features.taps import level_at
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import STUDENT, DualEncoderMethod
 from cmapkd.methods.own_scales import factor, keep_in_range, new_scale
+from cmapkd.methods.side_by_side import Views, side_by_side, with_text_of
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest, MomentumTeacher, TowerFeatures
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest, MomentumTeacher
 from cmapkd.objectives import contrast_of_views
 
 GLOBAL, LOCAL = "global", "local"
 """Names of the further views, which `data.more_views` describes."""
 
-Views = Float[Tensor, "batch views dim"]
-
 
 class CosmosConfig(MethodConfig):
-    """How many parts of a picture and of its texts are read, what each term counts, and how slowly the teacher moves."""
+    """How many parts of a picture and its texts are read, what each term counts, and how slowly the teacher moves."""
 
     local_views: int = Field(6, ge=0, description="Small crops of each picture, beside the two large ones.")
     local_texts: int = Field(6, ge=0, description="Single sentences of each sample, beside the two texts of several.")
@@ -107,6 +106,11 @@ class Cosmos(DualEncoderMethod):
 
     def _read_tokens(self, student: DualEncoder) -> None:
         """Makes what reads the last level of each tower."""
+        if not (student.image_levels and student.text_levels):
+            raise ConfigError(
+                f"method cosmos reads the last tokens of both towers, and {student.name} shows none of one: set "
+                "method.cross_attention=false, or take another student"
+            )
         dim, heads = student.embed_dim, self.config.heads
         image = level_at(student.image_levels, 1.0, tower="image")
         text = level_at(student.text_levels, 1.0, tower="text")
@@ -120,14 +124,13 @@ class Cosmos(DualEncoderMethod):
 
     @property
     def text_pools(self) -> Mapping[str, int]:
-        counts = {PASSAGES: 2, SENTENCES: self.config.local_texts}
-        return {pool: count for pool, count in counts.items() if count}
+        return {PASSAGES: 2} | ({SENTENCES: self.config.local_texts} if self.config.local_texts else {})
 
     @property
     def more_views(self) -> Mapping[str, int]:
         """Small crops are in no term but the teacher's."""
-        counts = {GLOBAL: 1, LOCAL: self.config.local_views if self.config.distill_weight else 0}
-        return {view: count for view, count in counts.items() if count}
+        local = self.config.local_views if self.config.distill_weight else 0
+        return {GLOBAL: 1} | ({LOCAL: local} if local else {})
 
     @property
     def student_needs(self) -> LevelRequest:
@@ -149,8 +152,8 @@ class Cosmos(DualEncoderMethod):
         else:
             student = self.encode_student(batch)
         if self._wants("contrastive"):
-            images = _joined(student.image, student.more_images, (GLOBAL,))
-            texts = _joined(student.text, student.more_texts, self.text_pools)
+            images = side_by_side(student.image, student.more_images, (GLOBAL,))
+            texts = side_by_side(student.text, student.more_texts, self.text_pools)
             values["contrastive"] = contrast_of_views(
                 images, texts, logit_scale=student.logit_scale, pictures=student.pictures
             )
@@ -158,8 +161,8 @@ class Cosmos(DualEncoderMethod):
 
     def _distilled(self, student: Features, teacher: Features, read: Mapping[str, Views]) -> Float[Tensor, ""]:
         targets = (
-            _joined(teacher.image, teacher.more_images, (GLOBAL,)),
-            _joined(teacher.text, teacher.more_texts, (PASSAGES,)),
+            side_by_side(teacher.image, teacher.more_images, (GLOBAL,)),
+            side_by_side(teacher.text, teacher.more_texts, (PASSAGES,)),
         )
         scale = factor(self.distill_scale, "exp")
         losses = [
@@ -171,8 +174,8 @@ class Cosmos(DualEncoderMethod):
 
     def _read(self, _part: Batch, student: Features, _teacher: Features) -> dict[str, Views]:
         """All views of a part of the batch with what they read of the other modality; not normalised."""
-        images = _joined(student.image, student.more_images, self.more_views)
-        texts = _joined(student.text, student.more_texts, self.text_pools)
+        images = side_by_side(student.image, student.more_images, self.more_views)
+        texts = side_by_side(student.text, student.more_texts, self.text_pools)
         if not self.levels:
             return {"image": images, "text": texts}
         patches = cells_of(student.image.levels[self.levels[0]])
@@ -188,27 +191,10 @@ class Cosmos(DualEncoderMethod):
             keep_in_range((self.distill_scale,), "exp")
 
     def _encode_student(self, part: Batch, number: int = 0) -> Features:
-        return super()._encode_student(_with_passage(part), number)
+        return super()._encode_student(with_text_of(part, PASSAGES, STUDENT), number)
 
     def _encode_teacher(self, part: Batch, role: str | None = None) -> Features:
-        return super()._encode_teacher(_with_passage(part), role)
+        return super()._encode_teacher(with_text_of(part, PASSAGES, STUDENT), role)
 
     def _wants(self, name: str) -> bool:
         return self.wants(name, self.weights.get(name, 0.0))
-
-
-def _with_passage(part: Batch) -> Batch:
-    """With the first of both passages in the place of the caption, and the second as the pool."""
-    inputs = part.pairs(STUDENT)
-    passages = inputs.more_texts[PASSAGES]
-    texts, other = passages.text_of_each(0), passages.text_of_each(1)
-    changed = replace(inputs, texts=texts, more_texts={**inputs.more_texts, PASSAGES: other})
-    return replace(part, inputs={**part.inputs, STUDENT: changed})
-
-
-def _joined(
-    first: TowerFeatures, more: Mapping[str, TowerFeatures], names: Mapping[str, int] | tuple[str, ...]
-) -> Views:
-    """Embeddings of each sample's views or texts side by side: the first one, then those that are named."""
-    size = len(first.embedding)
-    return torch.cat([first.embedding[:, None], *(more[name].embedding.unflatten(0, (size, -1)) for name in names)], 1)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmapkd.objectives.chunks import by_rows, chunk_rows
-from cmapkd.objectives.common import check_pairs, similarities, unit
+from cmapkd.objectives.common import at_least_float32, check_pairs, similarities, unit
 from cmapkd.objectives.tiles import both_ways, row_log_sums, same_picture
 
 
@@ -132,9 +132,20 @@ def contrast_of_views(
         ValueError: the shapes do not pair up, or the chunk is not positive.
     Source: COSMOS, Kim et al. 2025, arXiv:2412.01814, equation 3.
     """
-    losses = [
-        contrastive_loss(one, other, logit_scale=logit_scale, pictures=pictures, chunk=chunk)
-        for one in anchors.unbind(1)
-        for other in candidates.unbind(1)
-    ]
-    return torch.stack(losses).mean()
+    check_pairs(anchors=anchors[:, 0], candidates=candidates[:, 0])
+    batch = len(anchors)
+    if chunk_rows(batch, batch, chunk) < batch:
+        losses = [
+            contrastive_loss(one, other, logit_scale=logit_scale, pictures=pictures, chunk=chunk)
+            for one in anchors.unbind(1)
+            for other in candidates.unbind(1)
+        ]
+        return torch.stack(losses).mean()
+    rows, columns = (F.normalize(at_least_float32(side), dim=-1).transpose(0, 1) for side in (anchors, candidates))
+    with torch.autocast(rows.device.type, enabled=False):
+        logits = logit_scale * rows[:, None] @ columns[None].mT  # all pairs at once: [views others batch batch]
+    labels = torch.arange(batch, device=logits.device)
+    if pictures is not None:
+        logits = logits.masked_fill(same_picture(pictures, labels), -torch.inf)
+    own = logits.diagonal(dim1=-2, dim2=-1)
+    return ((logits.logsumexp(-1) + logits.logsumexp(-2)) / 2 - own).mean()

@@ -64,6 +64,7 @@ RECIPES = (
     "cmapkd_scenes",
     "mobileclip_scenes",
     "degla_scenes",
+    "cosmos_scenes",
     "radio_scenes",
     "tinyclip_scenes",
     "tipsv2_scenes",

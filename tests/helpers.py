@@ -46,7 +46,7 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
-ONE_WIDTH = ("zscl",)
+ONE_WIDTH = ("zscl", "dclip")
 """Methods whose student and teacher have the same width."""
 
 ROUNDING = {"promptkd": 10.0}
@@ -55,6 +55,7 @@ ROUNDING = {"promptkd": 10.0}
 FITTING: dict[str, dict[str, Any]] = {
     "cosmos": {"local_views": 1, "local_texts": 2},  # as published there are six of each
     "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
+    "dclip": {"regions": 2},
     "dmae": {"teacher_sees": "whole"},  # the teacher has another grid
     "tipsv2": {"prototypes": 6},
     "zscl": {"reference": "train", "sentences": "classes"},  # one source
@@ -326,8 +327,11 @@ def random_batch(
             role: replace(each, more_images={**each.more_images, view: _more_of(each.images, count, draws)})
             for role, each in inputs.items()
         }
+    extra = {LABELS: labels}
+    if count := (views or {}).get("regions"):  # how many of them are real
+        extra["regions"] = torch.randint(1, count + 1, (size,), generator=draws)
     streams = tuple(("train", "reference")[i % 2] for i in range(size))
-    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels}, streams=streams)
+    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra=extra, streams=streams)
 
 
 def _more_of(images: Tensor, count: int, draws: torch.Generator) -> Tensor:

@@ -121,6 +121,7 @@ def test_teacher_only_answers(name: str) -> None:
     teacher = make_teacher(dim=16) if name in ONE_WIDTH else make_teacher()
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
     method = make_method(name, teacher=teacher)
+    batch = random_batch(4, views=method.more_views)
     mine = {id(parameter) for parameter in method.parameters()}
     assert not mine & {id(parameter) for parameter in teacher.model.parameters()}
     assert not any(key.startswith("teacher.") for key in method.state_dict())
@@ -130,12 +131,12 @@ def test_teacher_only_answers(name: str) -> None:
     method.train()
     assert method.student.training
     assert not any(module.training for module in teacher.model.modules())
-    torch.stack([term.value for term in method(random_batch(4)).values()]).sum().backward()
+    torch.stack([term.value for term in method(batch).values()]).sum().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.model.parameters())
     optimizer = torch.optim.SGD(method.parameters(), lr=1.0)
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in teacher.model.state_dict().items())
-    answers = method.encode_teacher(random_batch(4))
+    answers = method.encode_teacher(batch)
     assert not answers.image.embedding.requires_grad
     assert not answers.text.embedding.requires_grad
 

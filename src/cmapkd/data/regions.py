@@ -24,8 +24,8 @@ class FurtherViewSpec(ViewSpec):
 
     of: Literal["picture", "boxes"] = Field(
         "picture",
-        description="What is cropped. picture: a random part of it; boxes: objects by the boxes of the data, each once, "
-        "and the whole picture where there are no more.",
+        description="What is cropped. picture: a random part of it; boxes: objects by the boxes of the data, each "
+        "once, and the whole picture where there are no more.",
     )
 
     @model_validator(mode="after")
@@ -98,7 +98,8 @@ def check_boxes(source: Source, asked: Mapping[str, int], specs: Mapping[str, Vi
     if needed and not _any_box(source):
         raise ConfigError(
             f"data.more_views.{needed[0]} shows objects by their boxes, but none of {_LOOKED_AT} samples of "
-            f"{source.name} has a box: take data with boxes (docs/data.md), or set data.more_views.{needed[0]}.of=picture"
+            f"{source.name} has a box: take data with boxes (docs/data.md), or set "
+            f"data.more_views.{needed[0]}.of=picture"
         )
 
 

@@ -49,7 +49,7 @@ def pooled_near_mean(
 ) -> Float[Tensor, "batch width"]:
     """g(X) = sum of softmax(cos(x_i, mean of X) / 2) x_i over what is real; near the mean of X.
 
-    Source: DCLIP, 2025, arXiv:2505.21549, as its repository computes it.
+    Source: DCLIP, Csizmadia et al. 2025, arXiv:2505.21549, as its repository computes it.
     """
     weights = x.new_ones(x.shape[:2]) if real is None else real.to(x.dtype)
     mean = (x * weights[..., None]).sum(1, keepdim=True) / weights.sum(1)[:, None, None].clamp_min(1)

@@ -1,4 +1,4 @@
-"""DCLIP (2025, arXiv:2505.21549): a teacher that reads regions and caption, distilled into the image tower.
+"""DCLIP (Csizmadia et al. 2025, arXiv:2505.21549): a teacher that reads regions and caption, distilled into the image tower.
 
 First a meta-teacher on top of a frozen model learns to fuse crops of objects with the words of the caption. Then the
 student's pictures learn what it says. Departures and how it was checked: the card below and docs/methods/dclip.md.
@@ -62,13 +62,13 @@ class Dclip(DualEncoderMethod):
     not_cached: str | None = "crops of regions are drawn anew in every epoch"
     card: ClassVar[MethodCard] = MethodCard(
         title="DCLIP: cross-modal transformer distillation, from regions and words to images",
-        paper="arXiv:2505.21549 (2025)",
+        paper="Csizmadia et al. 2025, arXiv:2505.21549",
         equations=(
             "P: the teacher's embeddings of n regions; C: the last text level's tokens, mapped to the same width",
             "C' = LN(C + A_1(C, P)), P' = LN(P + A_2(P, C)); g(X) = Σ_i σ_i(cos(x_i, mean X) / 2) x_i",
             "G = 1/2 g(C') + 1/2 g(P')",
-            "stage meta: L = NCE(G, t_T; 1/0.05), symmetric InfoNCE; the map, A_1, A_2 and the norms learn",
-            "stage distil: L = (1 - cos(v, G)) + (1 - cos(t, t_T)) + NCE(v, t; 1/0.05), batch means; the student learns",
+            "L = NCE(G, t_T; 1/0.05) in stage meta, NCE: symmetric InfoNCE; the map, A_1, A_2 and the norms learn",
+            "L = (1 - cos(v, G)) + (1 - cos(t, t_T)) + NCE(v, t; 1/0.05) in stage distil; the student learns",
         ),
         needs="view `regions`, of boxes as a rule; text tokens of the teacher, of the student's width; as a rule "
         "teacher: student",

@@ -65,6 +65,7 @@ RECIPES = (
     "mobileclip_scenes",
     "degla_scenes",
     "cosmos_scenes",
+    "dclip_scenes",
     "radio_scenes",
     "tinyclip_scenes",
     "tipsv2_scenes",

@@ -81,7 +81,7 @@ class Cosmos(DualEncoderMethod):
             "The teacher moves after the step, published before it.",
             "Padding of texts is not attended to; published: it is.",
             "Small crops have the model's own size, published 96 of 224 pixels.",
-            "Of published changes of pictures the crops, flips and colours are there: no grey, blur or solarisation.",
+            "Of published changes of pictures the crops, flips and colours are there: no grey, blur or inversion.",
             "Tokens are those of the last level, in front of the tower's own last norm.",
             "Two texts of several sentences differ where a sample has enough sentences.",
             "A logit bias (SigLIP) is in no softmax, so it does not learn.",

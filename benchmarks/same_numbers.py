@@ -64,6 +64,8 @@ RECIPES = (
     "cmapkd_scenes",
     "mobileclip_scenes",
     "degla_scenes",
+    "cosmos_scenes",
+    "dclip_scenes",
     "radio_scenes",
     "tinyclip_scenes",
     "tipsv2_scenes",

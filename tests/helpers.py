@@ -46,14 +46,16 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
-ONE_WIDTH = ("zscl",)
+ONE_WIDTH = ("zscl", "dclip")
 """Methods whose student and teacher have the same width."""
 
 ROUNDING = {"promptkd": 10.0}
 """How much larger float32's errors may be: its batch norm divides by the spread of embeddings that are nearly equal."""
 
 FITTING: dict[str, dict[str, Any]] = {
+    "cosmos": {"local_views": 1, "local_texts": 2},  # as published there are six of each
     "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
+    "dclip": {"regions": 2},
     "dmae": {"teacher_sees": "whole"},  # the teacher has another grid
     "tipsv2": {"prototypes": 6},
     "zscl": {"reference": "train", "sentences": "classes"},  # one source
@@ -280,7 +282,8 @@ def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBui
     spans = isinstance(method, DualEncoderMethod) and method.needs_spans
     readers = {role: DualReader(model.image_spec, model.tokenizer, spans) for role, model in models.items()}
     options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
-    options = {"texts": TextChoice(method.text_pools), **options}
+    options = {"texts": TextChoice(method.text_pools), "more_views": method.more_views, **options}
+    options = {"view_specs": {name: ViewSpec(crop_scale=(0.3, 0.6)) for name in method.more_views}, **options}
     return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)
 
 
@@ -291,11 +294,13 @@ def random_batch(
     dtype: torch.dtype = torch.float32,
     rich: bool = False,
     pools: Mapping[str, int] | None = None,
+    views: Mapping[str, int] | None = None,
 ) -> Batch:
     """Noise for the models of `make_model` and `make_teacher`; if rich also a second teacher, synthetic captions.
 
     Args:
         pools: further texts of each sample, as a method asks for them in `text_pools`.
+        views: further views, as in `more_views`.
     """
     draws = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, 30, (size, 7), generator=draws)
@@ -317,8 +322,22 @@ def random_batch(
             inputs = {
                 role: replace(each, more_texts={**each.more_texts, pool: further}) for role, each in inputs.items()
             }
+    for view, count in (views or {}).items():
+        inputs = {
+            role: replace(each, more_images={**each.more_images, view: _more_of(each.images, count, draws)})
+            for role, each in inputs.items()
+        }
+    extra = {LABELS: labels}
+    if count := (views or {}).get("regions"):  # how many of them are real
+        extra["regions"] = torch.randint(1, count + 1, (size,), generator=draws)
     streams = tuple(("train", "reference")[i % 2] for i in range(size))
-    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra={LABELS: labels}, streams=streams)
+    return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra=extra, streams=streams)
+
+
+def _more_of(images: Tensor, count: int, draws: torch.Generator) -> Tensor:
+    """As many pictures of noise for each of `images`."""
+    noise = torch.randn(len(images) * count, *images.shape[1:], generator=draws, dtype=torch.float64)
+    return noise.to(images.dtype)
 
 
 def make_trainer(

@@ -121,7 +121,8 @@ def terms_of(case: str, batch: Batch, *, micro_batch: int | None, hold: bool) ->
 )
 def test_every_methods_step(case: str, micro_batch: int | None) -> None:
     name, settings = CASES[case]
-    batch = random_batch(8, pools=make_method(name, settings=settings).text_pools)
+    method = make_method(name, settings=settings)
+    batch = random_batch(8, pools=method.text_pools, views=method.more_views)
     found = terms_of(case, batch, micro_batch=micro_batch, hold=True)
     expected = terms_of(case, batch, micro_batch=micro_batch, hold=False)
     assert found.keys() == expected.keys()

@@ -15,9 +15,10 @@ from cmapkd.data.open import open_source
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.records import Unusable, parse_texts
 from cmapkd.data.scenes.source import ScenesSource
-from cmapkd.data.texts import TextChoice, joined
+from cmapkd.data.sentences import passages_of, sentences_of
+from cmapkd.data.texts import TextChoice, joined, texts_in
 from cmapkd.data.types import BadSampleError, Batch, Sample
-from cmapkd.data.views import WHOLE, draw_view
+from cmapkd.data.views import WHOLE, View, draw_view
 from helpers import MemorySource, make_builder, make_method
 
 BOTH = TextChoice(("synthetic",))
@@ -173,3 +174,19 @@ def test_no_colour_or_shape_of_a_wrong_caption_is_left() -> None:
 def test_a_share_is_a_number_up_to_one(text: str) -> None:
     with pytest.raises(ConfigError, match="wrong"):
         open_source(text)
+
+
+def test_sentences_and_passages_of_a_sample() -> None:
+    image = MemorySource()[0].image
+    sample = Sample("a", image, ("One. Two! Three", "Four.", "One."), texts={"synthetic": ("Five?",)})
+    sentences = ("One.", "Two!", "Three", "Four.", "Five?")
+    assert sentences_of(sample, "One.", 0) == sentences == texts_in("sentences", sample, "One.", 3)
+    passages = [passage.split(". ") for number in range(20) for passage in texts_in("passages", sample, "", number)]
+    assert {len(passage) for passage in passages} == {1, 2, 3, 4, 5}
+    bare = {each.removesuffix(".") for each in sentences}
+    assert all(len(set(passage)) == len(passage) and bare.issuperset(passage) for passage in passages)
+    assert passages_of(sample, "", 7) == passages_of(sample, "", 7) != passages_of(sample, "", 8)
+    assert passages_of(Sample("b", image), "", 0) == ()
+    found = TextChoice({"passages": 2, "sentences": 5}).choose(sample, View(), 0)
+    assert len(set(found[1:3])) == 2
+    assert set(found[3:]) == set(sentences)

@@ -84,8 +84,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "c2kd, all at once": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0, "prompts_at_once": None}),
     "fitnet, texts": ("fitnet", {"text_guided_layer": 0.5, "text_hint_layer": 0.5}),
 }
-# the others differ in a setting, and are slow tests; what degla has beside its losses is albef's
-OFTEN = (*(name for name in DUAL if name != "degla"), "dho", "cmapkd, everything")
+# the others differ in a setting, and are slow tests; what degla and cosmos have beside their losses is albef's
+OFTEN = (*(name for name in DUAL if name not in ("degla", "cosmos")), "dho", "cmapkd, everything")
 # in micro-batches each line of a method's own runs, too: only what they share goes other ways where a batch is whole
 OFTEN_WHOLE = ("contrastive", "clip_kd", "dmae", "lelp", "promptkd", "tipsv2", "dho", "cmapkd")
 
@@ -277,9 +277,11 @@ def made(case: str) -> Method:
 
 def batches(case: str) -> list[Batch]:
     """With numbers in them: what is on the host is there. Pixels are bytes, as data workers give them."""
-    found, pools = [], made(case).text_pools
+    found, method = [], made(case)
     for seed in range(STEPS):
-        batch = random_batch(BATCH, seed=seed, rich=CASES[case][0] == "mobileclip", pools=pools)
+        batch = random_batch(
+            BATCH, seed=seed, rich=CASES[case][0] == "mobileclip", pools=method.text_pools, views=method.more_views
+        )
         pairs = {role: batch.pairs(role) for role in batch.inputs}
         raw = {role: replace(pair, images=(pair.images * 50 + 128).byte()) for role, pair in pairs.items()}
         batch = replace(batch, inputs=raw)

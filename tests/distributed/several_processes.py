@@ -184,7 +184,8 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None, how: s
     if "with masks" in name:
         into_first_stage(method)
     earlier, batch = (
-        random_batch(BATCH, seed=seed, dtype=dtype, rich=rich, pools=method.text_pools) for seed in (1, 0)
+        random_batch(BATCH, seed=seed, dtype=dtype, rich=rich, pools=method.text_pools, views=method.more_views)
+        for seed in (1, 0)
     )
     earlier = replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH)))  # fills a bank, if there is one
     sharded, averaged = None, None

@@ -78,7 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_methods_terms(case: str) -> None:
     name, settings = CASES[case]
-    pools = make_method(name, settings=settings).text_pools
-    earlier, batch = (random_batch(16, seed=seed, pools=pools) for seed in (1, 0))
+    method = make_method(name, settings=settings)
+    earlier, batch = (random_batch(16, seed=seed, pools=method.text_pools, views=method.more_views) for seed in (1, 0))
     earlier = replace(earlier, ids=tuple(f"earlier{number}" for number in range(16)))
     check(lambda: make_method(name, settings=settings).train(), earlier, batch)

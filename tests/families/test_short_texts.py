@@ -272,10 +272,14 @@ def batch_of(method: Method, *, cut: bool) -> Batch:
             pools[pool] = replace(more, per_sample=count)
         if not cut:
             tokens, pools = padded(model, tokens), {pool: padded(model, more) for pool, more in pools.items()}
-        inputs[role] = ModelInput(pixels, tokens, pools)
+        views = {
+            view: pixels.repeat_interleave(count, 0).flip(0, 3) for view, count in method.more_views.items()
+        }
+        inputs[role] = ModelInput(pixels, tokens, pools, views)
     names = tuple(f"m{number}" for number in range(len(CAPTIONS)))
     labels = torch.tensor([0, 1, 2, 3, 4, 0, -1, 2])
-    return Batch(names, inputs, CAPTIONS, extra={LABELS: labels})
+    regions = {view: labels % 2 + 1 for view in method.more_views}  # how many are real, of dclip's
+    return Batch(names, inputs, CAPTIONS, extra={LABELS: labels, **regions})
 
 
 def results(method: Method, *, cut: bool, micro_batch: int | None) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def test_settings_are_described_and_have_defaults(name: str) -> None:
 @pytest.mark.parametrize("name", [*DUAL, *CLASSIFYING])
 def test_terms_are_scalars_that_train_the_student(name: str) -> None:
     method = make_method(name)
-    terms = method(random_batch(4, pools=method.text_pools))
+    terms = method(random_batch(4, pools=method.text_pools, views=method.more_views))
     assert terms
     loss = torch.stack([term.weight * term.value for term in terms.values()]).sum()
     loss.backward()
@@ -99,7 +99,7 @@ def test_terms_are_the_same_whatever_the_process_draws_itself(name: str) -> None
         torch.manual_seed(own_seed)
         before = torch.get_rng_state()
         for step in range(6):
-            batch = random_batch(8, seed=step, pools=method.text_pools)
+            batch = random_batch(8, seed=step, pools=method.text_pools, views=method.more_views)
             named = replace(batch, ids=tuple(f"{step}-{i}" for i in range(8)))
             terms = method(named, StepInfo(step, 6, method.stage, step / 6, seed))
         assert torch.equal(torch.get_rng_state(), before)
@@ -121,6 +121,7 @@ def test_teacher_only_answers(name: str) -> None:
     teacher = make_teacher(dim=16) if name in ONE_WIDTH else make_teacher()
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
     method = make_method(name, teacher=teacher)
+    batch = random_batch(4, views=method.more_views)
     mine = {id(parameter) for parameter in method.parameters()}
     assert not mine & {id(parameter) for parameter in teacher.model.parameters()}
     assert not any(key.startswith("teacher.") for key in method.state_dict())
@@ -130,12 +131,12 @@ def test_teacher_only_answers(name: str) -> None:
     method.train()
     assert method.student.training
     assert not any(module.training for module in teacher.model.modules())
-    torch.stack([term.value for term in method(random_batch(4)).values()]).sum().backward()
+    torch.stack([term.value for term in method(batch).values()]).sum().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.model.parameters())
     optimizer = torch.optim.SGD(method.parameters(), lr=1.0)
     optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in teacher.model.state_dict().items())
-    answers = method.encode_teacher(random_batch(4))
+    answers = method.encode_teacher(batch)
     assert not answers.image.embedding.requires_grad
     assert not answers.text.embedding.requires_grad
 

@@ -88,7 +88,9 @@ def built(name: str, dtype: torch.dtype = torch.float32, kind: type[TinyDualEnco
 def results(method: Method, micro_batch: int | None, *, precision: torch.dtype | None = None) -> dict[str, Tensor]:
     """Terms and gradients of a batch, after another one that fills a bank, if there is one."""
     dtype = next(method.student.parameters()).dtype
-    earlier, batch = (random_batch(BATCH, seed=seed, dtype=dtype, pools=method.text_pools) for seed in (1, 0))
+    earlier, batch = (
+        random_batch(BATCH, seed=seed, dtype=dtype, pools=method.text_pools, views=method.more_views) for seed in (1, 0)
+    )
     method.micro_batch = micro_batch
     with torch.no_grad():
         method(replace(earlier, ids=tuple(f"earlier{i}" for i in range(BATCH))))

@@ -17,11 +17,12 @@ from cmapkd.data.plans import Plan
 from cmapkd.data.random import permuted
 from cmapkd.data.readers import Reader, Shared, first_alike, refuse_more_views
 from cmapkd.data.records import Unusable
+from cmapkd.data.regions import further_view
 from cmapkd.data.streams import MAIN_STREAM, Stream, streams_of
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Input, Sample, Source, StoredRows
 from cmapkd.data.unseen import unseen
-from cmapkd.data.views import View, ViewSpec, check_more_views, draw_more_view, draw_view
+from cmapkd.data.views import View, ViewSpec, check_more_views, draw_view
 
 _TEXTS_KEPT = 100_000  # samples
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
@@ -296,7 +297,7 @@ class BatchBuilder(Dataset[Batch]):
             name: [
                 self._read(
                     sample,
-                    draw_more_view(sample.id, number, name, place, self.view_specs[name], sample.image.size),
+                    further_view(sample, number, name, place, self.view_specs[name]),
                     texts,
                     self._live,
                 )

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from cmapkd.config import RESUMABLE, Config
 from cmapkd.data.ordering import Ordering
 from cmapkd.data.prompting import Prompting
+from cmapkd.data.regions import FurtherViewSpec
 from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.types import MAIN_VIEW
 from cmapkd.data.views import WHOLE, ViewSpec
@@ -105,7 +106,7 @@ class DataConfig(Config):
         description="What teachers see. same: the student's view; whole: the picture as it is, of which a cache holds "
         "one answer for each sample where the method reads none of the teacher's texts.",
     )
-    more_views: dict[str, ViewSpec] = Field(
+    more_views: dict[str, FurtherViewSpec] = Field(
         default_factory=dict,
         description="Further views by name, for methods that read several of a sample; num_views stays none.",
     )

@@ -9,6 +9,7 @@ from cmapkd.config import ConfigError, Registry
 from cmapkd.data.random import key_of, uniforms
 from cmapkd.data.records import TEXT_KEYS
 from cmapkd.data.scenes.negatives import named_negatives, negatives_of
+from cmapkd.data.sentences import PASSAGES, SENTENCES, passages_of, sentences_of
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.data.views import View
 
@@ -22,7 +23,9 @@ TextMaker = Callable[[Sample, str, int], Sequence[str]]
 A sample of which no such text can be made has none: ().
 """
 
-TEXT_MAKERS: Registry[TextMaker] = Registry("cmapkd.texts", {NEGATIVES: negatives_of})
+TEXT_MAKERS: Registry[TextMaker] = Registry(
+    "cmapkd.texts", {NEGATIVES: negatives_of, SENTENCES: sentences_of, PASSAGES: passages_of}
+)
 """Pools whose texts are made, by name. Where a sample brings texts of that pool itself, these are read instead."""
 
 

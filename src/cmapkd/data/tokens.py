@@ -70,6 +70,12 @@ class TokenBatch:
             lengths = Lengths(self.lengths.of_each[place] for place in places.tolist())
         return replace(self.changed(lambda tensor: tensor[places]), lengths=lengths).cut()
 
+    def text_of_each(self, place: int) -> TokenBatch:
+        """One text of each sample: its first, of `place` 0; cut to the longest of them."""
+        here = slice(place, None, self.per_sample)
+        lengths = None if self.lengths is None else Lengths(self.lengths.of_each[here])
+        return replace(self.changed(lambda tensor: tensor[here]), lengths=lengths, per_sample=1).cut()
+
     def changed(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         """With `change` of each tensor."""
         spans = None if self.spans is None else change(self.spans)

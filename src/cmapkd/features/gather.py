@@ -27,8 +27,13 @@ def gather_features(features: Features) -> Features:
     processes of what their losses ask of it; the distributed wrapper divides by the number of processes, which leaves
     exactly the gradient of the whole-batch loss. Without a process group this returns its argument.
     """
-    more = {pool: _gather_tower(tower) for pool, tower in features.more_texts.items()}
-    return replace(features, image=_gather_tower(features.image), text=_gather_tower(features.text), more_texts=more)
+    return replace(
+        features,
+        image=_gather_tower(features.image),
+        text=_gather_tower(features.text),
+        more_texts={pool: _gather_tower(tower) for pool, tower in features.more_texts.items()},
+        more_images={view: _gather_tower(tower) for view, tower in features.more_images.items()},
+    )
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from cmapkd.methods.clip_rd import ClipRD
 from cmapkd.methods.clip_refine import ClipRefine
 from cmapkd.methods.cmapkd import CMAPKD
 from cmapkd.methods.contrastive import Contrastive
+from cmapkd.methods.cosmos import Cosmos
 from cmapkd.methods.dc_clip import DCClip
+from cmapkd.methods.dclip import Dclip
 from cmapkd.methods.degla import Degla
 from cmapkd.methods.dho import DHO
 from cmapkd.methods.dmae import DMAE
@@ -69,6 +71,8 @@ _OWN: dict[str, type[Method]] = {
     "cmapkd": CMAPKD,
     "mobileclip": MobileCLIP,
     "degla": Degla,
+    "cosmos": Cosmos,
+    "dclip": Dclip,
     "radio": Radio,
     "tinyclip": TinyCLIP,
     "vlm_distill_ood": VlmDistillOod,

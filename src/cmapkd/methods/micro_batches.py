@@ -70,8 +70,9 @@ def join_features(parts: Sequence[Features]) -> Features:
     if len(parts) == 1:
         return parts[0]
     image, text = _join_towers([part.image for part in parts]), _join_towers([part.text for part in parts])
-    more = {pool: _join_towers([part.more_texts[pool] for part in parts]) for pool in parts[0].more_texts}
-    return replace(parts[0], image=image, text=text, more_texts=more)
+    texts = {pool: _join_towers([part.more_texts[pool] for part in parts]) for pool in parts[0].more_texts}
+    views = {view: _join_towers([part.more_images[view] for part in parts]) for view in parts[0].more_images}
+    return replace(parts[0], image=image, text=text, more_texts=texts, more_images=views)
 
 
 def map_rows(function: Callable[..., Tensor], *trees: Rows) -> Rows:

@@ -332,7 +332,12 @@ class DualEncoder(ImageEncoder):
             text=text,
             logit_scale=self.log_logit_scale.exp().reshape(()),  # some libraries store it as a vector of one
             logit_bias=self.logit_bias,
-            more_texts={pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()},
+            more_texts={
+                pool: self.encode_text(texts)
+                for pool, texts in inputs.more_texts.items()
+                if needs.pools is None or pool in needs.pools
+            },
+            more_images={view: self.encode_image(self.image_spec.to_model(inputs[view])) for view in needs.views},
         )
 
     @torch.no_grad()

@@ -78,8 +78,9 @@ class TowerFeatures:
 class Features:
     """Both towers of one model on one batch, with its logit scale (already exponentiated) and bias (SigLIP).
 
-    `more_texts` has the embeddings of the further texts that the batch brings, by pool; no levels. `pictures` has a
-    number for each pair where pairs that show one picture are no negatives of each other; None: all are negatives.
+    `more_texts` has the embeddings of the further texts that the batch brings, by pool, those of a sample together; no
+    levels. `more_images` has those of further views by name, likewise. `pictures` has a number for each pair where
+    pairs that show one picture are no negatives of each other; None: all are negatives.
     """
 
     image: TowerFeatures
@@ -87,6 +88,7 @@ class Features:
     logit_scale: Float[Tensor, ""]
     logit_bias: Float[Tensor, ""] | None = None
     more_texts: dict[str, TowerFeatures] = field(default_factory=dict)
+    more_images: dict[str, TowerFeatures] = field(default_factory=dict)
     pictures: Int[Tensor, " batch"] | None = None
 
     def with_texts(self, pool: str) -> Features:
@@ -96,21 +98,25 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class LevelRequest:
-    """The towers and levels somebody will read; a model computes and returns no others.
+    """The towers, levels, further views and pools somebody will read; a model computes and returns no others.
 
-    The embedding of a tower that nobody reads has width 0.
+    The embedding of a tower that nobody reads has width 0. `pools` is None where every pool of the batch is read.
     """
 
     image_levels: tuple[str, ...] = ()
     text_levels: tuple[str, ...] = ()
     towers: tuple[Tower, ...] = BOTH
+    views: tuple[str, ...] = ()
+    pools: tuple[str, ...] | None = None
 
     def union(self, other: LevelRequest) -> LevelRequest:
-        """Levels of either, each once, in order of first mention."""
+        """What either reads, each once, in order of first mention."""
         return LevelRequest(
             tuple(dict.fromkeys(self.image_levels + other.image_levels)),
             tuple(dict.fromkeys(self.text_levels + other.text_levels)),
             tuple(tower for tower in BOTH if tower in self.towers + other.towers),
+            tuple(dict.fromkeys(self.views + other.views)),
+            None if self.pools is None or other.pools is None else tuple(dict.fromkeys(self.pools + other.pools)),
         )
 
 

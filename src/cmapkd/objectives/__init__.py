@@ -12,7 +12,7 @@ from cmapkd.objectives.classes import (
     own_text_cross_entropy,
 )
 from cmapkd.objectives.common import similarities
-from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
+from cmapkd.objectives.contrastive import contrast_of_views, contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
 from cmapkd.objectives.feature import (
     absolute_distance,
@@ -54,6 +54,7 @@ __all__ = [
     "bank_relation_distance",
     "check_classes",
     "context_distance",
+    "contrast_of_views",
     "contrast_with_negatives",
     "contrastive_gradients",
     "contrastive_loss",

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cmapkd.objectives.chunks import by_rows, chunk_rows
-from cmapkd.objectives.common import check_pairs, similarities, unit
+from cmapkd.objectives.common import at_least_float32, check_pairs, similarities, unit
 from cmapkd.objectives.tiles import both_ways, row_log_sums, same_picture
 
 
@@ -111,3 +111,41 @@ def sigmoid_loss(
 
     labels = torch.arange(len(image), device=image.device)
     return by_rows(losses, image, labels, size=chunk_rows(len(image), len(text), chunk)).mean()
+
+
+def contrast_of_views(
+    anchors: Float[Tensor, "batch views dim"],
+    candidates: Float[Tensor, "batch others dim"],
+    *,
+    logit_scale: Float[Tensor, ""] | float,
+    pictures: Int[Tensor, " batch"] | None = None,
+    chunk: int | None = None,
+) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE of every view on one side with every view on the other; negatives are other samples' alone.
+
+    Args:
+        anchors, candidates: embeddings of some views of each sample, row by row; normalised here.
+        logit_scale, pictures, chunk: as of `contrastive_loss`.
+    Returns:
+        Mean over all pairs of views and the batch, in nats, > 0.
+    Raises:
+        ValueError: the shapes do not pair up, or the chunk is not positive.
+    Source: COSMOS, Kim et al. 2025, arXiv:2412.01814, equation 3.
+    """
+    check_pairs(anchors=anchors[:, 0], candidates=candidates[:, 0])
+    batch = len(anchors)
+    if chunk_rows(batch, batch, chunk) < batch:
+        losses = [
+            contrastive_loss(one, other, logit_scale=logit_scale, pictures=pictures, chunk=chunk)
+            for one in anchors.unbind(1)
+            for other in candidates.unbind(1)
+        ]
+        return torch.stack(losses).mean()
+    rows, columns = (F.normalize(at_least_float32(side), dim=-1).transpose(0, 1) for side in (anchors, candidates))
+    with torch.autocast(rows.device.type, enabled=False):
+        logits = logit_scale * rows[:, None] @ columns[None].mT  # all pairs at once: [views others batch batch]
+    labels = torch.arange(batch, device=logits.device)
+    if pictures is not None:
+        logits = logits.masked_fill(same_picture(pictures, labels), -torch.inf)
+    own = logits.diagonal(dim1=-2, dim2=-1)
+    return ((logits.logsumexp(-1) + logits.logsumexp(-2)) / 2 - own).mean()

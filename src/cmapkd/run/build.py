@@ -15,11 +15,12 @@ from cmapkd.data.labels import any_label
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import Reader
+from cmapkd.data.regions import check_boxes
 from cmapkd.data.streams import Stream
 from cmapkd.data.templates import ClassPrompts, get_templates
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
-from cmapkd.data.views import ViewSpec, WholePictures
+from cmapkd.data.views import ViewSpec, WholePictures, check_more_views
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
 from cmapkd.methods.dual import DualEncoderMethod
@@ -171,13 +172,16 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
     """The method with the parts frozen that do not learn; refuses what the trainer would, before a cache is built.
 
     Raises:
-        ConfigError: a part, stage, term or stream that is not there, or streams that a batch has no room for.
+        ConfigError: a part, stage, term, view or stream that is not there, data without the boxes that views show, or
+            streams that a batch has no room for.
         ValueError: fewer samples than a batch has.
     """
     training, streams = config.training, read_streams(config, source)
     if not method.in_batch:
         _refuse_in_batch(config)
     teacher_views(config, method)  # refuses what does not fit
+    check_more_views(method.more_views, config.data.more_views)
+    check_boxes(source, method.more_views, config.data.more_views)
     sampler = PlanSampler(
         len(source), batch_size=training.batch_size, seed=config.seed, start=0, stop=0, streams=streams
     )

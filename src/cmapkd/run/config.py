@@ -299,6 +299,8 @@ class RunConfig(Config):
             del values["method"]["several_positives"]
         for view in values["data"]["more_views"].values():
             del view["reading"]  # that of data.views
+            if view["of"] == "picture":  # as before there was another
+                del view["of"]
         for stream in values["data"].get("more", {}).values():
             if stream["labels"] == "read":  # as before there was another
                 del stream["labels"]

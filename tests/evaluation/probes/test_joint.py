@@ -45,7 +45,7 @@ def settings(teacher: str | None, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "teacher": teacher,
         "student": {"name": "tiny:debug", "options": {"embed_dim": 16}},
-        "data": {"train": DATA, "views": {"crop_scale": [1.0, 1.0]}},
+        "data": {"train": DATA, "views": {"crop_scale": [1.0, 1.0]}, "more_views": {"global": {}, "local": {}}},
         "method": "clip_kd",
         "training": {"steps": 6, "batch_size": 16, "log_every": 1, "device": "cpu"},
         "heads": ALL,

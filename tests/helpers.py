@@ -46,7 +46,7 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
-ONE_WIDTH = ("zscl",)
+ONE_WIDTH = ("sgva_clip", "zscl")
 """Methods whose student and teacher have the same width."""
 
 ROUNDING = {"promptkd": 10.0}
@@ -55,6 +55,7 @@ ROUNDING = {"promptkd": 10.0}
 FITTING: dict[str, dict[str, Any]] = {
     "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
     "dmae": {"teacher_sees": "whole"},  # the teacher has another grid
+    "sgva_clip": {"context": "red blue"},
     "tipsv2": {"prototypes": 6},
     "zscl": {"reference": "train", "sentences": "classes"},  # one source
 }

@@ -30,6 +30,7 @@ from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
+from cmapkd.methods.sgva_clip import SgvaClip
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.supervised import Supervised
@@ -55,6 +56,7 @@ _OWN: dict[str, type[Method]] = {
     "vl2lite": VL2Lite,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
+    "sgva_clip": SgvaClip,
     "lelp": Lelp,
     "c2kd": C2KD,
     "dc_clip": DCClip,

@@ -46,7 +46,7 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
-ONE_WIDTH = ("sgva_clip", "zscl")
+ONE_WIDTH = ("mulki", "sgva_clip", "zscl")
 """Methods whose student and teacher have the same width."""
 
 ROUNDING = {"promptkd": 10.0}

@@ -63,6 +63,7 @@ DISCRETE = ("clip_ping",)
 
 PICTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dmae": ("dmae", {}, "dense"),
+    "mulki": ("mulki", {}, "global"),
     "sgva_clip": ("sgva_clip", {}, "global"),
     "zscl": ("zscl", {}, "global"),
 }

@@ -27,6 +27,7 @@ from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.mobileclip import MobileCLIP
+from cmapkd.methods.mulki import Mulki
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
@@ -79,6 +80,7 @@ _OWN: dict[str, type[Method]] = {
     "tipsv2": TIPSv2,
     "sft": SFT,
     "zscl": ZSCL,
+    "mulki": Mulki,
     "token_kd": TokenKD,
     "taid": TAID,
 }

@@ -1,7 +1,7 @@
 """MulKI, a reconstruction (Zhang et al. 2024, arXiv:2411.06764): a task is learned under two teachers, by its own data.
 
 The teachers are the model before all tasks and the one before this task. What is from the paper and what is ours: the
-card below and docs/methods/mulki.md. Its mean of weights with the model before is `training.mean_every`.
+card below and docs/methods/mulki.md. Its mean of weights is `training.mean_every`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Mulki(DualEncoderMethod):
             "w_m = softmax over teachers m of σ(s_m v_m W_mᵀ)_y; m: the model before all tasks, the one before this",
             "L_relations = T² mean_b Σ_m w_m Σ_R KL(σ(R_m/T) ‖ σ(R_S/T)), over the labelled samples",
             "L = L_labels + L_prototypes + L_relations",
-            "saved: the mean of the weights before and after the task (training.mean_every: the number of steps)",
+            "saved: the mean of the weights before the task and along it (training.mean_every)",
         ),
         needs="labels and names of at least two classes; as teacher the model before all tasks, of the student's width",
         trainable="the student but for its logit scale",

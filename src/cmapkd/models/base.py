@@ -282,16 +282,8 @@ class DualEncoder(ImageEncoder):
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Text embedding [batch, embed_dim], not normalised, and the named levels."""
 
-    def class_rows(
-        self,
-        names: Sequence[str],  # noqa: ARG002
-        texts: Float[Tensor, "classes dim"],
-    ) -> Float[Tensor, "classes dim"]:
-        """What a classifier is made of: a unit vector for each class, from the one of its texts; most models: the same.
-
-        Args:
-            names: of the classes, which a model may know by more than texts.
-        """
+    def class_rows(self, names: Sequence[str], texts: Tensor) -> Float[Tensor, "classes dim"]:  # noqa: ARG002
+        """Unit vectors that classify: those of the classes' texts [classes dim], unless it knows a name by pictures."""
         return texts
 
     def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:

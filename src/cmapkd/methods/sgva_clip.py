@@ -178,7 +178,7 @@ class SgvaClip(DualEncoderMethod):
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """The adapter's last layer, and the context: no term reaches both."""
-        own: dict[str, nn.Parameter] = {"adapter": self.student.adapter.outer.weight}
+        own = {"adapter": dict(self.student.named_parameters())["adapter.outer.weight"]}
         if isinstance(self.student.model, PromptedEncoder):
             own["context"] = self.student.model.context.tokens
         return own

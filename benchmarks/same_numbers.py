@@ -47,6 +47,7 @@ RECIPES = (
     "open_clip_distill_scenes",
     "promptkd_scenes",
     "biomedcoop_scenes",
+    "sgva_clip_scenes",
     "c2kd_scenes",
     "dc_clip_scenes",
     "fitnet_scenes",

@@ -46,7 +46,7 @@ CLASSES = ClassPrompts(("red cat", "green dog", "blue boat", "round house", "squ
 WORDS = ("red", "green", "blue", "round", "square", "cat", "dog", "boat", "near", "under", "tree", "house")
 
 
-ONE_WIDTH = ("zscl", "dclip")
+ONE_WIDTH = ("dclip", "mulki", "sgva_clip", "zscl")
 """Methods whose student and teacher have the same width."""
 
 ROUNDING = {"promptkd": 10.0}
@@ -57,6 +57,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
     "dclip": {"regions": 2},
     "dmae": {"teacher_sees": "whole"},  # the teacher has another grid
+    "sgva_clip": {"context": "red blue"},
     "tipsv2": {"prototypes": 6},
     "zscl": {"reference": "train", "sentences": "classes"},  # one source
 }

@@ -64,6 +64,8 @@ rows are stored."""
 
 PICTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dmae": ("dmae", {}, "dense"),
+    "mulki": ("mulki", {}, "global"),
+    "sgva_clip": ("sgva_clip", {}, "global"),
     "zscl": ("zscl", {}, "global"),
 }
 """Methods that read no text of their teacher. A cache gives it nevertheless."""

@@ -13,6 +13,7 @@ from cmapkd.export.narrow import Narrowed
 from cmapkd.export.origin import without_folders
 from cmapkd.export.towers import text_rules
 from cmapkd.models import DualEncoder
+from cmapkd.models.adapted import AdaptedEncoder
 from cmapkd.models.hf_model import HfModel
 from cmapkd.models.hf_tokenizer import HfTokenizer
 from cmapkd.models.images import ImageSpec
@@ -33,7 +34,7 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
     Raises:
         ValueError: the model's tokenizer has no form that other tools read.
     """
-    if isinstance(model, JoinedEncoder | Narrowed):
+    if isinstance(model, JoinedEncoder | Narrowed | AdaptedEncoder):
         write_tokenizer(model.text_model if isinstance(model, JoinedEncoder) else model.model, folder)
         return
     if isinstance(model, GraphEncoder):

@@ -29,9 +29,11 @@ from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.mobileclip import MobileCLIP
+from cmapkd.methods.mulki import Mulki
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
+from cmapkd.methods.sgva_clip import SgvaClip
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.supervised import Supervised
@@ -57,6 +59,7 @@ _OWN: dict[str, type[Method]] = {
     "vl2lite": VL2Lite,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
+    "sgva_clip": SgvaClip,
     "lelp": Lelp,
     "c2kd": C2KD,
     "dc_clip": DCClip,
@@ -81,6 +84,7 @@ _OWN: dict[str, type[Method]] = {
     "tipsv2": TIPSv2,
     "sft": SFT,
     "zscl": ZSCL,
+    "mulki": Mulki,
     "token_kd": TokenKD,
     "taid": TAID,
 }

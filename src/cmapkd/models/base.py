@@ -282,6 +282,10 @@ class DualEncoder(ImageEncoder):
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
         """Text embedding [batch, embed_dim], not normalised, and the named levels."""
 
+    def class_rows(self, names: Sequence[str], texts: Tensor) -> Float[Tensor, "classes dim"]:  # noqa: ARG002
+        """Unit vectors that classify: those of the classes' texts [classes dim], unless it knows a name by pictures."""
+        return texts
+
     def tokens_in_joint_space(self, level: Level) -> Float[Tensor, "batch tokens dim"]:
         """Every token of the last image level, by the tower's own norm and projection; not normalised.
 

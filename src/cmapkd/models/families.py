@@ -40,7 +40,9 @@ class Family(Protocol):
         ...
 
 
-_OF_FOLDERS = {name: EntryPoint(name, f"cmapkd.models.{name}", FAMILIES.group) for name in ("joined", "prompted")}
+_OF_FOLDERS = {
+    name: EntryPoint(name, f"cmapkd.models.{name}", FAMILIES.group) for name in ("joined", "prompted", "adapted")
+}
 """Families without names of their own: what methods make of other models."""
 
 

@@ -107,7 +107,7 @@ def class_vectors(
             model, [text for each in some for text in each], batch_size=batch_size, device=device, autocast=autocast
         )
         weights.append(F.normalize(_means(texts, [*map(len, some)]), dim=-1))
-    return torch.cat(weights)
+    return model.class_rows(class_names, torch.cat(weights))
 
 
 def _means(rows: Float[Tensor, "rows dim"], counts: Sequence[int]) -> Float[Tensor, "classes dim"]:

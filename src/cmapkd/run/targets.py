@@ -140,10 +140,11 @@ class SurveyOfRun:
         config, method = self.config, self.method
         assert config.data.views is not None
         labels = {LABELS: method.extras[LABELS]} if LABELS in method.extras else {}
+        reads = method.teachers[role].reads  # a momentum teacher reads what the student does
         return BatchBuilder(
             self.source,
             teacher_views(config, method).get(role, config.data.views),
-            {role: readers_of(method, config)[role]},
+            {reads: readers_of(method, config)[reads]},
             seed=config.seed,
             on_bad_sample=config.data.on_bad_sample,
             stored={role: self.stored[role]} if role in self.stored else {},
@@ -155,7 +156,8 @@ class SurveyOfRun:
     def _answered(self, batch: Batch, role: str, towers: tuple[Tower, ...], device: torch.device) -> Answered:
         needs = LevelRequest(towers=towers)
         with as_in_training(device, self.config.training.precision):
-            features: Features = self.method.teachers[role](batch.only(role).to(device), needs)
+            teacher = self.method.teachers[role]
+            features: Features = teacher(batch.only(teacher.reads).to(device), needs)
         labels = batch.extra.get(LABELS, torch.full((len(batch),), NO_LABEL))
         return Answered(
             features.image.embedding.float(), features.text.embedding.float(), sample_keys(batch.ids), labels

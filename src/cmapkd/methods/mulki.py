@@ -1,0 +1,247 @@
+"""MulKI, a reconstruction (Zhang et al. 2024, arXiv:2411.06764): a task is learned under two teachers, by its own data.
+
+The teachers are the model before all tasks and the one before this task. What is from the paper and what is ours: the
+card below and docs/methods/mulki.md. Its mean of weights is `training.mean_every`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from cmapkd.config import ConfigError
+from cmapkd.data.batches import Extra
+from cmapkd.data.labels import LabelReader
+from cmapkd.data.templates import ClassPrompts
+from cmapkd.data.types import Batch
+from cmapkd.features.closed_form import class_means
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.targets import Answered, Survey
+from cmapkd.methods.terms import Term
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest, MomentumTeacher
+from cmapkd.models.texts import LearnedClassVectors, class_vectors
+from cmapkd.objectives import labelled_cross_entropy, similarities
+from cmapkd.objectives.prototype_relations import moved_prototypes, prototype_alignment, relation_divergences
+
+PREVIOUS = "previous"
+"""The role of the student as this run began."""
+
+
+class MulkiConfig(MethodConfig):
+    """What each term counts, and how the teachers share it."""
+
+    task_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the task's labels.")
+    prototype_weight: float = Field(
+        1.0, ge=0, description="Weight of the cross-entropies of each class's mean picture with its text."
+    )
+    relation_weight: float = Field(1.0, ge=0, description="Weight of the four KL of relations to prototypes.")
+    temperature: float = Field(2.0, gt=0, description="Divides all models' logits in the KL.")
+    teachers: Literal["both", "initial", "previous"] = Field(
+        "both",
+        description="initial: the recipe's teacher, the model before all tasks; previous: the student as this run "
+        "began; both: each sample divides its weight between them.",
+    )
+    teacher_weights: Literal["adaptive", "equal"] = Field(
+        "adaptive",
+        description="adaptive: softmax of both teachers' probability of the right class; equal: a half each.",
+    )
+    momentum: float = Field(
+        0.9, ge=0, le=1, description="Weight of the past in the student's mean pictures, after each step."
+    )
+    prompts_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="Templates drawn in each step for the student's vectors of the classes; none: all, for data of few "
+        "classes.",
+    )
+
+    @property
+    def reads_classes(self) -> bool:
+        return True
+
+    @property
+    def reads_captions(self) -> bool:
+        return False
+
+
+class Mulki(DualEncoderMethod):
+    """The student learns a task, and its pictures and class texts relate to class prototypes as its teachers' do."""
+
+    Config: ClassVar[type[MethodConfig]] = MulkiConfig
+    steady = True
+    card: ClassVar[MethodCard] = MethodCard(
+        title="MulKI, a reconstruction: fine-tuning under two teachers by relations to class prototypes",
+        paper="Zhang et al. 2024, arXiv:2411.06764 (IEEE TIP 2026), whose equations could not be read",
+        equations=(
+            "of a model: v unit images, W its unit class vectors, P the unit mean image of each class, s its scale",
+            "of the student P follows the batches: P_c = N(μ P_c + (1 - μ) mean v of class c in the batch)",
+            "L_labels = CE(s v Wᵀ, y); L_prototypes = 1/2 [CE(s P Wᵀ, own class) + CE(s W Pᵀ, own class)]",
+            "relations of a sample of class y: R = {s v Pᵀ, s v Wᵀ, s W_y Wᵀ, s W_y Pᵀ}",
+            "w_m = softmax over teachers m of σ(s_m v_m W_mᵀ)_y; m: the model before all tasks, the one before this",
+            "L_relations = T² mean_b Σ_m w_m Σ_R KL(σ(R_m/T) ‖ σ(R_S/T)), over the labelled samples",
+            "L = L_labels + L_prototypes + L_relations",
+            "saved: the mean of the weights before the task and along it (training.mean_every)",
+        ),
+        needs="labels and names of at least two classes; as teacher the model before all tasks, of the student's width",
+        trainable="the student but for its logit scale",
+        departures=(
+            "From the abstract: prototypes of classes that align both modalities, relations within and between "
+            "modalities to them, two teachers that are weighted for each sample, models joined within and between "
+            "tasks, and no data but the task's. Every formula, default and weight is ours.",
+            "A text of a sample is the prompt of its class, so samples without a label take part in nothing.",
+            "Prototypes of the teachers are of all training pictures, made once; the student's begin there.",
+        ),
+        checked_against="the formulas written out in loops; no published code was found, so there is no parity",
+    )
+
+    pictures: Float[Tensor, "classes dim"]
+    shown: Bool[Tensor, " classes"]
+    teacher_pictures: Float[Tensor, "teachers classes dim"]
+    teacher_texts: Float[Tensor, "teachers classes dim"]
+
+    def __init__(
+        self,
+        config: MulkiConfig,
+        *,
+        student: DualEncoder,
+        teacher: FrozenTeacher | None = None,
+        classes: ClassPrompts | None = None,
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        assert teacher is not None
+        assert classes is not None
+        self.config, number = config, len(classes.names)
+        if number < 2:
+            raise ConfigError(f"method mulki tells classes apart, and the data name one: {classes.names[0]!r}")
+        if student.embed_dim != teacher.embed_dim:
+            raise ConfigError(
+                f"mulki keeps the student alike to what it was, but {student.name} embeds in {student.embed_dim} "
+                f"numbers and its teacher {teacher.name} in {teacher.embed_dim}: take teacher: student, or the model "
+                "that the first task began with"
+            )
+        student.log_logit_scale.requires_grad_(False)
+        self.previous: MomentumTeacher | None = None
+        if config.relation_weight and config.teachers != "initial":
+            self.previous = MomentumTeacher(student, decay=1.0, role=PREVIOUS)
+            self.teachers[PREVIOUS] = self.previous
+        self.roles = tuple(role for role in self.teachers if role == PREVIOUS or config.teachers != "previous")
+        if not config.relation_weight:
+            self.roles = (teacher.role,)  # whose mean pictures the student's begin as
+        self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
+        texts = [self._texts_of(role, classes) for role in self.roles]
+        self.register_buffer("teacher_texts", torch.stack(texts).to(student.device))
+        # until `prepare`, no step goes on with them
+        self.register_buffer("teacher_pictures", torch.full_like(self.teacher_texts, torch.nan))
+        self.register_buffer("pictures", torch.full_like(self.teacher_texts[0], torch.nan))
+        self.register_buffer("shown", torch.zeros(number, dtype=torch.bool, device=student.device))
+
+    def _texts_of(self, role: str, classes: ClassPrompts) -> Float[Tensor, "classes dim"]:
+        model = self.teachers[role].model
+        device = next(model.parameters()).device
+        return class_vectors(model, classes.names, classes.templates, own=classes.own, device=device)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        config = self.config
+        weights = {
+            "labels": config.task_weight,
+            "prototypes": config.prototype_weight,
+            "relations": config.relation_weight,
+        }
+        return tuple(name for name, weight in weights.items() if weight)
+
+    @property
+    def needs_labels(self) -> bool:
+        return True
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        return {**super().extras, LABELS: LabelReader(num_classes=len(self.shown))}
+
+    @property
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
+
+    teacher_needs = student_needs
+
+    @property
+    def prepares(self) -> bool:
+        return bool(self.config.prototype_weight or self.config.relation_weight)
+
+    def prepare(self, survey: Survey) -> None:
+        """Makes the mean picture of each class, by each teacher."""
+        number = len(self.shown)
+        for place, role in enumerate(self.roles):
+            answers = Answered.joined(survey(role, towers=("image",)))
+            means, counts = class_means(F.normalize(answers.image.double(), dim=-1), answers.labels, number)
+            self.teacher_pictures[place] = F.normalize(means, dim=-1).to(self.teacher_pictures)
+            self.shown.copy_(counts > 0)
+        self.pictures.copy_(self.teacher_pictures[-1])
+        if (shown := int(self.shown.sum())) < 2:
+            raise ConfigError(
+                f"mulki makes a prototype of each class's pictures, and of {number} classes {shown} has labelled ones "
+                "in data.train: take data with pictures of two classes or more"
+            )
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        config, terms = self.config, {}
+        student, labels = self.encode_student(batch), self.labels(batch)
+        image, scale = student.image.embedding, student.logit_scale
+        texts = self.own_vectors(self.student, self.step.generator("prompts"))
+        by_text = similarities(image, texts, scale)
+        if self.wants("labels", config.task_weight):
+            terms["labels"] = Term(labelled_cross_entropy(by_text, labels), config.task_weight)
+        if not self.prepares:
+            return terms
+        pictures = moved_prototypes(self.pictures, image, labels, momentum=config.momentum)
+        if self.training:
+            self.pictures.copy_(pictures.detach())
+        if self.wants("prototypes", config.prototype_weight):
+            alignment = prototype_alignment(similarities(pictures, texts, scale), self.shown)
+            terms["prototypes"] = Term(alignment, config.prototype_weight)
+        if self.wants("relations", config.relation_weight):
+            own = (similarities(image, pictures, scale), by_text, *_of_texts(texts, pictures, scale))
+            terms["relations"] = Term(self._relations(batch, own, labels), config.relation_weight)
+        return terms
+
+    def _relations(self, batch: Batch, own: tuple[Tensor, ...], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+        """The weighted KL of the labelled samples, a mean over them."""
+        answers = self.encode_teachers(batch, self.roles)
+        of_class = (labels[:, None] == torch.arange(len(self.shown), device=labels.device)).to(own[0].dtype)
+        known = of_class.sum(1)
+        distances, confidences = [], []
+        for place, role in enumerate(self.roles):
+            theirs = self._relations_of(answers[role], place)
+            by_picture, by_text, texts, crossed = (
+                relation_divergences(mine, other, shown, temperature=self.config.temperature)
+                for mine, other, shown in zip(own, theirs, (self.shown, None, None, self.shown), strict=True)
+            )
+            distances.append(by_picture + by_text + of_class @ (texts + crossed))
+            confidences.append((theirs[1].softmax(1) * of_class).sum(1))
+        weights = torch.stack(confidences).softmax(0)
+        if self.config.teacher_weights == "equal":
+            weights = torch.full_like(weights, 1 / len(weights))
+        count = known.sum().clamp_min(1)
+        if len(weights) > 1:
+            self.measurements["previous_weight"] = (weights[-1] * known).sum() / count
+        return (weights * torch.stack(distances) * known).sum() / count
+
+    @torch.no_grad()
+    def _relations_of(self, answers: Features, place: int) -> tuple[Tensor, ...]:
+        """A teacher's relations: images to pictures and texts, texts to texts and pictures."""
+        pictures, texts, scale = self.teacher_pictures[place], self.teacher_texts[place], answers.logit_scale
+        image = answers.image.embedding
+        by_picture, by_text = similarities(image, pictures, scale), similarities(image, texts, scale)
+        return (by_picture, by_text, *_of_texts(texts, pictures, scale))
+
+
+def _of_texts(texts: Tensor, pictures: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """How class texts relate to each other, and to the classes' pictures."""
+    return similarities(texts, texts, scale), similarities(texts, pictures, scale)

@@ -1,0 +1,251 @@
+"""SgVA-CLIP (Peng et al. 2024, arXiv:2211.16191): few labelled pictures train an adapter behind a frozen image tower.
+
+What the frozen model's pictures and class prompts say of all classes holds the adapter. The answer joins the prompts
+with the mean of each class's adapted pictures. Departures: the card below and docs/methods/sgva_clip.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from cmapkd.config import ConfigError
+from cmapkd.data.batches import Extra
+from cmapkd.data.labels import LabelReader
+from cmapkd.data.templates import ClassPrompts
+from cmapkd.data.types import Batch
+from cmapkd.features import gather_rows, sample_keys
+from cmapkd.features.closed_form import rank_in_class
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.targets import Answered, Survey
+from cmapkd.methods.terms import Term
+from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models.adapted import AdaptedEncoder
+from cmapkd.models.prompted import PromptedEncoder, with_text_prompts
+from cmapkd.models.texts import LearnedClassVectors, class_vectors
+from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
+from cmapkd.objectives.support import support_scores
+
+
+class SgvaClipConfig(MethodConfig):
+    """The adapter, the context of the prompts, and what each term counts."""
+
+    prototype_weight: float = Field(
+        1.0, ge=0, description="Weight of the cross-entropy by the means of each class's adapted pictures."
+    )
+    distill_weight: float = Field(
+        1.0, ge=0, description="Weight of the KL from the frozen pictures' classes to the adapted pictures' classes."
+    )
+    temperature: float = Field(5.0, gt=0, description="Divides both logits in the KL, which has no factor T².")
+    hidden: float = Field(2.0, gt=0, description="Units between the adapter's matrices, in widths of the embedding.")
+    shots: int = Field(16, ge=1, description="Labelled pictures that stand for a class at most; published: 1 to 16.")
+    share: float = Field(
+        0.5, ge=0, le=1, description="Share of the pictures in the answer; the rest is the share of the prompts."
+    )
+    context: str | int | None = Field(
+        "a photo of a",
+        description="Words that the learned vectors in front of class names begin as; or how many random ones. None: "
+        "no learned vectors, and prompts by the evaluation's templates.",
+    )
+    template: str = Field("{}.", description="What stands behind the learned vectors; {} is the name of a class.")
+
+    @field_validator("template")
+    @classmethod
+    def _has_a_place(cls, value: str) -> str:
+        if "{}" not in value:
+            raise ValueError("there must be {} where the name of a class goes")
+        return value
+
+    @property
+    def reads_classes(self) -> bool:
+        return True
+
+    @property
+    def own_texts(self) -> tuple[str, ...]:
+        return (self.template, self.context) if isinstance(self.context, str) else (self.template,)
+
+    @property
+    def reads_captions(self) -> bool:
+        return False
+
+
+class SgvaClip(DualEncoderMethod):
+    """An adapter learns labels by pictures, and the frozen model's view of all classes; a context learns labels."""
+
+    Config: ClassVar[type[MethodConfig]] = SgvaClipConfig
+    steady = True
+    card: ClassVar[MethodCard] = MethodCard(
+        title="SgVA-CLIP: a visual adapter for few labels, held by the frozen model's classes",
+        paper="Peng et al., IEEE Transactions on Multimedia 2024, arXiv:2211.16191",
+        equations=(
+            "v: the frozen unit image embedding, w_c: unit vector of the learned context with the name of class c",
+            "a = N(relu(α W₂ relu(W₁ v) + (1 - α) v)), α learned from 0.5; P_c: the mean of a over pictures of class c",
+            "z_P = s a Pᵀ, z_W = s v Wᵀ, z_A = s a Wᵀ, s: the frozen logit scale",
+            "L = CE(z_P, y) + KL(σ(sg z_W / T) ‖ σ(s a sg(W)ᵀ / T)) + CE(z_W, y), T = 5",
+            "answer: share z_P + (1 - share) z_W; of classes without pictures share z_A + (1 - share) z_W",
+        ),
+        needs="labels and the names of at least two classes; no captions. The teacher is the student: its answers are "
+        "the frozen pictures. A text tower whose table of tokens can be reached, unless context is none",
+        trainable="the adapter and the context",
+        departures=(
+            "P is of all the pictures of a class, up to shots, in every step; published: of an episode's. A picture's "
+            "own row does not count for it, as an episode shows other pictures in its support.",
+            "The first term has all classes with pictures; published: those of the episode.",
+            "The adapter reads the embedding. The published code can do so; its example lifts the embedding to the "
+            "width before the projection.",
+            "share is a setting; published: learned or searched on validation data.",
+            "Classes without pictures are scored by z_A in place of z_P; published: not scored.",
+            "KL in place of the cross-entropy with soft targets: the same gradient, and zero at agreement.",
+            "AdamW with this toolkit's schedule in place of two optimizers of SGD.",
+        ),
+        checked_against="the formulas written out in loops; the published code has no licence, and was read only",
+    )
+
+    support_keys: Int[Tensor, "classes shots"]
+    frozen_vectors: Float[Tensor, "classes dim"]  # without a context
+
+    def __init__(
+        self,
+        config: SgvaClipConfig,
+        *,
+        student: DualEncoder,
+        teacher: FrozenTeacher | None = None,
+        classes: ClassPrompts | None = None,
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        assert teacher is not None
+        assert classes is not None
+        self.config, self.num_classes = config, len(classes.names)
+        _check(student, teacher, classes)
+        student.requires_grad_(False)
+        inner: DualEncoder = student
+        self.vectors: LearnedClassVectors | None = None
+        if config.context is None:
+            own = class_vectors(student, classes.names, classes.templates, own=classes.own, device=student.device)
+            self.register_buffer("frozen_vectors", own.to(student.device))
+        else:
+            try:
+                inner = with_text_prompts(student, context=config.context, template=config.template)
+            except ValueError as error:
+                raise ConfigError(f"method sgva_clip: {error}") from None
+            self.vectors = LearnedClassVectors(ClassPrompts(classes.names, (config.template,)), inner)
+        hidden = max(1, round(config.hidden * student.embed_dim))
+        self.student: AdaptedEncoder = AdaptedEncoder(
+            inner, classes.names, shots=config.shots, hidden=hidden, share=config.share
+        )
+        keys = torch.full((self.num_classes, config.shots), -1, dtype=torch.long, device=student.device)
+        self.register_buffer("support_keys", keys)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        weights = {
+            "prototypes": self.config.prototype_weight,
+            "classes": self.config.distill_weight,
+            "labels": float(self.vectors is not None),
+        }
+        return tuple(name for name, weight in weights.items() if weight)
+
+    @property
+    def needs_labels(self) -> bool:
+        return True
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        return {**super().extras, LABELS: LabelReader(num_classes=self.num_classes)}
+
+    @property
+    def student_needs(self) -> LevelRequest:
+        return LevelRequest(towers=("image",))
+
+    teacher_needs = student_needs
+
+    @property
+    def prepares(self) -> bool:
+        return True
+
+    def train(self, mode: bool = True) -> Self:
+        """The frozen model stays in eval mode: nothing of it changes, and it drops nothing."""
+        super().train(mode)
+        self.student.model.eval()
+        return self
+
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The adapter's last layer, and the context: no term reaches both."""
+        own = {"adapter": dict(self.student.named_parameters())["adapter.outer.weight"]}
+        if isinstance(self.student.model, PromptedEncoder):
+            own["context"] = self.student.model.context.tokens
+        return own
+
+    def prepare(self, survey: Survey) -> None:
+        """Keeps the first pictures of each class."""
+        answers = Answered.joined(survey(towers=("image",)))
+        places = rank_in_class(answers.labels)
+        kept = (answers.labels >= 0) & (places < self.config.shots)
+        at = answers.labels[kept], places[kept]
+        self.student.show(F.normalize(answers.image[kept], dim=-1), at)
+        self.support_keys.fill_(-1)[at] = answers.keys[kept].to(self.support_keys.device)
+        shown = int(self.student.in_support.any(1).sum())
+        if shown < 2:
+            raise ConfigError(
+                f"sgva_clip tells classes apart by their pictures, and of {self.num_classes} classes {shown} has "
+                "labelled ones in data.train: take data with pictures of two classes or more"
+            )
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        config, student = self.config, self.student
+        answers, terms = self.encode_teacher(batch), {}
+        frozen, scale = F.normalize(answers.image.embedding.to(student.support.dtype), dim=-1), answers.logit_scale
+        adapted, vectors = student.adapter(frozen), self._class_vectors()
+        by_text = similarities(frozen, vectors, scale)
+        if self.wants("prototypes", config.prototype_weight):
+            scores = support_scores(adapted, student.adapter(student.support), self._counted(batch), scale)
+            terms["prototypes"] = Term(labelled_cross_entropy(scores, self.labels(batch)), config.prototype_weight)
+        if self.wants("classes", config.distill_weight):
+            by_adapter = similarities(adapted, vectors.detach(), scale)
+            divergence = kl_divergence(by_adapter, by_text, temperature=config.temperature)
+            terms["classes"] = Term(divergence / config.temperature**2, config.distill_weight)
+        if self.vectors is not None and self.wants("labels"):
+            terms["labels"] = Term(labelled_cross_entropy(by_text, self.labels(batch)))
+        return terms
+
+    def _class_vectors(self) -> Float[Tensor, "classes dim"]:
+        return self.frozen_vectors if self.vectors is None else self.vectors(self.student.model)
+
+    def _counted(self, batch: Batch) -> Bool[Tensor, "batch classes shots"]:
+        """Which pictures count for which sample: all but its own, which counts where its class has no other."""
+        keys = gather_rows(sample_keys(batch.ids).to(self.device, non_blocking=True))
+        others = self.student.in_support & (self.support_keys != keys[:, None, None])
+        return torch.where(others.any(-1, keepdim=True), others, self.student.in_support)
+
+
+def _check(student: DualEncoder, teacher: FrozenTeacher, classes: ClassPrompts) -> None:
+    """Refuses what the method cannot begin with.
+
+    Raises:
+        ConfigError: the teacher is another model, the student is untrained or has an adapter, or there is one class.
+    """
+    if len(classes.names) < 2:
+        raise ConfigError(f"method sgva_clip tells classes apart, and the data name one: {classes.names[0]!r}")
+    if isinstance(student, AdaptedEncoder):
+        raise ConfigError(
+            f"the student {student.name} has an adapter already: name the model without it, which is in the folder "
+            "`model` within its own (student/model of a run)"
+        )
+    if student.random_towers:
+        raise ConfigError(
+            f"sgva_clip adapts a trained student, and the {' and '.join(student.random_towers)} tower of "
+            f"{student.name} has random weights: name a trained model or a folder"
+        )
+    same = torch.equal(student.log_logit_scale.detach().cpu(), teacher.model.log_logit_scale.detach().cpu())
+    if teacher.name != student.name or teacher.embed_dim != student.embed_dim or not same:
+        raise ConfigError(
+            f"sgva_clip adapts the frozen student, whose pictures its teacher answers, and the teacher {teacher.name} "
+            f"is another model than the student {student.name}: set teacher: student"
+        )

@@ -58,6 +58,7 @@ RECIPES = (
     "supervised_scenes",
     "dho_scenes",
     "vl2lite_scenes",
+    "makd_scenes",
     "acam_kd_scenes",
     "dmae_scenes",
     "trg_token_graph_scenes",

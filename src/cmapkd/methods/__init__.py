@@ -26,6 +26,7 @@ from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
+from cmapkd.methods.makd import Makd
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
@@ -53,6 +54,7 @@ _OWN: dict[str, type[Method]] = {
     "supervised": Supervised,
     "dho": DHO,
     "vl2lite": VL2Lite,
+    "makd": Makd,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
     "lelp": Lelp,

@@ -1,6 +1,7 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
 from cmapkd.objectives.angle import angular_dispersion, squared_angle
+from cmapkd.objectives.answers import answer_cross_entropy, answers_among
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
 from cmapkd.objectives.classes import (
@@ -50,6 +51,8 @@ __all__ = [
     "absolute_distance",
     "agreeing",
     "angular_dispersion",
+    "answer_cross_entropy",
+    "answers_among",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",

@@ -56,6 +56,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "biomedcoop": {"context": "red blue"},  # the default's words are 9 tokens here
     "dmae": {"teacher_sees": "whole"},  # the teacher has another grid
     "makd": {"questions": {"colour": ["red", "green", "blue"], "form": ["round", "square"]}, "templates": ["{}"]},
+    "mst_distill": {"hidden": 12},  # masks grow with its cube
     "tipsv2": {"prototypes": 6},
     "zscl": {"reference": "train", "sentences": "classes"},  # one source
 }

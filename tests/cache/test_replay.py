@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dho": ("dho", {}, "global"),
     "vl2lite": ("vl2lite", {}, "global"),
     "makd": ("makd", {}, "global"),
+    "mst_distill": ("mst_distill", {}, "global"),
     "acam_kd": ("acam_kd", {}, "dense"),
     "trg_token_graph": ("trg_token_graph", {"tokens": 3}, "dense"),
     "biomedcoop": ("biomedcoop", {}, "global"),
@@ -59,8 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "key_tokens",
     ),
 }
-DISCRETE = ("clip_ping",)
-"""Read which answer is the nearest: of answers that are nearly alike, rounded ones may give another."""
+DISCRETE = ("clip_ping", "mst_distill")
+"""Choose the nearest answer, or a specialist: of answers that are nearly alike, rounded ones may give another."""
 
 PICTURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dmae": ("dmae", {}, "dense"),

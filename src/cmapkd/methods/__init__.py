@@ -28,6 +28,7 @@ from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.makd import Makd
 from cmapkd.methods.mobileclip import MobileCLIP
+from cmapkd.methods.mst_distill import MstDistill
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
@@ -55,6 +56,7 @@ _OWN: dict[str, type[Method]] = {
     "dho": DHO,
     "vl2lite": VL2Lite,
     "makd": Makd,
+    "mst_distill": MstDistill,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
     "lelp": Lelp,

@@ -15,6 +15,7 @@ from cmapkd.objectives.classes import (
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
+from cmapkd.objectives.experts import balance_divergence, mutual_divergence, routed_divergence
 from cmapkd.objectives.feature import (
     absolute_distance,
     embedding_distance,
@@ -53,6 +54,7 @@ __all__ = [
     "angular_dispersion",
     "answer_cross_entropy",
     "answers_among",
+    "balance_divergence",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -79,6 +81,7 @@ __all__ = [
     "log_distance",
     "mask_overlap",
     "masked_error",
+    "mutual_divergence",
     "nearest_divergence",
     "neighbour_divergence",
     "next_taid",
@@ -92,6 +95,7 @@ __all__ = [
     "reference_distance",
     "reference_divergences",
     "relation_distance",
+    "routed_divergence",
     "sigmoid_loss",
     "similarities",
     "similarity_divergence",

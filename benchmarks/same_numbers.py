@@ -59,6 +59,8 @@ RECIPES = (
     "supervised_scenes",
     "dho_scenes",
     "vl2lite_scenes",
+    "makd_scenes",
+    "mst_distill_scenes",
     "acam_kd_scenes",
     "dmae_scenes",
     "trg_token_graph_scenes",

@@ -58,6 +58,8 @@ FITTING: dict[str, dict[str, Any]] = {
     "dclip": {"regions": 2},
     "dmae": {"teacher_sees": "whole"},  # the teacher has another grid
     "sgva_clip": {"context": "red blue"},
+    "makd": {"questions": {"colour": ["red", "green", "blue"], "form": ["round", "square"]}, "templates": ["{}"]},
+    "mst_distill": {"hidden": 12},  # masks grow with its cube
     "tipsv2": {"prototypes": 6},
     "zscl": {"reference": "train", "sentences": "classes"},  # one source
 }

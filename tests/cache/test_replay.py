@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "clip_ping": ("clip_ping", {}, "global"),
     "dho": ("dho", {}, "global"),
     "vl2lite": ("vl2lite", {}, "global"),
+    "makd": ("makd", {}, "global"),
+    "mst_distill": ("mst_distill", {}, "global"),
     "acam_kd": ("acam_kd", {}, "dense"),
     "trg_token_graph": ("trg_token_graph", {"tokens": 3}, "dense"),
     "biomedcoop": ("biomedcoop", {}, "global"),

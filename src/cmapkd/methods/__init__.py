@@ -28,8 +28,10 @@ from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
+from cmapkd.methods.makd import Makd
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.mulki import Mulki
+from cmapkd.methods.mst_distill import MstDistill
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
@@ -57,6 +59,8 @@ _OWN: dict[str, type[Method]] = {
     "supervised": Supervised,
     "dho": DHO,
     "vl2lite": VL2Lite,
+    "makd": Makd,
+    "mst_distill": MstDistill,
     "promptkd": PromptKD,
     "biomedcoop": BiomedCoOp,
     "sgva_clip": SgvaClip,

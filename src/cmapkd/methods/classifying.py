@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -47,9 +47,10 @@ class ClassifierMethod(PictureMethod):
         *,
         student: Classifier,
         teacher: FrozenTeacher | None = None,
+        more_teachers: Sequence[FrozenTeacher] = (),
         classes: ClassPrompts | None = None,
     ) -> None:
-        super().__init__(config, student=student, teacher=teacher)
+        super().__init__(config, student=student, teacher=teacher, more_teachers=more_teachers)
         assert classes is not None
         self.classes, self.label_reader = classes, LabelReader(config.label_share, len(classes.names))
 

@@ -1,6 +1,7 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
 from cmapkd.objectives.angle import angular_dispersion, squared_angle
+from cmapkd.objectives.answers import answer_cross_entropy, answers_among
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
 from cmapkd.objectives.classes import (
@@ -14,6 +15,7 @@ from cmapkd.objectives.classes import (
 from cmapkd.objectives.common import similarities
 from cmapkd.objectives.contrastive import contrast_of_views, contrastive_loss, sigmoid_loss
 from cmapkd.objectives.divergence import kl_divergence
+from cmapkd.objectives.experts import balance_divergence, mutual_divergence, routed_divergence
 from cmapkd.objectives.feature import (
     absolute_distance,
     embedding_distance,
@@ -50,6 +52,9 @@ __all__ = [
     "absolute_distance",
     "agreeing",
     "angular_dispersion",
+    "answer_cross_entropy",
+    "answers_among",
+    "balance_divergence",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -77,6 +82,7 @@ __all__ = [
     "log_distance",
     "mask_overlap",
     "masked_error",
+    "mutual_divergence",
     "nearest_divergence",
     "neighbour_divergence",
     "next_taid",
@@ -90,6 +96,7 @@ __all__ = [
     "reference_distance",
     "reference_divergences",
     "relation_distance",
+    "routed_divergence",
     "sigmoid_loss",
     "similarities",
     "similarity_divergence",

@@ -172,3 +172,7 @@ def test_what_learns_must_agree_with_the_training(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"options\.image of parts:small freezes blocks\.\d, which this method"):
         compared.check_learning()
     method("clip_kd", {"frozen_blocks": 1}, hints={"P4": 1.0}).check_learning()
+    mixed = parts(root / "bert", [{**VIT, "frozen": True}, {"name": "timm:test_resnet", "image_size": 48}])
+    assert mixed.frozen_towers == ()
+    assert (mixed.why_towers_live or "").startswith("timm:test_resnet learns from its first block on")
+    assert parts(root / "bert").why_towers_live is None

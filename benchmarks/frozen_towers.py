@@ -1,10 +1,14 @@
-"""Heads over frozen towers: a step with live towers against a step with their answers from the cache, losses compared.
+"""Frozen towers and frozen blocks: a step with live towers against a step with their answers from the cache.
 
     uv run python benchmarks/frozen_towers.py examples/photographs_teacher.yaml --folder runs/frozen_towers \\
-        --json docs/results/frozen_towers.json
+        --name heads training.batch_size=64
+    uv run python benchmarks/frozen_towers.py examples/photographs_teacher.yaml --folder runs/frozen_blocks \\
+        --name last_blocks training.batch_size=64 training.train_parts=null \\
+        student.options.image.frozen_blocks=4 student.options.text.frozen_blocks=4
 
-All trainings have the same seed, data, views and batches. Seconds are of whole steps, the data included, from the pairs
-a second that the trainer logs; the first step is left out. What the cached steps read is stored before and timed apart.
+Each command replaces its entry of docs/results/frozen_towers.json. All its trainings have the same seed, data, views
+and batches, and their losses are compared. Seconds are of whole steps, the data included, from the pairs a second that
+the trainer logs; the first step is left out. What the cached steps read is stored before and timed apart.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from cmapkd.run import RunConfig
 from cmapkd.run.measure import Measured
 from cmapkd.run.train import train
 
+JSON = Path("docs/results/frozen_towers.json")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,17 +36,20 @@ def main() -> None:
     parser.add_argument("--live-steps", type=int, default=4)
     parser.add_argument("--cached-steps", type=int, default=40)
     parser.add_argument("--folder", type=Path, required=True, help="for the runs; empty or new")
-    parser.add_argument("--json", type=Path, required=True)
-    arguments = parser.parse_args()
+    parser.add_argument("--name", required=True, help="of the entry")
+    parser.add_argument("--shared", action="store_true", help="say that other work shared the cores")
+    parser.add_argument("--json", type=Path, default=JSON)
+    arguments = parser.parse_intermixed_args()
     few, many = arguments.live_steps, arguments.cached_steps
     start = time.perf_counter()
-    steps(arguments, "build", many)  # stores what the cached steps read
+    stored = steps(arguments, "build", many)  # stores what the cached steps read
     build = time.perf_counter() - start
     runs = {
         "live": steps(arguments, "live", few, cached=False),
         "short": steps(arguments, "short", few),
         "cached": steps(arguments, "cached", many),
     }
+    assert [line["loss"] for line in stored] == [line["loss"] for line in runs["cached"]]
     batch = config_of(arguments, few, cached=True).training.batch_size
     seconds = {
         name: statistics.median(batch / line["pairs_per_second"] for line in runs[name][1:])
@@ -55,10 +64,12 @@ def main() -> None:
         "seconds_a_step": seconds,
         "ratio": seconds["live"] / seconds["cached"],
         "largest_difference_of_losses": max(abs(live["loss"] - cached["loss"]) for live, cached in pairs),
-        "seconds_of_the_first_run": build,
+        "seconds_with_storing": build,
+        "other_work_shared_the_cores": arguments.shared,
         "environment": describe_environment(),
     }
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    known = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.is_file() else {}
+    arguments.json.write_text(json.dumps({**known, arguments.name: result}, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from cmapkd.config import ConfigError
 from cmapkd.data.stored import StoredSource
 from cmapkd.models import ModelConfig, build_model, load_model
 from cmapkd.models.image_towers import VisualTower
+from cmapkd.training import trainer
+from cmapkd.training.stopping import Interrupted
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from model_support import inputs
@@ -138,3 +144,48 @@ def test_a_text_reader_answers_live_where_there_are_further_texts(world: dict[st
         method: Any = make_method("mobileclip", student=student, settings=settings_of)
         method.train_only(HEADS)
         assert ("a reader behind the text tower" in (method.why_student_live or "")) == told
+
+
+# ------------------------------------------------------------------------------------------------ from the middle
+
+
+@contextmanager
+def asked_to_stop_at_once() -> Iterator[threading.Event]:
+    event = threading.Event()
+    event.set()
+    yield event
+
+
+@pytest.mark.filterwarnings("ignore::cmapkd.cache.CacheWarning")
+def test_steps_begin_in_the_middle(world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last blocks of a text encoder and of one of two image towers learn: the losses of live towers, and bit for bit
+    the same after a stop, when these blocks have other weights, from the same cache and without a look at pictures."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    training = {"train_parts": None, "micro_batch": 4, "steps": 4}
+    values = settings(world, heads="reader", training=training)
+    towers = [{**CONVOLUTIONAL, "frozen": True}, {"name": "timm:test_resnet", "image_size": 64, "frozen_blocks": 2}]
+    values["student"]["options"] |= {"image": towers, "text": {"name": world["text"], "frozen_blocks": 2}}
+    cmapkd.distill(**values, out=tmp_path / "live", quiet=True)
+    cmapkd.distill(**values, cache=CACHE, out=tmp_path / "cached", quiet=True)
+    for mine, theirs in zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-6)
+    folder = tmp_path / "cached" / "student"
+    assert json.loads((folder / "cmapkd.json").read_text())["options"]["frozen"] == {"image": [True, 2], "text": 2}
+    read: list[int] = []
+    decode = StoredSource.__getitem__
+
+    def looked(self: StoredSource, index: int) -> Any:
+        read.append(index)
+        return decode(self, index)
+
+    monkeypatch.setattr(StoredSource, "__getitem__", looked)
+    values["cache"] = {**CACHE, "mode": "require"}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "signals", asked_to_stop_at_once)
+        with pytest.raises(Interrupted):
+            cmapkd.distill(**values, out=tmp_path / "parts", quiet=True)
+    cmapkd.distill(**values, out=tmp_path / "parts", quiet=True, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "cached")
+    cached, parts = (load_model(tmp_path / name).state_dict() for name in ("cached", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in cached.items())
+    assert len({index for index in read if index > 0}) <= 2  # the one in the place of the damaged one, as above

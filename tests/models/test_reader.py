@@ -16,7 +16,7 @@ from torch.autograd import gradcheck
 
 from cmapkd.config import ConfigError
 from cmapkd.models.heads import HeadConfig, Reader
-from cmapkd.models.open_clip_levels import _unpooled
+from cmapkd.models.open_clip_levels import unpooled
 from cmapkd.models.types import LAST, Level, LevelInfo
 
 READER = {"kind": "reader", "queries": 2, "heads": 2}
@@ -125,10 +125,10 @@ def test_texts_are_read_without_their_padding(kind: str, encoders: dict[str, Pat
 
 def test_towers_without_tokens_and_wrong_settings_are_refused(encoders: dict[str, Path]) -> None:
     trunk = SimpleNamespace(num_features=6, output_fmt="NHWC")
-    assert _unpooled(trunk, torch.zeros(2, 3, 5, 6), "it").values.shape == (2, 6, 3, 5)
+    assert unpooled(trunk, torch.zeros(2, 3, 5, 6), "it").values.shape == (2, 6, 3, 5)
     for given, told in (([torch.zeros(1, 4, 6)], "several"), (torch.zeros(1, 1, 6), r"shape \(1, 6\)")):
         with pytest.raises(ConfigError, match=f"it gives .*{told}.* set image_head to linear or mlp"):
-            _unpooled(trunk, given, "it")
+            unpooled(trunk, given, "it")
     with pytest.raises(ConfigError, match=r"timm:pit_ti_224 gives features of shape \(1, 256\) before it pools"):
         parts(encoders["bert"], "timm:pit_ti_224", image_head="reader")
     with pytest.raises(ConfigError, match="a reader of 32 channels cannot have 5 heads"):

@@ -236,6 +236,7 @@ class DualEncoderMethod(Method):
 
     def train_only(self, parts: Sequence[str]) -> None:
         """Also refuses to freeze a tower whose inner levels the terms compare: such a term would train nothing."""
+        self.student.check_parts(parts)
         super().train_only(parts)
         known, learning = self.student.parts, {name for name, p in self.student.named_parameters() if p.requires_grad}
         needs = self.student_needs
@@ -247,6 +248,20 @@ class DualEncoderMethod(Method):
                     f"training.train_parts freezes the {tower} tower of {self.student.name}, but this method, as it is "
                     f"set, compares its levels {', '.join(levels)}, which only a tower that learns can change: add "
                     f"{tower} to train_parts, or give these levels a weight of zero"
+                )
+
+    def check_learning(self) -> None:
+        """Refuses to compare inner levels that nothing which learns stands behind."""
+        needs, frozen = self.student_needs, self.student.frozen_levels
+        for tower, asked, still in (
+            ("image", needs.image_levels, frozen.image_levels),
+            ("text", needs.text_levels, frozen.text_levels),
+        ):
+            if levels := [name for name in asked if name in still]:
+                raise ConfigError(
+                    f"options.{tower} of {self.student.name} freezes {', '.join(levels)}, which this method, as it is "
+                    "set, compares, and only blocks that learn can change: freeze fewer blocks, or give these levels a "
+                    "weight of zero"
                 )
 
     def let_all_learn(self) -> None:
@@ -287,7 +302,8 @@ class DualEncoderMethod(Method):
             return "further views are encoded anew in every epoch"
         if self.text_pools and self.student.stored_levels.text_levels:
             return (
-                "a reader behind the text tower reads the tokens of further texts, and a cache holds one vector of each"
+                "a reader behind the text tower, or blocks of it that learn, read the tokens of further texts, and a "
+                "cache holds one vector of each"
             )
         if self.auxiliary is not None:
             return "heads that learn with the student read its pictures"

@@ -60,6 +60,13 @@ class Learning(nn.Module):
             )
         self._freeze_statistics()
 
+    def check_learning(self) -> None:
+        """Refuses, before the first step, terms that only frozen parameters could change.
+
+        Raises:
+            ConfigError: names them.
+        """
+
     def check_stages(self, stages: Sequence[StageConfig]) -> None:
         """Refuses stages that this method cannot train in, before the first step.
 

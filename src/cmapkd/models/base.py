@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -21,6 +21,7 @@ from cmapkd.models.images import ImageSpec
 from cmapkd.models.parts import undecayed
 from cmapkd.models.prunable import PrunableTower, TowerSizes
 from cmapkd.models.storage import load_weights, read_weights
+from cmapkd.models.stored_towers import StoredTowers
 from cmapkd.models.types import BOTH, Features, Level, LevelInfo, LevelRequest, StatedCosts, Tower, TowerFeatures
 
 __all__ = ["MAX_LOGIT_SCALE", "DualEncoder", "ImageEncoder", "ImageSpec", "Model", "Tokenizer", "eval_mode"]
@@ -141,7 +142,7 @@ class Model(nn.Module, ABC):
         return 0
 
 
-class ImageEncoder(Model):
+class ImageEncoder(StoredTowers, Model):
     """Embeds pictures: what models of two towers and classifiers have in common.
 
     Attributes:
@@ -163,11 +164,6 @@ class ImageEncoder(Model):
     def image_blocks(self) -> tuple[nn.Module, ...]:
         """The image tower's blocks in their order, where each maps [batch tokens width] to the same, for any number of
         tokens; empty for other towers."""
-        return ()
-
-    @property
-    def frozen_towers(self) -> tuple[Tower, ...]:
-        """Towers in which nothing learns, of a model that can go on from their pooled features; of others none."""
         return ()
 
     @abstractmethod
@@ -250,33 +246,6 @@ class DualEncoder(ImageEncoder):
             ValueError: this model's towers have one size.
         """
         raise ValueError(f"{self.name} cannot have towers of other sizes")
-
-    @property
-    def stored_levels(self) -> LevelRequest:
-        """What `pooled_towers(frozen_towers)` are to be asked for beside embeddings, so that the model can go on."""
-        return LevelRequest()
-
-    def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:  # noqa: ARG002  for those that have some
-        """Some of `frozen_towers`, without what follows them: its embeddings are their pooled features.
-
-        Raises:
-            ValueError: this model cannot go on from such features.
-        """
-        raise ValueError(f"{self.name} has no towers that can be taken apart from its heads")
-
-    def from_pooled(
-        self,
-        stored: Features,  # noqa: ARG002
-        towers: Collection[Tower],  # noqa: ARG002
-        inputs: ModelInput | None,  # noqa: ARG002
-        needs: LevelRequest,  # noqa: ARG002
-    ) -> Features:
-        """The model's features from what `pooled_towers(towers)` answered; the other towers are asked now.
-
-        Args:
-            inputs: of the batch; None where both towers have answered.
-        """
-        raise ValueError(f"{self.name} has no towers that can be taken apart from its heads")
 
     @abstractmethod
     def encode_text(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:

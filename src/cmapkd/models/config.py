@@ -63,6 +63,13 @@ class ModelConfig(Config):
         "texts, control tokens, and bytes or letters.",
     )
 
+    @property
+    def freezes_parts(self) -> bool:
+        """Whether options of a tower say that it, or its first blocks, never learn."""
+        listed = [self.options.get(part) for part in ("image", "text")]
+        towers = [each for one in listed for each in (one if isinstance(one, list) else [one])]
+        return any(isinstance(each, dict) and (each.get("frozen") or each.get("frozen_blocks")) for each in towers)
+
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, values: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from pydantic import Field, model_serializer, model_validator
 from torch import Tensor, nn
 
 from cmapkd.config import Config, ConfigError
-from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import Level, LevelInfo, TowerFeatures
 
 ProjectorKind = Literal["none", "linear", "two_layer"]
 READER_HEAD_WIDTH = 64  # channels of each attention head where the config does not say how many heads there are
@@ -78,7 +78,7 @@ class Head(nn.Module):
         bias: of the first matrix, where the config does not say.
     """
 
-    reads_tokens: ClassVar[bool] = False
+    reads: ClassVar[tuple[LevelInfo, ...]] = ()
 
     def __init__(self, config: HeadConfig, width: int, dim: int, *, hidden: int, bias: bool) -> None:
         super().__init__()
@@ -110,11 +110,9 @@ class Reader(nn.Module):
         ConfigError: the channels cannot be shared out among the heads.
     """
 
-    reads_tokens: ClassVar[bool] = True
-
     def __init__(self, config: HeadConfig, level: LevelInfo, dim: int) -> None:
         super().__init__()
-        self.config, self.level, width = config, level, level.width
+        self.config, self.reads, width = config, (level,), level.width
         inner = config.hidden or width
         most = max(1, inner // READER_HEAD_WIDTH)
         self.heads = config.heads or next(n for n in range(most, 0, -1) if inner % n == 0)
@@ -146,26 +144,45 @@ class Reader(nn.Module):
         return embedding
 
 
-def make_head(config: HeadConfig, tower: Any, dim: int, *, hidden: int, bias: bool) -> Head | Reader:
+class Readers(nn.Module):
+    """A reader for each of several towers. What all of them read is joined, and projected without a bias."""
+
+    def __init__(self, config: HeadConfig, levels: Sequence[LevelInfo], dim: int) -> None:
+        super().__init__()
+        self.config, self.reads = config, tuple(levels)
+        self.readers = nn.ModuleList(Reader(config, level, dim) for level in levels)
+
+    def forward(self, *last: Level) -> Float[Tensor, "batch dim"]:
+        """As `Reader`; the matrix behind what is joined is that of each reader beside the others'."""
+        several = [reader(level) for reader, level in zip(self.readers, last, strict=True)]
+        return torch.stack(several).sum(0)
+
+
+AnyHead: TypeAlias = Head | Reader | Readers
+
+
+def make_head(config: HeadConfig, tower: Any, dim: int, *, hidden: int, bias: bool) -> AnyHead:
     """The head that a config asks for behind a tower, an `ImageTower` or a `TextTower`.
 
     Raises:
         ConfigError: the tower gives no tokens, and a reader is asked for.
     """
     if config.kind == "reader":
-        return Reader(config, tower.last_level(), dim)
+        levels = tower.last_levels()
+        return Reader(config, levels[0], dim) if len(levels) == 1 else Readers(config, levels, dim)
     return Head(config, tower.width, dim, hidden=hidden, bias=bias)
 
 
-def behind(head: Head | Reader, tower: TowerFeatures) -> TowerFeatures:
+def behind(head: AnyHead, tower: TowerFeatures) -> TowerFeatures:
     """What a tower gave, with the head's embedding in the place of pooled features or of last tokens."""
-    levels = {name: level for name, level in tower.levels.items() if name != LAST}
-    return TowerFeatures(head(tower.levels[LAST] if head.reads_tokens else tower.embedding), levels)
+    read = [level.name for level in head.reads]
+    levels = {name: level for name, level in tower.levels.items() if name not in read}
+    return TowerFeatures(head(*(tower.levels[name] for name in read)) if read else head(tower.embedding), levels)
 
 
-def asked_of(head: Head | Reader, levels: Sequence[str] = ()) -> tuple[str, ...]:
+def asked_of(head: AnyHead, levels: Sequence[str] = ()) -> tuple[str, ...]:
     """What a tower is asked for, so that the head can go on from there: these levels, for a reader the last tokens."""
-    return (*levels, LAST) if head.reads_tokens else tuple(levels)
+    return (*levels, *(level.name for level in head.reads))
 
 
 def make_projector(kind: ProjectorKind, width: int, to: int) -> nn.Module:

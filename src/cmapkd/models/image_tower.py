@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.models.errors import first_line
 from cmapkd.models.images import ImageSpec
+from cmapkd.models.part_tower import PartTower
 from cmapkd.models.types import LAST, LevelInfo, TowerFeatures
 
 
-class ImageTower(nn.Module, ABC):
+class ImageTower(PartTower, ABC):
     """Pixels to pooled features [batch width], not projected, and levels.
 
     Attributes:
@@ -28,10 +29,8 @@ class ImageTower(nn.Module, ABC):
     """
 
     random: bool = False
-    name: str
     width: int
     spec: ImageSpec
-    levels: tuple[LevelInfo, ...]
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
@@ -54,7 +53,7 @@ class ImageTower(nn.Module, ABC):
         """Writes what `describe` cannot hold into a model folder."""
 
     @torch.no_grad()
-    def last_level(self) -> LevelInfo:
+    def last_levels(self) -> tuple[LevelInfo, ...]:
         """Width and layout of the last tokens, found by a run on an empty picture.
 
         Raises:
@@ -62,7 +61,17 @@ class ImageTower(nn.Module, ABC):
         """
         size = self.spec.size
         last = self.eval()(torch.zeros(1, 3, size, size), (LAST,)).levels[LAST]
-        return LevelInfo(LAST, int(last.values.shape[1 if last.layout == "map" else 2]), last.layout)
+        return (LevelInfo(LAST, int(last.values.shape[1 if last.layout == "map" else 2]), last.layout),)
+
+    def example(self) -> Tensor:
+        size = self.spec.size
+        return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+    def below(self) -> nn.Module:
+        raise LookupError(self.name)
+
+    def above(self, stored: TowerFeatures, levels: Sequence[str]) -> TowerFeatures:  # noqa: ARG002
+        raise LookupError(self.name)
 
     @torch.no_grad()
     def measure_width(self) -> int:

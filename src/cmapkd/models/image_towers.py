@@ -16,14 +16,32 @@ from cmapkd.models.config import ModelConfig
 from cmapkd.models.errors import first_line
 from cmapkd.models.hf_model import image_spec as spec_of_processor
 from cmapkd.models.hub import locate
+from cmapkd.models.image_halves import ImagesBelow, like_middle
 from cmapkd.models.image_tower import ImageTower
+from cmapkd.models.middle import (
+    encoder_above,
+    encoder_below,
+    trunk_above,
+    trunk_below,
+    twin,
+    visual_above,
+    visual_below,
+)
 from cmapkd.models.open_clip_build import construct, fit_image_size, image_spec
-from cmapkd.models.open_clip_levels import image_levels, last_tokens, outputs_of, visual_blocks, visual_features
+from cmapkd.models.open_clip_levels import (
+    blocks_by_level,
+    image_levels,
+    last_tokens,
+    outputs_of,
+    unpooled,
+    visual_blocks,
+    visual_features,
+)
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.models.tiny_tower import TinyImageTower
 from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
-from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, MIDDLE, Level, LevelInfo, TowerFeatures
 
 IMAGE_CONFIG = "image_tower"  # a transformers image tower's own config, inside a model folder
 COUNTERS = ".num_batches_tracked"  # of batch norms; no weight, and often left out of weight files
@@ -97,6 +115,41 @@ class VisualTower(ImageTower):
             "headless": self.headless,
         }
 
+    @property
+    def _last_frozen(self) -> str:
+        """Of a timm model, what it calls the module that returns the middle."""
+        name: str = self.visual.trunk.feature_info[self._indices[self.levels[self.frozen_blocks - 1]]]["module"]
+        return name
+
+    def below(self) -> nn.Module:
+        if hasattr(self.visual, "trunk"):
+            return ImagesBelow(trunk_below(self.visual.trunk, self._last_frozen), self)
+        return ImagesBelow(visual_below(self.visual, self.frozen_blocks), self)
+
+    def above(self, stored: TowerFeatures, levels: Sequence[str]) -> TowerFeatures:
+        middle = stored.levels[MIDDLE]
+        known, blocks = [level.name for level in self.levels], blocks_by_level(self.visual, self._indices)
+        trunk = trunk_above(self.visual.trunk, self._last_frozen) if hasattr(self.visual, "trunk") else None
+        wanted = {known.index(name) for name in levels if name != LAST}
+        with outputs_of(
+            blocks, sorted(wanted | ({len(known) - 1} if LAST in levels and trunk is None else set()))
+        ) as kept:
+            if trunk is not None and LAST in levels:
+                features: Any = trunk.forward_features(middle.values)  # type: ignore[operator]
+            elif trunk is not None:
+                features = twin(self.visual, {"trunk": trunk})(middle.values)
+            else:
+                features = visual_above(self.visual, self.frozen_blocks)(middle.values)
+        found = {name: like_middle(middle, kept[known.index(name)]) for name in levels if name != LAST}
+        if LAST not in levels:
+            return TowerFeatures(features, found)
+        last = (
+            like_middle(middle, kept[len(known) - 1])
+            if trunk is None
+            else unpooled(self.visual.trunk, features, self.name)
+        )
+        return TowerFeatures(middle.values.new_empty(len(middle.values), 0), {**found, LAST: last})
+
 
 class TransformersImageTower(ImageTower):
     """A plain ViT of transformers. Levels are `blocks.N`, what the blocks return."""
@@ -114,10 +167,20 @@ class TransformersImageTower(ImageTower):
         self.width = self.measure_width()
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
+        return self._answer(self.model, images, levels)
+
+    def below(self) -> nn.Module:
+        return ImagesBelow(encoder_below(self.model, self.frozen_blocks), self)
+
+    def above(self, stored: TowerFeatures, levels: Sequence[str]) -> TowerFeatures:
+        middle = stored.levels[MIDDLE].values
+        return self._answer(encoder_above(self.model, self.frozen_blocks, middle), middle, levels)
+
+    def _answer(self, model: Any, images: Tensor, levels: Sequence[str]) -> TowerFeatures:
         own = [name for name in levels if name != LAST]
         wanted = sorted({int(name.removeprefix("blocks.")) for name in own})
         with outputs_of(self._blocks, wanted) as values:
-            output = self.model(pixel_values=images)
+            output = model(pixel_values=images)
         tokens = output.last_hidden_state
         num_prefix = self._num_prefix(tokens)
         taken = {name: values[int(name.removeprefix("blocks."))] for name in own}

@@ -62,7 +62,7 @@ def visual_features(
     )
     values = dict(zip(wanted, output["image_intermediates"], strict=True))
     prefixes = dict(zip(wanted, output.get("image_intermediates_prefix", ()), strict=False))
-    grid = _grid(visual, images) if tokens else None
+    grid = grid_of(visual, images) if tokens else None
     return TowerFeatures(output["image_features"], _named(levels, indices, values, prefixes, grid, name))
 
 
@@ -90,16 +90,16 @@ def last_tokens(
         return TowerFeatures(nothing, {**{level: found[level] for level in levels}, LAST: found[deepest]})
     trunk = visual.trunk
     if not levels:
-        return TowerFeatures(nothing, {LAST: _unpooled(trunk, trunk.forward_features(images), name)})
+        return TowerFeatures(nothing, {LAST: unpooled(trunk, trunk.forward_features(images), name)})
     wanted, tokens = _wanted(levels, indices)
     more = {"return_prefix_tokens": True} if tokens else {}
     final, found = trunk.forward_intermediates(images, indices=wanted, output_fmt="NLC" if tokens else "NCHW", **more)
     pairs = [each if isinstance(each, tuple) else (each, None) for each in found]
     values = {number: patches for number, (patches, _) in zip(wanted, pairs, strict=True)}
     prefixes = {number: prefix for number, (_, prefix) in zip(wanted, pairs, strict=True) if prefix is not None}
-    grid = _grid(visual, images) if tokens else None
+    grid = grid_of(visual, images) if tokens else None
     kept = _named(levels, indices, values, prefixes, grid, name)
-    return TowerFeatures(nothing, {**kept, LAST: _unpooled(trunk, final, name)})
+    return TowerFeatures(nothing, {**kept, LAST: unpooled(trunk, final, name)})
 
 
 def _wanted(levels: Sequence[str], indices: Mapping[LevelInfo, int]) -> tuple[list[int], bool]:
@@ -131,7 +131,7 @@ def _named(
     return kept
 
 
-def _unpooled(trunk: Any, features: Any, name: str) -> Level:
+def unpooled(trunk: Any, features: Any, name: str) -> Level:
     """What a timm model pools, of the width that its classifiers expect: tokens, or a map of either layout.
 
     Raises:
@@ -182,12 +182,23 @@ def projected_tokens(visual: Any, level: Level, *, name: str) -> Float[Tensor, "
     return projected
 
 
-def _grid(visual: Any, images: Tensor) -> tuple[int, int]:
+def grid_of(visual: Any, images: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patch tokens that a tower of tokens, or a timm model itself, makes of pictures."""
     height, width = images.shape[-2:]
-    if hasattr(visual, "trunk"):
-        rows, columns = visual.trunk.patch_embed.dynamic_feat_size((height, width))
+    trunk = getattr(visual, "trunk", visual)
+    if hasattr(trunk, "patch_embed"):
+        rows, columns = trunk.patch_embed.dynamic_feat_size((height, width))
         return int(rows), int(columns)
     return height // visual.patch_size[0], width // visual.patch_size[1]
+
+
+def blocks_by_level(visual: Any, indices: Mapping[LevelInfo, int]) -> list[nn.Module]:
+    """The modules that return the levels, in the order of `indices`."""
+    if hasattr(visual, "trunk"):
+        return [visual.trunk.get_submodule(visual.trunk.feature_info[n]["module"]) for n in indices.values()]
+    if hasattr(visual, "attnpool"):
+        return [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+    return [*visual.transformer.resblocks]
 
 
 def with_prefix(patches: Tensor, prefix: Tensor | None, grid: tuple[int, int], name: str) -> Level:

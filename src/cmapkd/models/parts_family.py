@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.models import parts_folder
@@ -14,18 +14,55 @@ from cmapkd.models.base import DualEncoder
 from cmapkd.models.config import ModelConfig
 from cmapkd.models.families import Loader
 from cmapkd.models.heads import HeadConfig
-from cmapkd.models.image_towers import ImagePartConfig, build_image_tower, rebuild_image_tower
+from cmapkd.models.image_towers import ImagePartConfig, build_image_tower
+from cmapkd.models.part_tower import PartTower
 from cmapkd.models.parts_model import PartsModel
+from cmapkd.models.several_towers import SeveralTowers, rebuild_several
 from cmapkd.models.storage import load_weights
 from cmapkd.models.text_towers import TextPartConfig, build_text_tower, rebuild_text_tower
 from cmapkd.models.types import Tower
+
+AnyTower = TypeVar("AnyTower", bound=PartTower)
+
+
+class Freezing(Config):
+    """How much of a part learns, where `training.train_parts` lets it learn at all."""
+
+    frozen: bool = Field(False, description="Whether nothing of this tower learns.")
+    frozen_blocks: int | None = Field(
+        None,
+        ge=1,
+        description="How many of its first blocks never learn, with what stands before them. A cache stores what the "
+        "last of them returns. None: no block is frozen alone.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.frozen and self.frozen_blocks is not None:
+            raise ValueError(
+                f"frozen: true says that nothing of {getattr(self, 'name', 'the tower')} learns, and frozen_blocks: "
+                f"{self.frozen_blocks} that blocks behind these do: give one of the two"
+            )
+        return self
+
+
+class ImageOfParts(ImagePartConfig, Freezing):
+    """An image tower by name, and how much of it learns."""
+
+
+class TextOfParts(TextPartConfig, Freezing):
+    """A text encoder by name, and how much of it learns."""
 
 
 class PartsOptions(Config):
     """The two towers, the heads behind them, and the width where they meet."""
 
-    image: ImagePartConfig = Field(description="The image tower: a name, or a name with its settings.")
-    text: TextPartConfig = Field(description="The text encoder, likewise.")
+    image: tuple[ImageOfParts, ...] = Field(
+        min_length=1,
+        description="The image tower: a name, or a name with its settings; or a list of several, whose pooled features "
+        "are joined.",
+    )
+    text: TextOfParts = Field(description="The text encoder: a name, or a name with its settings.")
     image_head: HeadConfig = Field(
         default_factory=HeadConfig, description="From the image tower: linear, mlp or reader."
     )
@@ -36,6 +73,11 @@ class PartsOptions(Config):
     init_logit_bias: float | None = Field(
         None, description="Start of a learned logit bias, for a sigmoid loss (SigLIP: -10). None: the model has none."
     )
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else (value,)
 
 
 def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> DualEncoder:  # noqa: ARG001
@@ -48,10 +90,12 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     options = PartsOptions.from_mapping(config.options, where=f"options of {config.name}")
     image, text = options.image, options.text
     if config.init == "scratch":
-        image, text = image.model_copy(update={"init": "scratch"}), text.model_copy(update={"init": "scratch"})
+        image = tuple(each.model_copy(update={"init": "scratch"}) for each in image)
+        text = text.model_copy(update={"init": "scratch"})
+    towers = [_frozen(build_image_tower(each), each) for each in image]
     model = PartsModel(
-        build_image_tower(image),
-        build_text_tower(text),
+        towers[0] if len(towers) == 1 else SeveralTowers(towers),
+        _frozen(build_text_tower(text), text),
         image_head=options.image_head,
         text_head=options.text_head,
         embed_dim=options.embed_dim,
@@ -63,11 +107,18 @@ def build(rest: str, config: ModelConfig, captions: Iterable[str] | None) -> Dua
     return model
 
 
+def _frozen(tower: AnyTower, config: Freezing) -> AnyTower:
+    """The tower, with nothing in it that the config says does not learn."""
+    if config.frozen or config.frozen_blocks is not None:
+        tower.freeze(config.frozen_blocks)
+    return tower
+
+
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:  # noqa: ARG001
     """A folder that `PartsModel.save` wrote; needs no network."""
     options = description["options"]
     model = PartsModel(
-        rebuild_image_tower(options["image"], folder),
+        rebuild_several(options["image"], folder),
         rebuild_text_tower(options["text"], folder),
         image_head=HeadConfig.from_mapping(options["image_head"], where=str(folder)),
         text_head=HeadConfig.from_mapping(options["text_head"], where=str(folder)),

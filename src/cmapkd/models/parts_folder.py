@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cmapkd.models.heads import Head, Reader
+from cmapkd.models.heads import AnyHead, Head
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.image_towers import VisualTower
 from cmapkd.models.storage import WEIGHTS, read_weights, write_model_folder, write_tensors
@@ -27,8 +27,8 @@ class Joined(Protocol):
     embed_dim: int
     image: ImageTower
     text: TextTower
-    image_head: Head | Reader
-    text_head: Head | Reader
+    image_head: AnyHead
+    text_head: AnyHead
 
     @property
     def logit_bias(self) -> Tensor | None: ...
@@ -42,6 +42,9 @@ def save(model: Joined, folder: Path) -> None:
     """Writes description, weights, and what the towers are built from."""
     config = native_config(model)
     options = {**model.describe(), "form": "cmapkd" if config is None else "open_clip"}
+    frozen = {"image": model.image.freezing(), "text": model.text.freezing()}
+    if any(frozen.values()):
+        options["frozen"] = frozen  # for who reads the folder: a loaded model learns whole
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     write_model_folder(
         folder, family="parts", name=model.name, options=options, weights=weights if config is None else None
@@ -125,9 +128,9 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
     return names.get(start, "") + key.removeprefix(start)
 
 
-def _says(head: Head | Reader, *, hidden: int, bias: bool) -> bool:
+def _says(head: AnyHead, *, hidden: int, bias: bool) -> bool:
     """Whether open_clip's own head has this one's shape."""
-    if isinstance(head, Reader):
+    if not isinstance(head, Head):
         return False
     if head.config.kind == "linear":
         return head.out.bias is None

@@ -11,16 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
 from cmapkd.data.types import ModelInput, TokenBatch
 from cmapkd.models import parts_folder
 from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import DualEncoder, eval_mode
-from cmapkd.models.heads import HeadConfig, Reader, asked_of, behind, make_head
+from cmapkd.models.heads import HeadConfig, asked_of, behind, make_head
 from cmapkd.models.image_tower import ImageTower
+from cmapkd.models.part_tower import PartTower
 from cmapkd.models.parts import split_by_name
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.text_towers import TextTower
-from cmapkd.models.types import BOTH, Features, LevelRequest, Tower, TowerFeatures
+from cmapkd.models.types import BOTH, Features, LevelInfo, LevelRequest, Tower, TowerFeatures
 
 START_SCALE = math.log(1 / 0.07)  # CLIP, arXiv:2103.00020, section 2.5
 
@@ -28,7 +30,7 @@ START_SCALE = math.log(1 / 0.07)  # CLIP, arXiv:2103.00020, section 2.5
 class PartsModel(DualEncoder):
     """Each tower gives pooled features or its last tokens, and a head of its own leads from there to the joint space.
 
-    A tower that does not learn stays in eval mode: nothing in it is dropped, and no statistics change. So what it
+    What does not learn of a tower stays in eval mode: nothing in it is dropped, and no statistics change. So what it
     answers can be stored, see `PooledTowers`.
 
     Args:
@@ -109,35 +111,67 @@ class PartsModel(DualEncoder):
         return behind(self.text_head, self.text(texts, asked_of(self.text_head, levels)))
 
     def _settle(self) -> None:
-        """Towers that do not learn are in eval mode, the others in the model's."""
+        """What does not learn is in eval mode, the rest in the model's."""
         for tower in (self._modules["image"], self._modules["text"]):  # None where a method keeps one tower alone
-            mode = tower is not None and self.training and _learns(tower)
-            if tower is not None and tower.training != mode:
-                tower.train(mode)
+            if isinstance(tower, PartTower):
+                tower.settle(self.training)
 
     @property
     def frozen_towers(self) -> tuple[Tower, ...]:
-        return tuple(tower for tower in BOTH if not _learns(self.image if tower == "image" else self.text))
+        return tuple(tower for tower in BOTH if self._tower(tower).needs_input is None)
+
+    def _tower(self, tower: Tower) -> PartTower:
+        return self.image if tower == "image" else self.text
+
+    @property
+    def why_towers_live(self) -> str | None:
+        learning = self.image.needs_input
+        several = learning is not None and learning != self.image.name
+        return f"{learning} learns from its first block on, so pictures are read in every step" if several else None
+
+    @property
+    def frozen_levels(self) -> LevelRequest:
+        return LevelRequest(self.image.frozen_levels, self.text.frozen_levels)
+
+    def check_parts(self, parts: Collection[str]) -> None:
+        for tower in BOTH:
+            freezing = self._tower(tower).freezing()
+            each = freezing if isinstance(freezing, list) else [freezing]
+            if tower in parts and all(one is True for one in each):
+                raise ConfigError(
+                    f"training.train_parts names {tower}, and options.{tower} of {self.name} says frozen: leave one of "
+                    "them out"
+                )
+            if tower not in parts and any(one is not True and one for one in each):
+                raise ConfigError(
+                    f"options.{tower} of {self.name} says frozen_blocks, so its other blocks are to learn, and "
+                    f"training.train_parts leaves {tower} out: add {tower} to it, or set frozen: true"
+                )
 
     @property
     def stored_levels(self) -> LevelRequest:
-        frozen = self.frozen_towers
-        image, text = (asked_of(head) for head in (self.image_head, self.text_head))
-        return LevelRequest(image if "image" in frozen else (), text if "text" in frozen else ())
+        image, text = self._stored("image"), self._stored("text")
+        return LevelRequest(tuple(level.name for level in image), tuple(level.name for level in text))
+
+    def _stored(self, tower: Tower) -> tuple[LevelInfo, ...]:
+        head = self.image_head if tower == "image" else self.text_head
+        return self._tower(tower).stored_levels(head.reads) if tower in self.frozen_towers else ()
 
     def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:
-        return PooledTowers(self, towers)
+        levels = {tower: self._stored(tower) if tower in towers else () for tower in BOTH}
+        return PooledTowers(self, towers, levels)
 
     def from_pooled(
         self, stored: Features, towers: Collection[Tower], inputs: ModelInput | None, needs: LevelRequest
     ) -> Features:
+        self._settle()
         image = stored.image
         if "image" in towers:
-            image = behind(self.image_head, image)
+            image = behind(self.image_head, self.image.go_on(image, asked_of(self.image_head, needs.image_levels)))
         elif inputs is not None and "image" in needs.towers:
             image = self.encode_image(self.image_spec.to_model(inputs.images), needs.image_levels)
         if "text" in towers:
-            text = behind(self.text_head, stored.text)
+            text = behind(self.text_head, self.text.go_on(stored.text, asked_of(self.text_head, needs.text_levels)))
             more = {pool: behind(self.text_head, found) for pool, found in stored.more_texts.items()}
         else:
             assert inputs is not None
@@ -174,21 +208,24 @@ class PooledTowers(DualEncoder):
     """Towers of a `PartsModel` without their heads: what a cache stores of those that are frozen.
 
     Its embeddings are pooled features, of another width for each tower, and of width 0 where a tower is not held. In
-    front of a reader they have width 0 too, and the level `LAST` is what is stored. Logit scale and heads are not its
-    own, so they may learn while the answers stay as they are.
+    front of a reader they have width 0 too, and the level `LAST` is what is stored; of a tower whose last blocks learn
+    the level `MIDDLE`. Logit scale, heads and blocks that learn are not its own: they may change while the answers stay
+    as they are.
+
+    Args:
+        levels: that are stored.
     """
 
-    def __init__(self, model: PartsModel, towers: Collection[Tower]) -> None:
+    def __init__(
+        self, model: PartsModel, towers: Collection[Tower], levels: Mapping[Tower, tuple[LevelInfo, ...]]
+    ) -> None:
         super().__init__()
-        self.image = model.image if "image" in towers else None
-        self.text = model.text if "text" in towers else None
+        self.image: Any = model.image.stored_part() if "image" in towers else None
+        self.text: Any = model.text.stored_part() if "text" in towers else None
         self.nothing = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.name, self.embed_dim = f"{model.name}: frozen {' and '.join(towers)}", model.embed_dim
         self.image_spec, self.tokenizer = model.image_spec, model.tokenizer
-        self.image_levels, self.text_levels = (
-            (head.level,) if tower in towers and isinstance(head, Reader) else ()
-            for tower, head in (("image", model.image_head), ("text", model.text_head))
-        )
+        self.image_levels, self.text_levels = levels["image"], levels["text"]
 
     @property
     def architecture(self) -> str:
@@ -224,7 +261,3 @@ class PooledTowers(DualEncoder):
 
     def write(self, folder: Path) -> None:
         raise NotImplementedError("towers without heads are a part of a model: save the model")
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

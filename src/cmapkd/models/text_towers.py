@@ -17,10 +17,12 @@ from cmapkd.data.types import TokenBatch
 from cmapkd.models.cut_words import cut_encoder, cut_native
 from cmapkd.models.hf_tokenizer import HfTokenizer, load_tokenizer, pad_on_the_right
 from cmapkd.models.hub import hub_options, locate
+from cmapkd.models.middle import encoder_above, encoder_below
 from cmapkd.models.open_clip_levels import outputs_of
+from cmapkd.models.part_tower import PartTower
 from cmapkd.models.storage import load_weights, read_weights
 from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
-from cmapkd.models.types import LAST, Level, LevelInfo, TowerFeatures
+from cmapkd.models.types import LAST, MIDDLE, Level, LevelInfo, TowerFeatures
 
 Pooling = Literal["mean", "class", "end"]
 TEXT_CONFIG = "text_tower"  # the tower's own config, inside a model folder
@@ -51,7 +53,7 @@ class TextPartConfig(Config):
         return {"name": str(values)} if isinstance(values, str | Path) else values
 
 
-class TextTower(nn.Module):
+class TextTower(PartTower):
     """Token ids to pooled features [batch width], not projected, and levels `blocks.N`, what the blocks return.
 
     `LAST` is what the encoder returns for each token. Where it is asked for, nothing is pooled: the features have
@@ -80,10 +82,25 @@ class TextTower(nn.Module):
         return self.transformer.config
 
     def forward(self, texts: TokenBatch, levels: Sequence[str] = ()) -> TowerFeatures:
+        return self._answer(self.transformer, texts, levels)
+
+    def example(self) -> TokenBatch:
+        return self.tokenizer(("a", "a photo of a dog and of a cat"))
+
+    def below(self) -> nn.Module:
+        return _TextBelow(encoder_below(self.transformer, self.frozen_blocks), self)
+
+    def above(self, stored: TowerFeatures, levels: Sequence[str]) -> TowerFeatures:
+        middle = stored.levels[MIDDLE]
+        assert middle.mask is not None
+        upper = encoder_above(self.transformer, self.frozen_blocks, middle.values)
+        return self._answer(upper, TokenBatch(middle.mask.long(), middle.mask), levels)  # no block reads the ids
+
+    def _answer(self, transformer: Any, texts: TokenBatch, levels: Sequence[str]) -> TowerFeatures:
         own = [name for name in levels if name != LAST]
         wanted = sorted({int(name.removeprefix("blocks.")) for name in own})
         with outputs_of(self._blocks, wanted) as values:
-            output = self.transformer(input_ids=texts.ids, attention_mask=texts.mask.long())
+            output = transformer(input_ids=texts.ids, attention_mask=texts.mask.long())
         taken = {name: values[int(name.removeprefix("blocks."))] for name in own}
         tokens: Tensor = output.last_hidden_state
         if LAST in levels:
@@ -92,9 +109,9 @@ class TextTower(nn.Module):
             pooled = self._pooled(tokens, texts.mask)
         return TowerFeatures(pooled, {name: Level(value, "tokens", mask=texts.mask) for name, value in taken.items()})
 
-    def last_level(self) -> LevelInfo:
+    def last_levels(self) -> tuple[LevelInfo, ...]:
         """Width and layout of the last tokens."""
-        return LevelInfo(LAST, self.width, "tokens")
+        return (LevelInfo(LAST, self.width, "tokens"),)
 
     def _pooled(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch width"]:
         if self.pooling == "class":
@@ -124,6 +141,22 @@ class TextTower(nn.Module):
         """The encoder's config and the tokenizer, into a model folder."""
         self.config.save_pretrained(folder / TEXT_CONFIG)
         self.tokenizer.native.save_pretrained(folder)
+
+
+class _TextBelow(nn.Module):
+    """What is frozen of a `TextTower`, see `PartTower.below`."""
+
+    def __init__(self, half: Any, tower: TextTower) -> None:
+        super().__init__()
+        self.lower: Any = half
+        self.frozen_blocks, self._describe = tower.frozen_blocks, tower.describe()
+
+    def forward(self, texts: TokenBatch, _levels: Sequence[str] = ()) -> TowerFeatures:
+        values = self.lower.eval()(input_ids=texts.ids, attention_mask=texts.mask.long()).last_hidden_state
+        return TowerFeatures(values.new_empty(len(values), 0), {MIDDLE: Level(values, "tokens", mask=texts.mask)})
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._describe, "frozen_blocks": self.frozen_blocks}
 
 
 def build_text_tower(config: TextPartConfig) -> TextTower:

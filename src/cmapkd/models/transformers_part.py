@@ -102,11 +102,23 @@ def from_config(config: Any, kind: PartKind, *, pooler: bool) -> nn.Module:
 
 def blocks_of(model: Any) -> Sequence[nn.Module]:
     """The tower's blocks, shallow to deep; none where they are not in one list, as where they share weights."""
+    try:
+        return tuple(model.get_submodule(".".join(path_of_blocks(model))))
+    except LookupError:
+        return ()
+
+
+def path_of_blocks(model: Any) -> tuple[str, ...]:
+    """The names that lead to the list of the tower's blocks.
+
+    Raises:
+        LookupError: they are not in one list.
+    """
     depth = getattr(model.config, "num_hidden_layers", 0)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and depth:
-            return tuple(module)
-    return ()
+            return tuple(name.split("."))
+    raise LookupError("blocks")
 
 
 def _class(config: Any, kind: PartKind) -> Any:

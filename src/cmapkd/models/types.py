@@ -14,6 +14,8 @@ Tower = Literal["image", "text"]
 BOTH: tuple[Tower, ...] = ("image", "text")
 LAST = "last tokens"
 """The level of a tower as a part that a reader head reads: what the tower's own pooling would pool."""
+MIDDLE = "middle"
+"""The level of a tower as a part that its last frozen block returns, and from which the others go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,7 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
     )
     if training.train_parts is not None:
         method.train_only(training.train_parts)
+    method.check_learning()
     method.check_teachers()
     if method.needs_labels and not any_label(source):
         without = ", or set method.task_weight=0" if hasattr(config.method, "task_weight") else ""

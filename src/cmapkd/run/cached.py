@@ -76,7 +76,7 @@ def wanted_keys(config: RunConfig, method: Method, source: Source, views: ViewSp
 
 
 def reads_stored_student(method: Method) -> TypeGuard[DualEncoderMethod]:
-    """Whether the image tower of the method's student is frozen, and what it answers can be stored and read."""
+    """Whether the image tower of the method's student is frozen, or its first blocks, so that answers can be stored."""
     if not isinstance(method, DualEncoderMethod) or method.why_student_live is not None:
         return False
     return "image" in method.student.frozen_towers
@@ -95,8 +95,8 @@ def student_from_cache(
         return {}
     student = method.student
     if not reads_stored_student(method):
-        reason = method.why_student_live
-        if reason and "image" in student.frozen_towers and console is not None and PartialState().is_main_process:
+        reason = method.why_student_live if "image" in student.frozen_towers else student.why_towers_live
+        if reason and console is not None and PartialState().is_main_process:
             console.print(f"cache: the student's frozen towers answer live: {reason}", highlight=False)
         return {}
     towers = student.frozen_towers

@@ -258,7 +258,7 @@ class RunConfig(Config):
         alone_method = METHODS[name].Config(name=name, **kept)
         training = self.training.without_stages()
         # frozen towers of the student answer from disk here as well
-        cache = self.cache if self.training.train_parts is not None else None
+        cache = self.cache if self.training.train_parts is not None or self.student.freezes_parts else None
         alone = {"method": alone_method, "training": training, "baseline": "none", "cache": cache}
         student = self.student.model_copy(update={"inherit": None})
         named = self.teacher if self.writes else None

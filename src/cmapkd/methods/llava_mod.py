@@ -69,6 +69,7 @@ class LLaVAMoD(GenerativeMethod):
             "r± = log q(y±) − log p(y±), sums over the tokens of an answer",
             "preference, kto_pair: 1 − ½ mean[σ(β(r+ − max(0, mean r−))) + σ(β(max(0, mean r+) − r−))]",
             "preference, dpo: −mean log σ(β(r+ − r−))",
+            "L = answers_weight CE(y+, q) + distill_weight distillation + preference_weight preference, by stages",
             "stages: four fifths of the steps distillation, then preference",
         ),
         needs="final states of the answers' tokens of both models; a worse answer beside each good one; one vocabulary "

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from writers import Dialogues, assert_same, batch_of, make_other, make_run, make_task, make_writer, results
 from written_out import rows_of
 
 from cmapkd.config import ConfigError
@@ -24,6 +23,7 @@ from cmapkd.models import FrozenTeacher
 from cmapkd.models.token_types import LogitHead
 from cmapkd.objectives.sequence import preference_loss, sums_by_sample, target_log_probs
 from helpers import read_lines
+from writers import Dialogues, assert_same, batch_of, make_other, make_run, make_task, make_writer, results
 
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures/llava_mod.json").read_text())
 FORMS = {"kto_pair": "kto_pair", "dpo": "sigmoid"}
@@ -54,7 +54,9 @@ def test_the_preference_has_the_numbers_of_the_published_code(case: dict[str, An
     loss = preference_loss(*ratios, form=form, beta=case["beta"])
     assert loss.item() == pytest.approx(case["value"], rel=1e-12)
     for which, gradient in zip(labels, torch.autograd.grad(loss, student), strict=True):
-        torch.testing.assert_close(gradient.flatten(0, 1), torch.tensor(case["gradient"][which]).double(), rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            gradient.flatten(0, 1), torch.tensor(case["gradient"][which]).double(), rtol=0, atol=1e-8
+        )
 
 
 def test_a_student_that_is_its_teacher_has_the_values_of_equality() -> None:
@@ -92,9 +94,7 @@ def written_out(task: Any, batch: Any) -> Tensor:
     """kto_pair in plain loops over materialised logits."""
     ratios: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
     for which, found in ratios.items():
-        answers = {
-            role: each.answers() if which == "chosen" else each.rejected for role, each in batch.inputs.items()
-        }
+        answers = {role: each.answers() if which == "chosen" else each.rejected for role, each in batch.inputs.items()}
         inputs = {role: each.with_answers(answers[role]) for role, each in batch.inputs.items()}
         ours = rows_of(task.student, inputs["student"])
         with torch.no_grad():

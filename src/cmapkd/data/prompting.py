@@ -50,7 +50,7 @@ class Prompting:
         unanswered: student: questions outside the share, and those without an answer, are asked too, and the student
             writes the answer; leave_out: they are not asked.
         pairs: whether each dialogue must bring a worse last answer, as methods that learn a preference read it. A
-            caption gets one of its false texts, with a wrong attribute where there is any; no earlier answer is learned.
+            caption gets a false text, with a wrong attribute where there is any. Earlier answers are not learned then.
     Raises:
         ValueError: an unknown kind, a share out of range, several captions of dialogues that are not joined, or
             answers of the student's own in joined dialogues or to no questions.

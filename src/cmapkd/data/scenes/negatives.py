@@ -58,7 +58,7 @@ def named_negatives(sample: Sample, caption: str, key: int) -> dict[str, str]:
 
 
 def things_right(sample: Sample, text: str) -> list[bool] | None:
-    """Of each coloured shape that a text names, whether the scene has such an object; None of a sample that is no scene.
+    """Of each coloured shape that a text names, whether the scene has such an object; None where there is no scene.
 
     Sizes, textures, numbers and relations are not looked at.
     """

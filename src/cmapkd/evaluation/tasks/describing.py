@@ -54,19 +54,23 @@ class Describing(Task):
         said = {each.sample: answer.text for each, answer in pairs}
         given = {each.sample: list(each.references) for each, _ in pairs}
         lengths = [len(text.split()) for text in said.values()]
-        return _tool_scores(said, given) | _things({each.index: answer.text for each, answer in pairs}, bench.scored) | {
-            "word_f1": 100 * _mean([_word_f1(text, given[sample]) for sample, text in said.items()]),
-            "exact": 100 * _mean([_is_exact(text, given[sample]) for sample, text in said.items()]),
-            "num_words": _mean(lengths),
-            "median_words": median(lengths),
-            "reference_words": _mean([len(text.split()) for texts in given.values() for text in texts]),
-            "empty": 100 * _mean([not text for text in said.values()]),
-            "unended": 100 * _mean([not answer.ended for _, answer in pairs]),
-            "num_images": len(said),
-            "num_not_asked": len(asked) - len(pairs),
-            "examples": dict(list(said.items())[:3]),
-            "protocol": writer.protocol(max_new_tokens=how.caption_tokens, instruction=how.instruction),
-        }
+        return (
+            _tool_scores(said, given)
+            | _things({each.index: answer.text for each, answer in pairs}, bench.scored)
+            | {
+                "word_f1": 100 * _mean([_word_f1(text, given[sample]) for sample, text in said.items()]),
+                "exact": 100 * _mean([_is_exact(text, given[sample]) for sample, text in said.items()]),
+                "num_words": _mean(lengths),
+                "median_words": median(lengths),
+                "reference_words": _mean([len(text.split()) for texts in given.values() for text in texts]),
+                "empty": 100 * _mean([not text for text in said.values()]),
+                "unended": 100 * _mean([not answer.ended for _, answer in pairs]),
+                "num_images": len(said),
+                "num_not_asked": len(asked) - len(pairs),
+                "examples": dict(list(said.items())[:3]),
+                "protocol": writer.protocol(max_new_tokens=how.caption_tokens, instruction=how.instruction),
+            }
+        )
 
 
 def _tool_scores(said: dict[str, str], given: dict[str, list[str]]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     "taid": ("taid", {"answers_weight": 1.0}),
     "llava_mod": ("llava_mod", {}),
     f"llava_mod{MICRO}": ("llava_mod", {"form": "dpo"}),
+    f"switch_kd{MICRO}": ("switch_kd", {"reduction": "sample_mean"}),
     f"token_kd{MICRO}": ("token_kd", {"divergence": "reverse"}),
     f"on policy{MICRO}": ("token_kd", {"on_policy": ON_POLICY}),
     f"token_kd{SHARDED}": ("token_kd", {}),

@@ -55,7 +55,7 @@ def test_the_preference_has_the_numbers_of_the_published_code(case: dict[str, An
     assert loss.item() == pytest.approx(case["value"], rel=1e-12)
     for which, gradient in zip(labels, torch.autograd.grad(loss, student), strict=True):
         torch.testing.assert_close(
-            gradient.flatten(0, 1), torch.tensor(case["gradient"][which]).double(), rtol=0, atol=1e-8
+            gradient.flatten(0, 1), torch.tensor(case["gradient"][which], dtype=torch.float64), rtol=0, atol=1e-9
         )
 
 

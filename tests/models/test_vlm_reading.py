@@ -160,3 +160,21 @@ def test_a_model_with_deeper_visual_outputs_refuses_tokens_without_them() -> Non
     assert len(seen.deeper) == 2
     with pytest.raises(ValueError, match="adds 2 further outputs"):
         model.forward_seeing(batch, Seen(seen.tokens))
+
+
+def test_a_projector_that_is_given_its_own_tower_s_tokens_is_itself(model: HfVlm) -> None:
+    batch = chat(model)
+    encoded, shape = model(batch, TokenNeeds(encoded=True)).encoded, model.encoded_shape
+    if model.layout.packed:
+        assert shape is None
+        with pytest.raises(ValueError, match="cannot be given what another vision tower made"):
+            model.project(batch, encoded)
+        return
+    assert shape is not None
+    assert encoded.shape[1:] == (shape.tokens, shape.width)
+    found, seen = model.project(batch, encoded).tokens, model.see(batch).tokens
+    torch.testing.assert_close(found.values, seen.values)
+    assert found.sample.tolist() == seen.sample.tolist()
+    with pytest.raises(ValueError, match="places of visual tokens got"):
+        model.project(batch, encoded[:1])
+    assert model(chat(model, [2]), TokenNeeds(encoded=True)).encoded is None  # without a picture

@@ -34,6 +34,7 @@ from cmapkd.methods.sft import SFT
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.supervised import Supervised
+from cmapkd.methods.switch_kd import SwitchKD
 from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
@@ -81,6 +82,7 @@ _OWN: dict[str, type[Method]] = {
     "token_kd": TokenKD,
     "taid": TAID,
     "llava_mod": LLaVAMoD,
+    "switch_kd": SwitchKD,
 }
 
 # beginnings of the names of own terms that contrast pairs, and so read which pairs are of one picture

@@ -78,7 +78,7 @@ class LLaVAMoD(GenerativeMethod):
         departures=(
             "Students are dense: the paper's mixture of experts and its balance loss are left out.",
             "All of the student learns. The paper's code trains MLPs and routers: see training.train_parts.",
-            "The mimic compares the rows that predict an answer's tokens. The paper's code compares rows one place off.",
+            "The mimic compares the rows that predict answers. The paper's code compares rows one place off.",
             "Means of r+ and r− are over the batch of all processes, and not over the one pair that a device holds.",
             "The share of steps of each stage is ours. The paper has 3.8 million dialogues, then 80 thousand pairs.",
         ),

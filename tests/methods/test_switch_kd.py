@@ -179,7 +179,7 @@ def test_what_cannot_be_switched_is_refused() -> None:
     for settings, message in (({"top_k": 1}, "top_k"), ({"candidates": 100}, "candidates")):
         with pytest.raises(ConfigError, match=message):
             make_task("switch_kd", **settings)
-    with pytest.raises(ValueError, match="8 visual tokens of a picture cannot be put in the places of 9"):
+    with pytest.raises(ValueError, match="8 visual tokens of a picture cannot stand in the places of 9"):
         resampled(torch.zeros(1, 8, 2), 9)
     rows = Rows(torch.zeros(5, 2), torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 1, 2, 3, 0]))
     with pytest.raises(ValueError, match=r"\[4, 1\] visual tokens of the student and \[9, 9\]"):

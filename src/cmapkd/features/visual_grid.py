@@ -24,7 +24,7 @@ def resampled(tokens: Float[Tensor, "tiles tokens width"], number: int) -> Float
     sides = [math.isqrt(count) for count in (tokens.shape[1], number)]
     if [side**2 for side in sides] != [tokens.shape[1], number]:
         raise ValueError(
-            f"{tokens.shape[1]} visual tokens of a picture cannot be put in the places of {number}: both must be squares"
+            f"{tokens.shape[1]} visual tokens of a picture cannot stand in the places of {number}: both must be squares"
         )
     grid = tokens.transpose(1, 2).unflatten(-1, (sides[0], sides[0]))
     resized = F.interpolate(grid, size=(sides[1], sides[1]), mode="bilinear", align_corners=False)

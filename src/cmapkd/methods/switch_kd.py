@@ -73,7 +73,7 @@ class SwitchKD(GenerativeMethod):
         "tokens of both, or the projector's; no cache",
         trainable="the student, one linear map where widths of visual tokens differ (dropped)",
         departures=(
-            "The switch stands where the project's figure shows it. Its loss and gradient are our reading of the figure.",
+            "The switch stands where the project's figure shows it. Its loss and gradient are our reading of it.",
             "Weights, temperature and the number of candidates are not published: 1 each, BiLD's 3, and 64.",
             "A linear map joins visual tokens of two widths. Grids of two sizes are resampled.",
             "Sums over tokens are divided once, over all micro-batches and processes.",
@@ -178,8 +178,8 @@ class SwitchKD(GenerativeMethod):
         shape = model.encoded_shape
         if shape is None:
             raise ConfigError(
-                f"the projector of {model.name} reads patches of all pictures in one row, where no other vision tower's "
-                "can stand: set method.switch=projector, or method.visual_weight=0"
+                f"the projector of {model.name} reads patches of all pictures in one row, where those of no other "
+                "tower can stand: set method.switch=projector, or method.visual_weight=0"
             )
         return shape
 

@@ -103,8 +103,9 @@ class Dialogues:
         draws = np.random.default_rng(index)
         image = Image.fromarray(draws.integers(0, 256, (20, 26, 3), dtype=np.uint8))
         answer = " ".join(draws.choice(TEXTS[1:], 1 + index % 3))
-        pictures = int(index % 4 != 3)
-        return Sample(f"d{index}", image, turns=(Turn("user", TEXTS[0], pictures), Turn("assistant", answer)))
+        worse = " ".join(draws.choice(TEXTS[1:], 1 + (index + 1) % 3))
+        turns = (Turn("user", TEXTS[0], int(index % 4 != 3)), Turn("assistant", answer, rejected=worse))
+        return Sample(f"d{index}", image, turns=turns)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return ()

@@ -21,13 +21,14 @@ from cmapkd.data.scenes.claims import Description, Extreme, Ground, Number, Shar
 from cmapkd.data.scenes.draws import Draws, key_of
 from cmapkd.data.scenes.labels import LABEL_KINDS
 from cmapkd.data.scenes.language import LEAST_WORDS, MOST_WORDS, NUM_CAPTIONS, TEMPLATES, captions_with_claims
+from cmapkd.data.scenes.negatives import things_right
 from cmapkd.data.scenes.questions import questions_of
 from cmapkd.data.scenes.render import pixel_box, render, shape_mask
 from cmapkd.data.scenes.spec import CLASS_NAMES, COLOURS, HELD_OUT, SHAPES, SPLITS, WORLD_VERSION
 from cmapkd.data.scenes.words import NUMBERS, SYNONYMS
 from cmapkd.data.scenes.world import Scene, SceneObject, content_split, scene_at
 from cmapkd.data.templates import fill, get_templates
-from cmapkd.data.types import QuestionAnswer, Source
+from cmapkd.data.types import QuestionAnswer, Sample, Source
 
 # Exact pixels and words of a few samples (Pillow 13.0). When this fails, the world has changed: if that was meant,
 # raise WORLD_VERSION and pin the new world here; if it was not, everyone's numbers have just become incomparable.
@@ -420,3 +421,15 @@ def test_a_view_can_start_anywhere_and_shows_the_same_samples() -> None:
         ScenesSource("test", start=-1)
     with pytest.raises(ConfigError, match=r"start must be a whole number, got '-1'"):
         open_source("scenes@test?start=-1")
+
+
+def test_coloured_shapes_that_a_text_names_are_looked_up_in_the_scene() -> None:
+    scenes = open_source("scenes?length=30&size=32")
+    for index in range(30):
+        sample = scenes.unseen(index)  # type: ignore[attr-defined]
+        assert all(all(things_right(sample, caption) or ()) for caption in sample.captions)
+    first = sample.scene.objects[0]
+    absent = next(colour for colour in COLOURS if all(colour != each.colour for each in sample.scene.objects))
+    text = f"a large {first.colour} {first.shape}, and two {absent} {first.shape}s on a {absent} background"
+    assert things_right(sample, text) == [True, False]
+    assert things_right(Sample("a", Image.new("RGB", (8, 8))), text) is None

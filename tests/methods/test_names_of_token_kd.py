@@ -157,6 +157,9 @@ EXPECTED = {
     "DistiLLM, skewed KL": published("SkewForwardKL", TAID),
     "DistiLLM, skewed reverse KL": published("SkewReverseKL", TAID),
     "LLaVA-MoD, mimic distillation": published("compute_align_loss", "shufangxun/LLaVA-MoD"),
+    "LLaVA-MoD, mimic distillation with its language loss (`kd_lm`)": mixed(
+        (1, answers()), (1, published("compute_align_loss", "shufangxun/LLaVA-MoD"))
+    ),
     "LLaVA-KD, response term": mixed((1, answers()), (1, published("forward_kl", LLAVA_KD))),
     "MaTVLM, mmMamba: the last stage's logits": mixed((PER_SAMPLE, published("KDLoss", NEMO, temperature=1.0))),
     "InfiniteVL: the second stage": mixed((PER_SAMPLE, published("KDLoss", NEMO, temperature=2.0))),

@@ -9,8 +9,10 @@ from PIL import Image
 from torch.nn import functional as F
 from vlm_support import MAKERS, asked, chat, make_vlm
 
+from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatInput, join_items
-from cmapkd.models import Seen, TokenNeeds
+from cmapkd.methods import METHODS
+from cmapkd.models import FrozenTeacher, Seen, TokenNeeds
 from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.token_types import Rows
 
@@ -160,3 +162,31 @@ def test_a_model_with_deeper_visual_outputs_refuses_tokens_without_them() -> Non
     assert len(seen.deeper) == 2
     with pytest.raises(ValueError, match="adds 2 further outputs"):
         model.forward_seeing(batch, Seen(seen.tokens))
+
+
+def test_a_projector_that_is_given_its_own_tower_s_tokens_is_itself(model: HfVlm) -> None:
+    batch = chat(model)
+    encoded, shape = model(batch, TokenNeeds(encoded=True)).encoded, model.encoded_shape
+    if model.layout.packed:
+        assert shape is None
+        with pytest.raises(ValueError, match="cannot be given what another vision tower made"):
+            model.project(batch, encoded)
+        return
+    assert shape is not None
+    assert encoded.shape[1:] == (shape.tokens, shape.width)
+    found, seen = model.project(batch, encoded).tokens, model.see(batch).tokens
+    torch.testing.assert_close(found.values, seen.values)
+    assert found.sample.tolist() == seen.sample.tolist()
+    with pytest.raises(ValueError, match="places of visual tokens got"):
+        model.project(batch, encoded[:1])
+    assert model(chat(model, [2]), TokenNeeds(encoded=True)).encoded is None  # without a picture
+
+
+def test_a_visual_switch_that_a_family_cannot_have_is_refused() -> None:
+    for kind, settings, message in (
+        ("qwen2_vl", {}, "patches of all pictures in one row.* set method.switch=projector"),
+        ("qwen3_vl", {"switch": "projector"}, "feeds further outputs of its vision tower"),
+    ):
+        config = METHODS["switch_kd"].Config.from_mapping({"name": "switch_kd", **settings})
+        with pytest.raises(ConfigError, match=message):
+            METHODS["switch_kd"](config, student=make_vlm(kind), teacher=FrozenTeacher(make_vlm(kind)))

@@ -13,7 +13,9 @@ from cmapkd.data.turns import Dialogue, Role, Turn
 PLACEHOLDER = "<image>"
 """Where a picture stands in a text, as LLaVA and ms-swift write it."""
 
-TURN_KEYS = ("messages", "conversations", "prompt", "completion", "query", "response", "history", "system")
+_PAIRED = ("chosen", "rejected")  # a good and a worse answer, behind a prompt or with it in front of both
+
+TURN_KEYS = ("messages", "conversations", "prompt", "completion", "query", "response", "history", "system", *_PAIRED)
 """Every key that dialogues are read from."""
 
 UNREAD_KEYS = ("videos", "audios", "tools")
@@ -68,7 +70,7 @@ def checked_turns(record: Record) -> Record:
 
 def is_dialogue(values: Mapping[str, Any]) -> bool:
     """Whether a dialogue stands under these keys."""
-    together = (("messages",), ("conversations",), ("prompt", "completion"), ("query", "response"))
+    together = (("messages",), ("conversations",), ("prompt", "completion"), ("query", "response"), _PAIRED)
     return any(all(values.get(key) is not None for key in keys) for keys in together)
 
 
@@ -85,6 +87,8 @@ def parse_turns(values: Mapping[str, Any], *, pictures: int) -> Dialogue:
     Raises:
         Unusable: a turn cannot be what its key says, or placeholders and pictures do not agree.
     """
+    if values.get("messages") is None and all(values.get(key) is not None for key in _PAIRED):
+        return _with_rejected(values, pictures=pictures)
     said, may_be_implied = _written(values)
     if not said:
         return ()
@@ -102,6 +106,31 @@ def parse_turns(values: Mapping[str, Any], *, pictures: int) -> Dialogue:
     if shown != pictures:
         raise Unusable(f"dialogue has {shown} placeholders of pictures, but {pictures} pictures")
     return _checked([_turn(each) for each in said])
+
+
+def _with_rejected(values: Mapping[str, Any], *, pictures: int) -> Dialogue:
+    """The dialogue that ends with the chosen answer, beside which the rejected one stands.
+
+    A prompt is under its own key, or begins both dialogues, which then are alike up to their last turn.
+
+    Raises:
+        Unusable: one of the two is no dialogue, or they have not one prompt.
+    """
+    prompt = values["prompt"] if values.get("prompt") is not None else values.get("query")
+    others = {"system": values.get("system")}
+
+    def ending(key: str) -> Dialogue:
+        said = values[key]
+        if prompt is not None:
+            return parse_turns({"prompt": prompt, "completion": said, **others}, pictures=pictures)
+        entries = _list(said, key)
+        own = "conversations" if entries and isinstance(entries[0], dict) and "from" in entries[0] else "messages"
+        return parse_turns({own: entries, **others}, pictures=pictures)
+
+    chosen, rejected = (ending(key) for key in _PAIRED)
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("the chosen and the rejected answer are not to the same prompt")
+    return (*chosen[:-1], replace(chosen[-1], rejected=rejected[-1].text))
 
 
 def _written(values: Mapping[str, Any]) -> tuple[list[_Said], bool]:

@@ -30,6 +30,7 @@ class ChatItem:
         pictures: the processor's tensors of the pictures, each with rows along its first axis (pictures, tiles,
             patches), as many as this dialogue has.
         given: whether the last answer is one of the data; else the student is to write it.
+        rejected: the tokens of a worse last answer, its end token among them; none where none is known.
     """
 
     ids: Tensor
@@ -38,6 +39,12 @@ class ChatItem:
     sequence: Mapping[str, Tensor] = field(default_factory=dict)
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
     given: bool = True
+    rejected: tuple[int, ...] = ()
+
+    @property
+    def length_rejected(self) -> int:
+        """How many tokens the dialogue has with the worse answer; 0 without one."""
+        return _last_answer(self.answer) + len(self.rejected) if self.rejected else 0
 
 
 class ChatProcessing(Protocol):
@@ -82,6 +89,7 @@ class ChatInput:
         pad_id: the token that fills short rows.
         max_tokens: longest dialogue that its reader takes; None: any.
         given: of each dialogue, whether its last answer is one of the data; empty: all are.
+        rejected: of each dialogue, the tokens of a worse last answer; empty where no dialogue brings any.
     """
 
     texts: TokenBatch
@@ -93,6 +101,7 @@ class ChatInput:
     pad_id: int = 0
     max_tokens: int | None = None
     given: tuple[bool, ...] = ()
+    rejected: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts.ids)
@@ -138,6 +147,7 @@ class ChatInput:
             pictures=pictures,
             extents=extents,
             given=self.given[start:stop],
+            rejected=self.rejected[start:stop],
         )
 
     def rows(self, places: Sequence[int]) -> ChatInput:
@@ -161,6 +171,7 @@ class ChatInput:
                         for name, rows in self.pictures.items()
                     },
                     self.given[row] if self.given else True,
+                    self.rejected[row] if self.rejected else (),
                 )
             )
         return made
@@ -234,6 +245,7 @@ def join_items(items: Sequence[ChatItem], pad_id: int, *, left: bool = False) ->
         extents,
         pad_id,
         given=() if all(item.given for item in items) else tuple(item.given for item in items),
+        rejected=tuple(item.rejected for item in items) if any(item.rejected for item in items) else (),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from cmapkd.config import ConfigError
 from cmapkd.data.random import uniforms
-from cmapkd.data.texts import LOOKED_AT, joined
+from cmapkd.data.texts import LOOKED_AT, NEGATIVES, false_texts, joined
 from cmapkd.data.turns import UNREAD, Dialogue, Turn
 from cmapkd.data.types import BadSampleError, QuestionAnswer, Sample, Source
 from cmapkd.data.unseen import unseen
@@ -29,6 +29,8 @@ INSTRUCTIONS = (
 )
 """What a caption answers; one of them is drawn for each view."""
 
+_OF_ATTRIBUTES = ("replaced", "exchanged", "")  # kinds of false texts; empty: nobody knows what is false of it
+
 VOCABULARY_SAMPLES = 20_000  # whose texts are read to learn a vocabulary
 
 
@@ -47,6 +49,8 @@ class Prompting:
         captions: of a picture that stand in a joined dialogue, as many as it has at most; the view draws which.
         unanswered: student: questions outside the share, and those without an answer, are asked too, and the student
             writes the answer; leave_out: they are not asked.
+        pairs: whether each dialogue must bring a worse last answer, as methods that learn a preference read it. A
+            caption gets a false text, with a wrong attribute where there is any. Earlier answers are not learned then.
     Raises:
         ValueError: an unknown kind, a share out of range, several captions of dialogues that are not joined, or
             answers of the student's own in joined dialogues or to no questions.
@@ -60,6 +64,7 @@ class Prompting:
     learn: Literal["all", "last"] = "all"
     captions: int = 1
     unanswered: Literal["leave_out", "student"] = "leave_out"
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("auto", *get_args(Kind)):
@@ -89,7 +94,9 @@ class Prompting:
             BadSampleError: the sample has nothing that is asked for, or its dialogue cannot be used.
         """
         turns = self._chosen(sample, view, number)
-        if self.learn == "all":
+        if self.pairs:
+            turns = (*turns[:-1], _against(turns[-1], sample, number))
+        if self.learn == "all" and not self.pairs:
             return turns
         return (*(replace(turn, learned=False) for turn in turns[:-1]), turns[-1])
 
@@ -186,7 +193,7 @@ class Prompting:
         """Prompt and answer as one text, which names them in a cache."""
         return joined(
             f"{turn.role} {turn.pictures} {turn.learned:d} {turn.text}" if turn.given else f"{turn.role} unanswered"
-            for turn in chosen
+            for turn in (*chosen, *(Turn("assistant", turn.rejected) for turn in chosen if turn.rejected))
         )
 
     def describe(self) -> str:
@@ -195,6 +202,7 @@ class Prompting:
         joined_too = ", all questions of a picture" * self.join + ", the last answer learned" * (self.learn == "last")
         joined_too += f", {self.captions} captions of a picture" * (self.captions > 1)
         joined_too += ", questions without an answer too" * (self.unanswered == "student")
+        joined_too += ", with a worse answer" * self.pairs
         joined_too += ", drawn apart from the caption" * (self.kind == "both" and not self.join)
         return f"dialogues {self.kind} share {self.share:g} {how} captions, suffix {self.suffix!r}{joined_too}"
 
@@ -211,6 +219,12 @@ class Prompting:
             except BadSampleError:
                 continue
         what = "a dialogue, a question with an answer, or a caption" if self.kind == "auto" else f"any {self.kind}"
+        if self.pairs:
+            raise ConfigError(
+                f"this run learns which of two answers is better, but none of the first {LOOKED_AT} samples of "
+                f"{source.name} has {what} with a worse answer: give dialogues as prompt, chosen and rejected, or "
+                "captions (data.prompts=captions) with false texts under the key negatives, see docs/data.md"
+            )
         raise ConfigError(
             f"this run learns to answer, but none of the first {LOOKED_AT} samples of {source.name} has {what}: set "
             "data.prompts to what the data have (auto, turns, questions, captions or both), see docs/data.md"
@@ -234,13 +248,31 @@ class Prompting:
 
     def _said(self, sample: Sample) -> Iterator[str]:
         if self.kind in ("auto", "turns"):
-            yield from (turn.text for turn in sample.turns if turn.text)
+            yield from (text for turn in sample.turns for text in (turn.text, turn.rejected) if text)
         if self.kind in ("auto", "questions", "both"):
             for _, question in _answered(sample):
                 yield question.question
                 yield commonest(question.answers)
         if self.kind in ("auto", "captions", "both"):
             yield from sample.captions
+            if self.pairs:
+                yield from sample.texts.get(NEGATIVES, ())  # those that are made have the words of captions
+
+
+def _against(answer: Turn, sample: Sample, number: int) -> Turn:
+    """The answer with a worse one beside it: what the data reject, or a text that is false of the sample.
+
+    Raises:
+        BadSampleError: nothing is known to be worse.
+    """
+    if answer.rejected:
+        return answer
+    false = false_texts(sample, answer.text, number) if answer.text in sample.captions else {}
+    known = [text for text, kind in false.items() if kind in _OF_ATTRIBUTES] or [*false]
+    if not known:
+        raise BadSampleError(sample.id, "no worse answer is known, which this run compares with the given one")
+    place = int(uniforms(1, "rejected", sample.id, number)[0] * len(known))
+    return replace(answer, rejected=known[place])
 
 
 def commonest(answers: Sequence[str]) -> str:

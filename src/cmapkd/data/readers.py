@@ -256,9 +256,10 @@ class ChatReader:
             raise
         except ValueError as error:
             raise Unusable(str(error)) from None
-        if self.max_tokens is not None and len(item.ids) > self.max_tokens:
+        length = max(len(item.ids), item.length_rejected)
+        if self.max_tokens is not None and length > self.max_tokens:
             raise Unusable(
-                f"the dialogue has {len(item.ids)} tokens with its picture, more than data.max_tokens={self.max_tokens}"
+                f"the dialogue has {length} tokens with its picture, more than data.max_tokens={self.max_tokens}"
             )
         learned = item.ids[item.answer]
         if self.num_tokens is not None and len(unknown := learned[learned >= self.num_tokens]):

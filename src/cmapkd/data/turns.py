@@ -20,6 +20,7 @@ class Turn:
         pictures: how many pictures stand before the text; 0 or 1 in this version.
         learned: whether an assistant's turn is learned; false where the data say `loss: false`.
         given: false where the data have no answer and the student is to write one; the text is `UNREAD`.
+        rejected: a worse answer to the same prompt, for methods that learn a preference; empty where none is known.
     """
 
     role: Role
@@ -27,6 +28,7 @@ class Turn:
     pictures: int = 0
     learned: bool = True
     given: bool = True
+    rejected: str = ""
 
 
 Dialogue = tuple[Turn, ...]

@@ -29,6 +29,7 @@ from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.makd import Makd
+from cmapkd.methods.llava_mod import LLaVAMoD
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.mulki import Mulki
 from cmapkd.methods.mst_distill import MstDistill
@@ -39,6 +40,7 @@ from cmapkd.methods.sgva_clip import SgvaClip
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.supervised import Supervised
+from cmapkd.methods.switch_kd import SwitchKD
 from cmapkd.methods.taid import TAID
 from cmapkd.methods.terms import AuxiliaryTerms, Term
 from cmapkd.methods.tinyclip import TinyCLIP
@@ -91,6 +93,8 @@ _OWN: dict[str, type[Method]] = {
     "mulki": Mulki,
     "token_kd": TokenKD,
     "taid": TAID,
+    "llava_mod": LLaVAMoD,
+    "switch_kd": SwitchKD,
 }
 
 # beginnings of the names of own terms that contrast pairs, and so read which pairs are of one picture

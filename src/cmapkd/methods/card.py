@@ -73,6 +73,11 @@ class MethodConfig(Config):
         return True
 
     @property
+    def reads_pairs(self) -> bool:
+        """Whether dialogues must bring a worse answer beside the given one; of methods over models that write."""
+        return False
+
+    @property
     def reads_bytes(self) -> bool:
         """Whether tokens of two tokenizers may meet where both begin at the same byte of a text."""
         return False

@@ -81,10 +81,12 @@ class HfChatProcessor(ChatProcessor):
         found = self._seen(text, pictures)
         prompt = found.pop("input_ids")[0]
         found.pop("attention_mask", None)
-        tail = torch.tensor(self.encode_answer(dialogue[-1].text))
+        tail, worse = torch.tensor(self.encode_answer(dialogue[-1].text)), dialogue[-1].rejected
+        rejected = tuple(self.encode_answer(worse)) if worse else ()
         ids = torch.cat([prompt, tail])
-        if len(ids) > self.max_tokens:
-            raise ValueError(f"the dialogue has {len(ids)} tokens with its picture, more than {self.max_tokens}")
+        longest = len(prompt) + max(len(tail), len(rejected))
+        if longest > self.max_tokens:
+            raise ValueError(f"the dialogue has {longest} tokens with its picture, more than {self.max_tokens}")
         visual = ids == self.image_id
         if bool(visual.any()) != bool(pictures):
             raise ValueError(f"{len(pictures)} pictures became {int(visual.sum())} visual tokens by the chat template")
@@ -92,7 +94,7 @@ class HfChatProcessor(ChatProcessor):
         self._mark_earlier(answer, dialogue, text, prompt)
         numbers = {name: self._padded(found.pop(name, None), len(ids)) for name in self._numbers}
         pixels = {key: self._rows(rows) for key, rows in found.items()}
-        return ChatItem(ids, answer, visual, numbers, pixels, given=dialogue[-1].given)
+        return ChatItem(ids, answer, visual, numbers, pixels, given=dialogue[-1].given, rejected=rejected)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.native.tokenizer.decode(
@@ -175,7 +177,7 @@ class HfChatProcessor(ChatProcessor):
         if stated != len(pictures) or stated > 1:
             raise ValueError(f"the turns speak of {stated} pictures, {len(pictures)} are given; one is the most")
         for turn in dialogue:
-            control = self._forbidden.search(turn.text)
+            control = self._forbidden.search(turn.text) or self._forbidden.search(turn.rejected)
             if control is not None:
                 raise ValueError(f"the text of a turn has the control token {control.group()!r}")
 

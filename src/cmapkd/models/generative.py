@@ -17,7 +17,7 @@ from cmapkd.models.asking import dialogues
 from cmapkd.models.base import Model
 from cmapkd.models.embedding import Picture
 from cmapkd.models.token_bytes import Spelling
-from cmapkd.models.token_types import LogitHead, Seen, TokenFeatures, TokenNeeds, Vocabulary
+from cmapkd.models.token_types import EncodedShape, LogitHead, Seen, TokenFeatures, TokenNeeds, Vocabulary
 from cmapkd.models.types import LevelInfo
 
 
@@ -117,6 +117,28 @@ class GenerativeModel(Model):
         Raises:
             ValueError: a level or layer that this model does not have.
         """
+
+    @property
+    def encoded_shape(self) -> EncodedShape | None:
+        """What the projector is given, where `project` can be given it by others; None: it cannot."""
+        return None
+
+    @property
+    def num_deeper(self) -> int:
+        """How many further outputs of the vision tower the first layers are fed with (`Seen.deeper`)."""
+        return 0
+
+    def project(self, inputs: ChatInput, encoded: Float[Tensor, "tiles tokens width"]) -> Seen:  # noqa: ARG002
+        """The projector's visual tokens of what stands in the place of its vision tower's output; with gradient.
+
+        Of its own, `project(inputs, forward(inputs, TokenNeeds(encoded=True)).encoded)`, it is what `see` gives.
+
+        Args:
+            encoded: of all tiles of the batch, in their order, shaped as `encoded_shape` says.
+        Raises:
+            ValueError: this model has no `encoded_shape`, or the tokens are not as many as `inputs.visual` marks.
+        """
+        raise ValueError(f"the projector of {self.name} cannot be given what another vision tower made")
 
     def see(self, inputs: ChatInput) -> Seen:  # noqa: ARG002  for models that can be taken apart there
         """The visual tokens of the batch's pictures, as the language model is fed with them; with gradient.

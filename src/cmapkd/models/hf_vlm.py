@@ -22,10 +22,10 @@ from cmapkd.models.lora_files import read_adapters, write_adapters
 from cmapkd.models.parts import refuse_empty, split_by_name
 from cmapkd.models.storage import load_weights, read_weights, write_model_folder
 from cmapkd.models.tap_attention import attention_of
-from cmapkd.models.token_types import LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, Vocabulary, Where
+from cmapkd.models.token_types import EncodedShape, LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, Vocabulary, Where
 from cmapkd.models.types import LevelInfo
 from cmapkd.models.vlm_folders import check_not_merged, check_same_tokens
-from cmapkd.models.vlm_hooks import fed_to, feeding, outputs
+from cmapkd.models.vlm_hooks import fed_to, feeding, given_to, outputs
 from cmapkd.models.vlm_layouts import LAYOUTS, blocks_of
 from cmapkd.models.vlm_rows import packed_rows, positions, rows_at, tile_rows, unwindowed, visual_places, visual_rows
 
@@ -62,6 +62,10 @@ class HfVlm(GenerativeModel):
     @property
     def _language(self) -> Any:
         return self.model.model.get_submodule(self.layout.language)
+
+    @property
+    def _projector(self) -> Any:
+        return self.model.model.get_submodule(self.layout.projector[0])
 
     @property
     def attention(self) -> str:
@@ -101,6 +105,31 @@ class HfVlm(GenerativeModel):
     def forward(self, inputs: ChatInput, needs: TokenNeeds | None = None) -> TokenFeatures:
         return self._features(inputs, needs or TokenNeeds(), None)
 
+    @property
+    def num_deeper(self) -> int:
+        return len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+
+    @property
+    def encoded_shape(self) -> EncodedShape | None:
+        if self.layout.packed:  # patches of all pictures in one row, in an order of their own
+            return None
+        config = self.model.config
+        sides = config.vision_config
+        side, patch = (each if isinstance(each, int) else each[0] for each in (sides.image_size, sides.patch_size))
+        tokens, width = (side // patch) ** 2, self.image_levels[0].width
+        folded = round(1 / config.downsample_ratio) ** 2 if self.layout.shuffled else 1
+        layers = getattr(config, "vision_feature_layer", -1)  # of several, LLaVA's projector is given all
+        return EncodedShape(tokens // folded, width * folded * (1 if isinstance(layers, int) else len(layers)))
+
+    def project(self, inputs: ChatInput, encoded: Tensor) -> Seen:
+        if self.encoded_shape is None:
+            return super().project(inputs, encoded)
+        tokens = _flat(self._projector(encoded.to(self.model.dtype)))
+        sample, place = visual_places(inputs.visual)
+        if len(tokens) != len(sample):
+            raise ValueError(f"{len(sample)} places of visual tokens got {len(tokens)} from the projector")
+        return Seen(Rows(tokens, sample, place))
+
     def see(self, inputs: ChatInput) -> Seen:
         pictures = {name: rows for name, rows in self._arguments(inputs).items() if name in inputs.pictures}
         sample, place = visual_places(inputs.visual)
@@ -121,10 +150,9 @@ class HfVlm(GenerativeModel):
         inside = [name for name in needs.levels if name in seeing]
         if inside:
             raise ValueError(f"{', '.join(inside)} of {self.name} cannot be read: its vision tower sees nothing here")
-        deep = getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ()
-        if len(seen.deeper) != len(deep) and len(seen.tokens.values):
+        if len(seen.deeper) != self.num_deeper and len(seen.tokens.values):
             raise ValueError(
-                f"{self.name} adds {len(deep)} further outputs of its vision tower to its first layers, and "
+                f"{self.name} adds {self.num_deeper} further outputs of its vision tower to its first layers, and "
                 f"{len(seen.deeper)} are given: feed a model without them, or what such a model's see() gave"
             )
         shape, width = tuple(seen.tokens.values.shape), self.image_levels[-1].width
@@ -148,6 +176,7 @@ class HfVlm(GenerativeModel):
             if seen is not None:
                 hooks.enter_context(feeding(self._language, inputs.visual, seen.tokens.values, seen.deeper))
             fed = hooks.enter_context(fed_to(self._language)) if projected else {}
+            given = hooks.enter_context(given_to(self._projector if needs.encoded else None))
             maps = hooks.enter_context(attention_of(self._language, needs.attention))
             arguments = self._arguments(inputs, pixels=seen is None)
             states = self.model.model(**arguments, use_cache=False).last_hidden_state
@@ -166,6 +195,7 @@ class HfVlm(GenerativeModel):
             projected=tokens if needs.projected else None,
             levels=levels,
             attention=maps,
+            encoded=given[0] if given else None,
         )
 
     @torch.no_grad()

@@ -56,12 +56,14 @@ class TokenNeeds:
         levels: names among `image_levels` and `text_levels`.
         attention: layers of the language model whose attention maps are read, from 0.
         projected: whether the projected visual tokens are read, as the language model is fed with them.
+        encoded: whether the vision tower's tokens are read, as the projector is given them.
     """
 
     where: frozenset[Where] = frozenset({"answer"})
     levels: tuple[str, ...] = ()
     attention: tuple[int, ...] = ()
     projected: bool = False
+    encoded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,19 @@ class Seen:
 
     tokens: Rows
     deeper: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedShape:
+    """What a projector is given of each tile of a picture; most models make one tile of a picture.
+
+    Attributes:
+        tokens: how many, row by row of a square.
+        width: of each.
+    """
+
+    tokens: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +162,8 @@ class TokenFeatures:
         levels: by level and where: outputs of vision blocks and of the projector have `visual` rows only.
         attention: by layer, Float[batch heads length length].
         top: of a cached teacher, in place of `hidden`.
+        encoded: Float[tiles tokens width], the vision tower's tokens as the projector is given them, tile by tile; None
+            where the batch shows no picture.
     """
 
     hidden: Mapping[Where, Rows]
@@ -156,3 +173,4 @@ class TokenFeatures:
     levels: Mapping[str, Mapping[Where, Rows]] = field(default_factory=dict)
     attention: Mapping[int, Tensor] = field(default_factory=dict)
     top: TopTokens | None = None
+    encoded: Tensor | None = None

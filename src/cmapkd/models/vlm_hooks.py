@@ -44,6 +44,20 @@ def fed_to(language: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
+def given_to(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """The first argument of a module's call inside this context; of None, and where it is not called, nothing."""
+    kept: list[Tensor] = []
+    if module is None:
+        yield kept
+        return
+    handle = module.register_forward_pre_hook(lambda _module, arguments: kept.append(arguments[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def feeding(language: nn.Module, visual: Tensor, tokens: Tensor, deeper: Sequence[Tensor] = ()) -> Iterator[None]:
     """Inside this context the language model is given these visual tokens, whatever stood in their places.
 

@@ -20,6 +20,7 @@ class VlmLayout:
         language: the language model, without its head.
         packed: whether patches of all pictures stand in one row, with their grids beside them (Qwen).
         nested: whether the model reads pictures with one more axis in front (Idefics3).
+        shuffled: whether visual tokens are folded together in front of the projector (InternVL).
         windowed: whether vision blocks see the patches in another order (Qwen2.5-VL).
         width: where the vision config has the width of its blocks.
         picture_options: for the image processor at each call.
@@ -32,6 +33,7 @@ class VlmLayout:
     packed: bool = False
     nested: bool = False
     windowed: bool = False
+    shuffled: bool = False
     width: str = "hidden_size"
     picture_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -48,7 +50,9 @@ LAYOUTS: Mapping[str, VlmLayout] = {
     "qwen2_5_vl": VlmLayout("Qwen2_5_VLForConditionalGeneration", *_PACKED, packed=True, windowed=True),
     "qwen3_vl": VlmLayout("Qwen3VLForConditionalGeneration", *_PACKED, packed=True),
     # The processor's own default, to cut pictures into tiles, wins over the folder's settings: pictures are whole here.
-    "internvl": VlmLayout("InternVLForConditionalGeneration", *_TILES, picture_options={"crop_to_patches": False}),
+    "internvl": VlmLayout(
+        "InternVLForConditionalGeneration", *_TILES, shuffled=True, picture_options={"crop_to_patches": False}
+    ),
     "gemma3": VlmLayout("Gemma3ForConditionalGeneration", *_TILES),
 }
 

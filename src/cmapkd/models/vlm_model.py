@@ -16,7 +16,7 @@ from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.lora import adapters_of, merged
 from cmapkd.models.lora_files import write_adapters
 from cmapkd.models.storage import write_model_folder
-from cmapkd.models.token_types import Rows, Seen
+from cmapkd.models.token_types import EncodedShape, Rows, Seen
 from cmapkd.models.types import LevelInfo
 from cmapkd.models.vlm_language import save_language
 from cmapkd.models.vlm_rows import grid_rows
@@ -35,6 +35,10 @@ class AssembledVlm(HfVlm):
     def vision(self) -> VisualTokens:
         found: VisualTokens = self.model.model.vision_tower
         return found
+
+    @property
+    def encoded_shape(self) -> EncodedShape:
+        return EncodedShape(self.vision.count, self.vision.width)
 
     @property
     def architecture(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from cmapkd.data.held_out import WithHeldOut, open_held_out
 from cmapkd.data.labels import any_label
 from cmapkd.data.open import open_streams
 from cmapkd.data.plans import PlanSampler
+from cmapkd.data.prompting import Prompting
 from cmapkd.data.readers import Reader
 from cmapkd.data.regions import check_boxes
 from cmapkd.data.streams import Stream
@@ -111,7 +113,7 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
         )
     teacher = teachers["teacher"].model if "teacher" in teachers else None
     if config.writes:
-        prompting = config.data.prompts.prompting()
+        prompting = prompting_of(config)
         whole = config.student.options.get("vocabulary") == "texts"  # then no token of a training text may be missed
         words = prompting.vocabulary(source, len(source)) if whole else prompting.vocabulary(source)
         return build_model(config.student, captions=words, teacher=teacher)
@@ -265,8 +267,13 @@ def texts_of(config: RunConfig, method: Method, source: Source) -> Choice:
 def text_choice(config: RunConfig, method: Method) -> Choice:
     """How a sample's texts are chosen: its prompt and answer for a method over models that write, else captions."""
     if config.writes:
-        return config.data.prompts.prompting()
+        return prompting_of(config)
     return TextChoice(method.text_pools, config.data.mix_synthetic, required=config.method.reads_captions)
+
+
+def prompting_of(config: RunConfig) -> Prompting:
+    """The dialogues that a run over models that write learns from."""
+    return replace(config.data.prompts.prompting(), pairs=config.method.reads_pairs)
 
 
 def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHeads | None:

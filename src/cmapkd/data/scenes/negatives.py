@@ -12,7 +12,7 @@ from cmapkd.data.scenes.rewording import TURNED, recounted, retextured, texture_
 from cmapkd.data.scenes.source import SceneSample
 from cmapkd.data.scenes.spec import COLOURS, SHAPES, TEXTURES
 from cmapkd.data.scenes.words import NUMBERS, synonym
-from cmapkd.data.scenes.wrong import renamed, wordings
+from cmapkd.data.scenes.wrong import named_things, renamed, wordings
 from cmapkd.data.types import Sample
 
 MOST = 8  # negatives of a caption
@@ -55,6 +55,17 @@ def named_negatives(sample: Sample, caption: str, key: int) -> dict[str, str]:
             if len(found) == MOST:
                 break
     return found
+
+
+def things_right(sample: Sample, text: str) -> list[bool] | None:
+    """Of each coloured shape that a text names, whether the scene has such an object; None where there is no scene.
+
+    Sizes, textures, numbers and relations are not looked at.
+    """
+    if not isinstance(sample, SceneSample):
+        return None
+    there = {(thing.colour, thing.shape) for thing in sample.scene.objects}
+    return [thing in there for thing in named_things(text)]
 
 
 def _exchanged(known: Sequence[_Said], _draws: Draws) -> Iterator[_Said]:

@@ -27,6 +27,14 @@ _SINGULARS = {
     for form in (word, plural(word))
 }
 _ANY_WORD = re.compile(r"\b(?:" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")\b")
+_COLOURED = re.compile(
+    r"\b({}) ({})\b".format(
+        *(
+            "|".join(sorted((word for word, (of, _, _) in _WORDS.items() if of == kind), key=len, reverse=True))
+            for kind in KINDS
+        )
+    )
+)
 _ARTICLE = re.compile(r"\ban? (?=(\w))")
 
 
@@ -63,6 +71,15 @@ def renamed(text: str, new_name: Callable[[str, str], str]) -> str:
         return plural(name) if several else name
 
     return with_articles(_ANY_WORD.sub(other, text))
+
+
+def named_things(text: str) -> list[tuple[str, str]]:
+    """The coloured shapes that a text names, as (colour, shape): a word for a colour with one for a shape behind it."""
+    things = []
+    for found in _COLOURED.finditer(text.lower()):
+        (_, colour, _), (_, shape, _) = _WORDS[found[1]], _WORDS[found[2]]
+        things.append((KINDS["colour"][colour], KINDS["shape"][shape]))
+    return things
 
 
 def with_articles(text: str) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from cmapkd.data.scenes.negatives import things_right
+from cmapkd.data.types import Source
+from cmapkd.data.unseen import unseen
 from cmapkd.evaluation import caption_tools
 from cmapkd.evaluation.captioning import caption_scores
 from cmapkd.evaluation.dialogues import descriptions, lacking
@@ -29,6 +32,7 @@ class Describing(Task):
         Column("CIDEr-D", ("shown", "cider")),
         Column("words in common, F1", ("word_f1",)),
         Column("exact match", ("exact",)),
+        Column("right things", ("right_things",)),
         Column("words each", ("num_words",)),
         Column("empty %", ("empty",)),
         Column("without an end %", ("unended",)),
@@ -50,19 +54,23 @@ class Describing(Task):
         said = {each.sample: answer.text for each, answer in pairs}
         given = {each.sample: list(each.references) for each, _ in pairs}
         lengths = [len(text.split()) for text in said.values()]
-        return _tool_scores(said, given) | {
-            "word_f1": 100 * _mean([_word_f1(text, given[sample]) for sample, text in said.items()]),
-            "exact": 100 * _mean([_is_exact(text, given[sample]) for sample, text in said.items()]),
-            "num_words": _mean(lengths),
-            "median_words": median(lengths),
-            "reference_words": _mean([len(text.split()) for texts in given.values() for text in texts]),
-            "empty": 100 * _mean([not text for text in said.values()]),
-            "unended": 100 * _mean([not answer.ended for _, answer in pairs]),
-            "num_images": len(said),
-            "num_not_asked": len(asked) - len(pairs),
-            "examples": dict(list(said.items())[:3]),
-            "protocol": writer.protocol(max_new_tokens=how.caption_tokens, instruction=how.instruction),
-        }
+        return (
+            _tool_scores(said, given)
+            | _things({each.index: answer.text for each, answer in pairs}, bench.scored)
+            | {
+                "word_f1": 100 * _mean([_word_f1(text, given[sample]) for sample, text in said.items()]),
+                "exact": 100 * _mean([_is_exact(text, given[sample]) for sample, text in said.items()]),
+                "num_words": _mean(lengths),
+                "median_words": median(lengths),
+                "reference_words": _mean([len(text.split()) for texts in given.values() for text in texts]),
+                "empty": 100 * _mean([not text for text in said.values()]),
+                "unended": 100 * _mean([not answer.ended for _, answer in pairs]),
+                "num_images": len(said),
+                "num_not_asked": len(asked) - len(pairs),
+                "examples": dict(list(said.items())[:3]),
+                "protocol": writer.protocol(max_new_tokens=how.caption_tokens, instruction=how.instruction),
+            }
+        )
 
 
 def _tool_scores(said: dict[str, str], given: dict[str, list[str]]) -> dict[str, Any]:
@@ -77,6 +85,15 @@ def _tool_scores(said: dict[str, str], given: dict[str, list[str]]) -> dict[str,
     scores = caption_scores(said, given).to_dict()
     metrics = {name: value for name, value in scores.items() if not name.startswith("num_")}
     return metrics | {"shown": {name: 100 * value for name, value in metrics.items()}}
+
+
+def _things(said: dict[int, str], source: Source) -> dict[str, Any]:
+    """Of all coloured shapes that the descriptions name, how many are in their picture; nothing where nobody knows."""
+    found = [things_right(unseen(source, index), text) for index, text in said.items()]
+    right = [each for of_picture in found for each in of_picture or ()]
+    if None in found or not right:
+        return {}
+    return {"right_things": 100 * sum(right) / len(right), "num_things": len(right)}
 
 
 def _word_f1(text: str, references: Sequence[str]) -> float:

@@ -26,6 +26,7 @@ from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
+from cmapkd.methods.llava_kd import LlavaKD
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
@@ -79,6 +80,7 @@ _OWN: dict[str, type[Method]] = {
     "zscl": ZSCL,
     "token_kd": TokenKD,
     "taid": TAID,
+    "llava_kd": LlavaKD,
 }
 
 # beginnings of the names of own terms that contrast pairs, and so read which pairs are of one picture

@@ -30,7 +30,7 @@ from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergen
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.reconstruction import direction_distance, patches_of, reconstruction_error
 from cmapkd.objectives.refine import hybrid_divergence, reference_distance
-from cmapkd.objectives.relation import layer_relation_distance, relation_distance
+from cmapkd.objectives.relation import layer_relation_distance, relation_distance, token_relation_distance
 from cmapkd.objectives.retention import reference_divergences
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
@@ -99,6 +99,7 @@ __all__ = [
     "target_sparsity",
     "token_contrast",
     "token_losses",
+    "token_relation_distance",
     "top_divergence",
     "vertical_divergence",
 ]

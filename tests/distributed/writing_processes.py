@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     "sampled": ("token_kd", {"on_policy": ON_POLICY, "divergence": "sampled_reverse"}),
     "taid": ("taid", {"answers_weight": 1.0}),
     "llava_kd": ("llava_kd", {}),
+    "align_kd": ("align_kd", {"focus": 2}),
     f"token_kd{MICRO}": ("token_kd", {"divergence": "reverse"}),
     f"on policy{MICRO}": ("token_kd", {"on_policy": ON_POLICY}),
     f"token_kd{SHARDED}": ("token_kd", {}),

@@ -16,6 +16,7 @@ from writers import loss_of, make_task
 
 READING: dict[str, dict[str, Any]] = {
     "llava_kd": {"relation_level": "projector"},
+    "align_kd": {"focus": 2},
 }
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmapkd.config import ConfigError
-from cmapkd.data.turns import Turn
+from cmapkd.data.dialogues import ChatItem, Turn
 from cmapkd.features.pyramid import resample
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import Rows
@@ -33,6 +33,24 @@ def check_visual_tokens(student: GenerativeModel, teacher: GenerativeModel) -> N
             f"{student.name} reads {own} visual tokens of a square picture, and its teacher {teacher.name} {theirs}: "
             "such tokens are compared one by one, or by square grids of them. Give both one size of pictures and of "
             "patches, or take method token_kd, which compares answers alone"
+        )
+
+
+def check_same_texts(student: GenerativeModel, teacher: GenerativeModel, *, whole: bool, instead: str) -> None:
+    """Refuses two models whose prompts have other numbers of words, by how they read one dialogue with a picture.
+
+    Args:
+        whole: whether words in front of the picture count, too.
+        instead: what to do, for the message.
+    Raises:
+        ConfigError: with both numbers.
+    """
+    own, theirs = (_words_of_a_dialogue(model, whole=whole) for model in (student, teacher))
+    if own != theirs:
+        raise ConfigError(
+            f"of one dialogue {student.name} reads {own} tokens {'beside' if whole else 'behind'} its picture, and its "
+            f"teacher {teacher.name} {theirs}: their chat templates differ, and tokens are compared one by one. "
+            f"{instead}"
         )
 
 
@@ -90,6 +108,14 @@ def _side(number: int) -> int:
 
 
 def _tokens_of_a_picture(model: GenerativeModel) -> int:
+    return int(_example(model).visual.sum())
+
+
+def _words_of_a_dialogue(model: GenerativeModel, *, whole: bool) -> int:
+    visual = _example(model).visual
+    return int((~visual if whole else ~visual & (visual.cumsum(0) == visual.sum())).sum())
+
+
+def _example(model: GenerativeModel) -> ChatItem:
     picture = Image.new("RGB", (64, 64), (90, 160, 40))
-    item = model.processor.read((Turn("user", "a", 1), Turn("assistant", "a")), [picture])
-    return int(item.visual.sum())
+    return model.processor.read((Turn("user", "a", 1), Turn("assistant", "a")), [picture])

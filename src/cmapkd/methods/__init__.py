@@ -7,6 +7,7 @@ from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.methods.acam_kd import AcamKD
 from cmapkd.methods.albef import Albef
+from cmapkd.methods.align_kd import AlignKD
 from cmapkd.methods.base import Method
 from cmapkd.methods.biomedcoop import BiomedCoOp
 from cmapkd.methods.c2kd import C2KD
@@ -81,6 +82,7 @@ _OWN: dict[str, type[Method]] = {
     "token_kd": TokenKD,
     "taid": TAID,
     "llava_kd": LlavaKD,
+    "align_kd": AlignKD,
 }
 
 # beginnings of the names of own terms that contrast pairs, and so read which pairs are of one picture

@@ -1,6 +1,7 @@
 """Distillation losses as pure functions of tensors: no parameters, no devices, no processes, no config."""
 
 from cmapkd.objectives.angle import angular_dispersion, squared_angle
+from cmapkd.objectives.attention_maps import attention_error, focused_distance
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
 from cmapkd.objectives.classes import (
@@ -50,6 +51,7 @@ __all__ = [
     "absolute_distance",
     "agreeing",
     "angular_dispersion",
+    "attention_error",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -62,6 +64,7 @@ __all__ = [
     "embedding_distance",
     "ensemble_divergence",
     "feature_distance",
+    "focused_distance",
     "gradient_distance",
     "hint_distance",
     "hybrid_divergence",

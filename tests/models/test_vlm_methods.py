@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from model_support import randomise
+from torch import nn
 from vlm_support import MAKERS, chat, make_vlm
 
 from cmapkd.data.types import Batch
@@ -27,17 +28,19 @@ def test_every_family_can_learn(name: str, kind: str) -> None:
     student = make_vlm(kind)
     teacher = copy.deepcopy(student)
     method = make_task(name, student=student, teacher=FrozenTeacher(teacher), **READING[name]).eval()
+    for layer in method.children():
+        if isinstance(layer, nn.Linear):  # from the teacher's maps or widths to the same ones
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
     inputs = chat(student)
     batch = Batch(("a", "b", "c"), {"student": inputs, "teacher": inputs}, ("",) * 3)
     equal = method(batch)
     assert equal.keys() == set(method.term_names)
-    for term in method.of_teacher:
-        assert abs(float(equal[term].value.detach())) < 1e-5, term
     torch.manual_seed(1)
     randomise(teacher)
     terms = method(batch)
     for term in method.of_teacher:
-        assert float(terms[term].value.detach()) > 1e-6, term
+        assert abs(float(equal[term].value.detach())) < 0.05 * float(terms[term].value.detach()), term
         method.zero_grad()
         terms[term].value.backward(retain_graph=True)
         learned = {each for each, own in student.named_parameters() if own.grad is not None and own.grad.any()}

@@ -123,6 +123,8 @@ def make_task(
     torch.manual_seed(11)  # of modules that the method has of its own
     method = build_method(config, student=student, teacher=teacher)
     assert isinstance(method, GenerativeMethod)
+    for module in method.children():
+        module.to(next(student.parameters()).dtype)
     return method.train()
 
 

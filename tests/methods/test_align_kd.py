@@ -220,10 +220,12 @@ def test_gradients_of_the_objectives() -> None:
         attention_error(student[:, :2], teacher, *maps)
     tokens = torch.randn(2, 5, 3, dtype=torch.float64).requires_grad_()
     attention = torch.tensor([0.1, 0.5, 0.2, 0.0, 0.3])
-    assert gradcheck(lambda t: focused_distance(*t, attention, focus=2), tokens)
+    assert gradcheck(lambda t: focused_distance(t[0], t[1], attention, focus=2), tokens)
     errors = (tokens[0] - tokens[1]).square().mean(-1)
-    torch.testing.assert_close(focused_distance(*tokens, attention, focus=2), errors.mean() + errors[[1, 4]].mean())
-    torch.testing.assert_close(focused_distance(*tokens, attention, focus=16), 2 * errors.mean())
+    torch.testing.assert_close(
+        focused_distance(tokens[0], tokens[1], attention, focus=2), errors.mean() + errors[[1, 4]].mean()
+    )
+    torch.testing.assert_close(focused_distance(tokens[0], tokens[1], attention, focus=16), 2 * errors.mean())
 
 
 # ------------------------------------------------------------------------------------------------ maps
@@ -239,8 +241,9 @@ def test_maps_learn_or_stay_random_as_released(tmp_path: Path) -> None:
     moved = {name for name, value in learning.state_dict().items() if not torch.equal(value, before[name])}
     assert {"map_heads.weight", "map_heads.bias", "map_tokens.weight", "map_tokens.bias"} <= moved
     still = make_task("align_kd", adapters="frozen")
+    assert isinstance(still, AlignKD)
     assert not any(each.requires_grad for name, each in still.named_parameters() if name.startswith("map"))
-    assert not torch.equal(still.map_heads.weight, torch.full((2, 2), 0.5))  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(still.map_heads.weight, torch.full((2, 2), 0.5))
 
 
 def test_terms_are_balanced_at_the_last_matrix_of_the_projector() -> None:

@@ -77,4 +77,5 @@ def _over(attention: Block, tokens: int) -> Block:
     flat = attention.flatten(0, 1).T
     nobody = torch.zeros(number, dtype=torch.long, device=flat.device)
     values = beside(Rows(flat, nobody, nobody), [tokens], [number])
-    return (number / tokens * values).T.unflatten(0, attention.shape[:2])
+    spread: Tensor = (number / tokens * values).T.unflatten(0, attention.shape[:2])
+    return spread

@@ -63,7 +63,7 @@ class AlignKD(GenerativeMethod):
             "vision: mean over pictures of mean_k e_k + mean_{k in top 16} e_k, e_k = channel mean of (P v_T − v_S)²",
             "top 16: visual tokens with most of the teacher's attention in the layer, mean of heads, sum of queries",
             "attention: mean of (A a_T − a_S)² over the student's heads, texts behind the picture and visual tokens",
-            "P, A: linear maps of widths and of heads; L = CE + distillation + vision + attention",
+            "L = CE + distillation + vision + attention; P and A are linear maps of widths and of heads",
         ),
         needs="final states, projected visual tokens and attention maps of one layer; one vocabulary and one chat "
         "template, as many visual tokens or square grids of them; no cache",

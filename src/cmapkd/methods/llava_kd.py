@@ -78,8 +78,8 @@ class LlavaKD(GenerativeMethod):
             "p, q = softmax of the teacher's and the student's logits at temperature 1; N answer tokens, K visual ones",
             "L_res = (1/N) Σ_n KL(p_n ‖ q_n); L_vis = (1/K) Σ_k KL(p_k ‖ q_k)",
             "R = N(v) N(v)ᵀ of a picture's visual tokens v; L_rel = mean over pictures of 1 − cos(vec R_S, vec R_T)",
-            "DPT: L = CE + L_res + L_vis + 0.5 L_rel, the projector learns",
-            "SFT: L = CE; DFT: as DPT; projector and language model learn in both",
+            "L = CE + L_res + L_vis + 0.5 L_rel in distilled pre-training, where the projector learns",
+            "L = CE in fine-tuning, and as before in distilled fine-tuning; projector and language model learn in both",
         ),
         needs="final states of answers and visual tokens of both models, which must have one vocabulary, and as many "
         "visual tokens or square grids of them; widths, depths and prompts may differ; no cache",

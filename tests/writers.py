@@ -121,8 +121,11 @@ def make_task(
     config = METHODS[name].Config.from_mapping({"name": name, **settings})
     student = student or make_writer()
     teacher = (teacher or make_judge()) if METHODS[name].uses_teacher else None
+    torch.manual_seed(11)  # of modules that the method has of its own
     method = build_method(config, student=student, teacher=teacher)
     assert isinstance(method, GenerativeMethod)
+    for module in method.children():
+        module.to(next(student.parameters()).dtype)
     return method.train()
 
 

@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     "llava_mod": ("llava_mod", {}),
     f"llava_mod{MICRO}": ("llava_mod", {"form": "dpo"}),
     f"switch_kd{MICRO}": ("switch_kd", {"reduction": "sample_mean"}),
+    "llava_kd": ("llava_kd", {}),
+    "align_kd": ("align_kd", {"focus": 2}),
     f"token_kd{MICRO}": ("token_kd", {"divergence": "reverse"}),
     f"on policy{MICRO}": ("token_kd", {"on_policy": ON_POLICY}),
     f"token_kd{SHARDED}": ("token_kd", {}),

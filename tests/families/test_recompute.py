@@ -70,7 +70,7 @@ def test_every_family_is_the_same_in_training(name: str, micro_batch: int | None
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
-@pytest.mark.parametrize("name", ["sft", "token_kd", "taid"])
+@pytest.mark.parametrize("name", ["sft", "token_kd", "taid", "llava_kd"])
 def test_models_that_write_are_the_same(name: str, micro_batch: int | None) -> None:
     method = make_task(name)
     compare(method, batch_of(method), micro_batch)

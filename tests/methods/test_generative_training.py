@@ -82,7 +82,7 @@ def test_a_run_that_was_cut_ends_as_one_that_was_not(name: str, tmp_path: Path) 
 def test_a_projector_learns_alone(name: str, tmp_path: Path) -> None:
     task = make_task(name, **({"visual_weight": 0.0} if name == "switch_kd" else {}))  # which trains vision, too
     before = {key: value.clone() for key, value in task.student.state_dict().items()}
-    make_run(tmp_path, task, steps=3, train_parts=("projector",)).run()  # enough for methods in stages
+    make_run(tmp_path, task, steps=3, train_parts=("projector",)).run()  # one for each stage that a method may have
     changed = {key for key, value in task.student.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == task.student.parts["projector"]
 

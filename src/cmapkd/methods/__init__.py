@@ -7,6 +7,7 @@ from cmapkd.config import ConfigError, Registry
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.methods.acam_kd import AcamKD
 from cmapkd.methods.albef import Albef
+from cmapkd.methods.align_kd import AlignKD
 from cmapkd.methods.base import Method
 from cmapkd.methods.biomedcoop import BiomedCoOp
 from cmapkd.methods.c2kd import C2KD
@@ -30,6 +31,7 @@ from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.makd import Makd
 from cmapkd.methods.llava_mod import LLaVAMoD
+from cmapkd.methods.llava_kd import LlavaKD
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.mulki import Mulki
 from cmapkd.methods.mst_distill import MstDistill
@@ -95,6 +97,8 @@ _OWN: dict[str, type[Method]] = {
     "taid": TAID,
     "llava_mod": LLaVAMoD,
     "switch_kd": SwitchKD,
+    "llava_kd": LlavaKD,
+    "align_kd": AlignKD,
 }
 
 # beginnings of the names of own terms that contrast pairs, and so read which pairs are of one picture

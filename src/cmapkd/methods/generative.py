@@ -247,10 +247,7 @@ class GenerativeMethod(Method):
         asked = self.teacher_top
         if teacher.top is not None:
             return teacher.top if asked is None else narrowed(teacher.top, min(asked.number, teacher.top.ids.shape[-1]))
-        assert teacher.head is not None
-        states, head = teacher.hidden["answer"].values, self.shared(teacher.head)
-        if self.kept is not None:
-            head = picked_head(teacher.head, self.kept.to(states.device))
+        states, head = teacher.hidden["answer"].values, self.teacher_head(teacher)
         if asked is None:
             return states, head
         with torch.no_grad():
@@ -259,6 +256,43 @@ class GenerativeMethod(Method):
                 for rows in states.split(TOP_ROWS)
             ]
         return TopTokens(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_p", "rest")))
+
+    def divergence_at(
+        self,
+        student: TokenFeatures,
+        rows: Rows,
+        teacher: TokenFeatures,
+        states: Float[Tensor, "rows width"],
+        *,
+        divergence: TokenDivergence,
+        weights: Float[Tensor, " rows"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The divergence between what both models predict behind other tokens than answers: a sum over rows.
+
+        Args:
+            rows: the student's final states there.
+            states: the teacher's, in the same order.
+            divergence: one that asks for no target.
+        """
+        assert student.head is not None
+        losses = token_losses(
+            rows.values,
+            self.shared(student.head),
+            torch.zeros_like(rows.sample),  # of a cross-entropy that nobody reads
+            teacher=(states, self.teacher_head(teacher)),
+            divergence=divergence,
+            row_weights=weights,
+            declared=(0.0, 1.0) if self.micro_batch is None else None,
+        )
+        assert losses.kd is not None
+        return losses.kd
+
+    def teacher_head(self, teacher: TokenFeatures) -> LogitHead:
+        """The teacher's head over the tokens that both models have, in the student's order."""
+        assert teacher.head is not None
+        if self.kept is None:
+            return self.shared(teacher.head)
+        return picked_head(teacher.head, self.kept.to(teacher.head.weight.device))
 
     def shared(self, head: LogitHead) -> LogitHead:
         """A head over the tokens that student and teacher have in common."""

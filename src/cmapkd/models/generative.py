@@ -167,6 +167,11 @@ class GenerativeModel(Model):
         return ""
 
     @property
+    def attention_heads(self) -> int | None:
+        """How many maps a layer of the language model has; None where they are not known, or cannot be read."""
+        return None
+
+    @property
     @abstractmethod
     def head(self) -> LogitHead:
         """Makes logits of final states, over the real tokens."""

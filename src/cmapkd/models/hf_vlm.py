@@ -21,7 +21,7 @@ from cmapkd.models.lora import LoraConfig, adapter_names, adapters_of, add_adapt
 from cmapkd.models.lora_files import read_adapters, write_adapters
 from cmapkd.models.parts import refuse_empty, split_by_name
 from cmapkd.models.storage import load_weights, read_weights, write_model_folder
-from cmapkd.models.tap_attention import attention_of
+from cmapkd.models.tap_attention import READABLE, attention_of
 from cmapkd.models.token_types import EncodedShape, LogitHead, Rows, Seen, TokenFeatures, TokenNeeds, Vocabulary, Where
 from cmapkd.models.types import LevelInfo
 from cmapkd.models.vlm_folders import check_not_merged, check_same_tokens
@@ -70,6 +70,11 @@ class HfVlm(GenerativeModel):
     @property
     def attention(self) -> str:
         return str(self.model.config._attn_implementation)
+
+    @property
+    def attention_heads(self) -> int | None:
+        text = self._language.config
+        return text.num_attention_heads if text._attn_implementation in READABLE else None
 
     @property
     def _vision_blocks(self) -> Sequence[nn.Module]:

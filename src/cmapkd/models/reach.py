@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cmapkd.data.dialogues import Turn, join_items
@@ -91,6 +92,15 @@ def example_output(model: ImageEncoder, tower: Tower, level: str | None = None) 
             assert isinstance(model, DualEncoder)  # others have no such tower
             features = model.encode_text(model.tokenizer(["a"]).to(scale.device, non_blocking=True), levels)
     return features.embedding if level is None else features.levels[level].values
+
+
+def example_visual_tokens(model: GenerativeModel) -> Tensor:
+    """The visual tokens of an empty picture, as the language model is fed with them; the model is left as it was."""
+    picture = Image.new("RGB", (64, 64), (90, 160, 40))
+    item = model.processor.read((Turn("user", "a", 1), Turn("assistant", "a")), [picture])
+    with eval_mode(model):
+        seen = model.see(join_items([item], model.vocabulary.pad_id).to(model.device))
+    return seen.tokens.values
 
 
 def example_rows(model: GenerativeModel) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NAME = "cmapkd_sdpa"
-_FUSED = ("sdpa", "eager", NAME)  # of a model that computes with another one, other numbers would be returned
+READABLE = ("sdpa", "eager", NAME)  # of a model that computes with another one, other numbers would be returned
 _ASKED: ContextVar[tuple[frozenset[int], dict[int, Tensor]] | None] = ContextVar("attention layers", default=None)
 
 
@@ -37,7 +37,7 @@ def attention_of(language: Any, layers: Sequence[int]) -> Iterator[dict[int, Ten
         return
     config = language.config
     before = config._attn_implementation
-    if before not in _FUSED:
+    if before not in READABLE:
         raise ValueError(f"attention maps are read of models that compute with sdpa or eager, not {before!r}")
     _register()
     config._attn_implementation = NAME

@@ -2,6 +2,7 @@
 
 from cmapkd.objectives.angle import angular_dispersion, squared_angle
 from cmapkd.objectives.answers import answer_cross_entropy, answers_among
+from cmapkd.objectives.attention_maps import attention_error, focused_distance
 from cmapkd.objectives.bank import bank_divergence, bank_relation_distance
 from cmapkd.objectives.between import crosswise_divergence, vertical_divergence
 from cmapkd.objectives.classes import (
@@ -32,7 +33,7 @@ from cmapkd.objectives.pyramid_alignment import prior_coupling, pyramid_divergen
 from cmapkd.objectives.rank import kendall_tau
 from cmapkd.objectives.reconstruction import direction_distance, patches_of, reconstruction_error
 from cmapkd.objectives.refine import hybrid_divergence, reference_distance
-from cmapkd.objectives.relation import layer_relation_distance, relation_distance
+from cmapkd.objectives.relation import layer_relation_distance, relation_distance, token_relation_distance
 from cmapkd.objectives.retention import reference_divergences
 from cmapkd.objectives.similarity import ensemble_divergence, similarity_divergence
 from cmapkd.objectives.smooth import smooth_distance
@@ -55,6 +56,7 @@ __all__ = [
     "answer_cross_entropy",
     "answers_among",
     "balance_divergence",
+    "attention_error",
     "bank_divergence",
     "bank_relation_distance",
     "check_classes",
@@ -68,6 +70,7 @@ __all__ = [
     "embedding_distance",
     "ensemble_divergence",
     "feature_distance",
+    "focused_distance",
     "gradient_distance",
     "hint_distance",
     "hybrid_divergence",
@@ -107,6 +110,7 @@ __all__ = [
     "target_sparsity",
     "token_contrast",
     "token_losses",
+    "token_relation_distance",
     "top_divergence",
     "vertical_divergence",
 ]

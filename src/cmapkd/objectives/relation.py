@@ -66,6 +66,32 @@ def layer_relation_distance(
     return (_level_cosines(student) - _level_cosines(teacher.detach())).square().mean((-2, -1))
 
 
+def token_relation_distance(
+    student: Float[Tensor, "pictures tokens student_dim"], teacher: Float[Tensor, "pictures tokens teacher_dim"]
+) -> Float[Tensor, " pictures"]:
+    """How far the cosines among the tokens of one picture point in another direction, student against teacher.
+
+    R is the tokens x tokens matrix of cosines of a picture, read as one long vector. Where a student's cosines are all
+    the same multiple of the teacher's, the distance is zero.
+
+    Args:
+        student, teacher: the same tokens of the same pictures, of any width; normalised here. The teacher's are
+            detached.
+    Returns:
+        For each picture 1 - cos(R_S, R_T), in [0, 2], no unit; zero when the cosines agree. float32 or wider.
+    Raises:
+        ValueError: the pictures or the tokens do not pair up.
+    Source: LLaVA-KD, arXiv:2410.16236, relation distillation.
+    """
+    if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"student has shape {tuple(student.shape)} but teacher {tuple(teacher.shape)}: give both as "
+            "[pictures, tokens, dim] with the same pictures and tokens (the widths may differ)"
+        )
+    own, theirs = _level_cosines(student).flatten(1), _level_cosines(teacher.detach()).flatten(1)
+    return 1 - F.cosine_similarity(own, theirs, dim=-1)
+
+
 def _level_cosines(levels: Float[Tensor, "batch levels dim"]) -> Float[Tensor, "batch levels levels"]:
     directions = F.normalize(at_least_float32(levels), dim=-1)
     with torch.autocast(levels.device.type, enabled=False):

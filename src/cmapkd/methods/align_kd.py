@@ -1,0 +1,218 @@
+"""Align-KD (Feng et al., CVPR 2025, arXiv:2412.01282): how texts and pictures meet in a language model's first layer.
+
+Departures from the released code, and what is wrong with it: docs/methods/align_kd.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cmapkd.data.dialogues import ChatInput
+from cmapkd.data.types import Batch
+from cmapkd.features.attention_blocks import heads_of, looked_at, paired, text_to_vision
+from cmapkd.features.visual_rows import beside, check_same_texts, check_visual_tokens, per_picture
+from cmapkd.methods.card import MethodCard, MethodConfig
+from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
+from cmapkd.methods.stages import StageConfig
+from cmapkd.models import FrozenTeacher
+from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.reach import example_visual_tokens, last_matrix_behind
+from cmapkd.models.token_types import Rows, TokenFeatures, TokenNeeds, Where
+from cmapkd.objectives.attention_maps import attention_error, focused_distance
+from cmapkd.objectives.tokens import TokenDivergence
+
+EVERYWHERE: tuple[Where, ...] = ("answer", "prompt", "visual")
+
+
+class AlignKDConfig(GenerativeConfig):
+    """Where models are compared, and what each term counts."""
+
+    positions: Literal["all", "answers"] = Field(
+        "all",
+        description="Behind which tokens next-token distributions are compared; all: of prompts and pictures, too.",
+    )
+    layer: int = Field(0, ge=0, description="Layer of both language models whose attention is read, from 0.")
+    focus: int = Field(16, ge=0, description="Visual tokens that the teacher attends to most, and that count twice.")
+    adapters: Literal["learn", "frozen"] = Field(
+        "learn",
+        description="Maps of the teacher's heads and widths to the student's. frozen: they stay random, as in the "
+        "released code, whose optimizer does not know them.",
+    )
+    answers_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the answers of the data.")
+    distill_weight: float = Field(1.0, ge=0, description="Weight of the divergence of next-token distributions.")
+    vision_weight: float = Field(1.0, ge=0, description="Weight of the distance of projected visual tokens.")
+    attention_weight: float = Field(1.0, ge=0, description="Weight of the distance of attention maps.")
+
+
+class AlignKD(GenerativeMethod):
+    """Distributions, projected visual tokens, and what texts attend to in a picture."""
+
+    Config: ClassVar[type[MethodConfig]] = AlignKDConfig
+    of_teacher: ClassVar[frozenset[str]] = frozenset({"distillation", "vision", "attention"})
+    card: ClassVar[MethodCard] = MethodCard(
+        title="Align-KD: attention of texts to pictures in the first layer, and projected visual tokens",
+        paper="Feng et al. 2025 (CVPR), arXiv:2412.01282",
+        equations=(
+            "distillation: mean over all positions of KL(p ‖ q), at temperature 1",
+            "vision: mean over pictures of mean_k e_k + mean_{k in top 16} e_k, e_k = channel mean of (P v_T − v_S)²",
+            "top 16: visual tokens with most of the teacher's attention in the layer, mean of heads, sum of queries",
+            "attention: mean of (A a_T − a_S)² over the student's heads, texts behind the picture and visual tokens",
+            "L = CE + distillation + vision + attention; P and A are linear maps of widths and of heads",
+        ),
+        needs="final states, projected visual tokens and attention maps of one layer; one vocabulary and one chat "
+        "template, as many visual tokens or square grids of them; no cache",
+        trainable="the student, two linear maps of the teacher (dropped)",
+        departures=(
+            "Both maps learn. In the released code no optimizer has them: adapters: frozen.",
+            "The map of heads begins as their mean; adapters: frozen begins at random, as released.",
+            "Queries of the attention term are texts, keys visual tokens. The released mask is its transpose.",
+            "The 16 tokens are chosen among visual tokens alone, at their own places.",
+            "Divergences replace cross-entropies with the teacher: the same gradient, without the floor.",
+            "Padding counts nowhere. A picture counts like any other, however many tokens it has.",
+        ),
+        checked_against="the sums in plain loops, with gradients; published get_distil_loss, get_v_loss and the "
+        "expression of attention (tests/methods/fixtures/align_kd.json)",
+    )
+    not_cached: str | None = "its terms read the teacher's attention and visual tokens, which a cache does not hold"
+    config: AlignKDConfig
+
+    def __init__(
+        self, config: AlignKDConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
+    ) -> None:
+        super().__init__(config, student=student, teacher=teacher)
+        self.config = config
+        assert teacher is not None
+        models: tuple[GenerativeModel, GenerativeModel] = (student, teacher.model)
+        check_visual_tokens(*models)
+        whole = config.distill_weight > 0 and config.positions == "all"
+        if whole or config.attention_weight:
+            instead = "set positions: answers" if whole else "set attention_weight: 0"
+            check_same_texts(*models, whole=whole, instead=f"Give both one template, or {instead}")
+        chooses = config.vision_weight > 0 and config.focus > 0
+        heads = [heads_of(model, config.layer) if config.attention_weight or chooses else 1 for model in models]
+        widths = [model.image_levels[-1].width for model in models]
+        self.map_heads, self.map_tokens = nn.Linear(heads[1], heads[0]), nn.Linear(widths[1], widths[0])
+        if config.adapters == "learn":
+            nn.init.constant_(self.map_heads.weight, 1 / heads[1])
+            nn.init.zeros_(self.map_heads.bias)
+        self.map_heads.requires_grad_(config.adapters == "learn" and config.attention_weight > 0)
+        self.map_tokens.requires_grad_(config.adapters == "learn" and config.vision_weight > 0)
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        config = self.config
+        return {
+            "answers": config.answers_weight,
+            "distillation": config.distill_weight,
+            "vision": config.vision_weight,
+            "attention": config.attention_weight,
+        }
+
+    @property
+    def student_needs(self) -> TokenNeeds:
+        return self._needs(self.wants("attention", self.config.attention_weight))
+
+    @property
+    def teacher_needs(self) -> TokenNeeds:
+        chooses = self.wants("vision", self.config.vision_weight) and self.config.focus > 0
+        return self._needs(chooses or self.wants("attention", self.config.attention_weight))
+
+    def _needs(self, attention: bool) -> TokenNeeds:
+        everywhere = self.config.positions == "all" and self.wants("distillation", self.config.distill_weight)
+        return TokenNeeds(
+            frozenset(EVERYWHERE if everywhere else EVERYWHERE[:1]),
+            attention=(self.config.layer,) if attention else (),
+            projected=self.wants("vision", self.config.vision_weight),
+        )
+
+    def why_not_again(self, stages: Sequence[StageConfig]) -> str | None:
+        if self.config.attention_weight:
+            return "it reads attention maps while a layer computes: set method.attention_weight=0, or a micro_batch"
+        return super().why_not_again(stages)
+
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """The last matrix of the projector, which all terms are made behind."""
+        return {self._last_of_projector: dict(self.student.named_parameters())[self._last_of_projector]}
+
+    @cached_property
+    def _last_of_projector(self) -> str:
+        return last_matrix_behind(self.student, lambda: example_visual_tokens(self.student))
+
+    def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
+        config, forward = self.config, TokenDivergence()
+        weighed = self.weigh(part, student.hidden["answer"])
+        if teacher is None or config.positions == "answers":
+            counted = self.losses(student, weighed, teacher=teacher, divergence=forward, soft=weighed)
+        else:
+            counted = self.losses(student, weighed)
+            if self.wants("distillation", config.distill_weight):
+                counted["distillation"] = self._everywhere(part, student, teacher, forward)
+        if teacher is None:
+            return counted
+        if self.wants("vision", config.vision_weight):
+            counted["vision"] = self._vision(part, student, teacher)
+        if self.wants("attention", config.attention_weight):
+            counted["attention"] = self._attention(part, student, teacher)
+        return counted
+
+    def _everywhere(
+        self, part: Batch, student: TokenFeatures, teacher: TokenFeatures, divergence: TokenDivergence
+    ) -> Counted:
+        own = [student.hidden[where] for where in EVERYWHERE]
+        states = [teacher.hidden["answer"].values, teacher.hidden["prompt"].values]
+        states.append(self._beside(part, own[2], teacher.hidden["visual"]))
+        if any(len(mine.values) != len(theirs) for mine, theirs in zip(own, states, strict=True)):
+            raise ValueError(
+                "the prompts of a batch have other numbers of tokens for student and teacher, whose chat templates "
+                "differ: set method.positions=answers"
+            )
+        rows = Rows(*(torch.cat([getattr(each, name) for each in own]) for name in ("values", "sample", "place")))
+        weighed = self.weigh(part, rows)
+        total = self.divergence_at(
+            student, rows, teacher, torch.cat(states), divergence=divergence, weights=weighed.rows
+        )
+        return Counted(total, weighed.number)
+
+    def _vision(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures) -> Counted:
+        own, theirs = student.projected, teacher.projected
+        assert own is not None
+        assert theirs is not None
+        counts = per_picture(own, len(part))
+        states = self.map_tokens(self._beside(part, own, theirs).to(self.map_tokens.weight.dtype))
+        looked = torch.zeros_like(theirs.values[:, 0])
+        if self.config.focus:
+            looked = looked_at(teacher.attention[self.config.layer], self._inputs(part, "teacher"))
+        looked = self._beside(part, own, Rows(looked[:, None], theirs.sample, theirs.place))[:, 0]
+        pictures = zip(own.values.split(counts), states.split(counts), looked.split(counts), strict=True)
+        distances = [focused_distance(*each, focus=self.config.focus) for each in pictures if len(each[0])]
+        return _counted(own.values.sum() * 0 + states.sum() * 0, distances, len(distances))
+
+    def _attention(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures) -> Counted:
+        layer, maps = self.config.layer, self.map_heads
+        own, theirs = (
+            text_to_vision(features.attention[layer], self._inputs(part, role))
+            for role, features in (("student", student), ("teacher", teacher))
+        )
+        pairs = paired(own, theirs)
+        errors = [attention_error(*pair, maps.weight, maps.bias) for pair in pairs]
+        nothing = student.attention[layer].sum() * 0 + (maps.weight.sum() + maps.bias.sum()) * 0
+        return _counted(nothing, errors, sum(mine.numel() for mine, _ in pairs))
+
+    def _beside(self, part: Batch, own: Rows, theirs: Rows) -> Tensor:
+        return beside(theirs, per_picture(own, len(part)), per_picture(theirs, len(part)))
+
+    def _inputs(self, part: Batch, role: str) -> ChatInput:
+        found = part.inputs["student" if role == "student" else next(iter(self.teachers.values())).reads]
+        assert isinstance(found, ChatInput)
+        return found
+
+
+def _counted(nothing: Tensor, parts: Sequence[Tensor], number: int) -> Counted:
+    total = nothing + sum(parts)
+    return Counted(total, total.detach().new_full((), number))

@@ -38,9 +38,7 @@ def engine(
     console = Console()
     made = Engine(load_engine(recipe, overrides or []))
     try:
-        result = made.run(
-            out, rank=rank, world_size=world, progress=BuildDisplay(console, what=("engine", "samples"))
-        )
+        result = made.run(out, rank=rank, world_size=world, progress=BuildDisplay(console, what=("engine", "samples")))
     except KeyboardInterrupt:
         command = command_line("engine", recipe, *(overrides or []), "--out", str(out))
         typer.echo(f"stopped. Finished shards are in {out}. Go on with:\n  {command}")

@@ -42,7 +42,8 @@ class WriteConfig(Config):
     )
     note: str = Field("", description="Stands after every written question, behind an empty line.")
     control: bool = Field(
-        False, description="Also write random.jsonl: as many candidates with an answer as are kept, whatever filters say."
+        False,
+        description="Also write random.jsonl: as many candidates with an answer as are kept, whatever filters say.",
     )
 
     @model_validator(mode="after")

@@ -88,9 +88,7 @@ def _keeps(candidate: Candidate, config: FilterConfig) -> bool:
     answer = candidate.answer or ""
     if config.parity is not None:
         own = config.parity
-        return parity(
-            answer, candidate.answers[own.right][0], candidate.answers[own.wrong][0], match=own.match
-        )
+        return parity(answer, candidate.answers[own.right][0], candidate.answers[own.wrong][0], match=own.match)
     assert config.right is not None
     return says(candidate.answers[config.right.answers][0], answer, match=config.right.match)
 

@@ -89,9 +89,7 @@ def propose(samples: Sequence[tuple[int, Sample]], config: ProposeConfig, panel:
     return own_questions(samples, config.questions, panel)
 
 
-def own_questions(
-    samples: Sequence[tuple[int, Sample]], config: QuestionsConfig, panel: Panel
-) -> list[Candidate]:
+def own_questions(samples: Sequence[tuple[int, Sample]], config: QuestionsConfig, panel: Panel) -> list[Candidate]:
     """Every question of the samples, with the model's answer."""
     found = [
         Candidate(sample, index, number, asked.question)

@@ -84,9 +84,7 @@ class Engine:
             "models": {name: describe_model(model) for name, model in self.panel.models.items()},
         }
 
-    def run(
-        self, out: Path, *, rank: int = 0, world_size: int = 1, progress: OnProgress | None = None
-    ) -> EngineResult:
+    def run(self, out: Path, *, rank: int = 0, world_size: int = 1, progress: OnProgress | None = None) -> EngineResult:
         """Makes the shards that are missing, of several processes each every `world_size`-th; the last joins them.
 
         Shards are made apart, so that any number of processes and of stops leaves the same bytes.
@@ -132,7 +130,9 @@ class Engine:
                 samples.append((index, self.source[index]))
             except BadSampleError as error:
                 if error.passing:
-                    raise ConfigError(f"{error}. It would be missing for good: {AGAIN} when the store answers") from None
+                    raise ConfigError(
+                        f"{error}. It would be missing for good: {AGAIN} when the store answers"
+                    ) from None
                 bad.append((error.sample_id, error.reason))
         candidates = propose(samples, self.config.propose, self.panel)
         for label, config in zip(self.config.labels, self.config.verify, strict=True):

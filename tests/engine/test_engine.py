@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from writers import make_writer
 
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
@@ -20,6 +19,7 @@ from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.engine import Engine, EngineConfig
 from cmapkd.engine.candidates import Candidate
 from cmapkd.models import Model
+from writers import make_writer
 
 SAMPLES = 5
 MODELS: dict[str, Model] = {"large": make_writer(seed=0).float(), "small": make_writer(seed=7).float()}

@@ -29,6 +29,7 @@ class Candidate:
         answer: what would be written; None where nobody answered yet.
         box: the region that the question is about.
         relation, statement: of a fact: what kind it is, and the answer as a sentence.
+        alternatives: statements with other answers, which a critic may compare it with.
         answers: drafts by the name under `answers` of the recipe.
         scores: that filters gave, by the filter's label.
         dropped: the label of the filter that dropped it; None: it is kept.
@@ -42,6 +43,7 @@ class Candidate:
     box: Corners | None = None
     relation: str | None = None
     statement: str | None = None
+    alternatives: tuple[str, ...] = ()
     answers: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     dropped: str | None = None

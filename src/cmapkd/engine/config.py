@@ -87,7 +87,7 @@ class EngineConfig(Config):
         return self
 
     def _problems(self) -> Iterable[str]:
-        asked = [("propose", name) for name in self.propose.models]
+        asked = [("propose", self.propose.asks.by)] if self.propose.asks is not None else []
         asked += [(f"answers.{key}", each.by) for key, each in self.answers.items()]
         asked += [("verify", name) for each in self.verify for name in each.models]
         for where, name in asked:
@@ -100,11 +100,13 @@ class EngineConfig(Config):
             yield f"no filter reads the answers {_listed(unread)}: leave them out"
         if unused := sorted(self.models.keys() - {name for _, name in asked}):
             yield f"nothing asks the models {_listed(unused)}: leave them out"
-        shown = [each.sees for each in self.answers.values()] + [self.write.picture]
-        if not self.propose.has_boxes and any(each != "whole" for each in shown):
+        shown = [each.sees for each in (*self.answers.values(), self.propose.asks) if each is not None]
+        if self.propose.crops is None and any(each != "whole" for each in (*shown, self.write.picture)):
             yield "only propose.crops has regions that could be shown apart or boxed: set whole everywhere"
-        if not self.propose.has_answers and not any(each.gives_answers for each in self.verify):
-            yield "nothing gives the candidates an answer: set by in propose, or a majority in verify"
+        if self.propose.crops is not None and (not self.verify or self.verify[0].majority is None):
+            yield "nothing gives the questions of propose.crops an answer: let a majority come first in verify"
+        if self.propose.facts is None and any(each.critic is not None for each in self.verify):
+            yield "a critic reads statements, which propose.facts alone makes"
 
     @property
     def labels(self) -> tuple[str, ...]:

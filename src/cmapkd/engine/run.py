@@ -140,7 +140,7 @@ class Engine:
                 how = self.config.answers[name]
                 asked = [each for each in kept(candidates) if name not in each.answers]
                 self.panel.answer(asked, how, name=name, number=how.drafts)
-            verify(kept(candidates), config, label)
+            verify(kept(candidates), config, label, self.panel)
         return candidates, bad
 
     def _refuse_others(self, before: Mapping[str, Any], out: Path) -> None:

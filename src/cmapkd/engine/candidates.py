@@ -52,9 +52,11 @@ class Candidate:
     def id(self) -> str:
         return f"{self.sample.id}#{self.number}"
 
-    def picture(self, shown: Shown) -> Image.Image:
+    def picture(self, shown: Shown, margin: float = 0.0) -> Image.Image:
         """What a model sees of it.
 
+        Args:
+            margin: of a crop, see `AskConfig`.
         Raises:
             ValueError: the candidate has no region.
         """
@@ -64,7 +66,7 @@ class Candidate:
             raise ValueError(f"candidate {self.id} has no region to show")
         if shown == "boxed":
             return boxed(self.sample.image, self.box)
-        left, top, right, bottom = self.box
+        left, top, right, bottom = expanded(self.box, self.sample.image.size, margin)
         return self.sample.image.crop((int(left), int(top), -int(-right // 1), -int(-bottom // 1)))
 
     def plain(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class QuestionsConfig(AskConfig):
     """The data's own questions. Their answers are never read: a model gives the answer that would be written."""
 
 
-class WritingConfig(AskConfig):
+class SelfAskedConfig(AskConfig):
     """A model writes question and answer itself, as `Question: ...?` and `Answer: ...`."""
 
     instruction: str = Field(min_length=1, description="What the model is told.")
@@ -77,7 +77,7 @@ class CropsConfig(Config):
     """Questions about the regions of the data's boxes: small ones, whose name no other box of the picture bears."""
 
     questions: tuple[str, ...] = Field((), description="Asked of every region; or none, where a model writes them.")
-    written: WritingConfig | None = Field(None, description="A model writes the questions; what it sees is its own.")
+    written: SelfAskedConfig | None = Field(None, description="A model writes the questions; what it sees is its own.")
     most_area: float = Field(0.1, gt=0, le=1, description="Regions of this share of the picture and more are left out.")
 
     @model_validator(mode="after")
@@ -91,7 +91,7 @@ class ProposeConfig(Config):
     """What is asked of each picture; exactly one of these is set."""
 
     questions: QuestionsConfig | None = Field(None, description="The data's own questions, answered by a model.")
-    written: WritingConfig | None = Field(None, description="Questions with answers that a model writes.")
+    written: SelfAskedConfig | None = Field(None, description="Questions with answers that a model writes.")
     facts: FactsConfig | None = Field(None, description="Facts: relations that a model completes.")
     crops: CropsConfig | None = Field(None, description="Questions about small regions. No answers yet.")
 
@@ -145,7 +145,7 @@ def own_questions(samples: Sequence[tuple[int, Sample]], config: QuestionsConfig
     return found
 
 
-def written(samples: Sequence[tuple[int, Sample]], config: WritingConfig, panel: Panel) -> list[Candidate]:
+def written(samples: Sequence[tuple[int, Sample]], config: SelfAskedConfig, panel: Panel) -> list[Candidate]:
     """Questions and answers that the model writes; `parse` reads them."""
     found = [
         Candidate(sample, index, number, config.instruction)

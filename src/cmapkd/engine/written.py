@@ -27,6 +27,9 @@ class AskConfig(Config):
 
     by: str = Field(description="A name under models, of a model that writes.")
     sees: Shown = Field("whole", description="whole: the picture; crop: the region alone; boxed: with a red box.")
+    margin: float = Field(
+        0.0, ge=0, le=4, description="A crop has so much more at each side, as a share of the region's own size."
+    )
     suffix: str = Field("", description="Stands after every question, on a line of its own.")
     temperature: float = Field(0.0, ge=0, description="Of the draws; 0: always the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draws are among the likeliest tokens of this probability.")
@@ -69,13 +72,20 @@ class Panel:
             name: of these answers. Draws are functions of the seed, this name, the candidate's id and the draft's
                 number: no other candidate changes them.
         """
-        asked = [(each.picture(how.sees), how.asks(each.question)) for each in candidates]
-        found: list[list[str]] = [[] for _ in candidates]
-        for draft in range(number):
-            keys = [key_of("engine", self.seed, name, each.id, draft) for each in candidates]
-            for place, text in self.write(how.by, asked, how.decoding, keys).items():
-                found[place].append(text)
-        return found
+        model = self.writer(how.by)
+        asked = [(each.picture(how.sees, how.margin), how.asks(each.question)) for each in candidates]
+
+        def write(inputs: ChatInput, places: Sequence[int]) -> list[list[str]]:
+            found: list[list[str]] = [[] for _ in places]
+            for draft in range(number):
+                keys = [key_of("engine", self.seed, name, candidates[place].id, draft) for place in places]
+                written = model.generate(inputs, how.decoding, keys if how.temperature > 0 else None)
+                for texts, ids in zip(found, written, strict=True):
+                    texts.append(text_of(model, ids))
+            return found
+
+        made = self.computed(model, asked, write)
+        return [made.get(place, []) for place in range(len(candidates))]
 
     def answer(self, candidates: Sequence[Candidate], how: AskConfig, *, name: str, number: int = 1) -> None:
         """Adds drafts to candidates that are still kept. One that the model cannot read is dropped."""
@@ -85,18 +95,6 @@ class Panel:
             each.answers[name] = drafts
             if not drafts:
                 each.dropped = READABLE
-
-    def write(
-        self, name: str, asked: Sequence[tuple[Image.Image, str]], how: Decoding, keys: Sequence[int]
-    ) -> dict[int, str]:
-        """The model's answer to each question about its picture, by place; without what it cannot read."""
-        model = self.writer(name)
-
-        def answers(inputs: ChatInput, places: Sequence[int]) -> list[str]:
-            some = [keys[place] for place in places] if how.temperature > 0 else None
-            return [text_of(model, ids) for ids in model.generate(inputs, how, some)]
-
-        return self.computed(model, asked, answers)
 
     def computed(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,43 +11,15 @@ from typing import Any
 import pytest
 
 from cmapkd.data.open import open_source
-from cmapkd.data.scenes.source import boxes_of
-from cmapkd.data.scenes.words import SYNONYMS
-from cmapkd.data.scenes.world import Scene, SceneObject
 from cmapkd.engine import Engine, list_engine_recipes, load_engine
 from cmapkd.engine.candidates import Candidate
 from cmapkd.engine.folder import EngineFolder
-from cmapkd.evaluation.vqa import normalise_answer
 
-KINDS = ("shape", "texture", "colour")
+ROOT = Path(__file__).parents[2]
 
-
-def says(name: str, answer: str | None) -> bool:
-    """Whether an answer is a word for what something is."""
-    return normalise_answer(answer or "") in SYNONYMS.get(name, (name,))
-
-
-def scene_of(candidate: Candidate) -> Scene:
-    sample: Any = candidate.sample
-    scene: Scene = sample.scene
-    return scene
-
-
-def fact_is_true(candidate: Candidate) -> bool:
-    scene = scene_of(candidate)
-    if candidate.relation == "background":
-        return says(scene.background.colour, candidate.answer)
-    return says(getattr(scene.objects[0], str(candidate.relation)), candidate.answer)
-
-
-def region_is_described(candidate: Candidate) -> bool:
-    """Of the object in the region, which the crop shows as its largest."""
-    things: dict[Any, SceneObject] = {
-        (box.x, box.y, box.x + box.width, box.y + box.height): thing
-        for thing, box in zip(scene_of(candidate).objects, boxes_of(scene_of(candidate), 64), strict=True)
-    }
-    kind = next(kind for kind in KINDS if kind in candidate.question)
-    return says(getattr(things[candidate.box], kind), candidate.answer)
+with pytest.MonkeyPatch.context() as patched:
+    patched.syspath_prepend(ROOT / "benchmarks")
+    world: Any = importlib.import_module("engine_precision")
 
 
 def share(candidates: list[Candidate], right: Callable[[Candidate], bool]) -> float:
@@ -54,24 +27,22 @@ def share(candidates: list[Candidate], right: Callable[[Candidate], bool]) -> fl
 
 
 def test_a_critic_keeps_true_facts() -> None:
-    """All of 32 pictures: 0.43 of 243 facts are true before, 0.94 of 70 after, with statements in other words."""
     engine = Engine(load_engine("symbolic_kd_scenes", ["data=scenes?start=810000&length=8"]))
     facts = [each for each in engine.make(0)[0] if each.answer]
     kept = [each for each in facts if each.dropped is None]
     assert len(kept) > 8
-    assert share(facts, fact_is_true) < 0.6
-    assert share(kept, fact_is_true) > 0.8
+    assert share(facts, world.fact_is_true) < 0.6
+    assert share(kept, world.fact_is_true) > 0.8
 
 
 def test_a_majority_on_crops_knows_what_the_whole_picture_hides(tmp_path: Path) -> None:
-    """Of 24 pictures: 0.50 of 126 answers are right before, 0.78 of 65 after; on boxed whole pictures 0.22 and 0.27."""
     overrides = ["data=scenes?start=820000&length=4", "answers.on_whole.max_new_tokens=2"]
     engine = Engine(load_engine("zoom_without_zoom_scenes", overrides))
     regions, _ = engine.make(0)
     voted = [each for each in regions if each.scores["majority"] >= 0.75]
     assert len(voted) > 8
-    assert share(voted, region_is_described) > share(regions, region_is_described) + 0.1
-    assert share(voted, region_is_described) > 0.6
+    assert share(voted, world.region_is_described) > share(regions, world.region_is_described) + 0.1
+    assert share(voted, world.region_is_described) > 0.6
     assert {each.dropped for each in voted} <= {None, "hard"}
     folder = EngineFolder(tmp_path, engine.config.write, engine.config.seed)
     folder.begin()

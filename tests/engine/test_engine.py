@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -199,6 +201,20 @@ def test_damage_and_strangers_files_are_refused(whole: Path, tmp_path: Path) -> 
         out = shutil.copytree(whole, tmp_path / f"copy {name} {text}".replace("/", " "))
         (out / name).write_text(text)
         with pytest.raises(ConfigError, match=told):
+            engine().run(out)
+    out = shutil.copytree(whole, tmp_path / "from elsewhere")
+    lines, record = out / "shards/000000/candidates.jsonl", out / "shards/000000/record.json"
+    before = lines.read_bytes()
+    for wrong in (
+        b'"image": "/etc/passwd.png"',
+        b'"image": "shards/000000/pictures/../../000000000.png"',
+        b'"image": 3',
+    ):
+        forged = re.sub(rb'"image": "[^"]*"', wrong, before)
+        lines.write_bytes(forged)
+        digest = hashlib.blake2b(forged, digest_size=16).hexdigest()
+        record.write_text(json.dumps({**json.loads(record.read_text()), "digest": digest}))
+        with pytest.raises(ConfigError, match=r"candidates\.jsonl is damaged"):
             engine().run(out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.png").write_text("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from cmapkd.engine.config import WriteConfig
 MANIFEST, KEPT, RANDOM, SHARDS = "manifest.json", "kept.jsonl", "random.jsonl", "shards"
 AGAIN = "give the same command again"
 _LINES, _RECORD, _PICTURES = "candidates.jsonl", "record.json", "pictures"
+_IMAGE = re.compile(r"shards/\d{6,}/pictures/\d{9,}(-\d+)?\.png")
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,13 @@ class EngineFolder:
             raise _damaged(file) from None
         if _digest(data) != self.record(number)["digest"]:
             raise _damaged(file)
-        yield from map(json.loads, data.splitlines())
+        try:
+            lines = list(map(json.loads, data.splitlines()))
+        except (ValueError, RecursionError):
+            lines = [None]
+        if not all(map(_is_candidate, lines)):
+            raise _damaged(file)
+        yield from lines
 
     def counts(self, shards: int) -> dict[str, Any]:
         """Of all shards together: samples, candidates, those that each filter dropped, and those that are kept."""
@@ -215,6 +223,16 @@ class EngineFolder:
         except (OSError, ValueError, RecursionError):
             pass
         raise ConfigError(f"{file} is damaged: restore it, or name another folder")
+
+
+def _is_candidate(line: Any) -> bool:
+    """Whether this is a line that an engine writes: a folder may come from elsewhere, and name other files."""
+    if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("id", "sample", "question")):
+        return False
+    if "image" not in line:  # it is in no list
+        return isinstance(line.get("dropped"), str)
+    named = isinstance(line["image"], str) and _IMAGE.fullmatch(line["image"])
+    return bool(named) and isinstance(line.get("answer"), str)
 
 
 def _save(picture: Image.Image, file: Path) -> None:

@@ -30,6 +30,7 @@ JOINING = (
     "results",
     "provenance",
     "run",
+    "engine",
     "compare",
     "report",
     "own_loop",

@@ -8,10 +8,16 @@ from rich.console import Console
 
 
 class BuildDisplay:
-    """A line every few seconds; silent without a console."""
+    """A line every few seconds; silent without a console.
 
-    def __init__(self, console: Console | None, *, every: float = 5.0) -> None:
-        self.console, self.every = console, every
+    Args:
+        what: is built, and of which units.
+    """
+
+    def __init__(
+        self, console: Console | None, *, every: float = 5.0, what: tuple[str, str] = ("cache", "rows")
+    ) -> None:
+        self.console, self.every, self.what = console, every, what
         self._start = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
@@ -21,6 +27,7 @@ class BuildDisplay:
         self._last = now
         rate = done / max(now - self._start, 1e-6)
         minutes, seconds = divmod(round((total - done) / rate), 60)
+        what, unit = self.what
         self.console.print(
-            f"cache: {done:,}/{total:,} rows  {rate:,.0f} rows/s  {minutes}:{seconds:02d} left", highlight=False
+            f"{what}: {done:,}/{total:,} {unit}  {rate:,.0f} {unit}/s  {minutes}:{seconds:02d} left", highlight=False
         )

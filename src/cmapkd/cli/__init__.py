@@ -15,6 +15,7 @@ from cmapkd.cli import (
     demo,
     distill,
     doctor,
+    engine,
     evaluate,
     export,
     finalize,
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 for command in (
     demo.demo, init.init, doctor.doctor, distill.distill, finalize.finalize, evaluate.evaluate, export.export,
-    report.report, select.select, methods.methods, models.models, settings.settings,
+    report.report, select.select, engine.engine, methods.methods, models.models, settings.settings,
 ):  # fmt: skip
     app.command(cls=Command, epilog=examples(command.__name__))(command)
 app.command(cls=compare.CompareCommand, epilog=examples("compare"))(compare.compare)

@@ -28,6 +28,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "cmapkd select folder:train --by balance --budget 100 --out ids.txt",
         "cmapkd select folder:train --by pcoreset --model runs/first --labelled ids.txt --budget 40 --out more.txt",
     ),
+    "engine": (
+        "cmapkd engine mpa_scenes --out runs/mpa",
+        "cmapkd engine mpa_scenes models.small=runs/first data=csv:photos.csv --out runs/mine",
+    ),
     "methods": ("cmapkd methods", "cmapkd methods clip_kd"),
     "models": ("cmapkd models", "cmapkd models timm mobilenetv3"),
     "settings": ("cmapkd settings training", "cmapkd settings learning_rate"),

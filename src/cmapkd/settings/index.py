@@ -38,6 +38,7 @@ class Index:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.classes: dict[str, Any] = values["classes"]
         self.run, self.evaluate, self.compare = values["run"], values["evaluate"], values["compare"]
+        self.engine: str = values["engine"]
         self.methods: dict[str, str] = values["methods"]
         self.weightings: dict[str, str] = values["weightings"]
         self.options: dict[str, str] = values["options"]
@@ -57,7 +58,10 @@ class Index:
         found |= {f"weighting.{name}": kind for name, kind in self.weightings.items()}
         found |= {f"options.{name}": kind for name, kind in self.options.items()}
         found |= {"evaluate": self.evaluate, **dict(self._below(self.evaluate, "evaluate."))}
-        return found | {"compare": self.compare, **dict(self._below(self.compare, "compare."))}
+        found |= {"compare": self.compare, **dict(self._below(self.compare, "compare."))}
+        models = ("engine.models.",)  # their settings are those of `student`
+        below = {key: kind for key, kind in self._below(self.engine, "engine.") if not key.startswith(models)}
+        return found | {"engine": self.engine, **below}
 
     def about(self, kind: str) -> str:
         return str(self.classes[kind]["about"])

@@ -18,6 +18,7 @@ from cmapkd.compare.config import ComparisonConfig
 from cmapkd.config import Config
 from cmapkd.config.resumable import is_resumable, models_in
 from cmapkd.data.open import KINDS
+from cmapkd.engine.config import EngineConfig
 from cmapkd.evaluation.config import SuiteConfig
 from cmapkd.evaluation.tasks import TASKS
 from cmapkd.methods import METHODS, MethodConfig
@@ -38,12 +39,14 @@ def make_index() -> dict[str, Any]:
     methods = {name: METHODS[name] for name in METHODS.own}
     weightings = {name: WEIGHTINGS[name].Config for name in WEIGHTINGS.own}
     options = {name: _options(name) for name in FAMILIES.own}
-    roots: list[type[BaseModel]] = [RunConfig, SuiteConfig, ComparisonConfig, *weightings.values(), *options.values()]
+    roots: list[type[BaseModel]] = [RunConfig, SuiteConfig, ComparisonConfig, EngineConfig, *weightings.values()]
+    roots += [*options.values()]
     roots += [kind.Config for kind in methods.values()]
     return {
         "run": RunConfig.__name__,
         "evaluate": SuiteConfig.__name__,
         "compare": ComparisonConfig.__name__,
+        "engine": EngineConfig.__name__,
         "methods": {name: kind.Config.__name__ for name, kind in methods.items()},
         "weightings": {name: kind.__name__ for name, kind in weightings.items()},
         "options": {name: kind.__name__ for name, kind in options.items()},

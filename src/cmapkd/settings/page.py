@@ -28,6 +28,7 @@ _TITLES = {
     "options.": "Options of models",
     "evaluate": "`cmapkd evaluate --set`",
     "compare": "A comparison file",
+    "engine": "A recipe of `cmapkd engine`",
 }
 
 
@@ -40,7 +41,7 @@ def page(index: Index) -> str:
         if title != shown:
             lines.append(f"## {title}\n")
             shown = title
-        if section and f"`{section}`" != title and section not in ("evaluate", "compare"):
+        if section and f"`{section}`" != title and section not in ("evaluate", "compare", "engine"):
             lines.append(f"### `{section}`\n")
         lines.append(fill(index.about(kind), width=118, break_on_hyphens=False) + "\n")
         settings = index.settings(kind)

@@ -111,7 +111,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _by_odds(writer: Writer, asked: Sequence[Asked], right: Sequence[bool]) -> dict[str, Any] | None:
     """The same scores where yes is said if its first token is likelier; None where yes and no begin alike."""
-    tokens = _first_tokens(writer.model)
+    tokens = first_tokens(writer.model)
     if tokens is None:
         return None
     log_odds = partial(_log_odds, yes=tokens["yes"], no=tokens["no"])
@@ -129,8 +129,8 @@ def _log_odds(writer: Writer, items: Sequence[ChatItem], *, yes: Sequence[int], 
     return odds
 
 
-def _first_tokens(model: GenerativeModel) -> Mapping[str, list[int]] | None:
-    """The tokens that begin yes and no; those that begin both are left out."""
+def first_tokens(model: GenerativeModel) -> Mapping[str, list[int]] | None:
+    """The tokens that begin yes and no; those that begin both are left out. None where none are left of either."""
     first = {
         word: {model.processor.encode_answer(spelling)[0] for spelling in spellings}
         for word, spellings in SPELLINGS.items()

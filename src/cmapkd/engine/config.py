@@ -1,0 +1,147 @@
+"""The settings of an engine: a recipe of what is proposed, who answers, what is kept and how it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cmapkd.config import Config, ConfigError, closest, load_mapping
+from cmapkd.config.resumable import RESUMABLE
+from cmapkd.engine.filters import FilterConfig
+from cmapkd.engine.proposals import ProposeConfig
+from cmapkd.engine.written import AskConfig
+from cmapkd.models import ModelConfig
+
+MOST_DRAFTS = 64
+
+
+class AnswerConfig(AskConfig):
+    """Who answers every candidate that is still kept, how often, and what is shown."""
+
+    drafts: int = Field(1, ge=1, le=MOST_DRAFTS, description="Answers to each question, each drawn by itself.")
+
+    @model_validator(mode="after")
+    def _drafts_differ(self) -> Self:
+        if self.drafts > 1 and self.temperature == 0:
+            raise ValueError(f"{self.drafts} drafts at temperature 0 are all the same: set a temperature above 0")
+        return self
+
+
+class WriteConfig(Config):
+    """What is written of the candidates that every filter keeps."""
+
+    picture: Literal["whole", "boxed"] = Field(
+        "whole", description="whole: as it is; boxed: with a red box around the candidate's region."
+    )
+    place: Literal["own", "random"] = Field(
+        "own", description="Of the box: own, or random: anywhere in the picture. A control, for boxed."
+    )
+    note: str = Field("", description="Stands after every written question, behind an empty line.")
+    control: bool = Field(
+        False,
+        description="Also write random.jsonl: as many candidates with an answer as are kept, whatever filters say.",
+    )
+
+    @model_validator(mode="after")
+    def _only_boxes_move(self) -> Self:
+        if self.place == "random" and self.picture != "boxed":
+            raise ValueError("place: random moves the box, and picture: whole draws none: set picture: boxed")
+        return self
+
+
+class EngineConfig(Config):
+    """Everything the written data depend on; `manifest.json` of their folder holds it resolved."""
+
+    data: str = Field(description="The source of pictures. See docs/data.md.")
+    models: dict[str, ModelConfig] = Field(
+        min_length=1, description="Models by names of your choice. Untrained ones take the first one's tokenizer."
+    )
+    propose: ProposeConfig = Field(description="What is asked of each picture: exactly one kind.")
+    answers: dict[str, AnswerConfig] = Field(
+        default_factory=dict, description="Name -> who answers. Asked when the first filter reads that name."
+    )
+    verify: tuple[FilterConfig, ...] = Field((), description="Filters in their order, each of exactly one kind.")
+    write: WriteConfig = Field(default_factory=WriteConfig, description="What is written.")
+    seed: int = Field(0, description="Of all draws.")
+    shard_samples: int = Field(64, ge=1, description="Samples of a shard. A stop loses the shard that is being made.")
+    batch_size: int = Field(16, ge=1, description="Questions that are answered at once.")
+    on_cpu: bool = Field(False, description="Compute on the CPU where there is a GPU.", json_schema_extra=RESUMABLE)
+
+    @field_validator("models", "answers")
+    @classmethod
+    def _plain_names(cls, value: dict[str, object]) -> dict[str, object]:
+        for name in value:
+            if not name.isidentifier():
+                raise ValueError(f"the name {name!r} is not made of letters, digits and _: choose another")
+        return value
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> Iterable[str]:
+        asked = [("propose", self.propose.asks.by)] if self.propose.asks is not None else []
+        asked += [(f"answers.{key}", each.by) for key, each in self.answers.items()]
+        asked += [("verify", name) for each in self.verify for name in each.models]
+        for where, name in asked:
+            if name not in self.models:
+                yield f"{where} names the model {name!r}{closest(name, self.models)}; models has {_listed(self.models)}"
+        read = {name for each in self.verify for name in each.answers}
+        for name in sorted(read - self.answers.keys()):
+            yield f"verify reads answers {name!r}{closest(name, self.answers)}; answers has {_listed(self.answers)}"
+        if unread := sorted(self.answers.keys() - read):
+            yield f"no filter reads the answers {_listed(unread)}: leave them out"
+        if unused := sorted(self.models.keys() - {name for _, name in asked}):
+            yield f"nothing asks the models {_listed(unused)}: leave them out"
+        shown = [each.sees for each in (*self.answers.values(), self.propose.asks) if each is not None]
+        if self.propose.crops is None and any(each != "whole" for each in (*shown, self.write.picture)):
+            yield "only propose.crops has regions that could be shown apart or boxed: set whole everywhere"
+        if self.propose.crops is not None and (not self.verify or self.verify[0].majority is None):
+            yield "nothing gives the questions of propose.crops an answer: let a majority come first in verify"
+        if self.propose.facts is None and any(each.critic is not None for each in self.verify):
+            yield "a critic reads statements, which propose.facts alone makes"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each filter: its kind, with a number where a kind comes again."""
+        kinds = [each.kind for each in self.verify]
+        return tuple(
+            kind if kinds.index(kind) == place else f"{kind} {kinds[: place + 1].count(kind)}"
+            for place, kind in enumerate(kinds)
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def list_engine_recipes() -> list[str]:
+    """Names of the packaged recipes of `cmapkd engine`."""
+    folder = resources.files("cmapkd.recipes") / "engine"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_engine(recipe: str | Path, overrides: Sequence[str] = ()) -> EngineConfig:
+    """A packaged recipe by name, or a YAML file, with `key=value` overrides.
+
+    Raises:
+        ConfigError: there is none, or any key or value is wrong.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        known = list_engine_recipes()
+        if str(recipe) not in known:
+            raise ConfigError(
+                f"there is no engine recipe {str(recipe)!r}{closest(str(recipe), known)}: give a YAML file or one of "
+                f"{', '.join(known)}"
+            )
+        path = Path(str(resources.files("cmapkd.recipes") / "engine" / f"{recipe}.yaml"))
+    values = load_mapping(path, list(overrides))
+    return EngineConfig.from_mapping(values, where=f"engine recipe {str(recipe)!r}")

@@ -1,0 +1,90 @@
+"""Critics: how true a model finds the statement of a fact, as a probability."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+
+from cmapkd.config import Config, ConfigError
+from cmapkd.data.dialogues import ChatInput
+from cmapkd.engine.candidates import Candidate
+from cmapkd.engine.written import Panel
+from cmapkd.evaluation.tasks.yes_no import first_tokens
+from cmapkd.evaluation.token_scores import first_log_odds
+from cmapkd.models import DualEncoder
+from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.token_types import TokenNeeds
+
+
+class CriticConfig(Config):
+    """Kept where a critic finds the fact true.
+
+    A critic that writes is asked whether the statement is true: its probability of yes against no. A critic of two
+    towers compares the statement with those of the relation's other tails: its probability among them.
+
+    Source: Symbolic Knowledge Distillation (NAACL 2022, arXiv:2110.07178).
+    """
+
+    by: str = Field(description="A name under models: one that writes, or that embeds pictures and texts.")
+    threshold: float = Field(ge=0, le=1, description="Least probability at which a fact is kept.")
+    question: str = Field("Is it true that {}?", description="What a critic that writes is asked; {} is the statement.")
+
+
+def judge(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel) -> list[float]:
+    """The critic's probability, in [0, 1], that each candidate's statement is true of its picture; 0 where it cannot
+    read the question.
+
+    Raises:
+        ConfigError: the model is no critic, or says yes and no with the same first token.
+    """
+    model = panel.models[config.by]
+    if isinstance(model, GenerativeModel):
+        return _asked(candidates, config, panel, model)
+    if isinstance(model, DualEncoder):
+        return _compared(candidates, panel, model)
+    raise ConfigError(
+        f"models.{config.by} is {model.name}, which {model.does}: a critic writes, or embeds pictures and texts"
+    )
+
+
+def _asked(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, model: GenerativeModel) -> list[float]:
+    tokens = first_tokens(model)
+    if tokens is None:
+        raise ConfigError(f"models.{config.by}: {model.name} begins yes and no with the same token, so it is no critic")
+    yes, no = (torch.tensor(tokens[word], device=panel.device) for word in ("yes", "no"))
+
+    def odds(inputs: ChatInput, _: Sequence[int]) -> list[float]:
+        found: list[float] = first_log_odds(model, model(inputs, TokenNeeds()), yes, no).sigmoid().tolist()
+        return found
+
+    asked = [(each.sample.image, config.question.format(each.statement)) for each in candidates]
+    scores = panel.computed(model, asked, odds)
+    return [scores.get(place, 0.0) for place in range(len(candidates))]
+
+
+def _compared(candidates: Sequence[Candidate], panel: Panel, model: DualEncoder) -> list[float]:
+    """Among the statements of all tails of the relation, and the candidate's own where no tail is like it."""
+    if not candidates:
+        return []
+    model.to(panel.device)
+    scale = float(model.log_logit_scale.detach().exp())
+    indices = list(dict.fromkeys(each.index for each in candidates))
+    first = {each.index: each.sample.image for each in candidates}
+    images = model.embed(images=[first[index] for index in indices], batch_size=panel.batch_size).images
+    words = list(dict.fromkeys(text for each in candidates for text in _alternatives(each)))
+    texts = model.embed(texts=words, batch_size=panel.batch_size).texts
+    assert images is not None
+    assert texts is not None
+    row: Mapping[str, int] = {text: place for place, text in enumerate(words)}
+    scores = []
+    for each in candidates:
+        others = _alternatives(each)
+        logits = scale * texts[[row[text] for text in others]] @ images[indices.index(each.index)]
+        scores.append(float(logits.softmax(-1)[others.index(str(each.statement))]))
+    return scores
+
+
+def _alternatives(candidate: Candidate) -> list[str]:
+    return list(dict.fromkeys([*candidate.alternatives, str(candidate.statement)]))

@@ -1,0 +1,248 @@
+"""The folder of an engine: shards that are whole or not there, a manifest of what made them, and the lists to read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cmapkd.cache.files import leftovers, temporary_folder
+from cmapkd.config import ConfigError
+from cmapkd.config.disk import flush, write_text, writing
+from cmapkd.data.random import uniforms
+from cmapkd.engine.candidates import Candidate, boxed, elsewhere, kept
+from cmapkd.engine.config import WriteConfig
+
+MANIFEST, KEPT, RANDOM, SHARDS = "manifest.json", "kept.jsonl", "random.jsonl", "shards"
+AGAIN = "give the same command again"
+_LINES, _RECORD, _PICTURES = "candidates.jsonl", "record.json", "pictures"
+_IMAGE = re.compile(r"shards/\d{6,}/pictures/\d{9,}(-\d+)?\.png")
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """Where an engine writes. A shard is a folder that is renamed into place when all of it is on the disk.
+
+    Args:
+        seed: of the recipe, for what is drawn when it is written.
+    """
+
+    path: Path
+    write: WriteConfig
+    seed: int
+
+    def begin(self) -> None:
+        """Makes the folders, and removes what writers that died left."""
+        with writing(self.path, again=AGAIN):
+            self._shards.mkdir(parents=True, exist_ok=True)
+        for left in [*leftovers(self._shards), *leftovers(self.path)]:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+    @property
+    def _shards(self) -> Path:
+        return self.path / SHARDS
+
+    def shard(self, number: int) -> Path:
+        return self._shards / f"{number:06d}"
+
+    def has(self, number: int) -> bool:
+        """Whether this shard is finished."""
+        return (self.shard(number) / _RECORD).is_file()
+
+    def finish_shard(
+        self, number: int, candidates: Sequence[Candidate], *, samples: int, bad: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """Writes a shard; nothing where another process has finished it.
+
+        Args:
+            samples: that could be read.
+            bad: ids and reasons of those that could not.
+        Raises:
+            DiskError: the disk refuses.
+        """
+        final = self.shard(number)
+        folder = temporary_folder(final)
+        with writing(self.path, again=AGAIN):
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                (folder / _PICTURES).mkdir(parents=True)
+                lines = self._lines(candidates, folder / _PICTURES, final.relative_to(self.path))
+                data = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines).encode()
+                (folder / _LINES).write_bytes(data)
+                record = {
+                    "samples": samples,
+                    "bad": [list(each) for each in bad],
+                    "candidates": len(candidates),
+                    "dropped": Counter(each.dropped for each in candidates if each.dropped),
+                    "kept": len(kept(candidates)),
+                    "digest": _digest(data),
+                }
+                (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                for file in (*(folder / _PICTURES).iterdir(), folder / _LINES, folder / _RECORD, folder):
+                    flush(file)
+                try:
+                    folder.rename(final)
+                except OSError:
+                    if not self.has(number):  # else another process was faster
+                        raise
+                flush(self._shards)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _lines(self, candidates: Sequence[Candidate], pictures: Path, place: Path) -> Iterator[dict[str, Any]]:
+        """Each candidate as JSON, with the picture of those that may be read later, which is written."""
+        for each in candidates:
+            line = each.plain()
+            if each.dropped is None or (self.write.control and each.answer):
+                picture, name = each.sample.image, f"{each.index:09d}.png"
+                if self.write.picture == "boxed":
+                    assert each.box is not None
+                    box = each.box
+                    if self.write.place == "random":
+                        box = elsewhere(box, picture.size, self.seed, each.id)
+                    picture, name = boxed(picture, box), f"{each.index:09d}-{each.number}.png"
+                _save(picture, pictures / name)
+                line["image"] = (place / _PICTURES / name).as_posix()
+            yield line
+
+    def record(self, number: int) -> dict[str, Any]:
+        """The counts of a finished shard.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        file = self.shard(number) / _RECORD
+        try:
+            record: Any = json.loads(file.read_text(encoding="utf-8"))
+            good = isinstance(record["digest"], str) and isinstance(record["dropped"], dict)
+            good = good and all(type(record[key]) is int for key in ("samples", "candidates", "kept"))
+            if good and isinstance(record["bad"], list):
+                return dict(record)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise _damaged(file)
+
+    def candidates(self, number: int) -> Iterator[dict[str, Any]]:
+        """The candidates of a finished shard, kept ones and others.
+
+        Raises:
+            ConfigError: they are not as they were written.
+        """
+        file = self.shard(number) / _LINES
+        try:
+            data = file.read_bytes()
+        except OSError:
+            raise _damaged(file) from None
+        if _digest(data) != self.record(number)["digest"]:
+            raise _damaged(file)
+        try:
+            lines = list(map(json.loads, data.splitlines()))
+        except (ValueError, RecursionError):
+            lines = [None]
+        if not all(map(_is_candidate, lines)):
+            raise _damaged(file)
+        yield from lines
+
+    def counts(self, shards: int) -> dict[str, Any]:
+        """Of all shards together: samples, candidates, those that each filter dropped, and those that are kept."""
+        total, dropped = Counter[str](), Counter[str]()
+        for record in map(self.record, range(shards)):
+            total.update({key: record[key] for key in ("samples", "candidates", "kept")})
+            total["bad"] += len(record["bad"])
+            dropped.update(record["dropped"])
+        read = {key: total[key] for key in ("samples", "bad", "candidates")}
+        return {**read, "dropped": dict(dropped), "kept": total["kept"]}
+
+    def join(self, shards: int) -> int:
+        """Writes the lists of all shards: what is kept and, where the recipe says so, as many random candidates.
+
+        Returns:
+            How many are in each list.
+        """
+        number = self._list(KEPT, shards, None)
+        if self.write.control:
+            draws: list[tuple[float, str]] = []
+            for shard in range(shards):
+                ids = (each["id"] for each in self.candidates(shard) if "image" in each)
+                draws += [(float(uniforms(1, "control", self.seed, each)[0]), each) for each in ids]
+            self._list(RANDOM, shards, {each for _, each in sorted(draws)[:number]})
+        return number
+
+    def _list(self, name: str, shards: int, chosen: set[str] | None) -> int:
+        """Writes one list: a line for each picture with all its questions. None: those that are kept."""
+        number = 0
+        temporary = temporary_folder(self.path / name)  # a file; the name says whose it is
+        with writing(self.path, again=AGAIN):
+            try:
+                with temporary.open("wb") as file:
+                    for shard in range(shards):
+                        rows: dict[str, dict[str, Any]] = {}
+                        for each in self.candidates(shard):
+                            if each["dropped"] is None if chosen is None else each["id"] in chosen:
+                                own = each["id"] if self.write.picture == "boxed" else each["sample"]
+                                row = rows.setdefault(own, {"id": own, "image": each["image"], "qa": []})
+                                row["qa"].append(self._asked(each))
+                                number += 1
+                        file.writelines(json.dumps(row).encode() + b"\n" for row in rows.values())
+                flush(temporary)
+                temporary.replace(self.path / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return number
+
+    def _asked(self, candidate: Mapping[str, Any]) -> dict[str, str]:
+        note = f"\n\n{self.write.note}" if self.write.note else ""
+        return {"question_id": candidate["id"], "question": candidate["question"] + note, "answer": candidate["answer"]}
+
+    def write_manifest(self, values: Mapping[str, Any]) -> None:
+        write_text(self.path / MANIFEST, json.dumps(values, indent=2) + "\n", again=AGAIN)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What `write_manifest` wrote; None where nothing was begun.
+
+        Raises:
+            ConfigError: it is damaged, or the folder holds something else.
+        """
+        file = self.path / MANIFEST
+        if not file.exists():
+            if self.path.exists() and any(not each.name.startswith(".") for each in self.path.iterdir()):
+                raise ConfigError(f"{self.path} is not empty and has no {MANIFEST}: name another folder")
+            return None
+        try:
+            values: Any = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+                return values
+        except (OSError, ValueError, RecursionError):
+            pass
+        raise ConfigError(f"{file} is damaged: restore it, or name another folder")
+
+
+def _is_candidate(line: Any) -> bool:
+    """Whether this is a line that an engine writes: a folder may come from elsewhere, and name other files."""
+    if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("id", "sample", "question")):
+        return False
+    if "image" not in line:  # it is in no list
+        return isinstance(line.get("dropped"), str)
+    named = isinstance(line["image"], str) and _IMAGE.fullmatch(line["image"])
+    return bool(named) and isinstance(line.get("answer"), str)
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    if not file.exists():  # of several questions the first one wrote it
+        picture.save(file, "PNG")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _damaged(file: Path) -> ConfigError:
+    return ConfigError(f"{file} is damaged: remove its folder, and {AGAIN}")

@@ -29,12 +29,12 @@ from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
-from cmapkd.methods.makd import Makd
-from cmapkd.methods.llava_mod import LLaVAMoD
 from cmapkd.methods.llava_kd import LlavaKD
+from cmapkd.methods.llava_mod import LLaVAMoD
+from cmapkd.methods.makd import Makd
 from cmapkd.methods.mobileclip import MobileCLIP
-from cmapkd.methods.mulki import Mulki
 from cmapkd.methods.mst_distill import MstDistill
+from cmapkd.methods.mulki import Mulki
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT

@@ -108,7 +108,7 @@ def test_stage_distil_is_the_published_loss(case: dict[str, Any], monkeypatch: p
     method = with_published_masks(top=case["top"], stacked=case["stacked"], fade=False)
     task, distill, balance = of_all["weights"]
     method.config = method.config.model_copy(
-        update={"task_weight": task, "distill_weight": distill, "balance_weight": balance}
+        update={"label_weight": task, "distill_weight": distill, "balance_weight": balance}
     )
     assert method.gate is not None
     gate = {f"fc{number + 1}.{name}": p for number, map in enumerate(method.gate) for name, p in map.named_parameters()}

@@ -56,7 +56,7 @@ class MstDistillConfig(ClassifyingConfig):
         "published code.",
     )
     temperature: float = Field(4.0, gt=0, description="Divides all logits in the KLs.")
-    task_weight: float = Field(1.0, gt=0, description="Weight of the cross-entropies of student and networks.")
+    label_weight: float = Field(1.0, gt=0, description="Weight of the cross-entropies of student and networks.")
     mutual_weight: float = Field(1.0, ge=0, description="Weight of the KLs between student and networks.")
     distill_weight: float = Field(1.0, ge=0, description="Weight of the KL from the chosen specialists, at first.")
     balance_weight: float = Field(

@@ -102,8 +102,8 @@ class MstDistill(ClassifierMethod):
         config, percent = self.config, floor(100 * self.step.progress + 1e-6)
         routed, balance = (0.5 ** ceil(percent / 30), 0.9 ** ceil(percent / 10)) if config.fade else (1.0, 1.0)
         weights = {
-            "labels": config.task_weight,
-            "network_labels": config.task_weight,
+            "labels": config.label_weight,
+            "network_labels": config.label_weight,
             "mutual": config.mutual_weight,
             "masks": 1.0 if config.mask_layers else 0.0,
             "routed": config.distill_weight * routed,

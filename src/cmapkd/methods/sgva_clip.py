@@ -243,9 +243,17 @@ def _check(student: DualEncoder, teacher: FrozenTeacher, classes: ClassPrompts) 
             f"sgva_clip adapts a trained student, and the {' and '.join(student.random_towers)} tower of "
             f"{student.name} has random weights: name a trained model or a folder"
         )
-    same = torch.equal(student.log_logit_scale.detach().cpu(), teacher.model.log_logit_scale.detach().cpu())
-    if teacher.name != student.name or teacher.embed_dim != student.embed_dim or not same:
+    same = teacher.name == student.name and teacher.embed_dim == student.embed_dim
+    if not same or _retrained(student, teacher.model):
         raise ConfigError(
             f"sgva_clip adapts the frozen student, whose pictures its teacher answers, and the teacher {teacher.name} "
-            f"is another model than the student {student.name}: set teacher: student"
+            f"is another model than the student {student.name}, or has other weights: set teacher: student"
         )
+
+
+def _retrained(student: DualEncoder, teacher: nn.Module) -> bool:
+    """Whether a model of the same name and shapes has other weights; for pictures of another size it cannot be told."""
+    own, theirs = (dict(model.named_parameters()) for model in (student, teacher))
+    if any(theirs[name].shape != each.shape for name, each in own.items() if name in theirs):
+        return False
+    return any(not torch.equal(theirs[name].cpu(), each.cpu()) for name, each in own.items() if name in theirs)

@@ -87,6 +87,12 @@ class AlignKD(GenerativeMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        self.weights = {
+            "answers": config.answers_weight,
+            "distillation": config.distill_weight,
+            "vision": config.vision_weight,
+            "attention": config.attention_weight,
+        }
         assert teacher is not None
         models: tuple[GenerativeModel, GenerativeModel] = (student, teacher.model)
         check_visual_tokens(*models)
@@ -105,30 +111,20 @@ class AlignKD(GenerativeMethod):
         self.map_tokens.requires_grad_(config.adapters == "learn" and config.vision_weight > 0)
 
     @property
-    def weights(self) -> Mapping[str, float]:
-        config = self.config
-        return {
-            "answers": config.answers_weight,
-            "distillation": config.distill_weight,
-            "vision": config.vision_weight,
-            "attention": config.attention_weight,
-        }
-
-    @property
     def student_needs(self) -> TokenNeeds:
-        return self._needs(self.wants("attention", self.config.attention_weight))
+        return self._needs(self.wants("attention"))
 
     @property
     def teacher_needs(self) -> TokenNeeds:
-        chooses = self.wants("vision", self.config.vision_weight) and self.config.focus > 0
-        return self._needs(chooses or self.wants("attention", self.config.attention_weight))
+        chooses = self.wants("vision") and self.config.focus > 0
+        return self._needs(chooses or self.wants("attention"))
 
     def _needs(self, attention: bool) -> TokenNeeds:
-        everywhere = self.config.positions == "all" and self.wants("distillation", self.config.distill_weight)
+        everywhere = self.config.positions == "all" and self.wants("distillation")
         return TokenNeeds(
             frozenset(EVERYWHERE if everywhere else EVERYWHERE[:1]),
             attention=(self.config.layer,) if attention else (),
-            projected=self.wants("vision", self.config.vision_weight),
+            projected=self.wants("vision"),
         )
 
     def why_not_again(self, stages: Sequence[StageConfig]) -> str | None:
@@ -151,13 +147,13 @@ class AlignKD(GenerativeMethod):
             counted = self.losses(student, weighed, teacher=teacher, divergence=forward, soft=weighed)
         else:
             counted = self.losses(student, weighed)
-            if self.wants("distillation", config.distill_weight):
+            if self.wants("distillation"):
                 counted["distillation"] = self._everywhere(part, student, teacher, forward)
         if teacher is None:
             return counted
-        if self.wants("vision", config.vision_weight):
+        if self.wants("vision"):
             counted["vision"] = self._vision(part, student, teacher)
-        if self.wants("attention", config.attention_weight):
+        if self.wants("attention"):
             counted["attention"] = self._attention(part, student, teacher)
         return counted
 

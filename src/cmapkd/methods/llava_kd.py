@@ -5,7 +5,6 @@ The teacher's next-token distributions are followed behind visual tokens, too. D
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -104,19 +103,15 @@ class LlavaKD(GenerativeMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
-        self.divergence = TokenDivergence(config.divergence, beta=config.beta, lam=config.skew)
-        assert teacher is not None
-        check_visual_tokens(student, teacher.model)
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        config = self.config
-        return {
+        self.weights = {
             "answers": config.answers_weight,
             "distillation": config.distill_weight,
             "visual": config.visual_weight,
             "relation": config.relation_weight,
         }
+        self.divergence = TokenDivergence(config.divergence, beta=config.beta, lam=config.skew)
+        assert teacher is not None
+        check_visual_tokens(student, teacher.model)
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:
@@ -135,9 +130,9 @@ class LlavaKD(GenerativeMethod):
     @property
     def student_needs(self) -> TokenNeeds:
         """Visual tokens where the stage compares them."""
-        relation = self.wants("relation", self.config.relation_weight)
+        relation = self.wants("relation")
         projected = relation and self.config.relation_level == "projector"
-        visual = self.wants("visual", self.config.visual_weight) or (relation and not projected)
+        visual = self.wants("visual") or (relation and not projected)
         where: tuple[Where, ...] = ("answer", "visual") if visual else ("answer",)
         return TokenNeeds(frozenset(where), projected=projected)
 
@@ -150,13 +145,13 @@ class LlavaKD(GenerativeMethod):
         counted = self.losses(student, weighed, teacher=teacher, divergence=self.divergence, soft=weighed)
         if teacher is None:
             return counted
-        if self.wants("visual", self.config.visual_weight):
+        if self.wants("visual"):
             rows = student.hidden["visual"]
             number = self.weigh(part, rows)
             states = self._beside(part, rows, teacher.hidden["visual"])[0]
             total = self.divergence_at(student, rows, teacher, states, divergence=self.divergence, weights=number.rows)
             counted["visual"] = Counted(total, number.number)
-        if self.wants("relation", self.config.relation_weight):
+        if self.wants("relation"):
             counted["relation"] = self._relation(part, student, teacher)
         return counted
 

@@ -6,7 +6,6 @@ than its teacher does. The paper's sparse students (mixtures of experts) are not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
@@ -92,17 +91,13 @@ class LLaVAMoD(GenerativeMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        mimic = {"answers": config.answers_weight, "distillation": config.distill_weight}
+        self.weights = mimic | {"preference": config.preference_weight}
         self.not_cached = config.not_cached
 
     @property
     def compares_tokens(self) -> bool:
         return super().compares_tokens and bool(self.config.distill_weight)
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        config = self.config
-        mimic = {"answers": config.answers_weight, "distillation": config.distill_weight}
-        return mimic | {"preference": config.preference_weight}
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:
@@ -119,11 +114,9 @@ class LLaVAMoD(GenerativeMethod):
         return self.losses(student, weighed, teacher=teacher, divergence=TokenDivergence("forward"), soft=weighed)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        weight, mimic = self.config.preference_weight, {k: w for k, w in self.weights.items() if k != "preference"}
-        terms = super().terms(batch) if any(self.wants(name, each) for name, each in mimic.items()) else {}
-        if self.wants("preference", weight):
-            terms["preference"] = Term(self._preference(batch), weight)
-        return terms
+        mimic = any(self.wants(name) for name in self.weights if name != "preference")
+        terms = super().terms(batch) if mimic else {}
+        return terms | (self.weighted({"preference": self._preference(batch)}) if self.wants("preference") else {})
 
     def _preference(self, batch: Batch) -> Float[Tensor, ""]:
         parts, answered = micro_batches(batch, self.micro_batch), dict[int, Tensor]()

@@ -97,8 +97,8 @@ class MstDistill(ClassifierMethod):
         self.gate = nn.Sequential(nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:])) if gated else None
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Weights of the terms by name, where the run stands."""
+    def weights_now(self) -> dict[str, float]:
+        """Weights of the terms by name, where the run stands: two of them fade."""
         config, percent = self.config, floor(100 * self.step.progress + 1e-6)
         routed, balance = (0.5 ** ceil(percent / 30), 0.9 ** ceil(percent / 10)) if config.fade else (1.0, 1.0)
         weights = {
@@ -113,7 +113,7 @@ class MstDistill(ClassifierMethod):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
+        return tuple(self.weights_now)
 
     @property
     def needs_labels(self) -> bool:
@@ -121,7 +121,7 @@ class MstDistill(ClassifierMethod):
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:
-        weights = self.weights
+        weights = self.weights_now
         found = [(stage, tuple(term for term in stage.terms or () if term in weights)) for stage in STAGES]
         total = sum(stage.share or 0.0 for stage, terms in found if terms)
         return tuple(
@@ -141,11 +141,11 @@ class MstDistill(ClassifierMethod):
         return LevelRequest(towers=tuple(tower for tower in TOWERS["joint"] if tower in read))
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, weights = self.config, self.weights
+        config, weights = self.config, self.weights_now
         student, labels = self.student.logits(LABELS_HEAD, self.features(batch)), self.labels(batch)
         inputs, temperature = self._inputs(batch), config.temperature
         values: dict[str, Tensor] = {}
-        wanted = {name for name in weights if self.wants(name)}
+        wanted = {name for name in weights if self.wants(name, weights[name])}
         if "labels" in wanted:
             values["labels"] = labelled_cross_entropy(student, labels)
         if wanted & {"network_labels", "mutual"}:

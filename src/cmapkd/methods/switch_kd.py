@@ -6,7 +6,7 @@ learns to see. Training code is not published: the switch is a reconstruction of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -88,6 +88,8 @@ class SwitchKD(GenerativeMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        soft = {"distillation": config.distill_weight, "visual_switch": config.visual_weight}
+        self.weights = {"answers": config.answers_weight} | soft
         self.not_cached = config.not_cached
         assert teacher is not None  # `uses_teacher`
         own, other = (self._shape_of(model) for model in (student, teacher.model))
@@ -97,14 +99,8 @@ class SwitchKD(GenerativeMethod):
         self._check_sight()
 
     @property
-    def weights(self) -> Mapping[str, float]:
-        config = self.config
-        soft = {"distillation": config.distill_weight, "visual_switch": config.visual_weight}
-        return {"answers": config.answers_weight} | soft
-
-    @property
     def student_needs(self) -> TokenNeeds:
-        if not self.wants("visual_switch", self.config.visual_weight):
+        if not self.wants("visual_switch"):
             return TokenNeeds()
         at_tower = self.config.switch == "vision"
         return TokenNeeds(encoded=at_tower, projected=not at_tower)
@@ -120,11 +116,11 @@ class SwitchKD(GenerativeMethod):
             return terms
         self._check_lengths(student, teacher)
         states, head = self.answered(teacher)
-        if self.wants("distillation", self.config.distill_weight):
+        if self.wants("distillation"):
             assert student.head is not None
             ours = student.hidden["answer"].values, self.shared(student.head)
             terms["distillation"] = self._differences(ours, (states, head), weighed)
-        if self.wants("visual_switch", self.config.visual_weight):
+        if self.wants("visual_switch"):
             switched = self._switched(part, student).hidden["answer"].values
             terms["visual_switch"] = self._differences((switched, head), (states, head), weighed)
         return terms
@@ -139,7 +135,8 @@ class SwitchKD(GenerativeMethod):
             seen = replace(student.projected, values=self.adapter(student.projected.values))
             return model.forward_seeing(inputs, Seen(resampled_rows(seen, inputs.visual)))
         if student.encoded is None:  # no dialogue shows a picture
-            return model(inputs)
+            told: TokenFeatures = model(inputs)
+            return told
         tokens = resampled(self.adapter(student.encoded), self.tokens)
         return model.forward_seeing(inputs, model.project(inputs, tokens))
 

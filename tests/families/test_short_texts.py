@@ -272,9 +272,7 @@ def batch_of(method: Method, *, cut: bool) -> Batch:
             pools[pool] = replace(more, per_sample=count)
         if not cut:
             tokens, pools = padded(model, tokens), {pool: padded(model, more) for pool, more in pools.items()}
-        views = {
-            view: pixels.repeat_interleave(count, 0).flip(0, 3) for view, count in method.more_views.items()
-        }
+        views = {view: pixels.repeat_interleave(count, 0).flip(0, 3) for view, count in method.more_views.items()}
         inputs[role] = ModelInput(pixels, tokens, pools, views)
     names = tuple(f"m{number}" for number in range(len(CAPTIONS)))
     labels = torch.tensor([0, 1, 2, 3, 4, 0, -1, 2])

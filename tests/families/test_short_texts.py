@@ -276,7 +276,7 @@ def batch_of(method: Method, *, cut: bool) -> Batch:
         inputs[role] = ModelInput(pixels, tokens, pools, views)
     names = tuple(f"m{number}" for number in range(len(CAPTIONS)))
     labels = torch.tensor([0, 1, 2, 3, 4, 0, -1, 2])
-    regions = {view: labels % 2 + 1 for view in method.more_views}  # how many are real, of dclip's
+    regions = dict.fromkeys(method.more_views, labels % 2 + 1)  # how many are real, of dclip's
     return Batch(names, inputs, CAPTIONS, extra={LABELS: labels, **regions})
 
 

@@ -331,8 +331,8 @@ def random_batch(
             for role, each in inputs.items()
         }
     extra = {LABELS: labels}
-    if count := (views or {}).get("regions"):  # how many of them are real
-        extra["regions"] = torch.randint(1, count + 1, (size,), generator=draws)
+    if most := (views or {}).get("regions"):  # how many of them are real
+        extra["regions"] = torch.randint(1, most + 1, (size,), generator=draws)
     streams = tuple(("train", "reference")[i % 2] for i in range(size))
     return Batch(tuple(f"m{i}" for i in range(size)), inputs, ("",) * size, extra=extra, streams=streams)
 

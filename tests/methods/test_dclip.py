@@ -42,14 +42,16 @@ def attended(attention: nn.MultiheadAttention, query: Tensor, keys: Tensor) -> T
         here = slice(head * width // heads, (head + 1) * width // heads)
         own = (q @ query + b_q)[here]
         scores = torch.stack([own @ (k @ key + b_k)[here] / math.sqrt(width / heads) for key in keys]).softmax(0)
-        read.append(sum(score * (v @ key + b_v)[here] for score, key in zip(scores, keys, strict=True)))
-    return attention.out_proj(torch.cat(read))
+        values = torch.stack([(v @ key + b_v)[here] for key in keys])
+        read.append((scores[:, None] * values).sum(0))
+    found: Tensor = attention.out_proj(torch.cat(read))
+    return found
 
 
 def pooled(rows: Tensor) -> Tensor:
     mean = rows.mean(0)
     weights = torch.stack([(row @ mean) / (row.norm() * mean.norm()) / 2 for row in rows]).exp()
-    return sum(weight * row for weight, row in zip(weights, rows, strict=True)) / weights.sum()
+    return (weights[:, None] * rows).sum(0) / weights.sum()
 
 
 def test_the_meta_teacher_is_its_formulas_in_loops() -> None:
@@ -90,7 +92,7 @@ def test_terms_are_their_formulas() -> None:
 
     def contrast(a: Tensor, b: Tensor) -> Tensor:
         sums = [torch.logsumexp(20 * a[i] @ b.T, 0) + torch.logsumexp(20 * b[i] @ a.T, 0) for i in range(4)]
-        return sum(total / 2 - 20 * a[i] @ b[i] for i, total in enumerate(sums)) / 4
+        return torch.stack([total / 2 - 20 * a[i] @ b[i] for i, total in enumerate(sums)]).mean()
 
     expected = {
         "meta_teacher": contrast(g, t_t),

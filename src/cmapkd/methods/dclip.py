@@ -1,4 +1,4 @@
-"""DCLIP (Csizmadia et al. 2025, arXiv:2505.21549): a teacher that reads regions and caption, distilled into the image tower.
+"""DCLIP (Csizmadia et al. 2025, arXiv:2505.21549): a teacher of regions and caption, distilled into images.
 
 First a meta-teacher on top of a frozen model learns to fuse crops of objects with the words of the caption. Then the
 student's pictures learn what it says. Departures and how it was checked: the card below and docs/methods/dclip.md.

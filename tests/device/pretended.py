@@ -84,18 +84,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings); ev
     "c2kd, all at once": ("c2kd", {"agreement": -1.0, "direct_weight": 1.0, "prompts_at_once": None}),
     "fitnet, texts": ("fitnet", {"text_guided_layer": 0.5, "text_hint_layer": 0.5}),
 }
-<<<<<<< HEAD
-# the others differ in a setting, and are slow tests; what degla and cosmos have beside their losses is albef's
-OFTEN = (*(name for name in DUAL if name not in ("degla", "cosmos")), "dho", "cmapkd, everything")
-# in micro-batches each line of a method's own runs, too: only what they share goes other ways where a batch is whole
-OFTEN_WHOLE = ("contrastive", "clip_kd", "dmae", "lelp", "promptkd", "tipsv2", "dho", "cmapkd")
-||||||| 83937d7
-# the others differ in a setting, and are slow tests; what degla and cosmos have beside their losses is albef's
-OFTEN = (*(name for name in DUAL if name not in ("degla", "cosmos")), "dho", "cmapkd, everything")
-=======
 # the others differ in a setting or take long, and are slow tests; what degla has beside its losses is albef's
 OFTEN = (*(name for name in DUAL if name not in ("degla", "cosmos", "dclip")), "dho", "cmapkd, everything")
->>>>>>> p3
+# in micro-batches each line of a method's own runs, too: only what they share goes other ways where a batch is whole
+OFTEN_WHOLE = ("contrastive", "clip_kd", "dmae", "lelp", "promptkd", "tipsv2", "dho", "cmapkd")
 
 
 @dataclass(frozen=True)

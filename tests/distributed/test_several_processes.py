@@ -24,10 +24,10 @@ from several_processes import (
     OF_FOUR,
     SHARDED,
     SHARDED_CASES,
-    SHARDED_METHODS,
     SHARED_TEACHER,
     TRAINED,
     TWO,
+    WITH_LEVELS,
     WITH_LOCAL,
     answered,
     asked_by,
@@ -127,7 +127,7 @@ def test_terms_and_gradients_with_shards_of_the_weights_equal_those_of_one(out: 
     assert_equal_to_one(found_by(out, TWO), name, torch.float64, SHARDED)
 
 
-@pytest.mark.parametrize("name", SHARDED_METHODS[1:])
+@pytest.mark.parametrize("name", WITH_LEVELS)
 def test_the_teacher_may_be_shared_out_too(out: Path, name: str) -> None:
     assert_equal_to_one(found_by(out, TWO), name, torch.float64, SHARED_TEACHER)
 

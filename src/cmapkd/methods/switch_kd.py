@@ -139,7 +139,7 @@ class SwitchKD(GenerativeMethod):
             seen = replace(student.projected, values=self.adapter(student.projected.values))
             return model.forward_seeing(inputs, Seen(resampled_rows(seen, inputs.visual)))
         if student.encoded is None:  # no dialogue shows a picture
-            return model(inputs)
+            return model.forward(inputs)
         tokens = resampled(self.adapter(student.encoded), self.tokens)
         return model.forward_seeing(inputs, model.project(inputs, tokens))
 

@@ -50,7 +50,7 @@ def test_the_preference_has_the_numbers_of_the_published_code(case: dict[str, An
     for name, expected in case["log_probs"].items():
         torch.testing.assert_close(found[name], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     ratios = [found[f"student_{which}"] - found[f"teacher_{which}"] for which in labels]
-    form = next(ours for ours, theirs in FORMS.items() if theirs == case["loss_type"])
+    form: Any = next(ours for ours, theirs in FORMS.items() if theirs == case["loss_type"])
     loss = preference_loss(*ratios, form=form, beta=case["beta"])
     assert loss.item() == pytest.approx(case["value"], rel=1e-12)
     for which, gradient in zip(labels, torch.autograd.grad(loss, student), strict=True):

@@ -135,8 +135,7 @@ class SwitchKD(GenerativeMethod):
             seen = replace(student.projected, values=self.adapter(student.projected.values))
             return model.forward_seeing(inputs, Seen(resampled_rows(seen, inputs.visual)))
         if student.encoded is None:  # no dialogue shows a picture
-            told: TokenFeatures = model(inputs)
-            return told
+            return model.forward(inputs)
         tokens = resampled(self.adapter(student.encoded), self.tokens)
         return model.forward_seeing(inputs, model.project(inputs, tokens))
 

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--cached-steps", type=int, default=40)
     parser.add_argument("--folder", type=Path, required=True, help="for the runs; empty or new")
     parser.add_argument("--name", required=True, help="of the entry")
+    parser.add_argument("--stored", action="store_true", help="an earlier command has stored what is read")
     parser.add_argument("--shared", action="store_true", help="say that other work shared the cores")
     parser.add_argument("--json", type=Path, default=JSON)
     arguments = parser.parse_intermixed_args()
@@ -64,7 +65,7 @@ def main() -> None:
         "seconds_a_step": seconds,
         "ratio": seconds["live"] / seconds["cached"],
         "largest_difference_of_losses": max(abs(live["loss"] - cached["loss"]) for live, cached in pairs),
-        "seconds_with_storing": build,
+        "seconds_with_storing": None if arguments.stored else build,
         "other_work_shared_the_cores": arguments.shared,
         "environment": describe_environment(),
     }

@@ -13,7 +13,9 @@ from test_parts_family import CONVOLUTIONAL, VIT, check_round_trip, parts, save_
 
 from cmapkd.config import ConfigError
 from cmapkd.models import DualEncoder, load_model
+from cmapkd.models.several_towers import SeveralTowers
 from cmapkd.models.types import LevelRequest, TowerFeatures
+from cmapkd.models.untrained import remark_on_unlearned
 from helpers import make_method
 
 MLP, READER = {"image_head": "mlp", "text_head": "mlp"}, {"image_head": "reader", "text_head": "reader"}
@@ -112,7 +114,8 @@ def test_several_towers_are_one(root: Path, tmp_path: Path) -> None:
     model: Any = parts(root / "bert", towers, text={"frozen": True}, image_head={"kind": "mlp", "hidden": 8})
     each = list(model.image.towers)
     own = each[1].spec
-    each[1].spec = type(each[1].spec)(64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    each[1].spec = type(own)(64, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    model.image = SeveralTowers(each)
     assert model.image.width == sum(tower.width for tower in each)
     assert model.image_levels == each[0].levels
     check_entered(model, levels=False)
@@ -123,6 +126,7 @@ def test_several_towers_are_one(root: Path, tmp_path: Path) -> None:
     alone = torch.cat([tower(tower.spec.to_model(pixels)).embedding for tower in each], 1)
     torch.testing.assert_close(joined, alone, rtol=1e-4, atol=1e-5)
     each[1].spec = own
+    model.image = SeveralTowers(each)
     assert check_round_trip(model, tmp_path / "saved")["frozen"] == {"image": [True, 4, 2], "text": True}
     assert all(parameter.requires_grad for parameter in load_model(tmp_path / "saved").parameters())
 
@@ -176,3 +180,5 @@ def test_what_learns_must_agree_with_the_training(root: Path) -> None:
     assert mixed.frozen_towers == ()
     assert (mixed.why_towers_live or "").startswith("timm:test_resnet learns from its first block on")
     assert parts(root / "bert").why_towers_live is None
+    random = parts(root / "bert", {**VIT, "frozen_blocks": 2})
+    assert (remark_on_unlearned(random) or "").startswith("frozen_blocks of image of parts:small has random weights")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.models.image_tower import ImageTower
 from cmapkd.models.image_towers import rebuild_image_tower
+from cmapkd.models.images import ImageSpec
 from cmapkd.models.types import LAST, MIDDLE, Level, LevelInfo, TowerFeatures
 
 _OWN = (LAST, MIDDLE)  # levels of each tower by itself
@@ -43,6 +44,7 @@ class SeveralTowers(ImageTower):
         self.spec, self.levels = first.spec, first.levels
         self.width = sum(tower.width for tower in self._each)
         self.random = any(tower.random for tower in self._each)
+        self.normalised = nn.ModuleList(Normalised(first.spec, tower.spec) for tower in self._each)
 
     @property
     def _each(self) -> list[ImageTower]:
@@ -50,11 +52,14 @@ class SeveralTowers(ImageTower):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         return joined(
-            tower(self._normalised_for(tower, images), asked(levels, number)) for number, tower in enumerate(self._each)
+            tower(own(images), asked(levels, number))
+            for number, (tower, own) in enumerate(zip(self._each, self.normalised, strict=True))
         )
 
-    def _normalised_for(self, tower: ImageTower, images: Tensor) -> Tensor:
-        return normalised(images, (self.spec.mean, self.spec.std), (tower.spec.mean, tower.spec.std))
+    @property
+    def specs(self) -> list[ImageSpec]:
+        """Each tower's own."""
+        return [tower.spec for tower in self._each]
 
     def last_levels(self) -> tuple[LevelInfo, ...]:
         each = (tower.last_levels()[0] for tower in self._each)
@@ -114,19 +119,38 @@ class _StoredParts(nn.Module):
 
     def __init__(self, towers: SeveralTowers) -> None:
         super().__init__()
-        each = [tower for tower in towers.towers if isinstance(tower, ImageTower)]
-        self.parts = nn.ModuleList(tower.stored_part() for tower in each)
-        self.specs = [(tower.spec.mean, tower.spec.std) for tower in each]
+        self.parts = nn.ModuleList(tower.stored_part() for tower in towers.towers if isinstance(tower, ImageTower))
+        self.normalised = towers.normalised
+        self.specs = [[*spec.mean, *spec.std] for spec in towers.specs]
 
     def forward(self, images: Float[Tensor, "batch 3 height width"], levels: Sequence[str] = ()) -> TowerFeatures:
         return joined(
-            part(normalised(images, self.specs[0], self.specs[number]), asked(levels, number))
-            for number, part in enumerate(self.parts)
+            part(own(images), asked(levels, number))
+            for number, (part, own) in enumerate(zip(self.parts, self.normalised, strict=True))
         )
 
     def describe(self) -> dict[str, Any]:
         described: list[Any] = [part.describe() for part in self.parts]  # type: ignore[operator]
-        return {"kind": "several", "towers": described}
+        return {"kind": "several", "towers": described, "specs": self.specs}
+
+
+class Normalised(nn.Module):
+    """From pixels as one tower reads them to those of another; equal ones stay as they are."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, before: ImageSpec, wanted: ImageSpec) -> None:
+        super().__init__()
+        self.equal = (before.mean, before.std) == (wanted.mean, wanted.std)
+        mean, std, new_mean, new_std = (
+            torch.tensor(each)[:, None, None] for each in (before.mean, before.std, wanted.mean, wanted.std)
+        )
+        self.register_buffer("scale", std / new_std, persistent=False)
+        self.register_buffer("shift", (mean - new_mean) / new_std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images if self.equal else images * self.scale + self.shift
 
 
 def rebuild_several(description: Mapping[str, Any], folder: Path) -> ImageTower:
@@ -160,11 +184,3 @@ def joined(several: Iterable[TowerFeatures]) -> TowerFeatures:
         embeddings.append(tower.embedding)
         levels |= {numbered(name, number) if name in _OWN else name: level for name, level in tower.levels.items()}
     return TowerFeatures(torch.cat(embeddings, 1), levels)
-
-
-def normalised(images: Tensor, before: tuple[Sequence[float], ...], wanted: tuple[Sequence[float], ...]) -> Tensor:
-    """Pixels that were normalised by one mean and deviation, by another."""
-    if before == wanted:
-        return images
-    mean, std, new_mean, new_std = (images.new_tensor(each)[:, None, None] for each in (*before, *wanted))
-    return (images * std + (mean - new_mean)) / new_std

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cmapkd.data.types import ModelInput
 from cmapkd.models.types import Features, LevelRequest, Tower
-
-if TYPE_CHECKING:
-    from cmapkd.models.base import DualEncoder
 
 
 class StoredTowers:
@@ -45,8 +42,8 @@ class StoredTowers:
         """What `pooled_towers(frozen_towers)` are to be asked for beside embeddings, so that the model can go on."""
         return LevelRequest()
 
-    def pooled_towers(self, towers: Collection[Tower]) -> DualEncoder:  # noqa: ARG002  for those that have some
-        """Some of `frozen_towers`, without what follows them: its embeddings are their pooled features.
+    def pooled_towers(self, towers: Collection[Tower]) -> Any:  # noqa: ARG002  for those that have some
+        """Some of `frozen_towers`, without what follows them, as a `DualEncoder`: pooled features are its embeddings.
 
         Raises:
             ValueError: this model cannot go on from such features.

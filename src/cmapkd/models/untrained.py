@@ -60,6 +60,9 @@ def remark_on_unlearned(model: Model, learning: Collection[str] | None = None) -
             or not any(parameters[name].requires_grad for name in names if name in parameters)
         )
     ]
+    frozen = model.frozen_levels if isinstance(model, ImageEncoder) else None
+    still = {"image": frozen.image_levels, "text": frozen.text_levels} if frozen is not None else {}
+    stuck += [f"frozen_blocks of {part}" for part in random_parts(model) if part not in stuck and still.get(part)]
     if not stuck:
         return None
     return (

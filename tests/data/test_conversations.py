@@ -60,6 +60,20 @@ def test_every_form_says_the_same(form: str) -> None:
     assert parse_turns(FORMS[form], pictures=1) == ASKED
 
 
+def test_preferences_bring_a_worse_answer() -> None:
+    turns = (ASKED[0], Turn("assistant", "yes", rejected="no"))
+    asked = user("<image>Is it red?")
+    for values in (
+        {"prompt": "Is it red?", "chosen": "yes", "rejected": "no"},
+        {"prompt": [user(PIECES)], "chosen": [assistant("yes")], "rejected": [assistant("no")]},
+        {"chosen": [asked, assistant("yes")], "rejected": [asked, assistant("no")]},
+        {"chosen": [human("<image>Is it red?"), gpt("yes")], "rejected": [human("<image>Is it red?"), gpt("no")]},
+    ):
+        assert parse_turns(values, pictures=1) == turns
+    with pytest.raises(Unusable, match="not to the same prompt"):
+        parse_turns({"chosen": [asked, assistant("a")], "rejected": [user("<image>b"), assistant("c")]}, pictures=1)
+
+
 def test_what_is_no_dialogue_has_no_turns() -> None:
     for values in ({}, {"prompt": "a"}, {"query": "a", "response": None}, {"messages": None}):
         assert parse_turns(values, pictures=1) == ()

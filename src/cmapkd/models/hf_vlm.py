@@ -26,7 +26,7 @@ from cmapkd.models.token_types import EncodedShape, LogitHead, Rows, Seen, Token
 from cmapkd.models.types import LevelInfo
 from cmapkd.models.vlm_folders import check_not_merged, check_same_tokens
 from cmapkd.models.vlm_hooks import fed_to, feeding, given_to, outputs
-from cmapkd.models.vlm_layouts import LAYOUTS, blocks_of
+from cmapkd.models.vlm_layouts import LAYOUTS, blocks_of, encoded_shape
 from cmapkd.models.vlm_rows import packed_rows, positions, rows_at, tile_rows, unwindowed, visual_places, visual_rows
 
 
@@ -116,15 +116,7 @@ class HfVlm(GenerativeModel):
 
     @property
     def encoded_shape(self) -> EncodedShape | None:
-        if self.layout.packed:  # patches of all pictures in one row, in an order of their own
-            return None
-        config = self.model.config
-        sides = config.vision_config
-        side, patch = (each if isinstance(each, int) else each[0] for each in (sides.image_size, sides.patch_size))
-        tokens, width = (side // patch) ** 2, self.image_levels[0].width
-        folded = round(1 / config.downsample_ratio) ** 2 if self.layout.shuffled else 1
-        layers = getattr(config, "vision_feature_layer", -1)  # of several, LLaVA's projector is given all
-        return EncodedShape(tokens // folded, width * folded * (1 if isinstance(layers, int) else len(layers)))
+        return encoded_shape(self.layout, self.model.config, self.image_levels[0].width)
 
     def project(self, inputs: ChatInput, encoded: Tensor) -> Seen:
         if self.encoded_shape is None:

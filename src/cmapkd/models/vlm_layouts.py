@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from cmapkd.models.token_types import EncodedShape
+
 
 @dataclass(frozen=True, slots=True)
 class VlmLayout:
@@ -67,3 +69,21 @@ def blocks_of(tower: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "layer", "blocks"):
             return module
     raise ValueError(f"{type(tower).__name__} has no list of blocks")
+
+
+def encoded_shape(layout: VlmLayout, config: Any, width: int) -> EncodedShape | None:
+    """What the projector is given of a picture; None where patches of all pictures stand in one row.
+
+    Args:
+        config: of the whole model, as transformers has it.
+        width: of the vision tower.
+    """
+    if layout.packed:
+        return None
+    sides = config.vision_config
+    side, patch = (each if isinstance(each, int) else each[0] for each in (sides.image_size, sides.patch_size))
+    folded = round(1 / config.downsample_ratio) ** 2 if layout.shuffled else 1
+    layers = getattr(config, "vision_feature_layer", -1)  # of several, LLaVA's projector is given all
+    return EncodedShape(
+        (side // patch) ** 2 // folded, width * folded * (1 if isinstance(layers, int) else len(layers))
+    )

@@ -155,7 +155,7 @@ def encoder_above(model: Any, count: int, middle: Tensor) -> nn.Module:
         if name not in _STEMS:
             return child
         stem = copy(child)
-        stem.forward = _unchanged if name != "embeddings" else _always(middle)  # type: ignore[method-assign]
+        stem.forward = _unchanged if name != "embeddings" else _always(middle)
         return stem
 
     return _with_blocks(model, path_of_blocks(model), slice(count, None), kept)

@@ -46,12 +46,19 @@ class Freezing(Config):
         return self
 
 
-class ImageOfParts(ImagePartConfig, Freezing):
+class ImageOfParts(Freezing, ImagePartConfig):
     """An image tower by name, and how much of it learns."""
 
 
-class TextOfParts(TextPartConfig, Freezing):
+class TextOfParts(Freezing, TextPartConfig):
     """A text encoder by name, and how much of it learns."""
+
+
+def _one_alone(schema: dict[str, Any]) -> None:
+    """In the settings' index the section of one tower, so that messages name its keys; the class itself takes lists."""
+    items = schema.pop("items")
+    schema.clear()
+    schema.update(items)
 
 
 class PartsOptions(Config):
@@ -61,6 +68,7 @@ class PartsOptions(Config):
         min_length=1,
         description="The image tower: a name, or a name with its settings; or a list of several, whose pooled features "
         "are joined.",
+        json_schema_extra=_one_alone,
     )
     text: TextOfParts = Field(description="The text encoder: a name, or a name with its settings.")
     image_head: HeadConfig = Field(

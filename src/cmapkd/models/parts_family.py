@@ -65,7 +65,6 @@ class PartsOptions(Config):
     """The two towers, the heads behind them, and the width where they meet."""
 
     image: tuple[ImageOfParts, ...] = Field(
-        min_length=1,
         description="The image tower: a name, or a name with its settings; or a list of several, whose pooled features "
         "are joined.",
         json_schema_extra=_one_alone,
@@ -85,6 +84,8 @@ class PartsOptions(Config):
     @field_validator("image", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError("name at least one image tower")
         return value if isinstance(value, list | tuple) else (value,)
 
 

@@ -156,7 +156,7 @@ def test_what_cannot_be_frozen_so_is_refused(root: Path) -> None:
         parts(bert, {**VIT, "frozen": True, "frozen_blocks": 2})
     with pytest.raises(ConfigError, match=r"take other sizes in pixels: timm:test_vit 48, timm:test_resnet 32\. Set"):
         parts(bert, [VIT, {"name": "timm:test_resnet", "image_size": 32}])
-    with pytest.raises(ConfigError, match="image"):
+    with pytest.raises(ConfigError, match="name at least one image tower"):
         parts(bert, [])
     with pytest.raises(ConfigError, match=r"image\.0\.frozen_block\b"):
         parts(bert, {**VIT, "frozen_block": 1})

@@ -46,21 +46,28 @@ class Freezing(Config):
         return self
 
 
-class ImageOfParts(ImagePartConfig, Freezing):
+class ImageOfParts(Freezing, ImagePartConfig):
     """An image tower by name, and how much of it learns."""
 
 
-class TextOfParts(TextPartConfig, Freezing):
+class TextOfParts(Freezing, TextPartConfig):
     """A text encoder by name, and how much of it learns."""
+
+
+def _one_alone(schema: dict[str, Any]) -> None:
+    """In the settings' index the section of one tower, so that messages name its keys; the class itself takes lists."""
+    items = schema.pop("items")
+    schema.clear()
+    schema.update(items)
 
 
 class PartsOptions(Config):
     """The two towers, the heads behind them, and the width where they meet."""
 
     image: tuple[ImageOfParts, ...] = Field(
-        min_length=1,
         description="The image tower: a name, or a name with its settings; or a list of several, whose pooled features "
         "are joined.",
+        json_schema_extra=_one_alone,
     )
     text: TextOfParts = Field(description="The text encoder: a name, or a name with its settings.")
     image_head: HeadConfig = Field(
@@ -77,6 +84,8 @@ class PartsOptions(Config):
     @field_validator("image", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError("name at least one image tower")
         return value if isinstance(value, list | tuple) else (value,)
 
 

@@ -19,7 +19,7 @@ from cmapkd.config import (
     load_mapping,
     merge_mappings,
 )
-from cmapkd.run import RunConfig
+from cmapkd.run import RunConfig, open_training
 
 MINIMAL: dict[str, Any] = {
     "student": "tiny:debug",
@@ -192,6 +192,16 @@ def test_packaged_recipes_are_complete_or_a_base(name: str) -> None:
             load_config(RunConfig, name)
     else:
         assert load_config(RunConfig, name).training.batch_size > 1
+
+
+def test_what_packaged_recipes_learn_from_opens() -> None:
+    recipes = {name: load_config(RunConfig, name) for name in list_recipes() if name.endswith("_scenes")}
+    different = {
+        (config.data.train, str(config.data.more), str(config.data.prompts)): name for name, config in recipes.items()
+    }
+    assert len(different) > 5
+    for name in different.values():
+        assert len(open_training(recipes[name])) > 0, name
 
 
 def write(path: Path, text: str) -> str:

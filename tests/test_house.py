@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import cmapkd
+from cmapkd.methods import METHODS
 
 ROOT = Path(cmapkd.__file__).parent
-MAX_FILE, MAX_FUNCTION = 400, 80
+MAX_FILE, MAX_METHOD, MAX_FUNCTION = 400, 200, 80
 REASON = "long because"  # in the first lines of a file that is longer, before its reason
 REASON_WITHIN = 6  # lines
 FORBIDDEN = (
@@ -115,6 +117,14 @@ def test_no_function_is_too_long() -> None:
         if size > MAX_FUNCTION
     ]
     assert not long, "\n".join(long)
+
+
+def test_a_published_method_is_a_short_file() -> None:
+    files = {Path(inspect.getfile(METHODS[name])) for name in METHODS}
+    sizes = {shown(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    long = {name: size for name, size in sizes.items() if size > MAX_METHOD and "methods/cmapkd/" not in name}
+    assert len(files) > 30
+    assert not long, f"move what is general into a room of its own: {long}"
 
 
 def has_reason(path: Path) -> bool:

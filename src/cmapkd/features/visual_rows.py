@@ -87,6 +87,11 @@ def beside(teacher: Rows, counts: Sequence[int], theirs: Sequence[int]) -> Float
     return torch.cat(made)
 
 
+def beside_own(own: Rows, theirs: Rows, num: int) -> Float[Tensor, "rows width"]:
+    """The teacher's values at the student's visual tokens, see `beside`, of `num` dialogues."""
+    return beside(theirs, per_picture(own, num), per_picture(theirs, num))
+
+
 def by_pictures(
     student: Float[Tensor, "rows width"], teacher: Float[Tensor, "rows teacher_width"], counts: Sequence[int]
 ) -> list[tuple[Float[Tensor, "pictures tokens width"], Float[Tensor, "pictures tokens teacher_width"]]]:

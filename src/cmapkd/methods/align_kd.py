@@ -11,12 +11,11 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from cmapkd.data.dialogues import ChatInput
 from cmapkd.data.types import Batch
 from cmapkd.features.attention_blocks import heads_of, looked_at, paired, text_to_vision
-from cmapkd.features.visual_rows import beside, check_same_texts, check_visual_tokens, per_picture
+from cmapkd.features.visual_rows import beside_own, check_same_texts, check_visual_tokens, per_picture
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.stages import StageConfig
@@ -87,6 +86,7 @@ class AlignKD(GenerativeMethod):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        self._reads = next(iter(self.teachers.values())).reads
         self.weights = {
             "answers": config.answers_weight,
             "distillation": config.distill_weight,
@@ -133,7 +133,7 @@ class AlignKD(GenerativeMethod):
         return super().why_not_again(stages)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
-        """The last matrix of the projector, which all terms are made behind."""
+        """The projector's last matrix, which all terms are made behind."""
         return {self._last_of_projector: dict(self.student.named_parameters())[self._last_of_projector]}
 
     @cached_property
@@ -148,7 +148,7 @@ class AlignKD(GenerativeMethod):
         else:
             counted = self.losses(student, weighed)
             if self.wants("distillation"):
-                counted["distillation"] = self._everywhere(part, student, teacher, forward)
+                counted["distillation"] = self._everywhere(part, student, teacher)
         if teacher is None:
             return counted
         if self.wants("vision"):
@@ -157,12 +157,10 @@ class AlignKD(GenerativeMethod):
             counted["attention"] = self._attention(part, student, teacher)
         return counted
 
-    def _everywhere(
-        self, part: Batch, student: TokenFeatures, teacher: TokenFeatures, divergence: TokenDivergence
-    ) -> Counted:
+    def _everywhere(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures) -> Counted:
         own = [student.hidden[where] for where in EVERYWHERE]
         states = [teacher.hidden["answer"].values, teacher.hidden["prompt"].values]
-        states.append(self._beside(part, own[2], teacher.hidden["visual"]))
+        states.append(beside_own(own[2], teacher.hidden["visual"], len(part)))
         if any(len(mine.values) != len(theirs) for mine, theirs in zip(own, states, strict=True)):
             raise ValueError(
                 "the prompts of a batch have other numbers of tokens for student and teacher, whose chat templates "
@@ -170,9 +168,8 @@ class AlignKD(GenerativeMethod):
             )
         rows = Rows(*(torch.cat([getattr(each, name) for each in own]) for name in ("values", "sample", "place")))
         weighed = self.weigh(part, rows)
-        total = self.divergence_at(
-            student, rows, teacher, torch.cat(states), divergence=divergence, weights=weighed.rows
-        )
+        forward = TokenDivergence()
+        total = self.divergence_at(student, rows, teacher, torch.cat(states), divergence=forward, weights=weighed.rows)
         return Counted(total, weighed.number)
 
     def _vision(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures) -> Counted:
@@ -180,35 +177,23 @@ class AlignKD(GenerativeMethod):
         assert own is not None
         assert theirs is not None
         counts = per_picture(own, len(part))
-        states = self.map_tokens(self._beside(part, own, theirs).to(self.map_tokens.weight.dtype))
+        states = self.map_tokens(beside_own(own, theirs, len(part)).to(self.map_tokens.weight.dtype))
         looked = torch.zeros_like(theirs.values[:, 0])
         if self.config.focus:
-            looked = looked_at(teacher.attention[self.config.layer], self._inputs(part, "teacher"))
-        looked = self._beside(part, own, Rows(looked[:, None], theirs.sample, theirs.place))[:, 0]
+            looked = looked_at(teacher.attention[self.config.layer], self.dialogues(part, self._reads))
+        looked = beside_own(own, Rows(looked[:, None], theirs.sample, theirs.place), len(part))[:, 0]
         pictures = zip(own.values.split(counts), states.split(counts), looked.split(counts), strict=True)
         distances = [focused_distance(*each, focus=self.config.focus) for each in pictures if len(each[0])]
-        return _counted(own.values.sum() * 0 + states.sum() * 0, distances, len(distances))
+        nothing = own.values.sum() * 0 + states.sum() * 0
+        return Counted.of(nothing + sum(distances), len(distances))
 
     def _attention(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures) -> Counted:
         layer, maps = self.config.layer, self.map_heads
         own, theirs = (
-            text_to_vision(features.attention[layer], self._inputs(part, role))
-            for role, features in (("student", student), ("teacher", teacher))
+            text_to_vision(features.attention[layer], self.dialogues(part, reads))
+            for reads, features in (("student", student), (self._reads, teacher))
         )
         pairs = paired(own, theirs)
         errors = [attention_error(*pair, maps.weight, maps.bias) for pair in pairs]
         nothing = student.attention[layer].sum() * 0 + (maps.weight.sum() + maps.bias.sum()) * 0
-        return _counted(nothing, errors, sum(mine.numel() for mine, _ in pairs))
-
-    def _beside(self, part: Batch, own: Rows, theirs: Rows) -> Tensor:
-        return beside(theirs, per_picture(own, len(part)), per_picture(theirs, len(part)))
-
-    def _inputs(self, part: Batch, role: str) -> ChatInput:
-        found = part.inputs["student" if role == "student" else next(iter(self.teachers.values())).reads]
-        assert isinstance(found, ChatInput)
-        return found
-
-
-def _counted(nothing: Tensor, parts: Sequence[Tensor], number: int) -> Counted:
-    total = nothing + sum(parts)
-    return Counted(total, total.detach().new_full((), number))
+        return Counted.of(nothing + sum(errors), sum(mine.numel() for mine, _ in pairs))

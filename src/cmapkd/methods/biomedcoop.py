@@ -13,31 +13,30 @@ from typing import ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from cmapkd.config import ConfigError
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
-from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
+from cmapkd.methods.by_classes import ContextConfig, check_several, learned_context
+from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, Features, FrozenTeacher
-from cmapkd.models.prompted import PromptedEncoder, with_text_prompts
-from cmapkd.models.texts import LearnedClassVectors, prompt_bank
+from cmapkd.models.prompted import PromptedEncoder
+from cmapkd.models.texts import prompt_bank
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 from cmapkd.objectives.prompt_bank import kept_class_vectors, kept_prompts, prompt_scores
 
 
-class BiomedCoOpConfig(ClassesConfig):
+class BiomedCoOpConfig(ContextConfig):
     """The learned context, and what it is held by."""
 
     context: str | int = Field(
         "a photo of a",
         description="Words that the learned vectors begin as, one for each token; or how many random ones.",
     )
-    template: str = Field("{}.", description="What stands behind the learned vectors; {} is the name of a class.")
     text_weight: float = Field(
         1.0, ge=0, description="Weight of the distance from the frozen class vectors (SCCM); published: 0.25 to 20."
     )
@@ -50,17 +49,6 @@ class BiomedCoOpConfig(ClassesConfig):
     selection: Literal["running", "batch"] = Field(
         "running", description="Pictures by which prompts are chosen: all so far, or the batch's alone (published)."
     )
-
-    @field_validator("template")
-    @classmethod
-    def _has_a_place(cls, value: str) -> str:
-        if "{}" not in value:
-            raise ValueError("there must be {} where the name of a class goes")
-        return value
-
-    @property
-    def own_texts(self) -> tuple[str, ...]:
-        return (self.template, self.context) if isinstance(self.context, str) else (self.template,)
 
 
 class BiomedCoOp(PictureMethod):
@@ -110,18 +98,13 @@ class BiomedCoOp(PictureMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         assert classes is not None
-        if len(classes.names) < 2:
-            raise ConfigError(f"method {config.name} tells classes apart, and the data name one: {classes.names[0]!r}")
+        check_several(config.name, classes)
         self.config, self.num_classes = config, len(classes.names)
         self.weights = {"labels": 1.0, "texts": config.text_weight, "classes": config.distill_weight}
         self.label_reader = LabelReader(num_classes=self.num_classes)
         student.requires_grad_(False)
-        try:
-            prompted = with_text_prompts(student, context=config.context, template=config.template)
-        except ValueError as error:
-            raise ConfigError(f"method {config.name}: {error}") from None
-        self.student: PromptedEncoder = prompted
-        self.vectors = LearnedClassVectors(ClassPrompts(classes.names, (config.template,)), prompted)
+        self.student: PromptedEncoder
+        self.student, self.vectors = learned_context(config, student, classes)
         if config.text_weight:
             bank, mask = prompt_bank(student, classes.of_class, device=student.device)
             everything = mask.new_ones(mask.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
+from cmapkd.data.dialogues import ChatInput
 from cmapkd.data.types import Batch
 from cmapkd.features.top_tokens import ROWS as TOP_ROWS
 from cmapkd.features.top_tokens import narrowed, top_tokens
@@ -55,6 +56,11 @@ class Counted(NamedTuple):
 
     total: Float[Tensor, ""]
     number: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, total: Float[Tensor, ""], number: int) -> Self:
+        """Of so many things that were counted on the host."""
+        return cls(total, total.detach().new_full((), number))
 
 
 class Weighed(NamedTuple):
@@ -165,6 +171,12 @@ class GenerativeMethod(Method):
             asked = any(self.wants(name) for name in self.of_teacher & {*self.term_names})
             answered[number] = self.read_teacher(part) if asked else None
         return self.sums(part, student, answered[number])
+
+    def dialogues(self, part: Batch, reads: str = "student") -> ChatInput:
+        """What a model is given of a part of the batch, where it is; `reads`: a teacher's `reads`, or the student."""
+        found = part.inputs[reads]
+        assert isinstance(found, ChatInput)
+        return found
 
     def read_teacher(self, part: Batch, role: str | None = None) -> TokenFeatures | None:
         """A teacher's features of a part of the batch, without gradient; None where there is no teacher.

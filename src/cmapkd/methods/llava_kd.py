@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from cmapkd.data.types import Batch
-from cmapkd.features.visual_rows import beside, by_pictures, check_visual_tokens, per_picture
+from cmapkd.features.visual_rows import beside_own, by_pictures, check_visual_tokens, per_picture
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
-from cmapkd.models.token_types import Rows, TokenFeatures, TokenNeeds, Where
+from cmapkd.models.token_types import TokenFeatures, TokenNeeds, Where
 from cmapkd.objectives.relation import token_relation_distance
 from cmapkd.objectives.tokens import TokenDivergence
 
@@ -148,7 +147,7 @@ class LlavaKD(GenerativeMethod):
         if self.wants("visual"):
             rows = student.hidden["visual"]
             number = self.weigh(part, rows)
-            states = self._beside(part, rows, teacher.hidden["visual"])[0]
+            states = beside_own(rows, teacher.hidden["visual"], len(part))
             total = self.divergence_at(student, rows, teacher, states, divergence=self.divergence, weights=number.rows)
             counted["visual"] = Counted(total, number.number)
         if self.wants("relation"):
@@ -162,12 +161,7 @@ class LlavaKD(GenerativeMethod):
             assert theirs is not None
         else:
             own, theirs = student.hidden["visual"], teacher.hidden["visual"]
-        states, counts = self._beside(part, own, theirs)
-        tables = by_pictures(own.values, states, counts)
-        total = own.values.sum() * 0 + sum(token_relation_distance(*pair).sum() for pair in tables)
-        return Counted(total, total.detach().new_full((), sum(map(bool, counts))))
-
-    def _beside(self, part: Batch, own: Rows, theirs: Rows) -> tuple[torch.Tensor, list[int]]:
-        """The teacher's values at the student's visual tokens, and how many of these each dialogue has."""
         counts = per_picture(own, len(part))
-        return beside(theirs, counts, per_picture(theirs, len(part))), counts
+        tables = by_pictures(own.values, beside_own(own, theirs, len(part)), counts)
+        total = own.values.sum() * 0 + sum(token_relation_distance(*pair).sum() for pair in tables)
+        return Counted.of(total, sum(map(bool, counts)))

@@ -6,7 +6,6 @@ card below and docs/methods/mulki.md. Its mean of weights is `training.mean_ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -15,26 +14,29 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from cmapkd.config import ConfigError
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features.closed_form import class_means
-from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.by_classes import check_kept_width, check_several, check_shown
+from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest, MomentumTeacher
+from cmapkd.models import DualEncoder, FrozenTeacher, MomentumTeacher
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
 from cmapkd.objectives import labelled_cross_entropy, similarities
-from cmapkd.objectives.prototype_relations import moved_prototypes, prototype_alignment, relation_divergences
+from cmapkd.objectives.prototype_relations import (
+    moved_prototypes,
+    prototype_alignment,
+    relations_of,
+    sample_divergences,
+)
 
-PREVIOUS = "previous"
-"""The role of the student as this run began."""
+PREVIOUS = "previous"  # the role of the student as this run began
 
 
-class MulkiConfig(MethodConfig):
+class MulkiConfig(ClassesConfig):
     """What each term counts, and how the teachers share it."""
 
     task_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the task's labels.")
@@ -62,16 +64,8 @@ class MulkiConfig(MethodConfig):
         "classes.",
     )
 
-    @property
-    def reads_classes(self) -> bool:
-        return True
 
-    @property
-    def reads_captions(self) -> bool:
-        return False
-
-
-class Mulki(DualEncoderMethod):
+class Mulki(PictureMethod):
     """The student learns a task, and its pictures and class texts relate to class prototypes as its teachers' do."""
 
     Config: ClassVar[type[MethodConfig]] = MulkiConfig
@@ -117,15 +111,15 @@ class Mulki(DualEncoderMethod):
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
         assert classes is not None
-        self.config, number = config, len(classes.names)
-        if number < 2:
-            raise ConfigError(f"method mulki tells classes apart, and the data name one: {classes.names[0]!r}")
-        if student.embed_dim != teacher.embed_dim:
-            raise ConfigError(
-                f"mulki keeps the student alike to what it was, but {student.name} embeds in {student.embed_dim} "
-                f"numbers and its teacher {teacher.name} in {teacher.embed_dim}: take teacher: student, or the model "
-                "that the first task began with"
-            )
+        self.config, number, device = config, len(classes.names), student.device
+        self.weights = {
+            "labels": config.task_weight,
+            "prototypes": config.prototype_weight,
+            "relations": config.relation_weight,
+        }
+        self.label_reader = LabelReader(num_classes=number)
+        check_several(config.name, classes)
+        check_kept_width(config.name, student, teacher)
         student.log_logit_scale.requires_grad_(False)
         self.previous: MomentumTeacher | None = None
         if config.relation_weight and config.teachers != "initial":
@@ -135,41 +129,19 @@ class Mulki(DualEncoderMethod):
         if not config.relation_weight:
             self.roles = (teacher.role,)  # whose mean pictures the student's begin as
         self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
-        texts = [self._texts_of(role, classes) for role in self.roles]
+        texts = [
+            class_vectors(self.teachers[each].model, classes.names, classes.templates, own=classes.own, device=device)
+            for each in self.roles
+        ]
         self.register_buffer("teacher_texts", torch.stack(texts).to(student.device))
         # until `prepare`, no step goes on with them
         self.register_buffer("teacher_pictures", torch.full_like(self.teacher_texts, torch.nan))
         self.register_buffer("pictures", torch.full_like(self.teacher_texts[0], torch.nan))
-        self.register_buffer("shown", torch.zeros(number, dtype=torch.bool, device=student.device))
-
-    def _texts_of(self, role: str, classes: ClassPrompts) -> Float[Tensor, "classes dim"]:
-        model = self.teachers[role].model
-        device = next(model.parameters()).device
-        return class_vectors(model, classes.names, classes.templates, own=classes.own, device=device)
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        config = self.config
-        weights = {
-            "labels": config.task_weight,
-            "prototypes": config.prototype_weight,
-            "relations": config.relation_weight,
-        }
-        return tuple(name for name, weight in weights.items() if weight)
+        self.register_buffer("shown", torch.zeros(number, dtype=torch.bool, device=device))
 
     @property
     def needs_labels(self) -> bool:
         return True
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(num_classes=len(self.shown))}
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    teacher_needs = student_needs
 
     @property
     def prepares(self) -> bool:
@@ -184,32 +156,27 @@ class Mulki(DualEncoderMethod):
             self.teacher_pictures[place] = F.normalize(means, dim=-1).to(self.teacher_pictures)
             self.shown.copy_(counts > 0)
         self.pictures.copy_(self.teacher_pictures[-1])
-        if (shown := int(self.shown.sum())) < 2:
-            raise ConfigError(
-                f"mulki makes a prototype of each class's pictures, and of {number} classes {shown} has labelled ones "
-                "in data.train: take data with pictures of two classes or more"
-            )
+        check_shown(self.config.name, self.shown)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, terms = self.config, {}
+        config, values = self.config, dict[str, Tensor]()
         student, labels = self.encode_student(batch), self.labels(batch)
         image, scale = student.image.embedding, student.logit_scale
         texts = self.own_vectors(self.student, self.step.generator("prompts"))
         by_text = similarities(image, texts, scale)
-        if self.wants("labels", config.task_weight):
-            terms["labels"] = Term(labelled_cross_entropy(by_text, labels), config.task_weight)
+        if self.wants("labels"):
+            values["labels"] = labelled_cross_entropy(by_text, labels)
         if not self.prepares:
-            return terms
+            return self.weighted(values)
         pictures = moved_prototypes(self.pictures, image, labels, momentum=config.momentum)
         if self.training:
             self.pictures.copy_(pictures.detach())
-        if self.wants("prototypes", config.prototype_weight):
-            alignment = prototype_alignment(similarities(pictures, texts, scale), self.shown)
-            terms["prototypes"] = Term(alignment, config.prototype_weight)
-        if self.wants("relations", config.relation_weight):
-            own = (similarities(image, pictures, scale), by_text, *_of_texts(texts, pictures, scale))
-            terms["relations"] = Term(self._relations(batch, own, labels), config.relation_weight)
-        return terms
+        if self.wants("prototypes"):
+            values["prototypes"] = prototype_alignment(similarities(pictures, texts, scale), self.shown)
+        if self.wants("relations"):
+            own = relations_of(image, pictures, texts, scale)
+            values["relations"] = self._relations(batch, own, labels)
+        return self.weighted(values)
 
     def _relations(self, batch: Batch, own: tuple[Tensor, ...], labels: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
         """The weighted KL of the labelled samples, a mean over them."""
@@ -218,12 +185,11 @@ class Mulki(DualEncoderMethod):
         known = of_class.sum(1)
         distances, confidences = [], []
         for place, role in enumerate(self.roles):
-            theirs = self._relations_of(answers[role], place)
-            by_picture, by_text, texts, crossed = (
-                relation_divergences(mine, other, shown, temperature=self.config.temperature)
-                for mine, other, shown in zip(own, theirs, (self.shown, None, None, self.shown), strict=True)
-            )
-            distances.append(by_picture + by_text + of_class @ (texts + crossed))
+            answer, its = answers[role], (self.teacher_pictures[place], self.teacher_texts[place])
+            with torch.no_grad():
+                theirs = relations_of(answer.image.embedding, *its, answer.logit_scale)
+            told = sample_divergences(own, theirs, of_class, self.shown, temperature=self.config.temperature)
+            distances.append(told)
             confidences.append((theirs[1].softmax(1) * of_class).sum(1))
         weights = torch.stack(confidences).softmax(0)
         if self.config.teacher_weights == "equal":
@@ -232,16 +198,3 @@ class Mulki(DualEncoderMethod):
         if len(weights) > 1:
             self.measurements["previous_weight"] = (weights[-1] * known).sum() / count
         return (weights * torch.stack(distances) * known).sum() / count
-
-    @torch.no_grad()
-    def _relations_of(self, answers: Features, place: int) -> tuple[Tensor, ...]:
-        """A teacher's relations: images to pictures and texts, texts to texts and pictures."""
-        pictures, texts, scale = self.teacher_pictures[place], self.teacher_texts[place], answers.logit_scale
-        image = answers.image.embedding
-        by_picture, by_text = similarities(image, pictures, scale), similarities(image, texts, scale)
-        return (by_picture, by_text, *_of_texts(texts, pictures, scale))
-
-
-def _of_texts(texts: Tensor, pictures: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """How class texts relate to each other, and to the classes' pictures."""
-    return similarities(texts, texts, scale), similarities(texts, pictures, scale)

@@ -12,29 +12,36 @@ from typing import ClassVar, Self
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import Extra
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows, sample_keys
 from cmapkd.features.closed_form import rank_in_class
+from cmapkd.methods.by_classes import (
+    ContextConfig,
+    check_is_copy,
+    check_several,
+    check_shown,
+    check_trained,
+    learned_context,
+)
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import LABELS, DualEncoderMethod
+from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, FrozenTeacher
 from cmapkd.models.adapted import AdaptedEncoder
-from cmapkd.models.prompted import PromptedEncoder, with_text_prompts
+from cmapkd.models.prompted import PromptedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 from cmapkd.objectives.support import support_scores
 
 
-class SgvaClipConfig(MethodConfig):
+class SgvaClipConfig(ContextConfig):
     """The adapter, the context of the prompts, and what each term counts."""
 
     prototype_weight: float = Field(
@@ -54,29 +61,9 @@ class SgvaClipConfig(MethodConfig):
         description="Words that the learned vectors in front of class names begin as; or how many random ones. None: "
         "no learned vectors, and prompts by the evaluation's templates.",
     )
-    template: str = Field("{}.", description="What stands behind the learned vectors; {} is the name of a class.")
-
-    @field_validator("template")
-    @classmethod
-    def _has_a_place(cls, value: str) -> str:
-        if "{}" not in value:
-            raise ValueError("there must be {} where the name of a class goes")
-        return value
-
-    @property
-    def reads_classes(self) -> bool:
-        return True
-
-    @property
-    def own_texts(self) -> tuple[str, ...]:
-        return (self.template, self.context) if isinstance(self.context, str) else (self.template,)
-
-    @property
-    def reads_captions(self) -> bool:
-        return False
 
 
-class SgvaClip(DualEncoderMethod):
+class SgvaClip(PictureMethod):
     """An adapter learns labels by pictures, and the frozen model's view of all classes; a context learns labels."""
 
     Config: ClassVar[type[MethodConfig]] = SgvaClipConfig
@@ -123,7 +110,20 @@ class SgvaClip(DualEncoderMethod):
         assert teacher is not None
         assert classes is not None
         self.config, self.num_classes = config, len(classes.names)
-        _check(student, teacher, classes)
+        self.weights = {
+            "prototypes": config.prototype_weight,
+            "classes": config.distill_weight,
+            "labels": float(config.context is not None),
+        }
+        self.label_reader = LabelReader(num_classes=self.num_classes)
+        check_several(config.name, classes)
+        if isinstance(student, AdaptedEncoder):
+            raise ConfigError(
+                f"the student {student.name} has an adapter already: name the model without it, which is in the folder "
+                "`model` within its own (student/model of a run)"
+            )
+        check_trained(config.name, student)
+        check_is_copy(config.name, student, teacher)
         student.requires_grad_(False)
         inner: DualEncoder = student
         self.vectors: LearnedClassVectors | None = None
@@ -131,11 +131,7 @@ class SgvaClip(DualEncoderMethod):
             own = class_vectors(student, classes.names, classes.templates, own=classes.own, device=student.device)
             self.register_buffer("frozen_vectors", own.to(student.device))
         else:
-            try:
-                inner = with_text_prompts(student, context=config.context, template=config.template)
-            except ValueError as error:
-                raise ConfigError(f"method sgva_clip: {error}") from None
-            self.vectors = LearnedClassVectors(ClassPrompts(classes.names, (config.template,)), inner)
+            inner, self.vectors = learned_context(config, student, classes)
         hidden = max(1, round(config.hidden * student.embed_dim))
         self.student: AdaptedEncoder = AdaptedEncoder(
             inner, classes.names, shots=config.shots, hidden=hidden, share=config.share
@@ -144,27 +140,8 @@ class SgvaClip(DualEncoderMethod):
         self.register_buffer("support_keys", keys)
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        weights = {
-            "prototypes": self.config.prototype_weight,
-            "classes": self.config.distill_weight,
-            "labels": float(self.vectors is not None),
-        }
-        return tuple(name for name, weight in weights.items() if weight)
-
-    @property
     def needs_labels(self) -> bool:
         return True
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        return {**super().extras, LABELS: LabelReader(num_classes=self.num_classes)}
-
-    @property
-    def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
-
-    teacher_needs = student_needs
 
     @property
     def prepares(self) -> bool:
@@ -191,69 +168,28 @@ class SgvaClip(DualEncoderMethod):
         at = answers.labels[kept], places[kept]
         self.student.show(F.normalize(answers.image[kept], dim=-1), at)
         self.support_keys.fill_(-1)[at] = answers.keys[kept].to(self.support_keys.device)
-        shown = int(self.student.in_support.any(1).sum())
-        if shown < 2:
-            raise ConfigError(
-                f"sgva_clip tells classes apart by their pictures, and of {self.num_classes} classes {shown} has "
-                "labelled ones in data.train: take data with pictures of two classes or more"
-            )
+        check_shown(self.config.name, self.student.in_support.any(1))
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         config, student = self.config, self.student
-        answers, terms = self.encode_teacher(batch), {}
+        answers, values = self.encode_teacher(batch), dict[str, Tensor]()
         frozen, scale = F.normalize(answers.image.embedding.to(student.support.dtype), dim=-1), answers.logit_scale
-        adapted, vectors = student.adapter(frozen), self._class_vectors()
+        adapted = student.adapter(frozen)
+        vectors = self.frozen_vectors if self.vectors is None else self.vectors(student.model)
         by_text = similarities(frozen, vectors, scale)
-        if self.wants("prototypes", config.prototype_weight):
+        if self.wants("prototypes"):
             scores = support_scores(adapted, student.adapter(student.support), self._counted(batch), scale)
-            terms["prototypes"] = Term(labelled_cross_entropy(scores, self.labels(batch)), config.prototype_weight)
-        if self.wants("classes", config.distill_weight):
+            values["prototypes"] = labelled_cross_entropy(scores, self.labels(batch))
+        if self.wants("classes"):
             by_adapter = similarities(adapted, vectors.detach(), scale)
             divergence = kl_divergence(by_adapter, by_text, temperature=config.temperature)
-            terms["classes"] = Term(divergence / config.temperature**2, config.distill_weight)
-        if self.vectors is not None and self.wants("labels"):
-            terms["labels"] = Term(labelled_cross_entropy(by_text, self.labels(batch)))
-        return terms
-
-    def _class_vectors(self) -> Float[Tensor, "classes dim"]:
-        return self.frozen_vectors if self.vectors is None else self.vectors(self.student.model)
+            values["classes"] = divergence / config.temperature**2
+        if self.wants("labels"):
+            values["labels"] = labelled_cross_entropy(by_text, self.labels(batch))
+        return self.weighted(values)
 
     def _counted(self, batch: Batch) -> Bool[Tensor, "batch classes shots"]:
         """Which pictures count for which sample: all but its own, which counts where its class has no other."""
         keys = gather_rows(sample_keys(batch.ids).to(self.device, non_blocking=True))
         others = self.student.in_support & (self.support_keys != keys[:, None, None])
         return torch.where(others.any(-1, keepdim=True), others, self.student.in_support)
-
-
-def _check(student: DualEncoder, teacher: FrozenTeacher, classes: ClassPrompts) -> None:
-    """Refuses what the method cannot begin with.
-
-    Raises:
-        ConfigError: the teacher is another model, the student is untrained or has an adapter, or there is one class.
-    """
-    if len(classes.names) < 2:
-        raise ConfigError(f"method sgva_clip tells classes apart, and the data name one: {classes.names[0]!r}")
-    if isinstance(student, AdaptedEncoder):
-        raise ConfigError(
-            f"the student {student.name} has an adapter already: name the model without it, which is in the folder "
-            "`model` within its own (student/model of a run)"
-        )
-    if student.random_towers:
-        raise ConfigError(
-            f"sgva_clip adapts a trained student, and the {' and '.join(student.random_towers)} tower of "
-            f"{student.name} has random weights: name a trained model or a folder"
-        )
-    same = teacher.name == student.name and teacher.embed_dim == student.embed_dim
-    if not same or _retrained(student, teacher.model):
-        raise ConfigError(
-            f"sgva_clip adapts the frozen student, whose pictures its teacher answers, and the teacher {teacher.name} "
-            f"is another model than the student {student.name}, or has other weights: set teacher: student"
-        )
-
-
-def _retrained(student: DualEncoder, teacher: nn.Module) -> bool:
-    """Whether a model of the same name and shapes has other weights; for pictures of another size it cannot be told."""
-    own, theirs = (dict(model.named_parameters()) for model in (student, teacher))
-    if any(theirs[name].shape != each.shape for name, each in own.items() if name in theirs):
-        return False
-    return any(not torch.equal(theirs[name].cpu(), each.cpu()) for name, each in own.items() if name in theirs)

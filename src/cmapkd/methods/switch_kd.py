@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
-from cmapkd.data.dialogues import ChatInput
 from cmapkd.data.types import Batch
 from cmapkd.features.visual_grid import resampled, resampled_rows
 from cmapkd.methods.card import MethodCard, MethodConfig
@@ -129,8 +128,7 @@ class SwitchKD(GenerativeMethod):
         """The teacher's features, with a gradient to what the student sees."""
         assert self.teacher is not None
         model: GenerativeModel = self.teacher.model
-        inputs = part.inputs[self.teacher.reads].to(self.device, True)
-        assert isinstance(inputs, ChatInput)
+        inputs = self.dialogues(part, self.teacher.reads).to(self.device, True)
         if student.projected is not None:
             seen = replace(student.projected, values=self.adapter(student.projected.values))
             return model.forward_seeing(inputs, Seen(resampled_rows(seen, inputs.visual)))

@@ -18,6 +18,7 @@ from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features.weights import Anchor
+from cmapkd.methods.by_classes import check_kept_width
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig, SentenceRequest
 from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.stages import StageConfig
@@ -118,12 +119,7 @@ class ZSCL(PictureMethod):
             "reference_text": config.text_weight,
             "anchor": config.anchor_weight,
         }
-        if student.embed_dim != teacher.embed_dim:
-            raise ConfigError(
-                f"zscl keeps the student alike to what it was, but {student.name} embeds in {student.embed_dim} "
-                f"numbers and its teacher {teacher.name} in {teacher.embed_dim}: take teacher: student, or the model "
-                "that the first task began with"
-            )
+        check_kept_width(config.name, student, teacher)
         self.retains = bool(config.image_weight or config.text_weight)
         sentences = (classes.texts if config.sentences == "classes" else classes.sentences) if self.retains else ()
         if self.retains and len(sentences) < 2:

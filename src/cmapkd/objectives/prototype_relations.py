@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cmapkd.objectives.classes import labelled_cross_entropy
-from cmapkd.objectives.common import EXCLUDED, at_least_float32
+from cmapkd.objectives.common import EXCLUDED, at_least_float32, similarities
 from cmapkd.objectives.divergence import check_temperature, row_divergences
 
 
@@ -63,6 +65,24 @@ def prototype_alignment(logits: Float[Tensor, "classes classes"], shown: Bool[Te
     return (labelled_cross_entropy(to_texts, own) + labelled_cross_entropy(to_pictures, own)) / 2
 
 
+def relations_of(
+    images: Float[Tensor, "batch dim"],
+    pictures: Float[Tensor, "classes dim"],
+    texts: Float[Tensor, "classes dim"],
+    scale: Float[Tensor, ""],
+) -> tuple[Float[Tensor, "rows classes"], ...]:
+    """Scaled cosines of images with a model's prototypes and texts, and of its texts with both: four tables.
+
+    Args:
+        pictures, texts: the model's prototype and text of each class.
+        scale: the model's logit scale.
+    Returns:
+        Images to pictures, images to texts [batch classes]; texts to texts, texts to pictures [classes classes].
+    """
+    pairs = ((images, pictures), (images, texts), (texts, texts), (texts, pictures))
+    return tuple(similarities(*pair, scale) for pair in pairs)
+
+
 def relation_divergences(
     student_logits: Float[Tensor, "rows classes"],
     teacher_logits: Float[Tensor, "rows classes"],
@@ -92,3 +112,27 @@ def relation_divergences(
     if shown is not None:
         student, teacher = (logits.masked_fill(~shown, EXCLUDED) for logits in (student, teacher))
     return row_divergences(student, teacher, temperature=temperature)
+
+
+def sample_divergences(
+    student: Sequence[Float[Tensor, "rows classes"]],
+    teacher: Sequence[Float[Tensor, "rows classes"]],
+    of_class: Float[Tensor, "batch classes"],
+    shown: Bool[Tensor, " classes"],
+    *,
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """The sum of a sample's four divergences; those of texts are of its class's text.
+
+    Args:
+        student, teacher: each model's four tables, see `relations_of`.
+        of_class: 1 at a sample's class; a row of zeros where it has no label.
+        shown: classes that have a picture prototype.
+    Returns:
+        In nats, >= 0.
+    """
+    by_picture, by_text, texts, crossed = (
+        relation_divergences(own, theirs, candidates, temperature=temperature)
+        for own, theirs, candidates in zip(student, teacher, (shown, None, None, shown), strict=True)
+    )
+    return by_picture + by_text + of_class @ (texts + crossed)

@@ -284,10 +284,11 @@ def make_builder(method: Method, source: Any = None, **options: Any) -> BatchBui
     }
     spans = isinstance(method, DualEncoderMethod) and method.needs_spans
     readers = {role: DualReader(model.image_spec, model.tokenizer, spans) for role, model in models.items()}
-    options = {"views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, "extras": method.extras, **options}
+    options = {"readers": readers, "views": ViewSpec(crop_scale=(0.6, 1.0), flip=0.5), "seed": 5, **options}
+    options = {"extras": method.extras, **options}
     options = {"texts": TextChoice(method.text_pools), "more_views": method.more_views, **options}
     options = {"view_specs": {name: ViewSpec(crop_scale=(0.3, 0.6)) for name in method.more_views}, **options}
-    return BatchBuilder(source if source is not None else MemorySource(), readers=readers, **options)
+    return BatchBuilder(source if source is not None else MemorySource(), **options)
 
 
 def random_batch(

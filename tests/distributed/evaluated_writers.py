@@ -37,8 +37,6 @@ def no_java() -> str:
     raise MissingToolError("no Java in these processes")
 
 
-caption_tools.java = no_java  # type: ignore[assignment]
-
 SIZES = (1, 2, 4)
 LENGTHS = (13, 2)  # pictures of two questions each, in batches of four: six, and fewer than processes
 BAD = 6
@@ -154,6 +152,7 @@ def find(length: int, size: int, out: Path) -> dict[str, Any]:
 def work(rank: int, size: int, port: int, task: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
     os.environ["PATH"] = ""  # without Java, whose metrics take long
+    caption_tools.java = no_java  # type: ignore[assignment]
     if size > 1:
         os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{size}"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}

@@ -16,14 +16,16 @@ from torch import Tensor
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method
+from cmapkd.models.adapted import AdaptedEncoder
 from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, DUAL, MemorySource, make_builder, make_method, random_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of a number's size. Measured: terms at most 0.012; gradients 0.014, and 0.030 for clip_kd with open_clip's tower on
 # one of two processors (0.013 on the other, which rounds in another order). Where a batch norm divides by the spread
-# of few nearly equal numbers, terms 0.023 and gradients 0.2.
+# of few nearly equal numbers, terms 0.023 and gradients 0.2. The term `classes` of sgva_clip is a KL of 0.003: 0.019.
 TERMS, GRADIENTS = {False: 0.015, True: 0.05}, {False: 0.045, True: 0.4}
+SMALL = 0.025
 
 
 def measured(method: Method, earlier: Batch, batch: Batch, *, bf16: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -49,9 +51,10 @@ def check(make_it: Callable[[], Method], earlier: Batch, batch: Batch) -> None:
     rounded, rounded_gradient = measured(make_it(), earlier, batch, bf16=True)
     assert rounded.keys() == exact.keys()
     normed = has_batch_norm(method)
+    most = SMALL if isinstance(method.student, AdaptedEncoder) else TERMS[normed]
     for name, value in exact.items():
         error = float((rounded[name] - value).abs() / value.abs().clamp_min(1e-12))
-        assert error < TERMS[normed], f"{name} is {float(rounded[name]):g} in bf16 and {float(value):g} in fp32"
+        assert error < most, f"{name} is {float(rounded[name]):g} in bf16 and {float(value):g} in fp32"
     assert any(not torch.equal(rounded[name], value) for name, value in exact.items())  # else nothing was rounded
     error = float((rounded_gradient - exact_gradient).norm() / exact_gradient.norm())
     assert error < GRADIENTS[normed], f"the gradient is off by {error:.3f} of its length"

@@ -51,9 +51,10 @@ def test_neither_order_nor_batch_nor_micro_batches_change_them(whole: dict[str, 
         method = on_policy()
         method.micro_batch = size
         assert rolled(method, range(8)) == whole
+    method = on_policy()
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert rolled(on_policy(), range(8)) == whole
+    assert rolled(method, range(8)) == whole
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from cmapkd.cache import CacheConfig, CachePlan, all_keys
-from cmapkd.data.batches import BatchBuilder
 from cmapkd.data.plans import PlanSampler
 from cmapkd.data.readers import DualReader
-from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Batch
 from cmapkd.data.views import WHOLE
 from cmapkd.methods import DualEncoderMethod
@@ -78,15 +76,7 @@ def batch_of(method: DualEncoderMethod, *, spans: bool | None, **options: Any) -
     builder = make_builder(method, **options)
     if spans is not None:
         readers = {role: replace(reader, spans=spans) for role, reader in builder.readers.items()}
-        builder = BatchBuilder(
-            MemorySource(),
-            builder.views,
-            readers,
-            seed=5,
-            extras=method.extras,
-            texts=TextChoice(method.text_pools),
-            stored=builder.stored,
-        )
+        builder = make_builder(method, readers=readers, views=builder.views, stored=builder.stored)
     return builder[PlanSampler(24, batch_size=8, seed=0, start=0, stop=1).plan(0)]
 
 

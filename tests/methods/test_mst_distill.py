@@ -136,8 +136,8 @@ def test_weights_fade_as_in_the_published_loop() -> None:
     routed = balance = 1.0
     for epoch in range(100):
         method.step = StepInfo(stage=stage, progress=epoch / 100)
-        assert method.weights["routed"] == pytest.approx(routed), epoch
-        assert method.weights["balance"] == pytest.approx(balance), epoch
+        assert method.weights_now["routed"] == pytest.approx(routed), epoch
+        assert method.weights_now["balance"] == pytest.approx(balance), epoch
         routed *= 0.5 if epoch % 30 == 0 else 1.0
         balance *= 0.9 if epoch % 10 == 0 else 1.0
 

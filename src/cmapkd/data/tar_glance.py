@@ -13,7 +13,7 @@ _LONG = 1000  # characters of a text or an id: longer ones are left to `read_rec
 # Keys whose values need more than a look: parse_record, parse_id and with_turns read them.
 ODD_KEYS = frozenset(
     {"label", "cls", "question", "questions", "qa", "boxes", "synthetic", "syn_text", "messages", "conversations"}
-    | {"prompt", "completion", "query", "response", "history", "system"}
+    | {"prompt", "completion", "chosen", "rejected", "query", "response", "history", "system"}
 )
 _PLAIN_JSON = re.compile(rb'\s*\{\s*"caption"\s*:\s*"[!#-\[\]-~]')  # an object that begins with a caption
 

@@ -139,7 +139,8 @@ class Dclip(DualEncoderMethod):
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """Also a layer of the meta-teacher, for its own term, which does not reach the student."""
-        return {**super().shared_parameters(), "fusion.map_words.weight": self.fusion.map_words.weight}
+        own = "fusion.map_words.weight"
+        return {**super().shared_parameters(), own: self.get_parameter(own)}
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage, of all processes' samples."""

@@ -171,7 +171,7 @@ def test_what_no_term_of_the_stage_reads_is_not_encoded(monkeypatch: pytest.Monk
 
 
 def test_weightings_by_gradients_find_a_layer_in_every_stage() -> None:
-    method = make_method("dclip", settings={"term_weighting": GRADNORM}).train()
+    method = dclip(term_weighting=GRADNORM)
     for stage in (WHOLE_RUN, *method.default_stages):
         method.enter(stage)
         for step in range(3):

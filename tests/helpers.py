@@ -241,7 +241,7 @@ def make_method(
         if isinstance(next(method.parameters()), FakeTensor):  # which have no numbers to build anything of
             method.restructure({"support": 40, "clusters": 5})
         else:
-            method.prepare(made_up(dim=method.teachers["teacher"].embed_dim))
+            method.prepare(made_up(dim=next(iter(method.teachers.values())).embed_dim))
     return left_behind(method)
 
 

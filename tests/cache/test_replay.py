@@ -72,6 +72,9 @@ PICTURES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 """Methods that read no text of their teacher. A cache gives it nevertheless."""
 
+WORDS: dict[str, tuple[str, dict[str, Any], str]] = {"dclip, whole pictures": ("dclip", {"regions": 0}, "dense")}
+"""Methods that read tokens of captions, of a teacher of the student's width."""
+
 
 def assert_close(one: list[dict[str, float]], other: list[dict[str, float]], tolerance: float) -> None:
     assert len(one) == len(other)
@@ -89,9 +92,9 @@ def test_a_bank_in_fp16_may_round_the_last_digit_apart(tmp_path: Path) -> None:
     assert_close(cached, live, 1e-4)
 
 
-@pytest.mark.parametrize("name", CASES | PICTURES)
+@pytest.mark.parametrize("name", CASES | PICTURES | WORDS)
 def test_cached_and_live_give_the_same_losses(name: str, tmp_path: Path) -> None:
-    method, settings, kind = (CASES | PICTURES)[name]
+    method, settings, kind = (CASES | PICTURES | WORDS)[name]
     live, _ = train(tmp_path / "live", method, settings)
     for store, tolerance in TOLERANCE.items():
         if name not in ROUNDED and store != "fp32":

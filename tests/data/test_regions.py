@@ -71,6 +71,22 @@ def test_a_batch_brings_regions_and_how_many_they_are() -> None:
             assert (found[row * 3 + place] == expected).all()
 
 
+def test_random_crops_are_all_regions_whatever_boxes_the_data_have() -> None:
+    """As `dclip` advises for data without boxes: each crop counts in the meta-teacher's vector."""
+    method, crops = make_method("dclip", settings={"regions": 3}).train(), FurtherViewSpec(crop_scale=(0.2, 0.5))
+    plan = PlanSampler(8, batch_size=4, seed=0, start=0, stop=1).plan(0)
+    for source in (MemorySource(8), open_source("scenes?length=8&size=32")):
+        builder = make_builder(method, source, views=WHOLE, view_specs={"regions": crops})
+        batch = builder[plan]
+        assert batch.extra["regions"].tolist() == [3, 3, 3, 3]
+        pairs = batch.pairs("teacher")
+        last = pairs.more_images["regions"].clone().unflatten(0, (4, 3))
+        last[:, 2] = 0.5
+        changed = replace(pairs, more_images={"regions": last.flatten(0, 1)})
+        other = replace(batch, inputs={**batch.inputs, "teacher": changed})
+        assert method(batch)["meta_teacher"].value != method(other)["meta_teacher"].value
+
+
 def test_what_has_no_boxes_is_refused() -> None:
     check_boxes(open_source("scenes?length=4&size=32"), {"regions": 2}, {"regions": BOXES})
     check_boxes(MemorySource(), {"regions": 2}, {"regions": FurtherViewSpec()})

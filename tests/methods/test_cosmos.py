@@ -16,6 +16,7 @@ from cmapkd.data.types import Batch, TokenBatch
 from cmapkd.methods.cosmos import Cosmos
 from cmapkd.models import Features, Level, TowerFeatures
 from cmapkd.objectives import contrast_of_views, contrastive_loss
+from cmapkd.run.config import RunConfig
 from helpers import make_builder, make_method, make_model, random_batch
 
 # Numbers of `CLIP.forward` and `COSMOSLoss` of the authors' repository; the file names commit and conditions.
@@ -153,6 +154,10 @@ def test_all_but_the_teacher_learns_and_its_scale_stays_in_range() -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
+    run = {"student": "tiny:small", "training": {"steps": 2}, "data": {"train": "scenes", "mix_synthetic": 0.5}}
+    with pytest.raises(ConfigError, match=r"data\.mix_synthetic is 0\.5, and with method cosmos that changes nothing"):
+        RunConfig.from_mapping({**run, "method": "cosmos"}, where="recipe")
+    RunConfig.from_mapping({**run, "method": "contrastive"}, where="recipe")
     with pytest.raises(ConfigError, match=r"method\.heads is 3, and 3 heads cannot share 16 channels"):
         cosmos(heads=3)
     with pytest.raises(ConfigError, match=r"task_weight and distill_weight are both zero"):

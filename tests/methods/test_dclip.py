@@ -15,7 +15,10 @@ from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.features.region_fusion import RegionFusion, pooled_near_mean
 from cmapkd.methods.dclip import Dclip
-from helpers import make_builder, make_method, make_model, make_teacher, random_batch
+from cmapkd.methods.stages import WHOLE_RUN
+from cmapkd.methods.step import StepInfo
+from cmapkd.models import Features, LevelRequest
+from helpers import GRADNORM, make_builder, make_method, make_model, make_teacher, random_batch
 
 
 def dclip(**settings: Any) -> Dclip:
@@ -86,7 +89,8 @@ def test_pooling_stays_near_the_mean_and_reads_no_padding() -> None:
 def test_terms_are_their_formulas() -> None:
     method = dclip()
     batch = batch_for(method)
-    fused, said = method._answers(batch)
+    answers = method._answers(batch)
+    fused, said = answers["fused"], answers["said"]
     student = method.encode_student(batch)
     v, t, g, t_t = (unit(x) for x in (student.image.embedding, student.text.embedding, fused, said))
 
@@ -142,6 +146,42 @@ def test_each_stage_trains_its_own_part() -> None:
         changed = {name.partition(".")[0] for name, each in method.named_parameters() if each.grad is not None}
         assert changed == learns
     assert not method.student.log_logit_scale.requires_grad
+
+
+def test_what_no_term_of_the_stage_reads_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = dclip(image_weight=0)
+    meta, distil = method.default_stages
+    asked: list[LevelRequest] = []
+    encode = method._encode_teacher
+
+    def noted(part: Batch, role: str | None = None) -> Features:
+        asked.append(method.teacher_needs)
+        return encode(part, role)
+
+    monkeypatch.setattr(method, "_encode_teacher", noted)
+    method.enter(meta)
+    method(batch_for(method))
+    assert asked.pop().views == ("regions",)
+    method.enter(distil)
+    assert tuple(method(batch_for(method))) == ("text", "contrastive")
+    assert asked.pop() == LevelRequest(towers=("text",))
+    method.enter(distil.model_copy(update={"terms": ("contrastive",)}))
+    method(batch_for(method))
+    assert not asked
+
+
+def test_weightings_by_gradients_find_a_layer_in_every_stage() -> None:
+    method = dclip(term_weighting=GRADNORM)
+    for stage in (WHOLE_RUN, *method.default_stages):
+        method.enter(stage)
+        for step in range(3):
+            method(batch_for(method), StepInfo(step, 10, stage))["weighted"].value.backward()
+        assert all(f"terms/gradient_norm/{name}" in method.measurements for name in stage.terms or method.term_names)
+
+
+def test_only_crops_keep_a_cache_out() -> None:
+    assert dclip().not_cached == "crops of regions are drawn anew in every epoch"
+    assert dclip(regions=0).not_cached is None
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -17,9 +17,19 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.features.specialists import ChannelMask, ClassNetwork
 from cmapkd.methods import METHODS, StepInfo, Term, build_method
 from cmapkd.methods.mst_distill import MstDistill
+from cmapkd.methods.stages import WHOLE_RUN
 from cmapkd.models import FrozenTeacher
 from cmapkd.objectives import balance_divergence, mutual_divergence, routed_divergence
-from helpers import make_classifier, make_method, make_teacher, make_trainer, random_batch, read_lines, second_teacher
+from helpers import (
+    GRADNORM,
+    make_classifier,
+    make_method,
+    make_teacher,
+    make_trainer,
+    random_batch,
+    read_lines,
+    second_teacher,
+)
 
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "mst_distill.json").read_text())
 TINY = {"hidden": 12}
@@ -206,6 +216,23 @@ def test_each_stage_trains_its_own_modules() -> None:
         "masks": {"specialists.masks."},
         "distil": {"student.", "gate."},
     }
+
+
+def test_weightings_by_gradients_find_a_layer_in_every_stage() -> None:
+    method, batch = make_method("mst_distill", settings={**TINY, "term_weighting": GRADNORM}).train(), random_batch(6)
+    for stage in (WHOLE_RUN, *method.default_stages):
+        method.enter(stage)
+        for step in range(3):
+            method(batch, StepInfo(step, 10, stage))["weighted"].value.backward()
+        assert all(f"terms/gradient_norm/{name}" in method.measurements for name in stage.terms or method.term_names)
+
+
+def test_teachers_are_asked_where_a_term_reads_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, batch = mst(), random_batch(6)
+    monkeypatch.setattr(method, "_inputs", None)
+    distil = method.default_stages[-1]
+    method.enter(distil.model_copy(update={"terms": ("labels", "balance")}))
+    assert tuple(method(batch, StepInfo(stage=method.stage))) == ("labels", "balance")
 
 
 def test_other_ways_to_choose() -> None:

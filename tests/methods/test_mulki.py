@@ -21,7 +21,17 @@ from cmapkd.methods.targets import Answered
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.texts import class_vectors
 from cmapkd.objectives.prototype_relations import moved_prototypes, prototype_alignment, relation_divergences
-from helpers import CLASSES, MemorySource, made_up, make_method, make_model, make_teacher, make_trainer, random_batch
+from helpers import (
+    CLASSES,
+    MemorySource,
+    made_up,
+    make_builder,
+    make_method,
+    make_model,
+    make_teacher,
+    make_trainer,
+    random_batch,
+)
 from surveyed import survey_of
 
 DIM = 16
@@ -169,7 +179,26 @@ def test_fine_tuning_alone_builds_nothing_and_asks_nobody(monkeypatch: pytest.Mo
     aligned = made(relation_weight=0)
     monkeypatch.setattr(aligned, "encode_teachers", None)
     assert tuple(aligned.terms(batch_of(dtype=torch.float32))) == ("labels", "prototypes")
-    assert aligned.previous is None
+    assert [*aligned.teachers] == [PREVIOUS]  # as which the student's prototypes begin
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, ["teacher", PREVIOUS]),
+        ({"teachers": "initial"}, ["teacher"]),
+        ({"teachers": "previous"}, [PREVIOUS]),
+        ({"relation_weight": 0}, [PREVIOUS]),
+        ({"relation_weight": 0, "teachers": "initial"}, [PREVIOUS]),
+        ({"relation_weight": 0, "prototype_weight": 0}, []),
+    ],
+)
+def test_teachers_that_no_term_reads_are_left_out(settings: dict[str, Any], asked: list[str]) -> None:
+    """So nothing builds a cache of them, and batches bring them no pixels."""
+    method = made(**settings)
+    assert [*method.teachers] == asked == [*method.roles]
+    assert set(make_builder(method).readers) == {"student", *({"teacher"} & set(asked))}
+    assert all(term.value.isfinite() for term in method.terms(batch_of(dtype=torch.float32)).values())
 
 
 def test_prototypes_move_in_training_alone() -> None:

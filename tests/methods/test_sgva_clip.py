@@ -20,7 +20,8 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.run import evaluate
 from cmapkd.methods.dual import LABELS
-from cmapkd.methods.sgva_clip import SgvaClip, SgvaClipConfig
+from cmapkd.methods.sgva_clip import SgvaClip
+from cmapkd.methods.sgva_config import SgvaClipConfig
 from cmapkd.methods.targets import Answered
 from cmapkd.models import load_model
 from cmapkd.models.adapted import AdaptedEncoder
@@ -195,6 +196,10 @@ def test_a_run_saves_a_model_that_scores_known_and_other_classes(tmp_path: Path)
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    untrained = {"name": "sgva_clip", "prototype_weight": 0, "distill_weight": 0}
+    with pytest.raises(ConfigError, match=r"nothing trains the adapter, and share gives it 0\.5 .*: set share: 0, or"):
+        SgvaClipConfig.from_mapping(untrained, where="method")
+    SgvaClipConfig.from_mapping({**untrained, "share": 0}, where="method")
     config = SgvaClipConfig(name="sgva_clip", context=2)
     student, copy = make_model(), make_teacher(dim=DIM)
     with pytest.raises(

@@ -99,6 +99,16 @@ CONTRASTIVE = {
 }
 
 
+@pytest.mark.parametrize(("name", "reads"), [("cosmos", "distill"), ("dclip", "meta_teacher")])
+def test_contrasts_with_a_teacher_alone_read_the_option(name: str, reads: str) -> None:
+    method = make_method(name, settings={"task_weight": 0, "several_positives": True}).train()
+    batch = random_batch(4, pools=method.text_pools, views=method.more_views)
+    batch.extra["pictures"] = torch.zeros(4, dtype=torch.int64)
+    assert method(batch)[reads].value.item() == pytest.approx(0.0, abs=1e-6)
+    batch.extra["pictures"] = torch.arange(4)
+    assert method(batch)[reads].value.item() > 0.1
+
+
 @pytest.mark.parametrize("name", CONTRASTIVE)
 def test_every_method_has_the_option(name: str) -> None:
     """With one picture in the whole batch no term that contrasts pairs has anything left to do."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from weighting_support import DIM, ITEMS, make, step
 
 from cmapkd.config import ConfigError
-from cmapkd.methods import Method
+from cmapkd.methods import Method, StageConfig
 from cmapkd.weighting import Weighting
 from cmapkd.weighting.gradnorm import GradNormWeighting, gradnorm_gradient, gradnorm_targets
 from helpers import make_method, random_batch
@@ -216,6 +216,14 @@ def test_shared_layers_learn_and_a_borrowed_text_tower_has_none() -> None:
         shared = joined.shared_parameters()
         assert [*shared] == [layer]
         assert shared[layer].requires_grad
+
+
+def test_where_nothing_of_the_student_learns_nothing_is_shared() -> None:
+    method = weighted()
+    method.enter(StageConfig(name="maps", share=1.0, train=("modules",)))
+    assert not method.shared_parameters()
+    for _ in range(3):
+        method(random_batch(6))["weighted"].value.backward()
 
 
 def test_norms_are_those_of_each_terms_gradient_at_the_shared_layers() -> None:

@@ -17,7 +17,7 @@ from cmapkd.data.plans import Plan
 from cmapkd.data.random import permuted
 from cmapkd.data.readers import Reader, Shared, first_alike, refuse_more_views
 from cmapkd.data.records import Unusable
-from cmapkd.data.regions import further_view
+from cmapkd.data.regions import further_view, told_of_views
 from cmapkd.data.streams import MAIN_STREAM, Stream, streams_of
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Input, Sample, Source, StoredRows
@@ -174,10 +174,9 @@ class BatchBuilder(Dataset[Batch]):
         self.views, self.readers, self.seed = views, readers, seed
         self.skip_bad = on_bad_sample == "skip"
         self.stored = dict(stored or {})
-        self.extras = dict(extras or {})
         self.texts: Choice = texts or TextChoice()
         self.more_views, self.view_specs = dict(more_views or {}), dict(view_specs or {})
-        self.own_views = dict(own_views or {})
+        self.extras, self.own_views = told_of_views(extras or {}, self.view_specs), dict(own_views or {})
         check_more_views(self.more_views, self.view_specs)
         self._live = [role for role in readers if role not in self.stored]
         self._texts_read: dict[int, Sample] = {}

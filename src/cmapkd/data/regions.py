@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Int
@@ -71,19 +71,34 @@ def boxes_of(sample: Sample) -> list[CropBox]:
 
 @dataclass(frozen=True, slots=True)
 class RegionReader:
-    """How many of a sample's views are regions: its boxes, or the whole picture where it has none. An `Extra`.
+    """How many of a sample's views are regions. An `Extra`, of the name of the view.
+
+    Of random crops they are all. Of boxes they are as many as the sample has, or one: the whole picture.
 
     Attributes:
         most: views that a batch brings of each sample.
+        boxes: whether the views show boxes, which `told_of_views` finds out.
     """
 
     most: int
+    boxes: bool = True
 
     def read(self, sample: Sample, view: View, epoch: int) -> int:  # noqa: ARG002  the same in every view and epoch
+        if not self.boxes:
+            return self.most
         return min(max(1, len(boxes_of(sample))), self.most)
 
     def join(self, items: Sequence[int]) -> Int[Tensor, " batch"]:
         return torch.tensor(items, dtype=torch.long)
+
+
+def told_of_views(extras: Mapping[str, Any], specs: Mapping[str, ViewSpec]) -> dict[str, Any]:
+    """What a batch brings by name, where each `RegionReader` knows whether the view of its name shows boxes."""
+    told = dict(extras)
+    for name, each in extras.items():
+        if isinstance(each, RegionReader) and name in specs:
+            told[name] = replace(each, boxes=shows_boxes(specs[name]))
+    return told
 
 
 def check_boxes(source: Source, asked: Mapping[str, int], specs: Mapping[str, ViewSpec]) -> None:

@@ -107,6 +107,13 @@ class Specialists(nn.Module):
         self._places = [(name, layer) for name in widths for layer in (layers or (0,))]  # 0: without a mask
         self.keys = tuple(f"{name}_{layer}" if layer else name for name, layer in self._places)
 
+    def last_layers(self) -> dict[str, nn.Parameter]:
+        """Of the first network, and of the first mask where there is one, by name."""
+        last = len(next(iter(self.networks.values())).layers) - 1
+        names = [f"networks.{name}.layers.{last}.weight" for name in self.networks][:1]
+        names += [f"masks.{name}.score.weight" for name in self.masks][:1]
+        return {f"specialists.{name}": self.get_parameter(name) for name in names}
+
     def plain(self, inputs: Mapping[str, Float[Tensor, "batch width"]]) -> list[Float[Tensor, "batch classes"]]:
         """What each network says without masks."""
         return [network(inputs[name]) for name, network in self.networks.items()]

@@ -101,9 +101,6 @@ _OWN: dict[str, type[Method]] = {
     "align_kd": AlignKD,
 }
 
-# beginnings of the names of own terms that contrast pairs, and so read which pairs are of one picture
-_CONTRASTS = ("contrastive", "interactive", "augmented", "alignment", "bridge", "vrd_contrastive")
-
 METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)
 """Every method by name: cmapkd's own, and those of installed packages."""
 
@@ -143,7 +140,7 @@ def build_method(
     if config.several_positives:
         if not isinstance(method, DualEncoderMethod):
             raise ConfigError(f"method {config.name} compares no pictures with texts: leave several_positives out")
-        if config.name in _OWN and not any(name.startswith(_CONTRASTS) for name in method.term_names):
+        if config.name in _OWN and set(method.term_names).isdisjoint(method.contrasts):
             raise ConfigError(
                 f"method {config.name}, as it is set, has no loss that reads several_positives (its terms: "
                 f"{', '.join(method.term_names)}): leave it out, or give a contrastive loss a weight"

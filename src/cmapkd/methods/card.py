@@ -87,6 +87,11 @@ class MethodConfig(Config):
         """Why no cache can hold a teacher's answers under these settings; None: one can, as far as they say."""
         return None
 
+    @property
+    def why_unmixed(self) -> str | None:
+        """Why a synthetic caption in place of a sample's own would change nothing; None: it is read in its place."""
+        return None
+
     @field_validator("term_weighting", mode="before")
     @classmethod
     def _weighting_by_name(cls, value: Any) -> Any:

@@ -74,6 +74,7 @@ class ClipKD(LentMethod):
 
     Config: ClassVar[type[MethodConfig]] = ClipKDConfig
     steady = True
+    contrasts = ("contrastive", "interactive", "augmented")
     card: ClassVar[MethodCard] = MethodCard(
         title="CLIP-KD: feature, relational, gradient and interactive distillation of dual encoders",
         paper="Yang et al., CVPR 2024, arXiv:2307.12732",

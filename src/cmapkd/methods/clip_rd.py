@@ -63,6 +63,7 @@ class ClipRD(DualEncoderMethod):
 
     Config: ClassVar[type[MethodConfig]] = ClipRDConfig
     steady = True
+    contrasts = ("contrastive", "interactive", "vrd_contrastive")
     card: ClassVar[MethodCard] = MethodCard(
         title="CLIP-RD: horizontal, vertical and cross relational distillation of dual encoders",
         paper="Chung et al., 2026, arXiv:2603.25383",

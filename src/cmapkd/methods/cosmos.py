@@ -49,6 +49,10 @@ class CosmosConfig(MethodConfig):
         0.999, ge=0, le=1, description="Weight of the past in the teacher's weights, at each step. Published: of CC3M."
     )
 
+    @property
+    def why_unmixed(self) -> str | None:
+        return "its texts are the sentences of all captions of a sample, its own and synthetic ones"
+
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
         if self.task_weight == 0 and self.distill_weight == 0:
@@ -62,6 +66,7 @@ class Cosmos(DualEncoderMethod):
     Config: ClassVar[type[MethodConfig]] = CosmosConfig
     uses_teacher: ClassVar[bool] = False
     steady = True
+    contrasts = ("contrastive", "distill")
     card: ClassVar[MethodCard] = MethodCard(
         title="COSMOS: cross-modality self-distillation",
         paper="Kim et al., CVPR 2025, arXiv:2412.01814",
@@ -93,8 +98,7 @@ class Cosmos(DualEncoderMethod):
     def __init__(self, config: CosmosConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
-        weights = {"contrastive": config.task_weight, "distill": config.distill_weight}
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.weights = {"contrastive": config.task_weight, "distill": config.distill_weight}
         self.momentum: MomentumTeacher | None = None
         self.levels: tuple[str, ...] = ()
         if config.distill_weight:
@@ -119,10 +123,6 @@ class Cosmos(DualEncoderMethod):
         self.read_image, self.read_text = (CrossAttention(dim, heads, norm=True) for _ in range(2))
 
     @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
-
-    @property
     def text_pools(self) -> Mapping[str, int]:
         return {PASSAGES: 2} | ({SENTENCES: self.config.local_texts} if self.config.local_texts else {})
 
@@ -134,8 +134,8 @@ class Cosmos(DualEncoderMethod):
 
     @property
     def student_needs(self) -> LevelRequest:
-        views = tuple(self.more_views) if self._wants("distill") else (GLOBAL,)
-        if not (self.levels and self._wants("distill")):
+        views = tuple(self.more_views) if self.wants("distill") else (GLOBAL,)
+        if not (self.levels and self.wants("distill")):
             return LevelRequest(views=views)
         return LevelRequest(self.levels[:1], self.levels[1:], views=views)
 
@@ -146,18 +146,18 @@ class Cosmos(DualEncoderMethod):
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage, of all processes' samples."""
         values: dict[str, Tensor] = {}
-        if self._wants("distill"):
+        if self.wants("distill"):
             student, teacher, read = self.encode_both(batch, self._read)
             values["distill"] = self._distilled(student, teacher, read)
         else:
             student = self.encode_student(batch)
-        if self._wants("contrastive"):
+        if self.wants("contrastive"):
             images = side_by_side(student.image, student.more_images, (GLOBAL,))
             texts = side_by_side(student.text, student.more_texts, self.text_pools)
             values["contrastive"] = contrast_of_views(
                 images, texts, logit_scale=student.logit_scale, pictures=student.pictures
             )
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
     def _distilled(self, student: Features, teacher: Features, read: Mapping[str, Views]) -> Float[Tensor, ""]:
         targets = (
@@ -195,6 +195,3 @@ class Cosmos(DualEncoderMethod):
 
     def _encode_teacher(self, part: Batch, role: str | None = None) -> Features:
         return super()._encode_teacher(with_text_of(part, PASSAGES, STUDENT), role)
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))

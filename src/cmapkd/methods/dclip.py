@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.batches import Extra
@@ -26,7 +26,7 @@ from cmapkd.methods.in_batch import embeddings_of
 from cmapkd.methods.micro_batches import encode_checkpointed, join_rows, micro_batches
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher, LevelRequest
+from cmapkd.models import DualEncoder, Features, FrozenTeacher, LevelRequest
 from cmapkd.models.types import BOTH
 from cmapkd.objectives import contrastive_loss, feature_distance
 
@@ -47,6 +47,10 @@ class DclipConfig(MethodConfig):
         "own", description="Whose vector an image learns; shuffled: another sample's of the batch, a control."
     )
 
+    @property
+    def not_cached(self) -> str | None:
+        return "crops of regions are drawn anew in every epoch" if self.regions else None
+
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
         if not (self.image_weight or self.text_weight or self.task_weight):
@@ -59,7 +63,7 @@ class Dclip(DualEncoderMethod):
 
     Config: ClassVar[type[MethodConfig]] = DclipConfig
     steady = True
-    not_cached: str | None = "crops of regions are drawn anew in every epoch"
+    contrasts = ("contrastive", "meta_teacher")
     card: ClassVar[MethodCard] = MethodCard(
         title="DCLIP: cross-modal transformer distillation, from regions and words to images",
         paper="Csizmadia et al. 2025, arXiv:2505.21549",
@@ -88,7 +92,7 @@ class Dclip(DualEncoderMethod):
     def __init__(self, config: DclipConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
-        self.config = config
+        self.config, self.not_cached = config, config.not_cached
         if student.embed_dim != teacher.embed_dim:
             raise ConfigError(
                 f"dclip compares the student's embeddings with its teacher's, but {student.name} embeds in "
@@ -103,11 +107,7 @@ class Dclip(DualEncoderMethod):
         self.fusion = RegionFusion(teacher.embed_dim, self.text_level.width, config.heads)
         student.log_logit_scale.requires_grad_(False)
         weights = {"image": config.image_weight, "text": config.text_weight, "contrastive": config.task_weight}
-        self.weights = {"meta_teacher": 1.0, **{name: weight for name, weight in weights.items() if weight}}
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        return tuple(self.weights)
+        self.weights = {"meta_teacher": 1.0, **weights}
 
     @property
     def default_stages(self) -> tuple[StageConfig, ...]:
@@ -126,44 +126,60 @@ class Dclip(DualEncoderMethod):
 
     @property
     def teacher_needs(self) -> LevelRequest:
-        """Of the picture as a whole nothing, where its regions are read."""
+        """Of the picture as a whole nothing, where its regions are read; texts alone where no term reads the fusion."""
+        if not self._fuses:
+            return LevelRequest(towers=("text",))
         views = tuple(self.more_views)
         return LevelRequest((), (self.text_level.name,), towers=("text",) if views else BOTH, views=views)
 
+    @property
+    def _fuses(self) -> bool:
+        """Whether a term of the stage reads the meta-teacher's vector."""
+        return self.wants("meta_teacher") or self.wants("image")
+
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Also a layer of the meta-teacher, for its own term, which does not reach the student."""
+        own = "fusion.map_words.weight"
+        return {**super().shared_parameters(), own: self.get_parameter(own)}
+
     def terms(self, batch: Batch) -> dict[str, Term]:
         """The terms of the stage, of all processes' samples."""
-        fused, said = self._answers(batch)
-        scale = 1 / self.config.temperature
-        values: dict[str, Tensor] = {}
-        if self._wants("meta_teacher"):
-            values["meta_teacher"] = contrastive_loss(fused, said, logit_scale=scale, pictures=self._pictures(batch))
-        if any(self._wants(name) for name in ("image", "text", "contrastive")):
+        values, scale = dict[str, Tensor](), 1 / self.config.temperature
+        answers = self._answers(batch) if self._fuses or self.wants("text") else {}
+        if self.wants("meta_teacher"):
+            values["meta_teacher"] = contrastive_loss(
+                answers["fused"], answers["said"], logit_scale=scale, pictures=self._pictures(batch)
+            )
+        if any(self.wants(name) for name in ("image", "text", "contrastive")):
             student = self.encode_student(batch)
             image, text = embeddings_of(student)
-            if self._wants("image"):
+            if self.wants("image"):
+                fused = answers["fused"].detach()
                 targets = fused.roll(1, 0) if self.config.targets == "shuffled" else fused
-                values["image"] = feature_distance(image, targets.detach()) / 2  # of unit vectors: 1 - cos
-            if self._wants("text"):
-                values["text"] = feature_distance(text, said) / 2
-            if self._wants("contrastive"):
+                values["image"] = feature_distance(image, targets) / 2  # of unit vectors: 1 - cos
+            if self.wants("text"):
+                values["text"] = feature_distance(text, answers["said"]) / 2
+            if self.wants("contrastive"):
                 values["contrastive"] = contrastive_loss(image, text, logit_scale=scale, pictures=student.pictures)
-        return {name: Term(values[name], weight) for name, weight in self.weights.items() if name in values}
+        return self.weighted(values)
 
-    def _answers(self, batch: Batch) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
-        """The meta-teacher's vectors and the teacher's texts, of all processes' samples."""
+    def _answers(self, batch: Batch) -> dict[str, Float[Tensor, "batch dim"]]:
+        """The teacher's texts, and where a term reads them the meta-teacher's vectors; of all processes' samples."""
         parts = micro_batches(batch, self.micro_batch)
-        rows = join_rows(encode_checkpointed(self._fuse, parts, model=self))
-        return gather_rows(rows["fused"]), gather_rows(rows["said"])
+        rows = join_rows(encode_checkpointed(self._answered, parts, model=self))
+        return {name: gather_rows(each) for name, each in rows.items()}
 
-    def _fuse(self, part: Batch, _number: int) -> dict[str, Float[Tensor, "batch dim"]]:
+    def _answered(self, part: Batch, _number: int) -> dict[str, Float[Tensor, "batch dim"]]:
         teacher = self._encode_teacher(part)
+        said = {"said": teacher.text.embedding}
+        return {**said, "fused": self._fused(part, teacher)} if self._fuses else said
+
+    def _fused(self, part: Batch, teacher: Features) -> Float[Tensor, "batch dim"]:
         words = teacher.text.levels[self.text_level.name]
         regions, real = teacher.image.embedding[:, None], torch.ones(len(part), 1, dtype=torch.bool, device=self.device)
         if self.config.regions:
             regions = teacher.more_images[REGIONS].embedding.unflatten(0, (len(part), -1))
             numbers = part.extra[REGIONS].to(self.device, non_blocking=True)
             real = torch.arange(regions.shape[1], device=self.device) < numbers[:, None]
-        return {"fused": self.fusion(regions, words.values, real, words.mask), "said": teacher.text.embedding}
-
-    def _wants(self, name: str) -> bool:
-        return self.wants(name, self.weights.get(name, 0.0))
+        found: Tensor = self.fusion(regions, words.values, real, words.mask)
+        return found

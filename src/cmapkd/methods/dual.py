@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,6 +57,8 @@ class DualEncoderMethod(Method):
     student: DualEncoder
     several_positives: bool = False
     """Whether captions of one picture in a batch are no negatives of each other."""
+    contrasts: ClassVar[tuple[str, ...]] = ("contrastive",)
+    """Names of the terms that contrast pairs, and so read which pairs are of one picture."""
     label_reader: LabelReader | None = None
     """How batches bring their samples' labels; None: the terms read none."""
     stored_student: Teacher | None = None
@@ -214,10 +216,13 @@ class DualEncoderMethod(Method):
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """One layer of each tower that the terms read and that learns, by name: the last one below what they read.
 
-        This is the last layer below the tower's embedding, or below the first of its levels that the terms read.
+        This is the last layer below the tower's embedding, or below the first of its levels that the terms read. None
+        where nothing of the student learns, as in stages that train modules alone.
         """
         needs, parameters = self.student_needs, dict(self.student.named_parameters())
         found_for = needs, frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
+        if not found_for[1]:
+            return {}
         if self._last_shared_layers is None or self._last_shared_layers[0] != found_for:
             self._last_shared_layers = found_for, self._find_shared_layers(needs)
         return {name: parameters[name] for name in self._last_shared_layers[1]}

@@ -93,8 +93,7 @@ class MstDistill(ClassifierMethod):
             raise ConfigError(f"method.top is {config.top}, and there are {ways} specialists: give at most as many")
         # one map after the other, as published
         sizes = (number, 2 * number, ways)
-        gated = config.routing == "gate"
-        self.gate = nn.Sequential(nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:])) if gated else None
+        self.gate = nn.Sequential(nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:])) if config.routing == "gate" else None
 
     @property
     def weights_now(self) -> dict[str, float]:
@@ -135,17 +134,20 @@ class MstDistill(ClassifierMethod):
         idle = tuple(start for start, terms in TRAINED_BY.items() if not any(map(stage.wants_term, terms)))
         return frozenset(name for name in super()._learning_in(stage) if not name.startswith(idle))
 
+    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Also a layer of the networks and one of the masks, for terms that do not reach the student."""
+        return {**super().shared_parameters(), **self.specialists.last_layers()}
+
     @property
     def teacher_needs(self) -> LevelRequest:
         read = {tower for _, kind in self.read.values() for tower in TOWERS[kind]}
         return LevelRequest(towers=tuple(tower for tower in TOWERS["joint"] if tower in read))
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        config, weights = self.config, self.weights_now
+        temperature, weights, values = self.config.temperature, self.weights_now, dict[str, Tensor]()
         student, labels = self.student.logits(LABELS_HEAD, self.features(batch)), self.labels(batch)
-        inputs, temperature = self._inputs(batch), config.temperature
-        values: dict[str, Tensor] = {}
         wanted = {name for name in weights if self.wants(name, weights[name])}
+        inputs = self._inputs(batch) if wanted - {"labels", "balance"} else {}
         if "labels" in wanted:
             values["labels"] = labelled_cross_entropy(student, labels)
         if wanted & {"network_labels", "mutual"}:

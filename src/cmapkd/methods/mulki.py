@@ -6,6 +6,7 @@ card below and docs/methods/mulki.md. Its mean of weights is `training.mean_ever
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -90,7 +91,7 @@ class Mulki(PictureMethod):
             "modalities to them, two teachers that are weighted for each sample, models joined within and between "
             "tasks, and no data but the task's. Every formula, default and weight is ours.",
             "A text of a sample is the prompt of its class, so samples without a label take part in nothing.",
-            "Prototypes of the teachers are of all training pictures, made once; the student's begin there.",
+            "Prototypes of the teachers are of all pictures that the run reads, made once; the student's begin there.",
         ),
         checked_against="the formulas written out in loops; no published code was found, so there is no parity",
     )
@@ -122,20 +123,19 @@ class Mulki(PictureMethod):
         check_kept_width(config.name, student, teacher)
         student.log_logit_scale.requires_grad_(False)
         self.previous: MomentumTeacher | None = None
-        if config.relation_weight and config.teachers != "initial":
+        read = config.teachers if config.relation_weight else "previous"  # as which the student's mean pictures begin
+        if self.prepares and read != "initial":
             self.previous = MomentumTeacher(student, decay=1.0, role=PREVIOUS)
             self.teachers[PREVIOUS] = self.previous
-        self.roles = tuple(role for role in self.teachers if role == PREVIOUS or config.teachers != "previous")
-        if not config.relation_weight:
-            self.roles = (teacher.role,)  # whose mean pictures the student's begin as
+        if read == "previous":  # then nobody asks the recipe's
+            del self.teachers[teacher.role]
+        self.roles = tuple(self.teachers)
         self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
-        texts = [
-            class_vectors(self.teachers[each].model, classes.names, classes.templates, own=classes.own, device=device)
-            for each in self.roles
-        ]
+        vectors = partial(class_vectors, own=classes.own, device=device)
+        texts = [vectors(self.teachers[each].model, classes.names, classes.templates) for each in self.roles]
+        texts = texts or [student.log_logit_scale.new_zeros(number, student.embed_dim)]  # which nobody reads
         self.register_buffer("teacher_texts", torch.stack(texts).to(student.device))
-        # until `prepare`, no step goes on with them
-        self.register_buffer("teacher_pictures", torch.full_like(self.teacher_texts, torch.nan))
+        self.register_buffer("teacher_pictures", torch.full_like(self.teacher_texts, torch.nan))  # until `prepare`
         self.register_buffer("pictures", torch.full_like(self.teacher_texts[0], torch.nan))
         self.register_buffer("shown", torch.zeros(number, dtype=torch.bool, device=device))
 

@@ -12,7 +12,6 @@ from typing import ClassVar, Self
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
@@ -21,16 +20,10 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows, sample_keys
 from cmapkd.features.closed_form import rank_in_class
-from cmapkd.methods.by_classes import (
-    ContextConfig,
-    check_is_copy,
-    check_several,
-    check_shown,
-    check_trained,
-    learned_context,
-)
+from cmapkd.methods.by_classes import check_is_copy, check_several, check_shown, check_trained, learned_context
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import PictureMethod
+from cmapkd.methods.sgva_config import SgvaClipConfig
 from cmapkd.methods.targets import Answered, Survey
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder, FrozenTeacher
@@ -39,28 +32,6 @@ from cmapkd.models.prompted import PromptedEncoder
 from cmapkd.models.texts import LearnedClassVectors, class_vectors
 from cmapkd.objectives import kl_divergence, labelled_cross_entropy, similarities
 from cmapkd.objectives.support import support_scores
-
-
-class SgvaClipConfig(ContextConfig):
-    """The adapter, the context of the prompts, and what each term counts."""
-
-    prototype_weight: float = Field(
-        1.0, ge=0, description="Weight of the cross-entropy by the means of each class's adapted pictures."
-    )
-    distill_weight: float = Field(
-        1.0, ge=0, description="Weight of the KL from the frozen pictures' classes to the adapted pictures' classes."
-    )
-    temperature: float = Field(5.0, gt=0, description="Divides both logits in the KL, which has no factor T².")
-    hidden: float = Field(2.0, gt=0, description="Units between the adapter's matrices, in widths of the embedding.")
-    shots: int = Field(16, ge=1, description="Labelled pictures that stand for a class at most; published: 1 to 16.")
-    share: float = Field(
-        0.5, ge=0, le=1, description="Share of the pictures in the answer; the rest is the share of the prompts."
-    )
-    context: str | int | None = Field(
-        "a photo of a",
-        description="Words that the learned vectors in front of class names begin as; or how many random ones. None: "
-        "no learned vectors, and prompts by the evaluation's templates.",
-    )
 
 
 class SgvaClip(PictureMethod):

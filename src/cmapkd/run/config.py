@@ -194,6 +194,15 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _mixing_is_read(self) -> Self:
+        name, share, reason = self.method.name, self.data.mix_synthetic, self.method.why_unmixed
+        if share and reason is not None:
+            raise ValueError(
+                f"data.mix_synthetic is {share:g}, and with method {name} that changes nothing: {reason}. Leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_to_inherit(self) -> Self:
         for role, model in self.teachers.items():
             if model.inherit is not None:

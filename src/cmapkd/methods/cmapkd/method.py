@@ -47,6 +47,7 @@ class CMAPKD(Selecting):
     """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
 
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
+    contrasts = ("contrastive", "interactive", "alignment", "bridge")
     card: ClassVar[MethodCard] = CARD
 
     def __init__(self, config: CMAPKDConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:

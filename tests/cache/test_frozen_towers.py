@@ -189,3 +189,23 @@ def test_steps_begin_in_the_middle(world: dict[str, Any], tmp_path: Path, monkey
     cached, parts = (load_model(tmp_path / name).state_dict() for name in ("cached", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in cached.items())
     assert len({index for index in read if index > 0}) <= 2  # the one in the place of the damaged one, as above
+
+
+@pytest.mark.filterwarnings("ignore::cmapkd.cache.CacheWarning")
+def test_heads_may_learn_first_and_last(world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that leave the last blocks out: a damaged picture is answered live, and the folder says what was frozen."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    stages = [
+        {"name": "heads", "share": 0.4, "train": HEADS},
+        {"name": "all", "share": 0.2},
+        {"name": "heads again", "share": 0.4, "train": HEADS},
+    ]
+    values = settings(world, training={"train_parts": None, "steps": 5, "stages": stages})
+    blocks = {"name": "timm:test_resnet", "image_size": 64, "frozen_blocks": 2}
+    values["student"]["options"] |= {"image": blocks, "text": {"name": world["text"], "frozen_blocks": 2}}
+    cmapkd.distill(**values, out=tmp_path / "live", quiet=True)
+    cmapkd.distill(**values, cache=CACHE, out=tmp_path / "cached", quiet=True)
+    for mine, theirs in zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-6)
+    said = json.loads((tmp_path / "cached" / "student" / "cmapkd.json").read_text())["options"]["frozen"]
+    assert said == {"image": 2, "text": 2}

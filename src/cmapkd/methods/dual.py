@@ -236,7 +236,7 @@ class DualEncoderMethod(Method):
 
     def train_only(self, parts: Sequence[str]) -> None:
         """Also refuses to freeze a tower whose inner levels the terms compare: such a term would train nothing."""
-        self.student.check_parts(parts)
+        self.student.learn_only(parts)
         super().train_only(parts)
         known, learning = self.student.parts, {name for name, p in self.student.named_parameters() if p.requires_grad}
         needs = self.student_needs

@@ -30,8 +30,8 @@ class StoredTowers:
         """Levels behind which nothing learns, of a model whose parts say so for themselves."""
         return LevelRequest()
 
-    def check_parts(self, parts: Collection[str]) -> None:
-        """Refuses to train these parts alone where the model's own settings say otherwise.
+    def learn_only(self, parts: Collection[str]) -> None:
+        """Is told that the whole run trains these parts alone, before any stage; towers of others are frozen for good.
 
         Raises:
             ConfigError: names the setting.

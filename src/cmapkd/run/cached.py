@@ -103,7 +103,8 @@ def student_from_cache(
     plan = plan_student_cache(config, method, source)
     reader = _filled(plan, config, console, f"frozen {' and '.join(towers)} of the student answer")
     reader.needs_texts = reader.needs_texts or "text" not in towers
-    method.stored_student = plan.cached_teacher(reader, lambda: student.pooled_towers(towers))
+    # these towers were taken apart before any stage began, and share their weights with the student
+    method.stored_student = plan.cached_teacher(reader, lambda: plan.teacher.model)
     method.stored_towers, method.stored_levels = towers, student.stored_levels
     return {STUDENT: reader}
 

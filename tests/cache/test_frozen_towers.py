@@ -193,7 +193,7 @@ def test_steps_begin_in_the_middle(world: dict[str, Any], tmp_path: Path, monkey
 
 @pytest.mark.filterwarnings("ignore::cmapkd.cache.CacheWarning")
 def test_heads_may_learn_first_and_last(world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that leave the last blocks out: a damaged picture is answered live, and the folder says what was frozen."""
+    """Stages that leave the last blocks out: a damaged picture is answered live; the folder says what was frozen."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     stages = [
         {"name": "heads", "share": 0.4, "train": HEADS},

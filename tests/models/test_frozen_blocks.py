@@ -15,10 +15,13 @@ from cmapkd.cache.identity import weight_hash
 from cmapkd.config import ConfigError
 from cmapkd.methods import StageConfig
 from cmapkd.models import DualEncoder, load_model
+from cmapkd.models.adapted import AdaptedEncoder
+from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.prompted import with_text_prompts
 from cmapkd.models.several_towers import SeveralTowers
 from cmapkd.models.types import LevelRequest, TowerFeatures
 from cmapkd.models.untrained import remark_on_unlearned
-from helpers import make_method
+from helpers import CLASSES, make_method, make_teacher
 
 MLP, READER = {"image_head": "mlp", "text_head": "mlp"}, {"image_head": "reader", "text_head": "reader"}
 IMAGES: dict[str, tuple[Any, int]] = {
@@ -167,6 +170,29 @@ def test_only_the_towers_that_are_read_go_on(root: Path, tower: Any) -> None:
     assert passes == {"image": [2, 2], "text": [1, 1]}[tower]
     torch.testing.assert_close(features.image.embedding, live.image.embedding)
     torch.testing.assert_close(features.text.embedding, live.text.embedding)
+
+
+def test_a_method_that_compares_no_levels_takes_frozen_towers(root: Path) -> None:
+    """Maps that learn read the last tokens of cosmos."""
+    student = parts(root / "bert", {**VIT, "frozen_blocks": 2}, text={"frozen": True}, embed_dim=16)
+    method: Any = make_method("cosmos", student=student, settings={"heads": 4})
+    assert method.student_needs.text_levels
+    method.train_only(["image", "projections", "scale"])
+    method.check_learning()
+
+
+def test_models_that_hold_a_frozen_one_say_why_it_answers_live(root: Path) -> None:
+    def frozen() -> Any:
+        return parts(root / "bert", {**VIT, "frozen": True}, **MLP)
+
+    adapted = AdaptedEncoder(frozen(), CLASSES.names, shots=1, hidden=2, share=0.5)
+    prompted = with_text_prompts(frozen(), context=2, template="{}")
+    inner = frozen()
+    joined = JoinedEncoder(inner, make_teacher(dim=inner.embed_dim), projector="none")
+    for model, form in ((adapted, "an adapted"), (prompted, "a prompted"), (joined, "a joined")):
+        assert (model.why_towers_live or "").startswith(f"parts:small is part of {form} model here, which cannot")
+        assert model.frozen_towers == ()
+    assert AdaptedEncoder(parts(root / "bert"), CLASSES.names, shots=1, hidden=2, share=0.5).why_towers_live is None
 
 
 def test_readers_behind_several_towers(root: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features.closed_form import class_means
-from cmapkd.methods.by_classes import check_kept_width, check_several, check_shown
+from cmapkd.methods.by_classes import check_kept_width, check_several, check_shown, check_unadapted
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
 from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.targets import Answered, Survey
@@ -119,6 +119,7 @@ class Mulki(PictureMethod):
         }
         self.label_reader = LabelReader(num_classes=number)
         check_several(config.name, classes)
+        check_unadapted(student)  # its teachers' class vectors would be made of pictures, and its own of texts
         check_kept_width(config.name, student, teacher)
         student.log_logit_scale.requires_grad_(False)
         self.previous: MomentumTeacher | None = None
@@ -129,11 +130,9 @@ class Mulki(PictureMethod):
         if not config.relation_weight:
             self.roles = (teacher.role,)  # whose mean pictures the student's begin as
         self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
-        texts = [
-            class_vectors(self.teachers[each].model, classes.names, classes.templates, own=classes.own, device=device)
-            for each in self.roles
-        ]
-        self.register_buffer("teacher_texts", torch.stack(texts).to(student.device))
+        models = [self.teachers[role].model for role in self.roles]  # each stays on its own device
+        texts = [class_vectors(m, classes.names, classes.templates, own=classes.own, device=m.device) for m in models]
+        self.register_buffer("teacher_texts", torch.stack(texts).to(device))
         # until `prepare`, no step goes on with them
         self.register_buffer("teacher_pictures", torch.full_like(self.teacher_texts, torch.nan))
         self.register_buffer("pictures", torch.full_like(self.teacher_texts[0], torch.nan))

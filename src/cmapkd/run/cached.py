@@ -96,7 +96,7 @@ def student_from_cache(
     student = method.student
     if not reads_stored_student(method):
         reason = method.why_student_live if "image" in student.frozen_towers else student.why_towers_live
-        if reason and console is not None and PartialState().is_main_process:
+        if reason and method.encodes_student and console is not None and PartialState().is_main_process:
             console.print(f"cache: the student's frozen towers answer live: {reason}", highlight=False)
         return {}
     towers = student.frozen_towers

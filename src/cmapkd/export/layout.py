@@ -47,7 +47,7 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
     if isinstance(model, AdaptedEncoder):
         raise ValueError(
             f"{model.name} scores classes by pictures that it has seen, which an export has no room for: export the "
-            " model that was adapted (`model` within its folder), and take class vectors from cmapkd"
+            "model that was adapted (`model` within its folder), and take class vectors from cmapkd"
         )
     longest = model.tokenizer.context_length
     if isinstance(model, TinyDualEncoder):

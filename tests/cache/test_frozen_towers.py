@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import threading
@@ -14,12 +15,16 @@ import pytest
 import torch
 from cache_support import losses
 from PIL import Image
+from rich.console import Console
 
 import cmapkd
 from cmapkd.config import ConfigError
 from cmapkd.data.stored import StoredSource
+from cmapkd.methods import METHODS
 from cmapkd.models import ModelConfig, build_model, load_model
+from cmapkd.models.adapted import AdaptedEncoder
 from cmapkd.models.image_towers import VisualTower
+from cmapkd.run.cached import student_from_cache
 from cmapkd.training import trainer
 from cmapkd.training.stopping import Interrupted
 
@@ -27,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from model_support import inputs
 from test_parts_family import CONVOLUTIONAL, save_encoder
 
-from helpers import make_method
+from helpers import CLASSES, MemorySource, make_method
 
 CACHE = {"store": "fp32", "shard_mib": 0.01}
 HEADS = ["projections", "scale"]
@@ -137,6 +142,19 @@ def test_a_method_that_needs_pictures_says_so(
     assert "frozen towers answer live: its masked pictures are encoded anew in every step" in shown
 
 
+def test_a_student_within_another_model_says_so(world: dict[str, Any]) -> None:
+    options = {"image": {**CONVOLUTIONAL, "frozen": True}, "text": {"name": world["text"]}, "embed_dim": 16}
+    student: Any = build_model(ModelConfig(name="parts:small", options=options))
+    held = AdaptedEncoder(student, CLASSES.names, shots=1, hidden=2, share=0.5)
+    config: Any = None  # which nobody reads where nothing is stored
+    for name, told in (("contrastive", True), ("sgva_clip", False)):  # whose steps read the teacher's pictures alone
+        method: Any = make_method("contrastive", student=held)
+        method.encodes_student = METHODS[name].encodes_student  # type: ignore[attr-defined]
+        console = Console(record=True, width=200, file=io.StringIO())
+        assert student_from_cache(config, method, MemorySource([]), console) == {}
+        assert ("answer live: parts:small is part of an adapted model here" in console.export_text()) == told
+
+
 def test_a_text_reader_answers_live_where_there_are_further_texts(world: dict[str, Any]) -> None:
     options = {"image": CONVOLUTIONAL, "text": world["text"], "text_head": "reader", "embed_dim": 16}
     student: Any = build_model(ModelConfig(name="parts:small", options=options))
@@ -189,3 +207,23 @@ def test_steps_begin_in_the_middle(world: dict[str, Any], tmp_path: Path, monkey
     cached, parts = (load_model(tmp_path / name).state_dict() for name in ("cached", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in cached.items())
     assert len({index for index in read if index > 0}) <= 2  # the one in the place of the damaged one, as above
+
+
+@pytest.mark.filterwarnings("ignore::cmapkd.cache.CacheWarning")
+def test_heads_may_learn_first_and_last(world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that leave the last blocks out: a damaged picture is answered live; the folder says what was frozen."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    stages = [
+        {"name": "heads", "share": 0.4, "train": HEADS},
+        {"name": "all", "share": 0.2},
+        {"name": "heads again", "share": 0.4, "train": HEADS},
+    ]
+    values = settings(world, training={"train_parts": None, "steps": 5, "stages": stages})
+    blocks = {"name": "timm:test_resnet", "image_size": 64, "frozen_blocks": 2}
+    values["student"]["options"] |= {"image": blocks, "text": {"name": world["text"], "frozen_blocks": 2}}
+    cmapkd.distill(**values, out=tmp_path / "live", quiet=True)
+    cmapkd.distill(**values, cache=CACHE, out=tmp_path / "cached", quiet=True)
+    for mine, theirs in zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-6)
+    said = json.loads((tmp_path / "cached" / "student" / "cmapkd.json").read_text())["options"]["frozen"]
+    assert said == {"image": 2, "text": 2}

@@ -20,6 +20,7 @@ from cmapkd.methods.mulki import PREVIOUS, Mulki, MulkiConfig
 from cmapkd.methods.targets import Answered
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.texts import class_vectors
+from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.objectives.prototype_relations import moved_prototypes, prototype_alignment, relation_divergences
 from helpers import (
     CLASSES,
@@ -57,6 +58,23 @@ def without(label: int) -> Any:
 def divergence(student: Tensor, teacher: Tensor) -> float:
     p, q = (teacher / 2).softmax(0), (student / 2).softmax(0)
     return float((p * (p / q).log()).sum()) * 4
+
+
+def test_class_vectors_are_made_where_the_teacher_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(model: Any, *given: Any, device: Any, **more: Any) -> Tensor:
+        asked.append(torch.device(device).type)
+        return class_vectors(model, *given, device="cpu", **more)
+
+    class Elsewhere(TinyDualEncoder):
+        device = torch.device("meta")
+
+    monkeypatch.setattr("cmapkd.methods.mulki.class_vectors", noted)
+    teacher = FrozenTeacher(make_model(dim=DIM))
+    config = MulkiConfig(name="mulki", teachers="initial")
+    Mulki(config, student=make_model(kind=Elsewhere), teacher=teacher, classes=CLASSES)
+    assert asked == ["cpu"]
 
 
 def test_terms_are_the_loops() -> None:

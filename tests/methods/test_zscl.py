@@ -260,8 +260,14 @@ def test_data_without_labels_are_told_of(tmp_path: Path) -> None:
     unlabelled = config(train=f"jsonl:{tmp_path}/pairs.jsonl")
     for number in range(20):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-    with pytest.raises(ConfigError, match=r"zscl, as it is set, learns from labels, and jsonl:.* has none"):
+    with pytest.raises(
+        ConfigError,
+        match=r"zscl, as it is set, learns from labels, and .* has none.* or set method\.task_weight=0$",
+    ):
         check_training(unlabelled, zscl(), open_training(unlabelled))
+    always = make_method("mulki", settings={"task_weight": 0.0})  # its prototypes are of labels, too
+    with pytest.raises(ConfigError, match=r"take a data\.train with labels$"):
+        check_training(unlabelled, always, open_training(unlabelled))
 
 
 def test_a_missing_stream_is_told_before_the_first_step() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from model_support import check_contract, check_round_trip
 
+from cmapkd.config import ConfigError
+from cmapkd.export.layout import write_tokenizer
 from cmapkd.models.adapted import AdaptedEncoder
 from cmapkd.models.texts import class_vectors
-from helpers import CLASSES, make_model
+from helpers import CLASSES, make_method, make_model
 
 DIM = 16
 
@@ -56,3 +59,21 @@ def test_a_class_without_pictures_has_no_prototype() -> None:
     texts = torch.randn(2, 2 * DIM + 1)
     assert model.class_rows(CLASSES.names[:2], texts) is texts
     assert not torch.equal(model.class_rows((CLASSES.names[0], CLASSES.names[2]), texts), texts)
+
+
+def test_pictures_do_not_follow_a_tower_that_learns() -> None:
+    """What is stored of them would be of another tower: every method refuses it before its first step."""
+    with pytest.raises(ConfigError, match=r"has an adapter, and pictures .* name the model without it, .*`model`"):
+        make_method("contrastive", student=adapted()).check_learning()
+    for still in (["adapter"], ["adapter", "text", "scale"]):
+        method = make_method("contrastive", student=adapted())
+        method.train_only(still)
+        method.check_learning()
+    make_method("sgva_clip").check_learning()
+    with pytest.raises(ConfigError, match="has an adapter already: name the model without it"):
+        make_method("mulki", student=adapted())
+
+
+def test_pictures_have_no_place_in_an_export(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"by pictures that it has seen, .* export the model that was adapted"):
+        write_tokenizer(adapted(), tmp_path)

@@ -11,12 +11,17 @@ import torch
 from model_support import check_contract, inputs, randomise
 from test_parts_family import CONVOLUTIONAL, VIT, check_round_trip, parts, save_encoder, save_vit
 
+from cmapkd.cache.identity import weight_hash
 from cmapkd.config import ConfigError
+from cmapkd.methods import StageConfig
 from cmapkd.models import DualEncoder, load_model
+from cmapkd.models.adapted import AdaptedEncoder
+from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.prompted import with_text_prompts
 from cmapkd.models.several_towers import SeveralTowers
 from cmapkd.models.types import LevelRequest, TowerFeatures
 from cmapkd.models.untrained import remark_on_unlearned
-from helpers import make_method
+from helpers import CLASSES, make_method, make_teacher
 
 MLP, READER = {"image_head": "mlp", "text_head": "mlp"}, {"image_head": "reader", "text_head": "reader"}
 IMAGES: dict[str, tuple[Any, int]] = {
@@ -129,6 +134,65 @@ def test_several_towers_are_one(root: Path, tmp_path: Path) -> None:
     model.image = SeveralTowers(each)
     assert check_round_trip(model, tmp_path / "saved")["frozen"] == {"image": [True, 4, 2], "text": True}
     assert all(parameter.requires_grad for parameter in load_model(tmp_path / "saved").parameters())
+
+
+def test_a_stage_changes_nothing_of_what_is_stored(root: Path) -> None:
+    student: Any = parts(root / "bert", image_of("timm ResNet", root), text={"frozen": True}, **MLP)
+    method, towers = make_method("contrastive", student=student), student.frozen_towers
+    before = student.stored_levels, weight_hash(student.pooled_towers(towers))
+    method.enter(StageConfig(name="heads", share=1.0, train=("projections",)))
+    assert (student.stored_levels, weight_hash(student.pooled_towers(towers))) == before
+    assert (student.image.freezing(), student.text.freezing()) == (2, True)
+    whole: Any = parts(root / "bert")
+    make_method("contrastive", student=whole).train_only(["text", "projections", "scale"])
+    assert (whole.image.freezing(), whole.text.freezing()) == (True, 0)
+
+
+def test_several_towers_that_learn_are_not_called_frozen(root: Path, tmp_path: Path) -> None:
+    model: Any = parts(root / "bert", [CONVOLUTIONAL, {**CONVOLUTIONAL, "name": "timm:test_resnet"}])
+    model.save(tmp_path / "saved")
+    assert "frozen" not in json.loads((tmp_path / "saved" / "cmapkd.json").read_text())["options"]
+    make_method("contrastive", student=model).train_only(["text", "projections", "scale"])
+    assert model.image.freezing() == [True, True]
+    with pytest.raises(ValueError, match="are 2 towers: freeze 3 blocks in one of them"):
+        model.image.freeze(3)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_only_the_towers_that_are_read_go_on(root: Path, tower: Any) -> None:
+    """From stored answers as from the inputs: a tower that nobody reads runs no pass and draws nothing."""
+    model: Any = parts(root / "bert", image_of("timm ResNet", root), **MLP).eval()
+    batch, needs, passes = inputs(model), LevelRequest(towers=(tower,)), list[int]()
+    stored = model.pooled_towers(("image",))(batch, model.stored_levels)
+    model.text.register_forward_hook(lambda *_: passes.append(1))
+    model.image_head.register_forward_hook(lambda *_: passes.append(2))
+    features, live = model.from_pooled(stored, ("image",), batch, needs), model(batch, needs)
+    assert passes == {"image": [2, 2], "text": [1, 1]}[tower]
+    torch.testing.assert_close(features.image.embedding, live.image.embedding)
+    torch.testing.assert_close(features.text.embedding, live.text.embedding)
+
+
+def test_a_method_that_compares_no_levels_takes_frozen_towers(root: Path) -> None:
+    """Maps that learn read the last tokens of cosmos."""
+    student = parts(root / "bert", {**VIT, "frozen_blocks": 2}, text={"frozen": True}, embed_dim=16)
+    method: Any = make_method("cosmos", student=student, settings={"heads": 4})
+    assert method.student_needs.text_levels
+    method.train_only(["image", "projections", "scale"])
+    method.check_learning()
+
+
+def test_models_that_hold_a_frozen_one_say_why_it_answers_live(root: Path) -> None:
+    def frozen() -> Any:
+        return parts(root / "bert", {**VIT, "frozen": True}, **MLP)
+
+    adapted = AdaptedEncoder(frozen(), CLASSES.names, shots=1, hidden=2, share=0.5)
+    prompted = with_text_prompts(frozen(), context=2, template="{}")
+    inner = frozen()
+    joined = JoinedEncoder(inner, make_teacher(dim=inner.embed_dim), projector="none")
+    for model, form in ((adapted, "an adapted"), (prompted, "a prompted"), (joined, "a joined")):
+        assert (model.why_towers_live or "").startswith(f"parts:small is part of {form} model here, which cannot")
+        assert model.frozen_towers == ()
+    assert AdaptedEncoder(parts(root / "bert"), CLASSES.names, shots=1, hidden=2, share=0.5).why_towers_live is None
 
 
 def test_readers_behind_several_towers(root: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
     Raises:
         ValueError: the model's tokenizer has no form that other tools read.
     """
-    if isinstance(model, JoinedEncoder | Narrowed | AdaptedEncoder):
+    if isinstance(model, JoinedEncoder | Narrowed):
         write_tokenizer(model.text_model if isinstance(model, JoinedEncoder) else model.model, folder)
         return
     if isinstance(model, GraphEncoder):
@@ -43,6 +43,11 @@ def write_tokenizer(model: DualEncoder, folder: Path) -> None:
         raise ValueError(
             f"{model.name} has learned vectors between the tokens of its texts, which no other tool leaves room for: "
             "export the model that was prompted, and take class vectors from cmapkd"
+        )
+    if isinstance(model, AdaptedEncoder):
+        raise ValueError(
+            f"{model.name} scores classes by pictures that it has seen, which an export has no room for: export the "
+            "model that was adapted (`model` within its folder), and take class vectors from cmapkd"
         )
     longest = model.tokenizer.context_length
     if isinstance(model, TinyDualEncoder):

@@ -11,6 +11,7 @@ from cmapkd.config import ConfigError
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.methods.card import ClassesConfig
 from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models.adapted import WITHOUT_IT, AdaptedEncoder
 from cmapkd.models.prompted import PromptedEncoder, with_text_prompts
 from cmapkd.models.texts import LearnedClassVectors
 
@@ -92,6 +93,16 @@ def check_is_copy(method: str, student: DualEncoder, teacher: FrozenTeacher) -> 
             f"{method} reads the student's own answers as they begin, and the teacher {teacher.name} is another model "
             f"than the student {student.name}, or has other weights: set teacher: student"
         )
+
+
+def check_unadapted(student: DualEncoder) -> None:
+    """Refuses a student whose class vectors may be made of pictures.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if isinstance(student, AdaptedEncoder):
+        raise ConfigError(f"the student {student.name} has an adapter already: {WITHOUT_IT}")
 
 
 def check_trained(method: str, student: DualEncoder) -> None:

@@ -48,6 +48,8 @@ class MethodContract(Learning, ABC):
     """Whether it takes more than one: `more_teachers` is then an argument of its `__init__`."""
     pictures_alone: ClassVar[bool] = False
     """Whether further teachers may have an image tower alone."""
+    label_free: ClassVar[str | None] = None
+    """The setting with which it needs no labels; None: there is none."""
     prunes: ClassVar[bool] = False
     """Whether stages may state a `sparsity`."""
     weights: Mapping[str, float] = MappingProxyType({})

@@ -67,6 +67,7 @@ class Cosmos(DualEncoderMethod):
     uses_teacher: ClassVar[bool] = False
     steady = True
     contrasts = ("contrastive", "distill")
+    compared_levels = LevelRequest()  # maps that learn read the tokens, so a tower may be frozen
     card: ClassVar[MethodCard] = MethodCard(
         title="COSMOS: cross-modality self-distillation",
         paper="Kim et al., CVPR 2025, arXiv:2412.01814",
@@ -135,9 +136,8 @@ class Cosmos(DualEncoderMethod):
     @property
     def student_needs(self) -> LevelRequest:
         views = tuple(self.more_views) if self.wants("distill") else (GLOBAL,)
-        if not (self.levels and self.wants("distill")):
-            return LevelRequest(views=views)
-        return LevelRequest(self.levels[:1], self.levels[1:], views=views)
+        levels = self.levels if self.wants("distill") else ()
+        return LevelRequest(levels[:1], levels[1:], views=views)
 
     @property
     def teacher_needs(self) -> LevelRequest:

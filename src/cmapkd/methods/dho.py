@@ -61,6 +61,7 @@ class DHO(ClassifierMethod):
     """The labels' head learns from labelled samples, the teacher's head from all, and the tower from both."""
 
     Config: ClassVar[type[MethodConfig]] = DHOConfig
+    label_free: ClassVar[str | None] = "method.task_weight=0"
     card: ClassVar[MethodCard] = MethodCard(
         title="DHO: dual-head optimisation for few labels",
         paper="Kang et al. 2025, arXiv:2505.07675",

@@ -30,6 +30,7 @@ from cmapkd.methods.micro_batches import (
     without_levels,
 )
 from cmapkd.models import DualEncoder, Features, LevelRequest, MomentumTeacher, Teacher, TowerFeatures
+from cmapkd.models.adapted import check_kept_pictures
 from cmapkd.models.reach import example_output, last_matrix_behind
 from cmapkd.models.types import Tower
 from cmapkd.objectives import contrastive_loss, sigmoid_loss
@@ -55,6 +56,8 @@ class DualEncoderMethod(Method):
     """A method whose student and teachers are `DualEncoder`s."""
 
     student: DualEncoder
+    encodes_student: bool = True
+    """Whether steps give the student's image tower pictures, or stored answers of it."""
     several_positives: bool = False
     """Whether captions of one picture in a batch are no negatives of each other."""
     contrasts: ClassVar[tuple[str, ...]] = ("contrastive",)
@@ -74,6 +77,11 @@ class DualEncoderMethod(Method):
     def student_needs(self) -> LevelRequest:
         """Levels of the student that the terms read."""
         return LevelRequest()
+
+    @property
+    def compared_levels(self) -> LevelRequest:
+        """Those of `student_needs` that the student alone can bring nearer to a target; not those that maps read."""
+        return self.student_needs
 
     @property
     def teacher_needs(self) -> LevelRequest:
@@ -241,10 +249,10 @@ class DualEncoderMethod(Method):
 
     def train_only(self, parts: Sequence[str]) -> None:
         """Also refuses to freeze a tower whose inner levels the terms compare: such a term would train nothing."""
-        self.student.check_parts(parts)
+        self.student.learn_only(parts)
         super().train_only(parts)
         known, learning = self.student.parts, {name for name, p in self.student.named_parameters() if p.requires_grad}
-        needs = self.student_needs
+        needs = self.compared_levels
         for tower, levels in (("image", needs.image_levels), ("text", needs.text_levels)):
             others = ("projections", "scale", *(other for other in _TOWERS if other != tower))
             inside = frozenset().union(*(names for part, names in known.items() if part not in others))
@@ -256,8 +264,9 @@ class DualEncoderMethod(Method):
                 )
 
     def check_learning(self) -> None:
-        """Refuses to compare inner levels that nothing which learns stands behind."""
-        needs, frozen = self.student_needs, self.student.frozen_levels
+        """Refuses inner levels that nothing which learns stands behind, and class pictures of a tower that learns."""
+        check_kept_pictures(self.student)
+        needs, frozen = self.compared_levels, self.student.frozen_levels
         for tower, asked, still in (
             ("image", needs.image_levels, frozen.image_levels),
             ("text", needs.text_levels, frozen.text_levels),

@@ -47,7 +47,7 @@ class MakdConfig(ClassifyingConfig):
         ("a photo of something that is not {}.",),
         description="Texts that mean a no, read with options: negation.",
     )
-    task_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the labels.")
+    task_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the labels, above 0.")
     question_weight: float = Field(
         4.0, ge=0, description="Weight of the binary cross-entropy of the questions, a mean over all of them."
     )
@@ -68,7 +68,9 @@ class MakdConfig(ClassifyingConfig):
         return value
 
     @model_validator(mode="after")
-    def _every_yes_has_alternatives(self) -> Self:
+    def _fits(self) -> Self:
+        if self.task_weight == 0:
+            raise ValueError("task_weight 0 leaves the head of the classes random, and no other head answers: raise it")
         least = 2 if self.options == "contrast" else 1
         for group, entries in self.questions.items():
             if len(entries) < least:
@@ -168,7 +170,7 @@ class Makd(ClassifierMethod):
 
     @property
     def needs_labels(self) -> bool:
-        return bool(self.config.task_weight)
+        return True
 
     def terms(self, batch: Batch) -> dict[str, Term]:
         config, features = self.config, self.features(batch)

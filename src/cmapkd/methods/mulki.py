@@ -6,7 +6,6 @@ card below and docs/methods/mulki.md. Its mean of weights is `training.mean_ever
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -19,7 +18,7 @@ from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features.closed_form import class_means
-from cmapkd.methods.by_classes import check_kept_width, check_several, check_shown
+from cmapkd.methods.by_classes import check_kept_width, check_several, check_shown, check_unadapted
 from cmapkd.methods.card import ClassesConfig, MethodCard, MethodConfig
 from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.targets import Answered, Survey
@@ -120,6 +119,7 @@ class Mulki(PictureMethod):
         }
         self.label_reader = LabelReader(num_classes=number)
         check_several(config.name, classes)
+        check_unadapted(student)  # its teachers' class vectors would be made of pictures, and its own of texts
         check_kept_width(config.name, student, teacher)
         student.log_logit_scale.requires_grad_(False)
         self.previous: MomentumTeacher | None = None
@@ -131,10 +131,10 @@ class Mulki(PictureMethod):
             del self.teachers[teacher.role]
         self.roles = tuple(self.teachers)
         self.own_vectors = LearnedClassVectors(classes, student, at_once=config.prompts_at_once)
-        vectors = partial(class_vectors, own=classes.own, device=device)
-        texts = [vectors(self.teachers[each].model, classes.names, classes.templates) for each in self.roles]
+        models = [self.teachers[role].model for role in self.roles]  # each stays on its own device
+        texts = [class_vectors(m, classes.names, classes.templates, own=classes.own, device=m.device) for m in models]
         texts = texts or [student.log_logit_scale.new_zeros(number, student.embed_dim)]  # which nobody reads
-        self.register_buffer("teacher_texts", torch.stack(texts).to(student.device))
+        self.register_buffer("teacher_texts", torch.stack([each.to(device) for each in texts]))
         self.register_buffer("teacher_pictures", torch.full_like(self.teacher_texts, torch.nan))  # until `prepare`
         self.register_buffer("pictures", torch.full_like(self.teacher_texts[0], torch.nan))
         self.register_buffer("shown", torch.zeros(number, dtype=torch.bool, device=device))

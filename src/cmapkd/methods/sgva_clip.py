@@ -14,13 +14,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cmapkd.config import ConfigError
 from cmapkd.data.labels import LabelReader
 from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows, sample_keys
 from cmapkd.features.closed_form import rank_in_class
-from cmapkd.methods.by_classes import check_is_copy, check_several, check_shown, check_trained, learned_context
+from cmapkd.methods.by_classes import (
+    check_is_copy,
+    check_several,
+    check_shown,
+    check_trained,
+    check_unadapted,
+    learned_context,
+)
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.dual import PictureMethod
 from cmapkd.methods.sgva_config import SgvaClipConfig
@@ -39,6 +45,7 @@ class SgvaClip(PictureMethod):
 
     Config: ClassVar[type[MethodConfig]] = SgvaClipConfig
     steady = True
+    encodes_student = False  # its frozen pictures are the teacher's answers
     card: ClassVar[MethodCard] = MethodCard(
         title="SgVA-CLIP: a visual adapter for few labels, held by the frozen model's classes",
         paper="Peng et al., IEEE Transactions on Multimedia 2024, arXiv:2211.16191",
@@ -88,11 +95,7 @@ class SgvaClip(PictureMethod):
         }
         self.label_reader = LabelReader(num_classes=self.num_classes)
         check_several(config.name, classes)
-        if isinstance(student, AdaptedEncoder):
-            raise ConfigError(
-                f"the student {student.name} has an adapter already: name the model without it, which is in the folder "
-                "`model` within its own (student/model of a run)"
-            )
+        check_unadapted(student)
         check_trained(config.name, student)
         check_is_copy(config.name, student, teacher)
         student.requires_grad_(False)

@@ -40,6 +40,7 @@ class VL2Lite(ClassifierMethod):
     """Features are drawn to the teacher's image vectors, and to class vectors as the teacher's are to its own."""
 
     Config: ClassVar[type[MethodConfig]] = VL2LiteConfig
+    label_free: ClassVar[str | None] = "method.task_weight=0"
     card: ClassVar[MethodCard] = MethodCard(
         title="VL2Lite: an image-text model's knowledge in a small classifier",
         paper="Jang et al., CVPR 2025, https://openaccess.thecvf.com/CVPR2025",

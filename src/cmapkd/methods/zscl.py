@@ -70,6 +70,7 @@ class ZSCL(PictureMethod):
     """The student learns a task, and on reference pictures its similarities stay those of the model it once was."""
 
     Config: ClassVar[type[MethodConfig]] = ZSCLConfig
+    label_free: ClassVar[str | None] = "method.task_weight=0"
     steady = True
     card: ClassVar[MethodCard] = MethodCard(
         title="ZSCL: fine-tuning without forgetting, by reference pictures and an anchor of weights",

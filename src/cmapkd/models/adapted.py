@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cmapkd.config import ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.architecture import settings_text
 from cmapkd.models.base import DualEncoder
@@ -20,8 +21,12 @@ from cmapkd.models.contracts import dual
 from cmapkd.models.families import Loader
 from cmapkd.models.parts import joined_parts, within
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
+from cmapkd.models.stored_towers import live_within
 from cmapkd.models.texts import evaluating
 from cmapkd.models.types import Level, TowerFeatures
+
+WITHOUT_IT = "name the model without it, which is in the folder `model` within its own (student/model of a run)"
+_NOT_OF_PICTURES = ("text", "scale", "context")  # parts that no embedding of a picture depends on
 
 
 class VisualAdapter(nn.Module):
@@ -91,6 +96,10 @@ class AdaptedEncoder(DualEncoder):
         """Those of the model, and `adapter`."""
         own = frozenset(f"adapter.{name}" for name, _ in self.adapter.named_parameters())
         return joined_parts(within("model", self.model.parts), {"adapter": own})
+
+    @property
+    def why_towers_live(self) -> str | None:
+        return live_within(self.model, "an adapted model")
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:
@@ -167,6 +176,26 @@ class AdaptedEncoder(DualEncoder):
         own = {key: value for key, value in self.state_dict().items() if not key.startswith("model.")}
         write_model_folder(folder, family="adapted", name=self.name, options=self._options(), weights=own)
         self.model.save(folder / "model")
+
+
+def check_kept_pictures(student: nn.Module) -> None:
+    """Refuses to train an adapted model's image tower: its pictures of classes stay as that tower answered them once.
+
+    Args:
+        student: with what learns of it in the whole run.
+    Raises:
+        ConfigError: names the model, and what to train in its place.
+    """
+    for adapted in student.modules():
+        if not isinstance(adapted, AdaptedEncoder):
+            continue
+        inner = adapted.model
+        still = frozenset().union(*(names for part, names in inner.parts.items() if part in _NOT_OF_PICTURES))
+        if any(parameter.requires_grad and name not in still for name, parameter in inner.named_parameters()):
+            raise ConfigError(
+                f"the student {adapted.name} has an adapter, and pictures of classes by its image tower as that was. "
+                f"They would not follow a tower that learns: {WITHOUT_IT}, or set training.train_parts: [adapter]"
+            )
 
 
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> DualEncoder:

@@ -20,6 +20,7 @@ from cmapkd.models.parts import joined_parts, split_by_name, within
 from cmapkd.models.prompts import DeepPrompts
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
+from cmapkd.models.stored_towers import live_within
 from cmapkd.models.teacher import FrozenTeacher
 from cmapkd.models.types import Level, TowerFeatures
 
@@ -98,6 +99,10 @@ class JoinedEncoder(DualEncoder):
         own = {part: found for part, found in split_by_name(names, prefixes).items() if found or part != "prompts"}
         text = {} if self.text is None else within("text", self.text.parts)
         return joined_parts(within("image", self.image.parts), text, own)
+
+    @property
+    def why_towers_live(self) -> str | None:
+        return live_within(self.image, "a joined model")
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:

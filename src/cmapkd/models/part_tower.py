@@ -27,16 +27,18 @@ class PartTower(nn.Module):
     Attributes:
         levels: shallow to deep; blocks are counted by them.
         frozen_blocks: how many blocks never learn, and with them what stands before them; 0: it is not cut.
+        frozen_whole: whether nothing of it learns in the whole run. A stage that leaves it out is no such case.
     """
 
     name: str
     levels: tuple[LevelInfo, ...]
     frozen_blocks: int = 0
+    frozen_whole: bool = False
     _frozen_modules: tuple[str, ...] = ()
 
     @property
     def learns(self) -> bool:
-        """Whether anything in it does."""
+        """Whether anything in it does, now: a stage may train other parts alone."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     @property
@@ -50,8 +52,8 @@ class PartTower(nn.Module):
         return tuple(level.name for level in self.levels[: self.frozen_blocks if self.learns else None])
 
     def freezing(self) -> Any:
-        """For a model's folder: True where nothing learns, else the number of frozen blocks; of several, each one's."""
-        return self.frozen_blocks if self.learns else True
+        """What `freeze` was told: True for everything, else the number of frozen blocks; of several, each one's."""
+        return True if self.frozen_whole else self.frozen_blocks
 
     def freeze(self, blocks: int | None = None) -> None:
         """Freezes the first blocks and what stands before them, or with None everything; for good.
@@ -60,6 +62,7 @@ class PartTower(nn.Module):
             ConfigError: there are not so many blocks, the tower cannot be entered behind one, or nothing would learn.
         """
         if blocks is None:
+            self.frozen_whole = True
             self.requires_grad_(False)
             return
         if not self.levels:
@@ -120,17 +123,19 @@ class PartTower(nn.Module):
     def stored_levels(self, read: Sequence[LevelInfo]) -> tuple[LevelInfo, ...]:
         """What is stored of a tower that needs no input: the middle; or of one that is frozen, what its head reads.
 
+        The answer is the same in every stage: a cache has one layout for the whole run.
+
         Args:
             read: by the head; none: pooled features.
         """
-        if not self.learns:
+        if not self.frozen_blocks:
             return tuple(read)
         level = self.levels[self.frozen_blocks - 1]
         return (LevelInfo(MIDDLE, level.width, level.layout),)
 
     def stored_part(self) -> nn.Module:
         """What answers with `stored_levels`, or with pooled features: frozen modules alone, shared with this tower."""
-        return self.below() if self.learns else self
+        return self.below() if self.frozen_blocks else self
 
     def go_on(self, stored: TowerFeatures, levels: Sequence[str] = ()) -> TowerFeatures:
         """What the tower would have answered, from what its `stored_part` did.

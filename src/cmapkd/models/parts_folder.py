@@ -43,7 +43,7 @@ def save(model: Joined, folder: Path) -> None:
     config = native_config(model)
     options = {**model.describe(), "form": "cmapkd" if config is None else "open_clip"}
     frozen = {"image": model.image.freezing(), "text": model.text.freezing()}
-    if any(frozen.values()):
+    if any(any(each) if isinstance(each, list) else each for each in frozen.values()):
         options["frozen"] = frozen  # for who reads the folder: a loaded model learns whole
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     write_model_folder(

@@ -133,7 +133,7 @@ class PartsModel(DualEncoder):
     def frozen_levels(self) -> LevelRequest:
         return LevelRequest(self.image.frozen_levels, self.text.frozen_levels)
 
-    def check_parts(self, parts: Collection[str]) -> None:
+    def learn_only(self, parts: Collection[str]) -> None:
         for tower in BOTH:
             freezing = self._tower(tower).freezing()
             each = freezing if isinstance(freezing, list) else [freezing]
@@ -147,6 +147,9 @@ class PartsModel(DualEncoder):
                     f"options.{tower} of {self.name} says frozen_blocks, so its other blocks are to learn, and "
                     f"training.train_parts leaves {tower} out: add {tower} to it, or set frozen: true"
                 )
+        for tower in BOTH:
+            if tower not in parts:
+                self._tower(tower).freeze()
 
     @property
     def stored_levels(self) -> LevelRequest:
@@ -165,18 +168,30 @@ class PartsModel(DualEncoder):
         self, stored: Features, towers: Collection[Tower], inputs: ModelInput | None, needs: LevelRequest
     ) -> Features:
         self._settle()
-        image = stored.image
-        if "image" in towers:
-            image = behind(self.image_head, self.image.go_on(image, asked_of(self.image_head, needs.image_levels)))
-        elif inputs is not None and "image" in needs.towers:
-            image = self.encode_image(self.image_spec.to_model(inputs.images), needs.image_levels)
+        # as in a pass from the inputs: of a tower that nobody reads no features, and nothing is drawn for dropout
+        image, text = (TowerFeatures(side.embedding[:, :0]) for side in (stored.image, stored.text))
+        if "image" in needs.towers:
+            if "image" in towers:
+                found = self.image.go_on(stored.image, asked_of(self.image_head, needs.image_levels))
+                image = behind(self.image_head, found)
+            elif inputs is not None:
+                image = self.encode_image(self.image_spec.to_model(inputs.images), needs.image_levels)
+        if "text" in needs.towers:
+            if "text" in towers:
+                found = self.text.go_on(stored.text, asked_of(self.text_head, needs.text_levels))
+                text = behind(self.text_head, found)
+            else:
+                assert inputs is not None
+                text = self.encode_text(inputs.texts, needs.text_levels)
+
+        def asked(pool: str) -> bool:
+            return needs.pools is None or pool in needs.pools
+
         if "text" in towers:
-            text = behind(self.text_head, self.text.go_on(stored.text, asked_of(self.text_head, needs.text_levels)))
-            more = {pool: behind(self.text_head, found) for pool, found in stored.more_texts.items()}
+            more = {pool: behind(self.text_head, found) for pool, found in stored.more_texts.items() if asked(pool)}
         else:
             assert inputs is not None
-            text = self.encode_text(inputs.texts, needs.text_levels)
-            more = {pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items()}
+            more = {pool: self.encode_text(texts) for pool, texts in inputs.more_texts.items() if asked(pool)}
         return Features(image, text, self.logit_scale.exp(), self.learned_bias, more)
 
     def with_words_of(self, texts: Iterable[str]) -> PartsModel:

@@ -23,6 +23,7 @@ from cmapkd.models.parts import joined_parts, within
 from cmapkd.models.prompts import TextPrompts
 from cmapkd.models.reach import example_output, parameters_behind
 from cmapkd.models.storage import WEIGHTS, load_weights, read_weights, write_model_folder
+from cmapkd.models.stored_towers import live_within
 from cmapkd.models.texts import evaluating
 from cmapkd.models.types import Level, TowerFeatures
 
@@ -115,6 +116,10 @@ class PromptedEncoder(DualEncoder):
     def parts(self) -> Mapping[str, frozenset[str]]:
         """Those of the model, and `context`."""
         return joined_parts(within("model", self.model.parts), {"context": frozenset({"context.tokens"})})
+
+    @property
+    def why_towers_live(self) -> str | None:
+        return live_within(self.model, "a prompted model")
 
     @property
     def image_blocks(self) -> tuple[nn.Module, ...]:

@@ -73,6 +73,17 @@ class SeveralTowers(ImageTower):
     def frozen_levels(self) -> tuple[str, ...]:
         return self._each[0].frozen_levels
 
+    def freeze(self, blocks: int | None = None) -> None:
+        """Freezes all of them; blocks are frozen in each tower by itself.
+
+        Raises:
+            ValueError: a number of blocks, of which nobody knows whose they are.
+        """
+        if blocks is not None:
+            raise ValueError(f"{self.name} are {len(self._each)} towers: freeze {blocks} blocks in one of them")
+        for tower in self._each:
+            tower.freeze()
+
     def freezing(self) -> Any:
         return [tower.freezing() for tower in self._each]
 

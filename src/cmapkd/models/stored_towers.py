@@ -30,8 +30,8 @@ class StoredTowers:
         """Levels behind which nothing learns, of a model whose parts say so for themselves."""
         return LevelRequest()
 
-    def check_parts(self, parts: Collection[str]) -> None:
-        """Refuses to train these parts alone where the model's own settings say otherwise.
+    def learn_only(self, parts: Collection[str]) -> None:
+        """Is told that the whole run trains these parts alone, before any stage; towers of others are frozen for good.
 
         Raises:
             ConfigError: names the setting.
@@ -63,3 +63,15 @@ class StoredTowers:
             inputs: of the batch; None where both towers have answered.
         """
         raise ValueError(f"{self.name} has no towers that can be taken apart from its heads")
+
+
+def live_within(inner: StoredTowers, form: str) -> str | None:
+    """`why_towers_live` of a model that holds another one.
+
+    Args:
+        inner: whose image tower it has.
+        form: of the outer model, in words.
+    """
+    if "image" not in inner.frozen_towers:
+        return inner.why_towers_live
+    return f"{inner.name} is part of {form} here, which cannot go on from stored answers"

@@ -192,7 +192,7 @@ def check_training(config: RunConfig, method: Method, source: Source) -> Method:
     method.check_learning()
     method.check_teachers()
     if method.needs_labels and not any_label(source):
-        without = ", or set method.task_weight=0" if hasattr(config.method, "task_weight") else ""
+        without = "" if method.label_free is None else f", or set {method.label_free}"
         raise ConfigError(
             f"method {config.method.name}, as it is set, learns from labels, and {source.name} has none: take a "
             f"data.train with labels{without}"

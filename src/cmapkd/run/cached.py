@@ -96,14 +96,15 @@ def student_from_cache(
     student = method.student
     if not reads_stored_student(method):
         reason = method.why_student_live if "image" in student.frozen_towers else student.why_towers_live
-        if reason and console is not None and PartialState().is_main_process:
+        if reason and method.encodes_student and console is not None and PartialState().is_main_process:
             console.print(f"cache: the student's frozen towers answer live: {reason}", highlight=False)
         return {}
     towers = student.frozen_towers
     plan = plan_student_cache(config, method, source)
     reader = _filled(plan, config, console, f"frozen {' and '.join(towers)} of the student answer")
     reader.needs_texts = reader.needs_texts or "text" not in towers
-    method.stored_student = plan.cached_teacher(reader, lambda: student.pooled_towers(towers))
+    # these towers were taken apart before any stage began, and share their weights with the student
+    method.stored_student = plan.cached_teacher(reader, lambda: plan.teacher.model)
     method.stored_towers, method.stored_levels = towers, student.stored_levels
     return {STUDENT: reader}
 

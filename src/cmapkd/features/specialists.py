@@ -109,8 +109,9 @@ class Specialists(nn.Module):
 
     def last_layers(self) -> dict[str, nn.Parameter]:
         """Of the first network, and of the first mask where there is one, by name."""
-        last = len(next(iter(self.networks.values())).layers) - 1
-        names = [f"networks.{name}.layers.{last}.weight" for name in self.networks][:1]
+        first = next(iter(self.networks))
+        last = max(int(name.split(".")[1]) for name, _ in self.networks[first].named_parameters())
+        names = [f"networks.{first}.layers.{last}.weight"]
         names += [f"masks.{name}.score.weight" for name in self.masks][:1]
         return {f"specialists.{name}": self.get_parameter(name) for name in names}
 

@@ -5,12 +5,14 @@ The teacher's next-token distributions are followed behind visual tokens, too. D
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from cmapkd.data.types import Batch
 from cmapkd.features.visual_rows import beside_own, by_pictures, check_visual_tokens, per_picture
+from cmapkd.methods.behind_terms import Made
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.stages import StageConfig
@@ -125,6 +127,10 @@ class LlavaKD(GenerativeMethod):
             StageConfig(name="fine-tuning", share=other, terms=("answers",), train=models),
             StageConfig(name="distilled fine-tuning", share=other, train=models),
         )
+
+    @property
+    def made_of(self) -> Mapping[str, Made]:
+        return {"relation": "projected" if self.config.relation_level == "projector" else "states"}
 
     @property
     def student_needs(self) -> TokenNeeds:

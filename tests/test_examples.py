@@ -64,3 +64,9 @@ def test_each_comparison_has_test_pictures_of_its_own() -> None:
 def test_the_measured_attention_is_of_the_pictures_of_its_comparison() -> None:
     text = (EXAMPLES.parent / "benchmarks" / "attention_on_shapes.py").read_text("utf-8")
     assert f"scenes@test?start={dict(fresh_ranges())['align_kd'].start}&" in text
+
+
+def test_arms_of_zoom_read_equally_many_questions() -> None:
+    """Its lists have a line for each question, and each engine keeps another number of them."""
+    plan = make_plan(load_comparison(EXAMPLES / "zoom_without_zoom.yaml"))
+    assert {run.config.data.train.partition("?")[2] for run in plan.runs} == {"limit=800"}

@@ -76,3 +76,15 @@ def test_stages_without_the_term_need_none_of_its_parts() -> None:
     less.check_stages([WHOLE_RUN])
     maps = make_task("align_kd", focus=2)  # a stage of the method's own modules warms them up
     maps.check_stages([StageConfig(name="a", share=1.0, terms=("vision",), train=("modules",))])
+
+
+@pytest.mark.parametrize(("name", "settings"), [("llava_kd", AT_PROJECTOR), ("align_kd", {"focus": 2})])
+def test_tokens_of_pictures_are_counted_on_the_host(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts of the models' rows would be waited for, once in each part of each step."""
+    method = make_task(name, **settings)
+    batch = batch_of(method, range(4))
+    assert method.visual_counts(batch) == ([4, 4, 4, 0], [9, 9, 9, 0])
+    monkeypatch.setattr(torch, "bincount", None)
+    assert "weighted" not in method(batch)

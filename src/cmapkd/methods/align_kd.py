@@ -14,7 +14,7 @@ from torch import nn
 
 from cmapkd.data.types import Batch
 from cmapkd.features.attention_blocks import heads_of, looked_at, paired, text_to_vision
-from cmapkd.features.visual_rows import beside_own, check_same_texts, check_visual_tokens, per_picture
+from cmapkd.features.visual_rows import beside, check_same_texts, check_visual_tokens
 from cmapkd.methods.behind_terms import Made
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
@@ -161,7 +161,7 @@ class AlignKD(GenerativeMethod):
     def _everywhere(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures) -> Counted:
         own = [student.hidden[where] for where in EVERYWHERE]
         states = [teacher.hidden["answer"].values, teacher.hidden["prompt"].values]
-        states.append(beside_own(own[2], teacher.hidden["visual"], len(part)))
+        states.append(beside(teacher.hidden["visual"], *self.visual_counts(part)))
         if any(len(mine.values) != len(theirs) for mine, theirs in zip(own, states, strict=True)):
             raise ValueError(
                 "the prompts of a batch have other numbers of tokens for student and teacher, whose chat templates "
@@ -177,12 +177,12 @@ class AlignKD(GenerativeMethod):
         own, theirs = student.projected, teacher.projected
         assert own is not None
         assert theirs is not None
-        counts = per_picture(own, len(part))
-        states = self.map_tokens(beside_own(own, theirs, len(part)).to(self.map_tokens.weight.dtype))
+        counts, others = self.visual_counts(part)
+        states = self.map_tokens(beside(theirs, counts, others).to(self.map_tokens.weight.dtype))
         looked = torch.zeros_like(theirs.values[:, 0])
         if self.config.focus:
             looked = looked_at(teacher.attention[self.config.layer], self.dialogues(part, self._reads))
-        looked = beside_own(own, Rows(looked[:, None], theirs.sample, theirs.place), len(part))[:, 0]
+        looked = beside(Rows(looked[:, None], theirs.sample, theirs.place), counts, others)[:, 0]
         pictures = zip(own.values.split(counts), states.split(counts), looked.split(counts), strict=True)
         distances = [focused_distance(*each, focus=self.config.focus) for each in pictures if len(each[0])]
         nothing = own.values.sum() * 0 + states.sum() * 0

@@ -17,6 +17,7 @@ from cmapkd.data.dialogues import ChatInput
 from cmapkd.data.types import Batch
 from cmapkd.features.top_tokens import ROWS as TOP_ROWS
 from cmapkd.features.top_tokens import narrowed, top_tokens
+from cmapkd.features.visual_rows import per_picture
 from cmapkd.methods.base import Method
 from cmapkd.methods.behind_terms import Made, SharedMatrix, check_terms_learn
 from cmapkd.methods.card import MethodConfig
@@ -188,6 +189,12 @@ class GenerativeMethod(Method):
         found = part.inputs[reads]
         assert isinstance(found, ChatInput)
         return found
+
+    def visual_counts(self, part: Batch) -> tuple[list[int], list[int]]:
+        """Visual tokens of each dialogue of a part, as the student and the first teacher read it."""
+        first = next(iter(self.teachers.values()))
+        own, theirs = (per_picture(self.dialogues(part, reads)) for reads in ("student", first.reads))
+        return own, theirs
 
     def read_teacher(self, part: Batch, role: str | None = None) -> TokenFeatures | None:
         """A teacher's features of a part of the batch, without gradient; None where there is no teacher.

@@ -158,9 +158,9 @@ def test_answers_change_places_in_a_share_of_the_pairs() -> None:
     """Drawn by sample, whatever the micro-batches: of all, a worse answer is preferred to the good one."""
     method = make_task("llava_mod", form="dpo", exchanged=1.0, **ALONE)
     batch = batch_of(method)
-    inputs = {role: each.with_answers(each.rejected) for role, each in batch.inputs.items()}  # type: ignore[union-attr]
+    inputs = {role: each.with_answers(each.rejected) for role, each in batch.inputs.items()}  # type: ignore[attr-defined]
     turned = {
-        role: replace(each, rejected=tuple(map(tuple, batch.inputs[role].answers())))  # type: ignore[union-attr]
+        role: replace(each, rejected=tuple(map(tuple, batch.inputs[role].answers())))  # type: ignore[attr-defined]
         for role, each in inputs.items()
     }
     found = results(method, batch)

@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-SOURCE = "scenes@test?start=16300&length=300"
+SOURCE = "scenes@test?start=22400&length=300"
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,34 @@ def test_a_comparison_is_planned_and_its_world_opens(name: str) -> None:
     for spec in dict.fromkeys(sources(plan)):
         if spec.startswith("scenes"):
             assert len(open_source(spec)) > 0, spec
+
+
+OF_ONE_RANGE = {"cmapkd_attribution", "cmapkd_attribution_final", "cmapkd_places", "selection_worlds"}
+"""Comparisons that share test pictures from 8,000 on: declared before each had its own."""
+
+
+def fresh_ranges() -> Iterator[tuple[str, range]]:
+    for path in sorted(EXAMPLES.glob("*.yaml")):
+        lines = [line.partition(" #")[0] for line in path.read_text("utf-8").splitlines() if line[:1] != "#"]
+        for start, length in set(re.findall(r"scenes@test\?start=(\d+)&length=(\d+)", "\n".join(lines))):
+            yield path.stem, range(int(start), int(start) + int(length))
+
+
+def test_each_comparison_has_test_pictures_of_its_own() -> None:
+    """A choice that was made on pictures of one comparison must not tell what another one finds."""
+    found = list(fresh_ranges())
+    assert len(found) > 15
+    for (one, own), (other, theirs) in combinations(found, 2):
+        if not {one, other} <= OF_ONE_RANGE:
+            assert own.stop <= theirs.start or theirs.stop <= own.start, f"{one} {own}, {other} {theirs}"
+
+
+def test_the_measured_attention_is_of_the_pictures_of_its_comparison() -> None:
+    text = (EXAMPLES.parent / "benchmarks" / "attention_on_shapes.py").read_text("utf-8")
+    assert f"scenes@test?start={dict(fresh_ranges())['align_kd'].start}&" in text
+
+
+def test_arms_of_zoom_read_equally_many_questions() -> None:
+    """Its lists have a line for each question, and each engine keeps another number of them."""
+    plan = make_plan(load_comparison(EXAMPLES / "zoom_without_zoom.yaml"))
+    assert {run.config.data.train.partition("?")[2] for run in plan.runs} == {"limit=800"}

@@ -74,6 +74,42 @@ def test_preferences_bring_a_worse_answer() -> None:
         parse_turns({"chosen": [asked, assistant("a")], "rejected": [user("<image>b"), assistant("c")]}, pictures=1)
 
 
+PAIR = {"prompt": "Is it red?", "chosen": "yes", "rejected": "no"}
+
+
+def test_a_history_goes_before_a_preference() -> None:
+    before = (Turn("user", "Is it big?", 1), Turn("assistant", "no"))
+    expected = (*before, Turn("user", "Is it red?"), Turn("assistant", "yes", rejected="no"))
+    past = {"history": [["Is it big?", "no"]]}
+    for prompt in ("prompt", "query"):
+        values = {prompt: "Is it red?", "chosen": "yes", "rejected": "no", **past}
+        assert parse_turns(values, pictures=1) == expected
+
+
+def test_messages_beside_a_preference_are_the_chosen_ones() -> None:
+    asked = user("<image>Is it red?")
+    expected = (ASKED[0], Turn("assistant", "yes", rejected="no"))
+    assert parse_turns({**PAIR, "messages": [asked, assistant("yes")]}, pictures=1) == expected
+    for messages in ([asked, assistant("maybe")], [asked]):
+        with pytest.raises(Unusable, match="beside chosen and rejected, and is not the chosen one: leave"):
+            parse_turns({**PAIR, "messages": messages}, pictures=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**PAIR, "videos": ["a.mp4"]}, "has videos, which are not read"),
+        ({**PAIR, "tools": [{"name": "a"}]}, "has tools, which are not read"),
+        ({**PAIR, "rejected": " yes "}, "the chosen and the rejected answer are the same"),
+        ({**PAIR, "completion": "maybe"}, "is not the chosen one"),
+        ({**PAIR, "prompt": None, "history": [["a", "b"]]}, "history stands beside chosen and rejected without"),
+    ],
+)
+def test_preferences_that_cannot_be_read_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unusable, match=message):
+        parse_turns(values, pictures=1)
+
+
 def test_what_is_no_dialogue_has_no_turns() -> None:
     for values in ({}, {"prompt": "a"}, {"query": "a", "response": None}, {"messages": None}):
         assert parse_turns(values, pictures=1) == ()

@@ -263,6 +263,7 @@ def test_terms_are_balanced_at_the_last_matrix_of_the_projector() -> None:
         ({"layer": 1}, r"method.layer is 1, and .* has layers 0 to 0"),
         ({"positions": "answer"}, "positions"),
         ({"focus": -1}, "focus"),
+        ({"distill_weight": 0, "vision_weight": 0, "attention_weight": 0}, "set method: sft"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from written_out import rows_of
 
-from cmapkd.config import ConfigError
+from cmapkd.config import ConfigError, load_config
 from cmapkd.data.open import open_source
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.types import BadSampleError
@@ -22,6 +22,8 @@ from cmapkd.methods import StageConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.token_types import LogitHead
 from cmapkd.objectives.sequence import preference_loss, sums_by_sample, target_log_probs
+from cmapkd.run.build import prompting_of
+from cmapkd.run.config import RunConfig
 from helpers import read_lines
 from writers import Dialogues, assert_same, batch_of, make_other, make_run, make_task, make_writer, results
 
@@ -136,8 +138,41 @@ def test_the_mimic_is_token_kd_on_the_answers_alone() -> None:
     mimic = make_task("llava_mod", preference_weight=0.0)
     named = make_task("token_kd", answers_weight=0.0)
     assert_same(results(mimic), results(named), 1e-15)
-    assert not mimic.config.reads_pairs  # type: ignore[attr-defined]
+    assert not mimic.config.pair_terms  # type: ignore[attr-defined]
     assert mimic.default_stages == ()
+
+
+def test_pairs_are_asked_for_where_a_stage_compares_them() -> None:
+    for stages, pairs in (
+        ([], True),
+        ([{"share": 1.0, "terms": ["distillation"]}], False),
+        ([{"share": 0.5, "terms": ["distillation"]}, {"share": 0.5, "terms": ["preference"]}], True),
+        ([{"share": 1.0}], True),
+    ):
+        config = load_config(RunConfig, "llava_mod_scenes", [f"training.stages={json.dumps(stages)}"])
+        assert prompting_of(config).pairs is pairs, stages
+    assert not prompting_of(load_config(RunConfig, "token_kd_scenes")).pairs
+
+
+def test_answers_change_places_in_a_share_of_the_pairs() -> None:
+    """Drawn by sample, whatever the micro-batches: of all, a worse answer is preferred to the good one."""
+    method = make_task("llava_mod", form="dpo", exchanged=1.0, **ALONE)
+    batch = batch_of(method)
+    inputs = {role: each.with_answers(each.rejected) for role, each in batch.inputs.items()}  # type: ignore[attr-defined]
+    turned = {
+        role: replace(each, rejected=tuple(map(tuple, batch.inputs[role].answers())))  # type: ignore[attr-defined]
+        for role, each in inputs.items()
+    }
+    found = results(method, batch)
+    assert_same(found, results(make_task("llava_mod", form="dpo", **ALONE), replace(batch, inputs=turned)))
+    half, many = make_task("llava_mod", form="dpo", exchanged=0.5, **ALONE), batch_of(method, range(12))
+    chosen = float(results(half, many)["term/preference"])
+    half.zero_grad()
+    assert float(results(half, many, micro_batch=5)["term/preference"]) == pytest.approx(chosen, abs=1e-12)
+    either = [make_task("llava_mod", form="dpo", exchanged=share, **ALONE) for share in (0.0, 1.0)]
+    assert chosen not in [pytest.approx(float(results(each, many)["term/preference"])) for each in either]
+    with pytest.raises(ConfigError, match=r"leave exchanged \(0.5\) out"):
+        make_task("llava_mod", preference_weight=0.0, exchanged=0.5)
 
 
 def test_stages_mimic_first(tmp_path: Path) -> None:

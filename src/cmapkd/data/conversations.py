@@ -87,14 +87,12 @@ def parse_turns(values: Mapping[str, Any], *, pictures: int) -> Dialogue:
     Raises:
         Unusable: a turn cannot be what its key says, or placeholders and pictures do not agree.
     """
-    if values.get("messages") is None and all(values.get(key) is not None for key in _PAIRED):
+    if all(values.get(key) is not None for key in _PAIRED):
         return _with_rejected(values, pictures=pictures)
     said, may_be_implied = _written(values)
     if not said:
         return ()
-    for key in UNREAD_KEYS:
-        if values.get(key):
-            raise Unusable(f"dialogue has {key}, which are not read")
+    _refuse_unread(values)
     if pictures > 1:
         raise Unusable(f"dialogue has {pictures} pictures: one is read")
     shown = sum(piece is None for each in said for piece in each.pieces)
@@ -111,16 +109,22 @@ def parse_turns(values: Mapping[str, Any], *, pictures: int) -> Dialogue:
 def _with_rejected(values: Mapping[str, Any], *, pictures: int) -> Dialogue:
     """The dialogue that ends with the chosen answer, beside which the rejected one stands.
 
-    A prompt is under its own key, or begins both dialogues, which then are alike up to their last turn.
+    A prompt is under its own key, or begins both dialogues, which then are alike up to their last turn. Where a whole
+    dialogue stands beside them too, it must be the chosen one.
 
     Raises:
-        Unusable: one of the two is no dialogue, or they have not one prompt.
+        Unusable: one of the two is no dialogue, they have other prompts or are the same, or another stands beside them.
     """
+    _refuse_unread(values)
     prompt = values["prompt"] if values.get("prompt") is not None else values.get("query")
-    others = {"system": values.get("system")}
+    others, history = {"system": values.get("system")}, values.get("history")
+    if history and prompt is None:
+        raise Unusable("history stands beside chosen and rejected without the prompt that follows it")
 
     def ending(key: str) -> Dialogue:
         said = values[key]
+        if history:
+            return parse_turns({"query": prompt, "response": said, "history": history, **others}, pictures=pictures)
         if prompt is not None:
             return parse_turns({"prompt": prompt, "completion": said, **others}, pictures=pictures)
         entries = _list(said, key)
@@ -130,7 +134,25 @@ def _with_rejected(values: Mapping[str, Any], *, pictures: int) -> Dialogue:
     chosen, rejected = (ending(key) for key in _PAIRED)
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("the chosen and the rejected answer are not to the same prompt")
+    if chosen[-1].text == rejected[-1].text:
+        raise Unusable("the chosen and the rejected answer are the same")
+    alone = {key: value for key, value in values.items() if key not in _PAIRED}
+    if is_dialogue(alone) and _or_none(alone, pictures=pictures) != chosen:
+        raise Unusable("a dialogue stands beside chosen and rejected, and is not the chosen one: leave one out")
     return (*chosen[:-1], replace(chosen[-1], rejected=rejected[-1].text))
+
+
+def _or_none(values: Mapping[str, Any], *, pictures: int) -> Dialogue | None:
+    try:
+        return parse_turns(values, pictures=pictures)
+    except Unusable:
+        return None
+
+
+def _refuse_unread(values: Mapping[str, Any]) -> None:
+    for key in UNREAD_KEYS:
+        if values.get(key):
+            raise Unusable(f"dialogue has {key}, which are not read")
 
 
 def _written(values: Mapping[str, Any]) -> tuple[list[_Said], bool]:

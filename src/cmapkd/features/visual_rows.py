@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmapkd.config import ConfigError
-from cmapkd.data.dialogues import ChatItem, Turn
+from cmapkd.data.dialogues import ChatInput, ChatItem, Turn
 from cmapkd.features.pyramid import resample
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import Rows
@@ -54,9 +54,9 @@ def check_same_texts(student: GenerativeModel, teacher: GenerativeModel, *, whol
         )
 
 
-def per_picture(rows: Rows, num: int) -> list[int]:
-    """How many rows each of `num` dialogues has."""
-    counts: list[int] = torch.bincount(rows.sample, minlength=num).tolist()
+def per_picture(inputs: ChatInput) -> list[int]:
+    """How many visual tokens each dialogue has. Inputs that lie on the host make nothing wait for a device."""
+    counts: list[int] = inputs.visual.sum(-1).tolist()
     return counts
 
 
@@ -85,11 +85,6 @@ def beside(teacher: Rows, counts: Sequence[int], theirs: Sequence[int]) -> Float
             values = resample(values[None], (sides[1], sides[1]), (sides[0], sides[0]))[0]
         made.append(values)
     return torch.cat(made)
-
-
-def beside_own(own: Rows, theirs: Rows, num: int) -> Float[Tensor, "rows width"]:
-    """The teacher's values at the student's visual tokens, see `beside`, of `num` dialogues."""
-    return beside(theirs, per_picture(own, num), per_picture(theirs, num))
 
 
 def by_pictures(

@@ -6,22 +6,21 @@ Departures from the released code, and what is wrong with it: docs/methods/align
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from cmapkd.data.types import Batch
 from cmapkd.features.attention_blocks import heads_of, looked_at, paired, text_to_vision
-from cmapkd.features.visual_rows import beside_own, check_same_texts, check_visual_tokens, per_picture
+from cmapkd.features.visual_rows import beside, check_same_texts, check_visual_tokens
+from cmapkd.methods.behind_terms import Made
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
-from cmapkd.models.reach import example_visual_tokens, last_matrix_behind
 from cmapkd.models.token_types import Rows, TokenFeatures, TokenNeeds, Where
 from cmapkd.objectives.attention_maps import attention_error, focused_distance
 from cmapkd.objectives.tokens import TokenDivergence
@@ -47,6 +46,12 @@ class AlignKDConfig(GenerativeConfig):
     distill_weight: float = Field(1.0, ge=0, description="Weight of the divergence of next-token distributions.")
     vision_weight: float = Field(1.0, ge=0, description="Weight of the distance of projected visual tokens.")
     attention_weight: float = Field(1.0, ge=0, description="Weight of the distance of attention maps.")
+
+    @model_validator(mode="after")
+    def _teaches(self) -> AlignKDConfig:
+        if not (self.distill_weight or self.vision_weight or self.attention_weight):
+            raise ValueError("all weights but answers_weight are 0, and what is left is sft: set method: sft")
+        return self
 
 
 class AlignKD(GenerativeMethod):
@@ -132,13 +137,9 @@ class AlignKD(GenerativeMethod):
             return "it reads attention maps while a layer computes: set method.attention_weight=0, or a micro_batch"
         return super().why_not_again(stages)
 
-    def shared_parameters(self) -> Mapping[str, nn.Parameter]:
-        """The projector's last matrix, which all terms are made behind."""
-        return {self._last_of_projector: dict(self.student.named_parameters())[self._last_of_projector]}
-
-    @cached_property
-    def _last_of_projector(self) -> str:
-        return last_matrix_behind(self.student, lambda: example_visual_tokens(self.student))
+    @property
+    def made_of(self) -> Mapping[str, Made]:
+        return {"vision": "projected", "attention": "attention"}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
         config, forward = self.config, TokenDivergence()
@@ -160,7 +161,7 @@ class AlignKD(GenerativeMethod):
     def _everywhere(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures) -> Counted:
         own = [student.hidden[where] for where in EVERYWHERE]
         states = [teacher.hidden["answer"].values, teacher.hidden["prompt"].values]
-        states.append(beside_own(own[2], teacher.hidden["visual"], len(part)))
+        states.append(beside(teacher.hidden["visual"], *self.visual_counts(part)))
         if any(len(mine.values) != len(theirs) for mine, theirs in zip(own, states, strict=True)):
             raise ValueError(
                 "the prompts of a batch have other numbers of tokens for student and teacher, whose chat templates "
@@ -176,12 +177,12 @@ class AlignKD(GenerativeMethod):
         own, theirs = student.projected, teacher.projected
         assert own is not None
         assert theirs is not None
-        counts = per_picture(own, len(part))
-        states = self.map_tokens(beside_own(own, theirs, len(part)).to(self.map_tokens.weight.dtype))
+        counts, others = self.visual_counts(part)
+        states = self.map_tokens(beside(theirs, counts, others).to(self.map_tokens.weight.dtype))
         looked = torch.zeros_like(theirs.values[:, 0])
         if self.config.focus:
             looked = looked_at(teacher.attention[self.config.layer], self.dialogues(part, self._reads))
-        looked = beside_own(own, Rows(looked[:, None], theirs.sample, theirs.place), len(part))[:, 0]
+        looked = beside(Rows(looked[:, None], theirs.sample, theirs.place), counts, others)[:, 0]
         pictures = zip(own.values.split(counts), states.split(counts), looked.split(counts), strict=True)
         distances = [focused_distance(*each, focus=self.config.focus) for each in pictures if len(each[0])]
         nothing = own.values.sum() * 0 + states.sum() * 0

@@ -73,9 +73,9 @@ class MethodConfig(Config):
         return True
 
     @property
-    def reads_pairs(self) -> bool:
-        """Whether dialogues must bring a worse answer beside the given one; of methods over models that write."""
-        return False
+    def pair_terms(self) -> tuple[str, ...]:
+        """The terms that read a worse answer beside the given one; of methods over models that write."""
+        return ()
 
     @property
     def reads_bytes(self) -> bool:

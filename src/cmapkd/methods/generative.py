@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -17,15 +17,16 @@ from cmapkd.data.dialogues import ChatInput
 from cmapkd.data.types import Batch
 from cmapkd.features.top_tokens import ROWS as TOP_ROWS
 from cmapkd.features.top_tokens import narrowed, top_tokens
+from cmapkd.features.visual_rows import per_picture
 from cmapkd.methods.base import Method
+from cmapkd.methods.behind_terms import Made, SharedMatrix, check_terms_learn
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.methods.rollouts import ROLLED, OnPolicyConfig, roll_out
-from cmapkd.methods.stages import StageConfig
+from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 from cmapkd.methods.terms import Term
 from cmapkd.models import FrozenTeacher, Model
 from cmapkd.models.generative import GenerativeModel
-from cmapkd.models.reach import example_rows, last_matrix_behind
 from cmapkd.models.shared_vocabulary import check_same_vocabulary, cut_head, kept_of, picked_head
 from cmapkd.models.token_types import LogitHead, Rows, TokenFeatures, TokenNeeds, TopTokens
 from cmapkd.objectives.tokens import TokenDivergence
@@ -94,6 +95,7 @@ class GenerativeMethod(Method):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         self.config = config
+        self._shared_matrix = SharedMatrix()
         if teacher is not None and self.compares_tokens:
             self.relate(teacher.model)
 
@@ -119,6 +121,16 @@ class GenerativeMethod(Method):
         common = check_same_vocabulary(teacher.vocabulary, self.student.vocabulary)
         differ = common < max(teacher.vocabulary.size, self.student.vocabulary.size)
         self.num_tokens = common if differ else None
+
+    @property
+    def made_of(self) -> Mapping[str, Made]:
+        """What terms are made of, by name, where that is not the logits: so much must learn, or they train nothing."""
+        return {}
+
+    def check_stages(self, stages: Sequence[StageConfig]) -> None:
+        super().check_stages(stages)
+        made = {name: what for name, what in self.made_of.items() if self.weights.get(name, 1.0)}
+        check_terms_learn(self, made, stages or (WHOLE_RUN,))
 
     @property
     def compares_tokens(self) -> bool:
@@ -177,6 +189,12 @@ class GenerativeMethod(Method):
         found = part.inputs[reads]
         assert isinstance(found, ChatInput)
         return found
+
+    def visual_counts(self, part: Batch) -> tuple[list[int], list[int]]:
+        """Visual tokens of each dialogue of a part, as the student and the first teacher read it."""
+        first = next(iter(self.teachers.values()))
+        own, theirs = (per_picture(self.dialogues(part, reads)) for reads in ("student", first.reads))
+        return own, theirs
 
     def read_teacher(self, part: Batch, role: str | None = None) -> TokenFeatures | None:
         """A teacher's features of a part of the batch, without gradient; None where there is no teacher.
@@ -341,12 +359,8 @@ class GenerativeMethod(Method):
         return super().why_whole(stages)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
-        """The last matrix of weights below the final states, from which all terms are made."""
-        return {self._last_matrix: dict(self.student.named_parameters())[self._last_matrix]}
-
-    @cached_property
-    def _last_matrix(self) -> str:
-        return last_matrix_behind(self.student, lambda: example_rows(self.student))
+        """The last matrix of weights below what any term of the stage is made of first; mostly the final states."""
+        return self._shared_matrix.of(self.student, [what for name, what in self.made_of.items() if self.wants(name)])
 
     def _rolled_out(self, batch: Batch) -> Batch:
         """The batch, with the student's own answers in the place of some, where the method learns on its policy."""

@@ -98,7 +98,7 @@ class Learning(nn.Module):
             self._learning = frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
             self._momenta = {name: norm.momentum for name, norm in self._batch_norms()}
         self.stage = stage
-        learning = self._learning & self._learning_in(stage)
+        learning = self._learning & self.learning_in(stage)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in learning)
         for name, norm in self._batch_norms():
@@ -122,10 +122,10 @@ class Learning(nn.Module):
                 norm.momentum = 0.0
 
     def _something_learns(self, stage: StageConfig) -> bool:
-        learning = self._learning_in(stage)
+        learning = self.learning_in(stage)
         return any(parameter.requires_grad and name in learning for name, parameter in self.named_parameters())
 
-    def _learning_in(self, stage: StageConfig) -> frozenset[str]:
+    def learning_in(self, stage: StageConfig) -> frozenset[str]:
         """Names of the parameters that belong to what the stage trains."""
         parts = self.student_parts
         named = {f"student.{name}" for part in stage.train if part in parts for name in parts[part]}

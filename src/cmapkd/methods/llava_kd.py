@@ -5,12 +5,14 @@ The teacher's next-token distributions are followed behind visual tokens, too. D
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from cmapkd.data.types import Batch
-from cmapkd.features.visual_rows import beside_own, by_pictures, check_visual_tokens, per_picture
+from cmapkd.features.visual_rows import beside, by_pictures, check_visual_tokens
+from cmapkd.methods.behind_terms import Made
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.stages import StageConfig
@@ -127,6 +129,10 @@ class LlavaKD(GenerativeMethod):
         )
 
     @property
+    def made_of(self) -> Mapping[str, Made]:
+        return {"relation": "projected" if self.config.relation_level == "projector" else "states"}
+
+    @property
     def student_needs(self) -> TokenNeeds:
         """Visual tokens where the stage compares them."""
         relation = self.wants("relation")
@@ -147,7 +153,7 @@ class LlavaKD(GenerativeMethod):
         if self.wants("visual"):
             rows = student.hidden["visual"]
             number = self.weigh(part, rows)
-            states = beside_own(rows, teacher.hidden["visual"], len(part))
+            states = beside(teacher.hidden["visual"], *self.visual_counts(part))
             total = self.divergence_at(student, rows, teacher, states, divergence=self.divergence, weights=number.rows)
             counted["visual"] = Counted(total, number.number)
         if self.wants("relation"):
@@ -161,7 +167,7 @@ class LlavaKD(GenerativeMethod):
             assert theirs is not None
         else:
             own, theirs = student.hidden["visual"], teacher.hidden["visual"]
-        counts = per_picture(own, len(part))
-        tables = by_pictures(own.values, beside_own(own, theirs, len(part)), counts)
+        counts, others = self.visual_counts(part)
+        tables = by_pictures(own.values, beside(theirs, counts, others), counts)
         total = own.values.sum() * 0 + sum(token_relation_distance(*pair).sum() for pair in tables)
         return Counted.of(total, sum(map(bool, counts)))

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cmapkd.data.dialogues import ChatInput
+from cmapkd.data.random import uniforms
 from cmapkd.data.types import Batch, Input
 from cmapkd.features.gather import gather_rows
 from cmapkd.methods.card import MethodCard, MethodConfig
@@ -40,10 +41,17 @@ class LLaVAMoDConfig(GenerativeConfig):
     )
     distill_weight: float = Field(1.0, ge=0, description="Weight of the divergence on the good answers, the mimic.")
     preference_weight: float = Field(1.0, ge=0, description="Weight of the preference of good answers to worse ones.")
+    exchanged: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the pairs whose two answers change places in the preference, drawn by sample. 0.5 is a "
+        "control: what is preferred then says nothing.",
+    )
 
     @property
-    def reads_pairs(self) -> bool:
-        return self.preference_weight > 0
+    def pair_terms(self) -> tuple[str, ...]:
+        return ("preference",) if self.preference_weight else ()
 
     @property
     def not_cached(self) -> str | None:
@@ -53,6 +61,8 @@ class LLaVAMoDConfig(GenerativeConfig):
     def _something_counts(self) -> LLaVAMoDConfig:
         if not (self.answers_weight or self.distill_weight or self.preference_weight):
             raise ValueError("every weight is 0, so nothing would be learned: give one of them a weight")
+        if self.exchanged and not self.preference_weight:
+            raise ValueError(f"preference_weight is 0, so no pair is read: leave exchanged ({self.exchanged:g}) out")
         return self
 
 
@@ -121,6 +131,9 @@ class LLaVAMoD(GenerativeMethod):
     def _preference(self, batch: Batch) -> Float[Tensor, ""]:
         parts, answered = micro_batches(batch, self.micro_batch), dict[int, Tensor]()
         own = torch.cat(encode_checkpointed(partial(self._log_ratios, answered), parts, model=self))
+        if self.config.exchanged:
+            drawn = [uniforms(1, "exchanged", each)[0] < self.config.exchanged for each in batch.ids]
+            own = torch.where(torch.tensor(drawn)[:, None].to(own.device, non_blocking=True), own.flip(-1), own)
         chosen, rejected = gather_rows(own).unbind(-1)  # both means of kto_pair are over the whole batch
         told = {"chosen": chosen, "rejected": rejected, "preferred": (chosen > rejected).to(chosen.dtype)}
         self.measurements |= {f"preference/{name}": each.detach().mean() for name, each in told.items()}

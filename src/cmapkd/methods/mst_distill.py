@@ -129,10 +129,10 @@ class MstDistill(ClassifierMethod):
             if terms
         )
 
-    def _learning_in(self, stage: StageConfig) -> frozenset[str]:
+    def learning_in(self, stage: StageConfig) -> frozenset[str]:
         """Of the modules only those that a term of the stage trains: networks stay while their masks learn."""
         idle = tuple(start for start, terms in TRAINED_BY.items() if not any(map(stage.wants_term, terms)))
-        return frozenset(name for name in super()._learning_in(stage) if not name.startswith(idle))
+        return frozenset(name for name in super().learning_in(stage) if not name.startswith(idle))
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
         """Also a layer of the networks and one of the masks, for terms that do not reach the student."""

@@ -6,18 +6,19 @@ learns to see. Training code is not published: the switch is a reconstruction of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.features.visual_grid import resampled, resampled_rows
+from cmapkd.methods.behind_terms import Made
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod, Weighed
 from cmapkd.models import FrozenTeacher
@@ -45,6 +46,20 @@ class SwitchKDConfig(GenerativeConfig):
     answers_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the answers of the data.")
     distill_weight: float = Field(1.0, ge=0, description="Weight of the student's differences to the teacher's.")
     visual_weight: float = Field(1.0, ge=0, description="Weight of the same for the teacher that sees as the student.")
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> SwitchKDConfig:
+        if not (self.distill_weight or self.visual_weight):
+            raise ValueError("distill_weight and visual_weight are 0, and what is left is sft: set method: sft")
+        fields = type(self).model_fields
+        if self.top_k is not None and self.candidates != fields["candidates"].default:
+            raise ValueError(
+                f"candidates ({self.candidates}) is read where a knee is sought, and top_k ({self.top_k}) says how "
+                "many logits are compared: leave one of the two out"
+            )
+        if not self.visual_weight and self.switch != fields["switch"].default:
+            raise ValueError(f"visual_weight is 0, so nothing is switched: leave switch ({self.switch}) out")
+        return self
 
     @property
     def not_cached(self) -> str | None:
@@ -95,7 +110,6 @@ class SwitchKD(GenerativeMethod):
         self.tokens = other.tokens
         same = own.width == other.width or not config.visual_weight
         self.adapter: nn.Module = nn.Identity() if same else nn.Linear(own.width, other.width)
-        self._check_sight()
 
     @property
     def student_needs(self) -> TokenNeeds:
@@ -104,9 +118,9 @@ class SwitchKD(GenerativeMethod):
         at_tower = self.config.switch == "vision"
         return TokenNeeds(encoded=at_tower, projected=not at_tower)
 
-    def train_only(self, parts: Sequence[str]) -> None:
-        super().train_only(parts)
-        self._check_sight()
+    @property
+    def made_of(self) -> Mapping[str, Made]:
+        return {"visual_switch": "encoded" if self.config.switch == "vision" else "projected"}
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
         weighed = self.weigh(part, student.hidden["answer"])
@@ -176,19 +190,3 @@ class SwitchKD(GenerativeMethod):
                 "tower can stand: set method.switch=projector, or method.visual_weight=0"
             )
         return shape
-
-    def _check_sight(self) -> None:
-        """Refuses a student whose sight does not learn, where it is to learn by the switch.
-
-        Raises:
-            ConfigError: says which parts would have to learn.
-        """
-        if not self.config.visual_weight:
-            return
-        seeing = ("vision",) if self.config.switch == "vision" else ("vision", "projector")
-        learned = {name for name, each in self.student.named_parameters() if each.requires_grad}
-        if not any(self.student.parts[part] & learned for part in seeing):
-            raise ConfigError(
-                f"the visual switch trains the student's {' and '.join(seeing)}, and nothing of it learns: name vision "
-                "in training.train_parts (or lora.learn), or set method.visual_weight=0"
-            )

@@ -75,6 +75,9 @@ def measure_gradients(
 def gradient_of(name: str, value: Float[Tensor, ""], shared: Mapping[str, nn.Parameter]) -> Float[Tensor, " numbers"]:
     """A term's gradient at the shared layers as one vector [numbers]; the graph stays whole.
 
+    A gradient of zeros is not refused: a term may be at its least, and a batch without pictures has nothing to see.
+    Sums with a count are divided together (`divided`), so one that the layers do not change has zeros, too.
+
     Raises:
         ValueError: the term does not depend on them.
     """

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cmapkd.data.dialogues import Turn, join_items
+from cmapkd.data.dialogues import ChatInput, Turn, join_items
 from cmapkd.models.base import DualEncoder, ImageEncoder, eval_mode
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.token_types import TokenNeeds
 from cmapkd.models.types import Tower
 
 
@@ -96,11 +97,23 @@ def example_output(model: ImageEncoder, tower: Tower, level: str | None = None) 
 
 def example_visual_tokens(model: GenerativeModel) -> Tensor:
     """The visual tokens of an empty picture, as the language model is fed with them; the model is left as it was."""
+    with eval_mode(model):
+        seen = model.see(_with_a_picture(model))
+    return seen.tokens.values
+
+
+def example_encoded(model: GenerativeModel) -> Tensor:
+    """The vision tower's tokens of an empty picture, as the projector is given them; the model is left as it was."""
+    with eval_mode(model):
+        features = model(_with_a_picture(model), TokenNeeds(encoded=True))
+    tokens: Tensor = features.encoded
+    return tokens
+
+
+def _with_a_picture(model: GenerativeModel) -> ChatInput:
     picture = Image.new("RGB", (64, 64), (90, 160, 40))
     item = model.processor.read((Turn("user", "a", 1), Turn("assistant", "a")), [picture])
-    with eval_mode(model):
-        seen = model.see(join_items([item], model.vocabulary.pad_id).to(model.device))
-    return seen.tokens.values
+    return join_items([item], model.vocabulary.pad_id).to(model.device)
 
 
 def example_rows(model: GenerativeModel) -> Tensor:

@@ -27,6 +27,7 @@ from cmapkd.evaluation.probes.joint import JointHeads, build_heads
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
 from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.generative import GenerativeMethod
+from cmapkd.methods.stages import WHOLE_RUN
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher
 from cmapkd.models.reading import reader_of
 from cmapkd.run.config import RunConfig
@@ -272,8 +273,10 @@ def text_choice(config: RunConfig, method: Method) -> Choice:
 
 
 def prompting_of(config: RunConfig) -> Prompting:
-    """The dialogues that a run over models that write learns from."""
-    return replace(config.data.prompts.prompting(), pairs=config.method.reads_pairs)
+    """The dialogues that a run over models that write learns from; in pairs where a stage wants a term of pairs."""
+    stages = config.training.stages or (WHOLE_RUN,)
+    pairs = any(stage.wants_term(name) for name in config.method.pair_terms for stage in stages)
+    return replace(config.data.prompts.prompting(), pairs=pairs)
 
 
 def heads_of(config: RunConfig, source: Source, student: DualEncoder) -> JointHeads | None:

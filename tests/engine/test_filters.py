@@ -16,7 +16,7 @@ from PIL import Image
 from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import Turn, join_items
 from cmapkd.data.types import Box, Sample
-from cmapkd.engine import EngineConfig
+from cmapkd.engine import Engine, EngineConfig
 from cmapkd.engine.candidates import Candidate, boxed, elsewhere, expanded
 from cmapkd.engine.critics import CriticConfig, judge
 from cmapkd.engine.filters import FilterConfig, HardConfig, MajorityConfig, majority, verify
@@ -165,6 +165,19 @@ def test_a_model_that_cannot_judge_is_refused() -> None:
     panel = replace(PANEL, models={"critic": silent})
     with pytest.raises(ConfigError, match=r"models\.critic is silent, which says nothing: a critic"):
         judge([candidate(statement="it is")], CriticConfig(by="critic", threshold=0.5), panel)
+
+
+def test_models_are_checked_before_anything_is_asked() -> None:
+    critic = {
+        "propose": {"facts": {**FACTS["facts"], "by": "writer"}},
+        "verify": [{"critic": {"by": "c", "threshold": 0.5}}],
+    }
+    config = EngineConfig.from_mapping({"data": "scenes", "models": {"writer": "x", "c": "y"}, **critic})
+    models: Any = {**PANEL.models, "c": build_model("tiny:scenes-teacher")}
+    with pytest.raises(ConfigError, match=r"relations\.kind\.tails has 0: models\.c compares"):
+        Engine(config, models=models)
+    with pytest.raises(ConfigError, match=r"models\.c is silent"):
+        Engine(config, models={**models, "c": SimpleNamespace(name="silent", does="says nothing")})
 
 
 FACTS = {"facts": {"by": "a", "drafts": 1, "relations": {"kind": {"question": "What?", "statement": "it is {}"}}}}

@@ -13,7 +13,8 @@ from cmapkd.engine.candidates import Candidate
 from cmapkd.engine.written import Panel
 from cmapkd.evaluation.tasks.yes_no import first_tokens
 from cmapkd.evaluation.token_scores import first_log_odds
-from cmapkd.models import DualEncoder
+from cmapkd.evaluation.vqa import normalise_answer
+from cmapkd.models import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import TokenNeeds
 
@@ -32,6 +33,28 @@ class CriticConfig(Config):
     question: str = Field("Is it true that {}?", description="What a critic that writes is asked; {} is the statement.")
 
 
+def check_critic(config: CriticConfig, panel: Panel, tails: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a model that cannot judge facts.
+
+    Args:
+        tails: of each relation.
+    Raises:
+        ConfigError: the model is no critic, says yes and no with the same first token, or has nothing to compare.
+    """
+    model = panel.models[config.by]
+    if isinstance(model, GenerativeModel):
+        _first_tokens(config, model)
+    elif isinstance(model, DualEncoder):
+        for relation, each in tails.items():
+            if len(set(map(normalise_answer, each))) < 2:
+                raise ConfigError(
+                    f"propose.facts.relations.{relation}.tails has {len(each)}: models.{config.by} compares a fact with "
+                    "the other tails, so every fact would be certain. Give two usual answers or more"
+                )
+    else:
+        raise _no_critic(config, model)
+
+
 def judge(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel) -> list[float]:
     """The critic's probability, in [0, 1], that each candidate's statement is true of its picture; 0 where it cannot
     read the question.
@@ -44,15 +67,24 @@ def judge(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel) -
         return _asked(candidates, config, panel, model)
     if isinstance(model, DualEncoder):
         return _compared(candidates, panel, model)
-    raise ConfigError(
+    raise _no_critic(config, model)
+
+
+def _no_critic(config: CriticConfig, model: Model) -> ConfigError:
+    return ConfigError(
         f"models.{config.by} is {model.name}, which {model.does}: a critic writes, or embeds pictures and texts"
     )
 
 
-def _asked(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, model: GenerativeModel) -> list[float]:
+def _first_tokens(config: CriticConfig, model: GenerativeModel) -> Mapping[str, Sequence[int]]:
     tokens = first_tokens(model)
     if tokens is None:
         raise ConfigError(f"models.{config.by}: {model.name} begins yes and no with the same token, so it is no critic")
+    return tokens
+
+
+def _asked(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, model: GenerativeModel) -> list[float]:
+    tokens = _first_tokens(config, model)
     yes, no = (torch.tensor(tokens[word], device=panel.device) for word in ("yes", "no"))
 
     def odds(inputs: ChatInput, _: Sequence[int]) -> list[float]:

@@ -57,6 +57,10 @@ class EngineFolder:
         """Whether this shard is finished."""
         return (self.shard(number) / _RECORD).is_file()
 
+    def has_any(self) -> bool:
+        """Whether any shard is finished."""
+        return any(self._shards.glob(f"*/{_RECORD}"))
+
     def finish_shard(
         self, number: int, candidates: Sequence[Candidate], *, samples: int, bad: Sequence[tuple[str, str]] = ()
     ) -> None:
@@ -203,6 +207,8 @@ class EngineFolder:
         return {"question_id": candidate["id"], "question": candidate["question"] + note, "answer": candidate["answer"]}
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
+        with writing(self.path, again=AGAIN):
+            self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / MANIFEST, json.dumps(values, indent=2) + "\n", again=AGAIN)
 
     def manifest(self) -> dict[str, Any] | None:
@@ -213,7 +219,7 @@ class EngineFolder:
         """
         file = self.path / MANIFEST
         if not file.exists():
-            if self.path.exists() and any(not each.name.startswith(".") for each in self.path.iterdir()):
+            if any(map(_is_foreign, self.path.iterdir() if self.path.exists() else ())):
                 raise ConfigError(f"{self.path} is not empty and has no {MANIFEST}: name another folder")
             return None
         try:
@@ -223,6 +229,13 @@ class EngineFolder:
         except (OSError, ValueError, RecursionError):
             pass
         raise ConfigError(f"{file} is damaged: restore it, or name another folder")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether no engine that died at its start left this."""
+    if path.name == SHARDS and path.is_dir():
+        return any(map(_is_foreign, path.iterdir()))
+    return not path.name.startswith(".")
 
 
 def _is_candidate(line: Any) -> bool:

@@ -149,15 +149,20 @@ def test_a_critic_of_two_towers_compares_with_the_other_tails() -> None:
     facts = [
         candidate(statement="it is red", alternatives=others),
         candidate(1, statement="it is new", alternatives=others),
+        candidate(2, statement="it is Red.", alternatives=others),  # no third one
     ]
     scores = judge(facts, CriticConfig(by="critic", threshold=0.5), panel)
     scale = critic.log_logit_scale.detach().exp()
-    for score, texts in zip(
-        scores, (["it is red", "it is blue"], ["it is new", "it is red", "it is blue"]), strict=True
-    ):
+    two = ["it is red", "it is blue"]
+    for score, texts in zip(scores, (two, ["it is new", *two], two), strict=True):
         expected = (scale * critic.embed([GREY], texts).similarity).softmax(-1)[0, 0]
         assert score == pytest.approx(float(expected), abs=1e-5)
     assert judge([], CriticConfig(by="critic", threshold=0.5), panel) == []
+
+
+def test_relations_have_their_own_thresholds() -> None:
+    config = CriticConfig(by="critic", threshold=0.5, thresholds={"texture": 0.2})
+    assert [config.keeps(name, 0.3) for name in ("texture", "shape", None)] == [True, False, False]
 
 
 def test_a_model_that_cannot_judge_is_refused() -> None:
@@ -173,7 +178,7 @@ def test_models_are_checked_before_anything_is_asked() -> None:
         "verify": [{"critic": {"by": "c", "threshold": 0.5}}],
     }
     config = EngineConfig.from_mapping({"data": "scenes", "models": {"writer": "x", "c": "y"}, **critic})
-    models: Any = {**PANEL.models, "c": build_model("tiny:scenes-teacher")}
+    models = {**PANEL.models, "c": build_model("tiny:scenes-teacher")}
     with pytest.raises(ConfigError, match=r"relations\.kind\.tails has 0: models\.c compares"):
         Engine(config, models=models)
     with pytest.raises(ConfigError, match=r"models\.c is silent"):
@@ -193,6 +198,10 @@ CROPS = {"crops": {"questions": ["What is it?"]}}
         (
             {"propose": {"questions": {"by": "a"}}, "verify": [{"critic": {"by": "a", "threshold": 0.5}}]},
             "a critic reads statements",
+        ),
+        (
+            {"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 0.5, "thresholds": {"kin": 0.5}}}]},
+            "did you mean 'kind'",
         ),
         ({"propose": FACTS, "verify": [{"critic": {"by": "b", "threshold": 0.5}}]}, "names the model 'b'"),
         ({"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 50}}]}, "<= 1"),

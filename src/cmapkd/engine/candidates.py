@@ -18,6 +18,10 @@ PARSED, READABLE = "parsed", "readable"
 """Names under which proposals are dropped that have no question and answer, or that a model cannot read."""
 
 
+NO_QUESTIONS = frozenset({PARSED, READABLE})
+"""Dropped under these names, a candidate is no question that a source could hold: not even a control may draw it."""
+
+
 @dataclass(slots=True)
 class Candidate:
     """One question about one sample.

@@ -43,7 +43,8 @@ class WriteConfig(Config):
     note: str = Field("", description="Stands after every written question, behind an empty line.")
     control: bool = Field(
         False,
-        description="Also write random.jsonl: as many candidates with an answer as are kept, whatever filters say.",
+        description="Also write random.jsonl: as many candidates with an answer as are kept, and of each relation as "
+        "many, whatever filters say.",
     )
 
     @model_validator(mode="after")
@@ -107,6 +108,10 @@ class EngineConfig(Config):
             yield "nothing gives the questions of propose.crops an answer: let a majority come first in verify"
         if self.propose.facts is None and any(each.critic is not None for each in self.verify):
             yield "a critic reads statements, which propose.facts alone makes"
+        relations = self.propose.facts.relations if self.propose.facts is not None else {}
+        own = {name for each in self.verify if each.critic for name in each.critic.thresholds}
+        for name in sorted(own - relations.keys()):
+            yield f"thresholds names the relation {name!r}{closest(name, relations)}; there are {_listed(relations)}"
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -30,7 +31,14 @@ class CriticConfig(Config):
 
     by: str = Field(description="A name under models: one that writes, or that embeds pictures and texts.")
     threshold: float = Field(ge=0, le=1, description="Least probability at which a fact is kept.")
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict, description="Relation -> its own threshold, where a critic finds some kinds harder."
+    )
     question: str = Field("Is it true that {}?", description="What a critic that writes is asked; {} is the statement.")
+
+    def keeps(self, relation: str | None, score: float) -> bool:
+        """Whether a fact of this relation is kept."""
+        return score >= self.thresholds.get(str(relation), self.threshold)
 
 
 def check_critic(config: CriticConfig, panel: Panel, tails: Mapping[str, Sequence[str]]) -> None:
@@ -48,8 +56,8 @@ def check_critic(config: CriticConfig, panel: Panel, tails: Mapping[str, Sequenc
         for relation, each in tails.items():
             if len(set(map(normalise_answer, each))) < 2:
                 raise ConfigError(
-                    f"propose.facts.relations.{relation}.tails has {len(each)}: models.{config.by} compares a fact with "
-                    "the other tails, so every fact would be certain. Give two usual answers or more"
+                    f"propose.facts.relations.{relation}.tails has {len(each)}: models.{config.by} compares a fact "
+                    "with the other tails, so every fact would be certain. Give two usual answers or more"
                 )
     else:
         raise _no_critic(config, model)
@@ -105,18 +113,23 @@ def _compared(candidates: Sequence[Candidate], panel: Panel, model: DualEncoder)
     indices = list(dict.fromkeys(each.index for each in candidates))
     first = {each.index: each.sample.image for each in candidates}
     images = model.embed(images=[first[index] for index in indices], batch_size=panel.batch_size).images
-    words = list(dict.fromkeys(text for each in candidates for text in _alternatives(each)))
+    compared = list(map(_alternatives, candidates))
+    words = list(dict.fromkeys(text for texts, _ in compared for text in texts))
     texts = model.embed(texts=words, batch_size=panel.batch_size).texts
     assert images is not None
     assert texts is not None
     row: Mapping[str, int] = {text: place for place, text in enumerate(words)}
     scores = []
-    for each in candidates:
-        others = _alternatives(each)
+    for each, (others, own) in zip(candidates, compared, strict=True):
         logits = scale * texts[[row[text] for text in others]] @ images[indices.index(each.index)]
-        scores.append(float(logits.softmax(-1)[others.index(str(each.statement))]))
+        scores.append(float(logits.softmax(-1)[own]))
     return scores
 
 
-def _alternatives(candidate: Candidate) -> list[str]:
-    return list(dict.fromkeys([*candidate.alternatives, str(candidate.statement)]))
+def _alternatives(candidate: Candidate) -> tuple[list[str], int]:
+    """Statements of different meaning by the rules of VQA v2, in the words of the tails, and the place of its own."""
+    own = str(candidate.statement)
+    meant: dict[str, str] = {}
+    for text in (*candidate.alternatives, own):
+        meant.setdefault(normalise_answer(text), text)
+    return list(meant.values()), list(meant).index(normalise_answer(own))

@@ -159,7 +159,7 @@ def _critic(candidates: Sequence[Candidate], config: CriticConfig, label: str, p
     scores = judge(candidates, config, panel)
     for each, score in zip(candidates, scores, strict=True):
         each.scores[label] = score
-    return [score >= config.threshold for score in scores]
+    return [config.keeps(each.relation, score) for each, score in zip(candidates, scores, strict=True)]
 
 
 _KINDS: dict[str, Callable[[Sequence[Candidate], Any, str, Panel], list[bool]]] = {

@@ -227,4 +227,7 @@ def told(counts: Mapping[str, Any]) -> str:
     """Counts in words: `of 60 candidates, 20 kept, 40 dropped as parity`."""
     dropped = ", ".join(f"{number:,} dropped as {label}" for label, number in counts["dropped"].items())
     bad = f"; {counted(counts['bad'], 'sample')} could not be read" if counts["bad"] else ""
-    return f"of {counted(counts['candidates'], 'candidate')}, {counts['kept']:,} kept, {dropped or 'none dropped'}{bad}"
+    found = counts.get("relations", {}).items()
+    relations = ", ".join(f"{each['kept']:,} of {each['candidates']:,} of {name}" for name, each in found)
+    kept = f"{counts['kept']:,} kept" + (f" ({relations})" if relations else "")
+    return f"of {counted(counts['candidates'], 'candidate')}, {kept}, {dropped or 'none dropped'}{bad}"

@@ -73,3 +73,22 @@ def test_a_line_without_its_filter_is_damaged(tmp_path: Path) -> None:
     record.write_text(json.dumps({**json.loads(record.read_text()), "digest": digest}))
     with pytest.raises(ConfigError, match=r"candidates\.jsonl is damaged"):
         folder.join(1)
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "changed"])
+def test_a_picture_that_is_not_as_it_was_written_is_found(tmp_path: Path, gone: bool) -> None:
+    folder = written(tmp_path, [candidate(0)])
+    folder.join(1)
+    (picture,) = (folder.shard(0) / "pictures").iterdir()
+    picture.unlink() if gone else picture.write_bytes(picture.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=rf"{picture.name} is damaged: remove the folder {folder.shard(0)}, and"):
+        folder.join(1)
+
+
+def test_folders_are_flushed_with_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr("cmapkd.engine.folder.flush", lambda path: flushed.append(path.name))
+    folder = written(tmp_path / "out", [candidate(0)])
+    assert flushed.index("000000000.png") < flushed.index("pictures") < flushed.index("shards")
+    folder.join(1)
+    assert flushed[-1] == "out"

@@ -108,6 +108,23 @@ class EngineConfig(Config):
             yield "nothing gives the questions of propose.crops an answer: let a majority come first in verify"
         if self.propose.facts is None and any(each.critic is not None for each in self.verify):
             yield "a critic reads statements, which propose.facts alone makes"
+        yield from self._idle()
+
+    def _idle(self) -> Iterable[str]:
+        """What would silently do nothing, or other than it says."""
+        for each in self.verify:
+            read = {name: self.answers[name] for name in each.answers if name in self.answers}
+            if each.parity is not None or each.right is not None:
+                for name, how in read.items():
+                    if how.drafts > 1:
+                        yield f"{each.kind} reads one draft, and answers.{name} has {how.drafts}: set drafts to 1"
+            if each.hard is not None:
+                for name, how in read.items():
+                    if each.hard.most >= how.drafts:
+                        yield (
+                            f"hard.most is {each.hard.most}, and answers.{name}.drafts {how.drafts}: nothing would be "
+                            "dropped. Set more drafts"
+                        )
         relations = self.propose.facts.relations if self.propose.facts is not None else {}
         own = {name for each in self.verify if each.critic for name in each.critic.thresholds}
         for name in sorted(own - relations.keys()):

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from PIL import Image
+from pydantic import Field, field_validator
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.dialogues import ChatInput
 from cmapkd.engine.candidates import Candidate
-from cmapkd.engine.written import Panel
+from cmapkd.engine.written import Panel, check_place
 from cmapkd.evaluation.tasks.yes_no import first_tokens
 from cmapkd.evaluation.token_scores import first_log_odds
 from cmapkd.evaluation.vqa import normalise_answer
@@ -35,6 +36,11 @@ class CriticConfig(Config):
         default_factory=dict, description="Relation -> its own threshold, where a critic finds some kinds harder."
     )
     question: str = Field("Is it true that {}?", description="What a critic that writes is asked; {} is the statement.")
+
+    @field_validator("question")
+    @classmethod
+    def _has_one_place(cls, value: str) -> str:
+        return check_place(value, "question", "statement")
 
     def keeps(self, relation: str | None, score: float) -> bool:
         """Whether a fact of this relation is kept."""
@@ -99,8 +105,10 @@ def _asked(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, 
         found: list[float] = first_log_odds(model, model(inputs, TokenNeeds()), yes, no).sigmoid().tolist()
         return found
 
-    asked = [(each.sample.image, config.question.format(each.statement)) for each in candidates]
-    scores = panel.computed(model, asked, odds)
+    def asks(candidate: Candidate) -> tuple[Image.Image, str]:
+        return candidate.sample.image, config.question.replace("{}", str(candidate.statement))
+
+    scores = panel.computed(model, candidates, asks, odds)
     return [scores.get(place, 0.0) for place in range(len(candidates))]
 
 

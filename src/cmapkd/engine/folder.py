@@ -90,9 +90,18 @@ class EngineFolder:
                     "kept": len(kept(candidates)),
                     "relations": _by_relation(candidates),
                     "digest": _digest(data),
+                    "pictures": {
+                        file.name: _digest(file.read_bytes()) for file in sorted((folder / _PICTURES).iterdir())
+                    },
                 }
                 (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                for file in (*(folder / _PICTURES).iterdir(), folder / _LINES, folder / _RECORD, folder):
+                for file in (
+                    *(folder / _PICTURES).iterdir(),
+                    folder / _PICTURES,
+                    folder / _LINES,
+                    folder / _RECORD,
+                    folder,
+                ):
                     flush(file)
                 try:
                     folder.rename(final)
@@ -129,13 +138,14 @@ class EngineFolder:
         try:
             record: Any = json.loads(file.read_text(encoding="utf-8"))
             good = isinstance(record["digest"], str) and isinstance(record["dropped"], dict)
+            good = good and isinstance(record["pictures"], dict)
             good = good and all(type(each[key]) is int for each in record["relations"].values() for key in _OF_RELATION)
             good = good and all(type(record[key]) is int for key in ("samples", "candidates", "kept"))
             if good and isinstance(record["bad"], list):
                 return dict(record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
-        raise _damaged(file)
+        raise self._damaged(number, file)
 
     def candidates(self, number: int) -> Iterator[dict[str, Any]]:
         """The candidates of a finished shard, kept ones and others.
@@ -147,16 +157,32 @@ class EngineFolder:
         try:
             data = file.read_bytes()
         except OSError:
-            raise _damaged(file) from None
+            raise self._damaged(number, file) from None
         if _digest(data) != self.record(number)["digest"]:
-            raise _damaged(file)
+            raise self._damaged(number, file)
         try:
             lines = list(map(json.loads, data.splitlines()))
         except (ValueError, RecursionError):
             lines = [None]
         if not all(map(_is_candidate, lines)):
-            raise _damaged(file)
+            raise self._damaged(number, file)
         yield from lines
+
+    def check_pictures(self, number: int) -> None:
+        """Raises ConfigError: a picture of a finished shard is gone, or is not as it was written."""
+        written = self.record(number)["pictures"]
+        named = {Path(each["image"]).name for each in self.candidates(number) if "image" in each}
+        for name in sorted(named):
+            file = self.shard(number) / _PICTURES / name
+            try:
+                good = _digest(file.read_bytes()) == written.get(name)
+            except OSError:
+                good = False
+            if not good:
+                raise self._damaged(number, file)
+
+    def _damaged(self, number: int, file: Path) -> ConfigError:
+        return ConfigError(f"{file} is damaged: remove the folder {self.shard(number)}, and {AGAIN}")
 
     def counts(self, shards: int) -> dict[str, Any]:
         """Of all shards together: samples, candidates, those that each filter dropped, and those that are kept.
@@ -180,7 +206,11 @@ class EngineFolder:
 
         Returns:
             How many are in each list.
+        Raises:
+            ConfigError: a shard is not as it was written.
         """
+        for shard in range(shards):
+            self.check_pictures(shard)
         keeps = {place for place, each in self._all(shards) if each["dropped"] is None}
         self._list(KEPT, shards, keeps)
         if self.write.control:
@@ -289,7 +319,3 @@ def _save(picture: Image.Image, file: Path) -> None:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _damaged(file: Path) -> ConfigError:
-    return ConfigError(f"{file} is damaged: remove its folder, and {AGAIN}")

@@ -33,7 +33,7 @@ def candidate(number: int, **values: Any) -> Candidate:
     return Candidate(Sample(f"s{number}", GREY), number, 0, **{"question": "What is it?", "answer": "red", **values})
 
 
-def listed(folder: EngineFolder, name: str) -> list[str]:
+def listed(folder: EngineFolder, name: str) -> list[str | None]:
     source = open_source(f"jsonl:{folder.path / name}")
     return [question.id for place in range(len(source)) for question in source[place].questions]
 
@@ -56,7 +56,7 @@ def test_the_control_is_drawn_within_each_relation(tmp_path: Path) -> None:
     ]
     folder = written(tmp_path, facts)
     assert folder.join(1) == 10
-    of = {each.id: each.relation for each in facts}
+    of: dict[str | None, str | None] = {each.id: each.relation for each in facts}
     assert Counter(of[name] for name in listed(folder, "random.jsonl")) == {"colour": 8, "shape": 2}
     counts = folder.counts(1)
     assert counts["relations"] == {name: {"candidates": n, "kept": k} for name, (k, n) in relations.items()}

@@ -44,7 +44,9 @@ def test_the_control_draws_no_proposal_that_is_no_question(tmp_path: Path) -> No
     others = [candidate(40), candidate(41), candidate(42, dropped="parity")]
     folder = written(tmp_path, [*no_questions, *others])
     assert folder.join(1) == 2
-    assert len(listed(folder, "kept.jsonl")) == len(listed(folder, "random.jsonl")) == 2
+    assert listed(folder, "kept.jsonl") == ["s40#0", "s41#0"]
+    assert len(drawn := listed(folder, "random.jsonl")) == 2
+    assert set(drawn) < {each.id for each in others}
 
 
 def test_the_control_is_drawn_within_each_relation(tmp_path: Path) -> None:

@@ -241,9 +241,9 @@ def test_models_are_checked_before_anything_is_asked() -> None:
     models = {**PANEL.models, "c": build_model("tiny:scenes-teacher")}
     with pytest.raises(ConfigError, match=r"relations\.kind\.tails has 0: models\.c compares"):
         Engine(config, models=models)
-    models["c"] = SimpleNamespace(name="silent", does="says nothing")
+    silent: Any = SimpleNamespace(name="silent", does="says nothing")
     with pytest.raises(ConfigError, match=r"models\.c is silent"):
-        Engine(config, models=models)
+        Engine(config, models={**models, "c": silent})
 
 
 ASKS = {"by": "a", "temperature": 1.0}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from cmapkd.evaluation.vqa import normalise_answer, vqa_accuracy
 from cmapkd.models import Model
 
 SCENES = 48
+BOXED = ("answers.on_crop.sees=boxed", "answers.on_crop.margin=0")
 
 
 def means(name: str, answer: str | None) -> bool:
@@ -76,6 +78,13 @@ def precision(candidates: Iterable[Candidate], truth: Callable[[Candidate], bool
     return {"number": len(right), "right": 100 * sum(right) / max(1, len(right))}
 
 
+def chance(made: list[Candidate], kept: list[Candidate], truth: Callable[[Candidate], bool]) -> float:
+    """The share, in per cent, that is true of as many random candidates of each relation as are kept."""
+    number = Counter(each.relation for each in kept)
+    right = {name: precision([each for each in made if each.relation == name], truth)["right"] for name in number}
+    return sum(right[name] * many for name, many in number.items()) / max(1, len(kept))
+
+
 def measure(name: str, *overrides: str, damage: float | None = None) -> dict[str, Any]:
     """One recipe on its own pictures: all answers, those that each filter leaves, and those that are kept.
 
@@ -89,7 +98,15 @@ def measure(name: str, *overrides: str, damage: float | None = None) -> dict[str
     engine = Engine(config, models=models)
     made = [each for shard in range(engine.num_shards) for each in engine.make(shard)[0] if each.answer]
     kept = [each for each in made if each.dropped is None]
-    found = {"all": precision(made, TRUTHS[name]), "kept": precision(kept, TRUTHS[name])}
+    found: dict[str, Any] = {"all": precision(made, TRUTHS[name]), "kept": precision(kept, TRUTHS[name])}
+    found["random"] = {"number": len(kept), "right": chance(made, kept, TRUTHS[name])}
+    for relation in dict.fromkeys(str(each.relation) for each in made if each.relation is not None):
+        parts = {
+            what: [each for each in some if each.relation == relation] for what, some in (("all", made), ("kept", kept))
+        }
+        found.setdefault("relations", {})[relation] = {
+            what: precision(part, TRUTHS[name]) for what, part in parts.items()
+        }
     for place, label in enumerate(config.labels):
         left = [each for each in made if each.dropped not in config.labels[: place + 1]]
         found[label] = precision(left, TRUTHS[name])
@@ -114,7 +131,7 @@ def damaged(model: Model, amount: float) -> Model:
 def main(out: Path) -> None:
     values = {name: measure(name) for name in TRUTHS}
     values["mpa_scenes, related"] = measure("mpa_scenes", damage=0.3)
-    values["zoom_without_zoom_scenes, boxed"] = measure("zoom_without_zoom_scenes", "answers.on_crop.sees=boxed")
+    values["zoom_without_zoom_scenes, boxed"] = measure("zoom_without_zoom_scenes", *BOXED)
     what = f"{SCENES} training pictures of each packaged recipe, seed 0; right: per cent by the world"
     out.write_text(json.dumps({"what": what, **values}, indent=1) + "\n", encoding="utf-8")
 

@@ -64,7 +64,7 @@ def engine(source: Source | None = None, models: dict[str, Model] | None = None,
 def files(folder: Path) -> dict[str, bytes]:
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     manifest = json.loads(found.pop("manifest.json"))
-    del manifest["environment"]
+    del manifest["environments"]
     return found | {"manifest.json": json.dumps(manifest).encode()}
 
 
@@ -131,6 +131,57 @@ def test_a_stop_loses_the_shard_in_flight_and_nothing_else(whole: Path, tmp_path
     assert files(out) == files(whole)
 
 
+def test_a_kill_or_a_second_process_before_the_manifest_blocks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def second() -> dict[str, Any]:
+        monkeypatch.undo()
+        assert engine().run(out, rank=1, world_size=2).made == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmapkd.engine.run.describe_environment", second)
+    with pytest.raises(KeyboardInterrupt):
+        engine().run(out, rank=0, world_size=2)
+    assert engine().run(out, rank=0, world_size=2).missing == 0
+    (tmp_path / "empty" / "shards").mkdir(parents=True)  # as older versions left it
+    assert engine().run(tmp_path / "empty", rank=1, world_size=2).made == 1
+
+
+def test_a_first_run_that_failed_may_be_corrected(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        engine(Scenes(stop=0), seed=1).run(out)
+    assert engine().run(out).missing == 0
+    assert files(out) == files(whole)
+
+
+def test_another_recipe_that_took_the_folder_meanwhile_is_respected(tmp_path: Path) -> None:
+    class Slow(Scenes):
+        def __getitem__(self, index: int) -> Sample:
+            if index == 0 and not (tmp_path / "out" / "shards" / "000000").exists():
+                engine(seed=1).run(tmp_path / "out")
+            return super().__getitem__(index)
+
+    with pytest.raises(ConfigError, match="seed was 1, now 0"):
+        engine(Slow()).run(tmp_path / "out")
+
+
+def test_the_manifest_has_every_environment_that_wrote(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "copy")
+    (first,) = json.loads((out / "manifest.json").read_text())["environments"]
+    monkeypatch.setattr("cmapkd.engine.run.describe_environment", lambda: {**first, "packages": {"torch": "9"}})
+    for _ in range(2):
+        engine().run(out)
+    assert [each["packages"] for each in json.loads((out / "manifest.json").read_text())["environments"]] == [
+        first["packages"],
+        {"torch": "9"},
+    ]
+
+
 def test_a_shard_that_cannot_be_renamed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = engine(Scenes(stop=2))
     monkeypatch.setattr("cmapkd.engine.folder._digest", lambda _data: 1 / 0)
@@ -195,8 +246,8 @@ def test_damage_and_strangers_files_are_refused(whole: Path, tmp_path: Path) -> 
     for name, text, told in (
         ("manifest.json", "{", "manifest.json is damaged"),
         ("manifest.json", "[]", "manifest.json is damaged"),
-        ("shards/000001/candidates.jsonl", "{}", "candidates.jsonl is damaged: remove its folder"),
-        ("shards/000001/record.json", '{"digest": 3}', "record.json is damaged: remove its folder"),
+        ("shards/000001/candidates.jsonl", "{}", "candidates.jsonl is damaged: remove the folder .*shards/000001"),
+        ("shards/000001/record.json", '{"digest": 3}', "record.json is damaged: remove the folder .*shards/000001"),
     ):
         out = shutil.copytree(whole, tmp_path / f"copy {name} {text}".replace("/", " "))
         (out / name).write_text(text)
@@ -286,4 +337,4 @@ def test_a_model_that_does_not_write_is_refused() -> None:
     from cmapkd.models import build_model
 
     with torch.no_grad(), pytest.raises(ConfigError, match=r"models\.small is tiny:scenes-teacher, which embeds"):
-        engine(models={**MODELS, "small": build_model("tiny:scenes-teacher")}).make(0)
+        engine(models={**MODELS, "small": build_model("tiny:scenes-teacher")})

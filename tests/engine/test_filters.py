@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,13 @@ from PIL import Image
 
 from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import Turn, join_items
-from cmapkd.data.types import Box, Sample
-from cmapkd.engine import EngineConfig
+from cmapkd.data.types import Box, QuestionAnswer, Sample
+from cmapkd.engine import Engine, EngineConfig
 from cmapkd.engine.candidates import Candidate, boxed, elsewhere, expanded
 from cmapkd.engine.critics import CriticConfig, judge
 from cmapkd.engine.filters import FilterConfig, HardConfig, MajorityConfig, majority, verify
 from cmapkd.engine.proposals import ProposeConfig, RelationConfig, inside, is_small, propose, regions_of
-from cmapkd.engine.written import Panel
+from cmapkd.engine.written import AskConfig, Panel
 from cmapkd.evaluation.token_scores import answer_rows
 from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.models import DualEncoder, build_model
@@ -107,6 +108,65 @@ def test_votes_of_several_models_count_together_and_few_right_drafts_are_hard() 
         assert (each.scores["hard"], each.dropped) == (right, dropped)
 
 
+def test_drafts_that_no_model_can_read_have_no_vote() -> None:
+    both = [
+        candidate(answers={"a": ["<image> red"] * 3 + ["red"]}),
+        candidate(1, answers={"a": ["x" * 3000] + ["red"] * 3}),
+    ]
+    verify(both, FilterConfig(majority=MajorityConfig(of=("a",))), "majority", PANEL)
+    assert [(each.answer, each.scores["majority"], each.dropped) for each in both] == [
+        ("red", 0.25, "majority"),
+        ("red", 0.75, None),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["written", "questions", "facts"])
+def test_an_answer_with_a_control_token_is_dropped(kind: str) -> None:
+    class Says(Panel):
+        def drafts(self, candidates: Any, *_: Any, **__: Any) -> list[list[str]]:
+            return [["Question: What is it?\nAnswer: <image> red"] for _ in candidates]
+
+    settings: dict[str, Any] = {
+        "written": {"instruction": "Ask."},
+        "questions": {},
+        "facts": {"drafts": 1, "relations": {"kind": {"question": "What?", "statement": "it is {}"}}},
+    }
+    config = ProposeConfig.model_validate({kind: {"by": "writer", **settings[kind]}})
+    own = Sample("s", GREY, questions=(QuestionAnswer("What?", ("red",)),))
+    (found,) = propose([(0, own)], config, Says(PANEL.models, PANEL.device))
+    assert found.dropped == "readable"
+
+
+def test_what_a_model_writes_again_of_a_picture_is_dropped() -> None:
+    class Says(Panel):
+        def drafts(self, candidates: Any, *_: Any, **__: Any) -> list[list[str]]:
+            texts = ("Is it red?\nAnswer: yes", "is it RED?\nanswer: Yes", "Is it red?\nAnswer: no")
+            return [["Question: " + texts[place % 3]] for place in range(len(candidates))]
+
+    panel, asks = Says(PANEL.models, PANEL.device), {"by": "w", "instruction": "Ask.", "number": 3, "temperature": 1}
+    samples = [(0, sample(Box(1, 1, 9, 9, "ring"))), (1, sample(Box(1, 1, 9, 9, "ring"), name="t"))]
+    found = propose(samples, ProposeConfig.model_validate({"written": asks}), panel)
+    assert [each.dropped for each in found] == [None, "repeated", None] * 2
+    found = propose(samples, ProposeConfig.model_validate({"crops": {"written": asks}}), panel)
+    assert [each.dropped for each in found] == [None, "repeated", "repeated"] * 2
+
+
+def test_pictures_are_drawn_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = []
+    most = []
+
+    def picture(*_: Any) -> Image.Image:
+        drawn = GREY.copy()
+        held.append(weakref.ref(drawn))
+        most.append(sum(each() is not None for each in held))
+        return drawn
+
+    monkeypatch.setattr(Candidate, "picture", picture)
+    PANEL.drafts([candidate(place) for place in range(12)], AskConfig(by="writer", max_new_tokens=1), name="x")
+    assert len(most) == 12
+    assert max(most) <= PANEL.batch_size + 1
+
+
 def test_facts_are_the_different_answers_of_each_relation() -> None:
     relations = {"kind": {"question": "What is it?", "statement": "it is {}", "tails": ["red", "no"]}}
     config = ProposeConfig.model_validate(
@@ -149,15 +209,20 @@ def test_a_critic_of_two_towers_compares_with_the_other_tails() -> None:
     facts = [
         candidate(statement="it is red", alternatives=others),
         candidate(1, statement="it is new", alternatives=others),
+        candidate(2, statement="it is Red.", alternatives=others),  # no third one
     ]
     scores = judge(facts, CriticConfig(by="critic", threshold=0.5), panel)
     scale = critic.log_logit_scale.detach().exp()
-    for score, texts in zip(
-        scores, (["it is red", "it is blue"], ["it is new", "it is red", "it is blue"]), strict=True
-    ):
+    two = ["it is red", "it is blue"]
+    for score, texts in zip(scores, (two, ["it is new", *two], two), strict=True):
         expected = (scale * critic.embed([GREY], texts).similarity).softmax(-1)[0, 0]
         assert score == pytest.approx(float(expected), abs=1e-5)
     assert judge([], CriticConfig(by="critic", threshold=0.5), panel) == []
+
+
+def test_relations_have_their_own_thresholds() -> None:
+    config = CriticConfig(by="critic", threshold=0.5, thresholds={"texture": 0.2})
+    assert [config.keeps(name, 0.3) for name in ("texture", "shape", None)] == [True, False, False]
 
 
 def test_a_model_that_cannot_judge_is_refused() -> None:
@@ -167,7 +232,23 @@ def test_a_model_that_cannot_judge_is_refused() -> None:
         judge([candidate(statement="it is")], CriticConfig(by="critic", threshold=0.5), panel)
 
 
+def test_models_are_checked_before_anything_is_asked() -> None:
+    critic = {
+        "propose": {"facts": {**FACTS["facts"], "by": "writer"}},
+        "verify": [{"critic": {"by": "c", "threshold": 0.5}}],
+    }
+    config = EngineConfig.from_mapping({"data": "scenes", "models": {"writer": "x", "c": "y"}, **critic})
+    models = {**PANEL.models, "c": build_model("tiny:scenes-teacher")}
+    with pytest.raises(ConfigError, match=r"relations\.kind\.tails has 0: models\.c compares"):
+        Engine(config, models=models)
+    silent: Any = SimpleNamespace(name="silent", does="says nothing")
+    with pytest.raises(ConfigError, match=r"models\.c is silent"):
+        Engine(config, models={**models, "c": silent})
+
+
+ASKS = {"by": "a", "temperature": 1.0}
 FACTS = {"facts": {"by": "a", "drafts": 1, "relations": {"kind": {"question": "What?", "statement": "it is {}"}}}}
+OWN = {"questions": {"by": "a"}}
 CROPS = {"crops": {"questions": ["What is it?"]}}
 
 
@@ -181,6 +262,27 @@ CROPS = {"crops": {"questions": ["What is it?"]}}
             {"propose": {"questions": {"by": "a"}}, "verify": [{"critic": {"by": "a", "threshold": 0.5}}]},
             "a critic reads statements",
         ),
+        (
+            {"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 0.5, "thresholds": {"kin": 0.5}}}]},
+            "did you mean 'kind'",
+        ),
+        (
+            {"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 0.5, "question": "Is it true?"}}]},
+            "needs one {}, where the statement goes",
+        ),
+        (
+            {"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 0.5, "question": "As {json}: {}?"}}]},
+            "no other braces",
+        ),
+        ({"propose": {"questions": {"by": "a", "margin": 2}}}, "margin: 2 widens a crop, and sees is whole"),
+        ({"propose": {"questions": {"by": "a", "top_p": 0.5}}}, "top_p: 0.5 limits draws"),
+        ({"answers": {"d": ASKS}, "verify": [{"hard": {"by": "d"}}]}, "nothing would be dropped"),
+        ({"answers": {"d": {**ASKS, "drafts": 8}}, "verify": [{"hard": {"by": "d", "most": 8}}]}, "nothing would be"),
+        ({"answers": {"d": {**ASKS, "drafts": 8}}, "verify": [{"right": {"by": "d"}}]}, "right reads one draft"),
+        (
+            {"answers": {"d": {**ASKS, "drafts": 8}, "e": ASKS}, "verify": [{"parity": {"right": "e", "wrong": "d"}}]},
+            r"parity reads one draft, and answers\.d has 8",
+        ),
         ({"propose": FACTS, "verify": [{"critic": {"by": "b", "threshold": 0.5}}]}, "names the model 'b'"),
         ({"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 50}}]}, "<= 1"),
         (
@@ -191,4 +293,6 @@ CROPS = {"crops": {"questions": ["What is it?"]}}
 )
 def test_recipes_that_cannot_work_are_refused(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        EngineConfig.from_mapping({"data": "scenes", "models": {"a": "tiny_vlm:scenes-teacher"}, **values})
+        EngineConfig.from_mapping(
+            {"data": "scenes", "models": {"a": "tiny_vlm:scenes-teacher"}, "propose": OWN, **values}
+        )

@@ -25,6 +25,7 @@ def engine(
     from cmapkd.cli.command import command_line, tell_start
     from cmapkd.config import ConfigError, counted
 
+    processes = [*([] if rank is None else ["--rank", str(rank)]), *([] if world is None else ["--world", str(world)])]
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     if not 0 <= rank < world:
@@ -36,11 +37,11 @@ def engine(
     from cmapkd.engine.folder import KEPT, MANIFEST, RANDOM
 
     console = Console()
-    made = Engine(load_engine(recipe, overrides or []))
     try:
+        made = Engine(load_engine(recipe, overrides or []))  # models may take minutes
         result = made.run(out, rank=rank, world_size=world, progress=BuildDisplay(console, what=("engine", "samples")))
     except KeyboardInterrupt:
-        command = command_line("engine", recipe, *(overrides or []), "--out", str(out))
+        command = command_line("engine", recipe, *(overrides or []), "--out", str(out), *processes)
         typer.echo(f"stopped. Finished shards are in {out}. Go on with:\n  {command}")
         raise typer.Exit(130) from None
     if result.counts is None:

@@ -14,8 +14,11 @@ from cmapkd.data.types import Sample
 Shown = Literal["whole", "crop", "boxed"]
 Corners = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
-PARSED, READABLE = "parsed", "readable"
-"""Names under which proposals are dropped that have no question and answer, or that a model cannot read."""
+PARSED, READABLE, REPEATED = "parsed", "readable", "repeated"
+"""Names under which proposals are dropped: without question and answer, not to be read by a model, written before."""
+
+NO_QUESTIONS = frozenset({PARSED, READABLE, REPEATED})
+"""Dropped under these names, a candidate is no question of its own that a source could hold: no control draws it."""
 
 
 @dataclass(slots=True)

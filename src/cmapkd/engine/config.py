@@ -43,7 +43,8 @@ class WriteConfig(Config):
     note: str = Field("", description="Stands after every written question, behind an empty line.")
     control: bool = Field(
         False,
-        description="Also write random.jsonl: as many candidates with an answer as are kept, whatever filters say.",
+        description="Also write random.jsonl: as many candidates with an answer as are kept, and of each relation as "
+        "many, whatever filters say.",
     )
 
     @model_validator(mode="after")
@@ -107,6 +108,27 @@ class EngineConfig(Config):
             yield "nothing gives the questions of propose.crops an answer: let a majority come first in verify"
         if self.propose.facts is None and any(each.critic is not None for each in self.verify):
             yield "a critic reads statements, which propose.facts alone makes"
+        yield from self._idle()
+
+    def _idle(self) -> Iterable[str]:
+        """What would silently do nothing, or other than it says."""
+        for each in self.verify:
+            read = {name: self.answers[name] for name in each.answers if name in self.answers}
+            if each.parity is not None or each.right is not None:
+                for name, how in read.items():
+                    if how.drafts > 1:
+                        yield f"{each.kind} reads one draft, and answers.{name} has {how.drafts}: set drafts to 1"
+            if each.hard is not None:
+                for name, how in read.items():
+                    if each.hard.most >= how.drafts:
+                        yield (
+                            f"hard.most is {each.hard.most}, and answers.{name}.drafts {how.drafts}: nothing would be "
+                            "dropped. Set more drafts"
+                        )
+        relations = self.propose.facts.relations if self.propose.facts is not None else {}
+        own = {name for each in self.verify if each.critic for name in each.critic.thresholds}
+        for name in sorted(own - relations.keys()):
+            yield f"thresholds names the relation {name!r}{closest(name, relations)}; there are {_listed(relations)}"
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from PIL import Image
+from pydantic import Field, field_validator
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.dialogues import ChatInput
 from cmapkd.engine.candidates import Candidate
-from cmapkd.engine.written import Panel
+from cmapkd.engine.written import Panel, check_place
 from cmapkd.evaluation.tasks.yes_no import first_tokens
 from cmapkd.evaluation.token_scores import first_log_odds
-from cmapkd.models import DualEncoder
+from cmapkd.evaluation.vqa import normalise_answer
+from cmapkd.models import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import TokenNeeds
 
@@ -29,7 +32,41 @@ class CriticConfig(Config):
 
     by: str = Field(description="A name under models: one that writes, or that embeds pictures and texts.")
     threshold: float = Field(ge=0, le=1, description="Least probability at which a fact is kept.")
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict, description="Relation -> its own threshold, where a critic finds some kinds harder."
+    )
     question: str = Field("Is it true that {}?", description="What a critic that writes is asked; {} is the statement.")
+
+    @field_validator("question")
+    @classmethod
+    def _has_one_place(cls, value: str) -> str:
+        return check_place(value, "question", "statement")
+
+    def keeps(self, relation: str | None, score: float) -> bool:
+        """Whether a fact of this relation is kept."""
+        return score >= self.thresholds.get(str(relation), self.threshold)
+
+
+def check_critic(config: CriticConfig, panel: Panel, tails: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a model that cannot judge facts.
+
+    Args:
+        tails: of each relation.
+    Raises:
+        ConfigError: the model is no critic, says yes and no with the same first token, or has nothing to compare.
+    """
+    model = panel.models[config.by]
+    if isinstance(model, GenerativeModel):
+        _first_tokens(config, model)
+    elif isinstance(model, DualEncoder):
+        for relation, each in tails.items():
+            if len(set(map(normalise_answer, each))) < 2:
+                raise ConfigError(
+                    f"propose.facts.relations.{relation}.tails has {len(each)}: models.{config.by} compares a fact "
+                    "with the other tails, so every fact would be certain. Give two usual answers or more"
+                )
+    else:
+        raise _no_critic(config, model)
 
 
 def judge(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel) -> list[float]:
@@ -44,23 +81,34 @@ def judge(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel) -
         return _asked(candidates, config, panel, model)
     if isinstance(model, DualEncoder):
         return _compared(candidates, panel, model)
-    raise ConfigError(
+    raise _no_critic(config, model)
+
+
+def _no_critic(config: CriticConfig, model: Model) -> ConfigError:
+    return ConfigError(
         f"models.{config.by} is {model.name}, which {model.does}: a critic writes, or embeds pictures and texts"
     )
 
 
-def _asked(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, model: GenerativeModel) -> list[float]:
+def _first_tokens(config: CriticConfig, model: GenerativeModel) -> Mapping[str, Sequence[int]]:
     tokens = first_tokens(model)
     if tokens is None:
         raise ConfigError(f"models.{config.by}: {model.name} begins yes and no with the same token, so it is no critic")
+    return tokens
+
+
+def _asked(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, model: GenerativeModel) -> list[float]:
+    tokens = _first_tokens(config, model)
     yes, no = (torch.tensor(tokens[word], device=panel.device) for word in ("yes", "no"))
 
     def odds(inputs: ChatInput, _: Sequence[int]) -> list[float]:
         found: list[float] = first_log_odds(model, model(inputs, TokenNeeds()), yes, no).sigmoid().tolist()
         return found
 
-    asked = [(each.sample.image, config.question.format(each.statement)) for each in candidates]
-    scores = panel.computed(model, asked, odds)
+    def asks(candidate: Candidate) -> tuple[Image.Image, str]:
+        return candidate.sample.image, config.question.replace("{}", str(candidate.statement))
+
+    scores = panel.computed(model, candidates, asks, odds)
     return [scores.get(place, 0.0) for place in range(len(candidates))]
 
 
@@ -73,18 +121,23 @@ def _compared(candidates: Sequence[Candidate], panel: Panel, model: DualEncoder)
     indices = list(dict.fromkeys(each.index for each in candidates))
     first = {each.index: each.sample.image for each in candidates}
     images = model.embed(images=[first[index] for index in indices], batch_size=panel.batch_size).images
-    words = list(dict.fromkeys(text for each in candidates for text in _alternatives(each)))
+    compared = list(map(_alternatives, candidates))
+    words = list(dict.fromkeys(text for texts, _ in compared for text in texts))
     texts = model.embed(texts=words, batch_size=panel.batch_size).texts
     assert images is not None
     assert texts is not None
     row: Mapping[str, int] = {text: place for place, text in enumerate(words)}
     scores = []
-    for each in candidates:
-        others = _alternatives(each)
+    for each, (others, own) in zip(candidates, compared, strict=True):
         logits = scale * texts[[row[text] for text in others]] @ images[indices.index(each.index)]
-        scores.append(float(logits.softmax(-1)[others.index(str(each.statement))]))
+        scores.append(float(logits.softmax(-1)[own]))
     return scores
 
 
-def _alternatives(candidate: Candidate) -> list[str]:
-    return list(dict.fromkeys([*candidate.alternatives, str(candidate.statement)]))
+def _alternatives(candidate: Candidate) -> tuple[list[str], int]:
+    """Statements of different meaning by the rules of VQA v2, in the words of the tails, and the place of its own."""
+    own = str(candidate.statement)
+    meant: dict[str, str] = {}
+    for text in (*candidate.alternatives, own):
+        meant.setdefault(normalise_answer(text), text)
+    return list(meant.values()), list(meant).index(normalise_answer(own))

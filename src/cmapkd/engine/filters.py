@@ -137,10 +137,11 @@ def _right(candidates: Sequence[Candidate], config: RightConfig, *_: object) -> 
     return [says(each.answers[config.by][0], each.answer or "", match=config.match) for each in candidates]
 
 
-def _majority(candidates: Sequence[Candidate], config: MajorityConfig, label: str, _: object) -> list[bool]:
+def _majority(candidates: Sequence[Candidate], config: MajorityConfig, label: str, panel: Panel) -> list[bool]:
     kept = []
     for each in candidates:
-        each.answer, share = majority([draft for name in config.of for draft in each.answers[name]])
+        drafts = [draft for name in config.of for draft in each.answers[name]]
+        each.answer, share = majority([draft if panel.readable(draft) else "" for draft in drafts])
         each.scores[label] = share
         kept.append(each.answer is not None and share >= config.share)
     return kept
@@ -159,7 +160,7 @@ def _critic(candidates: Sequence[Candidate], config: CriticConfig, label: str, p
     scores = judge(candidates, config, panel)
     for each, score in zip(candidates, scores, strict=True):
         each.scores[label] = score
-    return [score >= config.threshold for score in scores]
+    return [config.keeps(each.relation, score) for each, score in zip(candidates, scores, strict=True)]
 
 
 _KINDS: dict[str, Callable[[Sequence[Candidate], Any, str, Panel], list[bool]]] = {

@@ -18,12 +18,13 @@ from cmapkd.cache.files import leftovers, temporary_folder
 from cmapkd.config import ConfigError
 from cmapkd.config.disk import flush, write_text, writing
 from cmapkd.data.random import uniforms
-from cmapkd.engine.candidates import Candidate, boxed, elsewhere, kept
+from cmapkd.engine.candidates import NO_QUESTIONS, Candidate, boxed, elsewhere, kept
 from cmapkd.engine.config import WriteConfig
 
 MANIFEST, KEPT, RANDOM, SHARDS = "manifest.json", "kept.jsonl", "random.jsonl", "shards"
 AGAIN = "give the same command again"
 _LINES, _RECORD, _PICTURES = "candidates.jsonl", "record.json", "pictures"
+_OF_RELATION = ("candidates", "kept")
 _IMAGE = re.compile(r"shards/\d{6,}/pictures/\d{9,}(-\d+)?\.png")
 
 
@@ -57,6 +58,10 @@ class EngineFolder:
         """Whether this shard is finished."""
         return (self.shard(number) / _RECORD).is_file()
 
+    def has_any(self) -> bool:
+        """Whether any shard is finished."""
+        return any(self._shards.glob(f"*/{_RECORD}"))
+
     def finish_shard(
         self, number: int, candidates: Sequence[Candidate], *, samples: int, bad: Sequence[tuple[str, str]] = ()
     ) -> None:
@@ -83,10 +88,20 @@ class EngineFolder:
                     "candidates": len(candidates),
                     "dropped": Counter(each.dropped for each in candidates if each.dropped),
                     "kept": len(kept(candidates)),
+                    "relations": _by_relation(candidates),
                     "digest": _digest(data),
+                    "pictures": {
+                        file.name: _digest(file.read_bytes()) for file in sorted((folder / _PICTURES).iterdir())
+                    },
                 }
                 (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                for file in (*(folder / _PICTURES).iterdir(), folder / _LINES, folder / _RECORD, folder):
+                for file in (
+                    *(folder / _PICTURES).iterdir(),
+                    folder / _PICTURES,
+                    folder / _LINES,
+                    folder / _RECORD,
+                    folder,
+                ):
                     flush(file)
                 try:
                     folder.rename(final)
@@ -101,7 +116,7 @@ class EngineFolder:
         """Each candidate as JSON, with the picture of those that may be read later, which is written."""
         for each in candidates:
             line = each.plain()
-            if each.dropped is None or (self.write.control and each.answer):
+            if each.dropped is None or (self.write.control and each.answer and each.dropped not in NO_QUESTIONS):
                 picture, name = each.sample.image, f"{each.index:09d}.png"
                 if self.write.picture == "boxed":
                     assert each.box is not None
@@ -123,12 +138,14 @@ class EngineFolder:
         try:
             record: Any = json.loads(file.read_text(encoding="utf-8"))
             good = isinstance(record["digest"], str) and isinstance(record["dropped"], dict)
+            good = good and isinstance(record["pictures"], dict)
+            good = good and all(type(each[key]) is int for each in record["relations"].values() for key in _OF_RELATION)
             good = good and all(type(record[key]) is int for key in ("samples", "candidates", "kept"))
             if good and isinstance(record["bad"], list):
                 return dict(record)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
-        raise _damaged(file)
+        raise self._damaged(number, file)
 
     def candidates(self, number: int) -> Iterator[dict[str, Any]]:
         """The candidates of a finished shard, kept ones and others.
@@ -140,69 +157,110 @@ class EngineFolder:
         try:
             data = file.read_bytes()
         except OSError:
-            raise _damaged(file) from None
+            raise self._damaged(number, file) from None
         if _digest(data) != self.record(number)["digest"]:
-            raise _damaged(file)
+            raise self._damaged(number, file)
         try:
             lines = list(map(json.loads, data.splitlines()))
         except (ValueError, RecursionError):
             lines = [None]
         if not all(map(_is_candidate, lines)):
-            raise _damaged(file)
+            raise self._damaged(number, file)
         yield from lines
 
+    def check_pictures(self, number: int) -> None:
+        """Raises ConfigError: a picture of a finished shard is gone, or is not as it was written."""
+        written = self.record(number)["pictures"]
+        named = {Path(each["image"]).name for each in self.candidates(number) if "image" in each}
+        for name in sorted(named):
+            file = self.shard(number) / _PICTURES / name
+            try:
+                good = _digest(file.read_bytes()) == written.get(name)
+            except OSError:
+                good = False
+            if not good:
+                raise self._damaged(number, file)
+
+    def _damaged(self, number: int, file: Path) -> ConfigError:
+        return ConfigError(f"{file} is damaged: remove the folder {self.shard(number)}, and {AGAIN}")
+
     def counts(self, shards: int) -> dict[str, Any]:
-        """Of all shards together: samples, candidates, those that each filter dropped, and those that are kept."""
+        """Of all shards together: samples, candidates, those that each filter dropped, and those that are kept.
+
+        Candidates and kept ones are also counted by relation, where there are relations.
+        """
         total, dropped = Counter[str](), Counter[str]()
+        relations: dict[str, Counter[str]] = {}
         for record in map(self.record, range(shards)):
             total.update({key: record[key] for key in ("samples", "candidates", "kept")})
             total["bad"] += len(record["bad"])
             dropped.update(record["dropped"])
+            for name, numbers in record["relations"].items():
+                relations.setdefault(name, Counter()).update({key: numbers[key] for key in _OF_RELATION})
         read = {key: total[key] for key in ("samples", "bad", "candidates")}
-        return {**read, "dropped": dict(dropped), "kept": total["kept"]}
+        found = {**read, "dropped": dict(dropped), "kept": total["kept"]}
+        return found | ({"relations": {name: dict(each) for name, each in relations.items()}} if relations else {})
 
     def join(self, shards: int) -> int:
         """Writes the lists of all shards: what is kept and, where the recipe says so, as many random candidates.
 
         Returns:
             How many are in each list.
+        Raises:
+            ConfigError: a shard is not as it was written.
         """
-        number = self._list(KEPT, shards, None)
+        for shard in range(shards):
+            self.check_pictures(shard)
+        keeps = {place for place, each in self._all(shards) if each["dropped"] is None}
+        self._list(KEPT, shards, keeps)
         if self.write.control:
-            draws: list[tuple[float, str]] = []
-            for shard in range(shards):
-                ids = (each["id"] for each in self.candidates(shard) if "image" in each)
-                draws += [(float(uniforms(1, "control", self.seed, each)[0]), each) for each in ids]
-            self._list(RANDOM, shards, {each for _, each in sorted(draws)[:number]})
-        return number
+            self._list(RANDOM, shards, self._drawn(shards))
+        return len(keeps)
 
-    def _list(self, name: str, shards: int, chosen: set[str] | None) -> int:
-        """Writes one list: a line for each picture with all its questions. None: those that are kept."""
-        number = 0
+    def _all(self, shards: int) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+        """The candidates of all shards, each with its shard and its line."""
+        for shard in range(shards):
+            for line, each in enumerate(self.candidates(shard)):
+                yield (shard, line), each
+
+    def _drawn(self, shards: int) -> set[tuple[int, int]]:
+        """As many random candidates of each relation as are kept: filters differ in how hard they find relations."""
+        draws: dict[str | None, list[tuple[float, tuple[int, int]]]] = {}
+        number = Counter[str | None]()
+        for place, each in self._all(shards):
+            if "image" in each:
+                draw = float(uniforms(1, "control", self.seed, each["id"])[0])
+                draws.setdefault(each.get("relation"), []).append((draw, place))
+                number[each.get("relation")] += each["dropped"] is None
+        return {place for relation, each in draws.items() for _, place in sorted(each)[: number[relation]]}
+
+    def _list(self, name: str, shards: int, chosen: set[tuple[int, int]]) -> None:
+        """Writes one list: a line for each picture with all its questions that are chosen."""
         temporary = temporary_folder(self.path / name)  # a file; the name says whose it is
         with writing(self.path, again=AGAIN):
             try:
                 with temporary.open("wb") as file:
                     for shard in range(shards):
                         rows: dict[str, dict[str, Any]] = {}
-                        for each in self.candidates(shard):
-                            if each["dropped"] is None if chosen is None else each["id"] in chosen:
+                        for line, each in enumerate(self.candidates(shard)):
+                            if (shard, line) in chosen:
                                 own = each["id"] if self.write.picture == "boxed" else each["sample"]
                                 row = rows.setdefault(own, {"id": own, "image": each["image"], "qa": []})
                                 row["qa"].append(self._asked(each))
-                                number += 1
                         file.writelines(json.dumps(row).encode() + b"\n" for row in rows.values())
                 flush(temporary)
                 temporary.replace(self.path / name)
+                flush(self.path)
             finally:
                 temporary.unlink(missing_ok=True)
-        return number
 
     def _asked(self, candidate: Mapping[str, Any]) -> dict[str, str]:
         note = f"\n\n{self.write.note}" if self.write.note else ""
         return {"question_id": candidate["id"], "question": candidate["question"] + note, "answer": candidate["answer"]}
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
+        with writing(self.path, again=AGAIN):
+            self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / MANIFEST, json.dumps(values, indent=2) + "\n", again=AGAIN)
 
     def manifest(self) -> dict[str, Any] | None:
@@ -213,7 +271,7 @@ class EngineFolder:
         """
         file = self.path / MANIFEST
         if not file.exists():
-            if self.path.exists() and any(not each.name.startswith(".") for each in self.path.iterdir()):
+            if any(map(_is_foreign, self.path.iterdir() if self.path.exists() else ())):
                 raise ConfigError(f"{self.path} is not empty and has no {MANIFEST}: name another folder")
             return None
         try:
@@ -225,14 +283,33 @@ class EngineFolder:
         raise ConfigError(f"{file} is damaged: restore it, or name another folder")
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether no engine that died at its start left this."""
+    if path.name == SHARDS and path.is_dir():
+        return any(map(_is_foreign, path.iterdir()))
+    return not path.name.startswith(".")
+
+
+def _by_relation(candidates: Sequence[Candidate]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for each in candidates:
+        if each.relation is not None:
+            numbers = found.setdefault(each.relation, dict.fromkeys(_OF_RELATION, 0))
+            numbers["candidates"] += 1
+            numbers["kept"] += each.dropped is None
+    return found
+
+
 def _is_candidate(line: Any) -> bool:
     """Whether this is a line that an engine writes: a folder may come from elsewhere, and name other files."""
     if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("id", "sample", "question")):
         return False
+    dropped = line.get("dropped", 0)  # a line without it is not ours; None: it is kept
     if "image" not in line:  # it is in no list
-        return isinstance(line.get("dropped"), str)
+        return isinstance(dropped, str)
     named = isinstance(line["image"], str) and _IMAGE.fullmatch(line["image"])
-    return bool(named) and isinstance(line.get("answer"), str)
+    plain = all(isinstance(each, str | None) for each in (dropped, line.get("relation")))
+    return bool(named) and plain and isinstance(line.get("answer"), str)
 
 
 def _save(picture: Image.Image, file: Path) -> None:
@@ -242,7 +319,3 @@ def _save(picture: Image.Image, file: Path) -> None:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _damaged(file: Path) -> ConfigError:
-    return ConfigError(f"{file} is damaged: remove its folder, and {AGAIN}")

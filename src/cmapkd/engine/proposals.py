@@ -10,10 +10,9 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import Config
-from cmapkd.data.records import Unusable, check_caption
 from cmapkd.data.types import Sample
-from cmapkd.engine.candidates import PARSED, READABLE, Candidate, Corners
-from cmapkd.engine.written import AskConfig, Panel
+from cmapkd.engine.candidates import PARSED, READABLE, REPEATED, Candidate, Corners, kept
+from cmapkd.engine.written import AskConfig, Panel, check_place
 from cmapkd.evaluation.vqa import normalise_answer
 
 _QUESTION = re.compile(r"Question:\s*(.*?)\?", re.IGNORECASE)
@@ -49,9 +48,7 @@ class RelationConfig(Config):
     @field_validator("statement")
     @classmethod
     def _has_one_place(cls, value: str) -> str:
-        if value.count("{}") != 1 or re.search(r"[{}]", value.replace("{}", "")):
-            raise ValueError(f"the statement {value!r} needs one {{}}, where the answer goes, and no other braces")
-        return value
+        return check_place(value, "statement", "answer")
 
     def states(self, tail: str) -> str:
         """The answer as a sentence."""
@@ -113,7 +110,7 @@ def propose(samples: Sequence[tuple[int, Sample]], config: ProposeConfig, panel:
     """The candidates of some samples, in the order of the samples.
 
     A proposal that lacks a question or an answer is there too, dropped as `parsed`; one that the model cannot read is
-    dropped as `readable`.
+    dropped as `readable`. What a model writes a second time of the same picture is dropped as `repeated`.
 
     Args:
         samples: each with its place in the source.
@@ -140,7 +137,7 @@ def own_questions(samples: Sequence[tuple[int, Sample]], config: QuestionsConfig
         each.answer = (drafts[0] if drafts else "") or None
         if each.answer is None:
             each.dropped = PARSED if drafts else READABLE
-        elif not _is_text(each.answer):
+        elif not panel.readable(each.answer):
             each.dropped = READABLE
     return found
 
@@ -156,8 +153,9 @@ def written(samples: Sequence[tuple[int, Sample]], config: SelfAskedConfig, pane
         each.question, each.answer = parse(drafts[0]) if drafts else ("", None)
         if not (each.question and each.answer):
             each.dropped = PARSED if drafts else READABLE
-        elif not _is_text(each.question, each.answer):
+        elif not panel.readable(each.question, each.answer):
             each.dropped = READABLE
+    _drop_repeated(found)
     return found
 
 
@@ -182,8 +180,8 @@ def facts(samples: Sequence[tuple[int, Sample]], config: FactsConfig, panel: Pan
             fact = replace(each, number=number[each.sample.id], answers={}, scores={})
             number[each.sample.id] += 1
             found.append(fact)
-            if not normalise_answer(tail) or not _is_text(tail):
-                fact.dropped = PARSED
+            if not normalise_answer(tail) or not panel.readable(tail):
+                fact.dropped = READABLE if normalise_answer(tail) else PARSED
                 continue
             fact.answer, fact.statement = tail, relation.states(tail)
             fact.alternatives = tuple(map(relation.states, relation.tails))
@@ -200,9 +198,20 @@ def crops(samples: Sequence[tuple[int, Sample]], config: CropsConfig, panel: Pan
     if config.written is not None:
         for each, drafts in zip(found, panel.drafts(found, config.written, name=PROPOSAL), strict=True):
             each.question = parse(drafts[0])[0] if drafts else ""
-            if not each.question or not _is_text(each.question):
+            if not each.question or not panel.readable(each.question):
                 each.dropped = PARSED if drafts else READABLE
+        _drop_repeated(found)
     return found
+
+
+def _drop_repeated(candidates: Sequence[Candidate]) -> None:
+    """Drops what a model wrote before of the same picture or region: equal questions with equal answers."""
+    seen: set[tuple[object, ...]] = set()
+    for each in kept(candidates):
+        key = (each.index, each.box, normalise_answer(each.question), normalise_answer(each.answer or ""))
+        if key in seen:
+            each.dropped = REPEATED
+        seen.add(key)
 
 
 def regions_of(sample: Sample, most_area: float) -> list[Corners]:
@@ -235,13 +244,3 @@ def parse(text: str) -> tuple[str, str | None]:
     question, answer = _QUESTION.search(text), _ANSWER.search(text)
     asked = question[1].strip() if question else ""
     return f"{asked}?" if asked else "", answer[1].strip() or None if answer else None
-
-
-def _is_text(*texts: str) -> bool:
-    """Whether the sources of cmapkd would read these texts again."""
-    try:
-        for text in texts:
-            check_caption(text)
-    except Unusable:
-        return False
-    return True

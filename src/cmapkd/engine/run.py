@@ -20,6 +20,7 @@ from cmapkd.data.random import key_of
 from cmapkd.data.types import BadSampleError, Sample, Source
 from cmapkd.engine.candidates import Candidate, kept
 from cmapkd.engine.config import EngineConfig
+from cmapkd.engine.critics import check_critic
 from cmapkd.engine.filters import verify
 from cmapkd.engine.folder import AGAIN, EngineFolder
 from cmapkd.engine.proposals import propose
@@ -63,12 +64,22 @@ class Engine:
     def __init__(
         self, config: EngineConfig, *, source: Source | None = None, models: Mapping[str, Model] | None = None
     ) -> None:
+        """Raises ConfigError: a model is asked to write or to judge, and cannot."""
         self.config = config
         self.source = open_source(config.data, split="train") if source is None else source
         cuda = torch.cuda.is_available() and not config.on_cpu
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
         built = load_models(config) if models is None else dict(models)
         self.panel = Panel(built, torch.device(device), config.seed, config.batch_size)
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        proposes, facts = self.config.propose.asks, self.config.propose.facts
+        for how in (*([proposes] if proposes else []), *self.config.answers.values()):
+            self.panel.writer(how.by)
+        for each in self.config.verify:
+            if each.critic is not None and facts is not None:
+                check_critic(each.critic, self.panel, {name: each.tails for name, each in facts.relations.items()})
 
     @property
     def num_shards(self) -> int:
@@ -84,7 +95,9 @@ class Engine:
             "models": {name: describe_model(model) for name, model in self.panel.models.items()},
         }
 
-    def run(self, out: Path, *, rank: int = 0, world_size: int = 1, progress: OnProgress | None = None) -> EngineResult:
+    def run(
+        self, out: str | Path, *, rank: int = 0, world_size: int = 1, progress: OnProgress | None = None
+    ) -> EngineResult:
         """Makes the shards that are missing, of several processes each every `world_size`-th; the last joins them.
 
         Shards are made apart, so that any number of processes and of stops leaves the same bytes.
@@ -93,19 +106,14 @@ class Engine:
             ConfigError: the folder holds what another recipe, other data or other models wrote, or something else.
             DiskError: the disk refuses.
         """
-        folder = EngineFolder(out, self.config.write, self.config.seed)
-        before = folder.manifest()
-        if before is None:
-            folder.begin()
-            before = {**self.identity, "environment": describe_environment(), "counts": None}
-            folder.write_manifest(before)
-            before = folder.manifest() or before  # of two processes that begin at once one is refused
-        self._refuse_others(before, out)
+        folder = EngineFolder(Path(out), self.config.write, self.config.seed)
+        self._claim(folder)
         folder.begin()
         todo = [shard for shard in range(self.num_shards) if shard % world_size == rank and not folder.has(shard)]
         sizes = [len(self._samples_of(shard)) for shard in todo]
         for place, shard in enumerate(todo):
             candidates, bad = self.make(shard)
+            self._refuse_others(folder)  # another recipe may have taken a folder that had no shard yet
             folder.finish_shard(shard, candidates, samples=sizes[place] - len(bad), bad=bad)
             if progress is not None:
                 progress(sum(sizes[: place + 1]), sum(sizes))
@@ -114,8 +122,31 @@ class Engine:
         if not missing:
             folder.join(self.num_shards)
             counts = folder.counts(self.num_shards)
-            folder.write_manifest({**before, "counts": counts})
+            folder.write_manifest({**(folder.manifest() or self._begun), "counts": counts})
         return EngineResult(len(todo), missing, counts)
+
+    def _claim(self, folder: EngineFolder) -> None:
+        """Writes the manifest where there is none; a kill before it leaves nothing that another start would refuse.
+
+        Raises:
+            ConfigError: the folder holds shards of another engine, or something else.
+        """
+        folder.manifest()  # refuses strangers' files before the work
+        begun = self._begun  # takes seconds, in which another process may begin
+        before = folder.manifest()
+        if before is None or (not folder.has_any() and self._differences(before)):
+            folder.write_manifest(begun)
+        self._refuse_others(folder)  # of two recipes that begin at once one is refused
+        before = folder.manifest() or begun
+        known = before.get("environments", [])
+        (own,) = begun["environments"]
+        if all({**each, "command": None} != {**own, "command": None} for each in known):
+            folder.write_manifest({**before, "environments": [*known, own]})
+
+    @cached_property
+    def _begun(self) -> dict[str, Any]:
+        """The manifest of a folder in which no shard is finished."""
+        return {**self.identity, "environments": [describe_environment()], "counts": None}
 
     def _samples_of(self, shard: int) -> range:
         size = self.config.shard_samples
@@ -143,8 +174,16 @@ class Engine:
             verify(kept(candidates), config, label, self.panel)
         return candidates, bad
 
-    def _refuse_others(self, before: Mapping[str, Any], out: Path) -> None:
+    def _refuse_others(self, folder: EngineFolder) -> None:
         """Raises ConfigError: the manifest is of another recipe, other data or other models."""
+        if reasons := self._differences(folder.manifest() or self._begun):
+            listed = "\n  ".join(reasons)
+            raise ConfigError(
+                f"{folder.path} holds what another engine wrote:\n  {listed}\nName another folder with --out."
+            )
+
+    def _differences(self, before: Mapping[str, Any]) -> list[str]:
+        """What a manifest has otherwise than this engine, in words."""
         own, recipe = self.identity, before["recipe"]
         with suppress(ConfigError):  # a setting that is newer than the folder has its default
             recipe = EngineConfig.from_mapping(recipe).model_dump(mode="json")
@@ -160,9 +199,7 @@ class Engine:
                 for key, value in model.items()
                 if key != "name" and theirs.get(key) != value
             ]
-        if reasons:
-            listed = "\n  ".join(reasons)
-            raise ConfigError(f"{out} holds what another engine wrote:\n  {listed}\nName another folder with --out.")
+        return reasons
 
 
 def load_models(config: EngineConfig) -> dict[str, Model]:
@@ -192,4 +229,7 @@ def told(counts: Mapping[str, Any]) -> str:
     """Counts in words: `of 60 candidates, 20 kept, 40 dropped as parity`."""
     dropped = ", ".join(f"{number:,} dropped as {label}" for label, number in counts["dropped"].items())
     bad = f"; {counted(counts['bad'], 'sample')} could not be read" if counts["bad"] else ""
-    return f"of {counted(counts['candidates'], 'candidate')}, {counts['kept']:,} kept, {dropped or 'none dropped'}{bad}"
+    found = counts.get("relations", {}).items()
+    relations = ", ".join(f"{each['kept']:,} of {each['candidates']:,} of {name}" for name, each in found)
+    kept = f"{counts['kept']:,} kept" + (f" ({relations})" if relations else "")
+    return f"of {counted(counts['candidates'], 'candidate')}, {kept}, {dropped or 'none dropped'}{bad}"

@@ -96,6 +96,10 @@ class HfChatProcessor(ChatProcessor):
         pixels = {key: self._rows(rows) for key, rows in found.items()}
         return ChatItem(ids, answer, visual, numbers, pixels, given=dialogue[-1].given, rejected=rejected)
 
+    def control_in(self, text: str) -> str | None:
+        found = self._forbidden.search(text)
+        return found.group() if found is not None else None
+
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.native.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -177,9 +181,9 @@ class HfChatProcessor(ChatProcessor):
         if stated != len(pictures) or stated > 1:
             raise ValueError(f"the turns speak of {stated} pictures, {len(pictures)} are given; one is the most")
         for turn in dialogue:
-            control = self._forbidden.search(turn.text) or self._forbidden.search(turn.rejected)
+            control = self.control_in(turn.text) or self.control_in(turn.rejected)
             if control is not None:
-                raise ValueError(f"the text of a turn has the control token {control.group()!r}")
+                raise ValueError(f"the text of a turn has the control token {control!r}")
 
     def _mark_earlier(self, answer: Tensor, dialogue: Dialogue, text: str, prompt: Tensor) -> None:
         """Marks the earlier answers in the prompt, where the template writes them as generation would.

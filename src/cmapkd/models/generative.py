@@ -75,6 +75,10 @@ class ChatProcessor(ChatProcessing):
     def encode_answer(self, text: str) -> list[int]:
         """The tokens of an answer and the end token after them, as `read` appends them to a prompt."""
 
+    def control_in(self, text: str) -> str | None:  # noqa: ARG002 - what has control tokens says so
+        """The first control token in a text, which `read` refuses; None: there is none, or none is known."""
+        return None
+
     def spelling(self, size: int) -> Spelling:
         """The bytes of the first `size` tokens.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cmapkd.data.check import TooManyBadSamples
 from cmapkd.methods import DualEncoderMethod, Method
 from cmapkd.methods.terms import Term
 from cmapkd.models import DualEncoder
-from cmapkd.training import NonFiniteLossError, OptimConfig, TrainConfig
+from cmapkd.training import NonFiniteLossError, OptimConfig, TrainConfig, checkpoint
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
 from cmapkd.training.optim import learning_rate, make_optimizer
 from cmapkd.training.trackers import JsonlTracker, make_trackers
@@ -277,8 +278,17 @@ class Exploding(DualEncoderMethod):
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(how: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = make_trainer(tmp_path, Exploding(how, at=3), steps=8, checkpoint_every=1)
+    write = checkpoint.write_checkpoint
+
+    def slowly(*values: Any, **named: Any) -> Any:  # as on a busy disk: the message waits for the last one
+        time.sleep(0.3)
+        return write(*values, **named)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slowly)
     with pytest.raises(NonFiniteLossError, match="not finite at step 4") as stopped:
         trained.run()
     message = str(stopped.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -170,6 +171,12 @@ class RunState:
         put_back(path, progress)
         self._random = checkpoints.read_group(path, f"random-{self.accelerator.process_index}")
         return progress
+
+    def kept(self) -> list[Path]:
+        """The checkpoints, oldest first, with the one that is being written; for the message of a run that ends."""
+        with suppress(Exception):  # what the disk says does not count here
+            self.background.wait()
+        return checkpoints.list_checkpoints(self.folder)
 
     def _listed(self) -> list[Path]:
         """The checkpoints that the first process sees: all processes decide about the same ones."""

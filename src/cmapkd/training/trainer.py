@@ -251,7 +251,7 @@ class Trainer:
             last = step == self.total
             logged, saved = self._logged(step), step % self.checkpoint_every == 0 or last or stopping
             if logged or saved or self._validates(step) or self.finite.full:
-                self.finite.check(self._kept)
+                self.finite.check(self.state.kept)
             self.progress.seconds += pace.lap()
             self._count_parts(pace.waited, values)
             display.tick(step, pairs_per_second=pace.rate, seconds_left=pace.seconds_left(step))
@@ -276,7 +276,7 @@ class Trainer:
         self.info = self.method.step = StepInfo(step, self.total, stage, done, self.seed)
         if stage is self.stage:
             return
-        self.finite.check(self._kept)
+        self.finite.check(self.state.kept)
         self.stage = stage
         if self._changed(partial(self.method.reshape, stage)):  # what was best before is another student
             self.progress.best_score = self.progress.best_step = None
@@ -300,7 +300,7 @@ class Trainer:
                 moved = batch.to(device, non_blocking=True, images=self.config.micro_batch is None)
                 terms = self.engine.wrapped(moved, info)
         except Exception:
-            self.finite.check(self._kept)  # weights that are no numbers explain what a method then refuses
+            self.finite.check(self.state.kept)  # weights that are no numbers explain what a method then refuses
             raise
         if not terms:
             where = f" in stage {self.stage.name!r}" if len(self.stages) > 1 else ""
@@ -318,9 +318,6 @@ class Trainer:
         values |= {f"terms/{name}": value.detach() for name, value in raw.items()}
         values |= self.method.measurements | self.method.student.measurements()
         return values | {"learning_rate": rate, "gradient_norm": norm.detach()}
-
-    def _kept(self) -> list[Path]:
-        return checkpoints.list_checkpoints(self.checkpoint_folder)
 
     def _agreed(self, stop: bool) -> bool:
         return self.agreement.stop(stop)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cmapkd.config import Config
 from cmapkd.engine.candidates import Candidate
 from cmapkd.engine.critics import CriticConfig, judge
+from cmapkd.engine.one_of import OneOf
 from cmapkd.engine.written import Panel
 from cmapkd.evaluation.vqa import normalise_answer
 
@@ -81,7 +82,7 @@ class HardConfig(Config):
         return (self.by,)
 
 
-class FilterConfig(Config):
+class FilterConfig(OneOf):
     """One filter; exactly one of these is set."""
 
     parity: ParityConfig | None = Field(None, description="The large model is right, and the small one is wrong.")
@@ -89,19 +90,6 @@ class FilterConfig(Config):
     majority: MajorityConfig | None = Field(None, description="Drafts agree. Gives the answer.")
     hard: HardConfig | None = Field(None, description="A model is seldom right.")
     critic: CriticConfig | None = Field(None, description="A model finds the statement of a fact true.")
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            known = ", ".join(type(self).model_fields)
-            raise ValueError(f"set exactly one of {known}, not {', '.join(given) or 'none'}")
-        return self
-
-    @property
-    def kind(self) -> str:
-        """Which one is set."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
     def answers(self) -> tuple[str, ...]:

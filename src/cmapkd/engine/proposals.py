@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from cmapkd.config import Config
 from cmapkd.data.types import Sample
 from cmapkd.engine.candidates import PARSED, READABLE, REPEATED, Candidate, Corners, kept
+from cmapkd.engine.one_of import OneOf
 from cmapkd.engine.written import AskConfig, Panel, check_place
 from cmapkd.evaluation.vqa import normalise_answer
 
@@ -84,21 +85,13 @@ class CropsConfig(Config):
         return self
 
 
-class ProposeConfig(Config):
+class ProposeConfig(OneOf):
     """What is asked of each picture; exactly one of these is set."""
 
     questions: QuestionsConfig | None = Field(None, description="The data's own questions, answered by a model.")
     written: SelfAskedConfig | None = Field(None, description="Questions with answers that a model writes.")
     facts: FactsConfig | None = Field(None, description="Facts: relations that a model completes.")
     crops: CropsConfig | None = Field(None, description="Questions about small regions. No answers yet.")
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            known = ", ".join(type(self).model_fields)
-            raise ValueError(f"set exactly one of {known}, not {', '.join(given) or 'none'}")
-        return self
 
     @property
     def asks(self) -> AskConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -62,14 +63,18 @@ def remote(store: Serving, names: str = "{000..015}.tar", *, room: int | None = 
 
 
 def taken(tmp_path: Path) -> int:
-    """Bytes of copies, and of what is being fetched."""
-    found: dict[int, int] = {}  # a file that is renamed meanwhile counts once
-    for file in (tmp_path / "cache" / "cmapkd" / "shards").glob("*"):
-        with suppress(OSError):
+    """Bytes of copies, and of what is being fetched.
+
+    Counted under the lock of whoever makes room: otherwise a copy that goes and a piece that grows would both count.
+    """
+    folder, found = tmp_path / "cache" / "cmapkd" / "shards", 0
+    with open(folder / "room.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for file in folder.glob("*"):
             if file.suffix in (".tar", ".part"):
-                status = file.stat()
-                found[status.st_ino] = status.st_size
-    return sum(found.values())
+                with suppress(OSError):
+                    found += file.stat().st_size
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ as local ones
@@ -129,7 +134,7 @@ def test_copies_keep_to_their_room_and_few_are_fetched_again(store: Serving, tmp
     def watch() -> None:
         while not stop.is_set():
             most[0] = max(most[0], taken(tmp_path))
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

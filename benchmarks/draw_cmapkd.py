@@ -1,15 +1,12 @@
-"""The pictures of CMAPKD's page: the levels of both models, scores beside every baseline, and what a selection gave
-each level during a run.
+"""The pictures of CMAPKD's page: the levels of both models, and what a selection gave each level during a run.
 
 uv run python benchmarks/draw_cmapkd.py levels docs/images/cmapkd_levels.png
-uv run python benchmarks/draw_cmapkd.py scores docs/images/cmapkd_early.png docs/results/cmapkd_final_early.csv
 uv run python benchmarks/draw_cmapkd.py weights docs/images/cmapkd_weights.png gate=runs/a policy=runs/b
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 from collections.abc import Sequence
@@ -30,13 +27,13 @@ COLOURS = ("#9fc9bd", "#5fa88f", "#1f6f5c", "#123f34")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", choices=("levels", "scores", "weights"))
+    parser.add_argument("picture", choices=("levels", "weights"))
     parser.add_argument("out", type=Path)
-    runs = parser.add_argument("runs", nargs="*", help="for scores: results.csv; for weights: TITLE=RUN_FOLDER")
+    runs = parser.add_argument("runs", nargs="*", help="for weights: TITLE=RUN_FOLDER")
     arguments = parser.parse_args()
     if arguments.picture != "levels" and not arguments.runs:
         parser.error(f"{arguments.picture} are drawn of something: {runs.help}")
-    draw = {"levels": lambda _: draw_levels(), "scores": draw_scores, "weights": draw_weights}
+    draw = {"levels": lambda _: draw_levels(), "weights": draw_weights}
     figure = draw[arguments.picture](arguments.runs)
     figure.savefig(arguments.out, dpi=160)
 
@@ -109,36 +106,6 @@ def _level(axes: Any, x: float, bottom: float, wide: float, role: str, side: str
                 for u, v in corners
             ]
             axes.add_patch(Polygon(points, closed=True, fc=colour, ec="white", lw=0.8, alpha=0.55 + 0.1 * (4 - cells)))
-
-
-def draw_scores(tables: list[str]) -> Figure:
-    """Each student a panel, each arm a row: a dot for every seed, and their mean; the best stands on top."""
-    with Path(tables[0]).open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    students = list(dict.fromkeys(row["student"] for row in rows))
-    found = {
-        (row["student"], row["arm"]): [float(each["retrieval.mean_r@1"]) for each in rows if _same(each, row)]
-        for row in rows
-    }
-    arms = sorted({row["arm"] for row in rows}, key=lambda arm: statistics.mean(found[students[0], arm]))
-    figure = Figure(figsize=(8.6, 0.9 + 0.3 * len(arms)), layout="constrained")
-    for axes, student in zip(figure.subplots(1, len(students), sharey=True), students, strict=True):
-        for place, arm in enumerate(arms):
-            values, colour = found[student, arm], STUDENT if arm == "cmapkd" else VISUAL
-            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
-            axes.plot([statistics.mean(values)], [place], "D", color=colour, markersize=6)
-        axes.set_yticks(range(len(arms)), arms, fontsize=8)
-        axes.set_xlim(left=0)
-        axes.set_title(f"student {student} smaller", fontsize=9)
-        axes.set_xlabel("mean R@1", fontsize=8)
-        axes.grid(axis="x", color="#e6e6e6")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _same(row: dict[str, str], other: dict[str, str]) -> bool:
-    return (row["student"], row["arm"]) == (other["student"], other["arm"])
 
 
 def draw_weights(runs: list[str]) -> Figure:

@@ -80,6 +80,7 @@ GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}
 CMAPKD_IN_FULL: dict[str, Any] = {  # every term and level of the method
     "visual_levels": {"P2": 1.0, "P3": 1.0, "P4": 1.0, "P5": 1.0},
     "language_levels": {"L1": 0.1, "L2": 0.1, "L3": 0.1, "L4": 1.0},
+    "relational_weight": 0.35,
     "ablations": {
         "bank_within_weight": 0.5,
         "bank_level_weight": 0.3,

@@ -14,6 +14,8 @@ import pytest
 from cmapkd.compare import load_comparison, make_plan
 from cmapkd.config import load_config
 from cmapkd.data import records
+from cmapkd.data.open import open_source
+from cmapkd.models import build_model
 from cmapkd.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -33,22 +35,25 @@ def test_every_measured_number_of_the_docs_is_its_files(capsys: pytest.CaptureFi
 
 
 def test_the_demo_has_the_setting_of_the_runs_that_the_readme_shows() -> None:
-    demo = load_config(RunConfig, "demo").plain()
-    plan = make_plan(load_comparison(ROOT / "examples" / "cmapkd_final.yaml"))
-    for method in ("cmapkd", "contrastive"):
+    demo = load_config(RunConfig, "demo")
+    plan = make_plan(load_comparison(ROOT / "examples" / "demo.yaml"))
+    for method, expected in (("cmapkd", demo.plain()), ("contrastive", demo.scratch().plain())):
         (shown,) = (
-            run.config.plain()
-            for run in plan.runs
-            if (run.config.method.name, run.config.student.name) == (method, "tiny:base")
-            and (run.config.training.steps, run.config.seed) == (400, 0)
+            run.config.plain() for run in plan.runs if (run.config.method.name, run.config.seed) == (method, 0)
         )
-        same = load_config(RunConfig, "demo").scratch().plain() if method == "contrastive" else demo
-        same["cache"] = shown["cache"]  # answers are the same to half precision
-        same["baseline"] = "none"  # which is run beside
-        same["data"]["val"] = shown["data"]["val"]  # which is looked at on the way
-        same["data"]["test"] = shown["data"]["test"]
-        same["training"]["evaluate_every"] = None
-        assert same == shown
+        expected["baseline"] = "none"  # which is run beside
+        expected["data"]["val"] = None  # which is looked at on the way
+        expected["training"]["evaluate_every"] = None
+        assert shown == expected
+
+
+def test_sizes_of_the_presets_are_the_models() -> None:
+    page = (ROOT / "docs" / "scenes.md").read_text(encoding="utf-8")
+    world = open_source("scenes?length=1000")  # the words of all captions are in so few
+    captions = [caption for index in range(len(world)) for caption in world[index].captions]
+    for preset in ("tiny:base", "tiny:small"):
+        count = sum(parameter.numel() for parameter in build_model(preset, captions=captions).parameters())
+        assert f"| `{preset}` | {count:,} |" in page
 
 
 TIED = """Three seeds: exploratory, uncorrected.
@@ -151,7 +156,7 @@ def test_scores_and_differences_are_written_as_the_docs_do() -> None:
 
 def test_a_selection_with_two_rows_of_a_seed_is_refused() -> None:
     with pytest.raises(measured.UnknownNumberError, match="more than one row of seed 0"):
-        measured.Asker("cmapkd_final_early.csv").ask('of(R1, arm="cmapkd")')
+        measured.Asker("demo_seeds.csv").ask("of(R1)")
 
 
 # ------------------------------------------------------------------------------------------------ lines

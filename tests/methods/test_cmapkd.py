@@ -24,7 +24,7 @@ from helpers import CMAPKD_EXACT, make_method, make_model, make_trainer, random_
 from training.test_resume import assert_same_end, interrupt
 
 TERMS = {
-    "contrastive", "interactive", "bank", "bank_within", "bank_level", "bank_pair",
+    "contrastive", "interactive", "relational", "bank", "bank_within", "bank_level", "bank_pair",
     "visual", "language", "pyramid", "alignment", "bridge",
     "relation", "layer_relation",
 }  # fmt: skip
@@ -50,7 +50,7 @@ def test_every_term_of_the_design_is_there_with_its_weight() -> None:
     assert terms["relation"].weight == 3.0
     assert method.level_names == ("P2", "P3", "P4", "P5", "L1", "L2", "L3", "L4")
     assert {f"distance/{level}" for level in method.level_names} <= set(method.measurements)
-    assert {"visual/weight/P2", "language/entropy", "pyramid/weight/P5-L4"} <= set(method.measurements)
+    assert {"visual/weight/P2", "language/entropy", "pyramid/weight/P2-L1"} <= set(method.measurements)
 
 
 def test_a_weight_of_zero_removes_a_term_and_what_only_it_needs() -> None:
@@ -62,7 +62,7 @@ def test_a_weight_of_zero_removes_a_term_and_what_only_it_needs() -> None:
 
 
 def test_embedding_terms_are_the_objectives_of_the_projected_embeddings() -> None:
-    method, batch = cmapkd(ablations={"pyramid_weight": 1.0, "coupling": {"P5-L4": 2.0}}), random_batch(5)
+    method, batch = cmapkd(relational_weight=2.0), random_batch(5)
     terms = method(batch)
     student, teacher = method.encode_student(batch), method.encode_teacher(batch)
     assert method.project is not None
@@ -77,7 +77,8 @@ def test_embedding_terms_are_the_objectives_of_the_projected_embeddings() -> Non
         student_scale=student.logit_scale,
         teacher_scale=teacher.logit_scale,
     )
-    torch.testing.assert_close(terms["pyramid"].value, 2 * joint)
+    torch.testing.assert_close(terms["relational"].value, joint)
+    assert terms["relational"].weight == 2.0
     assert "bridge" not in terms  # the joint space needs none
 
 
@@ -313,6 +314,11 @@ def test_names_of_levels_and_pairs_are_checked() -> None:
         CMAPKDConfig.from_mapping({"visual_levels": {"P6": 1}})
     with pytest.raises(ConfigError, match=r"ablations\.coupling: unknown 'L1-P2'"):
         CMAPKDConfig.from_mapping({"ablations": {"coupling": {"L1-P2": 1}}})
+    for name in ("pyramid_weight", "alignment_weight", "bank_pair_weight"):
+        with pytest.raises(
+            ConfigError, match=rf"ablations\.{name} counts pairs of levels, and ablations\.coupling has"
+        ):
+            CMAPKDConfig.from_mapping({"ablations": {name: 1.0, "coupling": {}}})
     with pytest.raises(ConfigError, match="P2 is -1"):
         CMAPKDConfig.from_mapping({"visual_levels": {"P2": -1}})
     with pytest.raises(ConfigError, match=r"'gats' \(did you mean 'gate'\?\)"):
@@ -329,6 +335,17 @@ def test_a_setting_under_its_old_name_goes_where_it_belongs() -> None:
         value = field.get_default(call_default_factory=True)
         with pytest.warns(MovedSettingWarning, match=rf"write ablations\.{name} in place of {name}$"):
             assert CMAPKDConfig.from_mapping({name: value}) == CMAPKDConfig()
+    coupled = {"pyramid_weight": 0.5, "coupling": {"P2-L1": 1.0, "P5-L4": 3.0}}
+    with pytest.warns(MovedSettingWarning, match=r"write relational_weight in place of ablations\.coupling\.P5-L4$"):
+        old = CMAPKDConfig.from_mapping({"ablations": coupled})
+    new = {"relational_weight": 1.5, "ablations": {"pyramid_weight": 0.5, "coupling": {"P2-L1": 1.0}}}
+    assert old == CMAPKDConfig.from_mapping(new)
+    older = CMAPKDConfig().model_dump(mode="json")
+    del older["relational_weight"]  # a run folder from before there was such a term
+    with pytest.warns(MovedSettingWarning, match="relational_weight"):
+        assert CMAPKDConfig.from_mapping(older).relational_weight == 0
+    with pytest.raises(ConfigError, match=r"P5-L4 and relational_weight are one setting, and both are given"):
+        CMAPKDConfig.from_mapping({"relational_weight": 1, "ablations": coupled})
     with pytest.raises(ConfigError, match=r"bank_size and bank\.size are one setting, and both are given"):
         CMAPKDConfig.from_mapping({"bank_size": 12, "bank": {"size": 13}})
 
@@ -338,8 +355,8 @@ def test_a_stage_reads_only_its_levels() -> None:
     method.enter(StageConfig(share=1.0, levels=("P5", "L4")))
     assert method.teacher_needs.image_levels == method.student_needs.text_levels == ()
     terms = method(random_batch(4))
-    assert {"pyramid", "visual", "language", "bank"} <= set(terms)
-    assert not {"bridge", "alignment"} & set(terms)
+    assert {"relational", "visual", "language", "bank"} <= set(terms)
+    assert not {"pyramid", "bridge", "alignment"} & set(terms)
     assert "distance/P4" not in method.measurements
     method.enter(StageConfig(share=1.0, levels=("P4", "P5", "L4"), terms=("contrastive", "visual")))
     assert method.teacher_needs.image_levels == ("blocks.0",)

@@ -35,9 +35,7 @@ class AblationsConfig(Config):
         0.0, ge=0, description="Weight of the KL at the coupled inner pairs, over a bank of the other modality's level."
     )
     pyramid_weight: float = Field(0.0, ge=0, description="Weight of the KL between coupled levels of both modalities.")
-    coupling: dict[str, float] = Field(
-        default_factory=prior_by_pair, description="What each pair of levels counts there; P5-L4 uses the joint space."
-    )
+    coupling: dict[str, float] = Field(default_factory=prior_by_pair, description="What each pair of levels counts.")
     alignment_weight: float = Field(0.0, ge=0, description="Weight of the student's InfoNCE at the coupled pairs.")
     relation_weight: float = Field(0.0, ge=0, description="Weight of the Gram matrices over the batch, by level.")
     layer_relation_weight: float = Field(0.0, ge=0, description="Weight of the cosines between a sample's levels.")
@@ -83,21 +81,47 @@ _MOVED = {f"bank_{name.replace('source', 'from')}": f"bank.{name}" for name in B
 """Where settings stand now that stood beside the others once."""
 
 
+def _relational_of(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The weight of `relational` and the ablations, where the joint space still is one of the coupled pairs.
+
+    It was one until the term got a weight of its own. An older run folder has every setting but this weight.
+    """
+    ablations = values.get("ablations")
+    coupling = ablations.get("coupling") if isinstance(ablations, dict) else None
+    if not isinstance(ablations, dict) or not isinstance(coupling, dict):
+        return None
+    older = "relational_weight" not in values and AblationsConfig.model_fields.keys() <= ablations.keys()
+    if JOINT not in coupling and not older:
+        return None
+    if "relational_weight" in values:
+        raise ValueError(
+            f"ablations.coupling.{JOINT} and relational_weight are one setting, and both are given: keep "
+            "relational_weight"
+        )
+    inner = {pair: count for pair, count in coupling.items() if pair != JOINT}
+    weight = ablations.get("pyramid_weight", 0.0)
+    return {
+        "relational_weight": weight * coupling.get(JOINT, 0.0),
+        "ablations": {**ablations, "coupling": inner, "pyramid_weight": weight if inner else 0.0},
+    }
+
+
 class CMAPKDConfig(MethodConfig):
     """What each term counts and which levels it reads; a weight of zero switches a computation off."""
 
     moved: ClassVar[Mapping[str, str]] = _MOVED  # old names that are still read
 
     task_weight: float = Field(1.0, ge=0, description="Weight of the student's own contrastive loss.")
-    interactive_weight: float = Field(1.0, ge=0, description="Weight of InfoNCE against the teacher's other modality.")
-    bank_weight: float = Field(1.0, ge=0, description="Weight of the KL over a bank of the other modality.")
+    interactive_weight: float = Field(2.87, ge=0, description="Weight of InfoNCE against the teacher's other modality.")
+    relational_weight: float = Field(1.88, ge=0, description="Weight of the KL between in-batch similarities.")
+    bank_weight: float = Field(2.83, ge=0, description="Weight of the KL over a bank of the other modality.")
     visual_weight: float = Field(1.0, ge=0, description="Weight of the visual pyramid within its modality.")
     language_weight: float = Field(1.0, ge=0, description="Weight of the language hierarchy within its modality.")
     visual_levels: dict[str, float] = Field(
-        {"P2": 16.0, "P5": 1.0}, description="What each visual level counts before the selection; others are not read."
+        {"P2": 64.0, "P5": 4.0}, description="What each visual level counts before the selection; others are not read."
     )
     language_levels: dict[str, float] = Field(
-        {"L1": 16.0, "L2": 16.0, "L3": 16.0, "L4": 1.0}, description="What each language level counts, likewise."
+        {"L1": 64.0, "L2": 64.0, "L3": 64.0, "L4": 1.0}, description="What each language level counts, likewise."
     )
     weighting: SerializeAsAny[WeightingConfig] = Field(
         default_factory=lambda: weighting_config("uniform"), description="Who decides how much each level counts."
@@ -115,11 +139,10 @@ class CMAPKDConfig(MethodConfig):
     @classmethod
     def _settings_that_moved(cls, values: Any) -> Any:
         """Puts settings under their old names, of recipes and run folders from before they moved, where they belong."""
-        moved = [name for name in values if name in _MOVED] if isinstance(values, dict) else []
-        if not moved:
+        if not isinstance(values, dict):
             return values
-        kept = {name: value for name, value in values.items() if name not in _MOVED}
-        for name in moved:
+        kept, moved = {name: value for name, value in values.items() if name not in _MOVED}, []
+        for name in (name for name in values if name in _MOVED):
             section, _, setting = _MOVED[name].partition(".")
             inside = kept.get(section) or {}
             if not isinstance(inside, dict):
@@ -127,8 +150,12 @@ class CMAPKDConfig(MethodConfig):
             if setting in inside:
                 raise ValueError(f"{name} and {_MOVED[name]} are one setting, and both are given: keep {_MOVED[name]}")
             kept[section] = {**inside, setting: values[name]}
-        places = ", ".join(f"{_MOVED[name]} in place of {name}" for name in moved)
-        warnings.warn(f"settings of cmapkd have moved: write {places}", MovedSettingWarning, stacklevel=2)
+            moved.append(f"{_MOVED[name]} in place of {name}")
+        if (joint := _relational_of(kept)) is not None:
+            kept |= joint
+            moved.append(f"relational_weight in place of ablations.coupling.{JOINT}")
+        if moved:
+            warnings.warn(f"settings of cmapkd have moved: write {', '.join(moved)}", MovedSettingWarning, stacklevel=2)
         return kept
 
     @field_validator("weighting", mode="before")
@@ -171,6 +198,16 @@ class CMAPKDConfig(MethodConfig):
         return self
 
     @model_validator(mode="after")
+    def _something_is_coupled(self) -> Self:
+        for name in ("pyramid_weight", "alignment_weight", "bank_pair_weight"):
+            if getattr(self.ablations, name) and not self.coupled():
+                raise ValueError(
+                    f"ablations.{name} counts pairs of levels, and ablations.coupling has none: leave it out, or give "
+                    "some, such as {P2-L1: 1, P4-L3: 0.5}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _bank_has_levels(self) -> Self:
         if self.bank.source == "cache" and (self.ablations.bank_level_weight or self.ablations.bank_pair_weight):
             raise ValueError(
@@ -195,13 +232,9 @@ class CMAPKDConfig(MethodConfig):
         wanted = ablations.pyramid_weight or ablations.alignment_weight or ablations.bank_pair_weight
         return {pair: ablations.coupling[pair] for pair in PAIRS if ablations.coupling.get(pair)} if wanted else {}
 
-    def inner_pairs(self) -> tuple[str, ...]:
-        """The coupled pairs that meet in the bridges' space."""
-        return tuple(pair for pair in self.coupled() if pair != JOINT)
-
     def bridged(self) -> tuple[str, ...]:
         """Levels that are mapped into the space which both modalities share."""
-        levels = {level for pair in self.inner_pairs() for level in pair.split("-")}
+        levels = {level for pair in self.coupled() for level in pair.split("-")}
         return tuple(level for level in LEVELS if level in levels or self.ablations.layer_relation_weight)
 
     def levels_against_bank(self) -> tuple[str, ...]:
@@ -210,7 +243,7 @@ class CMAPKDConfig(MethodConfig):
 
     def levels_in_bank(self) -> tuple[str, ...]:
         """Levels of which the bank keeps the teacher's vectors."""
-        pairs = self.inner_pairs() if self.ablations.bank_pair_weight else ()
+        pairs = self.coupled() if self.ablations.bank_pair_weight else ()
         read = {*self.levels_against_bank(), *(level for pair in pairs for level in pair.split("-"))}
         return tuple(level for level in LEVELS if level in read)
 
@@ -227,19 +260,20 @@ class CMAPKDConfig(MethodConfig):
 
     def term_weights(self) -> dict[str, float]:
         """The terms that count, with their weights."""
-        ablations, inner_pairs = self.ablations, self.inner_pairs()
+        ablations = self.ablations
         weights = {
             "contrastive": self.task_weight,
             "interactive": self.interactive_weight,
+            "relational": self.relational_weight,
             "bank": self.bank_weight,
             "bank_within": ablations.bank_within_weight,
             "bank_level": ablations.bank_level_weight if self.levels_against_bank() else 0.0,
-            "bank_pair": ablations.bank_pair_weight if inner_pairs else 0.0,
+            "bank_pair": ablations.bank_pair_weight,
             "visual": self.visual_weight if any(map(self.weight_of, VISUAL_LEVELS)) else 0.0,
             "language": self.language_weight if any(map(self.weight_of, LANGUAGE_LEVELS)) else 0.0,
-            "pyramid": ablations.pyramid_weight if self.coupled() else 0.0,
-            "alignment": ablations.alignment_weight if inner_pairs else 0.0,
-            "bridge": 1.0 if inner_pairs and (ablations.pyramid_weight or ablations.bank_pair_weight) else 0.0,
+            "pyramid": ablations.pyramid_weight,
+            "alignment": ablations.alignment_weight,
+            "bridge": 1.0 if ablations.pyramid_weight or ablations.bank_pair_weight else 0.0,
             "relation": ablations.relation_weight,
             "layer_relation": ablations.layer_relation_weight,
         }

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cmapkd.features import AlignmentBridge
 from cmapkd.methods.cmapkd.levels import INTRA
-from cmapkd.models import Features
 from cmapkd.objectives import contrastive_loss, layer_relation_distance, pyramid_divergence
 
 Vectors = Mapping[str, Float[Tensor, "batch width"]]  # by level
@@ -81,18 +80,6 @@ def _through(bridge: AlignmentBridge, vectors: Vectors) -> Bridged:
         )
     )
     return {**visual, **language}
-
-
-def joint_divergence(student: Features, teacher: Features) -> Float[Tensor, " batch"]:
-    """Contrastive relational distillation, for each sample: KL of the similarities in the models' own joint spaces."""
-    towers = (student.image, student.text, teacher.image, teacher.text)
-    values = pyramid_divergence(
-        *(tower.embedding[None] for tower in towers),
-        coupling=torch.ones(1, 1),
-        student_scale=student.logit_scale,
-        teacher_scale=teacher.logit_scale,
-    )
-    return values[:, 0, 0]
 
 
 def layer_relation(student: Bridged, teacher: Bridged) -> Float[Tensor, ""]:

@@ -18,8 +18,9 @@ INTRA = {"visual": VISUAL_LEVELS, "language": LANGUAGE_LEVELS}
 INNER = tuple(level for level in LEVELS if level not in ("P5", "L4"))
 """Levels that are no embedding of the joint space."""
 JOINT = "P5-L4"
-"""The pair that meets in the models' own joint space and needs no bridge."""
-PAIRS = tuple(f"{visual}-{language}" for visual, language in product(VISUAL_LEVELS, LANGUAGE_LEVELS))
+"""The pair that meets in the models' own joint space: it needs no bridge, and has a term of its own, `relational`."""
+PAIRS = tuple(pair for pair in map("-".join, product(VISUAL_LEVELS, LANGUAGE_LEVELS)) if pair != JOINT)
+"""Pairs of a visual and a language level that bridges can bring together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ class LevelRows:
 
 
 def prior_by_pair() -> dict[str, float]:
-    """`prior_coupling` by the names of the pairs, without the pairs that are not coupled."""
-    return {pair: value for pair, value in zip(PAIRS, prior_coupling().flatten().tolist(), strict=True) if value}
+    """`prior_coupling` by the names of the pairs, without those that are not coupled and without the joint space's."""
+    pairs = map("-".join, product(VISUAL_LEVELS, LANGUAGE_LEVELS))
+    prior = dict(zip(pairs, prior_coupling().flatten().tolist(), strict=True))
+    return {pair: prior[pair] for pair in PAIRS if prior[pair]}
 
 
 def levels_of(pairs: Sequence[str]) -> list[str]:

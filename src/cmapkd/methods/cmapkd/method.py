@@ -25,12 +25,12 @@ from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.cmapkd.bank import level_against_bank, pairs_against_bank
 from cmapkd.methods.cmapkd.card import CARD
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
-from cmapkd.methods.cmapkd.cross_modal import Bridges, joint_divergence, layer_relation
-from cmapkd.methods.cmapkd.levels import INTRA, JOINT, LevelRows
+from cmapkd.methods.cmapkd.cross_modal import Bridges, layer_relation
+from cmapkd.methods.cmapkd.levels import INTRA, LevelRows
 from cmapkd.methods.cmapkd.reading import LevelPlan, read_levels
 from cmapkd.methods.cmapkd.selection import Context, Selecting
 from cmapkd.methods.dual import TeacherDetail, task_loss
-from cmapkd.methods.in_batch import embeddings_of
+from cmapkd.methods.in_batch import embeddings_of, similarity_loss
 from cmapkd.methods.own_scales import keep_in_range, new_scale
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
@@ -153,13 +153,15 @@ class CMAPKD(Selecting):
         values: Values = {}
         if self._wants("contrastive"):
             values["contrastive"] = task_loss(student)
+        if self._wants("relational"):
+            values["relational"] = similarity_loss(student, teacher)
         if projected is not None:
             values |= self._embedding_terms(batch, projected, teacher, rows)
         models = {"teacher": teacher, "student": student}
         read = [role for role in self.config.ablations.selection_reads if role in models]
         context: Context = {role: _directions(models[role]) for role in read}
         levels = self._intra_modal_levels(projected, teacher, rows)
-        cross_modal, pairs = self._cross_modal_terms(student, teacher, rows)
+        cross_modal, pairs = self._cross_modal_terms(student, rows)
         self._look(levels | pairs)
         values |= {term: self._weigh(term, losses, context, rows) for term, losses in levels.items()}
         values |= cross_modal
@@ -216,7 +218,7 @@ class CMAPKD(Selecting):
                 for level in levels
             ]
             values["bank_level"] = torch.stack(of_levels).mean()
-        pairs = [pair for pair in self.config.inner_pairs() if all(map(self.stage.wants_level, pair.split("-")))]
+        pairs = [pair for pair in self.config.coupled() if all(map(self.stage.wants_level, pair.split("-")))]
         if pairs and self.bridges is not None and self._wants("bank_pair"):
             values["bank_pair"] = pairs_against_bank(self.bridges, pairs, references, rows)
         return values
@@ -240,7 +242,7 @@ class CMAPKD(Selecting):
             found[term] = {level: counts[level] * distance for level, distance in distances.items()}
         return found
 
-    def _cross_modal_terms(self, student: Features, teacher: Features, rows: LevelRows) -> tuple[Values, Losses]:
+    def _cross_modal_terms(self, student: Features, rows: LevelRows) -> tuple[Values, Losses]:
         """Levels of one modality against those of the other, and relations; each level as one vector a sample.
 
         Returns:
@@ -256,25 +258,21 @@ class CMAPKD(Selecting):
                 [relation_distance(of_student[n], of_teacher[n]).mean() for n in of_student]
             ).mean()
         pairs = [pair for pair in self.config.coupled() if {*pair.split("-")} <= {*levels}]
-        inner = [pair for pair in pairs if pair != JOINT]
         divergences: dict[str, Float[Tensor, " batch"]] = {}
         bridges = self.bridges
         if bridges is not None:
             mapped, targets = bridges.of_student(of_student), bridges.of_teacher(of_teacher)
-            if inner and self._wants("alignment"):
-                values["alignment"] = bridges.contrast(inner, mapped, bridges.student_scale, student.pictures)
-            if inner and self._wants("bridge"):
-                values["bridge"] = bridges.contrast(inner, targets, bridges.teacher_scale, student.pictures)
+            if pairs and self._wants("alignment"):
+                values["alignment"] = bridges.contrast(pairs, mapped, bridges.student_scale, student.pictures)
+            if pairs and self._wants("bridge"):
+                values["bridge"] = bridges.contrast(pairs, targets, bridges.teacher_scale, student.pictures)
             if self._wants("layer_relation"):
                 values["layer_relation"] = layer_relation(mapped, targets)
             if self._wants("pyramid"):
-                divergences = bridges.divergences(inner, mapped, targets)
-        if pairs and self._wants("pyramid"):
-            if JOINT in pairs:
-                divergences[JOINT] = joint_divergence(student, teacher)
-            coupling = self.config.ablations.coupling
-            return values, {"pyramid": {pair: coupling[pair] * divergences[pair] for pair in pairs}}
-        return values, {}
+                divergences = bridges.divergences(pairs, mapped, targets)
+        coupling = self.config.ablations.coupling
+        weighed = {pair: coupling[pair] * divergence for pair, divergence in divergences.items()}
+        return values, {"pyramid": weighed} if weighed else {}
 
     @torch.no_grad()
     def after_step(self, step: StepInfo | None = None) -> None:

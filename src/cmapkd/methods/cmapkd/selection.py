@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from cmapkd.data.types import Batch
 from cmapkd.features import Role
 from cmapkd.methods.cmapkd.config import CMAPKDConfig
-from cmapkd.methods.cmapkd.cross_modal import joint_divergence
 from cmapkd.methods.cmapkd.levels import INTRA, LEVELS, LevelRows
 from cmapkd.methods.cmapkd.measuring import measure
 from cmapkd.methods.cmapkd.reading import LevelPlan
 from cmapkd.methods.cmapkd.slopes import Columns, evaluating
 from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.in_batch import similarity_loss
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import Features
 from cmapkd.weighting import WEIGHTINGS, JointWeighting, Weighting, for_items, make_weighting
@@ -229,7 +229,7 @@ class Selecting(DualEncoderMethod):
         learning = [w for w in self.weighting.values() if isinstance(w, Weighting) and w.reads_held_out]
         if learning:
             if batch.held_out is None:
-                held_out = joint_divergence(student, teacher).mean()
+                held_out = similarity_loss(student, teacher)
             else:
                 with evaluating(self.student):
                     held_out = task_loss(self.encode_student(batch.held_out))

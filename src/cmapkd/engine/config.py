@@ -11,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import Config, ConfigError, closest, load_mapping
 from cmapkd.config.resumable import RESUMABLE
-from cmapkd.engine.filters import FilterConfig
+from cmapkd.engine.filters import AgreeConfig, FilterConfig
+from cmapkd.engine.programs import ProgramsConfig
 from cmapkd.engine.proposals import ProposeConfig
 from cmapkd.engine.written import AskConfig
 from cmapkd.models import ModelConfig
@@ -128,17 +129,14 @@ class EngineConfig(Config):
     def _without_ways(self) -> Iterable[str]:
         """Filters that compare answers to one question, and what they need."""
         programs = self.propose.programs
+        labelled = programs.asks_the_datas if programs else self.propose.questions is not None
         for each in self.verify:
-            if each.label is not None and self.propose.questions is None and not (programs and programs.asks_the_datas):
+            if each.label is not None and not labelled:
                 yield "label reads the data's answers, and only questions of the data have any: propose those alone"
             if programs is None and (each.agree or each.first):
                 yield f"{each.kind} reads several answers to one question, which propose.programs alone makes"
-            for name, kind in programs.kinds.items() if programs and each.agree else ():
-                if len(kind.ways) < each.agree.ways:
-                    yield (
-                        f"agree.ways is {each.agree.ways}, and propose.programs.kinds.{name} has {len(kind.ways)}: it "
-                        "would be dropped. Add a way"
-                    )
+            if programs is not None and each.agree is not None:
+                yield from _lonely(programs, each.agree)
         if self.write.why:
             without = [
                 f"{name}.ways.{key}"
@@ -183,6 +181,15 @@ class EngineConfig(Config):
             kind if kinds.index(kind) == place else f"{kind} {kinds[: place + 1].count(kind)}"
             for place, kind in enumerate(kinds)
         )
+
+
+def _lonely(programs: ProgramsConfig, agree: AgreeConfig) -> Iterable[str]:
+    for name, kind in programs.kinds.items():
+        if len(kind.ways) < agree.ways:
+            yield (
+                f"agree.ways is {agree.ways}, and propose.programs.kinds.{name} has {len(kind.ways)}: all would "
+                "be dropped. Add a way"
+            )
 
 
 def _listed(names: Iterable[str]) -> str:

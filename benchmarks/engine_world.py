@@ -79,6 +79,8 @@ def says(candidate: Candidate) -> str:
             return asked.answers[0]
     if found := re.fullmatch(r"What (?:colour is|is the (shape|texture) of) the largest object\?", question):
         return str(getattr(scene.objects[0], found[1] or "colour"))
+    if question == "What colour is the background?":
+        return scene.background.colour
     if found := re.fullmatch(r"What colour is the (\w+)\?", question):
         return next((thing.colour for thing in scene.objects if thing.shape == found[1]), "")
     if found := re.fullmatch(r"How many (\w+) objects are there\?", question):

@@ -96,7 +96,7 @@ class AgreeConfig(Config):
 
     Equal answers are counted by the rules of VQA v2. Ways without an answer do not count at all.
 
-    Source: SDRT (arXiv:2503.01754), whose prompts answer together; its weights of prompts are not published.
+    Source: SDRT (arXiv:2503.01754), whose prompts answer together; its weights of prompts were not found.
     """
 
     ways: int = Field(2, ge=2, description="Least number of ways that give the answer.")

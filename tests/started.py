@@ -4,6 +4,12 @@ One process imports once what the scripts need. Then every script runs in a fork
 would. A start takes five seconds of a processor; a fork takes none. That process ends with the tests: its input ends.
 
     done = run_script(Path("several_processes.py"), str(folder), timeout=600)
+
+A test that has something to do with the process while it runs begins it, and waits for its end:
+
+    with begun(Path("sixty_steps.py"), str(folder), timeout=600) as script:
+        os.killpg(script.pid, signal.SIGTERM)
+        done = script.end()
 """
 
 from __future__ import annotations
@@ -11,14 +17,18 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import multiprocessing.util
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,27 +44,76 @@ class Done:
     stderr: str
 
 
-def run_script(script: Path, *arguments: str, timeout: float) -> Done:
+class Script:
+    """One that was begun: the process `pid`, which leads a session and a group of its own."""
+
+    def __init__(self, name: str, server: subprocess.Popen[str], printed: tuple[Path, Path], timeout: float) -> None:
+        self._name, self._server, self._printed, self._timeout = name, server, printed, timeout
+        self._done: Done | None = None
+        self.pid = int(self._told())
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended yet."""
+        return Path(f"/proc/{self.pid}").exists()
+
+    def end(self) -> Done:
+        """Waits for it.
+
+        Raises:
+            TimeoutError: it took longer than it may; it was killed with all that it had begun.
+        """
+        if self._done is None:
+            code = json.loads(self._told())
+            out, err = (
+                path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in self._printed
+            )
+            if code is None:
+                self._done = Done(-signal.SIGKILL, out, err)
+                raise TimeoutError(f"{self._name} took more than {self._timeout:g} s: {err[-2000:]}")
+            self._done = Done(code, out, err)
+        return self._done
+
+    def _told(self) -> str:
+        assert self._server.stdout is not None
+        answer = self._server.stdout.readline()
+        assert answer, "the process that starts scripts has ended"
+        return answer
+
+
+def run_script(script: Path, *arguments: str, timeout: float, environment: Mapping[str, str] | None = None) -> Done:
     """Runs a script in a new process, on one thread.
 
+    Args:
+        environment: what is added to that of the tests.
     Raises:
         TimeoutError: it took longer; it was killed with all that it had begun.
     """
+    with begun(script, *arguments, timeout=timeout, environment=environment) as running:
+        return running.end()
+
+
+@contextmanager
+def begun(
+    script: Path, *arguments: str, timeout: float, environment: Mapping[str, str] | None = None
+) -> Iterator[Script]:
+    """Begins it, as `run_script` does; one at a time. What still runs in the end is killed."""
     server = _server()
     assert server.stdin is not None
-    assert server.stdout is not None
     with tempfile.TemporaryDirectory(prefix="cmapkd-script-") as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         asked = {"script": str(script), "arguments": arguments, "out": str(out), "err": str(err), "timeout": timeout}
-        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.write(json.dumps(asked | {"environment": dict(environment or {})}) + "\n")
         server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, "the process that starts scripts has ended"
-        code = json.loads(answer)
-        printed = [path.read_text(encoding="utf-8", errors="replace") for path in (out, err)]
-    if code is None:
-        raise TimeoutError(f"{script.name} took more than {timeout:g} s: {printed[1][-2000:]}")
-    return Done(code, *printed)
+        running = Script(script.name, server, (out, err), timeout)
+        try:
+            yield running
+        finally:
+            if running.lives:
+                for kill in (os.killpg, os.kill):  # it leads no group yet where it has just begun
+                    with suppress(ProcessLookupError):
+                        kill(running.pid, signal.SIGKILL)
+            running.end()
 
 
 @cache
@@ -91,6 +150,8 @@ def _serve() -> None:
         asked = json.loads(line)
         if not (child := os.fork()):
             _become(asked)
+        sys.stdout.write(f"{child}\n")
+        sys.stdout.flush()
         sys.stdout.write(json.dumps(_wait(child, asked["timeout"])) + "\n")
         sys.stdout.flush()
 
@@ -100,12 +161,17 @@ def _become(asked: dict[str, Any]) -> None:
     code = 1
     try:
         os.setsid()
+        os.environ.update(asked["environment"])
         for number, place in enumerate((os.devnull, asked["out"], asked["err"])):
             flags = os.O_RDONLY if not number else os.O_WRONLY | os.O_CREAT | os.O_APPEND
             os.dup2(os.open(place, flags), number)
         sys.argv = [asked["script"], *asked["arguments"]]
         sys.path[0] = str(Path(asked["script"]).parent)
-        runpy.run_path(asked["script"], run_name="__main__")
+        try:
+            runpy.run_path(asked["script"], run_name="__main__")
+        finally:  # at its end Python itself waits for threads, and ends processes that were begun
+            threading._shutdown()  # type: ignore[attr-defined]
+            multiprocessing.util._exit_function()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from started import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,14 +36,8 @@ def lines(file: Path) -> Lines:
 def told(tmp_path_factory: pytest.TempPathFactory) -> Lines:
     """By the whole script, as it is called."""
     out = tmp_path_factory.mktemp("gpu") / "tiny.jsonl"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    script, hidden = ROOT / "benchmarks" / "gpu.py", {"CUDA_VISIBLE_DEVICES": ""}
+    done = run_script(script, "--tiny", "--out", str(out), timeout=900, environment=hidden)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return lines(out)
 

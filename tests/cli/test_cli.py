@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from cmapkd.methods import METHODS
 from cmapkd.models import build_model
 from cmapkd.run import vocabulary_captions
 from cmapkd.training import Interrupted
+from started import begun
 
 
 def call(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -237,31 +237,20 @@ def test_an_interrupted_demo_says_how_to_go_on(cli: Any, monkeypatch: pytest.Mon
 
 def test_a_signal_ends_with_130_and_the_run_can_go_on(cli: Any, recipe: Path, tmp_path: Path) -> None:
     out, changes = tmp_path / "cut off", ["training.steps=24", "training.batch_size=8", "data.workers=1"]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from cmapkd.cli import main; main()",
-            "distill",
-            str(recipe),
-            *changes,
-            "--out",
-            str(out),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "80"},
-        start_new_session=True,
-    )
-    lines, deadline = out / "metrics.jsonl", time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        if lines.exists() and lines.read_text().count("\n") >= 3:
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the workers too
-            break
-        time.sleep(0.01)
-    printed, errors = process.communicate(timeout=240)
-    assert process.returncode == 130, errors
+    script = tmp_path / "command.py"
+    script.write_text("from cmapkd.cli import main\nmain()\n", encoding="utf-8")
+    arguments = ("distill", str(recipe), *changes, "--out", str(out))
+    lines = out / "metrics.jsonl"
+    with begun(script, *arguments, timeout=480, environment={"COLUMNS": "80"}) as process:
+        deadline = time.monotonic() + 240
+        while process.lives and time.monotonic() < deadline:
+            if lines.exists() and lines.read_text().count("\n") >= 3:
+                os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the workers too
+                break
+            time.sleep(0.01)
+        done = process.end()
+    printed, errors = done.stdout, done.stderr
+    assert done.returncode == 130, errors
     assert "Traceback" not in errors
     assert "stopped after step" in printed
     assert "saved step-0000" in printed

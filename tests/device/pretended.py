@@ -108,6 +108,22 @@ class Wait:
         return f"{self.what} at {self.where}" + ("" if self.age is None else f" (computed {self.age} steps before)")
 
 
+_INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+_LOOKED_AT = frozenset(  # the operations that `Watched` answers itself, or that may wait; all others are many
+    (
+        *_INDEXED,
+        aten._local_scalar_dense.default,
+        aten.is_nonzero.default,
+        aten.equal.default,
+        aten.nonzero.default,
+        aten._pin_memory.default,
+        aten._linalg_check_errors.default,
+        aten.copy_.default,
+        aten._to_copy.default,
+    )
+)
+
+
 class Watched(TorchDispatchMode):
     """Answers what fake tensors have no number for, and notes each time the host would wait for the device.
 
@@ -128,14 +144,15 @@ class Watched(TorchDispatchMode):
         if (asked := kwargs.get("device")) is not None and torch.device(asked).type == META:  # C++ said as it was told
             kwargs["device"] = torch.device(CUDA, 0)
         found = self._answer(func, args, kwargs)
-        for leaf in tree_leaves(found):
+        for leaf in (found,) if isinstance(found, Tensor) else tree_leaves(found):
             if isinstance(leaf, FakeTensor) and leaf.ndim == 0:
                 leaf.computed_in = self.step
         return found
 
     def _answer(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        there = [tensor.device.type for tensor in tensors]
+        if func not in _LOOKED_AT:
+            return func(*args, **kwargs)
+        there = [leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func in (aten._local_scalar_dense.default, aten.is_nonzero.default):
             return self._number(args[0])
         if func is aten.equal.default:
@@ -150,7 +167,7 @@ class Watched(TorchDispatchMode):
             return args[0]
         if func is aten._linalg_check_errors.default:
             self._note(CUDA in there, "check of a decomposition")
-        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+        if func in _INDEXED:
             self._note(there[0] == CUDA and CPU in there, "copy of an index from the host")
         if func is aten.copy_.default and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
             self._copied_between(there[1], there[0])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from started import run_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 from evaluated_processes import BAD, LENGTHS, SIZES
@@ -20,15 +20,7 @@ from evaluated_processes import BAD, LENGTHS, SIZES
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What groups of one, two and four processes found."""
     folder = tmp_path_factory.mktemp("evaluated")
-    script = Path(__file__).with_name("evaluated_processes.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(Path(__file__).with_name("evaluated_processes.py"), str(folder), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

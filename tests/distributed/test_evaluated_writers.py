@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from started import run_script
 
 sys.path.insert(0, str(Path(__file__).parent))
 from evaluated_writers import FAULTS, LENGTHS, SIZES
@@ -19,14 +19,7 @@ from evaluated_writers import FAULTS, LENGTHS, SIZES
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What groups of one, two and four processes found, and how two end of which one fails."""
     folder = tmp_path_factory.mktemp("evaluated")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("evaluated_writers.py")), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(Path(__file__).with_name("evaluated_writers.py"), str(folder), timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

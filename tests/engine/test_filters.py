@@ -21,7 +21,8 @@ from cmapkd.engine import Engine, EngineConfig
 from cmapkd.engine.candidates import Candidate, boxed, elsewhere, expanded
 from cmapkd.engine.critics import CriticConfig, judge
 from cmapkd.engine.filters import FilterConfig, HardConfig, MajorityConfig, majority, verify
-from cmapkd.engine.proposals import ProposeConfig, RelationConfig, inside, is_small, propose, regions_of
+from cmapkd.engine.proposals import ProposeConfig, RelationConfig, propose
+from cmapkd.engine.regions import inside, is_small, regions_of
 from cmapkd.engine.written import AskConfig, Panel
 from cmapkd.evaluation.token_scores import answer_rows
 from cmapkd.evaluation.vqa import normalise_answer
@@ -118,6 +119,24 @@ def test_drafts_that_no_model_can_read_have_no_vote() -> None:
         ("red", 0.25, "majority"),
         ("red", 0.75, None),
     ]
+
+
+def test_facts_are_of_each_small_region() -> None:
+    class Says(Panel):
+        def drafts(self, candidates: Any, *_: Any, **__: Any) -> list[list[str]]:
+            return [[f"{int(each.box[0])}", "x", f"{int(each.box[0])}."] for each in candidates]
+
+    boxes = (Box(1, 1, 9, 9, "ring"), Box(20, 20, 9, 9, "star"), Box(0, 0, 60, 40, "large square"))
+    facts = {**FACTS["facts"], "regions": True, "sees": "crop"}
+    found = propose(
+        [(0, sample(*boxes))], ProposeConfig.model_validate({"facts": facts}), Says(PANEL.models, PANEL.device)
+    )
+    assert [(each.answer, each.statement, each.box) for each in found] == [
+        (tail, f"it is {tail}", box)
+        for box, tails in (((1, 1, 10, 10), ("1", "x")), ((20, 20, 29, 29), ("20", "x")))
+        for tail in tails
+    ]
+    assert len({each.id for each in found}) == 4
 
 
 @pytest.mark.parametrize("kind", ["written", "questions", "facts"])
@@ -218,6 +237,14 @@ def test_a_critic_of_two_towers_compares_with_the_other_tails() -> None:
         expected = (scale * critic.embed([GREY], texts).similarity).softmax(-1)[0, 0]
         assert score == pytest.approx(float(expected), abs=1e-5)
     assert judge([], CriticConfig(by="critic", threshold=0.5), panel) == []
+    two_regions = [replace(facts[0], box=box) for box in ((0.0, 0.0, 9.0, 9.0), (4.0, 4.0, 60.0, 40.0))]
+    sharp = Image.linear_gradient("L").resize(GREY.size).convert("RGB")
+    own = [replace(each, sample=Sample("s", sharp)) for each in two_regions]
+    scores = judge(own, CriticConfig(by="critic", threshold=0.5, sees="crop", margin=0.5), panel)
+    for score, each in zip(scores, own, strict=True):
+        expected = (scale * critic.embed([each.picture("crop", 0.5)], two).similarity).softmax(-1)[0, 0]
+        assert score == pytest.approx(float(expected), abs=1e-5)
+    assert scores[0] != scores[1]
 
 
 def test_relations_have_their_own_thresholds() -> None:
@@ -283,6 +310,13 @@ CROPS = {"crops": {"questions": ["What is it?"]}}
             {"answers": {"d": {**ASKS, "drafts": 8}, "e": ASKS}, "verify": [{"parity": {"right": "e", "wrong": "d"}}]},
             r"parity reads one draft, and answers\.d has 8",
         ),
+        ({"propose": {"facts": {**FACTS["facts"], "regions": True}}}, "sees: whole shows none"),
+        ({"propose": {"facts": {**FACTS["facts"], "most_area": 0.2}}}, "most_area: 0.2 limits regions"),
+        (
+            {"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 0.5, "margin": 1}}]},
+            "margin: 1 widens a crop",
+        ),
+        ({"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 0.5, "sees": "crop"}}]}, "regions: true"),
         ({"propose": FACTS, "verify": [{"critic": {"by": "b", "threshold": 0.5}}]}, "names the model 'b'"),
         ({"propose": FACTS, "verify": [{"critic": {"by": "a", "threshold": 50}}]}, "<= 1"),
         (

@@ -14,12 +14,14 @@ from cmapkd.data.open import open_source
 from cmapkd.engine import Engine, list_engine_recipes, load_engine
 from cmapkd.engine.candidates import Candidate
 from cmapkd.engine.folder import EngineFolder
+from writers import make_writer
 
 ROOT = Path(__file__).parents[2]
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "benchmarks")
-    world: Any = importlib.import_module("engine_precision")
+    precision: Any = importlib.import_module("engine_precision")
+    world: Any = importlib.import_module("engine_world")
 
 
 def share(candidates: list[Candidate], right: Callable[[Candidate], bool]) -> float:
@@ -32,7 +34,7 @@ def test_a_critic_keeps_true_facts() -> None:
     kept = [each for each in facts if each.dropped is None]
     assert {each.relation for each in kept} == {"shape", "texture", "colour", "background"}
     assert share(facts, world.fact_is_true) < 0.6
-    by_chance = world.chance(facts, kept, world.fact_is_true) / 100
+    by_chance = precision.chance(facts, kept, world.fact_is_true) / 100
     assert share(kept, world.fact_is_true) > by_chance + 0.1
 
 
@@ -56,6 +58,31 @@ def test_a_majority_on_crops_knows_what_the_whole_picture_hides(tmp_path: Path) 
         "?\n\nOnly focus on the objects inside the red bounding box in the image to answer this question."
     )
     assert made[0].image.tobytes() != engine.source[0].image.tobytes()
+
+
+@pytest.mark.parametrize(
+    "name", sorted(precision.TRUTHS.keys() - {"mpa_scenes", "symbolic_kd_scenes", "zoom_without_zoom_scenes"})
+)
+def test_filters_keep_more_that_is_true_than_chance_of_the_same_kinds(name: str) -> None:
+    config = load_engine(name, [f"data={load_engine(name).data.partition('&')[0]}&length=6"])
+    made = [each for each in Engine(config).make(0)[0] if each.answer]
+    found = precision.counted(made, config, precision.TRUTHS[name](config))
+    assert 0 < found["kept"]["number"] < found["all"]["number"]
+    assert found["kept"]["right"] > found["random"]["right"] + 2
+
+
+@pytest.mark.parametrize("name", ["vpd_scenes", "sdrt_multi_prompt_scenes", "fm2ds_scenes", "tail_vrdu_scenes"])
+def test_programs_are_right_where_their_tools_are(name: str) -> None:
+    config = load_engine(name, [f"data={load_engine(name).data.partition('&')[0]}&length=12"])
+    writer = make_writer().float()
+    engine = Engine(config, models=dict.fromkeys(config.models, writer))
+    engine.panel = world.World(engine.panel.models, engine.panel.device)
+    made = engine.make(0)[0]
+    kept = [each for each in made if each.dropped is None]
+    truth = world.answer_is_right if kept[0].accepted else world.composed_is_right(config)
+    assert share(kept, truth) == 1
+    assert len(kept) > 0.9 * len({(each.index, each.question) for each in made})
+    assert {each.relation for each in kept} == {each.relation for each in made}
 
 
 @pytest.mark.parametrize("name", list_engine_recipes())

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 from family_support import CLIP_TEXT, FAMILIES, VIT, make, open_clip
 
 from cmapkd.data.open import open_source
+from cmapkd.export import parity
+from cmapkd.export.check import main as check
 from cmapkd.export.licence import Licence
 from cmapkd.export.origin import Origin
 from cmapkd.export.write import export_onnx
 from cmapkd.models import DualEncoder
 from cmapkd.models.prunable import TowerSizes
 
-__all__ = ["EXPORTED", "FAMILIES", "FREE", "ORIGIN", "PRUNED", "make", "model_of", "scenes", "write"]
+__all__ = ["EXPORTED", "FAMILIES", "FREE", "ORIGIN", "PRUNED", "checked_here", "make", "model_of", "scenes", "write"]
 
 PRUNED = "open_clip, pruned"
 EXPORTED = (*FAMILIES, PRUNED)
@@ -52,6 +58,20 @@ def pruned(folder: Path) -> DualEncoder:
 @cache
 def scenes(split: str = "val", length: int = 60) -> Any:
     return open_source(f"scenes?length={length}", split=split)
+
+
+@contextmanager
+def checked_here() -> Iterator[None]:
+    """Files are run in this process, where what they give counts; others hold that a process of its own runs them."""
+
+    def run(command: list[str], **_options: Any) -> SimpleNamespace:
+        assert command[1:3] == ["-m", "cmapkd.export.check"]
+        check(*command[3:])
+        return SimpleNamespace(returncode=0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "subprocess", SimpleNamespace(run=run, TimeoutExpired=TimeoutError))
+        yield
 
 
 def write(model: DualEncoder, out: Path, **options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_support import EXPORTED, PRUNED, made, model_of, scenes, write
+from export_support import EXPORTED, PRUNED, checked_here, made, model_of, scenes, write
 from PIL import Image
 
 from cmapkd.export.folder import file_hash
@@ -33,7 +33,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     base = tmp_path_factory.mktemp("family")
     model = model_of(request.param, base)
     out = base / "out"
-    parity = write(model, out, precisions=tuple(PRECISIONS), calibration=scenes("train", 40), accept_loss=60)
+    with checked_here():
+        parity = write(model, out, precisions=tuple(PRECISIONS), calibration=scenes("train", 40), accept_loss=60)
     return request.param, model, out, parity
 
 

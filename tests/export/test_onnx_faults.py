@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_support import FREE, ORIGIN, model_of, scenes, write
+from export_support import FREE, ORIGIN, checked_here, model_of, scenes, write
 from torch import Tensor
 
 from cmapkd.config import ConfigError, DiskError, extras
@@ -29,7 +29,7 @@ from cmapkd.export.parity import LIMITS, Limits, ParityChecker, compare, judge, 
 from cmapkd.export.precision import check_precisions, convert, quantise, round_channels
 from cmapkd.export.probes import Case, draw_probes
 from cmapkd.export.program import graphs_of, write_graph
-from cmapkd.export.write import export_onnx, open_validation
+from cmapkd.export.write import open_validation
 from cmapkd.models.tiny import TinyDualEncoder
 from cmapkd.models.types import TowerFeatures
 from helpers import make_model
@@ -355,8 +355,9 @@ def test_the_tests_that_the_docs_name_are_there() -> None:
 
 def test_two_exports_of_a_model_have_the_same_bytes(tmp_path: Path) -> None:
     one, two = make_model(), deepcopy(make_model())
-    for model, name in ((one, "one"), (two, "two")):
-        export_onnx(model, tmp_path / name, origin=ORIGIN, licence=FREE, precisions=["fp16", "int8-weights"])
+    with checked_here():
+        for model, name in ((one, "one"), (two, "two")):
+            write(model, tmp_path / name, precisions=["fp16", "int8-weights"])
     for path in sorted((tmp_path / "one" / "onnx").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / "onnx" / path.name).read_bytes(), path.name
     shutil.rmtree(tmp_path / "one")

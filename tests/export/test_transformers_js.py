@@ -10,19 +10,23 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from export_support import model_of, scenes, write
+from export_support import checked_here, model_of, scenes, write
 
 from cmapkd.api import load
+from cmapkd.models import DualEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).parent
 TEXTS = ("a red square", "a", "two blue circles and a small green triangle", " ".join(["red"] * 200))
+Exported = Callable[[str], tuple[DualEncoder, Path]]
 DTYPES = {"fp32": 1e-5, "fp16": 1e-4, "int8": 0.05, "default": 1e-5}  # how far a cosine may be from 1
 
 
@@ -40,6 +44,21 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(HERE / "client.mjs", place)
     (place / "node_modules").symlink_to(root.resolve())
     return place
+
+
+@pytest.fixture(scope="module")
+def exported(node: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A family's model and its folder, which is written once."""
+
+    @cache
+    def made(family: str) -> tuple[DualEncoder, Path]:
+        place = tmp_path_factory.mktemp("exported")
+        model = load("tiny:scenes-teacher") if family == "tiny" else model_of(family, place)
+        with checked_here():
+            write(model, place / "out", precisions=["fp16", "int8-weights"], accept_loss=10.0)
+        return model, place / "out"
+
+    return made
 
 
 def ask(node: Path, folder: Path, **question: Any) -> dict[str, Any]:
@@ -69,10 +88,8 @@ def units(rows: Any) -> np.ndarray:
         for name in ("open_clip", "hf SigLIP", "timm", "timm, transformers text")
     ],
 )
-def test_node_gives_the_models_embeddings(node: Path, family: str, tmp_path: Path) -> None:
-    model = load("tiny:scenes-teacher") if family == "tiny" else model_of(family, tmp_path)
-    out = tmp_path / "out"
-    write(model, out, precisions=["fp16", "int8-weights"], accept_loss=10.0)
+def test_node_gives_the_models_embeddings(node: Path, family: str, exported: Exported) -> None:
+    model, out = exported(family)
     size = model.image_spec.size
     pictures = [scenes()[index].image.convert("RGB").resize((size, size)) for index in range(6)]
     for number, picture in enumerate(pictures):
@@ -94,9 +111,8 @@ def test_node_gives_the_models_embeddings(node: Path, family: str, tmp_path: Pat
         np.testing.assert_array_equal(ranks, np.argsort(-text @ image.T, axis=1))
 
 
-def test_a_dtype_without_a_file_is_an_error_that_names_it(node: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    write(model_of("hf CLIP", tmp_path), out)
+def test_a_dtype_without_a_file_is_an_error_that_names_it(node: Path, exported: Exported) -> None:
+    _, out = exported("hf CLIP")
     (node / "question.json").write_text(json.dumps({"texts": ["a"], "pictures": [], "dtypes": ["q8"]}))
     done = subprocess.run(
         ["node", str(node / "client.mjs"), str(out), str(node / "question.json")],

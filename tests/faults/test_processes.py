@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from sixty_steps import of_sixty_steps
 
 from cmapkd.config import RunStopped
 from cmapkd.data.check import TooManyBadSamples
@@ -27,6 +26,7 @@ from cmapkd.training import OutOfMemory, Trainer
 from cmapkd.training.checkpoint import list_checkpoints
 from cmapkd.training.memory import is_out_of_memory
 from helpers import DropoutStudent, MemorySource, make_builder, make_method, make_model, make_trainer, read_lines
+from started import Script, begun
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -179,22 +179,6 @@ def test_a_worker_that_dies_during_a_step_does_not_interrupt_it() -> None:
 
 # ------------------------------------------------------------------------------------------------ signals
 
-PROGRAM = """
-import sys, warnings
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_processes import of_sixty_steps
-warnings.simplefilter("ignore")
-of_sixty_steps(Path(sys.argv[1])).run()
-"""
-
-
-def of_sixty_steps(out: Path, seed: int = 0) -> Trainer:
-    method = make_method("contrastive", student=make_model(kind=DropoutStudent, seed=seed))
-    made = make_trainer(out, method, steps=60, workers=2, checkpoint_every=7)
-    torch.manual_seed(seed)
-    return made
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
@@ -205,21 +189,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return made
 
 
-def begin(out: Path) -> subprocess.Popen[str]:
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), *sys.path])
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(out), str(here)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},  # as here: sums over more round differently
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(out: Path, lines: int, process: subprocess.Popen[str]) -> None:
+def wait_for(out: Path, lines: int, process: Script) -> None:
     deadline = time.monotonic() + 500
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.lives:
         if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= lines:
             return
         time.sleep(0.002)
@@ -233,12 +205,13 @@ def workers_of(process: int) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_loses_nothing(number: signal.Signals, tmp_path: Path, whole: Trainer) -> None:
     """Slurm, `timeout` and shells tell every process of a job. SIGTERM has the step finished and saved."""
-    process = begin(tmp_path)
-    wait_for(tmp_path, 17, process)
-    workers = workers_of(process.pid)
-    os.killpg(process.pid, number)
-    errors = process.communicate(timeout=500)[1]
-    assert process.returncode == (1 if number == signal.SIGTERM else -number), errors
+    with begun(Path(__file__).with_name("sixty_steps.py"), str(tmp_path), timeout=500) as process:
+        wait_for(tmp_path, 17, process)
+        workers = workers_of(process.pid)
+        os.killpg(process.pid, number)
+        done = process.end()
+    errors = done.stderr
+    assert done.returncode == (1 if number == signal.SIGTERM else -number), errors
     steps = len([line for line in (tmp_path / "metrics.jsonl").read_text().split("\n") if line.endswith("}")])
     last = int(list_checkpoints(tmp_path / "checkpoints")[-1].name.rpartition("-")[2])
     if number == signal.SIGTERM:

@@ -9,12 +9,11 @@ leave a factor of three for other machines and for noise.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from started import run_script
 
 SLOWER = {  # than the bare reading
     "tar": 0.8,
@@ -34,14 +33,8 @@ SENT = 16 * 2**10  # bytes that a data worker is sent
 
 def opening(kind: str, rows: int, folder: Path) -> dict[str, float]:
     caches = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("opening.py")), kind, str(rows), str(folder)],
-        env={**os.environ, **caches, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    script = Path(__file__).with_name("opening.py")
+    done = run_script(script, kind, str(rows), str(folder), timeout=900, environment=caches)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

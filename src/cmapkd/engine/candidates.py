@@ -31,8 +31,12 @@ class Candidate:
         number: of the candidate among those of its sample.
         answer: what would be written; None where nobody answered yet.
         box: the region that the question is about.
-        relation, statement: of a fact: what kind it is, and the answer as a sentence.
+        relation: what kind of fact or question it is, where there are kinds.
+        statement: of a fact: the answer as a sentence.
         alternatives: statements with other answers, which a critic may compare it with.
+        way: the program that answered it.
+        rationale: how it was found.
+        accepted: the data's own answers to its question, which the filter `label` alone reads.
         answers: drafts by the name under `answers` of the recipe.
         scores: that filters gave, by the filter's label.
         dropped: the label of the filter that dropped it; None: it is kept.
@@ -47,6 +51,9 @@ class Candidate:
     relation: str | None = None
     statement: str | None = None
     alternatives: tuple[str, ...] = ()
+    way: str | None = None
+    rationale: str | None = None
+    accepted: tuple[str, ...] = ()
     answers: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     dropped: str | None = None
@@ -82,6 +89,8 @@ class Candidate:
             "dropped": self.dropped,
             "relation": self.relation,
             "statement": self.statement,
+            "way": self.way,
+            "rationale": self.rationale,
             "box": None if self.box is None else list(self.box),
             "answers": self.answers,
             "scores": self.scores,

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import Config, ConfigError, closest, load_mapping
 from cmapkd.config.resumable import RESUMABLE
-from cmapkd.engine.filters import FilterConfig
+from cmapkd.engine.filters import AgreeConfig, FilterConfig
+from cmapkd.engine.programs import ProgramsConfig
 from cmapkd.engine.proposals import ProposeConfig
 from cmapkd.engine.written import AskConfig
 from cmapkd.models import ModelConfig
@@ -41,6 +42,11 @@ class WriteConfig(Config):
         "own", description="Of the box: own, or random: anywhere in the picture. A control, for boxed."
     )
     note: str = Field("", description="Stands after every written question, behind an empty line.")
+    why: str = Field(
+        "",
+        description="Each question is written a second time, with this on a line of its own, and answered by its "
+        "rationale. Empty: once.",
+    )
     control: bool = Field(
         False,
         description="Also write random.jsonl: as many candidates with an answer as are kept, and of each relation as "
@@ -88,7 +94,7 @@ class EngineConfig(Config):
         return self
 
     def _problems(self) -> Iterable[str]:
-        asked = [("propose", self.propose.asks.by)] if self.propose.asks is not None else []
+        asked = [(where, each.by) for where, each in self.propose.asks.items()]
         asked += [(f"answers.{key}", each.by) for key, each in self.answers.items()]
         asked += [("verify", name) for each in self.verify for name in each.models]
         for where, name in asked:
@@ -101,14 +107,46 @@ class EngineConfig(Config):
             yield f"no filter reads the answers {_listed(unread)}: leave them out"
         if unused := sorted(self.models.keys() - {name for _, name in asked}):
             yield f"nothing asks the models {_listed(unused)}: leave them out"
-        shown = [each.sees for each in (*self.answers.values(), self.propose.asks) if each is not None]
-        if self.propose.crops is None and any(each != "whole" for each in (*shown, self.write.picture)):
-            yield "only propose.crops has regions that could be shown apart or boxed: set whole everywhere"
+        yield from self._without_regions()
         if self.propose.crops is not None and (not self.verify or self.verify[0].majority is None):
             yield "nothing gives the questions of propose.crops an answer: let a majority come first in verify"
         if self.propose.facts is None and any(each.critic is not None for each in self.verify):
             yield "a critic reads statements, which propose.facts alone makes"
+        yield from self._without_ways()
         yield from self._idle()
+
+    def _without_regions(self) -> Iterable[str]:
+        shown = [self.write.picture, *(each.sees for each in self.answers.values())]
+        shown += [each.critic.sees for each in self.verify if each.critic is not None]
+        if self.propose.programs is None:  # its tools look at regions of their own
+            shown += [each.sees for each in self.propose.asks.values()]
+        if not self.propose.regions and any(each != "whole" for each in shown):
+            yield (
+                "only propose.crops and propose.facts with regions: true have regions that could be shown apart or "
+                "boxed: set whole everywhere"
+            )
+
+    def _without_ways(self) -> Iterable[str]:
+        """Filters that compare answers to one question, and what they need."""
+        programs = self.propose.programs
+        labelled = programs.asks_the_datas if programs else self.propose.questions is not None
+        for each in self.verify:
+            if each.label is not None and not labelled:
+                yield "label reads the data's answers, and only questions of the data have any: propose those alone"
+            if programs is None and (each.agree or each.first):
+                yield f"{each.kind} reads several answers to one question, which propose.programs alone makes"
+            if programs is not None and each.agree is not None:
+                yield from _lonely(programs, each.agree)
+        if self.write.why:
+            without = [
+                f"{name}.ways.{key}"
+                for name, kind in (programs.kinds.items() if programs else ())
+                for key, way in kind.ways.items()
+                if way.rationale is None
+            ]
+            if programs is None or without:
+                where = f": kinds.{without[0]} has none" if without else ""
+                yield f"write.why asks for a rationale, which only programs can have{where}"
 
     def _idle(self) -> Iterable[str]:
         """What would silently do nothing, or other than it says."""
@@ -131,6 +169,11 @@ class EngineConfig(Config):
             yield f"thresholds names the relation {name!r}{closest(name, relations)}; there are {_listed(relations)}"
 
     @property
+    def each(self) -> int | None:
+        """So many candidates of a question are kept at most; None: any number."""
+        return min((one.first.number for one in self.verify if one.first is not None), default=None)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """A name for each filter: its kind, with a number where a kind comes again."""
         kinds = [each.kind for each in self.verify]
@@ -138,6 +181,15 @@ class EngineConfig(Config):
             kind if kinds.index(kind) == place else f"{kind} {kinds[: place + 1].count(kind)}"
             for place, kind in enumerate(kinds)
         )
+
+
+def _lonely(programs: ProgramsConfig, agree: AgreeConfig) -> Iterable[str]:
+    for name, kind in programs.kinds.items():
+        if len(kind.ways) < agree.ways:
+            yield (
+                f"agree.ways is {agree.ways}, and propose.programs.kinds.{name} has {len(kind.ways)}: all would "
+                "be dropped. Add a way"
+            )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cmapkd.config import Config, ConfigError
 from cmapkd.data.dialogues import ChatInput
-from cmapkd.engine.candidates import Candidate
+from cmapkd.engine.candidates import Candidate, Shown
 from cmapkd.engine.written import Panel, check_place
 from cmapkd.evaluation.tasks.yes_no import first_tokens
 from cmapkd.evaluation.token_scores import first_log_odds
@@ -36,6 +36,14 @@ class CriticConfig(Config):
         default_factory=dict, description="Relation -> its own threshold, where a critic finds some kinds harder."
     )
     question: str = Field("Is it true that {}?", description="What a critic that writes is asked; {} is the statement.")
+    sees: Shown = Field("whole", description="What the critic sees: the whole picture, or the region of a fact.")
+    margin: float = Field(0.0, ge=0, le=4, description="Of a crop, as in answers.")
+
+    @model_validator(mode="after")
+    def _margin_widens(self) -> Self:
+        if self.margin and self.sees != "crop":
+            raise ValueError(f"margin: {self.margin:g} widens a crop, and sees is {self.sees}: leave margin out")
+        return self
 
     @field_validator("question")
     @classmethod
@@ -80,7 +88,7 @@ def judge(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel) -
     if isinstance(model, GenerativeModel):
         return _asked(candidates, config, panel, model)
     if isinstance(model, DualEncoder):
-        return _compared(candidates, panel, model)
+        return _compared(candidates, config, panel, model)
     raise _no_critic(config, model)
 
 
@@ -106,30 +114,32 @@ def _asked(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, 
         return found
 
     def asks(candidate: Candidate) -> tuple[Image.Image, str]:
-        return candidate.sample.image, config.question.replace("{}", str(candidate.statement))
+        return candidate.picture(config.sees, config.margin), config.question.replace("{}", str(candidate.statement))
 
     scores = panel.computed(model, candidates, asks, odds)
     return [scores.get(place, 0.0) for place in range(len(candidates))]
 
 
-def _compared(candidates: Sequence[Candidate], panel: Panel, model: DualEncoder) -> list[float]:
+def _compared(candidates: Sequence[Candidate], config: CriticConfig, panel: Panel, model: DualEncoder) -> list[float]:
     """Among the statements of all tails of the relation, and the candidate's own where no tail is like it."""
     if not candidates:
         return []
     model.to(panel.device)
     scale = float(model.log_logit_scale.detach().exp())
-    indices = list(dict.fromkeys(each.index for each in candidates))
-    first = {each.index: each.sample.image for each in candidates}
-    images = model.embed(images=[first[index] for index in indices], batch_size=panel.batch_size).images
+    shown = [(each.index, None if config.sees == "whole" else each.box) for each in candidates]
+    first = dict(zip(reversed(shown), reversed(candidates), strict=True))  # one of each picture or region
+    place = {key: number for number, key in enumerate(first)}
+    pictures = [each.picture(config.sees, config.margin) for each in first.values()]
+    images = model.embed(images=pictures, batch_size=panel.batch_size).images
     compared = list(map(_alternatives, candidates))
     words = list(dict.fromkeys(text for texts, _ in compared for text in texts))
     texts = model.embed(texts=words, batch_size=panel.batch_size).texts
     assert images is not None
     assert texts is not None
-    row: Mapping[str, int] = {text: place for place, text in enumerate(words)}
+    row: Mapping[str, int] = {text: number for number, text in enumerate(words)}
     scores = []
-    for each, (others, own) in zip(candidates, compared, strict=True):
-        logits = scale * texts[[row[text] for text in others]] @ images[indices.index(each.index)]
+    for key, (others, own) in zip(shown, compared, strict=True):
+        logits = scale * texts[[row[text] for text in others]] @ images[place[key]]
         scores.append(float(logits.softmax(-1)[own]))
     return scores
 

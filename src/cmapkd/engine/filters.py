@@ -82,6 +82,33 @@ class HardConfig(Config):
         return (self.by,)
 
 
+class LabelConfig(Config):
+    """Kept where the answer is one of those that the data give to the question; without any it is dropped.
+
+    Source: Visual Program Distillation (CVPR 2024, arXiv:2312.03052), which keeps programs that give the label.
+    """
+
+    match: Match = Field("equal", description=_ABOUT_MATCH)
+
+
+class AgreeConfig(Config):
+    """Kept where several ways to one question give the answer. Ways that give another one are dropped.
+
+    Equal answers are counted by the rules of VQA v2. Ways without an answer do not count at all.
+
+    Source: SDRT (arXiv:2503.01754), whose prompts answer together; its weights of prompts were not found.
+    """
+
+    ways: int = Field(2, ge=2, description="Least number of ways that give the answer.")
+    share: float = Field(0.5, gt=0, le=1, description="Least share of the question's ways that give it.")
+
+
+class FirstConfig(Config):
+    """Kept are the first candidates of each question; the random control has no more of a question either."""
+
+    number: int = Field(1, ge=1, description="So many of each question.")
+
+
 class FilterConfig(OneOf):
     """One filter; exactly one of these is set."""
 
@@ -90,6 +117,9 @@ class FilterConfig(OneOf):
     majority: MajorityConfig | None = Field(None, description="Drafts agree. Gives the answer.")
     hard: HardConfig | None = Field(None, description="A model is seldom right.")
     critic: CriticConfig | None = Field(None, description="A model finds the statement of a fact true.")
+    label: LabelConfig | None = Field(None, description="The data give this answer.")
+    agree: AgreeConfig | None = Field(None, description="Several programs give this answer.")
+    first: FirstConfig | None = Field(None, description="The first candidates of each question.")
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -151,12 +181,47 @@ def _critic(candidates: Sequence[Candidate], config: CriticConfig, label: str, p
     return [config.keeps(each.relation, score) for each, score in zip(candidates, scores, strict=True)]
 
 
+def _label(candidates: Sequence[Candidate], config: LabelConfig, *_: object) -> list[bool]:
+    return [any(says(each.answer or "", label, match=config.match) for label in each.accepted) for each in candidates]
+
+
+def _agree(candidates: Sequence[Candidate], config: AgreeConfig, label: str, _: object) -> list[bool]:
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for each in candidates:
+        groups.setdefault(_question_of(each), []).append(normalise_answer(each.answer or ""))
+    kept = []
+    for each in candidates:
+        said = groups[_question_of(each)]
+        counts = Counter(said)
+        own = normalise_answer(each.answer or "")
+        each.scores[label] = counts[own] / len(said)
+        commonest = own == max(counts, key=counts.__getitem__)  # of equals the one of the first way
+        kept.append(commonest and counts[own] >= config.ways and each.scores[label] >= config.share)
+    return kept
+
+
+def _first(candidates: Sequence[Candidate], config: FirstConfig, *_: object) -> list[bool]:
+    seen = Counter[tuple[object, ...]]()
+    kept = []
+    for each in candidates:
+        kept.append(seen[_question_of(each)] < config.number)
+        seen[_question_of(each)] += 1
+    return kept
+
+
+def _question_of(candidate: Candidate) -> tuple[object, ...]:
+    return candidate.index, candidate.box, candidate.question
+
+
 _KINDS: dict[str, Callable[[Sequence[Candidate], Any, str, Panel], list[bool]]] = {
     "parity": _parity,
     "right": _right,
     "majority": _majority,
     "hard": _hard,
     "critic": _critic,
+    "label": _label,
+    "agree": _agree,
+    "first": _first,
 }
 
 

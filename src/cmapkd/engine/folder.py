@@ -34,11 +34,13 @@ class EngineFolder:
 
     Args:
         seed: of the recipe, for what is drawn when it is written.
+        each: so many candidates of a question the control has at most; None: any number.
     """
 
     path: Path
     write: WriteConfig
     seed: int
+    each: int | None = None
 
     def begin(self) -> None:
         """Makes the folders, and removes what writers that died left."""
@@ -224,14 +226,23 @@ class EngineFolder:
                 yield (shard, line), each
 
     def _drawn(self, shards: int) -> set[tuple[int, int]]:
-        """As many random candidates of each relation as are kept: filters differ in how hard they find relations."""
-        draws: dict[str | None, list[tuple[float, tuple[int, int]]]] = {}
+        """As many random candidates of each relation as are kept: filters differ in how hard they find relations.
+
+        Where filters keep few candidates of a question, a few of each question are drawn before.
+        """
+        questions: dict[tuple[str, str], list[tuple[float, tuple[int, int], str | None]]] = {}
         number = Counter[str | None]()
         for place, each in self._all(shards):
             if "image" in each:
                 draw = float(uniforms(1, "control", self.seed, each["id"])[0])
-                draws.setdefault(each.get("relation"), []).append((draw, place))
+                asked = (each["sample"], each["id"] if self.each is None else each["question"])
+                questions.setdefault(asked, []).append((draw, place, each.get("relation")))
                 number[each.get("relation")] += each["dropped"] is None
+        draws: dict[str | None, list[tuple[float, tuple[int, int]]]] = {}
+        for asked, found in questions.items():
+            for draw, place, relation in sorted(found)[: self.each]:
+                again = draw if self.each is None else float(uniforms(1, "questions", self.seed, *asked, draw)[0])
+                draws.setdefault(relation, []).append((again, place))
         return {place for relation, each in draws.items() for _, place in sorted(each)[: number[relation]]}
 
     def _list(self, name: str, shards: int, chosen: set[tuple[int, int]]) -> None:
@@ -246,7 +257,7 @@ class EngineFolder:
                             if (shard, line) in chosen:
                                 own = each["id"] if self.write.picture == "boxed" else each["sample"]
                                 row = rows.setdefault(own, {"id": own, "image": each["image"], "qa": []})
-                                row["qa"].append(self._asked(each))
+                                row["qa"] += self._asked(each)
                         file.writelines(json.dumps(row).encode() + b"\n" for row in rows.values())
                 flush(temporary)
                 temporary.replace(self.path / name)
@@ -254,9 +265,13 @@ class EngineFolder:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def _asked(self, candidate: Mapping[str, Any]) -> dict[str, str]:
-        note = f"\n\n{self.write.note}" if self.write.note else ""
-        return {"question_id": candidate["id"], "question": candidate["question"] + note, "answer": candidate["answer"]}
+    def _asked(self, candidate: Mapping[str, Any]) -> list[dict[str, str]]:
+        question = candidate["question"] + (f"\n\n{self.write.note}" if self.write.note else "")
+        asked = [{"question_id": candidate["id"], "question": question, "answer": candidate["answer"]}]
+        if self.write.why and candidate.get("rationale"):
+            why = {"question_id": f"{candidate['id']}/why", "question": f"{question}\n{self.write.why}"}
+            asked.append({**why, "answer": candidate["rationale"]})
+        return asked
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
         with writing(self.path, again=AGAIN):
@@ -308,7 +323,7 @@ def _is_candidate(line: Any) -> bool:
     if "image" not in line:  # it is in no list
         return isinstance(dropped, str)
     named = isinstance(line["image"], str) and _IMAGE.fullmatch(line["image"])
-    plain = all(isinstance(each, str | None) for each in (dropped, line.get("relation")))
+    plain = all(isinstance(each, str | None) for each in (dropped, line.get("relation"), line.get("rationale")))
     return bool(named) and plain and isinstance(line.get("answer"), str)
 
 

@@ -13,6 +13,8 @@ from cmapkd.config import Config
 from cmapkd.data.types import Sample
 from cmapkd.engine.candidates import PARSED, READABLE, REPEATED, Candidate, Corners, kept
 from cmapkd.engine.one_of import OneOf
+from cmapkd.engine.programs import ProgramsConfig, programs
+from cmapkd.engine.regions import regions_of
 from cmapkd.engine.written import AskConfig, Panel, check_place
 from cmapkd.evaluation.vqa import normalise_answer
 
@@ -23,7 +25,7 @@ PROPOSAL = "proposal"
 
 
 class QuestionsConfig(AskConfig):
-    """The data's own questions. Their answers are never read: a model gives the answer that would be written."""
+    """The data's own questions. A model gives the answer that would be written; the data's are for `label` alone."""
 
 
 class SelfAskedConfig(AskConfig):
@@ -57,17 +59,27 @@ class RelationConfig(Config):
 
 
 class FactsConfig(AskConfig):
-    """Facts of each picture: the different answers that a model draws for each relation."""
+    """Facts of each picture, or of its regions: the different answers that a model draws for each relation."""
 
     relations: dict[str, RelationConfig] = Field(min_length=1, description="Name -> a kind of fact.")
     drafts: int = Field(
         4, ge=1, le=64, description="Answers that are drawn for each relation; equal ones are one fact."
     )
+    regions: bool = Field(False, description="Facts are of small regions, as those of crops; or of whole pictures.")
+    most_area: float = Field(0.1, gt=0, le=1, description="Regions of this share of the picture and more are left out.")
 
     @model_validator(mode="after")
     def _drafts_differ(self) -> Self:
         if self.drafts > 1 and self.temperature == 0:
             raise ValueError(f"{self.drafts} drafts at temperature 0 are all the same: set a temperature above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _regions_are_shown(self) -> Self:
+        if self.regions and self.sees == "whole":
+            raise ValueError("regions: true asks about each region, and sees: whole shows none: set sees crop or boxed")
+        if not self.regions and self.most_area != type(self).model_fields["most_area"].default:
+            raise ValueError(f"most_area: {self.most_area:g} limits regions, and regions is false: leave most_area out")
         return self
 
 
@@ -92,11 +104,27 @@ class ProposeConfig(OneOf):
     written: SelfAskedConfig | None = Field(None, description="Questions with answers that a model writes.")
     facts: FactsConfig | None = Field(None, description="Facts: relations that a model completes.")
     crops: CropsConfig | None = Field(None, description="Questions about small regions. No answers yet.")
+    programs: ProgramsConfig | None = Field(None, description="Questions that are answered in steps.")
 
     @property
-    def asks(self) -> AskConfig | None:
-        """How a model is asked; None where none is."""
-        return self.questions or self.written or self.facts or (self.crops.written if self.crops else None)
+    def asks(self) -> dict[str, AskConfig]:
+        """How models are asked, by the key of the settings."""
+        if self.programs is not None:
+            return {f"propose.programs.tools.{name}": each for name, each in self.programs.tools.items()}
+        one = self.questions or self.written or self.facts or (self.crops.written if self.crops else None)
+        return {} if one is None else {"propose": one}
+
+    @property
+    def regions(self) -> bool:
+        """Whether each candidate is about a region."""
+        return self.crops is not None or (self.facts is not None and self.facts.regions)
+
+    @property
+    def needs(self) -> str | None:
+        """What of the samples it cannot do without: `questions`, `boxes`, or nothing but pictures."""
+        if self.questions is not None or (self.programs is not None and self.programs.asks_the_datas):
+            return "questions"
+        return "boxes" if self.regions or (self.programs is not None and self.programs.looks) else None
 
 
 def propose(samples: Sequence[tuple[int, Sample]], config: ProposeConfig, panel: Panel) -> list[Candidate]:
@@ -114,6 +142,8 @@ def propose(samples: Sequence[tuple[int, Sample]], config: ProposeConfig, panel:
         return facts(samples, config.facts, panel)
     if config.crops is not None:
         return crops(samples, config.crops, panel)
+    if config.programs is not None:
+        return programs(samples, config.programs, panel)
     assert config.questions is not None
     return own_questions(samples, config.questions, panel)
 
@@ -121,7 +151,7 @@ def propose(samples: Sequence[tuple[int, Sample]], config: ProposeConfig, panel:
 def own_questions(samples: Sequence[tuple[int, Sample]], config: QuestionsConfig, panel: Panel) -> list[Candidate]:
     """Every question of the samples, with the model's answer."""
     found = [
-        Candidate(sample, index, number, asked.question)
+        Candidate(sample, index, number, asked.question, accepted=asked.answers)
         for index, sample in samples
         for number, asked in enumerate(sample.questions)
         if asked.question
@@ -154,11 +184,14 @@ def written(samples: Sequence[tuple[int, Sample]], config: SelfAskedConfig, pane
 
 def facts(samples: Sequence[tuple[int, Sample]], config: FactsConfig, panel: Panel) -> list[Candidate]:
     """The different facts among the drafts of each relation, in the order in which they were drawn."""
-    asked = [
-        Candidate(sample, index, number, relation.question, relation=name)
-        for index, sample in samples
-        for number, (name, relation) in enumerate(config.relations.items())
-    ]
+    asked: list[Candidate] = []
+    for index, sample in samples:
+        places: Sequence[Corners | None] = regions_of(sample, config.most_area) if config.regions else (None,)
+        pairs = [(box, name, each) for box in places for name, each in config.relations.items()]
+        asked += [
+            Candidate(sample, index, number, relation.question, relation=name, box=box)
+            for number, (box, name, relation) in enumerate(pairs)
+        ]
     found: list[Candidate] = []
     number = {sample.id: 0 for _, sample in samples}
     for each, drafts in zip(asked, panel.drafts(asked, config, name=PROPOSAL, number=config.drafts), strict=True):
@@ -205,28 +238,6 @@ def _drop_repeated(candidates: Sequence[Candidate]) -> None:
         if key in seen:
             each.dropped = REPEATED
         seen.add(key)
-
-
-def regions_of(sample: Sample, most_area: float) -> list[Corners]:
-    """Boxes within the picture, of a smaller share of it than `most_area`, whose name no other box bears.
-
-    Source: `is_crop_valid` of inclusionAI/Zooming-without-Zooming@fdc0ba1, data_synthesis/create_questions.py.
-    """
-    names = [box.name for box in sample.boxes]
-    alone = [box for box in sample.boxes if names.count(box.name) == 1 and not box.crowd]
-    corners = [inside((box.x, box.y, box.x + box.width, box.y + box.height), sample.image.size) for box in alone]
-    return [each for each in corners if is_small(each, sample.image.size, most_area)]
-
-
-def inside(box: Corners, size: tuple[int, int]) -> Corners:
-    """The part of a box that lies in the picture."""
-    return max(0, box[0]), max(0, box[1]), min(size[0], box[2]), min(size[1], box[3])
-
-
-def is_small(box: Corners, size: tuple[int, int], most_area: float = 0.1) -> bool:
-    """Whether a box has an area, and less than this share of the picture's."""
-    wide, high = box[2] - box[0], box[3] - box[1]
-    return wide > 0 and high > 0 and wide * high / (size[0] * size[1]) < most_area
 
 
 def parse(text: str) -> tuple[str, str | None]:

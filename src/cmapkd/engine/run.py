@@ -18,6 +18,7 @@ from cmapkd.config.resumable import fixed_differences
 from cmapkd.data.open import open_source
 from cmapkd.data.random import key_of
 from cmapkd.data.types import BadSampleError, Sample, Source
+from cmapkd.data.unseen import unseen
 from cmapkd.engine.candidates import Candidate, kept
 from cmapkd.engine.config import EngineConfig
 from cmapkd.engine.critics import check_critic
@@ -29,6 +30,8 @@ from cmapkd.models import Model, build_model
 from cmapkd.provenance import describe_environment
 
 FORMAT = 1
+TRIED = 256
+"""Samples that are looked through, before anything is asked, for what a recipe needs of its data."""
 OnProgress = Callable[[int, int], None]  # samples done, samples to do, of this process
 _REASONS = {
     "format": "it was written by another version of cmapkd",
@@ -72,14 +75,28 @@ class Engine:
         built = load_models(config) if models is None else dict(models)
         self.panel = Panel(built, torch.device(device), config.seed, config.batch_size)
         self._check_kinds()
+        self._check_data()
 
     def _check_kinds(self) -> None:
-        proposes, facts = self.config.propose.asks, self.config.propose.facts
-        for how in (*([proposes] if proposes else []), *self.config.answers.values()):
+        facts = self.config.propose.facts
+        for how in (*self.config.propose.asks.values(), *self.config.answers.values()):
             self.panel.writer(how.by)
         for each in self.config.verify:
             if each.critic is not None and facts is not None:
                 check_critic(each.critic, self.panel, {name: each.tails for name, each in facts.relations.items()})
+
+    def _check_data(self) -> None:
+        """Refuses data of which no sample that is tried has what the recipe reads."""
+        needs, labels = self.config.propose.needs, any(each.label is not None for each in self.config.verify)
+        tried = min(TRIED, len(self.source))
+        if needs is None or any(_has(self.source, place, needs, labels) for place in range(tried)):
+            return
+        reader = "verify.label" if labels else f"propose.{self.config.propose.kind}"
+        what = f"{needs} with answers" if labels else needs
+        raise ConfigError(
+            f"{reader} reads {what}, and of the first {counted(tried, 'sample')} of {self.config.data} none has any: "
+            "give other data"
+        )
 
     @property
     def num_shards(self) -> int:
@@ -106,7 +123,7 @@ class Engine:
             ConfigError: the folder holds what another recipe, other data or other models wrote, or something else.
             DiskError: the disk refuses.
         """
-        folder = EngineFolder(Path(out), self.config.write, self.config.seed)
+        folder = EngineFolder(Path(out), self.config.write, self.config.seed, self.config.each)
         self._claim(folder)
         folder.begin()
         todo = [shard for shard in range(self.num_shards) if shard % world_size == rank and not folder.has(shard)]
@@ -200,6 +217,16 @@ class Engine:
                 if key != "name" and theirs.get(key) != value
             ]
         return reasons
+
+
+def _has(source: Source, place: int, needs: str, labels: bool) -> bool:
+    try:
+        sample = unseen(source, place)
+    except BadSampleError:
+        return False
+    if needs == "boxes":
+        return bool(sample.boxes)
+    return any(each.question and (each.answers or not labels) for each in sample.questions)
 
 
 def load_models(config: EngineConfig) -> dict[str, Model]:

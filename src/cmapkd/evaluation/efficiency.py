@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from cmapkd.config import Config
 from cmapkd.data.types import TokenBatch
@@ -81,6 +80,8 @@ def count_macs(model: nn.Module, run: Callable[[], Any]) -> int:
 
     Matrix products, convolutions and attention; norms, activations and look-ups of embeddings are not counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, and most evaluations count nothing
+
     # With gradient and attention written out: torch's fused inference kernels are invisible to the counter.
     with differentiable(model), sdpa_kernel(SDPBackend.MATH):
         counter: Any = FlopCounterMode(display=False)

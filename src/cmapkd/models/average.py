@@ -6,8 +6,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from cmapkd.models.shares import is_shared_out
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def follow(average: nn.Module, model: nn.Module, decay: float, *, averaged: froz
 
 def _local(tensor: Tensor) -> Tensor:
     """This process's share of a tensor that is shared out; a view of the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_shared_out(tensor) else tensor
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:

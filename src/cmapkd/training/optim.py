@@ -6,11 +6,11 @@ import math
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from cmapkd.methods import Method
 from cmapkd.methods.stages import ParameterPart
 from cmapkd.models.parts import undecayed
+from cmapkd.models.shares import is_shared_out
 from cmapkd.training.config import OptimConfig
 
 _OWN_EPS = 1e-8  # torch's own
@@ -61,7 +61,7 @@ def _by_type(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """One list; two where some are shared out among processes, which the fused step cannot mix with others."""
     types: dict[bool, list[nn.Parameter]] = {}
     for parameter in parameters:
-        types.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+        types.setdefault(is_shared_out(parameter), []).append(parameter)
     return [*types.values()]
 
 

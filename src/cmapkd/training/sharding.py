@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method, StepInfo, Term
 from cmapkd.models import Model, MomentumTeacher, Teacher
 from cmapkd.models.average import make_average
 from cmapkd.models.joined import JoinedEncoder
+from cmapkd.models.shares import is_shared_out
 
 
 class ShardedMethod:
@@ -70,7 +69,7 @@ class ShardedMethod:
     def average_gradients(self) -> None:
         """After the backward pass: of the numbers that every process has, the mean of what all found."""
         for parameter in self.method.parameters():
-            if parameter.grad is not None and not isinstance(parameter, DTensor):
+            if parameter.grad is not None and not is_shared_out(parameter):
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.mesh.size()
 
@@ -78,8 +77,8 @@ class ShardedMethod:
     def clip(self, max_norm: float) -> Tensor:
         """The norm of the whole gradient, which is scaled down to `max_norm`, as `torch.nn.utils.clip_grad_norm_`."""
         gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
-        own = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
-        common = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        own = [gradient.to_local() for gradient in gradients if is_shared_out(gradient)]
+        common = [gradient for gradient in gradients if not is_shared_out(gradient)]
         squares = _squares(own, like=gradients[0])
         dist.all_reduce(squares)
         norm = (squares + _squares(common, like=gradients[0])).sqrt()
@@ -124,6 +123,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, keep_root: bool = True) -> Non
     Args:
         keep_root: the rest stays whole between forward and backward pass; for what has no backward pass it need not.
     """
+    from torch.distributed.fsdp import fully_shard  # as long to import as all of this package
+
     alone = {parameter for parameter in module.parameters() if parameter.numel() == 1}
     for block in blocks(module):
         fully_shard(block, mesh=mesh, ignored_params=alone)
@@ -150,7 +151,7 @@ def _is_block(module: nn.Module) -> bool:
 @torch.no_grad()
 def whole_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """With every share put together, on the CPU; every process must call it, with the same names."""
-    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    return {name: value.full_tensor().cpu() if is_shared_out(value) else value for name, value in tensors.items()}
 
 
 def shared_like(tensors: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,8 +160,10 @@ def shared_like(tensors: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str
 
 
 def _shared(value: Any, like: Any) -> Any:
-    if not isinstance(like, DTensor):
+    if not is_shared_out(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     there = value.to(device=like.device, dtype=like.dtype)
     return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)  # each takes its own
 

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from cmapkd.config.disk import DiskError, usual_rights
+from cmapkd.models.shares import is_shared_out
 
 if TYPE_CHECKING:  # a run whose checkpoints are whole does not wait for its import
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.tensor import DTensor
 
 FILES = "shard-*.safetensors"
 _PLACES = "DCP_SHARDING_INFO"  # in the head of a file, where the library looks for `saved_offsets`
@@ -48,8 +49,8 @@ def own_part(groups: Mapping[str, Mapping[str, Tensor]], *, main: bool) -> tuple
     places: Places = {}
     for group, named in groups.items():
         for name, value in named.items():
-            local, start = (value.to_local(), _first_row(value)) if isinstance(value, DTensor) else (value, 0)
-            alike = not isinstance(value, DTensor) or not value.numel()  # written once
+            local, start = (value.to_local(), _first_row(value)) if is_shared_out(value) else (value, 0)
+            alike = not is_shared_out(value) or not value.numel()  # written once
             if main if alike else local.numel():
                 begins = [start, *[0] * (local.dim() - 1)][: local.dim()]
                 tensors[f"{group}/{name}"] = local
@@ -59,6 +60,8 @@ def own_part(groups: Mapping[str, Mapping[str, Tensor]], *, main: bool) -> tuple
 
 def _first_row(value: DTensor) -> int:
     """Where a process's rows begin: they are dealt out in equal blocks, of which the last ones may be shorter."""
+    from torch.distributed.tensor import Shard
+
     if value.placements != (Shard(0),):
         raise ValueError(f"a tensor is shared out as {value.placements}, and only rows of one mesh can be written")
     block = -(-value.shape[0] // value.device_mesh.size())

@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     f"switch_kd{MICRO}": ("switch_kd", {"reduction": "sample_mean"}),
     "llava_kd": ("llava_kd", {}),
     "align_kd": ("align_kd", {"focus": 2}),
+    f"move_kd{MICRO}": ("move_kd", {}),
+    f"ola_vlm{MICRO}": ("ola_vlm", {"experts": {"teacher": {"target": 1.0}}}),
     f"token_kd{MICRO}": ("token_kd", {"divergence": "reverse"}),
     f"on policy{MICRO}": ("token_kd", {"on_policy": ON_POLICY}),
     f"token_kd{SHARDED}": ("token_kd", {}),

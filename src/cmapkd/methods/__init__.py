@@ -32,6 +32,7 @@ from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.llava_kd import LlavaKD
 from cmapkd.methods.llava_mod import LLaVAMoD
 from cmapkd.methods.makd import Makd
+from cmapkd.methods.masking_kd import MaskingKD
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.move_kd import MoveKD
 from cmapkd.methods.mst_distill import MstDistill
@@ -104,6 +105,7 @@ _OWN: dict[str, type[Method]] = {
     "align_kd": AlignKD,
     "ola_vlm": OlaVLM,
     "move_kd": MoveKD,
+    "masking_kd": MaskingKD,
 }
 
 METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)

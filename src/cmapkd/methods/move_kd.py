@@ -186,6 +186,7 @@ class MoveKD(ExpertMethod):
         told = torch.stack([scores.detach().softmax(-1).sum(0), scores.new_full((number,), len(scores))])
         told = mean_over_processes(told)
         shares = encoder_shares(scores, anchor, told[0] / told[1].clamp(min=1e-9))
-        for role, share in zip(self.teachers, shares.detach().unbind(-1), strict=True):
-            self.measurements[f"share/{role}"] = share.mean()
+        means = mean_over_processes(shares.detach().sum(0))
+        for role, total in zip(self.teachers, means, strict=True):
+            self.measurements[f"share/{role}"] = total / told[1, 0].clamp(min=1e-9)
         return shares

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     f"switch_kd{MICRO}": ("switch_kd", {"reduction": "sample_mean"}),
     "llava_kd": ("llava_kd", {}),
     "align_kd": ("align_kd", {"focus": 2}),
+    "masters": ("masters", {}),
     f"masking_kd{MICRO}": ("masking_kd", {"budget": 0.6}),
     f"move_kd{MICRO}": ("move_kd", {}),
     f"ola_vlm{MICRO}": ("ola_vlm", {"experts": {"teacher": {"target": 1.0}}}),

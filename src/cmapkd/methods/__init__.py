@@ -33,6 +33,7 @@ from cmapkd.methods.llava_kd import LlavaKD
 from cmapkd.methods.llava_mod import LLaVAMoD
 from cmapkd.methods.makd import Makd
 from cmapkd.methods.masking_kd import MaskingKD
+from cmapkd.methods.masters import Masters
 from cmapkd.methods.mobileclip import MobileCLIP
 from cmapkd.methods.move_kd import MoveKD
 from cmapkd.methods.mst_distill import MstDistill
@@ -106,6 +107,7 @@ _OWN: dict[str, type[Method]] = {
     "ola_vlm": OlaVLM,
     "move_kd": MoveKD,
     "masking_kd": MaskingKD,
+    "masters": Masters,
 }
 
 METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)

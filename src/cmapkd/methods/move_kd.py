@@ -160,7 +160,7 @@ class MoveKD(ExpertMethod):
         seen, losses, scores = answered[number], [], []
         weights, middle = self._weights(seen), seen.classes[self.anchor]
         if self.anchor in self.adapters:
-            middle = self.adapters[self.anchor].channels(middle)  # type: ignore[union-attr, operator]
+            middle = self.adapters[self.anchor].channels(middle)  # type: ignore[operator]
         for role in roles:
             tokens = seen.tokens[role]
             adapted = self.adapters[role](tokens) if role in self.adapters else resampled(tokens, self.shape.tokens)

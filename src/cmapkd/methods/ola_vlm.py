@@ -132,7 +132,7 @@ class OlaVLM(ExpertMethod):
         wanted = tuple(dict.fromkeys(name for role in self._wanted() for name in self.layers[role]))
         everywhere = wanted and self.config.reads == "all"
         where = {"answer", *(("visual",) if wanted else ()), *(("prompt",) if everywhere else ())}
-        return TokenNeeds(frozenset(where), levels=wanted)  # type: ignore[arg-type]
+        return TokenNeeds(frozenset(where), levels=wanted)
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:  # noqa: ARG002
         return self.losses(student, self.weigh(part, student.hidden["answer"]))
@@ -160,7 +160,9 @@ class OlaVLM(ExpertMethod):
         student: TokenFeatures = self.student(inputs.to(self.device, True), self.student_needs)
         predicted: dict[str, list[Tensor]] = {}
         for role in wanted:
-            heads = zip(self.layers[role], self.heads[role], strict=True)  # type: ignore[arg-type]
+            own = self.heads[role]
+            assert isinstance(own, nn.ModuleList)
+            heads = zip(self.layers[role], own, strict=True)
             predicted[role] = [head(*dialogue_table(self._rows(student, layer), inputs)) for layer, head in heads]
         return self.sums(part, student, None), predicted
 

@@ -314,6 +314,9 @@ class RunConfig(Config):
             del values["method"]["several_positives"]
         if (policy := values["method"].get("on_policy")) and policy.get("gate") is None:
             policy.pop("gate", None)
+        asks = type(self.method).model_fields.get("asks")  # of makd
+        if asks is not None and values["method"]["asks"] == asks.default:
+            del values["method"]["asks"]
         for view in values["data"]["more_views"].values():
             del view["reading"]  # that of data.views
             if view["of"] == "picture":  # as before there was another

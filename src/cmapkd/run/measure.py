@@ -230,15 +230,16 @@ def measure(
 ) -> dict[str, Any]:
     """Scores on the final source of student, baseline and the first teacher, to which the gap is taken.
 
-    An image encoder that teaches a model that writes has no scores: it answers nothing. The student's ranks by picture
-    are written into `out`. Every process of `share_of` calls it; the first has scores.
+    A teacher that writes, of a student that does not, has no scores, nor has one the other way round: nothing measures
+    both. The student's ranks by picture are written into `out`. Every process of `share_of` calls it; the first has
+    scores.
 
     Args:
         say: is told what is being done.
     """
     name, share = baseline_name(config, baseline), share_of(config)
     judged = build_teacher(config.teacher) if teacher_scores is None and config.teacher is not None else None
-    if config.writes and not isinstance(judged, GenerativeModel):
+    if config.writes != isinstance(judged, GenerativeModel):
         judged = None
     todo = [] if judged is None else ["teacher"]
     todo += ["student"] + ([] if name is None else [name])

@@ -195,7 +195,7 @@ def test_odds_are_those_of_the_first_token() -> None:
             heads = {word: {begin(each)[0] for each in (word, word.title())} for word in ("yes", "no")}
             ways = (heads["yes"] - heads["no"], heads["no"] - heads["yes"])
             yes, no = (logits[sorted(way)].logsumexp(0) for way in ways)
-            assert float(odds) == pytest.approx(float(yes - no), abs=1e-4)
+            assert float(odds) == pytest.approx((yes - no).item(), abs=1e-4)
     assert model.image_spec.size == 24
     assert {name for part in model.parts.values() for name in part} == {name for name, _ in model.named_parameters()}
 

@@ -68,7 +68,7 @@ def taken(tmp_path: Path) -> int:
     Counted under the lock of whoever makes room: otherwise a copy that goes and a piece that grows would both count.
     """
     folder, found = tmp_path / "cache" / "cmapkd" / "shards", 0
-    with open(folder / "room.lock", "w") as lock:
+    with (folder / "room.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for file in folder.glob("*"):
             if file.suffix in (".tar", ".part"):

@@ -38,9 +38,7 @@ def test_the_demo_has_the_setting_of_the_runs_that_the_readme_shows() -> None:
     demo = load_config(RunConfig, "demo")
     plan = make_plan(load_comparison(ROOT / "examples" / "demo.yaml"))
     for method, expected in (("cmapkd", demo.plain()), ("contrastive", demo.scratch().plain())):
-        (shown,) = (
-            run.config.plain() for run in plan.runs if (run.config.method.name, run.config.seed) == (method, 0)
-        )
+        (shown,) = (run.config.plain() for run in plan.runs if (run.config.method.name, run.config.seed) == (method, 0))
         expected["baseline"] = "none"  # which is run beside
         expected["data"]["val"] = None  # which is looked at on the way
         expected["training"]["evaluate_every"] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from cmapkd.data.batches import BatchBuilder
-from cmapkd.data.dialogues import ChatInput, Turn, join_items
+from cmapkd.data.dialogues import Turn, join_items
 from cmapkd.data.prompting import Prompting
-from cmapkd.data.readers import ChatReader
-from cmapkd.data.types import BadSampleError, Batch, Sample
+from cmapkd.data.readers import Shared
+from cmapkd.data.types import BadSampleError, Batch, Input, Sample
 from cmapkd.data.views import WHOLE
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import FrozenTeacher, ModelConfig, build_model
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.reading import reader_of
 from cmapkd.training import OptimConfig, TrainConfig, Trainer
+from helpers import make_model
 
 WRITERS = tuple(name for name, kind in METHODS.items() if issubclass(kind.reads, GenerativeModel))
 TEXTS = ("Is there a red circle?", "yes", "no", "How many squares?", "2", "a red circle and 2 blue squares")
@@ -85,6 +88,12 @@ def make_other() -> FrozenTeacher:
     return FrozenTeacher(copy.deepcopy(_other()).double())
 
 
+def make_seer(**options: Any) -> FrozenTeacher:
+    """A teacher in float64 that embeds pictures and texts."""
+    role = options.pop("role", "teacher")
+    return FrozenTeacher(make_model(**{"dim": 24, "image_size": 24, "seed": 7, **options}).double(), role)
+
+
 class Dialogues:
     """Noise pictures, each with a question whose answers differ in length; a pure function of the index."""
 
@@ -115,14 +124,21 @@ class Dialogues:
 
 
 def make_task(
-    name: str = "sft", *, student: Any = None, teacher: FrozenTeacher | None = None, **settings: Any
+    name: str = "sft",
+    *,
+    student: Any = None,
+    teacher: FrozenTeacher | None = None,
+    more_teachers: Sequence[FrozenTeacher] = (),
+    **settings: Any,
 ) -> GenerativeMethod:
-    """A method over models that write, in training."""
-    config = METHODS[name].Config.from_mapping({"name": name, **settings})
+    """A method over models that write, in training; its teacher writes or embeds, as the method reads it."""
+    kind = METHODS[name]
+    config = kind.Config.from_mapping({"name": name, **settings})
     student = student or make_writer()
-    teacher = (teacher or make_judge()) if METHODS[name].uses_teacher else None
+    if teacher is None and kind.uses_teacher:
+        teacher = make_judge() if kind.learns_from is None else make_seer()
     torch.manual_seed(11)  # of modules that the method has of its own
-    method = build_method(config, student=student, teacher=teacher)
+    method = build_method(config, student=student, teacher=teacher, more_teachers=more_teachers)
     assert isinstance(method, GenerativeMethod)
     for module in method.children():
         module.to(next(student.parameters()).dtype)
@@ -133,8 +149,15 @@ def batch_of(method: Method, which: Sequence[int] = range(6)) -> Batch:
     """Some of the `Dialogues`, as each model of the method reads them."""
     models = {"student": method.student} | {role: teacher.model for role, teacher in method.teachers.items()}
     samples = [Dialogues()[number] for number in which]
-    inputs: dict[str, ChatInput] = {}
+    inputs: dict[str, Input] = {}
     for role, model in models.items():
+        if not isinstance(model, GenerativeModel):
+            seen: Any = reader_of(model)  # type: ignore[arg-type]
+            pixels = [seen.read(each.image, None, ()) for each in samples]
+            read = seen.join(pixels, [""] * len(samples), {}, {}, Shared())
+            of_type = next(model.parameters()).dtype  # type: ignore[union-attr]
+            inputs[role] = replace(read, images=model.image_spec.to_model(read.images).to(of_type))  # type: ignore[union-attr]
+            continue
         reader: Any = model.processor
         items = [reader.read(each.turns, [each.image][: each.turns[0].pictures]) for each in samples]
         inputs[role] = join_items(items, reader.pad_id)
@@ -166,7 +189,10 @@ def make_run(out: Path, method: GenerativeMethod, *, steps: int = 6, source: Any
     """A trainer of few small steps; `training` goes to `TrainConfig`."""
     out.mkdir(parents=True, exist_ok=True)
     models = {"student": method.student} | {role: teacher.model for role, teacher in method.teachers.items()}
-    readers = {role: ChatReader(model.processor) for role, model in models.items()}  # type: ignore[union-attr]
+    readers = {role: reader_of(model) for role, model in models.items()}  # type: ignore[arg-type]
+    for teacher in method.teachers.values():
+        if not isinstance(teacher.model, GenerativeModel):
+            teacher.model.float()  # pixels of batches are
     builder = BatchBuilder(source or Dialogues(), WHOLE, readers, seed=5, texts=Prompting("turns"))
     defaults = {"steps": steps, "batch_size": 4, "log_every": 1, "checkpoint_every": 100}
     # eps: with a small one AdamW makes large steps of rounding errors

@@ -10,11 +10,12 @@ import pytest
 import torch
 from written_out import divergence, reduced, rows_of
 
+from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import ChatInput, Turn, join_items
 from cmapkd.data.types import Batch
 from cmapkd.methods import StepInfo
 from cmapkd.methods.generative import GenerativeMethod
-from cmapkd.methods.rollouts import ROLLED
+from cmapkd.methods.rollouts import PASSED, ROLLED
 from writers import assert_same, batch_of, loss_of, make_judge, make_task, make_writer
 
 SHORT = {"share": 0.5, "max_new_tokens": 6, "temperature": 1.5}
@@ -289,3 +290,57 @@ def test_of_a_dialogue_with_two_answers_an_own_last_one_is_learned_alone() -> No
         earlier = inputs[role].answer[0].nonzero()[0]
         assert now.texts.ids[0, : earlier + 1].tolist() == inputs[role].texts.ids[0, : earlier + 1].tolist()
     assert float(loss_of(method(batch, STEP)).detach()) > 0
+
+
+# ------------------------------------------------------------------------------------------------ gate
+
+
+def right_batch(method: GenerativeMethod) -> Batch:
+    """A batch in which the data's answers at places 0 and 3 are those that the student will write itself."""
+    method.step = STEP
+    batch = batch_of(method, range(6))
+    written = method._rolled_out(batch)
+    inputs = {}
+    for role, given in batch.inputs.items():
+        assert isinstance(given, ChatInput)
+        items, own = given.items(), written.inputs[role]
+        for place in (0, 3):
+            items[place] = own.items()[place]  # type: ignore[attr-defined]
+        inputs[role] = join_items(items, given.pad_id)
+    return replace(batch, inputs=inputs)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "sampled_reverse"])
+def test_a_gate_lets_right_answers_pass_alone(divergence: str) -> None:
+    """The loss is that of the samples that pass, whatever else is in the batch; in micro-batches, too."""
+    policy = {"share": 1.0, "max_new_tokens": 6, "temperature": 1.5, "gate": "right"}
+    method = on_policy(on_policy=policy, divergence=divergence)
+    batch = right_batch(method)
+    found = results_at(method, batch)
+    assert method._rolled_out(batch).extra[PASSED].tolist() == [True, False, False, True, False, False]
+    assert float(method.measurements["rollouts/right"]) == pytest.approx(2 / 6)
+    method.zero_grad()
+    assert_same(results_at(method, batch, micro_batch=4), found)
+    open_ = on_policy(on_policy={**policy, "gate": None}, divergence=divergence)
+    open_.load_state_dict(method.state_dict())
+    inputs = {role: each.rows([0, 3]) for role, each in batch.inputs.items()}  # type: ignore[attr-defined]
+    two = Batch((batch.ids[0], batch.ids[3]), inputs, ("", ""))
+    assert_same(found, results_at(open_, two))
+    method.zero_grad()
+    wrong = results_at(method, batch_of(method, [1, 2]))
+    assert float(wrong["term/distillation"]) == 0  # nobody passes: no loss, and no NaN
+    assert all(not gradient.any() for name, gradient in wrong.items() if name.startswith("gradient"))
+
+
+def test_a_gate_by_chance_is_a_coin_of_each_sample() -> None:
+    policy = {"share": 1.0, "max_new_tokens": 3, "gate": 0.4}
+    method = on_policy(on_policy=policy)
+    method.step = STEP
+    whole = method._rolled_out(batch_of(method, range(8))).extra[PASSED].tolist()
+    assert whole == method._rolled_out(batch_of(method, range(4))).extra[PASSED].tolist() + (
+        method._rolled_out(batch_of(method, range(4, 8))).extra[PASSED].tolist()
+    )
+    assert 0 < sum(whole) < 8
+    for given in ({"gate": 1.5}, {"gate": "wrong"}):
+        with pytest.raises(ConfigError, match="gate"):
+            on_policy(on_policy={**policy, **given})

@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from cmapkd.config import ConfigError
+from cmapkd.data.dialogues import Turn, join_items
+from cmapkd.features import sample_keys
 from cmapkd.methods.makd import Makd
+from cmapkd.methods.makd_config import MakdConfig
+from cmapkd.methods.targets import Answered
+from cmapkd.models import FrozenTeacher
+from cmapkd.models.asked_writer import AskedWriter
 from cmapkd.objectives import answer_cross_entropy, answers_among
 from helpers import make_method, make_teacher, make_trainer, random_batch, read_lines
+from writers import make_writer
 
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "makd.json").read_text())
 GROUPS = {"colour": ["red", "green", "blue"], "form": ["round", "square"]}
@@ -154,3 +162,87 @@ def test_wrong_settings_are_refused() -> None:
         make_method("makd", teacher=untrained)
     with pytest.raises(ConfigError, match="tuned for names, so it reads no negations: take options: contrast"):
         make_method("makd", teacher=tuned, settings={"options": "negation"})
+
+
+# ------------------------------------------------------------------------------------------------ a teacher that writes
+
+
+WRITTEN = {"questions": GROUPS, "templates": MakdConfig.model_fields["templates"].default, "asks": "Is there a {}?"}
+
+
+def written(**settings: Any) -> Makd:
+    """The teacher has random weights; it answers the questions of `GROUPS`."""
+    judge = FrozenTeacher(make_writer(seed=7, image_size=24).float())
+    method = make_method("makd", teacher=judge, settings={**WRITTEN, **settings})
+    assert isinstance(method, Makd)
+    return method
+
+
+def test_odds_are_those_of_the_first_token() -> None:
+    """Question by question, from the library's own logits; in parts of any size."""
+    writer = make_writer(seed=7, image_size=24).float()
+    questions = [f"Is there a {entry}?" for entry in ENTRIES]
+    model = AskedWriter(writer, questions, at_once=3)
+    pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    found = model.encode_image(model.image_spec.to_model(pixels)).embedding
+    for row, picture in zip(found, pixels, strict=True):
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        for odds, question in zip(row, questions, strict=True):
+            item = writer.processor.read((Turn("user", question, 1), Turn("assistant", "yes")), [image])
+            inputs = join_items([item], writer.processor.pad_id)
+            logits = writer.model(**writer._arguments(inputs)).logits[0, int(inputs.answer[0].nonzero()[0]) - 1]
+            begin = writer.processor.encode_answer
+            heads = {word: {begin(each)[0] for each in (word, word.title())} for word in ("yes", "no")}
+            ways = (heads["yes"] - heads["no"], heads["no"] - heads["yes"])
+            yes, no = (logits[sorted(way)].logsumexp(0) for way in ways)
+            assert float(odds) == pytest.approx((yes - no).item(), abs=1e-4)
+    assert model.image_spec.size == 24
+    assert {name for part in model.parts.values() for name in part} == {name for name, _ in model.named_parameters()}
+
+
+def test_answers_of_a_teacher_that_writes_are_found_once() -> None:
+    method = written()
+    assert method.prepares
+    assert "checkpoints hold its answers" in str(method.not_cached)
+    batch = random_batch(4)
+    assert method.table is not None
+    method.table.resize(0)
+    with pytest.raises(ValueError, match="`prepare` comes before the first step"):
+        method.terms(batch)
+    keys, odds = sample_keys(batch.ids), torch.linspace(-2, 2, 20).view(4, 5)
+    nothing = torch.empty(3, 0)
+
+    def survey(role: str = "teacher", *, num: int | None = None, towers: Any = ()) -> Any:
+        assert (role, num, towers) == ("teacher", None, ("image",))
+        yield Answered(odds[[2, 0]], nothing[:2], keys[[2, 0]], torch.zeros(2))
+        yield Answered(odds[[1]], nothing[:1], keys[[1]], torch.zeros(1))
+
+    method.prepare(survey)
+    scores = torch.randn(4, 5, requires_grad=True)
+    found = method._stored(method.table, batch, scores)  # type: ignore[arg-type]
+    torch.testing.assert_close(found[:3], odds[:3].sigmoid())
+    answer_cross_entropy(scores, found).backward()
+    assert scores.grad is not None
+    assert scores.grad[:3].all()
+    assert scores.grad[3].abs().max() < 1e-7  # nobody was asked about the last picture
+    again = written()
+    again.restructure(method.structure)
+    again.load_state_dict(method.state_dict())
+    torch.testing.assert_close(again._stored(again.table, batch, scores), found)  # type: ignore[arg-type]
+    for answers, expected in (("hard", (odds > 0).float()), ("shuffled", found.roll(1, 0)[:3])):
+        other = written(answers=answers)
+        other.prepare(survey)
+        got = other._stored(other.table, batch, scores)  # type: ignore[arg-type]
+        torch.testing.assert_close(got[:3], expected[:3])
+
+
+def test_what_a_teacher_that_writes_does_not_read_is_refused() -> None:
+    for settings, message in (
+        ({"options": "negation"}, "leave options out"),
+        ({"teacher_scale": 3.0, "templates": ["a {}"]}, "leave templates, teacher_scale out"),
+        ({"answers": "random"}, "leave answers: random out"),
+        ({"asks": "Is it red?"}, "'Is it red\\?' has none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            written(**settings)
+    assert written(question_weight=0).table is None

@@ -154,6 +154,7 @@ EXPECTED = {
     "TRL `DistillationTrainer` (on-policy distillation)": published(
         "generalized_jsd_loss", TRL, beta=1.0, temperature=1.0
     ),
+    "KEPO, its distillation term": published("generalized_jsd_loss", TRL, beta=0.5, temperature=1.0),
     "DistiLLM, skewed KL": published("SkewForwardKL", TAID),
     "DistiLLM, skewed reverse KL": published("SkewReverseKL", TAID),
     "LLaVA-MoD, mimic distillation": published("compute_align_loss", "shufangxun/LLaVA-MoD"),

@@ -11,9 +11,12 @@ from model_support import randomise
 from torch import nn
 from vlm_support import MAKERS, chat, make_vlm
 
-from cmapkd.data.types import Batch
+from cmapkd.config import ConfigError
+from cmapkd.data.types import Batch, ModelInput, TokenBatch
 from cmapkd.models import FrozenTeacher
-from writers import loss_of, make_task
+from cmapkd.models.tap_attention import MEAN
+from cmapkd.models.token_types import TokenNeeds
+from writers import loss_of, make_seer, make_task
 
 READING: dict[str, dict[str, Any]] = {
     "llava_kd": {"relation_level": "projector"},
@@ -47,3 +50,50 @@ def test_every_family_can_learn(name: str, kind: str) -> None:
         assert learned & student.parts["projector"], term
         assert learned & student.parts["vision"], term
     assert torch.isfinite(loss_of(terms))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_family_can_be_kept_from_looking_back(kind: str) -> None:
+    """What is hidden gets no attention in any layer; everything else of the model's own mask stays."""
+    model = make_vlm(kind)
+    inputs = chat(model)
+    layers = tuple(range(len(model.text_levels)))
+    plain = model(inputs, TokenNeeds(attention=layers, attention_mean=True))
+    every = torch.stack([plain.attention[layer] for layer in layers])
+    torch.testing.assert_close(plain.attention[MEAN], every.mean((0, 2)))
+    torch.testing.assert_close(plain.hidden["answer"].values, model(inputs).hidden["answer"].values)
+    batch, length = inputs.texts.ids.shape
+    hidden = torch.zeros(batch, length, length, dtype=torch.bool)
+    hidden[:, -3:, 2] = True
+    masked = model(inputs, TokenNeeds(attention=layers, hidden=hidden))
+    for layer in layers:
+        maps = masked.attention[layer]
+        assert not maps.masked_select(hidden[:, None].expand_as(maps)).any()
+        seen = every[layer] > 0
+        real = inputs.texts.mask[:, None, :, None].expand_as(maps)
+        assert not maps.masked_select(~seen & real).any()
+        torch.testing.assert_close(maps[:, :, :-3], every[layer][:, :, :-3])
+    nothing = model(inputs, TokenNeeds(hidden=torch.zeros_like(hidden)))
+    torch.testing.assert_close(nothing.hidden["answer"].values, plain.hidden["answer"].values)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_family_can_learn_from_image_encoders(kind: str) -> None:
+    student = make_vlm(kind)
+    seer, inputs = make_seer(), chat(student)
+    seer.model.float()
+    pixels = torch.randint(0, 256, (3, 3, 24, 24), dtype=torch.uint8)
+    seen = ModelInput(pixels, TokenBatch(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1, dtype=torch.bool)))
+    batch = Batch(("a", "b", "c"), {"student": inputs, "teacher": seen}, ("",) * 3)
+    for name in ("ola_vlm", "move_kd"):
+        if name == "move_kd" and student.encoded_shape is None:
+            with pytest.raises(ConfigError, match="patches of all pictures in one row"):
+                make_task(name, student=student, teacher=seer)
+            continue
+        method = make_task(name, student=student, teacher=seer)
+        for term, found in method(batch).items():
+            method.zero_grad()
+            found.value.backward(retain_graph=True)
+            learned = {each for each, own in student.named_parameters() if own.grad is not None and own.grad.any()}
+            assert torch.isfinite(found.value), term
+            assert learned & student.parts["vision"], term

@@ -13,12 +13,12 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.data.dialogues import ChatInput
 from cmapkd.engine.candidates import Candidate, Shown
 from cmapkd.engine.written import Panel, check_place
-from cmapkd.evaluation.tasks.yes_no import first_tokens
 from cmapkd.evaluation.token_scores import first_log_odds
 from cmapkd.evaluation.vqa import normalise_answer
 from cmapkd.models import DualEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.token_types import TokenNeeds
+from cmapkd.models.yes_no import first_tokens
 
 
 class CriticConfig(Config):

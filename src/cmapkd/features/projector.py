@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -68,6 +69,22 @@ class Adapter(nn.Module):
         """Embeddings at the teacher's width, not normalised."""
         mapped: Tensor = self.inside(embeddings)
         return embeddings + mapped if self.residual else mapped
+
+
+class TokenAdapter(nn.Module):
+    """Another encoder's tokens in the student's number and width: a linear map of each axis with GELU between them.
+
+    Args:
+        own: number and width of the encoder's tokens; `to`: of the student's.
+    """
+
+    def __init__(self, own: tuple[int, int], to: tuple[int, int]) -> None:
+        super().__init__()
+        self.channels, self.tokens = nn.Linear(own[1], to[1]), nn.Linear(own[0], to[0])
+
+    def forward(self, tokens: Float[Tensor, "pictures tokens width"]) -> Float[Tensor, "pictures others channels"]:
+        mapped: Tensor = self.tokens(F.gelu(self.channels(tokens)).transpose(1, 2))
+        return mapped.transpose(1, 2)
 
 
 class Fusion(nn.Module):

@@ -32,9 +32,13 @@ from cmapkd.methods.lelp import Lelp
 from cmapkd.methods.llava_kd import LlavaKD
 from cmapkd.methods.llava_mod import LLaVAMoD
 from cmapkd.methods.makd import Makd
+from cmapkd.methods.masking_kd import MaskingKD
+from cmapkd.methods.masters import Masters
 from cmapkd.methods.mobileclip import MobileCLIP
+from cmapkd.methods.move_kd import MoveKD
 from cmapkd.methods.mst_distill import MstDistill
 from cmapkd.methods.mulki import Mulki
+from cmapkd.methods.ola_vlm import OlaVLM
 from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
@@ -54,6 +58,7 @@ from cmapkd.methods.vl2v_adip import VL2VADiP
 from cmapkd.methods.vlm_distill_ood import VlmDistillOod
 from cmapkd.methods.zscl import ZSCL
 from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model
+from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.types import BOTH
 
 _OWN: dict[str, type[Method]] = {
@@ -99,6 +104,10 @@ _OWN: dict[str, type[Method]] = {
     "switch_kd": SwitchKD,
     "llava_kd": LlavaKD,
     "align_kd": AlignKD,
+    "ola_vlm": OlaVLM,
+    "move_kd": MoveKD,
+    "masking_kd": MaskingKD,
+    "masters": Masters,
 }
 
 METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)
@@ -173,6 +182,8 @@ def _check_pictures_alone(name: str, kind: type[Method], model: DualEncoder, rol
     Raises:
         ConfigError: it is the student or the first teacher, or the method reads texts of every teacher.
     """
+    if issubclass(kind.reads, GenerativeModel) and kind.pictures_alone:
+        return
     if role in ("student", "teacher"):
         raise ConfigError(
             f"the {role} {model.name} has no text tower: such a model can only be a further teacher, in more_teachers"

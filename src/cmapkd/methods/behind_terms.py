@@ -14,13 +14,15 @@ from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.reach import example_encoded, example_rows, example_visual_tokens, last_matrix_behind
 
-Made = Literal["encoded", "projected", "attention", "states", "logits"]
-"""What a term is made of: the vision tower's tokens, projected tokens, attention maps, final states, or logits."""
+Made = Literal["encoded", "projected", "attention", "layers", "states", "logits"]
+"""What a term is made of: the vision tower's tokens, projected tokens, attention maps, states of layers, final states,
+or logits."""
 
 _PARTS: Mapping[Made, tuple[str, ...]] = {
     "encoded": ("vision",),
     "projected": ("vision", "projector"),
     "attention": ("vision", "projector", "embeddings", "language", "adapters"),
+    "layers": ("vision", "projector", "embeddings", "language", "adapters"),
     "states": ("vision", "projector", "embeddings", "language", "adapters"),
 }
 _EXAMPLES = {"encoded": example_encoded, "projected": example_visual_tokens, "states": example_rows}
@@ -68,7 +70,9 @@ class SharedMatrix:
             made: what each term is made of.
         """
         parameters, made = dict(student.named_parameters()), set(made)
-        first = "encoded" if "encoded" in made else "projected" if {"projected", "attention"} & made else "states"
+        first = (
+            "encoded" if "encoded" in made else "projected" if {"projected", "attention", "layers"} & made else "states"
+        )
         learning = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
         key = first, learning if first != "states" else frozenset()
         if key not in self._known:

@@ -91,9 +91,14 @@ class GenerativeMethod(Method):
     """How many tokens student and first teacher have in common, where one has more; None: all."""
 
     def __init__(
-        self, config: GenerativeConfig, *, student: GenerativeModel, teacher: FrozenTeacher | None = None
+        self,
+        config: GenerativeConfig,
+        *,
+        student: GenerativeModel,
+        teacher: FrozenTeacher | None = None,
+        more_teachers: Sequence[FrozenTeacher] = (),
     ) -> None:
-        super().__init__(config, student=student, teacher=teacher)
+        super().__init__(config, student=student, teacher=teacher, more_teachers=more_teachers)
         self.config = config
         self._shared_matrix = SharedMatrix()
         if teacher is not None and self.compares_tokens:
@@ -169,7 +174,10 @@ class GenerativeMethod(Method):
         parts = micro_batches(batch, self.micro_batch)
         # kept between the passes: a few rows of states, where the backward pass would ask the teacher again
         answered: dict[int, TokenFeatures | None] = {}
-        counted = encode_checkpointed(partial(self._sums, answered), parts, model=self)
+        return self.summed(encode_checkpointed(partial(self._sums, answered), parts, model=self))
+
+    def summed(self, counted: Sequence[Mapping[str, Counted]]) -> dict[str, Term]:
+        """Terms of what `sums` gave of each part of the batch."""
         terms = {}
         for name, weight in self.weights.items():
             if name in counted[0]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
+from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
@@ -20,6 +22,9 @@ from cmapkd.models.generative import Decoding, GenerativeModel
 
 ROLLED = "rolled out"
 """Under which a batch says which of its answers the student wrote itself, Bool[batch]."""
+
+PASSED = "passed the gate"
+"""Under which a batch says which of its answers the teacher is followed in, Bool[batch]."""
 
 
 class OnPolicyConfig(Config):
@@ -38,6 +43,11 @@ class OnPolicyConfig(Config):
     temperature: float = Field(1.0, ge=0, description="Of the draws; 0: always the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draws are among the likeliest tokens of this probability.")
     max_new_tokens: int = Field(128, ge=1, description="Longest answer; a longer one is cut and learned as it is.")
+    gate: Literal["right"] | Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="In which answers of its own the student follows the teacher. right: in those that say what the "
+        "data's answer says, in any case; a number: in so many of them, drawn by sample, a control; none: in all.",
+    )
 
     @property
     def decoding(self) -> Decoding:
@@ -96,12 +106,39 @@ def roll_out(
             inputs["student"] if role != "student" and theirs is given else _replaced(theirs, places, answers)
         )
     extra = {**batch.extra, ROLLED: torch.tensor(own)}
-    measured = _measured(answers, student, size=len(batch), seconds=perf_counter() - began)
+    right: list[bool] | None = None
+    if config.gate is not None:
+        right = _right(answers, [given.answers()[place] for place in places], student)
+        passed = [True] * len(batch)
+        for place, is_right in zip(places, right, strict=True):
+            passed[place] = is_right if config.gate == "right" else _gate(step, batch.ids[place]) < config.gate
+        extra[PASSED] = torch.tensor(passed)
+    measured = _measured(answers, student, size=len(batch), seconds=perf_counter() - began, right=right)
     return replace(batch, inputs=inputs, extra=extra), measured
+
+
+def passed_the_gate(part: Batch, device: torch.device) -> Bool[Tensor, " samples"] | None:
+    """In which samples of a part of the batch the teacher is followed; None: in all."""
+    passed: Tensor | None = part.extra.get(PASSED)
+    return None if passed is None else passed.to(device, non_blocking=True)
 
 
 def _coin(step: StepInfo, sample_id: str) -> float:
     return float(uniforms(1, "on_policy", step.seed, step.step, sample_id)[0])
+
+
+def _gate(step: StepInfo, sample_id: str) -> float:
+    return float(uniforms(1, "gate", step.seed, step.step, sample_id)[0])
+
+
+def _right(answers: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], student: GenerativeModel) -> list[bool]:
+    """Whether answers say what is expected: the same words in any case, with or without a full stop."""
+
+    def words(ids: Sequence[int]) -> list[str]:
+        ended = ids[:-1] if ids and ids[-1] in student.vocabulary.end_ids else ids
+        return student.processor.decode(ended).strip().removesuffix(".").lower().split()
+
+    return [words(own) == words(known) for own, known in zip(answers, expected, strict=True)]
 
 
 def _room(inputs: Sequence[Input], places: Sequence[int], most: int) -> list[int]:
@@ -128,14 +165,21 @@ def _replaced(inputs: ChatInput, places: Sequence[int], answers: Sequence[Sequen
 
 
 def _measured(
-    answers: Sequence[Sequence[int]], student: GenerativeModel, *, size: int, seconds: float
+    answers: Sequence[Sequence[int]],
+    student: GenerativeModel,
+    *,
+    size: int,
+    seconds: float,
+    right: Sequence[bool] | None,
 ) -> dict[str, Tensor]:
     """Over all processes: the share of samples with answers of the student's own, their length, and how many did not
-    end; and the seconds that a process took for them."""
+    end; the seconds that a process took for them; and how many are right, where that is known."""
     ended = sum(bool(answer) and answer[-1] in student.vocabulary.end_ids for answer in answers)
-    counts = [size, len(answers), sum(map(len, answers)), len(answers) - ended]
+    counts = [size, len(answers), sum(map(len, answers)), len(answers) - ended, sum(right or ())]
     own = torch.tensor([*counts, seconds], dtype=torch.float64).to(student.device, non_blocking=True)
-    samples, number, tokens, unfinished, took = mean_over_processes(own).unbind()
+    samples, number, tokens, unfinished, correct, took = mean_over_processes(own).unbind()
     values = {"share": number / samples, "tokens": tokens / number.clamp(min=1e-9), "seconds": took}
     values["unfinished"] = unfinished / number.clamp(min=1e-9)
+    if right is not None:
+        values["right"] = correct / number.clamp(min=1e-9)
     return {f"rollouts/{name}": value for name, value in values.items()}

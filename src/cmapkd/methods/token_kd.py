@@ -16,7 +16,7 @@ from cmapkd.methods.byte_alignment import AlignedConfig, ByteAlignment
 from cmapkd.methods.byte_distance import ByteDistance
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeMethod, TopRequest
-from cmapkd.methods.rollouts import OnPolicyConfig
+from cmapkd.methods.rollouts import OnPolicyConfig, passed_the_gate
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.shared_vocabulary import kept_of
@@ -95,6 +95,7 @@ class TokenKD(GenerativeMethod):
             "jsd: β KL(p ‖ m) + (1−β) KL(q ‖ m), m = βp + (1−β)q",
             "skew_forward: KL(p ‖ λp + (1−λ)q); skew_reverse: KL(q ‖ (1−λ)p + λq)",
             "sampled_reverse: −(log p_y − sg log q_y) log q_y, y drawn by the student",
+            "on_policy.gate: D of those answers of the student's own alone that are right",
             "alignment bytes: p, q over what stands for the same text where tokens of both begin at one byte",
             "L = answers_weight CE(y, q) + distill_weight T² D",
         ),
@@ -107,6 +108,7 @@ class TokenKD(GenerativeMethod):
             "Tokens that one model alone has are cut off in the divergence, and not in the cross-entropy.",
             "Whether a sample's answer is the student's own is drawn for each sample, and not for each batch.",
             "Answers of the student's own have no cross-entropy.",
+            "A gate (KEPO) asks for the words of the data's answer. Its reward of a format and GRPO are left out.",
             "alignment bytes: the cells of `compare: text` are of no paper. GOLD and ULD are `hybrid` and `ranked`.",
         ),
         checked_against="the sums written out, with gradients; TRL, TAID, LLaVA-KD, LLaVA-MoD and NeMo "
@@ -166,7 +168,10 @@ class TokenKD(GenerativeMethod):
         rows, given = student.hidden["answer"], self.given(part)
         hard = soft = self.weigh(part, rows, wanted=given)
         if given is not None:
-            soft = self.weigh(part, rows, wanted=~given if self.divergence.reads_targets else None)
+            judged = passed_the_gate(part, self.device)
+            if self.divergence.reads_targets:
+                judged = ~given if judged is None else ~given & judged
+            soft = self.weigh(part, rows, wanted=judged)
         return self.losses(student, hard, teacher=teacher, divergence=self.divergence, soft=soft)
 
     @property

@@ -174,7 +174,8 @@ class HfVlm(GenerativeModel):
                 hooks.enter_context(feeding(self._language, inputs.visual, seen.tokens.values, seen.deeper))
             fed = hooks.enter_context(fed_to(self._language)) if projected else {}
             given = hooks.enter_context(given_to(self._projector if needs.encoded else None))
-            maps = hooks.enter_context(attention_of(self._language, needs.attention))
+            tap = attention_of(self._language, needs.attention, mean=needs.attention_mean, hidden=needs.hidden)
+            maps = hooks.enter_context(tap)
             arguments = self._arguments(inputs, pixels=seen is None)
             states = self.model.model(**arguments, use_cache=False).last_hidden_state
         if self.text_levels[-1].name in layers:

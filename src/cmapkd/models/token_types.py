@@ -57,6 +57,9 @@ class TokenNeeds:
         attention: layers of the language model whose attention maps are read, from 0.
         projected: whether the projected visual tokens are read, as the language model is fed with them.
         encoded: whether the vision tower's tokens are read, as the projector is given them.
+        attention_mean: whether the mean of all layers' attention maps is read.
+        hidden: Bool[batch length length], what each position may not attend to in the language model; None: nothing is
+            hidden.
     """
 
     where: frozenset[Where] = frozenset({"answer"})
@@ -64,6 +67,8 @@ class TokenNeeds:
     attention: tuple[int, ...] = ()
     projected: bool = False
     encoded: bool = False
+    attention_mean: bool = False
+    hidden: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,8 @@ class TokenFeatures:
         head: makes logits of final states; None of a cached teacher.
         projected: visual tokens as the language model is fed with them.
         levels: by level and where: outputs of vision blocks and of the projector have `visual` rows only.
-        attention: by layer, Float[batch heads length length].
+        attention: by layer, Float[batch heads length length]; the mean of all of them, Float[batch length length],
+            under `tap_attention.MEAN`.
         top: of a cached teacher, in place of `hidden`.
         encoded: Float[tiles tokens width], the vision tower's tokens as the projector is given them, tile by tile; None
             where the batch shows no picture.

@@ -150,6 +150,12 @@ class RunConfig(Config):
                 f"data.prompts.unanswered: student lets the student answer, and method {self.method.name} learns from "
                 "given answers alone here: set method.on_policy (token_kd), or leave unanswered out"
             )
+        gate = getattr(getattr(self.method, "on_policy", None), "gate", None)
+        if self.data.prompts.unanswered == "student" and gate is not None:
+            raise ValueError(
+                "method.on_policy.gate compares answers of the student's own with those of the data, and with "
+                "data.prompts.unanswered: student some have none: leave one of the two out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -306,6 +312,11 @@ class RunConfig(Config):
         values = self.model_dump(mode="json")
         if not values["method"]["several_positives"]:
             del values["method"]["several_positives"]
+        if (policy := values["method"].get("on_policy")) and policy.get("gate") is None:
+            policy.pop("gate", None)
+        asks = type(self.method).model_fields.get("asks")  # of makd
+        if asks is not None and values["method"]["asks"] == asks.default:
+            del values["method"]["asks"]
         for view in values["data"]["more_views"].values():
             del view["reading"]  # that of data.views
             if view["of"] == "picture":  # as before there was another

@@ -22,7 +22,7 @@ from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.suite import count_parameters
 from cmapkd.evaluation.tasks import TASKS
 from cmapkd.evaluation.tasks.zero_shot import ZeroShot, check_prompts
-from cmapkd.models import Model, build_teacher, load_model
+from cmapkd.models import GenerativeModel, Model, build_teacher, load_model
 from cmapkd.results import Scores, gap_closed
 from cmapkd.run.config import RunConfig
 from cmapkd.training import TrainResult
@@ -230,13 +230,18 @@ def measure(
 ) -> dict[str, Any]:
     """Scores on the final source of student, baseline and the first teacher, to which the gap is taken.
 
-    The student's ranks by picture are written into `out`. Every process of `share_of` calls it; the first has scores.
+    A teacher that writes, of a student that does not, has no scores, nor has one the other way round: nothing measures
+    both. The student's ranks by picture are written into `out`. Every process of `share_of` calls it; the first has
+    scores.
 
     Args:
         say: is told what is being done.
     """
     name, share = baseline_name(config, baseline), share_of(config)
-    todo = [] if teacher_scores is not None or config.teacher is None else ["teacher"]
+    judged = build_teacher(config.teacher) if teacher_scores is None and config.teacher is not None else None
+    if config.writes != isinstance(judged, GenerativeModel):
+        judged = None
+    todo = [] if judged is None else ["teacher"]
     todo += ["student"] + ([] if name is None else [name])
 
     def scores(role: str, model: Model, ranks_file: Path | None = None) -> Scores:
@@ -247,8 +252,8 @@ def measure(
         return _evaluate(model, source, config, device=device, ranks_file=ranks_file, share=share)
 
     teacher = teacher_scores
-    if teacher is None and config.teacher is not None:
-        teacher = scores("teacher", build_teacher(config.teacher))
+    if judged is not None:
+        teacher, judged = scores("teacher", judged), None
     student_scores = scores("student", student, out / RANKS)
     baseline_scores = scores(str(name), load_model(baseline)) if baseline is not None else None
     if not share.leads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,7 @@ from cmapkd.evaluation.token_scores import first_log_odds
 from cmapkd.evaluation.writing import Writer
 from cmapkd.evaluation.yes_no import YesNoScores, is_clear, is_yes
 from cmapkd.models.generative import GenerativeModel
-
-SPELLINGS = {"yes": ("yes", "Yes"), "no": ("no", "No")}
-"""Answers whose first tokens count as yes and as no."""
+from cmapkd.models.yes_no import first_tokens
 
 
 class YesNo(Task):
@@ -127,15 +125,3 @@ def _log_odds(writer: Writer, items: Sequence[ChatItem], *, yes: Sequence[int], 
     first = [torch.tensor(ids, device=writer.device) for ids in (yes, no)]
     odds: list[float] = first_log_odds(writer.model, writer.features(items), *first).tolist()
     return odds
-
-
-def first_tokens(model: GenerativeModel) -> Mapping[str, list[int]] | None:
-    """The tokens that begin yes and no; those that begin both are left out. None where none are left of either."""
-    first = {
-        word: {model.processor.encode_answer(spelling)[0] for spelling in spellings}
-        for word, spellings in SPELLINGS.items()
-    }
-    both = first["yes"] & first["no"]
-    if first["yes"] <= both or first["no"] <= both:
-        return None
-    return {word: sorted(ids - both) for word, ids in first.items()}

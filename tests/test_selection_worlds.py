@@ -224,7 +224,10 @@ def test_cosines_are_those_of_the_gradients() -> None:
         made(random_batch(4, seed=step), StepInfo(step=step))
     assert [each["step"] for each in watched.measured] == [0, 2]
     last = watched.measured[-1]
-    assert {"P2", "P5", "L1", "L4", "contrastive", "interactive", "bank"} == {*last["names"]} - {"P4", "L3"}
+    assert {"P2", "P5", "L1", "L4", "contrastive", "interactive", "relational", "bank"} == {*last["names"]} - {
+        "P4",
+        "L3",
+    }
     at = {name: number for number, name in enumerate(last["names"])}
     made.eval()
     made.step = StepInfo(step=2)

@@ -326,7 +326,7 @@ def test_clip_kd_that_is_given_everything_is_cmapkd(micro_batch: int | None) -> 
         "clip_kd",
         settings={
             "feature_weight": 1.0,
-            "relational_weight": 0.0,
+            "relational_weight": 0.7,
             "hints": HINTS,
             "bank_weight": 1.0,
             "bank": bank,
@@ -337,7 +337,8 @@ def test_clip_kd_that_is_given_everything_is_cmapkd(micro_batch: int | None) -> 
         "visual_levels": {"P2": HINTS["P2"], "P5": 1.0},
         "language_levels": {name: HINTS[name] for name in ("L1", "L2", "L3")} | {"L4": 1.0},
     }
-    cmapkd = make_method("cmapkd", settings={**levels, "bank": bank})
+    weights = {"interactive_weight": 1.0, "relational_weight": 0.7, "bank_weight": 1.0}
+    cmapkd = make_method("cmapkd", settings={**levels, **weights, "bank": bank})
     own = cmapkd.state_dict()
     given.load_state_dict({name: own[name.removeprefix("hints.")] for name in given.state_dict()})
     totals, gradients = [], []

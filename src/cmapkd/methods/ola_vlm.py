@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch
 from cmapkd.features.dialogue_tables import dialogue_table
-from cmapkd.features.gather import gather_rows, own_place
+from cmapkd.features.gather import gather_rows, own_rows
 from cmapkd.features.resampler import Resampler
 from cmapkd.features.taps import level_at
 from cmapkd.features.visual_rows import per_picture
@@ -178,8 +178,7 @@ class OlaVLM(ExpertMethod):
         every = gather_rows(own)
         if self.config.targets == "shuffled":
             every = every.roll(1, 0)
-        rank = own_place()[0]
-        return every, every[rank * len(own) : (rank + 1) * len(own)]
+        return every, own_rows(every, len(own))
 
     def _contrast(self, predicted: list[Tensor], every: Tensor, shown: Tensor, role: str) -> Tensor:
         """Each picture of any process must find its own target among those of all."""

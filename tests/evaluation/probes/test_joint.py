@@ -27,7 +27,7 @@ from cmapkd.training import Interrupted, Trainer
 from cmapkd.training.checkpoint import list_checkpoints, read_checkpoint
 from helpers import DUAL, ONE_WIDTH, Partly, read_lines
 
-DATA = "scenes?length=48&size=32"
+DATA = "scenes?length=120&size=32"
 ALL = {"vqa": {"weight": 1.0, "width": 32, "depth": 1}, "captioning": {"weight": 0.5, "width": 32, "depth": 1}}
 ALL["detection"] = {"weight": 0.5, "width": 32}
 TERMS = ("task_vqa", "task_captioning", "task_detection")

@@ -291,7 +291,7 @@ def test_a_stop_loses_the_shard_in_flight_and_another_program_is_refused(tmp_pat
 @pytest.mark.parametrize(
     ("sample", "changes", "told"),
     [
-        (Sample("s", GREY), {}, "propose.programs reads questions, and of the first 2 samples"),
+        (Sample("s", GREY), {}, "propose.programs reads questions that a kind takes, and of 2 samples"),
         (
             Sample("s", GREY, questions=(QuestionAnswer("What?", ()),)),
             {"verify": [{"label": {}}, {"first": {}}]},

@@ -130,7 +130,12 @@ class EngineConfig(Config):
         """Filters that compare answers to one question, and what they need."""
         programs = self.propose.programs
         labelled = programs.asks_the_datas if programs else self.propose.questions is not None
+        left: int | None = None  # of a question, behind the filters so far
         for each in self.verify:
+            if each.first is not None:
+                left = min(each.first.number, left or each.first.number)
+            if each.agree is not None and left is not None and each.agree.ways > left:
+                yield f"first keeps {left} of each question, and agree behind it asks for more: let agree come before"
             if each.label is not None and not labelled:
                 yield "label reads the data's answers, and only questions of the data have any: propose those alone"
             if programs is None and (each.agree or each.first):

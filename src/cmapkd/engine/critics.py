@@ -129,7 +129,7 @@ def _compared(candidates: Sequence[Candidate], config: CriticConfig, panel: Pane
     shown = [(each.index, None if config.sees == "whole" else each.box) for each in candidates]
     first = dict(zip(reversed(shown), reversed(candidates), strict=True))  # one of each picture or region
     place = {key: number for number, key in enumerate(first)}
-    pictures = [each.picture(config.sees, config.margin) for each in first.values()]
+    pictures = (each.picture(config.sees, config.margin) for each in first.values())  # drawn batch by batch
     images = model.embed(images=pictures, batch_size=panel.batch_size).images
     compared = list(map(_alternatives, candidates))
     words = list(dict.fromkeys(text for texts, _ in compared for text in texts))

@@ -182,7 +182,11 @@ def _critic(candidates: Sequence[Candidate], config: CriticConfig, label: str, p
 
 
 def _label(candidates: Sequence[Candidate], config: LabelConfig, *_: object) -> list[bool]:
-    return [any(says(each.answer or "", label, match=config.match) for label in each.accepted) for each in candidates]
+    def right(answer: str, label: str) -> bool:
+        known = letters(label) if config.match == "contained" else label.strip()
+        return bool(known) and says(answer, label, match=config.match)
+
+    return [any(right(each.answer or "", label) for label in each.accepted) for each in candidates]
 
 
 def _agree(candidates: Sequence[Candidate], config: AgreeConfig, label: str, _: object) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class KindConfig(Config):
     def _compiles(cls, value: str | None) -> str | None:
         try:
             groups = re.compile(value or "").groupindex
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"asked is no regular expression: {error}") from None
         if "question" in groups:
             raise ValueError("asked has a group named question, which is the whole question: choose another name")
@@ -119,6 +120,14 @@ class ProgramsConfig(Config):
         return any(
             step.look for kind in self.kinds.values() for way in kind.ways.values() for step in way.steps.values()
         )
+
+    def kind_of(self, question: str) -> tuple[str, re.Match[str]] | None:
+        """The first kind whose expression fits a question of the data, and how it fits."""
+        for name, kind in self.kinds.items():
+            found = re.fullmatch(kind.asked, question) if kind.asked is not None else None
+            if found:
+                return name, found
+        return None
 
     @property
     def asks_the_datas(self) -> bool:
@@ -168,6 +177,8 @@ class _Run:
         texts = [str(each) for each in said]
         try:
             if step.ask:
+                if not texts[0].strip():
+                    raise StepError(f"{name} found nothing")
                 self.values[name] = texts[0]
             elif step.look:
                 kinds, number = tuple(step.look.questions), len(step.look.questions)
@@ -187,7 +198,7 @@ class _Run:
         each.answer, each.rationale = last or None, filled(self.way.rationale or "", self.values) or None
         if not last or (self.way.rationale and each.rationale is None):
             each.dropped = PARSED
-        elif not panel.readable(last, each.rationale or last):
+        elif not panel.readable(each.question, last, each.rationale or last):
             each.dropped = READABLE
 
 
@@ -238,7 +249,7 @@ def programs(samples: Sequence[tuple[int, Sample]], config: ProgramsConfig, pane
 
 
 def _runs_of(index: int, sample: Sample, config: ProgramsConfig) -> Iterable[_Run]:
-    regions = regions_of(sample, most_area=1, alone=False) if config.looks else []
+    regions = regions_of(sample, most_area=math.inf, alone=False) if config.looks else []
     regions.sort(key=lambda box: (box[0] - box[2]) * (box[3] - box[1]))  # the largest first
     number = 0
     seen: set[str] = set()
@@ -255,12 +266,11 @@ def _runs_of(index: int, sample: Sample, config: ProgramsConfig) -> Iterable[_Ru
 def _questions_of(sample: Sample, config: ProgramsConfig) -> Iterable[tuple[str, tuple[str, ...], str, dict[str, str]]]:
     """Questions with the data's answers, the name of their kind, and the texts of its groups."""
     for asked in sample.questions:
-        for name, kind in config.kinds.items():
-            found = re.fullmatch(kind.asked, asked.question) if kind.asked is not None else None
-            if found:
-                groups = {group: text or "" for group, text in found.groupdict().items()}
-                yield asked.question, asked.answers, name, groups
-                break
+        kind_of = config.kind_of(asked.question) if asked.question else None
+        if kind_of is not None:
+            name, found = kind_of
+            groups = {group: text or "" for group, text in found.groupdict().items()}
+            yield asked.question, asked.answers, name, groups
     for name, kind in config.kinds.items():
         if kind.question is not None:
             yield kind.question, (), name, {}

@@ -120,11 +120,16 @@ class ProposeConfig(OneOf):
         return self.crops is not None or (self.facts is not None and self.facts.regions)
 
     @property
-    def needs(self) -> str | None:
-        """What of the samples it cannot do without: `questions`, `boxes`, or nothing but pictures."""
-        if self.questions is not None or (self.programs is not None and self.programs.asks_the_datas):
-            return "questions"
-        return "boxes" if self.regions or (self.programs is not None and self.programs.looks) else None
+    def needs(self) -> tuple[str, ...]:
+        """What of the samples it cannot do without: `questions`, `boxes`; nothing: pictures alone."""
+        programs = self.programs
+        asked = self.questions is not None or (programs is not None and programs.asks_the_datas)
+        looks = self.regions or (programs is not None and programs.looks)
+        return (*(("questions",) if asked else ()), *(("boxes",) if looks else ()))
+
+    def takes(self, question: str) -> bool:
+        """Whether a question of the data is asked at all."""
+        return bool(question) and (self.programs is None or self.programs.kind_of(question) is not None)
 
 
 def propose(samples: Sequence[tuple[int, Sample]], config: ProposeConfig, panel: Panel) -> list[Candidate]:

@@ -17,7 +17,8 @@ def regions_of(sample: Sample, most_area: float, *, alone: bool = True) -> list[
     names = [box.name for box in sample.boxes]
     some = [box for box in sample.boxes if not box.crowd and not (alone and names.count(box.name) > 1)]
     corners = [inside((box.x, box.y, box.x + box.width, box.y + box.height), sample.image.size) for box in some]
-    return [each for each in corners if is_small(each, sample.image.size, most_area)]
+    small = [each for each in corners if is_small(each, sample.image.size, most_area)]
+    return list(dict.fromkeys(small))  # two names at one place are one region
 
 
 def inside(box: Corners, size: tuple[int, int]) -> Corners:

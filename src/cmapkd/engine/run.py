@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from cmapkd.engine.config import EngineConfig
 from cmapkd.engine.critics import check_critic
 from cmapkd.engine.filters import verify
 from cmapkd.engine.folder import AGAIN, EngineFolder
-from cmapkd.engine.proposals import propose
+from cmapkd.engine.proposals import ProposeConfig, propose
 from cmapkd.engine.written import Panel
 from cmapkd.models import Model, build_model
 from cmapkd.provenance import describe_environment
@@ -87,16 +88,20 @@ class Engine:
 
     def _check_data(self) -> None:
         """Refuses data of which no sample that is tried has what the recipe reads."""
-        needs, labels = self.config.propose.needs, any(each.label is not None for each in self.config.verify)
-        tried = min(TRIED, len(self.source))
-        if needs is None or any(_has(self.source, place, needs, labels) for place in range(tried)):
-            return
-        reader = "verify.label" if labels else f"propose.{self.config.propose.kind}"
-        what = f"{needs} with answers" if labels else needs
-        raise ConfigError(
-            f"{reader} reads {what}, and of the first {counted(tried, 'sample')} of {self.config.data} none has any: "
-            "give other data"
-        )
+        propose, labels = self.config.propose, any(each.label is not None for each in self.config.verify)
+        apart = max(1, len(self.source) // TRIED)
+        places = range(0, len(self.source), apart)[:TRIED]
+        for need in propose.needs:
+            if any(_has(self.source, place, need, propose, labels) for place in places):
+                continue
+            asked = need == "questions"
+            reader = "verify.label" if labels and asked else f"propose.{propose.kind}"
+            what = need + " with answers" * (labels and asked)
+            fitting = " that a kind takes" if asked and propose.programs is not None else ""
+            raise ConfigError(
+                f"{reader} reads {what}{fitting}, and of {counted(len(places), 'sample')} of {self.config.data} none "
+                "has any: give other data"
+            )
 
     @property
     def num_shards(self) -> int:
@@ -206,6 +211,9 @@ class Engine:
             recipe = EngineConfig.from_mapping(recipe).model_dump(mode="json")
         changed = fixed_differences(self.config, recipe, own["recipe"])
         reasons = [f"{key} {words}" for key, words in changed.items()]
+        named = isinstance(recipe, dict) and json.dumps(recipe.get("propose")) != json.dumps(own["recipe"]["propose"])
+        if named and not any(key.startswith("propose") for key in changed):
+            reasons.append("propose: its names stand in another order, which kinds, ways and steps follow")
         reasons += [_REASONS[key] for key in ("format", "data") if before.get(key) != own[key]]
         written = before.get("models")
         for name, model in own["models"].items():
@@ -219,14 +227,20 @@ class Engine:
         return reasons
 
 
-def _has(source: Source, place: int, needs: str, labels: bool) -> bool:
+def _has(source: Source, place: int, need: str, propose: ProposeConfig, labels: bool) -> bool:
+    """Raises ConfigError: the store of the data does not answer."""
     try:
         sample = unseen(source, place)
-    except BadSampleError:
+    except BadSampleError as error:
+        if error.passing:
+            raise ConfigError(f"{error}: {AGAIN} when the store answers") from None
         return False
-    if needs == "boxes":
+    if need == "boxes":
         return bool(sample.boxes)
-    return any(each.question and (each.answers or not labels) for each in sample.questions)
+    return any(
+        propose.takes(each.question) and (not labels or any(answer.strip() for answer in each.answers))
+        for each in sample.questions
+    )
 
 
 def load_models(config: EngineConfig) -> dict[str, Model]:

@@ -129,6 +129,13 @@ class SideStep(_OfThings):
     to: str = Field(description="An earlier step that gives the other things.")
     side: str = Field(min_length=1, description="left of, right of, above or below; or a name in braces.")
 
+    @field_validator("side")
+    @classmethod
+    def _is_a_side(cls, value: str) -> str:
+        if "{" not in value and value not in _SIDES:
+            raise ValueError(f"{value!r} is no side; sides are {', '.join(_SIDES)}")
+        return value
+
     @property
     def things(self) -> tuple[str, ...]:
         return (self.of, self.to)
@@ -237,6 +244,8 @@ def _largest(name: str, values: Mapping[str, Value]) -> Thing:
 
 def _where(step: WhereStep, values: Mapping[str, Value]) -> Value:
     wanted = normalise_answer(filled(step.equals, values))
+    if not wanted:  # an article alone, or nothing: no attribute is meant
+        return ()
     return tuple(
         each for each in _things(step.of, values) if normalise_answer(each.attributes[step.attribute]) == wanted
     )

@@ -151,11 +151,16 @@ class MaskingKD(GenerativeMethod):
         inputs, config = self.dialogues(part).to(self.device, True), self.config
         with eval_mode(self.student):
             student = self.student(inputs, TokenNeeds(attention_mean=True))
+        torch.clear_autocast_cache()  # else the pass that learns would find weights cast without a gradient
         self._check_lengths(student, teacher)
         rows, batch, length = student.hidden["answer"], *inputs.texts.ids.shape
         places = torch.arange(length, device=self.device)
-        eligible = inputs.answer[rows.sample] & (places < rows.place[:, None] - 1)
+        begins = inputs.answer & ~F.pad(inputs.answer, (1, 0))[:, :-1]
+        number = begins.cumsum(-1)  # of the answer, in a dialogue of several
         said = inputs.answer[rows.sample, rows.place]  # queries in an answer: the first token stands behind the prompt
+        same = number[rows.sample] == number[rows.sample, rows.place][:, None]
+        earlier = inputs.answer[rows.sample] & (places < rows.place[:, None] - 1)
+        eligible = earlier & same & said[:, None]
         owner = torch.where(said, rows.sample, batch)
         shares = hidden_shares(
             self._distances(student, teacher),

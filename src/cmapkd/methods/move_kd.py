@@ -107,9 +107,10 @@ class MoveKD(ExpertMethod):
             return ()
         seeing = ("vision", "projector", "modules", "weighting")
         first = round(PRE_TRAINING / (PRE_TRAINING + FINE_TUNING), 2)
+        everything = (*seeing, "embeddings", "language", "head", "adapters")
         return (
             StageConfig(name="pre-training", share=first, train=seeing),
-            StageConfig(name="fine-tuning", share=1 - first, train=(*seeing, "embeddings", "language", "head")),
+            StageConfig(name="fine-tuning", share=1 - first, train=everything),
         )
 
     @property

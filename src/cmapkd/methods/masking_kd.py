@@ -158,9 +158,8 @@ class MaskingKD(GenerativeMethod):
         begins = inputs.answer & ~F.pad(inputs.answer, (1, 0))[:, :-1]
         number = begins.cumsum(-1)  # of the answer, in a dialogue of several
         said = inputs.answer[rows.sample, rows.place]  # queries in an answer: the first token stands behind the prompt
-        same = number[rows.sample] == number[rows.sample, rows.place][:, None]
-        earlier = inputs.answer[rows.sample] & (places < rows.place[:, None] - 1)
-        eligible = earlier & same & said[:, None]
+        same = (number[rows.sample] == number[rows.sample, rows.place][:, None]) & said[:, None]
+        eligible = inputs.answer[rows.sample] & (places < rows.place[:, None] - 1) & same
         owner = torch.where(said, rows.sample, batch)
         shares = hidden_shares(
             self._distances(student, teacher),

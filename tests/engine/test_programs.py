@@ -321,6 +321,52 @@ def test_data_without_what_is_read_are_refused(sample: Sample, changes: dict[str
         engine([sample, sample], **changes)
 
 
+def test_a_folder_keeps_the_order_of_its_ways(tmp_path: Path) -> None:
+    engine().run(tmp_path)
+    kind = RECIPE["propose"]["programs"]["kinds"]["any"]
+    turned = {"any": {**kind, "ways": dict(reversed(kind["ways"].items()))}}
+    with pytest.raises(ConfigError, match="its names stand in another order"):
+        engine(propose={"programs": {**RECIPE["propose"]["programs"], "kinds": turned}}).run(tmp_path)
+
+
+def test_programs_that_look_need_boxes_and_questions_that_fit() -> None:
+    asked = Sample("s", GREY, questions=ASKED)
+    with pytest.raises(ConfigError, match=r"propose\.programs reads boxes"):
+        engine([asked, asked])
+    fits = {"any": {**RECIPE["propose"]["programs"]["kinds"]["any"], "asked": "(?P<colour>Where).*"}}
+    with pytest.raises(ConfigError, match="reads questions that a kind takes"):
+        engine([SAMPLE, SAMPLE], **changed(kinds=fits))
+
+
+def test_a_box_over_the_whole_picture_counts_once(panel: Says) -> None:
+    whole = Box(0, 0, *GREY.size, "bed")
+    sample = Sample("s", GREY, questions=(QuestionAnswer("How many?", ()),), boxes=(whole, whole))
+    COLOURS[0, 0, *GREY.size] = "red"
+    ways = {"all": {"steps": {"seen": LOOK, "n": {"count": "seen"}}}}
+    tools = {"glass": TOOLS["glass"]}
+    config = ProgramsConfig.model_validate({"tools": tools, "kinds": {"k": {"asked": ".*", "ways": ways}}})
+    assert [each.answer for each in programs([(0, sample)], config, panel)] == ["1"]
+
+
+def test_what_found_nothing_is_equal_to_nothing_and_asks_nothing(panel: Says) -> None:
+    panel.whole["What colour?"] = ""
+    colour = {"ask": {"tool": "eye", "question": "What colour?"}}
+    ways = {
+        "same": {"steps": {"a": colour, "b": colour, "n": {"same": {"first": "{a}", "second": "{b}"}}}},
+        "hop": {"steps": {"a": colour, "n": {"ask": {"tool": "eye", "question": "How many {a} things?"}}}},
+    }
+    kinds = {"k": {"asked": "Why.*", "ways": ways}}
+    config = ProgramsConfig.model_validate({"tools": {"eye": TOOLS["eye"]}, "kinds": kinds})
+    same, hop = programs([(0, SAMPLE)], config, panel)
+    assert (same.answer, hop.answer, hop.dropped) == ("no", None, "parsed")
+    assert {question for question, _ in panel.asked} == {"What colour?"}
+
+
+def test_an_empty_label_fits_nothing(panel: Says) -> None:
+    for match in ("equal", "contained"):
+        assert dropped([candidate(0, "red", accepted=("",))], panel, label={"match": match}) == ["x"]
+
+
 def changed(**values: Any) -> dict[str, Any]:
     return {"propose": {"programs": {**RECIPE["propose"]["programs"], **values}}}
 
@@ -357,6 +403,9 @@ EYE = {"ask": {"tool": "eye", "question": "What?"}}
         ),
         (changed(kinds={"k": {"ways": {"w": {"steps": {"a": EYE}}}}}), "give asked"),
         ({"verify": [{"agree": {"ways": 3}}]}, "kinds.any has 2"),
+        ({"verify": [{"first": {}}, {"agree": {}}]}, "let agree come before"),
+        (changed(kinds={"k": {"asked": "a{99999999999999}", "ways": {"w": {"steps": {"a": EYE}}}}}), "no regular"),
+        (one(steps={"seen": LOOK, "n": {"side": {"of": "seen", "to": "seen", "side": "leftof"}}}), "is no side"),
         ({"propose": {"questions": {"by": "writer"}}, "verify": [{"first": {}}]}, "first reads several answers"),
         ({"propose": {"questions": {"by": "writer"}}, "verify": []}, "write.why asks for a rationale"),
         ({"propose": {"written": {"by": "writer", "instruction": "Ask."}}, "verify": [{"label": {}}]}, "label reads"),

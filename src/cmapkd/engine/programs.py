@@ -166,19 +166,22 @@ class _Run:
         """What this step asks."""
         places: Sequence[Corners | None] = self.regions if step.look else (None,)
         questions = step.questions(self.values)
+        if step.tool is not None and "" in [self.values[name] for each in step.templates for name in names_in(each)]:
+            self.candidate.dropped = PARSED  # a tool found nothing, so there is nothing to ask further
+            return []
         return [(str(step.tool), self.candidate.index, box, asked) for box in places for asked in questions]
 
     def take(self, name: str, step: StepConfig, asker: _Asker) -> None:
         """Adds the step's value, or drops the candidate."""
         said = [asker.said[each] for each in self.asks(step)]
+        if self.candidate.dropped is not None:
+            return
         if None in said:
             self.candidate.dropped = READABLE
             return
         texts = [str(each) for each in said]
         try:
             if step.ask:
-                if not texts[0].strip():
-                    raise StepError(f"{name} found nothing")
                 self.values[name] = texts[0]
             elif step.look:
                 kinds, number = tuple(step.look.questions), len(step.look.questions)

@@ -260,6 +260,11 @@ def _side(step: SideStep, values: Mapping[str, Value]) -> Value:
     return _said(sign * (first[axis] + first[axis + 2] - second[axis] - second[axis + 2]) > 0)
 
 
+def _same(step: SameStep, values: Mapping[str, Value]) -> Value:
+    first, second = (normalise_answer(filled(each, values)) for each in (step.first, step.second))
+    return _said(bool(first) and first == second)  # two tools that found nothing did not find the same
+
+
 def _words(step: WordsStep, values: Mapping[str, Value]) -> Value:
     word = normalise_answer(filled(step.word, values))
     if word not in step.becomes:
@@ -278,9 +283,7 @@ _COMPUTES: dict[str, Callable[[Any, Mapping[str, Value]], Value]] = {
     "count": lambda name, values: str(len(_things(name, values))),
     "exists": lambda name, values: _said(bool(_things(name, values))),
     "side": _side,
-    "same": lambda step, values: _said(
-        normalise_answer(filled(step.first, values)) == normalise_answer(filled(step.second, values))
-    ),
+    "same": _same,
     "words": _words,
     "say": filled,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,31 @@ def test_the_term_is_the_sum_written_out() -> None:
     expected = {"term/distillation": value.detach()}
     expected |= {f"gradient/{name}": each.grad for name, each in task.named_parameters() if each.grad is not None}
     assert_same(found, expected, tolerance=1e-7)  # norms of the language model compute in float32
+
+
+def test_in_a_dialogue_of_several_answers_each_hides_its_own_tokens_alone() -> None:
+    settings = {"budget": 1.0, "least": 0.6, "most": 0.9, "low": 0.0}
+    task = make_task("masking_kd", **settings).double()
+    batch = batch_of(task, range(9))
+    inputs = {}
+    for role, each in batch.inputs.items():
+        answer = each.answer.clone()  # type: ignore[union-attr]
+        for row in answer:
+            places = row.nonzero().flatten()
+            row[places[len(places) // 2]] = False  # a token of the user between two answers
+        inputs[role] = replace(each, answer=answer)  # type: ignore[type-var]
+    batch = replace(batch, inputs=inputs)
+    hidden, _ = task._hidden(batch, task.read_teacher(batch))  # type: ignore[attr-defined]
+    answer = inputs["student"].answer  # type: ignore[union-attr]
+    number = (answer & ~answer.roll(1, -1)).cumsum(-1)
+    found = hidden.nonzero().tolist()
+    assert found
+    for row, query, key in found:
+        assert answer[row, query]
+        assert number[row, query] == number[row, key]
+    whole = results(task, batch)
+    task.zero_grad()
+    assert_same(results(task, batch, micro_batch=2), whole)
 
 
 def test_nothing_hidden_is_token_kd() -> None:

@@ -20,6 +20,7 @@ from cmapkd.cli.compare import spread
 from cmapkd.compare import (
     ComparisonConfig,
     compare,
+    execute,
     load_comparison,
     make_plan,
     paired_difference,
@@ -28,6 +29,7 @@ from cmapkd.compare import (
 )
 from cmapkd.compare.arms import parse_arm, parse_axis
 from cmapkd.compare.left import TimeLeft
+from cmapkd.compare.outcome import Outcome
 from cmapkd.compare.picture_table import PictureTable
 from cmapkd.compare.write import _value, rich_table
 from cmapkd.config import ConfigError
@@ -35,6 +37,7 @@ from cmapkd.results import RunResult
 from cmapkd.run import RunConfig
 from cmapkd.training import Interrupted, NonFiniteLossError
 from compare_support import leave_figures_blank, write_recipe
+from helpers import MemorySource
 
 METHODS = {name: {"method": name} for name in ("contrastive", "hinton", "clip_kd")}
 TEACHER_SCORE = 80.0
@@ -597,6 +600,15 @@ def test_a_real_comparison(recipe: Path, tmp_path: Path) -> None:
     again = compare(values, out=tmp_path / "c")
     assert again.tables == result.tables
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c" / "runs").rglob("*")} == before
+
+
+def test_a_teacher_that_its_run_could_not_score_is_not_scored_on_further_data(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "build_teacher", lambda config: pytest.fail("it was built"))
+    plan = make_plan(comparison(recipe, arms={"hinton": METHODS["hinton"]}, evaluate={"other": "scenes?length=2"}))
+    outcomes = {run.digest: Outcome(tmp_path, "finished", {"teacher": None}) for run in plan.runs}
+    assert execute._score_teachers(plan, outcomes, {"other": MemorySource()}, tmp_path / "teachers.json") == {}
 
 
 # ------------------------------------------------------------------------------------------------ refusals, command

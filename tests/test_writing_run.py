@@ -59,6 +59,9 @@ def save_teacher(folder: Path) -> Path:
     return folder
 
 
+METRICS = ("answering.overall", "perplexity.negative_bits_per_byte")
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
@@ -356,13 +359,18 @@ def test_arms_that_write_are_compared(recipe: dict[str, Any], tmp_path: Path) ->
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
     values = {"base": str(tmp_path / "base.yaml"), "seeds": [0, 1]}
     values["arms"] = {"sft": {"method": "sft"}, "kd": {"method": "token_kd"}}
+    values |= {"evaluate": {"more": "scenes@test?length=2"}, "metrics": [*METRICS, "more.answering.overall"]}
     (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     result = compare(load_comparison(tmp_path / "comparison.yaml"), out=tmp_path / "out")
     (table,) = result.tables
-    assert table.metrics == ("answering.overall", "perplexity.negative_bits_per_byte")
+    assert table.metrics == tuple(values["metrics"])
     assert (table.reference_name, table.gap_name) == ("sft", "sft")
     assert [row.label for row in table.rows] == ["sft", "kd"]
     assert not any(row.errors for row in table.rows)
+    (teacher,) = json.loads((tmp_path / "out" / "teachers.json").read_text()).values()
+    further = [outcome.metrics["student"]["more"] for outcome in result.outcomes.values()]
+    for scores in (teacher["scores"], *further):  # in the words of the training, on further data too
+        assert scores["answering"]["protocol"]["question_suffix"] == "Say one word."
     for cell in table.rows[1].cells.values():
         if cell.two_way is not None:  # none where no answer differs
             assert cell.difference is not None

@@ -40,7 +40,7 @@ from cmapkd.data.types import Source
 from cmapkd.evaluation.run import evaluate
 from cmapkd.models import Model, build_teacher, load_model
 from cmapkd.results import RunResult, Scores, is_finished
-from cmapkd.run import RunConfig, run
+from cmapkd.run import RunConfig, evaluation_of, run
 from cmapkd.training import Interrupted, NonFiniteLossError
 
 EVALUATIONS = "evaluations.json"  # in a run folder: scores on the comparison's further test data
@@ -334,12 +334,17 @@ def _further_scores(
 def _score_teachers(
     plan: Plan, outcomes: dict[str, Outcome], sources: dict[str, Source], path: Path
 ) -> dict[str, Scores]:
-    """Each teacher's scores on the further test data by `teacher_key`, each measured once and kept in `path`."""
+    """Each teacher's scores on the further test data by `teacher_key`, each measured once and kept in `path`.
+
+    A teacher that its own run could not score, as one that embeds for a student that writes, has none.
+    """
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     scores: dict[str, Scores] = {}
     for planned in plan.runs:
         config, key = planned.config, teacher_key(planned.config)
         if key is None or key in scores or outcomes[planned.digest].status != "finished":
+            continue
+        if outcomes[planned.digest].metrics["teacher"] is None:
             continue
         assert config.teacher is not None
         scores[key] = {}
@@ -361,7 +366,7 @@ def _score(model: Model, source: Source, config: RunConfig, ranks_file: Path | N
     return evaluate(
         model.to(device),
         source,
-        config.evaluation,
+        evaluation_of(config),
         device=device,
         on_bad_sample=config.data.on_bad_sample,
         ranks_file=ranks_file,

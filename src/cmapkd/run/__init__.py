@@ -17,7 +17,7 @@ from cmapkd.run.cached import answer_from_cache, plan_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.execute import run
 from cmapkd.run.finalize import finalize
-from cmapkd.run.measure import check_words
+from cmapkd.run.measure import check_words, evaluation_of
 from cmapkd.run.texts import classes_of, vocabulary_captions
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "check_training",
     "check_words",
     "classes_of",
+    "evaluation_of",
     "finalize",
     "heads_of",
     "load_teachers",

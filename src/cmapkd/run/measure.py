@@ -16,6 +16,7 @@ from cmapkd.data.open import open_source
 from cmapkd.data.texts import LOOKED_AT
 from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.unseen import unseen
+from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.headline import headlines
 from cmapkd.evaluation.run import assist, evaluate
 from cmapkd.evaluation.share import ALONE, Share
@@ -166,6 +167,16 @@ def share_of(config: RunConfig) -> Share:
     return Share(dist.get_rank(), dist.get_world_size(), group)
 
 
+def evaluation_of(config: RunConfig) -> EvaluationConfig:
+    """How the models of a run are scored, on whatever data: as its recipe says, and as its student learns."""
+    settings = config.evaluation
+    if config.classifies and settings.tasks == "auto":  # also of the teacher, whose texts are the classes' then
+        settings = settings.model_copy(update={"tasks": ("accuracy",)})
+    if config.writes:  # asked as in training
+        settings = settings.model_copy(update={"writing": settings.writing.like(config.data.prompts)})
+    return settings
+
+
 def _evaluate(
     model: Model,
     source: Source,
@@ -180,11 +191,7 @@ def _evaluate(
     Raises:
         OutOfMemory: says which settings take less, and whether they may change at a resume.
     """
-    settings = config.evaluation
-    if config.classifies and settings.tasks == "auto":  # also of the teacher, whose texts are the classes' then
-        settings = settings.model_copy(update={"tasks": ("accuracy",)})
-    if config.writes:  # asked as in training
-        settings = settings.model_copy(update={"writing": settings.writing.like(config.data.prompts)})
+    settings = evaluation_of(config)
     how: dict[str, Any] = {"device": device, "on_bad_sample": config.data.on_bad_sample, "share": share}
     try:
         if not share.leads:

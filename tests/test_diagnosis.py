@@ -85,6 +85,21 @@ def test_the_order_of_the_samples_is_told(tmp_path: Path) -> None:
     assert not [*check_order(open_source(config.data.train), _config())]  # a full shuffle
 
 
+def test_targets_of_the_teachers_answers_are_built_first() -> None:
+    method = {"name": "clip_cid", "clusters": 4}
+    findings = diagnose(_config(teacher=TEACHER, method=method))
+    assert not _by_what(findings, "problem")
+    fine = _by_what(findings, "ok")
+    assert "before the first step, of at most 64 samples, in at most about" in fine["targets"]
+    assert "for 100 steps" in fine["steps"]
+    for steps, level in ((100, "note"), (5, "problem")):  # the whole run reads more; it does not
+        few = diagnose(
+            _config(teacher=TEACHER, method=method | {"clusters": 41}, training={"steps": steps, "batch_size": 8})
+        )
+        assert "of 40 samples: clip_cid makes clusters" in _by_what(few, level)["targets"]
+        assert "steps" not in _by_what(few, "ok")
+
+
 def test_undecodable_images_are_counted(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "bad.tar", "w") as shard:
         for number in range(16):

@@ -18,10 +18,12 @@ from cmapkd.data.dialogues import Turn, join_items
 from cmapkd.features import sample_keys
 from cmapkd.methods.makd import Makd
 from cmapkd.methods.makd_config import MakdConfig
+from cmapkd.methods.stages import WHOLE_RUN
 from cmapkd.methods.targets import Answered
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.asked_writer import AskedWriter
 from cmapkd.objectives import answer_cross_entropy, answers_among
+from cmapkd.run.prolong import check_longer
 from helpers import make_method, make_teacher, make_trainer, random_batch, read_lines
 from writers import make_writer
 
@@ -203,6 +205,8 @@ def test_odds_are_those_of_the_first_token() -> None:
 def test_answers_of_a_teacher_that_writes_are_found_once() -> None:
     method = written()
     assert method.prepares
+    with pytest.raises(ConfigError, match="cannot be prolonged: the teacher was asked once"):
+        check_longer(method, (WHOLE_RUN,), Path("run"))
     assert "checkpoints hold its answers" in str(method.not_cached)
     batch = random_batch(4)
     assert method.table is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 
 from cmapkd.cache import DEFAULT_VIEWS, CacheConfig
 from cmapkd.cache.cost import measure
@@ -21,7 +22,7 @@ from cmapkd.diagnosis.finding import Finding
 from cmapkd.methods import Method
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models.reading import reader_of
-from cmapkd.run import RunConfig, plan_cache, read_streams, readers_of, teacher_views
+from cmapkd.run import RunConfig, plan_cache, read_streams, readers_of, survey_of, teacher_views
 from cmapkd.training.optim import make_optimizer
 from cmapkd.training.peak_memory import peak_bytes
 
@@ -33,12 +34,39 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and config.training.device == "auto" else "cpu")
 
 
+def build_targets(method: Method, source: Source, config: RunConfig, texts: Choice) -> Finding:
+    """Lets the method build its targets of what the measured steps read, and predicts how long the whole run's take.
+
+    A problem is one of the whole run too only if that reads no more; else it is a note.
+    """
+    PartialState(cpu=device_of(config).type == "cpu")
+    steps = {"steps": WARM_STEPS + MEASURED_STEPS, "epochs": None, "stages": ()}
+    few = config.model_copy(update={"training": config.training.model_copy(update=steps)})
+    surveys = [survey_of(each, method, source, {}, texts) for each in (few, config)]
+    here, whole = (sum(len(plan.mine) for plan in survey.plans(None)) for survey in surveys)
+    for teacher in method.teachers.values():
+        teacher.to(device_of(config))
+    start = time.perf_counter()
+    try:
+        method.prepare(surveys[0])
+    except ValueError as error:
+        return Finding("problem" if whole <= here else "note", "targets", f"of {counted(here, 'sample')}: {error}")
+    each = (time.perf_counter() - start) / max(1, here)
+    most = f"of at most {counted(whole, 'sample')}, in at most about {_duration(each * whole)} without a cache"
+    return Finding("ok", "targets", f"built before the first step, {most}")
+
+
 def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choice) -> Iterator[Finding]:
     """Time and memory of a few real steps, and what they predict for the whole run."""
     assert config.data.views is not None
     device = device_of(config)
     method.to(device)
     method.micro_batch = config.training.micro_batch
+    if method.prepares:
+        targets = build_targets(method, source, config, texts)
+        yield targets
+        if targets.level != "ok":
+            return
     for teacher in method.teachers.values():
         teacher.to(device)
     try:

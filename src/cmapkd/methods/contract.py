@@ -154,6 +154,11 @@ class MethodContract(Learning, ABC):
         """
         return "it exchanges the student's weights to measure directions" if self.needs_held_out else None
 
+    @property
+    def why_not_longer(self) -> str | None:
+        """Why a run cannot be prolonged, whatever its stages; None: it can."""
+        return None
+
     def answers(self, role: str, stored: Answers) -> Answers:  # noqa: ARG002  for experiments that change some of them
         """What the run reads in place of a teacher's stored answers; as a rule, these."""
         return stored

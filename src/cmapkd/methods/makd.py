@@ -153,6 +153,10 @@ class Makd(ClassifierMethod):
     def prepares(self) -> bool:
         return self.table is not None
 
+    @property
+    def why_not_longer(self) -> str | None:
+        return None if self.table is None else "the teacher was asked once, about the pictures of the shorter run"
+
     def prepare(self, survey: Survey) -> None:
         """Asks a teacher that writes about every picture."""
         assert self.table is not None

@@ -18,6 +18,7 @@ from cmapkd.run.config import RunConfig
 from cmapkd.run.execute import run
 from cmapkd.run.finalize import finalize
 from cmapkd.run.measure import check_words, evaluation_of
+from cmapkd.run.targets import survey_of
 from cmapkd.run.texts import classes_of, vocabulary_captions
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "readers",
     "readers_of",
     "run",
+    "survey_of",
     "teacher_views",
     "texts_of",
     "vocabulary_captions",

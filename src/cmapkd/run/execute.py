@@ -20,7 +20,7 @@ from cmapkd.run.config import RunConfig
 from cmapkd.run.folder import prepare_folder, write_begun, write_json, write_yaml
 from cmapkd.run.lock import locked
 from cmapkd.run.measure import Measured, account, baseline_name, measure, share_of
-from cmapkd.run.prolong import check_one_stage, prolonged, told
+from cmapkd.run.prolong import check_longer, prolonged, told
 from cmapkd.run.train import Trained, train
 from cmapkd.training import Trainer
 from cmapkd.training.checkpoint import remove_finished
@@ -172,7 +172,7 @@ class Command:
     def _begin(self, trainer: Trainer) -> None:
         """Writes what the run goes by from its next step on."""
         if self.longer:
-            check_one_stage(trainer.stages, self.out)
+            check_longer(trainer.method, trainer.stages, self.out)
         if not self.state.is_main_process:
             return
         if self.longer:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from cmapkd.config import ConfigError, counted
+from cmapkd.methods import Method
 from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 from cmapkd.run.config import RunConfig
 from cmapkd.training.checkpoint import read_progress
@@ -47,6 +48,17 @@ def check_one_stage(stages: Sequence[StageConfig], out: Path) -> None:
             f"--extend-to: the stages of {out} ({', '.join(stage.name for stage in stages)}) say which steps belong to "
             "which, so a longer run is another run: start it in a new folder"
         )
+
+
+def check_longer(method: Method, stages: Sequence[StageConfig], out: Path) -> None:
+    """Refuses a run of stages, and one whose method cannot go on.
+
+    Raises:
+        ConfigError: as said.
+    """
+    check_one_stage(stages, out)
+    if (reason := method.why_not_longer) is not None:
+        raise ConfigError(f"--extend-to: {out} cannot be prolonged: {reason}. Start a longer run in a new folder")
 
 
 def _stored_steps(stored: Path) -> int | None:

@@ -60,10 +60,17 @@ def prepare_targets(
     wait_for_all()
     for teacher in method.teachers.values():
         teacher.to(PartialState().device)
+    method.prepare(survey_of(config, method, source, stored, texts))
+    as_the_first_process(method)
+
+
+def survey_of(
+    config: RunConfig, method: Method, source: Source, stored: Mapping[str, Answers], texts: Choice
+) -> SurveyOfRun:
+    """A pass over what a run of this config reads; see `prepare_targets`."""
     assert config.data.views is not None
     wanted = wanted_keys(config, method, source, config.data.views, whole=False)
-    method.prepare(SurveyOfRun(config, method, source, dict(stored), texts, wanted))
-    as_the_first_process(method)
+    return SurveyOfRun(config, method, source, dict(stored), texts, wanted)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     of(R1, arm="cmapkd", student="5 x")            scores of one arm by seed: "36.6 ± 1.1"
     of(R1) - of(R1, arm="clip_kd")                 paired by seed: "+10.2 [9.6, 10.8], 5/5" (95 % t interval, wins)
     {(of(R1) - of(R1, arm="scratch")).low:.1f}     one number of them, within a template
+    contrast("cmapkd - clip_kd", R1)               declared beforehand: "+10.2 [9.6, 10.8]" over seeds and pictures
 
 Expressions are read as Python's syntax and carried out by hand: calls of the functions below, attributes of what they
 give, + - * /, names and constants. Nothing else is allowed, so a document can run nothing.
@@ -181,6 +182,20 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """A difference with the interval that a file holds; written as mean [low, high]."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or "+.1f"
+        low, high = (_signed(bound, spec.lstrip("+")) for bound in (self.low, self.high))
+        return f"{_signed(self.mean, spec)} [{low}, {high}]"
+
+
+@dataclass(frozen=True)
 class Asker:
     """Carries out expressions on one file, within one row of a table, with names that were given.
 
@@ -251,6 +266,11 @@ class Asker:
             value = value[key]
         return value
 
+    def contrast(self, name: str, metric: str, *, file: str | None = None) -> Bounds:
+        """A declared contrast, "arm - against", of a file that benchmarks/keep_comparison.py wrote."""
+        found = self.number("contrasts", name, metric, file=file)
+        return Bounds(found["difference"], found["low"], found["high"])
+
     def gap(self, scores: Scores, start: Scores, teacher: float) -> Scores:
         """(score - start) / (teacher - start) in per cent, of the seeds that both have."""
         seeds = scores.by_seed.keys() & start.by_seed.keys()
@@ -267,6 +287,7 @@ class Asker:
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "of": Asker.of,
     "number": Asker.number,
+    "contrast": Asker.contrast,
     "gap": Asker.gap,
     "listed": lambda _, scores: Listed(tuple(scores.by_seed[seed] for seed in sorted(scores.by_seed))),
     "seeds": lambda _, numbers: Scores(dict(enumerate(numbers))),

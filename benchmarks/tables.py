@@ -13,6 +13,12 @@ but the first holds; a row's first cell names its arm, or `rows` does:
     - of(R1) - of(R1, arm="no hint")
     -->
 
+Another tie is of declared contrasts, all of a file of benchmarks/keep_comparison.py, one a row and none left out: the
+first cell says `a - b`, the second the metric, then come the difference with its interval, the smallest of interest and
+the verdict.
+
+    <!-- contrasts: biomedcoop.json -->
+
 `rows` may give an arm, several filters, or a list with one template a column; null leaves cells to the author. Other
 tables with digits are marked `<!-- facts -->` (settings, sizes, published numbers) or
 `<!-- machine: FILE.json; reason -->` (times and sizes of one machine, to be read there). Where intervals cover fewer
@@ -141,6 +147,8 @@ def _compare(table: Table) -> Iterator[tuple[int, int, str]]:
                     )
                 if _plain(cells[place]) != _plain(expected):
                     yield number, place, expected
+    elif "contrasts" in mark:
+        yield from _compare_contrasts(mark["contrasts"], table.rows)
     elif "machine" in mark:
         file, _, reason = str(mark["machine"]).partition(";")
         Asker(file.strip()).number()
@@ -151,6 +159,25 @@ def _compare(table: Table) -> Iterator[tuple[int, int, str]]:
             "a table with numbers and no tie. Tie it to its file (benchmarks/tables.py says how), or mark it "
             "<!-- facts --> if nothing in it was measured"
         )
+
+
+def _compare_contrasts(file: str, rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, int, str]]:
+    """As `_compare`, of a table of declared contrasts."""
+    asker = Asker(file)
+    declared = {(name, metric) for name, of_name in asker.number("contrasts").items() for metric in of_name}
+    told = [(_plain(cells[0]), _plain(cells[1])) for cells in rows]
+    if {*told} != declared or len(told) != len(declared):
+        listed = "; ".join(f"{name}, {metric}" for name, metric in sorted(declared))
+        raise UnknownNumberError(f"the table must hold each declared contrast of {file} once: {listed}")
+    for number, (name, metric) in enumerate(told):
+        found = asker.number("contrasts", name, metric)
+        interval, smallest = asker.contrast(name, metric), f"± {found['smallest']:g}"
+        verdict = "too few seeds" if "a verdict needs" in found.get("reason", "") else found["verdict"]
+        digits = "+.3f" if found["smallest"] < 0.1 else "+.1f"
+        expected = (format(interval, digits), smallest, verdict)
+        for place, words in enumerate(expected, start=2):
+            if _plain(rows[number][place]) != _plain(words):
+                yield number, place, words
 
 
 def _expected(mark: Mapping[str, Any], cells: Sequence[str]) -> Iterator[tuple[int, str]]:

@@ -118,6 +118,30 @@ def test_a_table_with_numbers_has_a_tie_or_a_mark(tmp_path: Path, above: str, to
     assert (told in found[0]) if told else not found
 
 
+CONTRASTS = """\
+<!-- contrasts: sgva_clip.json -->
+| contrast | metric | difference | smallest | verdict |
+| --- | --- | ---: | ---: | --- |
+| sgva_clip − prompts alone | `zero_shot.top1` | +6.3 [4.5, 8.2] | ± 1 | above |
+| sgva_clip − adapter without distillation | `novel.zero_shot.top1` | −2.0 [−4.1, 0.2] | ± 1 | not resolved |
+| pictures alone − sgva_clip | `novel.zero_shot.top1` | −19.8 [−22.7, −17.0] | ± 2 | below |
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ("+6.3", "+6.4", "should be '+6.3 [4.5, 8.2]'"),
+        ("above", "equal", "'equal' should be 'above'"),
+        ("| pictures alone", "pictures alone", "each declared contrast of sgva_clip.json once: "),
+        ("sgva_clip − prompts", "sgva_clip − nobody's", "each declared contrast of sgva_clip.json once: "),
+    ],
+)
+def test_a_table_of_contrasts_has_all_of_them(tmp_path: Path, right: str, wrong: str, told: str) -> None:
+    assert complaints(tmp_path, CONTRASTS) == []
+    assert told in complaints(tmp_path, CONTRASTS.replace(right, wrong))[0]
+
+
 def test_tables_of_words_and_tables_in_code_need_no_mark(tmp_path: Path) -> None:
     table = "| a | b |\n| --- | --- |\n| 1 | {} |\n"
     assert complaints(tmp_path, table.format("`3` of [one](https://example.org/2.0)")) == []

@@ -149,9 +149,10 @@ def test_questions_are_dropped_and_one_term_may_be_left_out(tmp_path: Path) -> N
 def test_wrong_settings_are_refused() -> None:
     for settings, message in (
         ({"questions": {}}, r"method.questions has none: give groups of alternatives"),
-        ({"questions": {"colour": ["red"]}}, r"questions.colour is \['red'\]: with options: contrast a group has 2"),
+        ({"questions": {"colour": ["red"]}}, r"questions.colour is \['red'\], and options: contrast weighs an entry"),
         ({"questions": {"colour": ["red", "red"]}}, r"questions.colour has an entry twice, \['red', 'red'\]"),
-        ({"questions": {"colour": []}, "options": "negation"}, r"questions.colour is \[\]: with options: negation"),
+        ({"questions": {"colour": []}, "options": "negation"}, r"questions.colour is empty: name an entry or more"),
+        ({"asks": "Is it {}?"}, r"method.asks is for teachers that write, .* set method.templates"),
         ({"templates": ["a thing"]}, r"give one text or more, each with \{\}"),
         ({"task_weight": 0.0}, "task_weight 0 leaves the head of the classes random, and no other .* raise it"),
         ({"teacher_scale": 0.0}, r"method.teacher_scale is 0: give a number > 0, or own"),
@@ -250,3 +251,4 @@ def test_what_a_teacher_that_writes_does_not_read_is_refused() -> None:
         with pytest.raises(ConfigError, match=message):
             written(**settings)
     assert written(question_weight=0).table is None
+    assert written(questions={"colour": ["red"]}).table is not None  # a writer answers each question alone

@@ -101,10 +101,13 @@ def test_attention_is_read_where_it_is_computed() -> None:
         with attention_in(model.image_blocks[1]) as maps:
             model.encode_image(images)
         assert F.scaled_dot_product_attention is before
-    torch.testing.assert_close(looked_at(maps, 1, "tiny").double(), expected[:, 1:], rtol=0, atol=1e-6)
-    torch.testing.assert_close(looked_at(maps, 0, "tiny"), maps[0].mean((1, 2)))
+    found = looked_at(maps, 1, "tiny", by_class=True)
+    torch.testing.assert_close(found.double(), expected[:, 1:], rtol=0, atol=1e-6)
+    for prefix in (0, 1):  # none, or registers alone
+        seen = looked_at(maps, prefix, "tiny", by_class=False)
+        torch.testing.assert_close(seen, maps[0][:, :, prefix:, prefix:].mean((1, 2)))
     with pytest.raises(ConfigError, match="calls torch's fused attention 0 times"):
-        looked_at([], 1, "tiny")
+        looked_at([], 1, "tiny", by_class=True)
 
 
 def written_out(task: Any, batch: Any) -> dict[str, Tensor]:

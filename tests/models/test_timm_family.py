@@ -26,6 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from cmapkd.config import ConfigError
 from cmapkd.models import ModelConfig, build_model
 from cmapkd.models.open_clip_model import OpenClipModel
+from cmapkd.models.picture_attention import has_class_token
 
 TEXT = {"embed_dim": 24, "text_width": 32, "text_layers": 2, "text_heads": 2, "context_length": 16}
 OWN = "cmapkd_vit_reg4"  # registered below
@@ -108,6 +109,15 @@ def test_vits_have_blocks_with_their_prefix_tokens(
         level = model.encode_image(images(model), ["blocks.1"]).levels["blocks.1"]
     assert (level.num_prefix, level.grid) == (prefix, grid)
     assert level.values.shape[1] == prefix + grid[0] * grid[1]
+
+
+def test_registers_are_no_class_token() -> None:
+    assert has_class_token(small(OWN), 5)
+    assert has_class_token(small("test_vit"), 1)
+    assert not has_class_token(small("test_mambaout", image_size=64), 0)
+    alone = small(OWN)
+    alone.model.visual.trunk = VisionTransformer(32, 8, class_token=False, reg_tokens=4, global_pool="avg", depth=1)
+    assert not has_class_token(alone, 4)
 
 
 def test_channels_last_towers_have_maps() -> None:

@@ -16,11 +16,22 @@ def asked(teacher: FrozenTeacher, config: MakdConfig) -> FrozenTeacher:
     Raises:
         ConfigError: settings that it does not read, or a teacher that does neither.
     """
+    fields = type(config).model_fields
     if isinstance(teacher.model, DualEncoder):
+        if config.asks != fields["asks"].default:
+            raise ConfigError(
+                f"method.asks is for teachers that write, and {teacher.name} reads texts: set method.templates instead"
+            )
+        for group, entries in config.questions.items():
+            if len(entries) < 2 and config.options == "contrast":
+                raise ConfigError(
+                    f"method.questions.{group} is {list(entries)}, and options: contrast weighs an entry against the "
+                    "others of its group: name two or more, or set method.options: negation"
+                )
         return teacher
     if not isinstance(teacher.model, GenerativeModel):
         raise ConfigError(f"makd asks a teacher that writes, or that embeds pictures and texts, not {teacher.name}")
-    fields, unread = type(config).model_fields, ("templates", "negations", "options", "teacher_scale")
+    unread = ("templates", "negations", "options", "teacher_scale")
     given = [name for name in unread if getattr(config, name) != fields[name].default]
     given += ["answers: random"] if config.answers == "random" else []
     if given:

@@ -14,7 +14,7 @@ from cmapkd.features.pyramid import level_grid
 from cmapkd.features.taps import level_at
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import DualEncoder, Features, LevelRequest, Model
-from cmapkd.models.picture_attention import attention_in, check_blocks, looked_at
+from cmapkd.models.picture_attention import attention_in, check_blocks, has_class_token, looked_at
 from cmapkd.models.token_types import TokenFeatures
 
 NO_TEXTS = "its teachers are image encoders, and the cache of a run that writes holds next-token distributions"
@@ -108,14 +108,16 @@ class ExpertMethod(GenerativeMethod):
         rows = torch.tensor(shown).to(self.device, non_blocking=True)
         tokens, classes, looked = {}, {}, None
         for role, name in levels.items():
+            model = self.teachers[role].model
             if role == attention_of:
-                with attention_in(check_blocks(self.teachers[role].model, name)) as maps:
+                with attention_in(check_blocks(model, name)) as maps:
                     level = self.ask(part, role, (name,)).image.levels[name]
-                looked = looked_at(maps, level.num_prefix, self.teachers[role].name)[rows]
+                by_class = has_class_token(model, level.num_prefix)
+                looked = looked_at(maps, level.num_prefix, model.name, by_class=by_class)[rows]
             else:
                 level = self.ask(part, role, (name,)).image.levels[name]
             tokens[role] = level_grid(level)[rows]
-            classes[role] = level.values[rows, 0] if level.num_prefix else tokens[role].mean(1)
+            classes[role] = level.values[rows, 0] if has_class_token(model, level.num_prefix) else tokens[role].mean(1)
         return SeenByExperts(tokens, classes, looked)
 
     def read_teacher(self, part: Batch, role: str | None = None) -> TokenFeatures | None:

@@ -20,7 +20,7 @@ from cmapkd.data.templates import ClassPrompts
 from cmapkd.data.types import Batch
 from cmapkd.features import gather_rows, sample_keys
 from cmapkd.features.answer_table import AnswerTable
-from cmapkd.methods.asked_teacher import asked
+from cmapkd.methods.asked_teacher import WHY_NOT_CACHED, asked
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.classifying import LABELS_HEAD, ClassifierMethod
 from cmapkd.methods.makd_config import MakdConfig
@@ -96,9 +96,7 @@ class Makd(ClassifierMethod):
             self.register_buffer(name, self._vectors(teacher, templates, number))
         self.set_heads({LABELS_HEAD: ClassHeadConfig()})
         if writes:
-            self.not_cached = (
-                "a teacher that writes answers once, before the first step, and checkpoints hold its answers"
-            )
+            self.not_cached = WHY_NOT_CACHED
         # a head of a term without weight would never learn
         self.question_head = nn.Linear(student.embed_dim, sum(self.sizes)) if config.question_weight else None
 

@@ -66,13 +66,9 @@ class MakdConfig(ClassifyingConfig):
     def _fits(self) -> Self:
         if self.task_weight == 0:
             raise ValueError("task_weight 0 leaves the head of the classes random, and no other head answers: raise it")
-        least = 2 if self.options == "contrast" else 1
         for group, entries in self.questions.items():
-            if len(entries) < least:
-                raise ValueError(
-                    f"questions.{group} is {list(entries)}: with options: {self.options} a group has {least} or more "
-                    "entries"
-                )
+            if not entries:
+                raise ValueError(f"questions.{group} is empty: name an entry or more, or leave the group out")
             if len(set(entries)) < len(entries):
                 raise ValueError(f"questions.{group} has an entry twice, {list(entries)}: each is a question")
         return self

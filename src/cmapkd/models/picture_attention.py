@@ -59,16 +59,28 @@ def attention_in(block: nn.Module) -> Iterator[list[Float[Tensor, "batch heads t
             handle.remove()
 
 
-def looked_at(
-    maps: Sequence[Float[Tensor, "batch heads tokens tokens"]], prefix: int, name: str
-) -> Float[Tensor, "batch patches"]:
-    """What the first token attends to among the patches, the mean of its heads.
+def has_class_token(model: DualEncoder, prefix: int) -> bool:
+    """Whether the first of so many prefix tokens of an image tower is a class token: of some ViTs all are registers."""
+    towers = model.modules()  # of timm: the others with registers have a class token before them
+    registers_alone = any(_has(tower, "reg_token") and not _has(tower, "cls_token") for tower in towers)
+    return bool(prefix) and not registers_alone
 
-    Of a tower without prefix tokens, what all patches attend to, their mean. What is left out goes to prefix tokens.
+
+def _has(tower: nn.Module, name: str) -> bool:
+    return isinstance(getattr(tower, name, None), Tensor)
+
+
+def looked_at(
+    maps: Sequence[Float[Tensor, "batch heads tokens tokens"]], prefix: int, name: str, *, by_class: bool
+) -> Float[Tensor, "batch patches"]:
+    """What the class token attends to among the patches, the mean of its heads.
+
+    Of a tower without one, what all patches attend to, their mean. What is left out goes to prefix tokens.
 
     Args:
         maps: of one forward pass of one block.
         prefix: how many tokens stand in front of the patches.
+        by_class: whether the first of them is a class token.
         name: of the tower, for the message.
     Raises:
         ConfigError: no attention was found.
@@ -78,5 +90,5 @@ def looked_at(
             f"attention of {name} cannot be read: its block calls torch's fused attention {len(maps)} times, not once. "
             "Load it with sdpa, or set method.token_weights=equal"
         )
-    asked = maps[0][:, :, :1] if prefix else maps[0]
+    asked = maps[0][:, :, :1] if by_class else maps[0][:, :, prefix:]
     return asked.mean((1, 2))[:, prefix:]

@@ -207,6 +207,7 @@ def test_what_cannot_be_is_refused() -> None:
         ({"least": 0.6}, r"least is 0.6 and most 0.5"),
         ({"temperature": 0}, "temperature"),
         ({"hide": "all"}, "hide"),
+        ({"hide": "nothing", "budget": 0.5, "low": 0.2}, "hide: nothing reads none of budget, low: leave them out"),
         ({"distill_weight": 0}, "distill_weight"),
     ):
         with pytest.raises(ConfigError, match=message):

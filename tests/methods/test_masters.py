@@ -69,6 +69,7 @@ def test_a_teacher_that_is_always_whole_is_another_method_s() -> None:
         ({"thin_from": 1.0}, "thin_from"),
         ({"thin_parts": []}, "thin_parts"),
         ({"thin_parts": ["head"]}, "thin_parts"),
+        ({"snapshots": 1, "thin_step": 0.1}, r"snapshots: 1 is one part, so thin_step 0.1 is not read"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_task("masters", **settings)  # type: ignore[arg-type]

@@ -187,6 +187,7 @@ def test_stages_and_what_is_refused() -> None:
         ({"levels": {"clip": 1.0}}, r"method.levels names 'clip', and the teachers are teacher"),
         ({"levels": {"teacher": "blocks.7"}}, r"no image level 'blocks.7'"),
         ({"anchor_share": 1.2}, "anchor_share"),
+        ({"anchor_share": 0.6}, "has one encoder, so method.anchor_share is not read: name more in more_teachers"),
         ({"distill_weight": 0}, "distill_weight"),
     ):
         with pytest.raises(ConfigError, match=message):

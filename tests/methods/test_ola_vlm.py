@@ -199,6 +199,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"experts": {"teacher": {"layers": ["layers.9"]}}}, r"experts.teacher.layers, of .* no text level 'layers.9'"),
         ({"experts": {"teacher": {"target": "blocks.9"}}}, r"no image level 'blocks.9'"),
         ({"answers_weight": 0}, "form: one_stage"),
+        ({"contrast_weight": 0, "log_scale": 1}, "contrast_weight is 0, so log_scale is not read"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_task("ola_vlm", **settings)  # type: ignore[arg-type]

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, Literal, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from cmapkd.config import ConfigError
@@ -21,7 +20,8 @@ from cmapkd.data.random import uniforms
 from cmapkd.data.types import Batch
 from cmapkd.features.gather import mean_over_processes
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
+from cmapkd.methods.generative import Counted, GenerativeMethod
+from cmapkd.methods.masking_config import MaskingKDConfig
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.terms import Term
@@ -37,40 +37,6 @@ from cmapkd.objectives.vocabulary import chunk_of_tokens
 
 Answered = tuple[TokenFeatures | None, Tensor | None, Tensor | None]
 """Of a part of the batch: what the teacher says, what is hidden from the student, and how much that is."""
-
-
-class MaskingKDConfig(GenerativeConfig):
-    """What is hidden from the student, and what each term counts."""
-
-    divergence: Literal["reverse", "forward", "jsd"] = Field(
-        "reverse", description="Between next-token distributions of the masked student and of the teacher."
-    )
-    temperature: float = Field(2.0, gt=0, description="Divides both models' logits; the term is times its square.")
-    least: float = Field(0.3, ge=0, le=1, description="Share of attention that is hidden behind the hardest tokens.")
-    most: float = Field(0.5, ge=0, le=1, description="Share of attention that is hidden behind the easiest tokens.")
-    scale: float = Field(1.0, gt=0, description="Divides log divergences; the larger, the more alike all shares are.")
-    budget: float = Field(0.3, ge=0, le=1, description="Most of the earlier tokens of an answer that are hidden.")
-    fallback: float = Field(
-        0.1, ge=0, le=1, description="Share of the tokens that is hidden where they get less attention than `low`."
-    )
-    low: float = Field(0.1, ge=0, le=1, description="Attention to an answer's earlier tokens below which it is little.")
-    hide: Literal["attended", "random", "nothing"] = Field(
-        "attended",
-        description="attended: what gets most attention, as published; random: as many tokens drawn at random, a "
-        "control; nothing: the same divergence without a mask.",
-    )
-    answers_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy with the answers of the data.")
-    distill_weight: float = Field(1.0, gt=0, description="Weight of the divergence.")
-
-    @property
-    def not_cached(self) -> str | None:
-        return "it reads all of the teacher's probabilities, and a cache holds the likeliest alone"
-
-    @model_validator(mode="after")
-    def _shares_fit(self) -> Self:
-        if self.least > self.most:
-            raise ValueError(f"least is {self.least:g} and most {self.most:g}: easy tokens hide more, not less")
-        return self
 
 
 class MaskingKD(GenerativeMethod):

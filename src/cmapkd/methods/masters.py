@@ -43,6 +43,8 @@ class MastersConfig(TokenKDConfig):
     def _thins(self) -> MastersConfig:
         if not self.thin_from:
             raise ValueError("thin_from is 0, so the teacher is always whole: set method: token_kd")
+        if self.snapshots == 1 and self.thin_step != type(self).model_fields["thin_step"].default:
+            raise ValueError(f"snapshots: 1 is one part, so thin_step {self.thin_step:g} is not read: leave it out")
         return self
 
     def share(self, step: StepInfo) -> float:

@@ -82,6 +82,10 @@ class MoveKD(ExpertMethod):
                 f"the projector of {student.name} reads patches of all pictures in one row, and move_kd compares them "
                 "tile by tile: take a student whose pictures are tiles (LLaVA, SmolVLM, InternVL, Gemma 3, tiny_vlm)"
             )
+        fields = type(config).model_fields
+        idle = [name for name in ("anchor_share", "shares") if getattr(config, name) != fields[name].default]
+        if idle and len(self.teachers) == 1:
+            raise ConfigError(f"move_kd has one encoder, so method.{idle[0]} is not read: name more in more_teachers")
         self.shape, self.anchor = shape, next(iter(self.teachers))
         self.weights = {"answers": config.answers_weight, "distillation": config.distill_weight}
         self.levels = {role: self.level_of(role, self._where(role)) for role in self.teachers}

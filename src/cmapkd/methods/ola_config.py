@@ -57,6 +57,8 @@ class OlaVLMConfig(GenerativeConfig):
         for role, expert in self.experts.items():
             if not expert.weight and expert != ExpertConfig(weight=0):
                 raise ValueError(f"experts.{role} has weight 0, so its other settings are not read: leave them out")
+        if not self.contrast_weight and self.log_scale != type(self).model_fields["log_scale"].default:
+            raise ValueError("contrast_weight is 0, so log_scale is not read: leave it out")
         if not self.answers_weight and self.form == "two_stages":
             raise ValueError(
                 "answers_weight is 0, and the second of the two stages learns from answers alone: give it a weight, or "

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from cmapkd.data.open import open_source
 from cmapkd.data.prompting import Prompting
 from cmapkd.data.turns import Turn
+from cmapkd.diagnosis.diagnose import _of_teacher
 from cmapkd.diagnosis.writing import Asked, check_dialogues, check_looks, check_start, check_top
 from cmapkd.models import GenerativeModel, build_model
+from cmapkd.run import RunConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +69,15 @@ def test_a_dialogue_of_which_nothing_is_learned(teacher: GenerativeModel, asked:
     assert (read.level, read.detail.startswith("of 3 read: 16 visual tokens")) == ("ok", True)
     assert told.level == "note"
     assert told.detail == "25% cannot be used, the first: the last answer is marked as one that is not learned"
+
+
+def test_an_image_encoder_beside_a_writer_has_been_trained(teacher: GenerativeModel, asked: Asked) -> None:
+    values = {"student": "tiny_vlm:small", "method": "sft", "data": {"train": "scenes"}, "training": {"steps": 2}}
+    config, expert = RunConfig.from_mapping(values), build_model("tiny:debug", captions=["a red square"])
+    (found,) = _of_teacher(config, "teacher", expert, teacher, asked.source, asked)
+    assert (found.level, found.what) == ("problem", "teacher weights")
+    expert.random_towers = ("text",)  # which is not read
+    assert not [*_of_teacher(config, "teacher", expert, teacher, asked.source, asked)]
 
 
 def test_the_probability_that_a_cache_leaves_out(teacher: GenerativeModel, asked: Asked) -> None:

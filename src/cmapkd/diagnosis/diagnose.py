@@ -177,6 +177,9 @@ def _of_teacher(
             yield from compare_sizes(student, teacher)
         yield from check_activation(what, teacher, train)
         yield from check_sanity(what, teacher, train)
+    elif not isinstance(teacher, DualEncoder) or "image" in teacher.random_towers:
+        # of the other kind than the student, so nothing compares the two, and texts of an encoder are not read
+        yield from check_weights(what, teacher, teaches=True)
 
 
 def _training(

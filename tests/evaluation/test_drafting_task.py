@@ -16,9 +16,10 @@ from cmapkd.compare.metric import lower_is_better, metric_digits
 from cmapkd.config import ConfigError
 from cmapkd.data.dialogues import join_items
 from cmapkd.data.open import open_source
-from cmapkd.evaluation import SuiteConfig, evaluate_models
+from cmapkd.evaluation import SuiteConfig, evaluate, evaluate_models
 from cmapkd.evaluation.answer_scores import load_answer_scores
 from cmapkd.evaluation.drafting import Comparison, compare_texts, summary
+from cmapkd.evaluation.run import with_reference, without_reference
 from cmapkd.evaluation.share import Share
 from cmapkd.evaluation.suite import check_comparable
 from cmapkd.models.drafting import Drafted
@@ -54,18 +55,19 @@ def test_sums_are_over_all_texts_and_divided_once() -> None:
 
 
 def test_models_are_drafts_of_the_first(models: dict[str, Any]) -> None:
-    source = open_source("scenes?length=6", split="val")
-    config = SuiteConfig.from_mapping({**SETTINGS, "drafting": {"proposals": 2, "samples": 3}})
+    source = open_source("scenes?length=3", split="val")
+    config = SuiteConfig.from_mapping({**SETTINGS, "drafting": {"proposals": 2, "samples": 2}})
     scores = evaluate_models(models, source, config, device="cpu")
     assert "accepted_length" not in scores["teacher"]["drafting"]
     same, found = scores["same"]["drafting"], scores["student"]["drafting"]
     assert (same["accepted_length"], same["accepted_share"], same["same_texts"]) == (3, 100, 100)
-    assert (found["num_texts"], found["num_tokens"], found["same_texts"]) == (3, 18, 100)
+    assert (found["num_texts"], found["num_tokens"], found["same_texts"]) == (2, 12, 100)
     assert 1 <= found["accepted_length"] < 3
     assert found["speed"] == pytest.approx(found["seconds_alone"] / found["seconds"])
     told = found["protocol"]
     assert (told["proposals"], told["most_tokens"], told["precision"]) == (2, 6, "float32")
-    asks = SuiteConfig.from_mapping({**SETTINGS, "limit": 1, "writing": {"answer_tokens": 2, "asks": "questions"}})
+    writing = {"answer_tokens": 2, "asks": "questions"}
+    asks = SuiteConfig.from_mapping({**SETTINGS, "limit": 1, "writing": writing, "drafting": {"samples": 2}})
     asked = evaluate_models({"t": models["teacher"], "s": models["student"]}, source, asks, device="cpu")["s"][
         "drafting"
     ]
@@ -140,21 +142,34 @@ def test_a_run_ends_with_its_student_as_a_draft(
 ) -> None:
     """Also where no other task is named; of the teacher nothing is left to measure then."""
     monkeypatch.setattr(measuring, "build_teacher", lambda _: models["teacher"])
-    source = open_source("scenes@val?length=2")
-    for tasks in (["drafting"], ["perplexity", "drafting"]):
-        config = run_of(evaluation={**SETTINGS, "tasks": tasks})
-        out = tmp_path / str(len(tasks))
-        out.mkdir()
-        found = measure(config, source, models["student"], None, None, device=torch.device("cpu"), out=out)
-        assert found["student"]["drafting"]["num_texts"] == 2
-        assert "drafting" not in found["teacher"]
-        assert ("perplexity" in found["teacher"]) == (len(tasks) == 2)
+    for tasks, source in ((["drafting"], open_source("scenes@val?length=1")), (["perplexity", "drafting"], None)):
+        config = run_of(evaluation={**SETTINGS, "tasks": tasks, "limit": 1})
+        found = measure(config, source, models["student"], None, None, device=torch.device("cpu"), out=tmp_path)
         assert found["student"]["params"] > 0
-        kept = load_answer_scores(out / measuring.RANKS)
-        assert {*kept} >= {"drafting.accepted_length"}
-        assert ("perplexity.bits_per_byte" in kept) == (len(tasks) == 2)
-    assert told.ends == 4  # each process that helps is let go once for each model
+        if source is not None:
+            assert found["student"]["drafting"]["num_texts"] == 1
+            assert "drafting" not in found["teacher"]
+            assert {*load_answer_scores(tmp_path / measuring.RANKS)} == {"drafting.accepted_length"}
+    assert told.ends == 2  # each process that helps is let go once for each model
     json.dumps(found)
+
+
+def test_other_tasks_are_measured_once_and_alone(models: dict[str, Any], tmp_path: Path) -> None:
+    source = open_source("scenes@val?length=1")
+    config = SuiteConfig.from_mapping({**SETTINGS, "tasks": ["perplexity", "drafting"]})
+    file = tmp_path / "scores"
+    found = evaluate(
+        models["student"], source, config, device="cpu", reference=models["teacher"], ranks_file=file, share=Told()
+    )
+    assert found["perplexity"]["num_references"] == 5
+    assert found["drafting"]["teacher"] == "reference"
+    assert {*load_answer_scores(file)} >= {"drafting.accepted_length", "perplexity.bits_per_byte"}
+    assert [each.tasks for each in (with_reference(config), without_reference(config)) if each] == [
+        ("drafting",),
+        ("perplexity",),
+    ]
+    auto = SuiteConfig()
+    assert (with_reference(auto), without_reference(auto)) == (None, auto)
 
 
 def test_what_a_run_cannot_draft_is_refused_before_it() -> None:

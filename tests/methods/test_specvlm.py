@@ -102,6 +102,25 @@ def test_states_of_one_width_are_compared_as_they_are() -> None:
     assert task(batch)["features"].value.item() == pytest.approx(F.smooth_l1_loss(own, theirs).item(), rel=1e-9)
 
 
+def test_the_teacher_s_words_stay_as_they_are() -> None:
+    """Then equal states are equal distributions, so that features alone can teach a draft to write."""
+    judge = make_judge(width=16, layers=2)
+    task: Any = make_task("specvlm", teacher=judge, student=make_writer(seed=3), words="teacher", distill_weight=0)
+    own, theirs = task.student.head.weight, judge.model.head.weight
+    assert torch.equal(own, theirs)
+    assert not own.requires_grad
+    found = results(task)
+    learned = {name.removeprefix("gradient/student.") for name in found if name.startswith("gradient/")}
+    assert learned.isdisjoint(task.student.parts["embeddings"] | task.student.parts["head"])
+    assert learned & task.student.parts["language"]
+    states = torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(task.student.logits(states), judge.model.logits(states))
+    task.train_only(["embeddings", "language"])
+    assert not own.requires_grad
+    with pytest.raises(ConfigError, match=r"words are 16 numbers wide in .* and 24 in .*method\.words=own"):
+        make_task("specvlm", words="teacher")
+
+
 def test_without_its_own_term_it_is_token_kd() -> None:
     found = []
     for name, more in (("specvlm", {"features_weight": 0}), ("token_kd", {})):
@@ -142,7 +161,7 @@ def test_settings_that_train_no_draft_are_refused(settings: dict[str, Any], mess
         (make_other, "different tokenizers"),
         (
             lambda: make_judge(extra=3),
-            r"must know every token that .* writes, under the same number: it has \d+ tokens",
+            r"must know every token that the teacher writes, under the same number, and has \d+ tokens",
         ),
         (lambda: FrozenTeacher(make_writer(seed=5)), r"a draft must be smaller.*fewer layers"),
     ],

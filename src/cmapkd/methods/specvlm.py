@@ -7,7 +7,7 @@ states. `models/drafting.py` decodes with it. Departures: the card below and doc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -20,8 +20,9 @@ from cmapkd.methods.generative import Counted
 from cmapkd.methods.rollouts import followed
 from cmapkd.methods.token_kd import TokenKD, TokenKDConfig
 from cmapkd.models import FrozenTeacher
-from cmapkd.models.drafting import why_no_draft
+from cmapkd.models.drafting import why_other_tokens
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.shared_words import take_words
 from cmapkd.models.token_types import TokenFeatures
 from cmapkd.objectives.embedding_targets import embedding_distance
 
@@ -33,6 +34,11 @@ class SpecVLMConfig(TokenKDConfig):
     distill_weight: float = Field(0.1, ge=0, description="Weight of the divergence.")
     features_weight: float = Field(
         1.0, ge=0, description="Weight of the smooth L1 distance of final states; with 0 a cache can serve the teacher."
+    )
+    words: Literal["own", "teacher"] = Field(
+        "own",
+        description="The draft's table of words and head. teacher: those of the teacher, which stay as they are, as "
+        "published; both models are equally wide then.",
     )
 
     @property
@@ -68,12 +74,12 @@ class SpecVLM(TokenKD):
         ),
         needs="as token_kd; a student that is smaller than its teacher and knows all of its tokens; no cache, unless "
         "features_weight is 0",
-        trainable="the student, P (dropped)",
+        trainable="the student, P (dropped); with words: teacher without its table of words and head",
         departures=(
             "A reconstruction: equation and weights are the paper's, its code was not found.",
-            "The draft reads pictures and words itself. Published: one layer over the teacher's states, with the "
-            "teacher's table of words and head.",
-            "Where widths differ, final states are compared behind a linear map. Published drafts are as wide.",
+            "The draft reads pictures and words itself. Published: one layer over the teacher's own states.",
+            "The draft may have another width, and a table of words and a head of its own, which learn. Published: the "
+            "teacher's, as with words: teacher.",
             "The divergence replaces the cross-entropy with the teacher: the same gradient, without its entropy.",
             "No compressor of visual tokens.",
         ),
@@ -95,15 +101,26 @@ class SpecVLM(TokenKD):
                 f"{theirs:,}: a draft must be smaller, or it proposes no faster than the teacher writes. Name a "
                 "student with fewer layers, or method token_kd"
             )
+        if config.words == "teacher":
+            self._take_words(student, teacher.model)
         widths = [each.text_levels[-1].width for each in (student, teacher.model)]
         mapped = config.features_weight > 0 and widths[0] != widths[1]
         self.project = nn.Linear(*widths) if mapped else None
 
+    @staticmethod
+    def _take_words(student: GenerativeModel, teacher: GenerativeModel) -> None:
+        try:
+            taken = take_words(student, teacher)
+        except ConfigError as error:
+            raise ConfigError(f"method.words: teacher cannot be had: {error}. Set method.words=own") from None
+        for name in taken:
+            student.get_parameter(name).requires_grad_(False)
+
     def relate(self, teacher: GenerativeModel) -> None:
         """Refuses a student that does not know all tokens of its teacher."""
         super().relate(teacher)
-        if (why := why_no_draft(teacher, self.student)) is not None:
-            raise ConfigError(f"the student cannot be a draft: {why}")
+        if (why := why_other_tokens(teacher.vocabulary, self.student.vocabulary)) is not None:
+            raise ConfigError(f"the student cannot be a draft of {teacher.name}: {why}")
 
     @property
     def made_of(self) -> Mapping[str, Made]:

@@ -47,16 +47,24 @@ def why_no_draft(teacher: GenerativeModel, draft: GenerativeModel) -> str | None
     for model in (teacher, draft):
         if not isinstance(model, HfVlm):
             return f"{model.name} is no model of transformers, whose generation verifies what a draft proposes"
-    theirs, own = teacher.vocabulary, draft.vocabulary
-    if theirs.lead != own.lead:
+    from transformers import DynamicCache, __version__
+
+    if not hasattr(DynamicCache, "activate_past_recording"):
+        return f"transformers {__version__} cannot take tokens of a draft back: install a newer version"
+    return why_other_tokens(teacher.vocabulary, draft.vocabulary)
+
+
+def why_other_tokens(teacher: Vocabulary, draft: Vocabulary) -> str | None:
+    """Why a draft does not know all tokens of its teacher, in a clause; None where it does."""
+    if teacher.lead != draft.lead:
         return (
-            f"{teacher.name} writes {theirs.lead!r} before an answer and {draft.name} {own.lead!r}: give the draft the "
+            f"the teacher writes {teacher.lead!r} before an answer and the draft {draft.lead!r}: give the draft the "
             "teacher's chat template"
         )
-    if not _reads_all(theirs, own):
+    if not _reads_all(teacher, draft):
         return (
-            f"{draft.name} must know every token that {teacher.name} writes, under the same number: it has "
-            f"{own.size:,} tokens ({own.digest[:8]}), and the teacher {theirs.size:,} ({theirs.digest[:8]})"
+            "the draft must know every token that the teacher writes, under the same number, and has "
+            f"{draft.size:,} tokens ({draft.digest[:8]}) where the teacher has {teacher.size:,} ({teacher.digest[:8]})"
         )
     return None
 

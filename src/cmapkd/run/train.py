@@ -17,8 +17,6 @@ from cmapkd.data.batches import Answers, BatchBuilder, Batches, Choice
 from cmapkd.data.plans import check_length
 from cmapkd.data.types import Source
 from cmapkd.evaluation.probes.joint import JointHeads
-from cmapkd.evaluation.run import with_reference
-from cmapkd.evaluation.suite import check_comparable
 from cmapkd.methods import Method
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, MomentumTeacher, build_teacher
 from cmapkd.models.activation import assumption
@@ -177,8 +175,6 @@ def _prepare(
     student = build_student(config, source, teachers)
     voice(f"{config.student.name} has {_sizes(student)}")
     remarks += _said(voice, remarks_on_student(config, student)) if voice.title == "student" else []
-    if (beside := with_reference(config.evaluation)) is not None and "teacher" in teachers:
-        check_comparable({"teacher": teachers["teacher"].model, "student": student}, beside)
     if config.baseline == "scratch":
         _check_parts_of_baseline(config, student)
     for model in (student, *(teacher.model for teacher in teachers.values())):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ class Told(Share):
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Told]]:
+def told(monkeypatch: pytest.MonkeyPatch) -> type[Told]:
     Told.ends = 0
     monkeypatch.setattr(measuring, "share_of", lambda _: Told())
     return Told

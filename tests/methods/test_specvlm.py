@@ -55,18 +55,21 @@ def test_terms_and_gradients_are_sums_written_out(reduction: str) -> None:
     batch = batch_of(task)
     found = results(task, batch)
     task.zero_grad()
-    logits = [rows_of(model, batch.inputs[role]) for role, model in _models(task)]  # type: ignore[arg-type]
+    inputs: Any = batch.inputs
+    logits = [rows_of(model, inputs[role]) for role, model in _models(task)]
     values: dict[str, list[list[Tensor]]] = {"answers": [], "distillation": [], "features": []}
     for number, ((own, targets), (theirs, _)) in enumerate(zip(*logits, strict=True)):
-        states = [_states(model, batch.inputs[role].rows([number])) for role, model in _models(task)]  # type: ignore[attr-defined]
-        of = {name: kept for name, kept in values.items() if kept.append([]) is None}
+        states = [_states(model, inputs[role].rows([number])) for role, model in _models(task)]
+        of: dict[str, list[Tensor]] = {name: [] for name in values}
         for place, target in enumerate(targets):
             mapped, wanted = task.project(states[0][place]), states[1][place].detach()
-            of["answers"][-1].append(-own[place].log_softmax(-1)[target])
-            of["distillation"][-1].append(divergence(own[place], theirs[place].detach(), {}))
-            of["features"][-1].append(_smooth(mapped - wanted) / len(wanted))
+            of["answers"].append(-own[place].log_softmax(-1)[target])
+            of["distillation"].append(divergence(own[place], theirs[place].detach(), {}))
+            of["features"].append(_smooth(mapped - wanted) / len(wanted))
+        for name, kept in of.items():
+            values[name].append(kept)
     terms = {name: reduced(each, reduction) for name, each in values.items()}
-    sum(task.weights[name] * value for name, value in terms.items()).backward()  # type: ignore[union-attr]
+    torch.stack([task.weights[name] * value for name, value in terms.items()]).sum().backward()
     expected = {f"term/{name}": value.detach() for name, value in terms.items()}
     expected |= {f"gradient/{n}": each.grad for n, each in task.named_parameters() if each.grad is not None}
     assert_same(found, expected, 1e-8)  # norms are in float32

@@ -93,7 +93,7 @@ class SpecVLM(TokenKD):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
-        self.weights["features"] = config.features_weight
+        self.weights = {**self.weights, "features": config.features_weight}
         own, theirs = (_decoder_size(each) for each in (student, teacher.model))
         if own >= theirs:
             raise ConfigError(
@@ -103,9 +103,8 @@ class SpecVLM(TokenKD):
             )
         if config.words == "teacher":
             self._take_words(student, teacher.model)
-        widths = [each.text_levels[-1].width for each in (student, teacher.model)]
-        mapped = config.features_weight > 0 and widths[0] != widths[1]
-        self.project = nn.Linear(*widths) if mapped else None
+        width, to = (each.text_levels[-1].width for each in (student, teacher.model))
+        self.project = nn.Linear(width, to) if config.features_weight and width != to else None
 
     @staticmethod
     def _take_words(student: GenerativeModel, teacher: GenerativeModel) -> None:

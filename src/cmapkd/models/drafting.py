@@ -195,4 +195,5 @@ class _Proposals:
         found = self.draft.model.generate(
             **given, past_key_values=self._cache, max_new_tokens=number, logits_processor=[self._choice]
         )
-        return found[:, given["input_ids"].shape[1] :]
+        tokens: Tensor = found[:, given["input_ids"].shape[1] :]
+        return tokens

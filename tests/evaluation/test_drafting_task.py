@@ -148,7 +148,7 @@ def test_a_run_ends_with_its_student_as_a_draft(
         if source is not None:
             assert found["student"]["drafting"]["num_texts"] == 1
             assert "drafting" not in found["teacher"]
-            assert {*load_answer_scores(tmp_path / measuring.RANKS)} == {"drafting.accepted_length"}
+            assert {*load_answer_scores(tmp_path / measuring.RANKS)} == {"drafting.passes_per_token"}
     assert told.ends == 2  # each process that helps is let go once for each model
     json.dumps(found)
 
@@ -162,7 +162,7 @@ def test_other_tasks_are_measured_once_and_alone(models: dict[str, Any], tmp_pat
     )
     assert found["perplexity"]["num_references"] > 0
     assert found["drafting"]["teacher"] == "reference"
-    assert {*load_answer_scores(file)} >= {"drafting.accepted_length", "perplexity.bits_per_byte"}
+    assert {*load_answer_scores(file)} >= {"drafting.passes_per_token", "perplexity.bits_per_byte"}
     assert [each.tasks for each in (with_reference(config), without_reference(config)) if each] == [
         ("drafting",),
         ("perplexity",),

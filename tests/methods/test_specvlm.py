@@ -148,7 +148,7 @@ def test_answers_of_the_draft_s_own_are_followed() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alignment": "bytes"}, "leave alignment out"),
+        ({"alignment": "bytes"}, "both have one tokenizer: leave it out"),
         ({"distill_weight": 0, "features_weight": 0}, "set method: sft"),
         ({"features_weight": -1}, "features_weight"),
     ],

@@ -51,7 +51,8 @@ class SpecVLMConfig(TokenKDConfig):
     def _is_a_draft(self) -> SpecVLMConfig:
         if self.reads_bytes:
             raise ValueError(
-                "a draft proposes tokens that its teacher reads, so both have one tokenizer: leave alignment out"
+                "alignment is bytes, and a draft proposes tokens that its teacher reads, so both have one tokenizer: "
+                "leave it out"
             )
         if not (self.distill_weight or self.features_weight):
             raise ValueError("distill_weight and features_weight are 0, and what is left is sft: set method: sft")

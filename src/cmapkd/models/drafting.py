@@ -64,7 +64,8 @@ def why_other_tokens(teacher: Vocabulary, draft: Vocabulary) -> str | None:
     if not _reads_all(teacher, draft):
         return (
             "the draft must know every token that the teacher writes, under the same number, and has "
-            f"{draft.size:,} tokens ({draft.digest[:8]}) where the teacher has {teacher.size:,} ({teacher.digest[:8]})"
+            f"{draft.size:,} tokens ({draft.digest[:8]}) where the teacher has {teacher.size:,} "
+            f"({teacher.digest[:8]}): take a draft with the teacher's tokenizer"
         )
     return None
 

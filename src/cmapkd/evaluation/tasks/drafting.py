@@ -65,8 +65,8 @@ class Drafting(Task):
         counts = {"teacher": subjects[0].name, "num_not_asked": len(asked) - len(read), "protocol": how}
         results: list[dict[str, Any]] = [dict(counts)]
         for subject, of_draft in zip(subjects[1:], zip(*found, strict=True), strict=True):
-            tokens, passes = [float(each.tokens) for each in of_draft], [float(each.passes) for each in of_draft]
-            subject.answers["drafting.accepted_length"] = AnswerScore.of(read, tokens, passes)
+            passes, tokens = [float(each.passes) for each in of_draft], [float(each.tokens) for each in of_draft]
+            subject.answers["drafting.passes_per_token"] = AnswerScore.of(read, passes, tokens)
             results.append(summary(of_draft) | counts)
         return results
 

@@ -43,6 +43,7 @@ REFUSED_WHOLE = (  # sections in which every setting is refused, and a new one i
     "data.more_views.",
     "data.prompts.",
     "evaluation.writing.",
+    "evaluation.drafting.",
     "method.",
     "heads.",
     "training.stages.",

@@ -13,6 +13,7 @@ from cmapkd.cache import CacheError, CacheWarning
 from cmapkd.cache.token_layout import TokenLayout
 from cmapkd.cache.token_teacher import CachedTokens
 from cmapkd.features.top_tokens import top_tokens
+from cmapkd.methods.specvlm import SpecVLM, SpecVLMConfig
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.models.token_types import TokenNeeds
 
@@ -73,6 +74,17 @@ def test_stored_in_fp32_losses_and_gradients_are_the_live_ones(settings: dict[st
     (live, live_gradient), (value, gradient) = found
     torch.testing.assert_close(value, live, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(gradient, live_gradient, rtol=0, atol=1e-6 * float(live_gradient.abs().max()))
+
+
+def test_a_draft_that_reads_no_states_can_be_served(tmp_path: Path) -> None:
+    task = token_kd(top_k=8)
+    assert task.teacher is not None
+    config = SpecVLMConfig(top_k=8, features_weight=0)
+    method = SpecVLM(config, student=task.student, teacher=task.teacher)  # type: ignore[arg-type]
+    cached, reader = replayed(tmp_path / "c", method, store="fp32")
+    live, found = method(batch_of(method, 0)), cached(batch_of(cached, 0, stored=reader))  # type: ignore[arg-type]
+    assert live.keys() == found.keys() == {"distillation"}
+    torch.testing.assert_close(found["distillation"].value, live["distillation"].value, rtol=1e-6, atol=1e-7)
 
 
 def test_losses_and_gradients_are_the_live_ones_in_micro_batches_too(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def evaluate(
         typer.Option(
             help="Comma-separated: retrieval, zero_shot, compositional, linear_probe, knn, vqa, captioning, detection, "
             "patch_text, calibration, agreement, efficiency; accuracy, of classifiers too; of models that write: "
-            "answering, yes_no, describing, perplexity, token_agreement, generation; auto: the first two, beside a "
-            "classifier accuracy, or the first four of models that write; all: whatever the data serve."
+            "answering, yes_no, describing, perplexity, token_agreement, generation, drafting; auto: the first two, "
+            "beside a classifier accuracy, or the first four of models that write; all: whatever the data serve."
         ),
     ] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,

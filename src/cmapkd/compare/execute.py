@@ -37,10 +37,12 @@ from cmapkd.config import ConfigError, RunStopped, closest, printable, refuse_se
 from cmapkd.config.disk import write_text
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
-from cmapkd.evaluation.run import evaluate
+from cmapkd.evaluation.run import evaluate, without_reference
+from cmapkd.evaluation.suite import count_parameters
 from cmapkd.models import Model, build_teacher, load_model
 from cmapkd.results import RunResult, Scores, is_finished
 from cmapkd.run import RunConfig, evaluation_of, run
+from cmapkd.run.measure import reference_of
 from cmapkd.training import Interrupted, NonFiniteLossError
 
 EVALUATIONS = "evaluations.json"  # in a run folder: scores on the comparison's further test data
@@ -322,11 +324,14 @@ def _further_scores(
     path = folder / EVALUATIONS
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     student: Model | None = None
+    reference: Model | None = None
     for name, spec in evaluate_on.items():
         if known.get(name, {}).get("source") != spec:
             student = student or load_model(folder)
             ranks_file = folder / ranks_name(name, spec)
-            known[name] = {"source": spec, "scores": _score(student, sources[name], config, ranks_file)}
+            reference = reference or reference_of(config)
+            scores = _score(student, sources[name], config, ranks_file, reference)
+            known[name] = {"source": spec, "scores": scores}
             write_json(path, known)
     return {name: known[name]["scores"] for name in evaluate_on}
 
@@ -360,14 +365,26 @@ def _score_teachers(
     return scores
 
 
-def _score(model: Model, source: Source, config: RunConfig, ranks_file: Path | None = None) -> Scores:
+def _score(
+    model: Model,
+    source: Source,
+    config: RunConfig,
+    ranks_file: Path | None = None,
+    reference: Model | None = None,
+) -> Scores:
+    """Without a reference the tasks that compare with one are left out."""
     accelerator = None if config.training.on_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
+    asked = evaluation_of(config)
+    settings = asked if reference is not None else without_reference(asked)
+    if settings is None:
+        return count_parameters(model)
     return evaluate(
         model.to(device),
         source,
-        evaluation_of(config),
+        settings,
         device=device,
         on_bad_sample=config.data.on_bad_sample,
         ranks_file=ranks_file,
+        reference=reference,
     )

@@ -8,7 +8,7 @@ from cmapkd.evaluation.tasks import TASKS, Column, Headline
 
 _LOWER = (
     "median_rank", "mean_rank", "params", "bad_samples",
-    "nll", "perplexity", "bits_per_byte", "unended", "empty", "unclear",
+    "nll", "perplexity", "bits_per_byte", "unended", "empty", "unclear", "passes_per_token",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ _ANSWERS = (
     "yes_no.accuracy",
     "perplexity.bits_per_byte",
     "perplexity.negative_bits_per_byte",
+    "drafting.passes_per_token",
 )
 _TOLERANCE = 0.02  # between a score and its pictures, in units of the metric; a committed table is rounded
 

@@ -9,6 +9,7 @@ from typing import Any
 from cmapkd.compare.arms import Arm, first_task
 from cmapkd.compare.config import ComparisonConfig
 from cmapkd.config import ConfigError, apply_overrides, load_mapping, merge_mappings
+from cmapkd.evaluation.run import with_reference
 from cmapkd.methods import METHODS
 from cmapkd.run import RunConfig
 
@@ -49,7 +50,7 @@ class Resolver:
             values, more = self.shared.over(values, layer)
             without += more
         config = RunConfig.from_mapping(values | {"seed": seed}, where=where)
-        if METHODS[config.method.name].uses_teacher:
+        if METHODS[config.method.name].uses_teacher or with_reference(config.evaluation) is not None:
             return config, without
         if config.student.inherit is not None and config.student.inherit.name == "teacher":
             assert config.teacher is not None  # else the config had been refused

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_serializer
 from cmapkd.config import RESUMABLE, Config
 from cmapkd.data.config import DEFAULT_TIMEOUT, PromptConfig
 from cmapkd.data.prompting import INSTRUCTIONS
+from cmapkd.evaluation.drafting import DraftingConfig
 from cmapkd.evaluation.efficiency import EfficiencyConfig
 from cmapkd.evaluation.generation import WritingCostConfig
 from cmapkd.evaluation.probes.config import CaptioningConfig, DetectionConfig, ProbeDataConfig, VQAConfig
@@ -66,7 +67,7 @@ class EvaluationConfig(Config):
     """What is measured, and by which protocol (see docs/evaluation.md)."""
 
     words: ClassVar[tuple[str, ...]] = ("auto",)
-    alone: ClassVar[bool] = True  # only tasks that need nothing but one model and the source
+    alone: ClassVar[bool] = True  # only tasks that need nothing but one model, the source and the run's teacher
 
     tasks: Literal["auto", "all"] | tuple[str, ...] = Field(
         "auto",
@@ -112,6 +113,9 @@ class EvaluationConfig(Config):
         4, ge=1, description="compositional: false texts that a sample's first caption is compared with, at most."
     )
     writing: WritingConfig = Field(default_factory=WritingConfig, description="How models that write are asked.")
+    drafting: DraftingConfig = Field(
+        default_factory=DraftingConfig, description="How drafts of a model that writes are measured."
+    )
 
     settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Settings of tasks that installed packages add, by the task's name."
@@ -131,7 +135,7 @@ class EvaluationConfig(Config):
 
     @model_serializer(mode="wrap")
     def _without_empty_settings(self, handler: Any) -> dict[str, Any]:
-        """An evaluation is written as it was before packages could add tasks, before models that write and negatives.
+        """An evaluation is written as it was before packages could add tasks, before models that write, and so on.
 
         So runs and comparisons of earlier versions are still found by what their configs hold.
         """
@@ -142,6 +146,8 @@ class EvaluationConfig(Config):
             del values["class_prompts"]
         if self.writing == WritingConfig():
             del values["writing"]
+        if self.drafting == DraftingConfig():
+            del values["drafting"]
         if self.negatives == type(self).model_fields["negatives"].default:
             del values["negatives"]
         return values

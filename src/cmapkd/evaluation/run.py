@@ -14,11 +14,12 @@ from cmapkd.evaluation.embed import OnBadSample, embed
 from cmapkd.evaluation.picture_ranks import PictureRanks
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.suite import evaluate_models
+from cmapkd.evaluation.tasks import TASKS
 from cmapkd.evaluation.writing import Writer
 from cmapkd.models.base import ImageEncoder, Model
 from cmapkd.models.generative import GenerativeModel
 
-__all__ = ["EvaluationConfig", "assist", "evaluate"]
+__all__ = ["EvaluationConfig", "assist", "evaluate", "with_reference", "without_reference"]
 
 
 def evaluate(
@@ -31,6 +32,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     ranks_file: str | Path | None = None,
     share: Share = ALONE,
+    reference: Model | None = None,
 ) -> dict[str, Any]:
     """Scores of `model` on `source`, ready for JSON; see `evaluate_models` for several, and for tasks that need more.
 
@@ -40,6 +42,7 @@ def evaluate(
         ranks_file: where ranks or scores by picture are written, see `PictureRanks` and, for models that write,
             `AnswerScore`; none is written if there are none.
         share: of several processes that compute together. This is the first; the others call `assist`.
+        reference: what tasks that compare with a first model compare with. This process alone measures these.
     Returns:
         `retrieval` (see `retrieval.retrieval`), `zero_shot` (see `zero_shot.zero_shot`), ..., those that were measured;
         `params`, the model's number of parameters, of which `params_borrowed`, if any, are another model's tower;
@@ -48,25 +51,57 @@ def evaluate(
         ConfigError: templates or class names that do not exist.
         ValueError: a task that was named cannot be measured on this source, or none can.
     """
+    config = config or EvaluationConfig()
     ranks: dict[str, PictureRanks] = {}
-    answers: dict[str, dict[str, AnswerScore]] = {}
-    with share:
-        scores = evaluate_models(
-            {"model": model},
-            source,
-            config,
-            device=device,
-            on_bad_sample=on_bad_sample,
-            autocast=autocast,
-            picture_ranks=None if ranks_file is None else ranks,
-            answer_scores=None if ranks_file is None else answers,
-            share=share,
+    answers: dict[str, AnswerScore] = {}
+    scores: dict[str, Any] = {}
+
+    def measured(models: dict[str, Model], tasks: EvaluationConfig, share: Share) -> None:
+        found: dict[str, dict[str, AnswerScore]] = {}
+        scores.update(
+            evaluate_models(
+                models,
+                source,
+                tasks,
+                device=device,
+                on_bad_sample=on_bad_sample,
+                autocast=autocast,
+                picture_ranks=None if ranks_file is None else ranks,
+                answer_scores=None if ranks_file is None else found,
+                share=share,
+            )["model"]
+            | scores
         )
+        answers.update(found.get("model", {}))
+
+    with share:
+        alone = config if reference is None else without_reference(config)
+        if alone is not None:
+            measured({"model": model}, alone, share)
+        if reference is not None and (beside := with_reference(config)) is not None:
+            measured({"reference": reference, "model": model}, beside, ALONE)
     if ranks_file is not None and ranks:
         ranks["model"].save(ranks_file)
     if ranks_file is not None and answers:
-        save_answer_scores(answers["model"], ranks_file)
-    return scores["model"]
+        save_answer_scores(answers, ranks_file)
+    return scores
+
+
+def with_reference(config: EvaluationConfig) -> EvaluationConfig | None:
+    """The named tasks that compare a model with a first one; None: there are none."""
+    return _some(config, True)
+
+
+def without_reference(config: EvaluationConfig) -> EvaluationConfig | None:
+    """Without the named tasks that compare a model with a first one; None: none is left."""
+    return _some(config, False)
+
+
+def _some(config: EvaluationConfig, compares: bool) -> EvaluationConfig | None:
+    if not isinstance(config.tasks, tuple):  # of their own these words mean no such task
+        return None if compares else config
+    tasks = tuple(name for name in config.tasks if TASKS[name].needs_reference is compares)
+    return config.model_copy(update={"tasks": tasks}) if tasks else None
 
 
 def assist(

@@ -223,6 +223,20 @@ def _unread(kind: type[Task], name: str, model: Model) -> str | None:
     return None
 
 
+def check_comparable(models: Mapping[str, Model], config: EvaluationConfig) -> None:
+    """Refuses named tasks that cannot measure these models beside each other, whatever the data.
+
+    Raises:
+        ConfigError: names the task, and why.
+    """
+    bench = Bench(config, torch.device("cpu"))
+    subjects = [Subject(name, model, bench) for name, model in models.items()]
+    for name, task in _wanted(config, models).items():
+        unread = (_unread(type(task), subject.name, subject.model) for subject in subjects)
+        if (why := next(filter(None, unread), None) or task.unlike(subjects)) is not None:
+            raise ConfigError(f"evaluation.tasks names {name}, which cannot be measured here: {why}")
+
+
 def _measurable(wanted: Mapping[str, Task], subjects: list[Subject], bench: Bench) -> dict[str, Task]:
     """The tasks that can be measured; refuses those that were named and cannot, before any takes long."""
     refused: dict[str, str] = {}

@@ -214,6 +214,20 @@ class Writer:
         )
 
 
+def read_by_all(
+    writers: Sequence[Writer], asked: Sequence[Asked], dialogues: Sequence[Dialogue]
+) -> Iterator[tuple[list[int], list[list[ChatItem]]]]:
+    """Batches of the dialogues that all models can read, each as every model reads it, with their places in `asked`.
+
+    Raises: as `Writer.computed`.
+    """
+    for chunks in zip(*(writer.chunks(asked, dialogues) for writer in writers), strict=True):
+        read = [dict(zip(places, items, strict=True)) for places, items in chunks]
+        common = [place for place in read[0] if all(place in other for other in read)]
+        if common:
+            yield common, [[of_model[place] for place in common] for of_model in read]
+
+
 def _answers(writer: Writer, items: Sequence[ChatItem], *, most: int) -> list[Written]:
     """Greedy, cut after `most` tokens."""
     model, answers = writer.model, list[Written]()

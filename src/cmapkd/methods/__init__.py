@@ -43,6 +43,7 @@ from cmapkd.methods.promptkd import PromptKD
 from cmapkd.methods.radio import Radio
 from cmapkd.methods.sft import SFT
 from cmapkd.methods.sgva_clip import SgvaClip
+from cmapkd.methods.specvlm import SpecVLM
 from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.supervised import Supervised
@@ -108,6 +109,7 @@ _OWN: dict[str, type[Method]] = {
     "move_kd": MoveKD,
     "masking_kd": MaskingKD,
     "masters": Masters,
+    "specvlm": SpecVLM,
 }
 
 METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)

@@ -117,10 +117,19 @@ def roll_out(
     return replace(batch, inputs=inputs, extra=extra), measured
 
 
-def passed_the_gate(part: Batch, device: torch.device) -> Bool[Tensor, " samples"] | None:
-    """In which samples of a part of the batch the teacher is followed; None: in all."""
+def followed(part: Batch, device: torch.device, *, own_alone: bool) -> Bool[Tensor, " samples"] | None:
+    """In which samples of a part of the batch the teacher is followed: those that passed the gate; None: in all.
+
+    Args:
+        own_alone: not in answers that the data give.
+    """
     passed: Tensor | None = part.extra.get(PASSED)
-    return None if passed is None else passed.to(device, non_blocking=True)
+    found = None if passed is None else passed.to(device, non_blocking=True)
+    own: Tensor | None = part.extra.get(ROLLED)
+    if not own_alone or own is None:
+        return found
+    own = own.to(device, non_blocking=True)
+    return own if found is None else own & found
 
 
 def _coin(step: StepInfo, sample_id: str) -> float:

@@ -16,7 +16,7 @@ from cmapkd.methods.byte_alignment import AlignedConfig, ByteAlignment
 from cmapkd.methods.byte_distance import ByteDistance
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeMethod, TopRequest
-from cmapkd.methods.rollouts import OnPolicyConfig, passed_the_gate
+from cmapkd.methods.rollouts import OnPolicyConfig, followed
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.shared_vocabulary import kept_of
@@ -168,10 +168,8 @@ class TokenKD(GenerativeMethod):
         rows, given = student.hidden["answer"], self.given(part)
         hard = soft = self.weigh(part, rows, wanted=given)
         if given is not None:
-            judged = passed_the_gate(part, self.device)
-            if self.divergence.reads_targets:
-                judged = ~given if judged is None else ~given & judged
-            soft = self.weigh(part, rows, wanted=judged)
+            wanted = followed(part, self.device, own_alone=self.divergence.reads_targets)
+            soft = self.weigh(part, rows, wanted=wanted)
         return self.losses(student, hard, teacher=teacher, divergence=self.divergence, soft=soft)
 
     @property

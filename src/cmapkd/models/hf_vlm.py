@@ -210,7 +210,7 @@ class HfVlm(GenerativeModel):
             temperature=how.temperature,
             top_p=how.top_p,
         )
-        with eval_mode(self), self._plain_generation(how):
+        with eval_mode(self), self.plain_generation(how):
             written = self.model.generate(**self._arguments(prompts), logits_processor=[choice])
         return [until_end(row, self.vocabulary.end_ids) for row in written[:, start:].tolist()]
 
@@ -274,6 +274,10 @@ class HfVlm(GenerativeModel):
             weights |= {name: own[name] for name in adapters}
         load_weights(self, weights, where=path)
 
+    def asked(self, inputs: ChatInput) -> dict[str, Tensor]:
+        """What transformers' `generate` is given of the prompts of `inputs`."""
+        return self._arguments(inputs.prompts())
+
     def _arguments(self, inputs: ChatInput, *, pixels: bool = True) -> dict[str, Tensor]:
         """What transformers' model reads. Without pixels, grids of pictures still say where visual tokens stand."""
         pictures = {
@@ -326,7 +330,7 @@ class HfVlm(GenerativeModel):
             raise ValueError(f"{self.name} has layers 0 to {len(self.text_levels) - 1}, no {wrong}")
 
     @contextmanager
-    def _plain_generation(self, how: Decoding) -> Iterator[None]:
+    def plain_generation(self, how: Decoding) -> Iterator[None]:
         """Without the settings of decoding that a hub's folder may bring, and without traces for the next forward."""
         from transformers import GenerationConfig
 

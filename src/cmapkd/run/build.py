@@ -24,6 +24,8 @@ from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import Source
 from cmapkd.data.views import ViewSpec, WholePictures, check_more_views
 from cmapkd.evaluation.probes.joint import JointHeads, build_heads
+from cmapkd.evaluation.run import with_reference
+from cmapkd.evaluation.suite import check_comparable
 from cmapkd.methods import AuxiliaryTerms, Method, build_method
 from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.generative import GenerativeMethod
@@ -105,7 +107,8 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
     """The student before its first step.
 
     Raises:
-        ConfigError: its weights are to be stored in half precision.
+        ConfigError: its weights are to be stored in half precision, or a task that is named compares it with its
+            teacher and cannot.
     """
     if config.student.dtype != "fp32":
         raise ConfigError(
@@ -117,7 +120,9 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
         prompting = prompting_of(config)
         whole = config.student.options.get("vocabulary") == "texts"  # then no token of a training text may be missed
         words = prompting.vocabulary(source, len(source)) if whole else prompting.vocabulary(source)
-        return build_model(config.student, captions=words, teacher=teacher)
+        student = build_model(config.student, captions=words, teacher=teacher)
+        _check_beside(config, student, teacher)
+        return student
     if config.student.vocabulary == "texts":  # then no token of a training text may be missed
         captions = training_texts(config, source)
     else:
@@ -126,7 +131,19 @@ def build_student(config: RunConfig, source: Source, teachers: Mapping[str, Froz
             captions = or_prompts(captions, config, source)
     student = build_model(config.student, captions=captions, teacher=teacher)
     _check_copies(config, student, teachers)
+    _check_beside(config, student, teacher)
     return student
+
+
+def _check_beside(config: RunConfig, student: Model, teacher: Model | None) -> None:
+    """Refuses, before the first step, tasks that cannot measure this student beside its teacher.
+
+    Raises:
+        ConfigError: names the task, and why.
+    """
+    beside = with_reference(config.evaluation)
+    if beside is not None and teacher is not None:
+        check_comparable({"teacher": teacher, "student": student}, beside)
 
 
 def _check_copies(config: RunConfig, student: Model, teachers: Mapping[str, FrozenTeacher]) -> None:

@@ -231,6 +231,12 @@ class RunConfig(Config):
                 f"evaluation.tasks names {', '.join(other)}, and method {self.method.name} trains a {reads.__name__}, "
                 f"which cannot be measured so: choose among {able}, or auto"
             )
+        beside = [name for name in tasks if TASKS[name].needs_reference] if isinstance(tasks, tuple) else []
+        if beside and self.teacher is None:
+            raise ValueError(
+                f"evaluation.tasks names {', '.join(beside)}, which compares with the teacher, and there is none: add "
+                "teacher: MODEL"
+            )
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.evaluation.config import EvaluationConfig
 from cmapkd.evaluation.headline import headlines
-from cmapkd.evaluation.run import assist, evaluate
+from cmapkd.evaluation.run import assist, evaluate, with_reference, without_reference
 from cmapkd.evaluation.share import ALONE, Share
 from cmapkd.evaluation.suite import count_parameters
 from cmapkd.evaluation.tasks import TASKS
@@ -185,9 +185,12 @@ def _evaluate(
     device: torch.device,
     ranks_file: Path | None = None,
     share: Share,
+    reference: Model | None = None,
 ) -> Scores:
     """Scores of a model, whose ranks by picture are written to `ranks_file`; none in processes that assist.
 
+    Args:
+        reference: what tasks that compare with a first model compare with; without it they are left out.
     Raises:
         OutOfMemory: says which settings take less, and whether they may change at a resume.
     """
@@ -197,7 +200,11 @@ def _evaluate(
         if not share.leads:
             assist(model.to(device), source, settings, **how)
             return {}
-        return evaluate(model.to(device), source, settings, ranks_file=ranks_file, **how)
+        left = settings if reference is not None else without_reference(settings)
+        if left is None:
+            with share:  # so that no other process waits for more
+                return count_parameters(model)
+        return evaluate(model.to(device), source, left, ranks_file=ranks_file, reference=reference, **how)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -251,18 +258,20 @@ def measure(
     todo = [] if judged is None else ["teacher"]
     todo += ["student"] + ([] if name is None else [name])
 
-    def scores(role: str, model: Model, ranks_file: Path | None = None) -> Scores:
+    def scores(role: str, model: Model, ranks_file: Path | None = None, reference: Model | None = None) -> Scores:
         if source is None:
             return count_parameters(model)
         size = num_measured(config, source)
         say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {counted(size, 'sample')} of {source.name}")
-        return _evaluate(model, source, config, device=device, ranks_file=ranks_file, share=share)
+        how: dict[str, Any] = {"device": device, "ranks_file": ranks_file, "share": share, "reference": reference}
+        return _evaluate(model, source, config, **how)
 
     teacher = teacher_scores
+    reference = reference_of(config, judged) if share.leads and source is not None else None
     if judged is not None:
         teacher, judged = scores("teacher", judged), None
-    student_scores = scores("student", student, out / RANKS)
-    baseline_scores = scores(str(name), load_model(baseline)) if baseline is not None else None
+    student_scores = scores("student", student, out / RANKS, reference)
+    baseline_scores = scores(str(name), load_model(baseline), None, reference) if baseline is not None else None
     if not share.leads:
         return {}
     return {
@@ -272,6 +281,17 @@ def measure(
         "baseline_name": name,
         "gap_closed": gap_closed(teacher, student_scores, baseline_scores),
     }
+
+
+def reference_of(config: RunConfig, built: Model | None = None) -> Model | None:
+    """The teacher, where a named task compares with it; else None.
+
+    Args:
+        built: the teacher, if somebody has built it.
+    """
+    if config.teacher is None or with_reference(config.evaluation) is None:
+        return None
+    return built or build_teacher(config.teacher)
 
 
 def baseline_name(config: RunConfig, baseline: Path | None) -> str | None:

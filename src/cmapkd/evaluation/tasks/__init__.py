@@ -10,6 +10,7 @@ from cmapkd.evaluation.tasks.captioning import Captioning
 from cmapkd.evaluation.tasks.compositional import Compositional
 from cmapkd.evaluation.tasks.describing import Describing
 from cmapkd.evaluation.tasks.detection import Detection
+from cmapkd.evaluation.tasks.drafting import Drafting
 from cmapkd.evaluation.tasks.efficiency import Efficiency
 from cmapkd.evaluation.tasks.generation import Generation
 from cmapkd.evaluation.tasks.linear import LinearProbe, Neighbours
@@ -43,6 +44,7 @@ TASKS: Registry[type[Task]] = Registry(
         "perplexity": Perplexity,
         "token_agreement": TokenAgreement,
         "generation": Generation,
+        "drafting": Drafting,
     },
     base=Task,
 )

@@ -50,7 +50,7 @@ class Task(ABC):
     reads: ClassVar[type[Model]] = DualEncoder  # type: ignore[type-abstract]  # the contract that a model must keep
     headline: ClassVar[Headline | None] = None
     columns: ClassVar[tuple[Column, ...]] = ()
-    alone: ClassVar[bool] = False  # needs one model and the source, nothing else: a run can end with it
+    alone: ClassVar[bool] = False  # a run can end with it: needs one model and the source, and no more than its teacher
     automatic: ClassVar[bool] = False  # part of tasks=auto
     needs_source: ClassVar[bool] = True
     needs_texts: ClassVar[bool] = True  # of a model that embeds: its text tower, unless it is a classifier

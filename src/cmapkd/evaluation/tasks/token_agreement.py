@@ -11,7 +11,7 @@ from cmapkd.evaluation.subject import Bench, Subject
 from cmapkd.evaluation.tasks.base import Column, Task
 from cmapkd.evaluation.tasks.perplexity import nothing_to_read
 from cmapkd.evaluation.token_scores import Agreement, token_agreement
-from cmapkd.evaluation.writing import NothingReadError
+from cmapkd.evaluation.writing import NothingReadError, read_by_all
 from cmapkd.models.generative import GenerativeModel
 
 
@@ -53,15 +53,11 @@ class TokenAgreement(Task):
         asked = references(bench.annotations, bench.how)
         bench.say(f"comparing {len(subjects)} models on {len(asked):,} references of {bench.scored.name}")
         sums, num_read = [Agreement() for _ in subjects], 0
-        dialogues = [each.dialogue for each in asked]
-        readings = [subject.writer.chunks(asked, dialogues) for subject in subjects]
-        for chunks in zip(*readings, strict=True):
-            read = [dict(zip(places, items, strict=True)) for places, items in chunks]
-            common = [place for place in read[0] if all(place in other for other in read)]
-            if common:
-                num_read += len(common)
-                found = _compare(subjects, [[of_model[place] for place in common] for of_model in read])
-                sums = [each.plus(more) for each, more in zip(sums, found, strict=True)]
+        writers = [subject.writer for subject in subjects]
+        for places, items in read_by_all(writers, asked, [each.dialogue for each in asked]):
+            num_read += len(places)
+            found = _compare(subjects, items)
+            sums = [each.plus(more) for each, more in zip(sums, found, strict=True)]
         if not num_read:
             raise NothingReadError(f"no dialogue of {bench.scored.name} could be read by all models")
         counts = {"num_references": num_read, "num_not_asked": len(asked) - num_read}

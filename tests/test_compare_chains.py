@@ -62,7 +62,7 @@ class Fake:
         (out / "metrics.json").write_text(json.dumps(metrics))
         return RunResult(out, metrics)
 
-    def score(self, model: Any, source: Any, config: RunConfig, ranks_file: Path | None = None) -> dict[str, Any]:
+    def score(self, model: Any, source: Any, config: RunConfig, *_: Any) -> dict[str, Any]:
         return {"zero_shot": {"top1": 10.0 * len(self.begun) + list(TASKS.values()).index(source) + config.seed}}
 
 

@@ -24,8 +24,8 @@ def gated_recurrence(
     u_t is v_t, which is the recurrence of Mamba-2 with x = v, B = k and C = q. With a `strength` b it is
     b_t (v_t − a_t S_{t-1}ᵀ k_t), the gated delta rule: what the state says of a key is replaced.
 
-    A token with log_decay 0 and v = 0 (or strength 0) leaves the state as it was. One token at a time, with the state of
-    the tokens before, gives what all tokens at once give.
+    A token with log_decay 0 and v = 0 (or strength 0) leaves the state as it was. One token at a time, each with the
+    state of those before, gives what all tokens at once give.
 
     Args:
         log_decay: <= 0, of each token.

@@ -1,4 +1,4 @@
-"""`LinearMixer`: linear attention with a state of constant size, in the place of a decoder layer's softmax attention."""
+"""`LinearMixer`: linear attention with a state of constant size, in the place of a layer's softmax attention."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ class LinearMixer(nn.Module):
         inputs = self._projected(hidden_states)
         if real is not None:
             inputs = inputs * real[..., None]
-        before = inputs.new_zeros(len(inputs), inputs.shape[2], self.taps.shape[2] - 1) if state is None else state.before
+        before = (
+            inputs.new_zeros(len(inputs), inputs.shape[2], self.taps.shape[2] - 1) if state is None else state.before
+        )
         whole = torch.cat([before.to(inputs.dtype), inputs.mT], dim=2)
         passed = F.silu(F.conv1d(whole, self.taps, self.shift, groups=len(self.taps))).mT
         sizes = [self.heads * self.head_width] + [self.groups * self.head_width] * 2

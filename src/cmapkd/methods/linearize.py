@@ -57,7 +57,7 @@ class Linearize(GenerativeMethod):
         trainable="new parts of converted layers; then queries, keys and values too; see the page for each form",
         departures=(
             "Mixers are plain torch. matvlm's is that of mmMamba: no skip D, and its gate stands behind the norm.",
-            "gated_delta begins with the attention's weights, its values as wide. Published: random, and twice as wide.",
+            "gated_delta begins with the attention's weights, values as wide. Published: random, values twice as wide.",
             "Kept layers keep their attention. InfiniteVL's attend to a window.",
             "Padding counts in no mean. MaTVLM's norm is of one dialogue, as each of its devices holds one.",
             "The divergence is of the answers' tokens. Published: of every place.",

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     "llava_kd": ("llava_kd", {}),
     "align_kd": ("align_kd", {"focus": 2}),
     "masters": ("masters", {}),
+    f"linearize{MICRO}": ("linearize", {"form": "matvlm"}),
     f"masking_kd{MICRO}": ("masking_kd", {"budget": 0.6}),
     f"move_kd{MICRO}": ("move_kd", {}),
     f"ola_vlm{MICRO}": ("ola_vlm", {"experts": {"teacher": {"target": 1.0}}}),

@@ -74,7 +74,7 @@ def test_recurrences_are_those_of_published_code() -> None:
     torch.testing.assert_close(plain, (numbers(delta["output"]), numbers(delta["state"])))
     gated = delta["gated"]
     found = gated_recurrence(*given, numbers(gated["log_decay"]), strength=strength, chunk=4)
-    expected = numbers(gated["output"]).transpose(1, 2), numbers(gated["state"])  # computed in float32
+    expected = numbers(gated["output"]), numbers(gated["state"])  # computed in float32
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_terms_are_the_sums_written_out(form: str) -> None:
     method.zero_grad()
     expected = by_hand(method, batch)
     torch.testing.assert_close(found["term/layers"], expected.detach(), rtol=1e-6, atol=1e-9)  # norms are of float32
-    (1000 if form != "matvlm" else 1) * expected.backward()
+    expected.backward()
     weight = 1 if form == "matvlm" else 1000
     wanted = {
         f"gradient/student.{name}": weight * each.grad

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vlm_support import MAKERS, chat, make_vlm
+from vlm_support import chat, make_vlm
 
 from cmapkd.config import ConfigError
 from cmapkd.models import Decoding, ModelConfig, build_model, load_model
@@ -60,7 +60,7 @@ def test_chunks_and_single_tokens_are_the_recurrence(delta: bool) -> None:
         )
         rows.append(row)
     torch.testing.assert_close((torch.cat(rows, 2), state), expected)
-    small = tuple(each[:1, :1, :5].detach().requires_grad_() for each in (*given, *([strength] if delta else [])))
+    small = tuple(each[:1, :1, :3].detach().requires_grad_() for each in (*given, *([strength] if delta else [])))
 
     def of(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *b: Tensor) -> Any:
         return gated_recurrence(q, k, v, a, strength=b[0] if b else None, chunk=2)
@@ -101,7 +101,7 @@ def test_new_parts_begin_near_nothing() -> None:
     torch.testing.assert_close({name: mixer.state_dict()[name] for name in before}, before)
     assert not mixer.step.weight.any()
     torch.testing.assert_close(F.softplus(mixer.step_bias), torch.full_like(mixer.step_bias, 0.001))
-    steps = F.softplus(LinearMixer(attention, "mamba2", layer=0, width=2).step_bias)
+    steps = F.softplus(LinearMixer(attention, "mamba2", layer=0, width=2).step_bias).detach()
     assert 0.001 <= float(steps.min()) <= float(steps.max()) <= 0.1
     values = F.silu(mixer.v_proj(states)).unflatten(-1, (-1, 8)).transpose(1, 2)
     keys, queries = (
@@ -120,7 +120,7 @@ def test_new_parts_begin_near_nothing() -> None:
     assert all(not torch.equal(fresh.state_dict()[name], each) for name, each in before.items())
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", ["llava", "smolvlm", "qwen2_5_vl", "qwen3_vl", "gemma3"])  # others are made of these
 def test_every_family_writes_what_it_would_be_taught(kind: str) -> None:
     """With a state and keys of kept layers, and padding on the left, as all at once and padded on the right."""
     layers, mixer = ([0], "mamba2") if kind != "llava" else ([0, 1], "gated_delta")  # the first counts the tokens

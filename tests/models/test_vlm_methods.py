@@ -100,7 +100,7 @@ def test_every_family_can_learn_from_image_encoders(kind: str) -> None:
             assert learned & student.parts["vision"], term
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3"])
 def test_layers_of_other_families_are_called_alike(kind: str) -> None:
     """The teacher's own layers, called again as they were called, give what they gave."""
     student, teacher = convert(make_vlm(kind), [1], mixer="mamba2", convolution=2), make_vlm(kind)

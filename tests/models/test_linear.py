@@ -60,7 +60,9 @@ def test_chunks_and_single_tokens_are_the_recurrence(delta: bool) -> None:
         )
         rows.append(row)
     torch.testing.assert_close((torch.cat(rows, 2), state), expected)
-    small = tuple(each[:1, :1, :3].detach().requires_grad_() for each in (*given, *([strength] if delta else [])))
+    small = tuple(
+        each[:1, :1, :3].detach().requires_grad_() for each in (*given, *([strength] if strength is not None else []))
+    )
 
     def of(q: Tensor, k: Tensor, v: Tensor, a: Tensor, *b: Tensor) -> Any:
         return gated_recurrence(q, k, v, a, strength=b[0] if b else None, chunk=2)
@@ -157,7 +159,7 @@ def test_the_state_does_not_grow() -> None:
 
 @pytest.mark.parametrize("assembled", [False, True])
 def test_it_is_saved_and_read_again(assembled: bool, tmp_path: Path) -> None:
-    tower = {"image": "tiny:scenes-teacher"} if assembled else {}
+    tower: dict[str, Any] = {"image": "tiny:scenes-teacher"} if assembled else {}
     source = make_writer(rows=0, layers=2, **tower).float()
     source.save(tmp_path / "source")
     options = {"layers": [1], "mixer": "gated_delta"}

@@ -24,7 +24,7 @@ class LayerCall:
 
     arguments: tuple[Any, ...] = ()
     named: Mapping[str, Any] = field(default_factory=dict)
-    output: Tensor | None = None
+    output: Any = None
 
     def of(self, layer: nn.Module, inside: Inside) -> Tensor:
         """What `layer` gives for these arguments, with gradient; of an attention it must be a `LinearMixer`."""

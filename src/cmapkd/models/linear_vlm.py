@@ -122,7 +122,7 @@ def convert(
         attention = getattr(found[number], "self_attn", None)
         made[number] = LinearMixer(attention, mixer, layer=number, width=convolution, seeded=seeded)
     for number, each in made.items():
-        found[number].self_attn = each  # type: ignore[assignment]
+        found[number].self_attn = each
     kind = LinearAssembledVlm if isinstance(model, AssembledVlm) else LinearVlm
     converted = kind(model.model, processor=model.processor, name=model.name)
     parts = () if seeded else ("mixer_inputs", "mixer_outputs")

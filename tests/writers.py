@@ -24,6 +24,7 @@ from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import FrozenTeacher, ModelConfig, build_model
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.linear_vlm import convert
 from cmapkd.models.reading import reader_of
 from cmapkd.training import OptimConfig, TrainConfig, Trainer
 from helpers import make_model
@@ -64,6 +65,26 @@ def make_writer(*, seed: int = 0, extra: int = 0, rows: int = 5, **options: Any)
         options: of `tiny_vlm`.
     """
     return copy.deepcopy(_made(seed, extra, rows, tuple({**STUDENT, **options}.items()))).double()
+
+
+def make_converted(**options: Any) -> Any:
+    """A student in float64 whose layers have linear attention, all off their neutral starts; see `make_writer`."""
+    shape = {key: options.pop(key) for key in ("layers", "mixer", "convolution", "seeded") if key in options}
+    model = make_writer(**{"layers": 2, **options})
+    torch.manual_seed(3)
+    numbers = shape.pop("layers", range(len(model.layers)))
+    converted = convert(model, [*numbers], **{"mixer": "mamba2", "convolution": 2, **shape})
+    with torch.no_grad():
+        for part in ("mixers", "mixer_inputs"):
+            for name in sorted(converted.parts[part]):
+                parameter = converted.get_parameter(name)
+                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return converted.eval()
+
+
+def make_student(name: str) -> Any:
+    """A student in float64 that this method takes."""
+    return make_converted() if name == "linearize" else make_writer()
 
 
 def make_judge(*, seed: int = 7, extra: int = 0, rows: int = 2, **options: Any) -> FrozenTeacher:
@@ -134,8 +155,10 @@ def make_task(
     """A method over models that write, in training; its teacher writes or embeds, as the method reads it."""
     kind = METHODS[name]
     config = kind.Config.from_mapping({"name": name, **settings})
-    student = student or make_writer()
-    if teacher is None and kind.uses_teacher:
+    student = student or make_student(name)
+    if teacher is None and name == "linearize":
+        teacher = FrozenTeacher(make_writer(seed=7, layers=len(student.layers)))
+    elif teacher is None and kind.uses_teacher:
         teacher = make_judge() if kind.learns_from is None else make_seer()
     torch.manual_seed(11)  # of modules that the method has of its own
     method = build_method(config, student=student, teacher=teacher, more_teachers=more_teachers)

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     "align_kd": ("align_kd", {"focus": 2}),
     "masters": ("masters", {}),
     f"specvlm{MICRO}": ("specvlm", {"reduction": "sample_mean"}),
+    f"linearize{MICRO}": ("linearize", {"form": "matvlm"}),
     f"masking_kd{MICRO}": ("masking_kd", {"budget": 0.6}),
     f"move_kd{MICRO}": ("move_kd", {}),
     f"ola_vlm{MICRO}": ("ola_vlm", {"experts": {"teacher": {"target": 1.0}}}),

@@ -14,6 +14,7 @@ from vlm_support import MAKERS, chat, make_vlm
 from cmapkd.config import ConfigError
 from cmapkd.data.types import Batch, ModelInput, TokenBatch
 from cmapkd.models import FrozenTeacher
+from cmapkd.models.linear_vlm import convert
 from cmapkd.models.tap_attention import MEAN
 from cmapkd.models.token_types import TokenNeeds
 from writers import loss_of, make_seer, make_task
@@ -97,3 +98,15 @@ def test_every_family_can_learn_from_image_encoders(kind: str) -> None:
             learned = {each for each, own in student.named_parameters() if own.grad is not None and own.grad.any()}
             assert torch.isfinite(found.value), term
             assert learned & student.parts["vision"], term
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3"])
+def test_layers_of_other_families_are_called_alike(kind: str) -> None:
+    """The teacher's own layers, called again as they were called, give what they gave."""
+    student, teacher = convert(make_vlm(kind), [1], mixer="mamba2", convolution=2), make_vlm(kind)
+    method: Any = make_task("linearize", student=student, teacher=FrozenTeacher(teacher), form="infinitevl")
+    inputs = chat(teacher)
+    batch = Batch(("a", "b", "c"), {"student": inputs, "teacher": inputs}, ("",) * 3)
+    call = method._ask(batch).calls[1]
+    torch.testing.assert_close(call.of(teacher.layers[1], "layer"), call.output)
+    assert all(torch.isfinite(term.value) for term in method(batch).values())

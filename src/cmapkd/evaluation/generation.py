@@ -48,8 +48,9 @@ def writing_costs(
 
     Returns:
         For each model `prefill_ms` a batch and `tokens_per_second` of the batch (median and quartiles over rounds);
-        `image_tokens` of the picture, `prompt_tokens` with them; `kv_bytes_per_token`, and `kv_bytes` of one dialogue
-        with its answer (None where the model does not tell its `cache_shape`); `peak_bytes` of weights and all that is
+        `image_tokens` of the picture, `prompt_tokens` with them; `kv_bytes_per_token`, `state_bytes` of linear
+        layers whatever the length, and `kv_bytes` of one dialogue with its answer, both together (None where the model
+        does not tell its `cache_shape`); `peak_bytes` of weights and all that is
         alive while the batch is written; `ratio` to the first model (`prefill_speed`, `decode_speed`, `kv_bytes`); and
         the settings.
     Raises:
@@ -87,7 +88,7 @@ def _examine(model: GenerativeModel, inputs: ChatInput, config: WritingCostConfi
     """Everything that needs no clock."""
     length = inputs.texts.ids.shape[1]
     shape, width = model.cache_shape, _bytes_per_number(model, inputs.texts.ids.device.type)
-    per_token = None if shape is None else shape.num_bytes(width)
+    per_token, state = (None, None) if shape is None else (shape.num_bytes(width), shape.state_bytes(width))
     tensors = [inputs.texts.ids, inputs.texts.mask, *inputs.pictures.values()]
     written: list[list[list[int]]] = []
     peak = peak_bytes(model, tensors, lambda: written.append(_write(model, inputs, config.new_tokens)))
@@ -100,7 +101,8 @@ def _examine(model: GenerativeModel, inputs: ChatInput, config: WritingCostConfi
         "image_tokens": int(inputs.visual[0].sum()),
         "prompt_tokens": length,
         "kv_bytes_per_token": per_token,
-        "kv_bytes": None if per_token is None else per_token * (length + config.new_tokens),
+        "state_bytes": state,
+        "kv_bytes": None if per_token is None or state is None else state + per_token * (length + config.new_tokens),
         "peak_bytes": peak,
         "batch_size": config.batch_size,
         "new_tokens": config.new_tokens,

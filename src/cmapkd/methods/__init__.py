@@ -29,6 +29,7 @@ from cmapkd.methods.dual import LABELS, DualEncoderMethod, task_loss
 from cmapkd.methods.fitnet import FitNet
 from cmapkd.methods.hinton import Hinton
 from cmapkd.methods.lelp import Lelp
+from cmapkd.methods.linearize import Linearize
 from cmapkd.methods.llava_kd import LlavaKD
 from cmapkd.methods.llava_mod import LLaVAMoD
 from cmapkd.methods.makd import Makd
@@ -110,6 +111,7 @@ _OWN: dict[str, type[Method]] = {
     "masking_kd": MaskingKD,
     "masters": Masters,
     "specvlm": SpecVLM,
+    "linearize": Linearize,
 }
 
 METHODS: Registry[type[Method]] = Registry("cmapkd.methods", _OWN, base=Method)

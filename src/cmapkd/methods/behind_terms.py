@@ -14,16 +14,20 @@ from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.reach import example_encoded, example_rows, example_visual_tokens, last_matrix_behind
 
-Made = Literal["encoded", "projected", "attention", "layers", "states", "logits"]
-"""What a term is made of: the vision tower's tokens, projected tokens, attention maps, states of layers, final states,
-or logits."""
+Made = Literal["encoded", "projected", "attention", "layers", "mixed", "mixers", "states", "logits"]
+"""What a term is made of: the vision tower's tokens, projected tokens, attention maps, states of layers, what converted
+layers mix of a teacher's states, or make of them, final states, or logits."""
 
+_MIXERS = ("mixers", "mixer_inputs", "mixer_outputs")  # of a `linear:` student; others have no such parts
+_LANGUAGE = ("vision", "projector", "embeddings", "language", "adapters", *_MIXERS)
 _PARTS: Mapping[Made, tuple[str, ...]] = {
     "encoded": ("vision",),
     "projected": ("vision", "projector"),
-    "attention": ("vision", "projector", "embeddings", "language", "adapters"),
-    "layers": ("vision", "projector", "embeddings", "language", "adapters"),
-    "states": ("vision", "projector", "embeddings", "language", "adapters"),
+    "attention": _LANGUAGE,
+    "layers": _LANGUAGE,
+    "mixed": _MIXERS[:2],
+    "mixers": _MIXERS,
+    "states": _LANGUAGE,
 }
 _EXAMPLES = {"encoded": example_encoded, "projected": example_visual_tokens, "states": example_rows}
 

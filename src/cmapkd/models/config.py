@@ -20,7 +20,8 @@ def _own(*names: str) -> dict[str, Any]:
 
 
 FAMILIES: Registry[Any] = Registry(
-    _GROUP, _own("open_clip", "hf", "timm", "tiny", "parts", "pictures", "classifier", "onnx", "tiny_vlm", "vlm")
+    _GROUP,
+    _own("open_clip", "hf", "timm", "tiny", "parts", "pictures", "classifier", "onnx", "tiny_vlm", "vlm", "linear"),
 )
 """Families by the name before the colon. A package adds one by an entry point of the group `cmapkd.models`."""
 

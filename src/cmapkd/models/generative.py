@@ -48,15 +48,21 @@ class CacheShape:
         layers: that keep them.
         heads: of keys and values, in each layer.
         width: numbers of one key, and of one value.
+        state: numbers that further layers keep of a dialogue, however long it is.
     """
 
     layers: int
     heads: int
     width: int
+    state: int = 0
 
     def num_bytes(self, bytes_per_number: int) -> int:
         """Of one token, visual or not."""
         return 2 * self.layers * self.heads * self.width * bytes_per_number
+
+    def state_bytes(self, bytes_per_number: int) -> int:
+        """Of one dialogue, beside its tokens; states are kept in float32 at least."""
+        return self.state * max(4, bytes_per_number)
 
 
 class ChatProcessor(ChatProcessing):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from cmapkd.models.hf_tokenizer import (
     load_tokenizer,
     pad_on_the_right,
 )
+from cmapkd.models.hf_vlm import HfVlm
 from cmapkd.models.hf_vlm_build import HfVlmOptions, check_library
 from cmapkd.models.hf_vlm_build import assemble as assemble_vlm
 from cmapkd.models.hub import hub_options, locate
@@ -84,6 +85,20 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model
         return assemble_vlm(str(folder), model, kept, {}, name, scratch=False)
     options = HfOptions(context_length=stored["context_length"])
     return _assemble(str(folder), model, options, {}, name, scratch=False)
+
+
+def blank(folder: Path, options: Mapping[str, Any], name: str) -> HfVlm:
+    """A model that writes, of a folder with config and processor, with random weights.
+
+    Args:
+        options: `max_tokens` of its dialogues.
+    """
+    from transformers import GenerationConfig
+
+    model = _scratch(_config(str(folder), True, {}, name))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    kept = HfVlmOptions(max_tokens=options["max_tokens"])
+    return assemble_vlm(str(folder), model, kept, {}, name, scratch=False)
 
 
 def _config(source: str, local: bool, fetching: dict[str, Any], where: str) -> Any:

@@ -64,6 +64,11 @@ class HfVlm(GenerativeModel):
         return self.model.model.get_submodule(self.layout.language)
 
     @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The language model's decoder layers, in their order."""
+        return tuple(blocks_of(self._language))
+
+    @property
     def _projector(self) -> Any:
         return self.model.model.get_submodule(self.layout.projector[0])
 
@@ -167,8 +172,7 @@ class HfVlm(GenerativeModel):
         blocks = [name for name in needs.levels if name in widths]
         projected = needs.projected or "projector" in needs.levels
         with ExitStack() as hooks:
-            language = blocks_of(self._language)
-            kept = hooks.enter_context(outputs({name: language[_number(name)] for name in layers}))
+            kept = hooks.enter_context(outputs({name: self.layers[_number(name)] for name in layers}))
             shown = hooks.enter_context(self._vision_outputs(blocks))
             if seen is not None:
                 hooks.enter_context(feeding(self._language, inputs.visual, seen.tokens.values, seen.deeper))

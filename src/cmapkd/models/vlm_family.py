@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,13 @@ def assembled(
 
 def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model:  # noqa: ARG001
     """A folder that `AssembledVlm.save` wrote; needs no network."""
-    name, options = str(description["name"]), description["options"]
+    model = blank(folder, description["options"], str(description["name"]))
+    load_weights(model, read_weights(folder / WEIGHTS), where=folder)
+    return model
+
+
+def blank(folder: Path, options: Mapping[str, Any], name: str) -> AssembledVlm:
+    """A model with the settings that `AssembledVlm.write_settings` wrote and returned, and with random weights."""
     vision = VisualTokens(rebuild_image_tower(options["image"], folder), str(options["level"]))
     language = rebuild_language(folder / LANGUAGE)
     kind: ProjectorKind = "mlp" if options["projector"] == "mlp" else "linear"
@@ -103,9 +109,7 @@ def load(folder: Path, description: dict[str, Any], load_model: Loader) -> Model
     picture = native.tokenizer.convert_tokens_to_ids(native.image_token)
     whole = joined(vision, projector, language, picture)
     processor = processor_of(native, whole.config, name=name, max_tokens=int(options["max_tokens"]))
-    model = _finished(whole, processor, name)
-    load_weights(model, read_weights(folder / WEIGHTS), where=folder)
-    return model
+    return _finished(whole, processor, name)
 
 
 def _finished(whole: Any, processor: HfChatProcessor, name: str) -> AssembledVlm:

@@ -56,13 +56,7 @@ class AssembledVlm(HfVlm):
 
     def write(self, folder: Path) -> None:
         """Ours: one weight file, the config of each part, and transformers' processor. Adapters are merged."""
-        projector: Projector = self.model.model.multi_modal_projector
-        options = {
-            "image": self.vision.tower.describe(),
-            "level": self.vision.level,
-            "projector": projector.kind,
-            "max_tokens": self.processor.max_tokens,
-        }
+        options = self.write_settings(folder)
         with merged(self.model):
             weights = self.state_dict()
             if self.tied:
@@ -70,9 +64,19 @@ class AssembledVlm(HfVlm):
             write_model_folder(folder, family="vlm", name=self.name, options=options, weights=weights)
         if adapters_of(self.model):
             write_adapters(self.model, folder / "adapters", base=self.name)
+
+    def write_settings(self, folder: Path) -> dict[str, Any]:
+        """All but the weights. What it returns must be kept too: `vlm_family.blank` needs both."""
+        projector: Projector = self.model.model.multi_modal_projector
         self.vision.tower.save_config(folder)
         save_language(self._language.config, self.model.generation_config, folder / LANGUAGE)
         self.processor.native.save_pretrained(folder / PROCESSOR)
+        return {
+            "image": self.vision.tower.describe(),
+            "level": self.vision.level,
+            "projector": projector.kind,
+            "max_tokens": self.processor.max_tokens,
+        }
 
     @property
     def tied(self) -> bool:

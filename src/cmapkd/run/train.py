@@ -299,6 +299,8 @@ def _sizes(model: Model) -> str:
     if isinstance(model, DualEncoder):
         words = sum(table.weight.numel() for table in word_tables(model, model.tokenizer.vocab_size))
         shown += f", of which {words:,} are its table of words" if words and towers.get("text") else ""
+    if converted := sum(count for part, count in towers.items() if part.startswith("mixer")):
+        shown += f", {converted:,} in converted attention"
     if towers.get("adapters"):
         shown += f"; and {towers['adapters']:,} in adapters beside them"
     return f"{model.num_parameters():,} parameters ({shown})"

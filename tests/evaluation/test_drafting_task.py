@@ -86,7 +86,7 @@ def test_a_text_that_differs_is_told_of_with_its_distance(
     wrong = Drafted([*own[:2], other, *own[3:]], 2, 4, 3)
     monkeypatch.setattr("cmapkd.evaluation.drafting.write_with_draft", lambda *_, **__: wrong)
     (found,) = compare_texts(teacher, inputs, [(teacher, inputs)], how, proposals=2)
-    logits = teacher.model(**teacher._arguments(inputs.with_answers([own]))).logits[0].detach()
+    logits = teacher.model(**teacher.arguments(inputs.with_answers([own]))).logits[0].detach()
     row = logits[inputs.prompts().texts.ids.shape[1] + 1]
     assert found.gap == pytest.approx(float(row[own[2]] - row[other]), abs=1e-4)
 

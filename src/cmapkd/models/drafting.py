@@ -105,7 +105,7 @@ def write_with_draft(
         raise ValueError(f"one dialogue is written at a time, not {len(inputs)} and {len(draft_inputs)}")
     if proposals < 1 or how.temperature > 0 or how.min_new_tokens:
         raise ValueError(f"a draft proposes 1 token or more, greedily, to the end of an answer: {proposals}, {how}")
-    prompt = teacher.asked(inputs)
+    prompt = teacher.arguments(inputs.prompts())
     start = prompt["input_ids"].shape[1]
     proposing = _Proposals(draft, draft_inputs, start, how, proposals, teacher.vocabulary.size)
     choice = _choice(teacher, how, start, teacher.vocabulary.size)
@@ -154,7 +154,7 @@ class _Proposals:
 
         self.draft, self.start, self.how, self.most = draft, start, how, most
         self.passes = self.proposed = self.accepted = 0
-        self._prompt = draft.asked(inputs)
+        self._prompt = draft.arguments(inputs.prompts())
         own_start = self._prompt["input_ids"].shape[1]
         self._choice = _choice(draft, how, own_start, min(size, draft.vocabulary.size))
         self._cache = DynamicCache(config=draft.model.config.get_text_config(decoder=True))

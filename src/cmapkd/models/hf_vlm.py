@@ -133,7 +133,7 @@ class HfVlm(GenerativeModel):
         return Seen(Rows(tokens, sample, place))
 
     def see(self, inputs: ChatInput) -> Seen:
-        pictures = {name: rows for name, rows in self._arguments(inputs).items() if name in inputs.pictures}
+        pictures = {name: rows for name, rows in self.arguments(inputs).items() if name in inputs.pictures}
         sample, place = visual_places(inputs.visual)
         if not pictures:
             width = self.image_levels[-1].width
@@ -180,7 +180,7 @@ class HfVlm(GenerativeModel):
             given = hooks.enter_context(given_to(self._projector if needs.encoded else None))
             tap = attention_of(self._language, needs.attention, mean=needs.attention_mean, hidden=needs.hidden)
             maps = hooks.enter_context(tap)
-            arguments = self._arguments(inputs, pixels=seen is None)
+            arguments = self.arguments(inputs, pixels=seen is None)
             states = self.model.model(**arguments, use_cache=False).last_hidden_state
         if self.text_levels[-1].name in layers:
             kept[self.text_levels[-1].name] = states  # after the final norm
@@ -215,7 +215,7 @@ class HfVlm(GenerativeModel):
             top_p=how.top_p,
         )
         with eval_mode(self), self.plain_generation(how):
-            written = self.model.generate(**self._arguments(prompts), logits_processor=[choice])
+            written = self.model.generate(**self.arguments(prompts), logits_processor=[choice])
         return [until_end(row, self.vocabulary.end_ids) for row in written[:, start:].tolist()]
 
     def write(self, folder: Path) -> None:
@@ -278,11 +278,7 @@ class HfVlm(GenerativeModel):
             weights |= {name: own[name] for name in adapters}
         load_weights(self, weights, where=path)
 
-    def asked(self, inputs: ChatInput) -> dict[str, Tensor]:
-        """What transformers' `generate` is given of the prompts of `inputs`."""
-        return self._arguments(inputs.prompts())
-
-    def _arguments(self, inputs: ChatInput, *, pixels: bool = True) -> dict[str, Tensor]:
+    def arguments(self, inputs: ChatInput, *, pixels: bool = True) -> dict[str, Tensor]:
         """What transformers' model reads. Without pixels, grids of pictures still say where visual tokens stand."""
         pictures = {
             name: (rows.to(self.model.dtype) if rows.is_floating_point() else rows)

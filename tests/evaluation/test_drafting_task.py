@@ -161,7 +161,7 @@ def test_other_tasks_are_measured_once_and_alone(models: dict[str, Any], tmp_pat
         models["student"], source, config, device="cpu", reference=models["teacher"], ranks_file=file, share=Told()
     )
     assert found["perplexity"]["num_references"] > 0
-    assert found["drafting"]["teacher"] == "reference"
+    assert found["drafting"]["teacher"] == "teacher"
     assert {*load_answer_scores(file)} >= {"drafting.passes_per_token", "perplexity.bits_per_byte"}
     assert [each.tasks for each in (with_reference(config), without_reference(config)) if each] == [
         ("drafting",),

@@ -79,7 +79,7 @@ def evaluate(
         if alone is not None:
             measured({"model": model}, alone, share)
         if reference is not None and (beside := with_reference(config)) is not None:
-            measured({"reference": reference, "model": model}, beside, ALONE)
+            measured({"teacher": reference, "model": model}, beside, ALONE)
     if ranks_file is not None and ranks:
         ranks["model"].save(ranks_file)
     if ranks_file is not None and answers:

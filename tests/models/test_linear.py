@@ -17,7 +17,7 @@ from cmapkd.models.gated_recurrence import gated_recurrence
 from cmapkd.models.linear_mixer import LinearMixer, MixerState, real_tokens
 from cmapkd.models.linear_vlm import LinearAssembledVlm, LinearVlm, convert
 from cmapkd.models.token_types import TokenNeeds
-from writers import make_converted, make_writer
+from writers import make_converted, make_task, make_writer
 
 KINDS = ("mamba2", "gated_delta")
 
@@ -208,7 +208,8 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
         convert(converted, [0], mixer="mamba2", convolution=2)
     with pytest.raises(ValueError, match=r"layers 0, 1 of .* have linear attention"):
         converted._check(TokenNeeds(attention_mean=True))
-    assert converted.attention_heads is None
+    with pytest.raises(ConfigError, match="computes attention by sdpa, and without softmax in layers 0, 1"):
+        make_task("masking_kd", student=converted)
     odd = make_writer()
     odd.layers[0].self_attn.q_proj = nn.Sequential()
     with pytest.raises(ConfigError, match="layer 0 has a Qwen2Attention, without plain linear layers q_proj"):

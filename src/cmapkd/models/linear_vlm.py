@@ -61,6 +61,10 @@ class LinearVlm(HfVlm):
         return replace(whole, layers=whole.layers - len(mixers), state=state)
 
     @property
+    def attention(self) -> str:
+        return f"{super().attention}, and without softmax in layers {', '.join(map(str, self.mixers))}"
+
+    @property
     def attention_heads(self) -> None:
         return None
 

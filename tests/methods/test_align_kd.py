@@ -58,7 +58,7 @@ class Alone:
         net = model.model
         net.set_attn_implementation("eager")
         try:
-            output = net(**model._arguments(inputs), output_attentions=True)
+            output = net(**model.arguments(inputs), output_attentions=True)
         finally:
             net.set_attn_implementation("sdpa")
         self.logits = output.logits[0, :, : model.vocabulary.size]
@@ -96,7 +96,7 @@ def written_out(method: AlignKD, batch: Batch) -> dict[str, Tensor]:
             if config.positions == "all":
                 head = judge.model.model.lm_head.weight[:size]
                 with torch.no_grad():
-                    states = judge.model.model.model(**judge.model._arguments(teacher.rows([number])))
+                    states = judge.model.model.model(**judge.model.arguments(teacher.rows([number])))
                     seen = coarser(states.last_hidden_state[0][theirs.visual]) @ head.T
                 pairs += list(zip(own.logits[own.visual], seen, strict=True))
             mapped = method.map_tokens(coarser(theirs.seen))

@@ -99,7 +99,7 @@ def by_hand(method: Any, batch: Any) -> Tensor:
     for item in batch.inputs["teacher"].items():
         inputs = replace(batch.inputs["teacher"], **_alone(item))
         with torch.no_grad():
-            whole = teacher.model.model(**teacher._arguments(inputs), output_hidden_states=True)
+            whole = teacher.model.model(**teacher.arguments(inputs), output_hidden_states=True)
         length = len(item.ids)
         places += length
         turned = teacher._language.rotary_emb(whole.hidden_states[0], torch.arange(length)[None])

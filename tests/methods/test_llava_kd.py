@@ -62,7 +62,7 @@ def seen_by(model: Any, inputs: Any, level: str) -> list[tuple[Tensor, Tensor]]:
     found = []
     for number in range(len(inputs)):
         alone = inputs.rows([number])
-        states = model.model.model(**model._arguments(alone)).last_hidden_state[0][alone.visual[0]]
+        states = model.model.model(**model.arguments(alone)).last_hidden_state[0][alone.visual[0]]
         fed = states
         if level == "projector" and len(states):
             fed = model.model.model.get_image_features(alone.pictures["pixel_values"], return_dict=True).pooler_output

@@ -193,7 +193,7 @@ def test_odds_are_those_of_the_first_token() -> None:
         for odds, question in zip(row, questions, strict=True):
             item = writer.processor.read((Turn("user", question, 1), Turn("assistant", "yes")), [image])
             inputs = join_items([item], writer.processor.pad_id)
-            logits = writer.model(**writer._arguments(inputs)).logits[0, int(inputs.answer[0].nonzero()[0]) - 1]
+            logits = writer.model(**writer.arguments(inputs)).logits[0, int(inputs.answer[0].nonzero()[0]) - 1]
             begin = writer.processor.encode_answer
             heads = {word: {begin(each)[0] for each in (word, word.title())} for word in ("yes", "no")}
             ways = (heads["yes"] - heads["no"], heads["no"] - heads["yes"])

@@ -76,7 +76,7 @@ def hidden_by_hand(task: Any, batch: Any, place: int) -> set[tuple[int, int]]:
     model = task.student.model
     before = model.model.language_model.config._attn_implementation
     model.model.language_model.config._attn_implementation = "eager"
-    output = model(**task.student._arguments(alone), output_attentions=True)
+    output = model(**task.student.arguments(alone), output_attentions=True)
     model.model.language_model.config._attn_implementation = before
     attention = torch.stack([layer[0].mean(0) for layer in output.attentions]).mean(0)
     answers = alone.answer[0].nonzero().flatten().tolist()
@@ -110,7 +110,7 @@ def masked_logits(task: Any, batch: Any, place: int, hidden: set[tuple[int, int]
     for query, key in hidden:
         seen[query, key] = False
     mask = torch.zeros(1, 1, length, length, dtype=torch.float64).masked_fill(~seen, -1e300)
-    model, arguments = task.student.model, task.student._arguments(alone)
+    model, arguments = task.student.model, task.student.arguments(alone)
     words = model.get_input_embeddings()(alone.texts.ids)
     if "pixel_values" in arguments:
         pictures = model.model.get_image_features(

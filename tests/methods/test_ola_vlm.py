@@ -114,7 +114,7 @@ def written_out(task: Any, batch: Any) -> dict[str, Tensor]:
         if not alone.visual.any():
             continue
         number += 1
-        states = student.model.model(**student._arguments(alone), output_hidden_states=True)
+        states = student.model.model(**student.arguments(alone), output_hidden_states=True)
         read = alone.texts.mask[0].clone()
         read[-1] = False  # the last token predicts nothing
         for layer, head in enumerate(task.heads["teacher"]):

@@ -84,7 +84,7 @@ def _states(model: Any, alone: Any) -> Tensor:
     """What the head is given behind the tokens before each of the answer's, from the library's own forward pass."""
     given: list[Tensor] = []
     hook = model.model.lm_head.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
-    model.model(**model._arguments(alone))
+    model.model(**model.arguments(alone))
     hook.remove()
     return given[0][0][alone.answer[0].nonzero().flatten() - 1]
 

@@ -16,7 +16,7 @@ def rows_of(model: Any, inputs: ChatInput, size: int | None = None) -> list[tupl
     found = []
     for number in range(len(inputs)):
         alone = inputs.rows([number])
-        logits = model.model(**model._arguments(alone)).logits[0, :, : size or model.vocabulary.size]
+        logits = model.model(**model.arguments(alone)).logits[0, :, : size or model.vocabulary.size]
         places = alone.answer[0].nonzero().flatten()
         found.append((logits[places - 1], alone.texts.ids[0][places].tolist()))
     return found

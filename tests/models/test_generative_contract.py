@@ -41,7 +41,7 @@ def test_cross_entropy_of_the_rows_is_the_librarys_loss(model: HfVlm) -> None:
     batch = chat(model)
     found = model(batch)
     labels = batch.texts.ids.masked_fill(~batch.answer, -100)
-    output = model.model(**model._arguments(batch), labels=labels)
+    output = model.model(**model.arguments(batch), labels=labels)
     rows = found.hidden["answer"]
     logits = F.linear(rows.values, model.model.lm_head.weight)  # the library's loss counts the padded rows too
     torch.testing.assert_close(F.cross_entropy(logits, found.targets), output.loss)

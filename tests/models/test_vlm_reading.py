@@ -77,7 +77,7 @@ def test_levels_are_the_librarys_hidden_states(model: HfVlm) -> None:
     batch = chat(model)
     names = [f"{kind}.{number}" for kind in ("blocks", "layers") for number in (0, 1)]
     found = model(batch, TokenNeeds(EVERYWHERE, tuple(names)))
-    states = model.model.model(**model._arguments(batch), use_cache=False, output_hidden_states=True).hidden_states
+    states = model.model.model(**model.arguments(batch), use_cache=False, output_hidden_states=True).hidden_states
     for number in (0, 1):
         rows = found.levels[f"layers.{number}"]["answer"]
         torch.testing.assert_close(rows.values, states[number + 1][rows.sample, rows.place])
@@ -101,7 +101,7 @@ def test_attention_maps_are_those_of_eager_and_logits_those_of_sdpa(model: HfVlm
     assert found.attention.keys() == {1}
     model.model.set_attn_implementation("eager")
     try:
-        maps = model.model.model(**model._arguments(batch), use_cache=False, output_attentions=True).attentions
+        maps = model.model.model(**model.arguments(batch), use_cache=False, output_attentions=True).attentions
     finally:
         model.model.set_attn_implementation("sdpa")
     real = batch.texts.mask[:, None, :, None].expand_as(maps[1])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.methods import StepInfo
+from cmapkd.methods.behind_terms import MIXERS
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.gated_recurrence import gated_recurrence
@@ -221,6 +222,21 @@ def test_teachers_in_half_precision_and_terms_without_layers() -> None:
     assert "leave sharding out" in str(method.why_whole([]))
 
 
+def test_whatever_learns_of_the_mixers_stands_behind_all_terms() -> None:
+    method: Any = make_task("linearize", form="matvlm")
+    behind = method.shared_parameters()
+    for part in ("mixers", "mixer_inputs"):
+        assert {f"{number}" for number in method.numbers} == {
+            next(word for word in name.split(".") if word.isdigit())
+            for name in behind.keys() & method.student.parts[part]
+        }
+
+
+@pytest.mark.parametrize("name", ["llava_kd", "ola_vlm", "move_kd"])
+def test_the_last_stage_of_other_methods_trains_converted_layers(name: str) -> None:
+    assert {*MIXERS} <= {*make_task(name).default_stages[-1].train}
+
+
 def test_what_does_not_fit_is_refused() -> None:
     for models, settings, message in (
         (
@@ -238,9 +254,14 @@ def test_what_does_not_fit_is_refused() -> None:
         ({}, {"form": "mamba"}, "form"),
         ({}, {"layers_weight": 0}, "layers_weight"),
         ({}, {"distill_weight": 0, "temperature": 2.0}, "nothing reads temperature"),
+        ({}, {"distill_weight": 0, "reduction": "token_mean"}, "nothing reads reduction"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_task("linearize", **models, **settings)
+    tokens = [StageConfig(name="a", share=1.0, terms=("distillation",), train=MIXERS)]
+    for name, value in (("targets", "shuffled"), ("layers_weight", 5.0)):
+        with pytest.raises(ConfigError, match=f"no stage has the term layers, so method.{name} is not read"):
+            make_task("linearize", **{name: value}).check_stages(tokens)
     method: Any = make_task("linearize")
     with pytest.raises(ConfigError, match="the term layers trains the student's mixers or mixer_inputs, and nothing"):
         method.check_stages([StageConfig(name="a", share=1.0, train=("mixer_outputs", "projector"))])

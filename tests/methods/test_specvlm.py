@@ -18,7 +18,7 @@ from cmapkd.models import FrozenTeacher
 from cmapkd.objectives.embedding_targets import embedding_distance
 from cmapkd.objectives.tokens import TokenDivergence
 from cmapkd.run.config import RunConfig
-from writers import assert_same, batch_of, make_judge, make_other, make_task, make_writer, results
+from writers import assert_same, batch_of, make_converted, make_judge, make_other, make_task, make_writer, results
 
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures/specvlm.json").read_text())
 
@@ -166,6 +166,7 @@ def test_settings_that_train_no_draft_are_refused(settings: dict[str, Any], mess
             lambda: make_judge(extra=3),
             r"must know every token that the teacher writes, under the same number, and has \d+ tokens",
         ),
+        (lambda: FrozenTeacher(make_converted()), "has linear attention, whose state cannot take tokens back"),
         (lambda: FrozenTeacher(make_writer(seed=5)), r"a draft must be smaller.*fewer layers"),
     ],
 )

@@ -13,7 +13,7 @@ from vlm_support import chat, make_vlm
 from cmapkd.data.dialogues import ChatInput, join_items
 from cmapkd.models.drafting import Drafted, why_no_draft, write_with_draft
 from cmapkd.models.generative import Decoding
-from writers import Dialogues, make_judge, make_other, make_writer
+from writers import Dialogues, make_converted, make_judge, make_other, make_writer
 
 
 def shaken(model: Any, scale: float) -> Any:
@@ -111,4 +111,6 @@ def test_what_cannot_be_written_so_is_refused() -> None:
         write_with_draft(teacher, make_other().model, one, one, greedy, proposals=3)
     assert why_no_draft(teacher, make_writer(extra=2)) is None  # which knows more
     assert "load it twice" in str(why_no_draft(teacher, teacher))
+    for models in ((make_converted(), draft), (teacher, make_converted())):  # rejected tokens stay in their state
+        assert "has linear attention, whose state cannot take tokens back" in str(why_no_draft(*models))
     assert "must know every token" in str(why_no_draft(make_judge(extra=2).model, draft))

@@ -18,15 +18,15 @@ Made = Literal["encoded", "projected", "attention", "layers", "mixed", "mixers",
 """What a term is made of: the vision tower's tokens, projected tokens, attention maps, states of layers, what converted
 layers mix of a teacher's states, or make of them, final states, or logits."""
 
-_MIXERS = ("mixers", "mixer_inputs", "mixer_outputs")  # of a `linear:` student; others have no such parts
-_LANGUAGE = ("vision", "projector", "embeddings", "language", "adapters", *_MIXERS)
+MIXERS = ("mixers", "mixer_inputs", "mixer_outputs")  # of a `linear:` student; others have no such parts
+_LANGUAGE = ("vision", "projector", "embeddings", "language", "adapters", *MIXERS)
 _PARTS: Mapping[Made, tuple[str, ...]] = {
     "encoded": ("vision",),
     "projected": ("vision", "projector"),
     "attention": _LANGUAGE,
     "layers": _LANGUAGE,
-    "mixed": _MIXERS[:2],
-    "mixers": _MIXERS,
+    "mixed": MIXERS[:2],
+    "mixers": (*MIXERS, "language"),
     "states": _LANGUAGE,
 }
 _EXAMPLES = {"encoded": example_encoded, "projected": example_visual_tokens, "states": example_rows}

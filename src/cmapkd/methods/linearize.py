@@ -119,9 +119,16 @@ class Linearize(GenerativeMethod):
         return super().why_whole(stages)
 
     def shared_parameters(self) -> Mapping[str, nn.Parameter]:
-        """The values' projection of the last converted layer, which stands behind all terms."""
-        values = self.student.mixers[self.numbers[-1]].v_proj.weight
-        return {name: each for name, each in self.student.named_parameters() if each is values}
+        """Values and gates of all converted layers, which stand behind all terms."""
+        mixers = self.student.mixers.values()
+        behind = {id(each.weight) for mixer in mixers for each in (mixer.v_proj, mixer.gate)}
+        return {name: each for name, each in self.student.named_parameters() if id(each) in behind}
+
+    def check_stages(self, stages: Sequence[StageConfig]) -> None:
+        super().check_stages(stages)
+        idle = "targets" if self.config.targets != "own" else "layers_weight" if self.config.layers_weight else None
+        if idle is not None and not any(stage.wants_term("layers") for stage in stages or self.default_stages):
+            raise ConfigError(f"no stage has the term layers, so method.{idle} is not read: leave it out")
 
     def sums(self, part: Batch, student: TokenFeatures, teacher: TokenFeatures | None) -> dict[str, Counted]:
         weighed = self.weigh(part, student.hidden["answer"])

@@ -20,7 +20,7 @@ from cmapkd.methods.generative import Counted
 from cmapkd.methods.rollouts import followed
 from cmapkd.methods.token_kd import TokenKD, TokenKDConfig
 from cmapkd.models import FrozenTeacher
-from cmapkd.models.drafting import why_other_tokens
+from cmapkd.models.drafting import why_other_tokens, why_state
 from cmapkd.models.generative import GenerativeModel
 from cmapkd.models.shared_words import take_words
 from cmapkd.models.token_types import TokenFeatures
@@ -94,6 +94,9 @@ class SpecVLM(TokenKD):
     ) -> None:
         super().__init__(config, student=student, teacher=teacher)
         assert teacher is not None
+        for each in (student, teacher.model):
+            if (why := why_state(each)) is not None:
+                raise ConfigError(f"the student is to be a draft of its teacher, and {why}")
         self.weights = {**self.weights, "features": config.features_weight}
         own, theirs = (_decoder_size(each) for each in (student, teacher.model))
         if own >= theirs:

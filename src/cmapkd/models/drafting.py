@@ -47,11 +47,20 @@ def why_no_draft(teacher: GenerativeModel, draft: GenerativeModel) -> str | None
     for model in (teacher, draft):
         if not isinstance(model, HfVlm):
             return f"{model.name} is no model of transformers, whose generation verifies what a draft proposes"
+        if (why := why_state(model)) is not None:
+            return why
     from transformers import DynamicCache, __version__
 
     if not hasattr(DynamicCache, "activate_past_recording"):
         return f"transformers {__version__} cannot take tokens of a draft back: install a newer version"
     return why_other_tokens(teacher.vocabulary, draft.vocabulary)
+
+
+def why_state(model: GenerativeModel) -> str | None:
+    """Why a model can neither draft nor verify, in a clause; None where it can."""
+    if model.cache_shape is None or not model.cache_shape.state:
+        return None
+    return f"{model.name} has linear attention, whose state cannot take tokens back: take one with softmax alone"
 
 
 def why_other_tokens(teacher: Vocabulary, draft: Vocabulary) -> str | None:

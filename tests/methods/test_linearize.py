@@ -234,7 +234,10 @@ def test_whatever_learns_of_the_mixers_stands_behind_all_terms() -> None:
 
 @pytest.mark.parametrize("name", ["llava_kd", "ola_vlm", "move_kd"])
 def test_the_last_stage_of_other_methods_trains_converted_layers(name: str) -> None:
-    assert {*MIXERS} <= {*make_task(name).default_stages[-1].train}
+    task = make_task(name, student=make_converted())
+    assert {*MIXERS} <= {*task.default_stages[-1].train}
+    task.check_stages(task.default_stages)
+    assert not {*MIXERS} & {*make_task(name).default_stages[-1].train}
 
 
 def test_what_does_not_fit_is_refused() -> None:

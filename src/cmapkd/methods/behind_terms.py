@@ -32,6 +32,11 @@ _PARTS: Mapping[Made, tuple[str, ...]] = {
 _EXAMPLES = {"encoded": example_encoded, "projected": example_visual_tokens, "states": example_rows}
 
 
+def mixers_of(parts: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Those of a student's parts that a stage which trains all of its language model names too: converted layers."""
+    return tuple(part for part in MIXERS if part in parts)
+
+
 def check_terms_learn(method: Learning, made: Mapping[str, Made], stages: Iterable[StageConfig]) -> None:
     """Refuses stages with a term that nothing of the student which learns there can change.
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from cmapkd.data.types import Batch
 from cmapkd.features.visual_rows import beside, by_pictures, check_visual_tokens
-from cmapkd.methods.behind_terms import MIXERS, Made
+from cmapkd.methods.behind_terms import Made, mixers_of
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted, GenerativeConfig, GenerativeMethod
 from cmapkd.methods.stages import StageConfig
@@ -119,7 +119,7 @@ class LlavaKD(GenerativeMethod):
         if self.config.form == "one_stage":
             return ()
         projector = ("projector", "weighting")
-        models = (*projector, "embeddings", "language", "head", "adapters", *MIXERS)
+        models = (*projector, "embeddings", "language", "head", "adapters", *mixers_of(self.student_parts))
         whole = PRE_TRAINING + 2 * FINE_TUNING
         first, other = round(PRE_TRAINING / whole, 2), round(FINE_TUNING / whole, 2)
         return (

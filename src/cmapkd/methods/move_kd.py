@@ -20,7 +20,7 @@ from cmapkd.features.gather import mean_over_processes
 from cmapkd.features.projector import TokenAdapter
 from cmapkd.features.visual_grid import resampled
 from cmapkd.features.visual_rows import per_picture
-from cmapkd.methods.behind_terms import MIXERS, Made
+from cmapkd.methods.behind_terms import Made, mixers_of
 from cmapkd.methods.beside_experts import ExpertMethod, SeenByExperts
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted
@@ -111,7 +111,7 @@ class MoveKD(ExpertMethod):
             return ()
         seeing = ("vision", "projector", "modules", "weighting")
         first = round(PRE_TRAINING / (PRE_TRAINING + FINE_TUNING), 2)
-        everything = (*seeing, "embeddings", "language", "head", "adapters", *MIXERS)
+        everything = (*seeing, "embeddings", "language", "head", "adapters", *mixers_of(self.student_parts))
         return (
             StageConfig(name="pre-training", share=first, train=seeing),
             StageConfig(name="fine-tuning", share=1 - first, train=everything),

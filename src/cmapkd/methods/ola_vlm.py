@@ -20,7 +20,7 @@ from cmapkd.features.gather import gather_rows, own_rows
 from cmapkd.features.resampler import Resampler
 from cmapkd.features.taps import level_at
 from cmapkd.features.visual_rows import per_picture
-from cmapkd.methods.behind_terms import MIXERS, Made
+from cmapkd.methods.behind_terms import Made, mixers_of
 from cmapkd.methods.beside_experts import ExpertMethod, tokens_of
 from cmapkd.methods.card import MethodCard, MethodConfig
 from cmapkd.methods.generative import Counted
@@ -112,7 +112,16 @@ class OlaVLM(ExpertMethod):
     def default_stages(self) -> tuple[StageConfig, ...]:
         if self.config.form == "one_stage":
             return ()
-        models = ("vision", "projector", "embeddings", "language", "head", "adapters", *MIXERS, "weighting")
+        models = (
+            "vision",
+            "projector",
+            "embeddings",
+            "language",
+            "head",
+            "adapters",
+            *mixers_of(self.student_parts),
+            "weighting",
+        )
         first = round(PRE_TRAINING / (PRE_TRAINING + FINE_TUNING), 2)
         return (
             StageConfig(name="pre-training", share=first, train=("projector", "modules", "weighting")),

@@ -216,5 +216,5 @@ def test_memory_that_ran_out_in_scoring_is_freed_by_settings_that_the_model_read
     named: Any = SimpleNamespace(name="scored", to=lambda _device: None)
     share: Any = SimpleNamespace(leads=True)
     with pytest.raises(OutOfMemory, match=rf"{key}=\d+ \(now \d+\)") as failed:
-        measuring._evaluate(named, named, config, device=torch.device("cpu"), share=share)
+        measuring.scores_of(named, named, config, device=torch.device("cpu"), share=share)
     assert ("resume the run" in str(failed.value)) == (key in keys(MAY_CHANGE))

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from cmapkd.config import ConfigError
 from cmapkd.methods import StepInfo
-from cmapkd.methods.behind_terms import MIXERS
 from cmapkd.methods.stages import StageConfig
 from cmapkd.models import FrozenTeacher
 from cmapkd.models.gated_recurrence import gated_recurrence
+from cmapkd.models.linear_vlm import MIXERS
 from cmapkd.objectives.layer_errors import error_norms, squared_errors
 from cmapkd.objectives.tokens import TokenDivergence
 from writers import assert_same, batch_of, make_converted, make_judge, make_seer, make_task, make_writer, results
@@ -38,12 +39,22 @@ def test_errors_of_layers_are_those_of_published_code(form: str) -> None:
         for own, their in zip(case["student"], case["teacher"], strict=True)
     ]
     tables = [tuple(each.transpose(1, 2).flatten(-2) if each.ndim == 4 else each for each in pair) for pair in pairs]
-    real = torch.ones(tables[0][0].shape[:2], dtype=torch.bool)
-    if form == "matvlm":
-        loss = torch.cat([error_norms(own, their, real) for own, their in tables]).sum()  # of one dialogue
-    else:
-        errors = torch.stack([squared_errors(own, their, real).sum() / own.numel() for own, their in tables])
-        loss = 1000 * errors.sum() / (len(tables) + ("kept" in case))
+    method: Any = make_task("linearize", form=form)
+    calls = {
+        number: SimpleNamespace(of=lambda *_, own=own: own, output=their) for number, (own, their) in enumerate(tables)
+    }
+    texts = SimpleNamespace(mask=torch.ones(tables[0][0].shape[:2], dtype=torch.bool))
+    stands_for = SimpleNamespace(  # the method, with the published states in the place of a batch's
+        config=method.config,
+        inside=method.inside,
+        device="cpu",
+        numbers=[*calls],
+        student=SimpleNamespace(layers=range(len(calls) + ("kept" in case))),  # one of which was not converted
+        dialogues=lambda *_: SimpleNamespace(texts=texts),
+        _first=SimpleNamespace(reads="teacher"),
+    )
+    term, _ = type(method)._compared(stands_for, [None] * len(texts.mask), calls)
+    loss = method.weights["layers"] * term.total / float(term.number)
     torch.testing.assert_close(loss, numbers(case["loss"]))
     found = torch.autograd.grad(loss, [own for own, _ in pairs])
     torch.testing.assert_close(found, tuple(map(numbers, case["gradients"])))

@@ -139,8 +139,8 @@ def test_answers_of_the_draft_s_own_are_followed() -> None:
         task.step = StepInfo(1, 10, seed=3)
         part = task._rolled_out(batch_of(task))
         sums = task.sums(part, task.student(part.inputs["student"]), task.read_teacher(part))
-        assert float(sums["features"].total.detach()) > 0 or gate
         counts[gate] = float(sums["features"].number)
+        assert (float(sums["features"].total.detach()) > 0) is (counts[gate] > 0)
         assert counts[gate] == float(sums["distillation"].number)
     assert counts[None] > counts["right"]
 

@@ -37,12 +37,9 @@ from cmapkd.config import ConfigError, RunStopped, closest, printable, refuse_se
 from cmapkd.config.disk import write_text
 from cmapkd.data.open import open_source
 from cmapkd.data.types import Source
-from cmapkd.evaluation.run import evaluate, without_reference
-from cmapkd.evaluation.suite import count_parameters
 from cmapkd.models import Model, build_teacher, load_model
 from cmapkd.results import RunResult, Scores, is_finished
-from cmapkd.run import RunConfig, evaluation_of, run
-from cmapkd.run.measure import reference_of
+from cmapkd.run import RunConfig, reference_of, run, scores_of
 from cmapkd.training import Interrupted, NonFiniteLossError
 
 EVALUATIONS = "evaluations.json"  # in a run folder: scores on the comparison's further test data
@@ -372,19 +369,6 @@ def _score(
     ranks_file: Path | None = None,
     reference: Model | None = None,
 ) -> Scores:
-    """Without a reference the tasks that compare with one are left out."""
     accelerator = None if config.training.on_cpu else torch.accelerator.current_accelerator()
     device = accelerator or torch.device("cpu")
-    asked = evaluation_of(config)
-    settings = asked if reference is not None else without_reference(asked)
-    if settings is None:
-        return count_parameters(model)
-    return evaluate(
-        model.to(device),
-        source,
-        settings,
-        device=device,
-        on_bad_sample=config.data.on_bad_sample,
-        ranks_file=ranks_file,
-        reference=reference,
-    )
+    return scores_of(model, source, config, device=device, ranks_file=ranks_file, reference=reference)

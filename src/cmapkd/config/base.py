@@ -38,6 +38,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    def changed(self, *names: str) -> tuple[str, ...]:
+        """Those of these settings that do not have their defaults, so that idle ones can be refused."""
+        fields = type(self).model_fields
+        return tuple(
+            name for name in names if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        )
+
     @classmethod
     def from_mapping(cls, values: Any, *, where: str = "config") -> Self:
         """Validates plain data.

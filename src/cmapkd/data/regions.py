@@ -30,9 +30,7 @@ class FurtherViewSpec(ViewSpec):
 
     @model_validator(mode="after")
     def _crops_of_boxes_are_boxes(self) -> Self:
-        ignored = {"crop_scale", "crop_ratio"} & self.model_fields_set
-        defaults = all(getattr(self, name) == type(self).model_fields[name].default for name in ignored)
-        if self.of == "boxes" and not defaults:
+        if self.of == "boxes" and self.changed("crop_scale", "crop_ratio"):
             raise ValueError("of: boxes crops objects by their boxes: leave crop_scale and crop_ratio out")
         return self
 

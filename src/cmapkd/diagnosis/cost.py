@@ -37,15 +37,15 @@ def device_of(config: RunConfig) -> torch.device:
 def build_targets(method: Method, source: Source, config: RunConfig, texts: Choice) -> Finding:
     """Lets the method build its targets of what the measured steps read, and predicts how long the whole run's take.
 
+    Its teachers are on the device.
+
     A problem is one of the whole run too only if that reads no more; else it is a note.
     """
     PartialState(cpu=device_of(config).type == "cpu")
     steps = {"steps": WARM_STEPS + MEASURED_STEPS, "epochs": None, "stages": ()}
     few = config.model_copy(update={"training": config.training.model_copy(update=steps)})
     surveys = [survey_of(each, method, source, {}, texts) for each in (few, config)]
-    here, whole = (sum(len(plan.mine) for plan in survey.plans(None)) for survey in surveys)
-    for teacher in method.teachers.values():
-        teacher.to(device_of(config))
+    here, whole = (len(survey.keys()) for survey in surveys)
     start = time.perf_counter()
     try:
         method.prepare(surveys[0])
@@ -62,13 +62,13 @@ def measure_steps(method: Method, source: Source, config: RunConfig, texts: Choi
     device = device_of(config)
     method.to(device)
     method.micro_batch = config.training.micro_batch
+    for teacher in method.teachers.values():
+        teacher.to(device)
     if method.prepares:
         targets = build_targets(method, source, config, texts)
         yield targets
         if targets.level != "ok":
             return
-    for teacher in method.teachers.values():
-        teacher.to(device)
     try:
         streams = read_streams(config, source)
         sampler = PlanSampler(

@@ -78,7 +78,7 @@ class FactsConfig(AskConfig):
     def _regions_are_shown(self) -> Self:
         if self.regions and self.sees == "whole":
             raise ValueError("regions: true asks about each region, and sees: whole shows none: set sees crop or boxed")
-        if not self.regions and self.most_area != type(self).model_fields["most_area"].default:
+        if not self.regions and self.changed("most_area"):
             raise ValueError(f"most_area: {self.most_area:g} limits regions, and regions is false: leave most_area out")
         return self
 

@@ -16,9 +16,8 @@ def asked(teacher: FrozenTeacher, config: MakdConfig) -> FrozenTeacher:
     Raises:
         ConfigError: settings that it does not read, or a teacher that does neither.
     """
-    fields = type(config).model_fields
     if isinstance(teacher.model, DualEncoder):
-        if config.asks != fields["asks"].default:
+        if config.changed("asks"):
             raise ConfigError(
                 f"method.asks is for teachers that write, and {teacher.name} reads texts: set method.templates instead"
             )
@@ -32,7 +31,7 @@ def asked(teacher: FrozenTeacher, config: MakdConfig) -> FrozenTeacher:
     if not isinstance(teacher.model, GenerativeModel):
         raise ConfigError(f"makd asks a teacher that writes, or that embeds pictures and texts, not {teacher.name}")
     unread = ("templates", "negations", "options", "teacher_scale")
-    given = [name for name in unread if getattr(config, name) != fields[name].default]
+    given = [*config.changed(*unread)]
     given += ["answers: random"] if config.answers == "random" else []
     if given:
         raise ConfigError(

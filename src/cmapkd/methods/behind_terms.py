@@ -12,13 +12,13 @@ from cmapkd.config import ConfigError
 from cmapkd.methods.learning import Learning
 from cmapkd.methods.stages import WHOLE_RUN, StageConfig
 from cmapkd.models.generative import GenerativeModel
+from cmapkd.models.linear_vlm import MIXERS
 from cmapkd.models.reach import example_encoded, example_rows, example_visual_tokens, last_matrix_behind
 
 Made = Literal["encoded", "projected", "attention", "layers", "mixed", "mixers", "states", "logits"]
 """What a term is made of: the vision tower's tokens, projected tokens, attention maps, states of layers, what converted
 layers mix of a teacher's states, or make of them, final states, or logits."""
 
-MIXERS = ("mixers", "mixer_inputs", "mixer_outputs")  # of a `linear:` student; others have no such parts
 _LANGUAGE = ("vision", "projector", "embeddings", "language", "adapters", *MIXERS)
 _PARTS: Mapping[Made, tuple[str, ...]] = {
     "encoded": ("vision",),

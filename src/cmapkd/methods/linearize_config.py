@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cmapkd.methods.behind_terms import MIXERS
 from cmapkd.methods.generative import GenerativeConfig, Reduction
+from cmapkd.models.linear_vlm import MIXERS
 
 STAGES: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {  # name, terms, parts that learn
     "mmmamba": (
@@ -51,6 +51,6 @@ class LinearizeConfig(GenerativeConfig):
     def _tokens_may_be_left_out(self) -> LinearizeConfig:
         if self.temperature is not None and not self.distill_weight:
             raise ValueError(f"distill_weight is 0, so nothing reads temperature ({self.temperature:g}): leave it out")
-        if self.reduction != "batch_sum" and not (self.distill_weight or self.answers_weight):
+        if self.changed("reduction") and not (self.distill_weight or self.answers_weight):
             raise ValueError("no term is over tokens, so nothing reads reduction: leave it out")
         return self

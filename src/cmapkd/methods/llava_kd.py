@@ -51,7 +51,7 @@ class LlavaKDConfig(GenerativeConfig):
     @model_validator(mode="after")
     def _settings_are_read(self) -> LlavaKDConfig:
         for name, readers in (("beta", ("jsd",)), ("skew", ("skew_forward", "skew_reverse"))):
-            if self.divergence not in readers and getattr(self, name) != type(self).model_fields[name].default:
+            if self.divergence not in readers and self.changed(name):
                 raise ValueError(f"{name} is read by divergence {' and '.join(readers)} alone: leave it out")
         if not (self.visual_weight or self.relation_weight):
             raise ValueError(

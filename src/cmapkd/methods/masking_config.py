@@ -40,9 +40,7 @@ class MaskingKDConfig(GenerativeConfig):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
-        fields = type(self).model_fields
-        given = [name for name in _HIDING if getattr(self, name) != fields[name].default]
-        if self.hide == "nothing" and given:
+        if self.hide == "nothing" and (given := self.changed(*_HIDING)):
             raise ValueError(f"hide: nothing reads none of {', '.join(given)}: leave them out")
         if self.least > self.most:
             raise ValueError(f"least is {self.least:g} and most {self.most:g}: easy tokens hide more, not less")

@@ -43,7 +43,7 @@ class MastersConfig(TokenKDConfig):
     def _thins(self) -> MastersConfig:
         if not self.thin_from:
             raise ValueError("thin_from is 0, so the teacher is always whole: set method: token_kd")
-        if self.snapshots == 1 and self.thin_step != type(self).model_fields["thin_step"].default:
+        if self.snapshots == 1 and self.changed("thin_step"):
             raise ValueError(f"snapshots: 1 is one part, so thin_step {self.thin_step:g} is not read: leave it out")
         return self
 

@@ -82,8 +82,7 @@ class MoveKD(ExpertMethod):
                 f"the projector of {student.name} reads patches of all pictures in one row, and move_kd compares them "
                 "tile by tile: take a student whose pictures are tiles (LLaVA, SmolVLM, InternVL, Gemma 3, tiny_vlm)"
             )
-        fields = type(config).model_fields
-        idle = [name for name in ("anchor_share", "shares") if getattr(config, name) != fields[name].default]
+        idle = config.changed("anchor_share", "shares")
         if idle and len(self.teachers) == 1:
             raise ConfigError(f"move_kd has one encoder, so method.{idle[0]} is not read: name more in more_teachers")
         self.shape, self.anchor = shape, next(iter(self.teachers))

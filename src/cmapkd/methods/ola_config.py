@@ -57,7 +57,7 @@ class OlaVLMConfig(GenerativeConfig):
         for role, expert in self.experts.items():
             if not expert.weight and expert != ExpertConfig(weight=0):
                 raise ValueError(f"experts.{role} has weight 0, so its other settings are not read: leave them out")
-        if not self.contrast_weight and self.log_scale != type(self).model_fields["log_scale"].default:
+        if not self.contrast_weight and self.changed("log_scale"):
             raise ValueError("contrast_weight is 0, so log_scale is not read: leave it out")
         if not self.answers_weight and self.form == "two_stages":
             raise ValueError(

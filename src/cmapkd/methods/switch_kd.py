@@ -51,13 +51,12 @@ class SwitchKDConfig(GenerativeConfig):
     def _settings_are_read(self) -> SwitchKDConfig:
         if not (self.distill_weight or self.visual_weight):
             raise ValueError("distill_weight and visual_weight are 0, and what is left is sft: set method: sft")
-        fields = type(self).model_fields
-        if self.top_k is not None and self.candidates != fields["candidates"].default:
+        if self.top_k is not None and self.changed("candidates"):
             raise ValueError(
                 f"candidates ({self.candidates}) is read where a knee is sought, and top_k ({self.top_k}) says how "
                 "many logits are compared: leave one of the two out"
             )
-        if not self.visual_weight and self.switch != fields["switch"].default:
+        if not self.visual_weight and self.changed("switch"):
             raise ValueError(f"visual_weight is 0, so nothing is switched: leave switch ({self.switch}) out")
         return self
 

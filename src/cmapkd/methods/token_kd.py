@@ -58,7 +58,7 @@ class TokenKDConfig(AlignedConfig):
     @model_validator(mode="after")
     def _settings_are_read(self) -> TokenKDConfig:
         for name, readers in (("beta", ("jsd",)), ("skew", ("skew_forward", "skew_reverse"))):
-            if self.divergence not in readers and getattr(self, name) != type(self).model_fields[name].default:
+            if self.divergence not in readers and self.changed(name):
                 raise ValueError(f"{name} is read by divergence {' and '.join(readers)} alone: leave it out")
         self._alignment_is_read()
         if self.divergence != "sampled_reverse":

@@ -16,6 +16,9 @@ from cmapkd.models.storage import write_model_folder
 from cmapkd.models.token_types import TokenNeeds
 from cmapkd.models.vlm_model import AssembledVlm
 
+MIXERS = ("mixers", "mixer_inputs", "mixer_outputs")
+"""Parts that a model with converted layers has beside those of others."""
+
 SETTINGS = "settings"  # inside a model folder: all of the unconverted model but its weights
 _INPUTS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
@@ -51,8 +54,7 @@ class LinearVlm(HfVlm):
                 kinds[id(parameter)] = "mixer_inputs" if word in _INPUTS else outer
         own = {name: kinds[id(each)] for name, each in self.named_parameters() if id(each) in kinds}
         parts = {part: names - own.keys() for part, names in super().parts.items()}
-        new = ("mixers", "mixer_inputs", "mixer_outputs")
-        return parts | {part: frozenset(name for name, kind in own.items() if kind == part) for part in new}
+        return parts | {part: frozenset(name for name, kind in own.items() if kind == part) for part in MIXERS}
 
     @property
     def cache_shape(self) -> CacheShape:

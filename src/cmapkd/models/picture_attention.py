@@ -61,9 +61,10 @@ def attention_in(block: nn.Module) -> Iterator[list[Float[Tensor, "batch heads t
 
 def has_class_token(model: DualEncoder, prefix: int) -> bool:
     """Whether the first of so many prefix tokens of an image tower is a class token: of some ViTs all are registers."""
+    if not prefix:
+        return False
     towers = model.modules()  # of timm: the others with registers have a class token before them
-    registers_alone = any(_has(tower, "reg_token") and not _has(tower, "cls_token") for tower in towers)
-    return bool(prefix) and not registers_alone
+    return not any(_has(tower, "reg_token") and not _has(tower, "cls_token") for tower in towers)
 
 
 def _has(tower: nn.Module, name: str) -> bool:

@@ -17,7 +17,7 @@ from cmapkd.run.cached import answer_from_cache, plan_cache
 from cmapkd.run.config import RunConfig
 from cmapkd.run.execute import run
 from cmapkd.run.finalize import finalize
-from cmapkd.run.measure import check_words, evaluation_of
+from cmapkd.run.measure import check_words, reference_of, scores_of
 from cmapkd.run.targets import survey_of
 from cmapkd.run.texts import classes_of, vocabulary_captions
 
@@ -28,7 +28,6 @@ __all__ = [
     "check_training",
     "check_words",
     "classes_of",
-    "evaluation_of",
     "finalize",
     "heads_of",
     "load_teachers",
@@ -38,7 +37,9 @@ __all__ = [
     "read_streams",
     "readers",
     "readers_of",
+    "reference_of",
     "run",
+    "scores_of",
     "survey_of",
     "teacher_views",
     "texts_of",

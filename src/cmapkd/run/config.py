@@ -338,7 +338,7 @@ class RunConfig(Config):
                 section, written = getattr(section, each), written[each]
             if section is None:  # no cache
                 continue
-            if getattr(section, name) == type(section).model_fields[name].get_default(call_default_factory=True):
+            if not section.changed(name):
                 del written[name]
         return values
 

@@ -146,7 +146,7 @@ class Validator:
 
     def __call__(self, student: Model) -> dict[str, float]:
         """In the first process."""
-        scores = _evaluate(student, self.source, self.config, device=student.device, share=share_of(self.config))
+        scores = scores_of(student, self.source, self.config, device=student.device, share=share_of(self.config))
         numbers: dict[str, float] = {headline.label: number for headline, number in headlines(scores).values()}
         first = next(iter(numbers.values()))
         if "retrieval" in scores:  # recall says nothing without what it is of
@@ -156,7 +156,7 @@ class Validator:
     def assist(self, student: Model) -> None:
         """In the others, meanwhile."""
         if (share := share_of(self.config)).of > 1:
-            _evaluate(student, self.source, self.config, device=PartialState().device, share=share)
+            scores_of(student, self.source, self.config, device=PartialState().device, share=share)
 
 
 def share_of(config: RunConfig) -> Share:
@@ -167,8 +167,8 @@ def share_of(config: RunConfig) -> Share:
     return Share(dist.get_rank(), dist.get_world_size(), group)
 
 
-def evaluation_of(config: RunConfig) -> EvaluationConfig:
-    """How the models of a run are scored, on whatever data: as its recipe says, and as its student learns."""
+def _evaluation_of(config: RunConfig) -> EvaluationConfig:
+    """As the recipe says, and as the student learns."""
     settings = config.evaluation
     if config.classifies and settings.tasks == "auto":  # also of the teacher, whose texts are the classes' then
         settings = settings.model_copy(update={"tasks": ("accuracy",)})
@@ -177,24 +177,25 @@ def evaluation_of(config: RunConfig) -> EvaluationConfig:
     return settings
 
 
-def _evaluate(
+def scores_of(
     model: Model,
     source: Source,
     config: RunConfig,
     *,
     device: torch.device,
     ranks_file: Path | None = None,
-    share: Share,
+    share: Share = ALONE,
     reference: Model | None = None,
 ) -> Scores:
-    """Scores of a model, whose ranks by picture are written to `ranks_file`; none in processes that assist.
+    """Scores of a model of a run on whatever data, by the run's protocol; none in processes that assist.
 
     Args:
+        ranks_file: where ranks by picture are written; None: nowhere.
         reference: what tasks that compare with a first model compare with; without it they are left out.
     Raises:
         OutOfMemory: says which settings take less, and whether they may change at a resume.
     """
-    settings = evaluation_of(config)
+    settings = _evaluation_of(config)
     how: dict[str, Any] = {"device": device, "on_bad_sample": config.data.on_bad_sample, "share": share}
     try:
         if not share.leads:
@@ -264,7 +265,7 @@ def measure(
         size = num_measured(config, source)
         say(f"evaluating {todo.index(role) + 1} of {len(todo)}: {role}, on {counted(size, 'sample')} of {source.name}")
         how: dict[str, Any] = {"device": device, "ranks_file": ranks_file, "share": share, "reference": reference}
-        return _evaluate(model, source, config, **how)
+        return scores_of(model, source, config, **how)
 
     teacher = teacher_scores
     reference = reference_of(config, judged) if share.leads and source is not None else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmapkd.cache.rows import as_in_training
 from cmapkd.cache.teacher import REFERENCE_SEED
-from cmapkd.cache.wanted import Wanted
+from cmapkd.cache.wanted import Keys, Wanted
 from cmapkd.data.batches import Answers, BatchBuilder, Choice
 from cmapkd.data.labels import NO_LABEL
 from cmapkd.data.plans import Plan
@@ -126,11 +126,7 @@ class SurveyOfRun:
 
     def plans(self, num: int | None, role: str = "teacher") -> list[Plan]:
         """The batches of the pass, each sample once in its first view; the same for any number of processes."""
-        own = teacher_views(self.config, self.method).get(role)
-        wanted = wanted_keys(self.config, self.method, self.source, own, whole=False) if own else self.wanted
-        keys = wanted.listed()
-        _, first = np.unique(keys % len(self.source), return_index=True)
-        keys = keys[first]
+        keys = self.keys(role)
         if num is not None and num < len(keys):
             chosen = np.random.default_rng(REFERENCE_SEED).choice(len(keys), num, replace=False, shuffle=False)
             keys = keys[np.sort(chosen)]
@@ -142,6 +138,14 @@ class SurveyOfRun:
             for step, part in enumerate(parts)
             for shown in [tuple(indices[part].tolist())]
         ]
+
+    def keys(self, role: str = "teacher") -> Keys:
+        """One of each sample that the run reads, of its first view: view x length + index, by index."""
+        own = teacher_views(self.config, self.method).get(role)
+        wanted = wanted_keys(self.config, self.method, self.source, own, whole=False) if own else self.wanted
+        keys = wanted.listed()
+        _, first = np.unique(keys % len(self.source), return_index=True)
+        return keys[first]
 
     def _builder(self, role: str) -> BatchBuilder:
         config, method = self.config, self.method

@@ -89,9 +89,10 @@ def test_the_same_losses_without_a_forward_pass(
     capsys: Any,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    values = {"heads": heads, "training": training}
+    # AdamW makes rounding of small gradients larger from step to step, the more the higher its rate is
+    values = {"heads": heads, "training": training, "optim": {"learning_rate": 0.001}}
     cmapkd.distill(**settings(world, **values), out=tmp_path / "live", quiet=True)
-    first = {"heads": heads, "training": {**training, "steps": 1}}
+    first = {**values, "training": {**training, "steps": 1}}
     cmapkd.distill(**settings(world, **first, cache=CACHE), out=tmp_path / "first")
     assert "of the student answer from" in capsys.readouterr().out.replace("\n", " ")
     encoded: list[int] = []
@@ -107,9 +108,8 @@ def test_the_same_losses_without_a_forward_pass(
         return decode(self, index)
 
     cmapkd.distill(**settings(world, **values, cache=CACHE), out=tmp_path / "cached", quiet=True)
-    pairs = zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True)
-    for number, (mine, theirs) in enumerate(pairs):  # AdamW makes rounding of small gradients larger from step to step
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=(far := 1e-6 if number == 0 else 1e-5), abs=far)
+    for mine, theirs in zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6, abs=1e-6)
     cached, live = load_model(tmp_path / "cached"), load_model(tmp_path / "live")
     torch.testing.assert_close(cached(inputs(live)).text.embedding, live(inputs(live)).text.embedding)
     monkeypatch.setattr(VisualTower, "forward", counted)

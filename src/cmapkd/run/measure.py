@@ -183,7 +183,7 @@ def scores_of(
     config: RunConfig,
     *,
     device: torch.device,
-    ranks_file: Path | None = None,
+    ranks_file: str | Path | None = None,
     share: Share = ALONE,
     reference: Model | None = None,
 ) -> Scores:

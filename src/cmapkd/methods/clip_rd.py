@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from cmapkd.data.types import Batch
-from cmapkd.features import PairProjector
 from cmapkd.methods.card import MethodCard, MethodConfig
-from cmapkd.methods.dual import DualEncoderMethod, task_loss
+from cmapkd.methods.dual import task_loss
 from cmapkd.methods.in_batch import EmbeddingTerms, embeddings_of, pair_distance, similarity_loss
+from cmapkd.methods.lent import LentConfig, LentMethod
 from cmapkd.methods.own_scales import ScaleForm, factor, keep_in_range, new_scale
 from cmapkd.methods.step import StepInfo
 from cmapkd.methods.terms import Term
@@ -28,7 +28,7 @@ from cmapkd.objectives import (
 )
 
 
-class ClipRDConfig(EmbeddingTerms):
+class ClipRDConfig(LentConfig, EmbeddingTerms):
     """The weight of each term; a weight of zero switches its computation off. By default the published combination."""
 
     hrd_weight: float = Field(
@@ -58,7 +58,7 @@ class ClipRDConfig(EmbeddingTerms):
     )
 
 
-class ClipRD(DualEncoderMethod):
+class ClipRD(LentMethod):
     """The student's relations to the teacher become alike in both modalities, besides what CLIP-KD distils."""
 
     Config: ClassVar[type[MethodConfig]] = ClipRDConfig
@@ -90,10 +90,14 @@ class ClipRD(DualEncoderMethod):
             "published code, which uses the logarithms themselves.",
             "Where widths differ, L_contrastive and L_HRD read the student's own embeddings; task_space: official "
             "reads the projected ones, as the published code does.",
+            "hints, bank_weight and projector: shared are no part of CLIP-RD and are off. They are cmapkd's, so that a "
+            "comparison can give CLIP-RD each of them.",
         ),
         checked_against="the published loss class run on random embeddings: values and gradients of every term, "
         "tests/methods/fixtures/clip_rd.json",
     )
+
+    config: ClipRDConfig
 
     def __init__(self, config: ClipRDConfig, *, student: DualEncoder, teacher: FrozenTeacher | None = None) -> None:
         super().__init__(config, student=student, teacher=teacher)
@@ -107,25 +111,34 @@ class ClipRD(DualEncoderMethod):
             "vrd": config.vrd_weight,
             "vrd_contrastive": config.vrd_contrastive_weight,
             "xrd": config.xrd_weight,
+            "bank": config.bank_weight,
+            "hints": float(any(config.hints.values())),
         }
-        terms, within_student = {*self.term_names}, {"contrastive", "hrd"} if config.task_space == "own" else set()
-        self.project = PairProjector(student.embed_dim, teacher.embed_dim) if terms - within_student else None
+        terms = {*self.term_names}
+        alone = {"hints", *({"contrastive", "hrd"} if config.task_space == "own" else ())}
+        self.project = self.make_projector(student, teacher) if terms - alone else None
+        self.bank = self.make_bank(teacher)
         vertical = terms & {"vrd", "vrd_contrastive"}
         self.image_scale = new_scale() if vertical else None
         self.text_scale = new_scale() if vertical else None
         self.cross_scale = new_scale() if terms & {"interactive", "xrd"} else None
+        # last, so that the other parts begin with the same draws with hints and without
+        self.hints = self.make_hints(student, teacher)
 
     def terms(self, batch: Batch) -> dict[str, Term]:
-        """The terms of the stage; embeddings are of all processes' samples."""
-        student, teacher = self.encode_student(batch), self.encode_teacher(batch)
+        """The terms of the stage; embeddings and hints' distances are of all processes' samples."""
+        student, teacher, hints = self.encode_with_hints(batch)
+        values = {} if hints is None else {"hints": hints}
         projected = self.project(student) if self.project is not None else student
         compared = projected if self.config.task_space == "official" else student
-        values: dict[str, Tensor] = {}
         if self.wants("contrastive"):
             values["contrastive"] = task_loss(compared)
         if self.wants("hrd"):
             values["hrd"] = similarity_loss(compared, teacher)
         values |= self._between(projected, teacher)
+        if self.bank is not None and self.wants("bank"):
+            of_both = embeddings_of(projected), embeddings_of(teacher)
+            values["bank"] = self.against_bank(self.bank, batch, *of_both, teacher.logit_scale)
         return self.weighted(values)
 
     def _between(self, student: Features, teacher: Features) -> dict[str, Tensor]:

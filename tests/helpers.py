@@ -65,15 +65,18 @@ FITTING: dict[str, dict[str, Any]] = {
 }
 """Settings with which a method trains on the models and data of these tests, where its defaults do not."""
 
+LENT: dict[str, Any] = {  # what a method of embeddings can be given of cmapkd's
+    "hints": {"P2": 2.0, "P4": 1.0, "L1": 0.5, "L3": 1.0},
+    "bank_weight": 0.6,
+    "bank": {"size": 12, "store": "fp32"},
+}
 CLIP_KD_IN_FULL: dict[str, Any] = {  # every term of the method
+    **LENT,
     "masked_weight": 2.0,
     "mask_patch": 4,
     "gradient_weight": 0.001,
     "cross_weight": 0.5,
     "augmented_weight": 0.7,
-    "hints": {"P2": 2.0, "P4": 1.0, "L1": 0.5, "L3": 1.0},
-    "bank_weight": 0.6,
-    "bank": {"size": 12, "store": "fp32"},
 }
 MASKED = {"alpha": 0.7, "masks": {"sparsity": [0.5], "warmup": 0.0}}  # of tinyclip
 GRADNORM = {"name": "gradnorm", "warmup_steps": 1, "every": 1}

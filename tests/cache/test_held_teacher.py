@@ -22,6 +22,7 @@ from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
     DUAL,
+    LENT,
     MemorySource,
     make_builder,
     make_method,
@@ -94,6 +95,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in DUAL},
     "cmapkd, everything": ("cmapkd", CMAPKD_EXACT),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
+    "clip_rd, lent hints": ("clip_rd", LENT),
 }
 
 

@@ -17,7 +17,7 @@ from cmapkd.methods.clip_rd import ClipRD, ClipRDConfig
 from cmapkd.methods.in_batch import PUBLISHED_FEATURE_WEIGHT
 from cmapkd.models import Features, TowerFeatures
 from cmapkd.objectives import contrastive_loss, feature_distance
-from helpers import make_method, make_model, make_teacher, random_batch
+from helpers import LENT, make_method, make_model, make_teacher, random_batch
 
 # Numbers of `KDClipLoss` of the authors' repository; the file names commit and conditions.
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "clip_rd.json").read_text())
@@ -234,6 +234,34 @@ def test_maps_and_scales_stand_only_where_a_term_reads_them() -> None:
         assert own_parameters(**{**none, weight: 1}) == {*maps, "cross_scale"}
     for weight in ("vrd_weight", "vrd_contrastive_weight"):
         assert own_parameters(**{**none, weight: 1}) == {*maps, "image_scale", "text_scale"}
+
+
+@pytest.mark.parametrize("projector", ["own", "shared"])
+def test_hints_and_bank_are_those_of_clip_kd(projector: str) -> None:
+    lent = {**LENT, "projector": projector}
+    ours, other = clip_rd(**lent), make_method("clip_kd", settings=lent)
+    state = ours.state_dict()
+    known = {name: state.get(name, value) for name, value in other.state_dict().items()}
+    assert [name for name in known if name not in state] == ["interactive_scale"]
+    other.load_state_dict(known)
+    for step in range(3):  # the bank fills
+        batch = random_batch(4, seed=step)
+        terms, expected = ours.terms(batch), other.terms(batch)
+        assert terms.keys() == {*TERMS, "hints", "bank"}
+        for name in ("hints", "bank", "feature", "interactive", "contrastive"):
+            assert terms[name].weight == expected[name].weight
+            torch.testing.assert_close(terms[name].value, expected[name].value)
+    assert terms["bank"].value > 0
+
+
+def test_what_is_lent_changes_no_other_term() -> None:
+    plain, lent = clip_rd(), clip_rd(**LENT)
+    for name, value in plain.state_dict().items():  # modules of hints draw last
+        torch.testing.assert_close(lent.state_dict()[name], value)
+    terms, expected = lent.terms(random_batch(4)), plain.terms(random_batch(4))
+    assert terms.keys() - expected.keys() == {"hints", "bank"}
+    for name, term in expected.items():
+        torch.testing.assert_close(terms[name].value, term.value)
 
 
 def test_negative_weights_and_unknown_forms_are_refused() -> None:

@@ -26,6 +26,7 @@ from helpers import (
     CLIP_KD_IN_FULL,
     CMAPKD_EXACT,
     DUAL,
+    LENT,
     ONE_WIDTH,
     WORDS,
     MemorySource,
@@ -41,6 +42,7 @@ MATCHING: dict[str, tuple[str, dict[str, Any]]] = {
     "cmapkd, everything": ("cmapkd", CMAPKD_EXACT),
     "cmapkd, key tokens": ("cmapkd", {"places": "key_tokens", "key_tokens": 4}),
     "clip_kd, everything": ("clip_kd", CLIP_KD_IN_FULL),
+    "clip_rd, lent hints": ("clip_rd", LENT),
     "fitnet, texts": ("fitnet", {"text_guided_layer": 1.0, "text_hint_layer": 1.0}),
 }
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -27,7 +27,7 @@ from cmapkd.data.batches import Batches
 from cmapkd.data.ordering import Ordering
 from cmapkd.data.types import Batch
 from cmapkd.methods import Method
-from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, MASKED, MemorySource, Sharded, make_method, make_trainer
+from helpers import CLIP_KD_IN_FULL, CMAPKD_EXACT, LENT, MASKED, MemorySource, Sharded, make_method, make_trainer
 
 STEPS, EVERY = 9, 3  # a checkpoint every third step, and each sitting but the last ends one step after one
 SITTINGS = (1, 2, 1)  # processes
@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name: (metho
     "tinyclip, learned masks": ("tinyclip", MASKED, {}),
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}, {}),
     "clip_kd, masked pictures": ("clip_kd", CLIP_KD_IN_FULL, {}),
+    "clip_rd, lent hints": ("clip_rd", LENT, {}),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 import warnings
 from functools import partial
@@ -50,6 +51,11 @@ class Numbers(torch.utils.data.Dataset[tuple[int, int]]):
                 os._exit(3)
             if self.fatal[number] == "hang":
                 time.sleep(3600)
+            if self.fatal[number] == "pause":
+                until = time.monotonic() + 1.4  # after the pause: nothing is there yet when the process goes on
+                _pause(int((self.folder / "main").read_text()), seconds=1.2)
+                time.sleep(max(0.0, until - time.monotonic()))
+                return number, os.getpid()
             raise ValueError("an error of its own")
         return number, os.getpid()
 
@@ -96,6 +102,20 @@ def test_a_hanging_read_ends_in_time_and_leaves_no_process(workers: int, tmp_pat
     assert time.monotonic() - begun < 20
     time.sleep(0.1)
     assert not [process for _, process in seen if process != os.getpid() and _lives(process)]
+
+
+def _pause(process: int, *, seconds: float) -> None:
+    """Stops a process as Ctrl-Z does, and lets it go on later."""
+    subprocess.run(["sh", "-c", f"(kill -STOP {process}; sleep {seconds}; kill -CONT {process}) &"], check=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_paused_process_has_not_waited(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "main").write_text(str(os.getpid()))
+    ahead = ReadAhead(Numbers(tmp_path, {3: "pause"}), range(9), workers=workers, timeout=0.8)
+    begun = time.monotonic()
+    assert [number for number, _ in ahead] == list(range(9))
+    assert time.monotonic() - begun > 1.2
 
 
 def _lives(process: int) -> bool:

@@ -30,6 +30,7 @@ P_co = TypeVar("P_co", covariant=True)
 MOST_AHEAD = 4  # items that each worker makes ahead
 AHEAD_BYTES = 8 * 2**30  # that all workers together hold ahead
 MAX_DEATHS = 3  # of workers in one pass over the data, before the run stops
+SLICES = 8  # in which a timeout is counted: a pause of all processes (Ctrl-Z, a suspended job) counts as one at most
 
 
 class WorkerDied(RunStopped):
@@ -53,7 +54,7 @@ class ReadAhead(Generic[P, T]):
 
     Args:
         pin_memory: whether tensors are delivered in page-locked memory.
-        timeout: seconds that one place may take before the pass ends; 0: any time.
+        timeout: seconds that one place may take before the pass ends; 0: any time. Hardly counts while it is paused.
         item_bytes: about the size of what is made of a place, to bound how much is made ahead; 0: small.
         room: bytes that all slots together may take.
         most: items that each worker may make ahead.
@@ -140,17 +141,18 @@ class _Waiting(Generic[P, T]):
 
     def take(self, number: int) -> tuple[Task, Message] | None:
         """Item `number`, waited for; None where there is none."""
-        begun = time.monotonic()
+        left = self.ahead.timeout
         while True:
             self._fill()
             if number in self.ready:
                 return self.ready.pop(number)
             if number not in self.names:
                 return None
-            left = None
-            if self.ahead.timeout and (left := begun + self.ahead.timeout - time.monotonic()) <= 0:
+            if self.ahead.timeout and left <= 0:
                 raise self.ahead._late(self.ahead.name(self.names[number]))
-            made, died = self.crew.wait(left)
+            asked, begun = min(left, self.ahead.timeout / SLICES), time.monotonic()
+            made, died = self.crew.wait(asked or None)
+            left -= min(asked, time.monotonic() - begun)
             self.ready |= {task.number: (task, message) for task, message in made}
             for worker in died:
                 self._replaced(worker)
@@ -279,11 +281,16 @@ def _alarm(seconds: float) -> Iterator[None]:
         yield
         return
 
+    left = SLICES
+
     def ring(_number: int, _frame: FrameType | None) -> None:
-        raise _Alarm
+        nonlocal left
+        left -= 1
+        if not left:
+            raise _Alarm
 
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds / SLICES, seconds / SLICES)
     try:
         yield
     finally:

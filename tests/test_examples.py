@@ -43,7 +43,7 @@ def test_a_comparison_is_planned_and_its_world_opens(name: str) -> None:
 
 OF_ONE_RANGE = (
     {"cmapkd_attribution", "cmapkd_attribution_final", "selection_worlds"},  # declared before each had its own
-    {"cmapkd_default", "cmapkd_places"},  # which share runs
+    {"cmapkd_default", "cmapkd_places", "cmapkd_rivals"},  # which share runs
 )
 
 

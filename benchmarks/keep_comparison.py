@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LEFT_OUT = ("run", "row", "status", "peak_memory_bytes", "error")
+LEFT_OUT = ("run", "row", "status", "error")
 NUMBERS = ("difference", "low", "high", "error", "degrees", "p", "p_holm", "p_equal", "p_equal_holm", "smallest")
 
 

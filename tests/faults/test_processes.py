@@ -52,8 +52,8 @@ class Numbers(torch.utils.data.Dataset[tuple[int, int]]):
             if self.fatal[number] == "hang":
                 time.sleep(3600)
             if self.fatal[number] == "pause":
-                until = time.monotonic() + 1.4  # after the pause: nothing is there yet when the process goes on
-                _pause(int((self.folder / "main").read_text()), seconds=1.2)
+                until = time.monotonic() + 3.3  # after the pause: nothing is there yet when the process goes on
+                _pause(int((self.folder / "main").read_text()), seconds=3.0)
                 time.sleep(max(0.0, until - time.monotonic()))
                 return number, os.getpid()
             raise ValueError("an error of its own")
@@ -112,10 +112,10 @@ def _pause(process: int, *, seconds: float) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_paused_process_has_not_waited(workers: int, tmp_path: Path) -> None:
     (tmp_path / "main").write_text(str(os.getpid()))
-    ahead = ReadAhead(Numbers(tmp_path, {3: "pause"}), range(9), workers=workers, timeout=0.8)
+    ahead = ReadAhead(Numbers(tmp_path, {3: "pause"}), range(9), workers=workers, timeout=2.0)
     begun = time.monotonic()
     assert [number for number, _ in ahead] == list(range(9))
-    assert time.monotonic() - begun > 1.2
+    assert time.monotonic() - begun > 3.0
 
 
 def _lives(process: int) -> bool:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from cmapkd.features.closed_form import (
     RunningMoments,
     class_means,
+    class_parts,
     nearest_others,
     principal_directions,
     rank_in_class,
@@ -104,3 +105,18 @@ def test_avoided_entries_and_duplicates_are_neighbours_of_last_resort() -> None:
         assert nearest(4, duplicates_above=0.999) == 2
         assert nearest(4, duplicates_above=0.999, avoided=avoided) == 3
         assert nearest(2, duplicates_above=0.999) == 1
+
+
+def test_random_parts_of_a_class_do_not_point_at_the_mean_of_all_rows() -> None:
+    x = rows(400, dim=40) + 3.0  # their mean is 19 long, they differ by 6 from it
+    found, _ = class_parts(
+        x,
+        torch.zeros(400, dtype=torch.long),
+        1,
+        common=(torch.eye(40, dtype=torch.float64)[:4], torch.ones(4, dtype=torch.float64)),
+        random=True,
+        generator=torch.Generator().manual_seed(0),
+    )
+    basis = torch.linalg.qr(found[0].T).Q
+    share = float((basis.T @ normalize(x.mean(0), dim=0)).square().sum())
+    assert share < 0.4  # of four directions in forty, a tenth is expected

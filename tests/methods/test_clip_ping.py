@@ -60,7 +60,7 @@ def test_terms_are_the_loops(neighbours: str) -> None:
         for query, key in zip(queries, keys, strict=True):
             cosines = [-2 if bank.keys[j] == key else float(normalize(query, dim=0) @ rows[j]) for j in range(40)]
             nearest = cosines.index(max(cosines))
-            other = (nearest + 20) % 40
+            other = (nearest + 1 + int(key) % 38) % 40
             found[tower].append(nearest if neighbours == "nearest" else other + int(bank.keys[other] == key))
     own = {"image": method.to_image(student.image.embedding), "text": method.to_text(student.text.embedding)}
     for name, by in (("nn", {"image": "image", "text": "text"}), ("xnn", {"image": "text", "text": "image"})):
@@ -108,8 +108,14 @@ def test_the_same_thing_under_another_name_is_no_neighbour() -> None:
 def test_shuffled_is_never_the_sample_itself() -> None:
     method, batch = clip_ping(neighbours="shuffled"), random_batch(BATCH, dtype=torch.float64)
     teacher, bank = method.encode_teacher(batch), method.support
-    bank.image[20:26] = 0.9 * normalize(teacher.image.embedding, dim=-1) + 0.1 * bank.image[20:26]
-    assert method._neighbours(batch, teacher)[0].tolist() == [1, 2, 3, 4, 5, 6]  # half of 40 further is the sample
+    offsets = (1 + sample_keys(batch.ids) % (bank.size - 2)).tolist()
+    assert len(set(offsets)) > 1  # samples that share a neighbour do not share what stands in its place
+    for place, (offset, image) in enumerate(zip(offsets, normalize(teacher.image.embedding, dim=-1), strict=True)):
+        neighbour = (place - offset) % bank.size  # so far before the sample itself
+        before = bank.image.clone()
+        bank.image[neighbour] = 0.9 * image + 0.1 * bank.image[neighbour]
+        assert method._neighbours(batch, teacher)[0][place] == place + 1
+        bank.image.copy_(before)
     small = unprepared(neighbours="shuffled")
     with pytest.raises(ConfigError, match="neither the neighbour nor the sample itself, and of 2 samples none is left"):
         small.prepare(made_up(number=2))

@@ -156,7 +156,7 @@ def propose(samples: Sequence[tuple[int, Sample]], config: ProposeConfig, panel:
 def own_questions(samples: Sequence[tuple[int, Sample]], config: QuestionsConfig, panel: Panel) -> list[Candidate]:
     """Every question of the samples, with the model's answer."""
     found = [
-        Candidate(sample, index, number, asked.question, accepted=asked.answers)
+        Candidate(sample, index, number, asked.question, relation=asked.kind, accepted=asked.answers)
         for index, sample in samples
         for number, asked in enumerate(sample.questions)
         if asked.question

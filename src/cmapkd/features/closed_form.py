@@ -135,7 +135,8 @@ def class_parts(
         few = found is common or float(found[1].mean()) < ALIKE
         of_class, (directions, variances) = (rows, common) if few else (own, found)
         if random:
-            inside = torch.randn(num_parts, len(rows), generator=generator, dtype=torch.float64) @ rows
+            centred = rows - rows.mean(0)  # else each direction would lie near the rows' common mean
+            inside = torch.randn(num_parts, len(rows), generator=generator, dtype=torch.float64) @ centred
             directions = torch.linalg.qr(inside.T).Q.T
             variances = ((of_class - of_class.mean(0)) @ directions.T).square().mean(0)
         rotation = torch.linalg.qr(torch.randn(num_parts, num_parts, generator=generator).double()).Q

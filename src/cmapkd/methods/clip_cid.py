@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class ClipCidConfig(MethodConfig):
         description="Multiplies cosines of an image with the clusters' centres; CLIP's scale at its start.",
     )
     centres: Literal["clusters", "random"] = Field(
-        "clusters", description="clusters: of the teacher's images; random: any directions, as a control."
+        "clusters", description="clusters: of the teacher's images; random: images drawn at random, as a control."
     )
     sample: int = Field(
         100_000, ge=2, description="Training samples that are clustered, drawn once; all where there are fewer."
@@ -108,7 +109,7 @@ class ClipCid(DualEncoderMethod):
             )
         draws = torch.Generator().manual_seed(0)
         if self.config.centres == "random":
-            centres = torch.randn(number, self.dim, generator=draws)
+            centres = F.normalize(rows[torch.randperm(len(rows), generator=draws)[:number]], dim=-1)
         else:
             centres = spherical_kmeans(rows, number, draws)
         self._resize(number)

@@ -154,7 +154,8 @@ class ClipPing(DualEncoderMethod):
                     queries, entries, query_keys=keys, entry_keys=bank.keys, avoided=same, duplicates_above=SAME
                 )
             if self.config.neighbours == "shuffled":
-                places = (places + bank.size // 2) % bank.size
+                # by the sample, else those that shared a neighbour would share what stands in its place
+                places = (places + 1 + keys % (bank.size - 2)) % bank.size
                 places = (places + (bank.keys[places] == keys).long()) % bank.size  # not the sample itself
             found.append(places)
         return found[0], found[1]

@@ -273,7 +273,9 @@ class CMAPKDConfig(MethodConfig):
             "language": self.language_weight if any(map(self.weight_of, LANGUAGE_LEVELS)) else 0.0,
             "pyramid": ablations.pyramid_weight,
             "alignment": ablations.alignment_weight,
-            "bridge": 1.0 if ablations.pyramid_weight or ablations.bank_pair_weight else 0.0,
+            "bridge": 1.0
+            if ablations.pyramid_weight or ablations.bank_pair_weight or ablations.layer_relation_weight
+            else 0.0,
             "relation": ablations.relation_weight,
             "layer_relation": ablations.layer_relation_weight,
         }

@@ -30,7 +30,7 @@ from cmapkd.methods.step import StepInfo
 from cmapkd.models import DualEncoder, Features, TowerFeatures
 from cmapkd.weighting import BanditWeighting, BilevelWeighting, GradientAlignmentWeighting, JointWeighting
 
-_EPS = 1e-8  # of the preconditioner
+_EPS = 1e-6  # of the preconditioner: AdamW's, as `optim.eps` has it by default
 _SLOPES = {"forward": slopes_forward, "difference": slopes_by_difference}
 
 

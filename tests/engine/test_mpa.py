@@ -49,12 +49,18 @@ def test_precision_against_the_world(tmp_path: Path, capsys: pytest.CaptureFixtu
     engine("mpa_scenes", out, [f"data={data}", "shard_samples=10"])
     assert "kept.jsonl, random.jsonl, manifest.json" in capsys.readouterr().out
     source = open_source(data)
+    kinds = {
+        f"{sample.id}#{number}": question.kind
+        for sample in map(source.__getitem__, range(len(source)))
+        for number, question in enumerate(sample.questions)
+    }
     truth = {
         f"{sample.id}#{number}": question.answers
         for sample in map(source.__getitem__, range(len(source)))
         for number, question in enumerate(sample.questions)
     }
     rows = [json.loads(line) for line in (out / "shards/000000/candidates.jsonl").read_text().splitlines()]
+    assert {row["id"]: row["relation"] for row in rows} == kinds  # random answers are as many of each kind
     answered = [row for row in rows if row.get("answer")]
     right = {row["id"]: vqa_accuracy(row["answer"], truth[row["id"]]) for row in answered}
     kept = [right[row["id"]] for row in answered if row["dropped"] is None]

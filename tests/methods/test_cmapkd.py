@@ -199,6 +199,13 @@ def test_pairs_of_levels_against_the_bank_of_the_other_modality_written_out() ->
     assert all(parameter.grad is None for parameter in method.teacher_bridge.parameters())
 
 
+def test_the_teachers_bridge_learns_where_levels_are_related_through_it() -> None:
+    method = cmapkd(ablations={"layer_relation_weight": 1.0, "bridge_dim": 8})
+    assert {"layer_relation", "bridge"} <= {*method.term_names}
+    method(random_batch(4))["bridge"].value.backward()
+    assert any(parameter.grad is not None for parameter in method.teacher_bridge.parameters())
+
+
 def test_what_a_stage_did_not_read_is_no_reference_later() -> None:
     method = cmapkd(ablations={"bank_level_weight": 1.0}, **BANKED)
     method.enter(StageConfig(share=1.0, levels=("P5", "L4")))

@@ -108,7 +108,7 @@ def test_the_direction_is_the_gradient_over_the_root_of_adams_moments() -> None:
     parameters = dict(method.student.named_parameters())
     plain = torch.autograd.grad(task_loss(method.encode_student(held_out)), [*parameters.values()])
     for (name, parameter), one in zip(parameters.items(), plain, strict=True):
-        torch.testing.assert_close(found[name], one / (moments[parameter].sqrt() + 1e-8))
+        torch.testing.assert_close(found[name], one / (moments[parameter].sqrt() + 1e-6))
     [bare] = directions_of(method, held_out, count=1, preconditioned_by_optimizer=False)
     torch.testing.assert_close(dict(bare), dict(zip(parameters, plain, strict=True)))
 

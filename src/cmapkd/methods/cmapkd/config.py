@@ -229,7 +229,12 @@ class CMAPKDConfig(MethodConfig):
     def coupled(self) -> dict[str, float]:
         """What each pair of levels counts where modalities meet; pairs that count nothing are left out."""
         ablations = self.ablations
-        wanted = ablations.pyramid_weight or ablations.alignment_weight or ablations.bank_pair_weight
+        wanted = (
+            ablations.pyramid_weight
+            or ablations.alignment_weight
+            or ablations.bank_pair_weight
+            or ablations.layer_relation_weight  # compares levels through the bridge, which learns by the pairs
+        )
         return {pair: ablations.coupling[pair] for pair in PAIRS if ablations.coupling.get(pair)} if wanted else {}
 
     def bridged(self) -> tuple[str, ...]:

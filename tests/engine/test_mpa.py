@@ -49,24 +49,21 @@ def test_precision_against_the_world(tmp_path: Path, capsys: pytest.CaptureFixtu
     engine("mpa_scenes", out, [f"data={data}", "shard_samples=10"])
     assert "kept.jsonl, random.jsonl, manifest.json" in capsys.readouterr().out
     source = open_source(data)
-    kinds = {
-        f"{sample.id}#{number}": question.kind
-        for sample in map(source.__getitem__, range(len(source)))
-        for number, question in enumerate(sample.questions)
-    }
-    truth = {
-        f"{sample.id}#{number}": question.answers
+    asked = {
+        f"{sample.id}#{number}": question
         for sample in map(source.__getitem__, range(len(source)))
         for number, question in enumerate(sample.questions)
     }
     rows = [json.loads(line) for line in (out / "shards/000000/candidates.jsonl").read_text().splitlines()]
-    assert {row["id"]: row["relation"] for row in rows} == kinds  # random answers are as many of each kind
+    assert {row["id"]: row["relation"] for row in rows} == {  # random answers are as many of each kind
+        each: question.kind for each, question in asked.items()
+    }
     answered = [row for row in rows if row.get("answer")]
-    right = {row["id"]: vqa_accuracy(row["answer"], truth[row["id"]]) for row in answered}
+    right = {row["id"]: vqa_accuracy(row["answer"], asked[row["id"]].answers) for row in answered}
     kept = [right[row["id"]] for row in answered if row["dropped"] is None]
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     assert (len(rows), len(kept)) == (counts["candidates"], counts["kept"])
-    assert len(rows) == len(truth)
+    assert len(rows) == len(asked)
     before, after = sum(right.values()) / len(right), sum(kept) / len(kept)
     assert after > before + 0.03, (before, after)  # 0.49 and 0.58 of 64 pictures
 

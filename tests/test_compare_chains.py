@@ -177,7 +177,7 @@ def test_a_wrong_key_of_a_later_run_is_told_before_any_run() -> None:
         make_plan(written(arms={"a": {"then": [{"training.stepz": 3}, {}]}}))
     with pytest.raises(ConfigError, match="tasks: 'fourth' is no name in evaluate"):
         written(tasks=["first", "second", "fourth"])
-    with pytest.raises(ConfigError, match="tuning and equal_time know no chains"):
+    with pytest.raises(ConfigError, match="tuning, equal_time and folds know no chains"):
         written(equal_time={"to": "joint"})
 
 

@@ -10,17 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cmapkd.compare.bootstrap import MAX_GROUPS, Part, two_way_estimate
 from cmapkd.compare.picture_table import PictureTable
 from cmapkd.compare.pictures import NoPictures, measures_of, resampled_difference
 from cmapkd.compare.statistics import Estimate, paired_difference, t_critical
-from cmapkd.evaluation.picture_ranks import PictureRanks
-from cmapkd.evaluation.ranking import RankCounts
-from cmapkd.run import RunConfig
 from cmapkd.run.measure import RANKS
-from compare_support import PretendedRuns, compare_pretended, write_recipe
+from compare_support import PretendedRuns, compare_pretended, leave_ranks, score_of, write_recipe
 
 SEEDS, PICTURES = 5, 100
 
@@ -157,26 +153,6 @@ def test_which_metrics_are_means_over_pictures() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ in a comparison
-
-
-def hits_of(config: RunConfig) -> torch.Tensor:
-    """Which of 60 pictures, of two captions each, a pretended student finds; the same for both directions."""
-    share = {"contrastive": 0.3, "hinton": 0.4, "clip_kd": 0.7}[config.method.name]
-    of_picture = torch.rand(60, generator=torch.Generator().manual_seed(0))
-    of_run = torch.rand(60, generator=torch.Generator().manual_seed(config.seed + 1))
-    return 0.7 * of_picture + 0.3 * of_run < share
-
-
-def score_of(config: RunConfig) -> float:
-    return 100 * float(hits_of(config).double().mean())
-
-
-def leave_ranks(config: RunConfig, out: Path, *, digest: str = "pictures") -> None:
-    missed = (~hits_of(config)).long()
-    ones, nothing = torch.ones(60, dtype=torch.long), torch.zeros(60, dtype=torch.long)
-    both = RankCounts(missed.repeat_interleave(2), nothing.repeat(2), ones.repeat(2))
-    ranks = {"i2t": RankCounts(missed, nothing, ones), "t2i": both}
-    PictureRanks(digest, 2 * ones, nothing.bool(), ranks).save(out / RANKS)
 
 
 def test_a_comparison_resamples_the_pictures_that_its_runs_keep(

@@ -135,7 +135,13 @@ def test_parts_share_no_picture_and_leave_none_out(classes: Path) -> None:
     assert ids[2]
     assert train.fingerprint() != whole.fingerprint()
     assert (train.name, val.name) == (f"folder:{classes}?part=0-0.7", f"folder:{classes}?part=0.7-1")
-    for wrong in ("0.9-0.1", "0-2", "half", "0.5"):
+    for low, high in ((0.0, 0.2), (0.2, 0.4), (0.8, 1.0)):  # the others of a middle part go over 1
+        part, others = (
+            {source[i].id for source in [open_source(f"folder:{classes}?part={text}")] for i in range(len(source))}
+            for text in (f"{low}-{high}", f"{high % 1}-{round((high % 1) + 0.8, 1)}")
+        )
+        assert (part | others, part & others) == (ids[0], set())
+    for wrong in ("0.9-0.1", "0-2", "0.5-1.6", "1-1.2", "half", "0.5"):
         with pytest.raises(ConfigError, match="part is two numbers from 0 to 1"):
             open_source(f"folder:{classes}?part={wrong}")
     with pytest.raises(ConfigError, match="the part 0 to 1e-09 of the 20 samples"):

@@ -18,6 +18,7 @@ from cmapkd.config.load import yaml_problem
 from cmapkd.evaluation.tasks import TASKS
 
 _SCORES = ("params", "params_borrowed", "bad_samples")  # names that a student's scores have already, besides tasks
+_OF_FOLDS = ("data", "teacher", "student")  # sections that a fold may set
 
 
 class _ArmsAndAxes(Config):
@@ -58,6 +59,11 @@ class ComparisonConfig(_ArmsAndAxes):
     base: str = Field(description="Recipe that every arm starts from: a packaged name or a YAML file.")
     overrides: tuple[str, ...] = Field((), description="key=value settings of all arms; arms and axes go over them.")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Each arm is run once with each.")
+    folds: dict[int, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Seed -> settings of data, teacher and student that its runs take, over all others: "
+        "cross-validation.",
+    )
     arms: dict[str, Arm] = Field(default_factory=dict, description="Name -> settings, a mapping or a key=value list.")
     axes: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Key -> values, as a list or as label: value; the product with the arms."
@@ -113,6 +119,18 @@ class ComparisonConfig(_ArmsAndAxes):
             raise ValueError(f"seeds are whole numbers >= 0, each once; got {', '.join(map(str, value))}")
         return value
 
+    @field_validator("folds")
+    @classmethod
+    def _folds_change_data(cls, value: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        for seed, settings in value.items():
+            for key in settings:
+                if key.partition(".")[0] not in _OF_FOLDS:
+                    raise ValueError(
+                        f"the fold of seed {seed} sets {key}: a fold sets {', '.join(_OF_FOLDS)} alone. What tells "
+                        "arms apart belongs into arms"
+                    )
+        return value
+
     @field_validator("evaluate")
     @classmethod
     def _names_of_their_own(cls, value: dict[str, str]) -> dict[str, str]:
@@ -124,6 +142,16 @@ class ComparisonConfig(_ArmsAndAxes):
                     "without a dot"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _a_fold_for_each_seed(self) -> Self:
+        missing = [seed for seed in self.seeds if seed not in self.folds]
+        if self.folds and missing:
+            raise ValueError(
+                f"folds has no settings for seed {', '.join(map(str, missing))}: give every seed a fold. Seeds may "
+                "share the settings of one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_to_compare(self) -> Self:
@@ -153,8 +181,8 @@ class ComparisonConfig(_ArmsAndAxes):
                 raise ValueError(
                     f"arm {name!r} is a chain of {later + 1} runs, and tasks names {len(self.tasks)}: name one for each"
                 )
-            if later and (self.tuning is not None or self.equal_time is not None):
-                raise ValueError(f"arm {name!r} has `then`: tuning and equal_time know no chains in this version")
+            if later and (self.tuning is not None or self.equal_time is not None or self.folds):
+                raise ValueError(f"arm {name!r} has `then`: tuning, equal_time and folds know no chains yet")
         if self.tasks and not any(chained.values()):
             raise ValueError("tasks are named, and no arm has `then`: give an arm the settings of its later runs")
         return self

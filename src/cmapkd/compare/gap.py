@@ -63,12 +63,12 @@ def check_start(
 
 
 def share_of_gap(
-    values: Mapping[int, float], start: Mapping[int, float], teacher: float | None, *, lower_is_better: bool
+    values: Mapping[int, float], start: Mapping[int, float], teacher: Mapping[int, float], *, lower_is_better: bool
 ) -> dict[int, float]:
     """(value - start) / (teacher - start) by seed, of the seeds whose start is worse than the teacher."""
     sign = -1 if lower_is_better else 1
     return {
-        seed: (values[seed] - start[seed]) / (teacher - start[seed])
+        seed: (values[seed] - start[seed]) / (teacher[seed] - start[seed])
         for seed in values
-        if teacher is not None and seed in start and sign * (teacher - start[seed]) > 0
+        if seed in teacher and seed in start and sign * (teacher[seed] - start[seed]) > 0
     }

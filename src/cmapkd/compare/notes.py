@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cmapkd.compare.metric import lower_is_better, metric_label
+from cmapkd.compare.pictures import FOLDS
 from cmapkd.compare.plan import Plan, PlannedTable
 from cmapkd.compare.tables import RowSummary
 from cmapkd.config import counted
@@ -67,7 +68,14 @@ def _difference_notes(table: PlannedTable, rows: Sequence[RowSummary]) -> Iterat
         f"Differences to {table.reference_name} are paired by seed, with the 95 % t interval of their mean "
         "and the number of seeds won; one comparison at a time: of twenty such intervals about one misses."
     )
-    if any(cell.two_way for row in rows for cell in row.cells.values()):
+    covered = {cell.two_way.covers for row in rows for cell in row.cells.values() if cell.two_way}
+    if FOLDS in covered:
+        yield (
+            "The second interval is the t interval of the folds' means. Each fold has test pictures and training "
+            "pictures of its own, so it covers their chance too. Folds share most of their training pictures, which "
+            "makes it too narrow for wholly other training data (Nadeau and Bengio 2003)."
+        )
+    if covered - {FOLDS}:
         yield (
             "The interval over pictures also covers another draw of test pictures, by a bootstrap over seeds "
             "and pictures (Owen 2007)."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ _ANSWERS = (
     "perplexity.negative_bits_per_byte",
     "drafting.passes_per_token",
 )
+FOLDS = "folds"  # what an interval covers where each seed, or group of seeds, has test pictures of its own
 _TOLERANCE = 0.02  # between a score and its pictures, in units of the metric; a committed table is rounded
 
 
@@ -186,6 +188,9 @@ def resampled_difference(
 ) -> Estimate | None:
     """The difference of two rows with its standard error over seeds and pictures.
 
+    Seeds that share their pictures are resampled with them. Where folds give seeds pictures of their own, the mean
+    difference of each fold is one number with the chance of its pictures in it, and the interval is their t interval.
+
     Args:
         arm, against: seed -> run, as `source` names it.
         data, path: the metric, see `split_metric`.
@@ -196,12 +201,13 @@ def resampled_difference(
         NoPictures: says why there is no such estimate. All seeds may agree at every picture, too.
     """
     measures = measures_of(path)
-    digests: set[str] = set()
+    folds: dict[str, list[float]] = {}  # digest of its pictures -> differences of its seeds
     sums: list[list[Floats]] = [[] for _ in measures]  # of each measure, seed by seed
     queries: list[Floats] = []
     for seed, expected in zip(difference.seeds, difference.differences, strict=True):
         means = []
         queries = []
+        digests: set[str] = set()
         for place, measure in enumerate(measures):
             (digest, score), (other_digest, other) = (source.scores(run[seed], data, measure) for run in (arm, against))
             digests |= {digest, other_digest}
@@ -213,7 +219,22 @@ def resampled_difference(
         kept = float(np.mean(means))
         if abs(kept - expected) > max(_TOLERANCE, 1e-4 * abs(expected)):
             raise NoPictures(f"the pictures of seed {seed} give a difference of {kept:.3f}, the scores {expected:.3f}")
+        folds.setdefault(digests.pop(), []).append(expected)
+    if len(folds) > 1:
+        return _over_folds([float(np.mean(each)) for each in folds.values()])
     estimate = two_way_estimate([Part(np.stack(rows), each) for rows, each in zip(sums, queries, strict=True)])
     if estimate is None and len(difference.seeds) > 1:
         raise NoPictures("every seed and picture has the same difference")
     return estimate
+
+
+def _over_folds(means: Sequence[float]) -> Estimate:
+    """The mean of the folds' differences, with the error of their spread.
+
+    Raises:
+        NoPictures: the folds have no spread.
+    """
+    error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    if not error:
+        raise NoPictures("every fold has the same difference")
+    return Estimate(float(np.mean(means)), error, len(means) - 1, FOLDS)

@@ -93,6 +93,7 @@ def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None, seconds:
     """
     resolver = Resolver.of(comparison)
     shared = resolver.shared
+    folds = {seed: comparison.folds.get(seed, {}) for seed in comparison.seeds}
     problems: dict[str, list[str]] = {}  # what is wrong -> labels of the rows where it is
     unique: dict[str, PlannedRun] = {}
     tables = []
@@ -102,7 +103,7 @@ def make_plan(comparison: ComparisonConfig, tuned: Tuned | None = None, seconds:
         foreign: dict[str, list[str]] = {}
         own = title and isinstance(comparison.tables[title].arms, dict)  # arms of the table, which none has tuned
         chosen = {} if own or tuned is None else {arm: tuned.settings_of(arm) for arm in arms}
-        rows = list(_rows(resolver, arms, chosen, axes, comparison.seeds, unique, problems, foreign))
+        rows = list(_rows(resolver, arms, chosen, axes, folds, unique, problems, foreign))
         if not problems:
             notes = [] if own or tuned is None else list(tuned.notes(_by_arm(rows)))
             if comparison.equal_time is not None:
@@ -136,7 +137,7 @@ def _rows(
     arms: dict[str, Arm],
     chosen: Mapping[str, dict[str, Any]],
     axes: dict[str, dict[str, Any]],
-    seeds: Sequence[int],
+    folds: Mapping[int, dict[str, Any]],
     unique: dict[str, PlannedRun],
     problems: dict[str, list[str]],
     foreign: dict[str, list[str]],
@@ -150,11 +151,16 @@ def _rows(
             layers = [settings_of(arms[arm], f"arm {arm!r}")] if arms else []
             layers += layers_of(chosen.get(arm, {}), f"arm {arm!r}, tuned")
             layers += layers_of({key: axes[key][at[key]] for key in axes}, "axes")
-            config, without = resolver.resolve(layers, seed=seeds[0], where=label)
+            configs, without = dict[int, RunConfig](), list[str]()
+            for seed, fold in folds.items():
+                if fold or not configs:  # without folds the others differ in the seed alone
+                    folded = [*layers, *layers_of(fold, f"folds, seed {seed}")]
+                    config, without = resolver.resolve(folded, seed=seed, where=label)
+                configs[seed] = config
             later = [
                 resolver.resolve(
                     [*layers, settings_of(each, f"arm {arm!r}, run {number}")],
-                    seed=seeds[0],
+                    seed=next(iter(folds)),
                     where=f"{label}, run {number}",
                 )[0]
                 for number, each in enumerate(later_tasks(arms[arm]) if arms else (), 2)
@@ -168,7 +174,7 @@ def _rows(
         for setting in dict.fromkeys(without):
             foreign.setdefault(setting, []).append(label)
         runs = {}
-        for seed in seeds:
+        for seed, config in configs.items():
             run = planned_run(config, seed, parts)
             run = unique.setdefault(run.digest, run)
             for number, each in enumerate(later, 2):

@@ -47,7 +47,7 @@ class Row:
 
     @property
     def config(self) -> RunConfig:
-        """The config of the first seed; the others differ in the seed alone."""
+        """The config of the first seed; the others differ in the seed, and in what `folds` say of it."""
         return next(iter(self.runs.values())).config
 
 

@@ -151,7 +151,8 @@ def check_winners(tuned: Tuned, comparison: ComparisonConfig) -> None:
             "other seeds"
         )
     rows = [row for table in make_plan(comparison, tuned).tables for row in table.rows]
-    if any(row.config.data.final == tuned.measured_on for row in rows if row.coordinates.get("arm") in arms):
+    runs = [run for row in rows if row.coordinates.get("arm") in arms for run in row.runs.values()]
+    if any(run.config.data.final == tuned.measured_on for run in runs):
         raise ConfigError(
             f"tuning.winners were chosen on {tuned.measured_on}, which this comparison would be measured on: give "
             "data.test another source"

@@ -31,7 +31,7 @@ class Estimate:
     mean: float
     error: float  # standard error of the mean, >= 0
     degrees: int  # of freedom, >= 1
-    covers: str  # what another experiment would draw anew: `seeds`, or `seeds and pictures`
+    covers: str  # what another experiment would draw anew: `seeds`, `seeds and pictures`, or `folds`
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -70,8 +70,7 @@ class _Evidence:
 
     def values(self, row: Row, path: str) -> dict[int, float]:
         """One metric of a row's finished runs, by seed."""
-        values = {seed: lookup(run["student"], path) for seed, run in self.finished(row).items()}
-        return {seed: value for seed, value in values.items() if value is not None}
+        return _known({seed: lookup(run["student"], path) for seed, run in self.finished(row).items()})
 
     def difference(self, row: Row, reference: Row, path: str) -> _Difference:
         """A paired difference of two rows, with the chance of pictures where the runs keep their ranks."""
@@ -97,6 +96,15 @@ def off_plateau(values: Mapping[int, float], path: str, plateau: float) -> tuple
     """How many seeds have left the plateau, of how many: those with a score beyond it."""
     sign = -1 if lower_is_better(path) else 1
     return sum(sign * value > sign * plateau for value in values.values()), len(values)
+
+
+_Keys = tuple[str | None, ...]  # `teacher_key` of each seed of a row
+
+
+class _Teachers(NamedTuple):
+    name: str
+    scores: dict[int, Scores]  # by seed
+    one: bool  # the same for all seeds: there are no folds
 
 
 class _Difference(NamedTuple):
@@ -173,7 +181,7 @@ def _summarize(plan: Plan, table: PlannedTable, evidence: _Evidence) -> TableSum
         metrics=metrics,
         reference_name=table.reference_name,
         gap_name=table.gap_name,
-        teachers=tuple(_teacher_row(name, scores, metrics) for name, scores in teachers.values()),
+        teachers=tuple(_teacher_row(each, metrics) for each in teachers.values()),
         rows=tuple(rows),
         notes=(*notes, *retrieval_notes(metrics, done), *table_notes(plan, table, rows, done, metrics, plateau)),
         plateau=plateau,
@@ -181,8 +189,12 @@ def _summarize(plan: Plan, table: PlannedTable, evidence: _Evidence) -> TableSum
     )
 
 
-def _cell(table: PlannedTable, place: int, path: str, teacher: Scores, evidence: _Evidence) -> Cell:
-    """One metric of a row."""
+def _cell(table: PlannedTable, place: int, path: str, teacher: Mapping[int, Scores], evidence: _Evidence) -> Cell:
+    """One metric of a row.
+
+    Args:
+        teacher: scores of the teacher that the row's gap leads to, by seed.
+    """
     row, reference, start = table.rows[place], table.reference[place], table.gap_from[place]
     values = evidence.values(row, path)
     cell = Cell(values, summarize(values.values()), None, {})
@@ -193,7 +205,8 @@ def _cell(table: PlannedTable, place: int, path: str, teacher: Scores, evidence:
         return cell
     start_row = table.rows[start]
     start_values = evidence.values(start_row, path)
-    gap = share_of_gap(values, start_values, lookup(teacher, path), lower_is_better=lower_is_better(path))
+    goals = _known({seed: lookup(scores, path) for seed, scores in teacher.items()})
+    gap = share_of_gap(values, start_values, goals, lower_is_better=lower_is_better(path))
     if not gap:
         return cell
     checked = evidence.gap_start(start_row, path)
@@ -257,32 +270,50 @@ def _paths(scores: Any, prefix: str = "") -> Iterator[str]:
 
 def _teachers(
     table: PlannedTable, done: list[dict[int, dict[str, Any]]], further: Mapping[str, Scores]
-) -> dict[str, tuple[str, Scores]]:
-    """`teacher_key` -> name and scores of each teacher of the table that was measured."""
-    teachers: dict[str, tuple[str, Scores]] = {}
+) -> dict[_Keys, _Teachers]:
+    """The teachers of a table's rows that were measured: without folds one serves all seeds of a row."""
+    scores: dict[str, Scores] = {}
     for row, runs in zip(table.rows, done, strict=True):
-        key, config = teacher_key(row.config), row.config
-        scores = next((run["teacher"] for run in runs.values() if run.get("teacher")), None)
-        if key is not None and key not in teachers and scores is not None:
-            assert config.teacher is not None
-            same = sum(name.startswith(f"teacher {config.teacher.name}") for name, _ in teachers.values())
-            name = f"teacher {config.teacher.name}" + (f" on {config.data.final}" if same else "")
-            teachers[key] = (name, scores | further.get(key, {}))
+        for seed, run in runs.items():
+            key = teacher_key(row.runs[seed].config)
+            if key is not None and run.get("teacher"):
+                scores.setdefault(key, run["teacher"] | further.get(key, {}))
+    teachers: dict[_Keys, _Teachers] = {}
+    for row in table.rows:
+        keys = _teacher_keys(row)
+        by_seed = {seed: scores[key] for seed, key in zip(row.runs, keys, strict=True) if key in scores}
+        if keys in teachers or not by_seed:
+            continue
+        configs = [run.config for run in row.runs.values() if run.config.teacher is not None]
+        names = dict.fromkeys(config.teacher.name for config in configs if config.teacher is not None)
+        name = f"teacher {next(iter(names))}" if len(names) == 1 else "teachers of the folds"
+        if any(other.name.startswith(name) for other in teachers.values()):
+            name += f" on {configs[0].data.final}"
+        teachers[keys] = _Teachers(name, by_seed, one=len(set(keys)) == 1)
     return teachers
 
 
-def _teacher_of(row: Row, teachers: Mapping[str, tuple[str, Scores]]) -> Scores:
-    """The scores that a row's gap leads to: its own teacher's, or those of the only teacher that there is."""
-    key = teacher_key(row.config)
-    if key is None and len(teachers) == 1:
-        key = next(iter(teachers))
-    return teachers[key][1] if key is not None and key in teachers else {}
+def _teacher_keys(row: Row) -> _Keys:
+    return tuple(teacher_key(run.config) for run in row.runs.values())
 
 
-def _teacher_row(name: str, scores: Scores, metrics: tuple[str, ...]) -> RowSummary:
+def _teacher_of(row: Row, teachers: Mapping[_Keys, _Teachers]) -> dict[int, Scores]:
+    """The scores by seed that a row's gap leads to: its own teachers', or those of the only ones that there are."""
+    keys = _teacher_keys(row)
+    if not any(keys) and len(teachers) == 1:
+        keys = next(iter(teachers))
+    return teachers[keys].scores if keys in teachers else {}
+
+
+def _teacher_row(teachers: _Teachers, metrics: tuple[str, ...]) -> RowSummary:
     cells = {}
     for path in metrics:
-        value = lookup(scores, path)
-        values = {} if value is None else {-1: value}
+        values = _known({seed: lookup(scores, path) for seed, scores in teachers.scores.items()})
+        if teachers.one and values:
+            values = {-1: next(iter(values.values()))}
         cells[path] = Cell(values, summarize(values.values()), None, {})
-    return RowSummary(name, None, False, False, cells, {}, {})
+    return RowSummary(teachers.name, None, False, False, cells, {}, {})
+
+
+def _known(values: Mapping[int, float | None]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if value is not None}

@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class RowSummary:
-    """One row of a table; the row of a teacher has no `row` and one value, under seed -1."""
+    """One row of a table; the row of a teacher has no `row`, and without folds one value, under seed -1."""
 
     label: str
     row: Row | None

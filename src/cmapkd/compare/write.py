@@ -168,7 +168,7 @@ def _plain_table(table: TableSummary) -> dict[str, Any]:
         "plateau": table.plateau,
         "metrics": list(table.metrics),
         "teachers": {
-            row.label: {path: next(iter(cell.values.values()), None) for path, cell in row.cells.items()}
+            row.label: {path: cell.summary.mean if cell.summary else None for path, cell in row.cells.items()}
             for row in table.teachers
         },
         "rows": [_plain_row(row) for row in table.rows],

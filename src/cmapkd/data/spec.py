@@ -73,7 +73,7 @@ class Spec:
         return sentences
 
     def take_part(self) -> tuple[float, float] | None:
-        """The part of the samples that is read, `0-0.9` for nine in ten."""
+        """The part of the samples that is read, `0-0.9` for nine in ten; `0.4-1.2` goes on from 0 to 0.2."""
         text = self.options.pop(PART, None)
         if text is None:
             return None
@@ -82,8 +82,11 @@ class Spec:
             found = float(low), float(high)
         except ValueError:
             found = (1.0, 0.0)
-        if not 0 <= found[0] < found[1] <= 1:
-            raise ConfigError(f"data {self.text!r}: {PART} is two numbers from 0 to 1, such as 0-0.9; got {text!r}")
+        if not (0 <= found[0] < 1 and found[0] < found[1] <= found[0] + 1):
+            raise ConfigError(
+                f"data {self.text!r}: {PART} is two numbers from 0 to 1, such as 0-0.9, or goes over 1 by less than a "
+                f"round, such as 0.4-1.2; got {text!r}"
+            )
         return found
 
     def take_pick(self) -> Pick:

@@ -150,8 +150,9 @@ class StoredSource(ABC):
         if self._keep.part is None:
             return np.ones(count, dtype=np.bool_)
         low, high = self._keep.part
+        over = round(high - 1, 12)  # where a part that goes over 1 ends: exactly where 0-0.2 does for 0.4-1.2
         places = (uniforms(1, "part", sample_id)[0] for sample_id in ids)
-        return np.fromiter((low <= place < high for place in places), dtype=np.bool_, count=count)
+        return np.fromiter((low <= place < high or place < over for place in places), dtype=np.bool_, count=count)
 
     @abstractmethod
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from cmapkd.compare import Plan, load_comparison, make_plan
 from cmapkd.data.open import open_source
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEED_THE_WORLDS = {"selection_ceiling", "selection_worlds"}  # a plugin of benchmarks/: tests/test_selection_worlds.py
+NEED_THE_WORLDS = {"selection_ceiling"}  # a plugin of benchmarks/: tests/test_selection_worlds.py
 OF_A_BENCHMARK = {"fork_and_merge"}  # a plan of benchmarks/fork_and_merge.py, which its own test reads
 
 
@@ -43,7 +43,6 @@ def test_a_comparison_is_planned_and_its_world_opens(name: str) -> None:
 
 OF_ONE_RANGE = (
     {"cmapkd_attribution", "cmapkd_attribution_final"},  # declared before each had its own
-    {"selection_ceiling", "selection_worlds"},  # one experiment
     {"cmapkd_default", "cmapkd_places", "cmapkd_rivals"},  # which share runs
 )
 

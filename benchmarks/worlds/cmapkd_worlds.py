@@ -11,7 +11,7 @@ level could mend these. Where the truth lies:
 - `hidden`: a hash of the sample's id says it. Only losses or gradients can tell.
 
 `oracle: true` gives the wrong levels weight 0. `stream_weights` counts the levels of some streams' samples more than
-those of others: the oracle of a world in which one kind of samples is worth more (`examples/selection_worlds.yaml`).
+those of others: the oracle of a world in which one kind of samples is worth more (`examples/selection_ceiling.yaml`).
 """
 
 from __future__ import annotations

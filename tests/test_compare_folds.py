@@ -13,7 +13,9 @@ import pytest
 
 from cmapkd.compare import ComparisonConfig, load_comparison
 from cmapkd.compare.plan import make_plan
+from cmapkd.compare.resolve import Resolver
 from cmapkd.compare.statistics import t_critical
+from cmapkd.compare.trials import plan_trials
 from cmapkd.config import ConfigError
 from compare_support import ARMS, PretendedRuns, compare_pretended, leave_ranks, score_of, write_recipe
 
@@ -139,3 +141,18 @@ def test_teachers_of_folds_with_names_of_their_own_are_one_row(
     folds = {seed: {**FOLDS[seed], "teacher": str(tmp_path / f"teacher-{seed}")} for seed in SEEDS}
     table, _ = run_folds(recipe, tmp_path / "c", monkeypatch, folds)
     assert [row.label for row in table.teachers] == ["teachers of the folds"]
+
+
+def test_tuning_may_not_choose_on_what_a_fold_tests(recipe: Path) -> None:
+    """The data of all arms have no test part of their own: the folds' count."""
+    tuning = {
+        "metric": "retrieval.mean_r@1", "trials": 2, "halving": [{"steps": 5, "keep": 1}], "seeds": [9],
+        "space": {"optim.learning_rate": [0.001, 0.002]}, "families": {"clip_kd": {"space": {}}},
+    }  # fmt: skip
+    val = "scenes@val?length=20&size=32"
+    fair = comparison(recipe, tuning=tuning)
+    (family,) = plan_trials(fair, Resolver.of(fair))
+    assert {run.config.data.val for each in family.trials[0].runs for run in each.values()} == {val}
+    unfair = comparison(recipe, tuning=tuning, folds=FOLDS | {12: {"data.test": val}})
+    with pytest.raises(ConfigError, match="flatters the arms that were tuned"):
+        plan_trials(unfair, Resolver.of(unfair))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,9 @@ def _family(comparison: ComparisonConfig, tuning: TuningConfig, name: str, resol
     layers = [settings_of(comparison.arms[arms[0]], f"arm {arms[0]!r}")]
     layers += layers_of({axis: comparison.axes[axis][label] for axis, label in tuning.at.items()}, "axes")
     declared, _ = resolver.resolve(layers, seed=tuning.seeds[0], where=name)
-    _check_data(declared, comparison)
+    folds = [layers_of(comparison.folds.get(seed, {}), f"folds, seed {seed}") for seed in comparison.seeds]
+    finals = [resolver.resolve([*layers, *fold], seed=tuning.seeds[0], where=name)[0].data.final for fold in folds]
+    _check_data(declared, finals, comparison.evaluate)
     _check_metric(declared, tuning.metric)
     for key in space:
         _check_key(key, declared)
@@ -130,9 +132,12 @@ def _family(comparison: ComparisonConfig, tuning: TuningConfig, name: str, resol
     )
 
 
-def _check_data(declared: RunConfig, comparison: ComparisonConfig) -> None:
+def _check_data(declared: RunConfig, finals: Sequence[str | None], evaluate: Mapping[str, str]) -> None:
     """Trials are judged on validation data, and the comparison on others.
 
+    Args:
+        finals: what the runs of the comparison are measured on.
+        evaluate: further test data of the comparison.
     Raises:
         ConfigError: there are none, they are a test split, or the comparison ends on them too.
     """
@@ -141,12 +146,12 @@ def _check_data(declared: RunConfig, comparison: ComparisonConfig) -> None:
         raise ConfigError("tuning chooses on data.val, and there is none: add data.val=SOURCE")
     if split_of(val, default="val") == "test":
         raise ConfigError(f"tuning chooses on data.val, which is a test split: {val}. Choose on another one")
-    if val == declared.data.final:
+    if val in finals:
         raise ConfigError(
             f"tuning chooses on data.val, {val}, and the comparison would be measured on the same data, which flatters "
             "the arms that were tuned: add data.test=SOURCE"
         )
-    for name, source in comparison.evaluate.items():
+    for name, source in evaluate.items():
         if source == val:
             raise ConfigError(f"tuning chooses on data.val, {val}, which is evaluate.{name} too: take other data there")
 

@@ -1,4 +1,4 @@
-"""Settings of CMAPKD: those that matter, those of the bank, and those that measured useless and are off.
+"""Settings of CMAPKD: those that matter, those of the bank, and those of what is off.
 
 What was measured of the defaults: docs/results/cmapkd_parts.md.
 """
@@ -22,7 +22,7 @@ Reading = Literal["teacher", "student", "losses"]
 
 
 class AblationsConfig(Config):
-    """Terms and variants that measured no better than the defaults, kept so that the measurement can be repeated."""
+    """Terms and variants that are off: some showed no gain, others have no measurement. Kept to be measured."""
 
     bank_within_weight: float = Field(0.0, ge=0, description="Weight of the KL over a bank of the same modality.")
     bank_level_weight: float = Field(
@@ -132,7 +132,7 @@ class CMAPKDConfig(MethodConfig):
     key_tokens: int = Field(16, ge=1, description="Key tokens of a level, for places: key_tokens.")
     bank: BankConfig = Field(default_factory=BankConfig, description="The bank of teacher embeddings.")
     ablations: AblationsConfig = Field(
-        default_factory=AblationsConfig, description="Terms and variants that are off, as they measured no better."
+        default_factory=AblationsConfig, description="Terms and variants that are off."
     )
 
     @model_validator(mode="before")

@@ -44,7 +44,7 @@ BANK_TERMS = ("bank", "bank_within", "bank_level", "bank_pair")
 
 
 class CMAPKD(Selecting):
-    """Levels of both modalities, aligned and weighted, on top of interactive and bank distillation of embeddings."""
+    """Distances at levels of both modalities beside interactive, relational and bank distillation of embeddings."""
 
     Config: ClassVar[type[MethodConfig]] = CMAPKDConfig
     contrasts = ("contrastive", "interactive", "alignment", "bridge")

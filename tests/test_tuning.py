@@ -232,6 +232,18 @@ def test_the_table_says_what_the_tuning_was(recipe: Path, fake: FakeRun, tmp_pat
     assert "at the edge" not in text
 
 
+@pytest.mark.parametrize(("longest", "warned"), [(3, True), (4, False), (8, False)])
+def test_trials_far_shorter_than_the_runs_are_warned_of(
+    recipe: Path, fake: FakeRun, tmp_path: Path, longest: int, warned: bool
+) -> None:
+    rounds = [{"steps": 2, "keep": 3}, {"steps": longest, "keep": 1}]
+    result = compare(comparison(recipe, {"halving": rounds}), out=tmp_path / "c")
+    notes = "\n".join(result.tables[0].notes)
+    told = "The longest trials of kd; hinton have 3 steps, and these runs up to 8. Settings that are best so early"
+    assert (told in notes) == warned
+    assert ("The longest trials" in notes) == warned
+
+
 def test_a_winner_at_the_edge_is_warned_of_and_equal_budgets_are_not(
     recipe: Path, fake: FakeRun, tmp_path: Path
 ) -> None:

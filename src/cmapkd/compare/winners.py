@@ -81,7 +81,24 @@ class Tuned(Config):
         untuned = [arm for arm in rows if not any(arm in family.arms for family in here.values())]
         if untuned:
             yield f"Not tuned, with settings as declared: {'; '.join(untuned)}."
+        yield from _far_shorter(here, rows)
         yield from _elsewhere(here, rows)
+
+
+def _far_shorter(families: Mapping[str, TunedFamily], rows: Mapping[str, Iterable[RunConfig]]) -> Iterator[str]:
+    """Which families' longest trials are less than half as long as their runs: early winners may lose later."""
+    told: dict[str, list[str]] = {}
+    for name, family in families.items():
+        for unit in ("steps", "epochs"):
+            tried = family.config["training"].get(unit)
+            runs = [length for config in rows.get(family.arms[0], ()) if (length := getattr(config.training, unit))]
+            if tried and runs and max(runs) > 2 * tried:
+                told.setdefault(f"{tried:g} {unit}, and these runs up to {max(runs):g}", []).append(name)
+    for lengths, names in told.items():
+        yield (
+            f"The longest trials of {'; '.join(names)} have {lengths}. Settings that are best so early may not be the "
+            "best at the end: a last round of at least half the runs' length is safer."
+        )
 
 
 def _elsewhere(families: Mapping[str, TunedFamily], rows: Mapping[str, Iterable[RunConfig]]) -> Iterator[str]:

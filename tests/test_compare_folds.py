@@ -45,8 +45,8 @@ def comparison(recipe: Path, **values: Any) -> ComparisonConfig:
 
 
 def test_each_seed_has_the_data_of_its_fold_over_all_other_settings(recipe: Path) -> None:
-    arms = {"own data": {"method": "clip_kd", "data.train": "scenes?length=32&size=32"}, "plain": {"method": "hinton"}}
-    plan = make_plan(comparison(recipe, arms=arms))
+    arms = {"one view": {"method": "clip_kd", "data.views.num_views": 1}, "plain": {"method": "hinton"}}
+    plan = make_plan(comparison(recipe, arms=arms, overrides=["data.train=scenes?length=32&size=32"]))
     for row in plan.tables[0].rows:
         for number, seed in enumerate(SEEDS):
             config = row.runs[seed].config
@@ -73,6 +73,8 @@ def test_seeds_named_on_the_command_line_keep_their_folds(recipe: Path, tmp_path
         ({"folds": FOLDS | {11: {"method.feature_weight": 2}}}, "the fold of seed 11 sets method.feature_weight"),
         ({"folds": {seed: {"data": {"trian": "scenes"}} for seed in SEEDS}}, "trian"),
         ({"folds": {"first": {}}}, "folds"),
+        ({"arms": {"own": {"data.train": "scenes?length=32"}}}, "own: it sets data.train, and the folds set it anew"),
+        ({"axes": {"data.test": ["scenes@val"]}}, "it sets data.test, and the folds set it anew"),
         (
             {"arms": {"chain": {"method": "clip_kd", "then": [{"data.train": "scenes?length=32"}]}, **ARMS}},
             "know no chains",

@@ -18,6 +18,7 @@ from cmapkd.compare.resolve import Resolver, layers_of, settings_of
 from cmapkd.compare.rows import PlannedRun, Row, planned_run
 from cmapkd.compare.winners import Tuned
 from cmapkd.config import ConfigError, closest
+from cmapkd.config.leaves import leaves
 from cmapkd.methods import METHODS
 from cmapkd.results import is_finished
 from cmapkd.run import RunConfig
@@ -154,8 +155,9 @@ def _rows(
             configs, without = dict[int, RunConfig](), list[str]()
             for seed, fold in folds.items():
                 if fold or not configs:  # without folds the others differ in the seed alone
-                    folded = [*layers, *layers_of(fold, f"folds, seed {seed}")]
-                    config, without = resolver.resolve(folded, seed=seed, where=label)
+                    own = layers_of(fold, f"folds, seed {seed}")
+                    _refuse_set_twice(layers, own)
+                    config, without = resolver.resolve([*layers, *own], seed=seed, where=label)
                 configs[seed] = config
             later = [
                 resolver.resolve(
@@ -182,6 +184,19 @@ def _rows(
                 run = unique.setdefault(run.digest, run)
             runs[seed] = run
         yield Row(coordinates, label, runs)
+
+
+def _refuse_set_twice(layers: Iterable[dict[str, Any]], fold: Iterable[dict[str, Any]]) -> None:
+    """Refuses a fold that would undo what an arm or an axis sets.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    ours, folds = ({key for layer in each for key, _ in leaves(layer)} for each in (layers, fold))
+    for key in sorted(ours):
+        if any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in folds):
+            what = f"it sets {key}, and the folds set it anew for each seed: leave it out of one of them"
+            raise ConfigError(what, (what,))
 
 
 def _by_arm(rows: Iterable[Row]) -> dict[str, list[RunConfig]]:

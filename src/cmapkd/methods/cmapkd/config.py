@@ -131,9 +131,7 @@ class CMAPKDConfig(MethodConfig):
     )
     key_tokens: int = Field(16, ge=1, description="Key tokens of a level, for places: key_tokens.")
     bank: BankConfig = Field(default_factory=BankConfig, description="The bank of teacher embeddings.")
-    ablations: AblationsConfig = Field(
-        default_factory=AblationsConfig, description="Terms and variants that are off."
-    )
+    ablations: AblationsConfig = Field(default_factory=AblationsConfig, description="Terms and variants that are off.")
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from cmapkd.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+SITE_KINDS = runpy.run_path(str(ROOT / ".ci" / "site.py"), run_name="site")["KINDS"]
 
 with pytest.MonkeyPatch.context() as patched:
     patched.syspath_prepend(ROOT / "benchmarks")
@@ -273,7 +275,8 @@ def test_every_link_of_a_document_leads_somewhere(path: Path) -> None:
     for target in links(path):
         file, _, anchor = target.partition("#")
         there = (path.parent / file).resolve() if file else path
-        assert there.exists(), f"{target} does not exist"
+        assert there.is_file(), f"{target} is no file"  # the site has no pages for folders
+        assert there.suffix in SITE_KINDS, f"{target}: .ci/site.py does not copy such files"
         assert not anchor or anchor in anchors(there), f"{target}: {there.name} has no such heading"
 
 

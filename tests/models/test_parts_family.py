@@ -89,6 +89,22 @@ def test_text_encoders_have_levels_and_are_saved(kind: str, encoders: dict[str, 
     assert options["form"] == "cmapkd"  # open_clip would look for the encoder in the recipe's folder
 
 
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "t5"])
+def test_a_text_encoder_of_its_first_blocks(kind: str, encoders: dict[str, Path], tmp_path: Path) -> None:
+    whole, first = parts(encoders[kind]), parts(encoders[kind], text={"blocks": 2})
+    check_contract(first)
+    assert [level.name for level in first.text_levels] == ["blocks.0", "blocks.1"]
+    texts = whole.tokenizer(TEXTS)
+    expected = whole.text(texts, ["blocks.1"]).levels["blocks.1"].values
+    torch.testing.assert_close(first.text(texts, ["blocks.1"]).levels["blocks.1"].values, expected)
+    all_of_them = parts(encoders[kind], text={"blocks": 4})
+    assert all_of_them.state_dict().keys() == whole.state_dict().keys()
+    assert len(first.state_dict()) < len(whole.state_dict())
+    check_round_trip(first, tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"blocks is 5, and hf:.* has 4"):
+        parts(encoders[kind], text={"blocks": 5})
+
+
 @pytest.mark.parametrize("image", ["timm ViT", "timm MobileNet", "open_clip", "hf"])
 def test_image_towers_have_levels_and_are_saved(image: str, encoders: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(0)

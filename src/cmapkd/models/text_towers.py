@@ -21,7 +21,7 @@ from cmapkd.models.middle import encoder_above, encoder_below
 from cmapkd.models.open_clip_levels import outputs_of
 from cmapkd.models.part_tower import PartTower
 from cmapkd.models.storage import load_weights, read_weights
-from cmapkd.models.transformers_part import blocks_of, from_config, load_part, read_config
+from cmapkd.models.transformers_part import blocks_of, from_config, keep_first_blocks, load_part, read_config
 from cmapkd.models.types import LAST, MIDDLE, Level, LevelInfo, TowerFeatures
 
 Pooling = Literal["mean", "class", "end"]
@@ -43,6 +43,11 @@ class TextPartConfig(Config):
     )
     context_length: int | None = Field(
         None, ge=2, description="Longest text, in tokens. None: 77, or as many as the encoder takes."
+    )
+    blocks: int | None = Field(
+        None,
+        ge=1,
+        description="Only its first so many blocks, with their weights: a smaller encoder. None: all.",
     )
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer. None: the encoder's own.")
     revision: str | None = Field(None, description="Commit or branch of the hub repository. None: its main branch.")
@@ -180,11 +185,13 @@ def build_text_tower(config: TextPartConfig) -> TextTower:
     model: Any = load_part(source, settings, fetching, config.name, "text", scratch=scratch, pooler=False)
     if config.checkpoint is not None:
         load_weights(model, read_weights(config.checkpoint), where=config.checkpoint)
+    if config.blocks is not None:
+        keep_first_blocks(model, config.blocks, name=config.name)
     pooling = config.pooling or _pooling_of(Path(source))
     tower = _assemble(model, native, pooling, config.context_length, config.name)
     if Path(source).exists():
         tower.name = f"hf:{Path(source).name}"  # of a folder its name alone: a saved model may be published
-    elif config.revision is None and config.tokenizer is None:
+    elif config.revision is None and config.tokenizer is None and config.blocks is None:
         tower.hub_id = source
     tower.random = scratch and config.checkpoint is None
     return tower

@@ -121,6 +121,33 @@ def path_of_blocks(model: Any) -> tuple[str, ...]:
     raise LookupError("blocks")
 
 
+def keep_first_blocks(model: Any, count: int, *, name: str) -> None:
+    """Leaves out, in place, the blocks behind the first `count`; the tower's config says so.
+
+    Raises:
+        ConfigError: the tower has fewer, or shares its blocks' weights, or its config cannot say it.
+    """
+    try:
+        path = path_of_blocks(model)
+    except LookupError:
+        raise ConfigError(
+            f"the blocks of {name} are not in one list, so none can be left out: leave `blocks` out"
+        ) from None
+    listed: nn.ModuleList = model.get_submodule(".".join(path))
+    if count > len(listed):
+        raise ConfigError(f"blocks is {count}, and {name} has {len(listed)}: give a number up to that, or leave it out")
+    model.set_submodule(".".join(path), listed[:count])
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+    with torch.device("meta"):
+        again = from_config(model.config, "text", pooler=False)
+    if {key: each.shape for key, each in again.state_dict().items()} != {
+        key: each.shape for key, each in model.state_dict().items()
+    }:
+        raise ConfigError(f"transformers builds another tower from the config of {name} with {count} blocks")
+
+
 def _class(config: Any, kind: PartKind) -> Any:
     import transformers
 

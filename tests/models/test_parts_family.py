@@ -105,6 +105,23 @@ def test_a_text_encoder_of_its_first_blocks(kind: str, encoders: dict[str, Path]
         parts(encoders[kind], text={"blocks": 5})
 
 
+def test_an_encoder_whose_blocks_share_weights_is_not_cut(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.AlbertConfig(embedding_size=16, max_position_embeddings=40, **WORDS, **SIZES)
+    transformers.AlbertModel(config).save_pretrained(tmp_path / "albert")
+    save_word_tokenizer(tmp_path / "albert")
+    with pytest.raises(ConfigError, match="are not in one list"):
+        parts(tmp_path / "albert", text={"blocks": 2})
+
+
+def test_of_the_first_blocks_some_may_be_frozen(encoders: dict[str, Path]) -> None:
+    model = parts(encoders["bert"], text={"blocks": 2, "frozen_blocks": 1})
+    check_contract(model)
+    with pytest.raises(ConfigError, match="frozen_blocks"):
+        parts(encoders["bert"], text={"blocks": 2, "frozen_blocks": 3})
+
+
 @pytest.mark.parametrize("image", ["timm ViT", "timm MobileNet", "open_clip", "hf"])
 def test_image_towers_have_levels_and_are_saved(image: str, encoders: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ ROOMS = (
     "export",
 )
 JOINING = (
+    "freed_memory",
     "results",
     "provenance",
     "run",

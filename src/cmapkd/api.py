@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cmapkd.config import apply_overrides, load_mapping, merge_mappings, resumed_by
+from cmapkd.freed_memory import keep_freed_memory
 from cmapkd.models import Model, load_model
 from cmapkd.own_loop import method
 from cmapkd.results import RunResult
@@ -45,6 +46,7 @@ def distill(
     Raises:
         ConfigError: a key or a value is wrong.
     """
+    keep_freed_memory()
     where = f"recipe {str(recipe)!r}" if recipe is not None else "arguments of distill()"
     given = {"teacher": teacher, "student": student, "method": method, **settings}
     given["data"] = {"train": data} if isinstance(data, str) else data

@@ -29,6 +29,7 @@ from cmapkd.cli import (
 from cmapkd.cli.command import Command
 from cmapkd.cli.examples import examples
 from cmapkd.cli.warned import plain_warnings
+from cmapkd.freed_memory import keep_freed_memory
 
 app = typer.Typer(
     name="cmapkd",
@@ -71,6 +72,7 @@ def main() -> None:
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  as long as the process
     _print_what_the_terminal_can()
+    keep_freed_memory()
     try:
         with plain_warnings():
             app()

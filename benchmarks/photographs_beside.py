@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def evaluated(asked: Asked, teacher: str, runs: dict[str, Path], work: Path) -> 
     if not path.is_file():
         work.mkdir(parents=True, exist_ok=True)
         models = [f"teacher={teacher}"] if asked.teacher else []
-        models += [f"{arm}={runs[arm]}" for arm in asked.arms]
+        models += [f"{label(arm)}={runs[arm]}" for arm in asked.arms]
         heads = ("--work", str(work / asked.name)) if "--train" in asked.options else ()
         command = [sys.executable, "-m", "cmapkd", "evaluate", *models, *asked.options, *heads, "--json", str(path)]
         subprocess.run(command, check=True)
@@ -120,11 +121,16 @@ def evaluated(asked: Asked, teacher: str, runs: dict[str, Path], work: Path) -> 
     return found
 
 
+def label(arm: str) -> str:
+    """An arm's name as `cmapkd evaluate` takes one."""
+    return re.sub(r"\W+", "_", arm)
+
+
 def row_of(arm: str, seed: int, scores: dict[str, Any]) -> dict[str, Any]:
     """One row of the file; what was not measured for an arm stays empty."""
     row: dict[str, Any] = {"arm": arm, "seed": seed}
     for column, (evaluation, *path) in COLUMNS.items():
-        value = scores[evaluation].get(arm)
+        value = scores[evaluation].get(label(arm))
         for key in path:
             value = (value or {}).get(key)
         row[column] = "" if value is None else value

@@ -514,7 +514,7 @@ def run(sizes: Sizes, file: Path, names: list[str], *, limit: float = LIMIT, gra
             if name == "machine":
                 return False
         else:
-            write(file, name, {"took_s": round(took, 1)})
+            write(file, name, {"took_s": round(took, 3)})
     return good
 
 

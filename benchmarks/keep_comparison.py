@@ -28,7 +28,7 @@ def main() -> None:
     write_rows(arguments.name.with_suffix(".csv"), [run for run in runs if run["status"] == "finished"])
     told = json.loads((arguments.folder / "results.json").read_text(encoding="utf-8"))
     kept = {
-        "comparison": told["comparison"],
+        "comparison": told["comparison"] | {"base": without_folders(told["comparison"]["base"])},
         "teachers": {
             role: {"name": name, **scores} for table in told["tables"] for role, name, scores in teachers_of(table)
         },
@@ -44,6 +44,12 @@ def teachers_of(table: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
     for told, scores in table["teachers"].items():
         role, _, name = told.partition(" ")
         yield role, name, scores
+
+
+def without_folders(base: str) -> str:
+    """A recipe by its name, or a file by its name and its folder's: where the project lay is nobody's business."""
+    path = Path(base)
+    return f"{path.parent.name}/{path.name}" if path.is_absolute() else base
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

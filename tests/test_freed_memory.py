@@ -23,7 +23,6 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work()
 print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-PAGES = 10 * (64 << 20) // 4096
 glibc = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="only glibc is told")
 
 
@@ -41,8 +40,7 @@ def faults(word: str, chosen: Mapping[str, str] = {}) -> tuple[str, int]:
 def test_blocks_are_mapped_once() -> None:
     told, pages = faults("told")
     assert told == "True"
-    assert pages < PAGES / 100
-    assert faults("untold")[1] > 0.9 * PAGES  # else this test would show nothing
+    assert 10 * pages < faults("untold")[1]  # their number depends on the system's page size
 
 
 @glibc
@@ -50,7 +48,7 @@ def test_blocks_are_mapped_once() -> None:
 def test_who_chose_is_left_alone(chosen: dict[str, str]) -> None:
     told, pages = faults("told", chosen)
     assert told == "False"
-    assert pages > 0.9 * PAGES
+    assert 2 * pages > faults("untold")[1]
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -65,3 +66,10 @@ def test_declared_contrasts_are_means_of_the_scores() -> None:
         resolved = found["p_holm"] <= 0.05
         sign = "above" if found["difference"] > 0 else "below"
         assert found["verdict"] == (sign if resolved else "not resolved")
+
+
+def test_kept_results_name_no_folder_of_a_machine() -> None:
+    files = [path for kind in ("json", "yaml", "csv") for path in RESULTS.glob(f"*.{kind}")]
+    assert files
+    absolute = re.compile(r"""["' ,]/(?:home|root|work|tmp|mnt|Users)/""")
+    assert [path.name for path in files if absolute.search(path.read_text(encoding="utf-8"))] == []

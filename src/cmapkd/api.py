@@ -34,6 +34,8 @@ def distill(
 ) -> RunResult:
     """Trains a student and measures it; the same as `cmapkd distill`.
 
+    As every command does, it asks glibc to keep freed memory in this process: see `cmapkd.freed_memory`.
+
     Args:
         recipe: a packaged recipe or a YAML file to start from; none starts from the arguments alone.
         teacher, student: models by name, or with their settings; data: a training source by name, or the `data`

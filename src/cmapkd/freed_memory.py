@@ -1,7 +1,7 @@
-"""Memory that tensors free stays with the process: on Linux, training on a CPU then takes up to half the time less.
+"""Memory that tensors free stays with the process: on Linux, steps on a CPU then take less time.
 
 By default glibc gives every freed block above 32 MiB back to the kernel. The next step asks for the block again, and
-the kernel maps and zeroes each of its pages anew. Of tensors as large as activations are, that is half of the time.
+the kernel maps and zeroes each of its pages anew (mallopt(3), M_MMAP_THRESHOLD). benchmarks/freed_memory.py has times.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,7 @@ def main() -> None:
     told = json.loads((arguments.folder / "results.json").read_text(encoding="utf-8"))
     kept = {
         "comparison": told["comparison"] | {"base": without_folders(told["comparison"]["base"])},
-        "teachers": {
-            role: {"name": name, **scores} for table in told["tables"] for role, name, scores in teachers_of(table)
-        },
+        "teachers": teachers_of(told["tables"]),
         "contrasts": contrasts_of(arguments.folder / "contrasts.csv"),
         "environment": {key: value for key, value in told["environment"].items() if key != "command"},
     }
@@ -39,11 +37,14 @@ def main() -> None:
     arguments.name.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
-def teachers_of(table: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Role, name and scores: `teacher tiny:base` is the role and the name."""
-    for told, scores in table["teachers"].items():
+def teachers_of(tables: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """By role, the first word of `teacher tiny:base`; a role's second teacher, or second test, has its whole name."""
+    found: dict[str, Any] = {}
+    for told, scores in (each for table in tables for each in table["teachers"].items()):
         role, _, name = told.partition(" ")
-        yield role, name, scores
+        key = role if found.get(role, {}).get("name", name) == name else told
+        found[key] = {"name": name, **scores}
+    return found
 
 
 def without_folders(base: str) -> str:

@@ -1,6 +1,7 @@
 """Numbers of committed results, asked for by short expressions, and written as the docs write them.
 
     of(R1, arm="cmapkd", student="5 x")            scores of one arm by seed: "36.6 ± 1.1"
+    of(R1, training_steps=400)                     the same, by the column training.steps
     of(R1) - of(R1, arm="clip_kd")                 paired by seed: "+10.2 [9.6, 10.8], 5/5" (95 % t interval, wins)
     {(of(R1) - of(R1, arm="scratch")).low:.1f}     one number of them, within a template
     contrast("cmapkd - clip_kd", R1)               declared beforehand: "+10.2 [9.6, 10.8]" over seeds and pictures
@@ -55,6 +56,11 @@ def _signed(number: float, spec: str) -> str:
     if not any(digit in text for digit in "123456789"):
         text = text.replace("-", "")
     return text.replace("-", "−")
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """Names of arguments have no dots: where no column has the name, the first underscore is one."""
+    return str(row[name if name in row else name.replace("_", ".", 1)])
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ class Asker:
         wanted = {**({} if file else self.where), **where}
         found: dict[int, float] = {}
         for row in _rows(file or self.file):
-            if all(str(row[key]) == str(value) for key, value in wanted.items()) and row[column] not in ("", None):
+            if all(_cell(row, key) == str(value) for key, value in wanted.items()) and row[column] not in ("", None):
                 if int(row["seed"]) in found:
                     raise UnknownNumberError(f"more than one row of seed {row['seed']} holds {wanted}: say which")
                 found[int(row["seed"])] = float(row[column])

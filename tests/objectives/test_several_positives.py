@@ -96,10 +96,30 @@ CONTRASTIVE = {
     "dmae": {},
     "trg_token_graph": {},
     "cmapkd": CMAPKD_IN_FULL,
+    "clip_refine": {"task_weight": 1.0},
+    "clip_ping": {},
+    "clip_cid": {},
+    "radio": {},
+    "tipsv2": {},
+    "vlm_distill_ood": {},
 }
+WITH_TEACHER_ALONE = {"cosmos": "distill", "dclip": "meta_teacher"}
 
 
-@pytest.mark.parametrize(("name", "reads"), [("cosmos", "distill"), ("dclip", "meta_teacher")])
+def test_no_method_is_left_out_here() -> None:
+    """Every method with a term that contrasts pairs is one of those below."""
+    contrasting = set()
+    for name in METHODS:
+        try:
+            make_method(name, settings={"several_positives": True})
+        except ConfigError:
+            continue  # it has no such term as it is set, or its student writes
+        contrasting.add(name)
+    assert contrasting <= {*CONTRASTIVE, *WITH_TEACHER_ALONE, "degla"}
+    assert len(contrasting) > 15
+
+
+@pytest.mark.parametrize(("name", "reads"), WITH_TEACHER_ALONE.items())
 def test_contrasts_with_a_teacher_alone_read_the_option(name: str, reads: str) -> None:
     method = make_method(name, settings={"task_weight": 0, "several_positives": True}).train()
     batch = random_batch(4, pools=method.text_pools, views=method.more_views)
@@ -107,6 +127,15 @@ def test_contrasts_with_a_teacher_alone_read_the_option(name: str, reads: str) -
     assert method(batch)[reads].value.item() == pytest.approx(0.0, abs=1e-6)
     batch.extra["pictures"] = torch.arange(4)
     assert method(batch)[reads].value.item() > 0.1
+
+
+def test_false_captions_stay_negatives() -> None:
+    method = make_method("degla", settings={"several_positives": True}).train()
+    batch = random_batch(4, pools=method.text_pools)
+    batch.extra["pictures"] = torch.arange(4)
+    apart = method(batch)["contrastive"].value.item()
+    batch.extra["pictures"] = torch.zeros(4, dtype=torch.int64)
+    assert 0.1 < method(batch)["contrastive"].value.item() < apart
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)

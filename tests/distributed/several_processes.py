@@ -39,6 +39,7 @@ from cmapkd.features import gather_features, gather_rows
 from cmapkd.methods import METHODS, Method, Term, build_method
 from cmapkd.methods.targets import Answered
 from cmapkd.methods.terms import divided
+from cmapkd.methods.unpaired import UnpairedPictures
 from cmapkd.models import DualEncoder, Features, TowerFeatures, build_model
 from cmapkd.run import readers, vocabulary_captions
 from cmapkd.training import Trainer
@@ -104,6 +105,7 @@ CASES: dict[
     "clip_kd, everything in micro-batches": ("clip_kd", CLIP_KD_IN_FULL),
     "clip_rd, lent hints in micro-batches": ("clip_rd", LENT),
     "clip_kd, weighted terms": ("clip_kd", {"term_weighting": "uncertainty"}),
+    "clip_kd, some without captions": ("clip_kd", {}),
     "hinton, classes": ("hinton", {"form": "classes"}),
     "hinton, the teacher's classes in micro-batches": ("hinton", {"form": "classes", "class_vectors": "teacher"}),
     "clip_kd, balanced terms": ("clip_kd", {"term_weighting": GRADNORM}),
@@ -183,7 +185,8 @@ def losses_and_gradients(name: str, dtype: torch.dtype, rank: int | None, how: s
     kind, settings = CASES[name]
     rich = "two teachers" in name
     more_teachers = [second_teacher()] if rich else []
-    method = make_method(kind, settings=settings, more_teachers=more_teachers).to(dtype).train()
+    unpaired = UnpairedPictures(("reference",), 2.0) if "without captions" in name else None
+    method = make_method(kind, settings=settings, more_teachers=more_teachers, unpaired=unpaired).to(dtype).train()
     for teacher in method.teachers.values():
         teacher.model.to(dtype)
     if "with masks" in name:

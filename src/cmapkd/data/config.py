@@ -26,6 +26,11 @@ class StreamConfig(Config):
     labels: Literal["read", "hidden"] = Field(
         "read", description="hidden: its samples count as unlabelled, and may be of other classes than data.train's."
     )
+    captions: Literal["read", "none"] = Field(
+        "read",
+        description="none: its pictures may have no captions. The student's image tower alone learns from them, what "
+        "the teacher's embeddings are.",
+    )
 
 
 class PromptConfig(Config):
@@ -131,6 +136,12 @@ class DataConfig(Config):
     )
     mix_synthetic: float = Field(
         0.0, ge=0, le=1, description="Share of the views that show a synthetic caption in place of the sample's own."
+    )
+    unpaired_weight: float = Field(
+        2000 / 512,
+        gt=0,
+        description="What pictures of streams with captions: none count: weight of the squared distance between unit "
+        "embeddings of student and teacher; by default that of clip_kd's feature term.",
     )
     order: Literal["auto", "global", "window"] = Field(
         "auto",

@@ -136,10 +136,11 @@ def open_streams(
         return main
     sources = {MAIN_STREAM: main}
     for name, stream in more.items():
-        opened = _of_role(f"data.more.{name}", stream.source, require_captions)
+        opened = _of_role(f"data.more.{name}", stream.source, require_captions and stream.captions == "read")
         sources[name] = asked(opened, prompting, stream=name)
     hidden = [name for name, stream in more.items() if stream.labels == "hidden"]
-    return JoinedSource(sources, {name: stream.share for name, stream in more.items()}, hidden)
+    silent = [name for name, stream in more.items() if stream.captions == "none"]
+    return JoinedSource(sources, {name: stream.share for name, stream in more.items()}, hidden, silent)
 
 
 def _of_role(key: str, spec: str, require_captions: bool) -> Source:

@@ -123,6 +123,20 @@ class PlanSampler(Sampler[Plan]):
                 "stage can read it alone: lower training.batch_size"
             )
 
+    def check_shared_out(self) -> None:
+        """Refuses streams of which the processes would have parts of different sizes.
+
+        Raises:
+            ConfigError: names such a stream.
+        """
+        for stream, size in zip(self.streams, self._sizes, strict=True):
+            if size % self.world_size:
+                raise ConfigError(
+                    f"a batch has {counted(size, 'sample')} of stream {stream.name!r}, which do not divide among "
+                    f"{self.world_size} processes, and this method needs parts of one size: change its share or "
+                    "training.batch_size"
+                )
+
     def plan(self, step: int) -> Plan:
         phase = self._phase(step)
         everyone = np.empty(self.batch_size, np.int64)

@@ -111,15 +111,21 @@ class JoinedSource:
         sources: by the name of their stream, the main one first.
         shares: of the other streams, each in (0, 1), together below 1.
         hidden: streams whose samples have no label here, so that their classes need not be the others'.
+        silent: streams whose samples have one empty caption here, whatever is said of them.
     Raises:
         ConfigError: the sources name their classes differently, or the shares leave nothing to the main stream.
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], shares: Mapping[str, float], hidden: Collection[str] = ()
+        self,
+        sources: Mapping[str, Source],
+        shares: Mapping[str, float],
+        hidden: Collection[str] = (),
+        silent: Collection[str] = (),
     ) -> None:
         self.sources = tuple(sources.values())
         self._hidden = frozenset(number for number, name in enumerate(sources) if name in hidden)
+        self._silent = frozenset(number for number, name in enumerate(sources) if name in silent)
         main, *others = sources
         rest = 1.0 - sum(shares[name] for name in others)
         if rest <= 0:
@@ -163,7 +169,8 @@ class JoinedSource:
         except BadSampleError as error:
             raise BadSampleError(self._id(number, error.sample_id), error.reason, error.passing) from None
         named = sample.renamed(self._id(number, sample.id)) if number else sample
-        return named.without_label() if number in self._hidden else named
+        named = named.without_label() if number in self._hidden else named
+        return named.without_captions() if number in self._silent else named
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of the sample at `index`; its image is not read.
@@ -172,6 +179,8 @@ class JoinedSource:
             BadSampleError: what is said of the image cannot be read.
         """
         number, place = self._find(index)
+        if number in self._silent:
+            return ("",)
         try:
             return self.sources[number].captions(place)
         except BadSampleError as error:
@@ -207,6 +216,7 @@ class JoinedSource:
         for stream, source in zip(self.streams, self.sources, strict=True):
             digest.update(f"{stream.name}\0{source.fingerprint()}\0{stream.length}\0".encode())
         digest.update("".join(f"hidden {number}\0" for number in sorted(self._hidden)).encode())
+        digest.update("".join(f"silent {number}\0" for number in sorted(self._silent)).encode())
         return digest.hexdigest()
 
 

@@ -80,6 +80,10 @@ class Sample:
         """The same sample, unlabelled."""
         return replace(self, label=None)
 
+    def without_captions(self) -> Sample:
+        """The same sample with one caption, which is empty, and no further texts."""
+        return replace(self, captions=("",), texts={})
+
 
 class BadSampleError(ValueError):
     """A sample that cannot be used, with its id and the reason; what follows is the run's `on_bad_sample`."""

@@ -55,6 +55,7 @@ from cmapkd.methods.tinyclip import TinyCLIP
 from cmapkd.methods.tipsv2 import TIPSv2
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.methods.trg_token_graph import TokenGraph
+from cmapkd.methods.unpaired import Unpaired, UnpairedPictures
 from cmapkd.methods.vl2lite import VL2Lite
 from cmapkd.methods.vl2v_adip import VL2VADiP
 from cmapkd.methods.vlm_distill_ood import VlmDistillOod
@@ -126,6 +127,7 @@ def build_method(
     more_teachers: Sequence[FrozenTeacher] = (),
     auxiliary: Callable[[Any], AuxiliaryTerms | None] | None = None,
     classes: ClassPrompts | None = None,
+    unpaired: UnpairedPictures | None = None,
 ) -> Method:
     """The method that `config` names; teachers it does not use are left out.
 
@@ -133,6 +135,7 @@ def build_method(
         more_teachers: besides the first, each with a role of its own.
         auxiliary: makes the terms that the run adds to the method's own, for the student as the method trains it.
         classes: of the training source; read where `config.reads_classes`, and left out elsewhere.
+        unpaired: the streams of pictures without captions, where the data have any.
 
     Raises:
         ConfigError: a setting does not fit the method's terms or levels, or it takes one teacher only.
@@ -159,9 +162,25 @@ def build_method(
                 f"{', '.join(method.term_names)}): leave it out, or give a contrastive loss a weight"
             )
         method.several_positives = True
+    if unpaired is not None:
+        if not isinstance(method, DualEncoderMethod) or not isinstance(student, DualEncoder):
+            raise ConfigError(
+                f"the student of method {config.name} embeds no pictures, so it learns nothing from those without "
+                f"captions: leave {_streams(unpaired)} out"
+            )
+        if method.text_pools:
+            raise ConfigError(
+                f"method {config.name}, as it is set, reads further texts of every picture "
+                f"({', '.join(method.text_pools)}), and those of {_streams(unpaired)} have none: leave it out"
+            )
+        method.unpaired = Unpaired(unpaired, method)
     if config.term_weighting is not None:
         method.weigh_terms(config.term_weighting)
     return method
+
+
+def _streams(unpaired: UnpairedPictures) -> str:
+    return f"data.more.{unpaired.streams[0]}"
 
 
 def _check_contract(name: str, kind: type[Method], model: Model, role: str, reads: type[Model]) -> None:

@@ -85,7 +85,7 @@ class Method(MethodContract):
         """
         self.step = step or self.step
         with self._losses_by_rows():
-            terms = {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
+            terms = self.terms_in_run(batch)
         if self.auxiliary is not None:
             terms |= self.auxiliary(self.student, batch, micro_batch=self.micro_batch, wants=self.stage.wants_term)
             self.measurements |= self.auxiliary.measurements
@@ -99,6 +99,10 @@ class Method(MethodContract):
         )
         self.measurements |= log
         return terms
+
+    def terms_in_run(self, batch: Batch) -> dict[str, Term]:
+        """The method's own terms of the batch that the stage wants, and those that its settings add to them."""
+        return {name: term for name, term in self.terms(batch).items() if self.stage.wants_term(name)}
 
     @property
     def teacher(self) -> Teacher | None:

@@ -122,6 +122,11 @@ class MethodContract(Learning, ABC):
         return ()
 
     @property
+    def equal_streams(self) -> bool:
+        """Whether every process must have as many samples of a stream as any other."""
+        return False
+
+    @property
     def needs_labels(self) -> bool:
         """Whether it cannot train where no sample has a label."""
         return False

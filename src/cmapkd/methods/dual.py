@@ -19,7 +19,6 @@ from cmapkd.data.pictures import PictureReader
 from cmapkd.data.streams import MAIN_STREAM
 from cmapkd.data.types import Batch
 from cmapkd.features import KeyTokens, gather_features, gather_rows
-from cmapkd.methods.base import Method
 from cmapkd.methods.micro_batches import (
     encode_checkpointed,
     join_features,
@@ -29,6 +28,7 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
+from cmapkd.methods.unpaired import UnpairedMethod
 from cmapkd.models import DualEncoder, Features, LevelRequest, MomentumTeacher, Teacher, TowerFeatures
 from cmapkd.models.adapted import check_kept_pictures
 from cmapkd.models.reach import example_output, last_matrix_behind
@@ -48,11 +48,13 @@ PICTURES = "pictures"
 STUDENT = "student"
 """The role of the student in a batch."""
 
+PICTURES_ALONE = LevelRequest(towers=("image",))
+
 _TOWERS: tuple[Tower, Tower] = ("image", "text")
 Rows = TypeVar("Rows")
 
 
-class DualEncoderMethod(Method):
+class DualEncoderMethod(UnpairedMethod):
     """A method whose student and teachers are `DualEncoder`s."""
 
     student: DualEncoder
@@ -326,12 +328,21 @@ class DualEncoderMethod(Method):
         return None
 
     def _encode_student(self, part: Batch, _number: int = 0) -> Features:
+        return self._read_by_student(part, self.student_needs)
+
+    def pictures_of(self, part: Batch) -> tuple[Tensor, Tensor]:
+        student = self._read_by_student(part, PICTURES_ALONE)
+        teacher = next(iter(self.teachers.values()))
+        answers: Features = teacher(part.only(teacher.reads).to(self.device, non_blocking=True), PICTURES_ALONE)
+        return student.image.embedding, answers.image.embedding
+
+    def _read_by_student(self, part: Batch, needs: LevelRequest) -> Features:
         if self.stored_student is not None and STUDENT in part.stored:
             inputs = part.pairs(STUDENT).to(self.device, True) if STUDENT in part.inputs else None
             stored = self.stored_student(part.only(STUDENT).to(self.device, non_blocking=True), self.stored_levels)
-            joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, self.student_needs)
+            joined: Features = self.student.from_pooled(stored, self.stored_towers, inputs, needs)
             return joined
-        features: Features = self.student(part.inputs["student"].to(self.device, True), self.student_needs)
+        features: Features = self.student(part.inputs["student"].to(self.device, True), needs)
         return features
 
     def _encode_teacher(self, part: Batch, role: str | None = None) -> Features:
@@ -353,11 +364,11 @@ class PictureMethod(DualEncoderMethod):
 
     @property
     def student_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
+        return PICTURES_ALONE
 
     @property
     def teacher_needs(self) -> LevelRequest:
-        return LevelRequest(towers=("image",))
+        return PICTURES_ALONE
 
 
 def task_loss(student: Features) -> Float[Tensor, ""]:

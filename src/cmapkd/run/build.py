@@ -30,6 +30,7 @@ from cmapkd.methods import AuxiliaryTerms, Method, build_method
 from cmapkd.methods.dual import DualEncoderMethod
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.methods.stages import WHOLE_RUN
+from cmapkd.methods.unpaired import UnpairedPictures
 from cmapkd.models import DualEncoder, FrozenTeacher, Model, Teacher, build_model, build_teacher
 from cmapkd.models.reading import reader_of
 from cmapkd.run.config import RunConfig
@@ -183,8 +184,16 @@ def method_of(
     """The run's method over these models."""
     first, *more = teachers.values() or (None,)
     further = [each for each in more if each is not None]
+    silent = tuple(name for name, stream in config.data.more.items() if stream.captions == "none")
+    unpaired = UnpairedPictures(silent, config.data.unpaired_weight) if silent else None
     return build_method(
-        config.method, student=student, teacher=first, more_teachers=further, auxiliary=heads, classes=classes
+        config.method,
+        student=student,
+        teacher=first,
+        more_teachers=further,
+        auxiliary=heads,
+        classes=classes,
+        unpaired=unpaired if config.method.reads_captions else None,
     )
 
 

@@ -31,6 +31,7 @@ _LATER = (
     "data.views.reading",
     "data.held_out",
     "data.timeout",
+    "data.unpaired_weight",
     "data.order",
     "data.lanes",
     "data.window",
@@ -209,6 +210,23 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _pictures_without_captions(self) -> Self:
+        """Has a teacher, and pairs beside them."""
+        silent = [name for name, stream in self.data.more.items() if stream.captions == "none"]
+        if silent and self.method.reads_captions and not METHODS[self.method.name].uses_teacher:
+            raise ValueError(
+                f"stream {silent[0]!r} has captions: none, and method {self.method.name} has no teacher that such "
+                "pictures could be learned from: leave the stream out"
+            )
+        alone = [stage.name for stage in self.training.stages if silent and stage.data is not None]
+        if alone:
+            raise ValueError(
+                f"stream {silent[0]!r} has captions: none, and its pictures are learned from beside pairs, but stage "
+                f"{alone[0]!r} reads one stream alone: leave data out of the stage"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_to_inherit(self) -> Self:
         for role, model in self.teachers.items():
             if model.inherit is not None:
@@ -284,7 +302,9 @@ class RunConfig(Config):
         student = self.student.model_copy(update={"inherit": None})
         named = self.teacher if self.writes else None
         prompts = self.data.prompts.model_copy(update={"unanswered": "leave_out"})
-        data = self.data.model_copy(update={"prompts": prompts, "teacher_view": "same"})
+        # without a teacher nothing is learned from pictures alone
+        more = {name: stream for name, stream in self.data.more.items() if stream.captions == "read"}
+        data = self.data.model_copy(update={"prompts": prompts, "teacher_view": "same", "more": more})
         return self.model_copy(
             update={**alone, "student": student, "data": data, "teacher": named, "more_teachers": {}}
         )
@@ -328,8 +348,9 @@ class RunConfig(Config):
             if view["of"] == "picture":  # as before there was another
                 del view["of"]
         for stream in values["data"].get("more", {}).values():
-            if stream["labels"] == "read":  # as before there was another
-                del stream["labels"]
+            for key in ("labels", "captions"):
+                if stream[key] == "read":  # as before there was another
+                    del stream[key]
         for path in (*(() if self.writes else _OF_WRITERS), *_LATER):
             *above, name = path.split(".")
             section: Config | None = self

@@ -102,6 +102,8 @@ class Trainer:
         for stage in self.stages:
             if stage.data is not None:
                 self.sampler.check_stream(stage.data)
+        if method.equal_streams:
+            self.sampler.check_shared_out()
         self.method = self._prepared(method)
         self.engine: Engine = make_engine(method, config, optim, self.accelerator)
         self.stage, self.info = WHOLE_RUN, StepInfo()

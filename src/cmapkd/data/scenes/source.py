@@ -32,10 +32,11 @@ _SIZES = (32, 224)
 class SceneSample(Sample):
     """A sample whose captions, questions and boxes are made when first asked for: training reads only the captions."""
 
-    __slots__ = ("_language", "_made", "_scene", "_size", "_wrong")
+    __slots__ = ("_language", "_made", "_scene", "_silent", "_size", "_wrong")
     _language: str
     _made: dict[str, tuple[Any, ...]]
     _scene: Scene
+    _silent: bool
     _size: int
     _wrong: float
 
@@ -48,8 +49,9 @@ class SceneSample(Sample):
         language: str = "first",
         wrong: float = 0.0,
         label: int | None = None,
+        silent: bool = False,
     ) -> None:
-        given = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene}
+        given = {"id": sample_id, "image": image, "label": label, "_size": size, "_scene": scene, "_silent": silent}
         given |= {"_language": language, "_wrong": wrong, "turns": (), "no_turns": None}
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -68,11 +70,15 @@ class SceneSample(Sample):
 
     @property
     def captions(self) -> tuple[str, ...]:
+        if self._silent:
+            return ("",)
         return self._make("captions", lambda: _captions(self._scene, self._language, self._wrong))
 
     @property
     def texts(self) -> dict[str, tuple[str, ...]]:
         """The true captions, as a captioner without fault would write them."""
+        if self._silent:
+            return {}
         return {"synthetic": self._make("synthetic", lambda: _captions(self._scene, self._language))}
 
     @property
@@ -85,14 +91,18 @@ class SceneSample(Sample):
 
     def renamed(self, sample_id: str) -> SceneSample:
         """The same sample under another id; nothing is made by it."""
-        return self._again(sample_id, self.label)
+        return self._again(sample_id, self.label, self._silent)
 
     def without_label(self) -> SceneSample:
         """The same sample, unlabelled; nothing is made by it."""
-        return self._again(self.id, None)
+        return self._again(self.id, None, self._silent)
 
-    def _again(self, sample_id: str, label: int | None) -> SceneSample:
-        return SceneSample(sample_id, self.image, self._size, self._scene, self._language, self._wrong, label)
+    def without_captions(self) -> SceneSample:
+        """The same sample with one caption, which is empty, and no further texts; nothing is made by it."""
+        return self._again(self.id, self.label, True)
+
+    def _again(self, sample_id: str, label: int | None, silent: bool) -> SceneSample:
+        return SceneSample(sample_id, self.image, self._size, self._scene, self._language, self._wrong, label, silent)
 
     def __reduce__(self) -> tuple[type[Sample], tuple[Any, ...]]:
         """Crosses a process as a plain sample, with everything made."""

@@ -14,7 +14,7 @@ from started import run_script
 sys.path.insert(0, str(Path(__file__).parent))
 from writing_processes import CASES, TRAINED, TWO, learned_from, trained
 
-from writers import assert_same
+from writers import WRITERS, assert_same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +29,10 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
 
 def of(found: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     return {key: value for key, value in found.items() if key.startswith(start)}
+
+
+def test_every_method_that_writes_is_tried() -> None:
+    assert {kind for kind, _ in CASES.values()} == {*WRITERS}
 
 
 @pytest.mark.parametrize("name", CASES)

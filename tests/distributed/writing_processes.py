@@ -22,7 +22,7 @@ from cmapkd.methods import StepInfo
 from cmapkd.training import Trainer
 from cmapkd.training.processes import start_processes
 from cmapkd.training.sharding import ShardedMethod, whole_tensors
-from writers import Dialogues, batch_of, loss_of, make_other, make_run, make_task
+from writers import Dialogues, batch_of, loss_of, make_other, make_run, make_seer, make_task
 
 TWO, BATCH, STEP = 2, 8, StepInfo(3, 10, seed=11)
 SHARDED = ", fsdp2"
@@ -46,10 +46,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     "llava_kd": ("llava_kd", {}),
     "align_kd": ("align_kd", {"focus": 2}),
     "masters": ("masters", {}),
+    f"masters{MICRO}": ("masters", {}),
     f"specvlm{MICRO}": ("specvlm", {"reduction": "sample_mean"}),
     f"linearize{MICRO}": ("linearize", {"form": "matvlm"}),
     f"masking_kd{MICRO}": ("masking_kd", {"budget": 0.6}),
-    f"move_kd{MICRO}": ("move_kd", {}),
+    "move_kd": ("move_kd", {}),
+    f"move_kd, three encoders{MICRO}": ("move_kd", {}),
     f"ola_vlm{MICRO}": ("ola_vlm", {"experts": {"teacher": {"target": 1.0}}}),
     f"token_kd{MICRO}": ("token_kd", {"divergence": "reverse"}),
     f"on policy{MICRO}": ("token_kd", {"on_policy": ON_POLICY}),
@@ -62,7 +64,9 @@ TRAINED = ("on policy", "taid")
 def learned_from(name: str, rank: int | None) -> dict[str, Tensor]:
     """Terms and gradients of the whole batch (rank None), or of a part of it in a wrapped method."""
     kind, settings = CASES[name]
-    method = make_task(kind, teacher=make_other() if "alignment" in settings else None, **settings)
+    more = [make_seer(dim=20, image_size=16, seed=seed, role=f"encoder{seed}") for seed in (3, 4)]
+    options = {"more_teachers": more} if "three encoders" in name else {}
+    method = make_task(kind, teacher=make_other() if "alignment" in settings else None, **options, **settings)
     batch = batch_of(method, range(BATCH))
     wrapped: Any = method
     if rank is not None:

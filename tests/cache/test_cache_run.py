@@ -17,13 +17,17 @@ from cache_support import losses
 import cmapkd
 from cmapkd.cache import CacheError, describe
 from cmapkd.cache.folder import CacheFolder
+from cmapkd.cache.writer import _RowMaker
 from cmapkd.cli import main
+from cmapkd.compare import ComparisonConfig, compare
 from cmapkd.config import ConfigError
 from cmapkd.data.open import open_source
 from cmapkd.diagnosis import diagnose
 from cmapkd.models import build_model
 from cmapkd.run import RunConfig, vocabulary_captions
 from cmapkd.training import Trainer
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +180,30 @@ def test_commands(teacher: Path, caches: Path, tmp_path: Path, monkeypatch: Any,
     assert (code, "asks no teacher" in text) == (2, True)
     assert call("build", str(recipe), "--rank", "2", "--world", "2")[0] == 2
     assert "holds no cache.json" in call("info", str(tmp_path))[1]
+
+
+def test_several_students_learn_from_one_pass_of_the_teacher(
+    teacher: Path, caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of docs/methods.md on MetaCLIP 2: a comparison's students read what the first of them had stored."""
+    row = next(line for line in (DOCS / "methods.md").read_text("utf-8").splitlines() if "of one teacher pass" in line)
+    assert "with an axis of students and `cache: auto`" in row
+    views = {"crop_scale": [1.0, 1.0], "num_views": 1}
+    data = {"train": "scenes?length=40&size=32", "views": views}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings(teacher, cache="auto", data=data, baseline="none")))
+    answered: list[str] = []
+    answer = _RowMaker.__call__
+
+    def counted(self: _RowMaker, chunk: Any, samples: Any, fidelity: Any) -> Any:
+        answered.extend(chunk.ids)
+        return answer(self, chunk, samples, fidelity)
+
+    monkeypatch.setattr(_RowMaker, "__call__", counted)
+    comparison = ComparisonConfig.from_mapping(
+        {"base": str(recipe), "axes": {"student.options.embed_dim": [8, 16, 24]}, "seeds": [0]}
+    )
+    found = compare(comparison, out=tmp_path / "out")
+    assert [outcome.status for outcome in found.outcomes.values()] == ["finished"] * 3
+    assert len(answered) == len({*answered}) == 40
+    assert len([*caches.iterdir()]) == 1

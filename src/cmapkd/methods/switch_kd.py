@@ -86,7 +86,8 @@ class SwitchKD(GenerativeMethod):
         "tokens of both, or the projector's; no cache",
         trainable="the student, one linear map where widths of visual tokens differ (dropped)",
         departures=(
-            "The switch stands where the project's figure shows it. Its loss and gradient are our reading of it.",
+            "The switch stands where the project's figure shows it. Its loss and gradient are our reading of it: "
+            "z_sw is compared with the teacher's own logits alone, and the student's logits never with z_sw.",
             "Weights, temperature and the number of candidates are not published: 1 each, BiLD's 3, and 64.",
             "A linear map joins visual tokens of two widths. Grids of two sizes are resampled.",
             "Sums over tokens are divided once, over all micro-batches and processes.",

@@ -5,7 +5,7 @@ of the words behind the picture to its visual tokens, as mean over heads. Its sh
 covers, each by the covered part of it, is divided by the share of the picture that the box covers. 1 is what evenly
 spread attention has, and what a model has that does not look.
 
-    uv run python benchmarks/attention_on_shapes.py runs/align_kd/runs/*/student [--json FILE]
+    uv run python benchmarks/attention_on_shapes.py runs/few_answers_methods/runs/*/student [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-SOURCE = "scenes@test?start=22400&length=300"
+SOURCE = "scenes@test?start=80000&length=600"
 
 
 def main() -> None:

@@ -62,6 +62,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "makd": {"questions": {"colour": ["red", "green", "blue"], "form": ["round", "square"]}, "templates": ["{}"]},
     "mst_distill": {"hidden": 12},  # masks grow with its cube
     "tipsv2": {"prototypes": 6},
+    "trg_token_graph": {"tokens": 2},  # of 8 by default it would draw none here
     "zscl": {"reference": "train", "sentences": "classes"},  # one source
 }
 """Settings with which a method trains on the models and data of these tests, where its defaults do not."""

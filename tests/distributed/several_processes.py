@@ -120,6 +120,8 @@ CASES: dict[
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}),
     **{name: (name, {}) for name in CLASSIFYING if name != "supervised"},
     "dho, in micro-batches": ("dho", {}),
+    "mst_distill, routes by lot": ("mst_distill", {"routing": "random"}),
+    "tipsv2, masked cells in micro-batches": ("tipsv2", {"mask_ratio": 0.5, "cells": "masked"}),
     "contracted": (Contracted, {}),
     "contracted, in micro-batches": (Contracted, {}),
     "cmapkd, everything in micro-batches": ("cmapkd", {**CMAPKD_EXACT, "weighting": "attention"}),

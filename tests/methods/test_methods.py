@@ -38,6 +38,7 @@ DRAWS = (
     "clip_refine",
     "dmae",
     "tipsv2",
+    "trg_token_graph",
     "zscl",
 )
 DISTILLING = [name for name, kind in METHODS.items() if kind.uses_teacher and name in DUAL]

@@ -47,6 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name: (metho
     "tinyclip, units by lot": ("tinyclip", {"masks": {"sparsity": [0.5], "choice": "random"}}, {}),
     "clip_kd, masked pictures": ("clip_kd", CLIP_KD_IN_FULL, {}),
     "clip_rd, lent hints": ("clip_rd", LENT, {}),
+    "clip_refine": ("clip_refine", {}, {}),
+    "tipsv2, masked cells": ("tipsv2", {"mask_ratio": 0.5, "cells": "masked"}, {}),
+    "dmae, a quarter is seen": ("dmae", {}, {}),
+    "zscl, templates by lot": ("zscl", {}, {}),
+    "albef, a queue": ("albef", {"queue": 24}, {}),
 }
 
 

@@ -40,7 +40,7 @@ class TIPSv2Config(MethodConfig):
     feature_weight: float = Field(
         2000 / 512, ge=0, description="Weight of the squared distance of unit embeddings; CLIP-KD's."
     )
-    prototypes: int = Field(256, ge=2, description="Clusters of the teacher's tokens, found in the first batch.")
+    prototypes: int = Field(64, ge=2, description="Clusters of the teacher's tokens, found in the first batch.")
     student_temperature: float = Field(0.1, gt=0, description="Divides the student's cosines; iBOT's.")
     teacher_temperature: float = Field(0.07, gt=0, description="Divides the teacher's cosines; iBOT's.")
     mask_ratio: float = Field(

@@ -230,3 +230,25 @@ def test_heads_may_learn_first_and_last(world: dict[str, Any], tmp_path: Path, m
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=(far := 1e-6 if number == 0 else 1e-5), abs=far)
     said = json.loads((tmp_path / "cached" / "student" / "cmapkd.json").read_text())["options"]["frozen"]
     assert said == {"image": 2, "text": 2}
+
+
+@pytest.mark.filterwarnings("ignore::cmapkd.cache.CacheWarning")
+def test_pictures_without_captions_are_read_from_the_stored_middle(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stream without captions, where the first blocks of both of the student's towers answer from a cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    values = settings(world, training={"train_parts": None, "steps": 3, "micro_batch": 3})
+    blocks = {"name": "timm:test_resnet", "image_size": 64, "frozen_blocks": 2}
+    values["student"]["options"] |= {"image": blocks, "text": {"name": world["text"], "frozen_blocks": 2}}
+    stream = {"source": "scenes?length=12&size=32", "share": 0.25, "captions": "none"}
+    values |= {"teacher": "tiny:scenes-teacher", "method": "clip_kd"}
+    values["data"] = {**values["data"], "more": {"pictures": stream}}
+    cmapkd.distill(**values, out=tmp_path / "live", quiet=True)
+    cmapkd.distill(**values, cache=CACHE, out=tmp_path / "cached")
+    assert "of the student answer from" in capsys.readouterr().out.replace("\n", " ")
+    pairs = zip(losses(tmp_path / "cached"), losses(tmp_path / "live"), strict=True)
+    for number, (mine, theirs) in enumerate(pairs):
+        far = 1e-6 if number == 0 else 1e-5
+        assert mine["terms/unpaired"] == pytest.approx(theirs["terms/unpaired"], rel=far, abs=far)
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=far, abs=far)

@@ -72,3 +72,31 @@ def test_arms_of_zoom_read_equally_many_questions() -> None:
     """Its lists have a line for each question, and each engine keeps another number of them."""
     plan = make_plan(load_comparison(EXAMPLES / "zoom_without_zoom.yaml"))
     assert {run.config.data.train.partition("?")[2] for run in plan.runs} == {"limit=800"}
+
+
+WITHOUT_CLIP_RD = {  # why a comparison with `clip_kd` has no `clip_rd`
+    "one method's own parts": ("clip_kd_terms", "cmapkd_levels", "cmapkd_places", "cmapkd_stages", "term_weighting"),
+    "clip_kd is one control of another question": ("clip_ping", "tipsv2", "photographs_unpaired"),
+    "cmapkd_rivals asks it of clip_rd, on the same pictures and seeds": ("cmapkd_default",),
+    "before clip_rd was here": (
+        "cmapkd_attribution",
+        "cmapkd_attribution_final",
+        "leaderboard",  # leaderboard_tuned has it
+        "leaderboard_flickr8k",
+    ),
+    "photographs_folds has it, and these change one thing for some of its arms": (
+        "photographs_folds_hinton",
+        "photographs_folds_parts",
+        "photographs_pretrained",
+        "photographs_unseen",
+    ),
+}
+
+
+def test_where_clip_kd_is_compared_clip_rd_is() -> None:
+    lacking = set()
+    for name in comparisons():
+        methods = {run.config.method.name for run in make_plan(load_comparison(EXAMPLES / f"{name}.yaml")).runs}
+        if "clip_kd" in methods and "clip_rd" not in methods:
+            lacking.add(name)
+    assert lacking == {name for names in WITHOUT_CLIP_RD.values() for name in names}

@@ -108,7 +108,7 @@ def test_the_interval_is_over_folds_and_the_gap_leads_to_the_fold_s_teacher(
     table, stored = run_folds(recipe, tmp_path / "c", monkeypatch, FOLDS)
     cell, start = (table.rows[place].cells["retrieval.mean_r@1"] for place in (2, 0))
     differences = [cell.values[seed] - start.values[seed] for seed in SEEDS]
-    half = t_critical(3) * statistics.stdev(differences) / 2
+    half = t_critical(3) * statistics.stdev(differences) * math.sqrt(1 / 4 + 1 / 3)  # folds share training samples
     mean = statistics.fmean(differences)
     assert cell.two_way.covers == "folds"
     assert cell.two_way.interval == pytest.approx((mean - half, mean + half))
@@ -120,7 +120,7 @@ def test_the_interval_is_over_folds_and_the_gap_leads_to_the_fold_s_teacher(
     assert [row.label for row in table.teachers] == [f"teacher {recipe.parent / 'teacher'}"]
     assert table.teachers[0].cells["retrieval.mean_r@1"].values == TEACHERS
     assert next(iter(stored["teachers"].values()))["retrieval.mean_r@1"] == 75.0
-    assert any("t interval of the folds' means" in note for note in table.notes)
+    assert any("folds share training pictures" in note for note in table.notes)
     assert not any("Owen 2007" in note for note in table.notes)
 
 
@@ -132,7 +132,7 @@ def test_seeds_that_share_a_fold_are_one_number(recipe: Path, tmp_path: Path, mo
     differences = [cell.values[seed] - start.values[seed] for seed in SEEDS]
     means = [statistics.fmean(differences[:2]), statistics.fmean(differences[2:])]
     assert cell.two_way.degrees == 1
-    assert cell.two_way.error == pytest.approx(statistics.stdev(means) / math.sqrt(2))
+    assert cell.two_way.error == pytest.approx(statistics.stdev(means) * math.sqrt(1 / 2 + 1))
 
 
 def test_teachers_of_folds_with_names_of_their_own_are_one_row(

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from cmapkd.config import ConfigError
-from cmapkd.data.batches import BatchBuilder
+from cmapkd.data.batches import BatchBuilder, Extra
 from cmapkd.data.held_out import WithHeldOut
+from cmapkd.data.labels import LabelReader
 from cmapkd.data.loading import make_loader
 from cmapkd.data.pictures import PictureReader
 from cmapkd.data.pieces import InPieces, Part, Pieces, bytes_of_rows, rows_of_piece
@@ -26,6 +27,7 @@ from cmapkd.data.ring import Landing, joined
 from cmapkd.data.streams import JoinedSource
 from cmapkd.data.tokens import TokenBatch, united_texts
 from cmapkd.data.types import Batch, ModelInput, Sample, StoredRows
+from cmapkd.data.unseen import NO_PICTURE
 from cmapkd.data.views import ViewSpec
 from cmapkd.data.workers import slot_bytes
 from helpers import MemorySource, digest, make_builder, make_method, make_teacher, second_teacher
@@ -310,3 +312,43 @@ def test_without_room_for_one_sample_the_setting_is_named(monkeypatch: pytest.Mo
 def test_the_bytes_of_stored_answers_count() -> None:
     builder = make_builder(make_method("clip_kd"), stored={"teacher": Answered()})
     assert builder.bytes_of(5) == 5 * (3 * 16 * 16 + 12)
+
+
+class Told(MemorySource):
+    """Ids and texts can be had without the picture; notes which pictures were read."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.read: list[int] = []
+
+    def id(self, index: int) -> str:
+        return f"m{index}"
+
+    def unseen(self, index: int) -> Sample:
+        return replace(super().__getitem__(index), image=NO_PICTURE)
+
+    def __getitem__(self, index: int) -> Sample:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+class EveryAnswer(Answered):
+    def has(self, view: int, index: int) -> bool:
+        return True
+
+
+class SizeReader(PictureReader):
+    of_sample = False  # as one of a view's crop would be
+
+
+@pytest.mark.parametrize("extra", [None, PictureReader(), LabelReader(), SizeReader()])
+def test_pictures_whose_answers_are_stored_are_read_once_for_what_extras_make_of_them(extra: Extra | None) -> None:
+    source = Told(8)
+    extras = {} if extra is None else {"extra": extra}
+    builder = make_builder(make_method("contrastive"), source, stored={"student": EveryAnswer()}, extras=extras)
+    first, second = (builder[Plan(step, step, (0, 1, 2), (0, 1, 2))] for step in range(2))
+    whole = make_builder(make_method("contrastive"), MemorySource(8), extras=extras)[Plan(1, 1, (0, 1, 2), (0, 1, 2))]
+    assert first.ids == second.ids == whole.ids
+    assert second.captions == whole.captions
+    assert all(torch.equal(second.extra[name], whole.extra[name]) for name in extras)
+    assert source.read == {None: [], SizeReader: [0, 1, 2, 0, 1, 2]}.get(extra and type(extra), [0, 1, 2])

@@ -71,9 +71,9 @@ def _difference_notes(table: PlannedTable, rows: Sequence[RowSummary]) -> Iterat
     covered = {cell.two_way.covers for row in rows for cell in row.cells.values() if cell.two_way}
     if FOLDS in covered:
         yield (
-            "The second interval is the t interval of the folds' means. Each fold has test pictures and training "
-            "pictures of its own, so it covers their chance too. Folds share most of their training pictures, which "
-            "makes it too narrow for wholly other training data (Nadeau and Bengio 2003)."
+            "The second interval is over the folds' means. Each fold has test pictures and training pictures of its "
+            "own, so it covers their chance too. It is wider than their t interval, because folds share training "
+            "pictures (Nadeau and Bengio 2003)."
         )
     if covered - {FOLDS}:
         yield (

@@ -189,7 +189,8 @@ def resampled_difference(
     """The difference of two rows with its standard error over seeds and pictures.
 
     Seeds that share their pictures are resampled with them. Where folds give seeds pictures of their own, the mean
-    difference of each fold is one number with the chance of its pictures in it, and the interval is their t interval.
+    difference of each fold is one number with the chance of its pictures in it, and the interval is their corrected t
+    interval (`over_folds`).
 
     Args:
         arm, against: seed -> run, as `source` names it.
@@ -221,20 +222,25 @@ def resampled_difference(
             raise NoPictures(f"the pictures of seed {seed} give a difference of {kept:.3f}, the scores {expected:.3f}")
         folds.setdefault(digests.pop(), []).append(expected)
     if len(folds) > 1:
-        return _over_folds([float(np.mean(each)) for each in folds.values()])
+        return over_folds([float(np.mean(each)) for each in folds.values()])
     estimate = two_way_estimate([Part(np.stack(rows), each) for rows, each in zip(sums, queries, strict=True)])
     if estimate is None and len(difference.seeds) > 1:
         raise NoPictures("every seed and picture has the same difference")
     return estimate
 
 
-def _over_folds(means: Sequence[float]) -> Estimate:
-    """The mean of the folds' differences, with the error of their spread.
+def over_folds(means: Sequence[float]) -> Estimate:
+    """The mean of k folds' differences, with an error that allows for the training samples which the folds share.
+
+    The squared error is s² (1/k + 1/(k - 1)) in place of s²/k, with the variance s² of the differences. The second term
+    is the ratio of test to training samples where each fold tests what the others train on.
 
     Raises:
         NoPictures: the folds have no spread.
+    Source: Nadeau and Bengio 2003, Machine Learning 52, 239-281, equation 9.
     """
-    error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    count = len(means)
+    error = float(np.std(means, ddof=1)) * math.sqrt(1 / count + 1 / (count - 1))
     if not error:
         raise NoPictures("every fold has the same difference")
-    return Estimate(float(np.mean(means)), error, len(means) - 1, FOLDS)
+    return Estimate(float(np.mean(means)), error, count - 1, FOLDS)

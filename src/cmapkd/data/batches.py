@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -21,10 +20,10 @@ from cmapkd.data.regions import further_view, told_of_views
 from cmapkd.data.streams import MAIN_STREAM, Stream, streams_of
 from cmapkd.data.texts import TextChoice
 from cmapkd.data.types import BadSampleError, Batch, Input, Sample, Source, StoredRows
-from cmapkd.data.unseen import unseen
+from cmapkd.data.unseen import UnseenSamples
 from cmapkd.data.views import View, ViewSpec, check_more_views, draw_view
 
-_TEXTS_KEPT = 100_000  # samples
+_EXTRAS_KEPT = 1_000_000  # samples; what extras make of one is a number or two
 MAX_REPLACEMENTS = 100  # tries before a batch gives up finding a readable sample
 
 
@@ -95,7 +94,10 @@ class Answers(Protocol):
 
 
 class Extra(Protocol):
-    """Something else that a batch brings of its samples, made where these are read. Picklable."""
+    """Something else that a batch brings of its samples, made where these are read. Picklable.
+
+    One with a true `of_sample` makes the same of a sample in every view and epoch, so it is asked once.
+    """
 
     def read(self, sample: Sample, view: View, epoch: int) -> Any:
         """Of one sample, what is kept when its picture is gone.
@@ -179,9 +181,11 @@ class BatchBuilder(Dataset[Batch]):
         self.extras, self.own_views = told_of_views(extras or {}, self.view_specs), dict(own_views or {})
         check_more_views(self.more_views, self.view_specs)
         self._live = [role for role in readers if role not in self.stored]
-        self._texts_read: dict[int, Sample] = {}
+        self._unseen = UnseenSamples(source)  # a view's draws but for its crop need no size, so captions are the same
+        self._extras_read: dict[int, dict[str, Any]] = {}
         self._together = [role for role in self.stored if self._reads_together(role)]
-        plain = self.texts.plain and not self.extras and not self.more_views and not self._together
+        lasting = all(getattr(extra, "of_sample", False) for extra in self.extras.values())
+        plain = self.texts.plain and lasting and not self.more_views and not self._together
         self._may_be_unseen = plain and not self._live and bool(self.stored) and hasattr(source, "id")
         self._like = first_alike(readers, self.own_views)
         self.streams = tuple(streams) or streams_of(source) or (Stream(MAIN_STREAM, 0, len(source)),)
@@ -284,7 +288,9 @@ class BatchBuilder(Dataset[Batch]):
         number = self.views.view_number(epoch)
         own = {role: spec.view_number(epoch) for role, spec in self.own_views.items()}
         lacking = [role for role, answers in self.stored.items() if not answers.has(own.get(role, number), index)]
-        sample = self.samples[index] if lacking or not self._may_be_unseen else self._unseen(index)
+        extras = self._extras_read.get(index) if self._may_be_unseen else None
+        seen_before = self._may_be_unseen and (extras is not None or not self.extras)
+        sample = self._unseen[index] if seen_before and not lacking else self.samples[index]
         view = draw_view(sample.id, number, self.views, sample.image.size)
         texts = self.texts.choose(sample, view, number)
         seen = {role: draw_view(sample.id, own[role], self.own_views[role], sample.image.size) for role in own}
@@ -304,7 +310,10 @@ class BatchBuilder(Dataset[Batch]):
             ]
             for name, count in self.more_views.items()
         }
-        extras = {name: extra.read(sample, view, epoch) for name, extra in self.extras.items()}
+        if extras is None:
+            extras = {name: extra.read(sample, view, epoch) for name, extra in self.extras.items()}
+            if self._may_be_unseen and len(self._extras_read) < _EXTRAS_KEPT:
+                self._extras_read[index] = extras
         for role in lacking:
             made.missing[role].append(len(made.ids))
         made.ids.append(sample.id)
@@ -322,19 +331,6 @@ class BatchBuilder(Dataset[Batch]):
                     made.more_items[name][role].append(item)
         for name, value in extras.items():
             made.extras[name].append(value)
-
-    def _unseen(self, index: int) -> Sample:
-        """A sample without its picture, which nobody looks at where every answer is stored.
-
-        What a view draws besides the crop does not depend on the picture's size, so its caption is the same. Texts of
-        the first samples are kept for later epochs: reading them costs more than reading the answers.
-        """
-        known = self._texts_read.get(index)
-        if known is None:
-            known = replace(unseen(self.source, index), boxes=())
-            if len(self._texts_read) < _TEXTS_KEPT:
-                self._texts_read[index] = known
-        return known
 
     def _candidates(
         self, plan: Plan, planned: int, epoch: int, tried: list[int], taken: Collection[int]

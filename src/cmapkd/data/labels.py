@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -33,6 +34,7 @@ class LabelReader:
         num_classes: how many classes the labels are numbers of; None: not checked.
     """
 
+    of_sample: ClassVar[bool] = True
     share: float = 1.0
     num_classes: int | None = None
 

@@ -130,6 +130,9 @@ def test_what_needs_a_tower_that_learns_is_refused(world: dict[str, Any], tmp_pa
     part = settings(world, **teacher, method=hints, training={"train_parts": ["image", *HEADS]})
     with pytest.raises(ConfigError, match="freezes the text tower of parts:small"):
         cmapkd.distill(**part, out=tmp_path / "b", quiet=True)
+    heads = {"stages": [{"name": "heads", "share": 1.0, "train": ["text", *HEADS]}], "train_parts": None}
+    with pytest.raises(ConfigError, match=r"no stage trains the image tower of parts:small, .* its levels blocks"):
+        cmapkd.distill(**settings(world, **teacher, method=hints, training=heads), out=tmp_path / "c", quiet=True)
 
 
 def test_a_method_that_needs_pictures_says_so(
@@ -141,6 +144,17 @@ def test_a_method_that_needs_pictures_says_so(
     cmapkd.distill(**values, out=tmp_path / "a")
     shown = " ".join(capsys.readouterr().out.split())
     assert "frozen towers answer live: its masked pictures are encoded anew in every step" in shown
+
+
+def test_a_frozen_text_encoder_beside_a_tower_that_learns_says_so(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    training = {"steps": 1, "train_parts": ["image", *HEADS]}
+    for cache, told in (("auto", True), ("off", False)):
+        cmapkd.distill(**settings(world, cache=cache, training=training), out=tmp_path / cache)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("answer live: the image tower learns, and answers of a text encoder alone are not" in shown) == told
 
 
 def test_a_student_within_another_model_says_so(world: dict[str, Any]) -> None:

@@ -255,6 +255,17 @@ def test_a_recipe_must_have_a_teacher_and_pairs(tmp_path: Path) -> None:
         config_of(tmp_path, training={"stages": stages})
 
 
+def test_something_behind_the_embeddings_of_pictures_must_learn() -> None:
+    for parts in (("image",), ("projections",)):
+        method = make_method("clip_kd", unpaired=ALONE)
+        method.train_only(parts)
+        method.check_learning()
+    method = make_method("clip_kd", unpaired=ALONE)
+    method.train_only(("text", "scale"))
+    with pytest.raises(ConfigError, match=r"pictures of data\.more\.reference .* nothing of that learns"):
+        method.check_learning()
+
+
 def test_methods_that_read_other_things_say_so() -> None:
     with pytest.raises(ConfigError, match="this method has no teacher to learn from them"):
         make_method("contrastive", unpaired=ALONE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal, TypeVar
@@ -28,6 +28,7 @@ from cmapkd.methods.micro_batches import (
     with_levels_on,
     without_levels,
 )
+from cmapkd.methods.stages import StageConfig
 from cmapkd.methods.unpaired import UnpairedMethod
 from cmapkd.models import DualEncoder, Features, LevelRequest, MomentumTeacher, Teacher, TowerFeatures
 from cmapkd.models.adapted import check_kept_pictures
@@ -253,20 +254,40 @@ class DualEncoderMethod(UnpairedMethod):
         """Also refuses to freeze a tower whose inner levels the terms compare: such a term would train nothing."""
         self.student.learn_only(parts)
         super().train_only(parts)
-        known, learning = self.student.parts, {name for name, p in self.student.named_parameters() if p.requires_grad}
-        needs = self.compared_levels
-        for tower, levels in (("image", needs.image_levels), ("text", needs.text_levels)):
-            others = ("projections", "scale", *(other for other in _TOWERS if other != tower))
-            inside = frozenset().union(*(names for part, names in known.items() if part not in others))
-            if levels and not inside & learning:
+        learning = {name for name, parameter in self.student.named_parameters() if parameter.requires_grad}
+        for tower, levels, inside in self._compared_inside():
+            if not inside & learning:
                 raise ConfigError(
                     f"training.train_parts freezes the {tower} tower of {self.student.name}, but this method, as it is "
                     f"set, compares its levels {', '.join(levels)}, which only a tower that learns can change: add "
                     f"{tower} to train_parts, or give these levels a weight of zero"
                 )
 
+    def check_stages(self, stages: Sequence[StageConfig]) -> None:
+        """Also refuses stages none of which trains a tower whose inner levels the terms compare."""
+        super().check_stages(stages)
+        learning = {
+            name for stage in stages for name in self.learning_in(stage) if self.get_parameter(name).requires_grad
+        }
+        for tower, levels, inside in self._compared_inside():
+            if stages and not {f"student.{name}" for name in inside} & learning:
+                raise ConfigError(
+                    f"no stage trains the {tower} tower of {self.student.name}, but this method, as it is set, "
+                    f"compares its levels {', '.join(levels)}, which only a tower that learns can change: add {tower} "
+                    "to a stage's train, or give these levels a weight of zero"
+                )
+
+    def _compared_inside(self) -> Iterator[tuple[Tower, tuple[str, ...], frozenset[str]]]:
+        """Each tower whose inner levels the terms compare, these levels, and the parameters inside it."""
+        needs, known = self.compared_levels, self.student.parts
+        for tower, levels in zip(_TOWERS, (needs.image_levels, needs.text_levels), strict=True):
+            others = ("projections", "scale", *(other for other in _TOWERS if other != tower))
+            if levels:
+                yield tower, levels, frozenset().union(*(names for part, names in known.items() if part not in others))
+
     def check_learning(self) -> None:
         """Refuses inner levels that nothing which learns stands behind, and class pictures of a tower that learns."""
+        super().check_learning()
         check_kept_pictures(self.student)
         needs, frozen = self.compared_levels, self.student.frozen_levels
         for tower, asked, still in (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from cmapkd.methods.base import Method
 from cmapkd.methods.card import MethodConfig
 from cmapkd.methods.micro_batches import encode_checkpointed, micro_batches
 from cmapkd.methods.terms import Term
-from cmapkd.models import DualEncoder, FrozenTeacher
+from cmapkd.models import DualEncoder, FrozenTeacher, Model
+from cmapkd.models.reach import example_output, last_matrix_behind
 from cmapkd.objectives import embedding_distance
 
 UNPAIRED = "unpaired"
@@ -55,6 +57,11 @@ class UnpairedMethod(Method):
         if self.stage.wants_term(UNPAIRED):
             terms[UNPAIRED] = self.unpaired(self, alone)
         return terms
+
+    def check_learning(self) -> None:
+        super().check_learning()
+        if self.unpaired is not None:
+            self.unpaired.check_learning(self.student)
 
     @property
     def all_term_names(self) -> tuple[str, ...]:
@@ -90,6 +97,22 @@ class Unpaired(nn.Module):
         self.given = given
         shared = isinstance(getattr(method, "project", None), PairProjector)
         self.own = None if shared else PairProjector(student.embed_dim, teacher.embed_dim)
+
+    def check_learning(self, student: Model) -> None:
+        """Refuses a student of whose pictures' embeddings nothing learns.
+
+        Raises:
+            ConfigError: names what can be changed.
+        """
+        assert isinstance(student, DualEncoder)
+        try:
+            last_matrix_behind(student, partial(example_output, student, "image"), learning=True)
+        except ValueError:
+            raise ConfigError(
+                f"pictures of data.more.{self.given.streams[0]} have no captions, so they teach what stands behind the "
+                f"embeddings of pictures, and nothing of that learns in {student.name}: let image or projections "
+                "learn (training.train_parts), or leave the stream out"
+            ) from None
 
     def split(self, batch: Batch) -> tuple[Batch, Batch]:
         """The pairs of a batch, and its pictures without captions.

@@ -58,3 +58,27 @@ def cached_folder(repository: str, files: Iterable[str]) -> Path | None:
             if isinstance(found, str):
                 return Path(found).parent
     return None
+
+
+def file_beside(source: str, file: str, fetching: dict[str, Any]) -> Path | None:
+    """A further file of a folder or of a hub repository; None where it has no such file.
+
+    Args:
+        source, fetching: as `locate` gives them.
+    Raises:
+        LookupError: the file was never fetched, and the hub cannot be asked now.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / file
+        return path if path.is_file() else None
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, file, **fetching))
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(source, file, revision=fetching.get("revision")) is _CACHED_NO_EXIST:
+            return None
+        raise LookupError(f"{file} of {source}") from None
+    except EntryNotFoundError:
+        return None

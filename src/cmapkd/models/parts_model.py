@@ -126,8 +126,11 @@ class PartsModel(DualEncoder):
     @property
     def why_towers_live(self) -> str | None:
         learning = self.image.needs_input
-        several = learning is not None and learning != self.image.name
-        return f"{learning} learns from its first block on, so pictures are read in every step" if several else None
+        if learning is not None and learning != self.image.name:
+            return f"{learning} learns from its first block on, so pictures are read in every step"
+        if learning is not None and self.text.needs_input is None:
+            return "the image tower learns, and answers of a text encoder alone are not stored"
+        return None
 
     @property
     def frozen_levels(self) -> LevelRequest:

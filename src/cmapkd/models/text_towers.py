@@ -16,7 +16,7 @@ from cmapkd.config import Config, ConfigError
 from cmapkd.data.types import TokenBatch
 from cmapkd.models.cut_words import cut_encoder, cut_native
 from cmapkd.models.hf_tokenizer import HfTokenizer, load_tokenizer, pad_on_the_right
-from cmapkd.models.hub import hub_options, locate
+from cmapkd.models.hub import file_beside, hub_options, locate
 from cmapkd.models.middle import encoder_above, encoder_below
 from cmapkd.models.open_clip_levels import outputs_of
 from cmapkd.models.part_tower import PartTower
@@ -28,6 +28,14 @@ Pooling = Literal["mean", "class", "end"]
 TEXT_CONFIG = "text_tower"  # the tower's own config, inside a model folder
 DEFAULT_LENGTH = 77  # tokens, CLIP's; encoders take more, and captions have fewer
 _SENTENCE_TRANSFORMERS = "1_Pooling/config.json"
+_MODE = "pooling_mode_"  # begins the names of its flags
+_POOLINGS: dict[str, Pooling] = {
+    "cls_token": "class",
+    "cls": "class",
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "lasttoken": "end",
+}
 
 
 class TextPartConfig(Config):
@@ -187,7 +195,7 @@ def build_text_tower(config: TextPartConfig) -> TextTower:
         load_weights(model, read_weights(config.checkpoint), where=config.checkpoint)
     if config.blocks is not None:
         keep_first_blocks(model, config.blocks, name=config.name)
-    pooling = config.pooling or _pooling_of(Path(source))
+    pooling = config.pooling or _pooling_of(source, fetching, config.name)
     tower = _assemble(model, native, pooling, config.context_length, config.name)
     if Path(source).exists():
         tower.name = f"hf:{Path(source).name}"  # of a folder its name alone: a saved model may be published
@@ -250,12 +258,29 @@ def _check_pooling(native: Any, pooling: Pooling, name: str) -> None:
         raise ConfigError(f"the tokenizer of {name} puts no end token behind a text: set pooling to mean")
 
 
-def _pooling_of(folder: Path) -> Pooling:
-    """What a sentence-transformers folder says, else the mean."""
+def _pooling_of(source: str, fetching: dict[str, Any], name: str) -> Pooling:
+    """What a sentence-transformers folder or repository says, else the mean.
+
+    Raises:
+        ConfigError: it says something that no tower has, or there is no telling.
+    """
+    have = "set the option pooling to mean, class or end"
     try:
-        said = json.loads((folder / _SENTENCE_TRANSFORMERS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        path = file_beside(source, _SENTENCE_TRANSFORMERS, fetching)
+    except LookupError as error:
+        raise ConfigError(f"{name}: without a network there is no telling how it pools ({error}): {have}") from None
+    if path is None:
         return "mean"
-    if said.get("pooling_mode_cls_token"):
-        return "class"
-    return "end" if said.get("pooling_mode_lasttoken") else "mean"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        modes = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith(_MODE) and on is True]
+        modes += [mode for mode in [said.get("pooling_mode")] if mode is not None]
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError(f"{name}: {_SENTENCE_TRANSFORMERS} cannot be read: {have}") from None
+    pooling = _POOLINGS.get(modes[0]) if len(modes) == 1 and isinstance(modes[0], str) else None
+    if pooling is None:
+        raise ConfigError(
+            f"{name}: {_SENTENCE_TRANSFORMERS} says that it pools by {modes or 'nothing'}, which no text part does: "
+            f"{have}, and its head learns what to make of that"
+        )
+    return pooling

@@ -30,12 +30,13 @@ RESULTS = Path("docs/results")
 
 @dataclass(frozen=True)
 class Table:
-    """A comparison, the teachers that it needs, and the comparison whose finished runs it reads back."""
+    """What makes a table: a comparison, or a script that reads the runs of one."""
 
     name: str
-    teacher: str  # the recipe's name
-    folds: int
-    begins_with: str | None = None
+    teacher: str | None  # the recipe's name
+    folds: int = 0  # of the teacher: each learns from another part of the pictures
+    begins_with: str | None = None  # the comparison whose finished runs are read
+    script: tuple[str, ...] = ()  # in place of a comparison
 
     @property
     def folder(self) -> Path:
@@ -46,6 +47,7 @@ class Table:
         return f"photographs_{self.name}"
 
 
+_BESIDE = ("benchmarks/photographs_beside.py", "runs/photographs_folds", "--work", "runs/photographs_beside")
 TABLES = {
     table.name: table
     for table in (
@@ -54,8 +56,16 @@ TABLES = {
         Table("folds_parts", "photographs_teacher", 5, begins_with="folds"),
         Table("folds_hinton", "photographs_teacher", 5, begins_with="folds"),
         Table("mobile", "photographs_teacher", 5),
+        Table("unpaired", "photographs_teacher", 1),
         Table("unseen", "photographs_teacher_unseen", 1),
         Table("pretrained", "photographs_teacher_three", 1),
+        Table("pretrained_first", "photographs_teacher_three", 1),
+        Table("pretrained_steps", "photographs_teacher_three", 1, begins_with="pretrained"),
+        Table("pretrained_views", "photographs_teacher_three", 1),
+        Table("teacher", None, script=("benchmarks/photographs_teacher.py", "--out", "runs/photographs_teacher")),
+        Table("teacher_tries", None),
+        Table("beside", "photographs_teacher", 5, begins_with="folds", script=_BESIDE),
+        Table("models", None, script=("benchmarks/photographs_models.py",)),
     )
 }
 
@@ -100,13 +110,19 @@ def parts_are_there() -> bool:
 
 def commands(table: Table) -> Iterator[list[str]]:
     """The commands of a table, without those whose result is there."""
-    if table.begins_with:
-        before = TABLES[table.begins_with]
-        if not (table.folder / "runs").is_dir():
-            yield from commands(before)
-            yield ["cp", "-r", str(before.folder), str(table.folder)]
+    before = TABLES[table.begins_with] if table.begins_with else None
+    if before and (table.script or not table.folder.is_dir()):
+        yield from commands(before)
     else:
         yield from parts_and_teachers(table)
+    if table.script:
+        yield ["python", *table.script]
+        return
+    if before and not table.folder.is_dir():  # the copy has its name when it is whole
+        half = f"{table.folder}.part"
+        yield ["rm", "-rf", half]
+        yield ["cp", "-r", str(before.folder), half]
+        yield ["mv", half, str(table.folder)]
     recipe = f"examples/{table.comparison}.yaml"
     yield ["python", "-m", "cmapkd", "compare", recipe, "--out", str(table.folder)]
     yield ["python", "benchmarks/keep_comparison.py", str(table.folder), str(RESULTS / table.comparison)]

@@ -30,11 +30,12 @@ from cmapkd.run.remarks import (
     remarks_on_data,
     remarks_on_ends,
     remarks_on_length,
+    remarks_on_mix,
     remarks_on_questions,
     remarks_on_teachers,
 )
 from cmapkd.training.progress import Outlook, Pace, TrainingDisplay, shown_rate, shown_time
-from helpers import MemorySource, make_model
+from helpers import MemorySource, make_method, make_model
 from writers import make_task
 
 TIMM = {"embed_dim": 16, "text_width": 32, "text_layers": 1, "text_heads": 2, "context_length": 12, "image_size": 64}
@@ -63,6 +64,15 @@ def test_data_that_prove_nothing_are_told_of() -> None:
         (said,) = said_of(config(**{key: "scenes@train?length=30&size=32"}))
         assert said.startswith(f"data.{key} and the training data are the same samples")
     assert said_of(config(val="scenes@val?length=10&size=32")) == []
+
+
+def test_a_mix_of_heads_that_nothing_can_choose_is_told_of() -> None:
+    val = "scenes@val?length=10&size=32"
+    for settings, data, told in (({}, {}, 1), ({"alpha": 0.5, "beta": 1.0}, {}, 0), ({}, {"val": val}, 0)):
+        said = [*remarks_on_mix(config(**data), make_method("dho", settings=settings))]
+        assert len(said) == told
+        assert all("Name some with data.val, or set method.alpha and method.beta" in each for each in said)
+    assert not [*remarks_on_mix(config(), make_method("vl2lite"))]
 
 
 def test_two_parts_of_one_folder_are_other_samples(tmp_path: Path) -> None:

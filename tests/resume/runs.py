@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # name: (metho
     "tipsv2, masked cells": ("tipsv2", {"mask_ratio": 0.5, "cells": "masked"}, {}),
     "dmae, a quarter is seen": ("dmae", {}, {}),
     "zscl, templates by lot": ("zscl", {}, {}),
+    "trg_token_graph, tokens by lot": ("trg_token_graph", {}, {}),
+    "mst_distill, a specialist by lot": ("mst_distill", {"routing": "random"}, {}),
     "albef, a queue": ("albef", {"queue": 24}, {}),
 }
 

@@ -12,6 +12,7 @@ from cmapkd.data.types import BadSampleError, Source
 from cmapkd.data.unseen import unseen
 from cmapkd.evaluation.suite import same_samples
 from cmapkd.methods import Method
+from cmapkd.methods.classifying import ClassifierMethod
 from cmapkd.methods.generative import GenerativeMethod
 from cmapkd.models import FrozenTeacher, Model
 from cmapkd.models.shared_vocabulary import remark_on_ends
@@ -75,6 +76,20 @@ def remarks_on_ends(method: Method) -> Iterator[str]:
     (role, teacher), *_ = method.teachers.items()
     if (remark := remark_on_ends(teacher.model.vocabulary, method.student.vocabulary)) is not None:
         yield f"{role}: {remark}"
+
+
+def remarks_on_mix(config: RunConfig, method: Method) -> Iterator[str]:
+    """A sentence where there is nothing to choose the mix of a classifier's two heads on."""
+    if (
+        isinstance(method, ClassifierMethod)
+        and method.mix is not None
+        and None in method.mix
+        and config.data.val is None
+    ):
+        yield (
+            "how much each of the two heads says is chosen on labelled pictures of data.val, and none are named: it "
+            "stays as the student has it. Name some with data.val, or set method.alpha and method.beta."
+        )
 
 
 def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:

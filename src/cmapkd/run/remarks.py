@@ -92,6 +92,12 @@ def remarks_on_mix(config: RunConfig, method: Method) -> Iterator[str]:
         )
 
 
+def remarks_on_method(config: RunConfig, method: Method) -> Iterator[str]:
+    """Those on what the method makes of models and data."""
+    yield from remarks_on_ends(method)
+    yield from remarks_on_mix(config, method)
+
+
 def remarks_on_length(config: RunConfig, total: int) -> Iterator[str]:
     """A sentence where a run is over before its warm-up is."""
     warmup, peak = config.optim.warmup_steps, config.optim.learning_rate

@@ -43,9 +43,8 @@ from cmapkd.run.measure import Measured, num_measured, validated, validator_of
 from cmapkd.run.mixing import mix_on_validation
 from cmapkd.run.remarks import (
     remarks_on_data,
-    remarks_on_ends,
     remarks_on_length,
-    remarks_on_mix,
+    remarks_on_method,
     remarks_on_questions,
     remarks_on_student,
     remarks_on_teachers,
@@ -193,9 +192,7 @@ def _prepare(
     torch.manual_seed(config.seed)
     random.seed(config.seed)  # nothing of ours draws from it, but a library may, and checkpoints hold its state
     method = method_of(config, student, teachers, partial(heads_of, config, source), classes)
-    remarks += (
-        _said(voice, [*remarks_on_ends(method), *remarks_on_mix(config, method)]) if voice.title == "student" else []
-    )
+    remarks += _said(voice, remarks_on_method(config, method)) if voice.title == "student" else []
     texts = texts_of(config, method, source)
     check_training(config, method, source)
     stored = _stored_answers(config, method, source, voice) if answers else {}

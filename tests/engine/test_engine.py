@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import re
 import shutil
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +132,32 @@ def test_a_stop_loses_the_shard_in_flight_and_nothing_else(whole: Path, tmp_path
     assert (out / "shards/000000/record.json").stat().st_mtime_ns == before
     assert files(out) == files(whole)
     assert engine().run(out).made == 0  # once more changes nothing
+    assert files(out) == files(whole)
+
+
+@pytest.mark.usefixtures("one_thread")  # a forked child has no other threads
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_at_random_moments_it_loses_at_most_the_shard_in_flight(whole: Path, tmp_path: Path) -> None:
+    out, draws = tmp_path / "killed", random.Random(0)
+    began = time.monotonic()
+    engine().run(tmp_path / "timed")
+    longest = 1.2 * (time.monotonic() - began)
+    kills = 0
+    for _ in range(12):
+        before = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("shards/[0-9]*/record.json")}
+        child = os.fork()
+        if not child:
+            try:
+                engine().run(out)
+            finally:
+                os._exit(0)
+        time.sleep(draws.uniform(0.2, 1.0) * longest)
+        os.kill(child, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        after = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("shards/[0-9]*/record.json")}
+        assert before.items() <= after.items()  # what was finished was not made again
+    assert kills
+    engine().run(out)
     assert files(out) == files(whole)
 
 

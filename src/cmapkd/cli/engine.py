@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -33,12 +34,14 @@ def engine(
     tell_start(f"engine {recipe}: starting PyTorch")
 
     from cmapkd.cache.progress import BuildDisplay
-    from cmapkd.engine import Engine, load_engine, told
+    from cmapkd.engine import Engine, check_recipe, load_engine, told
     from cmapkd.engine.folder import KEPT, MANIFEST, RANDOM
 
     console = Console()
     try:
-        made = Engine(load_engine(recipe, overrides or []))  # models may take minutes
+        config = load_engine(recipe, overrides or [])
+        check_recipe(config, out)  # models may take minutes
+        made = Engine(config)
         result = made.run(out, rank=rank, world_size=world, progress=BuildDisplay(console, what=("engine", "samples")))
     except KeyboardInterrupt:
         command = command_line("engine", recipe, *(overrides or []), "--out", str(out), *processes)
@@ -48,5 +51,18 @@ def engine(
         typer.echo(f"{out}: {counted(result.made, 'shard')} made, {result.missing} left to the other processes")
         return
     typer.echo(f"{out}: {told(result.counts)}")
-    lists = f"{KEPT}, {RANDOM}" if made.config.write.control else KEPT
-    typer.echo(f"{out}: {lists}, {MANIFEST}. Learn from it with data.train=jsonl:{out / KEPT}")
+    if not result.counts["kept"]:
+        typer.echo(f"{out}: nothing was kept, so there is nothing to learn from. {_fewest(result.counts['dropped'])}")
+        return
+    lists = f"{KEPT}, {RANDOM}" if config.write.control else KEPT
+    typer.echo(
+        f"{out}: {lists}, {MANIFEST}. Learn from all of it with data.train=jsonl:{out / KEPT} data.prompts.share=1"
+    )
+
+
+def _fewest(dropped: Mapping[str, int]) -> str:
+    """What to look at where filters let nothing pass."""
+    if not dropped:
+        return "No candidate was written: look at the data, and at propose in the recipe."
+    name = max(dropped, key=lambda each: dropped[each])
+    return f"Most were dropped as {name}: shards/*/candidates.jsonl has their scores; loosen this filter in the recipe."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -198,22 +198,12 @@ class Engine:
 
     def _refuse_others(self, folder: EngineFolder) -> None:
         """Raises ConfigError: the manifest is of another recipe, other data or other models."""
-        if reasons := self._differences(folder.manifest() or self._begun):
-            listed = "\n  ".join(reasons)
-            raise ConfigError(
-                f"{folder.path} holds what another engine wrote:\n  {listed}\nName another folder with --out."
-            )
+        _refuse(folder, self._differences(folder.manifest() or self._begun))
 
     def _differences(self, before: Mapping[str, Any]) -> list[str]:
         """What a manifest has otherwise than this engine, in words."""
-        own, recipe = self.identity, before["recipe"]
-        with suppress(ConfigError):  # a setting that is newer than the folder has its default
-            recipe = EngineConfig.from_mapping(recipe).model_dump(mode="json")
-        changed = fixed_differences(self.config, recipe, own["recipe"])
-        reasons = [f"{key} {words}" for key, words in changed.items()]
-        named = isinstance(recipe, dict) and json.dumps(recipe.get("propose")) != json.dumps(own["recipe"]["propose"])
-        if named and not any(key.startswith("propose") for key in changed):
-            reasons.append("propose: its names stand in another order, which kinds, ways and steps follow")
+        own = self.identity
+        reasons = _of_recipe(self.config, before)
         reasons += [_REASONS[key] for key in ("format", "data") if before.get(key) != own[key]]
         written = before.get("models")
         for name, model in own["models"].items():
@@ -225,6 +215,40 @@ class Engine:
                 if key != "name" and theirs.get(key) != value
             ]
         return reasons
+
+
+def check_recipe(config: EngineConfig, out: str | Path) -> None:
+    """Refuses a folder with shards of another recipe; for whom models, which take minutes to load, are to come.
+
+    Raises:
+        ConfigError: names what is another, or the folder holds something else.
+    """
+    folder = EngineFolder(Path(out), config.write, config.seed, config.each)
+    before = folder.manifest()
+    if before is not None and folder.has_any():
+        _refuse(folder, _of_recipe(config, before))
+
+
+def _of_recipe(config: EngineConfig, before: Mapping[str, Any]) -> list[str]:
+    """What the recipe of a manifest has otherwise than this one, in words."""
+    own, recipe = config.model_dump(mode="json"), before["recipe"]
+    with suppress(ConfigError):  # a setting that is newer than the folder has its default
+        recipe = EngineConfig.from_mapping(recipe).model_dump(mode="json")
+    changed = fixed_differences(config, recipe, own)
+    reasons = [f"{key} {words}" for key, words in changed.items()]
+    named = isinstance(recipe, dict) and json.dumps(recipe.get("propose")) != json.dumps(own["propose"])
+    if named and not any(key.startswith("propose") for key in changed):
+        reasons.append("propose: its names stand in another order, which kinds, ways and steps follow")
+    return reasons
+
+
+def _refuse(folder: EngineFolder, reasons: Sequence[str]) -> None:
+    """Raises ConfigError where there is any reason."""
+    if reasons:
+        listed = "\n  ".join(reasons)
+        raise ConfigError(
+            f"{folder.path} holds what another engine wrote:\n  {listed}\nName another folder with --out."
+        )
 
 
 def _has(source: Source, place: int, need: str, propose: ProposeConfig, labels: bool) -> bool:

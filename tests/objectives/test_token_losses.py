@@ -563,3 +563,14 @@ def test_chunks_have_the_value_and_gradients_of_published_chunks() -> None:
     assert float(loss.detach()) == pytest.approx(PUBLISHED["liger"]["value"], rel=1e-6)
     for got, name in zip(torch.autograd.grad(loss, (hidden, weight)), ("by_hidden", "by_weight"), strict=True):
         torch.testing.assert_close(got, published[name].double(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_sampled_divergence_is_that_of_an_implementation_of_vla_opd() -> None:
+    kept = json.loads((Path(__file__).parent / "fixtures" / "vla_opd.json").read_text())
+    student, teacher = (torch.tensor(kept[name], dtype=torch.float64) for name in ("student", "teacher"))
+    counts, targets = torch.tensor(kept["counts"]), torch.tensor(kept["targets"])
+    student.requires_grad_()
+    mean = TokenDivergence("sampled_reverse")(student, teacher, targets=targets)[counts].mean()
+    assert mean.item() == pytest.approx(kept["reverse_kl"], abs=1e-6)
+    (gradient,) = torch.autograd.grad(mean, student)
+    torch.testing.assert_close(gradient, torch.tensor(kept["gradient"], dtype=torch.float64), rtol=1e-5, atol=1e-6)

@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (method, settings)
     f"specvlm{MICRO}": ("specvlm", {"reduction": "sample_mean"}),
     f"linearize{MICRO}": ("linearize", {"form": "matvlm"}),
     f"masking_kd{MICRO}": ("masking_kd", {"budget": 0.6}),
+    f"vidlankd{MICRO}": ("vidlankd", {}),
     "move_kd": ("move_kd", {}),
     f"move_kd, three encoders{MICRO}": ("move_kd", {}),
     f"ola_vlm{MICRO}": ("ola_vlm", {"experts": {"teacher": {"target": 1.0}}}),

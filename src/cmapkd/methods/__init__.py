@@ -56,6 +56,7 @@ from cmapkd.methods.tipsv2 import TIPSv2
 from cmapkd.methods.token_kd import TokenKD
 from cmapkd.methods.trg_token_graph import TokenGraph
 from cmapkd.methods.unpaired import Unpaired, UnpairedPictures
+from cmapkd.methods.vidlankd import VidLanKD
 from cmapkd.methods.vl2lite import VL2Lite
 from cmapkd.methods.vl2v_adip import VL2VADiP
 from cmapkd.methods.vlm_distill_ood import VlmDistillOod
@@ -111,6 +112,7 @@ _OWN: dict[str, type[Method]] = {
     "move_kd": MoveKD,
     "masking_kd": MaskingKD,
     "masters": Masters,
+    "vidlankd": VidLanKD,
     "specvlm": SpecVLM,
     "linearize": Linearize,
 }

@@ -78,6 +78,23 @@ def test_a_crop_holds_the_region_and_a_frame_surrounds_it() -> None:
         candidate().picture("crop")
 
 
+def test_the_note_stands_behind_questions_about_boxed_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = replace(PANEL, note="In the box.")
+    asked: list[str] = []
+    processor = type(panel.models["writer"].processor)  # type: ignore[union-attr]
+    read = processor.read
+
+    def noticed(self: Any, turns: Any, pictures: Any) -> Any:
+        asked.append(turns[0].text)
+        return read(self, turns, pictures)
+
+    monkeypatch.setattr(processor, "read", noticed)
+    for sees in ("whole", "crop", "boxed"):
+        how = AskConfig(by="writer", sees=sees, max_new_tokens=1, suffix="Answer:")
+        panel.drafts([candidate(box=(10.0, 8.0, 19.0, 15.0))], how, name="a")
+    assert asked == ["What is it?\nAnswer:", "What is it?\nAnswer:", "What is it?\n\nIn the box.\nAnswer:"]
+
+
 def test_a_box_elsewhere_has_its_size_within_the_picture() -> None:
     places = [elsewhere((10, 8, 19, 15), GREY.size, 0, number) for number in range(50)]
     assert all((x1 - x0, y1 - y0) == pytest.approx((9, 7)) for x0, y0, x1, y1 in places)

@@ -134,3 +134,8 @@ def elsewhere(box: Corners, size: tuple[int, int], *key: object) -> Corners:
 def kept(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that no filter dropped."""
     return [each for each in candidates if each.dropped is None]
+
+
+def noted(question: str, note: str) -> str:
+    """A question with a note behind an empty line, where there is one."""
+    return f"{question}\n\n{note}" if note else question

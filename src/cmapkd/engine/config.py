@@ -41,7 +41,10 @@ class WriteConfig(Config):
     place: Literal["own", "random"] = Field(
         "own", description="Of the box: own, or random: anywhere in the picture. A control, for boxed."
     )
-    note: str = Field("", description="Stands after every written question, behind an empty line.")
+    note: str = Field(
+        "",
+        description="Stands after every written question, and every one about a boxed picture, behind an empty line.",
+    )
     why: str = Field(
         "",
         description="Each question is written a second time, with this on a line of its own, and answered by its "

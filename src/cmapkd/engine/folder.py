@@ -18,7 +18,7 @@ from cmapkd.cache.files import leftovers, temporary_folder
 from cmapkd.config import ConfigError
 from cmapkd.config.disk import flush, write_text, writing
 from cmapkd.data.random import uniforms
-from cmapkd.engine.candidates import NO_QUESTIONS, Candidate, boxed, elsewhere, kept
+from cmapkd.engine.candidates import NO_QUESTIONS, Candidate, boxed, elsewhere, kept, noted
 from cmapkd.engine.config import WriteConfig
 
 MANIFEST, KEPT, RANDOM, SHARDS = "manifest.json", "kept.jsonl", "random.jsonl", "shards"
@@ -266,7 +266,7 @@ class EngineFolder:
                 temporary.unlink(missing_ok=True)
 
     def _asked(self, candidate: Mapping[str, Any]) -> list[dict[str, str]]:
-        question = candidate["question"] + (f"\n\n{self.write.note}" if self.write.note else "")
+        question = noted(candidate["question"], self.write.note)
         asked = [{"question_id": candidate["id"], "question": question, "answer": candidate["answer"]}]
         if self.write.why and candidate.get("rationale"):
             why = {"question_id": f"{candidate['id']}/why", "question": f"{question}\n{self.write.why}"}

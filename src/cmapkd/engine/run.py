@@ -30,7 +30,7 @@ from cmapkd.engine.written import Panel
 from cmapkd.models import Model, build_model
 from cmapkd.provenance import describe_environment
 
-FORMAT = 1
+FORMAT = 2
 TRIED = 256
 """Samples that are looked through, before anything is asked, for what a recipe needs of its data."""
 OnProgress = Callable[[int, int], None]  # samples done, samples to do, of this process
@@ -74,7 +74,7 @@ class Engine:
         cuda = torch.cuda.is_available() and not config.on_cpu
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}" if cuda else "cpu"
         built = load_models(config) if models is None else dict(models)
-        self.panel = Panel(built, torch.device(device), config.seed, config.batch_size)
+        self.panel = Panel(built, torch.device(device), config.seed, config.batch_size, config.write.note)
         self._check_kinds()
         self._check_data()
 

@@ -16,7 +16,7 @@ from cmapkd.data.dialogues import ChatInput, ChatItem, join_items
 from cmapkd.data.random import key_of
 from cmapkd.data.records import Unusable, check_caption
 from cmapkd.data.turns import UNREAD, Turn
-from cmapkd.engine.candidates import READABLE, Candidate, Shown, kept
+from cmapkd.engine.candidates import READABLE, Candidate, Shown, kept, noted
 from cmapkd.models import Model
 from cmapkd.models.generative import Decoding, GenerativeModel
 from cmapkd.models.texts import evaluating
@@ -61,12 +61,15 @@ class Panel:
     Attributes:
         seed: of all draws.
         batch_size: questions that are answered at once.
+        note: stands behind every question about a boxed picture, as it will be written: without it, nothing says that
+            the box is meant.
     """
 
     models: Mapping[str, Model]
     device: torch.device
     seed: int = 0
     batch_size: int = 16
+    note: str = ""
 
     def writer(self, name: str) -> GenerativeModel:
         """Raises ConfigError: the model does not write."""
@@ -95,7 +98,8 @@ class Panel:
         model = self.writer(how.by)
 
         def asks(candidate: Candidate) -> tuple[Image.Image, str]:
-            return candidate.picture(how.sees, how.margin), how.asks(candidate.question)
+            question = noted(candidate.question, self.note if how.sees == "boxed" else "")
+            return candidate.picture(how.sees, how.margin), how.asks(question)
 
         def write(inputs: ChatInput, places: Sequence[int]) -> list[list[str]]:
             found: list[list[str]] = [[] for _ in places]

@@ -29,7 +29,7 @@ cache: mode folder check max_gib batch_size shard_mib
 """
 REFUSED = """
 : baseline seed
-data: train val test teacher_view mix_synthetic held_out max_tokens order lanes window
+data: train val test teacher_view mix_synthetic held_out unpaired_weight max_tokens order lanes window
 training: steps epochs batch_size precision ema mean_every evaluate_every student train_parts
 evaluation: tasks templates class_prompts class_names limit shared_captions negatives settings
 cache: store kind top_k max_answer_tokens

@@ -71,7 +71,7 @@ def test_the_measured_attention_is_of_the_pictures_of_its_comparison() -> None:
 def test_arms_of_zoom_read_equally_many_questions() -> None:
     """Its lists have a line for each question, and each engine keeps another number of them."""
     plan = make_plan(load_comparison(EXAMPLES / "zoom_without_zoom.yaml"))
-    assert {run.config.data.train.partition("?")[2] for run in plan.runs} == {"limit=800"}
+    assert {run.config.data.train.partition("?")[2] for run in plan.runs} == {"limit=400"}
 
 
 WITHOUT_CLIP_RD = {  # why a comparison with `clip_kd` has no `clip_rd`

@@ -59,6 +59,7 @@ TABLES = {
         Table("unpaired", "photographs_teacher", 1),
         Table("unseen", "photographs_teacher_unseen", 1),
         Table("pretrained", "photographs_teacher_three", 1),
+        Table("pretrained_rivals", "photographs_teacher_three", 1),
         Table("pretrained_first", "photographs_teacher_three", 1),
         Table("pretrained_steps", "photographs_teacher_three", 1, begins_with="pretrained"),
         Table("pretrained_views", "photographs_teacher_three", 1),
